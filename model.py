@@ -11,15 +11,17 @@ L layers. In `logits` V is the vocabulary.
 """
 
 import importlib
+import itertools
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,18 @@ from torch.utils.checkpoint import checkpoint
 import fp8
 
 _MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+_YARN_KEYS = (
+    *("type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    *("mscale", "mscale_all_dim", "attention_factor", "truncate"),
+)
+# What config.json says besides the fields of ModelConfig; there is one way to compute it.
+FIXED_KEYS = {
+    "hidden_act": "silu",
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+}
+FP8_KEYS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 
 @dataclass
@@ -71,10 +85,13 @@ class ModelConfig:
 
         E, K, G, M = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
         for field in fields(self):
-            value = getattr(self, field.name)
+            name, value = field.name, getattr(self, field.name)
+            kind = field.type | int if field.type is float else field.type
+            text = getattr(field.type, "__name__", field.type)
+            require(isinstance(value, kind), f"{name} is {value!r}, but must be of type {text}.")
             if field.type in (int, int | None) and value is not None:
-                least = 0 if field.name in _MAY_BE_ZERO else 1
-                require(value >= least, f"{field.name} is {value}, but must be at least {least}.")
+                least = 0 if name in _MAY_BE_ZERO else 1
+                require(value >= least, f"{name} is {value}, but must be at least {least}.")
         require(
             self.qk_rope_head_dim % 2 == 0,
             f"qk_rope_head_dim is {self.qk_rope_head_dim}, but RoPE rotates pairs: make it even.",
@@ -89,8 +106,15 @@ class ModelConfig:
             G == 1 or E // G >= 2,
             f"n_group {G} leaves one expert a group, but a group is scored by its best two.",
         )
-        kind = rope_type(self.rope_scaling)
-        require(kind in ("default", "yarn"), f"rope_scaling of type {kind!r} is not supported.")
+        scaling = self.rope_scaling or {}
+        kind, known = rope_type(scaling), ("default", "yarn")
+        require(kind in known, f"rope_scaling has type {kind!r}, but must be one of {known}.")
+        strange = sorted(scaling.keys() - _YARN_KEYS)
+        require(not strange, f"rope_scaling has {strange}, but may have only {_YARN_KEYS}.")
+        require(
+            kind == "default" or scaling.get("factor"),
+            "rope_scaling of type 'yarn' lacks 'factor': give the stretch of the context.",
+        )
 
     @property
     def moe_layers(self) -> int:
@@ -118,21 +142,25 @@ class ModelConfig:
                 f"config.json describes {names[0]!r}, but only the DeepSeek-V3 architecture "
                 "(DeepseekV3ForCausalLM: V3, R1, Moonlight, Kimi-K2) can be opened."
             )
-        only = {
-            "hidden_act": "silu",
-            "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc",
-            "moe_layer_freq": 1,
-        }
-        for key, value in only.items():
-            if config.get(key, value) != value:
-                raise ValueError(f"config.json has {key} {config[key]!r}; only {value!r} works.")
-        config = dict(config)
-        if rope := config.get("rope_parameters"):
-            config["rope_theta"] = rope.get("rope_theta", cls.rope_theta)
-            config["rope_scaling"] = rope if rope_type(rope) != "default" else None
-        if config.get("n_shared_experts", 0) is None:
-            config["n_shared_experts"] = 0
+        # transformers 5 gathers rope_theta and rope_scaling in one dictionary.
+        rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        partial = config.get("partial_rotary_factor") or 1
+        rotary = {"partial_rotary_factor": rope.pop("partial_rotary_factor", partial)}
+        for section, fixed in (
+            (config, FIXED_KEYS),
+            (rotary, {"partial_rotary_factor": 1}),
+            (config.get("quantization_config") or {}, FP8_KEYS),
+        ):
+            for key, value in fixed.items():
+                if (given := section.get(key, value)) != value:
+                    raise ValueError(f"config.json has {key} {given!r}, but must have {value!r}.")
+        # Where config.json is silent, transformers' defaults hold; these differ from ours.
+        config = {"max_position_embeddings": 4096, "initializer_range": 0.02} | config
+        config["rope_theta"] = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
+        kind, _, _ = rope_type(rope), rope.pop("type", None), rope.pop("rope_type", None)
+        config["rope_scaling"] = {"type": kind, **rope} if rope or kind != "default" else None
+        for key in ("n_shared_experts", "num_nextn_predict_layers"):
+            config[key] = config.get(key, getattr(cls, key)) or 0
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in config.items() if key in known})
 
@@ -148,8 +176,34 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+class _Normalize(torch.autograd.Function):
+    """y = x / sqrt(mean(x^2) + eps) over the last dimension; the backward pass works from y.
+
+    dx = (dy - y mean(dy y)) / sqrt(mean(x^2) + eps): a third of the passes over memory that
+    autograd would make of the same formula, and a third of its saved tensors.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        x32 = wide(x)
+        inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+        y = (x32 * inverse).to(x.dtype)
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        y, inverse = ctx.saved_tensors
+        y, dx = wide(y), wide(dy)
+        dx = torch.addcmul(dx, y, (dx * y).mean(-1, keepdim=True), value=-1).mul_(inverse)
+        return dx.to(dy.dtype), None
+
+
 class RMSNorm(nn.Module):
-    """g * x / sqrt(mean(x^2) + eps), in float32, rounded to x's dtype before g multiplies it."""
+    """g * x / sqrt(mean(x^2) + eps), in float32, rounded to x's dtype before g multiplies it.
+
+    Under autocast the result is in autocast's dtype: rounded once, not at every product.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -157,9 +211,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = wide(x)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return (self.weight * _Normalize.apply(x, self.eps)).to(compute_dtype(x))
 
 
 # ---- Rotary position embedding (RoPE), with YaRN for long contexts -------------------------------
@@ -615,10 +667,10 @@ class _HeadLoss(torch.autograd.Function):
             rows = slice(start, start + _HeadLoss.CHUNK)
             target, used = targets[rows].clamp(min=0)[:, None], (targets[rows] >= 0)[:, None]
             z = wide(h[rows] @ w.T)  # (chunk, vocabulary)
-            lse = z.logsumexp(-1, keepdim=True)
-            loss += ((lse - z.gather(1, target)) * used).sum()
+            log_p = z.log_softmax(-1)
+            loss -= (log_p.gather(1, target) * used).sum()
             if need:  # d loss / d z = softmax(z) - onehot(target)
-                dz = z.sub_(lse).exp_().scatter_add_(1, target, z.new_full(target.shape, -1.0))
+                dz = log_p.exp_().scatter_add_(1, target, z.new_full(target.shape, -1.0))
                 dz = dz.mul_(used).to(h.dtype)
                 dh[rows] = dz @ w
                 dw += dz.T @ h[rows]
@@ -816,86 +868,85 @@ class DeepSeekV3(nn.Module):
             else:
                 yield name, x
 
+    def checkpoint_copies(self) -> dict[str, str]:
+        """What released checkpoints store again with every MTP layer, and what it repeats."""
+        embed, copies = "model.embed_tokens.weight", {}
+        head = embed if self.config.tie_word_embeddings else "lm_head.weight"
+        for k in range(self.config.num_nextn_predict_layers):
+            layer = f"model.layers.{self.config.num_hidden_layers + k}"
+            copies[f"{layer}.embed_tokens.weight"] = embed
+            copies[f"{layer}.shared_head.head.weight"] = head
+        return copies
+
     @classmethod
+    @torch.no_grad()
     def from_pretrained(
         cls, directory: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     ) -> "DeepSeekV3":
         """Opens a checkpoint of the DeepSeek-V3 family: config.json and safetensors, one file or
-        shards, in bf16, fp16, fp32 or FP8 with 128x128 block scales.
+        shards, in bf16, fp16, fp32 or FP8 with a scale for each 128x128 block.
 
         dtype None is the one config.json names (bf16 for FP8 weights). MTP modules are there if
-        their tensors are. One tensor at a time is held besides the model. Raises ValueError or
-        FileNotFoundError naming the file, key or tensor that is wrong.
+        their tensors are. Besides the model, one file is mapped and one tensor decoded at a time.
+        Raises ValueError or FileNotFoundError naming the file, key or tensor that is wrong.
         """
         directory = Path(directory)
         raw = read_json(directory / "config.json")
-        config = ModelConfig.from_hf(raw)
-        quantization = raw.get("quantization_config") or {}
-        if quantization and quantization.get("quant_method") != "fp8":
-            method = quantization.get("quant_method")
-            raise ValueError(f"{directory} is quantised by {method!r}, but only 'fp8' can be read.")
-        if list(quantization.get("weight_block_size") or [128, 128]) != [128, 128]:
-            block = quantization["weight_block_size"]
-            raise ValueError(
-                f"{directory} has FP8 blocks of {block}, but only 128x128 can be read."
-            )
-        stored = open_safetensors(directory)
-        L = first = config.num_hidden_layers
-        while f"model.layers.{L}.eh_proj.weight" in stored:
-            L += 1
-        config.num_nextn_predict_layers = L - first
+        config, stored = ModelConfig.from_hf(raw), stored_tensors(directory)
+        L = config.num_hidden_layers
+        depths = itertools.count()
+        config.num_nextn_predict_layers = next(
+            k for k in depths if f"model.layers.{L + k}.eh_proj.weight" not in stored
+        )
         if dtype is None:
-            name = "bfloat16" if quantization else raw.get("dtype") or raw.get("torch_dtype")
-            dtype = getattr(torch, name or "bfloat16")
-
+            name = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+            dtype = getattr(torch, "bfloat16" if raw.get("quantization_config") else name, None)
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise ValueError(
+                f"{directory} cannot be opened as {dtype or name}: give bfloat16, float16, float32 "
+                "or float64 as dtype."
+            )
         with torch.device("meta"):
-            model = cls(config)
-        model = model.to(dtype).to_empty(device=device)
+            model = cls(config).to(dtype)
+            for gate in model.gates():  # `to` has rounded them
+                gate.e_score_correction_bias = gate.e_score_correction_bias.float()
+        scales = {f"{x}_scale_inv": x for x in stored if stored[x].dtype == "F8_E4M3"}
+        copies = model.checkpoint_copies()
+        shapes = {name: list(x.shape) for name, x in model.checkpoint_views()}
+        shapes |= {scale: [-(-n // 128) for n in stored[x].shape] for scale, x in scales.items()}
+        optional = {copy: shapes[name] for copy, name in copies.items()}
+        if config.tie_word_embeddings:
+            optional["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+            copies["lm_head.weight"] = "model.embed_tokens.weight"
+        check_tensors(directory, stored, shapes, optional)
+
+        model.to_empty(device=device)
         model.expert_counts.zero_()
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight  # to_empty has untied them
         views = dict(model.checkpoint_views())
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        copies = {}  # the released MTP layers carry copies of the shared embedding and head
-        for layer in range(first, L):
-            copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
-            copies[f"model.layers.{layer}.shared_head.head.weight"] = head
-        missing = sorted(views.keys() - stored.keys())
-        surplus = sorted(
-            name
-            for name in stored.keys() - views.keys() - copies.keys()
-            if not (name.endswith("_scale_inv") or name.endswith("rotary_emb.inv_freq"))
-        )
-        for what, names in (("lacks", missing), ("has the unknown", surplus)):
-            if names:
-                raise ValueError(
-                    f"{directory} {what} tensor {names[0]} (and {len(names) - 1} more): "
-                    "config.json and the weights do not belong together."
-                )
 
-        def read(name: str) -> Tensor:
-            x = stored[name].get_tensor(name)
+        def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+            """The tensors file by file, each file open only as long as it is read."""
+            names = sorted(names, key=lambda name: stored[name].file)
+            for file, part in itertools.groupby(names, lambda name: stored[name].file):
+                with open_safetensors(file, device) as tensors:
+                    yield from ((name, tensors.get_tensor(name)) for name in part)
+
+        scale = {name: x.to(torch.float32, copy=True) for name, x in read(scales)}  # 1/4096 of all
+        for name, x in read(views):
             if x.dtype == torch.float8_e4m3fn:
-                if f"{name}_scale_inv" not in stored:
-                    raise ValueError(f"{directory} lacks {name}_scale_inv, the scales of {name}.")
-                scale = stored[f"{name}_scale_inv"].get_tensor(f"{name}_scale_inv").float()
-                x = fp8.dequantize(x, scale, (128, 128))
-            return x
-
-        with torch.no_grad():
-            for name, view in views.items():
-                x = read(name)
-                if x.shape != view.shape:
-                    raise ValueError(
-                        f"{name} in {directory} has shape {tuple(x.shape)}, but config.json "
-                        f"makes it {tuple(view.shape)}."
-                    )
-                view.copy_(x)
-            for copy, name in copies.items():
-                if copy in stored and not torch.equal(read(copy).to(dtype), views[name].cpu()):
-                    raise ValueError(f"{copy} in {directory} differs from {name}; they are shared.")
+                x = fp8.dequantize(x, scale.pop(f"{name}_scale_inv"), fp8.BLOCK)
+            views[name].copy_(x)
+        for name, x in read(copies.keys() & stored.keys()):
+            if not torch.equal(x.to(dtype), views[copies[name]]):
+                raise ValueError(
+                    f"{name} in {directory} differs from {copies[name]}, but a DeepSeek-V3 has "
+                    "one embedding and one head for all: this is another architecture."
+                )
         return model.eval()
 
+    @torch.no_grad()
     def save_pretrained(
         self,
         directory: str | Path,
@@ -907,89 +958,124 @@ class DeepSeekV3(nn.Module):
     ):
         """Writes the checkpoint in the layout of the released ones, for transformers and others.
 
-        quantize: FP8 weights with 128x128 block scales, as released. files: further text files by
-        name (a tokenizer's). extra: further keys of config.json. The directory appears whole or
-        not at all, and replaces an earlier one.
+        quantize: FP8 weights with 128x128 block scales, as released. shard_bytes: the most tensor
+        data in one file. files: further text files by name (a tokenizer's). extra: further keys of
+        config.json. The directory appears whole or not at all, and replaces an earlier checkpoint.
         """
         save_file = import_safetensors("torch").save_file
-        directory = Path(directory)
-        part = directory.with_name(directory.name + ".tmp")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-
-        shard, size, shards = {}, 0, []  # shards: the names in each file already written
-
-        def flush():
-            nonlocal shard, size
-            save_file(shard, part / f"shard-{len(shards)}", metadata={"format": "pt"})
-            shards.append(list(shard))
-            shard, size = {}, 0
-
-        total = 0
-        for name, x in self._released_tensors(quantize):
-            if shard and size + x.nbytes > shard_bytes:
-                flush()
-            shard[name] = x
-            size, total = size + x.nbytes, total + x.nbytes
-        flush()
-        weight_map = {}
-        for i, names in enumerate(shards):
-            file = "model.safetensors"
-            if len(shards) > 1:
-                file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            os.replace(part / f"shard-{i}", part / file)
-            weight_map |= dict.fromkeys(names, file)
-        texts = dict(files or {})
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            texts["model.safetensors.index.json"] = json.dumps(index, indent=2)
         config = {
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",
             **asdict(self.config),
+            **FIXED_KEYS,
             "num_key_value_heads": self.config.num_attention_heads,
-            "hidden_act": "silu",
-            "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc",
-            "moe_layer_freq": 1,
+            "bos_token_id": None,  # unless given in extra: readers would stop at token 1
+            "eos_token_id": None,
             "torch_dtype": str(self.norm.weight.dtype).removeprefix("torch."),
-            **extra,
         }
         if quantize:
-            config["quantization_config"] = {
-                "quant_method": "fp8",
-                "fmt": "e4m3",
-                "activation_scheme": "dynamic",
-                "weight_block_size": [128, 128],
-            }
-        texts["config.json"] = json.dumps(config, indent=2)
-        for name, text in texts.items():
-            (part / name).write_text(text, encoding="utf-8")
-        if directory.exists():
-            old = directory.with_name(directory.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(directory, old)
-            os.replace(part, directory)
-            shutil.rmtree(old)
-        else:
-            os.replace(part, directory)
+            config["quantization_config"] = FP8_KEYS | {"activation_scheme": "dynamic"}
+        texts = {**(files or {}), "config.json": json.dumps(config | extra, indent=2)}
 
-    def _released_tensors(self, quantize: bool) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors as the release stores them, on the CPU, each in memory of its own."""
-        for name, x in self.checkpoint_views():
-            x = x.detach().cpu().clone(memory_format=torch.contiguous_format)
+        with replacing(Path(directory)) as part:
+            total, shards = 0, []  # the names in each file
+            for shard in self._shards(quantize, shard_bytes):
+                save_file(shard, part / f"shard-{len(shards)}", metadata={"format": "pt"})
+                total += sum(x.nbytes for x in shard.values())
+                shards.append(list(shard))
+            weight_map = {}
+            for i, names in enumerate(shards):
+                file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+                file = file if len(shards) > 1 else "model.safetensors"
+                os.replace(part / f"shard-{i}", part / file)
+                weight_map |= dict.fromkeys(names, file)
+            if len(shards) > 1:
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                texts["model.safetensors.index.json"] = json.dumps(index, indent=2)
+            for name, text in texts.items():
+                (part / name).write_text(text, encoding="utf-8")
+
+    def _shards(self, quantize: bool, shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+        """The tensors of each file, on the CPU, each in memory of its own."""
+        views = dict(self.checkpoint_views())
+        views |= {copy: views[name] for copy, name in self.checkpoint_copies().items()}
+        shard, size = {}, 0
+        for name, x in views.items():
+            tensors = {name: x.cpu().clone(memory_format=torch.contiguous_format)}
             if quantize and FP8_WEIGHTS.search(name):
-                x, scale = fp8.quantize(x.float(), (128, 128))
-                yield f"{name}_scale_inv", scale
-            yield name, x
-        for k in range(self.config.num_nextn_predict_layers):
-            layer = f"model.layers.{self.config.num_hidden_layers + k}"
-            yield f"{layer}.embed_tokens.weight", self.embed_tokens.weight.detach().cpu().clone()
-            yield f"{layer}.shared_head.head.weight", self.lm_head.weight.detach().cpu().clone()
+                tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantize(x.cpu(), fp8.BLOCK)
+            for key, y in tensors.items():
+                if shard and size + y.nbytes > shard_bytes:
+                    yield shard
+                    shard, size = {}, 0
+                shard[key] = y
+                size += y.nbytes
+        yield shard
 
 
 # What the release stores in FP8: the projections of attention and FFN, not gate, norms or eh_proj.
 FP8_WEIGHTS = re.compile(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
+
+
+class Stored(NamedTuple):
+    """Where a tensor of a checkpoint lies, and what its header says of it."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
+
+
+def stored_tensors(directory: Path) -> dict[str, Stored]:
+    """By name, the tensors of model.safetensors or of the shards that the index names."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    promised = {}
+    if not single.exists():
+        if not index.exists():
+            raise FileNotFoundError(f"{directory} has neither {single.name} nor {index.name}.")
+        promised = read_json(index).get("weight_map")
+        if not promised:
+            raise ValueError(f"{index} has no 'weight_map', the file of each tensor.")
+    stored = {}
+    for file in sorted(set(promised.values())) or [single.name]:
+        with open_safetensors(directory / file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
+                if promised.get(name, file) == file:
+                    x = tensors.get_slice(name)
+                    stored[name] = Stored(directory / file, x.get_dtype(), x.get_shape())
+    if absent := sorted(promised.keys() - stored.keys()):
+        name, more = absent[0], len(absent) - 1
+        raise ValueError(
+            f"{index} promises {name} (and {more} more) in {promised[name]}, but it is not there: "
+            "fetch both again."
+        )
+    return stored
+
+
+def check_tensors(
+    directory: Path, stored: dict[str, Stored], shapes: dict[str, list[int]], optional: dict
+):
+    """Refuses a checkpoint that lacks one of `shapes`, or has more than them and `optional`."""
+    known = shapes | optional
+    surplus = [x for x in stored if x not in known and not x.endswith("rotary_emb.inv_freq")]
+    for what, names in (("lacks the", shapes.keys() - stored.keys()), ("has the unknown", surplus)):
+        if names:
+            raise ValueError(
+                f"{directory} {what} tensor {min(names)} (and {len(names) - 1} more): config.json "
+                "and the weights do not belong together."
+            )
+    for name in stored.keys() & known.keys():
+        _, dtype, shape = stored[name]
+        if shape != known[name]:
+            raise ValueError(
+                f"{name} in {directory} has shape {shape}, but must have {known[name]} by "
+                "config.json: they do not belong together."
+            )
+        readable = {"BF16", "F16", "F32", "F64"}
+        readable |= {"F8_E8M0"} if name.endswith("_scale_inv") else {"F8_E4M3"}
+        if dtype not in readable:
+            raise ValueError(
+                f"{name} in {directory} is {dtype}, but must be one of {sorted(readable)}."
+            )
 
 
 def import_safetensors(module: str = ""):
@@ -1001,35 +1087,48 @@ def import_safetensors(module: str = ""):
         ) from None
 
 
+def open_safetensors(file: Path, device: str = "cpu"):
+    safetensors = import_safetensors()
+    try:
+        return safetensors.safe_open(file, framework="pt", device=str(device))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing, but the index names it: fetch it.") from None
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is truncated or not safetensors ({error}): fetch it.") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: a checkpoint directory has one.") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from None
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, but must hold an object.")
+    return value
 
 
-def open_safetensors(directory: Path) -> dict[str, Any]:
-    """Tensor name -> open file, of model.safetensors or of the shards its index names."""
-    safetensors = import_safetensors()
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if not index.exists() and not single.exists():
-        raise FileNotFoundError(f"{directory} has neither {single.name} nor {index.name}.")
-    promised = read_json(index)["weight_map"] if index.exists() else {}
-    stored = {}
-    for file in sorted(set(promised.values())) or [single.name]:
-        try:
-            handle = safetensors.safe_open(directory / file, framework="pt", device="cpu")
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{directory / file} is missing, but the index names it."
-            ) from None
-        except safetensors.SafetensorError as error:
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `directory` when the block succeeds, else vanishes."""
+    directory = directory.absolute()
+    kinds = (".json", ".safetensors", ".tiktoken", ".model", ".jinja")
+    for path in directory.iterdir() if directory.exists() else ():
+        if path.is_dir() or path.suffix not in kinds:
             raise ValueError(
-                f"{directory / file} is truncated or no safetensors file ({error}); fetch it again."
-            ) from None
-        stored |= dict.fromkeys(handle.keys(), handle)
-    if absent := sorted(promised.keys() - stored.keys()):
-        raise ValueError(f"{directory}: the index promises {absent[0]}, but no file contains it.")
-    return stored
+                f"{path} is no part of a checkpoint and would be deleted with {directory}: choose "
+                "another directory."
+            )
+    part, old = (directory.with_name(f".{directory.name}.{end}") for end in ("new", "old"))
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(directory, old)
+        os.replace(part, directory)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -20,7 +20,6 @@ train.py and sample.py use the second half of this file: load_dataset, load_toke
 import argparse
 import ast
 import base64
-import binascii
 import dataclasses
 import difflib
 import glob
@@ -45,6 +44,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,29 +58,33 @@ END_OF_TEXT = "<|endoftext|>"
 # digits, Chinese and Japanese, a mark with a word, words, marks, line ends, blanks. The last
 # alternative takes what no other does (control characters), or text would be lost.
 PATTERN = (
-    r"\p{N}{1,3}|[一-龥\u3040-ゟ゠-ヿ]+|[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+|."
+    r"\p{N}{1,3}|[\u4e00-\u9fa5\u3040-\u30ff]+|[!-/:-@\[-`{-~][A-Za-z]+"
+    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+|."
 )
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: version, ids
 HEADER_BYTES = 1024
-OURS = r"meta\.json|tokenizer\.tiktoken|(train(_\d+)?|val)\.bin"  # files of a prepared folder
 PIECE = 1 << 18  # characters tokenised at a time
 BPE_SAMPLE = 100_000_000  # characters that a new tokenizer is trained on, at most
 
-HUGGING_FACE = "https://huggingface.co/datasets"
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
+HUGGING_FACE = "https://huggingface.co/datasets"
 STORIES = "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
-SHARDS = {  # GPT-2 tokens in files of 100M: where they lie, and how many there are
+SHARDS = {  # GPT-2 tokens in files of 100M: where they lie and how many there are
     "fineweb": ("kjj0/fineweb10B-gpt2/resolve/main/fineweb", 103),
     "finewebedu": ("kjj0/finewebedu10B-gpt2/resolve/main/finewebedu", 99),
 }
 SOURCES = ["stdlib", "pysite", "tinyshakespeare", "tinystories", *SHARDS]
-NOT_CORPUS = set(
-    "site-packages dist-packages __pycache__ test tests idle_test idlelib lib2to3 turtledemo "
-    "ensurepip encodings pydoc_data".split()
+# Folders and files of an installation that are tests, generated, or near-copies of one another.
+NOT_CORPUS = re.compile(
+    r"(^|/)((site|dist)-packages|__pycache__|tests?|idle_test|idlelib|lib2to3|turtledemo|ensurepip"
+    r"|encodings|pydoc_data|_sysconfigdata[^/]*)(/|$)"
 )
+OURS = re.compile(r"meta\.json|tokenizer\.tiktoken|(train(_\d+)?|val)\.bin")  # what we may replace
+AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder is there)"
+
+Document = tuple[str, str]  # name, text
 
 
 @dataclass
@@ -101,7 +105,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# ---- Reading documents: lists of (name, text) -------------------------------------------------
+# ---- Reading documents --------------------------------------------------------------------------
 
 
 def download(url: str, path: Path, timeout: float = 30.0) -> Path:
@@ -124,175 +128,148 @@ def download(url: str, path: Path, timeout: float = 30.0) -> Path:
                 file.truncate(0)
             length = reply.headers["Content-Length"]
             total = have + int(length) if length else None
-            bar = tqdm(initial=have, total=total, unit="B", unit_scale=True, desc=path.name)
-            with bar:
+            with tqdm(initial=have, total=total, unit="B", unit_scale=True, desc=path.name) as bar:
                 while block := reply.read1(1 << 16):
                     bar.update(file.write(block))
             file.flush()
             os.fsync(file.fileno())
-        if total is not None and part.stat().st_size != total:
-            raise OSError(f"the connection broke after {part.stat().st_size:,} of {total:,} bytes")
+            if total is not None and bar.n != total:
+                raise OSError(f"the connection broke after {bar.n:,} of {total:,} bytes")
     except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code == 416 and have:
+        if have and isinstance(error, urllib.error.HTTPError) and error.code == 416:
             part.unlink()  # nothing lies beyond what we have: not a part of this file
             return download(url, path, timeout)
         raise OSError(
-            f"could not download {url} ({error}); run the same command again to go on from "
-            f"{part}, or put the file at {path} yourself"
+            f"could not download {url} ({error}); run the command again to go on from {part}, "
+            f"or put the file at {path} yourself"
         ) from None
     os.replace(part, path)
     return path
 
 
-def read_file(path: Path, name: str, text_key: str = "text") -> Iterator[tuple[str, str]]:
-    """The documents of one file. Text is cut into documents at <|endoftext|>.
+def read_file(path: Path, name: str, text_key: str = "text") -> Iterator[Document]:
+    """The documents of one file; text is cut into documents at <|endoftext|>.
 
     Raises UnicodeDecodeError for text that is not UTF-8, ValueError for a bad line or column.
     """
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
+                if line.isspace():
                     continue
-                try:
-                    text = json.loads(line)[text_key]
-                    # JSON can spell half a surrogate pair, which no encoding of text can.
-                    yield f"{name}:{number}", text.encode("utf-8", "replace").decode()
+                try:  # JSON can spell half a surrogate pair, which UTF-8 cannot
+                    text = json.loads(line)[text_key].encode("utf-8", "replace").decode()
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise ValueError(
-                        f"{path} line {number} is not a JSON object with text under "
-                        f"{text_key!r}: {line.strip()[:60]!r}; name the key with --text_key=KEY"
+                        f"{path} line {number} is not a JSON object with text under {text_key!r}: "
+                        f"{line.strip()[:60]!r}; name the key with --text_key=KEY"
                     ) from None
+                yield f"{name}:{number}", text
     elif path.suffix == ".parquet":
         try:
-            import pyarrow.parquet
+            from pyarrow.parquet import ParquetFile
         except ImportError:
             raise ValueError(f"{path} needs pyarrow: run pip install pyarrow") from None
-        table = pyarrow.parquet.ParquetFile(path)
-        if text_key not in table.schema_arrow.names:
+        table = ParquetFile(path)
+        if text_key not in (columns := table.schema_arrow.names):
             raise ValueError(
-                f"{path} has no column {text_key!r} but {', '.join(table.schema_arrow.names)}; "
-                f"name the one with text with --text_key=COLUMN"
+                f"{path} has no column {text_key!r} but {', '.join(columns)}; "
+                f"name the one that holds the text with --text_key=COLUMN"
             )
         rows = (row for batch in table.iter_batches(columns=[text_key]) for row in batch.column(0))
         for number, row in enumerate(rows):
             yield f"{name}:{number}", row.as_py() or ""
     else:
-        text = path.read_text(encoding="utf-8")
-        for number, document in enumerate(text.split(END_OF_TEXT)):
-            yield (f"{name}:{number}" if number else name), document
+        for number, text in enumerate(path.read_text(encoding="utf-8").split(END_OF_TEXT)):
+            yield f"{name}:{number}", text
 
 
-def read_python(root: Path, prefix: str = "") -> list[tuple[str, str]]:
-    """The Python sources under root, without tests, near-copies and stubs."""
-    documents = []
-    for path in sorted(root.rglob("*.py")):
-        name = prefix + path.relative_to(root).as_posix()
-        if NOT_CORPUS & set(Path(name).parts) or path.name.startswith("_sysconfigdata"):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        if 200 <= len(text) <= 400_000:
-            documents.append((name, text))
-    return documents
-
-
-def read_installed(source: str) -> list[tuple[str, str]]:
+def read_installed(source: str) -> list[Document]:
     """stdlib: the standard library that runs this script; pysite: with it four large packages."""
-    documents = read_python(Path(sysconfig.get_paths()["stdlib"]))
-    if source == "pysite":
-        for package in ("torch", "numpy", "sympy", "networkx"):
-            if spec := importlib.util.find_spec(package):
-                documents += read_python(Path(spec.origin).parent, package + "/")
-            else:
-                say(f"{package} is not installed: left out of pysite")
-    documents = list({text: (name, text) for name, text in reversed(documents)}.values())[::-1]
-    if (size := sum(len(text) for _, text in documents)) < 3_000_000:
+    roots = {"": Path(sysconfig.get_paths()["stdlib"])}
+    for package in ("torch", "numpy", "sympy", "networkx") if source == "pysite" else ():
+        if spec := importlib.util.find_spec(package):
+            roots[package + "/"] = Path(spec.origin).parent
+        else:
+            say(f"{package} is not installed: left out of pysite")
+    names = {}  # text: name, so that of equal files the first stays
+    for prefix, root in roots.items():
+        for path in sorted(root.rglob("*.py")):
+            if NOT_CORPUS.search(name := path.relative_to(root).as_posix()):
+                continue
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+            if 200 <= len(text) <= 400_000:
+                names.setdefault(text, prefix + name)
+    if (size := sum(map(len, names))) < 3_000_000:
         raise ValueError(
-            f"this Python carries only {size:,} characters of source, expected 3,000,000 or more; "
+            f"this Python carries {size:,} characters of source, expected 3,000,000 or more; "
             f"use a file or folder of your own, or one of {', '.join(SOURCES[2:])}"
         )
-    return documents
+    return [(name, text) for text, name in names.items()]
 
 
-def read_paths(source: str, text_key: str) -> tuple[list[tuple[str, str]], int]:
-    """The documents of a file, a folder (recursively, hidden files aside) or a glob; file count."""
+def read_paths(source: str, text_key: str) -> tuple[list[Document], int]:
+    """The documents of a file, a folder (hidden files aside) or a glob; and the number of files."""
     root = Path(source).expanduser()
     if root.is_dir():
-        paths = [path for path in sorted(root.rglob("*")) if path.is_file()]
-        paths = [p for p in paths if not any(s[0] == "." for s in p.relative_to(root).parts)]
+        found = [p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root).as_posix()}"]
     else:
-        paths = [root] if root.is_file() else []
-        paths = paths or [Path(p) for p in sorted(glob.glob(str(root), recursive=True))]
-        paths = [path for path in paths if path.is_file()]
-        root = root.parent if len(paths) == 1 else Path(os.path.commonpath(paths or ["."]))
+        found = [root] if root.exists() else map(Path, glob.glob(str(root), recursive=True))
+    paths = sorted(path for path in found if path.is_file())
     if not paths:
         close = difflib.get_close_matches(source, SOURCES, 1, 0.5)
         raise FileNotFoundError(
-            f"no text in {source!r}: expected a file, a folder or a glob of files, or one of "
+            f"no text at {source!r}: expected a file, a folder or a glob of files, or one of "
             f"{', '.join(SOURCES)}" + (f"; did you mean {close[0]}?" if close else "")
         )
+    top = os.path.commonpath([path.parent for path in paths])
     documents, unreadable = [], 0
     for path in tqdm(paths, desc="reading", unit=" files", disable=None, leave=False):
         try:
-            documents += read_file(path, path.relative_to(root).as_posix(), text_key)
+            documents += list(read_file(path, path.relative_to(top).as_posix(), text_key))
         except UnicodeDecodeError as error:
             if len(paths) == 1:
-                raise ValueError(
-                    f"{path} is not UTF-8 text (byte {error.start}); convert it first, "
-                    f"for example with iconv -t UTF-8"
-                ) from None
+                where = f"{path} is not UTF-8 text (byte {error.start})"
+                raise ValueError(f"{where}; convert it, for example with iconv -t UTF-8") from None
             unreadable += 1
+        except EOFError:
+            raise ValueError(f"{path} is truncated; fetch or compress it again") from None
     if unreadable:
-        say(f"skipped {unreadable} files that are not UTF-8 text")
+        say(f"skipped {unreadable} of {len(paths)} files: not UTF-8 text")
     return documents, len(paths) - unreadable
 
 
-# ---- Splitting off the validation text --------------------------------------------------------
+def split_documents(documents: list[Document], fraction: float) -> tuple[list[str], list[str]]:
+    """(training texts, validation texts), the latter about `fraction` of the bytes.
 
-
-def lines_of(text: str) -> list[str]:
-    return [line for line in map(str.strip, text.splitlines()) if line]
-
-
-def split_documents(
-    documents: list[tuple[str, str]], val_fraction: float
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Whole documents, in the order of the sha256 of their names, up to val_fraction of the bytes.
-
-    A document most of whose lines also stand in others stays in training, as it would measure
-    memory; so does one that overshoots the target by a tenth. Where this leaves less than half of
-    the target (a single file does), the end of the largest document is cut off at a newline.
+    Whole documents go to validation in the order of the sha256 of their names, except those that
+    overshoot the target by a tenth and those most of whose text is lines that stand in other
+    documents too: they would measure memory. Where that leaves less than half of the target (a
+    single file does), the end of the largest document is cut off at a newline.
     """
     size = {name: len(text.encode()) for name, text in documents}
-    target = val_fraction * sum(size.values())
-    seen = Counter(hash(line) for _, text in documents for line in set(lines_of(text)))
-    held_out, held_bytes = set(), 0
+    target, held = fraction * sum(size.values()), 0
+    seen = Counter(line for _, text in documents for line in set(text.splitlines()))
+    train, val = dict(documents), {}
     for name, text in sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest()):
-        if held_bytes >= target:
-            break
-        lines = lines_of(text)
-        copied = sum(seen[hash(line)] > 1 for line in lines) > len(lines) / 2
-        if not copied and held_bytes + size[name] <= 1.1 * target:
-            held_out.add(name)
-            held_bytes += size[name]
-    train = [document for document in documents if document[0] not in held_out]
-    val = [document for document in documents if document[0] in held_out]
-    if held_bytes < target / 2:
-        largest = max(range(len(train)), key=lambda i: size[train[i][0]])
-        name, text = train[largest]
-        share = min((target - held_bytes) / size[name], 0.5)
-        cut = text.rfind("\n", 0, round(len(text) * (1 - share))) + 1 or round(
-            len(text) * (1 - share)
-        )
-        train[largest] = (name, text[:cut])
-        val.append((f"{name}:end", text[cut:]))
-    return train, val
+        if held < target and held + size[name] <= 1.1 * target:
+            copied = sum(len(line) for line in text.splitlines() if seen[line] > 1)
+            if copied <= len(text) / 2:
+                val[name] = train.pop(name)
+                held += size[name]
+    if held < target / 2:
+        name = max(train, key=size.__getitem__)
+        text, share = train[name], min(0.5, (target - held) / size[name])
+        end = len(text) - round(share * len(text))
+        end = text.rfind("\n", 0, end) + 1 or end
+        train[name], val[name + ":end"] = text[:end], text[end:]
+    return list(train.values()), list(val.values())
 
 
-# ---- The tokenizer ----------------------------------------------------------------------------
+# ---- The tokenizer ------------------------------------------------------------------------------
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -304,96 +281,65 @@ def pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def count_pretokens(texts: list[str], pattern: str) -> Counter[str]:
-    """How often the pattern finds each word; of a corpus over BPE_SAMPLE in every k-th piece."""
-    size = sum(map(len, texts))
-    step = -(-size // BPE_SAMPLE) or 1
+def count_words(texts: Iterable[str], pattern: str) -> Counter[str]:
+    """How often each match of the pattern stands in the texts, or in every k-th piece of many."""
+    todo = [piece for text in texts for piece in pieces(text)]
+    todo = todo[:: 1 + sum(map(len, todo)) // BPE_SAMPLE]
     counts, split = Counter(), regex.compile(pattern)
-    with tqdm(
-        total=size, unit="B", unit_scale=True, desc="words", disable=None, leave=False
-    ) as bar:
-        for number, piece in enumerate(piece for text in texts for piece in pieces(text)):
-            if number % step == 0:
-                counts.update(split.findall(piece))
-            bar.update(len(piece))
+    for piece in tqdm(todo, desc="words", disable=None, leave=False):
+        counts.update(split.findall(piece))
     return counts
 
 
-def train_bpe(words: Iterable[str] | Mapping[str, int], vocab_size: int, pattern: str):
-    """Byte-level BPE: {bytes: rank} with at most vocab_size ranks, the first 256 single bytes.
+def train_bpe(
+    words: Iterable[str] | Mapping[str, int], vocab_size: int, pattern: str
+) -> dict[bytes, int]:
+    """Byte-level BPE: {token: rank}, at most vocab_size of them, the first 256 the single bytes.
 
-    words: texts, or the counts of words already split. Again and again the commonest
-    concatenation of two neighbours becomes a token; of equally common ones the smaller in byte
-    order. Concatenations are counted, not pairs, since tiktoken joins any two neighbours whose
-    concatenation has a rank: so training sees exactly the merges that encoding will make.
+    words: texts, or counts of words already split. Again and again the commonest concatenation of
+    two neighbours becomes a token, of equally common ones the first in byte order. tiktoken joins
+    any two neighbours whose concatenation has a rank, so concatenations are counted here, not
+    pairs: training then sees the very merges that encoding makes.
     """
-    counts = words if isinstance(words, Mapping) else count_pretokens(list(words), pattern)
-    ranks = {bytes([byte]): byte for byte in range(256)}
+    counts = words if isinstance(words, Mapping) else count_words(words, pattern)
     parts = [[bytes([byte]) for byte in word.encode()] for word in counts]
     frequency = list(counts.values())
-    total = Counter()  # occurrences of each concatenation
-    where = defaultdict(set)  # words that (may) hold it
+    total, where = Counter(), defaultdict(set)  # concatenation: occurrences, words that hold it
     for word, tokens in enumerate(parts):
-        for left, right in zip(tokens, tokens[1:]):
+        for left, right in pairwise(tokens):
             total[left + right] += frequency[word]
             where[left + right].add(word)
     heap = [(-count, token) for token, count in total.items()]
     heapq.heapify(heap)
-    bar = tqdm(total=vocab_size, initial=256, desc="merges", disable=None, leave=False)
-    with bar:
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    with tqdm(total=vocab_size, desc="merges", disable=None, leave=False) as bar:
         while heap and len(ranks) < vocab_size:
             count, token = heapq.heappop(heap)
-            if -count != total[token]:  # changed since it was pushed
+            if -count != total[token]:  # it was pushed before other merges took some of it
                 if total[token] > 0:
                     heapq.heappush(heap, (-total[token], token))
                 continue
             ranks.setdefault(token, len(ranks))
-            bar.update()
             grown = set()
             for word in where.pop(token):
-                old, new, i = parts[word], [], 0
-                while i < len(old):  # join from left to right, as an encoder does
-                    if i + 1 < len(old) and old[i] + old[i + 1] == token:
-                        new.append(token)
-                        i += 2
+                old, new = parts[word], []
+                for right in old:  # from left to right, as an encoder does
+                    if new and new[-1] + right == token:
+                        new[-1] = token
                     else:
-                        new.append(old[i])
-                        i += 1
-                for left, right in zip(old, old[1:]):
+                        new.append(right)
+                for left, right in pairwise(old):
                     total[left + right] -= frequency[word]
-                for left, right in zip(new, new[1:]):
+                for left, right in pairwise(new):
                     total[left + right] += frequency[word]
-                    if left == token or right == token:
+                    if token in (left, right):
                         where[left + right].add(word)
                         grown.add(left + right)
                 parts[word] = new
             for joined in grown:
                 heapq.heappush(heap, (-total[joined], joined))
+            bar.update(len(ranks) - bar.n)
     return ranks
-
-
-def make_tokenizer(config: DataConfig, texts: list[str]) -> tiktoken.Encoding:
-    """The tokenizer that config asks for; a new one is trained on the texts."""
-    if config.tokenizer == "":
-        ranks = train_bpe(texts, config.vocab_size - 1, PATTERN)
-        if len(ranks) + 1 < config.vocab_size:
-            say(f"the text has no more than {len(ranks) + 1} tokens: vocab_size is that")
-        return encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)}, config.name)
-    if config.tokenizer in ("gpt2", "cl100k_base", "o200k_base"):
-        try:
-            return tiktoken.get_encoding(config.tokenizer)
-        except Exception as error:  # whatever the network does to it
-            reason = type(error).__name__
-            raise OSError(
-                f"tiktoken could not download its encoding {config.tokenizer!r} ({reason}); try "
-                f"again with a network, or leave out --tokenizer to train one on the text"
-            ) from None
-    if not Path(config.tokenizer).is_dir():
-        raise FileNotFoundError(
-            f"no tokenizer {config.tokenizer!r}: expected gpt2, cl100k_base, o200k_base or a "
-            f"folder made by prepare_data.py; leave out --tokenizer to train one on the text"
-        )
-    return load_tokenizer(config.tokenizer)
 
 
 def encoding_from(
@@ -404,21 +350,30 @@ def encoding_from(
     )
 
 
-def save_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> dict[str, Any]:
-    """Write tokenizer.tiktoken; returns what meta.json has to say about the tokenizer."""
-    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-    content = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
-    write_file(folder / "tokenizer.tiktoken", content)
-    return dict(
-        vocab_size=encoding.n_vocab,
-        eot=encoding.eot_token,
-        pattern=encoding._pat_str,
-        special_tokens=encoding._special_tokens,
-        tokenizer_sha256=hashlib.sha256(content).hexdigest(),
-    )
+def make_tokenizer(tokenizer: str, vocab_size: int, texts: list[str]) -> tiktoken.Encoding:
+    """A new tokenizer trained on the texts (""), one of tiktoken's, or that of a folder."""
+    if tokenizer in ("gpt2", "cl100k_base", "o200k_base"):
+        try:
+            return tiktoken.get_encoding(tokenizer)
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
+            raise OSError(
+                f"tiktoken could not download its encoding {tokenizer} ({type(error).__name__}); "
+                f"try again with a network, or leave out --tokenizer to train one on the text"
+            ) from None
+    if tokenizer and not Path(tokenizer).is_dir():
+        raise FileNotFoundError(
+            f"no tokenizer {tokenizer!r}: expected gpt2, cl100k_base, o200k_base or a prepared "
+            f"folder; leave out --tokenizer to train one on the text"
+        )
+    if tokenizer:
+        return load_tokenizer(tokenizer)
+    ranks = train_bpe(texts, vocab_size - 1, PATTERN)
+    if len(ranks) + 1 < vocab_size:
+        say(f"the text yields only {len(ranks) + 1} tokens: that is the vocabulary")
+    return encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)})
 
 
-# ---- Writing ----------------------------------------------------------------------------------
+# ---- Writing ------------------------------------------------------------------------------------
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -428,251 +383,235 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_tokens(
-    path: Path, texts: list[str], encoding: tiktoken.Encoding, tokenizer_sha256: str
-) -> tuple[int, int]:
-    """Encode the texts into a token file; returns (bytes of text, tokens)."""
+def write_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> dict[str, Any]:
+    """Write tokenizer.tiktoken; returns what meta.json has to say about the tokenizer."""
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    content = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
+    write_file(folder / "tokenizer.tiktoken", content)
+    return {
+        "vocab_size": encoding.n_vocab,
+        "eot": encoding.eot_token,
+        "pattern": encoding._pat_str,
+        "special_tokens": encoding._special_tokens,
+        "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def write_tokens(path: Path, texts: list[str], encoding: tiktoken.Encoding, sha256: str) -> int:
+    """Encode the texts into a token file; returns the number of tokens."""
     magic = 20240520 if encoding.n_vocab <= 1 << 16 else 20240801
     version, dtype = FORMATS[magic]
-    n_bytes, n_tokens = sum(len(text.encode()) for text in texts), 0
     todo = [(number == 0, piece) for text in texts for number, piece in enumerate(pieces(text))]
-    bar = tqdm(total=len(todo), desc=f"encoding {path.name}", disable=None, leave=False)
-    with open(path, "wb") as file, bar:
+    count, threads = 0, os.cpu_count() or 1
+    with open(path, "wb") as file:
         file.write(bytes(HEADER_BYTES))  # zeros, which no reader accepts, until all is written
-        for start in range(0, len(todo), 128):
-            batch = todo[start : start + 128]
-            encoded = encoding.encode_ordinary_batch(
-                [piece for _, piece in batch], num_threads=os.cpu_count()
-            )
-            for (first, _), ids in zip(batch, encoded):
+        for i in tqdm(range(0, len(todo), 128), desc=path.name, disable=None, leave=False):
+            firsts, batch = zip(*todo[i : i + 128], strict=True)
+            encoded = encoding.encode_ordinary_batch(list(batch), num_threads=threads)
+            for first, ids in zip(firsts, encoded, strict=True):
                 ids = np.array([encoding.eot_token] * first + ids, dtype)
                 file.write(ids.tobytes())
-                n_tokens += len(ids)
-            bar.update(len(batch))
-        if n_tokens >= 1 << 31:
-            raise ValueError(
-                f"{n_tokens:,} tokens do not fit one file (2^31); use a smaller source"
-            )
+                count += len(ids)
+        if count >= 1 << 31:
+            raise ValueError(f"{count:,} tokens exceed a file's 2^31; give a smaller source")
         header = np.zeros(HEADER_BYTES // 4, "<i4")
-        header[:5] = magic, version, n_tokens, encoding.n_vocab, encoding.eot_token
-        header[5] = np.float32(n_bytes / n_tokens).view(np.int32)
+        header[:5] = magic, version, count, encoding.n_vocab, encoding.eot_token
+        n_bytes = sum(len(text.encode()) for text in texts)
+        header[5] = np.float32(n_bytes / count).view(np.int32)
         header[6] = len(texts)
-        header[8:16] = np.frombuffer(bytes.fromhex(tokenizer_sha256), "<i4")
+        header[8:16] = np.frombuffer(bytes.fromhex(sha256), "<i4")
         file.seek(0)
         file.write(header.tobytes())
         file.flush()
         os.fsync(file.fileno())
-    return n_bytes, n_tokens
+    return count
 
 
 def prepare_text(config: DataConfig, folder: Path) -> dict[str, Any]:
-    """Text into token files and a tokenizer in folder; returns the contents of meta.json."""
-    downloads = Path(config.out) / "downloads"
+    """Make tokenizer and token files in folder; returns the contents of meta.json."""
+    downloads, held_out = Path(config.out) / "downloads", []
     if config.source in ("stdlib", "pysite"):
         documents = read_installed(config.source)
         files = len(documents)
-    elif config.source == "tinystories":
-        urls = [f"{HUGGING_FACE}/{STORIES}-{part}.txt" for part in ("train", "valid")]
-        paths = [download(url, downloads / url.split("/")[-1]) for url in urls]
-        documents, files = [d for path in paths for d in read_file(path, path.name)], 2
     elif config.source == "tinyshakespeare":
         path = download(SHAKESPEARE, downloads / "tinyshakespeare.txt")
-        documents, files = list(read_file(path, path.name)), 1
+        documents, files = read_paths(str(path), "")
+    elif config.source == "tinystories":  # brings its own validation file
+        urls = [f"{HUGGING_FACE}/{STORIES}-{part}.txt" for part in ("valid", "train")]
+        paths = [download(url, downloads / url.split("/")[-1]) for url in urls]
+        held_out, documents = (list(read_file(path, path.name)) for path in paths)
+        files = 2
     else:
         documents, files = read_paths(config.source, config.text_key)
-    documents = [(name, text) for name, text in documents if text.strip()]
-    if not documents:
-        raise ValueError(f"{config.source} holds no text; give a file or folder with some")
-    if config.source == "tinystories":  # brings its own validation file
-        val = [document for document in documents if document[0].startswith(paths[1].name)]
-        train = documents[: len(documents) - len(val)]
+    documents, held_out = ([d for d in part if d[1].strip()] for part in (documents, held_out))
+    if (size := sum(len(text) for _, text in documents)) < 100:
+        raise ValueError(f"{config.source} holds {size} characters of text, expected 100 or more")
+    if held_out:
+        train, val = ([text for _, text in part] for part in (documents, held_out))
     else:
         train, val = split_documents(documents, config.val_fraction)
-    texts = {"train": [text for _, text in train], "val": [text for _, text in val]}
     corpus = hashlib.sha256()
-    for _, text in documents:
+    for _, text in documents + held_out:
         corpus.update(text.encode() + b"\0")
-    say(f"{config.source}: {files} files, sha256 {corpus.hexdigest()}")
-    encoding = make_tokenizer(config, texts["train"])
-    tokenizer = save_tokenizer(encoding, folder)
-    sizes = {
-        split: write_tokens(
-            folder / f"{split}.bin", texts[split], encoding, tokenizer["tokenizer_sha256"]
-        )
-        for split in texts
-    }
-    return dict(
-        files=files,
-        documents={split: len(texts[split]) for split in texts},
-        bytes={split: sizes[split][0] for split in sizes},
-        tokens={split: sizes[split][1] for split in sizes},
-        corpus_sha256=corpus.hexdigest(),
-        **tokenizer,
-    )
+    say(f"{config.source}: {files:,} files, sha256 {corpus.hexdigest()}")
+    encoding = make_tokenizer(config.tokenizer, config.vocab_size, train)
+    meta = write_tokenizer(encoding, folder) | {"files": files}
+    meta |= {"corpus_sha256": corpus.hexdigest(), "documents": {}, "bytes": {}, "tokens": {}}
+    for split, texts in {"train": train, "val": val}.items():
+        path = folder / f"{split}.bin"
+        meta["tokens"][split] = write_tokens(path, texts, encoding, meta["tokenizer_sha256"])
+        meta["bytes"][split] = sum(len(text.encode()) for text in texts)
+        meta["documents"][split] = len(texts)
+    return meta
 
 
 def prepare_shards(config: DataConfig, folder: Path) -> dict[str, Any]:
-    """Token files that others have made: fetched, linked into folder, measured for meta.json."""
+    """Fetch token files that others have made into folder; returns the contents of meta.json."""
     address, available = SHARDS[config.source]
     if not 1 <= config.shards <= available:
-        raise ValueError(f"shards={config.shards}: {config.source} has 1 to {available} of them")
-    encoding = make_tokenizer(dataclasses.replace(config, tokenizer="gpt2"), [])
-    lengths = np.zeros(encoding.n_vocab, np.int64)  # bytes of text that each token stands for
+        raise ValueError(f"shards={config.shards}: {config.source} has 1 to {available}")
+    encoding = make_tokenizer("gpt2", 0, [])
+    lengths = np.zeros(1 << 16, np.int64)  # bytes of text that each token stands for
     for token, rank in encoding._mergeable_ranks.items():
         lengths[rank] = len(token)
-    names = {"val.bin": "val_000000"}
-    names |= {f"train_{i:06d}.bin": f"train_{i:06d}" for i in range(1, config.shards + 1)}
     n_bytes, n_tokens, corpus = Counter(), Counter(), hashlib.sha256()
-    for name, shard in names.items():
+    shards = ["val_000000", *(f"train_{i:06d}" for i in range(1, config.shards + 1))]
+    for shard in shards:
         url = f"{HUGGING_FACE}/{address}_{shard}.bin"
         path = download(url, Path(config.out) / "downloads" / url.split("/")[-1])
+        split = shard.split("_")[0]
+        name = folder / ("val.bin" if split == "val" else f"{shard}.bin")
         try:
-            os.link(path, folder / name)
+            os.link(path, name)
         except OSError:  # a file system without hard links
-            shutil.copyfile(path, folder / name)
-        tokens, _ = read_tokens(folder / name)
-        split = name[: name.index("_") if "_" in name else -4]
+            shutil.copyfile(path, name)
+        tokens, _ = read_tokens(name)
         n_tokens[split] += len(tokens)
-        uses = np.bincount(tokens, minlength=len(lengths))
-        n_bytes[split] += int(uses[: len(lengths)] @ lengths)
+        n_bytes[split] += int(np.bincount(tokens, minlength=1 << 16) @ lengths)
         corpus.update(tokens)
-    sizes = dict(bytes=dict(n_bytes), tokens=dict(n_tokens), corpus_sha256=corpus.hexdigest())
-    return dict(files=len(names), **sizes, **save_tokenizer(encoding, folder))
+    meta = {"files": len(shards), "corpus_sha256": corpus.hexdigest()}
+    meta |= {"bytes": dict(n_bytes), "tokens": dict(n_tokens)}
+    return meta | write_tokenizer(encoding, folder)
+
+
+def folder_of(config: DataConfig) -> Path:
+    """<out>/<name>, the name being that of the source where none is given. Raises ValueError."""
+    path = Path(config.source).expanduser().resolve()
+    name = config.name or path.name.strip(".").split(".")[0]
+    if not re.fullmatch(r"\w[\w .-]*", name) or name == "downloads":
+        raise ValueError(f"name={name!r}: expected a plain folder name; give --name=NAME")
+    return Path(config.out) / name
 
 
 def prepare(config: DataConfig) -> Path:
     """Make the folder <out>/<name> and return its path; it appears complete or not at all.
 
-    Raises FileExistsError if it is there already (without overwrite), ValueError or OSError, each
-    with one sentence, for a source or a setting that cannot be used.
+    Raises ValueError or OSError with one sentence where source, setting or folder do not serve.
     """
     began = time.perf_counter()
+    folder = folder_of(config)
     if not 257 <= config.vocab_size < 1 << 24:
-        raise ValueError(
-            f"vocab_size={config.vocab_size}: expected 257 (bytes and {END_OF_TEXT}) or more"
-        )
+        raise ValueError(f"vocab_size={config.vocab_size}: expected 257 (bytes and one) or more")
     if not 0 < config.val_fraction <= 0.5:
         raise ValueError(f"val_fraction={config.val_fraction}: expected more than 0, at most 0.5")
-    stem = Path(config.source).expanduser().resolve().name.strip(".").split(".")[0]
-    stem = re.sub(r"\W+", "_", stem).strip("_") or Path(config.source).resolve().parent.name
-    config = dataclasses.replace(config, name=config.name or stem)
-    if not re.fullmatch(r"\w[\w.-]*", config.name) or config.name == "downloads":
-        raise ValueError(f"name={config.name!r}: expected a plain folder name; give --name=NAME")
-    folder = Path(config.out) / config.name
     if folder.exists():
-        foreign = [p.name for p in folder.iterdir() if not re.fullmatch(OURS, p.name)]
-        if foreign:
-            raise FileExistsError(
-                f"{folder} holds {foreign[0]}, not prepared data; give --name=NAME"
-            )
+        if foreign := [path for path in folder.iterdir() if not OURS.fullmatch(path.name)]:
+            raise FileExistsError(f"{foreign[0]} is not prepared data; give another --name=NAME")
         if not config.overwrite:
-            raise FileExistsError(f"{folder} exists; add --overwrite to replace it, or --name=NAME")
-    temporary = folder.with_name(f".{config.name}.{os.getpid()}.tmp")
+            raise FileExistsError(f"{folder} exists; replace it with --overwrite or give --name")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
         make = prepare_shards if config.source in SHARDS else prepare_text
-        meta = dict(name=config.name, source=config.source, **make(config, temporary))
+        meta = {"name": folder.name, "source": config.source} | make(config, temporary)
         meta["python"] = platform.python_version()
         write_file(temporary / "meta.json", json.dumps(meta, indent=1).encode())
         load_dataset(temporary)  # read back and checked before it gets its name
+        old = temporary.with_suffix(".old")
         if folder.exists():
-            os.replace(folder, old := temporary.with_suffix(".old"))
-            os.replace(temporary, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, folder)
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for split in ("train", "val"):
-        n_bytes, n_tokens = meta["bytes"][split], meta["tokens"][split]
-        say(
-            f"{split}: {n_bytes:,} bytes, {n_tokens:,} tokens, {n_bytes / n_tokens:.3f} bytes/token"
-        )
+    for split, n_tokens in meta["tokens"].items():
+        n_bytes = meta["bytes"][split]
+        ratio = f"{n_bytes / n_tokens:.3f} bytes/token"
+        say(f"{split}: {n_bytes:,} bytes, {n_tokens:,} tokens, {ratio}")
     say(f"{folder}: vocabulary {meta['vocab_size']:,}, {time.perf_counter() - began:.1f} s")
     return folder
 
 
-# ---- Reading prepared data --------------------------------------------------------------------
+# ---- Reading prepared data ----------------------------------------------------------------------
 
 
 def read_tokens(path: Path | str) -> tuple[np.ndarray, dict[str, Any]]:
-    """The ids of a token file, mapped not read (N,), uint16 or uint32, and what its header says.
+    """The ids of a token file, mapped, not read: (N,) uint16 or uint32; and what its header says.
 
-    The header as a dict: vocab_size, eot, documents (0 where not given), bytes_per_token (0.0),
-    tokenizer_sha256 (64 zeros). Raises FileNotFoundError or ValueError.
+    The header's keys: vocab_size, eot, bytes_per_token, documents, tokenizer_sha256 (hex), all
+    zero in files of others. Raises FileNotFoundError or ValueError.
     """
     path = Path(path)
-    again = "make it again with python prepare_data.py SOURCE --overwrite"
     if not path.is_file():
-        raise FileNotFoundError(f"no token file {path}; make it with python prepare_data.py SOURCE")
+        raise FileNotFoundError(f"no token file {path}; {AGAIN}")
     with open(path, "rb") as file:
-        header = np.frombuffer(file.read(HEADER_BYTES)[:HEADER_BYTES], np.uint8)
-    words = header[: len(header) // 4 * 4].view("<i4")
-    magic = int(words[0]) if len(words) else 0
+        words = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
+    magic, version, count = map(int, words[:3])
     if magic not in FORMATS:
         raise ValueError(
-            f"{path} begins with {magic}, not with the magic number 20240520 or 20240801 of a token "
-            f"file (nanoGPT's .bin files have no header, an unfinished one has zeros); {again}"
+            f"{path} begins with {magic}, expected the magic number 20240520 or 20240801 of a "
+            f"token file (nanoGPT's .bin files have none); {AGAIN}"
         )
-    version, dtype = FORMATS[magic]
-    if len(header) < HEADER_BYTES:
-        raise ValueError(f"{path} is cut off in its header ({len(header)} of 1024 bytes); {again}")
-    if words[1] != version:
-        raise ValueError(f"{path} has version {words[1]}, expected {version}; {again}")
-    count = int(words[2])
+    expected, dtype = FORMATS[magic]
+    if version != expected:
+        raise ValueError(f"{path} has version {version}, expected {expected}; {AGAIN}")
     found = (path.stat().st_size - HEADER_BYTES) / dtype.itemsize
     if found != count or count < 1:
-        kind = "is truncated" if found < count else "is longer than it says"
+        state = "is truncated" if found < count else "has too many or no tokens"
         raise ValueError(
-            f"{path} {kind if count > 0 else 'is empty'}: its header promises {count:,} tokens, "
-            f"the file has {found:,.10g}; {again}"
+            f"{path} {state}: its header promises {count:,}, it holds {found:,.10g}; {AGAIN}"
         )
-    return np.memmap(path, dtype, "r", HEADER_BYTES, (count,)), dict(
-        vocab_size=int(words[3]),
-        eot=int(words[4]),
-        bytes_per_token=float(words[5:6].view("<f4")[0]),
-        documents=int(words[6]),
-        tokenizer_sha256=words[8:16].tobytes().hex(),
-    )
+    return np.memmap(path, dtype, "r", HEADER_BYTES, (count,)), {
+        "vocab_size": int(words[3]),
+        "eot": int(words[4]),
+        "bytes_per_token": float(words[5:6].view("<f4")[0]),
+        "documents": int(words[6]),
+        "tokenizer_sha256": words[8:16].tobytes().hex(),
+    }
 
 
 def read_meta(folder: Path | str) -> dict[str, Any]:
     """The contents of meta.json. Raises FileNotFoundError or ValueError."""
     path = Path(folder) / "meta.json"
-    again = "make the folder with python prepare_data.py SOURCE (--overwrite if it is there)"
     if not path.is_file():
-        raise FileNotFoundError(f"no prepared data in {folder} (no meta.json); {again}")
+        raise FileNotFoundError(f"no prepared data in {folder} (no meta.json); {AGAIN}")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        meta["pattern"], meta["special_tokens"], meta["tokenizer_sha256"], meta["vocab_size"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); {again}") from None
+        meta = json.loads(path.read_bytes())
+        missing = {"pattern", "special_tokens", "tokenizer_sha256", "bytes", "tokens"} - set(meta)
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is not valid JSON; {AGAIN}") from None
+    if missing:
+        raise ValueError(f"{path} lacks the key {min(missing)}; {AGAIN}")
     return meta
 
 
 def load_tokenizer(folder: Path | str) -> tiktoken.Encoding:
-    """The tokenizer stored in a prepared folder or a run. Raises FileNotFoundError or ValueError."""
+    """The tokenizer stored in a prepared folder or a run. Raises FileNotFoundError, ValueError."""
     meta, path = read_meta(folder), Path(folder) / "tokenizer.tiktoken"
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer {path}; prepare the data again with --overwrite")
+        raise FileNotFoundError(f"no tokenizer {path}; {AGAIN}")
     content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != meta["tokenizer_sha256"]:
-        raise ValueError(
-            f"{path} has sha256 {found[:12]}..., meta.json beside it names "
-            f"{meta['tokenizer_sha256'][:12]}...; prepare the data again with --overwrite"
-        )
-    try:  # not tiktoken.load, which caches by path and would miss a change
+    sha256, expected = hashlib.sha256(content).hexdigest(), meta["tokenizer_sha256"]
+    if sha256 != expected:
+        raise ValueError(f"{path} has sha256 {sha256}, meta.json says {expected}; {AGAIN}")
+    try:  # parsed here, as tiktoken.load caches by path and would miss a change
         rows = [line.split() for line in content.splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
-    except (ValueError, binascii.Error) as error:
-        raise ValueError(f"{path} has a bad line ({error}); prepare the data again") from None
-    missing = {bytes([byte]) for byte in range(256)} - set(ranks)
-    if missing or sorted(ranks.values()) != list(range(len(rows))):
-        raise ValueError(
-            f"{path} lacks tokens: expected ranks 0 to {len(rows) - 1} once each and all 256 "
-            f"single bytes; prepare the data again with --overwrite"
-        )
+    except ValueError as error:
+        raise ValueError(f"{path} has a bad line ({error}); {AGAIN}") from None
+    single_bytes = {bytes([byte]) for byte in range(256)}
+    if sorted(ranks.values()) != list(range(len(rows))) or not single_bytes <= set(ranks):
+        raise ValueError(f"{path} has not all tokens of its {len(rows)} ranks; {AGAIN}")
     return encoding_from(ranks, meta["pattern"], meta["special_tokens"], Path(folder).name)
 
 
@@ -680,36 +619,34 @@ class Tokens:
     """One split: token files read as if they were one, except that no window spans two."""
 
     def __init__(self, arrays: list[np.ndarray]):
-        self.arrays = arrays
-        self.ends = np.cumsum([len(array) for array in arrays])
+        self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """(N, length) int64: the ids from each of the N starts on, 0 <= start <= len - length.
+        """(N, length) int64: the ids from each of N starts on, 0 <= start <= len - length.
 
         A window that would run over the end of its file is moved back to end with it.
         """
-        if max(starts) > len(self) - length or min(starts) < 0:
+        starts, shortest = np.asarray(starts), min(map(len, self.arrays))
+        if length > shortest or starts.min() < 0 or starts.max() > len(self) - length:
             raise ValueError(
-                f"no window of {length} tokens at {max(starts)}: there are {len(self)} tokens"
+                f"no windows of {length} tokens at {starts.min()} to {starts.max()} in {len(self)} "
+                f"tokens (shortest file {shortest}); choose a shorter block or more data"
             )
         rows = np.empty((len(starts), length), np.int64)
-        for row, start in zip(rows, starts):
-            shard = int(np.searchsorted(self.ends, start, side="right"))
+        shards = np.searchsorted(self.ends, starts, side="right")
+        for row, start, shard in zip(rows, starts, shards, strict=True):
             array = self.arrays[shard]
-            if len(array) < length:
-                raise ValueError(f"a token file has {len(array)} tokens, a window {length}")
-            first = int(start) - int(self.ends[shard]) + len(array)
-            first = min(first, len(array) - length)
+            first = min(start - self.ends[shard], -length) + len(array)
             row[:] = array[first : first + length]
         return rows
 
 
 @dataclass
 class Dataset:
-    """A prepared folder, checked. len(dataset.train) is its number of tokens."""
+    """A prepared folder, checked; len(dataset.train) is its number of tokens."""
 
     train: Tokens
     val: Tokens
@@ -717,52 +654,50 @@ class Dataset:
     vocab_size: int
     eot: int
     tokenizer_sha256: str
-    val_bytes_per_token: float  # bytes of text per token of val, <|endoftext|> counted as a token
+    val_bytes_per_token: float  # bytes of text per token of val, <|endoftext|> being one of them
 
     def windows(self, split: str, starts: np.ndarray, length: int) -> np.ndarray:
         return {"train": self.train, "val": self.val}[split].windows(starts, length)
 
 
 def load_dataset(folder: Path | str) -> Dataset:
-    """Open data/<name>: train.bin or train_*.bin, val.bin, meta.json.
+    """Open data/<name>: train.bin or train_*.bin, val.bin, and the tokenizer.
 
     Raises FileNotFoundError or ValueError where a file is missing or damaged, was made with
     another tokenizer than the one beside it, or holds ids that the vocabulary does not.
     """
-    folder = Path(folder)
     encoding, meta = load_tokenizer(folder), read_meta(folder)
-    sha, splits = meta["tokenizer_sha256"], {}
-    shards = sorted(folder.glob("train_*.bin")) or [folder / "train.bin"]
-    for split, paths in ("train", shards), ("val", [folder / "val.bin"]):
+    sha256, vocab_size, splits = meta["tokenizer_sha256"], encoding.n_vocab, {}
+    shards = sorted(Path(folder).glob("train_*.bin")) or [Path(folder) / "train.bin"]
+    for split, paths in ("train", shards), ("val", [Path(folder) / "val.bin"]):
         arrays = []
         for path in paths:
             tokens, header = read_tokens(path)
-            if header["tokenizer_sha256"] not in (sha, "0" * 64):
+            made_with = header["tokenizer_sha256"]
+            if made_with not in (sha256, "0" * 64):
                 raise ValueError(
-                    f"{path} was made with tokenizer {header['tokenizer_sha256'][:12]}..., the one "
-                    f"beside it is {sha[:12]}...; prepare the data again with --overwrite"
+                    f"{path} was made with the tokenizer of sha256 {made_with[:16]}, beside it "
+                    f"lies {sha256[:16]}; {AGAIN}"
                 )
-            if (highest := int(tokens.max())) >= encoding.n_vocab:
-                raise ValueError(
-                    f"{path} holds the id {highest}, but the vocabulary ends at "
-                    f"{encoding.n_vocab - 1}; prepare the data again with --overwrite"
-                )
+            if (highest := int(tokens.max())) >= vocab_size:
+                raise ValueError(f"{path} holds id {highest} of {vocab_size} tokens; {AGAIN}")
             arrays.append(tokens)
         splits[split] = Tokens(arrays)
     ratio = header["bytes_per_token"] or meta["bytes"]["val"] / meta["tokens"]["val"]
     return Dataset(
-        splits["train"], splits["val"], meta, encoding.n_vocab, encoding.eot_token, sha, ratio
+        **splits,
+        meta=meta,
+        vocab_size=vocab_size,
+        eot=encoding.eot_token,
+        tokenizer_sha256=sha256,
+        val_bytes_per_token=ratio,
     )
 
 
-# ---- The command line, shared by all scripts --------------------------------------------------
+# ---- The command line, shared by all scripts ----------------------------------------------------
 
-
-def unknown_key(name: str, known: Iterable[str]) -> str:
-    """The sentence for a key that does not exist."""
-    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1)
-    hint = f"did you mean {close[0]}?" if close else "--help lists all keys"
-    return f"unknown key {name!r}; {hint}"
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
+KINDS |= {str: "text", dict: "a dict such as {'key': 1}"}
 
 
 def kinds_of(annotation: Any) -> list[type]:
@@ -772,29 +707,30 @@ def kinds_of(annotation: Any) -> list[type]:
     return [typing.get_origin(kind) or kind for kind in kinds]
 
 
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """The sentence for a key that does not exist."""
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1)
+    return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
+
+
 def check_value(name: str, value: Any, annotation: Any) -> Any:
-    """The value as its field's type; 1e6 is an int, 1 a float. Raises ValueError."""
+    """The value as its field's type: 1e6 may be an int, 1 a float. Raises ValueError."""
     kinds = kinds_of(annotation)
-    for kind in kinds:  # True is an int to Python, not to us
-        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+    if isinstance(value, bool):  # to Python an int, not to us
+        if bool in kinds:
             return value
-    if float in kinds and type(value) is int:
+    elif isinstance(value, tuple(kinds)):
+        return value
+    elif float in kinds and isinstance(value, int):
         return float(value)
-    if int in kinds and type(value) is float and value.is_integer():
+    elif int in kinds and isinstance(value, float) and value.is_integer():
         return int(value)
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    words |= {
-        type(None): "none",
-        dict: "a dict such as {'key': 1}",
-        list: "a list",
-        tuple: "a tuple",
-    }
-    expected = " or ".join(words.get(kind, kind.__name__) for kind in kinds)
+    expected = " or ".join(KINDS.get(kind, kind.__name__) for kind in kinds)
     raise ValueError(f"{name} must be {expected}, not {value!r}; --help shows the defaults")
 
 
 def parse_value(name: str, text: str, annotation: Any) -> Any:
-    """A value from the command line: Python's literals, true, false, none, else text."""
+    """A value from the command line: true, false, none, one of Python's literals, or text."""
     kinds, word = kinds_of(annotation), text.strip().lower()
     if bool in kinds and word in ("true", "false", "1", "0"):
         return word in ("true", "1")
@@ -802,69 +738,65 @@ def parse_value(name: str, text: str, annotation: Any) -> Any:
         return None
     try:
         value = check_value(name, ast.literal_eval(text.strip()), annotation)
-        return text if isinstance(value, str) else value
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return check_value(name, text, annotation)
+    except (ValueError, SyntaxError):
+        value = text
+    return check_value(name, text if isinstance(value, str) else value, annotation)
 
 
 def parse_args(
     description: str, argv: list[str], *config_classes: type, positional: str = ""
 ) -> tuple[str | None, dict[str, Any]]:
-    """Read [POSITIONAL] [--key=value] with the dataclasses' fields as keys.
+    """Read [POSITIONAL] [--key=value ...] with the dataclasses' fields as keys.
 
-    Returns the positional argument (None if absent) and the values given, by field. Prints help,
-    made of the fields' defaults and the comments on their lines, and exits with 0, or exits with 2
-    and a sentence where a key is unknown or a value is not of its field's type.
+    Returns the positional argument (None if absent) and the values given, by field. --help prints
+    each field's default and the comment on its line. Exits with 2 and a sentence where a key is
+    unknown or a value is not of its field's type.
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage = f"%(prog)s {f'[{positional.upper()}] ' if positional else ''}[--key=value ...]"
+    parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     if positional:
-        parser.add_argument(positional, nargs="?", metavar=positional.upper())
-    fields = {}
-    for config_class in config_classes:
-        group = parser.add_argument_group(config_class.__name__)
-        source, hints = inspect.getsource(config_class), typing.get_type_hints(config_class)
-        for field in dataclasses.fields(config_class):
-            if field.name in fields:
+        parser.add_argument("0", nargs="?", metavar=positional.upper())
+    annotations = {}
+    for config in config_classes:
+        group = parser.add_argument_group(config.__name__)
+        hints, source = typing.get_type_hints(config), inspect.getsource(config)
+        for field in dataclasses.fields(config):
+            if field.name in annotations:
                 continue
-            fields[field.name] = hints[field.name]
-            comment = re.search(rf"(?m)^    {field.name}: .*?  # (.*)$", source)
+            annotations[field.name] = hints[field.name]
             made = field.default_factory is not dataclasses.MISSING
             default = field.default_factory() if made else field.default
-            text = f"{comment[1] if comment else ''} (default: {default!r})".strip()
-            group.add_argument(
-                f"--{field.name}", dest=f"--{field.name}", metavar="", help=text.replace("%", "%%")
-            )
-    flags = {f"--{name}" for name, annotation in fields.items() if bool in kinds_of(annotation)}
-    argv = [word + "=true" if word in flags else word for word in argv]
-    given, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        if word.startswith("--"):
-            parser.error(unknown_key(word[2:].split("=")[0], fields))
-        parser.error(f"unexpected argument {word!r}: keys are written --key=value")
-    values = {}
-    for key, text in vars(given).items():
-        if key.startswith("--"):
-            try:
-                values[key[2:]] = parse_value(key, text, fields[key[2:]])
-            except ValueError as error:
-                parser.error(str(error))
-    return getattr(given, positional or " ", None), values
+            comment = re.search(rf"(?m)^    {field.name}:.*?  # (.*)$", source)
+            text = f"{comment[1] if comment else ''} (default: {default!r})".replace("%", "%%")
+            kind = "|".join(kind.__name__ for kind in kinds_of(hints[field.name]))
+            group.add_argument("--" + field.name, metavar=kind, help=text)
+    flags = ["--" + name for name, kind in annotations.items() if bool in kinds_of(kind)]
+    given, unknown = parser.parse_known_args([a + "=true" if a in flags else a for a in argv])
+    if unknown and unknown[0].startswith("--"):
+        parser.error(unknown_key(unknown[0][2:].split("=")[0], annotations))
+    if unknown:
+        parser.error(f"unexpected argument {unknown[0]!r}; write --key=value")
+    values = vars(given)
+    argument = values.pop("0", None)
+    try:
+        return argument, {
+            name: parse_value(name, text, annotations[name])
+            for name, text in values.items()
+            if text is not None
+        }
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main; refusals become one sentence and exit code 1, bugs keep their trace."""
+    """Run a script's main: a refusal becomes a sentence and exit code 1, a bug keeps its trace."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
         say("interrupted")
         sys.exit(130)
-    except BrokenPipeError:  # | head has seen enough
+    except BrokenPipeError:  # the reader, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         say(f"error: {error}")
@@ -872,7 +804,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    description = "Turn text into token files and a tokenizer: data/<name>/."
+    description = "Turn text into token files and a tokenizer in data/<name>/."
     source, values = parse_args(description, argv, DataConfig, positional="source")
     if source is not None:
         values["source"] = source

@@ -1,0 +1,36 @@
+"""A few seconds on one core: for the tests and for first experiments."""
+
+vocab_size = 512
+hidden_size = 48
+num_hidden_layers = 3
+num_attention_heads = 2
+q_lora_rank = 24
+kv_lora_rank = 16
+qk_nope_head_dim = 16
+qk_rope_head_dim = 8
+v_head_dim = 16
+intermediate_size = 96
+moe_intermediate_size = 24
+first_k_dense_replace = 1
+n_routed_experts = 8
+num_experts_per_tok = 2
+n_shared_experts = 1
+n_group = 4
+topk_group = 2
+routed_scaling_factor = 1.0
+max_position_embeddings = 256
+num_nextn_predict_layers = 1
+initializer_range = 0.02
+
+data = "tiny"
+steps = 100
+batch_size = 8
+block_size = 64
+lr = 5e-3
+warmup = 0.05
+decay_start = 0.5
+decay_end = 1.0
+min_lr = 0.05
+gamma = 0.01
+eval_every = 50
+save_every = 50
