@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -307,6 +308,20 @@ class Past:
     positions: Tensor  # (B, T) slots of the new tokens
     seen: Tensor | None  # (B, T, S) causal mask, None when every slot is seen
 
+    def store(self, new: Tensor):
+        """Writes the new tokens' c_t^KV and k_t^R (B, T, C+R) into their slots."""
+        if len(new) == 1:  # the last ones: indexing would take longer than all the rest
+            self.kv[:, -new.shape[1] :] = new
+        else:
+            rows = torch.arange(len(new), device=new.device)[:, None]
+            self.kv[rows, self.positions] = new.to(self.kv.dtype)
+
+
+def per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Every head's x (B, T, H, in) times its own matrix (H, in, out): (B, T, H, out)."""
+    y = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight)  # (H, B*T, out)
+    return y.transpose(0, 1).unflatten(0, x.shape[:2])
+
 
 class MLA(nn.Module):
     """Multi-head Latent Attention, Eq. 1-11.
@@ -375,20 +390,20 @@ class MLA(nn.Module):
     ) -> Tensor:
         """Decoding: W^UK moves over to the query and W^UV to the output, so that attention runs on
         the cached latents: q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
-        B, T, H, N = q_nope.shape
-        C = latent.shape[-1]
-        rows = torch.arange(B, device=latent.device)[:, None]
-        past.kv[rows, past.positions] = torch.cat((latent, k_pe), -1).to(past.kv.dtype)
+        _, T, H, N = q_nope.shape
+        C, kv = latent.shape[-1], past.kv
+        past.store(torch.cat((latent, k_pe), -1))
         W = self.kv_b_proj.weight.unflatten(0, (H, -1))  # (H, N+V, C)
         W_UK, W_UV = W[:, :N], W[:, N:]  # (H, N, C), (H, V, C)
-        q = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, W_UK), q_pe), -1)  # (B, T, H, C+R)
-        score = q.flatten(1, 2).to(past.kv.dtype) @ past.kv.mT * self.scale  # (B, T*H, S)
-        score = score.unflatten(1, (T, H))
+        q = per_head(q_nope, W_UK)  # (B, T, H, C)
+        q = (torch.cat((q, q_pe), -1) * self.scale).to(kv.dtype)  # (B, T, H, C+R)
+        score = q.flatten(1, 2) @ kv.mT  # (B, T*H, S)
         if past.seen is not None:
-            score = score.masked_fill(~past.seen[:, :, None], -math.inf)
-        p = wide(score).softmax(-1).to(past.kv.dtype).flatten(1, 2)  # (B, T*H, S)
-        o = (p @ past.kv[..., :C]).unflatten(1, (T, H))  # (B, T, H, C)
-        return torch.einsum("bthc,hvc->bthv", o, W_UV)  # (B, T, H, V)
+            seen = past.seen.repeat_interleave(H, 1)
+            score = score.masked_fill(~seen, -math.inf)
+        p = wide(score).softmax(-1).to(kv.dtype)
+        o = (p @ kv[..., :C]).unflatten(1, (T, H))  # (B, T, H, C)
+        return per_head(o, W_UV.mT)  # (B, T, H, V)
 
 
 # ---- DeepSeekMoE (section 2.1.2) -----------------------------------------------------------------
@@ -404,7 +419,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if isinstance(self.down_proj, fp8.FP8Linear):  # keeps gate and up in FP8 for backward
+            return fp8.swiglu_linear(gate, up, self.down_proj.weight)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Gate(nn.Module):
@@ -466,6 +484,26 @@ def expert_counts(chosen: Tensor, E: int) -> Tensor:
     return torch.zeros(E, dtype=torch.long, device=flat.device).scatter_add_(
         0, flat, torch.ones_like(flat)
     )
+
+
+def sort_by_expert(chosen: Tensor, E: int, pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots are rows sorted by expert, each expert's rounded up to a multiple of `pad`.
+
+    chosen (tokens, K) -> the token in each slot (slots,), 0 in padding; the slot of each token's
+    K experts (tokens, K); how many slots each expert has (E,).
+    """
+    expert = chosen.flatten()  # (tokens*K,)
+    counts = expert_counts(expert, E)
+    padded = (counts + pad - 1) // pad * pad
+    total = len(expert) if pad == 1 else int(padded.sum())
+    order = expert.argsort(stable=True)
+    number = torch.arange(len(order), device=order.device)
+    gap = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)  # padding before each expert
+    slots = torch.empty_like(order)
+    slots[order] = number + gap[expert[order]]
+    rows = order.new_zeros(total)
+    rows[slots] = number // chosen.shape[1]
+    return rows, slots.view_as(chosen), padded
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -544,34 +582,48 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """x (tokens, D), chosen and weight (tokens, K) -> (tokens, D)."""
-        K, E, dtype = chosen.shape[1], len(self.down_proj), compute_dtype(x)
-        product = fp8.grouped_linear if self.fp8 else grouped_linear
-        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
-        if not self.fp8:
-            gate_up_proj, down_proj = gate_up_proj.to(dtype), down_proj.to(dtype)
-
-        # A slot is a row in the sorted order. In bf16 on a CPU oneDNN compiles a kernel for every
-        # new matrix shape, so there each expert's rows are padded to a multiple of 64.
+        dtype = compute_dtype(x)
+        if x.device.type == "cpu" and len(x) <= 32 and not (self.fp8 or torch.is_grad_enabled()):
+            return self.forward_few(x.to(dtype), chosen, weight)
+        # In bf16 on a CPU oneDNN compiles a kernel for every new matrix shape, so there each
+        # expert's rows are padded to a multiple of 64.
         pad = 64 if x.device.type == "cpu" and dtype == torch.bfloat16 and not self.fp8 else 1
-        expert = chosen.flatten()  # (tokens*K,)
-        counts = expert_counts(expert, E)
-        padded = (counts + pad - 1) // pad * pad
-        total = len(expert) if pad == 1 else int(padded.sum())
-        order = expert.argsort(stable=True)
-        gap = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)  # padding before expert e
-        slots = torch.empty_like(order)
-        slots[order] = torch.arange(len(order), device=order.device) + gap[expert[order]]
-        rows = torch.zeros(total, dtype=torch.long, device=order.device)
-        rows[slots] = torch.arange(len(order), device=order.device) // K  # slot -> token
+        rows, slots, counts = sort_by_expert(chosen, len(self.down_proj), pad)
         # Eq. 12's gate value multiplies the hidden units instead of the output: the same sum, in
         # fewer numbers, and padding rows come out as zero.
-        scale = weight.new_zeros(total).scatter(0, slots, weight.flatten())
-        slots = slots.view(-1, K)
-
-        hidden = product(_Gather.apply(x.to(dtype), rows, slots), gate_up_proj, padded)
-        gate, up = hidden.chunk(2, dim=-1)  # (slots, F) each
-        y = product((F.silu(gate) * up * scale[:, None]).to(dtype), down_proj, padded)
+        gain = weight.new_zeros(len(rows)).scatter(0, slots.flatten(), weight.flatten())
+        x = _Gather.apply(x.to(dtype), rows, slots)  # (slots, D)
+        if self.fp8:
+            gate, up = fp8.grouped_linear(x, self.gate_up_proj, counts).chunk(2, dim=-1)
+            y = fp8.swiglu_linear(gate, up, self.down_proj, counts, gain)
+        else:
+            gate, up = grouped_linear(x, self.gate_up_proj.to(dtype), counts).chunk(2, dim=-1)
+            hidden = (F.silu(gate) * up * gain[:, None]).to(dtype)  # (slots, F)
+            y = grouped_linear(hidden, self.down_proj.to(dtype), counts)  # (slots, D)
         return _Combine.apply(y, rows, slots)
+
+    def forward_few(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        """The same for the few tokens of a decoding step: sorted by the host, which is faster than
+        starting an operation for every step of it, and touching the chosen experts only."""
+        experts = chosen.flatten().tolist()
+        order = sorted(range(len(experts)), key=experts.__getitem__)  # slot -> token * K + choice
+        counts = Counter(sorted(experts))  # visited expert -> its slots
+        alone = len(x) == 1  # then every slot has the same x, and their sum is the result
+        index = torch.tensor(order)
+
+        def product(parts: Iterable[Tensor], weight: Tensor) -> Tensor:
+            return torch.cat(
+                [F.linear(x_e, weight[e].to(x.dtype)) for x_e, e in zip(parts, counts, strict=True)]
+            )
+
+        sizes = list(counts.values())
+        parts = [x] * len(sizes) if alone else x[index // chosen.shape[1]].split(sizes)
+        gate, up = product(parts, self.gate_up_proj).chunk(2, dim=-1)  # (slots, F) each
+        hidden = (F.silu(gate) * up * weight.flatten()[index, None]).to(x.dtype)
+        y = product(hidden.split(sizes), self.down_proj)  # (slots, D)
+        if alone:
+            return y.sum(0, keepdim=True)
+        return torch.empty_like(y).index_copy_(0, index, y).view(*chosen.shape, -1).sum(1)
 
 
 class MoE(nn.Module):
@@ -893,11 +945,10 @@ class DeepSeekV3(nn.Module):
         directory = Path(directory)
         raw = read_json(directory / "config.json")
         config, stored = ModelConfig.from_hf(raw), stored_tensors(directory)
-        L = config.num_hidden_layers
-        depths = itertools.count()
-        config.num_nextn_predict_layers = next(
-            k for k in depths if f"model.layers.{L + k}.eh_proj.weight" not in stored
-        )
+        L, depth = config.num_hidden_layers, 0
+        while f"model.layers.{L + depth}.eh_proj.weight" in stored:
+            depth += 1
+        config.num_nextn_predict_layers = depth
         if dtype is None:
             name = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
             dtype = getattr(torch, "bfloat16" if raw.get("quantization_config") else name, None)
@@ -1001,9 +1052,11 @@ class DeepSeekV3(nn.Module):
         views |= {copy: views[name] for copy, name in self.checkpoint_copies().items()}
         shard, size = {}, 0
         for name, x in views.items():
-            tensors = {name: x.cpu().clone(memory_format=torch.contiguous_format)}
             if quantize and FP8_WEIGHTS.search(name):
-                tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantize(x.cpu(), fp8.BLOCK)
+                q, scale = fp8.quantize(x.cpu(), fp8.BLOCK)
+                tensors = {name: q, f"{name}_scale_inv": scale}
+            else:
+                tensors = {name: x.cpu().clone(memory_format=torch.contiguous_format)}
             for key, y in tensors.items():
                 if shard and size + y.nbytes > shard_bytes:
                     yield shard

@@ -463,16 +463,17 @@ def generate(
 
     def take(new_tokens: list[list[int]], kept: list[int]):
         """Adds to the rows what a round gave them, up to their end."""
-        for b in range(B):
+        for b, ids in enumerate(new_tokens):
             if not live[b]:
                 continue
-            ids = new_tokens[b][: min(kept[b] + 1, end[b] - known[b])]
-            stop = next((i for i, token in enumerate(ids) if token in eos), None)
-            ids = ids if stop is None else ids[: stop + 1]
+            ids = ids[: min(kept[b] + 1, end[b] - known[b])]
+            if stops := [i for i, token in enumerate(ids) if token in eos] if eos else ():
+                ids = ids[: stops[0] + 1]
             texts[b] += ids
-            live[b] = stop is None and len(texts[b]) < end[b]
-            known[b] = len(texts[b]) if live[b] else 2
+            known[b] += len(ids)
             stats.tokens += len(ids)
+            if stops or known[b] == end[b]:
+                live[b], known[b] = False, 2
             if on_token:
                 on_token(b, ids, min(kept[b], len(ids)))
 
@@ -787,13 +788,12 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
     colour = sys.stdout.isatty() and config.show != ""
     delayed = config.show == "experts"  # experts are looked up when the text is complete
     writers = [Writer(tokenizer, b == 0, colour) for b in range(N)]
-    texts = [list(ids) for _ in range(N)]
-    if not delayed:
-        for writer in writers:
-            writer.write(prompt)
+    texts = [[] for _ in range(N)]
 
     def on_token(row: int, new: list[int], drafted: int):
-        texts[row].extend(new)
+        if not texts[row] and not delayed:
+            writers[row].write(prompt)
+        texts[row] += new
         if not delayed:
             writers[row].add(new, ["32"] * drafted + [""] * (len(new) - drafted))
 
@@ -812,8 +812,8 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
         if b:
             writer.text = f"{'-' * 80}\n{writer.text}"
         if delayed:
-            experts = top_experts(model, texts[b])
-            writer.add(texts[b], [f"38;5;{17 + 29 * e % 214}" for e in experts])
+            experts = top_experts(model, ids + texts[b])
+            writer.add(ids + texts[b], [f"38;5;{17 + 29 * e % 214}" for e in experts])
         writer.close()
     report(model.config, stats, N)
     if interrupted:

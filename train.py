@@ -20,18 +20,19 @@ import contextlib
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sample
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import prepare_data
+import sample
 from model import DeepSeekV3, ModelConfig, expert_counts
 
 
@@ -217,6 +219,7 @@ def wrap(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> nn.Module:
     if machine.world > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
         # Expert counts differ between ranks until update_bias; DDP must not overwrite them.
+        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # its successor is torch 2.13's
         return DistributedDataParallel(model, ids, broadcast_buffers=False)
     return model
 
@@ -371,10 +374,11 @@ def save_atomically(state: dict[str, Any], path: Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # on a full disk torch raises its own on top
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        met = (error, error.__context__)
+        reason = next((e.strerror for e in met if isinstance(e, OSError) and e.errno), error)
         kept = f"the earlier {path} is intact" if path.exists() else "nothing was saved before"
         raise OSError(
             f"cannot write {path} ({str(reason).splitlines()[0]}); {kept}, free some space and "
@@ -732,6 +736,22 @@ RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
 
 
 def main(argv: list[str]):
+    """The command. Where another process has died or raised, this one ends with a sentence."""
+    try:
+        run(argv)
+    except RuntimeError as error:  # gloo has no class of its own for it
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]
+        raise ConnectionError(
+            f"rank {os.environ.get('RANK')} lost another process ({reason}): see what that one "
+            f"said, then continue from the last checkpoint with --resume."
+        ) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run(argv: list[str]):
     file, values = prepare_data.parse_args(
         "Train a DeepSeek-V3: python train.py config/small.py [--key=value]",
         argv, TrainConfig, ModelConfig, positional="config",
@@ -749,6 +769,8 @@ def main(argv: list[str]):
     if config.resume or (config.eval_only and not config.init_from):
         name = "ckpt.pt" if config.resume or not (out / "best.pt").exists() else "best.pt"
         saved = sample.load_checkpoint(out / name)
+        if config.resume and "optimizer" not in saved:
+            raise ValueError(f"{out / name} is no checkpoint to resume: only weights, as best.pt.")
         check_same_network(saved["model_config"], model_values, str(out))
         model_config = ModelConfig(**saved["model_config"])
         old = {k: v for k, v in saved["train_config"].items() if k in config.__dataclass_fields__}

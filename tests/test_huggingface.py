@@ -42,7 +42,7 @@ TINY = {
     "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
     "n_routed_experts": 16,
-    "num_experts_per_tok": 3,
+    "num_experts_per_tok": 6,
     "n_shared_experts": 1,
     "n_group": 4,
     "topk_group": 2,
@@ -67,7 +67,10 @@ VARIANTS = {
     "Kimi-K2": NO_GROUPS
     | {"rope_scaling": YARN | {"factor": 32, "beta_fast": 1}, "rope_theta": 50000.0}
     | {"qk_rope_head_dim": 16, "n_routed_experts": 24, "num_experts_per_tok": 8},
-    "mscales differ": {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+    "mscales differ": {
+        "rope_scaling": YARN | {"mscale_all_dim": 0.7, "original_max_position_embeddings": 4096},
+        "rope_theta": 100.0,  # so slow that the last rotated pair is beyond the half
+    },
     "bare yarn": {"rope_scaling": {"type": "yarn", "factor": 8}},
     "yarn untruncated": {
         "rope_scaling": YARN | {"attention_factor": 0.9, "truncate": False},
@@ -476,6 +479,7 @@ LARGE = {
     "moe_intermediate_size": 136,
     "intermediate_size": 260,
     "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
     "rope_scaling": YARN,
 }
 
@@ -589,7 +593,7 @@ CONFIG_REFUSALS = {
     "groups": ({"n_group": 5}, "n_routed_experts 16 is not a multiple of n_group 5"),
     "topk_group": ({"topk_group": 5}, "topk_group 5 is larger than n_group 4"),
     "too many experts": ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds the 8"),
-    "one a group": ({"n_group": 16, "topk_group": 3}, "n_group 16 leaves one expert a group"),
+    "one a group": ({"n_group": 16, "topk_group": 8}, "n_group 16 leaves one expert a group"),
     "dtype": ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn: give bfloat16"),
     "no dtype": ({"torch_dtype": "half_a_byte"}, "half_a_byte: give bfloat16"),
     "width": ({"vocab_size": 96}, "has shape [97, 32], but must have [96, 32]"),

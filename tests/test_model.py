@@ -107,6 +107,17 @@ def tiny(dtype=torch.float64, bias=0.0, **changes) -> DeepSeekV3:
     return model
 
 
+def calm() -> DeepSeekV3:
+    """A float32 model to be run in low precision: every token goes to every expert, so rounding
+    flips no choice, and the matrices are halved, so the layers hardly amplify it."""
+    model = tiny(torch.float32, n_group=1, topk_group=1, num_experts_per_tok=8)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if x.ndim >= 2 and "embed" not in name:
+                x *= 0.5
+    return model
+
+
 def tokens_of(model, *shape, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.vocab_size, shape, generator=generator)
@@ -129,6 +140,7 @@ def check_against_reference(model):
     with torch.no_grad():
         logits, mtp = model(tokens, return_mtp=True)
         close(model(tokens), logits, atol=0)
+    close(model(tokens).detach(), logits)  # training and decoding take different paths
     assert len(mtp) == model.config.num_nextn_predict_layers
     for b, row in enumerate(tokens.tolist()):
         expected, expected_mtp = reference.forward(w, c, row)
@@ -763,16 +775,29 @@ def outputs_and_gradients(function, experts, x, chosen, weight):
 
 @pytest.mark.parametrize(
     "tokens, K, empty",
-    [(40, 3, ()), (40, 3, (0, 3, 7)), (1, 3, ()), (1, 1, (0,)), (33, 1, range(1, 8)), (9, 8, ())],
+    [
+        *[(40, 3, ()), (40, 3, (0, 3, 7)), (33, 1, range(1, 8))],
+        *[
+            (1, 3, ()),
+            (1, 1, (0,)),
+            (2, 3, (0, 3, 7)),
+            (5, 1, range(1, 8)),
+            (9, 8, ()),
+            (32, 3, ()),
+        ],
+    ],
 )
 def test_experts_equal_a_loop_over_experts(tokens, K, empty):
-    """With empty experts, one token, all tokens on one expert (none dropped), all experts."""
+    """With empty experts, one token, all tokens on one expert (none dropped), all experts; once as
+    in training, once as in decoding, which has a shorter path for few tokens."""
     inputs = routed(tokens, K, empty=empty)
     assert not set(inputs[2].flatten().tolist()) & set(empty)
     ours = outputs_and_gradients(lambda experts, *args: experts(*args), *inputs)
     theirs = outputs_and_gradients(loop_over_experts, *inputs)
     for a, b in zip(ours, theirs, strict=True):
         close(a, b)
+    with torch.no_grad():
+        close(inputs[0](*inputs[1:]), theirs[0])
     assert ours[0].abs().sum(1).min() > 0  # no token came out empty
 
 
@@ -787,8 +812,36 @@ def test_experts_padded_for_bf16_on_the_cpu_are_close_to_the_loop(tokens, empty)
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == torch.float32
         assert (a - b).norm() < 0.02 * b.norm()
-    one_by_one = inputs[0].bfloat16()(inputs[1].bfloat16(), *inputs[2:])
-    assert (one_by_one.float() - theirs[0]).norm(dim=1).max() < 0.03 * theirs[0].norm(dim=1).max()
+    experts, x = inputs[0].bfloat16(), inputs[1].bfloat16()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y = experts(x, *inputs[2:]).float()
+        assert (y - theirs[0]).norm(dim=1).max() < 0.03 * theirs[0].norm(dim=1).max()
+
+
+# ---- Gradients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["attention_bias", "tied_embeddings"])
+def test_every_parameters_gradient_equals_finite_differences(variant):
+    """The slope of the training loss along a random direction in each parameter. A central
+    difference of step d errs by d^2 + 1e-15 / d, here about 1e-10; no choice of experts flips."""
+    model = tiny(
+        num_nextn_predict_layers=2, **VARIANTS[variant] | dict(num_hidden_layers=2)
+    ).train()
+    tokens, targets = tokens_of(model, 2, 8), tokens_of(model, 2, 8, seed=2)
+    sum(model(tokens, targets)).backward()
+    d = 1e-5
+    for name, p in model.named_parameters():
+        direction = torch.randn_like(p) / p.numel() ** 0.5
+        with torch.no_grad():
+            p.add_(d * direction)
+            up = sum(model(tokens, targets))
+            p.sub_(2 * d * direction)
+            down = sum(model(tokens, targets))
+            p.add_(d * direction)
+        slope = (p.grad * direction).sum()
+        assert abs((up - down) / (2 * d) - slope) < 1e-6 * max(1, abs(slope)), name
 
 
 # ---- Norm, dtypes, initialisation, sizes ---------------------------------------------------------
@@ -801,6 +854,8 @@ def test_rms_norm_computes_in_float32_and_rounds_before_its_weight():
     y = x.double()
     y = (y / (y.square().mean(-1, keepdim=True) + 1e-3).sqrt()).bfloat16()
     assert torch.equal(norm(x), norm.weight * y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert RMSNorm(64, 1e-3)(torch.randn(4, 64)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -822,8 +877,8 @@ def test_logits_and_losses_are_float32_or_the_models_float64(dtype, expected):
 
 
 def test_model_under_bf16_autocast_is_close_and_its_gradients_are_float32():
-    """No groups and all experts, so that rounding cannot flip a choice; 8 bits through 4 layers."""
-    model = tiny(torch.float32, n_group=1, topk_group=1, num_experts_per_tok=8).train()
+    """8 bits through 4 layers: 1 to 2 % whatever the seed."""
+    model = calm().train()
     tokens = tokens_of(model, 2, 8)
     exact = torch.stack(model(tokens, tokens))
     with torch.autocast("cpu", torch.bfloat16):
@@ -836,7 +891,7 @@ def test_model_under_bf16_autocast_is_close_and_its_gradients_are_float32():
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_decoding_under_bf16_autocast_is_close_to_float32(cache_dtype):
-    model = tiny(torch.float32, n_group=1, topk_group=1, num_experts_per_tok=8)
+    model = calm()
     tokens = tokens_of(model, 2, 10)
     exact = model(tokens)
     cache = Cache(model.config, 3, 2, 10, like=exact.to(cache_dtype))
@@ -981,13 +1036,14 @@ def test_use_fp8_switches_projections_mlps_and_experts_and_nothing_else():
 
 
 def test_fp8_runs_forward_and_backward_close_to_full_precision():
-    """4 bits (E4M3) in every product: some percent. All experts, so that no choice can flip."""
-    model = tiny(torch.float32, n_group=1, topk_group=1, num_experts_per_tok=8).train()
+    """4 bits (E4M3) in every product: 10 to 17 % of the logits' norm over seeds, where gate and up
+    exchanged, or forgotten gate values, make 46 % and more."""
+    model = calm().train()
     tokens = tokens_of(model, 2, 8)
     logits, exact = model(tokens).detach(), torch.stack(model(tokens, tokens)).detach()
     model.use_fp8()
     difference = (model(tokens) - logits).norm() / logits.norm()
-    assert 1e-3 < difference < 0.3
+    assert 0.02 < difference < 0.3
     losses = torch.stack(model(tokens, tokens))
     torch.testing.assert_close(losses, exact, rtol=0.1, atol=0)
     losses.sum().backward()

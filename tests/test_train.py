@@ -1,0 +1,1042 @@
+"""Training is exact, resumable, the same on any number of processes, and hard to kill.
+
+Where processes matter they are forked from a server that has imported train.py once.
+
+    KILLS=100 python -m pytest tests/test_train.py -k sigkill     kills a hundred times, not ten
+    COMPILE=1 python -m pytest tests/test_train.py -k resumed     also under --compile (minutes)
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prepare_data
+import sample
+import train
+from model import DeepSeekV3, ModelConfig
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "config" / "tiny.py")
+SHORT = (
+    *("--steps=8", "--batch_size=4", "--block_size=16", "--eval_batch=32", "--dtype=float64"),
+    *("--log_every=1", "--eval_every=4", "--save_every=4"),
+)
+# Schedules that do not depend on the length of the run.
+CONSTANT = ("--warmup=0", "--decay_start=1", "--mtp_switch=1", "--gamma_stop=1")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+# ---- Tools ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """A folder with 200 kB of the standard library."""
+    folder, size = tmp_path_factory.mktemp("source") / "text", 0
+    folder.mkdir()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-d]*.py")):
+        if size < 200_000:
+            size += path.stat().st_size
+            shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(text, tmp_path_factory) -> Path:
+    out = str(tmp_path_factory.mktemp("data"))
+    return prepare_data.prepare(
+        prepare_data.DataConfig(
+            source=str(text), name="tiny", out=out, vocab_size=512, val_fraction=0.01
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """An empty folder, and afterwards the signal handlers of before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "show_result", lambda config: None)
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    yield
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+@pytest.fixture
+def run(data):
+    """Trains in this process; returns the run's folder."""
+
+    def run(*options: str, out: str = "run") -> Path:
+        train.main([TINY, f"--data={data}", f"--out={out}", *SHORT, *options])
+        return Path(out)
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """The one sentence with which the command fails, as its user sees it."""
+
+    def refused(*argv: str, code: int = 1) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        with pytest.raises(SystemExit) as exit:
+            prepare_data.run_command(train.main)
+        error = capsys.readouterr().err
+        assert exit.value.code == code and "Traceback" not in error
+        progress = r"usage: train|model: |run: |step \d+|\w+ is now "
+        lines = [line for line in error.splitlines() if not re.match(progress, line)]
+        assert len(lines) == 1 and error.splitlines()[-1] == lines[0], error
+        return lines[0]
+
+    return refused
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Forks processes that have imported this file, so that each costs no time to start."""
+    paths, before = f"{ROOT}{os.pathsep}{ROOT / 'tests'}", os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = paths if before is None else f"{paths}{os.pathsep}{before}"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_train"])
+    context.Process(target=int).start()
+    del os.environ["PYTHONPATH"]
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+    return context
+
+
+def command(argv: list[str], log: str, environment: dict[str, str], setup):
+    """The life of a forked process: train.py with its output in a file."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
+    with open(log, "wb", 0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *argv]
+    train.show_result = lambda config: None
+    if setup:
+        setup()
+    prepare_data.run_command(train.main)
+
+
+@pytest.fixture
+def start(data, server, tmp_path):
+    """Starts train.py in `world` processes, which have .log (a path); kills what is left."""
+    everything = []
+
+    def start(*options: str, world: int = 1, out: str = "run", setup=None):
+        argv = [TINY, f"--data={data}", f"--out={tmp_path / out}", *SHORT, *options]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = []
+        for rank in range(world):
+            log = tmp_path / f"{out}.{rank}.log"
+            log.write_text("")
+            environment = {} if world == 1 else {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+            process = server.Process(target=command, args=(argv, str(log), environment, setup))
+            process.log = log
+            process.start()
+            processes.append(process)
+        everything.extend(processes)
+        return processes
+
+    yield start
+    for process in everything:
+        process.kill()
+
+
+def finish(processes, codes: int | list[int] = 0, seconds: float = 100) -> list[str]:
+    """Waits for the end of all processes; returns what they said."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.1, end - time.monotonic()))
+    said = [process.log.read_text() for process in processes]
+    expected = codes if isinstance(codes, list) else [codes] * len(processes)
+    assert [process.exitcode for process in processes] == expected, "\n".join(said)
+    return said
+
+
+def wait_for(condition, seconds: float = 60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def log_of(out: Path, *without: str) -> list[dict]:
+    """log.jsonl without the times."""
+    lines = (Path(out) / "log.jsonl").read_text().splitlines()
+    skip = ("tokens_per_s", *without)
+    return [{k: v for k, v in json.loads(x).items() if k not in skip} for x in lines]
+
+
+def load(out: Path, name: str = "ckpt.pt") -> dict:
+    return torch.load(Path(out) / name, weights_only=True)
+
+
+def flatten(value, path: str = "") -> dict:
+    """{"model.norm.weight": tensor, ...} of nested dicts and lists."""
+    if isinstance(value, (dict, list)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, x in pairs for k, v in flatten(x, f"{path}.{key}").items()}
+    return {path: value}
+
+
+def assert_same(a, b, tolerance: float = 0.0):
+    """Equal, numbers within the tolerance (relative, and absolute for what is near 0).
+
+    Of a float64 model some readers keep the float32 bias in float64; all else has its dtype.
+    """
+    a, b = flatten(a), flatten(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        if isinstance(a[key], torch.Tensor):
+            torch.testing.assert_close(
+                a[key], b[key], rtol=tolerance, atol=tolerance,
+                check_dtype="correction_bias" not in key, msg=lambda m, key=key: f"{key}: {m}",
+            )  # fmt: skip
+        elif isinstance(a[key], float) and tolerance:
+            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), key
+        else:
+            assert a[key] == b[key], key
+
+
+def assert_same_run(a: Path, b: Path):
+    """All that a run has made, bit for bit."""
+    assert log_of(a) == log_of(b)
+    for name in ("ckpt.pt", "best.pt"):
+        x, y = load(a, name), load(b, name)
+        for state in (x, y):
+            del state["train_config"]
+        assert_same(x, y)
+
+
+def assert_equivalent(a: Path, b: Path, tolerance: float = 1e-9):
+    """The same loss curve, evaluations, weights, optimiser and biases but for rounding."""
+    assert_same(log_of(a), log_of(b), tolerance)
+    x, y = load(a), load(b)
+    for key in ("model", "optimizer", "step", "tokens", "best"):
+        assert_same(x[key], y[key], tolerance)
+
+
+def keep_saves(monkeypatch) -> dict[int, dict]:
+    """Filled with every saved ckpt.pt, by step."""
+    states, save = {}, train.save_atomically
+
+    def keep(state, path):
+        save(state, path)
+        if path.name == "ckpt.pt":
+            states[state["step"]] = load(path.parent)
+
+    monkeypatch.setattr(train, "save_atomically", keep)
+    return states
+
+
+def stop_at(step: int, monkeypatch, number: int = signal.SIGTERM):
+    """A signal as soon as the line of that step is in the log."""
+    write = train.write_log
+
+    def write_log(path, line):
+        write(path, line)
+        if line["step"] == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train, "write_log", write_log)
+
+
+# ---- Schedules and data --------------------------------------------------------------------------
+
+
+def test_learning_rate_follows_section_4_2():
+    config = train.TrainConfig(steps=10_000, lr=2.0)
+    points = {
+        0: 2 / 86, 42: 2 * 43 / 86, 84: 2 * 85 / 86, 85: 2, 6759: 2, 6760: 2,
+        7485: 2 * (0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2), 8210: 2 * 0.55, 9659: 2 * 0.1,
+        9660: 2 * 0.1, 9886: 2 * 0.1, 9887: 2 * 0.0332, 9999: 2 * 0.0332,
+    }  # fmt: skip
+    for step, expected in points.items():
+        assert train.lr_at(config, step) == pytest.approx(expected, rel=1e-5), step
+    rates = [train.lr_at(config, step) for step in range(10_000)]
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < 0.14
+
+
+def test_batch_grows_in_equal_stages():
+    config = train.TrainConfig(steps=1000, batch_size=16, batch_start=4, batch_ramp=0.1)
+    points = {0: 4, 24: 4, 25: 8, 49: 8, 50: 12, 75: 16, 99: 16, 100: 16, 999: 16}
+    assert {step: train.batch_at(config, step) for step in points} == points
+    assert train.batch_at(replace(config, batch_start=0), 0) == 16
+
+
+def test_windows_come_from_seed_and_step_alone(data):
+    dataset, tokens = prepare_data.load_dataset(data), np.fromfile(data / "train.bin", np.uint16)
+    config = train.TrainConfig(batch_size=4, block_size=16)
+    windows = train.train_windows(dataset, config, 3)
+    assert windows.shape == (4, 17)
+    text = tokens.tobytes()
+    assert all(row.astype(np.uint16).tobytes() in text for row in windows)
+    for change in (dict(grad_accum=4, steps=9, lr=1.0), dict(device="cpu", parallel="fsdp")):
+        torch.rand(1)
+        assert np.array_equal(windows, train.train_windows(dataset, replace(config, **change), 3))
+    for other in ((config, 4), (replace(config, seed=1), 3)):
+        assert not np.array_equal(windows, train.train_windows(dataset, *other))
+    x, y = train.to_device(windows, torch.device("cpu"))
+    assert x[:, 1:].equal(y[:, :-1]) and x.shape == y.shape == (4, 16)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_microbatches_together_are_the_windows_of_the_step(accumulate, run, monkeypatch, data):
+    seen, to_device = [], train.to_device
+    monkeypatch.setattr(train, "to_device", lambda x, d: (seen.append(x), to_device(x, d))[1])
+    run("--steps=2", f"--grad_accum={accumulate}")
+    assert len(seen) == 2 * accumulate
+    config = train.TrainConfig(batch_size=4, block_size=16)
+    dataset = prepare_data.load_dataset(data)
+    expected = [train.train_windows(dataset, config, step) for step in range(2)]
+    assert np.array_equal(np.concatenate(seen), np.concatenate(expected))
+
+
+# ---- One step, exactly ---------------------------------------------------------------------------
+
+
+def test_steps_equal_a_hand_written_training_loop(run, data, monkeypatch):
+    """Loss weights and their switch, clipping, AdamW, decay groups, schedule, bias update."""
+    states = keep_saves(monkeypatch)
+    options = dict(
+        steps=4, lr=0.02, warmup=0.3, decay_start=0.5, decay_end=0.9, min_lr=0.1,
+        clip=0.5, weight_decay=0.3, beta1=0.8, beta2=0.9, mtp_weight=0.4, mtp_weight_late=0.2, mtp_switch=0.5, gamma=0.05,
+        gamma_stop=0.75, alpha=0.3,
+    )  # fmt: skip
+    given = [f"--{key}={value}" for key, value in options.items()]
+    out = run(*given, "--save_every=1", "--attention_bias")
+    config = train.TrainConfig(**options, batch_size=4, block_size=16)
+    dataset, lines = prepare_data.load_dataset(data), log_of(out)
+    model = DeepSeekV3(ModelConfig(**load(out)["model_config"])).double().train()
+    model.load_state_dict(states[0]["model"])
+    assert abs(model.lm_head.weight.std() / model.config.initializer_range - 1) < 0.02
+    parameters = dict(model.named_parameters())
+    m = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    v = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    clipped = 0
+    for t in range(1, 5):
+        x = torch.from_numpy(train.train_windows(dataset, config, t - 1))
+        main, mtp, balance = model(x[:, :-1], x[:, 1:])
+        moe_layers = 3  # two in the main model, one in the MTP module
+        loss = main + (0.4 if t <= 2 else 0.2) * mtp + 0.3 * moe_layers * balance
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        clipped += norm > 0.5
+        lr = train.lr_at(config, t - 1)
+        with torch.no_grad():
+            for (name, p), g in zip(parameters.items(), gradients, strict=True):
+                g = g * min(1.0, 0.5 / (norm + 1e-6))
+                decayed = not ("norm" in name or name.endswith("bias"))
+                p *= 1 - lr * (0.3 if decayed else 0.0)
+                m[name] = 0.8 * m[name] + 0.2 * g
+                v[name] = 0.9 * v[name] + 0.1 * g * g
+                p -= lr * (m[name] / (1 - 0.8**t)) / ((v[name] / (1 - 0.9**t)).sqrt() + 1e-8)
+            for gate, chosen in zip(model.gates(), model.routing, strict=True):
+                load_ = torch.bincount(chosen.flatten(), minlength=8).float()
+                if t <= 3:
+                    gate.e_score_correction_bias += 0.05 * (load_.mean() - load_).sign()
+            loads = [torch.bincount(c.flatten(), minlength=8).float() for c in model.routing]
+            vio = sum((x.max() / x.mean() - 1).item() for x in loads) / 3
+        assert_same(states[t]["model"], dict(model.state_dict()), 1e-10)
+        line = next(x for x in lines if x["step"] == t and "loss" in x)
+        expected = dict(
+            step=t, tokens=t * 64, loss=main.item(), mtp_loss=mtp.item(),
+            balance_loss=balance.item(), lr=lr, grad_norm=norm, max_vio=vio,
+        )  # fmt: skip
+        assert line == pytest.approx(expected, rel=1e-6)
+    assert clipped, "no step was clipped"
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_gradient_accumulation_changes_nothing(accumulate, run):
+    whole = run(out="whole")
+    assert_equivalent(whole, run(f"--grad_accum={accumulate}", out="parts"), 1e-10)
+    assert load(whole)["model"]["layers.1.mlp.gate.e_score_correction_bias"].abs().max() > 0
+
+
+def test_recompute_changes_nothing(run):
+    assert_equivalent(run(out="plain"), run("--recompute", out="recomputed"), 1e-10)
+
+
+# ---- Resume --------------------------------------------------------------------------------------
+
+CASES = {
+    "float32": ["--dtype=float32"],
+    "bfloat16": ["--dtype=bfloat16"],
+    "batch ramp, accumulation, tied": [
+        *("--dtype=float32", "--batch_start=2", "--batch_ramp=0.7", "--grad_accum=2"),
+        *("--tie_word_embeddings", "--log_every=3"),
+    ],
+    "float64": [],
+}
+if os.environ.get("COMPILE"):
+    CASES["compile"] = ["--dtype=float32", "--compile"]
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
+    options, run, monkeypatch, capsys
+):
+    windows = train.train_windows
+
+    def random_windows(*arguments):  # a network with dropout would use the generator too
+        torch.rand(1)
+        return windows(*arguments)
+
+    monkeypatch.setattr(train, "train_windows", random_windows)
+    straight = run(*options, out="straight")
+    step = 3 if "--log_every=3" not in options else 6
+    with monkeypatch.context() as patch:
+        stop_at(step, patch)
+        run(*options, out="broken")
+    said = capsys.readouterr().err
+    assert f"stopped at step {step}" in said and "--resume" in said
+    assert load("broken")["step"] == step == log_of("broken")[-1]["step"]
+    with open("broken/log.jsonl", "a") as file:  # what came after the checkpoint, and half a line
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    run(*options, "--resume", out="broken")
+    assert_same_run(straight, Path("broken"))
+    assert load("broken")["tokens"] == log_of("broken")[-1]["tokens"]
+
+
+def test_resume_keeps_what_the_command_line_does_not_name(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        run()
+    train.main(["--out=run", "--resume"])
+    assert load("run")["step"] == 8
+    assert next(iter(load("run")["model"].values())).dtype == torch.float64
+    assert load("run")["train_config"]["batch_size"] == 4
+
+
+def test_resume_may_change_optimiser_settings_and_says_so(run, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        run(*CONSTANT, "--lr=0.001", "--weight_decay=0")
+    before = load("run")["model"]["lm_head.weight"]
+    options = ("--lr=0.5", "--weight_decay=2", "--beta1=0", "--clip=1e-9", "--beta2=0")
+    run(*CONSTANT, "--resume", "--steps=4", *options)
+    said = capsys.readouterr().err
+    assert "lr is now 0.5 (was 0.001)" in said and "weight_decay is now 2.0 (was 0.0)" in said
+    assert "steps is now 4 (was 8)" in said
+    assert log_of("run")[-2]["lr"] == 0.5
+    # lr * weight_decay = 1 wipes the weight out; what is left is Adam's step of at most lr
+    after = load("run")["model"]["lm_head.weight"]
+    assert after.abs().max() <= 0.5 < (after - before).abs().max() + before.abs().max() + 0.5
+    assert load("run")["optimizer"]["param_groups"][0]["weight_decay"] == 2
+
+
+def test_a_finished_run_can_go_on_for_longer(run):
+    straight = run(*CONSTANT, out="straight")
+    run(*CONSTANT, "--steps=4", out="longer")
+    run(*CONSTANT, "--steps=4", "--resume", out="longer")  # nothing left to do
+    run(*CONSTANT, "--resume", out="longer")
+    assert_same_run(straight, Path("longer"))
+
+
+def test_another_network_or_tokenizer_is_refused_on_resume(run, refused, data, text):
+    out = run("--steps=1")
+    before = (out / "ckpt.pt").read_bytes()
+    sentence = refused(TINY, f"--data={data}", "--out=run", "--resume", "--hidden_size=64")
+    assert "hidden_size is 64 here, but 48 in run" in sentence
+    other = prepare_data.DataConfig(
+        source=str(text), name="other", vocab_size=512, val_fraction=0.4
+    )
+    prepare_data.prepare(other)
+    sentence = refused(TINY, "--data=other", "--out=run", "--resume", "--block_size=16")
+    assert "another tokenizer" in sentence
+    assert (out / "ckpt.pt").read_bytes() == before
+
+
+def test_weights_of_a_run_start_another(run, capsys):
+    out = run("--steps=4", out="first")
+    run("--steps=1", "--lr=0", "--gamma=0", "--init_from=first", out="second")
+    assert_same(load(out)["model"], load("second")["model"])
+    assert load("second")["step"] == 1 and log_of("second")[0]["tokens"] == 64
+    # once begun, the run's own checkpoint counts
+    run(*CONSTANT, "--steps=3", "--init_from=first", "--resume", out="second")
+    state = load("second")
+    assert state["step"] == 3
+    assert not state["model"]["norm.weight"].equal(load(out)["model"]["norm.weight"])
+    step = state["optimizer"]["state"][0]["step"]
+    assert step == 3
+
+
+def test_weights_of_a_hugging_face_directory_start_a_run(run, data, capsys):
+    pytest.importorskip("safetensors")
+    out = run("--steps=4", "--dtype=float32")
+    model, *_ = sample.load_model(out)
+    model.save_pretrained("released")
+    options = (f"--data={data}", *SHORT, "--dtype=float32")
+    capsys.readouterr()
+    train.main([TINY, *options, "--eval_only", "--out=run"])
+    ours = json.loads(capsys.readouterr().out)
+    train.main([TINY, *options, "--eval_only", "--init_from=released", "--out=nowhere"])
+    theirs = json.loads(capsys.readouterr().out)
+    assert ours == pytest.approx(theirs, rel=1e-6) and not Path("nowhere").exists()
+    evaluation = [line for line in log_of(out) if "val_loss" in line][-1]
+    assert {k: ours[k] for k in ours} == {k: evaluation[k] for k in ours}
+    assert {"val_loss", "val_bpb", "max_vio_global"} <= ours.keys()
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(run, data) -> tuple[DeepSeekV3, prepare_data.Dataset, train.TrainConfig]:
+    run(out="trained")
+    model, *_ = sample.load_model("trained")
+    config = train.TrainConfig(block_size=16, eval_batch=32)
+    return model, prepare_data.load_dataset(data), config
+
+
+MACHINE = train.Machine(torch.device("cpu"), torch.float64)
+
+
+def test_evaluation_predicts_every_token_once(trained, data):
+    model, dataset, config = trained
+    result = train.evaluate(model, dataset, config, MACHINE)
+    tokens = torch.from_numpy(dataset.val.arrays[0].astype(np.int64))
+    assert (len(tokens) - 1) % 16, "the last window should be ragged"
+    nats, mtp, mtp_count = 0.0, 0.0, 0
+    counts, touched, visits = torch.zeros(3, 8), 0, 0
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 16):
+            piece = tokens[start : start + 17]
+            logits, (ahead, *_) = model(piece[None, :-1], return_mtp=True)
+            nats += F.cross_entropy(logits[0], piece[1:], reduction="sum").item()
+            mtp += F.cross_entropy(ahead[0], piece[2:], reduction="sum").item()
+            mtp_count += len(piece) - 2
+            for layer, chosen in enumerate(model.routing):
+                counts[layer] += torch.bincount(chosen.flatten(), minlength=8)
+                for experts in chosen.flatten(0, 1).tolist():
+                    touched += len({expert // 2 for expert in experts})
+                    visits += 1
+    n = len(tokens) - 1
+    assert result["val_loss"] == pytest.approx(nats / n, rel=1e-12)
+    assert result["val_mtp_loss"] == pytest.approx(mtp / mtp_count, rel=1e-12)
+    size = len((data / "val.bin").read_bytes()[1024:]) // 2
+    meta = json.loads((data / "meta.json").read_text())
+    bits = nats / n / math.log(2) * size / meta["bytes"]["val"]
+    assert result["val_bpb"] == pytest.approx(bits, rel=1e-6)
+    vio = ((counts.amax(1) / counts.mean(1)) - 1).mean().item()
+    assert result["max_vio_global"] == pytest.approx(vio, rel=1e-6)
+    assert result["nodes_per_token"] == pytest.approx(touched / visits, rel=1e-12)
+    assert result["experts_per_node"] == pytest.approx(2 * visits / touched, rel=1e-12)
+    load_ = torch.tensor(result["expert_load"])
+    assert torch.allclose(load_, counts / counts.sum(1, keepdim=True), atol=1e-5)
+
+
+def test_max_vio_by_hand():
+    counts = torch.tensor([[4, 4, 4, 4], [10, 2, 2, 2]])  # 0, and (10 - 4) / 4
+    assert train.max_vio(counts).item() == 0.75
+
+
+def test_evaluation_does_not_depend_on_its_batch(trained):
+    model, dataset, config = trained
+    results = [
+        train.evaluate(model, dataset, replace(config, eval_batch=n), MACHINE) for n in (1, 7, 64)
+    ]
+    for other in results[1:]:
+        assert_same(results[0], other, 1e-12)
+
+
+def test_evaluation_leaves_no_trace(trained):
+    model, dataset, config = trained
+    model.train()
+    model(torch.arange(16)[None], torch.arange(16)[None])  # counts that wait for the bias update
+    assert model.expert_counts.sum()
+    before = {k: v.clone() for k, v in dict(model.named_buffers()).items()}
+    before |= {k: v.clone() for k, v in model.named_parameters()}
+    rng = torch.get_rng_state()
+    train.evaluate(model, dataset, config, MACHINE)
+    assert_same(before, dict(model.named_buffers()) | dict(model.named_parameters()))
+    assert rng.equal(torch.get_rng_state()) and model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_more_evaluations_do_not_change_the_run(run):
+    run(out="a")
+    run("--eval_every=1", "--save_every=1", out="b")
+    assert_same(load("a")["model"], load("b")["model"])
+
+
+def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(run, monkeypatch):
+    losses = iter((3.0, 2.0, 2.5, math.nan))
+
+    def evaluate(*arguments):
+        loss = next(losses)
+        return dict(val_loss=loss, val_bpb=loss / 2, val_mtp_loss=9.0, max_vio_global=0.0)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    states = keep_saves(monkeypatch)
+    out = run("--eval_every=2", "--save_every=2")
+    best = load(out, "best.pt")
+    assert best["step"] == 4 and best["val_loss"] == 2.0 and best["val_bpb"] == 1.0
+    assert_same(best["model"], states[4]["model"])
+    assert load(out)["best"] == 2.0
+    model, tokenizer, _ = sample.load_model(out)
+    assert_same(dict(model.state_dict()), best["model"])
+    assert tokenizer.encode("def ")
+    assert [x["val_loss"] for x in log_of(out) if "val_loss" in x] == [3.0, 2.0, 2.5, None]
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lonely(run) -> str:
+    """A run in whose checkpoint the first expert of every layer is never chosen."""
+    out = run("--steps=1", out="lonely")
+    state = load(out)
+    for name, x in state["model"].items():
+        if name.endswith("correction_bias"):
+            x[0] = -1e6
+    train.save_atomically(state, out / "best.pt")
+    return f"--init_from={out.absolute()}"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_equal_one(parallel, accumulate, start, run, lonely):
+    """Loss curve, evaluations, biases, weights and optimiser; with MTP and an unused expert."""
+    alone = run(lonely, out="alone")
+    options = (f"--parallel={parallel}", f"--grad_accum={accumulate}", lonely)
+    finish(start(*options, world=2, out="together"))
+    assert_equivalent(alone, Path("together"))
+    bias = load("together")["model"]["layers.1.mlp.gate.e_score_correction_bias"]
+    assert bias[0] < -1e5 and bias[1:].abs().max() > 0
+    assert len(load("together")["rng"]) == 2
+    for name in ("best.pt", "ckpt.pt"):
+        model, *_ = sample.load_model(Path("together") / name)
+        assert_same(dict(model.state_dict()), load("together", name)["model"])
+
+
+def test_a_run_moves_between_one_process_ddp_and_fsdp(start, run):
+    straight = run(*CONSTANT, "--steps=12", out="straight")
+    run(*CONSTANT, "--steps=2", out="moved")
+    stages = (("ddp", 2, 4), ("fsdp", 2, 6), ("ddp", 1, 8), ("fsdp", 2, 10), ("ddp", 2, 12))
+    for parallel, world, steps in stages:
+        options = (f"--parallel={parallel}", f"--steps={steps}", "--resume")
+        if world == 1:
+            run(*CONSTANT, *options, out="moved")
+        else:
+            finish(start(*CONSTANT, *options, world=world, out="moved"))
+    moved, straight = load("moved"), load(straight)
+    for key in ("model", "optimizer", "step", "tokens"):
+        assert_same(moved[key], straight[key], 1e-9)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_dead_rank_ends_the_others_promptly(parallel, start):
+    ranks = start("--steps=5000", f"--parallel={parallel}", world=2)
+    wait_for(lambda: "step 3/" in ranks[0].log.read_text())
+    ranks[1].kill()
+    began = time.monotonic()
+    said, _ = finish(ranks, [1, -signal.SIGKILL], seconds=20)
+    assert time.monotonic() - began < 20
+    errors = [line for line in said.splitlines() if not re.match("model:|run:|step ", line)]
+    assert len(errors) == 1 and errors[0].startswith("error: rank 0 lost another process")
+    sample.load_checkpoint("run/ckpt.pt")
+
+
+def raise_at_third_step():
+    windows = train.train_windows
+
+    def fail(data, config, step):
+        if step == 3 and os.environ["RANK"] == "1":
+            raise ValueError("this rank has had enough")
+        return windows(data, config, step)
+
+    train.train_windows = fail
+
+
+def test_a_rank_that_raises_ends_the_others_promptly(start):
+    ranks = start("--steps=5000", world=2, setup=raise_at_third_step)
+    survivor, culprit = finish(ranks, 1, seconds=30)
+    assert culprit.strip() == "error: this rank has had enough"
+    assert "error: rank 0 lost another process" in survivor and "Traceback" not in survivor
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(start, run):
+    straight = run("--steps=60", out="straight")
+    ranks = start("--steps=60", world=2)
+    wait_for(lambda: "step 3/" in ranks[0].log.read_text())
+    for _ in range(2):  # torchrun passes on Ctrl-C, which the terminal has sent to all already
+        os.kill(ranks[1].pid, signal.SIGINT)
+        time.sleep(0.01)
+    said, other = finish(ranks, 0)
+    stopped = int(re.search(r"stopped at step (\d+)", said)[1])
+    assert load("run")["step"] == stopped < 60 and "stopped" not in other
+    finish(start("--steps=60", "--resume", world=2))
+    assert_equivalent(straight, Path("run"))
+
+
+def test_torchrun_trains_and_is_interrupted_and_resumed(data, run, tmp_path):
+    straight = run("--steps=60", out="straight")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    argv = [*torchrun, "--nproc_per_node=2", str(ROOT / "train.py"), TINY, f"--data={data}"]
+    argv += ["--out=run", *SHORT, "--steps=60"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open("said", "wb") as file:
+        process = subprocess.Popen(
+            argv, stdout=file, stderr=file, start_new_session=True, env=environment
+        )
+    try:
+        wait_for(lambda: "step 3/" in Path("said").read_text())
+        os.killpg(process.pid, signal.SIGINT)  # as the terminal does
+        process.wait(60)
+        assert "stopped at step" in Path("said").read_text(), Path("said").read_text()
+        subprocess.run([*argv, "--resume"], check=True, capture_output=True, env=environment)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert_equivalent(straight, Path("run"))
+
+
+# ---- Unkillable ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=["SIGINT", "SIGTERM"])
+def test_a_signal_saves_at_the_next_step_and_exits_with_0(number, start, run):
+    straight = run("--steps=60", out="straight")
+    (process,) = start("--steps=60")
+    wait_for(lambda: "step 3/" in process.log.read_text())
+    os.kill(process.pid, number)
+    (said,) = finish([process], 0)
+    step = int(re.search(r"stopped at step (\d+); \S+ckpt.pt is saved", said)[1])
+    assert load("run")["step"] == step < 60 and "Traceback" not in said
+    finish(start("--steps=60", "--resume"))
+    assert_same_run(straight, Path("run"))
+
+
+def test_sigkill_at_any_moment_loses_nothing(start, run):
+    """Half of the kills strike while a file is being written, the others anywhere.
+
+    KILLS=100 in the environment kills a hundred times.
+    """
+    kills, seed = int(os.environ.get("KILLS", "10")), int(os.environ.get("SEED", "1"))
+    options = ("--steps=20", "--save_every=1", "--eval_every=3", "--dtype=float32")
+    straight, out, chance, resumed = (
+        run(*options, out="straight"),
+        Path("run"),
+        random.Random(seed),
+        0,
+    )
+    killed = 0
+    while True:
+        again = "--resume" if (out / "ckpt.pt").exists() else "--overwrite"
+        resumed += again == "--resume"
+        (process,) = start(*options, again)
+        if killed < kills:
+            if killed % 2:
+                writes = chance.randint(1, 6)  # strike during the so-manyth write that is seen
+                for _ in range(writes):
+                    absent = lambda: not process.is_alive() or not list(out.glob("*.tmp"))  # noqa: E731, B023
+                    wait_for(absent)
+                    wait_for(lambda: not process.is_alive() or list(out.glob("*.tmp")))  # noqa: B023
+            else:
+                process.join(chance.uniform(0.05, 1.0))
+            process.kill()
+        process.join(60)
+        assert process.exitcode in (0, -signal.SIGKILL), process.log.read_text()
+        if (out / "ckpt.pt").exists():
+            sample.load_checkpoint(out / "ckpt.pt")
+            sample.load_model(out)
+        if process.exitcode == 0:
+            assert_same_run(straight, out)
+            if killed == kills:
+                break
+            shutil.rmtree(out)
+        else:
+            killed += 1
+    assert resumed > kills / 2
+
+
+def limit_files_to_60_kb():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(start, run):
+    run("--steps=4")
+    before = {name: Path(f"run/{name}").read_bytes() for name in ("ckpt.pt", "best.pt")}
+    (said,) = finish(start("--resume", setup=limit_files_to_60_kb), 1)
+    error = said.splitlines()[-1]
+    assert re.match(r"error: cannot write \S+ \(File too large\); the earlier \S+ is intact", error)
+    assert said.count("error") == 1 and "Traceback" not in said
+    assert {name: Path(f"run/{name}").read_bytes() for name in before} == before
+    assert not list(Path("run").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("out", ["file/run", "/proc/run"])
+def test_an_output_that_cannot_be_written_is_one_sentence(out, data, refused):
+    Path("file").write_text("in the way")
+    sentence = refused(TINY, f"--data={data}", *SHORT, f"--out={out}")
+    assert sentence.startswith("error: ") and out.split("/")[-1] in sentence
+
+
+def test_a_diverging_run_stops_and_keeps_its_checkpoint(run, refused, data):
+    run(*CONSTANT, "--dtype=float32", "--steps=4")
+    before = Path("run/best.pt").read_bytes()
+    argv = (TINY, f"--data={data}", "--out=run", *SHORT, "--dtype=float32", "--steps=40")
+    sentence = refused(*argv, "--resume", "--lr=1e30", "--save_every=1", "--eval_every=6")
+    found = re.match(r"error: loss nan and gradient norm \S+ at step (\d+), 5 steps", sentence)
+    assert "last good checkpoint in run is kept" in sentence
+    state = sample.load_checkpoint("run/ckpt.pt")
+    assert state["step"] == int(found[1]) - 5
+    assert all(x.isfinite().all() for x in state["model"].values())
+    assert Path("run/best.pt").read_bytes() == before
+    assert sample.load_model("run")
+
+
+def poison_third_gradient():
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(parameters, *rest):
+        parameters = list(parameters)
+        calls.append(1)
+        if len(calls) == 3:
+            grad = parameters[0].grad
+            (grad.to_local() if hasattr(grad, "to_local") else grad).fill_(math.inf)
+        return clip(parameters, *rest)
+
+    torch.nn.utils.clip_grad_norm_ = poisoned
+
+
+@pytest.mark.parametrize("parallel", ["", "ddp", "fsdp"])
+def test_one_bad_gradient_is_skipped_and_the_run_goes_on(parallel, start):
+    options = ("--eval_every=8", "--save_every=8", "--log_every=2")
+    options += (f"--parallel={parallel or 'ddp'}",)
+    said, *_ = finish(start(*options, world=2 if parallel else 1, setup=poison_third_gradient))
+    assert "step 4: 1 skipped since the last line" in said
+    state = load("run")
+    assert state["step"] == 8 and state["optimizer"]["state"][0]["step"] == 7
+    assert all(x.isfinite().all() for x in state["model"].values())
+
+
+def test_a_bad_step_changes_neither_weights_nor_biases(run, monkeypatch, refused):
+    states = keep_saves(monkeypatch)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
+    poison_third_gradient()
+    updates, update = [], DeepSeekV3.update_bias
+
+    def update_bias(model, gamma):
+        update(model, gamma)
+        updates.append({k: v.clone() for k, v in model.state_dict().items()})
+
+    monkeypatch.setattr(DeepSeekV3, "update_bias", update_bias)
+    run("--save_every=1", "--eval_every=8")
+    assert_same(updates[1], updates[2])
+    assert not updates[2]["norm.weight"].equal(updates[3]["norm.weight"])
+    assert states.keys() == {0, 1, 2, 4, 5, 6, 7, 8}  # the older file stays
+    line = next(x for x in log_of("run") if x["step"] == 3)
+    assert line["grad_norm"] is None and line["loss"] > 0
+
+
+def test_a_run_that_ends_in_bad_steps_has_failed(run, monkeypatch):
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, c: clip(p, c) * math.nan)
+    with pytest.raises(ValueError, match="at step 3, 3 steps in a row"):
+        run("--steps=3", "--log_every=8")
+    assert load("run")["step"] == 0
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--learning_rate=1"], "unknown key learning_rate"),
+        (["--batchsize=4"], "unknown key batchsize; did you mean batch_size?"),
+        (["--steps=many"], "steps must be a whole number, not 'many'"),
+        (["--lr=fast"], "lr must be a number, not 'fast'"),
+        (["extra"], "unexpected argument 'extra'; write --key=value"),
+    ],
+)
+def test_usage_errors_exit_with_2(arguments, words, refused):
+    assert words in refused(TINY, *arguments, code=2)
+
+
+def test_no_configuration_is_a_usage_error(refused):
+    for argv in ([], ["--out=run"], ["--resume"], ["--init_from=x"]):
+        sentence = refused(*argv, code=2) if argv else ""
+        assert not argv or "name a config file" in sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--steps=0"], "steps is 0, but must be at least 1"),
+        (["--save_every=0"], "save_every is 0, but must be at least 1"),
+        (["--dtype=float8"], "dtype is 'float8'; choose from"),
+        (["--batch_size=10", "--batch_start=4"], "must be a multiple of batch_start 4"),
+        (["--grad_accum=3"], "cannot be divided evenly among 1 processes x grad_accum 3"),
+        (["--device=abacus"], "device 'abacus' cannot be used here"),
+        (["--block_size=90000"], "block_size 90000 needs one more"),
+        (["--block_size=1"], "block_size 1 must exceed the MTP depth 1"),
+        (["--vocab_size=1024"], "vocab_size is 1024"),
+        (["--vocab_size=511"], "prepare the data again with --vocab_size=511"),
+        (["--n_group=3"], "n_routed_experts 8 is not a multiple of n_group 3"),
+        (["--data=nowhere"], "make it with: python prepare_data.py SOURCE --name=nowhere"),
+        (["--resume"], "no checkpoint at run"),
+        (["--eval_only"], "no checkpoint at run"),
+        (["--init_from=nowhere"], "no checkpoint at nowhere"),
+        (["--logger=papyrus"], "logger is 'papyrus'; choose from"),
+    ],
+)
+def test_refusals_are_one_sentence(options, words, refused, data):
+    assert words in refused(TINY, f"--data={data}", "--out=run", *SHORT, *options)
+    assert not Path("run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_cuda_without_a_gpu_is_refused(refused):
+    assert "device 'cuda' cannot be used here" in refused(TINY, "--device=cuda")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("steps = 5\nbatchsize = 4\n", "unknown key batchsize; did you mean batch_size?"),
+        ("steps = 'five'\n", "steps must be a whole number, not 'five'"),
+        ("steps = = 5\n", "my.py cannot be run: SyntaxError"),
+        ("steps = 1 / 0\n", "my.py cannot be run: ZeroDivisionError"),
+    ],
+)
+def test_bad_config_files_are_one_sentence(content, words, refused):
+    Path("my.py").write_text(content)
+    assert words in refused("my.py")
+
+
+def test_a_missing_config_file_lists_those_there_are(refused):
+    Path("config").mkdir()
+    shutil.copyfile(TINY, "config/tiny.py")
+    assert "no config file config/tin.py; there are: config/tiny.py" in refused("config/tin.py")
+
+
+def test_an_existing_run_is_refused_and_kept(run, refused, data):
+    run("--steps=1")
+    argv = (TINY, f"--data={data}", "--out=run", *SHORT)
+    for name in ("log.jsonl", "best.pt"):  # any of its files makes a run
+        before = Path("run/ckpt.pt").read_bytes()
+        sentence = refused(*argv)
+        assert "run holds a run already" in sentence
+        assert "--resume" in sentence and "--overwrite" in sentence
+        assert Path("run/ckpt.pt").read_bytes() == before
+        Path("run", name).unlink()
+    assert "no data in" in refused(*argv, "--overwrite", "--data=nowhere")
+    assert Path("run/ckpt.pt").read_bytes() == before
+    run("--steps=2", "--overwrite")
+    assert [x["step"] for x in log_of("run")] == [1, 2, 2]
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("it ran",)
+
+
+def test_checkpoints_that_are_none_are_refused(run, refused, data):
+    out = run("--steps=1")
+    good = (out / "ckpt.pt").read_bytes()
+    argv = (TINY, f"--data={data}", "--out=run", *SHORT, "--resume")
+
+    def with_file(write) -> str:
+        write(out / "ckpt.pt")
+        return refused(*argv)
+
+    assert "truncated" in with_file(lambda path: path.write_bytes(good[: len(good) // 2]))
+    assert "truncated" in with_file(lambda path: path.write_bytes(b""))
+    assert "run code" in with_file(lambda path: torch.save({"format": Code()}, path))
+    assert "error" in with_file(lambda path: path.write_bytes(pickle.dumps(Code())))
+    assert "is no checkpoint of train.py" in with_file(lambda path: torch.save({"a": 1}, path))
+    assert "is no checkpoint to resume" in with_file(
+        lambda path: shutil.copyfile(out / "best.pt", path)
+    )
+    assert not Path("it ran").exists()
+
+
+# ---- The network of a run ------------------------------------------------------------------------
+
+
+def test_tiny_configuration_has_every_part():
+    values = train.read_config_file(TINY)
+    model, settings = train.split_configs(values)
+    config = ModelConfig(**model)
+    assert config.first_k_dense_replace == 1 < config.num_hidden_layers
+    assert config.n_routed_experts == 8 and config.n_group == 4 and config.topk_group == 2
+    assert config.num_nextn_predict_layers == 1 and config.vocab_size == 512
+    assert train.TrainConfig(**settings).block_size == 64
+    assert asdict(config)["n_shared_experts"] == 1
+
+
+# ---- As a user would -----------------------------------------------------------------------------
+
+
+def test_from_text_to_text_on_the_command_line(text):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def user(script: str, *argv: str) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *argv],
+            capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+        assert "\r" not in done.stderr, "no progress bars in a file"
+        return done
+
+    for script in ("prepare_data.py", "train.py", "sample.py"):
+        assert "--seed" in user(script, "--help").stdout or script == "prepare_data.py"
+    user("prepare_data.py", str(text), "--name=tiny", "--vocab_size=512")
+    argv = [sys.executable, str(ROOT / "train.py"), TINY, "--steps=40", "--block_size=32"]
+    with open("said", "wb") as file:
+        process = subprocess.Popen([*argv, "--log_every=2"], stderr=file, env=environment)
+    wait_for(lambda: "step 4/40" in Path("said").read_text() or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    said = Path("said").read_text()
+    assert "M parameters" in said and "stopped at step" in said and "\r" not in said
+    done = user("train.py", *argv[2:], "--log_every=2", "--resume")
+    assert "bits/byte" in done.stderr and "python sample.py --ckpt=out/tiny" in done.stderr
+    assert done.stdout.startswith("def ")
+    files = {path.name for path in Path("out/tiny").iterdir()}
+    assert files == {"ckpt.pt", "best.pt", "log.jsonl", "tokenizer.tiktoken", "meta.json"}
+    losses = [line["loss"] for line in log_of("out/tiny") if "loss" in line]
+    assert losses[0] > losses[-1] and len(losses) == 20
+    done = user("sample.py", "--ckpt=out/tiny", "--prompt=import ", "--max_new_tokens=20")
+    assert done.stdout.startswith("import ") and len(done.stdout) > 10
