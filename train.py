@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import fp8
 import prepare_data
 import sample
 from model import DeepSeekV3, ModelConfig, expert_counts
@@ -57,6 +58,7 @@ class TrainConfig:
     batch_start: int = 0  # windows in the first step, growing in multiples of it (0: constant)
     batch_ramp: float = 0.032  # fraction of the run in which it grows (469B of 14.8T tokens)
     # optimiser and schedule; "fraction" is of the run, the report's values are the defaults
+    optimizer: str = "adamw"  # or muon, for the matrices: learns more per step (docs/LOG.md)
     lr: float = 2.2e-4  # peak learning rate
     warmup: float = 0.0085  # fraction with rising learning rate
     decay_start: float = 0.676  # fraction at which the cosine begins
@@ -100,11 +102,14 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
         for name, choices in (
             ("dtype", ("auto", "float32", "bfloat16", "float64")),
+            ("optimizer", ("adamw", "muon")),
             ("parallel", ("ddp", "fsdp")),
             ("logger", ("", "tensorboard", "wandb")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}.")
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise ValueError("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
         if self.batch_start and self.batch_size % self.batch_start:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of batch_start "
@@ -236,14 +241,37 @@ def sync_gradients(trainer: nn.Module, on: bool):
 # ---- Optimiser -----------------------------------------------------------------------------------
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    parameters = list(model.parameters())
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all, as in the report; or Muon for the matrices of attention, FFN, experts and
+    eh_proj, as in Moonlight (arXiv 2502.16982), and AdamW for the rest, with one learning rate."""
+    parameters = dict(model.named_parameters())
+    other = re.compile(r"embed_tokens|lm_head|gate\.weight")
+    matrices = {}
+    if config.optimizer == "muon":
+        matrices = {n: p for n, p in parameters.items() if p.ndim > 1 and not other.search(n)}
+    rest = [p for n, p in parameters.items() if n not in matrices]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    if not matrices:
+        return [adamw]
+    # Muon orthogonalises one matrix at a time: a stack of experts is given to it as views.
+    stacks = [(p, [nn.Parameter(x) for x in p.detach()]) for p in matrices.values() if p.ndim == 3]
+    params = [p for p in matrices.values() if p.ndim == 2] + [x for _, xs in stacks for x in xs]
+    muon = torch.optim.Muon(
+        params, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+
+    def split_gradients(*_):
+        for stack, views in stacks:
+            for view, grad in zip(views, stack.grad, strict=True):
+                view.grad = grad
+
+    muon.register_step_pre_hook(split_gradients)
+    return [adamw, muon]
 
 
 def whole(x: Any) -> Any:
@@ -464,6 +492,27 @@ def describe(model: DeepSeekV3, config: TrainConfig, machine: Machine, data) -> 
 # ---- Training ------------------------------------------------------------------------------------
 
 
+def backward(
+    model: DeepSeekV3,
+    trainer: nn.Module,
+    batches: list[np.ndarray],
+    weights: tuple[float, float],
+    machine: Machine,
+) -> Tensor:
+    """Gradients of L_main + lambda L_MTP + alpha sum_layers L_Bal, averaged over the micro-batches
+    (B, T + 1); weights are lambda and alpha. Returns the three losses before their weights (3,)."""
+    (mtp_weight, alpha), losses = weights, 0.0
+    for i, batch in enumerate(batches):
+        x, y = to_device(batch, machine.device)
+        with sync_gradients(trainer, on=i == len(batches) - 1):
+            with machine.autocast():
+                main, mtp, balance = trainer(x, y)
+            loss = main + mtp_weight * mtp + alpha * model.config.moe_layers * balance
+            (loss / len(batches)).backward()
+        losses += torch.stack((main, mtp, balance)).detach() / len(batches)
+    return losses
+
+
 def train(
     model: DeepSeekV3,
     data: prepare_data.Dataset,
@@ -482,9 +531,10 @@ def train(
         model.use_fp8()
     say(describe(model, config, machine, data))
     trainer = wrap(model, config, machine)
-    optimizer = make_optimizer(model, config)
+    optimizers = make_optimizers(model, config)
     if saved:
-        load_optimizer(optimizer, saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
+            load_optimizer(optimizer, state)
         if machine.rank < len(saved["rng"]):
             torch.set_rng_state(saved["rng"][machine.rank])
     log_path, tokens = out / "log.jsonl", saved["tokens"] if saved else 0
@@ -525,7 +575,7 @@ def train(
         rng = [torch.get_rng_state()] * machine.world
         if machine.world > 1:
             dist.all_gather_object(rng, torch.get_rng_state())
-        save("ckpt.pt", optimizer=whole(optimizer.state_dict()), rng=rng)
+        save("ckpt.pt", optimizer=[whole(x.state_dict()) for x in optimizers], rng=rng)
 
     def run_evaluation():
         nonlocal best
@@ -566,31 +616,25 @@ def train(
             windows = train_windows(data, config, step)
             mine = np.split(windows, machine.world * config.grad_accum)
             mine = mine[machine.rank * config.grad_accum : (machine.rank + 1) * config.grad_accum]
-            losses = torch.zeros(3, device=device, dtype=machine.master)
-            weight = config.mtp_weight if step < config.mtp_switch * config.steps else (
-                config.mtp_weight_late
-            )  # fmt: skip
-            for i, micro in enumerate(mine):
-                x, y = to_device(micro, device)
-                with sync_gradients(trainer, on=i == len(mine) - 1):
-                    with machine.autocast():
-                        parts = trainer(x, y)
-                    main, mtp, balance = parts
-                    loss = main + weight * mtp + config.alpha * model.config.moe_layers * balance
-                    (loss / len(mine)).backward()
-                losses += torch.stack(parts).detach().to(losses.dtype) / len(mine)
+            late = step >= config.mtp_switch * config.steps
+            weights = config.mtp_weight_late if late else config.mtp_weight, config.alpha
+            with fp8.quantized_once(model):
+                losses = backward(model, trainer, mine, weights, machine)
 
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            # Fused optimisers skip the step where found_inf is 1, without asking the host.
             bad = (~norm.isfinite()).float()
-            optimizer.found_inf = bad
             bad_in_a_row, skipped = (bad_in_a_row + 1) * bad, skipped + bad
             lr = lr_at(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                # Fused AdamW skips the step where found_inf is 1 without asking the host.
+                optimizer.found_inf = bad
+                if not isinstance(optimizer, torch.optim.Muon) or not bad:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             machine.sum(model.expert_counts)
             vio = max_vio(model.expert_counts)
             gamma = config.gamma if step < config.gamma_stop * config.steps else 0.0
@@ -772,6 +816,9 @@ def run(argv: list[str]):
         if config.resume and "optimizer" not in saved:
             raise ValueError(f"{out / name} is no checkpoint to resume: only weights, as best.pt.")
         check_same_network(saved["model_config"], model_values, str(out))
+        kind = saved["train_config"].get("optimizer")
+        if config.resume and train_values.get("optimizer", kind) != kind:
+            raise ValueError(f"{out} was trained with optimizer {kind!r} and can only go on so.")
         model_config = ModelConfig(**saved["model_config"])
         old = {k: v for k, v in saved["train_config"].items() if k in config.__dataclass_fields__}
         transient = ("resume", "overwrite", "init_from", "eval_only", "device", "out")

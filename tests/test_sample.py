@@ -536,7 +536,8 @@ def odd_texts() -> list[str]:
     files = [Path(os.__file__), Path(json.__file__), ROOT / "sample.py"]
     return [
         TEXT, "", " ", "a" * 50, " " * 37 + "x", "\t\t \n\r\n \n\n  \u3000\u2003x",
-        "aa aaa aaaa aaaaa aaaaaa", "1234567 12,345.678", "don't DON'T it's", "中文字 ひらがな 한국어",
+        "aa aaa aaaa aaaaa aaaaaa", "1234567 12,345.678", "don't DON'T it's",
+        "中文字 ひらがな 한국어",
         "e\u0301\u0301 \u200d👨\u200d👩\u200d👧 \x00\x01\x1c\x85\u2028", "==== ---- ____ ######",
         *(path.read_text() for path in files),
     ]  # fmt: skip

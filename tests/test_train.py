@@ -332,7 +332,8 @@ def test_steps_equal_a_hand_written_training_loop(run, data, monkeypatch):
     states = keep_saves(monkeypatch)
     options = dict(
         steps=4, lr=0.02, warmup=0.3, decay_start=0.5, decay_end=0.9, min_lr=0.1,
-        clip=0.5, weight_decay=0.3, beta1=0.8, beta2=0.9, mtp_weight=0.4, mtp_weight_late=0.2, mtp_switch=0.5, gamma=0.05,
+        clip=0.5, weight_decay=0.3, beta1=0.8, beta2=0.9, mtp_weight=0.4,
+        mtp_weight_late=0.2, mtp_switch=0.5, gamma=0.05,
         gamma_stop=0.75, alpha=0.3,
     )  # fmt: skip
     given = [f"--{key}={value}" for key, value in options.items()]
@@ -455,7 +456,7 @@ def test_resume_may_change_optimiser_settings_and_says_so(run, monkeypatch, caps
     # lr * weight_decay = 1 wipes the weight out; what is left is Adam's step of at most lr
     after = load("run")["model"]["lm_head.weight"]
     assert after.abs().max() <= 0.5 < (after - before).abs().max() + before.abs().max() + 0.5
-    assert load("run")["optimizer"]["param_groups"][0]["weight_decay"] == 2
+    assert load("run")["optimizer"][0]["param_groups"][0]["weight_decay"] == 2
 
 
 def test_a_finished_run_can_go_on_for_longer(run):
@@ -490,7 +491,7 @@ def test_weights_of_a_run_start_another(run, capsys):
     state = load("second")
     assert state["step"] == 3
     assert not state["model"]["norm.weight"].equal(load(out)["model"]["norm.weight"])
-    step = state["optimizer"]["state"][0]["step"]
+    step = state["optimizer"][0]["state"][0]["step"]
     assert step == 3
 
 
@@ -844,7 +845,7 @@ def test_one_bad_gradient_is_skipped_and_the_run_goes_on(parallel, start):
     said, *_ = finish(start(*options, world=2 if parallel else 1, setup=poison_third_gradient))
     assert "step 4: 1 skipped since the last line" in said
     state = load("run")
-    assert state["step"] == 8 and state["optimizer"]["state"][0]["step"] == 7
+    assert state["step"] == 8 and state["optimizer"][0]["state"][0]["step"] == 7
     assert all(x.isfinite().all() for x in state["model"].values())
 
 
