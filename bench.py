@@ -14,6 +14,7 @@ median over the rounds, with [least..most]. Close other programs; they slow both
 
 import contextlib
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -194,13 +196,11 @@ class TrainOptions(Options):
     profile: bool = False  # where the time of our step goes
 
 
-def batches(vocab_size: int, B: int, T: int, device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ever new random tokens (B, T) and the next ones, so that routing changes as in training."""
-    generator = torch.Generator().manual_seed(1)
+def random_windows(config: train.TrainConfig, vocab_size: int) -> Iterator[np.ndarray]:
+    """Ever new tokens (batch_size, block_size + 1), so that routing changes as in training."""
+    rng = np.random.default_rng(1)
     while True:
-        x = torch.randint(vocab_size, (B, T), generator=generator)
-        y = torch.cat((x[:, 1:], torch.full((B, 1), -1)), 1)
-        yield x.to(device), y.to(device)
+        yield rng.integers(vocab_size, size=(config.batch_size, config.block_size + 1))
 
 
 def our_step(model: DeepSeekV3, config: train.TrainConfig, machine: train.Machine) -> Callable:
@@ -208,20 +208,21 @@ def our_step(model: DeepSeekV3, config: train.TrainConfig, machine: train.Machin
     if config.fp8:
         model.use_fp8()
     trainer = train.wrap(model.train(), config, machine)
-    optimizer, parts = train.make_optimizer(model, config), config.grad_accum
-    B, T, V = config.batch_size // parts, config.block_size, model.config.vocab_size
-    data = batches(V, B, T, machine.device)
+    optimizers = train.make_optimizers(model, config)
+    windows = random_windows(config, model.config.vocab_size)
 
     def step():
-        for x, y in itertools.islice(data, parts):
-            with machine.autocast():
-                main, mtp, balance = trainer(x, y)
-            auxiliary = config.alpha * model.config.moe_layers * balance
-            ((main + config.mtp_weight * mtp + auxiliary) / parts).backward()
+        parts, weights = (
+            np.split(next(windows), config.grad_accum),
+            (config.mtp_weight, config.alpha),
+        )
+        with fp8.quantized_once(model):
+            train.backward(model, trainer, parts, weights, machine)
         if config.clip:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
         model.update_bias(config.gamma)
 
     return step
@@ -229,12 +230,11 @@ def our_step(model: DeepSeekV3, config: train.TrainConfig, machine: train.Machin
 
 def their_step(model: nn.Module, config: train.TrainConfig, machine: train.Machine) -> Callable:
     """The same for transformers' model: forward, backward, the same AdamW."""
-    optimizer = train.make_optimizer(model.train(), config)
-    V = model.config.vocab_size
-    data = batches(V, config.batch_size, config.block_size, machine.device)
+    (optimizer,) = train.make_optimizers(model.train(), config)
+    windows = random_windows(config, model.config.vocab_size)
 
     def step():
-        x, _ = next(data)
+        x, _ = train.to_device(next(windows), machine.device)
         with machine.autocast():
             loss = model(input_ids=x, labels=x, use_cache=False).loss
         loss.backward()
@@ -272,7 +272,9 @@ def reference_tables(options: TrainOptions) -> Iterator[Table]:
     model, steps = DeepSeekV3(ModelConfig(**REFERENCE)).to(device), {}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        hf, (x, y) = transformers_model(folder, device), next(batches(4096, B, 256, device))
+        hf, windows = transformers_model(folder, device), next(random_windows(config, 4096))
+        x, y = train.to_device(windows, device)
+        y = torch.cat((y[:, :-1], y[:, -1:] * 0 - 1), 1)  # transformers predicts only what is in x
         with torch.no_grad():
             nats = {"ours": model(x, y)[0].item(), "theirs": hf(input_ids=x, labels=x).loss.item()}
         for name, machine in machines.items():
@@ -412,8 +414,8 @@ def their_step_at(hf: nn.Module, S: int) -> Callable:
         latents = (torch.randn(1, 1, S, n, device=hf.device) for n in widths)
         cache.update(*latents, i)
     token = torch.zeros(1, 1, dtype=torch.long, device=hf.device)
-    # The cache's name as an argument has changed between versions.
-    key = "cache" if "cache" in hf.forward.__code__.co_varnames else "past_key_values"
+    # The argument's name has changed between versions.
+    key = "cache" if "cache" in inspect.signature(hf.forward).parameters else "past_key_values"
 
     def step():
         hf(input_ids=token, use_cache=True, **{key: cache}).logits.argmax()
@@ -701,7 +703,12 @@ def plot(options: Options, files: list[str]) -> Iterator[Table]:
         figure = Figure((9, 1.5 + 0.35 * len(load)), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(load * load.shape[1], aspect="auto", vmin=0, vmax=2, cmap="RdBu_r")
-        axes.set(xlabel="expert", ylabel="MoE layer", title=f"load at step {loads[-1]['step']}")
+        axes.set(
+            xlabel="expert",
+            ylabel="MoE layer",
+            yticks=range(len(load)),
+            title=f"load at step {loads[-1]['step']}",
+        )
         figure.colorbar(image, label="1 = even share")
         figure.savefig(folder / "expert_load.png", dpi=120)
         written.append("expert_load.png")

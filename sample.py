@@ -528,36 +528,27 @@ def generate(
 
 def check_request(model, tokens, prompt, max_new_tokens, temperature, top_k, top_p, speculative):
     """Raises ValueError, with one sentence, for a call of `generate` that cannot be served."""
-    V, limit = model.config.vocab_size, model.config.max_position_embeddings
-
-    def require(ok: bool, sentence: str):
+    V, limit, T = model.config.vocab_size, model.config.max_position_embeddings, tokens.shape[1]
+    if tokens.numel() == 0:
+        raise ValueError("the prompt is empty; begin with the end-of-text token")
+    low, high = tokens.min().item(), tokens.max().item()
+    length_ok = len(prompt) == len(tokens) and all(1 <= n <= T for n in prompt)
+    for ok, sentence in (
+        (length_ok, f"lengths are {prompt}, but must be {len(tokens)} numbers from 1 to {T}"),
+        (limit >= T, f"the prompt has {T} tokens, but the context ends at {limit}; shorten it"),
+        (low >= 0, f"token id {low} is negative; ids go from 0 to {V - 1}"),
+        (high < V, f"token id {high} is outside the vocabulary of {V}"),
+        (max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}, but must be 0 or more"),
+        (0 <= temperature < math.inf, f"temperature is {temperature}, but must be 0 or more"),
+        (top_k is None or top_k >= 1, f"top_k is {top_k}, but must be at least 1, or none"),
+        (top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, but must be in (0, 1], or none"),
+        (
+            speculative == "auto" or speculative in range(MOST_DRAFTS + 1),
+            f"speculative (--draft) is {speculative!r}, but must be 0 to {MOST_DRAFTS}, or auto",
+        ),
+    ):
         if not ok:
             raise ValueError(sentence)
-
-    require(tokens.numel() > 0, "the prompt is empty; begin with the end-of-text token")
-    T = tokens.shape[1]
-    require(
-        len(prompt) == len(tokens) and all(1 <= n <= T for n in prompt),
-        f"lengths are {prompt}, but {len(tokens)} rows of {T} tokens need as many from 1 to {T}",
-    )
-    require(
-        limit >= T,
-        f"the prompt has {T} tokens, but the context ends at {limit}; shorten the prompt",
-    )
-    low, high = tokens.min().item(), tokens.max().item()
-    worst = low if low < 0 else high
-    require(low >= 0 and high < V, f"token id {worst} is outside the vocabulary of {V}")
-    require(max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}, but must be 0 or more")
-    require(
-        0 <= temperature < math.inf,
-        f"temperature is {temperature}, but must be 0 (greedy) or a positive number",
-    )
-    require(top_k is None or top_k >= 1, f"top_k is {top_k}, but must be at least 1, or none")
-    require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, but must be in (0, 1], or none")
-    require(
-        speculative == "auto" or speculative in range(MOST_DRAFTS + 1),
-        f"speculative (--draft) is {speculative!r}, but must be 0 to {MOST_DRAFTS}, or auto",
-    )
 
 
 @torch.inference_mode()
@@ -601,33 +592,20 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> dict[str, Any]:
         for i in range(1, len(token))
         if token[:i] in ranks and token[i:] in ranks
     ]
-    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     special = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     split = dict(type="Split", pattern={"Regex": encoding._pat_str}, behavior="Isolated")
+    model = dict(type="BPE", merges=merges, ignore_merges=True)  # a word that is a token stays one
+    model["vocab"] = {text[token]: ranks[token] for token in sorted(ranks, key=ranks.get)}
+    steps = [split | {"invert": False}, byte_level]
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [dict(id=i, content=content, **plain) for content, i in special],
-        "normalizer": None,
-        "pre_tokenizer": dict(
-            type="Sequence", pretokenizers=[split | {"invert": False}, byte_level]
-        ),
+        "added_tokens": [dict(id=i, content=text, special=True, **flags) for text, i in special],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": byte_level,
         "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,  # a word that is a token is that token
-            "vocab": {text[token]: ranks[token] for token in sorted(ranks, key=ranks.get)},
-            "merges": merges,
-        },
+        "model": model,
     }
 
 

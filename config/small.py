@@ -1,16 +1,20 @@
-"""Ten minutes on two CPU cores."""
+"""Ten minutes on two CPU cores: a whole DeepSeek-V3 that writes recognisable Python.
+
+The sizes were chosen by measurement (docs/LOG.md): at this budget a narrow network that sees more
+tokens beats a wide one. 4 MoE layers of 16 experts in 4 groups, and one MTP module.
+"""
 
 vocab_size = 4096
-hidden_size = 192
-num_hidden_layers = 6
-num_attention_heads = 6
-q_lora_rank = 96
-kv_lora_rank = 64
-qk_nope_head_dim = 32
+hidden_size = 128
+num_hidden_layers = 5
+num_attention_heads = 4
+q_lora_rank = 64
+kv_lora_rank = 32
+qk_nope_head_dim = 16
 qk_rope_head_dim = 16
 v_head_dim = 32
-intermediate_size = 512
-moe_intermediate_size = 96
+intermediate_size = 384
+moe_intermediate_size = 64
 first_k_dense_replace = 1
 n_routed_experts = 16
 num_experts_per_tok = 4
@@ -20,15 +24,18 @@ topk_group = 2
 routed_scaling_factor = 1.0
 max_position_embeddings = 1024
 num_nextn_predict_layers = 1
-initializer_range = 0.02
+initializer_range = 0.02  # the report's 0.006 belongs to matrices 7168 wide
 
 data = "stdlib"
-steps = 400
-batch_size = 16
+steps = 1300
+batch_size = 8
 block_size = 256
-lr = 3e-3
-warmup = 0.03
-decay_start = 0.4
+optimizer = "muon"
+lr = 4e-3
+warmup = 0.02
+decay_start = 0.3
 decay_end = 1.0
-min_lr = 0.05
-gamma = 0.01
+min_lr = 0.02
+gamma = 0.01  # the report's 0.001 moves a bias by 1 in 1000 steps: too slow for a run this short
+eval_every = 650
+save_every = 325
