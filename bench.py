@@ -309,7 +309,7 @@ def config_step(file: str, options: TrainOptions, compiled: bool) -> dict[str, A
     t = interleaved({"products": product, "step": step}, options.rounds)
     if options.profile:
         print(profile(step, machine.device))
-    median, peak = statistics.median(t["step"]), train._peak_flops(machine.device)
+    median, peak = statistics.median(t["step"]), train.peak_flops(machine.device)
     return {
         "": Path(file).stem, "compile": compiled, "fp8": config.fp8,
         "dtype": str(machine.dtype).removeprefix("torch."), "tokens": tokens,
@@ -554,7 +554,7 @@ def fp8_(options: FP8Options, files: list[str]) -> Iterator[Table]:
         return
     device = train.start_machine(train.TrainConfig(device=options.device)).device
     shapes, tokens, compiled = [(256, 512), (512, 200)], [256], False
-    if fp8._has_blockwise_fp8(device):
+    if fp8.has_blockwise_fp8(device):
         shapes, tokens, compiled = SHAPES, [4096, 8192, 16384], options.compile
     yield fp8_table(shapes, tokens, device, options.rounds, compiled)
 
@@ -563,7 +563,7 @@ def fp8_table(shapes, tokens: list[int], device, rounds: int, compiled: bool) ->
     """One row for each (in, out) and number of tokens, slow ones included."""
     rows = [fp8_row(*s, M, device, rounds, compiled) for s in shapes for M in tokens]
     how = "compiled" if compiled else "eager"
-    if not fp8._has_blockwise_fp8(torch.device(device)):
+    if not fp8.has_blockwise_fp8(torch.device(device)):
         how = "EMULATION, which says nothing of FP8's speed"
     title = f"FP8: {how}; layer: forward + backward of nn.Linear in bf16 and of FP8Linear with its"
     return Table(title + " weight in fp32, quantised each time; GB/s read and written", rows)

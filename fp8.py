@@ -103,7 +103,7 @@ def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
 def scaled_mm(a: Quantized, b: Quantized, block: tuple[int, int], out_dtype: torch.dtype) -> Tensor:
     """A B^T -> (M, N) of out_dtype: A (M, K) in 1x128 tiles, B (N, K) in `block`, sums in fp32."""
     device = a[0].device
-    if _has_blockwise_fp8(device):
+    if has_blockwise_fp8(device):
         return _hopper_mm(a, b, block, out_dtype)
     with torch.autocast(device.type, enabled=False):
         x, y = dequantize(*a, TILE), dequantize(*b, block)
@@ -115,7 +115,7 @@ def scaled_mm(a: Quantized, b: Quantized, block: tuple[int, int], out_dtype: tor
 
 
 @torch.compiler.assume_constant_result
-def _has_blockwise_fp8(device: torch.device) -> bool:
+def has_blockwise_fp8(device: torch.device) -> bool:
     """Whether the card multiplies blockwise-scaled FP8 itself. Says so once if not."""
     hopper = (
         device.type == "cuda"

@@ -444,8 +444,9 @@ class Gate(nn.Module):
         """A cast of the model (model.bfloat16()) leaves the bias in float32."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        if not bias.is_meta:
-            self.e_score_correction_bias = bias.to(self.weight.device)
+        new = self.e_score_correction_bias
+        new = new.float() if bias.is_meta else bias.to(self.weight.device)
+        self.e_score_correction_bias = new
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -594,8 +595,9 @@ class Experts(nn.Module):
         gain = weight.new_zeros(len(rows)).scatter(0, slots.flatten(), weight.flatten())
         x = _Gather.apply(x.to(dtype), rows, slots)  # (slots, D)
         if self.fp8:
-            gate, up = fp8.grouped_linear(x, self.gate_up_proj, counts).chunk(2, dim=-1)
-            y = fp8.swiglu_linear(gate, up, self.down_proj, counts, gain)
+            sizes = counts.tolist()
+            gate, up = fp8.grouped_linear(x, self.gate_up_proj, sizes).chunk(2, dim=-1)
+            y = fp8.swiglu_linear(gate, up, self.down_proj, sizes, gain)
         else:
             gate, up = grouped_linear(x, self.gate_up_proj.to(dtype), counts).chunk(2, dim=-1)
             hidden = (F.silu(gate) * up * gain[:, None]).to(dtype)  # (slots, F)
@@ -775,6 +777,14 @@ class DeepSeekV3(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
 
+    def materialize(self, device: str | torch.device) -> "DeepSeekV3":
+        """Memory, with undefined weights, for a model built on the meta device."""
+        self.to_empty(device=device)
+        self.expert_counts.zero_()
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight  # to_empty has untied them
+        return self
+
     def use_fp8(self):
         """Section 3.3.1: what runs in FP8. High precision stays in embedding, head, gate, norms,
         attention core and eh_proj."""
@@ -860,8 +870,10 @@ class DeepSeekV3(nn.Module):
 
     def head_loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of the shared output head: h (B, T, D), targets (B, T)."""
-        h = h.to(compute_dtype(h))
-        return _HeadLoss.apply(h.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        weight = self.lm_head.weight
+        if not torch.is_grad_enabled():
+            weight = weight.detach()  # so that evaluation forms no gradient
+        return _HeadLoss.apply(h.to(compute_dtype(h)).flatten(0, 1), weight, targets.flatten())
 
     # -- auxiliary-loss-free balancing (section 2.1.2; arXiv 2408.15664, Algorithm 1)
 
@@ -959,8 +971,6 @@ class DeepSeekV3(nn.Module):
             )
         with torch.device("meta"):
             model = cls(config).to(dtype)
-            for gate in model.gates():  # `to` has rounded them
-                gate.e_score_correction_bias = gate.e_score_correction_bias.float()
         scales = {f"{x}_scale_inv": x for x in stored if stored[x].dtype == "F8_E4M3"}
         copies = model.checkpoint_copies()
         shapes = {name: list(x.shape) for name, x in model.checkpoint_views()}
@@ -971,10 +981,7 @@ class DeepSeekV3(nn.Module):
             copies["lm_head.weight"] = "model.embed_tokens.weight"
         check_tensors(directory, stored, shapes, optional)
 
-        model.to_empty(device=device)
-        model.expert_counts.zero_()
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.embed_tokens.weight  # to_empty has untied them
+        model.materialize(device)
         views = dict(model.checkpoint_views())
 
         def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

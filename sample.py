@@ -128,7 +128,9 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     config = read("tokenizer_config.json")
-    eos = read("generation_config.json").get("eos_token_id", read("config.json")["eos_token_id"])
+    eos = read("generation_config.json").get(
+        "eos_token_id", read("config.json").get("eos_token_id")
+    )
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if (folder / "tokenizer.json").exists():
         try:
@@ -157,13 +159,11 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 # How Moonlight and Kimi split text (&& is intersection): their release has it in code, not in data.
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
-    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-)
-_UPPER = _CASED.replace("]]+", "]]-").replace("]]*", "]]+").replace("]]-", "]]*")
+_PRE, _END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_U = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_L = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-KIMI_PATTERN = rf"[\p{{Han}}]+|{_CASED}|{_UPPER}|{_REST}"
+KIMI_PATTERN = rf"[\p{{Han}}]+|{_PRE}{_U}*{_L}+{_END}|{_PRE}{_U}+{_L}*{_END}|{_REST}"
 
 
 def load_model(
@@ -182,10 +182,7 @@ def load_model(
     with torch.device("meta"):
         model = DeepSeekV3(ModelConfig(**saved["model_config"]))
     stored = next(iter(saved["model"].values())).dtype
-    model = model.to(dtype or stored).to_empty(device=device)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight  # to_empty has untied them
-    model.expert_counts.zero_()
+    model = model.to(dtype or stored).materialize(device)
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError as error:

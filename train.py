@@ -69,7 +69,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # of matrices; norms and biases are excluded
     beta1: float = 0.9
     beta2: float = 0.95
-    clip: float = 1.0  # largest gradient norm
+    clip: float = 1.0  # largest gradient norm (0: no limit)
     mtp_weight: float = 0.3  # lambda, weight of the MTP loss
     mtp_weight_late: float = 0.1  # lambda from mtp_switch on
     mtp_switch: float = 0.676  # fraction
@@ -190,7 +190,6 @@ def start_machine(config: TrainConfig) -> Machine:
         raise ValueError(f"device {name!r} cannot be used here ({reason}); try cpu.") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     if config.dtype != "auto":
         dtype = getattr(torch, config.dtype)
     elif device.type == "cuda":
@@ -275,13 +274,15 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
 
 
 def whole(x: Any) -> Any:
-    """A state dict's value in full on the CPU (a sharded tensor is gathered by all ranks)."""
+    """A state dict's value in full on the CPU of rank 0 (all ranks gather a sharded tensor)."""
     if isinstance(x, dict):
         return {key: whole(value) for key, value in x.items()}
     if isinstance(x, list):
         return [whole(value) for value in x]
     if isinstance(x, Tensor):
-        return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().cpu()
+        full = x.full_tensor() if hasattr(x, "full_tensor") else x
+        writes = not dist.is_initialized() or dist.get_rank() == 0
+        return full.detach().cpu() if writes else None
     return x
 
 
@@ -339,12 +340,10 @@ def evaluate(
     starts = np.arange(0, len(data.val) - 1, T)
     padding = -len(starts) % step  # every rank runs the same number of batches
     groups = c.n_group
-    loss = torch.zeros(4, dtype=torch.float64)  # summed nats and tokens: main, MTP
-    counts = torch.zeros(c.moe_layers, c.n_routed_experts, dtype=torch.long)
-    nodes = torch.zeros(2, dtype=torch.float64)  # groups touched, tokens x layers
-    loss, counts, nodes = (
-        x.to(machine.device, _no_double(x, machine)) for x in (loss, counts, nodes)
-    )
+    double = torch.float32 if machine.device.type == "mps" else torch.float64  # mps has no float64
+    loss = torch.zeros(4, dtype=double, device=machine.device)  # summed nats and tokens: main, MTP
+    nodes = torch.zeros(2, dtype=double, device=machine.device)  # groups touched, tokens x layers
+    counts = torch.zeros(c.moe_layers, c.n_routed_experts, dtype=torch.long, device=machine.device)
     starts = np.concatenate((starts, np.full(padding, len(data.val) - 1)))
     bar = tqdm(
         range(machine.rank * config.eval_batch, len(starts), step),
@@ -384,10 +383,6 @@ def evaluate(
         result["experts_per_node"] = c.num_experts_per_tok / result["nodes_per_token"]
         result["expert_load"] = [[round(v, 5) for v in row] for row in share.tolist()]
     return result
-
-
-def _no_double(x: Tensor, machine: Machine) -> torch.dtype:
-    return torch.float32 if machine.device.type == "mps" and x.is_floating_point() else x.dtype
 
 
 # ---- The run's folder ----------------------------------------------------------------------------
@@ -527,8 +522,6 @@ def train(
     if saved and saved["train_config"].get("tokenizer_sha256") != data.tokenizer_sha256:
         raise ValueError(f"{out} was trained with another tokenizer than {config.data} has.")
 
-    if config.fp8:
-        model.use_fp8()
     say(describe(model, config, machine, data))
     trainer = wrap(model, config, machine)
     optimizers = make_optimizers(model, config)
@@ -605,7 +598,7 @@ def train(
         disable=None if main_rank else True,
     )  # fmt: skip
     flops = flops_per_token(model, config.block_size)
-    peak = _peak_flops(device) * machine.world
+    peak = peak_flops(device) * machine.world
     model.train()
     if not saved:  # from now on whatever happens leaves something to resume
         save_everything()
@@ -621,7 +614,7 @@ def train(
             with fp8.quantized_once(model):
                 losses = backward(model, trainer, mine, weights, machine)
 
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             bad = (~norm.isfinite()).float()
             bad_in_a_row, skipped = (bad_in_a_row + 1) * bad, skipped + bad
@@ -687,7 +680,7 @@ def train(
                 save_everything()
             if flag and not last:
                 bar.close()
-                say(f"stopped at step {step}; {out / 'ckpt.pt'} is saved, go on with --resume.")
+                say(f"stopped at step {step}; go on from {out / 'ckpt.pt'} with --resume.")
                 break
     finally:
         bar.close()
@@ -696,7 +689,7 @@ def train(
     return step == config.steps
 
 
-def _peak_flops(device: torch.device) -> float:
+def peak_flops(device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)
@@ -713,9 +706,15 @@ def open_data(
 ) -> prepare_data.Dataset:
     """The prepared data; what can be made offline is made if missing."""
     folder = data_folder(config)
-    if not folder.exists() and config.data in ("stdlib", "pysite") and machine.rank == 0:
-        made = prepare_data.DataConfig(source=config.data, vocab_size=model_config.vocab_size)
-        prepare_data.prepare(made)
+    sources = {"stdlib": "stdlib", "tiny": "stdlib", "pysite": "pysite"}
+    if not folder.exists() and config.data in sources and machine.rank == 0:
+        prepare_data.prepare(
+            prepare_data.DataConfig(
+                source=sources[config.data],
+                name=config.data,
+                vocab_size=model_config.vocab_size,
+            )
+        )
     if machine.world > 1:
         dist.barrier()
     if not folder.exists():
@@ -783,7 +782,12 @@ def main(argv: list[str]):
     """The command. Where another process has died or raised, this one ends with a sentence."""
     try:
         run(argv)
-    except RuntimeError as error:  # gloo has no class of its own for it
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise ValueError(
+                "out of memory: lower --batch_size, raise --grad_accum, or give --recompute."
+            ) from None
+        # A process that another one has left gets an error; gloo's has no class of its own.
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         reason = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]
@@ -801,7 +805,10 @@ def run(argv: list[str]):
         argv, TrainConfig, ModelConfig, positional="config",
     )  # fmt: skip
     if file:
-        values = {"out": f"out/{Path(file).stem}", **read_config_file(file), **values}
+        given = read_config_file(file)
+        if values.get("resume") or (values.get("eval_only") and not values.get("init_from")):
+            given = {k: v for k, v in given.items() if k == "out"}  # the checkpoint has the rest
+        values = {"out": f"out/{Path(file).stem}", **given, **values}
     model_values, train_values = split_configs(values)
     config = TrainConfig(**train_values)
     if not (file or config.eval_only or (config.out and (config.resume or config.init_from))):
@@ -842,11 +849,12 @@ def run(argv: list[str]):
         )
 
     torch.manual_seed(config.seed)
+    tokenizer = None
     if saved:
         model = DeepSeekV3(model_config).to(machine.master)
         model.load_state_dict(saved["model"])
     elif config.init_from:
-        model, *_ = sample.load_model(config.init_from, dtype=machine.master)
+        model, tokenizer, _ = sample.load_model(config.init_from, dtype=machine.master)
         check_same_network(asdict(model.config), model_values, config.init_from)
     else:
         model = DeepSeekV3(ModelConfig(**model_values))
@@ -855,7 +863,17 @@ def run(argv: list[str]):
         raise ValueError(f"block_size {config.block_size} must exceed the MTP depth {depth}.")
 
     data = open_data(config, model.config, machine)
-    model.to(machine.device, machine.master)
+    if tokenizer:
+        ours = prepare_data.load_tokenizer(data_folder(config))
+        if tokenizer.encode(__doc__) != ours.encode_ordinary(__doc__):
+            raise ValueError(
+                f"{config.init_from} has another tokenizer than {config.data}; prepare the data "
+                f"with --tokenizer={config.init_from}."
+            )
+    sharded = machine.world > 1 and config.parallel == "fsdp" and not config.eval_only
+    model.to("cpu" if sharded else machine.device, machine.master)  # FSDP moves it block by block
+    if config.fp8:
+        model.use_fp8()
     if config.eval_only:
         result = evaluate(model, data, config, machine)
         if machine.rank == 0:
@@ -872,12 +890,15 @@ def run(argv: list[str]):
 def show_result(config: TrainConfig):
     """The last lines of a run: its validation loss, a short sample, how to get more."""
     out = Path(config.out)
+    if not (out / "best.pt").exists():  # no evaluation was finite
+        return
     best = sample.load_checkpoint(out / "best.pt")
     prepare_data.say(
         f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {best['val_bpb']:.4f} "
         f"bits/byte (step {best['step']}). A sample:\n"
     )
-    sample.main([f"--ckpt={out}", "--max_new_tokens=120", "--prompt=def ", "--seed=1"])
+    options = ("--max_new_tokens=120", "--prompt=def ", "--seed=1", f"--device={config.device}")
+    sample.main([f"--ckpt={out}", *options])
     prepare_data.say(f"\nMore: python sample.py --ckpt={out} --prompt='import '")
 
 

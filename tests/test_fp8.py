@@ -366,7 +366,7 @@ def test_operands_mean_the_same_on_the_tensor_cores(T, K, N, dtype, monkeypatch)
 
     layer, X, dy = FP8Linear(K, N), torch.randn(T, K).to(dtype), torch.randn(T, N).to(dtype)
     emulated = run()
-    monkeypatch.setattr(fp8, "_has_blockwise_fp8", lambda device: True)
+    monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device: True)
     with TensorCores():
         hardware = run()
     for e, h in zip(emulated, hardware, strict=True):
@@ -699,7 +699,7 @@ hopper = pytest.mark.skipif(
 @pytest.mark.parametrize("T,K,N", [*SHAPES, (1193, 7168, 576), (33, 896, 130), (0, 128, 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_hardware_equals_emulation(T, K, N, dtype, monkeypatch):
-    assert fp8._has_blockwise_fp8(torch.device("cuda", 0)), "CUDA or torch too old for Hopper"
+    assert fp8.has_blockwise_fp8(torch.device("cuda", 0)), "CUDA or torch too old for Hopper"
     layer = FP8Linear(K, N, device="cuda")
     X = torch.randn(T, K, device="cuda").to(dtype)
     dy = (torch.randn(T, N, device="cuda") * torch.randn(T, 1, device="cuda").exp()).to(dtype)
@@ -712,7 +712,7 @@ def test_hardware_equals_emulation(T, K, N, dtype, monkeypatch):
         return y, x.grad, layer.weight.grad
 
     hardware = run()
-    monkeypatch.setattr(fp8, "_has_blockwise_fp8", lambda device: False)
+    monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device: False)
     emulated = run()
     for h, e in zip(hardware, emulated, strict=True):
         assert h.shape == e.shape and h.dtype == e.dtype
