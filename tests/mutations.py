@@ -401,7 +401,7 @@ few tokens: gate values in the tokens' order
 - weight.flatten()[index, None]
 + weight.flatten()[:, None]
 
-few tokens: counts of experts in the order of appearance
+few tokens: experts in order of appearance
 - Counter(sorted(experts))
 + Counter(experts)
 

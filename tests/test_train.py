@@ -520,7 +520,7 @@ def test_weights_of_a_run_start_another(run, capsys):
     assert_same(load(out)["model"], load("second")["model"])
     assert load("second")["step"] == 1 and log_of("second")[0]["tokens"] == 64
     # once begun, the run's own checkpoint counts
-    run(*CONSTANT, "--steps=3", "--init_from=first", "--resume", out="second")
+    run(*CONSTANT, "--steps=3", "--lr=0.005", "--init_from=first", "--resume", out="second")
     state = load("second")
     assert state["step"] == 3
     assert not state["model"]["norm.weight"].equal(load(out)["model"]["norm.weight"])
@@ -771,7 +771,7 @@ def test_a_signal_saves_at_the_next_step_and_exits_with_0(number, start, run):
     wait_for(lambda: "step 3/" in process.log.read_text())
     os.kill(process.pid, number)
     (said,) = finish([process], 0)
-    step = int(re.search(r"stopped at step (\d+); \S+ckpt.pt is saved", said)[1])
+    step = int(re.search(r"stopped at step (\d+); go on from \S+ckpt.pt with --resume", said)[1])
     assert load("run")["step"] == step < 24 and "Traceback" not in said
     finish(start("--steps=24", "--resume"))
     assert_same_run(straight, Path("run"))
@@ -1076,3 +1076,24 @@ def test_from_text_to_text_on_the_command_line(text):
     assert losses[0] > losses[-1] and len(losses) == 20
     done = user("sample.py", "--ckpt=out/tiny", "--prompt=import ", "--max_new_tokens=20")
     assert done.stdout.startswith("import ") and len(done.stdout) > 10
+
+
+def test_the_checkpoint_and_not_the_config_file_has_a_resumed_runs_settings(run):
+    run("--steps=2", "--lr=0.01")
+    run("--steps=4", "--resume")
+    assert load("run")["train_config"]["lr"] == 0.01
+
+
+def test_weights_with_another_tokenizer_than_the_data_are_refused(run, data, capsys, monkeypatch):
+    out = run("--steps=1", out="first")
+    encode = prepare_data.tiktoken.Encoding.encode_ordinary
+    real = sample.load_model
+
+    def other_tokenizer(*args, **kwargs):
+        model, tokenizer, path = real(*args, **kwargs)
+        tokenizer.encode = lambda text: encode(tokenizer.encoding, text)[1:]
+        return model, tokenizer, path
+
+    monkeypatch.setattr(sample, "load_model", other_tokenizer)
+    with pytest.raises(ValueError, match=f"{out} has another tokenizer than"):
+        run("--steps=1", f"--init_from={out}", out="second")
