@@ -61,6 +61,16 @@ PATTERN = (
     r"\p{N}{1,3}|[\u4e00-\u9fa5\u3040-\u30ff]+|[!-/:-@\[-`{-~][A-Za-z]+"
     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+|."
 )
+# How Moonlight and Kimi split text (&& is intersection): their release has it in code, not in data.
+_PRE, _END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_U = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_L = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+KIMI_PATTERN = rf"[\p{{Han}}]+|{_PRE}{_U}*{_L}+{_END}|{_PRE}{_U}+{_L}*{_END}|{_REST}"
+# GPT-2's printable stand-in for each byte in tokenizer.json: itself if it can be seen, else 256 on.
+_SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_HIDDEN = [byte for byte in range(256) if byte not in _SEEN]
+BYTE_CHARS = [(b, chr(b)) for b in _SEEN] + [(b, chr(256 + i)) for i, b in enumerate(_HIDDEN)]
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: version, ids
 HEADER_BYTES = 1024
 PIECE = 1 << 18  # characters tokenised at a time
@@ -92,7 +102,7 @@ class DataConfig:
     source: str = "stdlib"  # a name, or a file, folder or glob of text, .jsonl[.gz], .parquet
     name: str = ""  # name of the folder made ("": named after the source)
     out: str = "data"  # the folder that it is made in
-    tokenizer: str = ""  # "": train one; gpt2, cl100k_base, o200k_base; or a prepared folder
+    tokenizer: str = ""  # "": train one; gpt2, cl100k_base, o200k_base; or a folder that has one
     vocab_size: int = 4096  # tokens of a newly trained tokenizer, <|endoftext|> included
     val_fraction: float = 0.05  # share of the bytes that is kept for validation
     text_key: str = "text"  # key (.jsonl) or column (.parquet) that holds the text
@@ -350,6 +360,46 @@ def encoding_from(
     )
 
 
+def hf_encoding(folder: Path) -> tiktoken.Encoding:
+    """The tokenizer of a Hugging Face directory, so that text can be prepared for its model.
+
+    Read are tiktoken.model (Moonlight, Kimi) and a tokenizer.json that is byte-level BPE with one
+    splitting expression (what sample.py --export writes). Raises ValueError for others, such as
+    DeepSeek-V3's, whose three splitting stages no single expression repeats exactly.
+    """
+
+    def read(name: str) -> dict[str, Any]:
+        path = folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    eos = (read("config.json") | read("generation_config.json")).get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) else eos
+    if (folder / "tiktoken.model").is_file():
+        lines = [line.split() for line in (folder / "tiktoken.model").read_bytes().splitlines()]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        added = read("tokenizer_config.json").get("added_tokens_decoder", {})
+        special = {token["content"]: int(i) for i, token in added.items()}
+        pattern = KIMI_PATTERN
+    else:
+        tokenizer = read("tokenizer.json")
+        stages = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers", [])
+        patterns = [stage["pattern"].get("Regex") for stage in stages if stage["type"] == "Split"]
+        if len(patterns) != 1 or tokenizer["model"].get("type") != "BPE":
+            raise ValueError(
+                f"the tokenizer in {folder} cannot be used to prepare text: expected a prepared "
+                f"folder, tiktoken.model, or a tokenizer.json with one splitting expression"
+            )
+        byte_of, pattern = {char: byte for byte, char in BYTE_CHARS}, patterns[0]
+        special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+        vocab = tokenizer["model"]["vocab"].items()
+        ranks = {bytes(byte_of[c] for c in t): i for t, i in vocab if t not in special}
+    if eos not in special.values():
+        raise ValueError(f"{folder} names no end-of-text token that its tokenizer has ({eos})")
+    # Ours is called END_OF_TEXT; the name of a special token matters to no text.
+    special = {END_OF_TEXT if i == eos else text: i for text, i in special.items()}
+    return encoding_from(ranks, pattern, special)
+
+
 def make_tokenizer(tokenizer: str, vocab_size: int, texts: list[str]) -> tiktoken.Encoding:
     """A new tokenizer trained on the texts (""), one of tiktoken's, or that of a folder."""
     if tokenizer in ("gpt2", "cl100k_base", "o200k_base"):
@@ -363,10 +413,12 @@ def make_tokenizer(tokenizer: str, vocab_size: int, texts: list[str]) -> tiktoke
     if tokenizer and not Path(tokenizer).is_dir():
         raise FileNotFoundError(
             f"no tokenizer {tokenizer!r}: expected gpt2, cl100k_base, o200k_base or a prepared "
-            f"folder; leave out --tokenizer to train one on the text"
+            f"or Hugging Face folder; leave out --tokenizer to train one on the text"
         )
     if tokenizer:
-        return load_tokenizer(tokenizer)
+        folder = Path(tokenizer)
+        prepared = (folder / "meta.json").exists()
+        return load_tokenizer(folder) if prepared else hf_encoding(folder)
     ranks = train_bpe(texts, vocab_size - 1, PATTERN)
     if len(ranks) + 1 < vocab_size:
         say(f"the text yields only {len(ranks) + 1} tokens: that is the vocabulary")

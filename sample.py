@@ -11,7 +11,6 @@ Shapes: B rows (sequences decoded together), T prompt length, G drafts in a roun
 W slots that an MTP module catches up with, D hidden, S cached positions.
 """
 
-import base64
 import codecs
 import json
 import math
@@ -33,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Cache, DeepSeekV3, ModelConfig
-from prepare_data import load_tokenizer, parse_args, run_command, say
+from prepare_data import BYTE_CHARS, hf_encoding, load_tokenizer, parse_args, run_command, say
 
 MOST_DRAFTS = 4
 CHUNK = 512  # prompt tokens that go through the model at once, at most
@@ -56,6 +55,7 @@ class SampleConfig:
     interactive: bool = False  # ask for one prompt after another
     score: str = ""  # a text file: print its nats per token and bits per byte
     export: str = ""  # write a Hugging Face directory
+    quantize: bool = False  # export FP8 weights with 128x128 block scales, as released
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: str = "auto"  # float32, bfloat16, float64; auto is bfloat16 on GPUs that have it
 
@@ -127,10 +127,7 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
         path = folder / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    config = read("tokenizer_config.json")
-    eos = read("generation_config.json").get(
-        "eos_token_id", read("config.json").get("eos_token_id")
-    )
+    eos = (read("config.json") | read("generation_config.json")).get("eos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if (folder / "tokenizer.json").exists():
         try:
@@ -149,21 +146,8 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
             lambda text: tokenizer.encode(text, add_special_tokens=False).ids, to_bytes, eos
         )
     if (folder / "tiktoken.model").exists():
-        lines = [line.split() for line in (folder / "tiktoken.model").read_bytes().splitlines()]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        added = config.get("added_tokens_decoder", {}).items()
-        special = {token["content"]: int(i) for i, token in added}
-        return Tokenizer.of(tiktoken.Encoding(folder.name, pat_str=KIMI_PATTERN,
-                            mergeable_ranks=ranks, special_tokens=special), eos)  # fmt: skip
+        return Tokenizer.of(hf_encoding(folder), eos)
     return None
-
-
-# How Moonlight and Kimi split text (&& is intersection): their release has it in code, not in data.
-_PRE, _END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_U = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_L = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-KIMI_PATTERN = rf"[\p{{Han}}]+|{_PRE}{_U}*{_L}+{_END}|{_PRE}{_U}+{_L}*{_END}|{_REST}"
 
 
 def load_model(
@@ -565,16 +549,6 @@ def score(model: DeepSeekV3, ids: list[int], window: int) -> float:
 # ---- A Hugging Face directory --------------------------------------------------------------------
 
 
-def byte_chars() -> list[tuple[int, str]]:
-    """GPT-2's printable stand-in for each byte: itself if it can be seen, else 256, 257, ..."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in seen]
-    return [(b, chr(b)) for b in seen] + [(b, chr(256 + i)) for i, b in enumerate(hidden)]
-
-
-BYTE_CHARS = byte_chars()
-
-
 def tokenizer_json(encoding: tiktoken.Encoding) -> dict[str, Any]:
     """The tokenizer in the format of Hugging Face's tokenizers, giving the same ids.
 
@@ -606,14 +580,15 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> dict[str, Any]:
     }
 
 
-def export(model: DeepSeekV3, tokenizer: Tokenizer | None, source: Path, target: str):
+def export(
+    model: DeepSeekV3, tokenizer: Tokenizer | None, source: Path, target: str, quantize: bool
+):
     """Writes what transformers' AutoModelForCausalLM and AutoTokenizer open."""
     names = ("tokenizer.json", "tokenizer_config.json", "tiktoken.model", "generation_config.json")
     texts = {n: (source / n).read_text("utf-8") for n in names if (source / n).is_file()}
-    ids = {}
-    if tokenizer and tokenizer.encoding:
-        eos = tokenizer.eos[0] if tokenizer.eos else None
-        ids = {"bos_token_id": eos, "eos_token_id": eos}
+    eos = tokenizer.eos[0] if tokenizer and tokenizer.eos else None
+    ids = {"bos_token_id": eos, "eos_token_id": eos}
+    if tokenizer and tokenizer.encoding and not texts:  # trained here
         special = {i: text for text, i in tokenizer.encoding._special_tokens.items()}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -622,12 +597,12 @@ def export(model: DeepSeekV3, tokenizer: Tokenizer | None, source: Path, target:
             "clean_up_tokenization_spaces": False,
             "model_max_length": model.config.max_position_embeddings,
         }
-        texts |= {
+        texts = {
             "tokenizer.json": json.dumps(tokenizer_json(tokenizer.encoding), ensure_ascii=False),
             "tokenizer_config.json": json.dumps(config, indent=2),
             "generation_config.json": json.dumps(ids, indent=2),
         }
-    model.save_pretrained(target, files=texts, **ids)
+    model.save_pretrained(target, quantize=quantize, files=texts, **ids)
     say(f"wrote {target}: {', '.join(sorted(f.name for f in Path(target).iterdir()))}")
 
 
@@ -833,7 +808,8 @@ def main(argv: list[str]):
     device, dtype = find_device(config)
     model, tokenizer, path = load_model(config.ckpt, device, dtype)
     if config.export:
-        export(model, tokenizer, path if path.is_dir() else path.parent, config.export)
+        folder = path if path.is_dir() else path.parent
+        export(model, tokenizer, folder, config.export, config.quantize)
         return
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer.json or tiktoken.model that can be read")

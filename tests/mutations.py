@@ -175,8 +175,16 @@ gate under autocast
 + if True:
 
 bias cast with the model
-- if not bias.is_meta:
-+ if False:
+- bias.to(self.weight.device)
++ new
+
+bias cast on the meta device
+- new.float() if bias.is_meta
++ new if bias.is_meta
+
+materialised without tying
+- self.lm_head.weight = self.embed_tokens.weight  # to_empty has untied them
++ pass
 
 bias update with the wrong sign
 - (load.mean(1, keepdim=True) - load).sign()
@@ -195,8 +203,9 @@ counts of earlier micro-batches lost
 + counts.copy_(expert_counts(chosen, E))
 
 counts kept after the update
+- += change
 -         self.expert_counts.zero_()
-+         pass
++ += change
 
 counts in evaluation
 - if self.training:
@@ -418,8 +427,8 @@ FP8 experts with gate and up exchanged
 + up, gate = fp8.grouped_linear(
 
 FP8 experts without the gate values
-- self.down_proj, counts, gain)
-+ self.down_proj, counts, gain.sign())
+- self.down_proj, sizes, gain)
++ self.down_proj, sizes, gain.sign())
 
 FP8 without the experts
 - module.fp8 = True
@@ -527,8 +536,8 @@ partial edge block of rows // scale rows
 +                 x = x.float() * s
 
 bias rounded to the model's dtype
-- gate.e_score_correction_bias = gate.e_score_correction_bias.float()
-+ pass
+- new.float() if bias.is_meta
++ new if bias.is_meta
 
 MTP layers counted by the config
 - config.num_nextn_predict_layers = depth

@@ -430,6 +430,17 @@ def test_bias_stays_float32_and_unrounded_in_every_cast(cast):
         assert torch.equal(gate.state_dict()["e_score_correction_bias"], value)
 
 
+def test_model_made_on_the_meta_device_materialises_whole():
+    """Bias in float32, embedding and head one matrix, counts zero, as without the detour."""
+    with torch.device("meta"):
+        model = DeepSeekV3(ModelConfig(**TINY, tie_word_embeddings=True))
+    model = model.bfloat16().materialize("cpu")
+    assert {gate.e_score_correction_bias.dtype for gate in model.gates()} == {torch.float32}
+    assert model.lm_head.weight is model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.expert_counts.shape == (3, 8) and not model.expert_counts.any()
+
+
 @torch.no_grad()
 def test_gate_computes_in_float32_under_autocast_and_in_a_bf16_model():
     gate, x = tiny(torch.float32).gates()[0], torch.randn(2, 5, 16)

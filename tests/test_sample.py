@@ -1,5 +1,6 @@
 """Decoding: speculation changes nothing but the speed, and the command does what it says."""
 
+import base64
 import itertools
 import json
 import math
@@ -579,17 +580,41 @@ def test_export_opens_in_transformers_with_the_same_output(run, tmp_path):
     assert torch.equal(
         generate(again, torch.tensor([ids]), 30, temperature=0, eos_token_id=299), out
     )
+    sample.main([f"--ckpt={run}", f"--export={target}", "--quantize"])
+    assert "quantization_config" in json.loads((target / "config.json").read_text())
+    assert sample.load_model(target)[1].encode(TEXT) == tokenizer.encode(TEXT)
 
 
 def test_kimi_tokenizer_opens(tmp_path):
-    lines = [f"{sample.base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
+    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
     (tmp_path / "tiktoken.model").write_text("\n".join(lines))
     added = {"300": {"content": "[EOS]"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 300}))
     tokenizer = sample.hf_tokenizer(tmp_path)
     assert tokenizer.encode("né中") == list("né中".encode()) and tokenizer.eos == [300]
-    assert tokenizer.to_bytes(300) == b"[EOS]" and tokenizer.to_bytes(299) == b""
+    assert tokenizer.to_bytes(300) == b"<|endoftext|>" and tokenizer.to_bytes(299) == b""
+
+
+def test_text_is_prepared_with_the_tokenizer_of_an_exported_model(run, tmp_path):
+    target, source = tmp_path / "hf", tmp_path / "text.txt"
+    source.write_text(TEXT * 50)
+    sample.main([f"--ckpt={run}", f"--export={target}"])
+    config = prepare_data.DataConfig(str(source), "mine", str(tmp_path), tokenizer=str(target))
+    data = prepare_data.load_dataset(prepare_data.prepare(config))
+    encoding = prepare_data.load_tokenizer(run)
+    first, *ids = data.train.arrays[0].tolist()
+    assert (
+        first == encoding.eot_token == 299 and ids[:100] == encoding.encode_ordinary(TEXT * 2)[:100]
+    )
+
+
+def test_a_tokenizer_of_several_stages_cannot_prepare_text(tmp_path):
+    stages = [{"type": "Split", "pattern": {"Regex": "a"}}] * 2
+    spec = {"pre_tokenizer": {"pretokenizers": stages}, "model": {"type": "BPE"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match="one splitting expression"):
+        prepare_data.hf_encoding(tmp_path)
 
 
 # ---- The command ---------------------------------------------------------------------------------
