@@ -142,9 +142,15 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
             text = tokenizer.id_to_token(token) or ""
             return text.encode() if token in special else bytes(byte_of[c] for c in text)
 
-        return Tokenizer(
-            lambda text: tokenizer.encode(text, add_special_tokens=False).ids, to_bytes, eos
-        )
+        config = read("tokenizer_config.json")
+        bos = config.get("bos_token") if config.get("add_bos_token") else None
+        bos = tokenizer.token_to_id(bos["content"] if isinstance(bos, dict) else bos or "")
+        first = [] if bos is None else [bos]  # DeepSeek-V3's texts begin with one
+
+        def encode(text: str) -> list[int]:
+            return first + tokenizer.encode(text, add_special_tokens=False).ids
+
+        return Tokenizer(encode, to_bytes, eos)
     if (folder / "tiktoken.model").exists():
         return Tokenizer.of(hf_encoding(folder), eos)
     return None

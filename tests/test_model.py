@@ -312,7 +312,8 @@ def test_changing_a_token_changes_no_earlier_output():
     changed[range(T), range(T)] = (changed[range(T), range(T)] + 1) % 31
     logits, mtp = model(tokens, return_mtp=True)
     changed_logits, changed_mtp = model(changed, return_mtp=True)
-    for k, (before, after) in enumerate(zip([logits, *mtp], [changed_logits, *changed_mtp])):  # noqa: B905
+    pairs = zip([logits, *mtp], [changed_logits, *changed_mtp], strict=True)
+    for k, (before, after) in enumerate(pairs):
         for j in range(T):
             first = max(0, j - k)  # the first row that may depend on token j
             close(after[j, :first], before[0, :first])

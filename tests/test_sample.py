@@ -507,7 +507,7 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path, monkeypatch):
         assert all(word in text for word in words), text
 
     refused(FileNotFoundError, "best.pt")
-    path, saved = tmp_path / "ckpt.pt", torch.load(run / "ckpt.pt")
+    path, saved = tmp_path / "ckpt.pt", torch.load(run / "ckpt.pt", weights_only=True)
     content = (run / "ckpt.pt").read_bytes()
     for part in (0, 100, len(content) // 2, len(content) - 10):
         path.write_bytes(content[:part])
@@ -583,6 +583,9 @@ def test_export_opens_in_transformers_with_the_same_output(run, tmp_path):
     sample.main([f"--ckpt={run}", f"--export={target}", "--quantize"])
     assert "quantization_config" in json.loads((target / "config.json").read_text())
     assert sample.load_model(target)[1].encode(TEXT) == tokenizer.encode(TEXT)
+    config = json.loads((target / "tokenizer_config.json").read_text()) | {"add_bos_token": True}
+    (target / "tokenizer_config.json").write_text(json.dumps(config))
+    assert sample.load_model(target)[1].encode(TEXT) == [299, *tokenizer.encode(TEXT)]
 
 
 def test_kimi_tokenizer_opens(tmp_path):
