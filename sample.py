@@ -818,7 +818,7 @@ def main(argv: list[str]):
         export(model, tokenizer, folder, config.export, config.quantize)
         return
     if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer.json or tiktoken.model that can be read")
+        raise ValueError(f"no tokenizer of {path} can be read, so there is no text to write")
     if config.score:
         document = read_text(config.score, "the text")
         ids = [*tokenizer.eos[:1], *tokenizer.encode(document)]

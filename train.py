@@ -522,6 +522,8 @@ def train(
     if saved and saved["train_config"].get("tokenizer_sha256") != data.tokenizer_sha256:
         raise ValueError(f"{out} was trained with another tokenizer than {config.data} has.")
 
+    if step >= config.steps:
+        say(f"the run is finished at step {step}: give a larger --steps to go on.")
     say(describe(model, config, machine, data))
     trainer = wrap(model, config, machine)
     optimizers = make_optimizers(model, config)

@@ -517,12 +517,12 @@ def test_weights_of_a_run_start_another(run, capsys):
     assert_same(load(out)["model"], load("second")["model"])
     assert load("second")["step"] == 1 and log_of("second")[0]["tokens"] == 64
     # once begun, the run's own checkpoint counts
-    run(*CONSTANT, "--steps=3", "--lr=0.005", "--init_from=first", "--resume", out="second")
-    state = load("second")
-    assert state["step"] == 3
-    assert not state["model"]["norm.weight"].equal(load(out)["model"]["norm.weight"])
-    step = state["optimizer"][0]["state"][0]["step"]
-    assert step == 3
+    run("--steps=2", "--init_from=first", out="third")
+    before = load("third")["model"]
+    assert not before["norm.weight"].equal(load(out)["model"]["norm.weight"])
+    run("--steps=3", "--lr=0", "--gamma=0", "--init_from=first", "--resume", out="third")
+    assert_same(before, load("third")["model"])
+    assert load("third")["optimizer"][0]["state"][0]["step"] == load("third")["step"] == 3
 
 
 def test_weights_of_a_hugging_face_directory_start_a_run(run, data, capsys):
@@ -626,7 +626,7 @@ def test_more_evaluations_do_not_change_the_run(run):
 
 
 def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(run, monkeypatch):
-    losses = iter((3.0, 2.0, 2.5, math.nan))
+    losses = iter((3.0, 2.0, 2.5, math.nan, 2.1))
 
     def evaluate(*arguments):
         loss = next(losses)
@@ -642,7 +642,9 @@ def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(run, monkeyp
     model, tokenizer, _ = sample.load_model(out)
     assert_same(dict(model.state_dict()), best["model"])
     assert tokenizer.encode("def ")
-    assert [x["val_loss"] for x in log_of(out) if "val_loss" in x] == [3.0, 2.0, 2.5, None]
+    run("--resume", "--steps=10", "--eval_every=2")
+    assert load(out, "best.pt")["step"] == 4 and load(out)["best"] == 2.0
+    assert [x["val_loss"] for x in log_of(out) if "val_loss" in x] == [3.0, 2.0, 2.5, None, 2.1]
 
 
 # ---- Several processes ---------------------------------------------------------------------------
@@ -660,13 +662,24 @@ def lonely(run) -> str:
     return f"--init_from={out.absolute()}"
 
 
+def expect_shards():
+    make = train.make_optimizers
+
+    def make_optimizers(model, config):
+        assert all(p.to_local().numel() < p.numel() for p in model.parameters() if p.ndim > 1)
+        return make(model, config)
+
+    train.make_optimizers = make_optimizers
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_equal_one(parallel, accumulate, start, run, lonely):
     """Loss curve, evaluations, biases, weights and optimiser; with MTP and an unused expert."""
     alone = run(lonely, out="alone")
     options = (f"--parallel={parallel}", f"--grad_accum={accumulate}", lonely)
-    finish(start(*options, world=2, out="together"))
+    setup = expect_shards if parallel == "fsdp" else None
+    finish(start(*options, world=2, out="together", setup=setup))
     assert_equivalent(alone, Path("together"))
     bias = load("together")["model"]["layers.1.mlp.gate.e_score_correction_bias"]
     assert bias[0] < -1e5 and bias[1:].abs().max() > 0
@@ -877,7 +890,8 @@ def test_one_bad_gradient_is_skipped_and_the_run_goes_on(parallel, start):
     assert all(x.isfinite().all() for x in state["model"].values())
 
 
-def test_a_bad_step_changes_neither_weights_nor_biases(run, monkeypatch, refused):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_bad_step_changes_neither_weights_nor_biases(optimizer, run, monkeypatch):
     states = keep_saves(monkeypatch)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
     poison_third_gradient()
@@ -888,7 +902,7 @@ def test_a_bad_step_changes_neither_weights_nor_biases(run, monkeypatch, refused
         updates.append({k: v.clone() for k, v in model.state_dict().items()})
 
     monkeypatch.setattr(DeepSeekV3, "update_bias", update_bias)
-    run("--save_every=1", "--eval_every=8")
+    run("--save_every=1", "--eval_every=8", f"--optimizer={optimizer}")
     assert_same(updates[1], updates[2])
     assert not updates[2]["norm.weight"].equal(updates[3]["norm.weight"])
     assert states.keys() == {0, 1, 2, 4, 5, 6, 7, 8}  # the older file stays
