@@ -185,10 +185,14 @@ class _Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+    def normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x32 = wide(x)
         inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-        y = (x32 * inverse).to(x.dtype)
+        return (x32 * inverse).to(x.dtype), inverse
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        y, inverse = _Normalize.normalize(x, eps)
         ctx.save_for_backward(y, inverse)
         return y
 
@@ -212,7 +216,28 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.weight * _Normalize.apply(x, self.eps)).to(compute_dtype(x))
+        if torch.is_grad_enabled():
+            y = _Normalize.apply(x, self.eps)
+        else:  # in decoding the machinery around the formula would take longer than the formula
+            y, _ = _Normalize.normalize(x, self.eps)
+        return (self.weight * y).to(compute_dtype(x))
+
+
+class Linear(nn.Linear):
+    """nn.Linear; for the few rows of a decoding step torch.compile gets the sum written out.
+
+    A library's product of one row reads the weight at a third of the memory's speed; the sum
+    becomes a loop at full speed, fused with what stands around it.
+    """
+
+    FEW = 8  # rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        decoding = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        if not (decoding and x.numel() <= Linear.FEW * self.in_features):
+            return super().forward(x)
+        y = (x.unsqueeze(-2) * self.weight).sum(-1)
+        return y if self.bias is None else y + self.bias
 
 
 # ---- Rotary position embedding (RoPE), with YaRN for long contexts -------------------------------
@@ -275,13 +300,14 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
 class Cache:
     """What decoding keeps: c_t^KV and k_t^R, C + R numbers per token and layer, and nothing else.
 
-    kv (layers, B, S, C+R) is allocated once; row b holds `length[b]` tokens, so rows may differ,
-    and shortening `length` forgets the newest tokens (that is how rejected drafts are undone).
+    Every layer's kv (B, S, C+R) is allocated once; row b holds `length[b]` tokens, so rows may
+    differ, and shortening `length` forgets the newest tokens: so rejected drafts are undone.
     """
 
     def __init__(self, config: ModelConfig, layers: int, batch: int, size: int, like: Tensor):
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.kv = like.new_zeros(layers, batch, size, width)
+        self.kv = [like.new_zeros(batch, size, width) for _ in range(layers)]
+        self.size = size
         self.length = torch.zeros(batch, dtype=torch.long, device=like.device)
         self.longest = 0  # max(length), known to the host without waiting for the device
 
@@ -290,8 +316,8 @@ class Cache:
 
     def claim(self, T: int) -> tuple[Tensor, Tensor | None]:
         """Positions (B, T) for T new tokens, and which cached positions they see (B, T, S)."""
-        if self.longest + T > self.kv.shape[2]:
-            raise ValueError(f"{self.longest} + {T} tokens exceed the cache of {self.kv.shape[2]}.")
+        if self.longest + T > self.size:
+            raise ValueError(f"{self.longest} + {T} tokens exceed the cache of {self.size}.")
         positions = self.length[:, None] + torch.arange(T, device=self.length.device)
         self.truncate(self.length + T, self.longest + T)
         if len(positions) == 1 and T == 1:
@@ -341,15 +367,15 @@ class MLA(nn.Module):
         N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         bias = config.attention_bias
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(D, H * (N + R), bias=False)
+            self.q_proj = Linear(D, H * (N + R), bias=False)
         else:
-            self.q_a_proj = nn.Linear(D, config.q_lora_rank, bias=bias)  # W^DQ
+            self.q_a_proj = Linear(D, config.q_lora_rank, bias=bias)  # W^DQ
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)  # the latents' eps is fixed
-            self.q_b_proj = nn.Linear(config.q_lora_rank, H * (N + R), bias=False)  # W^UQ, W^QR
-        self.kv_a_proj_with_mqa = nn.Linear(D, C + R, bias=bias)  # W^DKV, W^KR
+            self.q_b_proj = Linear(config.q_lora_rank, H * (N + R), bias=False)  # W^UQ, W^QR
+        self.kv_a_proj_with_mqa = Linear(D, C + R, bias=bias)  # W^DKV, W^KR
         self.kv_a_layernorm = RMSNorm(C, 1e-6)
-        self.kv_b_proj = nn.Linear(C, H * (N + V), bias=False)  # per head: W^UK, W^UV
-        self.o_proj = nn.Linear(H * V, D, bias=bias)
+        self.kv_b_proj = Linear(C, H * (N + V), bias=False)  # per head: W^UK, W^UV
+        self.o_proj = Linear(H * V, D, bias=bias)
         self.scale = (N + R) ** -0.5
         yarn = config.rope_scaling or {}
         if rope_type(yarn) == "yarn" and yarn.get("mscale_all_dim"):
@@ -397,12 +423,12 @@ class MLA(nn.Module):
         W_UK, W_UV = W[:, :N], W[:, N:]  # (H, N, C), (H, V, C)
         q = per_head(q_nope, W_UK)  # (B, T, H, C)
         q = (torch.cat((q, q_pe), -1) * self.scale).to(kv.dtype)  # (B, T, H, C+R)
-        score = q.flatten(1, 2) @ kv.mT  # (B, T*H, S)
+        score = torch.bmm(q.flatten(1, 2), kv.mT)  # (B, T*H, S)
         if past.seen is not None:
             seen = past.seen.repeat_interleave(H, 1)
             score = score.masked_fill(~seen, -math.inf)
         p = wide(score).softmax(-1).to(kv.dtype)
-        o = (p @ kv[..., :C]).unflatten(1, (T, H))  # (B, T, H, C)
+        o = torch.bmm(p, kv[..., :C]).unflatten(1, (T, H))  # (B, T, H, C)
         return per_head(o, W_UV.mT)  # (B, T, H, V)
 
 
@@ -414,9 +440,9 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(dim, width, bias=False)
-        self.up_proj = nn.Linear(dim, width, bias=False)
-        self.down_proj = nn.Linear(width, dim, bias=False)
+        self.gate_proj = Linear(dim, width, bias=False)
+        self.up_proj = Linear(dim, width, bias=False)
+        self.down_proj = Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
@@ -574,6 +600,8 @@ class Experts(nn.Module):
     """The routed experts' sum in Eq. 12, without dropping tokens: rows sorted by expert, one
     product per expert and projection."""
 
+    FEW = 32  # tokens, at most, that are a decoding step; more are a chunk of a prompt
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, F_, D = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
@@ -584,8 +612,11 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """x (tokens, D), chosen and weight (tokens, K) -> (tokens, D)."""
         dtype = compute_dtype(x)
-        if x.device.type == "cpu" and len(x) <= 32 and not (self.fp8 or torch.is_grad_enabled()):
-            return self.forward_few(x.to(dtype), chosen, weight)
+        if len(x) <= Experts.FEW and not (self.fp8 or torch.is_grad_enabled()):
+            if torch.compiler.is_compiling():
+                return self.forward_compiled(x, chosen, weight)
+            if x.device.type == "cpu":
+                return self.forward_few(x.to(dtype), chosen, weight)
         # In bf16 on a CPU oneDNN compiles a kernel for every new matrix shape, so there each
         # expert's rows are padded to a multiple of 64.
         pad = 64 if x.device.type == "cpu" and dtype == torch.bfloat16 and not self.fp8 else 1
@@ -603,6 +634,14 @@ class Experts(nn.Module):
             hidden = (F.silu(gate) * up * gain[:, None]).to(dtype)  # (slots, F)
             y = grouped_linear(hidden, self.down_proj.to(dtype), counts)  # (slots, D)
         return _Combine.apply(y, rows, slots)
+
+    def forward_compiled(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        """The same for a few tokens under torch.compile, which fuses the choice of the weights,
+        the products and the sums into loops that read each visited expert where it lies."""
+        x = x[:, None, None]  # (tokens, 1, 1, D)
+        gate, up = (self.gate_up_proj[chosen] * x).sum(-1).chunk(2, dim=-1)  # (tokens, K, F)
+        hidden = (F.silu(gate) * up * weight[..., None]).unsqueeze(-2)  # (tokens, K, 1, F)
+        return (self.down_proj[chosen] * hidden).sum((1, 3)).to(x.dtype)
 
     def forward_few(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """The same for the few tokens of a decoding step: sorted by the host, which is faster than
@@ -686,7 +725,7 @@ class MTP(nn.Module):
         D, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(D, eps)
         self.hnorm = RMSNorm(D, eps)
-        self.eh_proj = nn.Linear(2 * D, D, bias=False)  # M_k
+        self.eh_proj = Linear(2 * D, D, bias=False)  # M_k
         self.block = Block(config, dense=False)  # TRM_k
         self.norm = RMSNorm(D, eps)  # before the shared output head
 
@@ -758,7 +797,7 @@ class DeepSeekV3(nn.Module):
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTP(config) for _ in range(config.num_nextn_predict_layers))
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -824,7 +863,8 @@ class DeepSeekV3(nn.Module):
         embedding = self.embed_tokens(tokens)
         rope, past = self._context(embedding, cache)
         h, routing = self.run_block(self.mtp[k], h, embedding, rope, past(k))
-        self._note(routing)
+        if cache is None:
+            self._note(routing)
         return h
 
     def _context(self, x: Tensor, cache: Cache | None):
@@ -835,7 +875,7 @@ class DeepSeekV3(nn.Module):
         positions, seen = cache.claim(x.shape[1])
         S = cache.longest
         rope = rope_table(self.config, positions, wide(x[:0]).dtype)
-        return rope, lambda layer: Past(cache.kv[layer, :, :S], positions, seen)
+        return rope, lambda layer: Past(cache.kv[layer][:, :S], positions, seen)
 
     def _note(self, routing: tuple[Tensor, Tensor] | None):
         if routing is not None:

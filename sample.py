@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class SampleConfig:
     top_p: float | None = None  # among the fewest tokens that have this much probability
     seed: int = 1337  # with a fixed --draft it fixes the text; auto follows the clock
     draft: str = "auto"  # tokens drafted by the MTP module in a round: 0 to 4, or what is fastest
+    compile: bool = False  # compile decoding: several times faster after a minute of compilation
     show: str = ""  # drafts: colour accepted drafts; experts: colour by the last layer's top expert
     interactive: bool = False  # ask for one prompt after another
     score: str = ""  # a text file: print its nats per token and bits per byte
@@ -296,6 +298,47 @@ class DraftLength:
             self.tries[j] = 0.95 * self.tries[j] + 1
 
 
+# What a decoding step calls. When compiled, `shape` is all that tells one model from another: the
+# usual guards on a few hundred modules would take a fifth of a small model's step.
+
+
+def main_step(model: DeepSeekV3, shape: str, tokens: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+    """tokens (B, T) after those in the cache -> hidden states (B, T, D), logits (B, T, V)."""
+    assert shape  # torch.compile heeds only what is read
+    h = model.trunk(tokens, cache)
+    return h, model.logits(h)
+
+
+def mtp_step(
+    model: DeepSeekV3, shape: str, k: int, h: Tensor, tokens: Tensor, cache: Cache, at: Tensor
+) -> tuple[Tensor, Tensor]:
+    """h (B, W, D) of depth k, tokens (B, W) -> the next h; logits (B, V) of slots `at` (B, 1)."""
+    assert shape
+    h = model.predict_next(k, h, tokens, cache)
+    rows = torch.arange(len(h), device=h.device)[:, None]
+    return h, model.logits(h[rows, at]).squeeze(1)
+
+
+def torch_compile(step: Callable, device: torch.device) -> Callable:
+    """`step` with a graph for each number of rows and tokens, and one for all cache lengths."""
+    torch._dynamo.config.specialize_float = True  # else every eps becomes an input of the graph
+    skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    options = {"guard_filter_fn": skip, "cpp_wrapper": device.type == "cpu"}
+    fast = torch.compile(step, dynamic=True, options=options)
+
+    def call(*inputs):
+        for x in inputs:
+            if isinstance(x, Tensor):
+                torch._dynamo.mark_static(x)
+        try:
+            return fast(*inputs)
+        except torch._inductor.exc.InductorError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--compile cannot be used here ({reason}); leave it out") from None
+
+    return call
+
+
 class Drafter:
     """The MTP modules, their cache, and the main model's hidden states they have not seen yet.
 
@@ -306,8 +349,9 @@ class Drafter:
     computed. Afterwards only the slots made of true tokens and hidden states stay in the cache.
     """
 
-    def __init__(self, model: DeepSeekV3, sequence: Tensor, size: int):
+    def __init__(self, model: DeepSeekV3, sequence: Tensor, size: int, step: Callable):
         self.model, self.sequence, self.depth = model, sequence, len(model.mtp)
+        self.step = step  # mtp_step of the model
         B, like = len(sequence), model.embed_tokens.weight
         self.cache = Cache(model.config, self.depth, B, size, like)
         self.recent = min(RECENT, size)
@@ -359,9 +403,9 @@ class Drafter:
                     h = h[self.rows, last]  # (B, 1, D)
                     last = torch.zeros_like(last)
                 tokens = self.sequence[self.rows, (n + j - 1)[:, None]]  # (B, 1)
-            h = self.model.predict_next(k, h, tokens, self.cache)
+            h, logits = self.step(k, h, tokens, self.cache, last)
             if j < G:
-                p, token = choose(self.model.logits(h[self.rows, last]).squeeze(1))
+                p, token = choose(logits)
                 self.sequence[self.rows, (n + j)[:, None]] = token
                 q.append(p)
         self.keep([max(0, k - self.depth) for k in known])  # slots of true tokens only
@@ -378,6 +422,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     speculative: int | str = "auto",
+    compile: bool = False,
     eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     lengths: Sequence[int] | None = None,
@@ -386,10 +431,11 @@ def generate(
 ) -> Tensor:
     """Continues the rows of tokens (B, T) by max_new_tokens each: (B, T + new), prompt included.
 
-    speculative: drafts per round, 0 to 4, or "auto", the fastest. lengths: where prompts differ in
-    length, how many tokens of each row are prompt; the row goes on right behind them. A row that
-    reaches eos_token_id (one or several) is padded with it. At max_position_embeddings decoding
-    stops with a note, so `new` may be smaller. on_token(row, ids, drafted) sees new tokens as they
+    speculative: drafts per round, 0 to 4, or "auto", the fastest. compile: torch.compile the steps
+    after the prompt, which takes a minute, or seconds when it was done before. lengths: where
+    prompts differ in length, how many tokens of each row are prompt; the row goes on right behind
+    them. A row that reaches eos_token_id (one or several) is padded with it. At
+    max_position_embeddings decoding stops with a note, so `new` may be smaller. on_token(row, ids, drafted) sees new tokens as they
     come, the first `drafted` of them accepted drafts. stats is filled in. Raises ValueError.
     """
     B, T = tokens.shape
@@ -414,8 +460,11 @@ def generate(
     sequence = tokens.new_zeros(B, T + new + most + 1 + len(model.mtp))
     sequence[:, :T] = tokens
     cache = Cache(model.config, len(model.layers), B, T + new + most, model.embed_tokens.weight)
-    drafter = Drafter(model, sequence, T + new + most) if most else None
-    stats.cache_bytes, stats.cache_slots = cache.kv.nbytes, B * cache.kv.shape[2]
+    steps = (torch_compile(f, device) if compile else f for f in (main_step, mtp_step))
+    shape = f"{model.config} {model.norm.weight.dtype} {device}"
+    main, mtp = (partial(step, model, shape) for step in steps)
+    drafter = Drafter(model, sequence, T + new + most, mtp) if most else None
+    stats.cache_bytes, stats.cache_slots = sum(kv.nbytes for kv in cache.kv), B * cache.size
     rows = torch.arange(B, device=device)[:, None]
 
     def choose(logits: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -478,10 +527,10 @@ def generate(
         places = n[:, None] - 1 + torch.arange(G + 1, device=device)  # (B, G+1)
         fresh = sequence[rows, places]  # (B, G+1): the newest token and the drafts
         cache.truncate(n - 1, max(known) - 1)
-        h = model.trunk(fresh, cache)  # (B, G+1, D)
+        h, logits = main(fresh, cache)  # (B, G+1, D), (B, G+1, V)
+        drafts = fresh[:, 1:]
         if drafter:
             drafter.remember(h, places)
-        logits, drafts = model.logits(h), fresh[:, 1:]
         if G == 0:
             kept, (_, token) = torch.zeros_like(n), choose(logits[:, 0])
         elif greedy:
@@ -760,7 +809,8 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
             model, torch.tensor([ids] * N, device=device), config.max_new_tokens,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             speculative="auto" if config.draft == "auto" else int(config.draft),
-            eos_token_id=tokenizer.eos, generator=generator, on_token=on_token, stats=stats,
+            compile=config.compile, eos_token_id=tokenizer.eos, generator=generator,
+            on_token=on_token, stats=stats,
         )  # fmt: skip
     except KeyboardInterrupt:
         interrupted = True

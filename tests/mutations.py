@@ -119,7 +119,7 @@ positions from the longest row
 + positions = torch.full_like(self.length, self.longest)[:, None] + torch
 
 cache overflow unnoticed
-- if self.longest + T > self.kv.shape[2]:
+- if self.longest + T > self.size:
 + if False:
 
 cache holds another latent

@@ -259,14 +259,14 @@ def test_cache_holds_the_latent_and_the_rope_key_and_nothing_else():
     tokens = tokens_of(model, 2, 8)
     cache = Cache(model.config, 1, 2, 8, like=model.norm.weight)
     cached_logits(model, tokens, [3, 1, 4], cache)
-    tensors = [x for x in vars(cache).values() if isinstance(x, torch.Tensor)]
+    tensors = [x for x in (*vars(cache).values(), *cache.kv) if isinstance(x, torch.Tensor)]
     assert sorted(x.numel() for x in tensors) == [2, 1 * 2 * 8 * (7 + 4)]  # lengths; kv
     h = model.layers[0].input_layernorm(model.embed_tokens(tokens))
     for b in range(2):
         _, kv = reference.mla(
             released(model), "model.layers.0.self_attn", asdict(model.config), list(h[b].numpy())
         )
-        close(cache.kv[0, b], np.array(kv))
+        close(cache.kv[0][b], np.array(kv))
 
 
 @torch.no_grad()

@@ -5,8 +5,10 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -210,11 +212,31 @@ def test_cache_holds_c_plus_r_numbers_and_nothing_else(trained, monkeypatch):
     stats, config = Stats(), trained.config
     generate(trained, prompts(2, 5, 24), 10, speculative=0, stats=stats)
     numbers = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
-    assert [c.kv.numel() for c in made] == [2 * 15 * numbers]
+    assert [sum(kv.numel() for kv in c.kv) for c in made] == [2 * 15 * numbers]
     assert stats.cache_bytes == stats.cache_slots * numbers * 4
     assert config.cache_numbers()[0] == numbers
     generate(trained, prompts(2, 5, 24), 10, speculative=3)
-    assert made[1].kv.numel() == 2 * 18 * numbers and made[2].kv.shape[0] == len(trained.mtp)
+    assert sum(kv.numel() for kv in made[1].kv) == 2 * 18 * numbers
+    assert len(made[2].kv) == len(trained.mtp)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_compiled_decoding_is_the_same_and_compiled_once():
+    """One graph serves every cache length and every model of the same shape, and no other model."""
+    model, twin, other = random_model(0), random_model(1), random_model(0, num_attention_heads=3)
+    torch._dynamo.reset()
+    tokens, run = prompts(1, 5, 24), partial(generate, temperature=0)
+    text = run(model, tokens, 30, speculative=0)
+    assert not torch.equal(text, run(twin, tokens, 30))
+    assert torch.equal(run(model, tokens, 30, speculative=0, compile=True), text)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        short = run(model, tokens, 8, speculative=0, compile=True)
+        assert torch.equal(short, text[:, : short.shape[1]])
+        assert torch.equal(run(twin, tokens, 30, speculative=0, compile=True), run(twin, tokens, 30))
+    for m, batch, drafts in ((other, 1, 0), (model, 2, 2)):
+        tokens = prompts(batch, 5, 24)
+        run = partial(generate, m, tokens, 20, temperature=0, speculative=drafts)
+        assert torch.equal(run(compile=True), run())
 
 
 def test_plain_decoding_never_touches_the_mtp_modules(trained, monkeypatch):

@@ -1048,6 +1048,32 @@ def test_tiny_configuration_has_every_part():
     assert asdict(config)["n_shared_experts"] == 1
 
 
+@pytest.mark.parametrize(("name", "world"), [("base_1b", 1), ("base_1b_8gpu", 8)])
+def test_configurations_for_h100s_hold_what_they_promise(name, world):
+    """Sizes, divisibility and data; no GPU has run them."""
+    values = train.read_config_file(str(ROOT / "config" / f"{name}.py"))
+    model_values, settings = train.split_configs(values)
+    config = train.TrainConfig(**settings)
+    with torch.device("meta"):
+        model = DeepSeekV3(ModelConfig(**model_values))
+    c, count = model.config, model.parameter_counts()
+    assert 0.9e9 < count["total"] < 1.1e9 and 0.15e9 < count["active"] < 0.25e9
+    assert (c.n_routed_experts, c.n_group, c.topk_group) == (64, 8, 4) and len(model.mtp) == 1
+    assert c.vocab_size == 50257 + 47 and config.data in prepare_data.SHARDS
+    assert (config.gamma, config.alpha, config.optimizer) == (0.001, 0.0001, "adamw")
+
+    assert config.batch_size == 16 * world * config.grad_accum  # micro-batches of 16 windows
+    assert config.batch_size * config.block_size == 524_288
+    _, shards = prepare_data.SHARDS[config.data]
+    assert config.steps * 524_288 < 1.01e8 * shards  # a pass, at most
+    state, activations = 16 * (count["total"] + count["mtp"]), 0.85e6 * 16 * config.block_size
+    assert state < 18e9 and state + activations < 50e9  # bytes
+
+    sides = {n: x.shape[-2:] for n, x in model.named_parameters() if x.ndim > 1}
+    odd = {n.rsplit(".", 2)[-2] for n, (a, b) in sides.items() if a % 128 or b % 128}
+    assert odd == {"gate", "kv_a_proj_with_mqa"}
+
+
 # ---- As a user would -----------------------------------------------------------------------------
 
 

@@ -1,0 +1,56 @@
+"""One H100 (80 GB): 1B parameters, 0.23B of them active per token, on FineWeb-Edu.
+
+    python prepare_data.py finewebedu --shards=99      # GPT-2 tokens, 9.9B of them, 20 GB
+    python train.py config/base_1b.py
+
+It is V3 at the size of the 1B model of the loss-free balancing paper (arXiv 2408.15664, Table 5:
+1024 wide, 8 heads, 64 routed experts, top 6, windows of 2048 tokens). Schedules, gamma 0.001,
+alpha 0.0001 and the weights of the MTP loss are train.py's defaults, the report's.
+
+Computed, not measured; no GPU has run this yet:
+    run       10,000 steps of 524,288 tokens: 5.2B, 22 per active parameter
+    FLOPs     1.64 GFLOP per token with MTP, 8.6e18 in all
+    time      6 hours if 40 % of 989 TFLOP/s are reached, which is an assumption; the four
+              evaluations on 100M tokens each add two to three minutes apiece
+    memory    17 GB weights, gradients and AdamW (16 bytes a parameter, MTP included)
+            + 28 GB activations of a micro-batch (0.85 MB a token x 16 windows x 2048 tokens)
+            +  6 GB weights in bf16, gradient of the head, buffers = 51 GB: no need to recompute
+"""
+
+# Every matrix is a multiple of 128 wide and high, for FP8 tiles and grouped products, save the
+# gate (64 experts, never FP8) and W^DKV with W^KR (256 + 64 rows; in the report 512 + 64).
+vocab_size = 50304  # GPT-2's 50257, padded
+hidden_size = 1024
+num_hidden_layers = 12
+num_attention_heads = 8
+q_lora_rank = 384
+kv_lora_rank = 256
+qk_nope_head_dim = 64  # with the rope part as wide as a value: attention kernels need no padding
+qk_rope_head_dim = 64
+v_head_dim = 128
+intermediate_size = 2688  # what a token uses of an MoE layer: 6 + 1 experts, as V3's 9 x 2048
+moe_intermediate_size = 384
+first_k_dense_replace = 1
+n_routed_experts = 64
+num_experts_per_tok = 6
+n_shared_experts = 1
+n_group = 8
+topk_group = 4
+routed_scaling_factor = 2.446  # Moonlight's for six: sqrt(6) undoes what averaging takes off
+max_position_embeddings = 2048
+num_nextn_predict_layers = 1
+# The report's 0.006 belongs to its width: a sum of n products has a spread of sqrt(n) x this, and
+# sqrt(7168) x 0.006 = sqrt(1024) x 0.016.
+initializer_range = 0.016
+
+data = "finewebedu"
+steps = 10_000
+batch_size = 256
+block_size = 2048
+grad_accum = 16
+# Not tuned. The 1B model named above had 1e-3 at 2.4M tokens per step; by the square root of the
+# batch that is 4.7e-4 here.
+lr = 6e-4
+warmup = 0.02  # 200 steps; the report's share would be 85
+eval_every = 2500
+save_every = 1000

@@ -1,0 +1,52 @@
+"""Eight H100 in one node: the model of base_1b.py on the 10B tokens of FineWeb-Edu.
+
+    python prepare_data.py finewebedu --shards=99      # GPT-2 tokens, 9.9B of them, 20 GB
+    torchrun --nproc_per_node=8 train.py config/base_1b_8gpu.py
+
+The network, the batch and the seed are those of base_1b.py, so both runs see the same windows and
+can be compared step by step up to the first one's decay; what eight GPUs buy is twice the tokens in
+less time. A model twice as large would not leave DDP, which keeps all of it on every GPU, much
+room for activations.
+
+Computed, not measured; no GPU has run this yet:
+    run       19,000 steps of 524,288 tokens: 9.96B, 43 per active parameter (windows are drawn at
+              random, so some text is seen twice and some never)
+    FLOPs     1.64 GFLOP per token with MTP, 1.6e19 in all
+    time      1.4 hours on 8 H100 if 40 % of 989 TFLOP/s are reached on each, which is an
+              assumption, with evaluations and checkpoints left out; about 11.5 GPU hours
+    memory    55 GB per GPU: 51 as in base_1b.py, and 4 for DDP's copy of the gradients
+"""
+
+# The network: base_1b.py says why.
+vocab_size = 50304
+hidden_size = 1024
+num_hidden_layers = 12
+num_attention_heads = 8
+q_lora_rank = 384
+kv_lora_rank = 256
+qk_nope_head_dim = 64
+qk_rope_head_dim = 64
+v_head_dim = 128
+intermediate_size = 2688
+moe_intermediate_size = 384
+first_k_dense_replace = 1
+n_routed_experts = 64
+num_experts_per_tok = 6
+n_shared_experts = 1
+n_group = 8
+topk_group = 4
+routed_scaling_factor = 2.446
+max_position_embeddings = 2048
+num_nextn_predict_layers = 1
+initializer_range = 0.016
+
+data = "finewebedu"
+steps = 19_000
+batch_size = 256  # over all GPUs
+block_size = 2048
+grad_accum = 2  # times 8 GPUs: micro-batches of 16 windows, as on one
+parallel = "ddp"
+lr = 6e-4
+warmup = 200 / 19_000  # as many steps as in base_1b.py
+eval_every = 2000
+save_every = 2000
