@@ -435,8 +435,9 @@ def generate(
     after the prompt, which takes a minute, or seconds when it was done before. lengths: where
     prompts differ in length, how many tokens of each row are prompt; the row goes on right behind
     them. A row that reaches eos_token_id (one or several) is padded with it. At
-    max_position_embeddings decoding stops with a note, so `new` may be smaller. on_token(row, ids, drafted) sees new tokens as they
-    come, the first `drafted` of them accepted drafts. stats is filled in. Raises ValueError.
+    max_position_embeddings decoding stops with a note, so `new` may be smaller. on_token(row, ids,
+    drafted) sees new tokens as they come, the first `drafted` of them accepted drafts. stats is
+    filled in. Raises ValueError.
     """
     B, T = tokens.shape
     device, limit, stats = tokens.device, model.config.max_position_embeddings, stats or Stats()

@@ -232,7 +232,9 @@ def test_compiled_decoding_is_the_same_and_compiled_once():
     with torch._dynamo.config.patch(error_on_recompile=True):
         short = run(model, tokens, 8, speculative=0, compile=True)
         assert torch.equal(short, text[:, : short.shape[1]])
-        assert torch.equal(run(twin, tokens, 30, speculative=0, compile=True), run(twin, tokens, 30))
+        assert torch.equal(
+            run(twin, tokens, 30, speculative=0, compile=True), run(twin, tokens, 30)
+        )
     for m, batch, drafts in ((other, 1, 0), (model, 2, 2)):
         tokens = prompts(batch, 5, 24)
         run = partial(generate, m, tokens, 20, temperature=0, speculative=drafts)
