@@ -7,7 +7,7 @@ It is V3 at the size of the 1B model of the loss-free balancing paper (arXiv 240
 1024 wide, 8 heads, 64 routed experts, top 6, windows of 2048 tokens). Schedules, gamma 0.001,
 alpha 0.0001 and the weights of the MTP loss are train.py's defaults, the report's.
 
-Computed, not measured; no GPU has run this yet:
+Computed, not measured; no GPU has run this yet, which is also why compile is off:
     run       10,000 steps of 524,288 tokens: 5.2B, 22 per active parameter
     FLOPs     1.64 GFLOP per token with MTP, 8.6e18 in all
     time      6 hours if 40 % of 989 TFLOP/s are reached, which is an assumption; the four

@@ -1051,8 +1051,10 @@ def test_tiny_configuration_has_every_part():
 @pytest.mark.parametrize(("name", "world"), [("base_1b", 1), ("base_1b_8gpu", 8)])
 def test_configurations_for_h100s_hold_what_they_promise(name, world):
     """Sizes, divisibility and data; no GPU has run them."""
-    values = train.read_config_file(str(ROOT / "config" / f"{name}.py"))
-    model_values, settings = train.split_configs(values)
+    files = (str(ROOT / "config" / f"{x}.py") for x in (name, "base_1b"))
+    parts = [train.split_configs(train.read_config_file(file)) for file in files]
+    model_values, settings = parts[0]
+    assert model_values == parts[1][0]  # one network for both
     config = train.TrainConfig(**settings)
     with torch.device("meta"):
         model = DeepSeekV3(ModelConfig(**model_values))
