@@ -343,6 +343,35 @@ class Past:
             self.kv[rows, self.positions] = new.to(self.kv.dtype)
 
 
+class _ShortAttention(torch.autograd.Function):
+    """softmax(scale q k^T) v, causal, with the scores (n, T, T) written out and kept in bf16.
+
+    On a CPU and for short windows this takes a third of the time of the fused kernel.
+    """
+
+    LONGEST = 512  # T
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q, k (n, T, N+R), v (n, T, V) -> (n, T, V)."""
+        n, T, _ = q.shape
+        later = q.new_full((T, T), -math.inf).triu_(1)
+        p = torch.baddbmm(later.expand(n, T, T), q, k.mT, alpha=scale).softmax(-1)
+        o = torch.bmm(p, v)
+        ctx.save_for_backward(q, k, v, p, o)
+        ctx.scale = scale
+        return o
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, do: Tensor):
+        q, k, v, p, o = ctx.saved_tensors
+        mean = (do * o).sum(-1, keepdim=True)  # (n, T, 1): sum_j p_j dp_j
+        ds = torch.bmm(do, v.mT).sub_(mean).mul_(p).mul_(ctx.scale)  # (n, T, T)
+        return torch.bmm(ds, k), torch.bmm(ds.mT, q), torch.bmm(p.mT, do), None
+
+
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
     """Every head's x (B, T, H, in) times its own matrix (H, in, out): (B, T, H, out)."""
     y = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight)  # (H, B*T, out)
@@ -406,6 +435,11 @@ class MLA(nn.Module):
         k_nope, v = self.kv_b_proj(latent).view(B, T, H, N + V).split([N, V], dim=-1)
         q = torch.cat((q_nope, q_pe), -1)  # (B, T, H, N+R)
         k = torch.cat((k_nope, k_pe.expand(-1, -1, H, -1)), -1)  # (B, T, H, N+R)
+        low = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        if low and T <= _ShortAttention.LONGEST:
+            q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+            o = _ShortAttention.apply(q, k, v, self.scale)
+            return o.unflatten(0, (B, H)).transpose(1, 2)  # (B, T, H, V)
         width = max(q.shape[-1], V)  # the fused attention kernels want heads of one width
         q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (q, k, v))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
@@ -435,6 +469,26 @@ class MLA(nn.Module):
 # ---- DeepSeekMoE (section 2.1.2) -----------------------------------------------------------------
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up * gain, keeping the inputs only: fewer passes over less memory."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, gain: Tensor | None) -> Tensor:
+        """gate, up (rows, F), gain (rows, 1) or none -> (rows, F)."""
+        ctx.save_for_backward(gate, up, gain)
+        y = F.silu(gate).mul_(up)
+        return y if gain is None else y.mul_(gain)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        gate, up, gain = ctx.saved_tensors
+        silu, d_gain = F.silu(gate), None
+        if gain is not None:
+            d_gain = (silu * up).mul_(dy).sum(-1, keepdim=True, dtype=gain.dtype)
+            dy = (dy * gain).to(dy.dtype)
+        return torch.ops.aten.silu_backward(dy * up, gate), silu.mul_(dy), d_gain
+
+
 class MLP(nn.Module):
     """SwiGLU: W_down (silu(W_gate x) * W_up x), the dense layers' and the shared experts' FFN."""
 
@@ -448,7 +502,7 @@ class MLP(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)
         if isinstance(self.down_proj, fp8.FP8Linear):  # keeps gate and up in FP8 for backward
             return fp8.swiglu_linear(gate, up, self.down_proj.weight)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(_SwiGLU.apply(gate, up, None))
 
 
 class Gate(nn.Module):
@@ -631,7 +685,7 @@ class Experts(nn.Module):
             y = fp8.swiglu_linear(gate, up, self.down_proj, sizes, gain)
         else:
             gate, up = grouped_linear(x, self.gate_up_proj.to(dtype), counts).chunk(2, dim=-1)
-            hidden = (F.silu(gate) * up * gain[:, None]).to(dtype)  # (slots, F)
+            hidden = _SwiGLU.apply(gate, up, gain[:, None])  # (slots, F)
             y = grouped_linear(hidden, self.down_proj.to(dtype), counts)  # (slots, D)
         return _Combine.apply(y, rows, slots)
 
@@ -746,7 +800,8 @@ class _HeadLoss(torch.autograd.Function):
     tensor is (chunk, vocabulary), and backward only scales what forward has computed.
     """
 
-    CHUNK = 1024  # rows; at 129280 words 0.5 GB of float32 logits
+    CHUNK = 2**27  # logits at once: 0.5 GB
+    CPU_CHUNK = 2**20  # what its caches hold
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -756,8 +811,10 @@ class _HeadLoss(torch.autograd.Function):
         dw = torch.zeros_like(weight) if need else None
         w = weight.to(h.dtype)
         loss = wide(h.new_zeros(()))
-        for start in range(0, len(h), _HeadLoss.CHUNK):
-            rows = slice(start, start + _HeadLoss.CHUNK)
+        most = _HeadLoss.CPU_CHUNK if h.device.type == "cpu" else _HeadLoss.CHUNK
+        chunk = max(1, most // len(weight))
+        for start in range(0, len(h), chunk):
+            rows = slice(start, start + chunk)
             target, used = targets[rows].clamp(min=0)[:, None], (targets[rows] >= 0)[:, None]
             z = wide(h[rows] @ w.T)  # (chunk, vocabulary)
             log_p = z.log_softmax(-1)

@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -240,6 +241,51 @@ def sync_gradients(trainer: nn.Module, on: bool):
 # ---- Optimiser -----------------------------------------------------------------------------------
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: Muon as in Moonlight (arXiv 2502.16982).
+
+    Parameters are matrices (out, in) or stacks of them (E, out, in), every matrix orthogonalised by
+    itself and scaled to the usual size of AdamW's updates. Results are those of torch.optim.Muon,
+    which takes hundreds of experts one after another; here matrices of one shape are one batch.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            same = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                    state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                    update = p.grad.lerp(state["momentum_buffer"], momentum)  # Nesterov's
+                    same[p.shape[-2:]].append((p, update.view(-1, *p.shape[-2:])))
+            for shape, pairs in same.items():
+                params, updates = zip(*pairs, strict=True)
+                sizes = [len(x) for x in updates]
+                for p, x in zip(params, orthogonal(torch.cat(updates)).split(sizes), strict=True):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(x.view_as(p), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """x (n, a, b) with all singular values brought near 1, in bf16: five steps of the Newton-Schulz
+    iteration of Jordan et al. (2024) with their coefficients."""
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
+    return x.mT if tall else x
+
+
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, as in the report; or Muon for the matrices of attention, FFN, experts and
     eh_proj, as in Moonlight (arXiv 2502.16982), and AdamW for the rest, with one learning rate."""
@@ -257,20 +303,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     if not matrices:
         return [adamw]
-    # Muon orthogonalises one matrix at a time: a stack of experts is given to it as views.
-    stacks = [(p, [nn.Parameter(x) for x in p.detach()]) for p in matrices.values() if p.ndim == 3]
-    params = [p for p in matrices.values() if p.ndim == 2] + [x for _, xs in stacks for x in xs]
-    muon = torch.optim.Muon(
-        params, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-
-    def split_gradients(*_):
-        for stack, views in stacks:
-            for view, grad in zip(views, stack.grad, strict=True):
-                view.grad = grad
-
-    muon.register_step_pre_hook(split_gradients)
-    return [adamw, muon]
+    return [adamw, Muon(matrices.values(), config.lr, config.weight_decay)]
 
 
 def whole(x: Any) -> Any:
@@ -626,7 +659,7 @@ def train(
                     group["lr"] = lr
                 # Fused AdamW skips the step where found_inf is 1 without asking the host.
                 optimizer.found_inf = bad
-                if not isinstance(optimizer, torch.optim.Muon) or not bad:
+                if not isinstance(optimizer, Muon) or not bad:
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             model.zero_grad(set_to_none=True)

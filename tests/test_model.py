@@ -23,6 +23,8 @@ from model import (
     ModelConfig,
     RMSNorm,
     _HeadLoss,
+    _ShortAttention,
+    _SwiGLU,
     balance_loss,
     rope_table,
 )
@@ -702,9 +704,10 @@ def head_inputs(rows, ignored=0.0):
     return h, w, targets
 
 
-@pytest.mark.parametrize("rows", [1, _HeadLoss.CHUNK, 2 * _HeadLoss.CHUNK + 37])
+@pytest.mark.parametrize("rows", [1, 5, 2 * 5 + 3])
 @pytest.mark.parametrize("ignored", [0.0, 0.4])
-def test_chunked_head_loss_equals_cross_entropy_and_its_gradients(rows, ignored):
+def test_chunked_head_loss_equals_cross_entropy_and_its_gradients(rows, ignored, monkeypatch):
+    monkeypatch.setattr(_HeadLoss, "CPU_CHUNK", 5 * 11)
     h, w, targets = head_inputs(rows, ignored if rows > 1 else 0.0)
     results = []
     for loss in (
@@ -718,8 +721,52 @@ def test_chunked_head_loss_equals_cross_entropy_and_its_gradients(rows, ignored)
         close(_HeadLoss.apply(h, w, targets), results[1][0])
 
 
+@pytest.mark.parametrize("with_gain", [False, True])
+def test_swiglu_equals_the_plain_formula_and_its_gradients(with_gain):
+    torch.manual_seed(0)
+    gate, up = (torch.randn(7, 5).double().requires_grad_() for _ in range(2))
+    gain = torch.randn(7, 1).double().requires_grad_() if with_gain else None
+    close(_SwiGLU.apply(gate, up, gain), F.silu(gate) * up * (gain if with_gain else 1))
+    assert torch.autograd.gradcheck(_SwiGLU.apply, (gate, up, gain))
+
+
+def test_short_attention_equals_the_fused_kernel_and_its_gradients():
+    torch.manual_seed(0)
+    q, k = (torch.randn(3, 6, 5).double().requires_grad_() for _ in range(2))
+    v = torch.randn(3, 6, 4).double().requires_grad_()
+    fused = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+    close(_ShortAttention.apply(q, k, v, 0.3), fused)
+    assert torch.autograd.gradcheck(lambda *x: _ShortAttention.apply(*x, 0.3), (q, k, v))
+
+
+def test_short_windows_in_bf16_take_the_short_attention(monkeypatch):
+    """And give what the fused kernel gives, up to the rounding of scores to bf16."""
+    attention, used = tiny().float().layers[0].self_attn, []
+    h, g = torch.randn(2, 11, 16), torch.randn(2, 11, 16)
+    rope = rope_table(attention.config, torch.arange(11), torch.float32)
+    apply = _ShortAttention.apply
+    monkeypatch.setattr(_ShortAttention, "apply", lambda *x: used.append(1) or apply(*x))
+
+    def run(low: bool):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            y = attention(h, rope)
+        return torch.cat(
+            [x.flatten() for x in (y, *torch.autograd.grad(y, attention.parameters(), g))]
+        )
+
+    exact = run(low=False)
+    assert not used
+    short = run(low=True)
+    assert used == [1]
+    monkeypatch.setattr(_ShortAttention, "LONGEST", 10)
+    fused = run(low=True)
+    assert used == [1]
+    for result in (short, fused):
+        assert (result - exact).norm() < 0.02 * exact.norm()
+
+
 def test_head_loss_passes_gradcheck_in_chunks_of_three(monkeypatch):
-    monkeypatch.setattr(_HeadLoss, "CHUNK", 3)
+    monkeypatch.setattr(_HeadLoss, "CPU_CHUNK", 3 * 11)
     h, w, targets = head_inputs(10, 0.3)
     assert torch.autograd.gradcheck(lambda h, w: _HeadLoss.apply(h, w, targets), (h, w))
 
