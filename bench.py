@@ -353,6 +353,10 @@ def profile(step: Callable, device: torch.device) -> str:
 class DecodeOptions(Options):
     ckpt: str = ""  # a run with MTP: measure speculation on it, and nothing else
     new_tokens: int = 128  # decoded after each prompt
+    compile: bool = (
+        True  # measure compiled decoding as well; the first time it compiles for minutes
+    )
+    dtype: str = "float32"  # of the speculation table
     temperature: float = 0.0  # of the speculation table; 0 takes the likeliest token
     contexts: str = "1024,2048,4096,8192,16384,32768"  # cached tokens of the context table
     their_longest: int = 32768  # transformers' step is timed up to this context
@@ -364,7 +368,8 @@ def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
     long context; with --ckpt, speculation on that checkpoint."""
     device, _ = sample.find_device(sample.SampleConfig(device=options.device))
     if options.ckpt:
-        yield speculation(options, device)
+        for compile in (False, True)[: 1 + options.compile]:
+            yield speculation(options, device, compile)
         return
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -381,20 +386,25 @@ def plain_tables(options: DecodeOptions, model: DeepSeekV3, hf: dict[str, Any]) 
     new, text = options.new_tokens, {}
     greedy = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
 
-    def ours():
-        text["ours"] = sample.generate(model, prompt, new, temperature=0, speculative=0)
+    def ours(name: str, compile: bool):
+        text[name] = sample.generate(
+            model, prompt, new, temperature=0, speculative=0, compile=compile
+        )
 
     def theirs(name: str):
         text[name] = hf[name].generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
 
     functions = {f"transformers {name}": lambda name=name: theirs(name) for name in hf}
-    seconds = interleaved({"ours": ours, **functions}, options.rounds)
+    functions["ours"] = lambda: ours("ours", False)
+    if options.compile:
+        functions["ours compiled"] = lambda: ours("ours compiled", True)
+    seconds = interleaved(functions, options.rounds)
     title = f"greedy decoding, fp32, prompt 64, {new} new tokens, prompt included in the time"
-    same = {name: torch.equal(text[name], text["ours"]) for name in hf}
-    return [*speed_tables(title, seconds, new), Table("transformers' tokens are ours", [same])]
+    same = {name: torch.equal(tokens, text["ours"]) for name, tokens in text.items()}
+    return [*speed_tables(title, seconds, new), Table("the same tokens", [same])]
 
 
-def our_step_at(model: DeepSeekV3, S: int) -> tuple[Tensor, Callable]:
+def our_step_at(model: DeepSeekV3, S: int, main: Callable) -> tuple[list[Tensor], Callable]:
     """A cache of S random latents, and a function that decodes one token after them."""
     cache = Cache(model.config, len(model.layers), 1, S + 1, model.embed_tokens.weight)
     for kv in cache.kv:
@@ -403,7 +413,7 @@ def our_step_at(model: DeepSeekV3, S: int) -> tuple[Tensor, Callable]:
 
     def step():
         cache.truncate(length, S)
-        model.logits(model.trunk(token, cache)).argmax()
+        main(model, sample.shape_of(model), token, cache)[1].argmax()
 
     return [kv[:, :S].contiguous() for kv in cache.kv], step
 
@@ -428,10 +438,15 @@ def their_step_at(hf: nn.Module, S: int) -> Callable:
 @torch.inference_mode()
 def context_table(options: DecodeOptions, model: DeepSeekV3, hf: nn.Module) -> Table:
     """Each length beside an empty context: the difference is attention."""
-    rows, empty, their_empty = [], our_step_at(model, 1)[1], their_step_at(hf, 1)
+    main = sample.main_step
+    fast = sample.torch_compile(main, hf.device) if options.compile else main
+    rows, empty, their_empty = [], our_step_at(model, 1, main)[1], their_step_at(hf, 1)
+    fast_empty = our_step_at(model, 2, fast)[1]
     for S in map(int, options.contexts.split(",")):
-        kv, step = our_step_at(model, S)
+        kv, step = our_step_at(model, S, main)
         functions = {"empty": empty, "ours": step, "read": lambda kv=kv: [x.sum() for x in kv]}
+        if options.compile:
+            functions |= {"fast empty": fast_empty, "fast": our_step_at(model, S, fast)[1]}
         if options.their_longest >= S:
             functions |= {"their empty": their_empty, "theirs": their_step_at(hf, S)}
         t = interleaved(functions, options.rounds)
@@ -442,6 +457,12 @@ def context_table(options: DecodeOptions, model: DeepSeekV3, hf: nn.Module) -> T
             "attention ms": 1000 * statistics.median(grown), "reading ms": ms["read"],
             "attention/reading": ratio(grown, t["read"]),
         }  # fmt: skip
+        if options.compile:
+            grown = [a - b for a, b in zip(t["fast"], t["fast empty"], strict=True)]
+            row |= {
+                "compiled ms": ms["fast"],
+                "compiled attention/reading": ratio(grown, t["read"]),
+            }
         if "theirs" in t:
             row |= {"transformers ms": ms["theirs"], "of it": ms["theirs"] - ms["their empty"]}
             row |= {"its step/ours": ratio(t["theirs"], t["ours"])}
@@ -460,10 +481,12 @@ def theorem(shares: list[float], draft: float, verify: float = 1.0) -> float:
     return (1 + sum(shares)) / (len(shares) * draft + verify)
 
 
-def forward_costs(model: DeepSeekV3, text: Tensor, rounds: int) -> dict[Any, float]:
+def forward_costs(
+    model: DeepSeekV3, text: Tensor, rounds: int, main_step: Callable, mtp_step: Callable
+) -> dict[Any, float]:
     """Median seconds of a draft ("draft") and of the forward of 1 to 5 tokens (1, ..., 5) in the
     second half of text (1, S), at places that take turns as well."""
-    S, like = text.shape[1], model.embed_tokens.weight
+    S, like, shape = text.shape[1], model.embed_tokens.weight, sample.shape_of(model)
     main, mtp = (Cache(model.config, n, 1, S, like) for n in (len(model.layers), 1))
     h = model.trunk(text, main)
     model.predict_next(0, h[:, :-1], text[:, 1:], mtp)
@@ -472,13 +495,17 @@ def forward_costs(model: DeepSeekV3, text: Tensor, rounds: int) -> dict[Any, flo
     def draft():
         for s, length in places:
             mtp.truncate(length, s)
-            one = model.predict_next(0, h[:, s : s + 1], text[:, s + 1 : s + 2], mtp)
-            model.logits(one).argmax(-1)
+            one, token, at = (
+                h[:, s : s + 1].clone(),
+                text[:, s + 1 : s + 2].clone(),
+                text[:, :1] * 0,
+            )
+            mtp_step(model, shape, 0, one, token, mtp, at)[1].argmax(-1)
 
     def verify(T: int):
         for s, length in places:
             main.truncate(length, s)
-            model.logits(model.trunk(text[:, s : s + T], main)).argmax(-1)
+            main_step(model, shape, text[:, s : s + T].clone(), main)[1].argmax(-1)
 
     functions = {T: lambda T=T: verify(T) for T in range(1, sample.MOST_DRAFTS + 2)}
     seconds = interleaved({"draft": draft, **functions}, rounds)
@@ -486,9 +513,9 @@ def forward_costs(model: DeepSeekV3, text: Tensor, rounds: int) -> dict[Any, flo
 
 
 @torch.inference_mode()
-def speculation(options: DecodeOptions, device: torch.device) -> Table:
+def speculation(options: DecodeOptions, device: torch.device, compile: bool) -> Table:
     """Every draft length on the same prompts, and how near it comes to what the theorem allows."""
-    model, tokenizer, _ = sample.load_model(options.ckpt, device, torch.float32)
+    model, tokenizer, _ = sample.load_model(options.ckpt, device, getattr(torch, options.dtype))
     if not len(model.mtp) or tokenizer is None:
         raise ValueError(f"{options.ckpt} has no MTP module or no tokenizer; name another --ckpt.")
     prompts = [
@@ -502,12 +529,14 @@ def speculation(options: DecodeOptions, device: torch.device) -> Table:
             generator = torch.Generator(device).manual_seed(i)
             texts[g] += sample.generate(
                 model, prompt, options.new_tokens, temperature=options.temperature, speculative=g,
-                generator=generator, stats=stats[g],
+                compile=compile, generator=generator, stats=stats[g],
             ).tolist()  # fmt: skip
 
     lengths = [*range(sample.MOST_DRAFTS + 1), "auto"]
     seconds = interleaved({g: lambda g=g: run(g) for g in lengths}, options.rounds)
-    cost = forward_costs(model, torch.tensor(texts[0][:1], device=device), options.rounds)
+    steps = sample.main_step, sample.mtp_step
+    steps = [sample.torch_compile(f, device) for f in steps] if compile else steps
+    cost = forward_costs(model, torch.tensor(texts[0][:1], device=device), options.rounds, *steps)
     rows = []
     for g in lengths:
         s, gained = stats[g], ratio(seconds[0], seconds[g])
@@ -523,11 +552,15 @@ def speculation(options: DecodeOptions, device: torch.device) -> Table:
             row |= {"draft cost": draft, "verify cost": verify, "allowed": allowed}
             row |= {"share": gained.median / allowed}
         if options.temperature == 0:
-            row |= {"same text": texts[g] == texts[0]}
+            row |= {"same texts": sum(a == b for a, b in zip(texts[g], texts[0], strict=True))}
         rows.append(row)
+    how = f"temperature {options.temperature:g}, {options.dtype}, "
+    how += "compiled" if compile else "eager"
     title = f"speculation on {Path(options.ckpt).name}, {len(prompts)} prompts one after another, "
-    title += f"{options.new_tokens} new tokens, temperature {options.temperature:g}, fp32;\ncosts "
-    title += "in forwards of one token; allowed: by Theorem 3.8 of Leviathan et al. at these costs"
+    title += (
+        f"{options.new_tokens} new tokens, {how};\ncosts in forwards of one token; allowed: by "
+    )
+    title += "Theorem 3.8 of Leviathan et al. at these costs"
     return Table(title, rows)
 
 

@@ -298,6 +298,11 @@ class DraftLength:
             self.tries[j] = 0.95 * self.tries[j] + 1
 
 
+def shape_of(model: DeepSeekV3) -> str:
+    weight = model.norm.weight
+    return f"{model.config} {weight.dtype} {weight.device}"
+
+
 # What a decoding step calls. When compiled, `shape` is all that tells one model from another: the
 # usual guards on a few hundred modules would take a fifth of a small model's step.
 
@@ -322,6 +327,7 @@ def mtp_step(
 def torch_compile(step: Callable, device: torch.device) -> Callable:
     """`step` with a graph for each number of rows and tokens, and one for all cache lengths."""
     torch._dynamo.config.specialize_float = True  # else every eps becomes an input of the graph
+    torch._dynamo.config.recompile_limit = 64  # graphs
     skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
     options = {"guard_filter_fn": skip, "cpp_wrapper": device.type == "cpu"}
     fast = torch.compile(step, dynamic=True, options=options)
@@ -462,8 +468,7 @@ def generate(
     sequence[:, :T] = tokens
     cache = Cache(model.config, len(model.layers), B, T + new + most, model.embed_tokens.weight)
     steps = (torch_compile(f, device) if compile else f for f in (main_step, mtp_step))
-    shape = f"{model.config} {model.norm.weight.dtype} {device}"
-    main, mtp = (partial(step, model, shape) for step in steps)
+    main, mtp = (partial(step, model, shape_of(model)) for step in steps)
     drafter = Drafter(model, sequence, T + new + most, mtp) if most else None
     stats.cache_bytes, stats.cache_slots = sum(kv.nbytes for kv in cache.kv), B * cache.size
     rows = torch.arange(B, device=device)[:, None]
