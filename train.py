@@ -274,10 +274,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """x (n, a, b) with all singular values brought near 1, in bf16: five steps of the Newton-Schulz
-    iteration of Jordan et al. (2024) with their coefficients."""
+    """x (n, a, b) with all singular values brought near 1, in bf16 (float64 stays): five steps of
+    the Newton-Schulz iteration of Jordan et al. (2024) with their coefficients."""
     tall = x.shape[1] > x.shape[2]
-    x = (x.mT if tall else x).bfloat16()
+    x = x.mT if tall else x
+    x = x if x.dtype == torch.float64 else x.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -753,10 +754,10 @@ def open_data(
     if machine.world > 1:
         dist.barrier()
     if not folder.exists():
-        raise FileNotFoundError(
-            f"no data in {folder}; make it with: python prepare_data.py SOURCE "
-            f"--name={config.data} --vocab_size={model_config.vocab_size}"
-        )
+        what = f"SOURCE --name={config.data} --vocab_size={model_config.vocab_size}"
+        if config.data in prepare_data.SHARDS:  # tokens already
+            what = f"{config.data} --shards={prepare_data.SHARDS[config.data][1]}"
+        raise FileNotFoundError(f"no data in {folder}; make it with: python prepare_data.py {what}")
     data = prepare_data.load_dataset(folder)
     room = model_config.vocab_size - data.vocab_size
     if not 0 <= room < 128:  # padding to a multiple of 128 is fine

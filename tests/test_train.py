@@ -672,12 +672,15 @@ def expect_shards():
     train.make_optimizers = make_optimizers
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_equal_one(parallel, accumulate, start, run, lonely):
+@pytest.mark.parametrize(
+    "parallel, accumulate, optimizer",
+    [*itertools.product(("ddp", "fsdp"), (1, 2), ("adamw",)), ("ddp", 1, "muon")],
+)
+def test_two_processes_equal_one(parallel, accumulate, optimizer, start, run, lonely):
     """Loss curve, evaluations, biases, weights and optimiser; with MTP and an unused expert."""
-    alone = run(lonely, out="alone")
-    options = (f"--parallel={parallel}", f"--grad_accum={accumulate}", lonely)
+    lonely = (lonely, f"--optimizer={optimizer}")
+    alone = run(*lonely, out="alone")
+    options = (f"--parallel={parallel}", f"--grad_accum={accumulate}", *lonely)
     setup = expect_shards if parallel == "fsdp" else None
     finish(start(*options, world=2, out="together", setup=setup))
     assert_equivalent(alone, Path("together"))
