@@ -212,10 +212,8 @@ def our_step(model: DeepSeekV3, config: train.TrainConfig, machine: train.Machin
     windows = random_windows(config, model.config.vocab_size)
 
     def step():
-        parts, weights = (
-            np.split(next(windows), config.grad_accum),
-            (config.mtp_weight, config.alpha),
-        )
+        parts = np.split(next(windows), config.grad_accum)
+        weights = config.mtp_weight, config.alpha
         with fp8.quantized_once(model):
             train.backward(model, trainer, parts, weights, machine)
         if config.clip:
@@ -353,9 +351,7 @@ def profile(step: Callable, device: torch.device) -> str:
 class DecodeOptions(Options):
     ckpt: str = ""  # a run with MTP: measure speculation on it, and nothing else
     new_tokens: int = 128  # decoded after each prompt
-    compile: bool = (
-        True  # measure compiled decoding as well; the first time it compiles for minutes
-    )
+    compile: bool = True  # compiled decoding as well; the first time it compiles for minutes
     dtype: str = "float32"  # of the speculation table
     temperature: float = 0.0  # of the speculation table; 0 takes the likeliest token
     contexts: str = "1024,2048,4096,8192,16384,32768"  # cached tokens of the context table
@@ -387,9 +383,8 @@ def plain_tables(options: DecodeOptions, model: DeepSeekV3, hf: dict[str, Any]) 
     greedy = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
 
     def ours(name: str, compile: bool):
-        text[name] = sample.generate(
-            model, prompt, new, temperature=0, speculative=0, compile=compile
-        )
+        settings = dict(temperature=0, speculative=0, compile=compile)
+        text[name] = sample.generate(model, prompt, new, **settings)
 
     def theirs(name: str):
         text[name] = hf[name].generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
@@ -459,10 +454,8 @@ def context_table(options: DecodeOptions, model: DeepSeekV3, hf: nn.Module) -> T
         }  # fmt: skip
         if options.compile:
             grown = [a - b for a, b in zip(t["fast"], t["fast empty"], strict=True)]
-            row |= {
-                "compiled ms": ms["fast"],
-                "compiled attention/reading": ratio(grown, t["read"]),
-            }
+            row |= {"compiled ms": ms["fast"]}
+            row |= {"compiled attention/reading": ratio(grown, t["read"])}
         if "theirs" in t:
             row |= {"transformers ms": ms["theirs"], "of it": ms["theirs"] - ms["their empty"]}
             row |= {"its step/ours": ratio(t["theirs"], t["ours"])}
@@ -495,12 +488,8 @@ def forward_costs(
     def draft():
         for s, length in places:
             mtp.truncate(length, s)
-            one, token, at = (
-                h[:, s : s + 1].clone(),
-                text[:, s + 1 : s + 2].clone(),
-                text[:, :1] * 0,
-            )
-            mtp_step(model, shape, 0, one, token, mtp, at)[1].argmax(-1)
+            one, token = h[:, s : s + 1].clone(), text[:, s + 1 : s + 2].clone()
+            mtp_step(model, shape, 0, one, token, mtp, text[:, :1] * 0)[1].argmax(-1)
 
     def verify(T: int):
         for s, length in places:
@@ -554,13 +543,12 @@ def speculation(options: DecodeOptions, device: torch.device, compile: bool) -> 
         if options.temperature == 0:
             row |= {"same texts": sum(a == b for a, b in zip(texts[g], texts[0], strict=True))}
         rows.append(row)
-    how = f"temperature {options.temperature:g}, {options.dtype}, "
-    how += "compiled" if compile else "eager"
-    title = f"speculation on {Path(options.ckpt).name}, {len(prompts)} prompts one after another, "
-    title += (
-        f"{options.new_tokens} new tokens, {how};\ncosts in forwards of one token; allowed: by "
+    title = (
+        f"speculation on {Path(options.ckpt).name}, {len(prompts)} prompts one after another, "
+        f"{options.new_tokens} new tokens, temperature {options.temperature:g}, {options.dtype}, "
+        f"{'compiled' if compile else 'eager'};\ncosts in forwards of one token; "
+        "allowed: by Theorem 3.8 of Leviathan et al. at these costs"
     )
-    title += "Theorem 3.8 of Leviathan et al. at these costs"
     return Table(title, rows)
 
 

@@ -770,18 +770,22 @@ def read_prompt(config: SampleConfig, given: bool) -> str:
     return config.prompt
 
 
-def find_device(config: SampleConfig) -> tuple[torch.device, torch.dtype | None]:
-    """The device, and the dtype to compute in (None: as stored; on a CPU always float32)."""
-    name = config.device
+def usable_device(name: str) -> torch.device:
+    """The device of that name, `auto` the fastest here. Raises ValueError."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here ({reason}); try cpu") from None
+    return torch.device(name)
+
+
+def find_device(config: SampleConfig) -> tuple[torch.device, torch.dtype | None]:
+    """The device, and the dtype to compute in (None: as stored; on a CPU always float32)."""
+    device = usable_device(config.device)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if config.dtype != "auto" and config.dtype not in dtypes:
         raise ValueError(f"dtype is {config.dtype!r}, but must be auto, {', '.join(dtypes)}")

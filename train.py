@@ -177,18 +177,11 @@ def start_machine(config: TrainConfig) -> Machine:
     """Choose device and dtype; under torchrun also join the other processes."""
     local, rank, world = (int(os.environ.get(k, d)) for k, d in _TORCHRUN)
     name = config.device
-    if name == "auto":
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{local}"
+    elif name == "auto" and world > 1:  # an mps device is for one process
         name = "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available() and world == 1:
-            name = "mps"
-    try:
-        device = torch.device(name, local) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}); try cpu.") from None
+    device = sample.usable_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if config.dtype != "auto":
@@ -668,7 +661,8 @@ def train(
             vio = max_vio(model.expert_counts)
             gamma = config.gamma if step < config.gamma_stop * config.steps else 0.0
             model.update_bias(gamma * (1 - bad))
-            step, tokens = step + 1, tokens + size * config.block_size
+            step_tokens = size * config.block_size
+            step, tokens = step + 1, tokens + step_tokens
             bar.update()
 
             last = step == config.steps
@@ -696,7 +690,8 @@ def train(
                 text += f"{speed:,.0f} tok/s" + (f" MFU {line['mfu']:.1%}" if peak else "")
                 bar.set_postfix_str(text)
                 if bar.disable:
-                    say(f"step {step}/{config.steps}: {text}")
+                    left = timedelta(seconds=round((config.steps - step) * step_tokens / speed))
+                    say(f"step {step}/{config.steps}: {text}, {left} left")
                 if count := int(skipped):
                     note(f"step {step}: {count} skipped since the last line, gradient not finite")
                     skipped.zero_()

@@ -18,6 +18,30 @@ ROOT = Path(__file__).resolve().parent.parent
 # guarding test file -> mistakes, each a name, "- " old lines of model.py and "+ " new lines
 MUTATIONS = {
     "test_model.py": """
+short attention sees the next token
+- .triu_(1)
++ .triu_(2)
+
+short attention without the softmax's mean in backward
+- .sub_(mean).mul_(p)
++ .mul_(p)
+
+short attention without the scale in backward
+- .mul_(p).mul_(ctx.scale)
++ .mul_(p)
+
+gradient of the fused gain without up
+- (silu * up).mul_(dy).sum
++ silu.clone().mul_(dy).sum
+
+fused gain missing in backward
+- dy = (dy * gain).to(dy.dtype)
++ dy = dy.clone()
+
+head loss with log p of the wrong sign
+- log_sum = top - p.amax(-1, keepdim=True).log()
++ log_sum = top + p.amax(-1, keepdim=True).log()
+
 rotate_half on interleaved weights
 -     pair = -1 if interleave
 +     interleave = False
@@ -573,8 +597,8 @@ final norm before every layer's eps
 + self.norm = RMSNorm(config.hidden_size, 1e-6)
 
 attention bias dropped from o_proj
-- self.o_proj = nn.Linear(H * V, D, bias=bias)
-+ self.o_proj = nn.Linear(H * V, D, bias=False)
+- self.o_proj = Linear(H * V, D, bias=bias)
++ self.o_proj = Linear(H * V, D, bias=False)
 
 MTP reads the state before the final norm
 - self.predict_next(k, hidden[-1][:, :-1]
