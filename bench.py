@@ -434,9 +434,10 @@ def their_step_at(hf: nn.Module, S: int) -> Callable:
 def context_table(options: DecodeOptions, model: DeepSeekV3, hf: nn.Module) -> Table:
     """Each length beside an empty context: the difference is attention."""
     main = sample.main_step
-    fast = sample.torch_compile(main, hf.device) if options.compile else main
     rows, empty, their_empty = [], our_step_at(model, 1, main)[1], their_step_at(hf, 1)
-    fast_empty = our_step_at(model, 2, fast)[1]
+    if options.compile:
+        fast = sample.torch_compile(main, hf.device)
+        fast_empty = our_step_at(model, 2, fast)[1]  # torch.compile has another graph for size 1
     for S in map(int, options.contexts.split(",")):
         kv, step = our_step_at(model, S, main)
         functions = {"empty": empty, "ours": step, "read": lambda kv=kv: [x.sum() for x in kv]}
@@ -488,6 +489,7 @@ def forward_costs(
     def draft():
         for s, length in places:
             mtp.truncate(length, s)
+            # contiguous as in generate: other strides would be another graph
             one, token = h[:, s : s + 1].clone(), text[:, s + 1 : s + 2].clone()
             mtp_step(model, shape, 0, one, token, mtp, text[:, :1] * 0)[1].argmax(-1)
 

@@ -344,12 +344,11 @@ class Past:
 
 
 class _ShortAttention(torch.autograd.Function):
-    """softmax(scale q k^T) v, causal, with the scores (n, T, T) written out and kept in bf16.
+    """softmax(scale q k^T) v, causal, with the scores (n, T, T) written out and kept for backward.
 
-    On a CPU and for short windows this takes a third of the time of the fused kernel.
+    On a CPU, in bf16 and for short windows this takes a third of the time of the fused kernel, and
+    T numbers more of memory for every query. Autocast is off inside: it would make p float32.
     """
-
-    LONGEST = 512  # T
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
@@ -388,6 +387,8 @@ class MLA(nn.Module):
     u_t    = W^O [o_t,1; ...; o_t,H]                                                 Eq. 11
     Both latents are normalised before they are projected up (section 4.2).
     """
+
+    SHORT = 512  # longest window that a CPU gives to _ShortAttention
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -436,7 +437,7 @@ class MLA(nn.Module):
         q = torch.cat((q_nope, q_pe), -1)  # (B, T, H, N+R)
         k = torch.cat((k_nope, k_pe.expand(-1, -1, H, -1)), -1)  # (B, T, H, N+R)
         low = q.device.type == "cpu" and q.dtype == torch.bfloat16
-        if low and T <= _ShortAttention.LONGEST:
+        if low and T <= self.SHORT:
             q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
             o = _ShortAttention.apply(q, k, v, self.scale)
             return o.unflatten(0, (B, H)).transpose(1, 2)  # (B, T, H, V)
@@ -801,7 +802,7 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     CHUNK = 2**27  # logits at once: 0.5 GB
-    CPU_CHUNK = 2**21  # what its caches hold
+    CPU_ROWS = 256  # few enough for its caches, enough to pay for a pass over dw
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -810,8 +811,8 @@ class _HeadLoss(torch.autograd.Function):
         dh, dw = torch.empty_like(h), torch.zeros_like(weight) if need else None
         w = weight.to(h.dtype)
         loss = wide(h.new_zeros(()))
-        most = _HeadLoss.CPU_CHUNK if h.device.type == "cpu" else _HeadLoss.CHUNK
-        chunk = max(1, min(most // len(w), len(h)))
+        chunk = _HeadLoss.CPU_ROWS if h.device.type == "cpu" else _HeadLoss.CHUNK // len(w)
+        chunk = max(1, min(chunk, len(h)))
         # Two buffers for all chunks: on a CPU fresh ones would cost a third of the time.
         low = h.new_empty(chunk, len(w))
         high = torch.empty_like(low, dtype=loss.dtype)
@@ -924,7 +925,7 @@ class DeepSeekV3(nn.Module):
         embedding = self.embed_tokens(tokens)
         rope, past = self._context(embedding, cache)
         h, routing = self.run_block(self.mtp[k], h, embedding, rope, past(k))
-        if cache is None:
+        if cache is None:  # decoding reads neither scores nor choices of the MTP modules
             self._note(routing)
         return h
 

@@ -299,8 +299,8 @@ class DraftLength:
 
 
 def shape_of(model: DeepSeekV3) -> str:
-    weight = model.norm.weight
-    return f"{model.config} {weight.dtype} {weight.device}"
+    weight, kinds = model.norm.weight, sorted({type(m).__name__ for m in model.modules()})
+    return f"{model.config} {kinds} {weight.dtype} {weight.device}"
 
 
 # What a decoding step calls. When compiled, `shape` is all that tells one model from another: the
@@ -309,7 +309,7 @@ def shape_of(model: DeepSeekV3) -> str:
 
 def main_step(model: DeepSeekV3, shape: str, tokens: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
     """tokens (B, T) after those in the cache -> hidden states (B, T, D), logits (B, T, V)."""
-    assert shape  # torch.compile heeds only what is read
+    _ = len(shape)  # torch.compile heeds only what is read
     h = model.trunk(tokens, cache)
     return h, model.logits(h)
 
@@ -318,7 +318,7 @@ def mtp_step(
     model: DeepSeekV3, shape: str, k: int, h: Tensor, tokens: Tensor, cache: Cache, at: Tensor
 ) -> tuple[Tensor, Tensor]:
     """h (B, W, D) of depth k, tokens (B, W) -> the next h; logits (B, V) of slots `at` (B, 1)."""
-    assert shape
+    _ = len(shape)
     h = model.predict_next(k, h, tokens, cache)
     rows = torch.arange(len(h), device=h.device)[:, None]
     return h, model.logits(h[rows, at]).squeeze(1)
@@ -327,10 +327,9 @@ def mtp_step(
 def torch_compile(step: Callable, device: torch.device) -> Callable:
     """`step` with a graph for each number of rows and tokens, and one for all cache lengths."""
     torch._dynamo.config.specialize_float = True  # else every eps becomes an input of the graph
-    torch._dynamo.config.recompile_limit = 64  # graphs
     skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
     options = {"guard_filter_fn": skip, "cpp_wrapper": device.type == "cpu"}
-    fast = torch.compile(step, dynamic=True, options=options)
+    fast = torch.compile(step, dynamic=True, recompile_limit=64, options=options)
 
     def call(*inputs):
         for x in inputs:
@@ -409,7 +408,10 @@ class Drafter:
                     h = h[self.rows, last]  # (B, 1, D)
                     last = torch.zeros_like(last)
                 tokens = self.sequence[self.rows, (n + j - 1)[:, None]]  # (B, 1)
-            h, logits = self.step(k, h, tokens, self.cache, last)
+            # A long lag is rare and every length of it would be a graph: it is not compiled.
+            few = h.shape[1] <= MOST_DRAFTS + self.depth
+            step = self.step if few else partial(mtp_step, self.model, shape_of(self.model))
+            h, logits = step(k, h, tokens, self.cache, last)
             if j < G:
                 p, token = choose(logits)
                 self.sequence[self.rows, (n + j)[:, None]] = token
@@ -519,12 +521,15 @@ def generate(
             if on_token:
                 on_token(b, ids, min(kept[b], len(ids)))
 
+    def graphs() -> int:
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"] if compile else 0
+
     sequence[rows, n[:, None]] = token
     take(token.tolist(), [0] * B)
     stats.prefill_seconds = time.perf_counter() - began
 
     while any(live):
-        began = time.perf_counter()
+        began, compiled = time.perf_counter(), graphs()
         G = pace.choose() if pace else most
         G = min(G, max(e - k for e, k, on in zip(end, known, live, strict=True) if on) - 1)
         n = torch.tensor(known, device=device)
@@ -560,7 +565,7 @@ def generate(
         for j in range(G):
             stats.drafted[j] += len(alive)
             stats.accepted[j] += sum(k > j for k in alive)
-        if pace:
+        if pace and graphs() == compiled:  # a round that waited for the compiler says nothing
             pace.learn(G, seconds, alive)
 
     pad = eos[0] if eos else 0

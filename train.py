@@ -248,30 +248,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            same = defaultdict(list)
+            lr, same = group["lr"], defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    state = self.state[p]
-                    if not state:
-                        state["momentum_buffer"] = torch.zeros_like(p)
-                    state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                    update = p.grad.lerp(state["momentum_buffer"], momentum)  # Nesterov's
-                    same[p.shape[-2:]].append((p, update.view(-1, *p.shape[-2:])))
-            for shape, pairs in same.items():
-                params, updates = zip(*pairs, strict=True)
+                    same[p.shape[-2:]].append(p)
+            for shape, params in same.items():
+                updates = [self.nesterov(p, group["momentum"]).view(-1, *shape) for p in params]
                 sizes = [len(x) for x in updates]
                 for p, x in zip(params, orthogonal(torch.cat(updates)).split(sizes), strict=True):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(x.view_as(p), alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
+    def nesterov(self, p: nn.Parameter, momentum: float) -> Tensor:
+        """The update before it is made orthogonal, in bf16 (float64 stays)."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        update = p.grad.lerp(state["momentum_buffer"], momentum)
+        return update if update.dtype == torch.float64 else update.bfloat16()
+
 
 def orthogonal(x: Tensor) -> Tensor:
-    """x (n, a, b) with all singular values brought near 1, in bf16 (float64 stays): five steps of
-    the Newton-Schulz iteration of Jordan et al. (2024) with their coefficients."""
+    """x (n, a, b) with all singular values brought near 1, by five steps of the Newton-Schulz
+    iteration of Jordan et al. (2024) with their coefficients."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    x = x if x.dtype == torch.float64 else x.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -316,6 +318,8 @@ def whole(x: Any) -> Any:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
     """The inverse of whole(optimizer.state_dict()): cut up again as the parameters are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if max(state["state"], default=0) >= len(parameters):
+        raise ValueError("the checkpoint's optimiser is of an older version; use --init_from.")
     for index, values in state["state"].items():
         p = parameters[index]
         if hasattr(p, "full_tensor"):

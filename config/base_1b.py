@@ -11,7 +11,7 @@ Computed, not measured; no GPU has run this yet, which is also why compile is of
     run       10,000 steps of 524,288 tokens: 5.2B, 22 per active parameter
     FLOPs     1.64 GFLOP per token with MTP, 8.6e18 in all
     time      6 hours if 40 % of 989 TFLOP/s are reached, which is an assumption; the four
-              evaluations on 100M tokens each add two to three minutes apiece
+              evaluations on 100M tokens add two to three minutes each
     memory    17 GB weights, gradients and AdamW (16 bytes a parameter, MTP included)
             + 28 GB activations of a micro-batch (0.85 MB a token x 16 windows x 2048 tokens)
             +  6 GB weights in bf16, gradient of the head, buffers = 51 GB: no need to recompute

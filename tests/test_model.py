@@ -707,7 +707,7 @@ def head_inputs(rows, ignored=0.0):
 @pytest.mark.parametrize("rows", [1, 5, 2 * 5 + 3])
 @pytest.mark.parametrize("ignored", [0.0, 0.4])
 def test_chunked_head_loss_equals_cross_entropy_and_its_gradients(rows, ignored, monkeypatch):
-    monkeypatch.setattr(_HeadLoss, "CPU_CHUNK", 5 * 11)
+    monkeypatch.setattr(_HeadLoss, "CPU_ROWS", 5)
     h, w, targets = head_inputs(rows, ignored if rows > 1 else 0.0)
     results = []
     for loss in (
@@ -758,7 +758,7 @@ def test_short_windows_in_bf16_take_the_short_attention(monkeypatch):
     assert not used
     short = run(low=True)
     assert used == [1]
-    monkeypatch.setattr(_ShortAttention, "LONGEST", 10)
+    monkeypatch.setattr(type(attention), "SHORT", 10)
     fused = run(low=True)
     assert used == [1]
     for result in (short, fused):
@@ -766,7 +766,7 @@ def test_short_windows_in_bf16_take_the_short_attention(monkeypatch):
 
 
 def test_head_loss_passes_gradcheck_in_chunks_of_three(monkeypatch):
-    monkeypatch.setattr(_HeadLoss, "CPU_CHUNK", 3 * 11)
+    monkeypatch.setattr(_HeadLoss, "CPU_ROWS", 3)
     h, w, targets = head_inputs(10, 0.3)
     assert torch.autograd.gradcheck(lambda h, w: _HeadLoss.apply(h, w, targets), (h, w))
 

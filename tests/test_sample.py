@@ -223,7 +223,7 @@ def test_cache_holds_c_plus_r_numbers_and_nothing_else(trained, monkeypatch):
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 def test_compiled_decoding_is_the_same_and_compiled_once():
     """One graph serves every cache length and every model of the same shape, and no other model."""
-    model, twin, other = random_model(0), random_model(1), random_model(0, num_attention_heads=3)
+    model, twin, other = random_model(0), random_model(1), random_model(0, rms_norm_eps=0.5)
     torch._dynamo.reset()
     tokens, run = prompts(1, 5, 24), partial(generate, temperature=0)
     text = run(model, tokens, 30, speculative=0)
@@ -239,6 +239,33 @@ def test_compiled_decoding_is_the_same_and_compiled_once():
         tokens = prompts(batch, 5, 24)
         run = partial(generate, m, tokens, 20, temperature=0, speculative=drafts)
         assert torch.equal(run(compile=True), run())
+
+
+def test_compilation_spares_long_lags_and_is_no_measure_of_drafts(trained, monkeypatch):
+    shapes, learnt, stats = set(), [], torch._dynamo.utils.counters["stats"]
+
+    def compile(step, device):
+        def call(*inputs):
+            shape = (step.__name__, *(x.shape for x in inputs if isinstance(x, torch.Tensor)))
+            stats["unique_graphs"] += shape not in shapes
+            shapes.add(shape)
+            return step(*inputs)
+
+        return call
+
+    learn = sample.DraftLength.learn
+
+    def noted_learn(self, *round):
+        learnt.append(len(shapes))
+        learn(self, *round)
+
+    monkeypatch.setattr(sample, "torch_compile", compile)
+    monkeypatch.setattr(sample.DraftLength, "learn", noted_learn)
+    run = Stats()
+    generate(trained, prompts(1, 5, 24), 300, temperature=0, compile=True, stats=run)
+    drafts = {shape[1][1] for shape in shapes if shape[0] == "mtp_step"}
+    assert max(drafts) <= sample.MOST_DRAFTS + len(trained.mtp) and len(shapes) > 2
+    assert len(learnt) < run.rounds  # rounds with a new shape are left out
 
 
 def test_plain_decoding_never_touches_the_mtp_modules(trained, monkeypatch):
