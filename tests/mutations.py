@@ -381,20 +381,20 @@ all targets ignored divides by zero
 + (targets >= 0).sum()
 
 ignored rows have a gradient
-- dz = dz.mul_(used).to(h.dtype)
-+ dz = dz.to(h.dtype)
+- p.new_full(target.shape, -1.0)).mul_(used)
++ p.new_full(target.shape, -1.0))
 
 head gradient from the last chunk only
-- dw += dz.T @ h[rows]
-+ dw = (dz.T @ h[rows]).to(dw.dtype)
+- dw += dz.T @ x
++ dw = dz.T @ x
 
 head gradient not scaled by what follows
 - scale = grad / n
 + scale = 1 / n
 
 head loss in bf16
-- z = wide(h[rows] @ w.T)
-+ z = h[rows] @ w.T
+- z = high.copy_(torch.mm(x, w.T, out=low))
++ z = high = torch.mm(x, w.T, out=low)
 
 logits in the model's dtype
 - return wide(self.lm_head(h))

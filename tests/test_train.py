@@ -1051,6 +1051,12 @@ def test_tiny_configuration_has_every_part():
     assert asdict(config)["n_shared_experts"] == 1
 
 
+def test_an_optimiser_of_another_number_of_parameters_is_refused():
+    muon = train.Muon([torch.nn.Parameter(torch.randn(2, 2))], lr=0.1, weight_decay=0.0)
+    with pytest.raises(ValueError, match="older version"):
+        train.load_optimizer(muon, {"state": {1: {"momentum_buffer": torch.zeros(2, 2)}}})
+
+
 @pytest.mark.parametrize(("name", "world"), [("base_1b", 1), ("base_1b_8gpu", 8)])
 def test_configurations_for_h100s_hold_what_they_promise(name, world):
     """Sizes, divisibility and data; no GPU has run them."""
