@@ -52,7 +52,7 @@ class SampleConfig:
     top_p: float | None = None  # among the fewest tokens that have this much probability
     seed: int = 1337  # with a fixed --draft it fixes the text; auto follows the clock
     draft: str = "auto"  # tokens drafted by the MTP module in a round: 0 to 4, or what is fastest
-    compile: bool = False  # compile decoding: several times faster after a minute of compilation
+    compile: bool = False  # compile decoding: several times faster, after minutes the first time
     show: str = ""  # drafts: colour accepted drafts; experts: colour by the last layer's top expert
     interactive: bool = False  # ask for one prompt after another
     score: str = ""  # a text file: print its nats per token and bits per byte
@@ -440,7 +440,7 @@ def generate(
     """Continues the rows of tokens (B, T) by max_new_tokens each: (B, T + new), prompt included.
 
     speculative: drafts per round, 0 to 4, or "auto", the fastest. compile: torch.compile the steps
-    after the prompt, which takes a minute, or seconds when it was done before. lengths: where
+    after the prompt: half a minute per draft length the first time, seconds later. lengths: where
     prompts differ in length, how many tokens of each row are prompt; the row goes on right behind
     them. A row that reaches eos_token_id (one or several) is padded with it. At
     max_position_embeddings decoding stops with a note, so `new` may be smaller. on_token(row, ids,
