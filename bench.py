@@ -36,8 +36,9 @@ from torch import Tensor, nn
 import fp8
 import sample
 import train
-from model import FP8_WEIGHTS, Cache, DeepSeekV3, ModelConfig
-from prepare_data import parse_args, run_command, say, unknown_key
+from config import info, parse_args, run_command, unknown_key
+from huggingface import FP8_WEIGHTS
+from model import Cache, DeepSeekV3, ModelConfig
 
 # The 20.8M-parameter model on which we and transformers' DeepseekV3ForCausalLM are compared.
 REFERENCE = dict(
@@ -707,7 +708,7 @@ def loss_gaps(options: FP8Options) -> Table:
                 gaps[kind].append([gap[-1], worst, 100 * (val / base_val - 1)])
                 rows.append({"FP8 with": kind, "seed": str(seed), "base loss": base[-1]})
                 rows[-1] |= dict(zip(columns, gaps[kind][-1], strict=True))
-                say(", ".join(f"{key} {cell(value)}" for key, value in rows[-1].items()))
+                info(", ".join(f"{key} {cell(value)}" for key, value in rows[-1].items()))
     for kind, values in gaps.items():
         pairs = [interval(list(column)) for column in zip(*values, strict=True)]
         for name, figures in zip(("mean", "+- (95 %)"), zip(*pairs, strict=True), strict=True):
@@ -775,7 +776,7 @@ def main(argv: list[str]):
         return print(__doc__)
     if command not in COMMANDS:
         what = unknown_key(command, COMMANDS).replace("key", "command") if command else ""
-        say(f"usage: python bench.py {'|'.join(COMMANDS)} [--key=value]; {what or 'see --help'}")
+        info(f"usage: python bench.py {'|'.join(COMMANDS)} [--key=value]; {what or 'see --help'}")
         sys.exit(2)
     function, kind, positional, most = COMMANDS[command]
     files = [arg for arg in argv if not arg.startswith("-")]

@@ -10,19 +10,10 @@ E routed experts, K experts per token, F expert width, G expert groups, S cached
 L layers. In `logits` V is the vocabulary.
 """
 
-import importlib
-import itertools
-import json
 import math
-import os
-import re
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +27,6 @@ _YARN_KEYS = (
     *("type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     *("mscale", "mscale_all_dim", "attention_factor", "truncate"),
 )
-# What config.json says besides the fields of ModelConfig; there is one way to compute it.
-FIXED_KEYS = {
-    "hidden_act": "silu",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "moe_layer_freq": 1,
-}
-FP8_KEYS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 
 @dataclass
@@ -129,41 +112,6 @@ class ModelConfig:
         latent = self.kv_lora_rank + self.qk_rope_head_dim
         layers = self.num_hidden_layers
         return layers * latent, layers * self.num_attention_heads * per_head
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
-        """From a Hugging Face config.json, in the style of transformers 4 or 5.
-
-        Keys without effect on the network are ignored. Raises ValueError for another architecture
-        and for a key whose value would change the logits in a way that is not implemented.
-        """
-        names = config.get("architectures") or [config.get("model_type")]
-        if not {"DeepseekV3ForCausalLM", "deepseek_v3", "kimi_k2"} & set(names):
-            raise ValueError(
-                f"config.json describes {names[0]!r}, but only the DeepSeek-V3 architecture "
-                "(DeepseekV3ForCausalLM: V3, R1, Moonlight, Kimi-K2) can be opened."
-            )
-        # transformers 5 gathers rope_theta and rope_scaling in one dictionary.
-        rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-        partial = config.get("partial_rotary_factor") or 1
-        rotary = {"partial_rotary_factor": rope.pop("partial_rotary_factor", partial)}
-        for section, fixed in (
-            (config, FIXED_KEYS),
-            (rotary, {"partial_rotary_factor": 1}),
-            (config.get("quantization_config") or {}, FP8_KEYS),
-        ):
-            for key, value in fixed.items():
-                if (given := section.get(key, value)) != value:
-                    raise ValueError(f"config.json has {key} {given!r}, but must have {value!r}.")
-        # Where config.json is silent, transformers' defaults hold; these differ from ours.
-        config = {"max_position_embeddings": 4096, "initializer_range": 0.02} | config
-        config["rope_theta"] = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
-        kind, _, _ = rope_type(rope), rope.pop("type", None), rope.pop("rope_type", None)
-        config["rope_scaling"] = {"type": kind, **rope} if rope or kind != "default" else None
-        for key in ("n_shared_experts", "num_nextn_predict_layers"):
-            config[key] = config.get(key, getattr(cls, key)) or 0
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in config.items() if key in known})
 
 
 def wide(x: Tensor) -> Tensor:
@@ -1008,289 +956,17 @@ class DeepSeekV3(nn.Module):
                 count["active"] += x.numel() * K // E if ".experts." in name else x.numel()
         return count
 
-    # -- the Hugging Face layout
-
-    def checkpoint_views(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of a checkpoint: its name in the released layout, and a view of our memory
-        to read it from or write it to."""
-        for name, x in self.state_dict().items():
-            if name.startswith("mtp."):  # module k is stored as layer L + k
-                _, k, name = name.split(".", 2)
-                name = name.removeprefix("block.")
-                name = "shared_head.norm.weight" if name == "norm.weight" else name
-                name = f"model.layers.{self.config.num_hidden_layers + int(k)}.{name}"
-            elif name != "lm_head.weight":
-                name = f"model.{name}"
-            elif self.config.tie_word_embeddings:
-                continue
-            if name.endswith("experts.gate_up_proj"):
-                stem = name.removesuffix("gate_up_proj")
-                for e, pair in enumerate(x):
-                    for part, y in zip(("gate_proj", "up_proj"), pair.chunk(2), strict=True):
-                        yield f"{stem}{e}.{part}.weight", y
-            elif name.endswith("experts.down_proj"):
-                stem = name.removesuffix("down_proj")
-                yield from ((f"{stem}{e}.down_proj.weight", y) for e, y in enumerate(x))
-            else:
-                yield name, x
-
-    def checkpoint_copies(self) -> dict[str, str]:
-        """What released checkpoints store again with every MTP layer, and what it repeats."""
-        embed, copies = "model.embed_tokens.weight", {}
-        head = embed if self.config.tie_word_embeddings else "lm_head.weight"
-        for k in range(self.config.num_nextn_predict_layers):
-            layer = f"model.layers.{self.config.num_hidden_layers + k}"
-            copies[f"{layer}.embed_tokens.weight"] = embed
-            copies[f"{layer}.shared_head.head.weight"] = head
-        return copies
+    # -- files (huggingface.py)
 
     @classmethod
-    @torch.no_grad()
-    def from_pretrained(
-        cls, directory: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
-    ) -> "DeepSeekV3":
-        """Opens a checkpoint of the DeepSeek-V3 family: config.json and safetensors, one file or
-        shards, in bf16, fp16, fp32 or FP8 with a scale for each 128x128 block.
+    def from_pretrained(cls, directory, dtype=None, device="cpu") -> "DeepSeekV3":
+        """huggingface.from_pretrained: a checkpoint of the DeepSeek-V3 family."""
+        import huggingface
 
-        dtype None is the one config.json names (bf16 for FP8 weights). MTP modules are there if
-        their tensors are. Besides the model, one file is mapped and one tensor decoded at a time.
-        Raises ValueError or FileNotFoundError naming the file, key or tensor that is wrong.
-        """
-        directory = Path(directory)
-        raw = read_json(directory / "config.json")
-        config, stored = ModelConfig.from_hf(raw), stored_tensors(directory)
-        L, depth = config.num_hidden_layers, 0
-        while f"model.layers.{L + depth}.eh_proj.weight" in stored:
-            depth += 1
-        config.num_nextn_predict_layers = depth
-        if dtype is None:
-            name = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
-            dtype = getattr(torch, "bfloat16" if raw.get("quantization_config") else name, None)
-        if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-            raise ValueError(
-                f"{directory} cannot be opened as {dtype or name}: give bfloat16, float16, float32 "
-                "or float64 as dtype."
-            )
-        with torch.device("meta"):
-            model = cls(config).to(dtype)
-        scales = {f"{x}_scale_inv": x for x in stored if stored[x].dtype == "F8_E4M3"}
-        copies = model.checkpoint_copies()
-        shapes = {name: list(x.shape) for name, x in model.checkpoint_views()}
-        shapes |= {scale: [-(-n // 128) for n in stored[x].shape] for scale, x in scales.items()}
-        optional = {copy: shapes[name] for copy, name in copies.items()}
-        if config.tie_word_embeddings:
-            optional["lm_head.weight"] = shapes["model.embed_tokens.weight"]
-            copies["lm_head.weight"] = "model.embed_tokens.weight"
-        check_tensors(directory, stored, shapes, optional)
+        return huggingface.from_pretrained(directory, dtype, device)
 
-        model.materialize(device)
-        views = dict(model.checkpoint_views())
+    def save_pretrained(self, directory, **options):
+        """huggingface.save_pretrained: config.json and safetensors, as transformers opens them."""
+        import huggingface
 
-        def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-            """The tensors file by file, each file open only as long as it is read."""
-            names = sorted(names, key=lambda name: stored[name].file)
-            for file, part in itertools.groupby(names, lambda name: stored[name].file):
-                with open_safetensors(file, device) as tensors:
-                    yield from ((name, tensors.get_tensor(name)) for name in part)
-
-        scale = {name: x.to(torch.float32, copy=True) for name, x in read(scales)}  # 1/4096 of all
-        for name, x in read(views):
-            if x.dtype == torch.float8_e4m3fn:
-                x = fp8.dequantize(x, scale.pop(f"{name}_scale_inv"), fp8.BLOCK)
-            views[name].copy_(x)
-        for name, x in read(copies.keys() & stored.keys()):
-            if not torch.equal(x.to(dtype), views[copies[name]]):
-                raise ValueError(
-                    f"{name} in {directory} differs from {copies[name]}, but a DeepSeek-V3 has "
-                    "one embedding and one head for all: this is another architecture."
-                )
-        return model.eval()
-
-    @torch.no_grad()
-    def save_pretrained(
-        self,
-        directory: str | Path,
-        *,
-        quantize: bool = False,
-        shard_bytes: int = 5_000_000_000,
-        files: dict[str, str] | None = None,
-        **extra: Any,
-    ):
-        """Writes the checkpoint in the layout of the released ones, for transformers and others.
-
-        quantize: FP8 weights with 128x128 block scales, as released. shard_bytes: the most tensor
-        data in one file. files: further text files by name (a tokenizer's). extra: further keys of
-        config.json. The directory appears whole or not at all, and replaces an earlier checkpoint.
-        """
-        save_file = import_safetensors("torch").save_file
-        config = {
-            "architectures": ["DeepseekV3ForCausalLM"],
-            "model_type": "deepseek_v3",
-            **asdict(self.config),
-            **FIXED_KEYS,
-            "num_key_value_heads": self.config.num_attention_heads,
-            "bos_token_id": None,  # unless given in extra: readers would stop at token 1
-            "eos_token_id": None,
-            "torch_dtype": str(self.norm.weight.dtype).removeprefix("torch."),
-        }
-        if quantize:
-            config["quantization_config"] = FP8_KEYS | {"activation_scheme": "dynamic"}
-        texts = {**(files or {}), "config.json": json.dumps(config | extra, indent=2)}
-
-        with replacing(Path(directory)) as part:
-            total, shards = 0, []  # the names in each file
-            for shard in self._shards(quantize, shard_bytes):
-                save_file(shard, part / f"shard-{len(shards)}", metadata={"format": "pt"})
-                total += sum(x.nbytes for x in shard.values())
-                shards.append(list(shard))
-            weight_map = {}
-            for i, names in enumerate(shards):
-                file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-                file = file if len(shards) > 1 else "model.safetensors"
-                os.replace(part / f"shard-{i}", part / file)
-                weight_map |= dict.fromkeys(names, file)
-            if len(shards) > 1:
-                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                texts["model.safetensors.index.json"] = json.dumps(index, indent=2)
-            for name, text in texts.items():
-                (part / name).write_text(text, encoding="utf-8")
-
-    def _shards(self, quantize: bool, shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-        """The tensors of each file, on the CPU, each in memory of its own."""
-        views = dict(self.checkpoint_views())
-        views |= {copy: views[name] for copy, name in self.checkpoint_copies().items()}
-        shard, size = {}, 0
-        for name, x in views.items():
-            if quantize and FP8_WEIGHTS.search(name):
-                q, scale = fp8.quantize(x.cpu(), fp8.BLOCK)
-                tensors = {name: q, f"{name}_scale_inv": scale}
-            else:
-                tensors = {name: x.cpu().clone(memory_format=torch.contiguous_format)}
-            for key, y in tensors.items():
-                if shard and size + y.nbytes > shard_bytes:
-                    yield shard
-                    shard, size = {}, 0
-                shard[key] = y
-                size += y.nbytes
-        yield shard
-
-
-# What the release stores in FP8: the projections of attention and FFN, not gate, norms or eh_proj.
-FP8_WEIGHTS = re.compile(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
-
-
-class Stored(NamedTuple):
-    """Where a tensor of a checkpoint lies, and what its header says of it."""
-
-    file: Path
-    dtype: str
-    shape: list[int]
-
-
-def stored_tensors(directory: Path) -> dict[str, Stored]:
-    """By name, the tensors of model.safetensors or of the shards that the index names."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    promised = {}
-    if not single.exists():
-        if not index.exists():
-            raise FileNotFoundError(f"{directory} has neither {single.name} nor {index.name}.")
-        promised = read_json(index).get("weight_map")
-        if not promised:
-            raise ValueError(f"{index} has no 'weight_map', the file of each tensor.")
-    stored = {}
-    for file in sorted(set(promised.values())) or [single.name]:
-        with open_safetensors(directory / file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
-                if promised.get(name, file) == file:
-                    x = tensors.get_slice(name)
-                    stored[name] = Stored(directory / file, x.get_dtype(), x.get_shape())
-    if absent := sorted(promised.keys() - stored.keys()):
-        name, more = absent[0], len(absent) - 1
-        raise ValueError(
-            f"{index} promises {name} (and {more} more) in {promised[name]}, but it is not there: "
-            "fetch both again."
-        )
-    return stored
-
-
-def check_tensors(
-    directory: Path, stored: dict[str, Stored], shapes: dict[str, list[int]], optional: dict
-):
-    """Refuses a checkpoint that lacks one of `shapes`, or has more than them and `optional`."""
-    known = shapes | optional
-    surplus = [x for x in stored if x not in known and not x.endswith("rotary_emb.inv_freq")]
-    for what, names in (("lacks the", shapes.keys() - stored.keys()), ("has the unknown", surplus)):
-        if names:
-            raise ValueError(
-                f"{directory} {what} tensor {min(names)} (and {len(names) - 1} more): config.json "
-                "and the weights do not belong together."
-            )
-    for name in stored.keys() & known.keys():
-        _, dtype, shape = stored[name]
-        if shape != known[name]:
-            raise ValueError(
-                f"{name} in {directory} has shape {shape}, but must have {known[name]} by "
-                "config.json: they do not belong together."
-            )
-        readable = {"BF16", "F16", "F32", "F64"}
-        readable |= {"F8_E8M0"} if name.endswith("_scale_inv") else {"F8_E4M3"}
-        if dtype not in readable:
-            raise ValueError(
-                f"{name} in {directory} is {dtype}, but must be one of {sorted(readable)}."
-            )
-
-
-def import_safetensors(module: str = ""):
-    try:
-        return importlib.import_module(f"safetensors.{module}" if module else "safetensors")
-    except ImportError:
-        raise ValueError(
-            "the Hugging Face layout needs the package safetensors: pip install safetensors"
-        ) from None
-
-
-def open_safetensors(file: Path, device: str = "cpu"):
-    safetensors = import_safetensors()
-    try:
-        return safetensors.safe_open(file, framework="pt", device=str(device))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing, but the index names it: fetch it.") from None
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is truncated or not safetensors ({error}): fetch it.") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: a checkpoint directory has one.") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, but must hold an object.")
-    return value
-
-
-@contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `directory` when the block succeeds, else vanishes."""
-    directory = directory.absolute()
-    kinds = (".json", ".safetensors", ".tiktoken", ".model", ".jinja")
-    for path in directory.iterdir() if directory.exists() else ():
-        if path.is_dir() or path.suffix not in kinds:
-            raise ValueError(
-                f"{path} is no part of a checkpoint and would be deleted with {directory}: choose "
-                "another directory."
-            )
-    part, old = (directory.with_name(f".{directory.name}.{end}") for end in ("new", "old"))
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        if directory.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(directory, old)
-        os.replace(part, directory)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        huggingface.save_pretrained(self, directory, **options)

@@ -17,10 +17,7 @@ Every document begins with <|endoftext|>. The tokenizer file has the layout of t
 train.py and sample.py use the second half of this file: load_dataset, load_tokenizer, parse_args.
 """
 
-import argparse
-import ast
 import base64
-import dataclasses
 import difflib
 import glob
 import gzip
@@ -28,21 +25,17 @@ import hashlib
 import heapq
 import http.client
 import importlib.util
-import inspect
 import json
 import os
 import platform
 import re
 import shutil
-import sys
 import sysconfig
 import time
-import types
-import typing
 import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -53,6 +46,8 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
+from config import info, parse_args, run_command
+
 END_OF_TEXT = "<|endoftext|>"
 # The three splitting stages of DeepSeek-V3's tokenizer written as one expression: numbers by three
 # digits, Chinese and Japanese, a mark with a word, words, marks, line ends, blanks. The last
@@ -61,16 +56,6 @@ PATTERN = (
     r"\p{N}{1,3}|[\u4e00-\u9fa5\u3040-\u30ff]+|[!-/:-@\[-`{-~][A-Za-z]+"
     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+|."
 )
-# How Moonlight and Kimi split text (&& is intersection): their release has it in code, not in data.
-_PRE, _END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_U = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_L = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-KIMI_PATTERN = rf"[\p{{Han}}]+|{_PRE}{_U}*{_L}+{_END}|{_PRE}{_U}+{_L}*{_END}|{_REST}"
-# GPT-2's printable stand-in for each byte in tokenizer.json: itself if it can be seen, else 256 on.
-_SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_HIDDEN = [byte for byte in range(256) if byte not in _SEEN]
-BYTE_CHARS = [(b, chr(b)) for b in _SEEN] + [(b, chr(256 + i)) for i, b in enumerate(_HIDDEN)]
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: version, ids
 HEADER_BYTES = 1024
 PIECE = 1 << 18  # characters tokenised at a time
@@ -108,11 +93,6 @@ class DataConfig:
     text_key: str = "text"  # key (.jsonl) or column (.parquet) that holds the text
     shards: int = 1  # training shards of fineweb and finewebedu (100M tokens, 200 MB each)
     overwrite: bool = False  # replace a folder made before
-
-
-def say(text: str) -> None:
-    """Everything but the product of a command goes to stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 # ---- Reading documents --------------------------------------------------------------------------
@@ -201,7 +181,7 @@ def read_installed(source: str) -> list[Document]:
         if spec := importlib.util.find_spec(package):
             roots[package + "/"] = Path(spec.origin).parent
         else:
-            say(f"{package} is not installed: left out of pysite")
+            info(f"{package} is not installed: left out of pysite")
     names = {}  # text: name, so that of equal files the first stays
     for prefix, root in roots.items():
         for path in sorted(root.rglob("*.py")):
@@ -248,7 +228,7 @@ def read_paths(source: str, text_key: str) -> tuple[list[Document], int]:
         except EOFError:
             raise ValueError(f"{path} is truncated; fetch or compress it again") from None
     if unreadable:
-        say(f"skipped {unreadable} of {len(paths)} files: not UTF-8 text")
+        info(f"skipped {unreadable} of {len(paths)} files: not UTF-8 text")
     return documents, len(paths) - unreadable
 
 
@@ -360,46 +340,6 @@ def encoding_from(
     )
 
 
-def hf_encoding(folder: Path) -> tiktoken.Encoding:
-    """The tokenizer of a Hugging Face directory, so that text can be prepared for its model.
-
-    Read are tiktoken.model (Moonlight, Kimi) and a tokenizer.json that is byte-level BPE with one
-    splitting expression (what sample.py --export writes). Raises ValueError for others, such as
-    DeepSeek-V3's, whose three splitting stages no single expression repeats exactly.
-    """
-
-    def read(name: str) -> dict[str, Any]:
-        path = folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-    eos = (read("config.json") | read("generation_config.json")).get("eos_token_id")
-    eos = eos[0] if isinstance(eos, list) else eos
-    if (folder / "tiktoken.model").is_file():
-        lines = [line.split() for line in (folder / "tiktoken.model").read_bytes().splitlines()]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        added = read("tokenizer_config.json").get("added_tokens_decoder", {})
-        special = {token["content"]: int(i) for i, token in added.items()}
-        pattern = KIMI_PATTERN
-    else:
-        tokenizer = read("tokenizer.json")
-        stages = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers", [])
-        patterns = [stage["pattern"].get("Regex") for stage in stages if stage["type"] == "Split"]
-        if len(patterns) != 1 or tokenizer["model"].get("type") != "BPE":
-            raise ValueError(
-                f"the tokenizer in {folder} cannot be used to prepare text: expected a prepared "
-                f"folder, tiktoken.model, or a tokenizer.json with one splitting expression"
-            )
-        byte_of, pattern = {char: byte for byte, char in BYTE_CHARS}, patterns[0]
-        special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-        vocab = tokenizer["model"]["vocab"].items()
-        ranks = {bytes(byte_of[c] for c in t): i for t, i in vocab if t not in special}
-    if eos not in special.values():
-        raise ValueError(f"{folder} names no end-of-text token that its tokenizer has ({eos})")
-    # Ours is called END_OF_TEXT; the name of a special token matters to no text.
-    special = {END_OF_TEXT if i == eos else text: i for text, i in special.items()}
-    return encoding_from(ranks, pattern, special)
-
-
 def make_tokenizer(tokenizer: str, vocab_size: int, texts: list[str]) -> tiktoken.Encoding:
     """A new tokenizer trained on the texts (""), one of tiktoken's, or that of a folder."""
     if tokenizer in ("gpt2", "cl100k_base", "o200k_base"):
@@ -418,10 +358,14 @@ def make_tokenizer(tokenizer: str, vocab_size: int, texts: list[str]) -> tiktoke
     if tokenizer:
         folder = Path(tokenizer)
         prepared = (folder / "meta.json").exists()
-        return load_tokenizer(folder) if prepared else hf_encoding(folder)
+        if prepared:
+            return load_tokenizer(folder)
+        from huggingface import hf_encoding  # loads torch, which nothing else here needs
+
+        return hf_encoding(folder)
     ranks = train_bpe(texts, vocab_size - 1, PATTERN)
     if len(ranks) + 1 < vocab_size:
-        say(f"the text yields only {len(ranks) + 1} tokens: that is the vocabulary")
+        info(f"the text yields only {len(ranks) + 1} tokens: that is the vocabulary")
     return encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)})
 
 
@@ -505,7 +449,7 @@ def prepare_text(config: DataConfig, folder: Path) -> dict[str, Any]:
     corpus = hashlib.sha256()
     for _, text in documents + held_out:
         corpus.update(text.encode() + b"\0")
-    say(f"{config.source}: {files:,} files, sha256 {corpus.hexdigest()}")
+    info(f"{config.source}: {files:,} files, sha256 {corpus.hexdigest()}")
     encoding = make_tokenizer(config.tokenizer, config.vocab_size, train)
     meta = write_tokenizer(encoding, folder) | {"files": files}
     meta |= {"corpus_sha256": corpus.hexdigest(), "documents": {}, "bytes": {}, "tokens": {}}
@@ -589,8 +533,8 @@ def prepare(config: DataConfig) -> Path:
     for split, n_tokens in meta["tokens"].items():
         n_bytes = meta["bytes"][split]
         ratio = f"{n_bytes / n_tokens:.3f} bytes/token"
-        say(f"{split}: {n_bytes:,} bytes, {n_tokens:,} tokens, {ratio}")
-    say(f"{folder}: vocabulary {meta['vocab_size']:,}, {time.perf_counter() - began:.1f} s")
+        info(f"{split}: {n_bytes:,} bytes, {n_tokens:,} tokens, {ratio}")
+    info(f"{folder}: vocabulary {meta['vocab_size']:,}, {time.perf_counter() - began:.1f} s")
     return folder
 
 
@@ -746,113 +690,7 @@ def load_dataset(folder: Path | str) -> Dataset:
     )
 
 
-# ---- The command line, shared by all scripts ----------------------------------------------------
-
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
-KINDS |= {str: "text", dict: "a dict such as {'key': 1}"}
-
-
-def kinds_of(annotation: Any) -> list[type]:
-    """int | None -> [int, NoneType]; dict[str, int] -> [dict]."""
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    kinds = typing.get_args(annotation) if union else (annotation,)
-    return [typing.get_origin(kind) or kind for kind in kinds]
-
-
-def unknown_key(name: str, known: Iterable[str]) -> str:
-    """The sentence for a key that does not exist."""
-    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1)
-    return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
-
-
-def check_value(name: str, value: Any, annotation: Any) -> Any:
-    """The value as its field's type: 1e6 may be an int, 1 a float. Raises ValueError."""
-    kinds = kinds_of(annotation)
-    if isinstance(value, bool):  # to Python an int, not to us
-        if bool in kinds:
-            return value
-    elif isinstance(value, tuple(kinds)):
-        return value
-    elif float in kinds and isinstance(value, int):
-        return float(value)
-    elif int in kinds and isinstance(value, float) and value.is_integer():
-        return int(value)
-    expected = " or ".join(KINDS.get(kind, kind.__name__) for kind in kinds)
-    raise ValueError(f"{name} must be {expected}, not {value!r}; --help shows the defaults")
-
-
-def parse_value(name: str, text: str, annotation: Any) -> Any:
-    """A value from the command line: true, false, none, one of Python's literals, or text."""
-    kinds, word = kinds_of(annotation), text.strip().lower()
-    if bool in kinds and word in ("true", "false", "1", "0"):
-        return word in ("true", "1")
-    if type(None) in kinds and word in ("none", "null"):
-        return None
-    try:
-        value = check_value(name, ast.literal_eval(text.strip()), annotation)
-    except (ValueError, SyntaxError):
-        value = text
-    return check_value(name, text if isinstance(value, str) else value, annotation)
-
-
-def parse_args(
-    description: str, argv: list[str], *config_classes: type, positional: str = ""
-) -> tuple[str | None, dict[str, Any]]:
-    """Read [POSITIONAL] [--key=value ...] with the dataclasses' fields as keys.
-
-    Returns the positional argument (None if absent) and the values given, by field. --help prints
-    each field's default and the comment on its line. Exits with 2 and a sentence where a key is
-    unknown or a value is not of its field's type.
-    """
-    usage = f"%(prog)s {f'[{positional.upper()}] ' if positional else ''}[--key=value ...]"
-    parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
-    if positional:
-        parser.add_argument("0", nargs="?", metavar=positional.upper())
-    annotations = {}
-    for config in config_classes:
-        group = parser.add_argument_group(config.__name__)
-        hints, source = typing.get_type_hints(config), inspect.getsource(config)
-        for field in dataclasses.fields(config):
-            if field.name in annotations:
-                continue
-            annotations[field.name] = hints[field.name]
-            made = field.default_factory is not dataclasses.MISSING
-            default = field.default_factory() if made else field.default
-            comment = re.search(rf"(?m)^    {field.name}:.*?  # (.*)$", source)
-            text = f"{comment[1] if comment else ''} (default: {default!r})".replace("%", "%%")
-            kind = "|".join(kind.__name__ for kind in kinds_of(hints[field.name]))
-            group.add_argument("--" + field.name, metavar=kind, help=text)
-    flags = ["--" + name for name, kind in annotations.items() if bool in kinds_of(kind)]
-    given, unknown = parser.parse_known_args([a + "=true" if a in flags else a for a in argv])
-    if unknown and unknown[0].startswith("--"):
-        parser.error(unknown_key(unknown[0][2:].split("=")[0], annotations))
-    if unknown:
-        parser.error(f"unexpected argument {unknown[0]!r}; write --key=value")
-    values = vars(given)
-    argument = values.pop("0", None)
-    try:
-        return argument, {
-            name: parse_value(name, text, annotations[name])
-            for name, text in values.items()
-            if text is not None
-        }
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main: a refusal becomes a sentence and exit code 1, a bug keeps its trace."""
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:  # the reader, head for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
-        sys.exit(1)
+# ---- The command ----
 
 
 def main(argv: list[str]) -> None:

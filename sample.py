@@ -4,7 +4,6 @@ Decoding is speculative where the model has an MTP module: the module drafts a f
 forward of the model checks them all, and what is kept follows exactly the distribution of plain
 sampling (Leviathan et al., arXiv 2211.17192). Text goes to stdout, everything else to stderr.
 
-    --export=DIR writes the model and its tokenizer as a Hugging Face directory
     --score=FILE measures a text instead of writing one
 
 Shapes: B rows (sequences decoded together), T prompt length, G drafts in a round, V vocabulary,
@@ -12,28 +11,25 @@ W slots that an MTP module catches up with, D hidden, S cached positions.
 """
 
 import codecs
-import json
 import math
 import os
-import pickle
 import select
 import statistics
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import info, parse_args, run_command
+from huggingface import Tokenizer, load_model
 from model import Cache, DeepSeekV3, ModelConfig
-from prepare_data import BYTE_CHARS, hf_encoding, load_tokenizer, parse_args, run_command, say
 
 MOST_DRAFTS = 4
 CHUNK = 512  # prompt tokens that go through the model at once, at most
@@ -56,132 +52,8 @@ class SampleConfig:
     show: str = ""  # drafts: colour accepted drafts; experts: colour by the last layer's top expert
     interactive: bool = False  # ask for one prompt after another
     score: str = ""  # a text file: print its nats per token and bits per byte
-    export: str = ""  # write a Hugging Face directory
-    quantize: bool = False  # export FP8 weights with 128x128 block scales, as released
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: str = "auto"  # float32, bfloat16, float64; auto is bfloat16 on GPUs that have it
-
-
-# ---- Loading -------------------------------------------------------------------------------------
-
-
-def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
-    """What train.py saved in a file, or in a run's folder (best.pt, else ckpt.pt).
-
-    Tensors stay on the disk until they are used; nothing in the file can run code. Raises
-    FileNotFoundError or ValueError.
-    """
-    file = Path(path)
-    if file.is_dir():
-        file = next((f for f in (file / "best.pt", file / "ckpt.pt") if f.exists()), file)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: expected a run's folder with best.pt or ckpt.pt, such a "
-            f"file, or a Hugging Face directory; python train.py config/small.py makes a run"
-        )
-    try:
-        saved = torch.load(file, map_location, weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{file} holds other things than tensors and numbers, which could run code, so it was "
-            f"not opened; expected a checkpoint of train.py"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{file} is truncated or no checkpoint ({str(error).splitlines()[0]}); "
-            f"copy it again or use another one"
-        ) from None
-    if not isinstance(saved, dict) or saved.get("format") != "nanov3":
-        keys = ", ".join(map(str, list(saved)[:4])) if isinstance(saved, dict) else type(saved)
-        raise ValueError(f"{file} is no checkpoint of train.py (it holds {keys}).")
-    unknown = saved["model_config"].keys() - {f.name for f in fields(ModelConfig)}
-    if unknown:
-        raise ValueError(
-            f"{file} has the unknown model setting {min(unknown)!r}: another version wrote it."
-        )
-    return saved
-
-
-@dataclass
-class Tokenizer:
-    """All that sampling needs: text -> ids, one id -> bytes, and the ids that end a text."""
-
-    encode: Callable[[str], list[int]]
-    to_bytes: Callable[[int], bytes]
-    eos: list[int]
-    encoding: tiktoken.Encoding | None = None  # where it is one
-
-    @classmethod
-    def of(cls, encoding: tiktoken.Encoding, eos: list[int]) -> "Tokenizer":
-        def to_bytes(token: int) -> bytes:
-            try:
-                return encoding.decode_single_token_bytes(token)
-            except KeyError:  # a vocabulary padded to a round number has ids without text
-                return b""
-
-        return cls(encoding.encode_ordinary, to_bytes, eos, encoding)
-
-
-def hf_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory: tokenizer.json or, as Kimi's, tiktoken.model."""
-
-    def read(name: str) -> dict[str, Any]:
-        path = folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-    eos = (read("config.json") | read("generation_config.json")).get("eos_token_id")
-    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if (folder / "tokenizer.json").exists():
-        try:
-            import tokenizers
-        except ImportError:
-            say(f"{folder}/tokenizer.json needs a package: pip install tokenizers")
-            return None
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        special, byte_of = tokenizer.get_added_tokens_decoder(), {c: b for b, c in BYTE_CHARS}
-
-        def to_bytes(token: int) -> bytes:
-            text = tokenizer.id_to_token(token) or ""
-            return text.encode() if token in special else bytes(byte_of[c] for c in text)
-
-        config = read("tokenizer_config.json")
-        bos = config.get("bos_token") if config.get("add_bos_token") else None
-        bos = tokenizer.token_to_id(bos["content"] if isinstance(bos, dict) else bos or "")
-        first = [] if bos is None else [bos]  # DeepSeek-V3's texts begin with one
-
-        def encode(text: str) -> list[int]:
-            return first + tokenizer.encode(text, add_special_tokens=False).ids
-
-        return Tokenizer(encode, to_bytes, eos)
-    if (folder / "tiktoken.model").exists():
-        return Tokenizer.of(hf_encoding(folder), eos)
-    return None
-
-
-def load_model(
-    ckpt: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> tuple[DeepSeekV3, Tokenizer | None, Path]:
-    """The model of a run, file or Hugging Face directory, its tokenizer, and where they lie.
-
-    dtype None is the stored one. The tokenizer is None if the directory has none that can be read.
-    Raises FileNotFoundError or ValueError.
-    """
-    path = Path(ckpt)
-    if (path / "config.json").exists():
-        return DeepSeekV3.from_pretrained(path, dtype, str(device)), hf_tokenizer(path), path
-    saved = load_checkpoint(path)
-    folder = path if path.is_dir() else path.parent
-    with torch.device("meta"):
-        model = DeepSeekV3(ModelConfig(**saved["model_config"]))
-    stored = next(iter(saved["model"].values())).dtype
-    model = model.to(dtype or stored).materialize(device)
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{ckpt}: weights and configuration do not match ({reason}).") from None
-    encoding = load_tokenizer(folder)
-    return model.eval(), Tokenizer.of(encoding, [encoding.eot_token]), path
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -457,7 +329,7 @@ def generate(
         stats.note = f"stopped at the context limit of {limit} tokens (max_position_embeddings)"
     if speculative and not len(model.mtp):
         if speculative != "auto":
-            say("this model has no MTP module to draft with: sampling plainly")
+            info("this model has no MTP module to draft with: sampling plainly")
         speculative = 0
     if new < 1:
         return tokens.clone()
@@ -612,66 +484,6 @@ def score(model: DeepSeekV3, ids: list[int], window: int) -> float:
     return nats
 
 
-# ---- A Hugging Face directory --------------------------------------------------------------------
-
-
-def tokenizer_json(encoding: tiktoken.Encoding) -> dict[str, Any]:
-    """The tokenizer in the format of Hugging Face's tokenizers, giving the same ids.
-
-    tiktoken joins any two neighbours whose concatenation has a rank, lowest rank first; there each
-    pair is listed by itself. So every way to split a token in two becomes a merge, in rank order.
-    """
-    char, ranks = dict(BYTE_CHARS), encoding._mergeable_ranks
-    text = {token: "".join(char[b] for b in token) for token in ranks}
-    merges = [
-        [text[token[:i]], text[token[i:]]]
-        for token in sorted(ranks, key=ranks.get)
-        for i in range(1, len(token))
-        if token[:i] in ranks and token[i:] in ranks
-    ]
-    special = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-    split = dict(type="Split", pattern={"Regex": encoding._pat_str}, behavior="Isolated")
-    model = dict(type="BPE", merges=merges, ignore_merges=True)  # a word that is a token stays one
-    model["vocab"] = {text[token]: ranks[token] for token in sorted(ranks, key=ranks.get)}
-    steps = [split | {"invert": False}, byte_level]
-    return {
-        "version": "1.0",
-        "added_tokens": [dict(id=i, content=text, special=True, **flags) for text, i in special],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": byte_level,
-        "decoder": byte_level,
-        "model": model,
-    }
-
-
-def export(
-    model: DeepSeekV3, tokenizer: Tokenizer | None, source: Path, target: str, quantize: bool
-):
-    """Writes what transformers' AutoModelForCausalLM and AutoTokenizer open."""
-    names = ("tokenizer.json", "tokenizer_config.json", "tiktoken.model", "generation_config.json")
-    texts = {n: (source / n).read_text("utf-8") for n in names if (source / n).is_file()}
-    eos = tokenizer.eos[0] if tokenizer and tokenizer.eos else None
-    ids = {"bos_token_id": eos, "eos_token_id": eos}
-    if tokenizer and tokenizer.encoding and not texts:  # trained here
-        special = {i: text for text, i in tokenizer.encoding._special_tokens.items()}
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": special.get(eos),
-            "eos_token": special.get(eos),
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": model.config.max_position_embeddings,
-        }
-        texts = {
-            "tokenizer.json": json.dumps(tokenizer_json(tokenizer.encoding), ensure_ascii=False),
-            "tokenizer_config.json": json.dumps(config, indent=2),
-            "generation_config.json": json.dumps(ids, indent=2),
-        }
-    model.save_pretrained(target, quantize=quantize, files=texts, **ids)
-    say(f"wrote {target}: {', '.join(sorted(f.name for f in Path(target).iterdir()))}")
-
-
 # ---- Display -------------------------------------------------------------------------------------
 
 
@@ -719,23 +531,23 @@ def report(config: ModelConfig, stats: Stats, max_rows: int):
     if stats.seconds:
         prompt = f"{stats.prefill_seconds:.2f} s to the first token"
         rate = (stats.tokens - max_rows) / stats.seconds  # the prompt's forward gave the first ones
-        say(f"{stats.tokens} tokens, {rate:.1f} tokens/s, {prompt}")
+        info(f"{stats.tokens} tokens, {rate:.1f} tokens/s, {prompt}")
     if any(stats.drafted):
         shares = [f"{a / d:.0%}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d]
         tokens = (stats.tokens - max_rows) / max(1, stats.row_rounds)
         used = ", ".join(f"{g}: {r}" for g, r in enumerate(stats.lengths) if r)
-        say(
+        info(
             f"drafts accepted, by position: {' '.join(shares)}; {tokens:.2f} tokens per forward; "
             f"rounds by draft length: {used}"
         )
     ours, mha = config.cache_numbers()
     size = stats.cache_bytes // max(1, stats.cache_slots)
-    say(
+    info(
         f"cache: {size:,} bytes per token; multi-head attention would hold "
         f"{size * mha // ours:,} ({mha / ours:.1f} times as much)"
     )
     if stats.note:
-        say(f"note: {stats.note}")
+        info(f"note: {stats.note}")
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -796,7 +608,7 @@ def find_device(config: SampleConfig) -> tuple[torch.device, torch.dtype | None]
         raise ValueError(f"dtype is {config.dtype!r}, but must be auto, {', '.join(dtypes)}")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     default = torch.bfloat16 if fast else torch.float32
-    return device, None if config.export else dtypes.get(config.dtype, default)
+    return device, dtypes.get(config.dtype, default)
 
 
 def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig):
@@ -843,7 +655,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
 
 def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
     """One prompt after another, each the beginning of a new text."""
-    say("a prompt per line, \\n for a line break; an empty line or Ctrl-D ends")
+    info("a prompt per line, \\n for a line break; an empty line or Ctrl-D ends")
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline().rstrip("\n")
@@ -852,9 +664,9 @@ def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
         try:
             complete(model, tokenizer, line.replace("\\n", "\n"), config)
         except KeyboardInterrupt:
-            say("interrupted")
+            info("interrupted")
         except ValueError as error:
-            say(f"error: {error}")
+            info(f"error: {error}")
         config.seed += 1
 
 
@@ -863,7 +675,7 @@ def main(argv: list[str]):
     _, values = parse_args(text, argv, SampleConfig)
     config = SampleConfig(**values)
     if not config.ckpt:
-        say("usage: name a checkpoint, for example: python sample.py --ckpt=out/small")
+        info("usage: name a checkpoint, for example: python sample.py --ckpt=out/small")
         sys.exit(2)
     if config.show not in ("", "drafts", "experts"):
         raise ValueError(f"show is {config.show!r}, but must be drafts or experts")
@@ -874,14 +686,10 @@ def main(argv: list[str]):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     prompt = ""
-    if not (config.export or config.score or config.interactive):
+    if not (config.score or config.interactive):
         prompt = read_prompt(config, "prompt" in values)
     device, dtype = find_device(config)
     model, tokenizer, path = load_model(config.ckpt, device, dtype)
-    if config.export:
-        folder = path if path.is_dir() else path.parent
-        export(model, tokenizer, folder, config.export, config.quantize)
-        return
     if tokenizer is None:
         raise ValueError(f"no tokenizer of {path} can be read, so there is no text to write")
     if config.score:

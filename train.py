@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import sys
@@ -43,6 +42,8 @@ from tqdm import tqdm
 import fp8
 import prepare_data
 import sample
+from config import info, parse_args, read_config_file, run_command
+from huggingface import load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig, expert_counts
 
 
@@ -548,7 +549,7 @@ def train(
 ) -> bool:
     """Runs `config.steps` optimiser steps, from `saved` (a checkpoint) if given. False: stopped."""
     out, main_rank, device = Path(config.out), machine.rank == 0, machine.device
-    say = prepare_data.say if main_rank else lambda text: None
+    say = info if main_rank else lambda text: None
     step, best = (saved["step"], saved["best"]) if saved else (0, math.inf)
     if saved and saved["train_config"].get("tokenizer_sha256") != data.tokenizer_sha256:
         raise ValueError(f"{out} was trained with another tokenizer than {config.data} has.")
@@ -777,24 +778,6 @@ def open_data(
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def read_config_file(path: str) -> dict[str, Any]:
-    """The assignments of a config file, checked against the fields of the two configs."""
-    if not Path(path).is_file():
-        have = ", ".join(sorted(str(p) for p in Path("config").glob("*.py"))) or "none here"
-        raise FileNotFoundError(f"no config file {path}; there are: {have}")
-    try:
-        values = runpy.run_path(path)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from None
-    values = {name: value for name, value in values.items() if not name.startswith("_")}
-    types = {field.name: field.type for c in (ModelConfig, TrainConfig) for field in fields(c)}
-    for name, value in values.items():
-        if name not in types:
-            raise ValueError(f"{path}: {prepare_data.unknown_key(name, types)}")
-        values[name] = prepare_data.check_value(f"{path}: {name}", value, types[name])
-    return values
-
-
 def split_configs(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     model_keys = {field.name for field in fields(ModelConfig)}
     model = {k: v for k, v in values.items() if k in model_keys}
@@ -835,26 +818,26 @@ def main(argv: list[str]):
 
 
 def run(argv: list[str]):
-    file, values = prepare_data.parse_args(
+    file, values = parse_args(
         "Train a DeepSeek-V3: python train.py config/small.py [--key=value]",
         argv, TrainConfig, ModelConfig, positional="config",
     )  # fmt: skip
     if file:
-        given = read_config_file(file)
+        given = read_config_file(file, ModelConfig, TrainConfig)
         if values.get("resume") or (values.get("eval_only") and not values.get("init_from")):
             given = {k: v for k, v in given.items() if k == "out"}  # the checkpoint has the rest
         values = {"out": f"out/{Path(file).stem}", **given, **values}
     model_values, train_values = split_configs(values)
     config = TrainConfig(**train_values)
     if not (file or config.eval_only or (config.out and (config.resume or config.init_from))):
-        prepare_data.say("usage: name a config file, for example: python train.py config/small.py")
+        info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
     out = Path(config.out)
-    say = prepare_data.say if os.environ.get("RANK", "0") == "0" else lambda text: None
+    say = info if os.environ.get("RANK", "0") == "0" else lambda text: None
     saved = None
     if config.resume or (config.eval_only and not config.init_from):
         name = "ckpt.pt" if config.resume or not (out / "best.pt").exists() else "best.pt"
-        saved = sample.load_checkpoint(out / name)
+        saved = load_checkpoint(out / name)
         if config.resume and "optimizer" not in saved:
             raise ValueError(f"{out / name} is no checkpoint to resume: only weights, as best.pt.")
         check_same_network(saved["model_config"], model_values, str(out))
@@ -889,7 +872,7 @@ def run(argv: list[str]):
         model = DeepSeekV3(model_config).to(machine.master)
         model.load_state_dict(saved["model"])
     elif config.init_from:
-        model, tokenizer, _ = sample.load_model(config.init_from, dtype=machine.master)
+        model, tokenizer, _ = load_model(config.init_from, dtype=machine.master)
         check_same_network(asdict(model.config), model_values, config.init_from)
     else:
         model = DeepSeekV3(ModelConfig(**model_values))
@@ -927,15 +910,15 @@ def show_result(config: TrainConfig):
     out = Path(config.out)
     if not (out / "best.pt").exists():  # no evaluation was finite
         return
-    best = sample.load_checkpoint(out / "best.pt")
-    prepare_data.say(
+    best = load_checkpoint(out / "best.pt")
+    info(
         f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {best['val_bpb']:.4f} "
         f"bits/byte (step {best['step']}). A sample:\n"
     )
     options = ("--max_new_tokens=120", "--prompt=def ", "--seed=1", f"--device={config.device}")
     sample.main([f"--ckpt={out}", *options])
-    prepare_data.say(f"\nMore: python sample.py --ckpt={out} --prompt='import '")
+    info(f"\nMore: python sample.py --ckpt={out} --prompt='import '")
 
 
 if __name__ == "__main__":
-    prepare_data.run_command(main)
+    run_command(main)
