@@ -1,18 +1,30 @@
 """DeepSeek-V3 in one file: Multi-head Latent Attention, DeepSeekMoE and Multi-Token Prediction.
 
-Read it top to bottom; the classes come in the order of section 2 of the DeepSeek-V3 technical
-report (arXiv 2412.19437), whose equation numbers and symbols stand beside the formulas. Where the
-report is silent (order of concatenation, which norm, epsilon), the released weights decide:
-`from_pretrained` opens them and gives their logits.
+What the network computes, for tokens t_1 .. t_T (numbers of equations are those of the DeepSeek-V3
+technical report, arXiv 2412.19437, section 2):
+
+    x   = embedding of t                                       in every one of the layers:
+    x  += W^O attention(queries of q latents, keys and values of one key-value latent)    Eq. 1-11
+    x  += shared FFN(x) + sum of the K chosen experts' FFNs, times their gate values     Eq. 12-16
+    p   = softmax(W_head RMSNorm(x))                           predicts the next token
+    h^k = block([RMSNorm(embedding of the token k later); RMSNorm(h^{k-1})])             Eq. 21-23
+    p^k = softmax(W_head RMSNorm(h^k))                         predicts the token k + 1 later
+    L   = L_main + lambda mean_k L_MTP^k + alpha sum L_Bal      what train.py minimises, Eq. 17-25
+    b  += gamma sign(mean load - load)                          balances the experts, no gradient
+
+Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. Every
+formula stands here in its plain form; `@fast_twin` marks those that ops.py computes faster, with
+the same name and the same result (`ops.enabled = False` turns the twins off). Where the report is
+silent (order of concatenation, which norm, epsilon), the released weights decide; huggingface.py
+opens them.
 
 Shapes: B batch, T time, D hidden, H heads, C kv_lora_rank, R rope dim, N nope dim, V v_head_dim,
-E routed experts, K experts per token, F expert width, G expert groups, S cached positions,
-L layers. In `logits` V is the vocabulary.
+E routed experts, K experts per token, F expert width, G expert groups, S cached positions, rows =
+tokens times K. In logits the last dimension is the vocabulary.
 """
 
+import importlib
 import math
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -21,12 +33,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fp8
+from ops import compute_dtype, fast_twin, upcast
 
-_MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
-_YARN_KEYS = (
+Rope = tuple[Tensor, Tensor]  # cos and sin
+Past = tuple[Tensor, int] | None  # a layer's cache (B, size, C+R) and how many tokens are in it
+MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+YARN_KEYS = {
     *("type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     *("mscale", "mscale_all_dim", "attention_factor", "truncate"),
-)
+}
 
 
 @dataclass
@@ -63,42 +78,36 @@ class ModelConfig:
     initializer_range: float = 0.006  # standard deviation of every initial matrix
 
     def __post_init__(self):
-        def require(ok: bool, sentence: str):
-            if not ok:
-                raise ValueError(sentence)
-
-        E, K, G, M = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            kind = field.type | int if field.type is float else field.type
-            text = getattr(field.type, "__name__", field.type)
-            require(isinstance(value, kind), f"{name} is {value!r}, but must be of type {text}.")
-            if field.type in (int, int | None) and value is not None:
-                least = 0 if name in _MAY_BE_ZERO else 1
-                require(value >= least, f"{name} is {value}, but must be at least {least}.")
-        require(
-            self.qk_rope_head_dim % 2 == 0,
-            f"qk_rope_head_dim is {self.qk_rope_head_dim}, but RoPE rotates pairs: make it even.",
-        )
-        require(E % G == 0, f"n_routed_experts {E} is not a multiple of n_group {G}.")
-        require(M <= G, f"topk_group {M} is larger than n_group {G}.")
-        require(
-            K <= M * (E // G),
-            f"num_experts_per_tok {K} exceeds the {M * (E // G)} experts of topk_group {M} groups.",
-        )
-        require(
-            G == 1 or E // G >= 2,
-            f"n_group {G} leaves one expert a group, but a group is scored by its best two.",
-        )
-        scaling = self.rope_scaling or {}
-        kind, known = rope_type(scaling), ("default", "yarn")
-        require(kind in known, f"rope_scaling has type {kind!r}, but must be one of {known}.")
-        strange = sorted(scaling.keys() - _YARN_KEYS)
-        require(not strange, f"rope_scaling has {strange}, but may have only {_YARN_KEYS}.")
-        require(
-            kind == "default" or scaling.get("factor"),
-            "rope_scaling of type 'yarn' lacks 'factor': give the stretch of the context.",
-        )
+            if not isinstance(value, field.type | int if field.type is float else field.type):
+                kind = getattr(field.type, "__name__", field.type)
+                raise ValueError(f"{name} is {value!r}, but must be of type {kind}.")
+            least = 0 if name in MAY_BE_ZERO else 1
+            if field.type in (int, int | None) and value is not None and value < least:
+                raise ValueError(f"{name} is {value}, but must be at least {least}.")
+        E, K, G, M = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
+        R, yarn = self.qk_rope_head_dim, self.rope_scaling or {}
+        kind = yarn.get("rope_type") or yarn.get("type") or "default"
+        strange = sorted(yarn.keys() - YARN_KEYS)
+        wrong = [k for k, v in yarn.items() if isinstance(v, str) != (k in ("type", "rope_type"))]
+        for refused, sentence in (
+            (R % 2, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even."),
+            (E % G, f"n_routed_experts {E} is not a multiple of n_group {G}."),
+            (M > G, f"topk_group {M} is larger than n_group {G}."),
+            (
+                K > E // G * M,
+                f"num_experts_per_tok {K} exceeds the {E // G * M} experts of {M} groups.",
+            ),
+            (E < 2 * G > 2, f"n_group {G} leaves one expert a group, but two make its score."),
+            (kind not in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'."),
+            (strange, f"rope_scaling has {strange}, but may have only {sorted(YARN_KEYS)}."),
+            (wrong, f"rope_scaling has {wrong} of the wrong type: only its type is text."),
+            (kind == "yarn" and not yarn.get("factor"), "rope_scaling lacks the yarn 'factor'."),
+        ):
+            if refused:
+                raise ValueError(sentence)
+        self.rope_scaling = yarn if kind == "yarn" else None
 
     @property
     def moe_layers(self) -> int:
@@ -107,56 +116,21 @@ class ModelConfig:
         return main + self.num_nextn_predict_layers
 
     def cache_numbers(self) -> tuple[int, int]:
-        """Numbers cached per token, all main layers: ours (c + r each), multi-head attention's."""
-        per_head = self.qk_nope_head_dim + self.v_head_dim
-        latent = self.kv_lora_rank + self.qk_rope_head_dim
-        layers = self.num_hidden_layers
-        return layers * latent, layers * self.num_attention_heads * per_head
+        """Numbers cached per token, all main layers: ours (C + R each), multi-head attention's."""
+        ours = self.kv_lora_rank + self.qk_rope_head_dim
+        theirs = self.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return self.num_hidden_layers * ours, self.num_hidden_layers * theirs
 
 
-def wide(x: Tensor) -> Tensor:
-    """x in the precision of gate, norms, softmax and loss: float64 stays, all else is float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products with x: autocast's where it is on, else x's own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-class _Normalize(torch.autograd.Function):
-    """y = x / sqrt(mean(x^2) + eps) over the last dimension; the backward pass works from y.
-
-    dx = (dy - y mean(dy y)) / sqrt(mean(x^2) + eps): a third of the passes over memory that
-    autograd would make of the same formula, and a third of its saved tensors.
-    """
-
-    @staticmethod
-    def normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        x32 = wide(x)
-        inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-        return (x32 * inverse).to(x.dtype), inverse
-
-    @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        y, inverse = _Normalize.normalize(x, eps)
-        ctx.save_for_backward(y, inverse)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        y, inverse = ctx.saved_tensors
-        y, dx = wide(y), wide(dy)
-        dx = torch.addcmul(dx, y, (dx * y).mean(-1, keepdim=True), value=-1).mul_(inverse)
-        return dx.to(dy.dtype), None
+@fast_twin
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32, rounded to x's dtype."""
+    x32 = upcast(x)  # float64 stays, all else is float32
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """g * x / sqrt(mean(x^2) + eps), in float32, rounded to x's dtype before g multiplies it.
-
-    Under autocast the result is in autocast's dtype: rounded once, not at every product.
-    """
+    """g * rms_norm(x). Under autocast the result is in autocast's dtype: rounded once, here."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -164,44 +138,18 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            y = _Normalize.apply(x, self.eps)
-        else:  # in decoding the machinery around the formula would take longer than the formula
-            y, _ = _Normalize.normalize(x, self.eps)
-        return (self.weight * y).to(compute_dtype(x))
-
-
-class Linear(nn.Linear):
-    """nn.Linear; for the few rows of a decoding step torch.compile gets the sum written out.
-
-    A library's product of one row reads the weight at a third of the memory's speed; the sum
-    becomes a loop at full speed, fused with what stands around it.
-    """
-
-    FEW = 8  # rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        decoding = torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        if not (decoding and x.numel() <= Linear.FEW * self.in_features):
-            return super().forward(x)
-        y = (x.unsqueeze(-2) * self.weight).sum(-1)
-        return y if self.bias is None else y + self.bias
+        return (self.weight * rms_norm(x, self.eps)).to(compute_dtype(x))
 
 
 # ---- Rotary position embedding (RoPE), with YaRN for long contexts -------------------------------
-
-
-def rope_type(scaling: dict | None) -> str:
-    scaling = scaling or {}
-    return scaling.get("rope_type") or scaling.get("type") or "default"
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/R), both (..., T, R/2), for positions (..., T).
+def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
+    """cos and sin of position * theta^(-2i/R), both (T, R/2), for positions (T,).
 
     YaRN (arXiv 2309.00071; report section 4.3) divides the slow angles by `factor`, keeps the fast
     ones and blends linearly in between, at every length.
@@ -210,8 +158,7 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tu
     i = torch.arange(R // 2, device=positions.device, dtype=dtype)
     frequency = theta ** (-2 * i / R)
     amplitude = 1.0
-    if rope_type(config.rope_scaling) == "yarn":
-        yarn = config.rope_scaling
+    if yarn := config.rope_scaling:
         factor = yarn["factor"]
         original = yarn.get("original_max_position_embeddings") or config.max_position_embeddings
 
@@ -230,15 +177,15 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tu
             amplitude = yarn_mscale(factor, m) / yarn_mscale(factor, m_all)
         if yarn.get("attention_factor") is not None:
             amplitude = yarn["attention_factor"]
-    angle = positions.to(dtype)[..., None] * frequency  # (..., T, R/2)
+    angle = positions.to(dtype)[:, None] * frequency  # (T, R/2)
     return amplitude * angle.cos(), amplitude * angle.sin()
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
+def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
     """RoPE: every pair of x (B, T, H, R) turned by its position's angle."""
-    cos, sin = (table.unsqueeze(-2) for table in rope)  # (..., T, 1, R/2)
+    cos, sin = (table[:, None] for table in rope)  # (T, 1, R/2)
     pair = -1 if interleave else -2
-    a, b = wide(x).unflatten(-1, (-1, 2) if interleave else (2, -1)).unbind(pair)
+    a, b = upcast(x).unflatten(-1, (-1, 2) if interleave else (2, -1)).unbind(pair)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), pair).flatten(-2).to(x.dtype)
 
 
@@ -248,81 +195,29 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
 class Cache:
     """What decoding keeps: c_t^KV and k_t^R, C + R numbers per token and layer, and nothing else.
 
-    Every layer's kv (B, S, C+R) is allocated once; row b holds `length[b]` tokens, so rows may
-    differ, and shortening `length` forgets the newest tokens: so rejected drafts are undone.
+    Allocated once, `kv` (B, size, C+R) for every layer. The first `length` positions are filled, in
+    all rows alike; a smaller `length` forgets the newest tokens: so rejected drafts are undone.
     """
 
     def __init__(self, config: ModelConfig, layers: int, batch: int, size: int, like: Tensor):
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.kv = [like.new_zeros(batch, size, width) for _ in range(layers)]
-        self.size = size
-        self.length = torch.zeros(batch, dtype=torch.long, device=like.device)
-        self.longest = 0  # max(length), known to the host without waiting for the device
+        self.size, self.length = size, 0
 
-    def truncate(self, length: Tensor, longest: int):
-        self.length, self.longest = length, longest
-
-    def claim(self, T: int) -> tuple[Tensor, Tensor | None]:
-        """Positions (B, T) for T new tokens, and which cached positions they see (B, T, S)."""
-        if self.longest + T > self.size:
-            raise ValueError(f"{self.longest} + {T} tokens exceed the cache of {self.size}.")
-        positions = self.length[:, None] + torch.arange(T, device=self.length.device)
-        self.truncate(self.length + T, self.longest + T)
-        if len(positions) == 1 and T == 1:
-            return positions, None
-        seen = torch.arange(self.longest, device=positions.device) <= positions[..., None]
-        return positions, seen
+    def claim(self, T: int) -> int:
+        """Room for T new tokens of every row: the position of the first."""
+        if self.length + T > self.size:
+            raise ValueError(f"{self.length} + {T} tokens exceed the cache of {self.size}.")
+        self.length += T
+        return self.length - T
 
 
-@dataclass
-class Past:
-    """One layer's view of the cache during one call of the model."""
-
-    kv: Tensor  # (B, S, C+R), this layer's rows, the new tokens' slots included
-    positions: Tensor  # (B, T) slots of the new tokens
-    seen: Tensor | None  # (B, T, S) causal mask, None when every slot is seen
-
-    def store(self, new: Tensor):
-        """Writes the new tokens' c_t^KV and k_t^R (B, T, C+R) into their slots."""
-        if len(new) == 1:  # the last ones: indexing would take longer than all the rest
-            self.kv[:, -new.shape[1] :] = new
-        else:
-            rows = torch.arange(len(new), device=new.device)[:, None]
-            self.kv[rows, self.positions] = new.to(self.kv.dtype)
-
-
-class _ShortAttention(torch.autograd.Function):
-    """softmax(scale q k^T) v, causal, with the scores (n, T, T) written out and kept for backward.
-
-    On a CPU, in bf16 and for short windows this takes a third of the time of the fused kernel, and
-    T numbers more of memory for every query. Autocast is off inside: it would make p float32.
-    """
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q, k (n, T, N+R), v (n, T, V) -> (n, T, V)."""
-        n, T, _ = q.shape
-        later = q.new_full((T, T), -math.inf).triu_(1)
-        p = torch.baddbmm(later.expand(n, T, T), q, k.mT, alpha=scale).softmax(-1)
-        o = torch.bmm(p, v)
-        ctx.save_for_backward(q, k, v, p, o)
-        ctx.scale = scale
-        return o
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx, do: Tensor):
-        q, k, v, p, o = ctx.saved_tensors
-        mean = (do * o).sum(-1, keepdim=True)  # (n, T, 1): sum_j p_j dp_j
-        ds = torch.bmm(do, v.mT).sub_(mean).mul_(p).mul_(ctx.scale)  # (n, T, T)
-        return torch.bmm(ds, k), torch.bmm(ds.mT, q), torch.bmm(p.mT, do), None
-
-
-def per_head(x: Tensor, weight: Tensor) -> Tensor:
-    """Every head's x (B, T, H, in) times its own matrix (H, in, out): (B, T, H, out)."""
-    y = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight)  # (H, B*T, out)
-    return y.transpose(0, 1).unflatten(0, x.shape[:2])
+@fast_twin
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v, no look ahead: q, k (B, H, T, N+R), v (B, H, T, V), Eq. 10."""
+    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    score = upcast(q @ k.mT) * scale  # (B, H, T, T)
+    return score.masked_fill(later, -math.inf).softmax(-1).to(v.dtype) @ v  # (B, H, T, V)
 
 
 class MLA(nn.Module):
@@ -336,8 +231,6 @@ class MLA(nn.Module):
     Both latents are normalised before they are projected up (section 4.2).
     """
 
-    SHORT = 512  # longest window that a CPU gives to _ShortAttention
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -345,21 +238,22 @@ class MLA(nn.Module):
         N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         bias = config.attention_bias
         if config.q_lora_rank is None:
-            self.q_proj = Linear(D, H * (N + R), bias=False)
+            self.q_proj = nn.Linear(D, H * (N + R), bias=False)
         else:
-            self.q_a_proj = Linear(D, config.q_lora_rank, bias=bias)  # W^DQ
+            self.q_a_proj = nn.Linear(D, config.q_lora_rank, bias=bias)  # W^DQ
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)  # the latents' eps is fixed
-            self.q_b_proj = Linear(config.q_lora_rank, H * (N + R), bias=False)  # W^UQ, W^QR
-        self.kv_a_proj_with_mqa = Linear(D, C + R, bias=bias)  # W^DKV, W^KR
+            self.q_b_proj = nn.Linear(config.q_lora_rank, H * (N + R), bias=False)  # W^UQ, W^QR
+        self.kv_a_proj_with_mqa = nn.Linear(D, C + R, bias=bias)  # W^DKV, W^KR
         self.kv_a_layernorm = RMSNorm(C, 1e-6)
-        self.kv_b_proj = Linear(C, H * (N + V), bias=False)  # per head: W^UK, W^UV
-        self.o_proj = Linear(H * V, D, bias=bias)
+        self.kv_b_proj = nn.Linear(C, H * (N + V), bias=False)  # per head: W^UK, W^UV
+        self.o_proj = nn.Linear(H * V, D, bias=bias)
         self.scale = (N + R) ** -0.5
         yarn = config.rope_scaling or {}
-        if rope_type(yarn) == "yarn" and yarn.get("mscale_all_dim"):
+        if yarn.get("mscale_all_dim"):
             self.scale *= yarn_mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
 
-    def forward(self, h: Tensor, rope: tuple[Tensor, Tensor], past: Past | None = None) -> Tensor:
+    def forward(self, h: Tensor, rope: Rope, past: Past = None) -> Tensor:
+        """h (B, T, D) -> (B, T, D). past: this layer's cache (B, size, C+R), tokens in it."""
         config, (B, T, _) = self.config, h.shape
         N, R, C = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
         if config.q_lora_rank is None:
@@ -374,84 +268,64 @@ class MLA(nn.Module):
         if past is None:
             o = self.attend_expanded(q_nope, q_pe, latent, k_pe)
         else:
-            o = self.attend_absorbed(q_nope, q_pe, latent, k_pe.squeeze(2), past)
+            o = self.attend_absorbed(q_nope, q_pe, latent, k_pe.squeeze(2), *past)
         return self.o_proj(o.flatten(2))
 
     def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor) -> Tensor:
         """Training: keys and values are made from the latents, then ordinary causal attention."""
         B, T, H, N = q_nope.shape
-        V = self.config.v_head_dim
-        k_nope, v = self.kv_b_proj(latent).view(B, T, H, N + V).split([N, V], dim=-1)
+        kv = self.kv_b_proj(latent).view(B, T, H, -1)
+        k_nope, v = kv.split([N, self.config.v_head_dim], dim=-1)  # (B, T, H, N), (B, T, H, V)
         q = torch.cat((q_nope, q_pe), -1)  # (B, T, H, N+R)
         k = torch.cat((k_nope, k_pe.expand(-1, -1, H, -1)), -1)  # (B, T, H, N+R)
-        low = q.device.type == "cpu" and q.dtype == torch.bfloat16
-        if low and T <= self.SHORT:
-            q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-            o = _ShortAttention.apply(q, k, v, self.scale)
-            return o.unflatten(0, (B, H)).transpose(1, 2)  # (B, T, H, V)
-        width = max(q.shape[-1], V)  # the fused attention kernels want heads of one width
-        q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return o[..., :V].transpose(1, 2)  # (B, T, H, V)
+        o = causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), self.scale)
+        return o.transpose(1, 2)  # (B, T, H, V)
 
     def attend_absorbed(
-        self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, past: Past
+        self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, kv: Tensor, start: int
     ) -> Tensor:
         """Decoding: W^UK moves over to the query and W^UV to the output, so that attention runs on
         the cached latents: q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
         _, T, H, N = q_nope.shape
-        C, kv = latent.shape[-1], past.kv
-        past.store(torch.cat((latent, k_pe), -1))
-        W = self.kv_b_proj.weight.unflatten(0, (H, -1))  # (H, N+V, C)
+        S, C = start + T, latent.shape[-1]
+        kv[:, start:S] = torch.cat((latent, k_pe), -1)
+        kv = kv[:, :S]  # (B, S, C+R)
+        W = self.kv_b_proj.weight.unflatten(0, (H, -1))
         W_UK, W_UV = W[:, :N], W[:, N:]  # (H, N, C), (H, V, C)
-        q = per_head(q_nope, W_UK)  # (B, T, H, C)
-        q = (torch.cat((q, q_pe), -1) * self.scale).to(kv.dtype)  # (B, T, H, C+R)
-        score = torch.bmm(q.flatten(1, 2), kv.mT)  # (B, T*H, S)
-        if past.seen is not None:
-            seen = past.seen.repeat_interleave(H, 1)
-            score = score.masked_fill(~seen, -math.inf)
-        p = wide(score).softmax(-1).to(kv.dtype)
-        o = torch.bmm(p, kv[..., :C]).unflatten(1, (T, H))  # (B, T, H, C)
-        return per_head(o, W_UV.mT)  # (B, T, H, V)
+        q = torch.einsum("bthn,hnc->bthc", q_nope, W_UK)
+        q = torch.cat((q, q_pe), -1).to(kv.dtype)  # (B, T, H, C+R)
+        score = upcast(torch.einsum("bthc,bsc->bhts", q, kv)) * self.scale  # (B, H, T, S)
+        later = torch.ones(T, S, dtype=torch.bool, device=kv.device).triu(start + 1)
+        p = score.masked_fill(later, -math.inf).softmax(-1).to(kv.dtype)
+        o = torch.einsum("bhts,bsc->bthc", p, kv[..., :C])  # (B, T, H, C)
+        return torch.einsum("bthc,hvc->bthv", o.to(q_nope.dtype), W_UV)  # (B, T, H, V)
 
 
 # ---- DeepSeekMoE (section 2.1.2) -----------------------------------------------------------------
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up * gain, keeping the inputs only: fewer passes over less memory."""
+@fast_twin
+def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, for gate and up (..., F); for experts times gain (rows,), the gate values.
 
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, gain: Tensor | None) -> Tensor:
-        """gate, up (rows, F), gain (rows, 1) or none -> (rows, F)."""
-        ctx.save_for_backward(gate, up, gain)
-        y = F.silu(gate).mul_(up)
-        return y if gain is None else y.mul_(gain)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        gate, up, gain = ctx.saved_tensors
-        silu, d_gain = F.silu(gate), None
-        if gain is not None:
-            d_gain = (silu * up).mul_(dy).sum(-1, keepdim=True, dtype=gain.dtype)
-            dy = (dy * gain).to(dy.dtype)
-        return torch.ops.aten.silu_backward(dy * up, gate), silu.mul_(dy), d_gain
+    Eq. 12 multiplies an expert's output by its gate value; multiplying the hidden units is the same
+    sum in fewer numbers.
+    """
+    y = F.silu(gate) * up
+    return y if gain is None else (y * gain[:, None]).to(y.dtype)
 
 
 class MLP(nn.Module):
-    """SwiGLU: W_down (silu(W_gate x) * W_up x), the dense layers' and the shared experts' FFN."""
+    """W_down (silu(W_gate x) * W_up x), the FFN of the dense layers and of the shared experts."""
 
     def __init__(self, dim: int, width: int):
         super().__init__()
-        self.gate_proj = Linear(dim, width, bias=False)
-        self.up_proj = Linear(dim, width, bias=False)
-        self.down_proj = Linear(width, dim, bias=False)
+        self.gate_proj = nn.Linear(dim, width, bias=False)
+        self.up_proj = nn.Linear(dim, width, bias=False)
+        self.down_proj = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if isinstance(self.down_proj, fp8.FP8Linear):  # keeps gate and up in FP8 for backward
-            return fp8.swiglu_linear(gate, up, self.down_proj.weight)
-        return self.down_proj(_SwiGLU.apply(gate, up, None))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Gate(nn.Module):
@@ -473,16 +347,16 @@ class Gate(nn.Module):
         """A cast of the model (model.bfloat16()) leaves the bias in float32."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        new = self.e_score_correction_bias
-        new = new.float() if bias.is_meta else bias.to(self.weight.device)
-        self.e_score_correction_bias = new
+        if bias.is_meta:  # to_empty() gives memory, not values
+            bias = torch.empty_like(bias, device=self.weight.device)
+        self.e_score_correction_bias = bias.to(self.weight.device)
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) -> scores s (B, T, E), chosen experts (B, T, K), their weights (B, T, K)."""
         config, G = self.config, self.config.n_group
         with torch.autocast(x.device.type, enabled=False):
-            s = F.linear(wide(x), wide(self.weight)).sigmoid()  # (B, T, E), Eq. 15
+            s = F.linear(upcast(x), upcast(self.weight)).sigmoid()  # (B, T, E), Eq. 15
         choice = s.detach() + self.e_score_correction_bias  # (B, T, E)
         if G > 1:
             groups = choice.unflatten(-1, (G, -1))  # (B, T, G, E/G)
@@ -510,168 +384,60 @@ def balance_loss(s: Tensor, K: int) -> Tensor:
 
 def expert_counts(chosen: Tensor, E: int) -> Tensor:
     """How many of the chosen experts (any shape, ids below E) are each expert: (E,) int64."""
-    flat = chosen.flatten()
-    return torch.zeros(E, dtype=torch.long, device=flat.device).scatter_add_(
-        0, flat, torch.ones_like(flat)
-    )
+    ids = chosen.flatten()
+    zeros = torch.zeros(E, dtype=torch.long, device=ids.device)
+    return zeros.scatter_add_(0, ids, torch.ones_like(ids))
 
 
-def sort_by_expert(chosen: Tensor, E: int, pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots are rows sorted by expert, each expert's rounded up to a multiple of `pad`.
-
-    chosen (tokens, K) -> the token in each slot (slots,), 0 in padding; the slot of each token's
-    K experts (tokens, K); how many slots each expert has (E,).
-    """
-    expert = chosen.flatten()  # (tokens*K,)
-    counts = expert_counts(expert, E)
-    padded = (counts + pad - 1) // pad * pad
-    total = len(expert) if pad == 1 else int(padded.sum())
-    order = expert.argsort(stable=True)
-    number = torch.arange(len(order), device=order.device)
-    gap = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)  # padding before each expert
-    slots = torch.empty_like(order)
-    slots[order] = number + gap[expert[order]]
-    rows = order.new_zeros(total)
-    rows[slots] = number // chosen.shape[1]
-    return rows, slots.view_as(chosen), padded
+@fast_twin
+def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    """chosen (tokens, K) -> which token stands in each row when rows are sorted by expert (rows,),
+    the row of each token's K experts (tokens, K), how many rows each expert has (E,)."""
+    expert = chosen.flatten()
+    order = expert.argsort(stable=True)  # row -> token * K + choice
+    slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)).to(order))
+    return order // chosen.shape[1], slots.view_as(chosen), expert_counts(expert, E)
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """One matrix product per expert, written straight into the shared output and gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        y = x.new_empty(x.shape[0], weight.shape[1])
-        for w, x_e, y_e in zip(weight, x.split(counts), y.split(counts), strict=True):
-            if len(x_e):
-                torch.mm(x_e, w.T, out=y_e)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, weight = ctx.saved_tensors
-        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
-        parts = zip(weight, dw, *(z.split(ctx.counts) for z in (x, dx, dy)), strict=True)
-        for w, dw_e, x_e, dx_e, dy_e in parts:
-            if len(x_e):
-                torch.mm(dy_e, w, out=dx_e)
-                torch.mm(dy_e.T, x_e, out=dw_e)
-        return dx, dw, None
+@fast_twin
+def dispatch(x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """Every token's x to the rows of its experts: x (tokens, D) -> (rows, D)."""
+    return x[rows]
 
 
+@fast_twin
+def combine(y: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """The sum of every token's K rows: y (rows, D) -> (tokens, D)."""
+    return y[slots].sum(1, dtype=y.dtype)
+
+
+@fast_twin
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Each row of x (rows, in), sorted by expert, times its expert's weight (E, out, in).
-
-    counts (E,) are the rows of each expert. Returns (rows, out).
-    """
-    if x.is_cuda and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in weight.shape[1:]):
-        return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).int())
-    return _GroupedLinear.apply(x, weight, counts.tolist())
-
-
-class _Gather(torch.autograd.Function):
-    """x[rows], whose backward is a gather too: every row of x went to the K slots in `slots`."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(slots)
-        return x[rows]
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        (slots,) = ctx.saved_tensors
-        return dy[slots].sum(1), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """The transpose of _Gather: sums, for every token, the K slots it was sent to."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        return y[slots].sum(1)
-
-    @staticmethod
-    def backward(ctx, dx: Tensor):
-        (rows,) = ctx.saved_tensors
-        return dx[rows], None, None
+    """Each row of x (rows, in), sorted by expert, times its expert's weight (E, out, in)."""
+    parts = zip(x.split(counts.tolist()), weight, strict=True)
+    return torch.cat([F.linear(x_e, w) for x_e, w in parts])  # (rows, out)
 
 
 class Experts(nn.Module):
-    """The routed experts' sum in Eq. 12, without dropping tokens: rows sorted by expert, one
-    product per expert and projection."""
-
-    FEW = 32  # tokens, at most, that are a decoding step; more are a chunk of a prompt
+    """The routed experts' FFNs, stacked in one parameter per projection."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, F_, D = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))  # gate first
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
-        self.fp8 = False
 
-    def forward(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-        """x (tokens, D), chosen and weight (tokens, K) -> (tokens, D)."""
-        dtype = compute_dtype(x)
-        if len(x) <= Experts.FEW and not (self.fp8 or torch.is_grad_enabled()):
-            if torch.compiler.is_compiling():
-                return self.forward_compiled(x, chosen, weight)
-            if x.device.type == "cpu":
-                return self.forward_few(x.to(dtype), chosen, weight)
-        # In bf16 on a CPU oneDNN compiles a kernel for every new matrix shape, so there each
-        # expert's rows are padded to a multiple of 64.
-        pad = 64 if x.device.type == "cpu" and dtype == torch.bfloat16 and not self.fp8 else 1
-        rows, slots, counts = sort_by_expert(chosen, len(self.down_proj), pad)
-        # Eq. 12's gate value multiplies the hidden units instead of the output: the same sum, in
-        # fewer numbers, and padding rows come out as zero.
-        gain = weight.new_zeros(len(rows)).scatter(0, slots.flatten(), weight.flatten())
-        x = _Gather.apply(x.to(dtype), rows, slots)  # (slots, D)
-        if self.fp8:
-            sizes = counts.tolist()
-            gate, up = fp8.grouped_linear(x, self.gate_up_proj, sizes).chunk(2, dim=-1)
-            y = fp8.swiglu_linear(gate, up, self.down_proj, sizes, gain)
-        else:
-            gate, up = grouped_linear(x, self.gate_up_proj.to(dtype), counts).chunk(2, dim=-1)
-            hidden = _SwiGLU.apply(gate, up, gain[:, None])  # (slots, F)
-            y = grouped_linear(hidden, self.down_proj.to(dtype), counts)  # (slots, D)
-        return _Combine.apply(y, rows, slots)
-
-    def forward_compiled(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-        """The same for a few tokens under torch.compile, which fuses the choice of the weights,
-        the products and the sums into loops that read each visited expert where it lies."""
-        x = x[:, None, None]  # (tokens, 1, 1, D)
-        gate, up = (self.gate_up_proj[chosen] * x).sum(-1).chunk(2, dim=-1)  # (tokens, K, F)
-        hidden = (F.silu(gate) * up * weight[..., None]).unsqueeze(-2)  # (tokens, K, 1, F)
-        return (self.down_proj[chosen] * hidden).sum((1, 3)).to(x.dtype)
-
-    def forward_few(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-        """The same for the few tokens of a decoding step: sorted by the host, which is faster than
-        starting an operation for every step of it, and touching the chosen experts only."""
-        experts = chosen.flatten().tolist()
-        order = sorted(range(len(experts)), key=experts.__getitem__)  # slot -> token * K + choice
-        counts = Counter(sorted(experts))  # visited expert -> its slots
-        alone = len(x) == 1  # then every slot has the same x, and their sum is the result
-        index = torch.tensor(order)
-
-        def product(parts: Iterable[Tensor], weight: Tensor) -> Tensor:
-            return torch.cat(
-                [F.linear(x_e, weight[e].to(x.dtype)) for x_e, e in zip(parts, counts, strict=True)]
-            )
-
-        sizes = list(counts.values())
-        parts = [x] * len(sizes) if alone else x[index // chosen.shape[1]].split(sizes)
-        gate, up = product(parts, self.gate_up_proj).chunk(2, dim=-1)  # (slots, F) each
-        hidden = (F.silu(gate) * up * weight.flatten()[index, None]).to(x.dtype)
-        y = product(hidden.split(sizes), self.down_proj)  # (slots, D)
-        if alone:
-            return y.sum(0, keepdim=True)
-        return torch.empty_like(y).index_copy_(0, index, y).view(*chosen.shape, -1).sum(1)
+    def forward(self, x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
+        """x (rows, D) sorted by expert, counts (E,), gate values gain (rows,) -> (rows, D)."""
+        gate, up = grouped_linear(x, self.gate_up_proj, counts).chunk(2, dim=-1)  # (rows, F) each
+        return grouped_linear(swiglu(gate, up, gain), self.down_proj, counts)
 
 
 class MoE(nn.Module):
-    """h' = sum_{i in top K} g_i FFN_i(u) + FFN_shared(u), Eq. 12 (Block adds the residual u)."""
+    """h' = sum_{i in top K} g_i FFN_i(u) + FFN_shared(u), Eq. 12 (Block adds the residual u).
+
+    No token is dropped: rows are sorted by expert, and every expert computes all of its rows.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -682,16 +448,18 @@ class MoE(nn.Module):
             width = config.n_shared_experts * config.moe_intermediate_size
             self.shared_experts = MLP(config.hidden_size, width)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor) -> Tensor:
         s, chosen, weight = self.gate(x)
-        y = self.experts(x.flatten(0, 1), chosen.flatten(0, 1), weight.flatten(0, 1)).view_as(x)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(x)
-        return y, (s, chosen)
+        self.routing = s, chosen  # for the balance loss and the counts of DeepSeekV3.forward
+        rows, slots, counts = sort_by_expert(chosen.flatten(0, 1), s.shape[-1])
+        gain = weight.new_zeros(len(rows)).scatter(0, slots.flatten(), weight.flatten())  # (rows,)
+        y = self.experts(dispatch(x.flatten(0, 1), rows, slots), counts, gain)  # (rows, D)
+        y = combine(y, rows, slots).view_as(x)
+        return y if self.shared_experts is None else y + self.shared_experts(x)
 
 
 class Block(nn.Module):
-    """x + MLA(norm(x)), then x + FFN(norm(x)); also returns the gate's (scores, chosen) if any."""
+    """x + MLA(norm(x)), then x + FFN(norm(x)): a dense MLP in the first layers, else MoE."""
 
     def __init__(self, config: ModelConfig, dense: bool):
         super().__init__()
@@ -701,14 +469,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(D, eps)
         self.mlp = MLP(D, config.intermediate_size) if dense else MoE(config)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], past: Past | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def forward(self, x: Tensor, rope: Rope, past: Past = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, past)
-        y, routing = self.mlp(self.post_attention_layernorm(x)), None
-        if isinstance(self.mlp, MoE):
-            y, routing = y
-        return x + y, routing
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 # ---- Multi-Token Prediction (section 2.2) --------------------------------------------------------
@@ -728,73 +491,32 @@ class MTP(nn.Module):
         D, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(D, eps)
         self.hnorm = RMSNorm(D, eps)
-        self.eh_proj = Linear(2 * D, D, bias=False)  # M_k
+        self.eh_proj = nn.Linear(2 * D, D, bias=False)  # M_k
         self.block = Block(config, dense=False)  # TRM_k
         self.norm = RMSNorm(D, eps)  # before the shared output head
 
-    def forward(self, h: Tensor, embedding: Tensor, rope, past: Past | None = None):
-        """h = h^{k-1} (B, T, D), embedding of the tokens k later (B, T, D) -> h^k, routing."""
+    def forward(self, h: Tensor, embedding: Tensor, rope: Rope, past: Past = None) -> Tensor:
+        """h = h^{k-1} (B, T, D), embedding of the tokens k later (B, T, D) -> h^k (B, T, D)."""
         u = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), -1))  # (B, T, D)
-        x, routing = self.block(u, rope, past)
-        return self.norm(x), routing
-
-
-# ---- Output head and loss ------------------------------------------------------------------------
-
-
-class _HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of softmax(h W^T) without ever holding all the logits.
-
-    The gradient of a chunk of rows is formed as soon as its logits are there, so the largest
-    tensor is (chunk, vocabulary), and backward only scales what forward has computed.
-    """
-
-    CHUNK = 2**27  # logits at once: 0.5 GB
-    CPU_ROWS = 256  # few enough for its caches, enough to pay for a pass over dw
-
-    @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """h (rows, D), weight (vocabulary, D), targets (rows,) with -1 ignored -> scalar."""
-        n, need = (targets >= 0).sum().clamp(min=1), any(ctx.needs_input_grad)
-        dh, dw = torch.empty_like(h), torch.zeros_like(weight) if need else None
-        w = weight.to(h.dtype)
-        loss = wide(h.new_zeros(()))
-        chunk = _HeadLoss.CPU_ROWS if h.device.type == "cpu" else _HeadLoss.CHUNK // len(w)
-        chunk = max(1, min(chunk, len(h)))
-        # Two buffers for all chunks: on a CPU fresh ones would cost a third of the time.
-        low = h.new_empty(chunk, len(w))
-        high = torch.empty_like(low, dtype=loss.dtype)
-        for x, y, dx in zip(*(t.split(chunk) for t in (h, targets, dh)), strict=True):
-            target, used = y.clamp(min=0)[:, None], (y >= 0)[:, None]
-            low, high = low[: len(x)], high[: len(x)]  # (chunk, vocabulary)
-            z = high.copy_(torch.mm(x, w.T, out=low))
-            top, z_target = z.amax(-1, keepdim=True), z.gather(1, target)
-            p = torch.softmax(z, -1, out=high)
-            log_sum = top - p.amax(-1, keepdim=True).log()  # max p = exp(max z) / sum exp(z)
-            loss += ((log_sum - z_target) * used).sum()
-            if need:  # d loss / d z = softmax(z) - onehot(target)
-                p.scatter_add_(1, target, p.new_full(target.shape, -1.0)).mul_(used)
-                dz = low.copy_(p)
-                torch.mm(dz, w, out=dx)
-                dw += dz.T @ x
-        if need:
-            ctx.save_for_backward(dh, dw, n)
-        return loss / n
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        dh, dw, n = ctx.saved_tensors
-        scale = grad / n
-        return dh * scale, dw * scale, None
+        return self.norm(self.block(u, rope, past))
 
 
 # ---- The model -----------------------------------------------------------------------------------
 
 
+@fast_twin
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of softmax(h W^T): h (rows, D), weight (vocabulary, D), targets (rows,)
+    with -1 ignored; 0 where all are."""
+    logits = upcast(F.linear(h, weight))
+    total = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    return total / (targets >= 0).sum().clamp(min=1)
+
+
 class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
-    After every call `routing` holds the chosen experts (B, T, K) of each MoE layer, in order.
+    After every forward `routing` holds the chosen experts (B, T, K) of each MoE layer, in order.
     In training mode `expert_counts` (MoE layers, E) adds them up until `update_bias` uses them.
     """
 
@@ -807,7 +529,7 @@ class DeepSeekV3(nn.Module):
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTP(config) for _ in range(config.num_nextn_predict_layers))
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -835,25 +557,22 @@ class DeepSeekV3(nn.Module):
         return self
 
     def use_fp8(self):
-        """Section 3.3.1: what runs in FP8. High precision stays in embedding, head, gate, norms,
-        attention core and eh_proj."""
-        for module in self.modules():
-            if isinstance(module, Experts):
-                module.fp8 = True
-            elif isinstance(module, (MLA, MLP)):
-                for child in module.children():
-                    if isinstance(child, nn.Linear):
-                        child.__class__ = fp8.FP8Linear
+        """Section 3.3.1: the products of attention projections and FFNs in FP8 (fp8.py). Embedding,
+        head, gate, norms, attention core and eh_proj stay in high precision."""
+        swap = {nn.Linear: fp8.FP8Linear, MLP: fp8.FP8MLP, Experts: fp8.FP8Experts}
+        for block in [*self.layers, *(module.block for module in self.mtp)]:
+            for module in block.modules():
+                module.__class__ = swap.get(type(module), type(module))
 
-    # -- forward
-
-    def logits(self, h: Tensor) -> Tensor:
-        return wide(self.lm_head(h))
-
-    def run_block(self, block: nn.Module, *args):
+    def run_block(self, block: nn.Module, *inputs) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def rope(self, x: Tensor, start: int) -> Rope:
+        """The rotary table of x's positions, start .. start + T - 1."""
+        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        return rope_table(self.config, positions, upcast(x[:0]).dtype)
 
     def trunk(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """tokens (B, T) -> hidden states after the final norm (B, T, D).
@@ -861,86 +580,67 @@ class DeepSeekV3(nn.Module):
         With a cache, the tokens continue its rows.
         """
         x = self.embed_tokens(tokens)
-        rope, past = self._context(x, cache)
-        self.routing, self._scores = [], []
+        start = cache.claim(tokens.shape[1]) if cache else 0
+        rope = self.rope(x, start)
         for i, block in enumerate(self.layers):
-            x, routing = self.run_block(block, x, rope, past(i))
-            self._note(routing)
+            x = self.run_block(block, x, rope, (cache.kv[i], start) if cache else None)
         return self.norm(x)
 
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """MTP module k (0-based): h (B, T, D) of depth k, tokens (B, T) k + 1 later -> next h."""
         embedding = self.embed_tokens(tokens)
-        rope, past = self._context(embedding, cache)
-        h, routing = self.run_block(self.mtp[k], h, embedding, rope, past(k))
-        if cache is None:  # decoding reads neither scores nor choices of the MTP modules
-            self._note(routing)
-        return h
+        start = cache.claim(tokens.shape[1]) if cache else 0
+        past = (cache.kv[k], start) if cache else None
+        return self.run_block(self.mtp[k], h, embedding, self.rope(h, start), past)
 
-    def _context(self, x: Tensor, cache: Cache | None):
-        """The RoPE table of x's positions, and a function: layer -> its Past."""
-        if cache is None:
-            positions = torch.arange(x.shape[1], device=x.device)
-            return rope_table(self.config, positions, wide(x[:0]).dtype), lambda layer: None
-        positions, seen = cache.claim(x.shape[1])
-        S = cache.longest
-        rope = rope_table(self.config, positions, wide(x[:0]).dtype)
-        return rope, lambda layer: Past(cache.kv[layer][:, :S], positions, seen)
-
-    def _note(self, routing: tuple[Tensor, Tensor] | None):
-        if routing is not None:
-            self._scores.append(routing[0])
-            self.routing.append(routing[1])
+    def logits(self, h: Tensor) -> Tensor:
+        return upcast(self.lm_head(h))
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, return_mtp: bool = False):
         """tokens (B, T) int64. In training, `targets` (B, T) are the next tokens, -1 ignored.
 
-        Without targets: logits (B, T, V), float32 (float64 for a float64 model); with return_mtp
-        also a list whose k-th entry (k from 1) is (B, T-k, V): its row i predicts token i+1+k.
-        With targets: main cross-entropy, mean MTP cross-entropy (Eq. 24-25) and mean balance loss
-        (Eq. 17) of the MoE layers, all before their weights.
+        Without targets: logits (B, T, vocabulary), float32 (float64 for a float64 model); with
+        return_mtp also a list whose k-th entry (k from 1) is (B, T-k, vocabulary): its row i
+        predicts token i+1+k. With targets: main cross-entropy, mean MTP cross-entropy (Eq. 24-25)
+        and mean balance loss (Eq. 17) of the MoE layers, all before their weights.
         """
-        h = self.trunk(tokens)
-        hidden = [h]
+        hidden = [self.trunk(tokens)]
         if targets is not None or return_mtp:
             for k in range(min(len(self.mtp), tokens.shape[1] - 1)):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
+        used = self.config.moe_layers - len(self.mtp) + len(hidden) - 1  # short T, fewer modules
+        routing = [moe.routing for moe in self.moes()[:used]]
+        self.routing = [chosen for _, chosen in routing]
         if self.training:
-            E = self.config.n_routed_experts
             for counts, chosen in zip(self.expert_counts, self.routing, strict=False):
-                counts += expert_counts(chosen, E)
-        scores, self._scores = self._scores, []  # they hold the graph, so do not keep them
+                counts += expert_counts(chosen, self.config.n_routed_experts)
         if targets is None:
-            logits = [self.logits(x) for x in hidden]
+            logits = [self.logits(h) for h in hidden]
             return (logits[0], logits[1:]) if return_mtp else logits[0]
-        main, *mtp = (self.head_loss(x, targets[:, k:]) for k, x in enumerate(hidden))
-        K, zero = self.config.num_experts_per_tok, main.new_zeros(())
-        balance = [balance_loss(s, K) for s in scores]
+        main, *mtp = (
+            head_loss(h.flatten(0, 1), self.lm_head.weight, targets[:, k:].flatten())
+            for k, h in enumerate(hidden)
+        )
+        balance = [balance_loss(s, self.config.num_experts_per_tok) for s, _ in routing]
+        zero = main.new_zeros(())
         return main, sum(mtp, zero) / max(1, len(mtp)), sum(balance, zero) / max(1, len(balance))
 
-    def head_loss(self, h: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of the shared output head: h (B, T, D), targets (B, T)."""
-        weight = self.lm_head.weight
-        if not torch.is_grad_enabled():
-            weight = weight.detach()  # so that evaluation forms no gradient
-        return _HeadLoss.apply(h.to(compute_dtype(h)).flatten(0, 1), weight, targets.flatten())
-
-    # -- auxiliary-loss-free balancing (section 2.1.2; arXiv 2408.15664, Algorithm 1)
+    def moes(self) -> list[MoE]:
+        """The MoE layers in order, those of the MTP modules last."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
 
     def gates(self) -> list[Gate]:
-        """The gates of the MoE layers in order, those of the MTP modules last."""
-        return [module for module in self.modules() if isinstance(module, Gate)]
+        return [moe.gate for moe in self.moes()]
 
     @torch.no_grad()
     def update_bias(self, gamma: float):
-        """b_i += gamma * sign(mean load - load of i), from the counts since the last call."""
+        """b_i += gamma * sign(mean load - load of i), from the counts since the last call: the
+        balancing without an auxiliary loss (section 2.1.2; arXiv 2408.15664, Algorithm 1)."""
         load = self.expert_counts.float()
         step = gamma * (load.mean(1, keepdim=True) - load).sign()
         for gate, change in zip(self.gates(), step, strict=True):
             gate.e_score_correction_bias += change
         self.expert_counts.zero_()
-
-    # -- size
 
     def parameter_counts(self) -> dict[str, int]:
         """`total` and `active` (what one token uses: all but (E-K)/E of the routed experts) of the
@@ -956,17 +656,11 @@ class DeepSeekV3(nn.Module):
                 count["active"] += x.numel() * K // E if ".experts." in name else x.numel()
         return count
 
-    # -- files (huggingface.py)
-
-    @classmethod
-    def from_pretrained(cls, directory, dtype=None, device="cpu") -> "DeepSeekV3":
-        """huggingface.from_pretrained: a checkpoint of the DeepSeek-V3 family."""
-        import huggingface
-
-        return huggingface.from_pretrained(directory, dtype, device)
+    @staticmethod
+    def from_pretrained(directory, dtype: torch.dtype | None = None, device="cpu") -> "DeepSeekV3":
+        """A checkpoint in the Hugging Face layout: see huggingface.from_pretrained."""
+        return importlib.import_module("huggingface").from_pretrained(directory, dtype, device)
 
     def save_pretrained(self, directory, **options):
-        """huggingface.save_pretrained: config.json and safetensors, as transformers opens them."""
-        import huggingface
-
-        huggingface.save_pretrained(self, directory, **options)
+        """Writes one: see huggingface.save_pretrained."""
+        importlib.import_module("huggingface").save_pretrained(self, directory, **options)
