@@ -73,7 +73,11 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     # Where config.json is silent, transformers' defaults hold; these differ from ours.
     config = {"max_position_embeddings": 4096, "initializer_range": 0.02} | config
     config["rope_theta"] = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
-    kind, _, _ = rope.get("rope_type") or rope.get("type") or "default", rope.pop("type", None), rope.pop("rope_type", None)
+    kind, _, _ = (
+        rope.get("rope_type") or rope.get("type") or "default",
+        rope.pop("type", None),
+        rope.pop("rope_type", None),
+    )
     config["rope_scaling"] = {"type": kind, **rope} if rope or kind != "default" else None
     for key in ("n_shared_experts", "num_nextn_predict_layers"):
         config[key] = config.get(key, getattr(ModelConfig, key)) or 0

@@ -122,7 +122,6 @@ class ModelConfig:
         return self.num_hidden_layers * ours, self.num_hidden_layers * theirs
 
 
-@fast_twin
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, in float32, rounded to x's dtype."""
     x32 = upcast(x)  # float64 stays, all else is float32
@@ -304,7 +303,6 @@ class MLA(nn.Module):
 # ---- DeepSeekMoE (section 2.1.2) -----------------------------------------------------------------
 
 
-@fast_twin
 def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
     """silu(gate) * up, for gate and up (..., F); for experts times gain (rows,), the gate values.
 
@@ -367,6 +365,7 @@ class Gate(nn.Module):
         weight = s.gather(-1, chosen)
         if config.norm_topk_prob:
             weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
+        self.routing = s, chosen  # for the balance loss and the counts of DeepSeekV3.forward
         return s, chosen, weight * config.routed_scaling_factor
 
 
@@ -450,7 +449,6 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         s, chosen, weight = self.gate(x)
-        self.routing = s, chosen  # for the balance loss and the counts of DeepSeekV3.forward
         rows, slots, counts = sort_by_expert(chosen.flatten(0, 1), s.shape[-1])
         gain = weight.new_zeros(len(rows)).scatter(0, slots.flatten(), weight.flatten())  # (rows,)
         y = self.experts(dispatch(x.flatten(0, 1), rows, slots), counts, gain)  # (rows, D)
@@ -609,7 +607,7 @@ class DeepSeekV3(nn.Module):
             for k in range(min(len(self.mtp), tokens.shape[1] - 1)):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
         used = self.config.moe_layers - len(self.mtp) + len(hidden) - 1  # short T, fewer modules
-        routing = [moe.routing for moe in self.moes()[:used]]
+        routing = [gate.routing for gate in self.gates()[:used]]
         self.routing = [chosen for _, chosen in routing]
         if self.training:
             for counts, chosen in zip(self.expert_counts, self.routing, strict=False):
@@ -625,12 +623,9 @@ class DeepSeekV3(nn.Module):
         zero = main.new_zeros(())
         return main, sum(mtp, zero) / max(1, len(mtp)), sum(balance, zero) / max(1, len(balance))
 
-    def moes(self) -> list[MoE]:
-        """The MoE layers in order, those of the MTP modules last."""
-        return [module for module in self.modules() if isinstance(module, MoE)]
-
     def gates(self) -> list[Gate]:
-        return [moe.gate for moe in self.moes()]
+        """The gates of the MoE layers in order, those of the MTP modules last."""
+        return [module for module in self.modules() if isinstance(module, Gate)]
 
     @torch.no_grad()
     def update_bias(self, gamma: float):

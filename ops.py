@@ -5,8 +5,8 @@ in its place, as long as `enabled` is true. With `ops.enabled = False` the netwo
 plain formulas alone, and tests/test_model.py runs both ways. To change a formula, edit model.py and
 take the mark away.
 
-Each twin says what it saves, measured on the training step of config/small.py (two CPU cores,
-docs/LOG.md). Letters are those of model.py; `rows` are tokens times experts per token.
+Each twin says what it saves of a training step of config/small.py (two CPU cores, docs/LOG.md; one
+that saves less than 3 % is not here). Letters are those of model.py.
 """
 
 import functools
@@ -21,12 +21,14 @@ enabled = True
 
 
 def fast_twin(formula: Callable) -> Callable:
-    """The function of the same name in this file, or with `enabled` off the formula itself."""
+    """The function of the same name in this file; with `enabled` off, or where that returns
+    NotImplemented, the formula itself."""
     twin = globals()[formula.__name__]
 
     @functools.wraps(formula)
     def choose(*args):
-        return twin(*args) if enabled else formula(*args)
+        y = twin(*args) if enabled else NotImplemented
+        return formula(*args) if y is NotImplemented else y
 
     return choose
 
@@ -40,33 +42,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products with x: autocast's where it is on, else x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-# ---- Norm ----------------------------------------------------------------------------------------
-
-
-class _RMSNorm(torch.autograd.Function):
-    """The backward pass works from y: dx = (dy - y mean(dy y)) / sqrt(mean(x^2) + eps)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        x32 = upcast(x)
-        inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-        y = (x32 * inverse).to(x.dtype)
-        ctx.save_for_backward(y, inverse)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        y, inverse = ctx.saved_tensors
-        y, dx = upcast(y), upcast(dy)
-        dx = torch.addcmul(dx, y, (dx * y).mean(-1, keepdim=True), value=-1).mul_(inverse)
-        return dx.to(dy.dtype), None
-
-
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """A third of the passes over memory, and of the saved tensors, that autograd would make."""
-    return _RMSNorm.apply(x, eps)
 
 
 # ---- Attention -----------------------------------------------------------------------------------
@@ -109,29 +84,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 # ---- Experts -------------------------------------------------------------------------------------
-
-
-class _SwiGLU(torch.autograd.Function):
-    """Keeps the inputs only, and passes over the memory fewer times."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, gain: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate, up, gain)
-        y = F.silu(gate).mul_(up)
-        return y if gain is None else y.mul_(gain[:, None])
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        gate, up, gain = ctx.saved_tensors
-        silu, d_gain = F.silu(gate), None
-        if gain is not None:
-            d_gain = (silu * up).mul_(dy).sum(-1, dtype=gain.dtype)
-            dy = (dy * gain[:, None]).to(dy.dtype)
-        return torch.ops.aten.silu_backward(dy * up, gate), silu.mul_(dy), d_gain
-
-
-def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
-    return _SwiGLU.apply(gate, up, gain)
 
 
 def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,39 +145,20 @@ def combine(y: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     return _Combine.apply(y, rows, slots)
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """One product per expert, written straight into the shared output and gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        y = x.new_empty(x.shape[0], weight.shape[1])
-        for w, x_e, y_e in zip(weight, x.split(counts), y.split(counts), strict=True):
-            if len(x_e):
-                torch.mm(x_e, w.T, out=y_e)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, weight = ctx.saved_tensors
-        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
-        parts = zip(weight, dw, *(z.split(ctx.counts) for z in (x, dx, dy)), strict=True)
-        for w, dw_e, x_e, dx_e, dy_e in parts:
-            if len(x_e):
-                torch.mm(dy_e, w, out=dx_e)
-                torch.mm(dy_e.T, x_e, out=dw_e)
-        return dx, dw, None
-
-
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """One kernel for all experts on Hopper GPUs in bf16. Not elsewhere: on Blackwell an expert
-    without rows can get a wrong gradient (pytorch #172439), on Ampere every call synchronises."""
-    weight = weight.to(compute_dtype(x))
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
-    if hopper and x.dtype == torch.bfloat16 and all(n % 8 == 0 for n in weight.shape[1:]):
-        return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).int())
-    return _GroupedLinear.apply(x, weight, counts.tolist())
+    """One call for all experts, where PyTorch has it and it is right and fast: not on Blackwell,
+    where an expert without rows can get a wrong gradient (pytorch #172439), and not on Ampere,
+    where every call waits for the GPU."""
+    dtype = compute_dtype(x)
+    aligned = all(n * dtype.itemsize % 16 == 0 for n in weight.shape[1:])
+    if x.is_cuda:
+        card = torch.cuda.get_device_capability(x.device)
+        known = card == (9, 0) and dtype == torch.bfloat16
+    else:
+        known = dtype in (torch.bfloat16, torch.float32)
+    if not (aligned and known):
+        return NotImplemented
+    return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=counts.cumsum(0).int())
 
 
 # ---- Output head ---------------------------------------------------------------------------------

@@ -94,13 +94,10 @@ Experts: fp8.FP8Experts =>
 for block in [*self.layers, *(module.block for module in self.mtp)]: => for block in [self]:
 
 # ops.py tests/test_model.py
-keepdim=True), value=-1) => keepdim=True), value=0)
 .triu_(1) => .triu_(2)
 .sub_(mean).mul_(p) => .mul_(p)
 .mul_(p).mul_(ctx.scale) => .mul_(p)
 is_causal=True => is_causal=False
-(silu * up).mul_(dy).sum => silu.clone().mul_(dy).sum
-dy = (dy * gain[:, None]).to(dy.dtype) => dy = dy.clone()
 number + (start_padded - start)[expert[order]] => number
 .minimum(counts[e] - 1) => .minimum(counts[e])
 return dy[slots].sum(1, dtype=dy.dtype), None, None => return dy[slots[:, 0]], None, None
