@@ -95,10 +95,7 @@ class ModelConfig:
             (R % 2, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even."),
             (E % G, f"n_routed_experts {E} is not a multiple of n_group {G}."),
             (M > G, f"topk_group {M} is larger than n_group {G}."),
-            (
-                K > E // G * M,
-                f"num_experts_per_tok {K} exceeds the {E // G * M} experts of {M} groups.",
-            ),
+            (K > E // G * M, f"num_experts_per_tok {K} exceeds the {E // G * M} of {M} groups."),
             (E < 2 * G > 2, f"n_group {G} leaves one expert a group, but two make its score."),
             (kind not in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'."),
             (strange, f"rope_scaling has {strange}, but may have only {sorted(YARN_KEYS)}."),
@@ -304,11 +301,8 @@ class MLA(nn.Module):
 
 
 def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, for gate and up (..., F); for experts times gain (rows,), the gate values.
-
-    Eq. 12 multiplies an expert's output by its gate value; multiplying the hidden units is the same
-    sum in fewer numbers.
-    """
+    """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values. (Eq. 12
+    multiplies the output by them; multiplying the hidden units is the same, in fewer numbers.)"""
     y = F.silu(gate) * up
     return y if gain is None else (y * gain[:, None]).to(y.dtype)
 
@@ -535,16 +529,11 @@ class DeepSeekV3(nn.Module):
         self.register_buffer("expert_counts", counts, persistent=False)
         self.routing: list[Tensor] = []
         self.recompute = False  # activation checkpointing: forget a block's activations, redo them
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self):
-        """Every matrix normal with std initializer_range (section 4.2), norms 1, biases 0."""
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters():  # section 4.2; norms are 1
             if parameter.ndim >= 2:
-                parameter.normal_(std=self.config.initializer_range)
+                nn.init.normal_(parameter, std=config.initializer_range)
             elif name.endswith("bias"):
-                parameter.zero_()
+                nn.init.zeros_(parameter)
 
     def materialize(self, device: str | torch.device) -> "DeepSeekV3":
         """Memory, with undefined weights, for a model built on the meta device."""
@@ -607,7 +596,7 @@ class DeepSeekV3(nn.Module):
             for k in range(min(len(self.mtp), tokens.shape[1] - 1)):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
         used = self.config.moe_layers - len(self.mtp) + len(hidden) - 1  # short T, fewer modules
-        routing = [gate.routing for gate in self.gates()[:used]]
+        routing = [gate.__dict__.pop("routing") for gate in self.gates()[:used]]
         self.routing = [chosen for _, chosen in routing]
         if self.training:
             for counts, chosen in zip(self.expert_counts, self.routing, strict=False):
@@ -642,11 +631,10 @@ class DeepSeekV3(nn.Module):
         main model, embedding, head and correction biases counted; `mtp`, what the modules add."""
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
         count = {"total": 0, "active": 0, "mtp": 0}
-        biases = ((n, b) for n, b in self.named_buffers() if n.endswith("correction_bias"))
-        for name, x in [*self.named_parameters(), *biases]:
+        for name, x in self.state_dict().items():
             if name.startswith("mtp."):
                 count["mtp"] += x.numel()
-            else:
+            elif not (self.config.tie_word_embeddings and name == "lm_head.weight"):
                 count["total"] += x.numel()
                 count["active"] += x.numel() * K // E if ".experts." in name else x.numel()
         return count

@@ -86,9 +86,9 @@ sum(mtp, zero) / max(1, len(mtp)) => sum(mtp, zero)
 return upcast(self.lm_head(h)) => return self.lm_head(h)
 if config.tie_word_embeddings: => if False:
 if parameter.ndim >= 2: => if True:
-normal_(std=self.config.initializer_range) => normal_(std=0.02)
+std=config.initializer_range) => std=0.02)
 x.numel() * K // E if => x.numel() if
-[*self.named_parameters(), *biases] => [*self.named_parameters()]
+not (self.config.tie_word_embeddings and name == "lm_head.weight") => True
 nn.Linear: fp8.FP8Linear, MLP => MLP
 Experts: fp8.FP8Experts =>
 for block in [*self.layers, *(module.block for module in self.mtp)]: => for block in [self]:

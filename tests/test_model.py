@@ -1035,7 +1035,7 @@ def test_parameter_counts_of_the_released_models():
         (dict(qk_rope_head_dim=5), "qk_rope_head_dim is 5"),
         (dict(n_group=3), "n_routed_experts 8 is not a multiple of n_group 3"),
         (dict(topk_group=5), "topk_group 5 is larger than n_group 4"),
-        (dict(num_experts_per_tok=5), "num_experts_per_tok 5 exceeds the 4 experts"),
+        (dict(num_experts_per_tok=5), "num_experts_per_tok 5 exceeds the 4 of 2 groups"),
         (dict(n_group=8, topk_group=8), "n_group 8 leaves one expert a group"),
         (dict(rope_scaling={"type": "linear", "factor": 2}), "type 'linear'"),
         (dict(rope_scaling=YARN | {"beta": 1}), "['beta']"),
