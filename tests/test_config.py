@@ -1,0 +1,139 @@
+"""config/__init__.py: how words of the command line and config files become values."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import config
+
+
+@dataclass
+class Config:
+    steps: int = 1000  # optimiser steps, 100% of them
+    lr: float = 3e-4
+    fp8: bool = False  # use # eight bits
+    name: str = "x"
+    limit: int | None = 5
+    scaling: dict | None = None
+    draft: int | str = "auto"
+    batch_size: int = 8
+
+
+def parse(*words):
+    return config.parse_args("What it does.", list(words), Config, positional="source")
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("steps=1_000", 1000), ("steps=1e6", 10**6), ("steps=-1", -1), ("lr=1", 1.0),
+        ("lr=1e-3", 1e-3), ("fp8", True), ("fp8=false", False), ("fp8=0", False), ("fp8=1", True),
+        ("name=12", "12"), ("name='q'", "'q'"), ("name=", ""), ("name=a=b", "a=b"),
+        ("name=none", "none"), ("name= x ", " x "), ("name=" + "(" * 9999, "(" * 9999),
+        ("limit=none", None), ("limit=7", 7), ("draft=3", 3), ("draft=auto", "auto"),
+        ("draft=true", "true"), ("scaling={'factor': 4}", {"factor": 4}), ("scaling=none", None),
+    ],
+)  # fmt: skip
+def test_values_take_the_type_of_their_field_and_text_stays_text(word, value):
+    key = word.split("=")[0]
+    positional, values = parse("here", f"--{word}")
+    assert positional == "here" and values == {key: value} and type(values[key]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("--steps=1.5", "must be a whole number, not '1.5'"),
+        ("--fp8=maybe", "must be true or false, not 'maybe'"),
+        ("--lr=fast", "must be a number"),
+        ("--limit=x", "must be a whole number or none"),
+        ("--scaling={{1: 2}}", "must be a dict"),
+        ("--steps=" + "(" * 9999, "steps must be a whole number, not '(((("),
+        ("--scaling=" + "-" * 99999 + "1", "scaling must be a dict"),
+        ("--step=1", "unknown key step; did you mean steps?"),
+        ("--max_iters=1", "unknown key max_iters; did you mean steps?"),
+        ("--learning-rate=1", "unknown key learning-rate; did you mean lr?"),
+        ("--batch=1", "unknown key batch; did you mean batch_size?"),
+        ("--n_embd=1", "unknown key n_embd; see --help"),  # no such key here
+        ("--dropout=0", "unknown key dropout; see --help"),
+        ("more", "unexpected argument 'more'; write --key=value"),
+    ],
+)
+def test_wrong_keys_and_values_exit_with_2_and_a_sentence(word, sentence, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("here", word)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and sentence in said and len(said) < 400
+
+
+def test_help_and_absent_values(capsys):
+    assert parse() == (None, {})
+    assert parse("--fp8", "here") == ("here", {"fp8": True})  # a flag takes no value
+    assert parse("--steps", "5") == (None, {"steps": 5})
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0 and "[SOURCE] [--key=value ...] What it does." in text
+    assert "--steps int optimiser steps, 100% of them (default: 1000)" in text
+    assert "--limit int or none (default: 5)" in text and "--draft int or str" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("batchsize = 4\n", "my.py: unknown key batchsize; did you mean batch_size?"),
+        ("steps = 'five'\n", "my.py: steps must be a whole number, not 'five'"),
+        ("steps = True\n", "my.py: steps must be a whole number, not True"),
+        ("steps = = 5\n", "my.py cannot be run: SyntaxError"),
+        ("steps = 1 / 0\n", "my.py cannot be run: ZeroDivisionError"),
+    ],
+)
+def test_bad_config_files_are_one_sentence(content, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.py").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config.read_config_file("my.py", Config)
+
+
+def test_config_files_are_assignments_and_those_there_are_are_listed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("config").mkdir()
+    Path("config/a.py").write_text("_base = 2\nsteps = 1e3\nlr = _base\nscaling = {'a': 1}\n")
+    values = config.read_config_file("config/a.py", Config)
+    assert values == {"steps": 1000, "lr": 2.0, "scaling": {"a": 1}}
+    assert type(values["steps"]) is int and type(values["lr"]) is float
+    with pytest.raises(FileNotFoundError, match=r"no config file b\.py; there are: config/a\.py"):
+        config.read_config_file("b.py", Config)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("no\nway"), 1, "error: no way"),
+        (OSError("no"), 1, "error: no"),
+        (ModuleNotFoundError("?", name="pyarrow"), 1, "pip install pyarrow"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_run_command_turns_refusals_into_exit_codes(error, code, message, capsys):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        config.run_command(main)
+    said = capsys.readouterr().err
+    assert caught.value.code == code and message in said and said.count("\n") == 1
+    with pytest.raises(TypeError):  # a bug keeps its trace
+        config.run_command(lambda argv: len(5))
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    script = "import config; config.run_command(lambda argv: print('x\\n' * 99999))"
+    command = f'{sys.executable} -c "{script}" | head -1; exit ${{PIPESTATUS[0]}}'
+    root = Path(__file__).parent.parent
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "x\n", "")
