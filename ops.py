@@ -11,6 +11,7 @@ that saves less than 3 % is not here). Letters are those of model.py.
 
 import functools
 import math
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -211,3 +212,220 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         weight = weight.detach()  # evaluation forms no gradient
     return _HeadLoss.apply(h.to(compute_dtype(h)), weight, targets)
+
+
+# ---- Decoding ------------------------------------------------------------------------------------
+# A decoding step moves few numbers in many operations, and on a CPU each costs microseconds however
+# small it is. So what stays the same from step to step is computed once, in `Decoder`. n = B * T.
+
+ALL_EXPERTS = 2**20  # weights in a layer's experts up to which one product with all is fastest
+
+
+def decoder(model) -> "Decoder | None":
+    """The model's Decoder, made anew when a weight has changed; None if `enabled` is off or the
+    model has not the parameters that one expects."""
+    state = model.state_dict().values()
+    version = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in state]
+    if _decoders.get(model, (None, None))[0] != version:
+        try:
+            _decoders[model] = version, Decoder(model)
+        except (AttributeError, RuntimeError):
+            return None
+    return _decoders[model][1] if enabled else None
+
+
+_decoders = weakref.WeakKeyDictionary()
+
+
+def side_by_side(*weights: Tensor) -> Tensor:
+    """Weights (out, in) of one input as one (in, out): so they are read faster for few rows."""
+    return torch.cat(weights).T.contiguous()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (n, in) times weight (in, out)."""
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
+def normalise(x: Tensor, eps: Tensor) -> Tensor:
+    """rms_norm in fewer operations; eps is a scalar tensor in the precision of norms."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=eps.dtype)
+    mean_square = torch.addcmul(eps, length, length, value=1 / x.shape[-1])
+    return (x * mean_square.rsqrt()).to(x.dtype)
+
+
+def attend(q: Tensor, kv: Tensor, C: int, later: Tensor | None) -> Tensor:
+    """softmax(q kv^T + later) kv[:C]: q (B, T*H, C+R), kv (B, S, C+R), later (T*H, S)."""
+    score = torch.bmm(q, kv.mT) if later is None else torch.baddbmm(later, q, kv.mT)
+    p = score.softmax(-1, dtype=upcast(q[:0]).dtype).to(kv.dtype)  # (B, T*H, S)
+    return torch.bmm(p, kv[..., :C])  # (B, T*H, C)
+
+
+def per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Every head's x (n, H, in) times its own matrix (H, in, out): (n, H, out)."""
+    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+
+
+class DecoderBlock:
+    """A block of the model: matrices of one input side by side, norms and scales multiplied in."""
+
+    def __init__(self, block, config):
+        mla, norm, self.norm = block.self_attn, block.input_layernorm.weight, None
+        H, C, N = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
+        V, latent, kv_a = config.v_head_dim, config.q_lora_rank is not None, mla.kv_a_proj_with_mqa
+        q = mla.q_b_proj.weight * mla.q_a_layernorm.weight if latent else mla.q_proj.weight * norm
+        q, o = mla.scale * q.unflatten(0, (H, -1)), mla.o_proj.weight.unflatten(1, (H, V))
+        UK, UV = mla.kv_b_proj.weight.unflatten(0, (H, N + V)).split([N, V], 1)
+        # W^UK and W^UV become part of the matrices around them, a product less each, if that is at
+        # most twice as much to read: in a small model.
+        self.absorbed = 2 * min(N, V) >= C
+        if self.absorbed:
+            q = torch.cat((torch.einsum("hnc,hni->hci", UK, q[:, :N]), q[:, N:]), 1)
+            o = torch.einsum("dhv,hvc->dhc", o, UV)
+        self.UK, self.UV, self.o = UK, UV.mT, side_by_side(o.flatten(1))
+        q = q.flatten(0, 1)
+        self.q = side_by_side(q)
+        self.latent, self.kv_norm, self.o_bias = latent, mla.kv_a_layernorm.weight, mla.o_proj.bias
+        first = mla.q_a_proj.weight * norm if latent else q
+        self.qkv, self.qkv_bias = side_by_side(first, kv_a.weight * norm), kv_a.bias
+        if config.attention_bias:
+            bias = mla.q_a_proj.bias if latent else q.new_zeros(len(q))
+            self.qkv_bias = torch.cat((bias, kv_a.bias))
+        self.H, self.widths = H, [len(first), C, config.qk_rope_head_dim]
+        self.eps, self.latent_eps = upcast(norm).new_tensor([config.rms_norm_eps, 1e-6])
+        self.norm, self.moe = block.post_attention_layernorm.weight, None
+        self.prepare_ffn(block.mlp)
+
+    def prepare_ffn(self, ffn):
+        """The dense FFN; or the shared experts, behind all the others if those are small."""
+        gates, ups, downs = [], [], []
+        if hasattr(ffn, "experts"):
+            self.moe, experts, ffn = ffn, ffn.experts, ffn.shared_experts
+            _, _, self.width = experts.down_proj.shape
+            self.shared = ffn
+            self.all = 3 * experts.down_proj.numel() <= ALL_EXPERTS
+            self.each = list(zip(experts.gate_up_proj.mT, experts.down_proj.mT, strict=True))
+            if self.all:
+                gates, ups = ([x.flatten(0, 1)] for x in experts.gate_up_proj.chunk(2, 1))
+                downs = [experts.down_proj.mT.flatten(0, 1)]  # (E*F, D)
+        if ffn is not None:
+            gates, ups = [*gates, ffn.gate_proj.weight], [*ups, ffn.up_proj.weight]
+            downs = [*downs, ffn.down_proj.weight.T]
+        self.down = None
+        if gates:
+            self.gate_up, self.down = side_by_side(*gates, *ups), torch.cat(downs)
+
+    def __call__(self, x: Tensor, kv: Tensor, place: tuple) -> Tensor:
+        """x (n, D), kv (B, size, C+R) -> (n, D)."""
+        (B, _, width), (_, C, R), (slots, S, cos, sin, swap, later) = kv.shape, self.widths, place
+        q, c, k = linear(normalise(x, self.eps), self.qkv, self.qkv_bias).split(self.widths, -1)
+        if self.latent:
+            q = linear(normalise(q, self.latent_eps), self.q)
+        q, q_pe, k = q.view(len(x), self.H, -1), q.view(len(x), self.H, -1)[..., -R:], k[:, None]
+        q_pe, k = (
+            torch.addcmul(y * cos, y.index_select(-1, swap), sin).to(x.dtype) for y in (q_pe, k)
+        )
+        c = normalise(c, self.latent_eps) * self.kv_norm
+        kv[:, slots] = torch.cat((c, k[:, 0]), -1).view(B, -1, width)
+        q = q[..., :-R] if self.absorbed else per_head(q[..., :-R], self.UK)  # (n, H, C)
+        q = torch.cat((q, q_pe), -1).view(B, -1, width)  # (B, T*H, C+R)
+        o = attend(q, kv[:, :S], C, later).view(len(x), self.H, C)
+        o = o if self.absorbed else per_head(o, self.UV)
+        x = x + linear(o.flatten(1), self.o, self.o_bias)
+        return x + self.ffn(normalise(x, self.eps) * self.norm)
+
+    def ffn(self, z: Tensor) -> Tensor:
+        """z (n, D) -> (n, D)."""
+        if self.moe is None:
+            return self.swiglu(z)
+        s, chosen, gain = self.moe.gate(z)
+        if torch.compiler.is_compiling():  # fused into loops over the chosen weights
+            experts = self.moe.experts
+            gate, up = (experts.gate_up_proj[chosen] * z[:, None, None]).sum(-1).chunk(2, -1)
+            hidden = (F.silu(gate) * up * gain[..., None].to(z.dtype)).unsqueeze(-2)  # (n, K, 1, F)
+            y = (experts.down_proj[chosen] * hidden).sum((1, 3))
+            return y if self.shared is None else y + self.shared(z)
+        if self.all:
+            gains = torch.zeros_like(s).scatter_(-1, chosen, gain)
+            return self.swiglu(z, gains)
+        if chosen.numel() > s.shape[1]:
+            return self.moe(z[None])[0]
+        y = self.chosen_experts(z, chosen, gain.to(z.dtype))
+        return y if self.down is None else y + self.swiglu(z)
+
+    def swiglu(self, z: Tensor, gains: Tensor | None = None) -> Tensor:
+        gate, up = linear(z, self.gate_up).chunk(2, -1)
+        hidden = F.silu(gate) * up
+        if gains is not None:
+            hidden.view(len(z), -1, self.width)[:, : gains.shape[1]].mul_(gains[..., None])
+        return linear(hidden, self.down)
+
+    def chosen_experts(self, z: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
+        """The sum of every token's K experts, whose weights are read where they lie."""
+        each = [self.each[e] for e in chosen.flatten().tolist()]
+        rows = [z] * len(each) if len(z) == 1 else z.repeat_interleave(chosen.shape[1], 0).split(1)
+        both = torch.cat([linear(row, w) for row, (w, _) in zip(rows, each, strict=True)])
+        gate, up = both.chunk(2, -1)  # (n*K, F)
+        hidden = (F.silu(gate) * up * gain.view(-1, 1)).split(1)
+        y = torch.cat([linear(row, w) for row, (_, w) in zip(hidden, each, strict=True)])
+        return y.view(*chosen.shape, -1).sum(1)
+
+
+class Decoder:
+    """trunk, predict_next and logits of a DeepSeekV3, on the same caches, for a few tokens.
+
+    cache.length is a number or, in a compiled graph, a tensor: then attention reads all of the
+    cache, behind a mask.
+    """
+
+    def __init__(self, model):
+        config, pair = model.config, -1 if model.config.rope_interleave else -2
+        self.embedding, self.norm = model.embed_tokens.weight, model.norm.weight
+        head = model.lm_head.weight
+        self.head = side_by_side(head) if head.numel() < 2**24 else head.T
+        self.layers = [DecoderBlock(block, config) for block in model.layers]
+        self.mtp = [DecoderBlock(m.block, config) for m in model.mtp]
+        for block, m in zip(self.mtp, model.mtp, strict=True):
+            norms = torch.cat((m.enorm.weight, m.hnorm.weight))
+            block.eh, block.out_norm = side_by_side(m.eh_proj.weight * norms), m.norm.weight
+        size, R = config.max_position_embeddings + 64, config.qk_rope_head_dim
+        cos, sin = model.rope(self.norm.expand(1, size, -1), 0)  # (positions, R/2)
+        self.cos = torch.stack((cos, cos), pair).flatten(1)  # (positions, R)
+        self.sin = torch.stack((-sin, sin), pair).flatten(1)
+        swap = torch.arange(R, device=cos.device).view((-1, 2) if pair == -1 else (2, -1))
+        self.swap = swap.flip(pair).flatten()  # where the other of each pair is
+        self.eps, self.graphs = self.layers[0].eps, {}
+
+    def place(self, B: int, T: int, cache) -> tuple:
+        """Slots of T new tokens, cached tokens read, RoPE, and the mask of what comes later."""
+        at, later = cache.length, None
+        cache.length = at + T
+        if isinstance(at, int):
+            slots, S = slice(at, at + T), at + T
+            if T > 1:
+                later = self.norm.new_full((T, S), -math.inf).triu_(at + 1)
+        else:
+            slots, S = at + torch.arange(T, device=at.device), cache.size
+            unseen = torch.arange(S, device=at.device) > slots[:, None]
+            later = torch.zeros_like(unseen, dtype=self.norm.dtype).masked_fill(unseen, -math.inf)
+        if later is not None:
+            later = later.repeat_interleave(self.layers[0].H, 0)  # (T*H, S)
+        cos, sin = self.cos[slots][:, None], self.sin[slots][:, None]  # (T, 1, R)
+        if B > 1:
+            cos, sin = cos.repeat(B, 1, 1), sin.repeat(B, 1, 1)
+        return slots, S, cos, sin, self.swap, later
+
+    def trunk(self, tokens: Tensor, cache) -> Tensor:
+        place, x = self.place(*tokens.shape, cache), F.embedding(tokens.flatten(), self.embedding)
+        for block, kv in zip(self.layers, cache.kv, strict=True):
+            x = block(x, kv, place)
+        return (normalise(x, self.eps) * self.norm).unflatten(0, tokens.shape)
+
+    def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache) -> Tensor:
+        block, x = self.mtp[k], F.embedding(tokens.flatten(), self.embedding)
+        x = torch.cat((normalise(x, self.eps), normalise(h.flatten(0, 1), self.eps)), -1)
+        x = block(linear(x, block.eh), cache.kv[k], self.place(*tokens.shape, cache))
+        return (normalise(x, self.eps) * block.out_norm).view_as(h)
+
+    def logits(self, h: Tensor) -> Tensor:
+        return upcast(linear(h.flatten(0, 1), self.head)).unflatten(0, h.shape[:2])

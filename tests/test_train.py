@@ -7,6 +7,7 @@ Where processes matter they are forked from a server that has imported train.py 
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fp8
 import prepare_data
-import sample
 import train
+from config import read_config_file, run_command
+from huggingface import load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig
 
 torch.set_num_threads(1)
@@ -65,19 +68,25 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(text, tmp_path_factory) -> Path:
-    out = str(tmp_path_factory.mktemp("data"))
     return prepare_data.prepare(
         prepare_data.DataConfig(
-            source=str(text), name="tiny", out=out, vocab_size=512, val_fraction=0.01
+            source=str(text), name="tiny", out=str(tmp_path_factory.mktemp("data")),
+            vocab_size=512, val_fraction=0.01,
         )
-    )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_sample():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "show_result", lambda config: None)
+        yield
 
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     """An empty folder, and afterwards the signal handlers of before."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "show_result", lambda config: None)
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     yield
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
@@ -94,6 +103,23 @@ def run(data):
     return run
 
 
+@pytest.fixture(scope="module")
+def shared(data, tmp_path_factory):
+    """The same, once for all tests that ask for these options; they only read the folder."""
+
+    @functools.cache
+    def shared(*options: str) -> Path:
+        out = tmp_path_factory.mktemp("shared") / "run"
+        train.main([TINY, f"--data={data}", f"--out={out}", *SHORT, *options])
+        return out
+
+    return shared
+
+
+def copy(folder: Path, out: str = "run") -> Path:
+    return Path(shutil.copytree(folder, out))
+
+
 @pytest.fixture
 def refused(capsys, monkeypatch):
     """The one sentence with which the command fails, as its user sees it."""
@@ -102,10 +128,10 @@ def refused(capsys, monkeypatch):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
         with pytest.raises(SystemExit) as exit:
-            prepare_data.run_command(train.main)
+            run_command(train.main)
         error = capsys.readouterr().err
         assert exit.value.code == code and "Traceback" not in error
-        progress = r"usage: train|model: |run: |step \d+|\w+ is now "
+        progress = r"usage: train|model: |run: |step \d+|\w+ is now |the (run|schedule) "
         lines = [line for line in error.splitlines() if not re.match(progress, line)]
         assert len(lines) == 1 and error.splitlines()[-1] == lines[0], error
         return lines[0]
@@ -134,14 +160,14 @@ def command(argv: list[str], log: str, environment: dict[str, str], setup):
     with open(log, "wb", 0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = ["train.py", *argv]
     train.show_result = lambda config: None
     if setup:
         setup()
-    prepare_data.run_command(train.main)
+    run_command(train.main)
 
 
 @pytest.fixture
@@ -203,28 +229,20 @@ def load(out: Path, name: str = "ckpt.pt") -> dict:
     return torch.load(Path(out) / name, weights_only=True)
 
 
-def flatten(value, path: str = "") -> dict:
-    """{"model.norm.weight": tensor, ...} of nested dicts and lists."""
-    if isinstance(value, (dict, list)):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, x in pairs for k, v in flatten(x, f"{path}.{key}").items()}
-    return {path: value}
-
-
-def assert_same(a, b, tolerance: float = 0.0):
+def assert_same(a, b, tolerance: float = 0.0, path: str = ""):
     """Equal, numbers within the tolerance (relative, and absolute for what is near 0)."""
-    a, b = flatten(a), flatten(b)
-    assert a.keys() == b.keys()
-    for key in a:
-        if isinstance(a[key], torch.Tensor):
-            torch.testing.assert_close(
-                a[key], b[key], rtol=tolerance, atol=tolerance,
-                msg=lambda m, key=key: f"{key}: {m}",
-            )  # fmt: skip
-        elif isinstance(a[key], float) and tolerance:
-            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), key
-        else:
-            assert a[key] == b[key], key
+    if isinstance(a, (dict, list)):
+        pairs = a.items() if isinstance(a, dict) else enumerate(a)
+        assert a.keys() == b.keys() if isinstance(a, dict) else len(a) == len(b), path
+        for key, x in pairs:
+            assert_same(x, b[key], tolerance, f"{path}.{key}")
+    elif isinstance(a, torch.Tensor):
+        close = dict(rtol=tolerance, atol=tolerance, msg=lambda m: f"{path}: {m}")
+        torch.testing.assert_close(a, b, **close)
+    elif isinstance(a, float) and tolerance:
+        assert a == pytest.approx(b, rel=tolerance, abs=tolerance), path
+    else:
+        assert a == b, path
 
 
 def assert_same_run(a: Path, b: Path):
@@ -241,7 +259,7 @@ def assert_equivalent(a: Path, b: Path, tolerance: float = 1e-9):
     """The same loss curve, evaluations, weights, optimiser and biases but for rounding."""
     assert_same(log_of(a), log_of(b), tolerance)
     x, y = load(a), load(b)
-    for key in ("model", "optimizer", "step", "tokens", "best"):
+    for key in ("model", "optimizer", "step", "tokens", "evaluated"):
         assert_same(x[key], y[key], tolerance)
 
 
@@ -260,14 +278,14 @@ def keep_saves(monkeypatch) -> dict[int, dict]:
 
 def stop_at(step: int, monkeypatch, number: int = signal.SIGTERM):
     """A signal as soon as the line of that step is in the log."""
-    write = train.write_log
+    log = train.Run.log
 
-    def write_log(path, line):
-        write(path, line)
-        if line["step"] == step:
+    def log_and_stop(self, *line):
+        log(self, *line)
+        if self.step == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(train, "write_log", write_log)
+    monkeypatch.setattr(train.Run, "log", log_and_stop)
 
 
 # ---- Schedules and data --------------------------------------------------------------------------
@@ -300,25 +318,12 @@ def test_windows_come_from_seed_and_step_alone(data):
     assert windows.shape == (4, 17)
     text = tokens.tobytes()
     assert all(row.astype(np.uint16).tobytes() in text for row in windows)
-    for change in (dict(grad_accum=4, steps=9, lr=1.0), dict(device="cpu", parallel="fsdp")):
-        torch.rand(1)
-        assert np.array_equal(windows, train.train_windows(dataset, replace(config, **change), 3))
+    changed = replace(config, grad_accum=4, steps=9, lr=1.0, parallel="fsdp")
+    assert np.array_equal(windows, train.train_windows(dataset, changed, 3))
     for other in ((config, 4), (replace(config, seed=1), 3)):
         assert not np.array_equal(windows, train.train_windows(dataset, *other))
     x, y = train.to_device(windows, torch.device("cpu"))
     assert x[:, 1:].equal(y[:, :-1]) and x.shape == y.shape == (4, 16)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_microbatches_together_are_the_windows_of_the_step(accumulate, run, monkeypatch, data):
-    seen, to_device = [], train.to_device
-    monkeypatch.setattr(train, "to_device", lambda x, d: (seen.append(x), to_device(x, d))[1])
-    run("--steps=2", f"--grad_accum={accumulate}")
-    assert len(seen) == 2 * accumulate
-    config = train.TrainConfig(batch_size=4, block_size=16)
-    dataset = prepare_data.load_dataset(data)
-    expected = [train.train_windows(dataset, config, step) for step in range(2)]
-    assert np.array_equal(np.concatenate(seen), np.concatenate(expected))
 
 
 # ---- One step, exactly ---------------------------------------------------------------------------
@@ -379,7 +384,11 @@ def test_steps_equal_a_hand_written_training_loop(run, data, monkeypatch):
 
 def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest():
     torch.manual_seed(0)
-    model = DeepSeekV3(ModelConfig(**train.split_configs(train.read_config_file(TINY))[0]))
+    model = DeepSeekV3(
+        ModelConfig(
+            **train.split_configs(read_config_file(TINY, ModelConfig, train.TrainConfig))[0]
+        )
+    )
     config = train.TrainConfig(optimizer="muon", lr=0.02, weight_decay=0.3)
     optimizers, expected = train.make_optimizers(model, config), {}
     for name, p in model.named_parameters():
@@ -409,15 +418,20 @@ def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest():
         torch.testing.assert_close(p.detach(), expected[name][2], msg=name, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_gradient_accumulation_changes_nothing(accumulate, run):
-    whole = run(out="whole")
-    assert_equivalent(whole, run(f"--grad_accum={accumulate}", out="parts"), 1e-10)
+@pytest.mark.parametrize(
+    ("option", "tolerance"),
+    [
+        ("--grad_accum=2", 1e-10),
+        ("--grad_accum=4", 1e-10),
+        ("--recompute", 1e-10),
+        ("--deterministic", 0.0),
+    ],
+)
+def test_how_a_step_is_computed_changes_nothing(option, tolerance, run, shared):
+    whole = shared()
+    assert_equivalent(whole, run(option), tolerance)
     assert load(whole)["model"]["layers.1.mlp.gate.e_score_correction_bias"].abs().max() > 0
-
-
-def test_recompute_changes_nothing(run):
-    assert_equivalent(run(out="plain"), run("--recompute", out="recomputed"), 1e-10)
+    assert not torch.are_deterministic_algorithms_enabled()  # in training only
 
 
 # ---- Resume --------------------------------------------------------------------------------------
@@ -438,38 +452,58 @@ if os.environ.get("COMPILE"):
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
-    options, run, monkeypatch, capsys
+    options, run, shared, monkeypatch, capsys
 ):
-    windows = train.train_windows
-
-    def random_windows(*arguments):  # a network with dropout would use the generator too
-        torch.rand(1)
-        return windows(*arguments)
-
-    monkeypatch.setattr(train, "train_windows", random_windows)
-    straight = run(*options, out="straight")
     step = 3 if "--log_every=3" not in options else 6
     with monkeypatch.context() as patch:
         stop_at(step, patch)
-        run(*options, out="broken")
+        run(*options)
     said = capsys.readouterr().err
     assert f"stopped at step {step}" in said and "--resume" in said
-    assert load("broken")["step"] == step == log_of("broken")[-1]["step"]
-    with open("broken/log.jsonl", "a") as file:  # what came after the checkpoint, and half a line
+    assert load("run")["step"] == step == log_of("run")[-1]["step"]
+    with open("run/log.jsonl", "a") as file:  # what came after the checkpoint, and half a line
         file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
-    run(*options, "--resume", out="broken")
-    assert_same_run(straight, Path("broken"))
-    assert load("broken")["tokens"] == log_of("broken")[-1]["tokens"]
+    run(*options, "--resume")
+    assert_same_run(shared(*options), Path("run"))
+    assert load("run")["tokens"] == log_of("run")[-1]["tokens"]
 
 
-def test_resume_keeps_what_the_command_line_does_not_name(run, monkeypatch):
+def test_checkpoints_of_earlier_versions_resume(run, shared, monkeypatch):
+    """They number the parameters of each optimiser, and have a generator's state besides."""
+    kept, make = [], train.make_optimizers
+    monkeypatch.setattr(train, "make_optimizers", lambda *a: kept.append(make(*a)) or kept[-1])
+    options = ("--dtype=float32", "--optimizer=muon")
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        run(*options)
+    state = load("run") | {"optimizer": [x.state_dict() for x in kept[0]], "best": 1.0}
+    state["train_config"]["tokenizer_sha256"] = "0"
+    state |= {"rng": [torch.get_rng_state()]}
+    del state["evaluated"]
+    torch.save(state, "run/ckpt.pt")
+    run(*options, "--resume")
+    assert_same_run(shared(*options), Path("run"))
+
+
+def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(run, data, monkeypatch, capsys):
+    """What the command line does not name stays, whatever the config file says by now."""
+    argv = ("my.py", f"--data={data}", "--out=run", *SHORT)
+    Path("my.py").write_text(Path(TINY).read_text())
     with monkeypatch.context() as patch:
         stop_at(2, patch)
-        run()
-    train.main(["--out=run", "--resume"])
-    assert load("run")["step"] == 8
-    assert next(iter(load("run")["model"].values())).dtype == torch.float64
-    assert load("run")["train_config"]["batch_size"] == 4
+        train.main([*argv, "--lr=0.01"])
+    Path("my.py").write_text(Path(TINY).read_text() + "weight_decay = 0.5\n")
+    capsys.readouterr()
+    train.main(["my.py", "--out=run", "--resume", "--steps=4", "--eval_batch=16"])
+    said = capsys.readouterr().err
+    (line,) = (x for x in said.splitlines() if x.startswith("the run keeps its settings"))
+    assert "--lr=0.005" in line and "--weight_decay=0.5" in line and "--gamma" not in line
+    assert "steps is now 4 (was 8)" in said and "eval_batch is now 16 (was 32)" in said
+    train.main(["--out=run", "--resume", "--steps=5"])
+    state = load("run")
+    settings = state["train_config"]
+    assert state["step"] == 5 and next(iter(state["model"].values())).dtype == torch.float64
+    assert (settings["batch_size"], settings["lr"], settings["weight_decay"]) == (4, 0.01, 0.1)
 
 
 def test_resume_may_change_optimiser_settings_and_says_so(run, monkeypatch, capsys):
@@ -481,60 +515,65 @@ def test_resume_may_change_optimiser_settings_and_says_so(run, monkeypatch, caps
     run(*CONSTANT, "--resume", "--steps=4", *options)
     said = capsys.readouterr().err
     assert "lr is now 0.5 (was 0.001)" in said and "weight_decay is now 2.0 (was 0.0)" in said
-    assert "steps is now 4 (was 8)" in said
     assert log_of("run")[-2]["lr"] == 0.5
     # lr * weight_decay = 1 wipes the weight out; what is left is Adam's step of at most lr
     after = load("run")["model"]["lm_head.weight"]
     assert after.abs().max() <= 0.5 < (after - before).abs().max() + before.abs().max() + 0.5
-    assert load("run")["optimizer"][0]["param_groups"][0]["weight_decay"] == 2
 
 
-def test_a_finished_run_can_go_on_for_longer(run):
-    straight = run(*CONSTANT, out="straight")
-    run(*CONSTANT, "--steps=4", out="longer")
-    run(*CONSTANT, "--steps=4", "--resume", out="longer")  # nothing left to do
-    run(*CONSTANT, "--resume", out="longer")
-    assert_same_run(straight, Path("longer"))
+def test_a_finished_run_can_go_on_for_longer(run, shared, capsys):
+    run(*CONSTANT, "--steps=4")
+    before = Path("run/ckpt.pt").stat().st_mtime_ns
+    run(*CONSTANT, "--steps=4", "--resume")  # nothing left to do
+    assert Path("run/ckpt.pt").stat().st_mtime_ns == before
+    run(*CONSTANT, "--resume")
+    assert_same_run(shared(*CONSTANT), Path("run"))
+    assert "stretched" not in capsys.readouterr().err
+    out = copy(shared(), "decayed")
+    train.main([f"--out={out}", "--resume", "--steps=16"])
+    said = capsys.readouterr().err
+    assert "the schedule is stretched: the rate goes from 0.000946 back to 0.005" in said
 
 
-def test_another_network_or_tokenizer_is_refused_on_resume(run, refused, data, text):
-    out = run("--steps=1")
+def test_another_network_or_tokenizer_is_refused_on_resume(shared, refused, data, text):
+    out = copy(shared("--steps=1"))
     before = (out / "ckpt.pt").read_bytes()
-    sentence = refused(TINY, f"--data={data}", "--out=run", "--resume", "--hidden_size=64")
-    assert "hidden_size is 64 here, but 48 in run" in sentence
+    argv = (TINY, f"--data={data}", "--out=run", "--resume")
+    assert "hidden_size is 64 here, but 48 in run" in refused(*argv, "--hidden_size=64")
+    assert "optimizer is muon here, but adamw in run" in refused(*argv, "--optimizer=muon")
     other = prepare_data.DataConfig(
         source=str(text), name="other", vocab_size=512, val_fraction=0.4
     )
     prepare_data.prepare(other)
-    sentence = refused(TINY, "--data=other", "--out=run", "--resume", "--block_size=16")
-    assert "another tokenizer" in sentence
+    for options in (["--out=run", "--resume"], ["--out=new", "--init_from=run"]):
+        sentence = refused(TINY, "--data=other", "--block_size=16", *options)
+        assert "another tokenizer" in sentence and "--tokenizer=run" in sentence
     assert (out / "ckpt.pt").read_bytes() == before
 
 
-def test_weights_of_a_run_start_another(run, capsys):
-    out = run("--steps=4", out="first")
-    run("--steps=1", "--lr=0", "--gamma=0", "--init_from=first", out="second")
-    assert_same(load(out)["model"], load("second")["model"])
+def test_weights_of_a_run_start_another(run, shared):
+    first = shared("--steps=4")
+    run("--steps=1", "--lr=0", "--gamma=0", f"--init_from={first}", out="second")
+    assert_same(load(first)["model"], load("second")["model"])
     assert load("second")["step"] == 1 and log_of("second")[0]["tokens"] == 64
     # once begun, the run's own checkpoint counts
-    run("--steps=2", "--init_from=first", out="third")
+    run("--steps=2", f"--init_from={first}", out="third")
     before = load("third")["model"]
-    assert not before["norm.weight"].equal(load(out)["model"]["norm.weight"])
-    run("--steps=3", "--lr=0", "--gamma=0", "--init_from=first", "--resume", out="third")
+    assert not before["norm.weight"].equal(load(first)["model"]["norm.weight"])
+    run("--steps=3", "--lr=0", "--gamma=0", f"--init_from={first}", "--resume", out="third")
     assert_same(before, load("third")["model"])
-    assert load("third")["optimizer"][0]["state"][0]["step"] == load("third")["step"] == 3
+    assert load("third")["optimizer"]["norm.weight"]["step"] == load("third")["step"] == 3
 
 
-def test_weights_of_a_hugging_face_directory_start_a_run(run, data, capsys):
+def test_weights_of_a_hugging_face_directory_start_a_run(shared, data, capsys):
     pytest.importorskip("safetensors")
-    out = run("--steps=4", "--dtype=float32")
-    model, *_ = sample.load_model(out)
-    model.save_pretrained("released")
-    options = (f"--data={data}", *SHORT, "--dtype=float32")
+    out = shared("--steps=4", "--dtype=float32")
+    load_model(out)[0].save_pretrained("released")
+    options = (f"--data={data}", *SHORT, "--dtype=float32", "--eval_only")
     capsys.readouterr()
-    train.main([TINY, *options, "--eval_only", "--out=run"])
+    train.main([TINY, *options, f"--out={out}"])
     ours = json.loads(capsys.readouterr().out)
-    train.main([TINY, *options, "--eval_only", "--init_from=released", "--out=nowhere"])
+    train.main([TINY, *options, "--init_from=released", "--out=nowhere"])
     theirs = json.loads(capsys.readouterr().out)
     assert ours == pytest.approx(theirs, rel=1e-6) and not Path("nowhere").exists()
     evaluation = [line for line in log_of(out) if "val_loss" in line][-1]
@@ -546,9 +585,8 @@ def test_weights_of_a_hugging_face_directory_start_a_run(run, data, capsys):
 
 
 @pytest.fixture
-def trained(run, data) -> tuple[DeepSeekV3, prepare_data.Dataset, train.TrainConfig]:
-    run(out="trained")
-    model, *_ = sample.load_model("trained")
+def trained(shared, data) -> tuple[DeepSeekV3, prepare_data.Dataset, train.TrainConfig]:
+    model, *_ = load_model(shared())
     config = train.TrainConfig(block_size=16, eval_batch=32)
     return model, prepare_data.load_dataset(data), config
 
@@ -591,11 +629,6 @@ def test_evaluation_predicts_every_token_once(trained, data):
     assert torch.allclose(load_, counts / counts.sum(1, keepdim=True), atol=1e-5)
 
 
-def test_max_vio_by_hand():
-    counts = torch.tensor([[4, 4, 4, 4], [10, 2, 2, 2]])  # 0, and (10 - 4) / 4
-    assert train.max_vio(counts).item() == 0.75
-
-
 def test_evaluation_does_not_depend_on_its_batch(trained):
     model, dataset, config = trained
     results = [
@@ -612,54 +645,104 @@ def test_evaluation_leaves_no_trace(trained):
     assert model.expert_counts.sum()
     before = {k: v.clone() for k, v in dict(model.named_buffers()).items()}
     before |= {k: v.clone() for k, v in model.named_parameters()}
-    rng = torch.get_rng_state()
     train.evaluate(model, dataset, config, MACHINE)
     assert_same(before, dict(model.named_buffers()) | dict(model.named_parameters()))
-    assert rng.equal(torch.get_rng_state()) and model.training
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_more_evaluations_do_not_change_the_run(run):
-    run(out="a")
-    run("--eval_every=1", "--save_every=1", out="b")
-    assert_same(load("a")["model"], load("b")["model"])
+def test_evaluation_quantises_each_weight_once(trained, monkeypatch):
+    """In FP8, however many batches there are."""
+    model, dataset, config = trained
+    model.use_fp8()
+    counts, quantize = [], fp8.quantize
+
+    def counted(x, block, *rest, **named):
+        counts[-1] += block == fp8.BLOCK
+        return quantize(x, block, *rest, **named)
+
+    monkeypatch.setattr(fp8, "quantize", counted)
+    for batch in (64, 256):
+        counts.append(0)
+        train.evaluate(model.float(), dataset, replace(config, eval_batch=batch), MACHINE)
+    assert counts[0] == counts[1] > 0
 
 
-def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(run, monkeypatch):
-    losses = iter((3.0, 2.0, 2.5, math.nan, 2.1))
+def test_more_evaluations_do_not_change_the_run(run, shared):
+    run("--eval_every=1", "--save_every=1")
+    assert_same(load(shared())["model"], load("run")["model"])
+
+
+def give_losses(monkeypatch, *losses: float):
+    """What the next evaluations find."""
+    left = iter(losses)
 
     def evaluate(*arguments):
-        loss = next(losses)
+        loss = next(left)
         return dict(val_loss=loss, val_bpb=loss / 2, val_mtp_loss=9.0, max_vio_global=0.0)
 
     monkeypatch.setattr(train, "evaluate", evaluate)
+
+
+def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(run, monkeypatch):
+    give_losses(monkeypatch, 3.0, 2.0, 2.5, math.nan, 2.1)
     states = keep_saves(monkeypatch)
     out = run("--eval_every=2", "--save_every=2")
     best = load(out, "best.pt")
     assert best["step"] == 4 and best["val_loss"] == 2.0 and best["val_bpb"] == 1.0
     assert_same(best["model"], states[4]["model"])
-    assert load(out)["best"] == 2.0
-    model, tokenizer, _ = sample.load_model(out)
+    model, tokenizer, _ = load_model(out)
     assert_same(dict(model.state_dict()), best["model"])
     assert tokenizer.encode("def ")
     run("--resume", "--steps=10", "--eval_every=2")
-    assert load(out, "best.pt")["step"] == 4 and load(out)["best"] == 2.0
+    assert load(out, "best.pt")["step"] == 4
     assert [x["val_loss"] for x in log_of(out) if "val_loss" in x] == [3.0, 2.0, 2.5, None, 2.1]
+
+
+def test_a_resumed_run_keeps_a_best_checkpoint_newer_than_its_own(run, monkeypatch):
+    give_losses(monkeypatch, 2.0)
+    with pytest.raises(StopIteration):  # dies at the second evaluation, before its first save
+        run("--eval_every=2", "--save_every=8")
+    assert load("run")["step"] == 0 and load("run", "best.pt")["step"] == 2
+    give_losses(monkeypatch, 2.1, 2.0, 1.9, 1.95)
+    run("--eval_every=2", "--resume")
+    assert load("run", "best.pt")["step"] == 6 and load("run", "best.pt")["val_loss"] == 1.9
+
+
+def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(
+    run, shared, monkeypatch, capfd
+):
+    to_device, calls = train.to_device, []
+
+    def signal_in_evaluation(windows, device):
+        calls.append(len(windows))
+        if len(calls) == 7:  # after four steps and two of many batches
+            os.kill(os.getpid(), signal.SIGINT)
+            assert "stopping after this step, or this batch" in capfd.readouterr().err
+        return to_device(windows, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "to_device", signal_in_evaluation)
+        run("--eval_batch=8")
+    assert calls == [4] * 4 + [8] * 3
+    assert load("run")["step"] == 4 and "val_loss" not in log_of("run")[-1]
+    assert "stopped at step 4" in capfd.readouterr().err
+    run("--eval_batch=8", "--resume")
+    assert_same_run(shared("--eval_batch=8"), Path("run"))
 
 
 # ---- Several processes ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def lonely(run) -> str:
+@pytest.fixture(scope="module")
+def lonely(shared, tmp_path_factory) -> str:
     """A run in whose checkpoint the first expert of every layer is never chosen."""
-    out = run("--steps=1", out="lonely")
+    out = copy(shared("--steps=1"), tmp_path_factory.mktemp("lonely") / "run")
     state = load(out)
     for name, x in state["model"].items():
         if name.endswith("correction_bias"):
             x[0] = -1e6
     train.save_atomically(state, out / "best.pt")
-    return f"--init_from={out.absolute()}"
+    return f"--init_from={out}"
 
 
 def expect_shards():
@@ -676,24 +759,22 @@ def expect_shards():
     "parallel, accumulate, optimizer",
     [*itertools.product(("ddp", "fsdp"), (1, 2), ("adamw",)), ("ddp", 1, "muon")],
 )
-def test_two_processes_equal_one(parallel, accumulate, optimizer, start, run, lonely):
+def test_two_processes_equal_one(parallel, accumulate, optimizer, start, shared, lonely):
     """Loss curve, evaluations, biases, weights and optimiser; with MTP and an unused expert."""
     lonely = (lonely, f"--optimizer={optimizer}")
-    alone = run(*lonely, out="alone")
+    alone = shared(*lonely)
     options = (f"--parallel={parallel}", f"--grad_accum={accumulate}", *lonely)
     setup = expect_shards if parallel == "fsdp" else None
     finish(start(*options, world=2, out="together", setup=setup))
     assert_equivalent(alone, Path("together"))
     bias = load("together")["model"]["layers.1.mlp.gate.e_score_correction_bias"]
     assert bias[0] < -1e5 and bias[1:].abs().max() > 0
-    assert len(load("together")["rng"]) == 2
     for name in ("best.pt", "ckpt.pt"):
-        model, *_ = sample.load_model(Path("together") / name)
+        model, *_ = load_model(Path("together") / name)
         assert_same(dict(model.state_dict()), load("together", name)["model"])
 
 
-def test_a_run_moves_between_one_process_ddp_and_fsdp(start, run):
-    straight = run(*CONSTANT, "--steps=12", out="straight")
+def test_a_run_moves_between_one_process_ddp_and_fsdp(start, run, shared):
     run(*CONSTANT, "--steps=2", out="moved")
     stages = (("ddp", 2, 4), ("fsdp", 2, 6), ("ddp", 1, 8), ("fsdp", 2, 10), ("ddp", 2, 12))
     for parallel, world, steps in stages:
@@ -702,22 +783,31 @@ def test_a_run_moves_between_one_process_ddp_and_fsdp(start, run):
             run(*CONSTANT, *options, out="moved")
         else:
             finish(start(*CONSTANT, *options, world=world, out="moved"))
-    moved, straight = load("moved"), load(straight)
+    moved, straight = load("moved"), load(shared(*CONSTANT, "--steps=12"))
     for key in ("model", "optimizer", "step", "tokens"):
         assert_same(moved[key], straight[key], 1e-9)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_dead_rank_ends_the_others_promptly(parallel, start):
-    ranks = start("--steps=5000", f"--parallel={parallel}", world=2)
-    wait_for(lambda: "step 3/" in ranks[0].log.read_text())
-    ranks[1].kill()
-    began = time.monotonic()
-    said, _ = finish(ranks, [1, -signal.SIGKILL], seconds=20)
-    assert time.monotonic() - began < 20
-    errors = [line for line in said.splitlines() if not re.match("model:|run:|step ", line)]
-    assert len(errors) == 1 and errors[0].startswith("error: rank 0 lost another process")
-    sample.load_checkpoint("run/ckpt.pt")
+def expect_no_whole_weight_kept():
+    """Autograd may keep activations of a forward pass, but no block's weight in bf16."""
+    backward = train.backward
+
+    def watched(model, *rest):
+        shapes = {tuple(sorted(p.shape)) for p in model.layers.parameters() if p.ndim > 1}
+
+        def keep(x):
+            assert x.dtype != torch.bfloat16 or tuple(sorted(x.shape)) not in shapes, x.shape
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            return backward(model, *rest)
+
+    train.backward = watched
+
+
+def test_fsdp_keeps_no_copy_of_the_weights_for_the_backward_pass(start):
+    options = ("--parallel=fsdp", "--dtype=bfloat16", "--steps=2", "--block_size=20")
+    finish(start(*options, world=2, setup=expect_no_whole_weight_kept))
 
 
 def raise_at_third_step():
@@ -731,15 +821,21 @@ def raise_at_third_step():
     train.train_windows = fail
 
 
-def test_a_rank_that_raises_ends_the_others_promptly(start):
-    ranks = start("--steps=5000", world=2, setup=raise_at_third_step)
-    survivor, culprit = finish(ranks, 1, seconds=30)
-    assert culprit.strip() == "error: this rank has had enough"
-    assert "error: rank 0 lost another process" in survivor and "Traceback" not in survivor
+@pytest.mark.parametrize(("parallel", "raises"), [("ddp", False), ("fsdp", False), ("ddp", True)])
+def test_a_rank_that_dies_or_raises_ends_the_others_promptly(parallel, raises, start):
+    setup = raise_at_third_step if raises else None
+    ranks = start("--steps=5000", f"--parallel={parallel}", world=2, setup=setup)
+    if not raises:
+        wait_for(lambda: "step 3/" in ranks[0].log.read_text())
+        ranks[1].kill()
+    said, culprit = finish(ranks, [1, 1 if raises else -signal.SIGKILL], seconds=20)
+    errors = [line for line in said.splitlines() if not re.match("model:|run:|step ", line)]
+    assert len(errors) == 1 and errors[0].startswith("error: rank 0 lost another process")
+    assert culprit.strip() == ("error: this rank has had enough" if raises else "")
+    load_checkpoint("run/ckpt.pt")
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(start, run):
-    straight = run("--steps=24", out="straight")
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(start, shared):
     ranks = start("--steps=24", world=2)
     wait_for(lambda: "step 3/" in ranks[0].log.read_text())
     for _ in range(2):  # torchrun passes on Ctrl-C, which the terminal has sent to all already
@@ -749,11 +845,10 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(start, run):
     stopped = int(re.search(r"stopped at step (\d+)", said)[1])
     assert load("run")["step"] == stopped < 24 and "stopped" not in other
     finish(start("--steps=24", "--resume", world=2))
-    assert_equivalent(straight, Path("run"))
+    assert_equivalent(shared("--steps=24"), Path("run"))
 
 
-def test_torchrun_trains_and_is_interrupted_and_resumed(data, run, tmp_path):
-    straight = run("--steps=24", out="straight")
+def test_torchrun_trains_and_is_interrupted_and_resumed(data, shared):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     argv = [*torchrun, "--nproc_per_node=2", str(ROOT / "train.py"), TINY, f"--data={data}"]
     argv += ["--out=run", *SHORT, "--steps=24"]
@@ -767,19 +862,19 @@ def test_torchrun_trains_and_is_interrupted_and_resumed(data, run, tmp_path):
         os.killpg(process.pid, signal.SIGINT)  # as the terminal does
         process.wait(60)
         assert "stopped at step" in Path("said").read_text(), Path("said").read_text()
-        subprocess.run([*argv, "--resume"], check=True, capture_output=True, env=environment)
+        done = subprocess.run([*argv, "--resume"], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert_equivalent(straight, Path("run"))
+    assert_equivalent(shared("--steps=24"), Path("run"))
 
 
 # ---- Unkillable ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=["SIGINT", "SIGTERM"])
-def test_a_signal_saves_at_the_next_step_and_exits_with_0(number, start, run):
-    straight = run("--steps=24", out="straight")
+def test_a_signal_saves_at_the_next_step_and_exits_with_0(number, start, shared):
     (process,) = start("--steps=24")
     wait_for(lambda: "step 3/" in process.log.read_text())
     os.kill(process.pid, number)
@@ -787,17 +882,17 @@ def test_a_signal_saves_at_the_next_step_and_exits_with_0(number, start, run):
     step = int(re.search(r"stopped at step (\d+); go on from \S+ckpt.pt with --resume", said)[1])
     assert load("run")["step"] == step < 24 and "Traceback" not in said
     finish(start("--steps=24", "--resume"))
-    assert_same_run(straight, Path("run"))
+    assert_same_run(shared("--steps=24"), Path("run"))
 
 
-def test_sigkill_at_any_moment_loses_nothing(start, run):
+def test_sigkill_at_any_moment_loses_nothing(start, shared):
     """Every second kill strikes while a file is being written, the others anywhere.
 
     KILLS=100 in the environment kills a hundred times; SEED=2 at other moments.
     """
     kills, chance = int(os.environ.get("KILLS", "10")), random.Random(os.environ.get("SEED", "1"))
     options = ("--steps=20", "--save_every=1", "--eval_every=3", "--dtype=float32")
-    straight, out = run(*options, out="straight"), Path("run")
+    straight, out = shared(*options), Path("run")
     killed = resumed = torn = 0
     for _ in range(10 * kills):
         again = "--resume" if (out / "ckpt.pt").exists() else "--overwrite"
@@ -820,8 +915,8 @@ def test_sigkill_at_any_moment_loses_nothing(start, run):
         killed += process.exitcode != 0
         torn += any(out.glob("*.tmp"))
         if (out / "ckpt.pt").exists():
-            sample.load_checkpoint(out / "ckpt.pt")
-            sample.load_model(out)
+            load_checkpoint(out / "ckpt.pt")
+            load_model(out)
         if process.exitcode == 0:  # done before it could be killed, or all kills are survived
             assert_same_run(straight, out)
             if killed == kills:
@@ -835,12 +930,12 @@ def limit_files_to_60_kb():
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(start, run):
-    run("--steps=4")
+def test_a_full_disk_leaves_the_old_checkpoint(start, shared):
+    copy(shared("--steps=4"))
     before = {name: Path(f"run/{name}").read_bytes() for name in ("ckpt.pt", "best.pt")}
     (said,) = finish(start("--resume", setup=limit_files_to_60_kb), 1)
     error = said.splitlines()[-1]
-    assert re.match(r"error: cannot write \S+ \(File too large\); the earlier \S+ is intact", error)
+    assert re.match(r"error: cannot write \S+ \(.*File too large\); what it held before is", error)
     assert said.count("error") == 1 and "Traceback" not in said
     assert {name: Path(f"run/{name}").read_bytes() for name in before} == before
     assert not list(Path("run").glob("*.tmp"))
@@ -861,11 +956,11 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(run, refused, data):
     found = re.match(r"error: loss \S+ and gradient norm \S+ at step (\d+), 5 steps", sentence)
     assert found, sentence
     assert "last good checkpoint in run is kept" in sentence
-    state = sample.load_checkpoint("run/ckpt.pt")
+    state = load_checkpoint("run/ckpt.pt")
     assert state["step"] == int(found[1]) - 5
     assert all(x.isfinite().all() for x in state["model"].values())
     assert Path("run/best.pt").read_bytes() == before
-    assert sample.load_model("run")
+    assert load_model("run")
 
 
 def poison_third_gradient():
@@ -889,7 +984,7 @@ def test_one_bad_gradient_is_skipped_and_the_run_goes_on(parallel, start):
     said, *_ = finish(start(*options, world=2 if parallel else 1, setup=poison_third_gradient))
     assert "step 4: 1 skipped since the last line" in said
     state = load("run")
-    assert state["step"] == 8 and state["optimizer"][0]["state"][0]["step"] == 7
+    assert state["step"] == 8 and state["optimizer"]["norm.weight"]["step"] == 7
     assert all(x.isfinite().all() for x in state["model"].values())
 
 
@@ -924,24 +1019,10 @@ def test_a_run_that_ends_in_bad_steps_has_failed(run, monkeypatch):
 # ---- Bad input -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--learning_rate=1"], "unknown key learning_rate"),
-        (["--batchsize=4"], "unknown key batchsize; did you mean batch_size?"),
-        (["--steps=many"], "steps must be a whole number, not 'many'"),
-        (["--lr=fast"], "lr must be a number, not 'fast'"),
-        (["extra"], "unexpected argument 'extra'; write --key=value"),
-    ],
-)
-def test_usage_errors_exit_with_2(arguments, words, refused):
-    assert words in refused(TINY, *arguments, code=2)
-
-
-def test_no_configuration_is_a_usage_error(refused):
-    for argv in ([], ["--out=run"], ["--resume"], ["--init_from=x"]):
-        sentence = refused(*argv, code=2) if argv else ""
-        assert not argv or "name a config file" in sentence
+@pytest.mark.parametrize("argv", [["--out=run"], ["--resume"], ["--init_from=x"]])
+def test_no_configuration_is_a_usage_error(argv, refused):
+    assert "name a config file" in refused(*argv, code=2)
+    assert "unknown key batchsize; did you mean batch_size?" in refused("--batchsize=4", code=2)
 
 
 @pytest.mark.parametrize(
@@ -950,11 +1031,10 @@ def test_no_configuration_is_a_usage_error(refused):
         (["--steps=0"], "steps is 0, but must be at least 1"),
         (["--save_every=0"], "save_every is 0, but must be at least 1"),
         (["--dtype=float8"], "dtype is 'float8'; choose from"),
-        (["--batch_size=10", "--batch_start=4"], "must be a multiple of batch_start 4"),
-        (["--grad_accum=3"], "cannot be divided evenly among 1 processes x grad_accum 3"),
+        (["--batch_size=10", "--batch_start=4"], "must be a multiple of the first batch, 4"),
+        (["--grad_accum=3"], "that one of 1 processes x grad_accum 3"),
         (["--device=abacus"], "device 'abacus' cannot be used here"),
-        (["--block_size=90000"], "block_size 90000 needs one more"),
-        (["--block_size=1"], "block_size 1 must exceed the MTP depth 1"),
+        (["--block_size=900000"], "no windows of 900001 tokens"),
         (["--vocab_size=1024"], "vocab_size is 1024"),
         (["--vocab_size=511"], "prepare the data again with --vocab_size=511"),
         (["--n_group=3"], "n_routed_experts 8 is not a multiple of n_group 3"),
@@ -971,33 +1051,8 @@ def test_refusals_are_one_sentence(options, words, refused, data):
     assert not Path("run").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_cuda_without_a_gpu_is_refused(refused):
-    assert "device 'cuda' cannot be used here" in refused(TINY, "--device=cuda")
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("steps = 5\nbatchsize = 4\n", "unknown key batchsize; did you mean batch_size?"),
-        ("steps = 'five'\n", "steps must be a whole number, not 'five'"),
-        ("steps = = 5\n", "my.py cannot be run: SyntaxError"),
-        ("steps = 1 / 0\n", "my.py cannot be run: ZeroDivisionError"),
-    ],
-)
-def test_bad_config_files_are_one_sentence(content, words, refused):
-    Path("my.py").write_text(content)
-    assert words in refused("my.py")
-
-
-def test_a_missing_config_file_lists_those_there_are(refused):
-    Path("config").mkdir()
-    shutil.copyfile(TINY, "config/tiny.py")
-    assert "no config file config/tin.py; there are: config/tiny.py" in refused("config/tin.py")
-
-
-def test_an_existing_run_is_refused_and_kept(run, refused, data):
-    run("--steps=1")
+def test_an_existing_run_is_refused_and_kept(run, shared, refused, data):
+    copy(shared("--steps=1"))
     argv = (TINY, f"--data={data}", "--out=run", *SHORT)
     for name in ("log.jsonl", "best.pt"):  # any of its files makes a run
         before = Path("run/ckpt.pt").read_bytes()
@@ -1017,8 +1072,8 @@ class Code:
         return os.mkdir, ("it ran",)
 
 
-def test_checkpoints_that_are_none_are_refused(run, refused, data):
-    out = run("--steps=1")
+def test_checkpoints_that_are_none_are_refused(shared, refused, data):
+    out = copy(shared("--steps=1"))
     good = (out / "ckpt.pt").read_bytes()
     argv = (TINY, f"--data={data}", "--out=run", *SHORT, "--resume")
 
@@ -1040,28 +1095,14 @@ def test_checkpoints_that_are_none_are_refused(run, refused, data):
 # ---- The network of a run ------------------------------------------------------------------------
 
 
-def test_tiny_configuration_has_every_part():
-    values = train.read_config_file(TINY)
-    model, settings = train.split_configs(values)
-    config = ModelConfig(**model)
-    assert config.first_k_dense_replace == 1 < config.num_hidden_layers
-    assert config.n_routed_experts == 8 and config.n_group == 4 and config.topk_group == 2
-    assert config.num_nextn_predict_layers == 1 and config.vocab_size == 512
-    assert train.TrainConfig(**settings).block_size == 64
-    assert asdict(config)["n_shared_experts"] == 1
-
-
-def test_an_optimiser_of_another_number_of_parameters_is_refused():
-    muon = train.Muon([torch.nn.Parameter(torch.randn(2, 2))], lr=0.1, weight_decay=0.0)
-    with pytest.raises(ValueError, match="older version"):
-        train.load_optimizer(muon, {"state": {1: {"momentum_buffer": torch.zeros(2, 2)}}})
-
-
 @pytest.mark.parametrize(("name", "world"), [("base_1b", 1), ("base_1b_8gpu", 8)])
 def test_configurations_for_h100s_hold_what_they_promise(name, world):
     """Sizes, divisibility and data; no GPU has run them."""
     files = (str(ROOT / "config" / f"{x}.py") for x in (name, "base_1b"))
-    parts = [train.split_configs(train.read_config_file(file)) for file in files]
+    parts = [
+        train.split_configs(read_config_file(file, ModelConfig, train.TrainConfig))
+        for file in files
+    ]
     model_values, settings = parts[0]
     assert model_values == parts[1][0]  # one network for both
     config = train.TrainConfig(**settings)
@@ -1121,24 +1162,3 @@ def test_from_text_to_text_on_the_command_line(text):
     assert losses[0] > losses[-1] and len(losses) == 20
     done = user("sample.py", "--ckpt=out/tiny", "--prompt=import ", "--max_new_tokens=20")
     assert done.stdout.startswith("import ") and len(done.stdout) > 10
-
-
-def test_the_checkpoint_and_not_the_config_file_has_a_resumed_runs_settings(run):
-    run("--steps=2", "--lr=0.01")
-    run("--steps=4", "--resume")
-    assert load("run")["train_config"]["lr"] == 0.01
-
-
-def test_weights_with_another_tokenizer_than_the_data_are_refused(run, data, capsys, monkeypatch):
-    out = run("--steps=1", out="first")
-    encode = prepare_data.tiktoken.Encoding.encode_ordinary
-    real = sample.load_model
-
-    def other_tokenizer(*args, **kwargs):
-        model, tokenizer, path = real(*args, **kwargs)
-        tokenizer.encode = lambda text: encode(tokenizer.encoding, text)[1:]
-        return model, tokenizer, path
-
-    monkeypatch.setattr(sample, "load_model", other_tokenizer)
-    with pytest.raises(ValueError, match=f"{out} has another tokenizer than"):
-        run("--steps=1", f"--init_from={out}", out="second")
