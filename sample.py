@@ -229,7 +229,7 @@ class Stats:
 
 
 class Rows:
-    """The texts as the host sees them: streamed, ended, and searched for what stood there before."""
+    """The texts as the host sees them: streamed, ended, searched for what stood there before."""
 
     def __init__(self, texts: list[list[int]], end: int, eos: list[int], on_token, stats: Stats):
         self.texts, self.end, self.eos, self.stats = texts, end, eos, stats
@@ -393,7 +393,7 @@ def agree(model: DeepSeekV3, fast, tokens: Tensor, cache: Cache, logits: Tensor)
 
 @torch.inference_mode()
 def prefill(model: DeepSeekV3, text: Text, T: int) -> Tensor:
-    """The prompt, in chunks whose attention scores fit in a quarter of a gigabyte: logits (B, V)."""
+    """The prompt, in chunks whose scores fit in a quarter of a gigabyte: logits (B, V)."""
     heads, B = model.config.num_attention_heads, len(text.tokens)
     chunk = max(1, min(CHUNK, 2**26 // (B * T * heads)))
     for start in range(0, T, chunk):

@@ -162,6 +162,13 @@ class Machine:
         return x
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the hardware does; emulated, as older cards do too, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 def start_machine(config: TrainConfig) -> Machine:
     """Choose device and dtype; under torchrun also join the other processes."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -172,12 +179,11 @@ def start_machine(config: TrainConfig) -> Machine:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
     device = sample.usable_device(name)
-    # bf16 where the hardware multiplies it: emulated, as older cards do too, it is slow
-    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = ("bfloat16" if fast else "float32") if config.dtype == "auto" else config.dtype
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if multiplies_bf16(device) else "float32"
     if world > 1:  # gloo beside nccl: flags that stay on the CPU never wait for the GPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
@@ -245,10 +251,10 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(x: Tensor) -> Tensor:
     """x (..., a, b) with all singular values brought near 1, by five steps of the Newton-Schulz
-    iteration of Jordan et al. (2024) with their coefficients, in bf16 (float64 stays)."""
+    iteration of Jordan et al. (2024) with their coefficients, in bf16 where that is fast."""
     tall = x.shape[-2] > x.shape[-1]
     y = (x.mT if tall else x).reshape(-1, min(x.shape[-2:]), max(x.shape[-2:]))
-    y = y if y.dtype == torch.float64 else y.bfloat16()
+    y = y.bfloat16() if y.dtype == torch.float32 and multiplies_bf16(y.device) else y
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = y @ y.mT
