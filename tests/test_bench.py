@@ -1,19 +1,19 @@
 """The measurements measure what they say; how fast anything is, no test asks."""
 
-import importlib.util
 import json
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import bench
-import fp8
-from bench import Spread
+import train
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
+SMALLER = dict(num_hidden_layers=2, vocab_size=512, max_position_embeddings=128)
 
 
 @pytest.mark.parametrize(
@@ -66,58 +66,59 @@ def test_interleaved_takes_turns_after_a_warm_up(monkeypatch):
     seconds = bench.interleaved(functions, 3)
     assert calls == ["a", "b"] * 4
     assert seconds == {"a": [2.0, 4.0, 2.0], "b": [1.0, 2.0, 0.5]}
-    assert bench.ratio(seconds["a"], seconds["b"]) == Spread(2.0, 2.0, 4.0)
-    assert bench.cell(Spread(2.0, 2.0, 4.0)) == "2 [2..4]"
+    assert bench.ratio(seconds["a"], seconds["b"]) == [2.0, 2.0, 4.0]
+    assert bench.cell([2.0, 2.0, 4.0]) == "2 [2..4]"
 
 
-def test_theorem():
-    # (1 - 0.8^3) / ((1 - 0.8) (2 * 0.1 + 1)) = 0.488 / 0.24
-    assert bench.theorem([0.8, 0.64], 0.1) == pytest.approx(0.488 / 0.24)
-    assert bench.theorem([0.5], 0.25, verify=1.25) == pytest.approx(1.0)
-    assert bench.theorem([], 0.3) == 1.0  # no drafts, no gain
+def test_ratios_are_to_the_fastest_of_transformers():
+    seconds = {"transformers a": [4.0, 8.0], "transformers b": [2.0, 6.0], "ours": [1.0, 2.0]}
+    row = bench.speed_table("", seconds, 30).rows[-1]
+    assert row["tokens/s"] == 20 and row["x transformers b"] == [2.0, 3.0]
 
 
-def test_fp8_table_runs_in_emulation():
-    table = bench.fp8_table([(128, 130)], [32], "cpu", 1, False)
-    (row,) = table.rows
-    assert "EMULATION" in str(table) and row["in -> out"] == "128 -> 130"
-    assert all(row[key] > 0 for key in ("bf16 TFLOP/s", "FP8 TFLOP/s", "quantiser GB/s"))
+@pytest.mark.parametrize("ours", [True, False])
+def test_training_step_trains_the_whole_model(ours, tmp_path):
+    model = bench.DeepSeekV3(bench.ModelConfig(**bench.REFERENCE | SMALLER))
+    config = train.TrainConfig(batch_size=2, block_size=8, device="cpu", dtype="float32")
+    if not ours:
+        pytest.importorskip("transformers")
+        model.save_pretrained(tmp_path / "hf")
+        model = bench.transformers_models(tmp_path / "hf", "cpu")["transformers eager"]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    bench.training_step(model, config, train.start_machine(config))()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    balanced = [b.any() for name, b in model.named_buffers() if name.endswith("correction_bias")]
+    assert all(balanced) == ours  # transformers does not balance
 
 
-@pytest.mark.parametrize("block", [fp8.TILE, fp8.BLOCK])
-@pytest.mark.parametrize("shape", [(100, 200), (2, 100, 200)])
-def test_contrast_has_one_scale_and_loses_small_tokens(block, shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    x[..., :10, :] *= 1e-6
-    q, tiles = fp8.quantize(x, block, pow2=True)
-    with bench.one_scale_per_tensor():
-        q_one, one = fp8.quantize(x, block, pow2=True)
-        assert fp8.quantize(x[..., :0, :], block)[0].numel() == 0
-    assert one.shape == tiles.shape and one.unique().numel() == 1 and one.max() == tiles.max()
-    small = fp8.dequantize(q_one, one, block)[..., :10, :]
-    assert not small.any()  # below the smallest number of E4M3 times the scale
-    assert torch.equal(fp8.quantize(x, block, pow2=True)[0].float(), q.float())  # patch undone
+def test_decoding_is_compared_on_one_text_and_at_every_context():
+    pytest.importorskip("transformers")
+    options = bench.DecodeOptions(rounds=1, new_tokens=4, compile=False, contexts="8")
+    with mock.patch.dict(bench.REFERENCE, SMALLER):
+        plain, contexts = bench.decode(options, [])
+    same = {row[""]: row["same text"] for row in plain.rows}
+    assert same["transformers grouped_mm"] and same["transformers eager"] and "ours bf16" in same
+    assert contexts.rows[0]["cache MB"] == 9 * 80 * 4 * 2 / 1e6
 
 
-def test_interval_and_smoothing():
-    mean, half = bench.interval([1.0, 2.0, 3.0])
-    assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5)
-    assert bench.interval([1.0]) == (1.0, None)
-    assert bench.smooth([1.0, 2.0]) == [1.0, pytest.approx(1.1)]
+def test_fp8_table_says_that_it_emulates(monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", [(128, 130)])
+    (table,) = bench.fp8_(bench.Options(rounds=1, device="cpu"), [])
+    assert "EMULATION" in table.title and table.rows[0]["in -> out"] == "128 -> 130"
+    assert all(table.rows[0][key] > 0 for key in ("bf16 TFLOP/s", "FP8 TFLOP/s", "FP8 layer ms"))
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is missing")
-def test_plot_writes_pictures(tmp_path, capsys):
+def test_plot_compares_runs_in_one_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     log = [{"step": s, "loss": 5.0 - s, "mtp_loss": 6.0 - s, "max_vio": 0.5} for s in range(3)]
     log.append({"step": 2, "val_loss": 3.0, "expert_load": [[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]})
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    bench.main(["plot", str(tmp_path)])
-    for name in ("loss.png", "expert_load.png"):
-        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
-        assert name in capsys.readouterr().out or name == "expert_load.png"
-
-
-def test_plot_needs_a_run(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is missing")
-    with pytest.raises(FileNotFoundError, match="no log"):
-        bench.main(["plot", str(tmp_path)])
+    log[1]["loss"] = None  # of a step whose loss was not finite
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+    bench.main(["plot", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert (tmp_path / "a/plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert "a/plot.png" in capsys.readouterr().out
+    for argv, sentence in (([str(tmp_path)], r"log\.jsonl"), ([], "name the folders")):
+        with pytest.raises((FileNotFoundError, ValueError), match=sentence):
+            bench.main(["plot", *argv])

@@ -1,0 +1,157 @@
+"""Does speculation pay? python experiments/speculation.py CKPT [--key=value]
+
+Decodes the same prompts, pieces of code the model has not seen, with every number of drafts: how
+many tokens a round gives, what it costs, how much faster that is than plain decoding, and what the
+costs would allow (Leviathan et al., arXiv 2211.17192). Greedy text of a small model goes in
+circles, which makes drafting easy: hence the share of repeated 6-grams, and sampled text beside it.
+"""
+
+import random
+import statistics
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import ops
+import sample
+from bench import Options, Table, interleaved, print_tables, ratio
+from config import parse_args, run_command
+from huggingface import load_model
+from model import Cache, DeepSeekV3
+
+
+@dataclass
+class SpeculationOptions(Options):
+    prompts: int = 8  # pieces of unseen code
+    new_tokens: int = 128  # decoded after each
+    compile: bool = True  # compiled decoding as well; the first time it compiles for minutes
+
+
+def unseen_prompts(encode: Callable[[str], list[int]], count: int, length: int) -> list[list[int]]:
+    """Pieces of the standard library's tests, which prepare_data.py leaves out of the corpus."""
+    files = sorted(Path(sysconfig.get_path("stdlib"), "test").glob("test_*.py"))
+    rng, prompts = random.Random(0), []
+    for file in rng.sample(files, len(files)):
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        ids = encode("".join(lines[rng.randrange(len(lines)) :][:100])) if lines else []
+        if len(ids) >= length and len(prompts) < count:
+            prompts.append(ids[:length])
+    return prompts or [encode("class Parser:\n    def __init__(self, text):\n")]
+
+
+def repeats(ids: list[int], n: int = 6) -> float:
+    """The share of n-grams that stand in the text before: much of it makes drafting easy."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / max(1, len(grams))
+
+
+def allowed(shares: list[float], draft: float, verify: float) -> float:
+    """The speed-up over plain decoding that speculation allows: tokens per round over its cost.
+
+    shares[j] is how often the first j + 1 drafts all stay; costs are in plain steps: that of one
+    draft, and that of checking them all. Where shares are powers of one alpha and verify is 1 this
+    is (1 - alpha^(g+1)) / ((1 - alpha) (g c + 1)), Theorem 3.8 of Leviathan et al. (2211.17192).
+    """
+    return (1 + sum(shares)) / (len(shares) * draft + verify)
+
+
+def round_costs(model: DeepSeekV3, ids: list[int], options, sampling, compile: bool) -> dict:
+    """Seconds of a round without drafts (0), and with G drafts that the MTP module makes (G, False)
+    or that are there already (G, True), at several places of the text `ids`."""
+    size, like, device = 1 << len(ids).bit_length(), model.norm.weight, model.norm.weight.device
+    main, mtp = (Cache(model.config, n, 1, size, like) for n in (len(model.layers), len(model.mtp)))
+    text = sample.Text(torch.zeros(1, size, dtype=torch.long, device=device), main)
+    text.hidden, text.mtp_cache = like.new_zeros(1, size, len(like)), mtp
+    text.tokens[0, : len(ids)] = torch.tensor(ids)
+    sample.prefill(model, text, len(ids))
+    play = sample.play_compiled if compile else sample.play_round
+    net, places = ops.decoder(model), range(len(ids) // 2, len(ids) - 8, 8)
+
+    def rounds(G: int, given: bool):
+        for n in places:
+            text.filled = n - 3  # as after a round that kept one draft
+            play(net, text, n, G, sampling, torch.rand(1, 2 * G + 1), given)
+
+    kinds = [(0, False), *((G, given) for G in range(1, 5) for given in (False, True))]
+    seconds = interleaved({kind: partial(rounds, *kind) for kind in kinds}, options.rounds)
+    return {kind: statistics.median(t) / len(places) for kind, t in seconds.items()}
+
+
+def speculation(
+    model: DeepSeekV3, prompts: list[list[int]], options, compile: bool, temperature: float
+) -> Table:
+    """Every number of drafts, the fastest found by trial, and drafts looked up in the text."""
+    device, new, stats, texts = model.norm.weight.device, options.new_tokens, {}, {}
+    kinds = {str(G): (G, False) for G in range(5)} | {"auto": ("auto", False)}
+    kinds |= {"3 or lookup": (3, True), "auto or lookup": ("auto", True)}
+    seconds = {kind: [] for kind in kinds}
+
+    def run(kind: str):
+        stats[kind], texts[kind] = sample.Stats(), []
+        for i, prompt in enumerate(prompts):
+            text = sample.generate(
+                model, torch.tensor([prompt], device=device), new, temperature=temperature,
+                speculative=kinds[kind][0], lookup=kinds[kind][1], compile=compile,
+                generator=torch.Generator(device).manual_seed(i), stats=stats[kind],
+            )  # fmt: skip
+            texts[kind].append(text[0, len(prompt) :].tolist())
+        seconds[kind].append(stats[kind].seconds)
+
+    interleaved({kind: partial(run, kind) for kind in kinds}, options.rounds)
+    heat = torch.tensor(temperature, device=device) if temperature else None
+    sampling = sample.Sampling(heat, None, None)
+    cost = round_costs(model, prompts[0] + texts["0"][0], options, sampling, compile)
+    rows = []
+    for kind, s in stats.items():
+        times, tokens = seconds[kind][1:], s.tokens - len(prompts)  # the first came with the prompt
+        shares = [a / d for a, d in zip(s.accepted, s.drafted, strict=True) if d]
+        row = {
+            "drafts": kind, "tokens/s": tokens / statistics.median(times),
+            "speed-up": ratio(seconds["0"][1:], times), "tokens/forward": tokens / s.rounds,
+            "accepted by position": " ".join(f"{x:.2f}" for x in shares),
+            "6-grams repeated": statistics.mean(map(repeats, texts[kind])),
+        }  # fmt: skip
+        if temperature == 0:
+            same = [a == b for a, b in zip(texts[kind], texts["0"], strict=True)]
+            row["same texts"] = f"{sum(same)}/{len(same)}"
+        if kind in ("1", "2", "3", "4"):
+            G, plain = int(kind), cost[0, False]
+            v = cost[G, True] / plain
+            c = (cost[G, False] - cost[G, True]) / G / plain
+            row |= {"c": c, "v": v, "allowed": allowed(shares, c, v)}
+        rows.append(row)
+    title = (
+        f"{'compiled' if compile else 'eager'}, temperature {temperature:g}, {len(prompts)} "
+        f"prompts one after another, {new} new tokens each;\nc: a draft's cost, v: that of "
+        "verifying all, in plain steps; allowed: the speed-up at these costs and this acceptance"
+    )
+    return Table(title, rows)
+
+
+def tables(ckpt: str, options: SpeculationOptions) -> Iterator[Table]:
+    device = sample.usable_device(options.device)
+    model, tokenizer, _ = load_model(ckpt, device, torch.float32)
+    if not len(model.mtp) or tokenizer is None:
+        raise ValueError(f"{ckpt} has no MTP module or no tokenizer: name another checkpoint.")
+    prompts = unseen_prompts(tokenizer.encode, options.prompts, 100)
+    with torch.inference_mode():
+        for compile in (False, True)[: 1 + options.compile]:
+            for temperature in (0.0, 0.8):
+                yield speculation(model, prompts, options, compile, temperature)
+
+
+def main(argv: list[str]):
+    ckpt, values = parse_args(__doc__, argv, Options, SpeculationOptions, positional="ckpt")
+    options = SpeculationOptions(**values)
+    print_tables(f"speculation {ckpt}", tables(ckpt or "out/small", options), options)
+
+
+if __name__ == "__main__":
+    run_command(main)
