@@ -152,11 +152,11 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     where every call waits for the GPU."""
     dtype = compute_dtype(x)
     aligned = all(n * dtype.itemsize % 16 == 0 for n in weight.shape[1:])
+    known = dtype == torch.bfloat16
     if x.is_cuda:
-        card = torch.cuda.get_device_capability(x.device)
-        known = card == (9, 0) and dtype == torch.bfloat16
-    else:
-        known = dtype in (torch.bfloat16, torch.float32)
+        known = known and torch.cuda.get_device_capability(x.device) == (9, 0)
+    elif not torch.compiler.is_compiling():  # which refuses float32
+        known = known or dtype == torch.float32
     if not (aligned and known):
         return NotImplemented
     return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=counts.cumsum(0).int())
