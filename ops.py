@@ -218,7 +218,9 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # A decoding step moves few numbers in many operations, and on a CPU each costs microseconds however
 # small it is. So what stays the same from step to step is computed once, in `Decoder`. n = B * T.
 
+LONG, RECENT = 2**14, 64  # cached tokens worth cutting, and the newest, which stay apart
 ALL_EXPERTS = 2**20  # weights in a layer's experts up to which one product with all is fastest
+_decoders = weakref.WeakKeyDictionary()
 
 
 def decoder(model) -> "Decoder | None":
@@ -226,15 +228,12 @@ def decoder(model) -> "Decoder | None":
     model has not the parameters that one expects."""
     state = model.state_dict().values()
     version = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in state]
-    if _decoders.get(model, (None, None))[0] != version:
+    if enabled and _decoders.get(model, (None, None))[0] != version:
         try:
             _decoders[model] = version, Decoder(model)
         except (AttributeError, RuntimeError):
             return None
     return _decoders[model][1] if enabled else None
-
-
-_decoders = weakref.WeakKeyDictionary()
 
 
 def side_by_side(*weights: Tensor) -> Tensor:
@@ -256,119 +255,125 @@ def normalise(x: Tensor, eps: Tensor) -> Tensor:
 
 def attend(q: Tensor, kv: Tensor, C: int, later: Tensor | None) -> Tensor:
     """softmax(q kv^T + later) kv[:C]: q (B, T*H, C+R), kv (B, S, C+R), later (T*H, S)."""
-    score = torch.bmm(q, kv.mT) if later is None else torch.baddbmm(later, q, kv.mT)
-    p = score.softmax(-1, dtype=upcast(q[:0]).dtype).to(kv.dtype)  # (B, T*H, S)
-    return torch.bmm(p, kv[..., :C])  # (B, T*H, C)
-
-
-def per_head(x: Tensor, weight: Tensor) -> Tensor:
-    """Every head's x (n, H, in) times its own matrix (H, in, out): (n, H, out)."""
-    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+    pieces, old = torch.get_num_threads(), 0
+    if kv.shape[1] >= LONG and kv.device.type == "cpu" and not torch.compiler.is_compiling():
+        old = (kv.shape[1] - RECENT) // pieces * pieces
+    new, kv = kv[:, old:], kv[:, :old]
+    score = torch.bmm(q, new.mT) if later is None else torch.baddbmm(later[:, old:], q, new.mT)
+    p = score.softmax(-1, dtype=upcast(q[:0]).dtype).to(q.dtype)  # (B, T*H, S - old)
+    o = torch.bmm(p, new[..., :C])  # (B, T*H, C)
+    if old == 0:
+        return o
+    # The rest of a long cache, cut into a piece for every thread, which the fused kernel takes for
+    # heads. Each part counts by its share of softmax's denominator.
+    kv, q = kv.unflatten(1, (pieces, -1)), q[:, None].expand(-1, pieces, -1, -1)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    o_old, log_old = fused(q, kv, kv, scale=1.0)  # (B, pieces, T*H, C+R), (B, pieces, T*H)
+    share = torch.cat((log_old, score.logsumexp(-1)[:, None]), 1).softmax(1)[..., None]
+    return (share * torch.cat((o_old[..., :C], o[:, None]), 1)).sum(1).to(o.dtype)
 
 
 class DecoderBlock:
     """A block of the model: matrices of one input side by side, norms and scales multiplied in."""
 
     def __init__(self, block, config):
-        mla, norm, self.norm = block.self_attn, block.input_layernorm.weight, None
+        mla, norm, latent = block.self_attn, block.input_layernorm.weight, config.q_lora_rank
         H, C, N = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
-        V, latent, kv_a = config.v_head_dim, config.q_lora_rank is not None, mla.kv_a_proj_with_mqa
-        q = mla.q_b_proj.weight * mla.q_a_layernorm.weight if latent else mla.q_proj.weight * norm
-        q, o = mla.scale * q.unflatten(0, (H, -1)), mla.o_proj.weight.unflatten(1, (H, V))
-        UK, UV = mla.kv_b_proj.weight.unflatten(0, (H, N + V)).split([N, V], 1)
-        # W^UK and W^UV become part of the matrices around them, a product less each, if that is at
-        # most twice as much to read: in a small model.
-        self.absorbed = 2 * min(N, V) >= C
-        if self.absorbed:
-            q = torch.cat((torch.einsum("hnc,hni->hci", UK, q[:, :N]), q[:, N:]), 1)
-            o = torch.einsum("dhv,hvc->dhc", o, UV)
-        self.UK, self.UV, self.o = UK, UV.mT, side_by_side(o.flatten(1))
-        q = q.flatten(0, 1)
-        self.q = side_by_side(q)
-        self.latent, self.kv_norm, self.o_bias = latent, mla.kv_a_layernorm.weight, mla.o_proj.bias
-        first = mla.q_a_proj.weight * norm if latent else q
-        self.qkv, self.qkv_bias = side_by_side(first, kv_a.weight * norm), kv_a.bias
-        if config.attention_bias:
-            bias = mla.q_a_proj.bias if latent else q.new_zeros(len(q))
-            self.qkv_bias = torch.cat((bias, kv_a.bias))
-        self.H, self.widths = H, [len(first), C, config.qk_rope_head_dim]
         self.eps, self.latent_eps = upcast(norm).new_tensor([config.rms_norm_eps, 1e-6])
-        self.norm, self.moe = block.post_attention_layernorm.weight, None
-        self.prepare_ffn(block.mlp)
-
-    def prepare_ffn(self, ffn):
-        """The dense FFN; or the shared experts, behind all the others if those are small."""
-        gates, ups, downs = [], [], []
-        if hasattr(ffn, "experts"):
-            self.moe, experts, ffn = ffn, ffn.experts, ffn.shared_experts
-            _, _, self.width = experts.down_proj.shape
-            self.shared = ffn
-            self.all = 3 * experts.down_proj.numel() <= ALL_EXPERTS
-            self.each = list(zip(experts.gate_up_proj.mT, experts.down_proj.mT, strict=True))
+        q = mla.q_b_proj.weight * mla.q_a_layernorm.weight if latent else mla.q_proj.weight * norm
+        q, o = mla.scale * q.unflatten(0, (H, -1)), mla.o_proj.weight.unflatten(1, (H, -1))
+        up = mla.kv_b_proj.weight.unflatten(0, (H, -1))
+        self.UK, self.UV = up[:, :N], up[:, N:]  # (H, N, C), (H, V, C)
+        # They become part of the matrices around them, a product less each, if that is at most
+        # twice as much to read: in a small model.
+        self.absorbed = 2 * min(N, config.v_head_dim) >= C
+        if self.absorbed:
+            q = torch.cat((torch.einsum("hnc,hni->hci", self.UK, q[:, :N]), q[:, N:]), 1)
+            o = torch.einsum("dhv,hvc->dhc", o, self.UV)
+        self.o, self.o_bias, q = side_by_side(o.flatten(1)), mla.o_proj.bias, q.flatten(0, 1)
+        self.q = side_by_side(q) if latent else None
+        q, kv = mla.q_a_proj.weight * norm if latent else q, mla.kv_a_proj_with_mqa
+        self.qkv, self.qkv_bias = side_by_side(q, kv.weight * norm), kv.bias
+        if config.attention_bias:
+            zero = q.new_zeros(len(q))
+            self.qkv_bias = torch.cat((mla.q_a_proj.bias if latent else zero, kv.bias))
+        self.H, self.widths = H, [len(q), C, config.qk_rope_head_dim]
+        self.kv_norm, self.norm = mla.kv_a_layernorm.weight, block.post_attention_layernorm.weight
+        # The dense FFN; or the shared experts, behind all the others if those are small.
+        ffn, self.all, gates, ups, downs = block.mlp, False, [], [], []
+        self.moe = ffn if hasattr(ffn, "experts") else None
+        if self.moe:
+            ffn, (gate_up, down) = ffn.shared_experts, ffn.experts.parameters()
+            self.each = list(zip(gate_up.mT, down.mT, strict=True))
+            self.all = 3 * down.numel() <= ALL_EXPERTS
             if self.all:
-                gates, ups = ([x.flatten(0, 1)] for x in experts.gate_up_proj.chunk(2, 1))
-                downs = [experts.down_proj.mT.flatten(0, 1)]  # (E*F, D)
-        if ffn is not None:
+                gates, ups = ([x.flatten(0, 1)] for x in gate_up.chunk(2, 1))
+                downs = [down.mT.flatten(0, 1)]  # (E*F, D)
+        if ffn:
             gates, ups = [*gates, ffn.gate_proj.weight], [*ups, ffn.up_proj.weight]
             downs = [*downs, ffn.down_proj.weight.T]
-        self.down = None
         if gates:
             self.gate_up, self.down = side_by_side(*gates, *ups), torch.cat(downs)
 
     def __call__(self, x: Tensor, kv: Tensor, place: tuple) -> Tensor:
         """x (n, D), kv (B, size, C+R) -> (n, D)."""
-        (B, _, width), (_, C, R), (slots, S, cos, sin, swap, later) = kv.shape, self.widths, place
+        B, (_, C, R), (slots, S, cos, sin, swap, later) = len(kv), self.widths, place
         q, c, k = linear(normalise(x, self.eps), self.qkv, self.qkv_bias).split(self.widths, -1)
-        if self.latent:
+        if self.q is not None:
             q = linear(normalise(q, self.latent_eps), self.q)
-        q, q_pe, k = q.view(len(x), self.H, -1), q.view(len(x), self.H, -1)[..., -R:], k[:, None]
-        q_pe, k = (
-            torch.addcmul(y * cos, y.index_select(-1, swap), sin).to(x.dtype) for y in (q_pe, k)
-        )
-        c = normalise(c, self.latent_eps) * self.kv_norm
-        kv[:, slots] = torch.cat((c, k[:, 0]), -1).view(B, -1, width)
-        q = q[..., :-R] if self.absorbed else per_head(q[..., :-R], self.UK)  # (n, H, C)
-        q = torch.cat((q, q_pe), -1).view(B, -1, width)  # (B, T*H, C+R)
-        o = attend(q, kv[:, :S], C, later).view(len(x), self.H, C)
-        o = o if self.absorbed else per_head(o, self.UV)
-        x = x + linear(o.flatten(1), self.o, self.o_bias)
+
+        def rotated(x: Tensor) -> Tensor:  # (B, T, H or 1, R)
+            return torch.addcmul(x * cos, x.index_select(-1, swap), sin).to(x.dtype)
+
+        q, k = q.view(B, -1, self.H, q.shape[1] // self.H), rotated(k.view(B, -1, 1, R))
+        c = (normalise(c, self.latent_eps) * self.kv_norm).view(B, -1, C)
+        kv[:, slots] = torch.cat((c, k[:, :, 0]), -1)
+        q, q_pe = q[..., :-R], rotated(q[..., -R:])
+        if not self.absorbed:
+            q = torch.einsum("bthn,hnc->bthc", q, self.UK)
+        q = torch.cat((q, q_pe), -1).flatten(1, 2)  # (B, T*H, C+R)
+        o = attend(q, kv[:, :S], C, later)  # (B, T*H, C)
+        if not self.absorbed:
+            o = torch.einsum("nhc,hvc->nhv", o.view(len(x), -1, C), self.UV)
+        x = x + linear(o.reshape(len(x), -1), self.o, self.o_bias)
         return x + self.ffn(normalise(x, self.eps) * self.norm)
 
     def ffn(self, z: Tensor) -> Tensor:
         """z (n, D) -> (n, D)."""
-        if self.moe is None:
-            return self.swiglu(z)
+        if not self.moe:
+            return self.swiglu(z, None)
         s, chosen, gain = self.moe.gate(z)
-        if torch.compiler.is_compiling():  # fused into loops over the chosen weights
-            experts = self.moe.experts
-            gate, up = (experts.gate_up_proj[chosen] * z[:, None, None]).sum(-1).chunk(2, -1)
-            hidden = (F.silu(gate) * up * gain[..., None].to(z.dtype)).unsqueeze(-2)  # (n, K, 1, F)
-            y = (experts.down_proj[chosen] * hidden).sum((1, 3))
-            return y if self.shared is None else y + self.shared(z)
-        if self.all:
-            gains = torch.zeros_like(s).scatter_(-1, chosen, gain)
-            return self.swiglu(z, gains)
-        if chosen.numel() > s.shape[1]:
-            return self.moe(z[None])[0]
-        y = self.chosen_experts(z, chosen, gain.to(z.dtype))
-        return y if self.down is None else y + self.swiglu(z)
+        if self.all and not torch.compiler.is_compiling():
+            return self.swiglu(z, torch.zeros_like(s).scatter_(-1, chosen, gain))
+        if chosen.numel() > s.shape[1] and not torch.compiler.is_compiling():
+            return self.moe(z[None])[0]  # many tokens: sorted by expert
+        y, shared = self.chosen_experts(z, chosen, gain.to(z.dtype)), self.moe.shared_experts
+        return y + shared(z) if shared else y
 
-    def swiglu(self, z: Tensor, gains: Tensor | None = None) -> Tensor:
+    def swiglu(self, z: Tensor, gains: Tensor | None) -> Tensor:
+        """The dense FFN, or all experts, times gains (n, E), and the shared ones."""
         gate, up = linear(z, self.gate_up).chunk(2, -1)
         hidden = F.silu(gate) * up
         if gains is not None:
-            hidden.view(len(z), -1, self.width)[:, : gains.shape[1]].mul_(gains[..., None])
+            E = gains.shape[1]
+            routed = hidden[:, : self.each[0][1].shape[0] * E]
+            routed.unflatten(1, (E, -1)).mul_(gains[..., None])
         return linear(hidden, self.down)
 
     def chosen_experts(self, z: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
         """The sum of every token's K experts, whose weights are read where they lie."""
+        if torch.compiler.is_compiling():  # fused into loops
+            gate_up, down = self.moe.experts.gate_up_proj, self.moe.experts.down_proj
+            gate, up = (gate_up[chosen] * z[:, None, None]).sum(-1).chunk(2, -1)  # (n, K, F)
+            hidden = F.silu(gate) * up * gain[..., None]
+            return (down[chosen] * hidden.unsqueeze(-2)).sum((1, 3))
         each = [self.each[e] for e in chosen.flatten().tolist()]
-        rows = [z] * len(each) if len(z) == 1 else z.repeat_interleave(chosen.shape[1], 0).split(1)
-        both = torch.cat([linear(row, w) for row, (w, _) in zip(rows, each, strict=True)])
-        gate, up = both.chunk(2, -1)  # (n*K, F)
+        rows = z.repeat_interleave(chosen.shape[1], 0).split(1)  # n * K of (1, D)
+        gate_up = torch.cat([torch.mm(x, w) for x, (w, _) in zip(rows, each, strict=True)])
+        gate, up = gate_up.chunk(2, -1)  # (n*K, F)
         hidden = (F.silu(gate) * up * gain.view(-1, 1)).split(1)
-        y = torch.cat([linear(row, w) for row, (_, w) in zip(hidden, each, strict=True)])
-        return y.view(*chosen.shape, -1).sum(1)
+        y = torch.cat([torch.mm(x, w) for x, (_, w) in zip(hidden, each, strict=True)])
+        return y.unflatten(0, chosen.shape).sum(1)
 
 
 class Decoder:
@@ -379,52 +384,47 @@ class Decoder:
     """
 
     def __init__(self, model):
-        config, pair = model.config, -1 if model.config.rope_interleave else -2
+        config, R, head = model.config, model.config.qk_rope_head_dim, model.lm_head.weight
         self.embedding, self.norm = model.embed_tokens.weight, model.norm.weight
-        head = model.lm_head.weight
         self.head = side_by_side(head) if head.numel() < 2**24 else head.T
         self.layers = [DecoderBlock(block, config) for block in model.layers]
         self.mtp = [DecoderBlock(m.block, config) for m in model.mtp]
         for block, m in zip(self.mtp, model.mtp, strict=True):
             norms = torch.cat((m.enorm.weight, m.hnorm.weight))
             block.eh, block.out_norm = side_by_side(m.eh_proj.weight * norms), m.norm.weight
-        size, R = config.max_position_embeddings + 64, config.qk_rope_head_dim
-        cos, sin = model.rope(self.norm.expand(1, size, -1), 0)  # (positions, R/2)
-        self.cos = torch.stack((cos, cos), pair).flatten(1)  # (positions, R)
-        self.sin = torch.stack((-sin, sin), pair).flatten(1)
+        self.eps, self.graphs = self.layers[0].eps, {}  # compiled rounds: sample.py
+        # x rotated = x cos + (the other of each pair) sin, with the sign in sin.
+        positions = config.max_position_embeddings + RECENT
+        pair = -1 if config.rope_interleave else -2
+        cos, sin = model.rope(self.norm.expand(1, positions, -1), 0)  # (positions, R/2)
+        self.cos = torch.stack((cos, cos), pair).flatten(1)[:, None]  # (positions, 1, R)
+        self.sin = torch.stack((-sin, sin), pair).flatten(1)[:, None]
         swap = torch.arange(R, device=cos.device).view((-1, 2) if pair == -1 else (2, -1))
-        self.swap = swap.flip(pair).flatten()  # where the other of each pair is
-        self.eps, self.graphs = self.layers[0].eps, {}
+        self.swap = swap.flip(pair).flatten()
 
-    def place(self, B: int, T: int, cache) -> tuple:
-        """Slots of T new tokens, cached tokens read, RoPE, and the mask of what comes later."""
-        at, later = cache.length, None
+    def place(self, T: int, cache) -> tuple:
+        """Slots of T new tokens, how many cached ones are read, RoPE, the mask of later ones."""
+        at, later, device = cache.length, None, self.norm.device
+        slots, S = (slice(at, at + T), at + T) if isinstance(at, int) else (None, cache.size)
         cache.length = at + T
-        if isinstance(at, int):
-            slots, S = slice(at, at + T), at + T
-            if T > 1:
-                later = self.norm.new_full((T, S), -math.inf).triu_(at + 1)
-        else:
-            slots, S = at + torch.arange(T, device=at.device), cache.size
-            unseen = torch.arange(S, device=at.device) > slots[:, None]
-            later = torch.zeros_like(unseen, dtype=self.norm.dtype).masked_fill(unseen, -math.inf)
-        if later is not None:
+        if T > 1 or slots is None:
+            positions = at + torch.arange(T, device=device)
+            slots = positions if slots is None else slots
+            unseen = torch.arange(S, device=device) > positions[:, None]  # (T, S)
+            later = torch.where(unseen, -math.inf, 0.0).to(self.norm.dtype)
             later = later.repeat_interleave(self.layers[0].H, 0)  # (T*H, S)
-        cos, sin = self.cos[slots][:, None], self.sin[slots][:, None]  # (T, 1, R)
-        if B > 1:
-            cos, sin = cos.repeat(B, 1, 1), sin.repeat(B, 1, 1)
-        return slots, S, cos, sin, self.swap, later
+        return slots, S, self.cos[slots], self.sin[slots], self.swap, later
 
     def trunk(self, tokens: Tensor, cache) -> Tensor:
-        place, x = self.place(*tokens.shape, cache), F.embedding(tokens.flatten(), self.embedding)
+        place, x = self.place(tokens.shape[1], cache), self.embedding[tokens.flatten()]
         for block, kv in zip(self.layers, cache.kv, strict=True):
             x = block(x, kv, place)
-        return (normalise(x, self.eps) * self.norm).unflatten(0, tokens.shape)
+        return (normalise(x, self.eps) * self.norm).view(*tokens.shape, -1)
 
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache) -> Tensor:
-        block, x = self.mtp[k], F.embedding(tokens.flatten(), self.embedding)
+        block, x = self.mtp[k], self.embedding[tokens.flatten()]
         x = torch.cat((normalise(x, self.eps), normalise(h.flatten(0, 1), self.eps)), -1)
-        x = block(linear(x, block.eh), cache.kv[k], self.place(*tokens.shape, cache))
+        x = block(linear(x, block.eh), cache.kv[k], self.place(tokens.shape[1], cache))
         return (normalise(x, self.eps) * block.out_norm).view_as(h)
 
     def logits(self, h: Tensor) -> Tensor:
