@@ -250,7 +250,10 @@ def agree(model: DeepSeekV3, fast, tokens: Tensor, cache: Cache, logits: Tensor)
         cache = Cache(model.config, len(model.layers), 1, 16, model.norm.weight)
         logits = model.logits(model.trunk(tokens, cache)[:, -1])
     cache.length = tokens.shape[1] - 1
-    difference = fast.logits(fast.trunk(tokens[:, -1:], cache))[:, 0] - logits
+    try:
+        difference = fast.logits(fast.trunk(tokens[:, -1:], cache))[:, 0] - logits
+    except (RuntimeError, TypeError, ValueError):  # a changed module may want other inputs
+        return False
     rounding = 1e-3 if torch.finfo(model.norm.weight.dtype).bits >= 32 else 0.1
     return bool(difference.norm() <= rounding * logits.norm())
 
@@ -308,6 +311,8 @@ def generate(
     if fast and agree(model, fast, tokens, text.cache, logits):
         text.net = fast
     elif ops.enabled:
+        text.cache.length = T - 1  # where the Decoder may have left its own latents
+        model.trunk(tokens[:, -1:], text.cache)
         info("ops.Decoder does not know this model's formulas: decoding by those of model.py")
     compile = compile and text.net is fast
     _, token = text.choose(logits, uniform(1))
@@ -407,7 +412,8 @@ def compiled(text: Text, n: int, G: int, u: Tensor, looked_up: bool) -> tuple[Ca
     began, device, graphs = time.perf_counter(), u.device, text.net.graphs
     if G and not looked_up and n - 1 - text.filled > G + text.depth:
         text.draft(n, 0, u)  # after plain rounds the MTP modules have more to catch up with
-    key = (*text.tokens.shape, G, looked_up, text.temperature is None, *text.filters)
+    greedy = text.temperature is None
+    key = (*text.tokens.shape, text.depth, G, looked_up, greedy, *text.filters)
     if key in graphs:
         return graphs[key], 0.0
     # Without guards, as checking a few hundred tensors would take as long as the step. And as

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -24,7 +25,7 @@ import sample
 from bench import Options, Table, interleaved, print_tables, ratio
 from config import parse_args, run_command
 from huggingface import load_model
-from model import Cache, DeepSeekV3
+from model import DeepSeekV3
 
 
 @dataclass
@@ -62,22 +63,23 @@ def allowed(shares: list[float], draft: float, verify: float) -> float:
     return (1 + sum(shares)) / (len(shares) * draft + verify)
 
 
-def round_costs(model: DeepSeekV3, ids: list[int], options, sampling, compile: bool) -> dict:
-    """Seconds of a round without drafts (0), and with G drafts that the MTP module makes (G, False)
-    or that are there already (G, True), at several places of the text `ids`."""
-    size, like, device = 1 << len(ids).bit_length(), model.norm.weight, model.norm.weight.device
-    main, mtp = (Cache(model.config, n, 1, size, like) for n in (len(model.layers), len(model.mtp)))
-    text = sample.Text(torch.zeros(1, size, dtype=torch.long, device=device), main)
-    text.hidden, text.mtp_cache = like.new_zeros(1, size, len(like)), mtp
-    text.tokens[0, : len(ids)] = torch.tensor(ids)
-    sample.prefill(model, text, len(ids))
-    play = sample.play_compiled if compile else sample.play_round
-    net, places = ops.decoder(model), range(len(ids) // 2, len(ids) - 8, 8)
+def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat: float) -> dict:
+    """Seconds of a round without drafts (0, False), and with G drafts that the MTP module makes
+    (G, False) or that are there already (G, True), at several places of tokens (1, T)."""
+    T, device = tokens.shape[1], tokens.device
+    text = sample.Text(model, tokens, 1 << T.bit_length(), len(model.mtp), heat, None, None)
+    text.prefill(T, T)
+    text.net, places = ops.decoder(model), range(T // 2, T - 8, 8)
 
     def rounds(G: int, given: bool):
         for n in places:
+            u = torch.rand(1, 2 * G + 1, device=device)
             text.filled = n - 3  # as after a round that kept one draft
-            play(net, text, n, G, sampling, torch.rand(1, 2 * G + 1), given)
+            if compile:
+                play, _ = sample.compiled(text, n, G, u, given)
+                play(text, torch.tensor(n, device=device), G, u, given)
+            else:
+                text.play(n, G, u, given)
 
     kinds = [(0, False), *((G, given) for G in range(1, 5) for given in (False, True))]
     seconds = interleaved({kind: partial(rounds, *kind) for kind in kinds}, options.rounds)
@@ -105,9 +107,8 @@ def speculation(
         seconds[kind].append(stats[kind].seconds)
 
     interleaved({kind: partial(run, kind) for kind in kinds}, options.rounds)
-    heat = torch.tensor(temperature, device=device) if temperature else None
-    sampling = sample.Sampling(heat, None, None)
-    cost = round_costs(model, prompts[0] + texts["0"][0], options, sampling, compile)
+    tokens = torch.tensor([prompts[0] + texts["0"][0]], device=device)
+    cost = round_costs(model, tokens, options, compile, temperature)
     rows = []
     for kind, s in stats.items():
         times, tokens = seconds[kind][1:], s.tokens - len(prompts)  # the first came with the prompt
