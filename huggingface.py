@@ -421,7 +421,7 @@ def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
         )
     try:
         saved = torch.load(file, map_location, weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError):
         raise ValueError(
             f"{file} is truncated, no checkpoint of train.py, or holds more than tensors and "
             "numbers, which could run code; copy it again or use another one"
