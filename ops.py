@@ -255,8 +255,9 @@ def normalise(x: Tensor, eps: Tensor) -> Tensor:
 
 def attend(q: Tensor, kv: Tensor, C: int, later: Tensor | None) -> Tensor:
     """softmax(q kv^T + later) kv[:C]: q (B, T*H, C+R), kv (B, S, C+R), later (T*H, S)."""
-    pieces, old = torch.get_num_threads(), 0
+    pieces, old = 1, 0
     if kv.shape[1] >= LONG and kv.device.type == "cpu" and not torch.compiler.is_compiling():
+        pieces = torch.get_num_threads()
         old = (kv.shape[1] - RECENT) // pieces * pieces
     new, kv = kv[:, old:], kv[:, :old]
     score = torch.bmm(q, new.mT) if later is None else torch.baddbmm(later[:, old:], q, new.mT)
