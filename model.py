@@ -25,6 +25,8 @@ tokens times K. In logits the last dimension is the vocabulary.
 
 import importlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -345,7 +347,7 @@ class Gate(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) -> scores s (B, T, E), chosen experts (B, T, K), their weights (B, T, K)."""
+        """x (..., D) -> scores s (..., E), chosen experts (..., K), their weights (..., K)."""
         config, G = self.config, self.config.n_group
         with torch.autocast(x.device.type, enabled=False):
             s = F.linear(upcast(x), upcast(self.weight)).sigmoid()  # (B, T, E), Eq. 15
@@ -493,6 +495,16 @@ class MTP(nn.Module):
         return self.norm(self.block(u, rope, past))
 
 
+@contextmanager
+def forgetting_routing(block: nn.Module) -> Iterator[None]:
+    """Around a recomputation: what it leaves in the gates would keep its activations alive."""
+    try:
+        yield
+    finally:
+        for module in block.modules():
+            module.__dict__.pop("routing", None)
+
+
 # ---- The model -----------------------------------------------------------------------------------
 
 
@@ -508,7 +520,7 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
-    After every forward `routing` holds the chosen experts (B, T, K) of each MoE layer, in order.
+    After every forward `routing` holds the chosen experts (B, T, K) of each MoE layer that ran.
     In training mode `expert_counts` (MoE layers, E) adds them up until `update_bias` uses them.
     """
 
@@ -553,7 +565,11 @@ class DeepSeekV3(nn.Module):
 
     def run_block(self, block: nn.Module, *inputs) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+
+            def contexts():  # of the forward pass, of the recomputation
+                return nullcontext(), forgetting_routing(block)
+
+            return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
         return block(*inputs)
 
     def rope(self, x: Tensor, start: int) -> Rope:
@@ -617,7 +633,7 @@ class DeepSeekV3(nn.Module):
         return [module for module in self.modules() if isinstance(module, Gate)]
 
     @torch.no_grad()
-    def update_bias(self, gamma: float):
+    def update_bias(self, gamma: float | Tensor):
         """b_i += gamma * sign(mean load - load of i), from the counts since the last call: the
         balancing without an auxiliary loss (section 2.1.2; arXiv 2408.15664, Algorithm 1)."""
         load = self.expert_counts.float()

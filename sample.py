@@ -143,7 +143,7 @@ class Text:
         self.net, self.depth, self.filters = model, depth, (top_k, top_p)
         self.temperature = None  # greedy
         if temperature > 0:
-            self.temperature = ops.upcast(like.new_tensor(temperature))
+            self.temperature = ops.upcast(like[:0]).new_tensor(temperature)
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
         self.cache = Cache(config, len(model.layers), B, size, like)  # all tokens but the newest
         # For the MTP modules: the main model's hidden states, and in how many slots of their cache
@@ -234,7 +234,7 @@ def look_up(ids: list[int], follows: dict[tuple, int], G: int) -> list[int] | No
     """Prompt lookup: the G tokens that followed when the last MATCH ones stood there before."""
     if (start := follows.get(tuple(ids[-MATCH:]))) is None:
         return None
-    found = ids[start:]
+    found = ids[start : start + G]
     for i in range(G):  # it may run into what it has just copied
         found.append(found[i])
     return found[:G]
@@ -313,7 +313,7 @@ def generate(
     elif ops.enabled:
         text.cache.length = T - 1  # where the Decoder may have left its own latents
         model.trunk(tokens[:, -1:], text.cache)
-        info("ops.Decoder does not know this model's formulas: decoding by those of model.py")
+        info("ops.Decoder gives other logits than model.py, by whose formulas decoding goes on")
     compile = compile and text.net is fast
     _, token = text.choose(logits, uniform(1))
     text.tokens[:, T : T + 1], result = token, [[0, *row] for row in token.tolist()]
@@ -358,6 +358,9 @@ def generate(
         else:
             result = text.play(n, G, u, looked_up).tolist()
         if G and not looked_up:
+            text.filled = max(0, n - depth)
+        elif depth and (pace is None or pace.G) and n - text.filled > 256:
+            text.draft(n, 0, u)  # after many lookups: the MTP modules must not fall far behind
             text.filled = max(0, n - depth)
         seconds = time.perf_counter() - began
         stats.seconds += seconds

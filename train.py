@@ -289,10 +289,9 @@ def open_data(config: TrainConfig, vocab_size: int, machine: Machine):
     """The prepared data and its folder; what can be made offline is made if missing."""
     path, name = Path(config.data), config.data
     folder = path if (path / "meta.json").exists() else Path("data") / name
-    source = {"stdlib": "stdlib", "tiny": "stdlib"}.get(name)
-    if source and machine.rank == 0 and not folder.exists():
+    if name in ("stdlib", "tiny") and machine.rank == 0 and not folder.exists():
         prepare_data.prepare(
-            prepare_data.DataConfig(source=source, name=name, vocab_size=vocab_size)
+            prepare_data.DataConfig(source="stdlib", name=name, vocab_size=vocab_size)
         )
     if machine.world > 1:
         dist.barrier()
@@ -380,7 +379,13 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
 
 # ---- Size and speed ------------------------------------------------------------------------------
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}  # dense bf16
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+}  # dense bf16
 
 
 def peak_flops(device: torch.device) -> float:
@@ -557,9 +562,7 @@ class Run:
         }
         if peak := peak_flops(self.machine.device) * world:
             line["mfu"] = round(speed * flops_per_token(self.model, c.block_size) / peak, 4)
-        left = timedelta(
-            seconds=round((c.steps * c.batch_size * c.block_size - self.tokens) / speed)
-        )
+        left = timedelta(seconds=round((c.steps - self.step) * c.batch_size * c.block_size / speed))
         self.log(line, f", {left} left")
         if self.skipped:
             count = int(self.skipped)

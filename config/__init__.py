@@ -106,7 +106,7 @@ def parse_args(
 def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     """The assignments of a config file, checked against the fields of the dataclasses."""
     if not Path(path).is_file():
-        have = ", ".join(sorted(str(p) for p in Path("config").glob("*.py"))) or "none here"
+        have = ", ".join(sorted(str(p) for p in Path("config").glob("[!_]*.py"))) or "none here"
         raise FileNotFoundError(f"no config file {path}; there are: {have}")
     try:
         values = runpy.run_path(path)

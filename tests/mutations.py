@@ -100,7 +100,7 @@ for block in [*self.layers, *(module.block for module in self.mtp)]: => for bloc
 is_causal=True => is_causal=False
 number + (start_padded - start)[expert[order]] => number
 .minimum(counts[e] - 1) => .minimum(counts[e])
-return dy[slots].sum(1, dtype=dy.dtype), None, None => return dy[slots[:, 0]], None, None
+gather(dy, *ctx.saved_tensors) => dy[ctx.saved_tensors[0].view(-1)[: len(dy)]]
 torch.zeros_like(weight) if need => torch.ones_like(weight) if need
 top - p.amax(-1, keepdim=True).log() => top + p.amax(-1, keepdim=True).log()
 -1.0)).mul_(used) => -1.0))
