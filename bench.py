@@ -444,7 +444,7 @@ def plot(options: Options, files: list[str]) -> Iterator[Table]:
     """Loss curves and expert loads of the runs named, side by side: plot.png in the first one."""
     from matplotlib.figure import Figure
 
-    if not files:
+    if not files or not all((Path(run) / "log.jsonl").is_file() for run in files):
         raise ValueError("name the folders of runs: python bench.py plot out/small")
     figure = Figure((10, 5 + 2.5 * len(files)), layout="constrained")
     losses, *loads = figure.subplots(1 + len(files), height_ratios=[2] + [1] * len(files))

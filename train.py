@@ -786,7 +786,7 @@ def show_result(config: TrainConfig):
     )
     options = ("--max_new_tokens=120", "--prompt=def ", "--seed=1", f"--device={config.device}")
     sample.main([f"--ckpt={config.out}", *options])
-    info(f"\nMore: python sample.py --ckpt={config.out} --prompt='import '")
+    info(f"\nMore: python sample.py {config.out} --prompt='import '")
 
 
 def main(argv: list[str]):

@@ -1131,7 +1131,7 @@ def test_from_text_to_text_on_the_command_line(text):
     said = Path("said").read_text()
     assert "M parameters" in said and "stopped at step" in said and "\r" not in said
     done = user("train.py", *argv[2:], "--log_every=2", "--resume")
-    assert "bits/byte" in done.stderr and "python sample.py --ckpt=out/tiny" in done.stderr
+    assert "bits/byte" in done.stderr and "python sample.py out/tiny" in done.stderr
     assert done.stdout.startswith("def ")
     files = {path.name for path in Path("out/tiny").iterdir()}
     assert files == {"ckpt.pt", "best.pt", "log.jsonl", "tokenizer.tiktoken", "meta.json"}
