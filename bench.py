@@ -445,9 +445,7 @@ def plot(options: Options, files: list[str]) -> Iterator[Table]:
     from matplotlib.figure import Figure
 
     if not files or not all((Path(run) / "log.jsonl").is_file() for run in files):
-        raise ValueError(
-            "name the folders of runs, with a log.jsonl: python bench.py plot out/small"
-        )
+        raise ValueError("name the folders of runs (log.jsonl): python bench.py plot out/small")
     figure = Figure((10, 5 + 2.5 * len(files)), layout="constrained")
     losses, *loads = figure.subplots(1 + len(files), height_ratios=[2] + [1] * len(files))
     for i, run in enumerate(files):
