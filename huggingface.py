@@ -456,6 +456,7 @@ def load_model(
     except (RuntimeError, KeyError, AttributeError) as error:
         why = f"weights and configuration do not match ({quoted(error)})."
         raise ValueError(f"{ckpt}: {why}") from None
+    model.trained_length = saved.get("trained_length", model.trained_length)
     encoding = load_tokenizer(path if path.is_dir() else path.parent)
     to_bytes = texts_by_id(encoding._mergeable_ranks, encoding._special_tokens).__getitem__
     tokenizer = Tokenizer(encoding.encode_ordinary, to_bytes, [encoding.eot_token], encoding)

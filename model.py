@@ -245,10 +245,13 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(C, 1e-6)
         self.kv_b_proj = nn.Linear(C, H * (N + V), bias=False)  # per head: W^UK, W^UV
         self.o_proj = nn.Linear(H * V, D, bias=bias)
-        self.scale = (N + R) ** -0.5
-        yarn = config.rope_scaling or {}
-        if yarn.get("mscale_all_dim"):
-            self.scale *= yarn_mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
+
+    @property
+    def scale(self) -> float:
+        """Of the scores; with YaRN's temperature where rope_scaling says so (mscale_all_dim)."""
+        config, yarn = self.config, self.config.rope_scaling or {}
+        temperature = yarn_mscale(yarn.get("factor", 1), yarn.get("mscale_all_dim") or 0)
+        return (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5 * temperature**2
 
     def forward(self, h: Tensor, rope: Rope, past: Past = None) -> Tensor:
         """h (B, T, D) -> (B, T, D). past: this layer's cache (B, size, C+R), tokens in it."""
@@ -527,6 +530,7 @@ class DeepSeekV3(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.trained_length = config.max_position_embeddings  # load_model knows better for our runs
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, dense=i < config.first_k_dense_replace)
