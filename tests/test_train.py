@@ -25,6 +25,7 @@ import sysconfig
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -310,6 +311,22 @@ def test_windows_come_from_seed_and_step_alone(data):
     assert x[:, 1:].equal(y[:, :-1]) and x.shape == y.shape == (4, 16)
 
 
+def test_every_token_comes_once_in_an_epoch():
+    class Positions:
+        __len__ = lambda self: 1000  # noqa: E731
+        windows = lambda self, starts, n: starts[:, None] + np.arange(n)  # noqa: E731
+
+    data, config = (
+        SimpleNamespace(train=Positions()),
+        train.TrainConfig(batch_size=4, block_size=16),
+    )
+    x = np.concatenate([train.train_windows(data, config, step) for step in range(31)])
+    one, two = x[:, :-1].reshape(2, -1)  # 62 windows each, so the 16th step has both
+    for epoch in (one, two):
+        assert np.array_equal(np.sort(epoch), epoch.min() + np.arange(62 * 16))
+    assert x.max() < 1000 and not np.array_equal(one - one.min(), two - two.min())
+
+
 def test_a_gpu_that_only_emulates_bf16_computes_in_float32(monkeypatch):
     monkeypatch.setattr(train.sample, "usable_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -383,7 +400,7 @@ def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(monkeypatch):
             **train.split_configs(read_config_file(TINY, ModelConfig, train.TrainConfig))[0]
         )
     )
-    config = train.TrainConfig(optimizer="muon", lr=0.02, weight_decay=0.3)
+    config = train.TrainConfig(optimizer="muon", lr=0.01, adamw_lr=2.0, weight_decay=0.3)
     optimizers, expected = train.make_optimizers(model, config), {}
     for name, p in model.named_parameters():
         copies = [torch.nn.Parameter(x.clone()) for x in (p if p.ndim == 3 else [p])]
@@ -392,7 +409,7 @@ def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(monkeypatch):
             reference = torch.optim.AdamW(copies, lr=0.02, betas=(0.9, 0.95), weight_decay=decay)
         else:
             reference = torch.optim.Muon(
-                copies, lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"
+                copies, lr=0.01, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"
             )
         for _ in range(2):
             p.grad = torch.randn_like(p)
@@ -406,6 +423,8 @@ def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(monkeypatch):
         for name, p in model.named_parameters():
             p.grad = expected[name][i]
         for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * group["lr_scale"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     for name, p in model.named_parameters():
@@ -449,6 +468,7 @@ CASES = {
     ],
     "float64": [],
     "muon": ["--dtype=float32", "--optimizer=muon"],
+    "long": ["--dtype=float32", "--long_block_size=32", "--long_start=0.5", "--log_every=3"],
 }
 if os.environ.get("COMPILE"):
     CASES["compile"] = ["--dtype=float32", "--compile"]
@@ -583,6 +603,43 @@ def test_weights_of_a_hugging_face_directory_start_a_run(shared, data, capsys):
     evaluation = [line for line in log_of(out) if "val_loss" in line][-1]
     assert {k: ours[k] for k in ours} == {k: evaluation[k] for k in ours}
     assert {"val_loss", "val_bpb", "max_vio_global"} <= ours.keys()
+
+
+# ---- Long context (section 4.3) ------------------------------------------------------------------
+
+
+def test_the_last_part_of_a_run_extends_the_context(shared, data, capsys):
+    out, dataset = shared(*CASES["long"]), prepare_data.load_dataset(data)
+    config = train.TrainConfig(**load(out)["train_config"])
+    shapes = [train.train_windows(dataset, config, step).shape for step in range(8)]
+    assert shapes == [(4, 17)] * 5 + [(2, 33), (4, 17), (2, 33)]
+    model, *_ = load_model(out)
+    yarn = model.config.rope_scaling
+    assert (yarn["factor"], yarn["original_max_position_embeddings"]) == (2, 16)
+    assert model.layers[0].self_attn.scale == pytest.approx((0.1 * math.log(2) + 1) ** 2 / 24**0.5)
+    assert model.trained_length == 32
+    first, last = (line for line in log_of(out) if "val_loss" in line)
+    assert "val_bpb_long" not in first
+    long = train.evaluate(model, dataset, replace(config, block_size=32), MACHINE)["val_bpb"]
+    assert last["val_bpb_long"] == pytest.approx(long, rel=1e-6) != pytest.approx(last["val_bpb"])
+
+
+def test_the_best_checkpoint_is_one_of_the_last_phase(run, monkeypatch):
+    give_losses(monkeypatch, 1.0, 2.0, 3.0)
+    run(*CASES["long"])
+    assert load("run", "best.pt")["step"] == 8
+    run("--resume", "--steps=12")
+    assert load("run", "best.pt")["step"] == 8
+
+
+def test_another_run_may_stretch_the_context_further(run, shared):
+    first = shared(*CASES["long"])
+    yarn = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16}
+    options = ("--dtype=float32", "--steps=1", "--lr=0", "--block_size=64")
+    run(*options, f"--init_from={first}", f"--rope_scaling={yarn}", "--max_position_embeddings=64")
+    second = load("run")
+    assert second["model_config"]["rope_scaling"] == yarn and second["trained_length"] == 64
+    assert_same(load(first)["model"]["norm.weight"], second["model"]["norm.weight"])
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -1031,7 +1088,9 @@ def test_no_configuration_is_a_usage_error(argv, refused):
         (["--batch_size=10", "--batch_start=4"], "must be a multiple of the first batch, 4"),
         (["--grad_accum=3"], "that one of 1 processes x grad_accum 3"),
         (["--device=abacus"], "device 'abacus' cannot be used here"),
-        (["--block_size=900000"], "no windows of 900001 tokens"),
+        (["--block_size=257"], "windows of 257 tokens exceed max_position_embeddings 256"),
+        (["--block_size=90000", "--max_position_embeddings=90000"], "no windows of 90001 tokens"),
+        (["--long_block_size=48"], "the step's 64 tokens a multiple of it"),
         (["--vocab_size=1024"], "vocab_size is 1024"),
         (["--vocab_size=511"], "prepare the data again with --vocab_size=511"),
         (["--n_group=3"], "n_routed_experts 8 is not a multiple of n_group 3"),
