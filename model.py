@@ -523,7 +523,8 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
-    After every forward `routing` holds the chosen experts (B, T, K) of each MoE layer that ran.
+    After every forward `routing` holds the chosen experts (B, T, K) of each MoE layer that ran,
+    after one with targets `mtp_losses` the loss of each MTP depth.
     In training mode `expert_counts` (MoE layers, E) adds them up until `update_bias` uses them.
     """
 
@@ -544,6 +545,7 @@ class DeepSeekV3(nn.Module):
         counts = torch.zeros(config.moe_layers, config.n_routed_experts, dtype=torch.long)
         self.register_buffer("expert_counts", counts, persistent=False)
         self.routing: list[Tensor] = []
+        self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: forget a block's activations, redo them
         for name, parameter in self.named_parameters():  # section 4.2; norms are 1
             if parameter.ndim >= 2:
@@ -628,6 +630,7 @@ class DeepSeekV3(nn.Module):
             head_loss(h.flatten(0, 1), self.lm_head.weight, targets[:, k:].flatten())
             for k, h in enumerate(hidden)
         )
+        self.mtp_losses = [loss.detach() for loss in mtp]
         balance = [balance_loss(s, self.config.num_experts_per_tok) for s, _ in routing]
         zero = main.new_zeros(())
         return main, sum(mtp, zero) / max(1, len(mtp)), sum(balance, zero) / max(1, len(balance))

@@ -20,7 +20,7 @@ import functools
 import json
 import math
 import os
-import re
+import shlex
 import shutil
 import signal
 import sys
@@ -291,8 +291,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     eh_proj, as in Moonlight (arXiv 2502.16982), and AdamW for the rest, at adamw_lr times lr."""
     parameters, matrices = dict(model.named_parameters()), {}
     if config.optimizer == "muon":
-        other = re.compile(r"embed_tokens|lm_head|gate\.weight")
-        matrices = {n: p for n, p in parameters.items() if p.ndim > 1 and not other.search(n)}
+        other = ("embed_tokens.weight", "lm_head.weight", "gate.weight")
+        matrices = {n: p for n, p in parameters.items() if p.ndim > 1 and not n.endswith(other)}
     rest = [p for n, p in parameters.items() if n not in matrices]
     decay, scale = config.weight_decay, config.adamw_lr if matrices else 1.0
     groups = [
@@ -376,7 +376,8 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
     """
     c, T, tokens = model.config, config.block_size, data.val.arrays[0]
     E, G = c.n_routed_experts, c.n_group
-    sums = np.zeros(6)  # nats and tokens; the same of MTP; groups visited, and tokens that did
+    sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens: main, MTP depths
+    visits = torch.zeros(2, dtype=torch.long)  # groups of experts visited, by so many tokens
     counts = torch.zeros(c.moe_layers, E, dtype=torch.long, device=machine.device)
     # Every rank runs the same number of batches; where the file has ended they hold -1.
     batches = range(0, math.ceil((len(tokens) - 1) / T), config.eval_batch * machine.world)
@@ -392,25 +393,30 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
                 row[: len(piece)] = piece
             x, y = to_device(windows, machine.device)
             with machine.autocast():
-                main, mtp, _ = model(x.clamp(min=0), y)
+                main, _, _ = model(x.clamp(min=0), y)
             real = y >= 0  # (B, T) rows with something to predict
-            n, n_mtp = real.sum(), real[:, 1:].sum()
-            sums[:4] += torch.stack((main * n, n, mtp * n_mtp, n_mtp)).tolist()
+            losses = torch.stack((main, *model.mtp_losses)).cpu()
+            n = torch.stack([real[:, k:].sum() for k in range(len(losses))]).cpu()
+            sums[:, : len(losses)] += torch.stack((losses * n, n))
             for layer, chosen in enumerate(model.routing):
                 # MTP module k (from 1) has k rows fewer, and predicts the last rows' targets.
                 used = chosen[real[:, -chosen.shape[1] :]]  # (tokens, K)
                 counts[layer] += expert_counts(used, E)
                 visited = nn.functional.one_hot(used // (E // G), G).amax(1)  # (tokens, G)
-                sums[4:] += int(visited.sum()), len(used)
-    nats, n, mtp, n_mtp, visited, visitors = machine.sum(torch.from_numpy(sums)).tolist()
+                visits += torch.tensor([visited.sum(), len(used)])
+    nats, n = machine.sum(sums)
+    main, *mtp = (nats / n.clamp(min=1)).tolist()
+    groups, visitors = machine.sum(visits).clamp(min=1).tolist()
     share = machine.sum(counts) / counts.sum(1, keepdim=True).clamp(min=1)
     result = {
-        "val_loss": nats / n,
-        "val_bpb": nats / n / math.log(2) / data.val_bytes_per_token,
-        "val_mtp_loss": mtp / max(1, n_mtp),
+        "val_loss": main,
+        "val_bpb": main / math.log(2) / data.val_bytes_per_token,
+        # A depth may be easier than the main model: it lacks the window's first, hardest positions.
+        "val_mtp_loss": sum(mtp) / max(1, len(mtp)),
+        "val_mtp_losses": mtp,
         "max_vio_global": max_vio(counts).item(),
-        "nodes_per_token": visited / max(1, visitors),
-        "experts_per_node": c.num_experts_per_tok * visitors / max(1, visited),
+        "nodes_per_token": groups / visitors,
+        "experts_per_node": c.num_experts_per_tok * visitors / groups,
         "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
     }
     if (long := config.long_block_size) and long == model.trained_length:
@@ -424,16 +430,11 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
 
 # ---- Size and speed ------------------------------------------------------------------------------
 
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-}  # dense bf16
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}
 
 
 def peak_flops(device: torch.device) -> float:
+    """Of dense bf16 products; 0 where it is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), 0.0)
 
@@ -518,7 +519,7 @@ class Run:
     def restore(self, saved: dict):
         """Goes back to a checkpoint; the log loses what came after it and will come again."""
         self.step, self.tokens = saved["step"], saved["tokens"]
-        self.evaluated, self.clock_tokens = saved.get("evaluated", self.step), self.tokens
+        self.evaluated, self.clock_tokens = saved["evaluated"], self.tokens
         if (self.out / "best.pt").exists():  # it may be later and better than the checkpoint
             best = load_checkpoint(self.out / "best.pt")
             self.best = best.get("trained_length", self.config.block_size), -best["val_loss"]
@@ -530,12 +531,7 @@ class Run:
             os.replace(log.with_suffix(".tmp"), log)
         if self.step:  # every parameter's moments, cut up as it is; the settings stay this run's
             groups = dcp.get_optimizer_state_dict(self.model, self.optimizers)["param_groups"]
-            state = saved["optimizer"]
-            if isinstance(state, list):  # an earlier version numbered each optimiser's parameters
-                names = [name for group in groups for name in group["params"]]
-                numbered = [x["state"][i] for x in state for i in sorted(x["state"])]
-                state = dict(zip(names, numbered, strict=True))
-            state = {"state": state, "param_groups": groups}
+            state = {"state": saved["optimizer"], "param_groups": groups}
             options = dcp.StateDictOptions(full_state_dict=True)
             dcp.set_optimizer_state_dict(self.model, self.optimizers, state, options=options)
 
@@ -719,7 +715,9 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
 # ---- The command ---------------------------------------------------------------------------------
 
 RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
-OF_THE_COMMAND = {"resume", "overwrite", "init_from", "eval_only", "device", "out"}  # not the run
+PICTURES = ("*.png", "*.svg", "events.out.tfevents.*")  # that may lie beside them
+# Settings of the command, not of the run.
+OF_THE_COMMAND = {"resume", "overwrite", "init_from", "eval_only", "device", "out", "logger"}
 WITHOUT_WEIGHTS = {"rope_scaling", "max_position_embeddings"}  # a new phase may change them
 
 
@@ -752,7 +750,10 @@ def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> Tra
         report(f"the run keeps its settings; to apply the config file's: {' '.join(changed)}")
     old_lr, lr = lr_at(before, max(0, saved["step"] - 1)), lr_at(after, saved["step"])
     if after.steps != before.steps and lr > old_lr:
-        report(f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}")
+        report(
+            f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}; a new "
+            f"schedule from these weights would be --init_from={config.out} with another --out"
+        )
     return after
 
 
@@ -772,8 +773,11 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str]:
         best = not config.resume and (out / "best.pt").exists()
         source = out / ("best.pt" if best else "ckpt.pt")
         saved = load_checkpoint(source)
-        if config.resume and "optimizer" not in saved:
-            raise ValueError(f"{source} is no checkpoint to resume: only weights, as best.pt.")
+        if config.resume and not isinstance(saved.get("optimizer"), dict):  # an earlier version's
+            raise ValueError(
+                f"{source} has no optimiser state to resume with; start a new run from its weights "
+                f"with --init_from={source} and another --out."
+            )
         have = saved["model_config"] | {"optimizer": saved["train_config"]["optimizer"]}
         check_same(have, {k: v for k, v in given.items() if k in have}, config.out)
         return resumed(config, saved, given, in_file), {}, str(source)
@@ -834,35 +838,33 @@ def run(argv: list[str]):
         return
     if not config.resume and machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            (out / name).unlink(missing_ok=True)
+        for file in (file for name in RUN_FILES + PICTURES for file in out.glob(name)):
+            file.unlink()
         for name in ("tokenizer.tiktoken", "meta.json"):
             shutil.copyfile(folder / name, out / name)
     saved = load_checkpoint(source) if config.resume else None
     finished = train(model, data, config, machine, saved)
     torch.use_deterministic_algorithms(False)  # sampling has no use for it
     if finished and machine.rank == 0 and (out / "best.pt").exists():  # else no loss was finite
-        show_result(config)
+        show_result(config, ours.decode(data.val.arrays[0][1:9].tolist()).strip())
 
 
-def show_result(config: TrainConfig):
+def show_result(config: TrainConfig, prompt: str):
     """The last lines of a run: its validation loss, a short sample, how to get more."""
     best, T = load_checkpoint(Path(config.out) / "best.pt"), config.block_size
     text = f"{best['val_bpb']:.4f} bits/byte in windows of {T} tokens"
     if "val_bpb_long" in best:
         text += f", {best['val_bpb_long']:.4f} in windows of {config.long_block_size}"
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
-    options = ("--max_new_tokens=120", "--prompt=def ", "--seed=1", f"--device={config.device}")
-    sample.main([f"--ckpt={config.out}", *options])
-    info(f"\nMore: python sample.py {config.out} --prompt='import '")
+    options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
+    sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
+    info(f"\nMore: python sample.py {config.out} --prompt={shlex.quote(prompt[:20])}")
 
 
 def main(argv: list[str]):
     """The command; what its user can do something about ends in a sentence."""
     try:
         run(argv)
-    except ImportError as error:  # of a logger
-        raise ValueError(f"{error.name} is missing: pip install {error.name}") from None
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
