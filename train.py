@@ -43,7 +43,7 @@ import fp8
 import prepare_data
 import sample
 from config import info, parse_args, read_config_file, run_command
-from huggingface import load_checkpoint, load_model
+from huggingface import load_checkpoint, load_model, source_hash
 from model import DeepSeekV3, ModelConfig, expert_counts
 
 
@@ -539,6 +539,7 @@ class Run:
         """Every rank calls it, since sharded tensors are gathered; the first one writes."""
         state = {
             "format": "nanov3",
+            "model_sha256": source_hash(),
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
             "model": dcp.get_model_state_dict(self.model, options=WHOLE),
