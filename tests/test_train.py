@@ -563,13 +563,6 @@ def test_weights_of_a_run_start_another(run, shared):
     run("--steps=1", "--lr=0", "--gamma=0", f"--init_from={first}", out="second")
     assert_same(load(first)["model"], load("second")["model"])
     assert load("second")["step"] == 1 and log_of("second")[0]["tokens"] == 64
-    # once begun, the run's own checkpoint counts
-    run("--steps=2", f"--init_from={first}", out="third")
-    before = load("third")["model"]
-    assert not before["norm.weight"].equal(load(first)["model"]["norm.weight"])
-    run("--steps=3", "--lr=0", "--gamma=0", f"--init_from={first}", "--resume", out="third")
-    assert_same(before, load("third")["model"])
-    assert load("third")["optimizer"]["norm.weight"]["step"] == load("third")["step"] == 3
 
 
 def test_weights_of_a_hugging_face_directory_start_a_run(shared, data, capsys):
@@ -638,9 +631,13 @@ def trained(shared, data) -> tuple[DeepSeekV3, prepare_data.Dataset, train.Train
 MACHINE = train.Machine(torch.device("cpu"), torch.float64)
 
 
-def test_evaluation_predicts_every_token_once(trained, data):
+def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
     model, dataset, config = trained
-    result = train.evaluate(model, dataset, config, MACHINE)
+    result, *others = (
+        train.evaluate(model, dataset, replace(config, eval_batch=n), MACHINE) for n in (32, 1, 7)
+    )
+    for other in others:
+        assert_same(result, other, 1e-12)
     tokens = torch.from_numpy(dataset.val.arrays[0].astype(np.int64))
     assert (len(tokens) - 1) % 16, "the last window should be ragged"
     nats, mtp, mtp_count = 0.0, 0.0, 0
@@ -672,15 +669,6 @@ def test_evaluation_predicts_every_token_once(trained, data):
     assert result["experts_per_node"] == pytest.approx(2 * visits / touched, rel=1e-12)
     load_ = torch.tensor(result["expert_load"])
     assert torch.allclose(load_, counts / counts.sum(1, keepdim=True), atol=1e-5)
-
-
-def test_evaluation_does_not_depend_on_its_batch(trained):
-    model, dataset, config = trained
-    results = [
-        train.evaluate(model, dataset, replace(config, eval_batch=n), MACHINE) for n in (1, 7, 64)
-    ]
-    for other in results[1:]:
-        assert_same(results[0], other, 1e-12)
 
 
 def test_evaluation_leaves_no_trace(trained):
@@ -1067,7 +1055,6 @@ def test_no_configuration_is_a_usage_error(argv, refused):
     ("options", "words"),
     [
         (["--steps=0"], "steps is 0, but must be at least 1"),
-        (["--save_every=0"], "save_every is 0, but must be at least 1"),
         (["--dtype=float8"], "dtype is 'float8'; choose from"),
         (["--batch_size=10", "--batch_start=4"], "must be a multiple of the first batch, 4"),
         (["--grad_accum=3"], "that one of 1 processes x grad_accum 3"),
@@ -1123,29 +1110,24 @@ def test_a_checkpoint_without_an_optimiser_or_cut_short_is_refused(shared, refus
 @pytest.mark.parametrize(("name", "world"), [("base_1b", 1), ("base_1b_8gpu", 8)])
 def test_configurations_for_h100s_hold_what_they_promise(name, world):
     """Sizes, divisibility and data; no GPU has run them."""
-    files = (str(ROOT / "config" / f"{x}.py") for x in (name, "base_1b"))
-    parts = [
-        train.split_configs(read_config_file(file, ModelConfig, train.TrainConfig))
-        for file in files
-    ]
-    model_values, settings = parts[0]
-    assert model_values == parts[1][0]  # one network for both
+    (values, settings), (first, _) = (
+        train.split_configs(
+            read_config_file(str(ROOT / f"config/{x}.py"), ModelConfig, train.TrainConfig)
+        )
+        for x in (name, "base_1b")
+    )
+    assert values == first  # one network for both
     config = train.TrainConfig(**settings)
     with torch.device("meta"):
-        model = DeepSeekV3(ModelConfig(**model_values))
-    c, count = model.config, model.parameter_counts()
+        model = DeepSeekV3(ModelConfig(**values))
+    count = model.parameter_counts()
     assert 0.9e9 < count["total"] < 1.1e9 and 0.15e9 < count["active"] < 0.25e9
-    assert (c.n_routed_experts, c.n_group, c.topk_group) == (64, 8, 4) and len(model.mtp) == 1
-    assert c.vocab_size == 50257 + 47
-    assert (config.gamma, config.alpha, config.optimizer) == (0.001, 0.0001, "adamw")
-
     assert config.batch_size == 16 * world * config.grad_accum  # micro-batches of 16 windows
     assert config.batch_size * config.block_size == 524_288
     _, shards = prepare_data.SHARDS[config.data]
     assert config.steps * 524_288 < 1.01e8 * shards  # a pass, at most
     state, activations = 16 * (count["total"] + count["mtp"]), 0.85e6 * 16 * config.block_size
-    assert state < 18e9 and state + activations < 50e9  # bytes
-
+    assert state + activations < 50e9  # bytes
     sides = {n: x.shape[-2:] for n, x in model.named_parameters() if x.ndim > 1}
     odd = {n.rsplit(".", 2)[-2] for n, (a, b) in sides.items() if a % 128 or b % 128}
     assert odd == {"gate", "kv_a_proj_with_mqa"}
@@ -1168,16 +1150,12 @@ def test_from_text_to_text_on_the_command_line(text):
         return done
 
     user("prepare_data.py", str(text), "--name=tiny", "--vocab_size=512")
-    argv = [sys.executable, str(ROOT / "train.py"), TINY, "--steps=40", "--block_size=32"]
-    with open("said", "wb") as file:
-        process = subprocess.Popen([*argv, "--log_every=2"], stderr=file, env=environment)
-    wait_for(lambda: "step 4/40" in Path("said").read_text() or process.poll() is not None)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
-    said = Path("said").read_text()
-    assert "M parameters" in said and "stopped at step" in said and "\r" not in said
-    done = user("train.py", *argv[2:], "--log_every=2", "--resume")
-    assert "bits/byte" in done.stderr and "python sample.py out/tiny" in done.stderr
+    done = user("train.py", TINY, "--steps=40", "--block_size=32", "--log_every=2")
+    assert (
+        "M parameters" in done.stderr
+        and "bits/byte" in done.stderr
+        and "python sample.py out/tiny" in done.stderr
+    )
     tokens = prepare_data.load_dataset("data/tiny").val.arrays[0][1:9].tolist()
     prompt = prepare_data.load_tokenizer("out/tiny").decode(tokens).strip()
     assert done.stdout.startswith(prompt)
