@@ -37,7 +37,7 @@ def arms(base: dict) -> dict[str, run.Arm]:
         "no shared": run.Arm({"n_shared_experts": 0, "num_experts_per_tok": width // F}),
         "4 large": run.Arm(large),
         "dense": run.Arm(dense, without),
-        "dense, longer": run.Arm(dense, without, longer=1.25),
+        "dense longer": run.Arm(dense, without, longer=1.25),
     }
 
 

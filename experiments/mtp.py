@@ -21,7 +21,7 @@ import sample
 
 ARMS = {
     "off": run.Arm({"num_nextn_predict_layers": 0}),
-    "off, longer": run.Arm({"num_nextn_predict_layers": 0}, longer=1.4),
+    "off longer": run.Arm({"num_nextn_predict_layers": 0}, longer=1.5),
     "depth 2": run.Arm({"num_nextn_predict_layers": 2}),
 }
 COLUMNS = {

@@ -368,7 +368,7 @@ def save_figure(experiment: Experiment, options: Options) -> Path | None:
         info("no figure: it needs matplotlib (pip install matplotlib); --plot draws it afterwards")
         return None
     grey = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    grey |= {"axes.edgecolor": INK, "svg.fonttype": "none", "svg.hashsalt": "nanoV3"}
+    grey |= {"axes.edgecolor": INK, "axes.facecolor": "none", "svg.fonttype": "none", "svg.hashsalt": "nanoV3"}
     grey |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
     with matplotlib.rc_context(grey):
         figure = Figure((8, 3), layout="constrained")
