@@ -27,10 +27,12 @@ def draw(figure, results):
     left, right = figure.subplots(1, 2)
     run.curves(left, results, "max_vio", "MaxVio of a batch")
     left.set(ylim=(0, None))
-    run.dots(right, results, "against", "bits/byte against base (bias 0.01)")
+    run.dots(right, results, "against", "bits/byte against base")
 
 
-EXPERIMENT = run.Experiment("balance", lambda base: ARMS, COLUMNS, draw, expert_visits)
+EXPERIMENT = run.Experiment(
+    "balance", lambda base: ARMS, COLUMNS, draw, expert_visits, base="bias 0.01"
+)
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)

@@ -51,7 +51,7 @@ COLUMNS = {
 
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
-    run.dots(left, results, "against", "bits/byte against base (16 small, 1 shared)")
+    run.dots(left, results, "against", "bits/byte against base")
     for name, xs in results.items():
         x, y = zip(*((x["seconds"], x["val_bpb"]) for x in xs), strict=True)
         right.plot(x, y, "o", color=run.colour_of(results, name), label=name)
@@ -59,7 +59,7 @@ def draw(figure, results):
     right.legend(frameon=False, fontsize=8)
 
 
-EXPERIMENT = run.Experiment("experts", arms, COLUMNS, draw)
+EXPERIMENT = run.Experiment("experts", arms, COLUMNS, draw, base="16 small, 1 shared")
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)

@@ -71,7 +71,7 @@ def acceptance(trained: run.Trained) -> dict:
 
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
-    run.dots(left, results, "against", "bits/byte against base (one module)")
+    run.dots(left, results, "against", "bits/byte against base")
     for name, xs in results.items():
         for key, style in ("greedy", "-"), ("0.8", ":"):
             if xs := [x for x in xs if f"{key}_1" in x]:
@@ -82,7 +82,7 @@ def draw(figure, results):
     right.legend(frameon=False, fontsize=8)
 
 
-EXPERIMENT = run.Experiment("mtp", lambda base: ARMS, COLUMNS, draw, acceptance)
+EXPERIMENT = run.Experiment("mtp", lambda base: ARMS, COLUMNS, draw, acceptance, base="one module")
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)

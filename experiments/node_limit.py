@@ -18,11 +18,11 @@ COLUMNS = {
 
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
-    run.dots(left, results, "against", "bits/byte against base (2 groups)")
+    run.dots(left, results, "against", "bits/byte against base")
     run.dots(right, results, "experts_per_node", "experts per visited group")
 
 
-EXPERIMENT = run.Experiment("node_limit", lambda base: ARMS, COLUMNS, draw)
+EXPERIMENT = run.Experiment("node_limit", lambda base: ARMS, COLUMNS, draw, base="2 groups")
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)

@@ -88,8 +88,10 @@ class Experiment:
     columns: dict[str, str]  # of the table: key of a result -> heading
     draw: Callable[[Any, dict], None] | None = None  # (matplotlib figure, results by arm)
     measure: Callable[[Trained], dict] | None = None  # more than every run's figures
+    base: str = ""  # what the base arm is called here
     against: str = "val_bpb"  # whose difference to the base has a column
     results: str = ""  # the experiment that trains these arms, if it is another one
+    compute: Callable[[str, int], dict] | None = None  # (arm, seed): in place of a training
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -150,6 +152,7 @@ def figures_of(run: Trained) -> dict[str, Any]:
     count = run.net.parameter_counts()
     del last["step"], last["expert_load"]
     return last | {
+        "dtype": str(run.machine.dtype)[6:],
         "max_vio_batch": statistics.mean(half),  # of the batches in the log's second half
         "seconds": sum(n / x["tokens_per_s"] for n, x in zip(tokens, steps, strict=True)),
         "parameters": count["total"], "active": count["active"],
@@ -172,7 +175,9 @@ def source_hash(*files: str) -> str:
 def change_hash(arm: Arm, measure: Callable | None) -> str:
     """What makes this arm's result: its settings, and the code of what it replaces and measures."""
     code = [arm.replace[name] for name in sorted(arm.replace)] + ([measure] if measure else [])
-    code = [inspect.getsource(getattr(x, "__func__", x)) for x in code]
+    code = [getattr(x, "__func__", x) for x in code]  # of a staticmethod
+    code = [y for x in code for y in getattr(x, "__mro__", [x]) if y.__module__ == x.__module__]
+    code = [inspect.getsource(x) for x in code]
     code += [source_hash("fp8.py")] if arm.settings.get("fp8") else []
     return digest(sorted(arm.settings.items()), arm.longer, sorted(arm.replace), *code)
 
@@ -226,10 +231,6 @@ def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
     folder = Path("out/quick" if options.quick else "out/experiments")
     folder /= f"{where}-{seed}-{digest(common, change_hash(arm, None))[:8]}"
     info(f"\n{experiment.name}: {name}, seed {seed}, {options.steps} steps, in {folder}")
-    facts = {
-        "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),
-        "dtype": str(machine.dtype)[6:], "threads": torch.get_num_threads(),
-    }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for target, stand_in in arm.replace.items():
             stack.enter_context(mock.patch(target, stand_in))
@@ -238,9 +239,26 @@ def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
             values = {} if name == "base" and file != "base" else figures_of(run)
             with torch.no_grad():
                 values |= measure(run) if measure else {}
-            add_result(options, file, identity | facts | values)
+            add_result(options, file, identity | facts() | values)
     if name != "base":  # the base will be measured by other experiments too
         shutil.rmtree(folder)
+
+
+def compute_arm(experiment: Experiment, name: str, seed: int, options: Options):
+    """The same for what is computed without a training."""
+    identity = {"arm": name, "seed": seed, "steps": 0, "source": "", "corpus": ""}
+    identity["change"] = digest(inspect.getsource(inspect.getmodule(experiment.compute)))
+    if not any(identity.items() <= x.items() for x in read_results(options, experiment.name)):
+        values = experiment.compute(name, seed)
+        add_result(options, experiment.name, identity | facts() | values)
+
+
+def facts() -> dict[str, Any]:
+    """What a result depends on besides its identity."""
+    return {
+        "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
 
 
 def commit() -> str:
@@ -272,7 +290,8 @@ def collect(experiment: Experiment, options: Options) -> dict[str, list[dict]]:
         return x["seed"], x["steps"], x["source"], x["corpus"]
 
     own = read_results(options, experiment.results or experiment.name)
-    bases = {origin(x): x for x in read_results(options, "base")}
+    bases = read_results(options, "base") if not experiment.compute else own
+    bases = {origin(x): x for x in bases if x["arm"] == "base"}
     lengths = [x["steps"] for x in own if x["arm"] != "base"] or [n for _, n, *_ in bases]
     steps = max(set(lengths), key=lambda n: (lengths.count(n), n), default=options.steps)
     found = {("base", x["seed"]): x for x in bases.values()}
@@ -280,18 +299,22 @@ def collect(experiment: Experiment, options: Options) -> dict[str, list[dict]]:
         (x["arm"], x["seed"]): bases.get(origin(x), {}) | x for x in own if x["arm"] == "base"
     }
     found |= {(x["arm"], x["seed"]): x for x in own if x["arm"] != "base"}
-    results = {name: [] for name in ("base", *experiment.arms(base_settings(options)))}
+    label = {"base": f"{experiment.base} (base)" if experiment.base else "base"}
+    label |= {name: name for name in experiment.arms(base_settings(options))}
+    results = {name: [] for name in label.values()}
     for (name, _), x in sorted(found.items(), key=lambda item: item[0][1]):
         base = bases.get(origin(x), {})
         if name != "base" and experiment.against in base:
             x = x | {"against": x[experiment.against] - base[experiment.against]}
-        if name in results and x["steps"] == steps:
-            results[name].append(x)
+        if name in label and x["steps"] == steps:
+            results[label[name]].append(x)
     return results
 
 
 def number(x: float) -> str:
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}" if abs(x) >= 10 else f"{x:.3f}"
+    if abs(x) >= 10:
+        return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+    return f"{x:.3f}" if abs(x) >= 0.01 or x == 0 else f"{x:.2g}"
 
 
 def cell(values: list[float], sign: bool = False) -> str:
@@ -314,16 +337,16 @@ def table(experiment: Experiment, options: Options) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows] if runs else []
     lines[1:1] = ["|" + "---|" * len(rows[0])] if runs else []
     if runs:
-        facts = {
-            k: sorted({str(x[k]) for x in runs}) for k in ("commit", "torch", "python", "dtype")
-        }
-        facts = ", ".join(f"{k} {' and '.join(v)}" for k, v in facts.items() if v != [""])
-        lines += ["", f"{runs[0]['steps']} steps a run, {facts}."]
+        known = {k: sorted({str(x[k]) for x in runs if x.get(k)}) for k in FACTS}
+        known = [f"{k} {' and '.join(v)}" for k, v in known.items() if v]
+        length = [f"{runs[0]['steps']} steps a run"] if runs[0]["steps"] else []
+        lines += ["", f"{', '.join(length + known)}."]
     if missing := [name for name, xs in results.items() if not xs]:
         lines += ["", f"Not yet run: {', '.join(missing)}."]
     return "\n".join(lines).strip()
 
 
+FACTS = ("dtype", "threads", "torch", "python", "commit")
 INK = "#7d8590"  # grey that can be read on white and on black
 COLOURS = ["#7d8590", "#2f81f7", "#db6d28", "#2da44e", "#bf4b8a", "#a475f9", "#b08800", "#1b9e9e"]
 
@@ -368,7 +391,12 @@ def save_figure(experiment: Experiment, options: Options) -> Path | None:
         info("no figure: it needs matplotlib (pip install matplotlib); --plot draws it afterwards")
         return None
     grey = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    grey |= {"axes.edgecolor": INK, "axes.facecolor": "none", "svg.fonttype": "none", "svg.hashsalt": "nanoV3"}
+    grey |= {
+        "axes.edgecolor": INK,
+        "axes.facecolor": "none",
+        "svg.fonttype": "none",
+        "svg.hashsalt": "nanoV3",
+    }
     grey |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
     with matplotlib.rc_context(grey):
         figure = Figure((8, 3), layout="constrained")
@@ -394,33 +422,37 @@ def write_table(experiment: Experiment, options: Options):
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def main(experiment: Experiment, argv: list[str]):
-    doc = inspect.getdoc(inspect.getmodule(experiment.arms)) or __doc__
+def main(argv: list[str], *experiments: Experiment):
+    doc = inspect.getdoc(inspect.getmodule(experiments[0].arms)) or __doc__
     _, values = parse_args(doc, argv, Options)
     options = Options(**values)
     if options.quick:
         quick = {"steps": 20, "seeds": "0,1", "config": "config/tiny.py"}
         quick |= {"results": "out/quick", "docs": "out/quick"}
         options = Options(**quick | values)
-    arms = {"base": Arm()} | experiment.arms(base_settings(options))
-    chosen = options.arms.split(",") if options.arms else list(arms)
-    if unknown := [name for name in chosen if name not in arms]:
-        raise ValueError(f"no arm {unknown[0]!r}; there are: {', '.join(arms)}")
-    trainer = replace(experiment, name=experiment.results or experiment.name)
-    if not options.plot:
-        for seed in map(int, options.seeds.split(",")):  # pairs soon: a whole set for each seed
-            for name in chosen:
-                run_arm(trainer, name, arms[name], seed, options)
-    print(table(experiment, options))
-    write_table(experiment, options)
-    if path := save_figure(experiment, options):
-        info(f"figure: {path}")
+    arms = [{"base": Arm()} | x.arms(base_settings(options)) for x in experiments]
+    chosen, known = options.arms.split(",") if options.arms else [], {y for x in arms for y in x}
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"there is no arm {unknown[0]!r}; choose from {', '.join(sorted(known))}.")
+    for experiment, named in zip(experiments, arms, strict=True):
+        trainer = replace(experiment, name=experiment.results or experiment.name)
+        turns = [(int(seed), name) for seed in options.seeds.split(",") for name in named]
+        for seed, name in turns:  # all arms with one seed, then with the next: pairs come soon
+            if options.plot or name not in (chosen or named):
+                continue
+            if experiment.compute:
+                compute_arm(experiment, name, seed, options)
+            else:
+                run_arm(trainer, name, named[name], seed, options)
+        print(table(experiment, options), end="\n\n")
+        write_table(experiment, options)
+        if path := save_figure(experiment, options):
+            info(f"figure: {path}")
 
 
-def command(experiment: Experiment):
-    run_command(lambda argv: main(experiment, argv))
+def command(*experiments: Experiment):
+    run_command(lambda argv: main(argv, *experiments))
 
 
 if __name__ == "__main__":
-    base_only = Experiment("base", lambda base: {}, {"val_bpb": "bits/byte", "seconds": "seconds"})
-    command(base_only)
+    command(Experiment("base", lambda base: {}, {"val_bpb": "bits/byte", "seconds": "seconds"}))
