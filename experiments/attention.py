@@ -3,13 +3,11 @@
 Multi-head attention, and two and one key-value heads for all queries, with as many parameters as
 MLA (within 2 %: their heads are made wider or narrower). The report's predecessor (V2, arXiv
 2405.04434, Tables 8 and 9) found MLA better than multi-head attention, and that better than
-grouped queries. First, without training: what a step of one layer's attention costs when 256 to
-32,768 tokens are cached, random numbers, each form as its plain formula; "seeds" are turns.
+grouped queries. What a decoding step costs is measured by attention_step.py.
 """
 
-import time
-
 import run
+import tables
 import torch
 from torch import Tensor, nn
 
@@ -76,53 +74,16 @@ def cache_size(trained: run.Trained) -> dict:
     return {"cache_bytes": 4 * numbers * c.num_hidden_layers}
 
 
-LENGTHS = (256, 1024, 4096, 16384, 32768)
-
-
-@torch.inference_mode()
-def step_times(name: str, seed: int) -> dict:
-    """Milliseconds, the median of 9: scores, softmax and sum for the newest token's H = 4 heads."""
-    H, times = 4, {}
-    for S in LENGTHS:
-        if name == "base":  # absorbed: all heads read one row of C + R = 48 numbers
-            q, k = torch.randn(1, H, 48), torch.randn(1, S, 48)
-            v = k[..., :32]
-        else:
-            G, W = {"MHA": (4, 22), "GQA 2": (2, 29), "MQA": (1, 35)}[name]
-            q, k, v = torch.randn(G, H // G, W), torch.randn(G, S, W), torch.randn(G, S, W)
-        took = []
-        for _ in range(9):
-            began = time.perf_counter()
-            (q @ k.mT).softmax(-1) @ v
-            took.append(time.perf_counter() - began)
-        times[f"ms_{S}"] = 1000 * sorted(took)[4]
-    return times
-
-
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
-    run.dots(left, results, "against", "bits/byte against base")
-    run.dots(right, results, "cache_bytes", "cache, bytes per token (float32)")
+    tables.dots(left, results, "against", "bits/byte against base")
+    tables.dots(right, results, "cache_bytes", "cache, bytes per token (float32)")
     right.set(xlim=(0, None))
 
 
-def draw_steps(figure, results):
-    ax = figure.subplots()
-    for name, xs in results.items():
-        y = [[x[f"ms_{S}"] for x in xs] for S in LENGTHS]
-        y = [run.interval(values)[0] for values in y]
-        ax.loglog(LENGTHS, y, "o-", color=run.colour_of(results, name), label=name, base=2)
-    ax.set(xlabel="cached tokens", ylabel="ms, one layer's attention")
-    ax.legend(frameon=False, fontsize=8)
-
-
-STEPS = run.Experiment(
-    "attention_step", arms, {f"ms_{S}": f"ms, {S:,} tokens" for S in LENGTHS}, draw_steps,
-    base="MLA", against="ms_32768", compute=step_times,
-)  # fmt: skip
 COLUMNS = {"val_bpb": "bits/byte", "cache_bytes": "cache, bytes per token"}
 COLUMNS |= {"seconds": "seconds", "parameters": "parameters"}
 EXPERIMENT = run.Experiment("attention", arms, COLUMNS, draw, cache_size, base="MLA")
 
 if __name__ == "__main__":
-    run.command(STEPS, EXPERIMENT)
+    run.command(EXPERIMENT)

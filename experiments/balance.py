@@ -7,6 +7,7 @@ hundred steps needs a larger gamma than the report's 0.001, which had 14.3T toke
 """
 
 import run
+import tables
 from token_classes import expert_visits
 
 ARMS = {  # the base has gamma 0.01 and, as in the report, alpha 0.0001
@@ -25,9 +26,9 @@ COLUMNS = {
 
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
-    run.curves(left, results, "max_vio", "MaxVio of a batch")
+    tables.curves(left, results, "max_vio", "MaxVio of a batch")
     left.set(ylim=(0, None))
-    run.dots(right, results, "against", "bits/byte against base")
+    tables.dots(right, results, "against", "bits/byte against base")
 
 
 EXPERIMENT = run.Experiment(

@@ -7,6 +7,7 @@ without routing its steps are faster. The MTP module's block changes with the ot
 """
 
 import run
+import tables
 from torch import nn
 
 import model
@@ -51,10 +52,10 @@ COLUMNS = {
 
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
-    run.dots(left, results, "against", "bits/byte against base")
+    tables.dots(left, results, "against", "bits/byte against base")
     for name, xs in results.items():
         x, y = zip(*((x["seconds"], x["val_bpb"]) for x in xs), strict=True)
-        right.plot(x, y, "o", color=run.colour_of(results, name), label=name)
+        right.plot(x, y, "o", color=tables.colour_of(results, name), label=name)
     right.set(xlabel="seconds of training", ylabel="bits/byte")
     right.legend(frameon=False, fontsize=8)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import run
+import tables
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -77,10 +78,10 @@ def draw(figure, results):
     for name, xs in results.items():
         for key, style in ("by_position", "-"), ("by_position_yarn", ":"):
             if curves := [x[key] for x in xs if key in x]:
-                y = [run.interval(list(values))[0] for values in zip(*curves, strict=True)]
+                y = [tables.interval(list(values))[0] for values in zip(*curves, strict=True)]
                 label = name + (", YaRN without training" if style == ":" else "")
                 x = [FACTOR * (i + 0.5) / PARTS for i in range(PARTS)]
-                ax.plot(x, y, style, color=run.colour_of(results, name), label=label)
+                ax.plot(x, y, style, color=tables.colour_of(results, name), label=label)
     ax.set(xlabel="position, in lengths of the trained windows", ylabel="nats per token")
     ax.legend(frameon=False, fontsize=8)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import run
+import tables
 import torch
 from speculation import repeats, unseen_prompts
 
@@ -71,12 +72,12 @@ def acceptance(trained: run.Trained) -> dict:
 
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
-    run.dots(left, results, "against", "bits/byte against base")
+    tables.dots(left, results, "against", "bits/byte against base")
     for name, xs in results.items():
         for key, style in ("greedy", "-"), ("0.8", ":"):
             if xs := [x for x in xs if f"{key}_1" in x]:
                 y = [statistics.mean(x[f"{key}_{j}"] for x in xs) for j in range(1, 5)]
-                colour = run.colour_of(results, name)
+                colour = tables.colour_of(results, name)
                 right.plot(range(1, 5), y, "o" + style, color=colour, label=f"{name}, {key}")
     right.set(xlabel="draft", ylabel="share kept, own text", ylim=(0, 1), xticks=range(1, 5))
     right.legend(frameon=False, fontsize=8)

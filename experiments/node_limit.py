@@ -6,6 +6,7 @@ average (section 3.2.2). Here there are 4 groups of 4 experts, and the base has 
 """
 
 import run
+import tables
 
 ARMS = {"1 group": run.Arm({"topk_group": 1}), "4 groups": run.Arm({"topk_group": 4})}
 COLUMNS = {
@@ -18,8 +19,8 @@ COLUMNS = {
 
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
-    run.dots(left, results, "against", "bits/byte against base")
-    run.dots(right, results, "experts_per_node", "experts per visited group")
+    tables.dots(left, results, "against", "bits/byte against base")
+    tables.dots(right, results, "experts_per_node", "experts per visited group")
 
 
 EXPERIMENT = run.Experiment("node_limit", lambda base: ARMS, COLUMNS, draw, base="2 groups")
