@@ -102,29 +102,29 @@ class Experiment:
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def first_weights(settings: dict, base: dict, seed: int) -> DeepSeekV3:
-    """The arm's network, with the base's first weights wherever name and shape are the same."""
+def new_network(settings: dict, seed: int) -> DeepSeekV3:
+    torch.manual_seed(seed)
+    return DeepSeekV3(ModelConfig(**train.split_configs(settings)[0]))
 
-    def network(settings: dict) -> DeepSeekV3:
-        torch.manual_seed(seed)
-        return DeepSeekV3(ModelConfig(**train.split_configs(settings)[0]))
 
-    net, other = network(settings), network(base).state_dict()
-    own = net.state_dict()
+def begin_alike(net: DeepSeekV3, base: DeepSeekV3) -> DeepSeekV3:
+    """net with the first weights of base wherever name and shape are the same."""
+    own, other = net.state_dict(), base.state_dict()
     same = {k: v for k, v in other.items() if k in own and own[k].shape == v.shape}
     net.load_state_dict(own | same)
     return net
 
 
-def train_arm(arm: Arm, options: Options, seed: int, folder: Path) -> Trained:
-    """Trains in the folder; goes on where a run there was interrupted, or opens a finished one."""
+def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSeekV3) -> Trained:
+    """Trains in the folder, from the weights of first, the base's network; goes on where a run
+    there was interrupted, or opens a finished one."""
     base = options.base()
     settings = base | arm.settings | {"steps": round(base["steps"] * arm.longer)}
     settings |= {"seed": seed, "out": str(folder)}
     settings |= {"eval_every": settings["steps"], "save_every": max(1, settings["steps"] // 4)}
     config = train.TrainConfig(**train.split_configs(settings)[1])
     machine, saved = train.start_machine(config), None
-    net = first_weights(settings, base, seed).to(machine.device)
+    net = begin_alike(new_network(settings, seed), first).to(machine.device)
     data, source = train.open_data(config, net.config.vocab_size, machine)
     if options.quick:
         data.val = prepare_data.Tokens([data.val.arrays[0][:4096]])
@@ -205,10 +205,11 @@ def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
     folder = Path("out/quick" if options.quick else "out/experiments")
     folder /= f"{where}-{seed}-{digest(common, change_hash(arm, None))[:8]}"
     info(f"\n{experiment.name}: {name}, seed {seed}, {options.steps} steps, in {folder}")
+    first = new_network(base, seed)  # before anything stands in for its parts
     with contextlib.ExitStack() as stack:
         for target, stand_in in arm.replace.items():
             stack.enter_context(mock.patch(target, stand_in))
-        run = train_arm(arm, options, seed, folder)
+        run = train_arm(arm, options, seed, folder, first)
         for file, measure, identity in missing:
             values = {} if name == "base" and file != "base" else figures_of(run)
             with torch.no_grad():

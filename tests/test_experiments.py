@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -35,7 +36,7 @@ import token_classes
 import fp8
 import prepare_data
 import train
-from config import parse_args, read_config_file
+from config import parse_args
 from model import DeepSeekV3, ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +78,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture
 def options(place, monkeypatch) -> list[str]:
     monkeypatch.chdir(place)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(mtp, "NEW", 6)
     monkeypatch.setattr(mtp, "PROMPTS", 1)
     settings = {"steps": 2, "seeds": "0", "config": place / "tiny.py"}
@@ -94,6 +96,9 @@ def test_every_experiment_trains_its_arms_once(name, options, capsys, monkeypatc
         pytest.skip("train.py has no long windows yet")
     e = experiment(name)
     arms = list(e.arms(parsed(options).base()))
+    if name in ("balance", "specialisation", "node_limit", "fp8_loss"):
+        arms = arms[-1:]  # the others differ in numbers, or are tested below
+    options = [*options, f"--arms={','.join(['base', *arms])}"]
     page_before = f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n"
     Path("docs").mkdir(exist_ok=True)
     Path("docs/RESULTS.md").write_text(page_before)
@@ -107,9 +112,10 @@ def test_every_experiment_trains_its_arms_once(name, options, capsys, monkeypatc
         in Path(f"docs/figures/{name}.svg").read_text()
     )
     results = tables.collect(e, parsed(options))
+    results = {arm: xs[0] for arm, xs in results.items() if xs}
     for key in e.columns:
-        assert any(key in xs[0] for xs in results.values()), key
-    assert all(math.isfinite(xs[0]["val_bpb"]) for xs in results.values())
+        assert any(key in x for x in results.values()), key
+    assert all(math.isfinite(x["val_bpb"]) for x in results.values())
     monkeypatch.setattr(run, "save_figure", lambda *_: None)
     with mock.patch.object(run, "train_arm", side_effect=AssertionError("trained again")):
         run.main(options, e)
@@ -125,7 +131,7 @@ def test_what_makes_a_new_result(options, place, monkeypatch):
     monkeypatch.setattr(run, "figures_of", lambda trained: {"val_bpb": 1.0})
     trained = []
 
-    def count(arm, options, seed, folder):
+    def count(arm, options, seed, folder, first):
         trained.append(seed)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -181,16 +187,22 @@ def test_interrupted_run_goes_on_and_keeps_what_is_done(options, place):
     assert torch.equal(*weights)
 
 
-def test_arms_begin_with_the_same_weights_where_shapes_agree(place):
-    base = read_config_file(str(place / "tiny.py"), ModelConfig, train.TrainConfig)
-    first = run.first_weights(base, base, 0).state_dict()
-    assert torch.equal(first["lm_head.weight"], run.first_weights(base, base, 0).lm_head.weight)
-    large = experts.arms(base)["4 large"].settings
-    other = run.first_weights(base | large, base, 0).state_dict()
-    same = {k for k, v in other.items() if k in first and torch.equal(v, first[k])}
-    changed = {k for k in other if k not in first or other[k].shape != first[k].shape}
-    assert same == other.keys() - changed and any(".experts." in k for k in changed)
-    assert not torch.equal(first["lm_head.weight"], run.first_weights(base, base, 1).lm_head.weight)
+def test_arms_begin_with_the_same_weights_where_shapes_agree(options):
+    """Also those with other classes, whose own first weights follow another sequence."""
+    first, begun = run.new_network(parsed(options).base(), 0).state_dict(), {}
+
+    def begin(net, data, config, machine, saved):
+        begun.update(net.state_dict())
+
+    for name, part in ("experts", "dense"), ("attention", "MHA"):
+        e, begun = experiment(name), {}
+        with mock.patch.object(train, "train", begin), pytest.raises(KeyboardInterrupt):
+            run.main([*options, f"--arms={part}", "--steps=9"], e)
+        same = {k for k, v in begun.items() if k in first and torch.equal(v, first[k])}
+        other = {k for k, v in begun.items() if k not in first or first[k].shape != v.shape}
+        assert same == begun.keys() - other and 0 < len(other) < len(same)
+    other = run.new_network(parsed(options).base(), 1).lm_head.weight
+    assert not torch.equal(first["lm_head.weight"], other)
 
 
 def test_unknown_arm_is_refused_in_a_sentence(options):
