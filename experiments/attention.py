@@ -1,0 +1,89 @@
+"""What does latent attention give up for its small cache? python experiments/attention.py
+
+Multi-head attention, and two and one key-value heads for all queries, with as many parameters as
+MLA (within 2 %: their heads are made wider or narrower). The report's predecessor (V2, arXiv
+2405.04434, Tables 8 and 9) found MLA better than multi-head attention, and that better than
+grouped queries. What a decoding step costs is measured by attention_step.py.
+"""
+
+import run
+import tables
+import torch
+from torch import Tensor, nn
+
+import model
+
+
+class MultiHeadAttention(model.MLA):
+    """Every head has its own keys and values; rotary positions in the last R numbers of a head."""
+
+    kv_heads: int | None = None  # none: as many as queries
+
+    def __init__(self, config: model.ModelConfig):
+        nn.Module.__init__(self)
+        self.config, D, H = config, config.hidden_size, config.num_attention_heads
+        W, G = config.qk_nope_head_dim + config.qk_rope_head_dim, self.kv_heads or H
+        self.q_proj, self.o_proj = nn.Linear(D, H * W, bias=False), nn.Linear(H * W, D, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(D, G * W, bias=False) for _ in "kv")
+
+    def forward(self, h: Tensor, rope: model.Rope, past=None) -> Tensor:
+        c, (B, T, _) = self.config, h.shape
+        W = c.qk_nope_head_dim + c.qk_rope_head_dim
+        q, k, v = (f(h).view(B, T, -1, W) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = (self.rotated(x, rope) for x in (q, k))  # (B, T, heads, W)
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+        o = model.causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), W**-0.5)
+        return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    def rotated(self, x: Tensor, rope: model.Rope) -> Tensor:
+        still, turned = x.tensor_split([self.config.qk_nope_head_dim], -1)
+        return torch.cat((still, model.rotate(turned, rope, self.config.rope_interleave)), -1)
+
+
+class GroupedQueryAttention(MultiHeadAttention):
+    kv_heads = 2
+
+
+class MultiQueryAttention(MultiHeadAttention):
+    kv_heads = 1
+
+
+FORMS = {"MHA": MultiHeadAttention, "GQA 2": GroupedQueryAttention, "MQA": MultiQueryAttention}
+
+
+def arms(base: dict) -> dict[str, run.Arm]:
+    """Head widths with which all have MLA's number of parameters."""
+    D, H, L, C = (
+        base[k] for k in ("hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank")
+    )
+    N, R, V = (base[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    total = D * L + L * H * (N + R) + D * (C + R) + C * H * (N + V) + H * V * D
+    found = {}
+    for name, form in FORMS.items():
+        width = round(total / D / 2 / (H + (form.kv_heads or H)))
+        settings = {"qk_nope_head_dim": width - R, "v_head_dim": width}
+        found[name] = run.Arm(settings, {"model.MLA": form})
+    return found
+
+
+def cache_size(trained: run.Trained) -> dict:
+    layer, c = trained.net.layers[0].self_attn, trained.net.config
+    numbers = c.kv_lora_rank + c.qk_rope_head_dim
+    if isinstance(layer, MultiHeadAttention):
+        numbers = 2 * layer.k_proj.out_features
+    return {"cache_bytes": 4 * numbers * c.num_hidden_layers}
+
+
+def draw(figure, results):
+    left, right = figure.subplots(1, 2)
+    tables.dots(left, results, "against", "bits/byte against base")
+    tables.dots(right, results, "cache_bytes", "cache, bytes per token (float32)")
+    right.set(xlim=(0, None))
+
+
+COLUMNS = {"val_bpb": "bits/byte", "cache_bytes": "cache, bytes per token"}
+COLUMNS |= {"seconds": "seconds", "parameters": "parameters"}
+EXPERIMENT = run.Experiment("attention", arms, COLUMNS, draw, cache_size, base="MLA")
+
+if __name__ == "__main__":
+    run.command(EXPERIMENT)

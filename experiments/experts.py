@@ -1,0 +1,66 @@
+"""Many small experts and a shared one, few large ones, or none? python experiments/experts.py
+
+DeepSeekMoE (arXiv 2401.06066) cuts experts into small ones, of which a token visits several, and
+lets all tokens share one. Every arm's token visits FFNs of the same width in all, so they have the
+same active parameters but for the gate. The dense network also has a run for the base's seconds:
+without routing its steps are faster. The MTP module's block changes with the others.
+"""
+
+import run
+import tables
+from torch import nn
+
+import model
+
+
+class Dense(model.MLP):
+    """In place of the experts one FFN as wide as all that a token visits, without a gate."""
+
+    def __init__(self, config: model.ModelConfig):
+        visited = config.num_experts_per_tok + config.n_shared_experts
+        super().__init__(config.hidden_size, visited * config.moe_intermediate_size)
+
+
+def nothing_to_balance(net: nn.Module, gamma: float):
+    """In place of update_bias, which expects a gate in every layer."""
+
+
+def arms(base: dict) -> dict[str, run.Arm]:
+    K, F = base["num_experts_per_tok"], base["moe_intermediate_size"]
+    width = (K + base["n_shared_experts"]) * F  # what a token visits
+    large = {"n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": width}
+    # Of a single expert's gate value, s / s = 1, nothing would be learnt: it counts as it is.
+    large |= {"n_shared_experts": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+    dense = {"n_routed_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": width}
+    dense |= {"n_shared_experts": 0, "n_group": 1, "topk_group": 1}
+    without = {"model.MoE": Dense, "model.DeepSeekV3.update_bias": nothing_to_balance}
+    return {
+        "no shared": run.Arm({"n_shared_experts": 0, "num_experts_per_tok": width // F}),
+        "4 large": run.Arm(large),
+        "dense": run.Arm(dense, without),
+        "dense longer": run.Arm(dense, without, longer=1.25),
+    }
+
+
+COLUMNS = {
+    "val_bpb": "bits/byte",
+    "seconds": "seconds",
+    "parameters": "parameters",
+    "active": "active",
+}
+
+
+def draw(figure, results):
+    left, right = figure.subplots(1, 2)
+    tables.dots(left, results, "against", "bits/byte against base")
+    for name, xs in results.items():
+        x, y = zip(*((x["seconds"], x["val_bpb"]) for x in xs), strict=True)
+        right.plot(x, y, "o", color=tables.colour_of(results, name), label=name)
+    right.set(xlabel="seconds of training", ylabel="bits/byte")
+    right.legend(frameon=False, fontsize=8)
+
+
+EXPERIMENT = run.Experiment("experts", arms, COLUMNS, draw, base="16 small, 1 shared")
+
+if __name__ == "__main__":
+    run.command(EXPERIMENT)

@@ -1,0 +1,92 @@
+"""Do a few steps of long windows reach further? python experiments/long_context.py
+
+The report trains with windows of 4K tokens, then turns on YaRN and trains 1000 steps each with
+windows of 32K and 128K (section 4.3). Here the windows become four times as long in the last tenth
+or fifth of the run. The loss is measured by position, in windows of that length side by side over
+the validation file; of the base also with YaRN turned on afterwards, without any training.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import run
+import tables
+import torch
+from torch.nn.functional import cross_entropy
+
+import model
+
+FACTOR, PARTS = 4, 16  # windows are so many times as long; positions are averaged in so many parts
+
+
+def arms(base: dict) -> dict[str, run.Arm]:
+    long = {
+        "rope_scaling": yarn(base["block_size"]),
+        "long_block_size": FACTOR * base["block_size"],
+    }
+    return {
+        "last tenth long": run.Arm(long | {"long_start": 0.9}),
+        "last fifth long": run.Arm(long | {"long_start": 0.8}),
+    }
+
+
+def yarn(block_size: int) -> dict:
+    return {
+        "type": "yarn", "factor": float(FACTOR), "original_max_position_embeddings": block_size,
+        "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+    }  # fmt: skip
+
+
+def loss_by_position(net: model.DeepSeekV3, trained: run.Trained) -> list[float]:
+    """Nats per token in each of PARTS equal parts of the long windows."""
+    T = FACTOR * trained.config.block_size
+    ids = np.asarray(trained.data.val.arrays[0]).astype(np.int64)
+    n = (len(ids) - 1) // T
+    x, y = (torch.from_numpy(ids[i : i + n * T]).view(n, T) for i in (0, 1))
+    losses = []
+    for a, b in zip(x.split(4), y.split(4), strict=True):
+        logits = net(a.to(trained.machine.device)).flatten(0, 1)
+        losses.append(cross_entropy(logits, b.flatten().to(logits.device), reduction="none"))
+    return torch.cat(losses).view(n, PARTS, -1).mean((0, 2)).tolist()
+
+
+def measure(trained: run.Trained) -> dict:
+    net, found = trained.net, {"by_position": loss_by_position(trained.net, trained)}
+    if net.config.rope_scaling is None:
+        other = replace(net.config, rope_scaling=yarn(trained.config.block_size))
+        other = model.DeepSeekV3(other).to(trained.machine.device).eval()
+        other.load_state_dict(net.state_dict())
+        found["by_position_yarn"] = loss_by_position(other, trained)
+    quarter = PARTS // FACTOR
+    for key, losses in list(found.items()):
+        name = key.replace("by_position", "")
+        found[f"within{name}"] = sum(losses[:quarter]) / quarter
+        found[f"beyond{name}"] = sum(losses[-quarter:]) / quarter
+    return found
+
+
+COLUMNS = {
+    "val_bpb": "bits/byte, short windows",
+    "within": "nats, first quarter of long windows",
+    "beyond": "nats, last quarter",
+    "beyond_yarn": "last quarter, YaRN without training",
+}
+
+
+def draw(figure, results):
+    ax = figure.subplots()
+    for name, xs in results.items():
+        for key, style in ("by_position", "-"), ("by_position_yarn", ":"):
+            if curves := [x[key] for x in xs if key in x]:
+                y = [tables.interval(list(values))[0] for values in zip(*curves, strict=True)]
+                label = name + (", YaRN without training" if style == ":" else "")
+                x = [FACTOR * (i + 0.5) / PARTS for i in range(PARTS)]
+                ax.plot(x, y, style, color=tables.colour_of(results, name), label=label)
+    ax.set(xlabel="position, in lengths of the trained windows", ylabel="nats per token")
+    ax.legend(frameon=False, fontsize=8)
+
+
+EXPERIMENT = run.Experiment("long_context", arms, COLUMNS, draw, measure, against="beyond")
+
+if __name__ == "__main__":
+    run.command(EXPERIMENT)

@@ -1,0 +1,29 @@
+"""What does it cost that a token may visit few nodes only? python experiments/node_limit.py
+
+A token's experts lie in at most M of the groups (nodes, in the report), which bounds the traffic
+between machines (section 2.1.2). The report has M = 4 of 8 and finds 3.2 experts per node on
+average (section 3.2.2). Here there are 4 groups of 4 experts, and the base has M = 2.
+"""
+
+import run
+import tables
+
+ARMS = {"1 group": run.Arm({"topk_group": 1}), "4 groups": run.Arm({"topk_group": 4})}
+COLUMNS = {
+    "val_bpb": "bits/byte",
+    "nodes_per_token": "groups per token",
+    "experts_per_node": "experts per visited group",
+    "max_vio_global": "MaxVio, validation",
+}
+
+
+def draw(figure, results):
+    left, right = figure.subplots(1, 2)
+    tables.dots(left, results, "against", "bits/byte against base")
+    tables.dots(right, results, "experts_per_node", "experts per visited group")
+
+
+EXPERIMENT = run.Experiment("node_limit", lambda base: ARMS, COLUMNS, draw, base="2 groups")
+
+if __name__ == "__main__":
+    run.command(EXPERIMENT)

@@ -1,0 +1,140 @@
+"""Unseen code as one HTML page that shows the experts: python experiments/page.py out/small
+
+Each token has the colour of its first expert, in the layer that a slider chooses. Hovering shows
+all of its experts with their weights, and the MTP module's draft: a solid line below a token marks
+where the draft, made one token earlier, was what the model itself then took to be likeliest (it
+would have been accepted), a dotted line where it was not. The page needs no other file.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from speculation import unseen_prompts
+
+from config import info, parse_args, run_command
+from huggingface import load_model
+from model import DeepSeekV3
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Experts of unseen code</title>
+<style>
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 60em; margin: 1em auto 8em; padding: 0 1em; }
+pre { white-space: pre-wrap; font: 13px/1.9 ui-monospace, monospace; }
+pre span { border-bottom: 2px solid transparent; border-radius: 2px; }
+pre span:hover { outline: 1px solid; }
+.yes { border-bottom: 2px solid; } .no { border-bottom: 2px dotted #888; }
+#tip { position: fixed; bottom: 0; left: 0; right: 0; padding: .6em 1em; min-height: 3.2em;
+  background: Canvas; border-top: 1px solid #888; white-space: pre-wrap; }
+</style>
+<h1>Experts of unseen code</h1>
+<p>Each token has the colour of its first expert (the one with the largest weight).
+<label>MoE layer <input id="layer" type="range" min="1" value="1"> <output id="shown"></output>
+</label><br><span id="legend"></span></p>
+<p><span class="yes">Solid line</span>: the draft of the MTP module, made one token earlier, was the
+model's own choice at this place. <span class="no">Dotted line</span>: it was not. The text is
+given; the model did not write it.</p>
+<div id="texts"></div><div id="tip">Point at a token.</div>
+<script type="application/json" id="data">DATA</script>
+<script>
+const data = JSON.parse(document.getElementById("data").textContent);
+const slider = document.getElementById("layer"), tip = document.getElementById("tip"), spans = [];
+const colour = e => `hsl(${(e * 360 / data.experts) | 0} 70% ${e % 2 ? 45 : 60}% / .45)`;
+function paint() {
+  for (const [span, token] of spans)
+    span.style.background = colour(token.experts[slider.value - 1][0][0]);
+  document.getElementById("shown").textContent = slider.value;
+}
+function show(token) {
+  const list = token.experts[slider.value - 1].map(([e, w]) => `${e}: ${w.toFixed(2)}`).join(", ");
+  tip.textContent = `${JSON.stringify(token.text)}   experts ${list}`;
+  if (token.draft !== null) tip.textContent += `\\ndraft ${JSON.stringify(token.draft)}, ` +
+    `the model's choice ${JSON.stringify(token.choice)}`;
+}
+for (const text of data.texts) {
+  const pre = document.createElement("pre");
+  for (const token of text) {
+    const span = document.createElement("span");
+    span.textContent = token.text;
+    if (token.draft !== null) span.className = token.draft === token.choice ? "yes" : "no";
+    span.onmouseenter = () => show(token);
+    spans.push([span, token]);
+    pre.append(span);
+  }
+  document.getElementById("texts").append(pre);
+}
+for (let e = 0; e < data.experts; e++) {
+  const span = document.createElement("span");
+  span.textContent = ` ${e} `;
+  span.style.background = colour(e);
+  document.getElementById("legend").append(span);
+}
+slider.max = data.layers;
+slider.oninput = paint;
+paint();
+</script>
+</html>
+"""
+
+
+@dataclass
+class Options:
+    out: str = "docs/experts.html"  # the page
+    texts: int = 2  # pieces of unseen code
+    length: int = 256  # tokens of each
+
+
+@torch.no_grad()
+def describe(model: DeepSeekV3, ids: list[int], text_of) -> list[dict]:
+    """Every token's text, its experts with their weights in each layer, draft and choice."""
+    seen, gates = [], model.gates()[: model.config.moe_layers - len(model.mtp)]
+    hooks = [gate.register_forward_hook(lambda *x: seen.append(x[-1])) for gate in gates]
+    x = torch.tensor([ids], device=model.norm.weight.device)
+    logits, mtp = model(x, return_mtp=True)
+    for hook in hooks:
+        hook.remove()
+    layers = []
+    for _, chosen, weight in seen:  # (1, T, K) each
+        weight, order = weight[0].sort(descending=True)
+        layers.append(torch.stack((chosen[0].gather(1, order), weight), -1).tolist())  # (T, K, 2)
+    choice = logits[0].argmax(-1).tolist()  # [i] of token i + 1
+    draft = mtp[0][0].argmax(-1).tolist() if mtp else []  # [i] of token i + 2
+    tokens = []
+    for i, token in enumerate(ids):
+        experts = [[[int(e), round(w, 3)] for e, w in layer[i]] for layer in layers]
+        drafted = 2 <= i < len(draft) + 2
+        tokens.append({
+            "text": text_of(token), "experts": experts,
+            "draft": text_of(draft[i - 2]) if drafted else None,
+            "choice": text_of(choice[i - 1]) if i else None,
+        })  # fmt: skip
+    return tokens
+
+
+def page(model: DeepSeekV3, texts: list[list[int]], text_of) -> str:
+    found = [describe(model, ids, text_of) for ids in texts]
+    c = model.config
+    data = {"experts": c.n_routed_experts, "layers": c.moe_layers - len(model.mtp), "texts": found}
+    # In a script element "</" would end it.
+    return PAGE.replace("DATA", json.dumps(data, separators=(",", ":")).replace("</", "<\\/"))
+
+
+def main(argv: list[str]):
+    ckpt, values = parse_args(__doc__, argv, Options, positional="ckpt")
+    options = Options(**values)
+    model, tokenizer, _ = load_model(ckpt or "out/small", "cpu", torch.float32)
+    if tokenizer is None or model.config.first_k_dense_replace >= model.config.num_hidden_layers:
+        raise ValueError(f"{ckpt} has no tokenizer or no experts: name another checkpoint.")
+    texts = unseen_prompts(tokenizer.encode, options.texts, options.length)
+    html = page(model, texts, lambda i: tokenizer.to_bytes(i).decode(errors="replace"))
+    Path(options.out).write_text(html, encoding="utf-8")
+    info(f"{options.out}: {len(html) / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    run_command(main)

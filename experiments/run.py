@@ -1,0 +1,280 @@
+"""The runner that all experiments share: python experiments/NAME.py [--key=value].
+
+    --seeds=0,1,2        every arm is trained once with each        --arms=a,b   only these
+    --steps=600          the length of every run, a part of what identifies its result
+    --plot               no training: table and figure of the results that are there
+    --quick              a tiny network for a few steps, to see that all works (into out/quick)
+
+An experiment names its arms: changes to the base configuration (config/small.py at a third of its
+length), or classes and functions that stand in for others while the arm is trained. Arms of one
+seed begin with the same weights wherever their shapes agree, and see the same data. A result is one
+line in experiments/results/NAME.json, written as soon as its run ends; what is there already, from
+the same code, settings and data, is not trained again. The base arm belongs to all experiments:
+`python experiments/run.py` trains it alone. Tables have means with 95 % intervals over the seeds,
+"against base" is the difference to the base run of the same seed; they, docs/RESULTS.md and
+docs/figures/NAME.svg are made from the JSON files and nothing else.
+"""
+
+import ast
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tables import add_result, digest, read_results, save_figure, table, write_table
+
+import prepare_data
+import train
+from config import info, parse_args, read_config_file, run_command
+from huggingface import load_checkpoint
+from model import DeepSeekV3, ModelConfig
+
+ROOT = Path(train.__file__).parent
+SOURCES = ("model.py", "ops.py", "train.py")  # with the config file: what determines a training
+
+
+@dataclass
+class Options:
+    seeds: str = "0,1,2"  # every arm is trained once with each
+    steps: int = 600  # optimiser steps of a run
+    arms: str = ""  # only these, separated by commas
+    plot: bool = False  # no training: table and figure of the results that are there
+    quick: bool = False  # a tiny network for 20 steps with seeds 0 and 1: shows that all works
+    config: str = "config/small.py"  # the base configuration
+    results: str = "experiments/results"  # folder of the JSON files
+    docs: str = "docs"  # folder of RESULTS.md and figures/
+
+    def base(self) -> dict[str, Any]:
+        """The settings of the base arm: the file's, of another length."""
+        settings = read_config_file(self.config, ModelConfig, train.TrainConfig)
+        return settings | {"steps": self.steps, "log_every": max(1, self.steps // 60)}
+
+
+@dataclass
+class Arm:
+    """What is changed: settings of the base configuration, and what stands in for names of the
+    code while this arm trains, such as {"model.MLA": MultiHeadAttention}."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    replace: dict[str, Any] = field(default_factory=dict)
+    longer: float = 1.0  # times as many steps as the base
+
+
+@dataclass
+class Trained:
+    """A run that has ended: the model, and what `train.train` was called with."""
+
+    net: DeepSeekV3
+    data: prepare_data.Dataset
+    config: train.TrainConfig
+    machine: train.Machine
+
+
+@dataclass
+class Experiment:
+    name: str
+    arms: Callable[[dict], dict[str, Arm]]  # from the base configuration's settings
+    columns: dict[str, str]  # of the table: key of a result -> heading
+    draw: Callable[[Any, dict], None] | None = None  # (matplotlib figure, results by arm)
+    measure: Callable[[Trained], dict] | None = None  # more than every run's figures
+    base: str = ""  # what the base arm is called here
+    against: str = "val_bpb"  # whose difference to the base has a column
+    results: str = ""  # the experiment that trains these arms, if it is another one
+    compute: Callable[[str, int], dict] | None = None  # (arm, seed): in place of a training
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def new_network(settings: dict, seed: int) -> DeepSeekV3:
+    torch.manual_seed(seed)
+    return DeepSeekV3(ModelConfig(**train.split_configs(settings)[0]))
+
+
+def begin_alike(net: DeepSeekV3, base: DeepSeekV3) -> DeepSeekV3:
+    """net with the first weights of base wherever name and shape are the same."""
+    own, other = net.state_dict(), base.state_dict()
+    same = {k: v for k, v in other.items() if k in own and own[k].shape == v.shape}
+    net.load_state_dict(own | same)
+    return net
+
+
+def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSeekV3) -> Trained:
+    """Trains in the folder, from the weights of first, the base's network; goes on where a run
+    there was interrupted, or opens a finished one."""
+    base = options.base()
+    settings = base | arm.settings | {"steps": round(base["steps"] * arm.longer)}
+    settings |= {"seed": seed, "out": str(folder)}
+    settings |= {"eval_every": settings["steps"], "save_every": max(1, settings["steps"] // 4)}
+    config = train.TrainConfig(**train.split_configs(settings)[1])
+    machine, saved = train.start_machine(config), None
+    net = begin_alike(new_network(settings, seed), first).to(machine.device)
+    data, source = train.open_data(config, net.config.vocab_size, machine)
+    if options.quick:
+        data.val = prepare_data.Tokens([data.val.arrays[0][:4096]])
+    if (folder / "ckpt.pt").exists():
+        saved = load_checkpoint(folder / "ckpt.pt")
+        net.load_state_dict(saved["model"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.tiktoken", "meta.json"):  # so sample.py opens the folder
+        shutil.copyfile(source / name, folder / name)
+    if config.fp8:
+        net.use_fp8()
+    if not train.train(net, data, config, machine, saved):
+        raise KeyboardInterrupt
+    return Trained(net.eval(), data, config, machine)
+
+
+def figures_of(run: Trained) -> dict[str, Any]:
+    """What every run has: the last evaluation, and curves of the log."""
+    log = [json.loads(x) for x in (Path(run.config.out) / "log.jsonl").read_text().splitlines()]
+    steps, last = [x for x in log if "loss" in x], [x for x in log if "val_loss" in x][-1]
+    before = [0, *(x["tokens"] for x in steps)]
+    tokens = [x["tokens"] - n for x, n in zip(steps, before, strict=False)]
+    half = [x["max_vio"] for x in steps if 2 * x["step"] > run.config.steps]
+    count = run.net.parameter_counts()
+    del last["step"], last["expert_load"]
+    return last | {
+        "dtype": str(run.machine.dtype)[6:],
+        "max_vio_batch": statistics.mean(half),  # of the batches in the log's second half
+        "seconds": sum(n / x["tokens_per_s"] for n, x in zip(tokens, steps, strict=True)),
+        "parameters": count["total"], "active": count["active"],
+        "curve": {key: [x[key] for x in steps] for key in ("step", "loss", "max_vio")},
+    }  # fmt: skip
+
+
+# ---- Results -------------------------------------------------------------------------------------
+
+
+def code_hash(*texts: str) -> str:
+    """Of code without its comments and layout."""
+    return digest(*(ast.dump(ast.parse(textwrap.dedent(text))) for text in texts))
+
+
+@functools.cache  # as this process has loaded it
+def source_hash(*files: str) -> str:
+    return code_hash(*((ROOT / file).read_text(encoding="utf-8") for file in files))
+
+
+def change_hash(arm: Arm, measure: Callable | None) -> str:
+    """What makes this arm's result: its settings, and the code of what it replaces and measures."""
+    code = [arm.replace[name] for name in sorted(arm.replace)] + ([measure] if measure else [])
+    code = [getattr(x, "__func__", x) for x in code]  # of a staticmethod
+    code = [y for x in code for y in getattr(x, "__mro__", [x]) if y.__module__ == x.__module__]
+    code = code_hash(*map(inspect.getsource, code))
+    low = source_hash("fp8.py") if arm.settings.get("fp8") else ""
+    return digest(sorted(arm.settings.items()), arm.longer, sorted(arm.replace), code, low)
+
+
+def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Options):
+    """Makes the results of an arm and seed that are not there yet."""
+    base, machine = options.base(), train.start_machine(train.TrainConfig())
+    data = train.TrainConfig(data=base["data"], block_size=base["block_size"])
+    _, data = train.open_data(data, base["vocab_size"], machine)
+    corpus = digest(*(hashlib.sha256(x.read_bytes()).digest() for x in sorted(data.glob("*.bin"))))
+    source = source_hash(*SOURCES, options.config)
+    common = {"seed": seed, "steps": options.steps, "source": source, "corpus": corpus}
+    # The base is in two files: what every run has in base.json, what is measured besides in ours.
+    parts = [(experiment.name, experiment.measure)]
+    if name == "base":
+        parts = [("base", None), *(parts if experiment.measure else [])]
+    missing = []
+    for file, measure in parts:
+        identity = {"arm": name, **common, "change": change_hash(arm, measure)}
+        if not any(identity.items() <= x.items() for x in read_results(options, file)):
+            missing.append((file, measure, identity))
+    if not missing:
+        return
+    where = "base" if name == "base" else f"{experiment.name}-{name.replace(' ', '-')}"
+    folder = Path("out/quick" if options.quick else "out/experiments")
+    folder /= f"{where}-{seed}-{digest(common, change_hash(arm, None))[:8]}"
+    info(f"\n{experiment.name}: {name}, seed {seed}, {options.steps} steps, in {folder}")
+    first = new_network(base, seed)  # before anything stands in for its parts
+    with contextlib.ExitStack() as stack:
+        for target, stand_in in arm.replace.items():
+            stack.enter_context(mock.patch(target, stand_in))
+        run = train_arm(arm, options, seed, folder, first)
+        for file, measure, identity in missing:
+            values = {} if name == "base" and file != "base" else figures_of(run)
+            with torch.no_grad():
+                values |= measure(run) if measure else {}
+            add_result(options, file, identity | facts() | values)
+    if name != "base":  # the base will be measured by other experiments too
+        shutil.rmtree(folder)
+
+
+def compute_arm(experiment: Experiment, name: str, seed: int, options: Options):
+    """The same for what is computed without a training."""
+    identity = {"arm": name, "seed": seed, "steps": 0, "source": "", "corpus": ""}
+    identity["change"] = code_hash(inspect.getsource(experiment.compute))
+    if not any(identity.items() <= x.items() for x in read_results(options, experiment.name)):
+        values = experiment.compute(name, seed)
+        add_result(options, experiment.name, identity | facts() | values)
+
+
+def facts() -> dict[str, Any]:
+    """What a result depends on besides its identity."""
+    return {
+        "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def commit() -> str:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return ""
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def main(argv: list[str], experiment: Experiment):
+    about = inspect.getdoc(inspect.getmodule(experiment.arms)) or __doc__
+    _, values = parse_args(about, argv, Options)
+    options = Options(**values)
+    if options.quick:
+        quick = {"steps": 20, "seeds": "0,1", "config": "config/tiny.py"}
+        quick |= {"results": "out/quick", "docs": "out/quick"}
+        options = Options(**quick | values)
+    arms = {"base": Arm()} | experiment.arms(options.base())
+    chosen = options.arms.split(",") if options.arms else list(arms)
+    if unknown := [name for name in chosen if name not in arms]:
+        raise ValueError(f"there is no arm {unknown[0]!r}; choose from {', '.join(arms)}.")
+    trainer = replace(experiment, name=experiment.results or experiment.name)
+    # All arms with one seed, then with the next: there are pairs soon.
+    turns = [(int(seed), name) for seed in options.seeds.split(",") for name in chosen]
+    for seed, name in turns if not options.plot else []:
+        if experiment.compute:
+            compute_arm(experiment, name, seed, options)
+        else:
+            run_arm(trainer, name, arms[name], seed, options)
+    print(table(experiment, options))
+    write_table(experiment, options)
+    if path := save_figure(experiment, options):
+        info(f"figure: {path}")
+
+
+def command(experiment: Experiment):
+    run_command(lambda argv: main(argv, experiment))
+
+
+if __name__ == "__main__":
+    command(Experiment("base", lambda base: {}, {"val_bpb": "bits/byte", "seconds": "seconds"}))

@@ -1,0 +1,50 @@
+"""Do experts specialise, and does a balance loss hinder them? python experiments/specialisation.py
+
+The report (section 4.5.3) sees experts specialise more where a bias balances them than where a loss
+forces every sequence to be even. The classes are those of Python's own tokeniser, on validation
+text; the measure is the mutual information of a token's class and the expert it visits, in bits: 0
+if all classes visit alike. The trainings are those of balance.py, so nothing is trained twice.
+`python experiments/page.py out/small` shows single tokens of unseen code.
+"""
+
+import balance
+import numpy as np
+import run
+from token_classes import CLASSES
+
+COLUMNS = {
+    "mean_bits": "bits of class and expert, mean of layers",
+    "max_vio_global": "MaxVio, validation",
+    "val_bpb": "bits/byte",
+}
+
+
+def draw(figure, results):
+    """How much more often than all tokens those of a class visit an expert, in every layer."""
+    results = {name: xs for name, xs in results.items() if "visits" in xs[0]}
+    shown = [name for name in results if name == "loss 0.01" or name.endswith("(base)")]
+    if not shown:
+        return
+    visits = [np.array(results[name][0]["visits"], float) for name in shown]  # of the first seed
+    figure.set_size_inches(8, 0.6 + 2.2 * len(shown))
+    axes = figure.subplots(len(shown), len(visits[0]), squeeze=False)
+    for name, row, layers in zip(shown, axes, visits, strict=True):
+        for i, (ax, table) in enumerate(zip(row, layers, strict=True)):
+            share = table / np.maximum(1, table.sum(1, keepdims=True))  # of a class's visits
+            usual = table.sum(0) / max(1, table.sum())
+            ratio = np.log2(np.maximum(share, 1e-9) / np.maximum(usual, 1e-9)).clip(-3, 3)
+            ratio = ratio[:, np.argsort(ratio.argmax(0), kind="stable")]  # experts by their class
+            image = ax.imshow(ratio, "RdBu_r", aspect="auto", vmin=-3, vmax=3)
+            ax.set(title=f"{name}, MoE layer {i + 1}", xticks=[], xlabel="expert")
+            ax.title.set_size(8)
+            ax.set_yticks(range(len(CLASSES)), CLASSES if i == 0 else [""] * len(CLASSES))
+    figure.colorbar(image, ax=axes, label="visits against all tokens', log2", shrink=0.8)
+
+
+EXPERIMENT = run.Experiment(
+    "specialisation", lambda base: balance.ARMS, COLUMNS, draw, balance.expert_visits,
+    base="bias 0.01", against="mean_bits", results="balance",
+)  # fmt: skip
+
+if __name__ == "__main__":
+    run.command(EXPERIMENT)

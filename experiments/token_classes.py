@@ -1,0 +1,92 @@
+"""Which kind of Python token each token of the corpus is, and which experts each kind visits."""
+
+import keyword
+import tokenize
+from pathlib import Path
+
+import numpy as np
+import run
+import torch
+
+import prepare_data
+
+CLASSES = ["keyword", "name", "number", "string", "comment", "docstring", "operator", "space"]
+KINDS = {tokenize.NUMBER: "number", tokenize.STRING: "string", tokenize.COMMENT: "comment"}
+KINDS |= {tokenize.OP: "operator"}
+LINE_BEGINS = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+
+
+def classes_of_text(text: str) -> list[int]:
+    """The class of every character of a Python file. Raises SyntaxError, TokenError."""
+    lines = text.splitlines(keepends=True)
+    start_of, total = [], 0
+    for line in lines:
+        start_of.append(total)
+        total += len(line)
+    found, first = [CLASSES.index("space")] * len(text), True  # first: of its statement
+    for kind, _, (row, column), (row_end, column_end), _ in tokenize.generate_tokens(
+        iter([*lines, ""]).__next__
+    ):
+        name = KINDS.get(kind, "string" if "STRING" in tokenize.tok_name[kind] else "")
+        start = start_of[row - 1] + column if row <= len(lines) else total
+        end = start_of[row_end - 1] + column_end if row_end <= len(lines) else total
+        if kind == tokenize.NAME:
+            name = "keyword" if keyword.iskeyword(text[start:end]) else "name"
+        if name:
+            name = "docstring" if name == "string" and first else name
+            found[start:end] = [CLASSES.index(name)] * (end - start)
+        if kind not in (tokenize.NL, tokenize.COMMENT):
+            first = kind in LINE_BEGINS
+    return found
+
+
+def classes_of(ids: np.ndarray, folder: Path) -> np.ndarray:
+    """The class of every token, that of its first character that is no space; -1 in documents that
+    are no Python, and for <|endoftext|>."""
+    encoding = prepare_data.load_tokenizer(folder)
+    classes, ends = np.full(len(ids), -1), np.flatnonzero(ids == encoding.eot_token)
+    for begin, end in zip([0, *(ends + 1)], [*ends, len(ids)], strict=True):
+        pieces = encoding.decode_tokens_bytes(ids[begin:end].tolist())
+        try:
+            text = b"".join(pieces).decode()
+            of_char = classes_of_text(text)
+        except (UnicodeDecodeError, SyntaxError, tokenize.TokenError):
+            continue
+        of_byte = np.repeat(of_char, [len(c.encode()) for c in text]) if text else []
+        at = 0
+        for i, piece in enumerate(pieces, begin):
+            blank = len(piece) - len(piece.lstrip())
+            classes[i] = of_byte[at + (blank if blank < len(piece) else 0)]
+            at += len(piece)
+    return classes
+
+
+def information(visits: np.ndarray) -> float:
+    """Mutual information, in bits, of the rows and columns of a table of counts."""
+    p = visits / max(1, visits.sum())
+    independent = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
+    seen = p > 0
+    return float((p[seen] * np.log2(p[seen] / independent[seen])).sum())
+
+
+def expert_visits(trained: run.Trained) -> dict:
+    """How often validation tokens of each class visit each expert (layers, classes, E), and what a
+    visit tells of the token's class in bits, in each layer and as the mean."""
+    net, T, c = trained.net, trained.config.block_size, trained.net.config
+    ids = np.asarray(trained.data.val.arrays[0]).astype(np.int64)
+    ids = ids[: len(ids) // T * T]
+    classes = classes_of(ids, Path(trained.config.out)).reshape(-1, T)
+    gates = net.gates()[: c.moe_layers - len(net.mtp)]
+    visits = np.zeros((len(gates), len(CLASSES), c.n_routed_experts), int)
+    for x, kind in zip(
+        np.split(ids.reshape(-1, T), range(16, len(classes), 16)),
+        np.split(classes, range(16, len(classes), 16)),
+        strict=True,
+    ):
+        net.trunk(torch.from_numpy(x).to(trained.machine.device))
+        for layer, gate in enumerate(gates):
+            chosen = gate.__dict__.pop("routing")[1].cpu().numpy()  # (B, T, K)
+            known = kind >= 0
+            np.add.at(visits[layer], (kind[known][:, None], chosen[known]), 1)
+    bits = [information(table) for table in visits]
+    return {"visits": visits.tolist(), "bits": bits, "mean_bits": sum(bits) / max(1, len(bits))}
