@@ -169,7 +169,9 @@ def code_hash(*texts: str) -> str:
 
 @functools.cache  # as this process has loaded it
 def source_hash(*files: str) -> str:
-    return code_hash(*((ROOT / file).read_text(encoding="utf-8") for file in files))
+    """Of all the code in these files but that of decoding, which no training runs."""
+    texts = ((ROOT / file).read_text(encoding="utf-8") for file in files)
+    return code_hash(*(text.split("# ---- Decoding")[0] for text in texts))
 
 
 def change_hash(arm: Arm, measure: Callable | None) -> str:
