@@ -61,9 +61,10 @@ class Options:
     docs: str = "docs"  # folder of RESULTS.md and figures/
 
     def base(self) -> dict[str, Any]:
-        """The settings of the base arm: the file's, of another length."""
+        """The settings of the base arm: the file's, of another length, in short windows only."""
         settings = read_config_file(self.config, ModelConfig, train.TrainConfig)
-        return settings | {"steps": self.steps, "log_every": max(1, self.steps // 60)}
+        own = {"steps": self.steps, "log_every": max(1, self.steps // 60), "long_block_size": 0}
+        return settings | own
 
 
 @dataclass
