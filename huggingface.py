@@ -179,11 +179,13 @@ def from_pretrained(
         if name not in places:
             continue
         x, view, scale = file.get_tensor(name), places[name], scales.get(f"{name}_scale_inv")
-        good = x.dtype.itemsize > 1 if scale is None else x.dtype == torch.float8_e4m3fn
+        good, blocks = x.dtype.itemsize > 1, [-(-n // 128) for n in x.shape]
+        if scale is not None:
+            good = x.dtype == torch.float8_e4m3fn and list(scale.shape) == blocks
         if x.shape != view.shape or not (good and x.is_floating_point()):
             raise ValueError(
                 f"{name} in {directory} is {x.dtype} of shape {list(x.shape)}, but must be floats "
-                f"of shape {list(view.shape)}, or E4M3 with {name}_scale_inv: {why}"
+                f"of shape {list(view.shape)}, or E4M3 with a scale of shape {blocks}: {why}"
             )
         x = x if scale is None else fp8.dequantize(x, scale, fp8.BLOCK)
         if view.data_ptr() in filled and not torch.equal(x.to(view.dtype), view):
@@ -398,8 +400,8 @@ def load_model(
         why = "logits may be others than in training or, once exported, in transformers"
         info(f"model.py has changed since {path} was trained: {why} (--check=True compares)")
     trained, limit = saved.get("train_config", {}), model.config.max_position_embeddings
-    windows = max(trained.get("block_size", 0), trained.get("long_block_size", 0)) or limit
-    model.trained_length = min(windows, limit)
+    longest = max(trained.get("block_size", 0), trained.get("long_block_size", 0))
+    model.trained_length = min(saved.get("trained_length") or longest or limit, limit)
     encoding = load_tokenizer(path if path.is_dir() else path.parent)
     return model.eval(), from_encoding(encoding, [encoding.eot_token]), path
 
