@@ -124,11 +124,11 @@ def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.shared_head.head.weight", model.lm_head.weight
 
 
-def stored_tensors(directory: Path, device: str = "cpu") -> Iterator[tuple[str, Any]]:
-    """The name of every tensor with the file to get it from; one file is mapped at a time."""
+def stored_tensors(directory: Path, device: str) -> dict[str, Any]:
+    """The name of every tensor with the file to get it from, which is mapped, not read."""
     import safetensors
 
-    files = ["model.safetensors"]
+    files, tensors = ["model.safetensors"], {}
     if not (directory / files[0]).exists():
         where = read_json(directory / INDEX).get("weight_map")
         files = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
@@ -136,12 +136,12 @@ def stored_tensors(directory: Path, device: str = "cpu") -> Iterator[tuple[str, 
             raise ValueError(f"{directory / INDEX} needs a weight_map: plain file names by tensor.")
     for file in files:
         try:
-            with safetensors.safe_open(directory / file, "pt", str(device)) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
-                    yield name, tensors
+            opened = safetensors.safe_open(directory / file, "pt", str(device))
         except (OSError, safetensors.SafetensorError) as error:
             why = f"is missing, truncated or not safetensors ({error!s:.200}): fetch it again."
             raise ValueError(f"{directory / file} {why}") from None
+        tensors |= dict.fromkeys(opened.keys(), opened)
+    return tensors
 
 
 @torch.no_grad()
@@ -151,43 +151,40 @@ def from_pretrained(
     """Opens a checkpoint of the DeepSeek-V3 family in bf16, fp16, fp32 or block-wise FP8.
 
     dtype None is the one config.json names (bf16 for FP8 weights). MTP modules are there if
-    their tensors are. Besides the model, one file is mapped and one tensor decoded at a time.
-    Raises ValueError naming the file, key or tensor that is wrong.
+    their tensors are. Raises ValueError naming the file, key or tensor that is wrong.
     """
     directory, why = Path(directory), "config.json and the weights do not belong together."
     raw = read_json(directory / "config.json")
-    config, names, scales, filled = config_from_json(raw), set(), {}, set()
-    for name, file in stored_tensors(directory):
-        names.add(name)
-        if name.endswith("_scale_inv"):  # a small part, perhaps in another file than its weight
-            scales[name] = file.get_tensor(name).to(device, torch.float32, copy=True)
-    config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in names)
-    stated = "bfloat16" if scales else raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+    config, stored = config_from_json(raw), stored_tensors(directory, device)
+    config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
+    in_fp8 = any(name.endswith("_scale_inv") for name in stored)
+    stated = "bfloat16" if in_fp8 else raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
     dtype = dtype or getattr(torch, stated, None)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ValueError(f"{directory} cannot be opened as {dtype or stated}: give another dtype.")
     with torch.device("meta"):
         model = DeepSeekV3(config).to(dtype)
-    views = dict(checkpoint_views(model.materialize(device)))
+    views, filled = dict(checkpoint_views(model.materialize(device))), set()
     places = {HEAD: model.lm_head.weight} | dict(checkpoint_copies(model)) | views
-    wrong = views.keys() - names  # a copy, or a head tied to the embedding, may be there or not
-    wrong |= {x for x in names - places.keys() if x.removesuffix("_scale_inv") not in views}
+    wrong = views.keys() - stored.keys()  # a copy, or a tied head, may be there or not
+    wrong |= {x for x in stored.keys() - places if x.removesuffix("_scale_inv") not in views}
     if wrong := {x for x in wrong if not x.endswith("rotary_emb.inv_freq")}:
         state = "lacks the" if min(wrong) in views else "has the unknown"
         raise ValueError(f"{directory} {state} tensor {min(wrong)} (1 of {len(wrong)}): {why}")
-    for name, file in stored_tensors(directory, device):
+    for name, file in stored.items():
         if name not in places:
             continue
-        x, view, scale = file.get_tensor(name), places[name], scales.get(f"{name}_scale_inv")
+        x, view, scaled = file.get_tensor(name), places[name], stored.get(f"{name}_scale_inv")
         good, blocks = x.dtype.itemsize > 1, [-(-n // 128) for n in x.shape]
-        if scale is not None:
+        if scaled:
+            scale = scaled.get_tensor(f"{name}_scale_inv")
             good = x.dtype == torch.float8_e4m3fn and list(scale.shape) == blocks
         if x.shape != view.shape or not (good and x.is_floating_point()):
             raise ValueError(
                 f"{name} in {directory} is {x.dtype} of shape {list(x.shape)}, but must be floats "
                 f"of shape {list(view.shape)}, or E4M3 with a scale of shape {blocks}: {why}"
             )
-        x = x if scale is None else fp8.dequantize(x, scale, fp8.BLOCK)
+        x = fp8.dequantize(x, scale, fp8.BLOCK) if scaled else x
         if view.data_ptr() in filled and not torch.equal(x.to(view.dtype), view):
             raise ValueError(
                 f"{name} in {directory} differs from its copy under another name, but DeepSeek-V3 "
@@ -349,7 +346,7 @@ def source_hash() -> str:
     return hashlib.sha256(Path(__file__).with_name("model.py").read_bytes()).hexdigest()
 
 
-def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """What train.py saved in a file, or in a run's folder (best.pt, else ckpt.pt).
 
     Tensors stay on the disk until they are used; nothing in the file can run code. Raises
@@ -365,7 +362,7 @@ def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
         )
     saved = None
     with suppress(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError):
-        saved = torch.load(file, map_location, weights_only=True, mmap=True)
+        saved = torch.load(file, "cpu", weights_only=True, mmap=True)
     if not (isinstance(saved, dict) and isinstance(saved.get("model_config"), dict)):
         raise ValueError(
             f"{file} is truncated, no checkpoint of train.py, or holds more than tensors and "
