@@ -12,6 +12,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,34 +44,31 @@ def unknown_key(name: str, known: Iterable[str]) -> str:
     """The sentence for a key that does not exist."""
     alias = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
     close = difflib.get_close_matches(alias, list(known), 1, 0.75)  # less hints at nonsense
-    none = "the network has none" if name == "dropout" else "see --help"
-    return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else none)
+    other = "the network has none" if name == "dropout" else "see --help"
+    return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else other)
 
 
-def check_value(name: str, value: Any, annotation: Any) -> Any:
-    """The value as its field's type: 1e6 may be an int, 1 a float. Raises ValueError."""
-    kinds = kinds_of(annotation)
-    if type(value) in kinds or value in kinds:  # to isinstance a bool would be an int
-        return value
-    if float in kinds and type(value) is int:
-        return float(value)
-    if int in kinds and type(value) is float and value.is_integer():
-        return int(value)
+def as_field(name: str, value: Any, annotation: Any) -> Any:
+    """The value as its field's type: 1e6 may be an int, 1 a float. Raises ValueError.
+
+    Text, which is all that a command line has, may spell true, false, none or a literal of Python,
+    but in a field for text it stays as it is: a prompt may look like anything.
+    """
+    kinds, readings = kinds_of(annotation), [value]
+    if type(value) is str and kinds != (str,):
+        word = value.strip().lower()
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            readings.insert(0, WORDS[word] if word in WORDS else ast.literal_eval(value.strip()))
+    for x in readings:
+        if type(x) in kinds or x in kinds:  # to isinstance a bool would be an int
+            return x
+        if bool in kinds and x in (0, 1):
+            return bool(x)
+        if float in kinds and type(x) is int:
+            return float(x)
+        if int in kinds and type(x) is float and x.is_integer():
+            return int(x)
     raise ValueError(f"{name} is {value!r:.200}, expected {expected(annotation)}")
-
-
-def parse_value(name: str, text: str, annotation: Any) -> Any:
-    """A value from the command line: true, false, none, one of Python's literals, or text."""
-    kinds, word = kinds_of(annotation), text.strip().lower()
-    if kinds == (str,):  # never parsed: a prompt may be long and look like anything
-        return text
-    if bool in kinds and word in ("0", "1"):
-        return word == "1"
-    try:
-        value = WORDS[word] if word in WORDS else ast.literal_eval(text.strip())
-        return check_value(name, value, annotation)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # or nested too deep
-        return check_value(name, text, annotation)
 
 
 def parse_args(
@@ -86,9 +84,7 @@ def parse_args(
     if positional:
         parser.add_argument("0", nargs="?", metavar=positional.upper())
     source = "".join(map(inspect.getsource, config_classes))
-    fields = {
-        field.name: field for config in config_classes for field in dataclasses.fields(config)
-    }
+    fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
     for name, field in fields.items():
         comment = re.search(rf"(?m)^    {name}:.*?  # (.*)$", source)
         default = field.default if type(field.default) is str else str(field.default).lower()
@@ -104,7 +100,7 @@ def parse_args(
     values = {name: text for name, text in vars(given).items() if text is not None}
     argument = values.pop("0", None)
     try:
-        return argument, {n: parse_value(n, text, fields[n].type) for n, text in values.items()}
+        return argument, {n: as_field(n, text, fields[n].type) for n, text in values.items()}
     except ValueError as error:
         parser.error(str(error))
 
@@ -119,13 +115,11 @@ def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from None
     values = {name: value for name, value in values.items() if not name.startswith("_")}
-    fields = {
-        field.name: field for config in config_classes for field in dataclasses.fields(config)
-    }
+    fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
     for name, value in values.items():
         if name not in fields:
             raise ValueError(f"{path}: {unknown_key(name, fields)}")
-        values[name] = check_value(f"{path}: {name}", value, fields[name].type)
+        values[name] = as_field(f"{path}: {name}", value, fields[name].type)
     return values
 
 
