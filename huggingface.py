@@ -214,12 +214,11 @@ def save_pretrained(
     from safetensors.torch import save_file
 
     config, length = asdict(model.config), model.config.max_position_embeddings
-    if config["rope_scaling"]:  # YaRN falls back on max_position_embeddings, which changes here
+    if config["rope_scaling"]:  # YaRN falls back on the other key, which extra may change
         config["rope_scaling"].setdefault("original_max_position_embeddings", length)
     config |= FIXED_KEYS | {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
-        "max_position_embeddings": model.trained_length,
         "num_key_value_heads": model.config.num_attention_heads,
         "bos_token_id": None,  # unless given in extra: readers would stop at token 1
         "eos_token_id": None,
@@ -421,10 +420,11 @@ def convert(source: Path, target: Path, quantize: bool = False, overwrite: bool 
         model, tokenizer, path = load_model(source)
         folder, theirs = path if path.is_dir() else path.parent, path / "config.json"
         if theirs.exists():
-            ids = {k: x for k, x in read_json(theirs).items() if k.endswith("_token_id")}
+            keys = {k: x for k, x in read_json(theirs).items() if k.endswith("_token_id")}
         else:
-            ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos[0])
-        save_pretrained(model, new, quantize=quantize, **ids)
+            keys = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos[0])
+            keys["max_position_embeddings"] = model.trained_length
+        save_pretrained(model, new, quantize=quantize, **keys)
         for file in folder.iterdir():
             if re.fullmatch(TEXTS, file.name):
                 shutil.copyfile(file, new / file.name)

@@ -604,8 +604,8 @@ def test_a_run_knows_how_long_its_windows_were_and_so_does_its_export(run, tmp_p
         torch.save(saved | config | trained, tmp_path / "ckpt.pt")
         model = load_model(tmp_path)[0]
         assert (model.trained_length, model.config.max_position_embeddings) == (long, 640)
-        model.save_pretrained(tmp_path / "hf")
-        again = DeepSeekV3.from_pretrained(tmp_path / "hf")
+        huggingface.convert(tmp_path, tmp_path / "hf", overwrite=True)
+        again = load_model(tmp_path / "hf")[0]
         assert again.trained_length == again.config.max_position_embeddings == long
         assert difference(model(TOKENS), again(TOKENS)) == 0
     assert load_model(run)[0].trained_length == 64
@@ -615,6 +615,8 @@ def test_a_changed_model_py_is_said_in_one_line(run, tmp_path, capsys):
     assert huggingface.source_hash() == hashlib.sha256((ROOT / "model.py").read_bytes()).hexdigest()
     for name in ("tokenizer.tiktoken", "meta.json"):
         shutil.copy(run / name, tmp_path)
+    load_model(run)  # of before the key
+    assert not capsys.readouterr().err
     for sha256, lines, name in (huggingface.source_hash(), 0, "ckpt.pt"), ("0", 1, "best.pt"):
         torch.save(load_checkpoint(run) | {"model_sha256": sha256}, tmp_path / name)
         load_model(tmp_path)  # best.pt, once it is there
