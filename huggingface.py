@@ -458,10 +458,12 @@ def check(directory: Path):
 def main(argv: list[str]):
     paths = [word for word in argv if not word.startswith("-")]
     keys = [word for word in argv if word.startswith("-")]
-    text = "Write a Hugging Face directory: python huggingface.py SRC DST [--key=value]"
-    config = ConvertConfig(**parse_args(text, keys, ConvertConfig)[1])
+    about = (
+        "Write the Hugging Face directory DST from SRC: a run, a checkpoint or such a directory."
+    )
+    config = ConvertConfig(**parse_args(about, keys, ConvertConfig, positional="src dst")[1])
     if len(paths) != 2 or (config.check and config.quantize):
-        info("usage: python huggingface.py SRC DST [--quantize=True or --check=True]")
+        info("usage: python huggingface.py SRC DST [--quantize=True or --check=True]; see --help")
         sys.exit(2)
     convert(*map(Path, paths), config.quantize, config.overwrite)
     if config.check:
