@@ -91,8 +91,7 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
             raise ValueError(f"config.json has {key} {stated[key]!r}, but must have {value!r}.")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     apart = ("rope_type", "rope_theta", "partial_rotary_factor")
-    rope = {key: x for key, x in rope.items() if key not in apart and x is not None}
-    stated["rope_scaling"] = rope | {"type": kind}
+    stated["rope_scaling"] = {k: x for k, x in rope.items() if k not in apart} | {"type": kind}
     known = {field.name for field in fields(ModelConfig)}
     return ModelConfig(**{key: value for key, value in stated.items() if key in known})
 
@@ -278,8 +277,7 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
     eos = told.get("eos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if (folder / "meta.json").exists():
-        encoding = load_tokenizer(folder)
-        return from_encoding(encoding, eos or [encoding.eot_token])
+        return from_encoding(load_tokenizer(folder), eos)
     path, kimis = folder / "tokenizer.json", folder / "tiktoken.model"
     if not (path.exists() or kimis.exists()):
         return None

@@ -317,13 +317,6 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
             second.save_pretrained(directory)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert torch.equal(DeepSeekV3.from_pretrained(directory).norm.weight, first.norm.weight)
-    with monkeypatch.context() as m:  # not even between the two renames is a checkpoint lost
-        rename = os.replace
-        m.setattr(os, "replace", lambda a, b: stop(a) if b == directory else rename(a, b))
-        with pytest.raises(OSError, match="disk full"):
-            second.save_pretrained(directory)
-    (old,) = tmp_path.glob(".a.*.old")
-    assert torch.equal(DeepSeekV3.from_pretrained(old).norm.weight, first.norm.weight)
     second.save_pretrained(directory)  # one file now: the shards and their index must be gone
     assert {path.name for path in directory.iterdir()} == {"config.json", "model.safetensors"}
     assert torch.equal(DeepSeekV3.from_pretrained(directory).norm.weight, second.norm.weight)
