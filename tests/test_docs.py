@@ -12,11 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+
+import drafts
 
 import sample
 from config import read_config_file
@@ -102,6 +106,31 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface.load_model", lambda run: (model.eval(), tokenizer, tmp_path))
     exec(block[1], names := {})
     assert names["logits"].shape == (1, 3, 512) and names["further"].shape == (1, 2, 512)
+
+
+def words(svg: Path) -> list[tuple[str | None, str]]:
+    """Class and text of every piece of text in a picture."""
+    tree = ElementTree.parse(svg).getroot()
+    assert float(tree.get("width").removesuffix("pt")) <= 900  # of a README's column
+    return [(x.get("class"), x.text) for x in tree.iter() if x.tag.endswith(("text", "tspan"))]
+
+
+@pytest.mark.parametrize("svg", sorted(ROOT.glob("docs/figures/*.svg")), ids=lambda path: path.name)
+def test_pictures_have_text_to_select(svg):
+    assert words(svg)
+
+
+def test_picture_of_drafts(tmp_path, monkeypatch):
+    model = sample.DeepSeekV3(ModelConfig(**tiny())).eval()
+    tokenizer = type("", (), dict(encode=lambda text: [1, 2], to_bytes=lambda i: b"\n\t<"))
+    monkeypatch.setattr(drafts, "load_model", lambda *_: (model, tokenizer, tmp_path))
+    # Greedy text of a model that loves one token, so that all drafts stay.
+    for weight in (model.lm_head.weight, model.mtp[0].norm.weight):
+        torch.nn.init.zeros_(weight)
+    drafts.main([f"--out={tmp_path}/x.svg", "--temperature=0", "--max_new_tokens=9", "--draft=3"])
+    (_, caption), *text = words(tmp_path / "x.svg")
+    assert caption.startswith("6 of 9 tokens") and "4.00 tokens per forward" in caption
+    assert [kind for kind, part in text if part == "    <"] == [*"mdddmdddm"]
 
 
 # ---- The worked changes --------------------------------------------------------------------------
