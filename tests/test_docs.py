@@ -5,6 +5,7 @@ documents: the line, or the lines, where the file defines that name.
 """
 
 import ast
+import functools
 import importlib.util
 import re
 import shutil
@@ -34,6 +35,7 @@ LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 LINES = re.compile(r"\[([^\]]*)\]\(([^)\s#]+\.py)#L(\d+)(?:-L(\d+))?\)")
 
 
+@functools.cache
 def definitions(file: Path) -> dict[str, tuple[int, int]]:
     """First and last line of everything a file defines, a method as Class.method and method."""
     found = {}
