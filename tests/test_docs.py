@@ -83,9 +83,11 @@ def test_links_lead_somewhere(document):
 def test_commands_name_files_and_keys_that_exist():
     commands = 0
     for document in DOCUMENTS:
-        text = document.read_text(encoding="utf-8").replace("\\\n", " ")
-        for line in re.findall(r"(?m)^    .*$|`[^`\n]+`", text):
-            command = re.search(r"(?:python|train\.py|torchrun).*?([\w/]+\.py) ([^#`|]*)", line)
+        text = document.read_text(encoding="utf-8")
+        plain = re.sub(r"(?s)```.*?```", "", text).replace("\\\n", " ")
+        for line in re.findall(r"(?m)^    .*$|`[^`]+`", plain):
+            line = line.replace("\n", " ")
+            command = re.search(r"(?:python|torchrun) .*?([\w/]+\.py)\b([^#`|]*)", line)
             if not command or command[1] == "X.py":
                 continue
             assert (ROOT / command[1]).exists(), line
