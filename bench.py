@@ -451,7 +451,7 @@ def plot(options: Options, files: list[str]) -> Iterator[Table]:
             losses.plot(x, y, style, color=f"C{i}", alpha=0.25)
             losses.plot(x, mean, style, color=f"C{i}", label=f"{run} {key}")
         for point in points[:: -(len(points) // 8 + 1)]:  # at most 8 labels, one at the end
-            losses.annotate(f"{point[1]:.3f}", point, (0, 7), textcoords="offset points")
+            losses.text(*point, f"{point[1]:.3f}\n", ha="center")
         if evaluated := [line for line in log if line.get("expert_load")]:
             c, share = load_checkpoint(run)["model_config"], np.array(evaluated[-1]["expert_load"])
             layers = [*range(c["first_k_dense_replace"], c["num_hidden_layers"])]
