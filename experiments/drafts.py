@@ -52,27 +52,27 @@ def picture(pieces: list[tuple[str, str]], caption: str) -> str:
 
 def main(argv: list[str]):
     ckpt, values = parse_args(__doc__, argv, DraftsOptions, positional="ckpt")
-    options, stats = DraftsOptions(**values), sample.Stats()
+    options, forwards = DraftsOptions(**values), 0
     model, tokenizer, _ = load_model(ckpt or "out/small", "cpu", torch.float32)
     pieces, decode = (
         [(options.prompt, "p")],
         codecs.getincrementaldecoder("utf-8")("replace").decode,
     )
 
-    def on_token(row: int, ids: list[int], drafted: int):
+    def on_token(row: int, ids: list[int], drafted: int):  # once a forward
+        nonlocal forwards
+        forwards += 1
         kinds = "d" * drafted + "m" * (len(ids) - drafted)
         pieces.extend((decode(tokenizer.to_bytes(i)), k) for i, k in zip(ids, kinds, strict=True))
 
     sample.generate(
         model, torch.tensor([tokenizer.encode(options.prompt)]), options.max_new_tokens,
         temperature=options.temperature, top_k=200, speculative=options.draft, lookup=False,
-        generator=torch.Generator().manual_seed(options.seed), on_token=on_token, stats=stats,
+        generator=torch.Generator().manual_seed(options.seed), on_token=on_token,
     )  # fmt: skip
-    green = sum(kind == "d" for _, kind in pieces)
-    caption = (
-        f"{green} of {stats.tokens} tokens were drafted by the MTP module and accepted (green), "
-    )
-    caption += f"{(stats.tokens - 1) / stats.rounds:.2f} tokens per forward of the model"
+    green, tokens = sum(kind == "d" for _, kind in pieces), len(pieces) - 1
+    caption = f"{green} of {tokens} tokens were drafted by the MTP module and accepted (green), "
+    caption += f"{tokens / forwards:.2f} tokens per forward of the model"
     Path(options.out).write_text(picture(pieces, caption), encoding="utf-8")
     info(f"{caption}; wrote {options.out}")
 

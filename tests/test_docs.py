@@ -134,8 +134,9 @@ def test_picture_of_drafts(tmp_path, monkeypatch):
         torch.nn.init.zeros_(weight)
     drafts.main([f"--out={tmp_path}/x.svg", "--temperature=0", "--max_new_tokens=9", "--draft=3"])
     (_, caption), *text = words(tmp_path / "x.svg")
-    assert caption.startswith("6 of 9 tokens") and "4.00 tokens per forward" in caption
-    assert [kind for kind, part in text if part == "    <"] == [*"mdddmdddm"]
+    kinds = "".join(kind for kind, part in text if part == "    <")
+    assert re.fullmatch("m?(dddm)+d*", kinds) and len(kinds) == 9
+    assert caption.startswith(f"{kinds.count('d')} of 9 tokens") and "3.00 tokens per" in caption
 
 
 # ---- The worked changes --------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
         new = modules["model.py"]
         model = new.DeepSeekV3(new.ModelConfig(**tiny() | {"initializer_range": 0.1}))
         learns_and_writes(model, new.Cache, monkeypatch)
-        assert ("ops.Decoder gives" in capsys.readouterr().err) == ("attention" in title)
+        assert ("formulas decoding goes on" in capsys.readouterr().err) == ("attention" in title)
     if "gate" in title:
         s, _, _ = model.gates()[0](torch.randn(5, 48))
         assert torch.allclose(s.sum(-1), torch.ones(5))
