@@ -37,7 +37,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tables import add_result, digest, read_results, save_figure, table, write_table
+from tables import add_result, digest, read_results, save_figure, table, write_section
 
 import prepare_data
 import train
@@ -267,7 +267,7 @@ def main(argv: list[str], experiment: Experiment):
         else:
             run_arm(trainer, name, arms[name], seed, options)
     print(table(experiment, options))
-    write_table(experiment, options)
+    write_section(experiment, options)
     if path := save_figure(experiment, options):
         info(f"figure: {path}")
 
