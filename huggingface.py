@@ -1,23 +1,23 @@
 """Files: the layout of the released models, both ways, its tokenizers, and our own runs.
 
-    python huggingface.py SRC DST [--quantize=True] [--check=True]
+    python huggingface.py SRC DST [--quantize=True] [--check=True] [--overwrite=True]
 
 SRC is a run's folder, a checkpoint file or a Hugging Face directory; DST, the directory written,
 opens in transformers and here. Its weights are safetensors, one file or shards, each tensor under
 its released name. In FP8 the decoding factors of W's 128x128 blocks are stored as W_scale_inv.
-Optional packages are imported where they are needed: safetensors, tokenizers, transformers.
+Optional packages are imported where they are needed: safetensors, tokenizers (which brings
+huggingface_hub) and, to compare logits, transformers.
 """
 
-import base64
+import hashlib
 import json
-import os
 import pickle
 import re
 import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch import Tensor
 import fp8
 from config import info, parse_args, run_command
 from model import DeepSeekV3, ModelConfig
-from prepare_data import END_OF_TEXT, encoding_from, load_tokenizer
+from prepare_data import END_OF_TEXT, encoding_from, load_tokenizer, parse_ranks, replacing
 
 # What config.json says besides the fields of ModelConfig; there is one way to compute it.
 FIXED_KEYS = {"hidden_act": "silu", "scoring_func": "sigmoid"}
@@ -37,10 +37,13 @@ FIXED_KEYS |= {"topk_method": "noaux_tc", "moe_layer_freq": 1}
 FP8_KEYS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 # Stored in FP8 are the projections of attention and FFN, not gate, norms or eh_proj.
 FP8_WEIGHTS = re.compile(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
-EMBED, HEAD, INDEX = "model.embed_tokens.weight", "lm_head.weight", "model.safetensors.index.json"
+HEAD, INDEX = "lm_head.weight", "model.safetensors.index.json"
+# Our stacked experts (E, 2F, D) and (E, D, F) are stored expert by expert, gate and up apart.
+STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # The files that may lie in a Hugging Face directory besides config.json and weights.
 TEXTS = r"(tokenizer|tokenizer_config|special_tokens_map|generation_config)\.json"
 TEXTS += r"|tiktoken\.model|tokenization_\w+\.py|chat_template\.jinja"
+TEXTS += r"|meta\.json|tokenizer\.tiktoken"  # ours
 OURS = rf"{TEXTS}|config\.json|model(-\d+-of-\d+)?\.safetensors|{re.escape(INDEX)}"
 # How Moonlight and Kimi split text (&& is intersection): their release has it in code, not in data.
 _PRE, _END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -54,15 +57,11 @@ _HIDDEN = [byte for byte in range(256) if byte not in _SEEN]
 BYTE_CHARS = {b: chr(b) for b in _SEEN} | {b: chr(256 + i) for i, b in enumerate(_HIDDEN)}
 
 
-def quoted(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 def read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is missing or no JSON object ({quoted(error)}).") from None
+        raise ValueError(f"{path} is missing or no JSON object ({error!s:.200}).") from None
 
 
 # ---- Weights -------------------------------------------------------------------------------------
@@ -72,70 +71,57 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     """From a Hugging Face config.json, in the style of transformers 4 or 5.
 
     Keys without effect on the network are ignored. Raises ValueError for another architecture
-    and for a key whose value would change the logits in a way that is not implemented.
+    and for a value that would change the logits in a way that is not implemented.
     """
-    names = config.get("architectures") or [config.get("model_type")]
-    if not {"DeepseekV3ForCausalLM", "deepseek_v3", "kimi_k2"} & set(names):
+    kind = config.get("model_type")
+    if kind not in ("deepseek_v3", "kimi_k2"):
         raise ValueError(
-            f"config.json describes {names[0]!r}, but only the DeepSeek-V3 architecture "
-            "(DeepseekV3ForCausalLM: V3, R1, Moonlight, Kimi-K2) can be opened."
+            f"config.json has model_type {kind!r}, but only the DeepSeek-V3 architecture can be "
+            "opened: deepseek_v3 (V3, R1, Moonlight) or kimi_k2."
         )
     # transformers 5 gathers rope_theta and rope_scaling in one dictionary.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"config.json has rope_scaling {rope!r}, but must have an object.")
-    stated = config | (config.get("quantization_config") or {}) | rope
+    # Where config.json is silent, transformers' defaults hold; these differ from ours.
+    stated = {"max_position_embeddings": 4096, "initializer_range": 0.02} | config | rope
+    stated |= config.get("quantization_config") or {}
     for key, value in (FIXED_KEYS | FP8_KEYS | {"partial_rotary_factor": 1}).items():
         if stated.get(key) not in (None, value):
             raise ValueError(f"config.json has {key} {stated[key]!r}, but must have {value!r}.")
-    # Where config.json is silent, transformers' defaults hold; these differ from ours.
-    config = {"max_position_embeddings": 4096, "initializer_range": 0.02} | config
-    config["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    apart = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    apart = ("rope_type", "rope_theta", "partial_rotary_factor")
     rope = {key: x for key, x in rope.items() if key not in apart and x is not None}
-    for key, value in rope.items():
-        if not isinstance(value, int | float):
-            raise ValueError(f"config.json has {key} {value!r} in rope_scaling: expected a number.")
-    config["rope_scaling"] = {"type": kind, **rope} if rope or kind != "default" else None
-    for key in ("n_shared_experts", "num_nextn_predict_layers"):
-        config[key] = config.get(key, getattr(ModelConfig, key)) or 0
+    stated["rope_scaling"] = rope | {"type": kind}
     known = {field.name for field in fields(ModelConfig)}
-    return ModelConfig(**{key: value for key, value in config.items() if key in known})
+    return ModelConfig(**{key: value for key, value in stated.items() if key in known})
 
 
 def checkpoint_views(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint: released names, and views of our memory to read or write."""
+    L = model.config.num_hidden_layers
     for name, x in model.state_dict().items():
-        if name.startswith("mtp."):  # module k is stored as layer L + k
-            _, k, name = name.split(".", 2)
-            name = name.removeprefix("block.")
-            name = "shared_head.norm.weight" if name == "norm.weight" else name
-            name = f"model.layers.{model.config.num_hidden_layers + int(k)}.{name}"
-        elif name != HEAD:
-            name = f"model.{name}"
-        elif model.config.tie_word_embeddings:
+        if name == HEAD and model.config.tie_word_embeddings:
             continue
+        # MTP module k is stored as layer L + k, and the norm after it as shared_head.norm.
+        name = re.sub(r"^mtp\.(\d+)\.(block\.)?", lambda m: f"layers.{L + int(m[1])}.", name)
+        name = re.sub(r"(\d)\.norm\.", r"\1.shared_head.norm.", name)
+        name = name if name == HEAD else f"model.{name}"
         stem, _, kind = name.rpartition(".")
-        if kind == "gate_up_proj":  # (E, 2F, D), stored expert by expert
-            for e, weight in enumerate(x):
-                gate, up = weight.chunk(2)
-                yield f"{stem}.{e}.gate_proj.weight", gate
-                yield f"{stem}.{e}.up_proj.weight", up
-        elif kind == "down_proj":  # (E, D, F)
-            yield from ((f"{stem}.{e}.down_proj.weight", weight) for e, weight in enumerate(x))
-        else:
+        if kind not in STACKED:
             yield name, x
+            continue
+        for e, weight in enumerate(x):
+            parts = zip(STACKED[kind], weight.chunk(len(STACKED[kind])), strict=True)
+            yield from ((f"{stem}.{e}.{part}.weight", view) for part, view in parts)
 
 
-def checkpoint_copies(config: ModelConfig) -> dict[str, str]:
-    """What released checkpoints store again with every MTP layer, and what it repeats."""
-    copies, L = {}, config.num_hidden_layers
-    for layer in range(L, L + config.num_nextn_predict_layers):
-        copies[f"model.layers.{layer}.embed_tokens.weight"] = EMBED
-        head = EMBED if config.tie_word_embeddings else HEAD
-        copies[f"model.layers.{layer}.shared_head.head.weight"] = head
-    return copies
+def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
+    """What released checkpoints store once more with every MTP layer."""
+    for k in range(len(model.mtp)):
+        layer = f"model.layers.{model.config.num_hidden_layers + k}"
+        yield f"{layer}.embed_tokens.weight", model.embed_tokens.weight
+        yield f"{layer}.shared_head.head.weight", model.lm_head.weight
 
 
 def stored_tensors(directory: Path, device: str = "cpu") -> Iterator[tuple[str, Any]]:
@@ -154,10 +140,8 @@ def stored_tensors(directory: Path, device: str = "cpu") -> Iterator[tuple[str, 
                 for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
                     yield name, tensors
         except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(
-                f"{directory / file} is missing, truncated or not safetensors ({quoted(error)}): "
-                "fetch it again."
-            ) from None
+            why = f"is missing, truncated or not safetensors ({error!s:.200}): fetch it again."
+            raise ValueError(f"{directory / file} {why}") from None
 
 
 @torch.no_grad()
@@ -184,36 +168,31 @@ def from_pretrained(
         raise ValueError(f"{directory} cannot be opened as {dtype or stated}: give another dtype.")
     with torch.device("meta"):
         model = DeepSeekV3(config).to(dtype)
-    views, copies = dict(checkpoint_views(model.materialize(device))), checkpoint_copies(config)
-    if config.tie_word_embeddings:
-        copies[HEAD] = EMBED
-    names -= copies.keys() | {f"{name}_scale_inv" for name in views}  # may be there or not
-    if wrong := {x for x in views.keys() ^ names if not x.endswith("rotary_emb.inv_freq")}:
+    views = dict(checkpoint_views(model.materialize(device)))
+    places = {HEAD: model.lm_head.weight} | dict(checkpoint_copies(model)) | views
+    wrong = views.keys() - names  # a copy, or a head tied to the embedding, may be there or not
+    wrong |= {x for x in names - places.keys() if x.removesuffix("_scale_inv") not in views}
+    if wrong := {x for x in wrong if not x.endswith("rotary_emb.inv_freq")}:
         state = "lacks the" if min(wrong) in views else "has the unknown"
         raise ValueError(f"{directory} {state} tensor {min(wrong)} (1 of {len(wrong)}): {why}")
     for name, file in stored_tensors(directory, device):
-        original = copies.get(name, name)
-        if original not in views:
+        if name not in places:
             continue
-        x, view, scale = file.get_tensor(name), views[original], scales.get(f"{name}_scale_inv")
-        blocks = [-(-n // 128) for n in x.shape]
-        good = x.is_floating_point() and x.dtype.itemsize > 1
-        if scale is not None:
-            good = x.dtype == torch.float8_e4m3fn and list(scale.shape) == blocks
-        if x.shape != view.shape or not good:
+        x, view, scale = file.get_tensor(name), places[name], scales.get(f"{name}_scale_inv")
+        good = x.dtype.itemsize > 1 if scale is None else x.dtype == torch.float8_e4m3fn
+        if x.shape != view.shape or not (good and x.is_floating_point()):
             raise ValueError(
                 f"{name} in {directory} is {x.dtype} of shape {list(x.shape)}, but must be floats "
-                f"of shape {list(view.shape)}, or E4M3 with a scale of shape {blocks}: {why}"
+                f"of shape {list(view.shape)}, or E4M3 with {name}_scale_inv: {why}"
             )
-        if scale is not None:
-            x = fp8.dequantize(x, scale, fp8.BLOCK)
-        if original in filled and not torch.equal(x.to(view.dtype), view):
+        x = x if scale is None else fp8.dequantize(x, scale, fp8.BLOCK)
+        if view.data_ptr() in filled and not torch.equal(x.to(view.dtype), view):
             raise ValueError(
-                f"{name} in {directory} differs from {original}, but a DeepSeek-V3 has one "
-                "embedding and one head for all: this is another architecture."
+                f"{name} in {directory} differs from its copy under another name, but DeepSeek-V3 "
+                "has one embedding and one head for all: this is another architecture."
             )
         view.copy_(x)
-        filled.add(original)
+        filled.add(view.data_ptr())
     return model.eval()
 
 
@@ -224,23 +203,24 @@ def save_pretrained(
     *,
     quantize: bool = False,
     shard_bytes: int = 5_000_000_000,
-    files: dict[str, str] | None = None,
     **extra: Any,
 ):
     """Writes the checkpoint in the layout of the released ones, for transformers and others.
 
-    quantize: FP8 weights with 128x128 block scales, as released. shard_bytes: the most tensor
-    data in one file, scales aside. files: further text files by name (a tokenizer's). extra:
-    further keys of config.json. The directory appears whole or not at all, and replaces an
-    earlier checkpoint.
+    quantize: FP8 weights with 128x128 block scales, as released. shard_bytes: the most tensor data
+    in one file, counted before quantising. extra: further keys of config.json. The directory
+    appears whole or not at all, and replaces an earlier checkpoint.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    config = {
+    config, length = asdict(model.config), model.config.max_position_embeddings
+    if config["rope_scaling"]:  # YaRN falls back on max_position_embeddings, which changes here
+        config["rope_scaling"].setdefault("original_max_position_embeddings", length)
+    config |= FIXED_KEYS | {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
-        **asdict(model.config),
-        **FIXED_KEYS,
+        "max_position_embeddings": model.trained_length,
         "num_key_value_heads": model.config.num_attention_heads,
         "bos_token_id": None,  # unless given in extra: readers would stop at token 1
         "eos_token_id": None,
@@ -248,58 +228,23 @@ def save_pretrained(
     }
     if quantize:
         config["quantization_config"] = FP8_KEYS | {"activation_scheme": "dynamic"}
-    texts = {**(files or {}), "config.json": json.dumps(config | extra, indent=2)}
-    views = dict(checkpoint_views(model))
-    views |= {copy: views[name] for copy, name in checkpoint_copies(model.config).items()}
-    in_fp8 = {name for name in views if quantize and FP8_WEIGHTS.search(name)}
-    shards, size = [[]], 0  # the names in each file
-    for name, x in views.items():
-        size += (nbytes := x.numel() if name in in_fp8 else x.nbytes)
-        if shards[-1] and size > shard_bytes:
-            shards.append([])
-            size = nbytes
-        shards[-1].append(name)
-
-    with replacing(Path(directory)) as part:
-        weight_map, total = {}, 0
-        for i, names in enumerate(shards, 1):
-            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            file = file if len(shards) > 1 else "model.safetensors"
-            tensors = {}  # on the CPU, each in memory of its own
-            for name in names:
-                tensors[name] = views[name].cpu().clone(memory_format=torch.contiguous_format)
-                if name in in_fp8:
-                    q, scale = fp8.quantize(tensors[name], fp8.BLOCK)
-                    tensors |= {name: q, f"{name}_scale_inv": scale}
-            save_file(tensors, part / file, metadata={"format": "pt"})
+    views = dict(checkpoint_views(model)) | dict(checkpoint_copies(model))
+    sizes = {name: x.to("meta") for name, x in views.items()}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_bytes)
+    weight_map, total = {}, 0
+    with replacing(Path(directory), OURS, overwrite=True) as new:
+        for file, names in plan.filename_to_tensors.items():
+            tensors = {name: views[name].to("cpu", copy=True) for name in names}
+            for name in filter(FP8_WEIGHTS.search, names if quantize else ()):
+                tensors[name], scale = fp8.quantize(tensors[name], fp8.BLOCK)
+                tensors[f"{name}_scale_inv"] = scale
+            save_file(tensors, new / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
             total += sum(x.nbytes for x in tensors.values())
-        if len(shards) > 1:
+        if plan.is_sharded:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            texts[INDEX] = json.dumps(index, indent=2)
-        for name, text in texts.items():
-            (part / name).write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `directory` when the block succeeds, else vanishes."""
-    directory = directory.absolute()
-    for path in directory.iterdir() if directory.exists() else ():
-        if not re.fullmatch(OURS, path.name):
-            raise ValueError(f"{path} would be deleted with {directory}: choose another directory.")
-    part, old = (directory.with_name(f".{directory.name}.{end}") for end in ("new", "old"))
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        if directory.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(directory, old)
-        os.replace(part, directory)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            (new / INDEX).write_text(json.dumps(index, indent=2))
+        (new / "config.json").write_text(json.dumps(config | extra, indent=2))
 
 
 # ---- Tokenizers ----------------------------------------------------------------------------------
@@ -316,63 +261,55 @@ class Tokenizer:
     bos: int | None = None
 
 
-def texts_by_id(ranks: dict[bytes, int], special: dict[str, int]) -> defaultdict[int, bytes]:
-    texts = {i: token for token, i in ranks.items()}
-    return defaultdict(bytes, texts | {i: name.encode() for name, i in special.items()})
+def from_encoding(encoding: tiktoken.Encoding, eos: list[int]) -> Tokenizer:
+    texts = {i: token for token, i in encoding._mergeable_ranks.items()}
+    texts |= {i: name.encode() for name, i in encoding._special_tokens.items()}
+    to_bytes = defaultdict(bytes, texts).__getitem__
+    return Tokenizer(encoding.encode_ordinary, to_bytes, eos, encoding)
 
 
 def hf_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory: tokenizer.json or, as Kimi's, tiktoken.model.
+    """The tokenizer of a Hugging Face directory: ours, Kimi's tiktoken.model or tokenizer.json.
 
-    It is a tiktoken.Encoding too where one expression splits the text. DeepSeek-V3's has three
-    stages, which no single expression repeats exactly. Raises ValueError.
+    The last is no tiktoken.Encoding: DeepSeek-V3's splits text in three stages, which no single
+    expression repeats exactly. Raises ValueError.
     """
-
-    def read(name: str) -> dict[str, Any]:
-        return read_json(folder / name) if (folder / name).exists() else {}
-
-    settings = read("tokenizer_config.json")
-    eos = (read("config.json") | read("generation_config.json")).get("eos_token_id")
+    told = {}
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        told |= read_json(folder / name) if (folder / name).exists() else {}
+    eos = told.get("eos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    path, parsed, pattern = folder / "tokenizer.json", None, KIMI_PATTERN
-    path = path if path.exists() else folder / "tiktoken.model"
-    if not path.exists():
+    if (folder / "meta.json").exists():
+        encoding = load_tokenizer(folder)
+        return from_encoding(encoding, eos or [encoding.eot_token])
+    path, kimis = folder / "tokenizer.json", folder / "tiktoken.model"
+    if not (path.exists() or kimis.exists()):
         return None
-    if path.suffix == ".json":
-        import tokenizers
+    import tokenizers
+
     try:
-        if path.suffix == ".json":
-            parsed = tokenizers.Tokenizer.from_file(str(path))
-            special = {x.content: i for i, x in parsed.get_added_tokens_decoder().items()}
-            byte_of = {char: byte for byte, char in BYTE_CHARS.items()}
-            vocab = parsed.get_vocab(with_added_tokens=False).items()
-            ranks = {bytes(byte_of[c] for c in t): i for t, i in vocab if t not in special}
-            spec = read("tokenizer.json")
-            stages = (spec["pre_tokenizer"] or {}).get("pretokenizers", [])
-            single = [stage["type"] for stage in stages] == ["Split", "ByteLevel"]
-            single = single and not spec["normalizer"]
-            pattern = stages[0]["pattern"].get("Regex") if single else None
-        else:
-            lines = [line.split() for line in path.read_bytes().splitlines()]
-            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-            added = settings.get("added_tokens_decoder", {})
-            special = {token["content"]: int(i) for i, token in added.items()}
+        if kimis.exists():
+            added = told.get("added_tokens_decoder", {})
+            special = {token["content"]: int(i) for i, token in added.items() if int(i) != eos[0]}
+            special[END_OF_TEXT] = eos[0]  # the name of a special token matters to no text
+            ranks = parse_ranks(kimis.read_bytes())
+            return from_encoding(encoding_from(ranks, KIMI_PATTERN, special), eos)
+        parsed = tokenizers.Tokenizer.from_file(str(path))
+        special = {x.content: i for i, x in parsed.get_added_tokens_decoder().items()}
+        byte_of = {char: byte for byte, char in BYTE_CHARS.items()}
+        vocab = parsed.get_vocab(with_added_tokens=False).items()
+        texts = {i: bytes(byte_of[c] for c in token) for token, i in vocab if token not in special}
+        texts |= {i: content.encode() for content, i in special.items()}
     except Exception as error:  # tokenizers raises nothing more special
-        raise ValueError(f"{path} is no byte-level tokenizer ({quoted(error)}).") from None
-    # Ours is called END_OF_TEXT; the name of a special token matters to no text.
-    names = {END_OF_TEXT if i in eos[:1] else name: i for name, i in special.items()}
-    encoding = encoding_from(ranks, pattern, names) if pattern else None
-    bos = settings.get("bos_token") if settings.get("add_bos_token") else None
+        raise ValueError(f"{folder} has no byte-level tokenizer ({error!s:.200}).") from None
+    bos = told.get("bos_token") if told.get("add_bos_token") else None
     bos = special.get(bos["content"] if isinstance(bos, dict) else bos)
 
     def encode(text: str) -> list[int]:
-        begin = [] if bos is None else [bos]
-        if parsed:
-            return begin + parsed.encode(text, add_special_tokens=False).ids
-        return begin + encoding.encode_ordinary(text)
+        ids = parsed.encode(text, add_special_tokens=False).ids
+        return ids if bos is None else [bos, *ids]
 
-    to_bytes = texts_by_id(ranks, special).__getitem__
-    return Tokenizer(encode, to_bytes, eos, encoding if END_OF_TEXT in names else None, bos)
+    return Tokenizer(encode, defaultdict(bytes, texts).__getitem__, eos, bos=bos)
 
 
 def tokenizer_json(encoding: tiktoken.Encoding) -> str:
@@ -405,6 +342,11 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
+def source_hash() -> str:
+    """Of model.py: a checkpoint keeps it, since its weights mean what that code made of them."""
+    return hashlib.sha256(Path(__file__).with_name("model.py").read_bytes()).hexdigest()
+
+
 def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
     """What train.py saved in a file, or in a run's folder (best.pt, else ckpt.pt).
 
@@ -419,19 +361,15 @@ def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
             f"no checkpoint at {path}: expected a run's folder with best.pt or ckpt.pt, such a "
             "file, or a Hugging Face directory; python train.py config/small.py makes a run"
         )
-    try:
+    saved = None
+    with suppress(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError):
         saved = torch.load(file, map_location, weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError):
+    if not (isinstance(saved, dict) and isinstance(saved.get("model_config"), dict)):
         raise ValueError(
             f"{file} is truncated, no checkpoint of train.py, or holds more than tensors and "
             "numbers, which could run code; copy it again or use another one"
-        ) from None
-    saved = saved if isinstance(saved, dict) else {"": saved}
-    config, known = saved.get("model_config"), {field.name for field in fields(ModelConfig)}
-    if not (isinstance(config, dict) and isinstance(saved.get("model"), dict)):
-        keys = ", ".join(map(str, list(saved)[:4]))
-        raise ValueError(f"{file} is no checkpoint of train.py (it holds {keys}).")
-    if unknown := config.keys() - known:
+        )
+    if unknown := saved["model_config"].keys() - {field.name for field in fields(ModelConfig)}:
         raise ValueError(f"{file} has the setting {min(unknown)!r} of another version.")
     return saved
 
@@ -453,13 +391,16 @@ def load_model(
     try:
         stored = saved["model"]["norm.weight"].dtype
         model.to(dtype or stored).materialize(device).load_state_dict(saved["model"])
-    except (RuntimeError, KeyError, AttributeError) as error:
-        why = f"weights and configuration do not match ({quoted(error)})."
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        why = f"weights and configuration do not match ({error!s:.200})."
         raise ValueError(f"{ckpt}: {why}") from None
+    if saved.get("model_sha256", source_hash()) != source_hash():
+        why = "logits may be others than in training or, once exported, in transformers"
+        info(f"model.py has changed since {path} was trained: {why} (--check=True compares)")
+    windows = saved.get("train_config", {}).get("block_size", model.trained_length)
+    model.trained_length = saved.get("trained_length", windows)  # earlier versions had one length
     encoding = load_tokenizer(path if path.is_dir() else path.parent)
-    to_bytes = texts_by_id(encoding._mergeable_ranks, encoding._special_tokens).__getitem__
-    tokenizer = Tokenizer(encoding.encode_ordinary, to_bytes, [encoding.eot_token], encoding)
-    return model.eval(), tokenizer, path
+    return model.eval(), from_encoding(encoding, [encoding.eot_token]), path
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -469,23 +410,29 @@ def load_model(
 class ConvertConfig:
     quantize: bool = False  # FP8 weights with 128x128 block scales, as released
     check: bool = False  # compare logits with those of transformers (not where weights are FP8)
+    overwrite: bool = False  # replace an earlier checkpoint in DST
 
 
-def convert(source: Path, target: Path, quantize: bool):
+def convert(source: Path, target: Path, quantize: bool = False, overwrite: bool = False):
     """Writes what transformers' AutoModelForCausalLM and AutoTokenizer open."""
-    if (source / "config.json").exists():  # its texts and ids are kept
-        model, raw = from_pretrained(source), read_json(source / "config.json")
-        ids = {k: raw.get(k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        kept = [file for file in source.iterdir() if re.fullmatch(TEXTS, file.name)]
-        texts = {file.name: file.read_text(encoding="utf-8") for file in kept}
-    else:
-        model, tokenizer, _ = load_model(source)
-        names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
-        ids = {f"{name}_id": tokenizer.eos[0] for name in names}
-        settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | names, indent=2)
-        texts = {"tokenizer_config.json": settings}
-        texts["tokenizer.json"] = tokenizer_json(tokenizer.encoding)
-    save_pretrained(model, target, quantize=quantize, files=texts, **ids)
+    if target.resolve() == source.resolve():
+        raise ValueError(f"{target} would replace what it is made from: choose another DST.")
+    with replacing(target, OURS, overwrite) as new:  # refuses before a large model is opened
+        model, tokenizer, path = load_model(source)
+        folder, theirs = path if path.is_dir() else path.parent, path / "config.json"
+        if theirs.exists():
+            ids = {k: x for k, x in read_json(theirs).items() if k.endswith("_token_id")}
+        else:
+            ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos[0])
+        save_pretrained(model, new, quantize=quantize, **ids)
+        for file in folder.iterdir():
+            if re.fullmatch(TEXTS, file.name):
+                shutil.copyfile(file, new / file.name)
+        if not theirs.exists():
+            settings = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            (new / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+            (new / "tokenizer.json").write_text(tokenizer_json(tokenizer.encoding), "utf-8")
     info(f"wrote {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
 
 
@@ -509,14 +456,14 @@ def check(directory: Path):
 
 
 def main(argv: list[str]):
-    text = "Write a Hugging Face directory: python huggingface.py SRC DST [--key=value]"
     paths = [word for word in argv if not word.startswith("-")]
-    _, values = parse_args(text, [word for word in argv if word.startswith("-")], ConvertConfig)
-    config = ConvertConfig(**values)
+    keys = [word for word in argv if word.startswith("-")]
+    text = "Write a Hugging Face directory: python huggingface.py SRC DST [--key=value]"
+    config = ConvertConfig(**parse_args(text, keys, ConvertConfig)[1])
     if len(paths) != 2 or (config.check and config.quantize):
         info("usage: python huggingface.py SRC DST [--quantize=True or --check=True]")
         sys.exit(2)
-    convert(*map(Path, paths), config.quantize)
+    convert(*map(Path, paths), config.quantize, config.overwrite)
     if config.check:
         check(Path(paths[1]))
 

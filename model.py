@@ -245,10 +245,13 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(C, 1e-6)
         self.kv_b_proj = nn.Linear(C, H * (N + V), bias=False)  # per head: W^UK, W^UV
         self.o_proj = nn.Linear(H * V, D, bias=bias)
-        self.scale = (N + R) ** -0.5
-        yarn = config.rope_scaling or {}
-        if yarn.get("mscale_all_dim"):
-            self.scale *= yarn_mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
+
+    @property
+    def scale(self) -> float:
+        """Of the scores; with YaRN's temperature where rope_scaling says so (mscale_all_dim)."""
+        config, yarn = self.config, self.config.rope_scaling or {}
+        temperature = yarn_mscale(yarn.get("factor", 1), yarn.get("mscale_all_dim") or 0)
+        return (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5 * temperature**2
 
     def forward(self, h: Tensor, rope: Rope, past: Past = None) -> Tensor:
         """h (B, T, D) -> (B, T, D). past: this layer's cache (B, size, C+R), tokens in it."""
@@ -520,13 +523,15 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
-    After every forward `routing` holds the chosen experts (B, T, K) of each MoE layer that ran.
+    After every forward `routing` holds the chosen experts (B, T, K) of each MoE layer that ran,
+    after one with targets `mtp_losses` the loss of each MTP depth.
     In training mode `expert_counts` (MoE layers, E) adds them up until `update_bias` uses them.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.trained_length = config.max_position_embeddings  # load_model knows better for our runs
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, dense=i < config.first_k_dense_replace)
@@ -540,6 +545,7 @@ class DeepSeekV3(nn.Module):
         counts = torch.zeros(config.moe_layers, config.n_routed_experts, dtype=torch.long)
         self.register_buffer("expert_counts", counts, persistent=False)
         self.routing: list[Tensor] = []
+        self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: forget a block's activations, redo them
         for name, parameter in self.named_parameters():  # section 4.2; norms are 1
             if parameter.ndim >= 2:
@@ -624,6 +630,7 @@ class DeepSeekV3(nn.Module):
             head_loss(h.flatten(0, 1), self.lm_head.weight, targets[:, k:].flatten())
             for k, h in enumerate(hidden)
         )
+        self.mtp_losses = [loss.detach() for loss in mtp]
         balance = [balance_loss(s, self.config.num_experts_per_tok) for s, _ in routing]
         zero = main.new_zeros(())
         return main, sum(mtp, zero) / max(1, len(mtp)), sum(balance, zero) / max(1, len(balance))

@@ -21,8 +21,9 @@ import re
 import shutil
 import sysconfig
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -54,7 +55,7 @@ NOT_CORPUS = re.compile(
     r"(^|/)((site|dist)-packages|__pycache__|tests?|idle_test|idlelib|lib2to3|turtledemo|ensurepip"
     r"|encodings|pydoc_data|_sysconfigdata[^/]*)(/|$)"
 )
-OURS = re.compile(r"meta\.json|tokenizer\.tiktoken|(train(_\d+)?|val)\.bin")  # what we may replace
+OURS = r"meta\.json|tokenizer\.tiktoken|(train(_\d+)?|val)\.bin"  # what we may replace
 AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder is there)"
 
 
@@ -179,19 +180,17 @@ def read_source(config: DataConfig) -> tuple[list[str], list[str]]:
 # ---- The tokenizer ------------------------------------------------------------------------------
 
 
-def train_bpe(words: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes, int]:
+def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes, int]:
     """Byte-level BPE: {token: rank}, at most vocab_size of them, the first 256 the single bytes.
 
-    words: texts, or counts of words already split. Again and again the commonest concatenation of
-    two neighbours becomes a token, of equally common ones the first in byte order. tiktoken joins
-    any two neighbours whose concatenation has a rank, so concatenations are counted here, not
-    pairs: training then sees the very merges that encoding makes.
+    Again and again the commonest concatenation of two neighbours becomes a token, of equally
+    common ones the first in byte order. tiktoken joins any two neighbours whose concatenation has
+    a rank, so concatenations are counted here, not pairs: training then sees the very merges that
+    encoding makes.
     """
-    counts = words
-    if not isinstance(words, Mapping):
-        counts = Counter()
-        for text in tqdm(words, desc="words", disable=None, leave=False):
-            counts.update(match[0] for match in regex.finditer(pattern, text))
+    counts = Counter()
+    for text in tqdm(texts, desc="words", disable=None, leave=False):
+        counts.update(match[0] for match in regex.finditer(pattern, text))
     parts = [[bytes([byte]) for byte in word.encode()] for word in counts]
     frequency = list(counts.values())
     total, where = Counter(), defaultdict(set)  # concatenation: occurrences, words that hold it
@@ -258,19 +257,23 @@ def make_tokenizer(tokenizer: str, vocab_size: int, texts: list[str]) -> tiktoke
     return found.encoding
 
 
+def parse_ranks(content: bytes) -> dict[bytes, int]:
+    """{token: rank} of a file in tiktoken's format: base64 of a token and its rank in each line."""
+    rows = [line.split() for line in content.splitlines()]
+    return {base64.b64decode(token): int(rank) for token, rank in rows}
+
+
 def load_tokenizer(folder: Path | str) -> tiktoken.Encoding:
     """The tokenizer stored in a prepared folder or a run. Raises FileNotFoundError, ValueError."""
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
         raise FileNotFoundError(f"no prepared data in {folder} (no meta.json); {AGAIN}")
-    try:  # parsed here, as tiktoken's own loader caches by path and would miss a change
+    try:  # not by tiktoken's own loader, which caches by path and would miss a change
         meta = json.loads((folder / "meta.json").read_bytes())
         content = (folder / "tokenizer.tiktoken").read_bytes()
         if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
             raise ValueError("its sha256 is not that in meta.json")
-        rows = [line.split() for line in content.splitlines()]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
-        return encoding_from(ranks, meta["pattern"], meta["special_tokens"])
+        return encoding_from(parse_ranks(content), meta["pattern"], meta["special_tokens"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder}/tokenizer.tiktoken is damaged ({error!r}); {AGAIN}") from None
 
@@ -309,10 +312,9 @@ def prepare_text(config: DataConfig, folder: Path) -> dict:
     train, val = read_source(config)
     sample = train[:: 1 + sum(map(len, train)) // BPE_SAMPLE]
     encoding = make_tokenizer(config.tokenizer, config.vocab_size, sample)
-    meta = write_tokenizer(encoding, folder) | {"documents": {}, "bytes": {}}
+    meta = write_tokenizer(encoding, folder) | {"bytes": {}}
     for split, texts in {"train": train, "val": val}.items():
         write_tokens(folder / f"{split}.bin", texts, encoding)
-        meta["documents"][split] = len(texts)
         meta["bytes"][split] = sum(len(text.encode()) for text in texts)
     return meta
 
@@ -335,6 +337,31 @@ def prepare_shards(config: DataConfig, folder: Path) -> dict:
     return write_tokenizer(encoding, folder) | {"bytes": n_bytes}
 
 
+@contextmanager
+def replacing(folder: Path, ours: str, overwrite: bool) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` when the block succeeds, else vanishes.
+
+    Raises FileExistsError where files would be lost: any, but for those of the pattern `ours` if
+    they may be overwritten.
+    """
+    here = list(folder.iterdir()) if folder.exists() else []
+    if foreign := [path for path in here if not re.fullmatch(ours, path.name)]:
+        raise FileExistsError(f"{foreign[0]} would be lost with {folder}; choose another folder")
+    if here and not overwrite:
+        raise FileExistsError(f"{folder} exists; replace it with --overwrite or choose another")
+    hidden = str(folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}"))
+    new, old = Path(hidden + ".new"), Path(hidden + ".old")
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if folder.exists():  # killed between the two renames, both are there
+            os.replace(folder, old)
+        os.replace(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
 def prepare(config: DataConfig) -> Path:
     """Make the folder <out>/<name> and return its path; it appears complete or not at all."""
     source = Path(config.source).expanduser().resolve()
@@ -343,23 +370,16 @@ def prepare(config: DataConfig) -> Path:
         raise ValueError(f"name={name!r}: expected a plain folder name; give --name=NAME")
     if not 0 < config.val_fraction <= 0.5:
         raise ValueError(f"val_fraction={config.val_fraction}: expected more than 0, at most 0.5")
+    if config.vocab_size < 257:
+        raise ValueError(
+            f"vocab_size={config.vocab_size}: expected 257 (256 bytes and {END_OF_TEXT}) or more"
+        )
     folder = Path(config.out) / name
-    if folder.exists():
-        if foreign := [path for path in folder.iterdir() if not OURS.fullmatch(path.name)]:
-            raise FileExistsError(f"{foreign[0]} is not prepared data; give another --name=NAME")
-        if not config.overwrite:
-            raise FileExistsError(f"{folder} exists; replace it with --overwrite or give --name")
-    temporary = folder.with_name(f".{name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with replacing(folder, OURS, config.overwrite) as new:
         make = prepare_shards if config.source in SHARDS else prepare_text
-        meta = {"source": config.source} | make(config, temporary)
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        data = load_dataset(temporary)  # read back and checked before it gets its name
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        meta = {"source": config.source} | make(config, new)
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
+        data = load_dataset(new)  # read back and checked before it gets its name
     for split, tokens in {"train": data.train, "val": data.val}.items():
         n_bytes, n = meta["bytes"][split], len(tokens)
         info(f"{split}: {n_bytes:,} bytes, {n:,} tokens, {n_bytes / n:.3f} bytes/token")
@@ -412,7 +432,10 @@ class Tokens:
 
 
 class Dataset:
-    """A prepared folder, checked; len(dataset.train) is its number of tokens."""
+    """A prepared folder, checked; len(dataset.train) is its number of tokens.
+
+    Raises FileNotFoundError or ValueError where a file of the folder is missing or damaged.
+    """
 
     def __init__(self, folder: Path | str):
         folder, encoding = Path(folder), load_tokenizer(folder)
@@ -426,9 +449,7 @@ class Dataset:
         self.val_bytes_per_token = self.meta["bytes"]["val"] / len(self.val)
 
 
-def load_dataset(folder: Path | str) -> Dataset:
-    """Raises FileNotFoundError or ValueError where a file of the folder is missing or damaged."""
-    return Dataset(folder)
+load_dataset = Dataset
 
 
 def main(argv: list[str]) -> None:

@@ -16,10 +16,11 @@ On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (READ
 Shapes: B windows, T block_size, E routed experts, K experts per token.
 """
 
+import functools
 import json
 import math
 import os
-import re
+import shlex
 import shutil
 import signal
 import sys
@@ -42,7 +43,7 @@ import fp8
 import prepare_data
 import sample
 from config import info, parse_args, read_config_file, run_command
-from huggingface import load_checkpoint, load_model
+from huggingface import load_checkpoint, load_model, source_hash
 from model import DeepSeekV3, ModelConfig, expert_counts
 
 
@@ -55,12 +56,15 @@ class TrainConfig:
     steps: int = 1000  # optimiser steps
     batch_size: int = 16  # windows per step, over all ranks and micro-batches
     block_size: int = 256  # tokens per window
+    long_block_size: int = 0  # tokens per window in every second step from long_start on (0: none)
+    long_start: float = 0.9  # fraction of the run from which YaRN stretches RoPE to that length
     grad_accum: int = 1  # micro-batches per step and rank
     batch_start: int = 0  # windows in the first step, growing in multiples of it (0: constant)
     batch_ramp: float = 0.032  # fraction of the run in which it grows (469B of 14.8T tokens)
     # optimiser and schedule; "fraction" is of the run, the report's values are the defaults
     optimizer: str = "adamw"  # or muon, for the matrices: learns more per step (docs/LOG.md)
     lr: float = 2.2e-4  # peak learning rate
+    adamw_lr: float = 1.0  # of what Muon leaves to AdamW, as a multiple of lr
     warmup: float = 0.0085  # fraction with rising learning rate
     decay_start: float = 0.676  # fraction at which the cosine begins
     decay_end: float = 0.966  # fraction at which it has reached min_lr
@@ -128,6 +132,25 @@ def lr_at(config: TrainConfig, step: int) -> float:
         cosine = 0.5 * (1 + math.cos(math.pi * along))
         return config.lr * (config.min_lr + (1 - config.min_lr) * cosine)
     return config.lr * (config.min_lr if x < config.final_start else config.final_lr)
+
+
+def extended(config: TrainConfig, step: int) -> bool:
+    """Whether the run has reached its last phase, that of the long windows."""
+    return config.long_block_size > 0 and step >= config.long_start * config.steps
+
+
+def block_at(config: TrainConfig, step: int) -> int:
+    """Tokens per window. Short and long windows take turns, so that neither is forgotten."""
+    return config.long_block_size if extended(config, step) and step % 2 else config.block_size
+
+
+def extend_context(model: DeepSeekV3, config: TrainConfig):
+    """YaRN from the length trained so far to long_block_size, with the softmax temperature of the
+    released configuration (section 4.3)."""
+    yarn = {"type": "yarn", "original_max_position_embeddings": config.block_size}
+    yarn |= {"mscale": 1.0, "mscale_all_dim": 1.0} | (model.config.rope_scaling or {})
+    yarn["factor"] = config.long_block_size / yarn["original_max_position_embeddings"]
+    model.config.rope_scaling, model.trained_length = yarn, config.long_block_size
 
 
 def batch_at(config: TrainConfig, step: int) -> int:
@@ -265,21 +288,22 @@ def orthogonal(x: Tensor) -> Tensor:
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, as in the report; or Muon for the matrices of attention, FFN, experts and
-    eh_proj, as in Moonlight (arXiv 2502.16982), and AdamW for the rest, with one learning rate."""
+    eh_proj, as in Moonlight (arXiv 2502.16982), and AdamW for the rest, at adamw_lr times lr."""
     parameters, matrices = dict(model.named_parameters()), {}
     if config.optimizer == "muon":
-        other = re.compile(r"embed_tokens|lm_head|gate\.weight")
-        matrices = {n: p for n, p in parameters.items() if p.ndim > 1 and not other.search(n)}
+        other = ("embed_tokens.weight", "lm_head.weight", "gate.weight")
+        matrices = {n: p for n, p in parameters.items() if p.ndim > 1 and not n.endswith(other)}
     rest = [p for n, p in parameters.items() if n not in matrices]
+    decay, scale = config.weight_decay, config.adamw_lr if matrices else 1.0
     groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": decay, "lr_scale": scale},
+        {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0, "lr_scale": scale},
     ]
     betas = (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     if not matrices:
         return [adamw]
-    return [adamw, Muon(matrices.values(), config.lr, config.weight_decay)]
+    return [adamw, Muon([{"params": matrices.values(), "lr_scale": 1.0}], config.lr, decay)]
 
 
 # ---- Data and evaluation -------------------------------------------------------------------------
@@ -307,15 +331,28 @@ def open_data(config: TrainConfig, vocab_size: int, machine: Machine):
             f"--vocab_size={data.vocab_size}, or prepare the data again with "
             f"--vocab_size={vocab_size} --overwrite."
         )
-    data.train.windows(np.zeros(1, int), config.block_size + 1)  # raises where it is too short
+    longest = max(config.block_size, config.long_block_size)
+    data.train.windows(np.zeros(1, int), longest + 1)  # raises where it is too short
     return data, folder
 
 
+@functools.lru_cache(2)
+def epoch_starts(seed: int, epoch: int, length: int, T: int) -> np.ndarray:
+    """Where the windows of one pass through `length` tokens begin: side by side, shuffled."""
+    rng, count = np.random.default_rng((seed, epoch)), (length - 1) // T
+    offset = rng.integers(0, length - count * T)  # other borders in every pass
+    return offset + T * rng.permutation(count)
+
+
 def train_windows(data: prepare_data.Dataset, config: TrainConfig, step: int) -> np.ndarray:
-    """The step's windows (B, T + 1), from (seed, step) alone."""
-    rng, T = np.random.default_rng((config.seed, step)), config.block_size
-    starts = rng.integers(0, len(data.train) - T, size=batch_at(config, step))
-    return data.train.windows(starts, T + 1)
+    """The step's windows (B, T + 1), from (seed, step) alone. Every token comes once per epoch (as
+    long as batch and window keep their size: each size goes through the epoch for itself)."""
+    T, length = block_at(config, step), len(data.train)
+    first = step * config.batch_size * config.block_size // T  # windows before this step
+    numbers = first + np.arange(batch_at(config, step) * config.block_size // T)
+    epochs = np.divmod(numbers, (length - 1) // T)
+    starts = [epoch_starts(config.seed, e, length, T)[i] for e, i in zip(*epochs, strict=True)]
+    return data.train.windows(np.array(starts), T + 1)
 
 
 def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -332,13 +369,15 @@ def max_vio(counts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, must_stop=None):
-    """Loss over the whole validation file, every token predicted once, in windows side by side.
+    """Loss over the whole validation file, every token predicted once, in windows side by side; a
+    second time in long windows once the model knows them.
 
     Returns what the log has of it, or None if must_stop(), asked before every batch, says so.
     """
     c, T, tokens = model.config, config.block_size, data.val.arrays[0]
     E, G = c.n_routed_experts, c.n_group
-    sums = np.zeros(6)  # nats and tokens; the same of MTP; groups visited, and tokens that did
+    sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens: main, MTP depths
+    visits = torch.zeros(2, dtype=torch.long)  # groups of experts visited, by so many tokens
     counts = torch.zeros(c.moe_layers, E, dtype=torch.long, device=machine.device)
     # Every rank runs the same number of batches; where the file has ended they hold -1.
     batches = range(0, math.ceil((len(tokens) - 1) / T), config.eval_batch * machine.world)
@@ -354,41 +393,48 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
                 row[: len(piece)] = piece
             x, y = to_device(windows, machine.device)
             with machine.autocast():
-                main, mtp, _ = model(x.clamp(min=0), y)
+                main, _, _ = model(x.clamp(min=0), y)
             real = y >= 0  # (B, T) rows with something to predict
-            n, n_mtp = real.sum(), real[:, 1:].sum()
-            sums[:4] += torch.stack((main * n, n, mtp * n_mtp, n_mtp)).tolist()
+            losses = torch.stack((main, *model.mtp_losses)).cpu()
+            n = torch.stack([real[:, k:].sum() for k in range(len(losses))]).cpu()
+            sums[:, : len(losses)] += torch.stack((losses * n, n))
             for layer, chosen in enumerate(model.routing):
                 # MTP module k (from 1) has k rows fewer, and predicts the last rows' targets.
                 used = chosen[real[:, -chosen.shape[1] :]]  # (tokens, K)
                 counts[layer] += expert_counts(used, E)
                 visited = nn.functional.one_hot(used // (E // G), G).amax(1)  # (tokens, G)
-                sums[4:] += int(visited.sum()), len(used)
-    nats, n, mtp, n_mtp, visited, visitors = machine.sum(torch.from_numpy(sums)).tolist()
+                visits += torch.tensor([visited.sum(), len(used)])
+    nats, n = machine.sum(sums)
+    main, *mtp = (nats / n.clamp(min=1)).tolist()
+    groups, visitors = machine.sum(visits).clamp(min=1).tolist()
     share = machine.sum(counts) / counts.sum(1, keepdim=True).clamp(min=1)
-    return {
-        "val_loss": nats / n,
-        "val_bpb": nats / n / math.log(2) / data.val_bytes_per_token,
-        "val_mtp_loss": mtp / max(1, n_mtp),
+    result = {
+        "val_loss": main,
+        "val_bpb": main / math.log(2) / data.val_bytes_per_token,
+        # A depth may be easier than the main model: it lacks the window's first, hardest positions.
+        "val_mtp_loss": sum(mtp) / max(1, len(mtp)),
+        "val_mtp_losses": mtp,
         "max_vio_global": max_vio(counts).item(),
-        "nodes_per_token": visited / max(1, visitors),
-        "experts_per_node": c.num_experts_per_tok * visitors / max(1, visited),
+        "nodes_per_token": groups / visitors,
+        "experts_per_node": c.num_experts_per_tok * visitors / groups,
         "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
     }
+    if (long := config.long_block_size) and long == model.trained_length:
+        size = {"block_size": long, "eval_batch": math.ceil(config.eval_batch * T / long)}
+        config = replace(config, long_block_size=0, **size)
+        if (in_long := evaluate(model, data, config, machine, must_stop)) is None:
+            return None
+        result["val_bpb_long"] = in_long["val_bpb"]
+    return result
 
 
 # ---- Size and speed ------------------------------------------------------------------------------
 
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-}  # dense bf16
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}
 
 
 def peak_flops(device: torch.device) -> float:
+    """Of dense bf16 products; 0 where it is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), 0.0)
 
@@ -451,7 +497,8 @@ class Run:
         self.model, self.optimizers, self.data = model, optimizers, data
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.step = self.tokens = 0
-        self.best, self.evaluated = math.inf, 0  # loss in best.pt; step of the last evaluation
+        self.best = (0, -math.inf)  # of best.pt: the length it was trained for, minus its loss
+        self.evaluated = 0  # step of the last evaluation
         self.bad_in_a_row, self.skipped = torch.zeros(2, device=machine.device)
         self.signalled, self.stopped = 0.0, False  # when this process was, whether all know
         self.clock, self.clock_tokens = time.perf_counter(), 0
@@ -472,9 +519,10 @@ class Run:
     def restore(self, saved: dict):
         """Goes back to a checkpoint; the log loses what came after it and will come again."""
         self.step, self.tokens = saved["step"], saved["tokens"]
-        self.evaluated, self.clock_tokens = saved.get("evaluated", self.step), self.tokens
+        self.evaluated, self.clock_tokens = saved["evaluated"], self.tokens
         if (self.out / "best.pt").exists():  # it may be later and better than the checkpoint
-            self.best = load_checkpoint(self.out / "best.pt")["val_loss"]
+            best = load_checkpoint(self.out / "best.pt")
+            self.best = best.get("trained_length", self.config.block_size), -best["val_loss"]
         log = self.out / "log.jsonl"
         if self.machine.rank == 0 and log.exists():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -483,12 +531,7 @@ class Run:
             os.replace(log.with_suffix(".tmp"), log)
         if self.step:  # every parameter's moments, cut up as it is; the settings stay this run's
             groups = dcp.get_optimizer_state_dict(self.model, self.optimizers)["param_groups"]
-            state = saved["optimizer"]
-            if isinstance(state, list):  # an earlier version numbered each optimiser's parameters
-                names = [name for group in groups for name in group["params"]]
-                numbered = [x["state"][i] for x in state for i in sorted(x["state"])]
-                state = dict(zip(names, numbered, strict=True))
-            state = {"state": state, "param_groups": groups}
+            state = {"state": saved["optimizer"], "param_groups": groups}
             options = dcp.StateDictOptions(full_state_dict=True)
             dcp.set_optimizer_state_dict(self.model, self.optimizers, state, options=options)
 
@@ -496,9 +539,11 @@ class Run:
         """Every rank calls it, since sharded tensors are gathered; the first one writes."""
         state = {
             "format": "nanov3",
+            "model_sha256": source_hash(),
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
             "model": dcp.get_model_state_dict(self.model, options=WHOLE),
+            "trained_length": self.model.trained_length,
             "step": self.step,
             "tokens": self.tokens,
         }
@@ -525,8 +570,9 @@ class Run:
             return
         self.evaluated = self.step
         self.log(result)
-        if result["val_loss"] < self.best:
-            self.best = result["val_loss"]
+        score = (self.model.trained_length, -result["val_loss"])
+        if math.isfinite(result["val_loss"]) and score > self.best:
+            self.best = score
             self.save("best.pt", **{k: v for k, v in result.items() if k.startswith("val")})
         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
 
@@ -614,6 +660,7 @@ def backward(model: DeepSeekV3, trainer: nn.Module, batches, weights, machine: M
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=None) -> bool:
     """Runs `config.steps` optimiser steps, from `saved` (a checkpoint) if given. False: stopped."""
     report(describe(model, config, machine))
+    model.trained_length = max(model.trained_length, config.block_size)
     trainer = wrap(model.train(), config, machine)
     optimizers = make_optimizers(model, config)
     run = Run(model, optimizers, data, config, machine)
@@ -626,6 +673,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
         run.evaluate()  # if a signal has cut it short
         while not (run.last or run.stopped):
             step, parts = run.step, config.grad_accum
+            if extended(config, step):
+                extend_context(model, config)
             windows = train_windows(data, config, step)
             batches = np.split(windows, machine.world * parts)[machine.rank * parts :][:parts]
 
@@ -642,7 +691,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             lr = lr_at(config, step)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = lr * group["lr_scale"]
                 optimizer.found_inf = bad  # where it is 1 the step is left out, on the device
                 optimizer.step()
             model.zero_grad(set_to_none=True)
@@ -651,7 +700,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             gamma = config.gamma if step < config.gamma_stop * config.steps else 0.0
             model.update_bias(gamma * (1 - bad))
 
-            run.step, run.tokens = step + 1, run.tokens + len(windows) * config.block_size
+            run.step, run.tokens = step + 1, run.tokens + windows[:, 1:].size
             run.log_step(losses, lr, norm, vio)
             run.must_stop()
             run.evaluate()
@@ -667,7 +716,10 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
 # ---- The command ---------------------------------------------------------------------------------
 
 RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
-OF_THE_COMMAND = {"resume", "overwrite", "init_from", "eval_only", "device", "out"}  # not the run
+PICTURES = ("*.png", "*.svg", "events.out.tfevents.*")  # that may lie beside them
+# Settings of the command, not of the run.
+OF_THE_COMMAND = {"resume", "overwrite", "init_from", "eval_only", "device", "out", "logger"}
+WITHOUT_WEIGHTS = {"rope_scaling", "max_position_embeddings"}  # a new phase may change them
 
 
 def split_configs(values: dict) -> tuple[dict, dict]:
@@ -699,7 +751,10 @@ def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> Tra
         report(f"the run keeps its settings; to apply the config file's: {' '.join(changed)}")
     old_lr, lr = lr_at(before, max(0, saved["step"] - 1)), lr_at(after, saved["step"])
     if after.steps != before.steps and lr > old_lr:
-        report(f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}")
+        report(
+            f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}; a new "
+            f"schedule from these weights would be --init_from={config.out} with another --out"
+        )
     return after
 
 
@@ -719,8 +774,11 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str]:
         best = not config.resume and (out / "best.pt").exists()
         source = out / ("best.pt" if best else "ckpt.pt")
         saved = load_checkpoint(source)
-        if config.resume and "optimizer" not in saved:
-            raise ValueError(f"{source} is no checkpoint to resume: only weights, as best.pt.")
+        if config.resume and not isinstance(saved.get("optimizer"), dict):  # an earlier version's
+            raise ValueError(
+                f"{source} has no optimiser state to resume with; start a new run from its weights "
+                f"with --init_from={source} and another --out."
+            )
         have = saved["model_config"] | {"optimizer": saved["train_config"]["optimizer"]}
         check_same(have, {k: v for k, v in given.items() if k in have}, config.out)
         return resumed(config, saved, given, in_file), {}, str(source)
@@ -741,15 +799,30 @@ def run(argv: list[str]):
             f"batch_size {config.batch_size} must be a multiple of the first batch, {first}, and "
             f"that one of {machine.world} processes x grad_accum {config.grad_accum}."
         )
+    if long := config.long_block_size:
+        tokens = config.batch_size * config.block_size
+        if long <= config.block_size or tokens % (long * parts):
+            raise ValueError(
+                f"long_block_size {long} must be larger than block_size {config.block_size}, and "
+                f"the step's {tokens} tokens a multiple of it for each of {parts} micro-batches."
+            )
     torch.manual_seed(config.seed)
     sharded = machine.world > 1 and config.parallel == "fsdp" and not config.eval_only
     place = "cpu" if sharded else machine.device  # FSDP moves the model block by block
     dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of weights, optimiser
     if source:
         model, tokenizer, _ = load_model(source, place, dtype)
+        stretch = {k: asked.pop(k) for k in WITHOUT_WEIGHTS & asked.keys()}
         check_same(asdict(model.config), asked, source)
+        vars(model.config).update(vars(replace(model.config, **stretch)))
     else:
         model, tokenizer = DeepSeekV3(ModelConfig(**asked)).to(place, dtype), None
+        model.trained_length = 0
+    longest, limit = max(config.block_size, long), model.config.max_position_embeddings
+    if longest > limit:
+        raise ValueError(
+            f"windows of {longest} tokens exceed max_position_embeddings {limit}: raise that."
+        )
     data, folder = open_data(config, model.config.vocab_size, machine)
     ours = prepare_data.load_tokenizer(folder)
     if tokenizer and tokenizer.encode(__doc__) != ours.encode_ordinary(__doc__):
@@ -766,35 +839,33 @@ def run(argv: list[str]):
         return
     if not config.resume and machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            (out / name).unlink(missing_ok=True)
+        for file in (file for name in RUN_FILES + PICTURES for file in out.glob(name)):
+            file.unlink()
         for name in ("tokenizer.tiktoken", "meta.json"):
             shutil.copyfile(folder / name, out / name)
     saved = load_checkpoint(source) if config.resume else None
     finished = train(model, data, config, machine, saved)
     torch.use_deterministic_algorithms(False)  # sampling has no use for it
     if finished and machine.rank == 0 and (out / "best.pt").exists():  # else no loss was finite
-        show_result(config)
+        show_result(config, ours.decode(data.val.arrays[0][1:9].tolist()).strip())
 
 
-def show_result(config: TrainConfig):
+def show_result(config: TrainConfig, prompt: str):
     """The last lines of a run: its validation loss, a short sample, how to get more."""
-    best = load_checkpoint(Path(config.out) / "best.pt")
-    info(
-        f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {best['val_bpb']:.4f} "
-        f"bits/byte (step {best['step']}). A sample:\n"
-    )
-    options = ("--max_new_tokens=120", "--prompt=def ", "--seed=1", f"--device={config.device}")
-    sample.main([f"--ckpt={config.out}", *options])
-    info(f"\nMore: python sample.py {config.out} --prompt='import '")
+    best, T = load_checkpoint(Path(config.out) / "best.pt"), config.block_size
+    text = f"{best['val_bpb']:.4f} bits/byte in windows of {T} tokens"
+    if "val_bpb_long" in best:
+        text += f", {best['val_bpb_long']:.4f} in windows of {config.long_block_size}"
+    info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
+    options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
+    sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
+    info(f"\nMore: python sample.py {config.out} --prompt={shlex.quote(prompt[:20])}")
 
 
 def main(argv: list[str]):
     """The command; what its user can do something about ends in a sentence."""
     try:
         run(argv)
-    except ImportError as error:  # of a logger
-        raise ValueError(f"{error.name} is missing: pip install {error.name}") from None
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:

@@ -20,10 +20,7 @@ FACTOR, PARTS = 4, 16  # windows are so many times as long; positions are averag
 
 
 def arms(base: dict) -> dict[str, run.Arm]:
-    long = {
-        "rope_scaling": yarn(base["block_size"]),
-        "long_block_size": FACTOR * base["block_size"],
-    }
+    long = {"long_block_size": FACTOR * base["block_size"]}
     return {
         "last tenth long": run.Arm(long | {"long_start": 0.9}),
         "last fifth long": run.Arm(long | {"long_start": 0.8}),

@@ -61,9 +61,10 @@ class Options:
     docs: str = "docs"  # folder of RESULTS.md and figures/
 
     def base(self) -> dict[str, Any]:
-        """The settings of the base arm: the file's, of another length."""
+        """The settings of the base arm: the file's, of another length, in short windows only."""
         settings = read_config_file(self.config, ModelConfig, train.TrainConfig)
-        return settings | {"steps": self.steps, "log_every": max(1, self.steps // 60)}
+        own = {"steps": self.steps, "log_every": max(1, self.steps // 60), "long_block_size": 0}
+        return settings | own
 
 
 @dataclass
@@ -169,7 +170,9 @@ def code_hash(*texts: str) -> str:
 
 @functools.cache  # as this process has loaded it
 def source_hash(*files: str) -> str:
-    return code_hash(*((ROOT / file).read_text(encoding="utf-8") for file in files))
+    """Of all the code in these files but that of decoding, which no training runs."""
+    texts = ((ROOT / file).read_text(encoding="utf-8") for file in files)
+    return code_hash(*(text.split("# ---- Decoding")[0] for text in texts))
 
 
 def change_hash(arm: Arm, measure: Callable | None) -> str:

@@ -109,7 +109,7 @@ scale = grad / n => scale = 1 / n
 z = high.copy_(torch.mm(x, w.T, out=low)) => z = high = torch.mm(x, w.T, out=low)
 
 # huggingface.py tests/test_huggingface.py
-gate, up = weight.chunk(2) => up, gate = weight.chunk(2)
+("gate_proj", "up_proj") => ("up_proj", "gate_proj")
 
 # model.py tests/test_huggingface.py
 pair = -1 if interleave else -2 => pair = -2 if interleave else -1

@@ -7,12 +7,13 @@ drawn so large, and correction biases so different, that a mistake moves the log
 """
 
 import base64
+import functools
+import hashlib
 import json
 import logging
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -109,13 +110,6 @@ def theirs(directory: Path, **keys):
     return DeepseekV3ForCausalLM.from_pretrained(directory, experts_implementation="eager", **keys)
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
-def saved_by_them(request, tmp_path) -> Path:
-    config = DeepseekV3Config(**json.loads(json.dumps(TINY | request.param)))  # it edits its input
-    randomise(DeepseekV3ForCausalLM(config)).save_pretrained(tmp_path / "theirs")
-    return tmp_path / "theirs"
-
-
 def ours(depth: int = 1, **keys) -> DeepSeekV3:
     keys = {"num_nextn_predict_layers": depth} | keys
     known = {field.name for field in fields(ModelConfig)}
@@ -123,17 +117,18 @@ def ours(depth: int = 1, **keys) -> DeepSeekV3:
     return randomise(DeepSeekV3(ModelConfig(**keys)))
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved") / "ours"
+    ours(rope_scaling=YARN).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def saved_by_us(tmp_path) -> Path:
-    ours(depth=1, rope_scaling=YARN).save_pretrained(tmp_path / "ours")
-    return tmp_path / "ours"
-
-
-@torch.no_grad()
-def greedy(model: DeepSeekV3, tokens: torch.Tensor, new: int) -> torch.Tensor:
-    for _ in range(new):
-        tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), 1)
-    return tokens
+def saved_by_us(checkpoint, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "ours"))
 
 
 @torch.no_grad()
@@ -153,107 +148,80 @@ def edit_tensors(directory: Path, change):
     save_file(tensors, directory / "model.safetensors")
 
 
-# ---- Their checkpoint, our network ---------------------------------------------------------------
+# ---- Both ways -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_logits_and_routing(saved_by_them):
-    for dtype, tolerance in ((torch.float32, 2e-4), (torch.float64, 5e-5)):
-        hf, chosen = theirs(saved_by_them, dtype=dtype), []
-        for layer in hf.model.layers:
-            if hasattr(layer.mlp, "gate"):
-                layer.mlp.gate.register_forward_hook(lambda *args, c=chosen: c.append(args[2][2]))
-        expected = hf(TOKENS).logits
-        model = DeepSeekV3.from_pretrained(saved_by_them, dtype=dtype)
-        assert not model.mtp  # config.json promises a module, but its tensors are not there
-        logits = model(TOKENS)
-        assert logits.dtype == dtype
-        assert difference(logits, expected) < tolerance
-        assert expected.std() > 0.5
-        for a, b in zip(model.routing, chosen, strict=True):
-            assert torch.equal(a.flatten(0, 1).sort(-1).values, b.sort(-1).values)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_same_network_both_ways(name, tmp_path):
+    """Ours opened by transformers, and what it then saves opened by us: the same logits, experts
+    and greedy text, with and without a cache; nothing is lost on the way."""
+    model = ours(depth=0, **VARIANTS[name])
+    model.save_pretrained(tmp_path / "a")
+    hf, report = theirs(tmp_path / "a", output_loading_info=True)
+    assert not any(report.values()) and hf.dtype == torch.float32, report
+    hf.save_pretrained(tmp_path / "b")
+    # config.json promises an MTP module, but its tensors are not there.
+    edit_json(tmp_path / "b/config.json", num_nextn_predict_layers=1)
+    again = DeepSeekV3.from_pretrained(tmp_path / "b")
+    assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
 
+    T, new, chosen = TOKENS.shape[1], 6, []
+    text = hf.generate(TOKENS, max_new_tokens=new, do_sample=False, eos_token_id=None)
+    for layer in hf.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(lambda *args: chosen.append(args[2][2]))
+    expected, logits = hf(text).logits, again(text)
+    assert difference(logits, expected) < 2e-4 and expected.std() > 0.5
+    for a, b in zip(again.routing, chosen, strict=True):
+        assert torch.equal(a.flatten(0, 1).sort(-1).values, b.sort(-1).values)
+    assert torch.equal(logits[:, T - 1 : -1].argmax(-1), text[:, T:])
 
-@torch.no_grad()
-def test_greedy_generation(saved_by_them):
-    hf, T, new = theirs(saved_by_them), TOKENS.shape[1], 12
-    expected = hf.generate(TOKENS, max_new_tokens=new, do_sample=False, eos_token_id=None)
-    model = DeepSeekV3.from_pretrained(saved_by_them)
-    assert torch.equal(greedy(model, TOKENS, new), expected)
-
-    layers = model.config.num_hidden_layers
-    cache = Cache(model.config, layers, len(TOKENS), T + new, model.norm.weight.detach())
-    cached = following = TOKENS
-    for _ in range(new):  # the prompt at once, then one token at a time
-        h = model.trunk(following, cache)
-        following = model.logits(h[:, -1:]).argmax(-1)
-        cached = torch.cat((cached, following), 1)
-    assert torch.equal(cached, expected)
+    cache = Cache(again.config, len(again.layers), len(TOKENS), T + new, again.norm.weight)
+    for part in text.split([T, *[1] * new], 1):  # the prompt at once, then one token at a time
+        logits = again.logits(again.trunk(part, cache)[:, -1:])
+        if cache.length < T + new:
+            assert torch.equal(logits.argmax(-1)[:, 0], text[:, cache.length])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"bare yarn", "yarn untruncated"}))
-def test_float64_reference(name, tmp_path):
+def test_float64_reference(name):
     """The equations in numpy: no float32 anywhere, so the agreement is that of float64."""
     model = ours(depth=1, **VARIANTS[name]).double()
-    model.save_pretrained(tmp_path / "a")
-    weights = load_file(tmp_path / "a/model.safetensors")
-    weights = {name: x.double().numpy() for name, x in weights.items()}
-    expected, mtp = reference(weights, vars(model.config), TOKENS[0].tolist())
-    logits, ours_mtp = DeepSeekV3.from_pretrained(tmp_path / "a")(TOKENS[:1], return_mtp=True)
+    weights = dict(checkpoint_views(model)) | dict(huggingface.checkpoint_copies(model))
+    weights = {name: x.numpy() for name, x in weights.items()}
+    expected, mtp = reference(weights, vars(model.config), TOKENS[0, :12].tolist())
+    logits, ours_mtp = model(TOKENS[:1, :12], return_mtp=True)
     for a, b in zip([logits, *ours_mtp], [expected, *mtp], strict=True):
-        assert difference(a[0], torch.from_numpy(b)) < 1e-9
+        assert a.dtype == torch.float64 and difference(a[0], torch.from_numpy(b)) < 1e-9
 
 
-@torch.no_grad()
-def test_config_in_the_style_of_the_releases(saved_by_them):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_config_in_the_style_of_the_releases(name):
     """transformers 5 writes rope_parameters; the released config.json have rope_theta and
     rope_scaling, torch_dtype, and keys that only training used."""
-    new = json.loads((saved_by_them / "config.json").read_text())
+    keys = json.loads(json.dumps(TINY | VARIANTS[name]))  # DeepseekV3Config edits its input
+    new = DeepseekV3Config(**keys).to_dict()
     assert "rope_parameters" in new
-    expected = DeepSeekV3.from_pretrained(saved_by_them)
+    expected = config_from_json(new)
     rope = new.pop("rope_parameters")
     new["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
     new["rope_scaling"] = {"type": kind, **rope} if kind == "yarn" else None
-    new["torch_dtype"] = new.pop("dtype")
     new |= {"aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "pretraining_tp": 1}
     new |= {"auto_map": {"AutoConfig": "x"}, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     new |= {"model_type": "kimi_k2", "moe_layer_freq": 1, "attention_dropout": 0.0}
-    (saved_by_them / "config.json").write_text(json.dumps(new))
-    model = DeepSeekV3.from_pretrained(saved_by_them)
-    assert model.config == expected.config
-    assert difference(model(TOKENS), expected(TOKENS)) == 0
+    assert config_from_json(new) == expected
 
 
 def test_silent_config_means_the_defaults_of_transformers():
-    config = config_from_json({"architectures": ["DeepseekV3ForCausalLM"]})
+    config = config_from_json({"model_type": "deepseek_v3"})
     defaults = DeepseekV3Config()
     for field in fields(ModelConfig):
         if field.name not in ("rope_theta", "rope_scaling"):
             assert getattr(config, field.name) == getattr(defaults, field.name), field.name
     assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
     assert defaults.rope_parameters == {"rope_theta": 10000.0, "rope_type": "default"}
-
-
-# ---- Our checkpoint, their network ---------------------------------------------------------------
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", VARIANTS)
-def test_transformers_opens_ours(name, tmp_path):
-    keys = VARIANTS[name]
-    if keys.get("rope_scaling") == {"type": "yarn", "factor": 8}:
-        keys = keys | {"rope_scaling": {"rope_type": "yarn", "factor": 8}}
-    model = ours(depth=0, **keys)
-    model.save_pretrained(tmp_path / "a")
-    hf, report = theirs(tmp_path / "a", output_loading_info=True)
-    assert not any(report.values()), report
-    assert hf.dtype == torch.float32
-    assert difference(model(TOKENS), hf(TOKENS).logits) < 2e-4
-
-    hf.save_pretrained(tmp_path / "b")  # through transformers and back: nothing is lost
-    again = DeepSeekV3.from_pretrained(tmp_path / "b")
-    assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
 
 
 @torch.no_grad()
@@ -263,17 +231,14 @@ def test_no_shared_experts(tmp_path):
     model = ours(depth=0, n_shared_experts=0)
     model.save_pretrained(tmp_path / "a")
     assert difference(model(TOKENS), theirs(tmp_path / "a")(TOKENS).logits) < 2e-4
-    edit_json(tmp_path / "a/config.json", n_shared_experts=None)
-    again = DeepSeekV3.from_pretrained(tmp_path / "a")
-    assert difference(model(TOKENS), again(TOKENS)) == 0
+    assert difference(model(TOKENS), DeepSeekV3.from_pretrained(tmp_path / "a")(TOKENS)) == 0
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("keys", [{"rope_scaling": YARN}, VARIANTS["Moonlight"], VARIANTS["tied"]])
-def test_mtp(depth, keys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, depth", [("DeepSeek-V3", 2), ("Moonlight", 1), ("tied", 2)])
+def test_mtp(name, depth, tmp_path, monkeypatch):
     """Our modules in transformers' own MtpModel: logits at every depth, and drafting with them."""
-    model = ours(depth=depth, **keys)
+    model = ours(depth=depth, **VARIANTS[name])
     model.save_pretrained(tmp_path / "ours")
     pattern = [r"model\.layers\.(3|4)\..*"]  # the class knows the layer of the release only, 61
     monkeypatch.setattr(DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", pattern)
@@ -290,20 +255,14 @@ def test_mtp(depth, keys, tmp_path, monkeypatch):
         h = module.forward_layer(k, h[:, :-1], positions, None, input_ids=ids)
         assert difference(mtp[k], module._project_to_logits(h)) < 2e-4
 
-    one = TOKENS[:1]
-    drafted = hf.generate(one, max_new_tokens=16, do_sample=False, use_mtp=True)
-    assert torch.equal(drafted, greedy(model, one, 16))
+    text = hf.generate(TOKENS[:1], max_new_tokens=8, do_sample=False, use_mtp=True)
+    assert text.shape == (1, 32) and torch.equal(model(text)[:, 23:-1].argmax(-1), text[:, 24:])
 
 
 def test_layout(tmp_path):
     """Names, shapes and dtypes are those of the release; the whole V3 has 91,991 tensors."""
     model = ours(depth=1).bfloat16()
-    model.save_pretrained(
-        tmp_path / "a", quantize=True, files={"tokenizer.json": "{}"}, eos_token_id=7
-    )
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {
-        *("config.json", "model.safetensors", "tokenizer.json")
-    }
+    model.save_pretrained(tmp_path / "a", quantize=True, eos_token_id=7)
     stored, mtp = load_file(tmp_path / "a/model.safetensors"), "model.layers.3."
     in_bf16 = ("enorm", "hnorm", "eh_proj", "shared_head.norm", "mlp.gate")
     in_fp8 = ("mlp.experts.15.up_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.o_proj")
@@ -321,44 +280,40 @@ def test_layout(tmp_path):
     assert (config["eos_token_id"], config["torch_dtype"]) == (7, "bfloat16")
 
     v3 = meta_model("v3_671b")
-    views = dict(checkpoint_views(v3))
-    tensors = list(views.values()) + [
-        views[name] for name in huggingface.checkpoint_copies(v3.config).values()
-    ]
-    scaled = [x.shape for name, x in views.items() if huggingface.FP8_WEIGHTS.search(name)]
+    tensors = dict(checkpoint_views(v3)) | dict(huggingface.checkpoint_copies(v3))
+    scaled = [x.shape for name, x in tensors.items() if huggingface.FP8_WEIGHTS.search(name)]
     scales = [-(-rows // 128) * -(-columns // 128) for rows, columns in scaled]
     assert len(tensors) + len(scales) == 91_991
-    assert sum(x.numel() for x in tensors) + sum(scales) == 684_531_386_000
+    assert sum(x.numel() for x in tensors.values()) + sum(scales) == 684_531_386_000
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("keys", [{"depth": 2}, {"tie_word_embeddings": True, "depth": 1}])
-def test_round_trip_is_exact(dtype, keys, tmp_path):
-    model = ours(rope_scaling=YARN, **keys).to(dtype)
-    model.save_pretrained(tmp_path / "one")
-    model.save_pretrained(tmp_path / "many", shard_bytes=20_000)
-    index, total = json.loads((tmp_path / "many" / INDEX).read_text()), 0
-    for file in (tmp_path / "many").glob("*.safetensors"):
-        tensors = load_file(file)
-        assert {index["weight_map"][name] for name in tensors} == {file.name}
-        size = sum(x.nbytes for x in tensors.values())
-        assert size <= 20_000 or len(tensors) == 1
-        total += size
-    assert total == index["metadata"]["total_size"] > 5 * 20_000
-    assert theirs(tmp_path / "many").config.vocab_size == TINY["vocab_size"]
-    for directory in (tmp_path / "one", tmp_path / "many"):
-        again = DeepSeekV3.from_pretrained(directory)
-        assert again.config == model.config
-        assert not again.training and all(p.requires_grad for p in again.parameters())
-        assert again.state_dict().keys() == model.state_dict().keys()
-        for name, x in again.state_dict().items():
-            assert x.dtype == (torch.float32 if name.endswith("correction_bias") else dtype), name
-            assert torch.equal(x, model.state_dict()[name]), name
-        tied = again.lm_head.weight is again.embed_tokens.weight
-        assert tied == model.config.tie_word_embeddings
-        assert not again.expert_counts.any()
-        half = DeepSeekV3.from_pretrained(directory, dtype=torch.bfloat16, device="cpu")
-        assert torch.equal(half.norm.weight, model.norm.weight.bfloat16())
+def test_round_trip_is_exact(dtype, tied, tmp_path):
+    shards = 20_000 if tied == (dtype.itemsize == 2) else 10**9
+    model = ours(depth=2, rope_scaling=YARN, tie_word_embeddings=tied).to(dtype)
+    model.save_pretrained(tmp_path, shard_bytes=shards)
+    if (tmp_path / INDEX).exists():
+        index, total = json.loads((tmp_path / INDEX).read_text()), 0
+        for file in tmp_path.glob("*.safetensors"):
+            tensors = load_file(file)
+            assert {index["weight_map"][name] for name in tensors} == {file.name}
+            size = sum(x.nbytes for x in tensors.values())
+            assert size <= shards or len(tensors) == 1
+            total += size
+        assert total == index["metadata"]["total_size"] > 5 * shards
+        assert theirs(tmp_path).config.vocab_size == TINY["vocab_size"]
+    again = DeepSeekV3.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert not again.training and all(p.requires_grad for p in again.parameters())
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, x in again.state_dict().items():
+        assert x.dtype == (torch.float32 if name.endswith("correction_bias") else dtype), name
+        assert torch.equal(x, model.state_dict()[name]), name
+    assert (again.lm_head.weight is again.embed_tokens.weight) == tied
+    assert not again.expert_counts.any()
+    half = DeepSeekV3.from_pretrained(tmp_path, dtype=torch.bfloat16, device="cpu")
+    assert torch.equal(half.norm.weight, model.norm.weight.bfloat16())
     bias = model.gates()[0].e_score_correction_bias
     assert not torch.equal(bias, bias.bfloat16().float())  # so a rounded bias would show
 
@@ -388,7 +343,7 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as m:
-        m.setattr(Path, "write_text", stop)
+        m.setattr(Path, "write_text", stop)  # config.json comes last
         with pytest.raises(OSError, match="disk full"):
             second.save_pretrained(directory)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -398,14 +353,14 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
         m.setattr(os, "replace", lambda a, b: stop(a) if b == directory else rename(a, b))
         with pytest.raises(OSError, match="disk full"):
             second.save_pretrained(directory)
-    norm = DeepSeekV3.from_pretrained(tmp_path / ".a.old").norm.weight
-    assert torch.equal(norm, first.norm.weight)
+    (old,) = tmp_path.glob(".a.*.old")
+    assert torch.equal(DeepSeekV3.from_pretrained(old).norm.weight, first.norm.weight)
     second.save_pretrained(directory)  # one file now: the shards and their index must be gone
     assert {path.name for path in directory.iterdir()} == {"config.json", "model.safetensors"}
     assert torch.equal(DeepSeekV3.from_pretrained(directory).norm.weight, second.norm.weight)
     for name in ("notes.md", "results.json", "other.safetensors"):
         (directory / name).write_text("mine")
-        with pytest.raises(ValueError, match=f"{name} would be deleted"):
+        with pytest.raises(OSError, match=f"{name} would be lost"):
             second.save_pretrained(directory)
         assert (directory / name).read_text() == "mine"
         (directory / name).unlink()
@@ -453,13 +408,12 @@ LARGE = dict(  # with the rope key 576 rows of keys, as in the release: the last
 
 @torch.no_grad()
 @pytest.mark.parametrize("powers_of_two", [False, True])
-@pytest.mark.parametrize("shards", ["one file", "scales in other shards"])
-def test_fp8(powers_of_two, shards, tmp_path):
+def test_fp8(powers_of_two, tmp_path):
     directory = tmp_path / "a"
     ours(depth=1, **LARGE).save_pretrained(directory)
     meaning = write_fp8(directory, powers_of_two)
-    if shards != "one file":
-        split(directory, lambda name: name.endswith("_scale_inv"))
+    if powers_of_two:
+        split(directory, lambda name: name.endswith("_scale_inv"))  # apart from their weights
     model = DeepSeekV3.from_pretrained(directory, dtype=torch.float32)
     assert len(model.mtp) == 1
     for name, x in checkpoint_views(model):
@@ -513,8 +467,8 @@ def test_fp8_export(tmp_path):
 # ---- Refusals ------------------------------------------------------------------------------------
 
 CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
-    ({"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM'"),
-    ({"architectures": None, "model_type": "deepseek_v2"}, "'deepseek_v2'"),
+    ({"model_type": "deepseek_v2"}, "model_type 'deepseek_v2', but only the DeepSeek-V3 arch"),
+    ({"model_type": None, "architectures": ["LlamaForCausalLM"]}, "model_type None"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu', but must have 'silu'"),
     ({"scoring_func": "softmax"}, "scoring_func 'softmax', but must have 'sigmoid'"),
     ({"topk_method": "greedy"}, "topk_method 'greedy', but must have 'noaux_tc'"),
@@ -523,11 +477,9 @@ CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
     ({"quantization_config": {"weight_block_size": [64, 64]}}, "[64, 64]"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'"),
     ({"rope_scaling": None, "rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),
-    ({"rope_scaling": YARN | {"short_factor": 1}}, "short_factor"),
-    ({"rope_scaling": YARN | {"factor": "40"}}, "factor '40'"),
-    ({"rope_scaling": "yarn"}, "rope_scaling"),
+    ({"rope_scaling": YARN | {"factor": "40"}}, "['factor'] of the wrong type"),
+    ({"rope_scaling": "yarn"}, "rope_scaling 'yarn', but must have an object"),
     ({"rope_scaling": None, "rope_parameters": {"full_attention": {}}}, "full_attention"),
-    ({"rope_scaling": {"type": "yarn"}}, "factor"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5, but must have 1"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
@@ -543,7 +495,7 @@ def check_refusal(sentence: str, open_it, *args, **keys):
     with pytest.raises((ValueError, OSError)) as refusal:
         open_it(*args, **keys)
     text = str(refusal.value)
-    assert sentence in text and "\n" not in text and len(text) < 600, text
+    assert sentence in text and len(text) < 600, text  # run_command makes one line of it
 
 
 @pytest.mark.parametrize("changes, sentence", CONFIG_REFUSALS)
@@ -556,18 +508,19 @@ Q = "model.layers.1.self_attn.q_b_proj.weight"
 EMBED, EXPERT = "model.layers.3.embed_tokens.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
 E4M3, ONES = torch.float8_e4m3fn, torch.ones
 TENSOR_REFUSALS = [  # (name, value) made of the tensors x, None: taken out; what must be named
-    (Q, lambda x: None, f"lacks the tensor {Q}"),
     (EXPERT, lambda x: None, f"lacks the tensor {EXPERT}"),
     ("extra", lambda x: ONES(2), "has the unknown tensor extra"),
     ("extra_scale_inv", lambda x: ONES(1, 1), "has the unknown tensor extra_scale_inv"),
     (Q, lambda x: x[Q].T.contiguous(), f"{Q} in "),
     (Q, lambda x: x[Q].to(torch.int8), "is torch.int8"),
+    (Q, lambda x: x[Q].to(torch.int32), "is torch.int32"),
     (Q, lambda x: x[Q].to(torch.float8_e5m2), "is torch.float8_e5m2"),
-    (Q, lambda x: x[Q].to(E4M3), "E4M3 with a scale of shape [1, 1]"),
+    (Q, lambda x: x[Q].to(E4M3), f"or E4M3 with {Q}_scale_inv"),
     (f"{Q}_scale_inv", lambda x: ONES(1, 1), f"{Q} in "),
-    (f"{Q}_scale_inv", lambda x: x.update({Q: x[Q].to(E4M3)}) or ONES(2, 1), "scale of shape"),
+    (f"{Q}_scale_inv", lambda x: x.update({Q: x[Q].to(E4M3)}) or ONES(2, 1), "scale is (2, 1)"),
     ("model.layers.3.eh_proj.weight", lambda x: None, "has the unknown tensor model.layers.3."),
     (EMBED, lambda x: x[EMBED] + 1, f"{EMBED} in "),
+    ("model.layers.3.shared_head.head.weight", lambda x: x[EMBED].clone(), "another architecture"),
 ]
 
 
@@ -582,24 +535,21 @@ def test_tensors_refused(name, value, sentence, saved_by_us):
     check_refusal(sentence, DeepSeekV3.from_pretrained, saved_by_us)
 
 
-def test_tensors_that_may_be_there_or_not(saved_by_us, tmp_path):
+def test_tensors_that_may_be_there_or_not(tmp_path):
     """The MTP copies may be absent, old files carry RoPE's frequencies, tied ones the head."""
-    expected = DeepSeekV3.from_pretrained(saved_by_us).state_dict()
+    model, embed = ours(tie_word_embeddings=True), "model.embed_tokens.weight"
+    model.save_pretrained(tmp_path / "a")
 
     def change(x):
         del x[EMBED], x["model.layers.3.shared_head.head.weight"]
         x["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+        x["lm_head.weight"] = x[embed].clone()
 
-    edit_tensors(saved_by_us, change)
-    again = DeepSeekV3.from_pretrained(saved_by_us).state_dict()
-    assert all(torch.equal(x, again[name]) for name, x in expected.items())
-
-    tied, embed = tmp_path / "tied", "model.embed_tokens.weight"
-    ours(depth=1, tie_word_embeddings=True).save_pretrained(tied)
-    edit_tensors(tied, lambda x: x.update({"lm_head.weight": x[embed].clone()}))
-    DeepSeekV3.from_pretrained(tied)
-    edit_tensors(tied, lambda x: x["lm_head.weight"].add_(1))
-    check_refusal("another architecture", DeepSeekV3.from_pretrained, tied)
+    edit_tensors(tmp_path / "a", change)
+    again = DeepSeekV3.from_pretrained(tmp_path / "a").state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())
+    edit_tensors(tmp_path / "a", lambda x: x["lm_head.weight"].add_(1))
+    check_refusal("another architecture", DeepSeekV3.from_pretrained, tmp_path / "a")
 
 
 def test_files_refused(saved_by_us, tmp_path):
@@ -645,7 +595,7 @@ def run(tmp_path_factory) -> Path:
     config = prepare_data.DataConfig(str(source), "run", str(folder), vocab_size=300)
     folder = prepare_data.prepare(config)
     model = ours(depth=1, vocab_size=prepare_data.load_tokenizer(folder).n_vocab + 4)  # padded
-    saved = {"format": "nanov3", "model_config": asdict(model.config), "train_config": {}}
+    saved = {"model_config": asdict(model.config), "train_config": {"block_size": 64}}
     torch.save(saved | {"model": model.state_dict(), "step": 1}, folder / "ckpt.pt")
     return folder
 
@@ -686,20 +636,50 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path, monkeypatch):
         check_refusal(f"{path} is truncated, no checkpoint", load_model, tmp_path)
     for bad, sentence in (
         (saved | {"extra": Evil()}, "run code"),
-        ({"model_args": {}, "iter_num": 1}, "it holds model_args, iter_num"),
-        ([1, 2], "is no checkpoint of train.py"),
-        ({key: x for key, x in saved.items() if key != "model"}, "is no checkpoint of train.py"),
-        (saved | {"model_config": [1]}, "is no checkpoint of train.py"),
+        ({"model_args": {}, "iter_num": 1}, "no checkpoint of train.py"),
+        ([1, 2], "no checkpoint of train.py"),
+        (saved | {"model_config": [1]}, "no checkpoint of train.py"),
         (saved | {"model_config": config | {"wings": 2}}, "'wings'"),
         (saved | {"model_config": config | {"vocab_size": 77}}, "do not match"),
+        ({key: x for key, x in saved.items() if key != "model"}, "do not match"),
         (saved | {"model": {}}, "do not match"),
-        (saved | {"model": weights | {norm: weights[norm][:3]}}, "do not match"),
         (saved | {"model": weights | {norm: "text"}}, "do not match"),
         (saved, "meta.json"),  # the tokenizer is missing
     ):
         torch.save(bad, path)
         check_refusal(sentence, load_model, tmp_path)
     assert not Path("should_not_exist").exists()
+
+
+def test_a_run_knows_how_long_its_windows_were_and_so_does_its_export(run, tmp_path):
+    """Also where YaRN would take its original length from the key that the export changes."""
+    saved = load_checkpoint(run)
+    for name in ("tokenizer.tiktoken", "meta.json"):
+        shutil.copy(run / name, tmp_path)
+    for trained, long in ({}, 640), ({"trained_length": 96}, 96):
+        yarn = {"rope_scaling": {"type": "yarn", "factor": 8}}
+        changed = {"model_config": saved["model_config"] | yarn, "train_config": {}}
+        torch.save(saved | changed | trained, tmp_path / "ckpt.pt")
+        model = load_model(tmp_path)[0]
+        assert (model.trained_length, model.config.max_position_embeddings) == (long, 640)
+        model.save_pretrained(tmp_path / "hf")
+        again = DeepSeekV3.from_pretrained(tmp_path / "hf")
+        assert again.trained_length == again.config.max_position_embeddings == long
+        assert difference(model(TOKENS), again(TOKENS)) == 0
+    assert load_model(run)[0].trained_length == 64
+
+
+def test_a_changed_model_py_is_said_in_one_line(run, tmp_path, capsys):
+    assert huggingface.source_hash() == hashlib.sha256((ROOT / "model.py").read_bytes()).hexdigest()
+    for name in ("tokenizer.tiktoken", "meta.json"):
+        shutil.copy(run / name, tmp_path)
+    for sha256, lines in (huggingface.source_hash(), 0), ("0", 1):
+        torch.save(load_checkpoint(run) | {"model_sha256": sha256}, tmp_path / "ckpt.pt")
+        load_model(tmp_path)
+        said = capsys.readouterr().err
+        assert said.count("\n") == said.count(f"model.py has changed since {tmp_path}") == lines
+    huggingface.main([str(tmp_path), str(tmp_path / "hf")])
+    assert "in transformers (--check=True compares)" in capsys.readouterr().err
 
 
 # ---- Tokenizers and the command ------------------------------------------------------------------
@@ -741,8 +721,8 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
     assert hf_tokenizer(TEXT[:40])["input_ids"] == ids
     assert hf_tokenizer.decode(ids) == TEXT[:40]
     assert hf_tokenizer.eos_token_id == hf.generation_config.eos_token_id == eot
-    expected = hf.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=30)
-    assert torch.equal(greedy(model, torch.tensor([ids]), 30)[:, : expected.shape[1]], expected)
+    text, T = hf.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=20), len(ids)
+    assert torch.equal(model(text)[:, T - 1 : -1].argmax(-1), text[:, T:])
 
     again, opened, _ = load_model(target)
     assert len(again.mtp) == 1 and difference(model(TOKENS), again(TOKENS)) == 0
@@ -755,11 +735,34 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
     first, *rest = data.train.arrays[0].tolist()
     assert first == eot and rest[:100] == tokenizer.encode(TEXT * 2)[:100]
 
-    huggingface.main([str(run), str(target), "--quantize=True"])
-    assert "quantization_config" in json.loads((target / "config.json").read_text())
+    for name in ("meta.json", "tokenizer.tiktoken"):  # transformers would not save them
+        (target / name).unlink()
+    parsed = huggingface.hf_tokenizer(target)
+    assert (parsed.eos, parsed.bos, parsed.encoding) == ([eot], None, None)
+    assert parsed.encode(TEXT) == tokenizer.encode(TEXT)
+    assert all(parsed.to_bytes(i) == tokenizer.to_bytes(i) for i in range(eot + 2))
     edit_json(target / "tokenizer_config.json", add_bos_token=True)
-    begun = load_model(target)[1]
+    begun = huggingface.hf_tokenizer(target)
     assert begun.encode(TEXT) == [eot, *tokenizer.encode(TEXT)] and begun.bos == eot
+
+
+def test_no_checkpoint_is_replaced_without_being_asked(run, tmp_path, capsys):
+    source, target = tmp_path / "a", tmp_path / "b"
+    huggingface.main([str(run), str(source)])
+    target.mkdir()  # empty: fine
+    huggingface.main([str(source), str(target)])
+    for overwrite, sentence in ("False", "b exists; replace it with --overwrite"), ("True", ""):
+        words = [str(source), str(target), "--quantize=True", f"--overwrite={overwrite}"]
+        if sentence:
+            check_refusal(sentence, huggingface.main, words)
+        else:
+            huggingface.main(words)
+        stored = json.loads((target / "config.json").read_text())
+        assert ("quantization_config" in stored) == (not sentence)
+    for same in (target, target / ".." / "b"):
+        words = [str(target), str(same), "--overwrite"]
+        check_refusal("would replace what it is made from", huggingface.main, words)
+    assert load_model(target)[0].trained_length == 64
 
 
 def test_a_hugging_face_directory_keeps_its_ids_and_texts(run, tmp_path):
@@ -768,7 +771,7 @@ def test_a_hugging_face_directory_keeps_its_ids_and_texts(run, tmp_path):
     edit_json(source / "config.json", bos_token_id=5, eos_token_id=[7, 8])
     (source / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     huggingface.main([str(source), str(target)])
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in {path.name for path in source.iterdir()} - {"config.json", "model.safetensors"}:
         assert (source / name).read_bytes() == (target / name).read_bytes()
     config = json.loads((target / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (5, [7, 8])
@@ -784,10 +787,12 @@ def test_check_fails_where_logits_differ(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("args, code", [(["a"], 2), (["a", "b", "--quant=1"], 2), (["a", "b"], 1)])
-def test_command_refuses_in_one_sentence(args, code, tmp_path):
-    command = [sys.executable, ROOT / "huggingface.py", *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert done.returncode == code and done.stdout == "" and "Traceback" not in done.stderr
+def test_command_refuses_in_one_sentence(args, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["huggingface.py", *args])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(ROOT / "huggingface.py"), run_name="__main__")
+    assert done.value.code == code and capsys.readouterr().out == ""
 
 
 def test_kimi_tokenizer_opens(tmp_path):
@@ -798,32 +803,29 @@ def test_kimi_tokenizer_opens(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 300}))
     tokenizer = huggingface.hf_tokenizer(tmp_path)
     assert tokenizer.encode("né中") == list("né中".encode()) and tokenizer.eos == [300]
-    assert tokenizer.to_bytes(300) == b"[EOS]" and tokenizer.to_bytes(299) == b""
+    assert tokenizer.to_bytes(195) == b"\xc3" and tokenizer.to_bytes(299) == b""
     assert tokenizer.encoding.eot_token == 300
     (tmp_path / "tiktoken.model").write_text("AAAA\n")
-    check_refusal("is no byte-level tokenizer", huggingface.hf_tokenizer, tmp_path)
+    check_refusal("has no byte-level tokenizer", huggingface.hf_tokenizer, tmp_path)
 
 
 def test_a_tokenizer_of_several_stages_samples_but_prepares_no_text(run, tmp_path):
     spec = json.loads(huggingface.tokenizer_json(prepare_data.load_tokenizer(run)))
     stages = spec["pre_tokenizer"]["pretokenizers"]
-    several = {
-        "type": "Sequence",
-        "pretokenizers": [stages[0] | {"pattern": {"Regex": "o"}}, *stages],
-    }
-    for change in ({"pre_tokenizer": several}, {"normalizer": {"type": "NFC"}}):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(spec | change))
-        tokenizer = huggingface.hf_tokenizer(tmp_path)
-        assert b"".join(map(tokenizer.to_bytes, tokenizer.encode(TEXT))).decode() == TEXT
-        assert tokenizer.encoding is None
+    stages.insert(0, stages[0] | {"pattern": {"Regex": "o"}})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = huggingface.hf_tokenizer(tmp_path)
+    assert b"".join(map(tokenizer.to_bytes, tokenizer.encode(TEXT))).decode() == TEXT
+    assert tokenizer.encoding is None and tokenizer.eos == []
     for bad in ("{", "{}", json.dumps(spec | {"model": {"type": "BPE", "vocab": {"▁": 0}}})):
         (tmp_path / "tokenizer.json").write_text(bad)
-        check_refusal("is no byte-level tokenizer", huggingface.hf_tokenizer, tmp_path)
+        check_refusal("has no byte-level tokenizer", huggingface.hf_tokenizer, tmp_path)
 
 
 # ---- The real configurations ---------------------------------------------------------------------
 
 
+@functools.cache
 def meta_model(name: str) -> DeepSeekV3:
     """config/NAME.py, built without memory."""
     keys = runpy.run_path(str(ROOT / "config" / f"{name}.py"))
