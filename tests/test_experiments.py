@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
@@ -44,7 +44,7 @@ TINY = dict(
     vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=8,
     kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, intermediate_size=16,
     moe_intermediate_size=8, first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=2,
-    n_shared_experts=1, n_group=4, topk_group=2, max_position_embeddings=64, batch_size=2,
+    n_shared_experts=1, n_group=4, topk_group=2, max_position_embeddings=64, batch_size=4,
     block_size=16, eval_batch=64, lr=5e-3,
 )  # fmt: skip
 TRAINED = ["balance", "mtp", "attention", "node_limit", "experts", "fp8_loss", "specialisation"]
@@ -92,13 +92,12 @@ def parsed(options: list[str]) -> run.Options:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_experiment_trains_its_arms_once(name, options, capsys, monkeypatch):
-    if name == "long_context" and not hasattr(train.TrainConfig(), "long_block_size"):
-        pytest.skip("train.py has no long windows yet")
     e = experiment(name)
     arms = list(e.arms(parsed(options).base()))
-    if name in ("balance", "specialisation", "node_limit", "fp8_loss"):
+    if name in ("balance", "specialisation", "node_limit", "fp8_loss", "long_context"):
         arms = arms[-1:]  # the others differ in numbers, or are tested below
-    options = [*options, f"--arms={','.join(['base', *arms])}"]
+    more = ["--steps=12"] if name == "long_context" else []  # the last is in long windows
+    options = [*options, f"--arms={','.join(['base', *arms])}", *more]
     page_before = f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n"
     Path("docs").mkdir(exist_ok=True)
     Path("docs/RESULTS.md").write_text(page_before)
@@ -188,6 +187,21 @@ def test_interrupted_run_goes_on_and_keeps_what_is_done(options, place):
         assert evaluated.call_count == 1
         run.main([*options, "--arms=a", "--steps=4", f"--results={place / 'afresh'}"], e)
     assert torch.equal(*weights)
+
+
+def test_finished_run_is_opened_as_it_ended(options):
+    """Also with RoPE stretched, as its last phase left it."""
+    e, seen = experiment("long_context"), []
+
+    def measure(trained):
+        seen.append((trained.net.config.rope_scaling, trained.net.trained_length))
+        raise KeyboardInterrupt
+
+    e = replace(e, name="ended", measure=measure)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run.main([*options, "--arms=last tenth long", "--steps=12"], e)
+    assert seen[0] == seen[1] and seen[0][0]["factor"] == 4 and seen[0][1] == 64
 
 
 def test_arms_begin_with_the_same_weights_where_shapes_agree(options):
