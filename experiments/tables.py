@@ -108,8 +108,7 @@ def cell(values: list[float], sign: bool = False) -> str:
 def table(experiment, options) -> str:
     """Markdown: a row for each arm; below it, where the numbers come from and what is missing."""
     results, columns = collect(experiment, options), experiment.columns
-    if columns.get("against") is None:
-        columns = columns | {"against": f"{columns[experiment.against]} against base"}
+    columns = columns | {"against": f"{columns[experiment.against]} against base"}
     rows, runs = [["arm", "seeds", *columns.values()]], [x for xs in results.values() for x in xs]
     for name, xs in results.items():
         cells = [cell([x[k] for x in xs if k in x], k == "against") for k in columns]
@@ -171,13 +170,9 @@ def save_figure(experiment, options) -> Path | None:
         info("no figure: it needs matplotlib (pip install matplotlib); --plot draws it afterwards")
         return None
     grey = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    grey |= {
-        "axes.edgecolor": INK,
-        "axes.facecolor": "none",
-        "svg.fonttype": "none",
-        "svg.hashsalt": "nanoV3",
-    }
-    grey |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+    grey |= {"axes.edgecolor": INK, "axes.facecolor": "none", "font.size": 9}
+    grey |= {"axes.spines.top": False, "axes.spines.right": False}
+    grey |= {"svg.fonttype": "none", "svg.hashsalt": "nanoV3"}
     with matplotlib.rc_context(grey):
         figure = Figure((8, 3), layout="constrained")
         experiment.draw(figure, {name: xs for name, xs in results.items() if xs})
