@@ -37,12 +37,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tables import add_result, digest, read_results, save_figure, table, write_table
+from tables import add_result, digest, read_results, save_figure, table, write_section
 
 import prepare_data
 import train
 from config import info, parse_args, read_config_file, run_command
-from huggingface import load_checkpoint
+from huggingface import load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig
 
 ROOT = Path(train.__file__).parent
@@ -125,13 +125,15 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
     settings |= {"eval_every": settings["steps"], "save_every": max(1, settings["steps"] // 4)}
     config = train.TrainConfig(**train.split_configs(settings)[1])
     machine, saved = train.start_machine(config), None
-    net = begin_alike(new_network(settings, seed), first).to(machine.device)
+    if (folder / "ckpt.pt").exists():
+        saved = load_checkpoint(folder / "ckpt.pt")
+        net, _, _ = load_model(folder / "ckpt.pt", machine.device)
+    else:
+        net = begin_alike(new_network(settings, seed), first).to(machine.device)
+        net.trained_length = 0
     data, source = train.open_data(config, net.config.vocab_size, machine)
     if options.quick:
         data.val = prepare_data.Tokens([data.val.arrays[0][:4096]])
-    if (folder / "ckpt.pt").exists():
-        saved = load_checkpoint(folder / "ckpt.pt")
-        net.load_state_dict(saved["model"])
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.tiktoken", "meta.json"):  # so sample.py opens the folder
         shutil.copyfile(source / name, folder / name)
@@ -270,7 +272,7 @@ def main(argv: list[str], experiment: Experiment):
         else:
             run_arm(trainer, name, arms[name], seed, options)
     print(table(experiment, options))
-    write_table(experiment, options)
+    write_section(experiment, options)
     if path := save_figure(experiment, options):
         info(f"figure: {path}")
 

@@ -62,29 +62,28 @@ def interval(values: list[float]) -> tuple[float, float | None]:
 
 
 def collect(experiment, options) -> dict[str, list[dict]]:
-    """The newest result of every arm and seed, for the number of steps of which there are most.
-
-    `against` is the difference to the base run of the same seed, length, code and data.
-    """
+    """By arm, the newest result of every seed; all of one length, code and corpus, those of which
+    there are most (the newest of several). `against` is the difference to the base's same seed."""
 
     def origin(x: dict) -> tuple:
-        return x["seed"], x["steps"], x["source"], x["corpus"]
+        return x["steps"], x["source"], x["corpus"]
 
     own = read_results(options, experiment.results or experiment.name)
     bases = own if experiment.compute else read_results(options, "base")
-    lengths = [x["steps"] for x in own if x["arm"] != "base"] or [x["steps"] for x in bases]
-    steps = max(set(lengths), key=lambda n: (lengths.count(n), n), default=0)
-    own = [x for x in own if x["steps"] == steps]
-    bases = {origin(x): x for x in bases if x["arm"] == "base" and x["steps"] == steps}
-    found = {("base", x["seed"]): x for x in bases.values()}
+    names = experiment.arms(options.base())
+    origins = [origin(x) for x in (own if names else bases)]
+    most = max(reversed(origins), key=origins.count, default=None)
+    bases = {x["seed"]: x for x in bases if x["arm"] == "base" and origin(x) == most}
+    found = {("base", seed): x for seed, x in bases.items()}
     for x in own:
-        measured = bases.get(origin(x), {}) if x["arm"] == "base" else {}
-        found[x["arm"], x["seed"]] = measured | x
+        if origin(x) == most:
+            measured = bases.get(x["seed"], {}) if x["arm"] == "base" else {}
+            found[x["arm"], x["seed"]] = measured | x
     label = {"base": f"{experiment.base} (base)" if experiment.base else "base"}
-    label |= {name: name for name in experiment.arms(options.base())}
+    label |= {name: name for name in names}
     results = {name: [] for name in label.values()}
     for (name, _), x in sorted(found.items(), key=lambda item: item[0][1]):
-        base = bases.get(origin(x), {})
+        base = bases.get(x["seed"], {})
         if name != "base" and experiment.against in base:
             x = x | {"against": x[experiment.against] - base[experiment.against]}
         if name in label:
@@ -109,8 +108,7 @@ def cell(values: list[float], sign: bool = False) -> str:
 def table(experiment, options) -> str:
     """Markdown: a row for each arm; below it, where the numbers come from and what is missing."""
     results, columns = collect(experiment, options), experiment.columns
-    if columns.get("against") is None:
-        columns = columns | {"against": f"{columns[experiment.against]} against base"}
+    columns = columns | {"against": f"{columns[experiment.against]} against base"}
     rows, runs = [["arm", "seeds", *columns.values()]], [x for xs in results.values() for x in xs]
     for name, xs in results.items():
         cells = [cell([x[k] for x in xs if k in x], k == "against") for k in columns]
@@ -172,13 +170,9 @@ def save_figure(experiment, options) -> Path | None:
         info("no figure: it needs matplotlib (pip install matplotlib); --plot draws it afterwards")
         return None
     grey = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    grey |= {
-        "axes.edgecolor": INK,
-        "axes.facecolor": "none",
-        "svg.fonttype": "none",
-        "svg.hashsalt": "nanoV3",
-    }
-    grey |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+    grey |= {"axes.edgecolor": INK, "axes.facecolor": "none", "font.size": 9}
+    grey |= {"axes.spines.top": False, "axes.spines.right": False}
+    grey |= {"svg.fonttype": "none", "svg.hashsalt": "nanoV3"}
     with matplotlib.rc_context(grey):
         figure = Figure((8, 3), layout="constrained")
         experiment.draw(figure, {name: xs for name, xs in results.items() if xs})
@@ -189,12 +183,18 @@ def save_figure(experiment, options) -> Path | None:
     return path
 
 
-def write_table(experiment, options):
-    """Into docs/RESULTS.md, between the two marks of this experiment."""
+def section(experiment, options) -> str:
+    """What docs/RESULTS.md shows between the two marks of this experiment."""
+    text = table(experiment, options)
+    if experiment.draw and any(collect(experiment, options).values()):
+        text += f"\n\n![{experiment.name}](figures/{experiment.name}.svg)"
+    return text
+
+
+def write_section(experiment, options):
     page = Path(options.docs, "RESULTS.md")
     text = page.read_text(encoding="utf-8") if page.exists() else ""
-    marks = f"<!-- {experiment.name} -->\n", f"\n<!-- end of {experiment.name} -->"
-    if marks[0] in text:
-        before, rest = text.split(marks[0])
-        after = rest.split(marks[1])[1]
-        page.write_text(f"{before}{marks[0]}{table(experiment, options)}{marks[1]}{after}", "utf-8")
+    begin, end = f"<!-- {experiment.name} -->\n", f"\n<!-- end of {experiment.name} -->"
+    if begin in text:
+        before, after = text[: text.index(begin)], text[text.index(end) :]
+        page.write_text(before + begin + section(experiment, options) + after, encoding="utf-8")
