@@ -527,6 +527,7 @@ class DeepSeekV3(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.trained_length = config.max_position_embeddings  # load_model knows better for our runs
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, dense=i < config.first_k_dense_replace)
