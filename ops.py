@@ -291,11 +291,9 @@ class DecoderBlock:
         if self.absorbed:
             q = torch.cat((torch.einsum("hnc,hni->hci", self.UK, q[:, :N]), q[:, N:]), 1)
             o = torch.einsum("dhv,hvc->dhc", o, self.UV)
-        self.q, self.o = (
-            side_by_side(q.flatten(0, 1)) if latent else None,
-            side_by_side(o.flatten(1)),
-        )
-        q = mla.q_a_proj.weight * norm if latent else q.flatten(0, 1)
+        self.o, q = side_by_side(o.flatten(1)), q.flatten(0, 1)
+        self.q = side_by_side(q) if latent else None
+        q = mla.q_a_proj.weight * norm if latent else q
         self.qkv = side_by_side(q, mla.kv_a_proj_with_mqa.weight * norm)
         self.H, self.widths = H, [len(q), C, config.qk_rope_head_dim]
         self.kv_norm, self.norm = mla.kv_a_layernorm.weight, block.post_attention_layernorm.weight

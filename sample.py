@@ -135,10 +135,8 @@ class Text:
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
         self.net, self.depth, self.compile = model, depth, compile
         temperature, *self.filters = filters  # and top_k, top_p
-        self.greedy, self.temperature = (
-            temperature == 0,
-            ops.upcast(like[:0]).new_tensor(temperature),
-        )
+        self.greedy = temperature == 0
+        self.temperature = ops.upcast(like[:0]).new_tensor(temperature)
         # Room for a last round that goes too far. A graph serves one size: compiled there are few.
         size = T + new + MOST_DRAFTS + depth + 1
         size = max(256, 1 << (size - 1).bit_length()) if compile else size
@@ -183,9 +181,8 @@ class Text:
         with its own output. The W slots before may hold what came of rejected drafts: every module
         fills them again.
         """
-        W, q = G + self.depth, []
-        W = min(W, n - 1) if isinstance(n, int) else W
-        start = n - 1 - W
+        W = G + self.depth if isinstance(n, Tensor) else min(G + self.depth, n - 1)
+        start, q = n - 1 - W, []
         h = self.hidden[:, span(start, W)]
         for j in range(max(G, self.depth)):
             k = min(j, self.depth - 1)
@@ -552,6 +549,8 @@ def read_text(path: str) -> str:
         return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise FileNotFoundError(f"cannot read {path}: {error.strerror}") from None
 
 
 def usable_device(name: str) -> torch.device:
@@ -573,7 +572,8 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
     colour = sys.stdout.isatty() and config.show != ""
     writer, experts = Writer(tokenizer, colour), set()
-    texts, stats, interrupted = [[] for _ in range(config.num_samples)], Stats(), False
+    texts: list[list[tuple[int, str]]] = [[] for _ in range(config.num_samples)]
+    stats, interrupted = Stats(), False
 
     def on_token(row: int, new: list[int], drafted: int):
         styled = [(token, GREEN if i < drafted else "") for i, token in enumerate(new)]
@@ -658,7 +658,9 @@ def main(argv: list[str]):
     dtypes = ("auto", "float32", "bfloat16", "float64")
     for name, allowed in (("show", ("", "drafts", "experts")), ("dtype", dtypes)):
         if (value := getattr(config, name)) not in allowed:
-            raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(allowed)}")
+            raise ValueError(
+                f"{name} is {value!r}, but must be one of {', '.join(filter(None, allowed))}"
+            )
     others = sorted({"prompt", "prompt_file", "interactive", "show"} & values.keys())
     if config.score and others:
         raise ValueError(f"--score measures a text and writes none: leave out --{others[0]}")
