@@ -206,6 +206,7 @@ def test_greedy_text_is_that_of_whole_forwards(name):
     """To the end of the context, with a note of that and of the trained length."""
     model = small(**VARIANTS[name])
     model.trained_length = LIMIT - 8
+    assert (ops.decoder(model) is None) == (name == "attention_bias")
     text = greedy(model, tokens_of(model, 2, 26), 99)
     assert text.shape[1] == LIMIT
     assert same_text(model, text[:, : LIMIT - 8], 30, speculative=2).note == ""
@@ -288,6 +289,38 @@ def test_looping_text_is_looked_up(capsys):
     assert sum(stats.accepted) > 0.9 * sum(stats.drafted) and capsys.readouterr().err == ""
 
 
+def test_looked_up_is_what_followed_last():
+    """Over its own end too; only where every row that goes on has met its last tokens before."""
+
+    def found(live, *rows):
+        ids = torch.tensor(rows)
+        text = sample.Text(small(), ids, 9, 0, False, (0, None, None))
+        drafts = text.look_up(ids.shape[1], 4, live)
+        return drafts if drafts is None else drafts[live].tolist()
+
+    assert found([0], [1, 2, 3, 5, 1, 2, 3, 4, 1, 2, 3]) == [[4, 1, 2, 3]]
+    assert found([0], [8, 9, 9, 9, 9]) == [[9, 9, 9, 9]]
+    rows = [7, 1, 2, 3, 1, 2, 3], [1, 2, 3, 4, 5, 6, 7]
+    assert found([0, 1], *rows) is found([0], [1, 2, 3]) is None
+    assert found([0], *rows) == [[1, 2, 3, 1]]
+
+
+@torch.inference_mode()
+def test_mtp_modules_catch_up(trained):
+    """After any rounds, drafted, rejected or plain, their caches are those after a prompt."""
+    u, depth, greedily = torch.zeros(1, 9), len(trained.mtp), (0, None, None)
+    text, n = sample.Text(trained, tokens_of(trained, 1, 9), 99, depth, False, greedily), 9
+    text.prefill(n)
+    for G in (4, 0, 0, 0, 0, 0, 0, 3, 2, 4):
+        ((kept, *_),), _ = text.play(n, G, u, None)
+        fresh = sample.Text(trained, text.tokens[:, :n], 99, depth, False, greedily)
+        fresh.prefill(n)
+        fresh.play(n, 4, u, None)
+        for ours, theirs in zip(text.mtp_cache.kv, fresh.mtp_cache.kv, strict=True):
+            assert G == 0 or torch.allclose(ours[:, : n - depth], theirs[:, : n - depth])
+        n += kept + 1
+
+
 # ---- Compiled rounds -----------------------------------------------------------------------------
 
 
@@ -301,8 +334,7 @@ def operations(function, *, options, **settings):
     return COMPILE(function, backend="eager", options=options, **settings)
 
 
-@pytest.mark.parametrize("trained", [1], indirect=True)
-@pytest.mark.parametrize("way", ["operations", "C++"])
+@pytest.mark.parametrize("trained, way", [(2, "operations"), (1, "C++")], indirect=["trained"])
 def test_compiled_rounds_give_the_same_texts_with_one_graph_each(trained, way, monkeypatch):
     """Greedy and sampled, drafted and looked up; one graph serves every position and later texts.
     In C++ one of them is enough."""
@@ -331,6 +363,7 @@ def test_compiled_rounds_give_the_same_texts_with_one_graph_each(trained, way, m
     assert check(2, **SAMPLED).lookups > 5  # drafted, and looked up
     assert 5 < sum(check(0, T=31, **SAMPLED | dict(temperature=1.2)).accepted) < 39
     assert sum(check(1, temperature=0, speculative=1, lookup=False).accepted) > 5
+    check(0, T=1, temperature=0, speculative=1, lookup=False)
     # Without drafts there are no hidden states to keep, so this is a graph of its own.
     check(1, temperature=0, speculative=0)
 
@@ -386,6 +419,15 @@ def test_auto_is_hardly_slower_than_plain_where_drafts_never_match(temperature, 
     )  # fmt: skip
     assert sum(stats.drafted) > 0
     assert stats.seconds < 1.03 * 1.05 * 499  # a plain round takes 1.05
+
+
+def test_auto_gives_up_where_drafts_stop_matching():
+    pace, seconds, written = sample.Pace("auto", MOST_DRAFTS, 500), 0.0, 0
+    while written < 500:
+        took, tokens = 1 + 0.3 * pace.G, 1 + (pace.G if written < 100 else 0)
+        pace.learn(pace.G, False, took, tokens)
+        seconds, written = seconds + took, written + tokens
+    assert seconds < 1.03 * 500
 
 
 @pytest.mark.parametrize(
