@@ -52,7 +52,9 @@ class SampleConfig:
     draft: str = "auto"  # tokens drafted in a round: 0, 1, 2, 3, 4, or auto: what is fastest
     lookup: bool = True  # draft from the text itself where it repeats
     compile: bool = False  # compile decoding: several times faster, after a minute the first time
-    show: str = ""  # drafts: colour accepted drafts; experts: colour by the last layer's top expert
+    show: str = (
+        ""  # drafts: accepted ones in green; experts: in colours, each token's in the last layer
+    )
     interactive: bool = False  # ask for one prompt after another
     score: str = ""  # a text file: print its nats per token and bits per byte
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
@@ -367,7 +369,7 @@ def trusted(model: DeepSeekV3, tokens: Tensor, cache: Cache) -> "DeepSeekV3 | op
         difference = fast.logits(fast.trunk(tokens[:, -1:], cache)) - logits
         if difference.norm() <= rounding * logits.norm():
             return fast
-    info("ops.Decoder does not follow this model.py, by whose formulas decoding goes on, slower")
+    info("ops.Decoder does not follow this model: model.py's formulas decode instead, slower")
     return model
 
 
@@ -422,8 +424,9 @@ def generate(
         stats.seconds += seconds
         stats.rounds += 1
         stats.lookups += found is not None
-    if (length := max(map(len, rows.ids))) > model.trained_length:
-        stats.note = f"this is beyond the {model.trained_length} tokens the model was trained on"
+    length, trained = max(map(len, rows.ids)), model.trained_length
+    if length > trained:
+        stats.note = f"the text goes beyond the {trained} tokens the model was trained on"
     if length == limit < T + max_new_tokens:
         stats.note = f"stopped at the context limit of {limit} tokens (max_position_embeddings)"
     return rows.padded().to(tokens.device)
