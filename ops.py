@@ -213,7 +213,7 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 LONG, RECENT = 2**14, 64  # cached tokens worth cutting, and the newest, which stay apart
 PAST_END = 16  # positions after the context limit, for drafts that are thrown away
-ALL_EXPERTS = 2**20  # weights in a layer's experts up to which one product with all is fastest
+SMALL = 2**20  # weights in a layer's experts up to which one product with all is fastest
 _decoders = weakref.WeakKeyDictionary()
 # Fused optimisers leave no trace in a weight's version.
 register_optimizer_step_post_hook(lambda *_: _decoders.clear())
@@ -221,8 +221,8 @@ register_optimizer_step_post_hook(lambda *_: _decoders.clear())
 
 def decoder(model) -> "Decoder | None":
     """The model's Decoder, made anew when a weight has changed; None if `enabled` is off or the
-    model has not the parameters that one expects."""
-    if not enabled:
+    model has other parameters than a Decoder knows, biases for example."""
+    if not enabled or model.config.attention_bias:
         return None
     state = model.state_dict().values()
     version = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in state]
@@ -239,16 +239,18 @@ def side_by_side(*weights: Tensor) -> Tensor:
     return torch.cat(weights).T.contiguous()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (n, in) times weight (in, out)."""
-    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-
-
 def normalise(x: Tensor, eps: Tensor) -> Tensor:
     """rms_norm in fewer operations; eps is a scalar tensor in the precision of norms."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=eps.dtype)
     mean_square = torch.addcmul(eps, length, length, value=1 / x.shape[-1])
     return (x * mean_square.rsqrt()).to(x.dtype)
+
+
+def span(start: int | Tensor, length: int) -> slice | Tensor:
+    """Positions from start on: a slice, or in a graph that serves every start a tensor."""
+    if isinstance(start, int):
+        return slice(start, start + length)
+    return start + torch.arange(length, device=start.device)
 
 
 def attend(q: Tensor, kv: Tensor, C: int, later: Tensor | None) -> Tensor:
@@ -289,44 +291,37 @@ class DecoderBlock:
         if self.absorbed:
             q = torch.cat((torch.einsum("hnc,hni->hci", self.UK, q[:, :N]), q[:, N:]), 1)
             o = torch.einsum("dhv,hvc->dhc", o, self.UV)
-        self.o, self.o_bias, q = side_by_side(o.flatten(1)), mla.o_proj.bias, q.flatten(0, 1)
+        self.o, q = side_by_side(o.flatten(1)), q.flatten(0, 1)
         self.q = side_by_side(q) if latent else None
-        q, kv = mla.q_a_proj.weight * norm if latent else q, mla.kv_a_proj_with_mqa
-        self.qkv, self.qkv_bias = side_by_side(q, kv.weight * norm), kv.bias
-        if config.attention_bias:
-            zero = q.new_zeros(len(q))
-            self.qkv_bias = torch.cat((mla.q_a_proj.bias if latent else zero, kv.bias))
+        q = mla.q_a_proj.weight * norm if latent else q
+        self.qkv = side_by_side(q, mla.kv_a_proj_with_mqa.weight * norm)
         self.H, self.widths = H, [len(q), C, config.qk_rope_head_dim]
         self.kv_norm, self.norm = mla.kv_a_layernorm.weight, block.post_attention_layernorm.weight
-        # The dense FFN; or the shared experts, behind all the others if those are small.
-        ffn, self.all, gates, ups, downs = block.mlp, False, [], [], []
+        # One wide FFN: the dense one; or all experts, if they are small, and the shared ones.
+        ffn, wide = block.mlp, []
         self.moe = ffn if hasattr(ffn, "experts") else None
         if self.moe:
             ffn, (gate_up, down) = ffn.shared_experts, ffn.experts.parameters()
             self.each = list(zip(gate_up.mT, down.mT, strict=True))
-            self.all = 3 * down.numel() <= ALL_EXPERTS
-            if self.all:
-                gates, ups = ([x.flatten(0, 1)] for x in gate_up.chunk(2, 1))
-                downs = [down.mT.flatten(0, 1)]  # (E*F, D)
-        if ffn and (self.all or not self.moe):
-            gates, ups = [*gates, ffn.gate_proj.weight], [*ups, ffn.up_proj.weight]
-            downs = [*downs, ffn.down_proj.weight.T]
-        if gates:
+            if 3 * down.numel() <= SMALL:  # (E*F, D) each
+                wide = [[x.flatten(0, 1) for x in (*gate_up.chunk(2, 1), down.mT)]]
+        if ffn and (wide or not self.moe):
+            wide += [[ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight.T]]
+        self.wide = bool(wide)
+        if wide:
+            gates, ups, downs = zip(*wide, strict=True)
             self.gate_up, self.down = side_by_side(*gates, *ups), torch.cat(downs)
 
     def __call__(self, x: Tensor, kv: Tensor, place: tuple) -> Tensor:
         """x (n, D), kv (B, size, C+R) -> (n, D)."""
-        B, (_, C, R), (slots, S, cos, sin, swap, later) = len(kv), self.widths, place
-        q, c, k = linear(normalise(x, self.eps), self.qkv, self.qkv_bias).split(self.widths, -1)
+        B, (_, C, R), (slots, S, rotated, later) = len(kv), self.widths, place
+        q, c, k = torch.mm(normalise(x, self.eps), self.qkv).split(self.widths, -1)
         if self.q is not None:
-            q = linear(normalise(q, self.latent_eps), self.q)
-
-        def rotated(x: Tensor) -> Tensor:  # (B, T, H or 1, R)
-            return torch.addcmul(x * cos, x.index_select(-1, swap), sin).to(x.dtype)
-
-        q, k = q.view(B, -1, self.H, q.shape[1] // self.H), rotated(k.view(B, -1, 1, R))
+            q = torch.mm(normalise(q, self.latent_eps), self.q)
         c = (normalise(c, self.latent_eps) * self.kv_norm).view(B, -1, C)
-        kv[:, slots] = torch.cat((c, k[:, :, 0]), -1)
+        k = rotated(k.view(B, -1, 1, R))[:, :, 0]  # (B, T, R)
+        kv[:, slots] = torch.cat((c, k), -1)
+        q = q.view(B, -1, self.H, q.shape[1] // self.H)
         q, q_pe = q[..., :-R], rotated(q[..., -R:])
         if not self.absorbed:
             q = torch.einsum("bthn,hnc->bthc", q, self.UK)
@@ -334,35 +329,34 @@ class DecoderBlock:
         o = attend(q, kv[:, :S], C, later)  # (B, T*H, C)
         if not self.absorbed:
             o = torch.einsum("nhc,hvc->nhv", o.view(len(x), -1, C), self.UV)
-        x = x + linear(o.reshape(len(x), -1), self.o, self.o_bias)
+        x = x + torch.mm(o.reshape(len(x), -1), self.o)
         return x + self.ffn(normalise(x, self.eps) * self.norm)
 
     def ffn(self, z: Tensor) -> Tensor:
         """z (n, D) -> (n, D)."""
         if not self.moe:
-            return self.swiglu(z, None)
+            return self.wide_ffn(z)
         s, chosen, gain = self.moe.gate(z)
-        if self.all and not torch.compiler.is_compiling():
-            return self.swiglu(z, torch.zeros_like(s).scatter_(-1, chosen, gain))
+        if self.wide and not torch.compiler.is_compiling():
+            return self.wide_ffn(z, torch.zeros_like(s).scatter_(-1, chosen, gain))
         if chosen.numel() > s.shape[1] and not torch.compiler.is_compiling():
             return self.moe(z[None])[0]  # many tokens: sorted by expert
         y, shared = self.chosen_experts(z, chosen, gain.to(z.dtype)), self.moe.shared_experts
         return y + shared(z) if shared else y
 
-    def swiglu(self, z: Tensor, gains: Tensor | None) -> Tensor:
-        """The dense FFN, or all experts, times gains (n, E), and the shared ones."""
-        gate, up = linear(z, self.gate_up).chunk(2, -1)
+    def wide_ffn(self, z: Tensor, gains: Tensor | None = None) -> Tensor:
+        """The dense FFN; or the shared experts, and all the others times gains (n, E)."""
+        gate, up = torch.mm(z, self.gate_up).chunk(2, -1)
         hidden = F.silu(gate) * up
         if gains is not None:
-            E = gains.shape[1]
-            routed = hidden[:, : self.each[0][1].shape[0] * E]
-            routed.unflatten(1, (E, -1)).mul_(gains[..., None])
-        return linear(hidden, self.down)
+            F_ = self.each[0][1].shape[0]
+            hidden[:, : gains.shape[1] * F_].unflatten(1, (-1, F_)).mul_(gains[..., None])
+        return torch.mm(hidden, self.down)
 
     def chosen_experts(self, z: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
         """The sum of every token's K experts, whose weights are read where they lie."""
         if torch.compiler.is_compiling():  # fused into loops
-            gate_up, down = self.moe.experts.gate_up_proj, self.moe.experts.down_proj
+            gate_up, down = self.moe.experts.parameters()
             gate, up = (gate_up[chosen] * z[:, None, None]).sum(-1).chunk(2, -1)  # (n, K, F)
             hidden = F.silu(gate) * up * gain[..., None]
             return (down[chosen] * hidden.unsqueeze(-2)).sum((1, 3))
@@ -402,17 +396,20 @@ class Decoder:
         self.swap = swap.flip(pair).flatten()
 
     def place(self, T: int, cache) -> tuple:
-        """Slots of T new tokens, how many cached ones are read, RoPE, the mask of later ones."""
+        """T new tokens: their slots, how many slots are read, their rotation, the mask."""
         at, later, device = cache.length, None, self.norm.device
-        slots, S = (slice(at, at + T), at + T) if isinstance(at, int) else (None, cache.size)
+        slots, S = span(at, T), at + T if isinstance(at, int) else cache.size
+        cos, sin = self.cos[slots], self.sin[slots]  # (T, 1, R)
         cache.length = at + T
-        if T > 1 or slots is None:
-            positions = at + torch.arange(T, device=device)
-            slots = positions if slots is None else slots
-            unseen = torch.arange(S, device=device) > positions[:, None]  # (T, S)
-            later = torch.where(unseen, -math.inf, 0.0).to(self.norm.dtype)
+        if T > 1 or cache.size == S:
+            unseen = torch.arange(S, device=device) > at + torch.arange(T, device=device)[:, None]
+            later = torch.where(unseen, -math.inf, 0.0).to(self.norm.dtype)  # (T, S)
             later = later.repeat_interleave(self.layers[0].H, 0)  # (T*H, S)
-        return slots, S, self.cos[slots], self.sin[slots], self.swap, later
+
+        def rotated(x: Tensor) -> Tensor:  # (B, T, H or 1, R)
+            return torch.addcmul(x * cos, x.index_select(-1, self.swap), sin).to(x.dtype)
+
+        return slots, S, rotated, later
 
     def trunk(self, tokens: Tensor, cache) -> Tensor:
         place, x = self.place(tokens.shape[1], cache), self.embedding[tokens.flatten()]
@@ -423,8 +420,8 @@ class Decoder:
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache) -> Tensor:
         block, x = self.mtp[k], self.embedding[tokens.flatten()]
         x = torch.cat((normalise(x, self.eps), normalise(h.flatten(0, 1), self.eps)), -1)
-        x = block(linear(x, block.eh), cache.kv[k], self.place(tokens.shape[1], cache))
+        x = block(torch.mm(x, block.eh), cache.kv[k], self.place(tokens.shape[1], cache))
         return (normalise(x, self.eps) * block.out_norm).view_as(h)
 
     def logits(self, h: Tensor) -> Tensor:
-        return upcast(linear(h.flatten(0, 1), self.head)).unflatten(0, h.shape[:2])
+        return upcast(torch.mm(h.flatten(0, 1), self.head)).unflatten(0, h.shape[:2])

@@ -7,7 +7,7 @@ sampling (Leviathan et al., arXiv 2211.17192). Text goes to stdout, everything e
     --score=FILE measures a text instead of writing one
 
 Shapes: B rows (sequences decoded together), T prompt length, G drafts in a round, V vocabulary,
-D hidden, W slots that an MTP module catches up with.
+D hidden, W slots that an MTP module fills again.
 """
 
 import codecs
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,9 +30,11 @@ import ops
 from config import info, parse_args, run_command
 from huggingface import Tokenizer, load_model
 from model import Cache, DeepSeekV3
+from ops import span
 
 MOST_DRAFTS = 4
 MATCH = 3  # tokens that prompt lookup finds again
+GREEN = "32"
 PALETTE = (160, 34, 172, 33, 134, 37, 99, 204)  # neither bright nor dark: legible on any ground
 
 
@@ -42,19 +44,21 @@ class SampleConfig:
     prompt: str = ""  # the text to go on from; nothing: what is piped in, or a new document
     prompt_file: str = ""  # a file with the prompt
     num_samples: int = 1  # texts from the same prompt, decoded together
-    max_new_tokens: int = 256
+    max_new_tokens: int = 256  # where a text ends at the latest
     temperature: float = 0.8  # 0 takes the likeliest token
     top_k: int | None = 200  # sample among the k likeliest tokens; none: among all
     top_p: float | None = None  # among the fewest tokens that have this much probability
     seed: int = 1337  # with a fixed --draft it fixes the text; auto follows the clock
-    draft: str = "auto"  # tokens drafted in a round: 0 to 4, or what is fastest
+    draft: str = "auto"  # tokens drafted in a round: 0, 1, 2, 3, 4, or auto: what is fastest
     lookup: bool = True  # draft from the text itself where it repeats
     compile: bool = False  # compile decoding: several times faster, after a minute the first time
-    show: str = ""  # drafts: colour accepted drafts; experts: colour by the last layer's top expert
+    show: str = (
+        ""  # drafts: accepted ones in green; experts: in colours, each token's in the last layer
+    )
     interactive: bool = False  # ask for one prompt after another
     score: str = ""  # a text file: print its nats per token and bits per byte
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    dtype: str = "auto"  # float32, bfloat16, float64; auto is bfloat16 on GPUs that have it
+    dtype: str = "auto"  # float32, bfloat16, float64, or auto: bfloat16 on GPUs that have it
 
 
 @dataclass
@@ -63,14 +67,12 @@ class Stats:
 
     prefill_seconds: float = 0.0
     seconds: float = 0.0  # without the prompt and without compilation
-    rounds: int = 0  # forwards of the main model after the prompt
+    tokens: int = 0  # new ones
+    rounds: int = 0  # forwards of the main model after the prompt's
     lookups: int = 0  # those whose drafts were looked up
-    row_rounds: int = 0  # rounds x rows that were not finished
-    tokens: int = 0  # new tokens
     drafted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)  # by position
     accepted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
-    lengths: list[int] = field(default_factory=lambda: [0] * (MOST_DRAFTS + 1))  # rounds of each
-    note: str = ""  # why it ended early
+    note: str = ""  # what its reader should know
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -122,14 +124,7 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
     return kept, draw(rest, u[:, -1:])
 
 
-# ---- Prefill and rounds --------------------------------------------------------------------------
-
-
-def span(start: int | Tensor, length: int) -> slice | Tensor:
-    """Positions from start on: a slice, or in a graph that serves every start a tensor."""
-    if isinstance(start, int):
-        return slice(start, start + length)
-    return start + torch.arange(length, device=start.device)
+# ---- A round: draft, verify, accept --------------------------------------------------------------
 
 
 class Text:
@@ -138,12 +133,15 @@ class Text:
     `net` is the model or its ops.Decoder: trunk, predict_next and logits are all that is called.
     """
 
-    def __init__(self, model, tokens: Tensor, size: int, depth: int, temperature, top_k, top_p):
+    def __init__(self, model, tokens: Tensor, new: int, depth: int, compile: bool, filters: tuple):
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
-        self.net, self.depth, self.filters = model, depth, (top_k, top_p)
-        self.temperature = None  # greedy
-        if temperature > 0:
-            self.temperature = ops.upcast(like[:0]).new_tensor(temperature)
+        self.net, self.depth, self.compile = model, depth, compile
+        temperature, *self.filters = filters  # and top_k, top_p
+        self.greedy = temperature == 0
+        self.temperature = ops.upcast(like[:0]).new_tensor(temperature)
+        # Room for a last round that goes too far. A graph serves one size: compiled there are few.
+        size = T + new + MOST_DRAFTS + depth + 1
+        size = max(256, 1 << (size - 1).bit_length()) if compile else size
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
         self.cache = Cache(config, len(model.layers), B, size, like)  # all tokens but the newest
         # For the MTP modules: the main model's hidden states, and in how many slots of their cache
@@ -151,111 +149,228 @@ class Text:
         self.hidden = like.new_zeros(B, size if depth else 0, like.shape[1])
         self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
 
-    def choose(self, logits: Tensor, u: Tensor) -> tuple[Tensor | None, Tensor]:
-        """logits (B, V) -> their distribution (B, V), none if greedy, and a token of it (B, 1)."""
-        if self.temperature is None:
-            return None, logits.argmax(-1, keepdim=True)
-        p = probabilities(logits, self.temperature, *self.filters)
-        return p, draw(p, u)
-
-    def prefill(self, T: int, chunk: int) -> Tensor:
-        """The prompt through the model, `chunk` tokens at once: logits after it (B, V)."""
-        for start in range(0, T, chunk):
-            end = min(start + chunk, T)
-            h = self.net.trunk(self.tokens[:, start:end], self.cache)  # (B, chunk, D)
-            logits = self.net.logits(h[:, -1:])[:, 0] if end == T else None
+    def prefill(self, T: int):
+        """All tokens of the prompt but the newest go through the model, and on with its Decoder."""
+        model, (B, _) = self.net, self.tokens.shape
+        # So many at once that attention's scores take 1 GB at most.
+        self.chunk = max(1, min(512, 2**26 // (B * T * model.config.num_attention_heads)))
+        for start in range(0, T - 1, self.chunk):
+            end = min(start + self.chunk, T - 1)
+            h = model.trunk(self.tokens[:, start:end], self.cache)  # (B, chunk, D)
             if self.depth:
                 self.hidden[:, start:end] = h
+        self.catch_up(T - 1 - self.depth)
+        self.net = trusted(model, self.tokens[:, :T], self.cache)
+        self.compile = self.compile and self.net is not model
+
+    def catch_up(self, end: int):
+        """The MTP modules fill their slots up to `end`: slot i of module k takes h_i of depth k and
+        token i+k+1 (k from 0)."""
+        while self.depth and self.filled < end:
+            start, self.filled = self.filled, min(self.filled + self.chunk, end)
+            h = self.hidden[:, start : self.filled]  # (B, chunk, D)
             for k in range(self.depth):
                 self.mtp_cache.length = start
-                tokens = self.tokens[:, start + k + 1 : end + k + 1]
+                tokens = self.tokens[:, start + k + 1 : self.filled + k + 1]
                 h = self.net.predict_next(k, h, tokens, self.mtp_cache)
-        self.filled = max(0, T - self.depth)
-        return logits
 
-    def draft(self, n: int | Tensor, G: int, u: Tensor) -> list[Tensor | None]:
-        """Writes drafts of tokens n .. n+G-1; returns the distributions q they come from, (B, V).
+    def draft(self, n: int | Tensor, G: int, u: Tensor) -> Tensor | None:
+        """Writes drafts of tokens n .. n+G-1; returns the distributions q they come from (B, G, V),
+        nothing if greedy.
 
-        Slot i of MTP module k (0-based) takes h_i of depth k and token i+k+1, and predicts token
-        i+k+2. So slot n-2 of module 0 gives token n, that of module 1 token n+1, and so on; deeper
-        drafts come from further slots of the last module, fed with its own output. First the
-        modules catch up: W slots up to n-2 replace what was made of rejected drafts.
+        Slot i of module k predicts token i+k+2. So slot n-2 of module 0 gives token n, that of
+        module 1 token n+1, and so on; deeper drafts come from further slots of the last module, fed
+        with its own output. The W slots before may hold what came of rejected drafts: every module
+        fills them again.
         """
-        start, W, q = self.filled, n - 1 - self.filled, []
-        if isinstance(n, Tensor):  # one graph: as many slots as a round can leave behind
-            W = G + self.depth
-            start = (n - 1 - W).clamp(min=0)
+        W = G + self.depth if isinstance(n, Tensor) else min(G + self.depth, n - 1)
+        start, q = n - 1 - W, []
         h = self.hidden[:, span(start, W)]
         for j in range(max(G, self.depth)):
             k = min(j, self.depth - 1)
-            here = span(start + k + 1, W) if j == k else span(n - 1 + j, 1)
-            self.mtp_cache.length = start if j == k else n - 1 + j - self.depth
-            h = self.net.predict_next(k, h, self.tokens[:, here], self.mtp_cache)
-            last = h[:, span(n - 2 - start, 1)] if j == k else h  # (B, 1, D)
+            if j > k:
+                start, W, h = n - 2 + j - k, 1, h[:, -1:]
+            self.mtp_cache.length = start
+            h = self.net.predict_next(k, h, self.tokens[:, span(start + k + 1, W)], self.mtp_cache)
             if j < G:
-                p, token = self.choose(self.net.logits(last)[:, 0], u[:, j : j + 1])
+                logits = self.net.logits(h[:, -1:])[:, 0]  # (B, V)
+                if not self.greedy:
+                    q.append(probabilities(logits, self.temperature, *self.filters))
+                token = draw(q[j], u[:, j : j + 1]) if q else logits.argmax(-1, keepdim=True)
                 self.tokens[:, span(n + j, 1)] = token
-                q.append(p)
-            if j >= self.depth - 1:
-                h = last
-        return q
+        return torch.stack(q, 1) if q else None
 
-    def play(self, n: int | Tensor, G: int, u: Tensor, looked_up: bool) -> Tensor:
-        """One round: drafts, one forward of the model, and tokens n .. n+G are written.
+    def round(self, n: int | Tensor, G: int, u: Tensor, looked_up: bool) -> Tensor:
+        """Drafts, one forward of the model, and tokens n .. n+G are written.
 
         u (B, 2G+1) is uniform in [0, 1). Returns how many drafts each row keeps, then its tokens,
         of which kept + 1 are true: (B, 1 + G+1).
         """
-        q = [] if looked_up or G == 0 else self.draft(n, G, u)
+        q = self.draft(n, G, u) if G and not looked_up else None
         fresh = self.tokens[:, span(n - 1, G + 1)]  # (B, G+1): the newest token and the drafts
-        self.cache.length = n - 1
+        self.cache.length = n - 1  # so rejected drafts are forgotten
         h = self.net.trunk(fresh, self.cache)
         if self.depth:
             self.hidden[:, span(n - 1, G + 1)] = h
         logits, drafts = self.net.logits(h), fresh[:, 1:]  # (B, G+1, V), (B, G)
-        if self.temperature is None:
+        if self.greedy:
             out = logits.argmax(-1)  # (B, G+1)
             kept = (out[:, :-1] == drafts).long().cumprod(1).sum(1)  # (B,)
-        elif G == 0:
-            _, out = self.choose(logits[:, 0], u)
-            kept = torch.zeros_like(out[:, 0])
         else:
             p = probabilities(logits, self.temperature, *self.filters)
-            # What is looked up is certain: its q is 1.
-            q = torch.stack(q, 1) if q else F.one_hot(drafts, p.shape[-1]).to(p.dtype)
+            if q is None:  # what is looked up is certain
+                q = F.one_hot(drafts, p.shape[-1]).to(p.dtype)
             kept, token = accept(p, q, drafts, u[:, G:])
             after = torch.arange(G + 1, device=kept.device) == kept[:, None]
             out = torch.where(after, token, F.pad(drafts, (0, 1)))
         self.tokens[:, span(n, G + 1)] = out
         return torch.cat((kept[:, None], out), 1)
 
+    def look_up(self, n: int, G: int, live: list[int]) -> Tensor | None:
+        """The G tokens (B, G) that followed when the last MATCH ones stood in the text before;
+        nothing where a row that goes on finds none."""
+        if n <= MATCH:
+            return None
+        before = self.tokens[:, : n - 1].unfold(1, MATCH, 1)  # (B, n-MATCH, MATCH)
+        same = (before == self.tokens[:, None, n - MATCH : n]).all(-1)  # (B, n-MATCH)
+        if not same[live].any(1).all():
+            return None
+        number = torch.arange(MATCH, n, device=same.device)  # of the token after each of them
+        start = (same * number).amax(1, keepdim=True).clamp(min=MATCH)  # (B, 1)
+        ahead = torch.arange(G, device=same.device) % (n - start)  # into what it has just copied
+        return self.tokens.gather(1, start + ahead)
 
-def look_up(ids: list[int], follows: dict[tuple, int], G: int) -> list[int] | None:
-    """Prompt lookup: the G tokens that followed when the last MATCH ones stood there before."""
-    if (start := follows.get(tuple(ids[-MATCH:]))) is None:
-        return None
-    found = ids[start : start + G]
-    for i in range(G):  # it may run into what it has just copied
-        found.append(found[i])
-    return found[:G]
+    def play(self, n: int, G: int, u: Tensor, found: Tensor | None) -> tuple[list, float]:
+        """A round, eager or as a graph, with drafts that were looked up or without: its outcome and
+        the seconds it took, compilation left out."""
+        round, looked_up = self.round, found is not None
+        # A graph fills as many slots as a round can leave behind: so many tokens there must be.
+        if self.compile and n > G + self.depth:
+            round = compiled(self, n, G, u, looked_up)
+        began = time.perf_counter()
+        if looked_up:
+            self.tokens[:, n : n + G] = found
+        elif G:
+            self.catch_up(n - 1 - G - self.depth)
+        result = round(n, G, u, looked_up).tolist()
+        if G and not looked_up:
+            self.filled = max(0, n - self.depth)
+        return result, time.perf_counter() - began
 
 
-def agree(model: DeepSeekV3, fast, tokens: Tensor, cache: Cache, logits: Tensor) -> bool:
-    """Whether ops.Decoder gives the logits that model.py's formulas gave after the prompt.
+def compiled(text: Text, n: int, G: int, u: Tensor, looked_up: bool) -> Callable:
+    """Text.round as one graph for every n: compiled here if it is the first of its kind."""
+    device, graphs = u.device, text.net.graphs
+    key = (*text.tokens.shape, text.depth, G, looked_up, text.greedy, *text.filters)
+    if key not in graphs:
+        # Without guards, as checking a few hundred tensors would take as long as the step. And as
+        # torch.compile keeps graphs with the code of a function, each has its own copy of that.
+        graph = types.FunctionType(Text.round.__code__.replace(), globals())
+        options = {"triton.cudagraphs": True}
+        if device.type == "cpu":
+            options = dict(cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
+        options |= {"guard_filter_fn": lambda guards: [False] * len(guards)}
+        graph = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+        try:
+            with elapsed_shown("compiling"):
+                for _ in range(3):  # with the same result; a GPU records its graph in the second
+                    graph(text, torch.tensor(n, device=device), G, u, looked_up)
+        except torch._inductor.exc.InductorError as error:
+            reason = str(error).splitlines()[0][:200]
+            raise ValueError(f"--compile cannot be used here ({reason}); leave it out") from None
+        graphs[key] = graph
+    return lambda n, *inputs: graphs[key](text, torch.tensor(n, device=device), *inputs)
 
-    A prompt of a few tokens would hide much: then the two meet on a made-up text.
+
+# ---- Whole texts ---------------------------------------------------------------------------------
+
+
+class Rows:
+    """What has been written, row by row."""
+
+    def __init__(self, tokens: Tensor, new: int, eos: list[int], on_token: Callable):
+        self.ids, self.eos, self.on_token = tokens.tolist(), eos, on_token
+        self.end = tokens.shape[1] + new
+        self.live = list(range(len(tokens))) if new else []  # rows that go on
+
+    def write(self, result: list[list[int]], G: int, stats: Stats) -> int:
+        """The outcome of a round, kept drafts and tokens of each row: by how many tokens the rows
+        advance, the least number that any of them has. One that keeps more drafts writes a draft in
+        the place where another has its replacement."""
+        advance = 1 + min(result[b][0] for b in self.live)
+        for b in list(self.live):
+            kept, *new = result[b]
+            ids, new = self.ids[b], new[: min(advance, self.end - len(self.ids[b]))]
+            stop = next((i + 1 for i, token in enumerate(new) if token in self.eos), len(new))
+            ids += new[:stop]
+            if ids[-1] in self.eos or len(ids) == self.end:
+                self.live.remove(b)
+            self.on_token(b, new[:stop], min(kept, stop))
+            stats.tokens += stop
+            for j in range(G):
+                stats.drafted[j] += 1
+                stats.accepted[j] += kept > j
+        return advance
+
+    def padded(self) -> Tensor:
+        return torch.tensor([ids + self.eos[:1] * (self.end - len(ids)) for ids in self.ids])
+
+
+class Pace:
+    """How many drafts a round makes: a fixed number, or with "auto" what is fastest.
+
+    For that, TRIAL rounds go without drafts, with one, with two, ... while that pays. And drafts
+    have an allowance, a fiftieth of the text: once they have fallen so many tokens behind plain
+    rounds, the others are plain. The choice never sees the tokens it is made for.
     """
-    if tokens.shape[1] < 8:
+
+    TRIAL = 6
+
+    def __init__(self, speculative: int | str, most: int, new: int):
+        self.trying, self.most = speculative == "auto", most
+        self.G, self.allowance = (0, new / 50) if self.trying else (most, math.inf)
+        self.trial, self.rates = [], [] if self.trying else [0.0]  # tokens/s with 0, 1, ... drafts
+
+    def may_look_up(self) -> bool:
+        return self.rates != [] and self.allowance > 0
+
+    def learn(self, G: int, looked_up: bool, seconds: float, tokens: int):
+        """A round with G drafts took so long and gave so many tokens per row."""
+        if G:
+            self.allowance -= seconds * self.rates[0] - tokens
+        if self.allowance <= 0:
+            self.G, self.trying = 0, False
+        elif self.trying and not looked_up:
+            self.trial.append((seconds, tokens))
+            if len(self.trial) == self.TRIAL:
+                took, gave = zip(*self.trial, strict=True)
+                self.rates.append(statistics.mean(gave) / statistics.median(took))
+                best = self.rates.index(max(self.rates))
+                self.trying = best == G < self.most
+                self.G, self.trial = G + 1 if self.trying else best, []
+
+
+def trusted(model: DeepSeekV3, tokens: Tensor, cache: Cache) -> "DeepSeekV3 | ops.Decoder":
+    """ops.Decoder, if it decodes the newest of the tokens (B, T) as model.py does; else, with a
+    notice, the model. The cache holds the tokens before."""
+    if tokens.shape[1] < 8:  # that would hide much: they meet on a made-up text
         tokens = torch.arange(16, device=tokens.device)[None] % model.config.vocab_size
         cache = Cache(model.config, len(model.layers), 1, 16, model.norm.weight)
-        logits = model.logits(model.trunk(tokens, cache)[:, -1])
-    cache.length = tokens.shape[1] - 1
-    try:
-        difference = fast.logits(fast.trunk(tokens[:, -1:], cache))[:, 0] - logits
-    except (RuntimeError, TypeError, ValueError):  # a changed module may want other inputs
-        return False
+        model.trunk(tokens[:, :-1], cache)
+    logits = model.logits(model.trunk(tokens[:, -1:], cache))
+    if not logits.isfinite().all():
+        raise ValueError("the logits after the prompt are not finite: the weights are damaged")
+    if not ops.enabled:
+        return model
+    cache.length, fast = tokens.shape[1] - 1, ops.decoder(model)
     rounding = 1e-3 if torch.finfo(model.norm.weight.dtype).bits >= 32 else 0.1
-    return bool(difference.norm() <= rounding * logits.norm())
+    # A changed module may want other inputs.
+    with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
+        difference = fast.logits(fast.trunk(tokens[:, -1:], cache)) - logits
+        if difference.norm() <= rounding * logits.norm():
+            return fast
+    info("ops.Decoder does not follow this model: model.py's formulas decode instead, slower")
+    return model
 
 
 @torch.inference_mode()
@@ -286,184 +401,52 @@ def generate(
     """
     check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
     (B, T), limit, stats = tokens.shape, model.config.max_position_embeddings, stats or Stats()
-    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     new = min(max_new_tokens, limit - T)
-    if new < max_new_tokens:
-        stats.note = f"stopped at the context limit of {limit} tokens (max_position_embeddings)"
-    most = MOST_DRAFTS if speculative == "auto" else int(speculative)
-    depth, lookup = len(model.mtp) if most else 0, lookup and most > 0
-    pace = Pace(most if depth else 0, new) if speculative == "auto" else None
-    # Room for a last round that goes too far. A graph serves one size: compiled there are few.
-    size = T + new + MOST_DRAFTS + depth + 1
-    size = max(256, 1 << (size - 1).bit_length()) if compile else size
-    text = Text(model, tokens, size, depth, temperature, top_k, top_p)
-
-    def uniform(count: int) -> Tensor:
-        like = ops.upcast(model.norm.weight[:0])
-        return torch.rand(B, count, dtype=like.dtype, device=like.device, generator=generator)
+    most = MOST_DRAFTS if speculative == "auto" else speculative
+    depth = len(model.mtp) if most else 0
+    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+    rows, pace = Rows(tokens, new, eos, on_token), Pace(speculative, most if depth else 0, new)
+    text, n = Text(model, tokens, new, depth, compile, (temperature, top_k, top_p)), T
+    random = dict(generator=generator, device=tokens.device, dtype=text.temperature.dtype)
 
     began = time.perf_counter()
-    scores = B * T * model.config.num_attention_heads  # attention's, of one token: 1 GB at once
-    logits = text.prefill(T, chunk=max(1, min(512, 2**26 // scores)))  # (B, V)
-    if not logits.isfinite().all():
-        raise ValueError("the logits after the prompt are not finite: the weights are damaged")
-    fast = ops.decoder(model)
-    if fast and agree(model, fast, tokens, text.cache, logits):
-        text.net = fast
-    elif ops.enabled:
-        text.cache.length = T - 1  # where the Decoder may have left its own latents
-        model.trunk(tokens[:, -1:], text.cache)
-        info("ops.Decoder gives other logits than model.py, by whose formulas decoding goes on")
-    compile = compile and text.net is fast
-    _, token = text.choose(logits, uniform(1))
-    text.tokens[:, T : T + 1], result = token, [[0, *row] for row in token.tolist()]
+    text.prefill(T)
     stats.prefill_seconds = time.perf_counter() - began
-
-    n, G, rows, follows = T, 0, tokens.tolist(), [{} for _ in range(B)]
-    live = list(range(B)) if new > 0 else []
-    while live:
-        # Emit what came out: all rows advance by the least number of tokens. One that keeps more
-        # drafts emits a draft in the place where another has its replacement.
-        advance = 1 + min(result[b][0] for b in live)
-        for b in list(live):
-            kept, *ids = result[b]
-            ids = ids[: min(advance, T + new - n)]
-            stop = next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids))
-            rows[b] += ids[:stop]
-            for i in range(n if n > T else MATCH, len(rows[b])):
-                follows[b][tuple(rows[b][i - MATCH : i])] = i
-            if ids[stop - 1] in eos or len(rows[b]) == T + new:
-                live.remove(b)
-            on_token(b, ids[:stop], min(kept, stop))
-            stats.tokens += stop
-            for j in range(G):
-                stats.drafted[j] += 1
-                stats.accepted[j] += kept > j
+    while rows.live:
+        found = None
+        if lookup and most and pace.may_look_up():
+            found = text.look_up(n, most, rows.live)
+        G = most if found is not None else pace.G if n > 1 else 0  # one token fills no slot
+        result, seconds = text.play(n, G, torch.rand(B, 2 * G + 1, **random), found)
+        advance = rows.write(result, G, stats)
+        pace.learn(G, found is not None, seconds, advance)
         n += advance
-        if not live:
-            break
-        began = time.perf_counter()
-        G, found = (pace.G if pace else most) if depth else 0, [None]
-        if lookup and (pace is None or pace.may_look_up()):
-            found = [
-                look_up(rows[b], follows[b], most) if b in live else [0] * most for b in range(B)
-            ]
-        if looked_up := all(found):
-            G, text.tokens[:, n : n + most] = most, torch.tensor(found, device=tokens.device)
-        u = uniform(2 * G + 1)
-        if compile:
-            play, waited = compiled(text, n, G, u, looked_up)
-            began += waited
-            result = play(text, torch.tensor(n, device=tokens.device), G, u, looked_up).tolist()
-        else:
-            result = text.play(n, G, u, looked_up).tolist()
-        if G and not looked_up:
-            text.filled = max(0, n - depth)
-        elif depth and (pace is None or pace.G) and n - text.filled > 256:
-            text.draft(n, 0, u)  # after many lookups: the MTP modules must not fall far behind
-            text.filled = max(0, n - depth)
-        seconds = time.perf_counter() - began
         stats.seconds += seconds
         stats.rounds += 1
-        stats.row_rounds += len(live)
-        stats.lookups += looked_up
-        stats.lengths[G] += 1
-        if pace:
-            pace.learn(G, looked_up, seconds, 1 + min(result[b][0] for b in live))
-    pad = [row + eos[:1] * (T + new - len(row)) for row in rows]
-    return torch.tensor(pad, device=tokens.device)
-
-
-class Pace:
-    """speculative="auto": plain rounds first, then one draft more while that pays, then the best.
-
-    Speculation has an allowance, a fiftieth of the text, which falls by what drafts cost more than
-    they gave and rises by what they gained, in tokens. When it is spent, decoding goes on plainly:
-    so auto hardly loses anything. The choice never sees the tokens it is made for.
-    """
-
-    TRIAL = 6  # rounds
-
-    def __init__(self, most: int, new: int):
-        self.most, self.allowance, self.plain = most, new / 50, 0.0
-        self.G, self.trial, self.rates = 0, [], []
-
-    def may_look_up(self) -> bool:
-        return self.plain > 0 and self.allowance > 0
-
-    def learn(self, G: int, looked_up: bool, seconds: float, tokens: int):
-        """A round took so long and gave so many tokens per row."""
-        if G:
-            self.allowance -= seconds / self.plain - tokens
-        if self.allowance <= 0:
-            self.G, self.trial = 0, None
-        if looked_up or self.trial is None:
-            return
-        self.trial.append((seconds, tokens))
-        if len(self.trial) == self.TRIAL:
-            took, gave = zip(*self.trial, strict=True)
-            self.plain = self.plain or statistics.median(took)
-            self.rates.append(sum(gave) / self.TRIAL / statistics.median(took))
-            best = self.rates.index(max(self.rates))
-            more = best == G < self.most
-            self.G, self.trial = (G + 1, []) if more else (best, None)
-
-
-def compiled(text: Text, n: int, G: int, u: Tensor, looked_up: bool) -> tuple[Callable, float]:
-    """Text.play as one graph for every n, and the seconds it took to compile if it is the first of
-    its kind."""
-    began, device, graphs = time.perf_counter(), u.device, text.net.graphs
-    if G and not looked_up and n - 1 - text.filled > G + text.depth:
-        text.draft(n, 0, u)  # after plain rounds the MTP modules have more to catch up with
-    greedy = text.temperature is None
-    key = (*text.tokens.shape, text.depth, G, looked_up, greedy, *text.filters)
-    if key in graphs:
-        return graphs[key], 0.0
-    # Without guards, as checking a few hundred tensors would take as long as the step. And as
-    # torch.compile keeps graphs with the code of a function, each has its own copy of that.
-    play = types.FunctionType(Text.play.__code__.replace(), globals())
-    options = {"triton.cudagraphs": True}
-    if device.type == "cpu":
-        options = dict(cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
-    options |= {"guard_filter_fn": lambda guards: [False] * len(guards)}
-    play = torch.compile(play, fullgraph=True, dynamic=False, options=options)
-    done = threading.Event()
-
-    def show():
-        while not done.wait(1):
-            print(f"\rcompiling: {time.perf_counter() - began:.0f} s", end=" ", file=sys.stderr)
-
-    clock = threading.Thread(target=show, daemon=True)
-    clock.start()
-    try:
-        for _ in range(3):  # with the same result; a GPU records its graph in the second
-            play(text, torch.tensor(n, device=device), G, u, looked_up)
-    except torch._inductor.exc.InductorError as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"--compile cannot be used here ({reason}); leave it out") from None
-    finally:
-        done.set()
-        clock.join()
-        info("")
-    graphs[key] = play
-    return play, time.perf_counter() - began
+        stats.lookups += found is not None
+    length, trained = max(map(len, rows.ids)), model.trained_length
+    if length > trained:
+        stats.note = f"the text goes beyond the {trained} tokens the model was trained on"
+    if length == limit < T + max_new_tokens:
+        stats.note = f"stopped at the context limit of {limit} tokens (max_position_embeddings)"
+    return rows.padded().to(tokens.device)
 
 
 def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative):
     """Raises ValueError, with one sentence, for a call of `generate` that cannot be served."""
-    V, limit, T = model.config.vocab_size, model.config.max_position_embeddings, tokens.shape[1]
-    if tokens.numel() == 0:
-        raise ValueError("the prompt is empty; begin with the end-of-text token")
-    low, high = tokens.min().item(), tokens.max().item()
+    (B, T), V, limit = tokens.shape, model.config.vocab_size, model.config.max_position_embeddings
+    low, high = (tokens.min().item(), tokens.max().item()) if B * T else (0, 0)
     drafts = speculative == "auto" or speculative in range(MOST_DRAFTS + 1)
     for ok, sentence in (
+        (B > 0, "there are no rows to continue: num_samples must be at least 1"),
+        (T > 0, "the prompt is empty; begin with the end-of-text token, if there is one"),
         (limit >= T, f"the prompt has {T} tokens, but the context ends at {limit}; shorten it"),
         (0 <= low <= high < V, f"token ids go from {low} to {high}, but must be 0 to {V - 1}"),
         (max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}, but must be 0 or more"),
         (0 <= temperature < math.inf, f"temperature is {temperature}, but must be 0 or more"),
         (top_k is None or top_k >= 1, f"top_k is {top_k}, but must be at least 1, or none"),
         (top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, but must be in (0, 1], or none"),
-        (drafts, f"speculative is {speculative!r}, but must be 0 to {MOST_DRAFTS}, or 'auto'"),
+        (drafts, f"the draft length is {speculative!r}, but must be 0 to {MOST_DRAFTS}, or auto"),
     ):
         if not ok:
             raise ValueError(sentence)
@@ -486,28 +469,44 @@ def score(model: DeepSeekV3, ids: list[int], window: int) -> float:
 # ---- Display -------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def elapsed_shown(what: str) -> Iterator[None]:
+    """Tells on stderr how long it is taking."""
+    began, done = time.perf_counter(), threading.Event()
+    every, end = (1, "\r") if sys.stderr.isatty() else (10, "\n")
+
+    def clock():
+        while not done.wait(every):
+            seconds = time.perf_counter() - began
+            print(f"{what}: {seconds:.0f} s", end=end, file=sys.stderr, flush=True)
+
+    threading.Thread(target=clock, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+    info(f"{what} took {time.perf_counter() - began:.0f} s")
+
+
 class Writer:
-    """Writes one row's tokens as text, character by character once all their bytes are there."""
+    """Prints tokens with their styles, each character once all its bytes are there."""
 
-    def __init__(self, tokenizer: Tokenizer, live: bool, colour: bool):
-        self.tokenizer, self.live, self.colour = tokenizer, live, colour
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.text = ""  # what waits for its turn
+    def __init__(self, tokenizer: Tokenizer, colour: bool):
+        self.tokenizer, self.colour = tokenizer, colour
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
-    def write(self, text: str, style: str = ""):
-        self.text += f"\033[{style}m{text}\033[0m" if text and style and self.colour else text
-        if self.live:
-            print(self.text, end="", flush=True)
-            self.text = ""
-
-    def add(self, ids: list[int], styles: Sequence[str]):
-        for token, style in zip(ids, styles, strict=True):
+    def add(self, styled: Iterable[tuple[int, str]]):
+        for token, style in styled:
             if token not in self.tokenizer.eos:
-                self.write(self.decoder.decode(self.tokenizer.to_bytes(token)), style)
+                text = self.decode(self.tokenizer.to_bytes(token))
+                print(painted(text, style) if self.colour else text, end="", flush=True)
 
     def close(self):
-        self.live = True
-        self.write(self.decoder.decode(b"", final=True) + "\n")
+        print(self.decode(b"", final=True))
+
+
+def painted(text: str, style: str) -> str:
+    return f"\033[{style}m{text}\033[0m" if text and style else text
 
 
 def style_of(expert: int) -> str:
@@ -517,29 +516,25 @@ def style_of(expert: int) -> str:
 
 def top_experts(model: DeepSeekV3, ids: list[int]) -> list[int]:
     """For each token the expert with the largest gate value in the last MoE layer."""
-    gates, seen = [x.mlp.gate for x in model.layers if hasattr(x.mlp, "gate")], []
+    gates = [block.mlp.gate for block in model.layers if hasattr(block.mlp, "gate")]
     if not gates:
         raise ValueError("this model has no routed experts to show")
-    hook = gates[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.inference_mode():
-        model(torch.tensor([ids], device=model.norm.weight.device))
-    hook.remove()
-    _, chosen, gain = seen[0]  # (1, T, K) each
-    return chosen.gather(-1, gain.argmax(-1, keepdim=True)).flatten().tolist()
+        model.trunk(torch.tensor([ids], device=model.norm.weight.device))
+    s, chosen = gates[-1].routing  # (1, T, E), (1, T, K)
+    return chosen.gather(-1, s.gather(-1, chosen).argmax(-1, keepdim=True)).flatten().tolist()
 
 
-def report(model: DeepSeekV3, stats: Stats, rows: int):
+def report(model: DeepSeekV3, stats: Stats):
     """What the run measured, on stderr."""
-    tokens = stats.tokens - rows  # the prompt's forward gave the first ones
-    if stats.seconds:
-        rate = f"{stats.tokens} tokens, {tokens / stats.seconds:.1f} tokens/s"
-        info(f"{rate}, {stats.prefill_seconds:.2f} s to the first token")
+    if stats.rounds:
+        rate = f"{stats.tokens} tokens, {stats.tokens / stats.seconds:.1f} tokens/s"
+        info(f"{rate} after {stats.prefill_seconds:.2f} s for the prompt")
     if any(stats.drafted):
-        shares = [f"{a / d:.0%}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d]
-        used = ", ".join(f"{g}: {r}" for g, r in enumerate(stats.lengths) if r)
-        info(f"drafts accepted, by position: {' '.join(shares)}; rounds by draft length: {used}")
-        looked_up = f"{stats.lookups} of {stats.rounds} rounds looked up"
-        info(f"{tokens / stats.row_rounds:.2f} tokens per forward, {looked_up}")
+        of = (f"{a}/{d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
+        per_forward = f"{stats.tokens / stats.rounds:.2f} tokens per forward"
+        info(f"{per_forward}; drafts accepted, by position: {', '.join(of)}")
+        info(f"{stats.lookups} of {stats.rounds} rounds looked up")
     size = model.norm.weight.element_size()
     ours, mha = (n * size for n in model.config.cache_numbers())
     times = f"{mha:,} ({mha / ours:.1f} times as much)"
@@ -574,56 +569,52 @@ def usable_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def find_device(config: SampleConfig) -> tuple[torch.device, torch.dtype]:
-    """The device, and the dtype to compute in: bfloat16 on GPUs that have it, else float32."""
-    device = usable_device(config.device)
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = ("bfloat16" if fast else "float32") if config.dtype == "auto" else config.dtype
-    return device, getattr(torch, dtype)
-
-
 def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig):
     """Writes num_samples continuations of the prompt to stdout, the first as it comes."""
-    device, N = model.norm.weight.device, config.num_samples
+    device, by_expert = model.norm.weight.device, config.show == "experts"
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
-    if not ids:
-        raise ValueError("the prompt is empty and this tokenizer has no end-of-text token")
-    by_expert = config.show == "experts"  # looked up when the text is complete
     colour = sys.stdout.isatty() and config.show != ""
-    writers, texts = [Writer(tokenizer, b == 0, colour) for b in range(N)], [[] for _ in range(N)]
+    writer, experts = Writer(tokenizer, colour), set()
+    texts: list[list[tuple[int, str]]] = [[] for _ in range(config.num_samples)]
+    stats, interrupted = Stats(), False
 
     def on_token(row: int, new: list[int], drafted: int):
-        if not by_expert:
-            writers[row].write("" if texts[row] else prompt)
-            writers[row].add(new, ["32"] * drafted + [""] * (len(new) - drafted))
-        texts[row] += new
+        styled = [(token, GREEN if i < drafted else "") for i, token in enumerate(new)]
+        if row == 0 and not by_expert:  # experts are known when the text is complete
+            print("" if texts[0] else prompt, end="")
+            writer.add(styled)
+        texts[row] += styled
 
-    stats, experts, interrupted = Stats(), set(), False
     try:
         generate(
-            model, torch.tensor([ids] * N, device=device), config.max_new_tokens,
+            model, torch.tensor([ids], device=device).repeat(len(texts), 1), config.max_new_tokens,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-            speculative="auto" if config.draft == "auto" else int(config.draft),
+            speculative=int(config.draft) if config.draft.isdecimal() else config.draft,
             lookup=config.lookup, compile=config.compile, eos_token_id=tokenizer.eos,
             generator=torch.Generator(device).manual_seed(config.seed), on_token=on_token,
             stats=stats,
         )  # fmt: skip
     except KeyboardInterrupt:
         interrupted = True
-    for b, writer in enumerate(writers):
-        writer.text = f"{'-' * 80}\n{writer.text}" if b else ""
+    for b, text in enumerate(texts):
+        if b:
+            writer = Writer(tokenizer, colour)
+            print("-" * 80, "" if by_expert else prompt, sep="\n", end="")
         if by_expert:
-            chosen = top_experts(model, ids + texts[b])
-            writer.add(ids + texts[b], [style_of(e) for e in chosen])
-            experts.update(chosen)
+            row = ids + [token for token, _ in text]
+            top = top_experts(model, row)
+            experts.update(top)
+            text = [(token, style_of(e)) for token, e in zip(row, top, strict=True)]
+        if b or by_expert:
+            writer.add(text)
         writer.close()
-    legend = " ".join(f"\033[{style_of(e)}m{e}\033[0m" for e in sorted(experts))
-    legend = (
-        f"experts of the last layer: {legend}" if by_expert else "\033[32mgreen\033[0m: drafted"
-    )
+    legend = f"{painted('green', GREEN)}: drafted"
+    if by_expert:
+        numbers = (painted(str(e), style_of(e)) for e in sorted(experts))
+        legend = f"experts of the last layer: {' '.join(numbers)}"
     if config.show:
         info(legend if colour else "no colours, as the output is not a terminal")
-    report(model, stats, N)
+    report(model, stats)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -651,11 +642,11 @@ def print_score(model: DeepSeekV3, tokenizer: Tokenizer, path: str):
         ids = [*tokenizer.eos[:1], *ids]
     if len(ids) < 2:
         raise ValueError(f"{path} is empty; nothing to score")
-    window = min(model.config.max_position_embeddings, 2048)
+    window = min(model.trained_length, 2048)
     nats, count = score(model, ids, window), len(ids) - 1
     bits = nats / math.log(2) / len(document.encode())
     print(
-        f"{path}: {count:,} tokens, {nats / count:.4f} nats/token, {bits:.4f} bits/byte, ", end=""
+        f"{path}: {count:,} tokens, {nats / count:.4f} nats/token, {bits:.4f} bits/byte", end=", "
     )
     print(f"context {window // 2} to {window - 1} tokens except at the beginning")
 
@@ -667,15 +658,12 @@ def main(argv: list[str]):
     if not (ckpt := ckpt or config.ckpt):
         info("usage: name a checkpoint, for example: python sample.py out/small")
         sys.exit(2)
-    for name, allowed in (
-        ("show", ("", "drafts", "experts")),
-        ("draft", ("auto", *map(str, range(MOST_DRAFTS + 1)))),
-        ("dtype", ("auto", "float32", "bfloat16", "float64")),
-    ):
+    dtypes = ("auto", "float32", "bfloat16", "float64")
+    for name, allowed in (("show", ("", "drafts", "experts")), ("dtype", dtypes)):
         if (value := getattr(config, name)) not in allowed:
-            raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(allowed)}")
-    if config.num_samples < 1:
-        raise ValueError(f"num_samples is {config.num_samples}, but must be at least 1")
+            raise ValueError(
+                f"{name} is {value!r}, but must be one of {', '.join(filter(None, allowed))}"
+            )
     others = sorted({"prompt", "prompt_file", "interactive", "show"} & values.keys())
     if config.score and others:
         raise ValueError(f"--score measures a text and writes none: leave out --{others[0]}")
@@ -683,8 +671,11 @@ def main(argv: list[str]):
     prompt, piped = config.prompt, not ("prompt" in values or sys.stdin.isatty())
     if not (config.score or config.interactive) and (config.prompt_file or piped or prompt == "-"):
         prompt = read_text(config.prompt_file or "-")
-    device, dtype = find_device(config)
-    model, tokenizer, path = load_model(ckpt, device, dtype)
+    device, dtype = usable_device(config.device), config.dtype
+    if dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if fast else "float32"
+    model, tokenizer, path = load_model(ckpt, device, getattr(torch, dtype))
     if tokenizer is None:
         raise ValueError(f"no tokenizer of {path} can be read, so there is no text to write")
     if config.score:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import ops
 import sample
 from bench import Options, Table, interleaved, print_tables, ratio
 from config import parse_args, run_command
@@ -67,19 +66,15 @@ def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat:
     """Seconds of a round without drafts (0, False), and with G drafts that the MTP module makes
     (G, False) or that are there already (G, True), at several places of tokens (1, T)."""
     T, device = tokens.shape[1], tokens.device
-    text = sample.Text(model, tokens, 1 << T.bit_length(), len(model.mtp), heat, None, None)
-    text.prefill(T, T)
-    text.net, places = ops.decoder(model), range(T // 2, T - 8, 8)
+    text = sample.Text(model, tokens, 0, len(model.mtp), compile, (heat, None, None))
+    text.prefill(T)
+    places = range(T // 2, T - 8, 8)
 
     def rounds(G: int, given: bool):
         for n in places:
             u = torch.rand(1, 2 * G + 1, device=device)
-            text.filled = n - 3  # as after a round that kept one draft
-            if compile:
-                play, _ = sample.compiled(text, n, G, u, given)
-                play(text, torch.tensor(n, device=device), G, u, given)
-            else:
-                text.play(n, G, u, given)
+            text.filled = n  # the modules have missed nothing
+            text.play(n, G, u, tokens[:, n : n + G] if given else None)
 
     kinds = [(0, False), *((G, given) for G in range(1, 5) for given in (False, True))]
     seconds = interleaved({kind: partial(rounds, *kind) for kind in kinds}, options.rounds)
@@ -111,11 +106,11 @@ def speculation(
     cost = round_costs(model, tokens, options, compile, temperature)
     rows = []
     for kind, s in stats.items():
-        times, tokens = seconds[kind][1:], s.tokens - len(prompts)  # the first came with the prompt
+        times = seconds[kind][1:]
         shares = [a / d for a, d in zip(s.accepted, s.drafted, strict=True) if d]
         row = {
-            "drafts": kind, "tokens/s": tokens / statistics.median(times),
-            "speed-up": ratio(seconds["0"][1:], times), "tokens/forward": tokens / s.rounds,
+            "drafts": kind, "tokens/s": s.tokens / statistics.median(times),
+            "speed-up": ratio(seconds["0"][1:], times), "tokens/forward": s.tokens / s.rounds,
             "accepted by position": " ".join(f"{x:.2f}" for x in shares),
             "6-grams repeated": statistics.mean(map(repeats, texts[kind])),
         }  # fmt: skip

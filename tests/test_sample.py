@@ -5,6 +5,7 @@ In float64 rounding never decides between two tokens: greedy texts must be exact
 forwards. Distributions are compared by chi-square tests with fixed seeds.
 """
 
+import copy
 import io
 import itertools
 import math
@@ -37,13 +38,13 @@ def small(**changes) -> DeepSeekV3:
     return tiny(**(dict(max_position_embeddings=LIMIT) | changes))
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one MTP module", "two MTP modules"])
-def trained(request) -> DeepSeekV3:
+@pytest.fixture(scope="module")
+def student() -> DeepSeekV3:
     """One MoE layer that has learned most of a language of four words in random order."""
     few = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1)
     model = small(
         **few, vocab_size=24, hidden_size=32, num_hidden_layers=1, first_k_dense_replace=0,
-        max_position_embeddings=400, num_nextn_predict_layers=request.param,
+        max_position_embeddings=400, num_nextn_predict_layers=2,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
     generator = torch.Generator().manual_seed(2)
@@ -55,6 +56,15 @@ def trained(request) -> DeepSeekV3:
         optimizer.step()
         optimizer.zero_grad()
     assert main.item() < 0.8
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one MTP module", "two MTP modules"])
+def trained(request, student) -> DeepSeekV3:
+    """The student with all or the first of its MTP modules."""
+    model = copy.deepcopy(student)
+    model.mtp = model.mtp[: request.param]
+    model.config.num_nextn_predict_layers = request.param
     return model
 
 
@@ -73,19 +83,25 @@ def greedy(model, tokens, new):
     return tokens
 
 
-def same_text(model, tokens, new, **options) -> Stats:
-    """Asserts that generate gives the text of whole forwards."""
-    stats = Stats()
-    out = generate(model, tokens, new, temperature=0, stats=stats, **options)
-    assert out.dtype == torch.long
-    assert torch.equal(out, greedy(model, tokens, new)), options
+def same_text(model, expected, T, **options) -> Stats:
+    """Asserts that generate continues the first T tokens as expected."""
+    stats, new = Stats(), options.pop("new", expected.shape[1] - T)
+    out = generate(model, expected[:, :T], new, temperature=0, stats=stats, **options)
+    assert out.dtype == torch.long and torch.equal(out, expected), options
     return stats
 
 
 # ---- The Decoder ---------------------------------------------------------------------------------
 
 # In TINY the absorbed projections are cheaper multiplied out; with a wide latent they stay apart.
-DECODED = VARIANTS | dict(wide_latent=dict(kv_lora_rank=13, q_lora_rank=None, attention_bias=True))
+DECODED = VARIANTS | dict(wide_latent=dict(kv_lora_rank=13, q_lora_rank=None))
+del DECODED["attention_bias"]  # decoded by model.py
+WAYS = {
+    "all experts": DECODED,
+    "chosen experts": ("base", "no_shared_expert", "two_mtp_modules"),
+    "compiled": ("base", "wide_latent", "half_split_rope", "no_shared_expert", "two_mtp_modules"),
+    "long": ("base", "wide_latent", "wide_values", "two_mtp_modules"),
+}
 
 
 @torch.no_grad()
@@ -107,39 +123,40 @@ def in_pieces(model, decoder, tokens, as_tensor: bool) -> list:
     return [torch.cat(pieces, 1) for pieces in zip(*logits, strict=True)]
 
 
-@pytest.mark.parametrize("way", ["all experts", "chosen experts", "compiled", "long"])
-@pytest.mark.parametrize("name", DECODED)
-def test_decoder_equals_the_model(name, way, monkeypatch):
+@pytest.mark.parametrize("way, name", [(way, name) for way in WAYS for name in WAYS[way]])
+def test_decoder_equals_the_model(way, name, monkeypatch):
     """Its logits are those of whole forwards without caches: of one and of several tokens at an
     offset, of one row and of three; with all experts as one product and with the chosen ones, by
     the formulas of compiled graphs (run eagerly), and with a cache that is cut for three threads.
     """
     if way != "all experts":
-        monkeypatch.setattr(ops, "ALL_EXPERTS", 0)
+        monkeypatch.setattr(ops, "SMALL", 0)
     if way == "long":
         monkeypatch.setattr(ops, "LONG", 8)
         monkeypatch.setattr(ops, "RECENT", 4)
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+    kinds = [(torch.float64, 1e-10, 3)]
+    if name == "base":
+        kinds += [(torch.float64, 1e-10, 1), (torch.float32, 1e-5, 1), (torch.float32, 1e-5, 3)]
+    for dtype, tolerance, B in kinds:
         model = small(dtype=dtype, **DECODED[name])
         decoder, depth = ops.Decoder(model), len(model.mtp)
-        for B in (1, 3):
-            tokens = tokens_of(model, B, 13 + depth)
-            with torch.no_grad():
-                main, mtp = model(tokens, return_mtp=True)
-            with monkeypatch.context() as patch:
-                patch.setattr(torch, "get_num_threads", lambda: 3)
-                patch.setattr(torch.compiler, "is_compiling", lambda: way == "compiled")
-                ours = in_pieces(model, decoder, tokens, as_tensor=way == "compiled")
-            assert len(ours) == 1 + depth and all(y.dtype == dtype for y in ours)
-            for y, expected in zip(ours, [main, *mtp], strict=True):
-                assert (y - expected[:, :13]).norm() < tolerance * expected.norm()
+        tokens = tokens_of(model, B, 13 + depth)
+        with torch.no_grad():
+            main, mtp = model(tokens, return_mtp=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "get_num_threads", lambda: 3)
+            patch.setattr(torch.compiler, "is_compiling", lambda: way == "compiled")
+            ours = in_pieces(model, decoder, tokens, as_tensor=way == "compiled")
+        assert len(ours) == 1 + depth and all(y.dtype == dtype for y in ours)
+        for y, expected in zip(ours, [main, *mtp], strict=True):
+            assert (y - expected[:, :13]).norm() < tolerance * expected.norm()
 
 
 def test_decoder_follows_the_weights():
     model = small().requires_grad_(False)
     for sign in (1, -1):
         model.layers[0].self_attn.o_proj.weight.mul_(sign)
-        same_text(model, tokens_of(model, 1, 9), 12)
+        same_text(model, greedy(model, tokens_of(model, 1, 9), 12), 9)
     assert ops.decoder(model) is ops.decoder(model)
 
 
@@ -169,13 +186,12 @@ def test_a_changed_formula_decodes_as_changed(name, monkeypatch, capsys):
     """Whoever edits model.py gets its text, with one line of notice where the Decoder cannot follow
     (it calls the model's own gate); nothing is compiled then. Nor with the twins turned off."""
     model = small()
-    texts = [greedy(model, tokens_of(model, 2, T), 20) for T in (2, 9)]
+    texts = [greedy(model, tokens_of(model, 2, T), 12) for T in (2, 9)]
     monkeypatch.setattr(*CHANGES[name])
-    changed = [greedy(model, tokens_of(model, 2, T), 20) for T in (2, 9)]
+    changed = [greedy(model, tokens_of(model, 2, T), 12) for T in (2, 9)]
     assert any(map(torch.equal, texts, changed)) == (name == "twins off")
-    for T, drafts in ((2, 0), (9, 0), (9, 2)):
-        compile = "gate" not in name
-        same_text(model, tokens_of(model, 2, T), 20, speculative=drafts, compile=compile)
+    for text, T, drafts in ((changed[0], 2, 0), (changed[1], 9, 0), (changed[1], 9, 2)):
+        same_text(model, text, T, speculative=drafts, compile="gate" not in name)
         notice = capsys.readouterr().err
         assert notice.count("\n") == notice.count("model.py") <= 1
         assert notice or name not in ("rotation", "attention")
@@ -187,31 +203,44 @@ def test_a_changed_formula_decodes_as_changed(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_greedy_text_is_that_of_whole_forwards(name):
+    """To the end of the context, with a note of that and of the trained length."""
     model = small(**VARIANTS[name])
-    for drafts, lookup in ((0, True), (2, False), (3, True), ("auto", True)):
-        same_text(model, tokens_of(model, 2, 6), 20, speculative=drafts, lookup=lookup)
-    for T in (LIMIT - 3, LIMIT):
-        stats = same_text(model, tokens_of(model, 2, T), 9, speculative=4)
+    model.trained_length = LIMIT - 8
+    assert (ops.decoder(model) is None) == (name == "attention_bias")
+    text = greedy(model, tokens_of(model, 2, 26), 99)
+    assert text.shape[1] == LIMIT
+    assert same_text(model, text[:, : LIMIT - 8], 30, speculative=2).note == ""
+    stats = same_text(model, text[:, : LIMIT - 7], 30, speculative=3, lookup=False)
+    assert f"beyond the {LIMIT - 8} tokens" in stats.note
+    for T, drafts in ((26, "auto"), (LIMIT - 3, 4), (LIMIT, 4)):
+        stats = same_text(model, text, T, speculative=drafts, new=30)
         assert f"context limit of {LIMIT}" in stats.note
+
+
+CASES = ((1, 1, 8), (1, 6, 1), (2, 6, 2), (3, 9, 20), (4, 1, 12), (1, 20, 0), (1, 5, 60))
+
+
+@pytest.fixture(scope="module")
+def texts(student) -> list:
+    return [(T, greedy(student, tokens_of(student, B, T), new)) for B, T, new in CASES]
 
 
 @pytest.mark.parametrize("lookup", [False, True])
 @pytest.mark.parametrize("drafts", [*range(MOST_DRAFTS + 1), "auto"])
-def test_every_draft_length_is_lossless(trained, drafts, lookup):
-    options = dict(speculative=drafts, lookup=lookup)
-    for B, T, new in ((1, 1, 8), (1, 6, 1), (2, 6, 2), (3, 9, 30), (4, 1, 12), (1, 40, 0)):
-        stats = same_text(trained, tokens_of(trained, B, T), new, **options)
-        assert stats.tokens == B * new
-    stats = same_text(trained, tokens_of(trained, 1, 5), 60, **options)
-    assert stats.rounds == sum(stats.lengths) and bool(stats.lookups) <= lookup
+def test_every_draft_length_is_lossless(trained, texts, drafts, lookup):
+    for T, text in texts:
+        stats = same_text(trained, text, T, speculative=drafts, lookup=lookup)
+        assert stats.tokens == text[:, T:].numel()
+    assert bool(stats.lookups) <= lookup
     if drafts == 0:
-        assert stats.rounds == 59 and stats.lookups == sum(stats.drafted) == 0
+        assert stats.rounds == 60 and stats.lookups == sum(stats.drafted) == 0
     if drafts in (1, 2, 3) and not lookup:
         assert 0.4 < sum(stats.accepted) / sum(stats.drafted) < 1, stats
         # Every forward gives a token more than it keeps drafts; the last one may go too far.
-        assert stats.rounds + sum(stats.accepted) in range(59, 59 + drafts + 1)
+        assert stats.rounds + sum(stats.accepted) in range(60, 60 + drafts + 1)
 
 
+@pytest.mark.parametrize("trained", [1], indirect=True)
 @pytest.mark.parametrize("drafts", [0, 3, "auto"])
 def test_end_of_text_pads_its_row_and_leaves_the_others_alone(trained, drafts):
     tokens = tokens_of(trained, 4, 5)
@@ -226,24 +255,26 @@ def test_end_of_text_pads_its_row_and_leaves_the_others_alone(trained, drafts):
 
 def test_long_prompts_go_in_chunks(monkeypatch):
     model = small(max_position_embeddings=600, num_nextn_predict_layers=2)
-    seen, trunk = [0], model.trunk
+    seen, trunk = [], model.trunk
     monkeypatch.setattr(
         model, "trunk", lambda x, *c: seen.append(len(c) * x.shape[1]) or trunk(x, *c)
     )
-    same_text(model, tokens_of(model, 1, 530), 4, speculative=2, lookup=False)
+    text = greedy(model, tokens_of(model, 1, 530), 4)
+    seen.clear()
+    same_text(model, text, 530, speculative=2, lookup=False)
     assert sum(seen) == 530 > max(seen)
 
 
 def test_rows_advance_in_lockstep(trained):
     """All by the least number of kept drafts; those that have kept more wait."""
-    got, tokens = [[], [], [], []], tokens_of(trained, 4, 8)
+    got, text = [[], [], []], greedy(trained, tokens_of(trained, 3, 8), 40)
     stats = same_text(
-        trained, tokens, 40, speculative=3, lookup=False,
+        trained, text, 8, speculative=3, lookup=False,
         on_token=lambda row, ids, drafted: got[row].append((len(ids), drafted)),
     )  # fmt: skip
-    assert [sum(n for n, _ in row) for row in got] == [40] * 4 and stats.tokens == 160
+    assert [sum(n for n, _ in row) for row in got] == [40] * 3 and stats.tokens == 120
     rounds = list(zip(*got, strict=True))
-    assert len(rounds) == stats.rounds + 1 < 39
+    assert len(rounds) == stats.rounds < 39
     assert all(len({n for n, _ in rows}) == 1 for rows in rounds)
     assert 0 < sum(drafted for rows in rounds for _, drafted in rows) < sum(stats.accepted)
 
@@ -251,21 +282,68 @@ def test_rows_advance_in_lockstep(trained):
 def test_looping_text_is_looked_up(capsys):
     """Fewer forwards give the same text, where there is no MTP module too."""
     model = forgetful(small(num_nextn_predict_layers=0, max_position_embeddings=400))
+    text = greedy(model, tokens_of(model, 1, 6), 80)
     for lookup in (False, True):
-        stats = same_text(model, tokens_of(model, 1, 6), 120, speculative=3, lookup=lookup)
-        assert stats.rounds < 60 and stats.lookups > 10 if lookup else stats.rounds == 119
+        stats = same_text(model, text, 6, speculative=3, lookup=lookup)
+        assert stats.rounds < 40 and stats.lookups > 8 if lookup else stats.rounds == 80
     assert sum(stats.accepted) > 0.9 * sum(stats.drafted) and capsys.readouterr().err == ""
+
+
+def test_looked_up_is_what_followed_last():
+    """Over its own end too; only where every row that goes on has met its last tokens before."""
+
+    def found(live, *rows):
+        ids = torch.tensor(rows)
+        text = sample.Text(small(), ids, 9, 0, False, (0, None, None))
+        drafts = text.look_up(ids.shape[1], 4, live)
+        return drafts if drafts is None else drafts[live].tolist()
+
+    assert found([0], [1, 2, 3, 5, 1, 2, 3, 4, 1, 2, 3]) == [[4, 1, 2, 3]]
+    assert found([0], [8, 9, 9, 9, 9]) == [[9, 9, 9, 9]]
+    rows = [7, 1, 2, 3, 1, 2, 3], [1, 2, 3, 4, 5, 6, 7]
+    assert found([0, 1], *rows) is found([0], [1, 2, 3]) is None
+    assert found([0], *rows) == [[1, 2, 3, 1]]
+
+
+@torch.inference_mode()
+def test_mtp_modules_catch_up(trained):
+    """After any rounds, drafted, rejected or plain, their caches are those after a prompt."""
+    u, depth, greedily = torch.zeros(1, 9), len(trained.mtp), (0, None, None)
+    text, n = sample.Text(trained, tokens_of(trained, 1, 9), 99, depth, False, greedily), 9
+    text.prefill(n)
+    for G in (4, 0, 0, 0, 0, 0, 0, 3, 2, 4):
+        ((kept, *_),), _ = text.play(n, G, u, None)
+        fresh = sample.Text(trained, text.tokens[:, :n], 99, depth, False, greedily)
+        fresh.prefill(n)
+        fresh.play(n, 4, u, None)
+        for ours, theirs in zip(text.mtp_cache.kv, fresh.mtp_cache.kv, strict=True):
+            assert G == 0 or torch.allclose(ours[:, : n - depth], theirs[:, : n - depth])
+        n += kept + 1
 
 
 # ---- Compiled rounds -----------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
-@pytest.mark.parametrize("trained", [1], indirect=True)
-def test_compiled_rounds_give_the_same_texts_with_one_graph_each(trained):
-    """Greedy and sampled, drafted and looked up; one graph serves every position and later texts,
-    and its compilation is no part of the time of decoding."""
+COMPILE = torch.compile
+SAMPLED = dict(temperature=0.8, top_k=5, speculative=1)
+
+
+def operations(function, *, options, **settings):
+    """torch.compile, but graphs run operation by operation: no C++ compiler, no half a minute."""
+    options = {"guard_filter_fn": options["guard_filter_fn"]}
+    return COMPILE(function, backend="eager", options=options, **settings)
+
+
+@pytest.mark.parametrize("trained, way", [(2, "operations"), (1, "C++")], indirect=["trained"])
+def test_compiled_rounds_give_the_same_texts_with_one_graph_each(trained, way, monkeypatch):
+    """Greedy and sampled, drafted and looked up; one graph serves every position and later texts.
+    In C++ one of them is enough."""
+    if way == "operations":
+        monkeypatch.setattr(torch, "compile", operations)
+    elif not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("no C++ compiler")
     torch._dynamo.reset()
+    ops._decoders.clear()  # and with them the graphs of other tests
     counted = torch._dynamo.utils.counters["stats"]
 
     def check(graphs: int, T=5, **options) -> Stats:
@@ -279,14 +357,18 @@ def test_compiled_rounds_give_the_same_texts_with_one_graph_each(trained):
         assert runs[False].accepted == runs[True].accepted
         return runs[True]
 
-    options = dict(temperature=0.8, top_k=5, speculative=1)
-    assert check(2, **options).lookups > 5  # drafted, and looked up
-    assert 5 < sum(check(0, T=31, **options | dict(temperature=1.2)).accepted) < 39
+    if way == "C++":
+        assert sum(check(1, **SAMPLED, lookup=False).accepted) > 5
+        return
+    assert check(2, **SAMPLED).lookups > 5  # drafted, and looked up
+    assert 5 < sum(check(0, T=31, **SAMPLED | dict(temperature=1.2)).accepted) < 39
     assert sum(check(1, temperature=0, speculative=1, lookup=False).accepted) > 5
+    check(0, T=1, temperature=0, speculative=1, lookup=False)
     # Without drafts there are no hidden states to keep, so this is a graph of its own.
     check(1, temperature=0, speculative=0)
 
 
+@pytest.mark.parametrize("trained", [1], indirect=True)
 def test_compilation_is_no_measure_of_drafts(trained, monkeypatch):
     """`auto` drafts compiled as it drafts eagerly, though a graph takes as long as many rounds."""
     clock = fake_time(monkeypatch, 1.0, 0.0, 0.05)
@@ -297,7 +379,8 @@ def test_compilation_is_no_measure_of_drafts(trained, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compiled)
     ops._decoders.clear()  # and with them the graphs of other tests
-    stats = same_text(trained, tokens_of(trained, 1, 5), 200, compile=True, lookup=False)
+    text, stats = tokens_of(trained, 1, 5), Stats()
+    generate(trained, text, 200, temperature=0, compile=True, lookup=False, stats=stats)
     assert sum(stats.accepted) > 40 and stats.seconds < 200
 
 
@@ -338,7 +421,18 @@ def test_auto_is_hardly_slower_than_plain_where_drafts_never_match(temperature, 
     assert stats.seconds < 1.03 * 1.05 * 499  # a plain round takes 1.05
 
 
-@pytest.mark.parametrize("per_row, draft", [(0.02, 0.1), (0.4, 0.3)])
+def test_auto_gives_up_where_drafts_stop_matching():
+    pace, seconds, written = sample.Pace("auto", MOST_DRAFTS, 500), 0.0, 0
+    while written < 500:
+        took, tokens = 1 + 0.3 * pace.G, 1 + (pace.G if written < 100 else 0)
+        pace.learn(pace.G, False, took, tokens)
+        seconds, written = seconds + took, written + tokens
+    assert seconds < 1.03 * 500
+
+
+@pytest.mark.parametrize(
+    "trained, per_row, draft", [(1, 0.4, 0.3), (2, 0.02, 0.1)], indirect=["trained"]
+)
 def test_auto_finds_the_fastest_length(trained, monkeypatch, per_row, draft):
     seconds = {}
     for drafts in (*range(MOST_DRAFTS + 1), "auto"):
@@ -347,12 +441,11 @@ def test_auto_finds_the_fastest_length(trained, monkeypatch, per_row, draft):
             stats = Stats()
             generate(
                 trained, tokens_of(trained, 1, 9), 300, speculative=drafts, lookup=False,
-                generator=torch.Generator().manual_seed(3), stats=stats,
+                generator=torch.Generator().manual_seed(6), stats=stats,
             )  # fmt: skip
             seconds[drafts] = stats.seconds
     fastest = min(v for k, v in seconds.items() if k != "auto")
-    assert seconds["auto"] < 1.12 * fastest, (seconds, stats)
-    assert seconds["auto"] < 1.03 * seconds[0]
+    assert seconds["auto"] < 1.12 * fastest < seconds[0], (seconds, stats)
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -439,7 +532,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("setting, options", SETTINGS, ids=["plain", "MTP", "MTP and lookup"])
-def test_texts_have_the_exact_distribution(setting, options, B=4, V=3, new=4, calls=600):
+def test_texts_have_the_exact_distribution(setting, options, B=8, V=3, new=4, calls=300):
     """Whole texts, a few rows in lockstep at a time, against the distribution of all there are."""
     model = small(vocab_size=V, num_hidden_layers=1, max_position_embeddings=99)
     prompt, stats = tokens_of(model, 1, 12).expand(B, -1), Stats()
@@ -470,6 +563,7 @@ def test_texts_have_the_exact_distribution(setting, options, B=4, V=3, new=4, ca
         (dict(top_k=0), "top_k"),
         (dict(top_p=0.0), "top_p"),
         (dict(speculative="fast"), "fast"),
+        (dict(tokens=torch.zeros(0, 3, dtype=torch.long)), "num_samples"),
         (dict(max_new_tokens=-1), "max_new_tokens"),
         (dict(), "not finite"),  # damaged weights
     ],
@@ -496,7 +590,7 @@ def run(tmp_path_factory) -> Path:
     config = prepare_data.DataConfig(str(source), "run", str(folder), vocab_size=300)
     folder = prepare_data.prepare(config)
     vocab_size = prepare_data.load_tokenizer(folder).n_vocab
-    model = forgetful(small(vocab_size=vocab_size, max_position_embeddings=128))
+    model = forgetful(small(vocab_size=vocab_size, max_position_embeddings=64))
     saved = {"format": "nanov3", "model_config": asdict(model.config), "train_config": {}}
     torch.save(saved | {"model": model.state_dict(), "step": 1}, folder / "ckpt.pt")
     return folder
@@ -521,7 +615,7 @@ def test_prompts_and_draft_lengths(run, capsys):
         sample.main([str(run), "--prompt=class", "--temperature=0", f"--draft={draft}"])
         out[draft] = capsys.readouterr()
     assert out["0"].out == out["3"].out == out["auto"].out
-    assert "context limit" in out["0"].err  # 256 tokens do not fit into 128
+    assert "context limit" in out["0"].err  # 256 tokens do not fit into 64
     assert "by position" in out["3"].err and "by position" not in out["0"].err
     for seed in (1, 1, 2):  # and a draft length fix a sampled text, here of a new document
         sample.main([str(run), "--prompt=", "--draft=2", f"--seed={seed}"])
@@ -614,7 +708,7 @@ def test_score_gives_half_a_window_before_every_token(run, tmp_path, capsys, mon
     (tmp_path / "text").write_text(TEXT[:400])
     sample.main([str(run), f"--score={tmp_path / 'text'}", "--dtype=float64"])
     found = re.search(r": (\d+) tokens, (\S+) nats\S+ (\S+) bits", capsys.readouterr().out)
-    count, total = len(ids) - 1, sample.score(model, ids, 128)
+    count, total = len(ids) - 1, sample.score(model, ids, 64)
     assert int(found[1]) == count and abs(float(found[2]) - total / count) < 1e-4
     assert abs(float(found[3]) - total / math.log(2) / len(TEXT[:400].encode())) < 1e-4
 
@@ -625,14 +719,14 @@ def test_score_gives_half_a_window_before_every_token(run, tmp_path, capsys, mon
         (["nowhere", "--prompt=x"], 1, "nowhere"),
         ([], 2, "checkpoint"),
         (["{run}", "--top_k=x"], 2, "top_k"),
-        (["{run}", "--draft=9"], 1, "draft"),
+        (["{run}", "--prompt=x", "--draft=9"], 1, "draft"),
         (["{run}", "--prompt=x", "--device=warp"], 1, "warp"),
         (["{run}", "--dtype=int3"], 1, "int3"),
         (["{run}", "--prompt_file=nowhere"], 1, "nowhere"),
         (["{run}", "--score=nowhere"], 1, "nowhere"),
         (["{run}", "--score={run}/meta.json", "--prompt=x"], 1, "prompt"),
         (["{run}", "--prompt=" + "x!" * 200], 1, "context"),
-        (["{run}", "--num_samples=0"], 1, "num_samples"),
+        (["{run}", "--prompt=x", "--num_samples=0"], 1, "num_samples"),
         (["{run}"], 1, "UTF-8"),
     ],
 )
