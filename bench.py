@@ -4,7 +4,7 @@
     train [CONFIG]       a training step beside transformers' and the speed of bare products
     decode               decoding beside transformers' and the reading of weights and cache
     fp8                  FP8 products and layers beside bf16
-    plot RUN [RUN ...]   loss curves and expert loads of runs, as PNG
+    plot RUN ... [FILE]  loss curves and expert loads of runs, in one picture
 
 Tables go to stdout and, with --json=FILE, into a file. A machine's speed drifts, so the things
 compared take turns (A B A B ...), and a ratio is that of two neighbours: what is printed is the
@@ -33,7 +33,7 @@ import fp8
 import sample
 import train
 from config import info, parse_args, read_config_file, run_command
-from huggingface import FP8_WEIGHTS, checkpoint_views
+from huggingface import FP8_WEIGHTS, checkpoint_views, load_checkpoint
 from model import Cache, DeepSeekV3, ModelConfig
 from ops import Decoder
 
@@ -62,20 +62,16 @@ Rounds = list[float]  # one figure per round; a table shows the median [least..m
 def interleaved(functions: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, Rounds]:
     """Seconds of every function in each round. They take turns, after one unmeasured call each."""
     seconds = {name: [] for name in functions}
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for turn in range(rounds + 1):
         for name, function in functions.items():
-            synchronize()
+            wait()
             began = time.perf_counter()
             function()
-            synchronize()
+            wait()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
-
-
-def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def ratio(slow: Rounds, fast: Rounds, factor: float = 1.0) -> Rounds:
@@ -176,7 +172,6 @@ class TrainOptions(Options):
     compile: bool = False  # also time the config's step compiled
     fp8: bool = False  # the config's step with FP8 products
     recompute: bool = False  # the config's step with activation checkpointing
-    profile: bool = False  # where the time of the config's step goes
 
 
 def training_step(model: nn.Module, config: train.TrainConfig, machine: train.Machine) -> Callable:
@@ -252,12 +247,6 @@ def config_row(file: str, options: TrainOptions, compiled: bool) -> dict[str, An
     a = torch.randn(n, n, device=machine.device).to(machine.dtype)
     step = training_step(model, config, machine)
     t = interleaved({"product": lambda: a @ a, "step": step}, options.rounds)
-    if options.profile:
-        with torch.profiler.profile() as profiler:
-            step()
-            synchronize()
-        key = "self_device_time_total" if cuda else "self_cpu_time_total"
-        print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=50))
     seconds, peak = statistics.median(t["step"]), train.peak_flops(machine.device)
     return {
         "": Path(file).stem, "compile": compiled, "fp8": config.fp8,
@@ -441,32 +430,42 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
 
 
 def plot(options: Options, files: list[str]) -> Iterator[Table]:
-    """Loss curves and expert loads of the runs named, side by side: plot.png in the first one."""
+    """Loss curves and expert loads of the runs named, in one picture: the FILE.svg or .png named,
+    else plot.png in the first run. Pale: lines of the log, each of one step; strong: the mean of as
+    many of them as make a twentieth of the run; dots: validation."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    if not files or not all((Path(run) / "log.jsonl").is_file() for run in files):
+    runs = [name for name in files if not name.endswith((".svg", ".png"))]
+    if not runs or not all((Path(run) / "log.jsonl").is_file() for run in runs):
         raise ValueError("name the folders of runs (log.jsonl): python bench.py plot out/small")
-    figure = Figure((10, 5 + 2.5 * len(files)), layout="constrained")
-    losses, *loads = figure.subplots(1 + len(files), height_ratios=[2] + [1] * len(files))
-    for i, run in enumerate(files):
+    figure = Figure((9, 3.6 + 1.8 * len(runs)), layout="constrained")
+    losses, *loads = figure.subplots(1 + len(runs), height_ratios=[2] + [1] * len(runs))
+    for i, run in enumerate(runs):
         log = [json.loads(x) for x in (Path(run) / "log.jsonl").read_text().splitlines()]
-        for key, style in ("loss", "-"), ("mtp_loss", ":"), ("val_loss", "o"):
+        for key, style in ("loss", "-"), ("mtp_loss", "--"), ("val_loss", "o"):
             points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
             x, y = np.array(points).reshape(-1, 2).T
-            losses.plot(x, y, style, color=f"C{i}", label=f"{run} {key}")
+            n = 1 if key == "val_loss" else len(y) // 20 + 1
+            mean = [y[max(0, k - n) : k].mean() for k in range(1, len(y) + 1)]
+            losses.plot(x, y, style, color=f"C{i}", alpha=0.25)
+            losses.plot(x, mean, style, color=f"C{i}", label=f"{run} {key}")
         for point in points[:: -(len(points) // 8 + 1)]:  # at most 8 labels, one at the end
-            losses.annotate(f"  {point[1]:.3f}", point, color=f"C{i}")
+            losses.text(*point, f"{point[1]:.3f}\n", ha="center")
         if evaluated := [line for line in log if line.get("expert_load")]:
-            share = np.array(evaluated[-1]["expert_load"])  # (layers, E)
+            c, share = load_checkpoint(run)["model_config"], np.array(evaluated[-1]["expert_load"])
+            layers = [*range(c["first_k_dense_replace"], c["num_hidden_layers"])]
+            layers += [f"MTP {k + 1}" for k in range(len(share) - len(layers))]
             image = loads[i].imshow(share * share.shape[1], "RdBu_r", aspect="auto", vmin=0, vmax=2)
-            figure.colorbar(image, ax=loads[i], label="1 = even share")
-            loads[i].set(
-                ylabel="MoE layer", title=f"{run}, step {evaluated[-1]['step']}: expert load"
-            )
+            figure.colorbar(image, ax=loads[i], label="1 = even")
+            loads[i].set(ylabel="layer", yticks=range(len(share)), yticklabels=layers)
+            loads[i].set(title=f"{run}: load of every expert at step {evaluated[-1]['step']}")
     losses.set(xlabel="step", ylabel="nats per token")
     losses.grid(alpha=0.3)
     losses.legend()
-    figure.savefig(path := Path(files[0]) / "plot.png", dpi=120)
+    rcParams["svg.fonttype"] = "none"  # text stays text
+    path = next((name for name in files if name not in runs), Path(runs[0]) / "plot.png")
+    figure.savefig(path, dpi=120)
     yield Table("written", [{"file": str(path)}])
 
 

@@ -21,6 +21,7 @@ decoded numbers exactly: the emulation on other machines multiplies what Hopper 
 FP8 pays on Hopper from widths of about 2000, with thousands of tokens, under `torch.compile`.
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +103,6 @@ def scaled_mm(a: Quantized, b: Quantized, block: tuple[int, int], out_dtype: tor
         return (x @ y.t())[: len(a[0])].to(out_dtype)
 
 
-@torch.compiler.assume_constant_result
 def has_blockwise_fp8(device: torch.device) -> bool:
     """Whether the card multiplies blockwise-scaled FP8 itself; prints it once if it does not."""
     hopper = (
@@ -234,6 +234,7 @@ class FP8Linear(nn.Linear):
     """y = x W^T + b with all three products in FP8: x (..., in_features) -> (..., out_features)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, **factory):
+        tell_compiler()
         super().__init__(in_features, out_features, bias, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -251,12 +252,20 @@ class FP8MLP(nn.Module):
 class FP8Experts(nn.Module):
     """The routed experts of model.Experts: gate_up_proj (E, 2F, D), down_proj (E, D, F)."""
 
-    @torch.compiler.disable  # the sizes of the loop over experts are known to the data only
     def forward(self, x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
         """x (T, D) sorted by expert, counts (E,) of each expert's rows, gain (T,) -> (T, D)."""
         rows = counts.tolist()
         gate, up = _linear(x, self.gate_up_proj, rows).chunk(2, dim=-1)  # (T, F) each
         return _linear(gate, self.down_proj, rows, up, gain)
+
+
+@functools.cache
+def tell_compiler():
+    """What torch.compile must not trace. Told when FP8 is first used, not by decorators, because
+    it imports the compiler: a second or more, which every command would take to start."""
+    torch.compiler.assume_constant_result(has_blockwise_fp8)
+    # The sizes of its loop over experts are known to the data only.
+    FP8Experts.forward = torch.compiler.disable(FP8Experts.forward)
 
 
 # ---- One quantisation of the weights per step -------------------------------------------------

@@ -91,8 +91,7 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
             raise ValueError(f"config.json has {key} {stated[key]!r}, but must have {value!r}.")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     apart = ("rope_type", "rope_theta", "partial_rotary_factor")
-    rope = {key: x for key, x in rope.items() if key not in apart and x is not None}
-    stated["rope_scaling"] = rope | {"type": kind}
+    stated["rope_scaling"] = {k: x for k, x in rope.items() if k not in apart} | {"type": kind}
     known = {field.name for field in fields(ModelConfig)}
     return ModelConfig(**{key: value for key, value in stated.items() if key in known})
 
@@ -124,11 +123,11 @@ def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.shared_head.head.weight", model.lm_head.weight
 
 
-def stored_tensors(directory: Path, device: str = "cpu") -> Iterator[tuple[str, Any]]:
-    """The name of every tensor with the file to get it from; one file is mapped at a time."""
+def stored_tensors(directory: Path, device: str) -> dict[str, Any]:
+    """The name of every tensor with the file to get it from, which is mapped, not read."""
     import safetensors
 
-    files = ["model.safetensors"]
+    files, tensors = ["model.safetensors"], {}
     if not (directory / files[0]).exists():
         where = read_json(directory / INDEX).get("weight_map")
         files = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
@@ -136,12 +135,12 @@ def stored_tensors(directory: Path, device: str = "cpu") -> Iterator[tuple[str, 
             raise ValueError(f"{directory / INDEX} needs a weight_map: plain file names by tensor.")
     for file in files:
         try:
-            with safetensors.safe_open(directory / file, "pt", str(device)) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
-                    yield name, tensors
+            opened = safetensors.safe_open(directory / file, "pt", str(device))
         except (OSError, safetensors.SafetensorError) as error:
             why = f"is missing, truncated or not safetensors ({error!s:.200}): fetch it again."
             raise ValueError(f"{directory / file} {why}") from None
+        tensors |= dict.fromkeys(opened.keys(), opened)
+    return tensors
 
 
 @torch.no_grad()
@@ -151,41 +150,40 @@ def from_pretrained(
     """Opens a checkpoint of the DeepSeek-V3 family in bf16, fp16, fp32 or block-wise FP8.
 
     dtype None is the one config.json names (bf16 for FP8 weights). MTP modules are there if
-    their tensors are. Besides the model, one file is mapped and one tensor decoded at a time.
-    Raises ValueError naming the file, key or tensor that is wrong.
+    their tensors are. Raises ValueError naming the file, key or tensor that is wrong.
     """
     directory, why = Path(directory), "config.json and the weights do not belong together."
     raw = read_json(directory / "config.json")
-    config, names, scales, filled = config_from_json(raw), set(), {}, set()
-    for name, file in stored_tensors(directory):
-        names.add(name)
-        if name.endswith("_scale_inv"):  # a small part, perhaps in another file than its weight
-            scales[name] = file.get_tensor(name).to(device, torch.float32, copy=True)
-    config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in names)
-    stated = "bfloat16" if scales else raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+    config, stored = config_from_json(raw), stored_tensors(directory, device)
+    config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
+    in_fp8 = any(name.endswith("_scale_inv") for name in stored)
+    stated = "bfloat16" if in_fp8 else raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
     dtype = dtype or getattr(torch, stated, None)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ValueError(f"{directory} cannot be opened as {dtype or stated}: give another dtype.")
     with torch.device("meta"):
         model = DeepSeekV3(config).to(dtype)
-    views = dict(checkpoint_views(model.materialize(device)))
+    views, filled = dict(checkpoint_views(model.materialize(device))), set()
     places = {HEAD: model.lm_head.weight} | dict(checkpoint_copies(model)) | views
-    wrong = views.keys() - names  # a copy, or a head tied to the embedding, may be there or not
-    wrong |= {x for x in names - places.keys() if x.removesuffix("_scale_inv") not in views}
+    wrong = views.keys() - stored.keys()  # a copy, or a tied head, may be there or not
+    wrong |= {x for x in stored.keys() - places if x.removesuffix("_scale_inv") not in views}
     if wrong := {x for x in wrong if not x.endswith("rotary_emb.inv_freq")}:
         state = "lacks the" if min(wrong) in views else "has the unknown"
         raise ValueError(f"{directory} {state} tensor {min(wrong)} (1 of {len(wrong)}): {why}")
-    for name, file in stored_tensors(directory, device):
+    for name, file in stored.items():
         if name not in places:
             continue
-        x, view, scale = file.get_tensor(name), places[name], scales.get(f"{name}_scale_inv")
-        good = x.dtype.itemsize > 1 if scale is None else x.dtype == torch.float8_e4m3fn
+        x, view, scaled = file.get_tensor(name), places[name], stored.get(f"{name}_scale_inv")
+        good, blocks = x.dtype.itemsize > 1, [-(-n // 128) for n in x.shape]
+        if scaled:
+            scale = scaled.get_tensor(f"{name}_scale_inv")
+            good = x.dtype == torch.float8_e4m3fn and list(scale.shape) == blocks
         if x.shape != view.shape or not (good and x.is_floating_point()):
             raise ValueError(
                 f"{name} in {directory} is {x.dtype} of shape {list(x.shape)}, but must be floats "
-                f"of shape {list(view.shape)}, or E4M3 with {name}_scale_inv: {why}"
+                f"of shape {list(view.shape)}, or E4M3 with a scale of shape {blocks}: {why}"
             )
-        x = x if scale is None else fp8.dequantize(x, scale, fp8.BLOCK)
+        x = fp8.dequantize(x, scale, fp8.BLOCK) if scaled else x
         if view.data_ptr() in filled and not torch.equal(x.to(view.dtype), view):
             raise ValueError(
                 f"{name} in {directory} differs from its copy under another name, but DeepSeek-V3 "
@@ -215,12 +213,11 @@ def save_pretrained(
     from safetensors.torch import save_file
 
     config, length = asdict(model.config), model.config.max_position_embeddings
-    if config["rope_scaling"]:  # YaRN falls back on max_position_embeddings, which changes here
+    if config["rope_scaling"]:  # YaRN falls back on the other key, which extra may change
         config["rope_scaling"].setdefault("original_max_position_embeddings", length)
     config |= FIXED_KEYS | {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
-        "max_position_embeddings": model.trained_length,
         "num_key_value_heads": model.config.num_attention_heads,
         "bos_token_id": None,  # unless given in extra: readers would stop at token 1
         "eos_token_id": None,
@@ -280,8 +277,7 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
     eos = told.get("eos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if (folder / "meta.json").exists():
-        encoding = load_tokenizer(folder)
-        return from_encoding(encoding, eos or [encoding.eot_token])
+        return from_encoding(load_tokenizer(folder), eos)
     path, kimis = folder / "tokenizer.json", folder / "tiktoken.model"
     if not (path.exists() or kimis.exists()):
         return None
@@ -347,7 +343,7 @@ def source_hash() -> str:
     return hashlib.sha256(Path(__file__).with_name("model.py").read_bytes()).hexdigest()
 
 
-def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """What train.py saved in a file, or in a run's folder (best.pt, else ckpt.pt).
 
     Tensors stay on the disk until they are used; nothing in the file can run code. Raises
@@ -363,7 +359,7 @@ def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
         )
     saved = None
     with suppress(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError):
-        saved = torch.load(file, map_location, weights_only=True, mmap=True)
+        saved = torch.load(file, "cpu", weights_only=True, mmap=True)
     if not (isinstance(saved, dict) and isinstance(saved.get("model_config"), dict)):
         raise ValueError(
             f"{file} is truncated, no checkpoint of train.py, or holds more than tensors and "
@@ -421,10 +417,11 @@ def convert(source: Path, target: Path, quantize: bool = False, overwrite: bool 
         model, tokenizer, path = load_model(source)
         folder, theirs = path if path.is_dir() else path.parent, path / "config.json"
         if theirs.exists():
-            ids = {k: x for k, x in read_json(theirs).items() if k.endswith("_token_id")}
+            keys = {k: x for k, x in read_json(theirs).items() if k.endswith("_token_id")}
         else:
-            ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos[0])
-        save_pretrained(model, new, quantize=quantize, **ids)
+            keys = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos[0])
+            keys["max_position_embeddings"] = model.trained_length
+        save_pretrained(model, new, quantize=quantize, **keys)
         for file in folder.iterdir():
             if re.fullmatch(TEXTS, file.name):
                 shutil.copyfile(file, new / file.name)
@@ -458,10 +455,12 @@ def check(directory: Path):
 def main(argv: list[str]):
     paths = [word for word in argv if not word.startswith("-")]
     keys = [word for word in argv if word.startswith("-")]
-    text = "Write a Hugging Face directory: python huggingface.py SRC DST [--key=value]"
-    config = ConvertConfig(**parse_args(text, keys, ConvertConfig)[1])
+    about = (
+        "Write the Hugging Face directory DST from SRC: a run, a checkpoint or such a directory."
+    )
+    config = ConvertConfig(**parse_args(about, keys, ConvertConfig, positional="src dst")[1])
     if len(paths) != 2 or (config.check and config.quantize):
-        info("usage: python huggingface.py SRC DST [--quantize=True or --check=True]")
+        info("usage: python huggingface.py SRC DST [--quantize=True or --check=True]; see --help")
         sys.exit(2)
     convert(*map(Path, paths), config.quantize, config.overwrite)
     if config.check:

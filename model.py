@@ -564,6 +564,7 @@ class DeepSeekV3(nn.Module):
     def use_fp8(self):
         """Section 3.3.1: the products of attention projections and FFNs in FP8 (fp8.py). Embedding,
         head, gate, norms, attention core and eh_proj stay in high precision."""
+        fp8.tell_compiler()
         swap = {nn.Linear: fp8.FP8Linear, MLP: fp8.FP8MLP, Experts: fp8.FP8Experts}
         for block in [*self.layers, *(module.block for module in self.mtp)]:
             for module in block.modules():

@@ -250,10 +250,8 @@ def make_tokenizer(tokenizer: str, vocab_size: int, texts: list[str]) -> tiktoke
 
     found = hf_tokenizer(Path(tokenizer))
     if found is None or found.encoding is None:
-        raise ValueError(
-            f"{tokenizer!r} has no tokenizer that can prepare text: expected gpt2, cl100k_base, "
-            f"o200k_base, a prepared folder, or a Hugging Face folder with one splitting expression"
-        )
+        known = "gpt2, cl100k_base, o200k_base, a prepared folder, a run or its export"
+        raise ValueError(f"{tokenizer!r} has no tokenizer that can prepare text; expected {known}")
     return found.encoding
 
 
@@ -371,9 +369,8 @@ def prepare(config: DataConfig) -> Path:
     if not 0 < config.val_fraction <= 0.5:
         raise ValueError(f"val_fraction={config.val_fraction}: expected more than 0, at most 0.5")
     if config.vocab_size < 257:
-        raise ValueError(
-            f"vocab_size={config.vocab_size}: expected 257 (256 bytes and {END_OF_TEXT}) or more"
-        )
+        least = f"257, the bytes and {END_OF_TEXT}"
+        raise ValueError(f"vocab_size={config.vocab_size}: expected at least {least}")
     folder = Path(config.out) / name
     with replacing(folder, OURS, config.overwrite) as new:
         make = prepare_shards if config.source in SHARDS else prepare_text
@@ -455,9 +452,7 @@ load_dataset = Dataset
 def main(argv: list[str]) -> None:
     description = "Turn text into token files and a tokenizer in data/<name>/."
     source, values = parse_args(description, argv, DataConfig, positional="source")
-    if source is not None:
-        values["source"] = source
-    print(prepare(DataConfig(**values)))
+    print(prepare(DataConfig(**values | ({"source": source} if source else {}))))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ class TrainConfig:
     batch_start: int = 0  # windows in the first step, growing in multiples of it (0: constant)
     batch_ramp: float = 0.032  # fraction of the run in which it grows (469B of 14.8T tokens)
     # optimiser and schedule; "fraction" is of the run, the report's values are the defaults
-    optimizer: str = "adamw"  # or muon, for the matrices: learns more per step (docs/LOG.md)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices, learns more per step
     lr: float = 2.2e-4  # peak learning rate
     adamw_lr: float = 1.0  # of what Muon leaves to AdamW, as a multiple of lr
     warmup: float = 0.0085  # fraction with rising learning rate
@@ -84,32 +85,24 @@ class TrainConfig:
     seed: int = 1337
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    dtype: str = "auto"  # of the products: auto, float32, bfloat16; float64 computes all in it
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of the products
     fp8: bool = False  # FP8 products (fp8.py)
     compile: bool = False  # torch.compile the blocks
     recompute: bool = False  # activation checkpointing: less memory, a third more work
-    parallel: str = "ddp"  # with several processes: ddp, or fsdp to shard the state (recomputes)
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights and optimiser, and recomputes
     deterministic: bool = False  # no sums in varying order: resumes bit for bit on CUDA too
     # the run
     eval_every: int = 250  # steps between evaluations of the whole validation file
     eval_batch: int = 16  # windows per evaluation batch and rank
     save_every: int = 250  # steps between checkpoints
     log_every: int = 10  # steps between lines in log.jsonl
-    logger: str = ""  # also log to tensorboard, or through it to wandb
+    logger: Literal["", "tensorboard", "wandb"] = ""  # wandb's through tensorboard
     resume: bool = False  # go on from the run's ckpt.pt
     overwrite: bool = False  # replace an existing run
     init_from: str = ""  # start from the weights of a run, checkpoint or Hugging Face directory
     eval_only: bool = False  # evaluate the run's (or init_from's) weights and stop
 
     def __post_init__(self):
-        for name, choices in (
-            ("dtype", ("auto", "float32", "bfloat16", "float64")),
-            ("optimizer", ("adamw", "muon")),
-            ("parallel", ("ddp", "fsdp")),
-            ("logger", ("", "tensorboard", "wandb")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}.")
         for name in ("steps", "grad_accum", "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")

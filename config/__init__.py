@@ -12,11 +12,12 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-KINDS |= {dict: "a dict such as {'key': 1}", type(None): "none"}
+KINDS = {int: "int", float: "float", bool: "true or false", str: "text", dict: "dict"}
+KINDS |= {type(None): "none", "": "nothing"}
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 # What other projects call our keys, where the spelling does not lead there.
 ALIASES = {"learning_rate": "lr", "max_iters": "steps", "n_layer": "num_hidden_layers"}
@@ -29,46 +30,45 @@ def info(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def kinds_of(annotation: Any) -> tuple[type, ...]:
-    return typing.get_args(annotation) or (annotation,)  # int | None -> (int, NoneType)
+def kinds_of(annotation: Any) -> tuple[Any, ...]:
+    """int | None -> (int, NoneType); Literal["a", "b"], a choice of texts -> ("a", "b")."""
+    return typing.get_args(annotation) or (annotation,)
 
 
-def fields_of(config_classes: Iterable[type]) -> dict[str, dataclasses.Field]:
-    return {field.name: field for config in config_classes for field in dataclasses.fields(config)}
+def expected(annotation: Any) -> str:
+    """For help and errors: "int or none"."""
+    return " or ".join(KINDS.get(kind, kind) for kind in kinds_of(annotation))
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """The sentence for a key that does not exist."""
-    alias, known = ALIASES.get(name.replace("-", "_"), name.replace("-", "_")), list(known)
-    close = difflib.get_close_matches(alias, known, 1, 0.75)  # less than that hints at nonsense
-    return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
+    alias = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
+    close = difflib.get_close_matches(alias, list(known), 1, 0.75)  # less hints at nonsense
+    other = "the network has none" if name == "dropout" else "see --help"
+    return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else other)
 
 
-def check_value(name: str, value: Any, annotation: Any) -> Any:
-    """The value as its field's type: 1e6 may be an int, 1 a float. Raises ValueError."""
-    kinds = kinds_of(annotation)
-    if type(value) in kinds:  # not isinstance: a bool is an int to Python, not to us
-        return value
-    if float in kinds and type(value) is int:
-        return float(value)
-    if int in kinds and type(value) is float and value.is_integer():
-        return int(value)
-    expected = " or ".join(KINDS[kind] for kind in kinds)
-    raise ValueError(f"{name} must be {expected}, not {value!r:.200}; --help shows the defaults")
+def as_field(name: str, value: Any, annotation: Any) -> Any:
+    """The value as its field's type: 1e6 may be an int, 1 a float. Raises ValueError.
 
-
-def parse_value(name: str, text: str, annotation: Any) -> Any:
-    """A value from the command line: true, false, none, one of Python's literals, or text."""
-    kinds, word = kinds_of(annotation), text.strip().lower()
-    if kinds == (str,):  # never parsed: a prompt may be long and look like anything
-        return text
-    if bool in kinds and word in ("0", "1"):
-        return word == "1"
-    try:
-        value = WORDS[word] if word in WORDS else ast.literal_eval(text.strip())
-        return check_value(name, value, annotation)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # or nested too deep
-        return check_value(name, text, annotation)
+    Text, which is all that a command line has, may spell true, false, none or a literal of Python,
+    but in a field for text it stays as it is: a prompt may look like anything.
+    """
+    kinds, readings = kinds_of(annotation), [value]
+    if type(value) is str and kinds != (str,):
+        word = value.strip().lower()
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            readings.insert(0, WORDS[word] if word in WORDS else ast.literal_eval(value.strip()))
+    for x in readings:
+        if type(x) in kinds or x in kinds:  # to isinstance a bool would be an int
+            return x
+        if bool in kinds and x in (0, 1):
+            return bool(x)
+        if float in kinds and type(x) is int:
+            return float(x)
+        if int in kinds and type(x) is float and x.is_integer():
+            return int(x)
+    raise ValueError(f"{name} is {value!r:.200}, expected {expected(annotation)}")
 
 
 def parse_args(
@@ -83,12 +83,14 @@ def parse_args(
     parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     if positional:
         parser.add_argument("0", nargs="?", metavar=positional.upper())
-    fields, source = fields_of(config_classes), "".join(map(inspect.getsource, config_classes))
+    source = "".join(map(inspect.getsource, config_classes))
+    fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
     for name, field in fields.items():
         comment = re.search(rf"(?m)^    {name}:.*?  # (.*)$", source)
-        text = f"{comment[1] if comment else ''} (default: {field.default!r})".replace("%", "%%")
-        kind = " or ".join(k.__name__.removesuffix("Type").lower() for k in kinds_of(field.type))
-        parser.add_argument("--" + name, metavar=kind, help=text)
+        default = field.default if type(field.default) is str else str(field.default).lower()
+        text = (comment[1] if comment else "") + (f" (default: {default})" if default else "")
+        text = text.replace("%", "%%")
+        parser.add_argument("--" + name, metavar=expected(field.type), help=text)
     flags = ["--" + name for name, field in fields.items() if bool in kinds_of(field.type)]
     given, unknown = parser.parse_known_args([a + "=true" if a in flags else a for a in argv])
     if unknown:
@@ -98,7 +100,7 @@ def parse_args(
     values = {name: text for name, text in vars(given).items() if text is not None}
     argument = values.pop("0", None)
     try:
-        return argument, {n: parse_value(n, text, fields[n].type) for n, text in values.items()}
+        return argument, {n: as_field(n, text, fields[n].type) for n, text in values.items()}
     except ValueError as error:
         parser.error(str(error))
 
@@ -113,11 +115,11 @@ def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from None
     values = {name: value for name, value in values.items() if not name.startswith("_")}
-    fields = fields_of(config_classes)
+    fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
     for name, value in values.items():
         if name not in fields:
             raise ValueError(f"{path}: {unknown_key(name, fields)}")
-        values[name] = check_value(f"{path}: {name}", value, fields[name].type)
+        values[name] = as_field(f"{path}: {name}", value, fields[name].type)
     return values
 
 

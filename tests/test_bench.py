@@ -107,17 +107,27 @@ def test_fp8_table_says_that_it_emulates(monkeypatch):
     assert all(table.rows[0][key] > 0 for key in ("bf16 TFLOP/s", "FP8 TFLOP/s", "FP8 layer ms"))
 
 
-def test_plot_compares_runs_in_one_picture(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    log = [{"step": s, "loss": 5.0 - s, "mtp_loss": 6.0 - s, "max_vio": 0.5} for s in range(3)]
-    log.append({"step": 2, "val_loss": 3.0, "expert_load": [[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]})
-    log.append({"step": 2, "val_loss": None})  # it was not finite
+def test_plot_compares_runs_in_one_picture(tmp_path, capsys, monkeypatch):
+    Axes = pytest.importorskip("matplotlib.axes").Axes
+    log = [{"step": s, "loss": 6.0 - s % 2, "mtp_loss": 6.5, "max_vio": 0.5} for s in range(40)]
+    log.append({"step": 39, "val_loss": 3.25, "expert_load": [[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]})
+    log.append({"step": 39, "val_loss": None})  # it was not finite
+    shape = dict(first_k_dense_replace=1, num_hidden_layers=2)  # one MoE layer; the other is MTP's
+    monkeypatch.setattr(bench, "load_checkpoint", lambda run: {"model_config": shape})
+    monkeypatch.chdir(tmp_path)
     for run in ("a", "b"):
-        (tmp_path / run).mkdir()
-        (tmp_path / run / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
-    bench.main(["plot", str(tmp_path / "a"), str(tmp_path / "b")])
-    assert (tmp_path / "a/plot.png").read_bytes()[:4] == b"\x89PNG"
-    assert "a/plot.png" in capsys.readouterr().out
-    for argv, sentence in (([str(tmp_path)], r"log\.jsonl"), ([], "name the folders")):
+        Path(run).mkdir()
+        Path(run, "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+    with mock.patch.object(Axes, "plot", autospec=True, side_effect=Axes.plot) as plot:
+        bench.main(["plot", "a", "b", "both.svg"])
+    assert "both.svg" in capsys.readouterr().out
+    picture = Path("both.svg").read_text(encoding="utf-8")
+    assert all(f">{text}<" in picture for text in ("MTP 1", "b val_loss", "3.250", "a mtp_loss"))
+    drawn = {call.kwargs.get("label"): call.args[2] for call in plot.call_args_list}
+    assert drawn["b loss"][:4] == pytest.approx([6, 5.5, 17 / 3, 16 / 3])  # three lines of 40
+    with mock.patch("matplotlib.figure.Figure.savefig") as savefig:
+        bench.main(["plot", "b", "a"])
+    assert savefig.call_args.args == (Path("b/plot.png"),)
+    for argv, sentence in ((["."], r"log\.jsonl"), ([], "name the folders")):
         with pytest.raises(ValueError, match=sentence):
             bench.main(["plot", *argv])

@@ -471,6 +471,23 @@ def test_an_interruption_keeps_the_old_folder_and_leaves_no_new_one(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_not_even_between_two_renames_is_a_folder_lost(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "d", os.replace
+    folder.mkdir()
+    (folder / "val.bin").write_text("old")
+
+    def fail(source, target):
+        if target == folder:
+            raise OSError("disk full")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"), pd.replacing(folder, pd.OURS, True) as new:
+        (new / "val.bin").write_text("new")
+    (old,) = tmp_path.iterdir()
+    assert (old / "val.bin").read_text() == "old"
+
+
 def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text(prose(1, 100))
@@ -484,7 +501,7 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
         (1, "or stdlib, tinystories, fineweb, finewebedu", "tiny_stories"),
         (1, "latin.txt holds 0 characters", "latin.txt"),
         (1, "val_fraction=0.6: expected", "a.txt", "--val_fraction=0.6", "--name=b"),
-        (1, "vocab_size=256: expected 257", "a.txt", "--vocab_size=256", "--name=b"),
+        (1, "vocab_size=256: expected at least 257", "a.txt", "--vocab_size=256", "--name=b"),
         (1, "name='../x': expected", "a.txt", "--name=../x"),
         (2, "unknown key vocabsize; did you mean vocab_size?", "a.txt", "--vocabsize=300"),
     ]:

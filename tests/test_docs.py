@@ -1,0 +1,231 @@
+"""The documents say what is there: links, lines, commands, and changes that apply and train.
+
+`python tests/test_docs.py` writes the line numbers anew, of every link [`name`](file.py#L12) in the
+documents: the line, or the lines, where the file defines that name.
+"""
+
+import ast
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+
+import drafts
+
+import sample
+from config import read_config_file
+from model import ModelConfig, balance_loss
+from train import TrainConfig, lr_at
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+LINES = re.compile(r"\[([^\]]*)\]\(([^)\s#]+\.py)#L(\d+)(?:-L(\d+))?\)")
+
+
+@functools.cache
+def definitions(file: Path) -> dict[str, tuple[int, int]]:
+    """First and last line of everything a file defines, a method as Class.method and method."""
+    found = {}
+
+    def visit(body: list[ast.stmt], prefix: str):
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                for name in (prefix + node.name, node.name):
+                    found.setdefault(name, (node.lineno, node.end_lineno))
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, node.name + ".")
+
+    visit(ast.parse(file.read_text(encoding="utf-8")).body, "")
+    return found
+
+
+def with_lines(document: Path) -> str:
+    """The document's text, its links to lines where they should be."""
+
+    def right(link: re.Match) -> str:
+        label, file, _, last = link.groups()
+        name = re.search(r"`([\w.]+)`$", label)[1]  # the last word of the label
+        lines = definitions(document.parent / file)[name]
+        return f"[{label}]({file}#L{lines[0]}" + f"-L{lines[1]})" * bool(last) + ")" * (not last)
+
+    return LINES.sub(right, document.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    text = document.read_text(encoding="utf-8")
+    for _, target in LINK.findall(re.sub(r"(?s)```.*?```", "", text)):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, fragment = unquote(target).partition("#")
+        file = document.parent / path if path else document
+        assert file.exists(), target
+        if fragment and file.suffix == ".md":
+            heads = re.findall(r"(?m)^#+ (.*)$", file.read_text(encoding="utf-8"))
+            slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert fragment in slugs, target
+    assert text == with_lines(document), "python tests/test_docs.py writes the line numbers anew"
+
+
+def test_commands_name_files_and_keys_that_exist():
+    commands = 0
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        plain = re.sub(r"(?s)```.*?```", "", text).replace("\\\n", " ")
+        for line in re.findall(r"(?m)^    .*$|`[^`]+`", plain):
+            line = line.replace("\n", " ")
+            command = re.search(r"(?:python|torchrun) .*?([\w/]+\.py)\b([^#`|]*)", line)
+            if not command or command[1] == "X.py":
+                continue
+            assert (ROOT / command[1]).exists(), line
+            source = (ROOT / command[1]).read_text(encoding="utf-8")
+            source += (ROOT / "model.py").read_text(encoding="utf-8")  # the network's keys
+            for key in re.findall(r"--(\w+)", command[2]):
+                assert re.search(rf"(?m)^    {key}: ", source), line
+            for config in re.findall(r"config/\w+\.py", command[2]):
+                known = (ROOT / config).exists() or f"+++ b/{config}" in text
+                assert known, line
+            commands += 1
+    assert commands > 20
+
+
+def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+    """The lines of the first screen, on a model made of random numbers."""
+    block = re.search(r"(?s)```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"))
+    torch.manual_seed(0)
+    model = sample.DeepSeekV3(ModelConfig(**tiny()))
+    tokenizer = type("", (), {"encode": lambda text: [1, 2, 3], "decode": str, "eos": [0]})
+    monkeypatch.setattr("huggingface.load_model", lambda run: (model.eval(), tokenizer, tmp_path))
+    exec(block[1], names := {})
+    assert names["logits"].shape == (1, 3, 512) and names["further"].shape == (1, 2, 512)
+
+
+def words(svg: Path) -> list[tuple[str | None, str]]:
+    """Class and text of every piece of text in a picture."""
+    tree = ElementTree.parse(svg).getroot()
+    assert float(tree.get("width").removesuffix("pt")) <= 900  # of a README's column
+    return [(x.get("class"), x.text) for x in tree.iter() if x.tag.endswith(("text", "tspan"))]
+
+
+@pytest.mark.parametrize("svg", sorted(ROOT.glob("docs/figures/*.svg")), ids=lambda path: path.name)
+def test_pictures_have_text_to_select(svg):
+    assert words(svg)
+
+
+def test_picture_of_drafts(tmp_path, monkeypatch):
+    model = sample.DeepSeekV3(ModelConfig(**tiny())).eval()
+    tokenizer = type("", (), dict(encode=lambda text: [1, 2], to_bytes=lambda i: b"\n\t<"))
+    monkeypatch.setattr(drafts, "load_model", lambda *_: (model, tokenizer, tmp_path))
+    # Greedy text of a model that loves one token, so that all drafts stay.
+    for weight in (model.lm_head.weight, model.mtp[0].norm.weight):
+        torch.nn.init.zeros_(weight)
+    drafts.main([f"--out={tmp_path}/x.svg", "--temperature=0", "--max_new_tokens=9", "--draft=3"])
+    (_, caption), *text = words(tmp_path / "x.svg")
+    kinds = "".join(kind for kind, part in text if part == "    <")
+    assert re.fullmatch("m?(dddm)+d*", kinds) and len(kinds) == 9
+    assert caption.startswith(f"{kinds.count('d')} of 9 tokens") and "3.00 tokens per" in caption
+
+
+# ---- The worked changes --------------------------------------------------------------------------
+
+
+def tiny() -> dict:
+    values = read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, TrainConfig)
+    return {k: v for k, v in values.items() if k in ModelConfig.__dataclass_fields__}
+
+
+HACKING = (ROOT / "docs/HACKING.md").read_text(encoding="utf-8")
+CHANGES = re.findall(r"(?s)\n## \d\. ([^\n]*)\n.*?```diff\n(.*?)```", HACKING)
+
+
+def changed(diff: str, folder: Path) -> dict:
+    """Applies a diff to a copy of the source; the modules of the files that it changes."""
+    files = re.findall(r"(?m)^\+\+\+ b/(.*)$", diff)
+    (folder / "config").mkdir()
+    for file in files:
+        if (ROOT / file).exists():
+            shutil.copy(ROOT / file, folder / file)
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=folder, check=True)
+    modules = {}
+    for file in files:
+        spec = importlib.util.spec_from_file_location("changed", folder / file)
+        modules[file] = importlib.util.module_from_spec(spec)
+        sys.modules["changed"] = modules[file]  # where dataclasses look
+        spec.loader.exec_module(modules[file])
+    return modules
+
+
+def learns_and_writes(model, cache, monkeypatch):
+    """One step by gradient descent lowers the loss; decoding gives what whole forwards give."""
+    tokens = torch.randint(512, (2, 24), generator=torch.Generator().manual_seed(1))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    before = sum(model.train()(x, y))
+    before.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter -= 0.05 * parameter.grad
+    model.update_bias(0.01)
+    assert sum(model(x, y)) < before
+    monkeypatch.setattr(sample, "Cache", cache)
+    with torch.inference_mode():
+        text = sample.generate(model.eval(), x[:1, :4], 4, temperature=0, speculative=2)
+        assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
+
+
+@pytest.mark.parametrize("title, diff", CHANGES, ids=[title for title, _ in CHANGES])
+def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.modules", dict(sys.modules))
+    modules = changed(diff, tmp_path)
+    torch.manual_seed(0)
+    if "model.py" in modules:
+        new = modules["model.py"]
+        model = new.DeepSeekV3(new.ModelConfig(**tiny() | {"initializer_range": 0.1}))
+        learns_and_writes(model, new.Cache, monkeypatch)
+        assert ("formulas decoding goes on" in capsys.readouterr().err) == ("attention" in title)
+    if "gate" in title:
+        s, _, _ = model.gates()[0](torch.randn(5, 48))
+        assert torch.allclose(s.sum(-1), torch.ones(5))
+    elif "loss" in title:
+        s = torch.rand(2, 6, 8)
+        assert new.balance_loss(s, 2) == balance_loss(s.flatten(0, 1)[None], 2)
+        assert new.balance_loss(s, 2) != balance_loss(s, 2)
+    elif "attention" in title:
+        assert new.Cache(model.config, 1, 1, 5, torch.zeros(1)).kv[0].shape == (1, 5, 2 * (24 + 16))
+        assert "layers.0.self_attn.qkv_proj.weight" in model.state_dict()
+    elif "schedule" in title:
+        config = TrainConfig(steps=1000, lr=1.0, decay_start=0.0, decay_end=1.0, warmup=0.0)
+        other = modules["train.py"].lr_at
+        assert other(config, 0) == lr_at(config, 0) == 1.0
+        assert other(config, 250) == pytest.approx(0.1 + 0.9 * (1 - 0.5)) != lr_at(config, 250)
+    else:  # a configuration
+        (file,) = modules
+        values = read_config_file(str(tmp_path / file), ModelConfig, TrainConfig)
+        small = read_config_file(str(ROOT / "config/small.py"), ModelConfig, TrainConfig)
+        other = {k: v for k, v in values.items() if small.get(k) != v}
+        mine = {"data": "mine", "vocab_size": 2048}
+        assert other == (mine if "data" in title else {"num_nextn_predict_layers": 2})
+
+
+def test_every_change_is_there():
+    assert len(CHANGES) == 6 and HACKING.count("```diff") == 6
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(diff in HACKING for diff in re.findall(r"(?s)```diff\n(.*?)```", readme))
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        document.write_text(with_lines(document), encoding="utf-8")
