@@ -35,10 +35,9 @@ def draw(figure, results):
             ratio = np.log2(np.maximum(share, 1e-9) / np.maximum(usual, 1e-9)).clip(-3, 3)
             ratio = ratio[:, np.argsort(ratio.argmax(0), kind="stable")]  # experts by their class
             image = ax.imshow(ratio, "RdBu_r", aspect="auto", vmin=-3, vmax=3)
-            ax.set(title=f"{name}, MoE layer {i + 1}", xticks=[], xlabel="expert")
-            ax.title.set_size(8)
+            ax.set(xticks=[], xlabel=f"experts of MoE layer {i + 1}", ylabel="" if i else name)
             ax.set_yticks(range(len(CLASSES)), CLASSES if i == 0 else [""] * len(CLASSES))
-    figure.colorbar(image, ax=axes, label="visits against all tokens', log2", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="log2 of visits by all tokens' visits", shrink=0.8)
 
 
 EXPERIMENT = run.Experiment(
