@@ -52,9 +52,7 @@ class SampleConfig:
     draft: str = "auto"  # tokens drafted in a round: 0, 1, 2, 3, 4, or auto: what is fastest
     lookup: bool = True  # draft from the text itself where it repeats
     compile: bool = False  # compile decoding: several times faster, after a minute the first time
-    show: str = (
-        ""  # drafts: accepted ones in green; experts: in colours, each token's in the last layer
-    )
+    show: str = ""  # drafts: accepted ones in green; experts: a colour for each token's top one
     interactive: bool = False  # ask for one prompt after another
     score: str = ""  # a text file: print its nats per token and bits per byte
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
