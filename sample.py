@@ -400,7 +400,7 @@ def generate(
     check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
     (B, T), limit, stats = tokens.shape, model.config.max_position_embeddings, stats or Stats()
     new = min(max_new_tokens, limit - T)
-    most = MOST_DRAFTS if speculative == "auto" else speculative
+    most = MOST_DRAFTS if speculative == "auto" else int(speculative)
     depth = len(model.mtp) if most else 0
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     rows, pace = Rows(tokens, new, eos, on_token), Pace(speculative, most if depth else 0, new)
