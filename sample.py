@@ -52,9 +52,7 @@ class SampleConfig:
     draft: str = "auto"  # tokens drafted in a round: 0, 1, 2, 3, 4, or auto: what is fastest
     lookup: bool = True  # draft from the text itself where it repeats
     compile: bool = False  # compile decoding: several times faster, after a minute the first time
-    show: str = (
-        ""  # drafts: accepted ones in green; experts: in colours, each token's in the last layer
-    )
+    show: str = ""  # drafts: accepted ones in green; experts: a colour for each token's top one
     interactive: bool = False  # ask for one prompt after another
     score: str = ""  # a text file: print its nats per token and bits per byte
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
@@ -402,7 +400,7 @@ def generate(
     check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
     (B, T), limit, stats = tokens.shape, model.config.max_position_embeddings, stats or Stats()
     new = min(max_new_tokens, limit - T)
-    most = MOST_DRAFTS if speculative == "auto" else speculative
+    most = MOST_DRAFTS if speculative == "auto" else int(speculative)
     depth = len(model.mtp) if most else 0
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     rows, pace = Rows(tokens, new, eos, on_token), Pace(speculative, most if depth else 0, new)
