@@ -302,7 +302,7 @@ def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Modul
     def ours(name: str, model: DeepSeekV3, compile: bool):
         settings = dict(temperature=0, speculative=0, compile=compile, stats=sample.Stats())
         texts[name] = sample.generate(model, prompt, new, **settings)
-        steps.setdefault(name, []).append(settings["stats"].seconds / (new - 1))
+        steps.setdefault(name, []).append(settings["stats"].seconds / new)
 
     def transformers(name: str, hf: nn.Module):
         greedy = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
