@@ -14,7 +14,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from speculation import unseen_prompts
 
 from config import info, parse_args, run_command
 from huggingface import load_model
@@ -85,8 +84,9 @@ paint();
 @dataclass
 class Options:
     out: str = "docs/experts.html"  # the page
-    texts: int = 2  # pieces of unseen code
-    length: int = 256  # tokens of each
+    text: str = "model.py"  # a file that the model has not seen
+    start: str = "class Gate"  # where in it the page begins
+    length: int = 512  # tokens
 
 
 @torch.no_grad()
@@ -130,8 +130,11 @@ def main(argv: list[str]):
     model, tokenizer, _ = load_model(ckpt or "out/small", "cpu", torch.float32)
     if tokenizer is None or model.config.first_k_dense_replace >= model.config.num_hidden_layers:
         raise ValueError(f"{ckpt} has no tokenizer or no experts: name another checkpoint.")
-    texts = unseen_prompts(tokenizer.encode, options.texts, options.length)
-    html = page(model, texts, lambda i: tokenizer.to_bytes(i).decode(errors="replace"))
+    _, start, text = Path(options.text).read_text("utf-8").partition(options.start)
+    if not start:
+        raise ValueError(f"{options.text} does not have {options.start!r}: give another --start.")
+    ids = tokenizer.encode(start + text)[: options.length]
+    html = page(model, [ids], lambda i: tokenizer.to_bytes(i).decode(errors="replace"))
     Path(options.out).write_text(html, encoding="utf-8")
     info(f"{options.out}: {len(html) / 1000:.0f} kB")
 
