@@ -140,6 +140,7 @@ def dots(ax, results: dict[str, list[dict]], key: str, label: str):
         ax.errorbar(mean, y, xerr=half, fmt="|", color=colour, markersize=12, capsize=3)
     ax.set(xlabel=label, yticks=range(len(names)), ylim=(-0.6, len(names) - 0.4))
     ax.set_yticklabels(reversed(names))
+    ax.locator_params(axis="x", nbins=5)
     if key == "against":
         ax.axvline(0, color=INK, linewidth=0.8, linestyle=":")
 
