@@ -83,7 +83,7 @@ def collect(experiment, options) -> dict[str, list[dict]]:
     label |= {name: name for name in names}
     results = {name: [] for name in label.values()}
     for (name, _), x in sorted(found.items(), key=lambda item: item[0][1]):
-        base = bases.get(x["seed"], {})
+        base = found.get(("base", x["seed"]), {})
         if name != "base" and experiment.against in base:
             x = x | {"against": x[experiment.against] - base[experiment.against]}
         if name in label:
