@@ -83,7 +83,7 @@ def collect(experiment, options) -> dict[str, list[dict]]:
     label |= {name: name for name in names}
     results = {name: [] for name in label.values()}
     for (name, _), x in sorted(found.items(), key=lambda item: item[0][1]):
-        base = bases.get(x["seed"], {})
+        base = found.get(("base", x["seed"]), {})
         if name != "base" and experiment.against in base:
             x = x | {"against": x[experiment.against] - base[experiment.against]}
         if name in label:
@@ -140,6 +140,7 @@ def dots(ax, results: dict[str, list[dict]], key: str, label: str):
         ax.errorbar(mean, y, xerr=half, fmt="|", color=colour, markersize=12, capsize=3)
     ax.set(xlabel=label, yticks=range(len(names)), ylim=(-0.6, len(names) - 0.4))
     ax.set_yticklabels(reversed(names))
+    ax.locator_params(axis="x", nbins=5)
     if key == "against":
         ax.axvline(0, color=INK, linewidth=0.8, linestyle=":")
 

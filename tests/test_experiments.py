@@ -113,6 +113,7 @@ def test_every_experiment_trains_its_arms_once(name, options, capsys, monkeypatc
     )
     results = tables.collect(e, parsed(options))
     results = {arm: xs[0] for arm, xs in results.items() if xs}
+    assert [arm for arm, x in results.items() if "against" in x] == arms
     for key in e.columns:
         assert any(key in x for x in results.values()), key
     assert all(math.isfinite(x["val_bpb"]) for x in results.values())
