@@ -15,10 +15,11 @@ tensor cores multiply each 128-long partial product by its two scales and add it
 Master weight and weight gradient are fp32; y and dx have the compute dtype (bf16).
 
 Every scale of a product is a power of two. The report does that for the activations kept for
-backward, because turning 1x128 tiles into 128x1 tiles is then exact (section 3.5.2); DeepSeek-V3.1
-does it throughout. It costs 0.1 points of error on Gaussian data (3.7 % in all), and bf16 holds the
-decoded numbers exactly: the emulation on other machines multiplies what Hopper multiplies, slowly.
-FP8 pays on Hopper from widths of about 2000, with thousands of tokens, under `torch.compile`.
+backward (section 3.3.3), because turning 1x128 tiles into 128x1 tiles then loses only what is too
+small for the new tile; DeepSeek-V3.1 does it throughout. It costs 0.1 points of error on Gaussian
+data (3.7 % in all), and bf16 holds the decoded numbers exactly: the emulation on other machines
+multiplies what Hopper multiplies, slowly. FP8 pays on Hopper from widths of about 2000, with
+thousands of tokens, under `torch.compile`.
 """
 
 import functools

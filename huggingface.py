@@ -9,6 +9,7 @@ Optional packages are imported where they are needed: safetensors, tokenizers (w
 huggingface_hub) and, to compare logits, transformers.
 """
 
+import functools
 import hashlib
 import json
 import pickle
@@ -338,6 +339,7 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
+@functools.cache  # of the code that runs, also where the file is edited meanwhile
 def source_hash() -> str:
     """Of model.py: a checkpoint keeps it, since its weights mean what that code made of them."""
     return hashlib.sha256(Path(__file__).with_name("model.py").read_bytes()).hexdigest()
@@ -391,8 +393,7 @@ def load_model(
         why = f"weights and configuration do not match ({error!s:.200})."
         raise ValueError(f"{ckpt}: {why}") from None
     if saved.get("model_sha256", source_hash()) != source_hash():
-        why = "logits may be others than in training or, once exported, in transformers"
-        info(f"model.py has changed since {path} was trained: {why} (--check=True compares)")
+        info(f"model.py has changed since {path} was trained: if a formula did, logits differ")
     windows = saved.get("train_config", {}).get("block_size", model.trained_length)
     model.trained_length = saved.get("trained_length", windows)  # earlier versions had one length
     encoding = load_tokenizer(path if path.is_dir() else path.parent)

@@ -9,7 +9,7 @@ technical report, arXiv 2412.19437, section 2):
     p   = softmax(W_head RMSNorm(x))                           predicts the next token
     h^k = block([RMSNorm(embedding of the token k later); RMSNorm(h^{k-1})])             Eq. 21-23
     p^k = softmax(W_head RMSNorm(h^k))                         predicts the token k + 1 later
-    L   = L_main + lambda mean_k L_MTP^k + alpha sum L_Bal      what train.py minimises, Eq. 17-25
+    L   = L_main + lambda mean_k L_MTP^k + alpha sum L_Bal      what train.py minimises, Eq. 17, 24
     b  += gamma sign(mean load - load)                          balances the experts, no gradient
 
 Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. Every
@@ -248,7 +248,7 @@ class MLA(nn.Module):
 
     @property
     def scale(self) -> float:
-        """Of the scores; with YaRN's temperature where rope_scaling says so (mscale_all_dim)."""
+        """1 / sqrt(N + R) of Eq. 10, times the square of YaRN's temperature (mscale_all_dim)."""
         config, yarn = self.config, self.config.rope_scaling or {}
         temperature = yarn_mscale(yarn.get("factor", 1), yarn.get("mscale_all_dim") or 0)
         return (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5 * temperature**2

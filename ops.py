@@ -225,7 +225,8 @@ def decoder(model) -> "Decoder | None":
     if not enabled or model.config.attention_bias:
         return None
     state = model.state_dict().values()
-    version = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in state]
+    version = [str(model.config)]
+    version += [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in state]
     if _decoders.get(model, (None, None))[0] != version:
         try:
             _decoders[model] = version, Decoder(model)

@@ -342,12 +342,13 @@ def replacing(folder: Path, ours: str, overwrite: bool) -> Iterator[Path]:
     Raises FileExistsError where files would be lost: any, but for those of the pattern `ours` if
     they may be overwritten.
     """
+    folder = folder.resolve()  # of a link, what it points to
     here = list(folder.iterdir()) if folder.exists() else []
     if foreign := [path for path in here if not re.fullmatch(ours, path.name)]:
         raise FileExistsError(f"{foreign[0]} would be lost with {folder}; choose another folder")
     if here and not overwrite:
         raise FileExistsError(f"{folder} exists; replace it with --overwrite or choose another")
-    hidden = str(folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}"))
+    hidden = str(folder.with_name(f".{folder.name}.{os.getpid()}"))
     new, old = Path(hidden + ".new"), Path(hidden + ".old")
     new.mkdir(parents=True)
     try:

@@ -2,18 +2,19 @@
 
     data/<name>/ + config/*.py -> out/<name>/
         ckpt.pt      everything a run needs to go on: weights, optimiser, step, configuration
-        best.pt      the weights with the lowest validation loss
+        best.pt      the weights with the lowest validation loss, of the longest windows trained
         log.jsonl    one JSON object per logged step or evaluation
         tokenizer.tiktoken, meta.json    what sample.py needs besides
 
 The loss is L_main + lambda * mean_k L_MTP^k + alpha * sum_layers L_Bal (report, sections 2.1.2 and
 2.2), the schedules are those of section 4.2 in fractions of the run. One optimiser step sees
-batch_size windows of block_size tokens, drawn from (seed, step) alone and then cut up over ranks
-and micro-batches, so any number of processes, and a resumed run, see the same data.
+batch_size windows of block_size tokens (in the last phase also fewer, longer ones), drawn from
+(seed, step) alone and then cut up over ranks and micro-batches, so any number of processes, and a
+resumed run, see the same data.
 
 On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (README).
 
-Shapes: B windows, T block_size, E routed experts, K experts per token.
+Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
 """
 
 import functools
@@ -103,7 +104,8 @@ class TrainConfig:
     eval_only: bool = False  # evaluate the run's (or init_from's) weights and stop
 
     def __post_init__(self):
-        for name in ("steps", "grad_accum", "log_every", "eval_every", "save_every"):
+        least_1 = ("steps", "batch_size", "block_size", "grad_accum", "eval_batch", "log_every")
+        for name in (*least_1, "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
         if self.optimizer == "muon" and self.parallel == "fsdp":
@@ -138,12 +140,13 @@ def block_at(config: TrainConfig, step: int) -> int:
 
 
 def extend_context(model: DeepSeekV3, config: TrainConfig):
-    """YaRN from the length trained so far to long_block_size, with the softmax temperature of the
-    released configuration (section 4.3)."""
-    yarn = {"type": "yarn", "original_max_position_embeddings": config.block_size}
-    yarn |= {"mscale": 1.0, "mscale_all_dim": 1.0} | (model.config.rope_scaling or {})
-    yarn["factor"] = config.long_block_size / yarn["original_max_position_embeddings"]
-    model.config.rope_scaling, model.trained_length = yarn, config.long_block_size
+    """YaRN from the length trained so far to long_block_size (section 4.3), with the softmax
+    temperature of the released configuration unless the model has another."""
+    yarn = model.config.rope_scaling or {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}
+    original = yarn.get("original_max_position_embeddings") or model.trained_length
+    yarn = yarn | {"original_max_position_embeddings": original}
+    model.config.rope_scaling = yarn | {"factor": config.long_block_size / original}
+    model.trained_length = config.long_block_size
 
 
 def batch_at(config: TrainConfig, step: int) -> int:
@@ -338,8 +341,8 @@ def epoch_starts(seed: int, epoch: int, length: int, T: int) -> np.ndarray:
 
 
 def train_windows(data: prepare_data.Dataset, config: TrainConfig, step: int) -> np.ndarray:
-    """The step's windows (B, T + 1), from (seed, step) alone. Every token comes once per epoch (as
-    long as batch and window keep their size: each size goes through the epoch for itself)."""
+    """The step's windows (B, T + 1), from (seed, step) alone. Every token comes once per epoch as
+    long as batch and window keep their size; of two sizes that take turns, each sees half."""
     T, length = block_at(config, step), len(data.train)
     first = step * config.batch_size * config.block_size // T  # windows before this step
     numbers = first + np.arange(batch_at(config, step) * config.block_size // T)
@@ -352,6 +355,13 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor
     """Windows (B, T + 1) -> tokens (B, T) and the next tokens (B, T)."""
     x = torch.from_numpy(windows).to(device)
     return x[:, :-1], x[:, 1:]
+
+
+def without_nan(x):
+    """x for JSON, in which NaN and infinity have no name: they become null."""
+    if isinstance(x, list):
+        return [without_nan(y) for y in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def max_vio(counts: Tensor) -> Tensor:
@@ -453,7 +463,7 @@ def describe(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> str:
     dtype = str(machine.dtype).removeprefix("torch.") + " and FP8" * config.fp8
     return (
         f"model: {total:.2f}M parameters, {active:.2f}M active per token (embedding and head "
-        f"counted), MTP {mtp:.2f}M more; with gradients and AdamW {(total + mtp) * 0.016:.2f} GB\n"
+        f"counted), MTP {mtp:.2f}M more; {(total + mtp) * 0.016:.2f} GB with gradients and AdamW\n"
         f"run: {config.steps} steps, {tokens / 1e6:.2f}M tokens of "
         f"{flops_per_token(model, config.block_size) / 1e6:.1f} MFLOP each, on "
         f"{machine.world} x {machine.device} in {dtype}"
@@ -515,7 +525,7 @@ class Run:
         self.evaluated, self.clock_tokens = saved["evaluated"], self.tokens
         if (self.out / "best.pt").exists():  # it may be later and better than the checkpoint
             best = load_checkpoint(self.out / "best.pt")
-            self.best = best.get("trained_length", self.config.block_size), -best["val_loss"]
+            self.best = best["trained_length"], -best["val_loss"]
         log = self.out / "log.jsonl"
         if self.machine.rank == 0 and log.exists():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -570,13 +580,13 @@ class Run:
         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
 
     def log(self, values: dict, more: str = ""):
-        """A line in log.jsonl, in which NaN and infinity have no name and become null."""
+        """A line on the screen and in log.jsonl."""
         numbers = {k: v for k, v in values.items() if isinstance(v, float)}
         text = ", ".join(f"{k} {v:.5g}" for k, v in numbers.items())
         report(f"step {self.step}/{self.config.steps}: {text}{more}")
         if self.machine.rank == 0:
-            nan = {k: None for k, v in numbers.items() if not math.isfinite(v)}
-            line = {"step": self.step, "tokens": self.tokens} | values | nan
+            line = {"step": self.step, "tokens": self.tokens}
+            line |= {k: without_nan(v) for k, v in values.items()}
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         for key, value in numbers.items() if self.board else ():
@@ -600,7 +610,8 @@ class Run:
             "tokens_per_s": round(speed, 1),
         }
         if peak := peak_flops(self.machine.device) * world:
-            line["mfu"] = round(speed * flops_per_token(self.model, c.block_size) / peak, 4)
+            flops = flops_per_token(self.model, block_at(c, self.step - 1))
+            line["mfu"] = round(speed * flops / peak, 4)
         left = timedelta(seconds=round((c.steps - self.step) * c.batch_size * c.block_size / speed))
         self.log(line, f", {left} left")
         if self.skipped:
@@ -709,10 +720,10 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
 # ---- The command ---------------------------------------------------------------------------------
 
 RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
-PICTURES = ("*.png", "*.svg", "events.out.tfevents.*")  # that may lie beside them
+BESIDE = ("plot.png", "plot.svg", "events.out.tfevents.*")  # what bench.py and a logger leave there
 # Settings of the command, not of the run.
 OF_THE_COMMAND = {"resume", "overwrite", "init_from", "eval_only", "device", "out", "logger"}
-WITHOUT_WEIGHTS = {"rope_scaling", "max_position_embeddings"}  # a new phase may change them
+CONTEXT_KEYS = {"rope_scaling", "max_position_embeddings"}  # no weights: may change
 
 
 def split_configs(values: dict) -> tuple[dict, dict]:
@@ -734,7 +745,9 @@ def check_same(have: dict, asked: dict, where: str):
 def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> TrainConfig:
     """The settings of the checkpoint under those of the command line; tells what differs."""
     known = [key for key in asdict(config) if key not in OF_THE_COMMAND]
-    before = replace(config, **{k: v for k, v in saved["train_config"].items() if k in known})
+    command = {key: getattr(config, key) for key in OF_THE_COMMAND}
+    kept = {k: v for k, v in saved["train_config"].items() if k in known}
+    before = TrainConfig(**command | kept)  # what an older checkpoint lacks was the default
     after = replace(before, **{k: v for k, v in given.items() if k in known})
     was, now = asdict(before), saved["model_config"] | asdict(after)
     for key in known:
@@ -773,8 +786,10 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str]:
                 f"with --init_from={source} and another --out."
             )
         have = saved["model_config"] | {"optimizer": saved["train_config"]["optimizer"]}
-        check_same(have, {k: v for k, v in given.items() if k in have}, config.out)
-        return resumed(config, saved, given, in_file), {}, str(source)
+        fixed = have.keys() - CONTEXT_KEYS
+        check_same(have, {k: v for k, v in given.items() if k in fixed}, config.out)
+        context = {k: v for k, v in given.items() if k in CONTEXT_KEYS}
+        return resumed(config, saved, given, in_file), context, str(source)
     if not (config.eval_only or config.overwrite) and any((out / x).exists() for x in RUN_FILES):
         raise ValueError(
             f"{out} holds a run already: continue it with --resume, replace it with --overwrite, "
@@ -783,38 +798,56 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str]:
     return config, asked, config.init_from
 
 
+def check_windows(config: TrainConfig, world: int):
+    """Raises ValueError where a step's windows cannot be shared out."""
+    first, parts = config.batch_start or config.batch_size, world * config.grad_accum
+    if first % parts:
+        raise ValueError(
+            f"the first batch, {first}, must be a multiple of processes x grad_accum, {parts}."
+        )
+    if config.batch_size % first:
+        raise ValueError(f"batch_size {config.batch_size} must be a multiple of {first}.")
+    if not (long := config.long_block_size):
+        return
+    tokens, ramp = config.batch_size * config.block_size, config.batch_start and config.batch_ramp
+    if long < config.block_size or tokens % (long * parts):
+        raise ValueError(
+            f"long_block_size {long} must be above block_size {config.block_size}, and the step's "
+            f"{tokens} tokens a multiple of it for each of {parts} micro-batches."
+        )
+    if ramp > config.long_start or all(block_at(config, i) != long for i in range(config.steps)):
+        raise ValueError(
+            f"long_start {config.long_start} must leave steps of {config.steps} to long windows, "
+            f"and begin after batch_ramp."
+        )
+
+
 def run(argv: list[str]):
     config, asked, source = read_settings(argv)
     machine, out = start_machine(config), Path(config.out)
-    first, parts = config.batch_start or config.batch_size, machine.world * config.grad_accum
-    if first % parts or config.batch_size % first:
-        raise ValueError(
-            f"batch_size {config.batch_size} must be a multiple of the first batch, {first}, and "
-            f"that one of {machine.world} processes x grad_accum {config.grad_accum}."
-        )
-    if long := config.long_block_size:
-        tokens = config.batch_size * config.block_size
-        if long <= config.block_size or tokens % (long * parts):
-            raise ValueError(
-                f"long_block_size {long} must be larger than block_size {config.block_size}, and "
-                f"the step's {tokens} tokens a multiple of it for each of {parts} micro-batches."
-            )
+    if not config.eval_only:
+        check_windows(config, machine.world)
     torch.manual_seed(config.seed)
     sharded = machine.world > 1 and config.parallel == "fsdp" and not config.eval_only
     place = "cpu" if sharded else machine.device  # FSDP moves the model block by block
     dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of weights, optimiser
     if source:
         model, tokenizer, _ = load_model(source, place, dtype)
-        stretch = {k: asked.pop(k) for k in WITHOUT_WEIGHTS & asked.keys()}
+        context = {k: asked.pop(k) for k in CONTEXT_KEYS & asked.keys()}
         check_same(asdict(model.config), asked, source)
-        vars(model.config).update(vars(replace(model.config, **stretch)))
+        vars(model.config).update(vars(replace(model.config, **context)))
     else:
         model, tokenizer = DeepSeekV3(ModelConfig(**asked)).to(place, dtype), None
         model.trained_length = 0
-    longest, limit = max(config.block_size, long), model.config.max_position_embeddings
-    if longest > limit:
+    long, limit = config.long_block_size, model.config.max_position_embeddings
+    if (longest := max(config.block_size, long)) > limit:
         raise ValueError(
             f"windows of {longest} tokens exceed max_position_embeddings {limit}: raise that."
+        )
+    if 0 < long < model.trained_length:
+        raise ValueError(
+            f"long_block_size {long} is less than the {model.trained_length} tokens that {source} "
+            f"is trained for: raise it, or leave it out."
         )
     data, folder = open_data(config, model.config.vocab_size, machine)
     ours = prepare_data.load_tokenizer(folder)
@@ -828,11 +861,12 @@ def run(argv: list[str]):
     if config.eval_only:
         result = evaluate(model, data, config, machine)
         if machine.rank == 0:
-            print(json.dumps({k: v for k, v in result.items() if k != "expert_load"}))
+            line = {k: without_nan(v) for k, v in result.items() if k != "expert_load"}
+            print(json.dumps(line))
         return
     if not config.resume and machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for file in (file for name in RUN_FILES + PICTURES for file in out.glob(name)):
+        for file in (x for name in RUN_FILES + BESIDE for x in out.glob(name) if config.overwrite):
             file.unlink()
         for name in ("tokenizer.tiktoken", "meta.json"):
             shutil.copyfile(folder / name, out / name)
@@ -840,7 +874,8 @@ def run(argv: list[str]):
     finished = train(model, data, config, machine, saved)
     torch.use_deterministic_algorithms(False)  # sampling has no use for it
     if finished and machine.rank == 0 and (out / "best.pt").exists():  # else no loss was finite
-        show_result(config, ours.decode(data.val.arrays[0][1:9].tolist()).strip())
+        prompt = ours.decode(data.val.arrays[0][1:9].tolist(), errors="ignore")
+        show_result(config, prompt.strip())
 
 
 def show_result(config: TrainConfig, prompt: str):

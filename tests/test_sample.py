@@ -721,7 +721,7 @@ def test_score_gives_half_a_window_before_every_token(run, tmp_path, capsys, mon
         (["{run}", "--top_k=x"], 2, "top_k"),
         (["{run}", "--prompt=x", "--draft=9"], 1, "draft"),
         (["{run}", "--prompt=x", "--device=warp"], 1, "warp"),
-        (["{run}", "--dtype=int3"], 1, "int3"),
+        (["{run}", "--dtype=int3"], 2, "int3"),
         (["{run}", "--prompt_file=nowhere"], 1, "nowhere"),
         (["{run}", "--score=nowhere"], 1, "nowhere"),
         (["{run}", "--score={run}/meta.json", "--prompt=x"], 1, "prompt"),

@@ -616,6 +616,17 @@ def test_another_run_may_stretch_the_context_further(run, shared):
     second = load("run")
     assert second["model_config"]["rope_scaling"] == yarn and second["trained_length"] == 64
     assert_same(load(first)["model"]["norm.weight"], second["model"]["norm.weight"])
+    with pytest.raises(ValueError, match="less than the 64 tokens that run is trained for"):
+        run("--init_from=run", *CASES["long"], out="shrunk")
+    model = load_model("run")[0]  # the factor counts from where the weights began
+    train.extend_context(model, train.TrainConfig(block_size=32, long_block_size=256))
+    assert model.config.rope_scaling == yarn | {"factor": 16}
+
+
+def test_context_keys_have_no_weights_and_may_change_on_resume(run, shared):
+    copy(shared("--steps=1"))
+    run("--resume", "--steps=2", "--block_size=300", "--max_position_embeddings=512")
+    assert load("run")["model_config"]["max_position_embeddings"] == 512
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -1056,12 +1067,17 @@ def test_no_configuration_is_a_usage_error(argv, refused):
     ("options", "words"),
     [
         (["--steps=0"], "steps is 0, but must be at least 1"),
-        (["--batch_size=10", "--batch_start=4"], "must be a multiple of the first batch, 4"),
-        (["--grad_accum=3"], "that one of 1 processes x grad_accum 3"),
+        (["--batch_size=0"], "batch_size is 0, but must be at least 1"),
+        (
+            ["--batch_size=10", "--batch_start=4"],
+            "batch_size 10 must be a multiple of 4",
+        ),
+        (["--grad_accum=3"], "the first batch, 4, must be a multiple of processes x grad_accum, 3"),
         (["--device=abacus"], "device 'abacus' cannot be used here"),
         (["--block_size=257"], "windows of 257 tokens exceed max_position_embeddings 256"),
         (["--block_size=90000", "--max_position_embeddings=90000"], "no windows of 90001 tokens"),
         (["--long_block_size=48"], "the step's 64 tokens a multiple of it"),
+        (["--long_block_size=32", "--long_start=1"], "must leave steps of 8 to long windows"),
         (["--vocab_size=1024"], "vocab_size is 1024"),
         (["--vocab_size=511"], "prepare the data again with --vocab_size=511"),
         (["--n_group=3"], "n_routed_experts 8 is not a multiple of n_group 3"),
@@ -1087,10 +1103,10 @@ def test_an_existing_run_is_refused_and_kept(run, shared, refused, data):
         Path("run", name).unlink()
     assert "no data in" in refused(*argv, "--overwrite", "--data=nowhere")
     assert Path("run/ckpt.pt").read_bytes() == before
-    for name in ("curve.png", "events.out.tfevents.1", "notes.txt"):
+    for name in ("plot.png", "events.out.tfevents.1", "photo.png"):
         Path("run", name).touch()
     run("--steps=2", "--overwrite")
-    assert Path("run/notes.txt").exists() and len(list(Path("run").glob("[ce]*"))) == 1
+    assert Path("run/photo.png").exists() and not list(Path("run").glob("[ep]*[1t].*[1g]"))
     assert [x["step"] for x in log_of("run")] == [1, 2, 2]
 
 
