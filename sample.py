@@ -524,7 +524,7 @@ def top_experts(model: DeepSeekV3, ids: list[int]) -> list[int]:
     return chosen.gather(-1, s.gather(-1, chosen).argmax(-1, keepdim=True)).flatten().tolist()
 
 
-def report(model: DeepSeekV3, stats: Stats):
+def print_stats(model: DeepSeekV3, stats: Stats):
     """What the run measured, on stderr."""
     if stats.rounds:
         rate = f"{stats.tokens} tokens, {stats.tokens / stats.seconds:.1f} tokens/s"
@@ -613,7 +613,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
         legend = f"experts of the last layer: {' '.join(numbers)}"
     if config.show:
         info(legend if colour else "no colours, as the output is not a terminal")
-    report(model, stats)
+    print_stats(model, stats)
     if interrupted:
         raise KeyboardInterrupt
 

@@ -209,12 +209,6 @@ def start_machine(config: TrainConfig) -> Machine:
     return Machine(device, getattr(torch, dtype), rank, world)
 
 
-def report(text: str):
-    """A line on stderr, from the first process alone."""
-    if os.environ.get("RANK", "0") == "0":
-        info(text)
-
-
 def wrap(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> nn.Module:
     """The module whose call trains: compiled, and averaging gradients over the processes."""
     sharded = machine.world > 1 and config.parallel == "fsdp"
@@ -583,7 +577,7 @@ class Run:
         """A line on the screen and in log.jsonl."""
         numbers = {k: v for k, v in values.items() if isinstance(v, float)}
         text = ", ".join(f"{k} {v:.5g}" for k, v in numbers.items())
-        report(f"step {self.step}/{self.config.steps}: {text}{more}")
+        info(f"step {self.step}/{self.config.steps}: {text}{more}")
         if self.machine.rank == 0:
             line = {"step": self.step, "tokens": self.tokens}
             line |= {k: without_nan(v) for k, v in values.items()}
@@ -616,7 +610,7 @@ class Run:
         self.log(line, f", {left} left")
         if self.skipped:
             count = int(self.skipped)
-            report(f"step {self.step}: {count} skipped since the last line, gradient not finite")
+            info(f"step {self.step}: {count} skipped since the last line, gradient not finite")
             self.skipped.zero_()
         if (row := int(self.bad_in_a_row)) >= 5 or (row and self.last):
             raise ValueError(
@@ -663,7 +657,7 @@ def backward(model: DeepSeekV3, trainer: nn.Module, batches, weights, machine: M
 
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=None) -> bool:
     """Runs `config.steps` optimiser steps, from `saved` (a checkpoint) if given. False: stopped."""
-    report(describe(model, config, machine))
+    info(describe(model, config, machine))
     model.trained_length = max(model.trained_length, config.block_size)
     trainer = wrap(model.train(), config, machine)
     optimizers = make_optimizers(model, config)
@@ -713,7 +707,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if run.stopped:
-        report(f"stopped at step {run.step}; go on from {run.out}/ckpt.pt with --resume.")
+        info(f"stopped at step {run.step}; go on from {run.out}/ckpt.pt with --resume.")
     return not run.stopped
 
 
@@ -752,12 +746,12 @@ def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> Tra
     was, now = asdict(before), saved["model_config"] | asdict(after)
     for key in known:
         if now[key] != was[key]:
-            report(f"{key} is now {now[key]} (was {was[key]})")
+            info(f"{key} is now {now[key]} (was {was[key]})")
     if changed := [f"--{k}={v}" for k, v in in_file.items() if k in known and now[k] != v]:
-        report(f"the run keeps its settings; to apply the config file's: {' '.join(changed)}")
+        info(f"the run keeps its settings; to apply the config file's: {' '.join(changed)}")
     old_lr, lr = lr_at(before, max(0, saved["step"] - 1)), lr_at(after, saved["step"])
     if after.steps != before.steps and lr > old_lr:
-        report(
+        info(
             f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}; a new "
             f"schedule from these weights would be --init_from={config.out} with another --out"
         )
@@ -773,7 +767,7 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str]:
     asked, settings = split_configs(default | in_file | given)
     config = TrainConfig(**settings)
     if not (file or config.eval_only or (config.out and (config.resume or config.init_from))):
-        report("usage: name a config file, for example: python train.py config/small.py")
+        info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
     out = Path(config.out)
     if config.resume or (config.eval_only and not config.init_from):

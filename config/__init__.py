@@ -26,8 +26,10 @@ ALIASES |= {"n_experts": "n_routed_experts"}
 
 
 def info(text: str) -> None:
-    """Everything but the product of a command goes to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A line on stderr, where all but the product of a command goes; of several processes the first
+    one's."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def kinds_of(annotation: Any) -> tuple[Any, ...]:
@@ -129,13 +131,15 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
-        info("interrupted")
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ModuleNotFoundError as error:  # an optional package
-        info(f"error: this needs the package {error.name}: pip install {error.name}")
+        print(
+            f"error: this needs the package {error.name}: pip install {error.name}", file=sys.stderr
+        )
         sys.exit(1)
     except (ValueError, OSError) as error:
-        info("error: " + textwrap.shorten(str(error), 600))
+        print("error:", textwrap.shorten(str(error), 600), file=sys.stderr)
         sys.exit(1)
