@@ -437,8 +437,9 @@ def plot(options: Options, files: list[str]) -> Iterator[Table]:
     from matplotlib.figure import Figure
 
     runs = [name for name in files if not name.endswith((".svg", ".png"))]
-    if not runs or not all((Path(run) / "log.jsonl").is_file() for run in runs):
-        raise ValueError("name the folders of runs (log.jsonl): python bench.py plot out/small")
+    for run in runs or ["out/..."]:
+        if not (Path(run) / "log.jsonl").is_file():
+            raise ValueError(f"no log.jsonl in {run}: name folders of runs, such as out/small")
     figure = Figure((9, 3.6 + 1.8 * len(runs)), layout="constrained")
     losses, *loads = figure.subplots(1 + len(runs), height_ratios=[2] + [1] * len(runs))
     for i, run in enumerate(runs):

@@ -258,6 +258,9 @@ class Tokenizer:
     encoding: tiktoken.Encoding | None = None  # where it is one: eos[0] is its END_OF_TEXT
     bos: int | None = None
 
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(map(self.to_bytes, ids)).decode(errors="replace")
+
 
 def from_encoding(encoding: tiktoken.Encoding, eos: list[int]) -> Tokenizer:
     texts = {i: token for token, i in encoding._mergeable_ranks.items()}
@@ -396,7 +399,12 @@ def load_model(
         info(f"model.py has changed since {path} was trained: if a formula did, logits differ")
     windows = saved.get("train_config", {}).get("block_size", model.trained_length)
     model.trained_length = saved.get("trained_length", windows)  # earlier versions had one length
-    encoding = load_tokenizer(path if path.is_dir() else path.parent)
+    run = path if path.is_dir() else path.parent
+    if not (run / "meta.json").exists():
+        raise FileNotFoundError(
+            f"{run} lacks meta.json and tokenizer.tiktoken: copy the run's there"
+        )
+    encoding = load_tokenizer(run)
     return model.eval(), from_encoding(encoding, [encoding.eot_token]), path
 
 

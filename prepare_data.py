@@ -345,9 +345,11 @@ def replacing(folder: Path, ours: str, overwrite: bool) -> Iterator[Path]:
     folder = folder.resolve()  # of a link, what it points to
     here = list(folder.iterdir()) if folder.exists() else []
     if foreign := [path for path in here if not re.fullmatch(ours, path.name)]:
-        raise FileExistsError(f"{foreign[0]} would be lost with {folder}; choose another folder")
+        raise FileExistsError(f"{foreign[0]} would be lost with {folder}; choose another name")
     if here and not overwrite:
-        raise FileExistsError(f"{folder} exists; replace it with --overwrite or choose another")
+        raise FileExistsError(
+            f"{folder} exists; replace it with --overwrite, or choose another name"
+        )
     hidden = str(folder.with_name(f".{folder.name}.{os.getpid()}"))
     new, old = Path(hidden + ".new"), Path(hidden + ".old")
     new.mkdir(parents=True)

@@ -524,14 +524,14 @@ def top_experts(model: DeepSeekV3, ids: list[int]) -> list[int]:
     return chosen.gather(-1, s.gather(-1, chosen).argmax(-1, keepdim=True)).flatten().tolist()
 
 
-def print_stats(model: DeepSeekV3, stats: Stats):
+def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
     """What the run measured, on stderr."""
     if stats.rounds:
         rate = f"{stats.tokens} tokens, {stats.tokens / stats.seconds:.1f} tokens/s"
         info(f"{rate} after {stats.prefill_seconds:.2f} s for the prompt")
     if any(stats.drafted):
         of = (f"{a}/{d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
-        per_forward = f"{stats.tokens / stats.rounds:.2f} tokens per forward"
+        per_forward = f"{stats.tokens / stats.rounds / rows:.2f} tokens per forward and text"
         info(f"{per_forward}; drafts accepted, by position: {', '.join(of)}")
         info(f"{stats.lookups} of {stats.rounds} rounds looked up")
     size = model.norm.weight.element_size()
@@ -613,7 +613,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
         legend = f"experts of the last layer: {' '.join(numbers)}"
     if config.show:
         info(legend if colour else "no colours, as the output is not a terminal")
-    print_stats(model, stats)
+    print_stats(model, stats, N)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -663,6 +663,8 @@ def main(argv: list[str]):
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     prompt, piped = config.prompt, not ("prompt" in values or sys.stdin.isatty())
     if not (config.score or config.interactive) and (config.prompt_file or piped or prompt == "-"):
+        if not config.prompt_file:
+            info("the prompt is what comes on standard input (or --prompt=...)")
         prompt = read_text(config.prompt_file or "-")
     device, dtype = usable_device(config.device), config.dtype
     if dtype == "auto":

@@ -300,10 +300,11 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
 
 
 def open_data(config: TrainConfig, vocab_size: int, machine: Machine):
-    """The prepared data and its folder; what can be made offline is made if missing."""
+    """The prepared data and its folder; those of our own config files are made if missing."""
     path, name = Path(config.data), config.data
     folder = path if (path / "meta.json").exists() else Path("data") / name
-    if name in ("stdlib", "tiny") and machine.rank == 0 and not folder.exists():
+    ours = (name, vocab_size) in (("stdlib", 4096), ("tiny", 512))
+    if ours and machine.rank == 0 and not folder.exists():
         prepare_data.prepare(
             prepare_data.DataConfig(source="stdlib", name=name, vocab_size=vocab_size)
         )
@@ -865,6 +866,8 @@ def run(argv: list[str]):
         for name in ("tokenizer.tiktoken", "meta.json"):
             shutil.copyfile(folder / name, out / name)
     saved = load_checkpoint(source) if config.resume else None
+    if saved and saved["step"] >= config.steps:
+        info(f"all {config.steps} steps are done; --steps=N goes on")
     finished = train(model, data, config, machine, saved)
     torch.use_deterministic_algorithms(False)  # sampling has no use for it
     if finished and machine.rank == 0 and (out / "best.pt").exists():  # else no loss was finite

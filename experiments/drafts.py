@@ -20,7 +20,7 @@ from huggingface import load_model
 
 @dataclass
 class DraftsOptions:
-    out: str = "docs/figures/drafts.svg"  # the picture
+    out: str = "drafts.svg"  # the picture
     prompt: str = "def "  # and the first seed, as train.py ends
     max_new_tokens: int = 200
     draft: int = 3  # tokens drafted in a round
