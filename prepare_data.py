@@ -347,9 +347,7 @@ def replacing(folder: Path, ours: str, overwrite: bool) -> Iterator[Path]:
     if foreign := [path for path in here if not re.fullmatch(ours, path.name)]:
         raise FileExistsError(f"{foreign[0]} would be lost with {folder}; choose another name")
     if here and not overwrite:
-        raise FileExistsError(
-            f"{folder} exists; replace it with --overwrite, or choose another name"
-        )
+        raise FileExistsError(f"{folder} exists; replace it with --overwrite, or name another")
     hidden = str(folder.with_name(f".{folder.name}.{os.getpid()}"))
     new, old = Path(hidden + ".new"), Path(hidden + ".old")
     new.mkdir(parents=True)

@@ -613,7 +613,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
         legend = f"experts of the last layer: {' '.join(numbers)}"
     if config.show:
         info(legend if colour else "no colours, as the output is not a terminal")
-    print_stats(model, stats, N)
+    print_stats(model, stats, config.num_samples)
     if interrupted:
         raise KeyboardInterrupt
 

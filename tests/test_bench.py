@@ -128,6 +128,6 @@ def test_plot_compares_runs_in_one_picture(tmp_path, capsys, monkeypatch):
     with mock.patch("matplotlib.figure.Figure.savefig") as savefig:
         bench.main(["plot", "b", "a"])
     assert savefig.call_args.args == (Path("b/plot.png"),)
-    for argv, sentence in ((["."], r"log\.jsonl"), ([], "name the folders")):
+    for argv, sentence in ((["."], r"log\.jsonl"), ([], "name folders of runs")):
         with pytest.raises(ValueError, match=sentence):
             bench.main(["plot", *argv])
