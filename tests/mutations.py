@@ -31,7 +31,7 @@ upcast(x[:0]).dtype) => x.dtype)
 RMSNorm(C, 1e-6) => RMSNorm(C, config.rms_norm_eps)
 RMSNorm(config.q_lora_rank, 1e-6) => RMSNorm(config.q_lora_rank, config.rms_norm_eps)
 latent = self.kv_a_layernorm(latent) => latent = latent * 1
-config.qk_nope_head_dim + config.qk_rope_head_dim) ** => config.qk_nope_head_dim + config.v_head_dim) **
+config.qk_rope_head_dim) ** => config.v_head_dim) **
 k_pe.expand(-1, -1, H, -1)) => 0 * k_pe.expand(-1, -1, H, -1))
 k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave) => k_pe = k_pe.unsqueeze(2)
 W[:, :N], W[:, N:] => W[:, -N:], W[:, :-N]
