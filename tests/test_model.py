@@ -612,18 +612,24 @@ def test_initial_matrices_have_the_stated_std_norms_are_one_and_biases_zero():
 
 
 def test_parameter_counts():
-    """Those of DeepSeek-V3, and what it has not: three biases in every attention, a tied matrix."""
+    """Those of DeepSeek-V3, and by hand what changes them, in three blocks and the MTP module's."""
     with torch.device("meta"):
         v3 = DeepSeekV3(ModelConfig()).parameter_counts()
     assert v3 == {"total": 671_026_419_200, "active": 37_552_297_472, "mtp": 11_610_068_224}
     assert ModelConfig().cache_numbers() == (35_136, 61 * 128 * (128 + 128))
 
     def counts(**changes):
-        return np.array([*DeepSeekV3(ModelConfig(**TINY, **changes)).parameter_counts().values()])
+        return np.array([*DeepSeekV3(ModelConfig(**(TINY | changes))).parameter_counts().values()])
 
-    bias = 10 + (7 + 4) + 16  # of q_a_proj, kv_a_proj_with_mqa, o_proj
-    assert [*counts(attention_bias=True) - counts()] == [3 * bias, 3 * bias, bias]
-    assert [*counts(tie_word_embeddings=True) - counts()] == [-31 * 16, -31 * 16, 0]
+    D, H, Q, C, N, R, F_ = 16, 3, 10, 7, 6, 4, 9
+    query = D * H * (N + R) - (D * Q + Q + Q * H * (N + R))
+    for changes, main, mtp in (
+        (dict(attention_bias=True), 3 * (Q + C + R + D), Q + C + R + D),
+        (dict(q_lora_rank=None), 3 * query, query),
+        (dict(n_shared_experts=2), 2 * 3 * D * F_, 3 * D * F_),
+        (dict(tie_word_embeddings=True), -31 * D, 0),
+    ):
+        assert [*counts(**changes) - counts()] == [main, main, mtp]
 
 
 @pytest.mark.parametrize(
