@@ -24,14 +24,14 @@ a * cos - b * sin => a * cos + b * sin
 theta ** (-2 * i / R) => theta ** (-i / R)
 (1 - ramp) + frequency / factor * ramp => ramp + frequency / factor * (1 - ramp)
 min(high, R - 1) => min(high, R // 2 - 1)
-["mscale_all_dim"]) ** 2 => ["mscale_all_dim"])
+-0.5 * temperature**2 => -0.5 * temperature
 yarn_mscale(factor, m) / yarn_mscale(factor, m_all) => 1.0
 amplitude = yarn_mscale(factor, 1.0) => amplitude = 1.0
 upcast(x[:0]).dtype) => x.dtype)
 RMSNorm(C, 1e-6) => RMSNorm(C, config.rms_norm_eps)
 RMSNorm(config.q_lora_rank, 1e-6) => RMSNorm(config.q_lora_rank, config.rms_norm_eps)
 latent = self.kv_a_layernorm(latent) => latent = latent * 1
-self.scale = (N + R) ** -0.5 => self.scale = (N + V) ** -0.5
+config.qk_rope_head_dim) ** => config.v_head_dim) **
 k_pe.expand(-1, -1, H, -1)) => 0 * k_pe.expand(-1, -1, H, -1))
 k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave) => k_pe = k_pe.unsqueeze(2)
 W[:, :N], W[:, N:] => W[:, -N:], W[:, :-N]
@@ -115,7 +115,7 @@ z = high.copy_(torch.mm(x, w.T, out=low)) => z = high = torch.mm(x, w.T, out=low
 pair = -1 if interleave else -2 => pair = -2 if interleave else -1
 RMSNorm(C, 1e-6) => RMSNorm(C, config.rms_norm_eps)
 groups.topk(2).values.sum(-1) => groups.amax(-1)
-["mscale_all_dim"]) ** 2 => ["mscale_all_dim"])
+-0.5 * temperature**2 => -0.5 * temperature
 W[:, :N], W[:, N:] => W[:, -N:], W[:, :-N]
 self.enorm(embedding), self.hnorm(h) => self.hnorm(h), self.enorm(embedding)
 hidden[-1][:, :-1] => (hidden[-1] / (self.norm.weight if k == 0 else 1))[:, :-1]
