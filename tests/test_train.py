@@ -575,7 +575,8 @@ def test_weights_of_a_hugging_face_directory_start_a_run(shared, data, capsys):
     ours = json.loads(capsys.readouterr().out)
     train.main([TINY, *options, "--init_from=released", "--out=nowhere"])
     theirs = json.loads(capsys.readouterr().out)
-    assert ours == pytest.approx(theirs, rel=1e-6) and not Path("nowhere").exists()
+    assert_same(ours, theirs, 1e-6)
+    assert not Path("nowhere").exists()
     evaluation = [line for line in log_of(out) if "val_loss" in line][-1]
     assert {k: ours[k] for k in ours} == {k: evaluation[k] for k in ours}
     assert {"val_loss", "val_bpb", "max_vio_global"} <= ours.keys()
