@@ -396,7 +396,8 @@ def load_model(
         why = f"weights and configuration do not match ({error!s:.200})."
         raise ValueError(f"{ckpt}: {why}") from None
     if saved.get("model_sha256", source_hash()) != source_hash():
-        info(f"model.py has changed since {path} was trained: if a formula did, logits differ")
+        why = "if a formula did, logits differ (huggingface.py --check=True compares)"
+        info(f"model.py has changed since {path} was trained: {why}")
     windows = saved.get("train_config", {}).get("block_size", model.trained_length)
     model.trained_length = saved.get("trained_length", windows)  # earlier versions had one length
     run = path if path.is_dir() else path.parent

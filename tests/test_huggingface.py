@@ -615,7 +615,7 @@ def test_a_changed_model_py_is_said_in_one_line(run, tmp_path, capsys):
         said = capsys.readouterr().err
         assert said.count("\n") == said.count(f"model.py has changed since {tmp_path}") == lines
     huggingface.main([str(tmp_path), str(tmp_path / "hf")])
-    assert "in transformers (--check=True compares)" in capsys.readouterr().err
+    assert "logits differ (huggingface.py --check=True compares)" in capsys.readouterr().err
 
 
 # ---- Tokenizers and the command ------------------------------------------------------------------
