@@ -92,7 +92,8 @@ def test_commands_name_files_and_keys_that_exist():
                 continue
             assert (ROOT / command[1]).exists(), line
             source = (ROOT / command[1]).read_text(encoding="utf-8")
-            source += (ROOT / "model.py").read_text(encoding="utf-8")  # the network's keys
+            for more in ("model.py", "bench.py"):  # the network's keys, those of all measurements
+                source += (ROOT / more).read_text(encoding="utf-8")
             for key in re.findall(r"--(\w+)", command[2]):
                 assert re.search(rf"(?m)^    {key}: ", source), line
             for config in re.findall(r"config/\w+\.py", command[2]):
