@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 
 import fp8
+import ops
 import prepare_data
 import train
 from config import read_config_file, run_command
@@ -313,8 +314,11 @@ def test_windows_come_from_seed_and_step_alone(data):
 
 def test_every_token_comes_once_in_an_epoch():
     class Positions:
-        __len__ = lambda self: 1000  # noqa: E731
-        windows = lambda self, starts, n: starts[:, None] + np.arange(n)  # noqa: E731
+        def __len__(self):
+            return 1000
+
+        def windows(self, starts, n):
+            return starts[:, None] + np.arange(n)
 
     data, config = (
         SimpleNamespace(train=Positions()),
@@ -325,6 +329,8 @@ def test_every_token_comes_once_in_an_epoch():
     for epoch in (one, two):
         assert np.array_equal(np.sort(epoch), epoch.min() + np.arange(62 * 16))
     assert x.max() < 1000 and not np.array_equal(one - one.min(), two - two.min())
+    begins = {train.epoch_starts(1337, epoch, 1000, 16).min() for epoch in range(20)}
+    assert len(begins) > 4 and max(begins) < 8  # the borders move, by what 62 windows leave
 
 
 def test_a_gpu_that_only_emulates_bf16_computes_in_float32(monkeypatch):
@@ -620,8 +626,24 @@ def test_another_run_may_stretch_the_context_further(run, shared):
     with pytest.raises(ValueError, match="less than the 64 tokens that run is trained for"):
         run("--init_from=run", *CASES["long"], out="shrunk")
     model = load_model("run")[0]  # the factor counts from where the weights began
+    decoder = ops.decoder(model)
     train.extend_context(model, train.TrainConfig(block_size=32, long_block_size=256))
+    assert ops.decoder(model) is not decoder  # its rotary table was another
     assert model.config.rope_scaling == yarn | {"factor": 16}
+    model.config.rope_scaling, model.trained_length = None, 32  # or from the length trained so far
+    train.extend_context(model, train.TrainConfig(block_size=16, long_block_size=128))
+    assert model.config.rope_scaling["factor"] == 4
+
+
+def test_what_an_older_checkpoint_lacks_was_the_default():
+    old = {"train_config": {"steps": 5}, "model_config": {}, "step": 1}
+    config = train.TrainConfig(adamw_lr=2.0)
+    after = train.resumed(config, old, {}, {"adamw_lr": 2.0})
+    assert (after.steps, after.adamw_lr) == (5, 1.0)
+
+
+def test_json_gets_null_for_what_it_has_no_name_for():
+    assert train.without_nan([math.nan, 1.0, [-math.inf]]) == [None, 1.0, [None]]
 
 
 def test_context_keys_have_no_weights_and_may_change_on_resume(run, shared):
