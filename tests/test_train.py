@@ -337,7 +337,10 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_float32(monkeypatch):
     monkeypatch.setattr(train.sample, "usable_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for native, dtype in ((False, torch.float32), (True, torch.bfloat16)):
-        supported = lambda including_emulation=True, native=native: native or including_emulation  # noqa: E731
+
+        def supported(including_emulation=True, native=native):
+            return native or including_emulation
+
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         assert train.start_machine(train.TrainConfig()).dtype == dtype
 
