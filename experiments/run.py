@@ -20,19 +20,23 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import io
 import json
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -46,7 +50,9 @@ from huggingface import load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig
 
 ROOT = Path(train.__file__).parent
-SOURCES = ("model.py", "ops.py", "train.py")  # with the config file: what determines a training
+# A run so small that it takes two seconds, with every phase of a training in it.
+SMALL = {"out": "", "steps": 10, "batch_size": 4, "block_size": 16, "long_block_size": 32}
+SMALL |= {"long_start": 0.8, "eval_every": 10, "log_every": 1, "dtype": "float64", "device": "cpu"}
 
 
 @dataclass
@@ -170,11 +176,23 @@ def code_hash(*texts: str) -> str:
     return digest(*(ast.dump(ast.parse(textwrap.dedent(text))) for text in texts))
 
 
-@functools.cache  # as this process has loaded it
-def source_hash(*files: str) -> str:
-    """Of all the code in these files but that of decoding, which no training runs."""
-    texts = ((ROOT / file).read_text(encoding="utf-8") for file in files)
-    return code_hash(*(text.split("# ---- Decoding")[0] for text in texts))
+@functools.cache
+def code_id() -> str:
+    """Two versions of the code are the same if they train alike: the losses of a few steps in
+    float64, of a tiny network on random tokens, to eight digits."""
+    settings = read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, train.TrainConfig)
+    settings |= SMALL | {"optimizer": "muon", "alpha": 0.01}
+    rng = np.random.default_rng(0)
+    tokens = prepare_data.Tokens([rng.integers(0, 512, 2000).astype(np.uint16)])
+    data = SimpleNamespace(train=tokens, val=tokens, val_bytes_per_token=3.0)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        config = train.TrainConfig(**train.split_configs(settings | {"out": folder})[1])
+        net = new_network(settings, 0).double()
+        net.trained_length = 0
+        train.train(net, data, config, train.start_machine(config))
+        log = [json.loads(x) for x in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    keys = ("loss", "mtp_loss", "balance_loss", "max_vio", "val_loss", "val_bpb_long")
+    return digest(*(f"{x[key]:.8g}" for x in log for key in keys if key in x))
 
 
 def change_hash(arm: Arm, measure: Callable | None) -> str:
@@ -183,7 +201,7 @@ def change_hash(arm: Arm, measure: Callable | None) -> str:
     code = [getattr(x, "__func__", x) for x in code]  # of a staticmethod
     code = [y for x in code for y in getattr(x, "__mro__", [x]) if y.__module__ == x.__module__]
     code = code_hash(*map(inspect.getsource, code))
-    low = source_hash("fp8.py") if arm.settings.get("fp8") else ""
+    low = code_hash((ROOT / "fp8.py").read_text()) if arm.settings.get("fp8") else ""
     return digest(sorted(arm.settings.items()), arm.longer, sorted(arm.replace), code, low)
 
 
@@ -193,7 +211,7 @@ def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
     data = train.TrainConfig(data=base["data"], block_size=base["block_size"])
     _, data = train.open_data(data, base["vocab_size"], machine)
     corpus = digest(*(hashlib.sha256(x.read_bytes()).digest() for x in sorted(data.glob("*.bin"))))
-    source = source_hash(*SOURCES, options.config)
+    source = digest(code_id(), sorted((k, v) for k, v in base.items() if "_every" not in k))
     common = {"seed": seed, "steps": options.steps, "source": source, "corpus": corpus}
     # The base is in two files: what every run has in base.json, what is measured besides in ours.
     parts = [(experiment.name, experiment.measure)]
