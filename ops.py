@@ -89,22 +89,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each expert's rows rounded up to a multiple of 64 in bf16 on a CPU: there oneDNN compiles a
-    kernel for every new number of rows. The extra ones repeat the expert's last row."""
+    """In bf16 on a CPU each expert's rows are rounded up to a multiple of 64, since oneDNN compiles
+    a kernel for every new number of rows. The extra ones repeat the expert's last row."""
+    if chosen.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return NotImplemented
     K, expert = chosen.shape[1], chosen.flatten()  # (rows,)
-    on_cpu = chosen.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    pad = 64 if on_cpu else 1
-    counts = torch.zeros(E, dtype=torch.long, device=expert.device)
-    counts.scatter_add_(0, expert, torch.ones_like(expert))
-    order = expert.argsort(stable=True)
-    number = torch.arange(len(order), device=order.device)
-    slots = torch.empty_like(order)
-    if pad == 1:
-        slots[order] = number
-        return order // K, slots.view_as(chosen), counts
-    padded = (counts + pad - 1) // pad * pad
+    counts = torch.zeros(E, dtype=torch.long).scatter_add_(0, expert, torch.ones_like(expert))
+    order, padded = expert.argsort(stable=True), (counts + 63) // 64 * 64
     start, start_padded = counts.cumsum(0) - counts, padded.cumsum(0) - padded  # (E,)
-    slots[order] = number + (start_padded - start)[expert[order]]
+    place = torch.arange(len(order)) + (start_padded - start)[expert[order]]
+    slots = torch.empty_like(order).scatter_(0, order, place)
     e = torch.arange(E).repeat_interleave(padded)  # the expert of every padded row
     within = torch.arange(len(e)) - start_padded[e]
     rows = order[start[e] + within.minimum(counts[e] - 1)] // K
