@@ -32,7 +32,6 @@ from prepare_data import END_OF_TEXT, load_tokenizer
 FIXED_KEYS = {"hidden_act": "silu", "scoring_func": "sigmoid"}
 FIXED_KEYS |= {"topk_method": "noaux_tc", "moe_layer_freq": 1}
 FP8_KEYS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 # Stored in FP8 are the projections of attention and FFN, not gate, norms or eh_proj.
 FP8_WEIGHTS = re.compile(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
 # Our stacked experts (E, 2F, D) and (E, D, F) are stored expert by expert, gate and up apart.
@@ -128,7 +127,7 @@ def from_pretrained(
     config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
     kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
     with torch.device("meta"):
-        model = DeepSeekV3(config).to(dtype or DTYPES.get(kind, torch.bfloat16))
+        model = DeepSeekV3(config).to(dtype or getattr(torch, kind or "bfloat16"))
     model.materialize(device)
     copies = {name: x for name, x in checkpoint_copies(model) if name in stored}
     views = dict(checkpoint_views(model)) | copies
@@ -153,9 +152,7 @@ def from_pretrained(
 
 
 @torch.no_grad()
-def save_pretrained(
-    model: DeepSeekV3, directory: str | Path, *, quantize: bool = False, **extra: Any
-):
+def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = False, **extra: Any):
     """Writes the checkpoint in the layout of the released ones, for transformers and others.
 
     quantize: FP8 weights with 128x128 block scales, as released. extra: further keys of
@@ -206,12 +203,6 @@ class Tokenizer:
         return b"".join(map(self.to_bytes, ids)).decode(errors="replace")
 
 
-def from_encoding(encoding: tiktoken.Encoding, eos: list[int]) -> Tokenizer:
-    texts = {i: token for token, i in encoding._mergeable_ranks.items()}
-    texts |= {i: name.encode() for name, i in encoding._special_tokens.items()}
-    return Tokenizer(encoding.encode_ordinary, texts, eos)
-
-
 def hf_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer.json of a Hugging Face directory; DeepSeek-V3's splits text in several stages,
     which no tiktoken.Encoding repeats."""
@@ -233,13 +224,12 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
         told |= json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
     eos, bos = told.get("eos_token_id"), told.get("bos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    bos = bos if told.get("add_bos_token") else None
+    begin = [bos] if told.get("add_bos_token") and bos is not None else []
 
     def encode(text: str) -> list[int]:
-        ids = parsed.encode(text, add_special_tokens=False).ids
-        return ids if bos is None else [bos, *ids]
+        return begin + parsed.encode(text, add_special_tokens=False).ids
 
-    return Tokenizer(encode, texts, eos, bos)
+    return Tokenizer(encode, texts, eos, *begin)
 
 
 def tokenizer_json(encoding: tiktoken.Encoding) -> str:
@@ -287,15 +277,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if file.is_dir():
         file /= "best.pt" if (file / "best.pt").exists() else "ckpt.pt"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: expected a run or Hugging Face directory"
-        )
+        raise FileNotFoundError(f"no checkpoint at {path}: name a run or a Hugging Face directory")
     try:
         saved = torch.load(file, "cpu", weights_only=True, mmap=True)
         dict(saved["model_config"])
     except Exception as error:  # a damaged file may lead to any
-        why = f"is truncated or no checkpoint of train.py ({error!s:.200})"
-        raise ValueError(f"{file} {why}") from None
+        raise ValueError(f"{file} is truncated or not train.py's ({error!s:.200})") from None
     return saved
 
 
@@ -319,12 +306,14 @@ def load_model(
     except (RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: weights and settings do not match: {error!s:.200}") from None
     if saved.get("model_sha256", source_hash()) != source_hash():
-        why = "if a formula did, logits differ (huggingface.py --check=True compares)"
+        why = "logits may differ (huggingface.py --check=True compares)"
         info(f"model.py has changed since {path} was trained: {why}")
     windows = saved.get("train_config", {}).get("block_size", model.trained_length)
     model.trained_length = saved.get("trained_length", windows)  # earlier versions had one length
     encoding = load_tokenizer(path if path.is_dir() else path.parent)
-    return model.eval(), from_encoding(encoding, [encoding.eot_token]), path
+    texts = {token: text for text, token in encoding._mergeable_ranks.items()}
+    texts[encoding.eot_token] = END_OF_TEXT.encode()
+    return model.eval(), Tokenizer(encoding.encode_ordinary, texts, [encoding.eot_token]), path
 
 
 # ---- The command ---------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ import prepare_data as pd
 
 SCRIPT = Path(pd.__file__)
 WORDS = ["the", "cat", "sat", "mat", "and", "12345", "dogs,", "self.value", "==", "None:", "'x'"]
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTES = {bytes([b]): b for b in range(256)}
+ONLY_BYTES = pd.encoding_from(BYTES, pd.PATTERN, {pd.END_OF_TEXT: 256})
 
 
 def prose(seed: int, lines: int) -> str:
@@ -135,23 +135,8 @@ def test_bpe_on_texts_counts_what_the_pattern_finds():
 @settings(max_examples=100, deadline=None)
 @given(st.text())
 def test_any_unicode_makes_the_round_trip(text):
-    encoding = pd.encoding_from(BYTES, pd.PATTERN, {pd.END_OF_TEXT: 256})
-    ids = encoding.encode_ordinary(text)
-    assert encoding.decode_bytes(ids) == text.encode() and 256 not in ids
-
-
-@pytest.mark.parametrize("pattern", [pd.PATTERN, GPT2])
-def test_a_text_of_any_length_has_the_ids_of_encoding_it_whole(pattern, tmp_path, monkeypatch):
-    """Cutting it would show: gpt2 takes blanks whole at the end of a text, else spares the last."""
-    draw, parts = random.Random(5), ["a", "Wo", " ", "\n", "\n\n", "\r\n", " \n", "'s", "12", "!"]
-    text = "".join(draw.choice(parts) for _ in range(300_000))
-    ranks = pd.train_bpe([text[:20_000]], 400, r"(?s).{1,9}")  # has tokens across every border
-    encoding = pd.encoding_from(ranks, pattern, {pd.END_OF_TEXT: 400})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    rows = [json.dumps({"text": text}), json.dumps({"text": "b" * 200})]
-    (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    folder = make(tmp_path, tmp_path / "a.jsonl", tokenizer="gpt2", val_fraction=5e-4)
-    assert ids_of(folder, "train") == [400, *encoding.encode_ordinary(text)]
+    ids = ONLY_BYTES.encode_ordinary(text)
+    assert ONLY_BYTES.decode_bytes(ids) == text.encode() and 256 not in ids
 
 
 # ---- The default corpus and the split ----------------------------------------------------------
@@ -174,7 +159,7 @@ def test_default_corpus_its_round_trip_and_counts(tmp_path, monkeypatch):
     assert text_of(folder, "val") == "".join(pd.END_OF_TEXT + text for text in val)
     assert ids_of(folder, "train").count(4095) == len(train)
     words = sorted(set(regex.findall(pd.PATTERN, val[0] + val[1])))
-    for word in random.Random(0).sample(words, 40):
+    for word in random.Random(0).sample(words, 20):
         assert encoding.encode_ordinary(word) == naive_encode(word, encoding._mergeable_ranks)
 
 
@@ -295,10 +280,9 @@ def test_opening_looks_at_the_ends_of_a_file_alone(broken):
 
 DAMAGES = {  # what the sentence names: how the folder is damaged
     "no token file": lambda d: (d / "val.bin").unlink(),
-    "is no whole token file: expected": lambda d: (d / "val.bin").write_bytes(b"\1\0" * 999),
+    "no whole token file: expected": lambda d: (d / "val.bin").write_bytes(b"\1\0" * 999),
     "expected (20240520, 1) or": lambda d: (d / "val.bin").write_bytes(b""),
     "or (20240801, 7)": lambda d: patch_word(d / "val.bin", 1, 2),
-    "no whole token file": lambda d: os.truncate(d / "val.bin", 2001),
     "as many ids as it says": lambda d: patch_word(d / "val.bin", 2, 5),
     "no whole": lambda d: (patch_word(d / "val.bin", 2, 0), os.truncate(d / "val.bin", 1024)),
     "no tokenizer in meta.json": lambda d: (d / "meta.json").unlink(),
@@ -420,13 +404,6 @@ def test_shards(hub, tmp_path, source):
     with pytest.raises(ValueError, match="holds ids beyond gpt2's 50257 tokens"):
         make(tmp_path, source, name="", shards=2, overwrite=True)
     assert len(pd.load_dataset(folder).val) == 21  # the folder made before is kept
-
-
-def test_a_missing_package_is_named(hub, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModuleNotFoundError, match="huggingface_hub"):
-        make(tmp_path, "tinystories")
-    assert not list((tmp_path / "data").iterdir())
 
 
 # ---- Nothing half-made -------------------------------------------------------------------------
