@@ -29,8 +29,8 @@ from model import DeepSeekV3, ModelConfig
 from prepare_data import END_OF_TEXT, load_tokenizer
 
 # What config.json says besides the fields of ModelConfig; there is one way to compute it.
-FIXED_KEYS = {"hidden_act": "silu", "scoring_func": "sigmoid"}
-FIXED_KEYS |= {"topk_method": "noaux_tc", "moe_layer_freq": 1}
+FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}
+FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 FP8_KEYS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 # Stored in FP8 are the projections of attention and FFN, not gate, norms or eh_proj.
 FP8_WEIGHTS = re.compile(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
@@ -51,9 +51,6 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     Keys without effect on the network are ignored. Raises ValueError for another architecture
     and for a value that would change the logits in a way that is not implemented.
     """
-    kind = config.get("model_type")
-    if kind not in ("deepseek_v3", "kimi_k2"):
-        raise ValueError(f"config.json has model_type {kind!r}, expected deepseek_v3 or kimi_k2.")
     # transformers 5 gathers rope_theta and rope_scaling in one dictionary.
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     # Where config.json is silent, transformers' defaults hold; these differ from ours.
@@ -167,7 +164,6 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     if config["rope_scaling"]:  # YaRN falls back on the other key, which extra may change
         config["rope_scaling"].setdefault("original_max_position_embeddings", length)
     config |= FIXED_KEYS | {
-        "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
         "num_key_value_heads": model.config.num_attention_heads,
         "bos_token_id": None,  # unless given in extra: readers would stop at token 1

@@ -378,8 +378,7 @@ def split(directory: Path, second):
 # ---- Refusals ------------------------------------------------------------------------------------
 
 CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
-    ({"model_type": "deepseek_v2"}, "model_type 'deepseek_v2', expected deepseek_v3 or kimi_k2"),
-    ({"model_type": None, "architectures": ["LlamaForCausalLM"]}, "model_type None"),
+    ({"architectures": ["DeepseekV2ForCausalLM"]}, "architectures ['DeepseekV2ForCausalLM'], exp"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu', expected 'silu'"),
     ({"scoring_func": "softmax"}, "scoring_func 'softmax', expected 'sigmoid'"),
     ({"topk_method": "greedy"}, "topk_method 'greedy', expected 'noaux_tc'"),
@@ -668,8 +667,10 @@ def test_a_foreign_tokenizer_opens_if_it_is_of_bytes(run, tmp_path):
     stages = spec["pre_tokenizer"]["pretokenizers"]
     stages.insert(0, stages[0] | {"pattern": {"Regex": "o"}})
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')  # no id is known
     tokenizer = huggingface.hf_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT and tokenizer.eos == []
+    assert tokenizer.bos is None and tokenizer.encode("") == []
     for bad in ("{", "{}", json.dumps(spec | {"model": {"type": "BPE", "vocab": {"▁": 0}}})):
         (tmp_path / "tokenizer.json").write_text(bad)
         check_refusal("has no byte-level tokenizer", huggingface.hf_tokenizer, tmp_path)
