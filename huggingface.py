@@ -113,7 +113,8 @@ def stored_tensors(directory: Path, device: str) -> dict[str, Any]:
 def from_pretrained(
     directory: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> DeepSeekV3:
-    """Opens a checkpoint of the DeepSeek-V3 family in bf16, fp16, fp32 or block-wise FP8.
+    """Opens a checkpoint of the DeepSeek-V3 family in bf16, fp16, fp32 or block-wise FP8, in one
+    file or several.
 
     dtype None is the one config.json names, bf16 for FP8 weights. MTP modules are there if their
     tensors are. Raises ValueError naming the file, key or tensor that is wrong.
@@ -175,7 +176,8 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     tensors = dict(checkpoint_views(model)) | dict(checkpoint_copies(model))
     for name in filter(FP8_WEIGHTS.search, [*tensors] if quantize else ()):
         tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantize(tensors[name], fp8.BLOCK)
-    tensors = {name: x.clone() for name, x in tensors.items()}  # experts and copies share memory
+    # Copies, as experts share their memory, and embedding and head that of MTP's.
+    tensors = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
     save_torch_state_dict(tensors, directory)
     (directory / "config.json").write_text(json.dumps(config | extra, indent=2))
 

@@ -446,8 +446,6 @@ def test_tensors_that_may_be_there_or_not(tmp_path):
     edit_tensors(tmp_path / "a", change)
     again = DeepSeekV3.from_pretrained(tmp_path / "a").state_dict()
     assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())
-    edit_tensors(tmp_path / "a", lambda x: x["lm_head.weight"].add_(1))
-    check_refusal("another architecture", DeepSeekV3.from_pretrained, tmp_path / "a")
 
 
 def test_files_refused(saved_by_us):
