@@ -23,7 +23,6 @@ import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -79,11 +78,7 @@ def download(repo: str, file: str) -> Path:
     """A file of a dataset on Hugging Face, fetched once into the cache of huggingface_hub."""
     from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(hf_hub_download(repo, file, repo_type="dataset")).resolve()
-    except Exception as error:  # of the hub or of whatever HTTP library lies below it
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-        raise OSError(f"{repo} did not send {file} ({reason}); run again to go on") from None
+    return Path(hf_hub_download(repo, file, repo_type="dataset")).resolve()
 
 
 def read_file(path: Path, text_key: str) -> Iterator[str]:
@@ -109,8 +104,8 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
     pattern += "/**/*" if root.is_dir() else ""
     paths = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
     if not paths:
-        names = f"stdlib, tinystories, {', '.join(SHARDS)}"
-        raise FileNotFoundError(f"no text at {source!r}: expected files, a folder or {names}")
+        names = f"files, a folder, stdlib, tinystories, {', '.join(SHARDS)}"
+        raise FileNotFoundError(f"no text at {source!r}: expected {names}")
     top = os.path.commonpath([path.parent for path in paths])
     documents = {}
     for path in tqdm(paths, desc="reading", unit=" files", disable=None, leave=False):
@@ -120,8 +115,8 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
             info(f"skipped {path}: not UTF-8 text")
             continue
         except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
-            reason = f"{path} cannot be read: {error!r:.200}"
-            raise ValueError(f"{reason}; name what holds the text with --text_key=KEY") from None
+            why = f"{error!r:.200}; is the text under another --text_key=KEY?"
+            raise ValueError(f"{path} cannot be read: {why}") from None
         name = path.relative_to(top).as_posix()
         documents |= {f"{name}:{i}": text for i, text in enumerate(texts) if text.strip()}
     return documents
@@ -244,36 +239,22 @@ def make_tokenizer(tokenizer: str, vocab_size: int, texts: list[str]) -> tiktoke
         return encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)})
     if tokenizer in ("gpt2", "cl100k_base", "o200k_base"):
         return tiktoken.get_encoding(tokenizer)  # downloaded at first
-    if (Path(tokenizer) / "meta.json").is_file():
-        return load_tokenizer(tokenizer)
-    from huggingface import hf_tokenizer  # loads torch, which nothing else here needs
-
-    found = hf_tokenizer(Path(tokenizer))
-    if found is None or found.encoding is None:
-        known = "gpt2, cl100k_base, o200k_base, a prepared folder, a run or its export"
-        raise ValueError(f"{tokenizer!r} has no tokenizer that can prepare text; expected {known}")
-    return found.encoding
-
-
-def parse_ranks(content: bytes) -> dict[bytes, int]:
-    """{token: rank} of a file in tiktoken's format: base64 of a token and its rank in each line."""
-    rows = [line.split() for line in content.splitlines()]
-    return {base64.b64decode(token): int(rank) for token, rank in rows}
+    return load_tokenizer(tokenizer)
 
 
 def load_tokenizer(folder: Path | str) -> tiktoken.Encoding:
-    """The tokenizer stored in a prepared folder or a run. Raises FileNotFoundError, ValueError."""
-    folder = Path(folder)
-    if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"no prepared data in {folder} (no meta.json); {AGAIN}")
+    """The tokenizer stored in a prepared folder or a run. Raises ValueError."""
     try:  # not by tiktoken's own loader, which caches by path and would miss a change
-        meta = json.loads((folder / "meta.json").read_bytes())
-        content = (folder / "tokenizer.tiktoken").read_bytes()
+        meta = json.loads((Path(folder) / "meta.json").read_bytes())
+        content = (Path(folder) / "tokenizer.tiktoken").read_bytes()
         if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
             raise ValueError("its sha256 is not that in meta.json")
-        return encoding_from(parse_ranks(content), meta["pattern"], meta["special_tokens"])
+        rows = [line.split() for line in content.splitlines()]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+        return encoding_from(ranks, meta["pattern"], meta["special_tokens"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder}/tokenizer.tiktoken is damaged ({error!r}); {AGAIN}") from None
+        files = "meta.json and tokenizer.tiktoken"
+        raise ValueError(f"{folder} has no tokenizer in {files} ({error!r}); {AGAIN}") from None
 
 
 # ---- Token files --------------------------------------------------------------------------------
@@ -335,49 +316,33 @@ def prepare_shards(config: DataConfig, folder: Path) -> dict:
     return write_tokenizer(encoding, folder) | {"bytes": n_bytes}
 
 
-@contextmanager
-def replacing(folder: Path, ours: str, overwrite: bool) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` when the block succeeds, else vanishes.
-
-    Raises FileExistsError where files would be lost: any, but for those of the pattern `ours` if
-    they may be overwritten.
-    """
-    folder = folder.resolve()  # of a link, what it points to
+def prepare(config: DataConfig) -> Path:
+    """Make the folder <out>/<name> and return its path; it appears complete or not at all."""
+    name = config.name or Path(config.source).resolve().name.strip(".").split(".")[0]
+    if not re.fullmatch(r"\w[\w .-]*", name):
+        raise ValueError(f"name={name!r}: expected a plain folder name; give --name=NAME")
+    if not 0 < config.val_fraction <= 0.5:
+        raise ValueError(f"val_fraction={config.val_fraction}: expected more than 0, at most 0.5")
+    folder = Path(config.out) / name
     here = list(folder.iterdir()) if folder.exists() else []
-    if foreign := [path for path in here if not re.fullmatch(ours, path.name)]:
-        raise FileExistsError(f"{foreign[0]} would be lost with {folder}; choose another name")
-    if here and not overwrite:
+    if foreign := [path for path in here if not re.fullmatch(OURS, path.name)]:
+        raise FileExistsError(f"{foreign[0]} would be lost; choose another --name")
+    if here and not config.overwrite:
         raise FileExistsError(f"{folder} exists; replace it with --overwrite, or name another")
-    hidden = str(folder.with_name(f".{folder.name}.{os.getpid()}"))
-    new, old = Path(hidden + ".new"), Path(hidden + ".old")
+
+    new, old = (folder.with_name(f".{name}.{os.getpid()}.{which}") for which in ("new", "old"))
     new.mkdir(parents=True)
     try:
-        yield new
+        make = prepare_shards if config.source in SHARDS else prepare_text
+        meta = {"source": config.source} | make(config, new)
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
+        data = load_dataset(new)  # read back and checked before it gets its name
         if folder.exists():  # killed between the two renames, both are there
             os.replace(folder, old)
         os.replace(new, folder)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def prepare(config: DataConfig) -> Path:
-    """Make the folder <out>/<name> and return its path; it appears complete or not at all."""
-    source = Path(config.source).expanduser().resolve()
-    name = config.name or source.name.strip(".").split(".")[0]
-    if not re.fullmatch(r"\w[\w .-]*", name):
-        raise ValueError(f"name={name!r}: expected a plain folder name; give --name=NAME")
-    if not 0 < config.val_fraction <= 0.5:
-        raise ValueError(f"val_fraction={config.val_fraction}: expected more than 0, at most 0.5")
-    if config.vocab_size < 257:
-        least = f"257, the bytes and {END_OF_TEXT}"
-        raise ValueError(f"vocab_size={config.vocab_size}: expected at least {least}")
-    folder = Path(config.out) / name
-    with replacing(folder, OURS, config.overwrite) as new:
-        make = prepare_shards if config.source in SHARDS else prepare_text
-        meta = {"source": config.source} | make(config, new)
-        (new / "meta.json").write_text(json.dumps(meta, indent=1))
-        data = load_dataset(new)  # read back and checked before it gets its name
     for split, tokens in {"train": data.train, "val": data.val}.items():
         n_bytes, n = meta["bytes"][split], len(tokens)
         info(f"{split}: {n_bytes:,} bytes, {n:,} tokens, {n_bytes / n:.3f} bytes/token")
@@ -392,10 +357,8 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
     *kind, count = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
     dtype = DTYPES.get(tuple(kind))
     if dtype is None or path.stat().st_size != HEADER_BYTES + count * dtype.itemsize or count < 1:
-        raise ValueError(
-            f"{path} is no whole token file: it begins with {kind}, expected {UINT16} or {UINT32} "
-            f"(nanoGPT's .bin files have no header), and then as many ids as it says; {AGAIN}"
-        )
+        expected = f"{UINT16} or {UINT32} and then as many ids as it says"
+        raise ValueError(f"{path} is no whole token file: expected {expected}; {AGAIN}")
     tokens = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
     # The ends only, as the files of a run can be 20 GB: preparing has compared all.
     if (highest := max(tokens[:1024].max(), tokens[-1024:].max())) >= vocab_size:
@@ -429,25 +392,24 @@ class Tokens:
         return rows
 
 
+@dataclass
 class Dataset:
-    """A prepared folder, checked; len(dataset.train) is its number of tokens.
+    """A prepared folder; len(dataset.train) is its number of tokens."""
 
-    Raises FileNotFoundError or ValueError where a file of the folder is missing or damaged.
-    """
-
-    def __init__(self, folder: Path | str):
-        folder, encoding = Path(folder), load_tokenizer(folder)
-        self.vocab_size, self.eot = encoding.n_vocab, encoding.eot_token
-        shards = sorted(folder.glob("train_*.bin")) or [folder / "train.bin"]
-        self.train = Tokens([read_tokens(path, self.vocab_size) for path in shards])
-        self.val = Tokens([read_tokens(folder / "val.bin", self.vocab_size)])
-        self.meta = json.loads((folder / "meta.json").read_bytes())
-        self.tokenizer_sha256 = self.meta["tokenizer_sha256"]
-        # <|endoftext|> is one of the tokens and has no bytes.
-        self.val_bytes_per_token = self.meta["bytes"]["val"] / len(self.val)
+    train: Tokens
+    val: Tokens
+    vocab_size: int
+    val_bytes_per_token: float  # <|endoftext|> is one of the tokens and has no bytes
 
 
-load_dataset = Dataset
+def load_dataset(folder: Path | str) -> Dataset:
+    """Raises FileNotFoundError or ValueError where a file of the folder is missing or damaged."""
+    folder, vocab_size = Path(folder), load_tokenizer(folder).n_vocab
+    shards = sorted(folder.glob("train_*.bin")) or [folder / "train.bin"]
+    train = Tokens([read_tokens(path, vocab_size) for path in shards])
+    val = Tokens([read_tokens(folder / "val.bin", vocab_size)])
+    val_bytes = json.loads((folder / "meta.json").read_bytes())["bytes"]["val"]
+    return Dataset(train, val, vocab_size, val_bytes / len(val))
 
 
 def main(argv: list[str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 KINDS = {int: "int", float: "float", bool: "true or false", str: "text", dict: "dict"}
 KINDS |= {type(None): "none", "": "nothing"}
-WORDS = {"true": True, "false": False, "none": None, "null": None}
+WORDS = {"true": "True", "false": "False", "none": "None"}
 # What other projects call our keys, where the spelling does not lead there.
 ALIASES = {"learning_rate": "lr", "max_iters": "steps", "n_layer": "num_hidden_layers"}
 ALIASES |= {"n_head": "num_attention_heads", "n_embd": "hidden_size", "batch": "batch_size"}
@@ -44,7 +44,7 @@ def expected(annotation: Any) -> str:
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """The sentence for a key that does not exist."""
-    alias = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
+    alias = ALIASES.get(name.replace("-", "_"), name)
     close = difflib.get_close_matches(alias, list(known), 1, 0.75)  # less hints at nonsense
     other = "the network has none" if name == "dropout" else "see --help"
     return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else other)
@@ -58,9 +58,8 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
     """
     kinds, readings = kinds_of(annotation), [value]
     if type(value) is str and kinds != (str,):
-        word = value.strip().lower()
-        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            readings.insert(0, WORDS[word] if word in WORDS else ast.literal_eval(value.strip()))
+        with suppress(Exception):  # text that is no literal
+            readings.insert(0, ast.literal_eval(WORDS.get(value.strip().lower(), value)))
     for x in readings:
         if type(x) in kinds or x in kinds:  # to isinstance a bool would be an int
             return x
@@ -89,16 +88,12 @@ def parse_args(
     fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
     for name, field in fields.items():
         comment = re.search(rf"(?m)^    {name}:.*?  # (.*)$", source)
-        default = field.default if type(field.default) is str else str(field.default).lower()
-        text = (comment[1] if comment else "") + (f" (default: {default})" if default else "")
-        text = text.replace("%", "%%")
-        parser.add_argument("--" + name, metavar=expected(field.type), help=text)
+        text = (comment[1] if comment else "") + f" (default: {field.default!r})"
+        parser.add_argument("--" + name, metavar=expected(field.type), help=text.replace("%", "%%"))
     flags = ["--" + name for name, field in fields.items() if bool in kinds_of(field.type)]
     given, unknown = parser.parse_known_args([a + "=true" if a in flags else a for a in argv])
     if unknown:
-        name = unknown[0].removeprefix("--").split("=")[0]
-        unexpected = f"unexpected argument {name!r}; write --key=value"
-        parser.error(unknown_key(name, fields) if unknown[0].startswith("--") else unexpected)
+        parser.error(unknown_key(unknown[0].removeprefix("--").split("=")[0], fields))
     values = {name: text for name, text in vars(given).items() if text is not None}
     argument = values.pop("0", None)
     try:
@@ -110,14 +105,10 @@ def parse_args(
 def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     """The assignments of a config file, checked against the fields of the dataclasses."""
     if not Path(path).is_file():
-        have = ", ".join(sorted(str(p) for p in Path("config").glob("[!_]*.py"))) or "none here"
+        have = ", ".join(sorted(str(p) for p in Path("config").glob("[!_]*.py")))
         raise FileNotFoundError(f"no config file {path}; there are: {have}")
-    try:
-        values = runpy.run_path(path)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from None
-    values = {name: value for name, value in values.items() if not name.startswith("_")}
     fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
+    values = {name: x for name, x in runpy.run_path(path).items() if not name.startswith("_")}
     for name, value in values.items():
         if name not in fields:
             raise ValueError(f"{path}: {unknown_key(name, fields)}")
@@ -135,11 +126,6 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ModuleNotFoundError as error:  # an optional package
-        print(
-            f"error: this needs the package {error.name}: pip install {error.name}", file=sys.stderr
-        )
-        sys.exit(1)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print("error:", textwrap.shorten(str(error), 600), file=sys.stderr)
         sys.exit(1)

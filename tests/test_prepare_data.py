@@ -26,8 +26,8 @@ import prepare_data as pd
 
 SCRIPT = Path(pd.__file__)
 WORDS = ["the", "cat", "sat", "mat", "and", "12345", "dogs,", "self.value", "==", "None:", "'x'"]
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTES = {bytes([b]): b for b in range(256)}
+ONLY_BYTES = pd.encoding_from(BYTES, pd.PATTERN, {pd.END_OF_TEXT: 256})
 
 
 def prose(seed: int, lines: int) -> str:
@@ -135,23 +135,8 @@ def test_bpe_on_texts_counts_what_the_pattern_finds():
 @settings(max_examples=100, deadline=None)
 @given(st.text())
 def test_any_unicode_makes_the_round_trip(text):
-    encoding = pd.encoding_from(BYTES, pd.PATTERN, {pd.END_OF_TEXT: 256})
-    ids = encoding.encode_ordinary(text)
-    assert encoding.decode_bytes(ids) == text.encode() and 256 not in ids
-
-
-@pytest.mark.parametrize("pattern", [pd.PATTERN, GPT2])
-def test_a_text_of_any_length_has_the_ids_of_encoding_it_whole(pattern, tmp_path, monkeypatch):
-    """Cutting it would show: gpt2 takes blanks whole at the end of a text, else spares the last."""
-    draw, parts = random.Random(5), ["a", "Wo", " ", "\n", "\n\n", "\r\n", " \n", "'s", "12", "!"]
-    text = "".join(draw.choice(parts) for _ in range(300_000))
-    ranks = pd.train_bpe([text[:20_000]], 400, r"(?s).{1,9}")  # has tokens across every border
-    encoding = pd.encoding_from(ranks, pattern, {pd.END_OF_TEXT: 400})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    rows = [json.dumps({"text": text}), json.dumps({"text": "b" * 200})]
-    (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    folder = make(tmp_path, tmp_path / "a.jsonl", tokenizer="gpt2", val_fraction=5e-4)
-    assert ids_of(folder, "train") == [400, *encoding.encode_ordinary(text)]
+    ids = ONLY_BYTES.encode_ordinary(text)
+    assert ONLY_BYTES.decode_bytes(ids) == text.encode() and 256 not in ids
 
 
 # ---- The default corpus and the split ----------------------------------------------------------
@@ -168,13 +153,13 @@ def test_default_corpus_its_round_trip_and_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(pd, "read_stdlib", lambda: some)
     folder = pd.prepare(pd.DataConfig(out=str(tmp_path)))
     meta, data, encoding = meta_of(folder), pd.load_dataset(folder), pd.load_tokenizer(folder)
-    assert data.vocab_size == 4096 and data.eot == 4095 and 3 < data.val_bytes_per_token < 4
+    assert data.vocab_size == encoding.eot_token + 1 == 4096 and 3 < data.val_bytes_per_token < 4
     assert 0.045 < meta["bytes"]["val"] / sum(meta["bytes"].values()) < 0.055
     train, val = pd.split_documents(some, 0.05)
     assert text_of(folder, "val") == "".join(pd.END_OF_TEXT + text for text in val)
     assert ids_of(folder, "train").count(4095) == len(train)
     words = sorted(set(regex.findall(pd.PATTERN, val[0] + val[1])))
-    for word in random.Random(0).sample(words, 40):
+    for word in random.Random(0).sample(words, 20):
         assert encoding.encode_ordinary(word) == naive_encode(word, encoding._mergeable_ranks)
 
 
@@ -235,17 +220,16 @@ def test_files_word_by_word(book):
 
 def test_dataset_agrees_with_meta_and_folders_made_before_still_open(book, broken):
     data, meta = pd.load_dataset(book), meta_of(book)
-    assert data.vocab_size == 300 and data.eot == 299 and data.meta == meta
+    assert data.vocab_size == 300
     assert data.val_bytes_per_token == pytest.approx(meta["bytes"]["val"] / len(data.val))
     digest = hashlib.sha256((book / "tokenizer.tiktoken").read_bytes()).hexdigest()
-    assert data.tokenizer_sha256 == meta["tokenizer_sha256"] == digest
+    assert meta["tokenizer_sha256"] == digest
     for word in (3, 4, 5, 6, 8):  # once in the header too: sizes, and the hash of the tokenizer
         patch_word(broken / "val.bin", word, 7)
     more = {"name": "old", "vocab_size": 1, "eot": 1, "tokens": {"val": 1}, "python": "3"}
     (broken / "meta.json").write_text(json.dumps(meta | more))
     old = pd.load_dataset(broken)
-    assert (old.vocab_size, old.eot) == (300, 299)
-    assert old.val_bytes_per_token == data.val_bytes_per_token
+    assert (old.vocab_size, old.val_bytes_per_token) == (300, data.val_bytes_per_token)
 
 
 def test_vocabularies_over_65536_are_stored_as_uint32(tmp_path, monkeypatch):
@@ -294,15 +278,14 @@ def test_opening_looks_at_the_ends_of_a_file_alone(broken):
                 pd.load_dataset(broken)
 
 
-DAMAGES = {
+DAMAGES = {  # what the sentence names: how the folder is damaged
     "no token file": lambda d: (d / "val.bin").unlink(),
-    "begins with [65537, 65537]": lambda d: (d / "val.bin").write_bytes(b"\1\0" * 999),
-    "begins with [0, 0]": lambda d: (d / "val.bin").write_bytes(b""),
-    "begins with [20240520, 2]": lambda d: patch_word(d / "val.bin", 1, 2),
-    "no whole token file": lambda d: os.truncate(d / "val.bin", 2001),
+    "no whole token file: expected": lambda d: (d / "val.bin").write_bytes(b"\1\0" * 999),
+    "expected (20240520, 1) or": lambda d: (d / "val.bin").write_bytes(b""),
+    "or (20240801, 7)": lambda d: patch_word(d / "val.bin", 1, 2),
     "as many ids as it says": lambda d: patch_word(d / "val.bin", 2, 5),
     "no whole": lambda d: (patch_word(d / "val.bin", 2, 0), os.truncate(d / "val.bin", 1024)),
-    "no prepared data in": lambda d: (d / "meta.json").unlink(),
+    "no tokenizer in meta.json": lambda d: (d / "meta.json").unlink(),
     "JSONDecodeError": lambda d: os.truncate(d / "meta.json", 50),
     "KeyError('tokenizer_sha256')": lambda d: (d / "meta.json").write_text("{}"),
     "FileNotFoundError": lambda d: (d / "tokenizer.tiktoken").unlink(),
@@ -369,19 +352,12 @@ def test_bad_json_lines_and_half_surrogates(tmp_path):
         pd.read_paths(str(tmp_path / "b.jsonl.gz"), "text")
 
 
-def test_tokenizer_of_another_folder(tmp_path, book, monkeypatch):
+def test_tokenizer_of_another_folder(tmp_path, book):
     (tmp_path / "a.txt").write_text(prose(7, 50))
     folder = make(tmp_path, tmp_path / "a.txt", tokenizer=str(book))
     assert meta_of(folder)["tokenizer_sha256"] == meta_of(book)["tokenizer_sha256"]
-    encoding = pd.encoding_from(BYTES, ".", {pd.END_OF_TEXT: 256})
-    answers = {"ours": SimpleNamespace(encoding=encoding), "v3": SimpleNamespace(encoding=None)}
-    fake = SimpleNamespace(hf_tokenizer=lambda folder: answers.get(folder.name))
-    monkeypatch.setitem(sys.modules, "huggingface", fake)
-    folder = make(tmp_path, tmp_path / "a.txt", tokenizer="hub/ours", overwrite=True)
-    assert pd.load_dataset(folder).vocab_size == 257
-    for tokenizer in ("hub/v3", "gpt3"):
-        with pytest.raises(ValueError, match=f"{tokenizer}' has no tokenizer that can prepare"):
-            make(tmp_path, tmp_path / "a.txt", tokenizer=tokenizer, name="e")
+    with pytest.raises(ValueError, match="gpt3 has no tokenizer"):
+        make(tmp_path, tmp_path / "a.txt", tokenizer="gpt3", name="e")
 
 
 # ---- Downloads, from a hub that is a folder -----------------------------------------------------
@@ -392,10 +368,8 @@ def hub(tmp_path, monkeypatch) -> Path:
     """A folder that a stand-in for huggingface_hub serves: hub/<owner>/<repository>/<file>."""
 
     def hf_hub_download(repo: str, file: str, repo_type: str) -> str:
-        path = tmp_path / "hub" / repo / file
-        if repo_type != "dataset" or not path.exists():
-            raise RuntimeError(f"404 Client Error: {file}\n" + "long story " * 99)
-        return str(path)
+        assert repo_type == "dataset"
+        return str(tmp_path / "hub" / repo / file)
 
     fake = SimpleNamespace(hf_hub_download=hf_hub_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
@@ -432,49 +406,35 @@ def test_shards(hub, tmp_path, source):
     assert len(pd.load_dataset(folder).val) == 21  # the folder made before is kept
 
 
-def test_a_failed_download_and_a_missing_package_are_one_sentence(hub, tmp_path, monkeypatch):
-    with pytest.raises(OSError, match=r"did not send fineweb_val_000000.bin.*404.*run again") as e:
-        make(tmp_path, "fineweb")
-    assert "\n" not in str(e.value) and len(str(e.value)) < 350
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModuleNotFoundError) as e:  # run_command says how to install it
-        make(tmp_path, "tinystories")
-    assert e.value.name == "huggingface_hub" and not list((tmp_path / "data").iterdir())
-
-
 # ---- Nothing half-made -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 @pytest.mark.parametrize("place", [(pd, "load_dataset"), (pd.json, "dumps")])
 def test_an_interruption_keeps_the_old_folder_and_leaves_no_new_one(
-    place, error, tmp_path, monkeypatch
+    place, book, tmp_path, monkeypatch
 ):
-    (tmp_path / "a.txt").write_text(prose(1, 100))
-    folder, load = make(tmp_path, tmp_path / "a.txt"), pd.load_dataset
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (tmp_path / "a.txt").write_text(prose(2, 100))
+    folder, load = shutil.copytree(book, tmp_path / "data/d"), pd.load_dataset
 
     def fail(*args, **keys):
         (made,) = (tmp_path / "data").glob(".*")
         assert (made / "train.bin").exists()
         if place[1] == "dumps":  # meta.json is the last file: without it nothing opens
-            with pytest.raises(FileNotFoundError, match="no prepared data"):
+            with pytest.raises(ValueError, match="no tokenizer in meta"):
                 load(made)
-        raise error
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(*place, fail)
     for name in ("d", "new"):
-        with pytest.raises((KeyboardInterrupt, OSError)):
+        with pytest.raises(KeyboardInterrupt):
             make(tmp_path, tmp_path / "a.txt", overwrite=True, name=name)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["d"]
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert all((folder / path.name).read_bytes() == path.read_bytes() for path in book.iterdir())
 
 
-def test_not_even_between_two_renames_is_a_folder_lost(tmp_path, monkeypatch):
-    folder, rename = tmp_path / "d", os.replace
-    folder.mkdir()
-    (folder / "val.bin").write_text("old")
+def test_not_even_between_two_renames_is_a_folder_lost(book, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(prose(2, 100))
+    folder, rename = shutil.copytree(book, tmp_path / "data/d"), os.replace
 
     def fail(source, target):
         if target == folder:
@@ -482,10 +442,10 @@ def test_not_even_between_two_renames_is_a_folder_lost(tmp_path, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"), pd.replacing(folder, pd.OURS, True) as new:
-        (new / "val.bin").write_text("new")
-    (old,) = tmp_path.iterdir()
-    assert (old / "val.bin").read_text() == "old"
+    with pytest.raises(OSError, match="disk full"):
+        make(tmp_path, tmp_path / "a.txt", overwrite=True)
+    (old,) = (tmp_path / "data").iterdir()
+    assert (old / "val.bin").read_bytes() == (book / "val.bin").read_bytes()
 
 
 def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
@@ -498,10 +458,9 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
         (0, "bytes/token", "a.txt", "--vocab_size=300"),
         (1, "data/a exists; replace it with --overwrite", "a.txt"),
         (1, "data/mine/thesis.txt would be lost", "a.txt", "--name=mine", "--overwrite"),
-        (1, "or stdlib, tinystories, fineweb, finewebedu", "tiny_stories"),
+        (1, "a folder, stdlib, tinystories, fineweb, finewebedu", "tiny_stories"),
         (1, "latin.txt holds 0 characters", "latin.txt"),
         (1, "val_fraction=0.6: expected", "a.txt", "--val_fraction=0.6", "--name=b"),
-        (1, "vocab_size=256: expected at least 257", "a.txt", "--vocab_size=256", "--name=b"),
         (1, "name='../x': expected", "a.txt", "--name=../x"),
         (2, "unknown key vocabsize; did you mean vocab_size?", "a.txt", "--vocabsize=300"),
     ]:
