@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import tiktoken
+import tiktoken.load
 import torch
 from torch import Tensor
 
@@ -36,10 +36,23 @@ FP8_KEYS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128
 FP8_WEIGHTS = re.compile(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
 # Our stacked experts (E, 2F, D) and (E, D, F) are stored expert by expert, gate and up apart.
 STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# How Moonlight and Kimi split text (&& is intersection): their release has it in code, not in data.
+_PRE, _END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_U = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_L = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+KIMI_PATTERN = rf"[\p{{Han}}]+|{_PRE}{_U}*{_L}+{_END}|{_PRE}{_U}+{_L}*{_END}|{_REST}"
 # GPT-2's printable stand-in for each byte in tokenizer.json: itself if it can be seen, else 256 on.
 BYTE_CHARS = {byte: chr(byte) for byte in range(33, 256) if chr(byte).isprintable()}
 _HIDDEN = [byte for byte in range(256) if byte not in BYTE_CHARS]
 BYTE_CHARS |= {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is missing or no JSON object ({error!s:.200}).") from None
 
 
 # ---- Weights -------------------------------------------------------------------------------------
@@ -120,7 +133,7 @@ def from_pretrained(
     tensors are. Raises ValueError naming the file, key or tensor that is wrong.
     """
     directory = Path(directory)
-    raw = json.loads((directory / "config.json").read_bytes())
+    raw = read_json(directory / "config.json")
     config, stored = config_from_json(raw), stored_tensors(directory, device)
     config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
     kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
@@ -142,6 +155,8 @@ def from_pretrained(
     for name, view in views.items():
         x, scale = stored[name].get_tensor(name), f"{name}_scale_inv"
         if x.dtype == torch.float8_e4m3fn:
+            if scale not in stored:
+                raise ValueError(f"{name} in {directory} is in FP8, but has no {scale}.")
             x = fp8.dequantize(x, stored[scale].get_tensor(scale), fp8.BLOCK)
         if name in copies and not torch.equal(x.to(view.dtype), view):
             raise ValueError(f"{name} differs from its original: this is another architecture.")
@@ -202,8 +217,23 @@ class Tokenizer:
 
 
 def hf_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer.json of a Hugging Face directory; DeepSeek-V3's splits text in several stages,
-    which no tiktoken.Encoding repeats."""
+    """The tokenizer of a Hugging Face directory: Moonlight's and Kimi's tiktoken.model, or
+    tokenizer.json, since DeepSeek-V3's splits text in stages, which no tiktoken.Encoding repeats.
+    """
+    told = {}
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        told |= read_json(folder / name) if (folder / name).exists() else {}
+    eos, bos = told.get("eos_token_id"), told.get("bos_token_id")
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if (folder / "tiktoken.model").exists():
+        ranks = tiktoken.load.load_tiktoken_bpe(str(folder / "tiktoken.model"))
+        special = {x["content"]: int(i) for i, x in told.get("added_tokens_decoder", {}).items()}
+        encoding = tiktoken.Encoding(
+            "kimi", pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        )
+        texts = {i: token for token, i in ranks.items()}
+        texts |= {i: name.encode() for name, i in special.items()}
+        return Tokenizer(encoding.encode_ordinary, texts, eos)
     if not (folder / "tokenizer.json").exists():
         return None
     import tokenizers
@@ -217,11 +247,6 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
     except Exception as error:  # tokenizers raises nothing more special
         raise ValueError(f"{folder} has no byte-level tokenizer ({error!s:.200}).") from None
     texts |= {i: content.encode() for i, content in special.items()}
-    told = {}
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        told |= json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
-    eos, bos = told.get("eos_token_id"), told.get("bos_token_id")
-    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     begin = [bos] if told.get("add_bos_token") and bos is not None else []
 
     def encode(text: str) -> list[int]:

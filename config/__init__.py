@@ -107,8 +107,12 @@ def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     if not Path(path).is_file():
         have = ", ".join(sorted(str(p) for p in Path("config").glob("[!_]*.py")))
         raise FileNotFoundError(f"no config file {path}; there are: {have}")
+    try:
+        values = runpy.run_path(path)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be run: {error!r}") from None
     fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
-    values = {name: x for name, x in runpy.run_path(path).items() if not name.startswith("_")}
+    values = {name: x for name, x in values.items() if not name.startswith("_")}
     for name, value in values.items():
         if name not in fields:
             raise ValueError(f"{path}: {unknown_key(name, fields)}")
@@ -127,5 +131,6 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:  # the reader, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print("error:", textwrap.shorten(str(error), 600), file=sys.stderr)
+        hint = f": pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        print("error:", textwrap.shorten(str(error), 600) + hint, file=sys.stderr)
         sys.exit(1)

@@ -6,6 +6,7 @@ in float64 numpy, tests/reference.py, arbitrate in test_model.py.) Weights are d
 correction biases so different, that a mistake moves the logits by whole units.
 """
 
+import base64
 import contextlib
 import functools
 import hashlib
@@ -672,3 +673,14 @@ def test_a_foreign_tokenizer_opens_if_it_is_of_bytes(run, tmp_path):
     for bad in ("{", "{}", json.dumps(spec | {"model": {"type": "BPE", "vocab": {"▁": 0}}})):
         (tmp_path / "tokenizer.json").write_text(bad)
         check_refusal("has no byte-level tokenizer", huggingface.hf_tokenizer, tmp_path)
+
+
+def test_kimi_tokenizer_opens(tmp_path):
+    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
+    (tmp_path / "tiktoken.model").write_text("\n".join(lines))
+    added = {"300": {"content": "[EOS]"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 300}))
+    tokenizer = huggingface.hf_tokenizer(tmp_path)
+    assert tokenizer.encode("né中") == list("né中".encode()) and tokenizer.eos == [300]
+    assert [tokenizer.to_bytes(i) for i in (195, 299, 300)] == [b"\xc3", b"", b"[EOS]"]
