@@ -27,10 +27,10 @@ import signal
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -103,8 +103,7 @@ class TrainConfig:
     eval_only: bool = False  # evaluate the run's (or init_from's) weights and stop
 
     def __post_init__(self):
-        least_1 = ("steps", "batch_size", "block_size", "grad_accum", "eval_batch", "log_every")
-        for name in (*least_1, "eval_every", "save_every"):
+        for name in ("steps", "batch_size", "block_size", "grad_accum", "eval_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
         if self.optimizer == "muon" and self.parallel == "fsdp":
@@ -129,7 +128,7 @@ def lr_at(config: TrainConfig, step: int) -> float:
 
 
 def extended(config: TrainConfig, step: int) -> bool:
-    """Whether the run has reached its last phase, that of the long windows."""
+    """Whether the run has reached its last phase, in which every second step has long windows."""
     return config.long_block_size > 0 and step >= config.long_start * config.steps
 
 
@@ -150,11 +149,9 @@ def extend_context(model: DeepSeekV3, config: TrainConfig):
 
 def batch_at(config: TrainConfig, step: int) -> int:
     """Windows in this step: multiples of batch_start, growing evenly to batch_size."""
-    if not config.batch_start:
-        return config.batch_size
-    stages = config.batch_size // config.batch_start
-    stage = 1 + int(stages * step / max(1, config.batch_ramp * config.steps))
-    return config.batch_start * min(stage, stages)
+    start = config.batch_start or config.batch_size
+    stage = int(config.batch_size // start * step / max(1, config.batch_ramp * config.steps))
+    return min(start * (1 + stage), config.batch_size)
 
 
 # ---- Processes -----------------------------------------------------------------------------------
@@ -203,8 +200,7 @@ def start_machine(config: TrainConfig) -> Machine:
     if dtype == "auto":
         dtype = "bfloat16" if multiplies_bf16(device) else "float32"
     if world > 1:  # gloo beside nccl: flags that stay on the CPU never wait for the GPU
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Machine(device, getattr(torch, dtype), rank, world)
 
 
@@ -278,21 +274,20 @@ def orthogonal(x: Tensor) -> Tensor:
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, as in the report; or Muon for the matrices of attention, FFN, experts and
     eh_proj, as in Moonlight (arXiv 2502.16982), and AdamW for the rest, at adamw_lr times lr."""
-    parameters, matrices = dict(model.named_parameters()), {}
-    if config.optimizer == "muon":
-        other = ("embed_tokens.weight", "lm_head.weight", "gate.weight")
-        matrices = {n: p for n, p in parameters.items() if p.ndim > 1 and not n.endswith(other)}
-    rest = [p for n, p in parameters.items() if n not in matrices]
+    matrices, others, vectors = [], [], []
+    for name, p in model.named_parameters():
+        apart = name.endswith(("embed_tokens.weight", "lm_head.weight", "gate.weight"))
+        kind = others if apart or config.optimizer == "adamw" else matrices
+        (kind if p.ndim > 1 else vectors).append(p)
     decay, scale = config.weight_decay, config.adamw_lr if matrices else 1.0
     groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": decay, "lr_scale": scale},
-        {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0, "lr_scale": scale},
+        {"params": others, "weight_decay": decay, "lr_scale": scale},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": scale},
     ]
-    betas = (config.beta1, config.beta2)
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    adamw = torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
     if not matrices:
         return [adamw]
-    return [adamw, Muon([{"params": matrices.values(), "lr_scale": 1.0}], config.lr, decay)]
+    return [adamw, Muon([{"params": matrices, "lr_scale": 1.0}], config.lr, decay)]
 
 
 # ---- Data and evaluation -------------------------------------------------------------------------
@@ -304,23 +299,16 @@ def open_data(config: TrainConfig, vocab_size: int, machine: Machine):
     folder = path if (path / "meta.json").exists() else Path("data") / name
     ours = (name, vocab_size) in (("stdlib", 4096), ("tiny", 512))
     if ours and machine.rank == 0 and not folder.exists():
-        prepare_data.prepare(
-            prepare_data.DataConfig(source="stdlib", name=name, vocab_size=vocab_size)
-        )
+        prepare_data.prepare(prepare_data.DataConfig("stdlib", name, vocab_size=vocab_size))
     if machine.world > 1:
         dist.barrier()
     if not folder.exists():
-        raise FileNotFoundError(
-            f"no data in {folder}; make it with: python prepare_data.py SOURCE --name={name} "
-            f"--vocab_size={vocab_size} (its --help names the sources)."
-        )
+        make = f"python prepare_data.py SOURCE --name={name} --vocab_size={vocab_size}"
+        raise FileNotFoundError(f"no data in {folder}; make it with: {make}.")
     data = prepare_data.load_dataset(folder)
     if not 0 <= vocab_size - data.vocab_size < 128:  # padding to a multiple of 128 is fine
-        raise ValueError(
-            f"the model's vocab_size is {vocab_size}, that of {folder} is {data.vocab_size}; give "
-            f"--vocab_size={data.vocab_size}, or prepare the data again with "
-            f"--vocab_size={vocab_size} --overwrite."
-        )
+        has = f"vocab_size is {vocab_size}, but {folder} has {data.vocab_size} tokens"
+        raise ValueError(f"{has}: give train.py or prepare_data.py the other's --vocab_size.")
     longest = max(config.block_size, config.long_block_size)
     data.train.windows(np.zeros(1, int), longest + 1)  # raises where it is too short
     return data, folder
@@ -367,9 +355,8 @@ def validation(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: 
     B = math.ceil(config.eval_batch * config.block_size / T)
     # Every rank runs the same number of batches; where the file has ended they hold -1.
     batches = range(0, math.ceil((len(tokens) - 1) / T), B * machine.world)
-    hide = True if machine.rank else None  # None: shown on a terminal
-    for first in tqdm(batches, "evaluate", unit="batch", leave=False, disable=hide):
-        if must_stop():
+    for first in tqdm(batches, "evaluate", leave=False, disable=machine.rank > 0 or None):
+        if must_stop and must_stop():
             return
         windows = np.full((B, T + 1), -1)
         for i, row in enumerate(windows, first + machine.rank * B):
@@ -384,9 +371,7 @@ def validation(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: 
 
 
 @torch.no_grad()
-def evaluate(
-    model: DeepSeekV3, data, config: TrainConfig, machine: Machine, must_stop=lambda: False
-) -> dict[str, Any]:
+def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, must_stop=None):
     """What the log has of an evaluation: losses and the use of the experts in windows of block_size
     and, once the model knows them, the loss in long ones. (Nothing of use if must_stop() is true.)
     """
@@ -430,7 +415,7 @@ def evaluate(
     return result
 
 
-# ---- Size and speed ------------------------------------------------------------------------------
+# ---- The run and its folder ----------------------------------------------------------------------
 
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}
 
@@ -454,21 +439,6 @@ def flops_per_token(model: DeepSeekV3, T: int) -> float:
     return 6 * weights + 6 * (c.num_hidden_layers + len(model.mtp)) * per_pair * T / 2
 
 
-def describe(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> str:
-    total, active, mtp = (n / 1e6 for n in model.parameter_counts().values())
-    tokens = sum(batch_at(config, step) for step in range(config.steps)) * config.block_size
-    dtype = str(machine.dtype).removeprefix("torch.") + " and FP8" * config.fp8
-    return (
-        f"model: {total:.2f}M parameters, {active:.2f}M active per token (embedding and head "
-        f"counted), MTP {mtp:.2f}M more; {(total + mtp) * 0.016:.2f} GB with gradients and AdamW\n"
-        f"run: {config.steps} steps, {tokens / 1e6:.2f}M tokens of "
-        f"{flops_per_token(model, config.block_size) / 1e6:.1f} MFLOP each, on "
-        f"{machine.world} x {machine.device} in {dtype}"
-    )
-
-
-# ---- The run and its folder ----------------------------------------------------------------------
-
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered, on rank 0
 
 
@@ -487,11 +457,9 @@ def save_atomically(state: dict, path: Path):
         raise OSError(f"cannot write {path} ({cause}); what it held before is intact.") from None
 
 
-def without_nan(x):
-    """x for JSON, in which NaN and infinity have no name: they become null."""
-    if isinstance(x, list):
-        return [without_nan(y) for y in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+def to_json(values: dict) -> str:
+    """NaN and infinity, for which JSON has no name, become null."""
+    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda name: None))
 
 
 class Run:
@@ -508,7 +476,7 @@ class Run:
         self.sums = torch.zeros(6, device=machine.device, dtype=model.norm.weight.dtype)
         self.bad_in_a_row = torch.zeros((), device=machine.device)
         self.signalled = self.stopped = False  # whether this process was, whether all know
-        self.clock, self.clock_tokens = time.perf_counter(), 0
+        self.clock = time.perf_counter(), 0  # when the measured stretch began, and its tokens
 
     @property
     def last(self) -> bool:
@@ -517,7 +485,7 @@ class Run:
     def restore(self, saved: dict):
         """Goes back to a checkpoint; the log loses what came after it and will come again."""
         self.step, self.tokens = saved["step"], saved["tokens"]
-        self.evaluated, self.clock_tokens = saved["evaluated"], self.tokens
+        self.evaluated, self.clock = saved["evaluated"], (time.perf_counter(), self.tokens)
         self.sums += saved.get("sums", 0 * self.sums).to(self.sums)
         if (self.out / "best.pt").exists():  # it may be later and better than the checkpoint
             best = load_checkpoint(self.out / "best.pt")
@@ -537,7 +505,6 @@ class Run:
     def save(self, name: str, **more):
         """Every rank calls it, since sharded tensors are gathered; the first one writes."""
         state = {
-            "format": "nanov3",
             "model_sha256": source_hash(),
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
@@ -545,6 +512,8 @@ class Run:
             "trained_length": self.model.trained_length,
             "step": self.step,
             "tokens": self.tokens,
+            "evaluated": self.evaluated,
+            "sums": self.sums,
         }
         if self.machine.rank == 0:
             save_atomically(state | more, self.out / name)
@@ -556,8 +525,7 @@ class Run:
             moments = {}  # of the first step: there are none, and asking for them takes a step
             if self.step:
                 moments = dcp.get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE)
-            progress = {"evaluated": self.evaluated, "sums": self.sums.clone()}
-            self.save("ckpt.pt", optimizer=moments.get("state", {}), **progress)
+            self.save("ckpt.pt", optimizer=moments.get("state", {}))
 
     def evaluate(self):
         """The validation loss, when it is time; best.pt, if it is the lowest so far."""
@@ -574,22 +542,20 @@ class Run:
         if math.isfinite(result["val_loss"]) and score > self.best:
             self.best = score
             self.save("best.pt", **{k: v for k, v in result.items() if k.startswith("val")})
-        self.clock, self.clock_tokens = time.perf_counter(), self.tokens
+        self.clock = time.perf_counter(), self.tokens
 
     def log(self, values: dict, more: str = ""):
         """A line on the screen and in log.jsonl."""
         numbers = ", ".join(f"{k} {v:.5g}" for k, v in values.items() if isinstance(v, float))
         info(f"step {self.step}/{self.config.steps}: {numbers}{more}")
         if self.machine.rank == 0:
-            line = {"step": self.step, "tokens": self.tokens}
-            line |= {k: without_nan(v) for k, v in values.items()}
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(to_json({"step": self.step, "tokens": self.tokens} | values) + "\n")
 
     def log_step(self, losses: Tensor, vio: Tensor, bad: Tensor, lr: float, norm: Tensor):
         """When it is time, a line with the means of losses and MaxVio since the last line; raises
         if the gradient is lost for good."""
-        c, world = self.config, self.machine.world
+        c = self.config
         self.sums += torch.stack((*losses, vio, bad, torch.ones_like(bad)))
         self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
         if not self.last and self.step % c.log_every:
@@ -597,26 +563,19 @@ class Run:
         *sums, skipped, steps = self.sums.tolist()
         main, mtp, balance, vio = (x / steps for x in sums)
         self.sums.zero_()
-        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
-        speed, self.clock_tokens = (self.tokens - self.clock_tokens) / seconds, self.tokens
-        line = {
-            "loss": main,
-            "mtp_loss": mtp,
-            "balance_loss": balance,
-            "lr": lr,
-            "grad_norm": float(norm),
-            "max_vio": vio,
-            "tokens_per_s": round(speed, 1),
-        }
-        if peak := peak_flops(self.machine.device) * world:
+        (began, before), self.clock = self.clock, (time.perf_counter(), self.tokens)
+        speed = (self.tokens - before) / (self.clock[0] - began)
+        line = {"loss": main, "mtp_loss": mtp, "balance_loss": balance, "max_vio": vio}
+        line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_s": round(speed, 1)}
+        if peak := peak_flops(self.machine.device) * self.machine.world:
             flops = flops_per_token(self.model, block_at(c, self.step - 1))
             line["mfu"] = round(speed * flops / peak, 4)
         left = timedelta(seconds=round((c.steps - self.step) * c.batch_size * c.block_size / speed))
         skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
         self.log(line, f", {left} left{skips}")
-        if (row := int(self.bad_in_a_row)) >= 5 or (row and self.last):
+        if (bad := int(self.bad_in_a_row)) >= 5 or (bad and self.last):
             raise ValueError(
-                f"the gradient is not finite at step {self.step}, {row} steps in a row; the last "
+                f"the gradient is not finite at step {self.step}, {bad} steps in a row; the last "
                 f"good checkpoint in {self.out} is kept: lower lr ({c.lr}) and --resume."
             )
 
@@ -656,7 +615,9 @@ def backward(model: DeepSeekV3, trainer: nn.Module, batches, weights, machine: M
 
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=None) -> bool:
     """Runs `config.steps` optimiser steps, from `saved` (a checkpoint) if given. False: stopped."""
-    info(describe(model, config, machine))
+    total, active, mtp = (f"{n / 1e6:.2f}M" for n in model.parameter_counts().values())
+    info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
+    info(f"run: {config.steps} steps on {machine.world} x {machine.device} in {machine.dtype}")
     model.trained_length = max(model.trained_length, config.block_size)
     trainer = wrap(model.train(), config, machine)
     optimizers = make_optimizers(model, config)
@@ -719,9 +680,8 @@ CONTEXT_KEYS = {"rope_scaling", "max_position_embeddings"}  # no weights: may ch
 
 def split_configs(values: dict) -> tuple[dict, dict]:
     """The keys of ModelConfig, and the others."""
-    names = {field.name for field in fields(ModelConfig)}
-    model = {k: v for k, v in values.items() if k in names}
-    return model, {k: v for k, v in values.items() if k not in names}
+    model = {k: v for k, v in values.items() if k in ModelConfig.__dataclass_fields__}
+    return model, {k: v for k, v in values.items() if k not in model}
 
 
 def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str | Path]:
@@ -747,33 +707,26 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str | Path]:
 
 def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> TrainConfig:
     """The settings of the checkpoint under those of the command line; tells what differs."""
-    if config.resume and not isinstance(saved.get("optimizer"), dict):  # an earlier version's
-        raise ValueError(
-            f"{config.out} has no optimiser state to resume with: start a new run, with --init_from."
-        )
-    known = [key for key in asdict(config) if key not in OF_THE_COMMAND]
     command = {key: getattr(config, key) for key in OF_THE_COMMAND}
-    kept = {k: v for k, v in saved["train_config"].items() if k in known}
-    before = TrainConfig(**command | kept)  # what an older checkpoint lacks was the default
-    after = replace(before, **{k: v for k, v in given.items() if k in known})
-    if after.optimizer != before.optimizer:
-        raise ValueError(
-            f"optimizer is {after.optimizer} here, but {before.optimizer} in {config.out}."
-        )
-    unused = []
-    for key in known:
-        was, now = getattr(before, key), getattr(after, key)
-        if now != was:
-            info(f"{key} is now {now} (was {was})")
-        if in_file.get(key, now) != now:
-            unused.append(f"--{key}={in_file[key]}")
-    if unused:
+    stored = {k: v for k, v in saved["train_config"].items() if hasattr(config, k)}
+    before = TrainConfig(**stored | command)  # what an older checkpoint lacks was the default
+    after = replace(before, **split_configs(given)[1])
+    was, now = asdict(before), asdict(after)
+    for key in now:
+        if now[key] != was[key]:
+            info(f"{key} is now {now[key]} (was {was[key]})")
+    if unused := [f"--{k}={v}" for k, v in in_file.items() if now.get(k, v) != v]:
         info(f"the run keeps its settings; to apply the config file's: {' '.join(unused)}")
     old_lr, lr = lr_at(before, max(0, saved["step"] - 1)), lr_at(after, saved["step"])
     if after.steps != before.steps and lr > old_lr:
         info(
             f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}; "
             f"--init_from={config.out} with another --out would begin a new one"
+        )
+    state = saved.get("optimizer") if after.optimizer == before.optimizer else None
+    if config.resume and not isinstance(state, dict):  # that of an earlier version is none
+        raise ValueError(
+            f"{config.out} has no state of {after.optimizer} to resume with: use --init_from."
         )
     return after
 
@@ -789,27 +742,21 @@ def open_network(config: TrainConfig, asked: dict, source: str | Path, machine: 
         return model, None
     model, tokenizer, _ = load_model(source, place, dtype)
     for key, value in asked.items():
-        if key not in CONTEXT_KEYS and value != (have := getattr(model.config, key)):
-            raise ValueError(
-                f"{key} is {value} here, but {have} in {source}: a network cannot change."
-            )
-    context = {k: v for k, v in asked.items() if k in CONTEXT_KEYS}
-    vars(model.config).update(vars(replace(model.config, **context)))  # all layers share it
+        have = getattr(model.config, key)
+        if key not in CONTEXT_KEYS and value != have:
+            raise ValueError(f"{key} is {value} here, but {have} in {source}: it cannot change.")
+        setattr(model.config, key, value)  # all layers share the object
+    model.config.__post_init__()  # checks the new values
     return model, tokenizer
 
 
 def check_windows(config: TrainConfig, model: DeepSeekV3, machine: Machine):
     """Raises ValueError where windows do not fit the network or cannot be shared out."""
     long, limit = config.long_block_size, model.config.max_position_embeddings
-    trained = max(model.trained_length, config.block_size)
     if (longest := max(config.block_size, long)) > limit:
-        raise ValueError(
-            f"windows of {longest} tokens exceed max_position_embeddings {limit}: raise that."
-        )
-    if 0 < long < trained:
-        raise ValueError(
-            f"long_block_size {long} is less than the {trained} tokens of the windows until then."
-        )
+        raise ValueError(f"windows of {longest} tokens exceed max_position_embeddings, {limit}.")
+    if 0 < long < (trained := max(model.trained_length, config.block_size)):
+        raise ValueError(f"long_block_size is {long}, less than the {trained} trained before.")
     parts = machine.world * config.grad_accum
     for step in range(config.steps):
         tokens, T = batch_at(config, step) * config.block_size, block_at(config, step)
@@ -838,9 +785,9 @@ def run(argv: list[str]):
         model.use_fp8()
     if config.eval_only:
         result = evaluate(model, data, config, machine)
+        del result["expert_load"]
         if machine.rank == 0:
-            line = {k: without_nan(v) for k, v in result.items() if k != "expert_load"}
-            print(json.dumps(line))
+            print(to_json(result))
         return
     if not config.resume and machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -854,8 +801,6 @@ def run(argv: list[str]):
     if finished and machine.rank == 0 and (out / "best.pt").exists():  # else no loss was finite
         prompt = ours.decode(data.val.arrays[0][1:9].tolist(), errors="ignore")
         show_result(config, prompt.strip())
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def show_result(config: TrainConfig, prompt: str):
@@ -879,6 +824,8 @@ def main(argv: list[str]):
                 "out of memory: lower --batch_size, raise --grad_accum, or give --recompute."
             ) from None
         raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
