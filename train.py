@@ -575,8 +575,7 @@ class Run:
         self.log(line, f", {left} left{skips}")
         if (bad := int(self.bad_in_a_row)) >= 5 or (bad and self.last):
             raise ValueError(
-                f"the gradient is not finite at step {self.step}, {bad} steps in a row; the last "
-                f"good checkpoint in {self.out} is kept: lower lr ({c.lr}) and --resume."
+                f"{bad} gradients up to step {self.step} are not finite: lower the lr."
             )
 
     def on_signal(self, number, frame):
@@ -719,15 +718,10 @@ def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> Tra
         info(f"the run keeps its settings; to apply the config file's: {' '.join(unused)}")
     old_lr, lr = lr_at(before, max(0, saved["step"] - 1)), lr_at(after, saved["step"])
     if after.steps != before.steps and lr > old_lr:
-        info(
-            f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}; "
-            f"--init_from={config.out} with another --out would begin a new one"
-        )
+        info(f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}")
     state = saved.get("optimizer") if after.optimizer == before.optimizer else None
     if config.resume and not isinstance(state, dict):  # that of an earlier version is none
-        raise ValueError(
-            f"{config.out} has no state of {after.optimizer} to resume with: use --init_from."
-        )
+        raise ValueError(f"no state of {after.optimizer} in {config.out}: use --init_from instead.")
     return after
 
 
@@ -820,9 +814,7 @@ def main(argv: list[str]):
         run(argv)
     except RuntimeError as error:
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            raise ValueError(
-                "out of memory: lower --batch_size, raise --grad_accum, or give --recompute."
-            ) from None
+            raise ValueError("out of memory: raise --grad_accum, or give --recompute.") from None
         raise
     if dist.is_initialized():
         dist.destroy_process_group()

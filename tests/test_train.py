@@ -502,7 +502,7 @@ def test_another_network_or_tokenizer_is_refused_on_resume(shared, refused):
     out = copy(shared("--steps=1"))
     before = (out / "ckpt.pt").read_bytes()
     assert "hidden_size is 64 here, but 48 in run" in refused("--resume", "--hidden_size=64")
-    assert "no state of muon to resume with" in refused("--resume", "--optimizer=muon")
+    assert "no state of muon in run" in refused("--resume", "--optimizer=muon")
     other = dict(source=TEXT, name="other", vocab_size=512, val_fraction=0.4)
     prepare_data.prepare(prepare_data.DataConfig(**other))
     for options in (["--resume"], ["--out=new", "--init_from=run"]):
@@ -920,8 +920,7 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(run, refused):
     before = Path("run/best.pt").read_bytes()
     options = ("--dtype=float32", "--steps=40", "--lr=1e30", "--save_every=1", "--eval_every=6")
     sentence = refused("--resume", *options)
-    found = re.match(r"the gradient is not finite at step (\d+), 5 steps in a row", sentence)
-    assert found and "last good checkpoint in run is kept" in sentence
+    found = re.match(r"5 gradients up to step (\d+) are not finite", sentence)
     state = load_checkpoint("run/ckpt.pt")
     assert state["step"] == int(found[1]) - 5
     assert all(x.isfinite().all() for x in state["model"].values())
@@ -942,9 +941,8 @@ def poison_third_gradient():
     torch.nn.utils.clip_grad_norm_ = poisoned
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_one_bad_gradient_is_skipped_and_the_run_goes_on(parallel, start):
-    options = (f"--parallel={parallel}", "--eval_every=8", "--save_every=8", "--log_every=2")
+def test_one_bad_gradient_is_skipped_by_all_processes_and_the_run_goes_on(start):
+    options = ("--parallel=fsdp", "--eval_every=8", "--save_every=8", "--log_every=2")
     said, *_ = finish(start(*options, world=2, setup=poison_third_gradient))
     assert re.search("step 4/8: .*, 1 skipped: gradient not finite", said)
     state = load("run")
@@ -975,7 +973,7 @@ def test_a_bad_step_changes_neither_weights_nor_biases(optimizer, run, monkeypat
 def test_a_run_that_ends_in_bad_steps_has_failed(run, monkeypatch):
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, c: clip(p, c) * math.nan)
-    with pytest.raises(ValueError, match="at step 3, 3 steps in a row"):
+    with pytest.raises(ValueError, match="3 gradients up to step 3"):
         run("--steps=3", "--log_every=8")
     assert load("run")["step"] == 0
 
@@ -1034,7 +1032,7 @@ def test_an_existing_run_is_refused_and_kept(run, shared, refused):
 def test_a_checkpoint_without_an_optimiser_or_cut_short_is_refused(shared, refused):
     out = copy(shared("--steps=1"))
     shutil.copyfile(out / "best.pt", out / "ckpt.pt")
-    assert "no state of adamw to resume" in refused("--resume")
+    assert "no state of adamw in run" in refused("--resume")
     os.truncate(out / "ckpt.pt", (out / "best.pt").stat().st_size // 2)
     assert "truncated" in refused("--resume")
 
