@@ -996,7 +996,7 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
         (["--grad_accum=3"], "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
         (["--device=abacus"], "device 'abacus' cannot be used here"),
         (["--block_size=257"], "windows of 257 tokens exceed max_position_embeddings, 256"),
-        (["--block_size=90000", "--max_position_embeddings=90000"], "no windows of 90001 tokens"),
+        (["--block_size=900000", "--max_position_embeddings=900000"], "no windows of 900001"),
         (["--long_block_size=48", "--long_start=0"], "micro-batches (processes x grad_accum) of"),
         (["--long_block_size=8"], "long_block_size is 8, less than the 16 trained before"),
         (["--vocab_size=1024"], "vocab_size is 1024"),
