@@ -474,7 +474,7 @@ class Run:
         # out because their gradient was not finite, all steps.
         self.sums = torch.zeros(6, device=machine.device, dtype=model.norm.weight.dtype)
         self.bad_in_a_row = torch.zeros((), device=machine.device)
-        self.signalled = self.stopped = False  # whether this process was, whether all know
+        self.signalled, self.stopped = 0.0, False  # when this process was, whether all know
         self.clock = time.perf_counter(), 0  # when the measured stretch began, and its tokens
 
     @property
@@ -576,14 +576,16 @@ class Run:
             )
 
     def on_signal(self, number, frame):
-        """Ctrl-C or pre-emption; torchrun repeats it at once."""
+        """Ctrl-C or pre-emption; torchrun repeats it at once, a second after it will not wait."""
+        if self.signalled and time.monotonic() > self.signalled + 1:
+            raise KeyboardInterrupt
         if not self.signalled and self.machine.rank == 0:
             os.write(2, b"\nstopping after this step, or this batch of the evaluation\n")
-        self.signalled = True
+        self.signalled = self.signalled or time.monotonic()
 
     def must_stop(self) -> bool:
         """Whether any process has got a signal: all learn it at once, and leave together."""
-        self.stopped = bool(self.machine.sum(torch.tensor(float(self.signalled))))  # on the CPU
+        self.stopped = bool(self.machine.sum(torch.tensor(float(self.signalled > 0))))  # on the CPU
         return self.stopped
 
 
