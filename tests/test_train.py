@@ -50,31 +50,17 @@ SHORT = (
 # Schedules that do not depend on the length of the run.
 CONSTANT = ("--warmup=0", "--decay_start=1", "--mtp_switch=1", "--gamma_stop=1")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TEXT = sysconfig.get_paths()["stdlib"] + "/a*.py"  # some 250 kB
 
 
 # ---- Tools ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory) -> Path:
-    """A folder with 200 kB of the standard library."""
-    folder, size = tmp_path_factory.mktemp("source") / "text", 0
-    folder.mkdir()
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-d]*.py")):
-        if size < 200_000:
-            size += path.stat().st_size
-            shutil.copyfile(path, folder / path.name)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def data(text, tmp_path_factory) -> Path:
-    return prepare_data.prepare(
-        prepare_data.DataConfig(
-            source=str(text), name="tiny", out=str(tmp_path_factory.mktemp("data")),
-            vocab_size=512, val_fraction=0.01,
-        )
-    )  # fmt: skip
+def data(tmp_path_factory) -> Path:
+    out = str(tmp_path_factory.mktemp("data"))
+    settings = dict(source=TEXT, name="tiny", out=out, vocab_size=512, val_fraction=0.01)
+    return prepare_data.prepare(prepare_data.DataConfig(**settings))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,20 +102,13 @@ def copy(folder: Path, out: str = "run") -> Path:
 
 
 @pytest.fixture
-def refused(capsys, monkeypatch):
-    """The one sentence with which the command fails, as its user sees it."""
+def refused(data):
+    """The sentence with which training is refused."""
 
-    def refused(*argv: str, code: int = 1) -> str:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-        with pytest.raises(SystemExit) as exit:
-            run_command(train.main)
-        error = capsys.readouterr().err
-        assert exit.value.code == code and "Traceback" not in error
-        progress = r"usage: train|model: |run: |step \d+|\w+ is now |the (run|schedule) "
-        lines = [line for line in error.splitlines() if not re.match(progress, line)]
-        assert len(lines) == 1 and error.splitlines()[-1] == lines[0], error
-        return lines[0]
+    def refused(*options: str) -> str:
+        with pytest.raises((ValueError, OSError)) as error:
+            train_in("run", data, *options)
+        return str(error.value)
 
     return refused
 
@@ -171,13 +150,13 @@ def start(data, server, tmp_path):
         argv = [TINY, f"--data={data}", f"--out={tmp_path / out}", *SHORT, *options]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            port = str(free.getsockname()[1])
+        shared = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         processes = []
         for rank in range(world):
+            environment = shared | {"RANK": str(rank)} if world > 1 else {}
             log = tmp_path / f"{out}.{rank}.log"
             log.write_text("")
-            ranks = dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
-            environment = ranks | {"MASTER_ADDR": "127.0.0.1"} if world > 1 else {}
             process = server.Process(target=command, args=(argv, str(log), environment, setup))
             process.log = log
             process.start()
@@ -234,20 +213,12 @@ def assert_same(a, b, tolerance: float = 0.0, path: str = ""):
         assert a == b, path
 
 
-def assert_same_run(a: Path, b: Path):
-    """All that a run has made, bit for bit."""
-    assert log_of(a) == log_of(b)
+def assert_same_run(a: Path, b: Path, tolerance: float = 0.0):
+    """All that two runs have made but their settings: the log and both checkpoints."""
+    assert_same(log_of(a), log_of(b), tolerance)
     for name in ("ckpt.pt", "best.pt"):
         x, y = load(a, name), load(b, name)
-        assert_same(x, y | {"train_config": x["train_config"]})
-
-
-def assert_equivalent(a: Path, b: Path, tolerance: float = 1e-9):
-    """The same loss curve, evaluations, weights, optimiser and biases but for rounding."""
-    assert_same(log_of(a), log_of(b), tolerance)
-    x, y = load(a), load(b)
-    for key in ("model", "optimizer", "step", "tokens", "evaluated"):
-        assert_same(x[key], y[key], tolerance)
+        assert_same(x, y | {"train_config": x["train_config"]}, tolerance)
 
 
 def keep_saves(monkeypatch) -> dict[int, dict]:
@@ -264,15 +235,15 @@ def keep_saves(monkeypatch) -> dict[int, dict]:
 
 
 def stop_at(step: int, monkeypatch, number: int = signal.SIGTERM):
-    """A signal as soon as the line of that step is in the log."""
-    log = train.Run.log
+    """A signal at the end of that step."""
+    log = train.Run.log_step
 
-    def log_and_stop(self, *line):
-        log(self, *line)
+    def log_and_stop(self, *values):
+        log(self, *values)
         if self.step == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(train.Run, "log", log_and_stop)
+    monkeypatch.setattr(train.Run, "log_step", log_and_stop)
 
 
 # ---- Schedules and data --------------------------------------------------------------------------
@@ -296,6 +267,7 @@ def test_batch_grows_in_equal_stages():
     points = {0: 4, 24: 4, 25: 8, 49: 8, 50: 12, 75: 16, 99: 16, 100: 16, 999: 16}
     assert {step: train.batch_at(config, step) for step in points} == points
     assert train.batch_at(replace(config, batch_start=0), 0) == 16
+    assert train.batch_at(replace(config, batch_start=3), 999) == 16
 
 
 def test_windows_come_from_seed_and_step_alone(data):
@@ -313,17 +285,8 @@ def test_windows_come_from_seed_and_step_alone(data):
 
 
 def test_every_token_comes_once_in_an_epoch():
-    class Positions:
-        def __len__(self):
-            return 1000
-
-        def windows(self, starts, n):
-            return starts[:, None] + np.arange(n)
-
-    data, config = (
-        SimpleNamespace(train=Positions()),
-        train.TrainConfig(batch_size=4, block_size=16),
-    )
+    data = SimpleNamespace(train=prepare_data.Tokens([np.arange(1000, dtype=np.uint16)]))
+    config = train.TrainConfig(batch_size=4, block_size=16)
     x = np.concatenate([train.train_windows(data, config, step) for step in range(31)])
     one, two = x[:, :-1].reshape(2, -1)  # 62 windows each, so the 16th step has both
     for epoch in (one, two):
@@ -404,54 +367,38 @@ def test_steps_equal_a_hand_written_training_loop(run, data, monkeypatch):
 def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(monkeypatch):
     monkeypatch.setattr(train, "multiplies_bf16", lambda device: True)  # as torch.optim.Muon does
     torch.manual_seed(0)
-    model = DeepSeekV3(
-        ModelConfig(
-            **train.split_configs(read_config_file(TINY, ModelConfig, train.TrainConfig))[0]
-        )
-    )
+    settings = read_config_file(TINY, ModelConfig, train.TrainConfig)
+    model = DeepSeekV3(ModelConfig(**train.split_configs(settings)[0]))
     config = train.TrainConfig(optimizer="muon", lr=0.01, adamw_lr=2.0, weight_decay=0.3)
-    optimizers, expected = train.make_optimizers(model, config), {}
+    optimizers, pairs = train.make_optimizers(model, config), []
     for name, p in model.named_parameters():
         copies = [torch.nn.Parameter(x.clone()) for x in (p if p.ndim == 3 else [p])]
         if p.ndim == 1 or re.search(r"embed_tokens|lm_head|gate\.weight", name):
-            decay = 0.3 if p.ndim > 1 else 0.0
-            reference = torch.optim.AdamW(copies, lr=0.02, betas=(0.9, 0.95), weight_decay=decay)
+            settings = dict(lr=0.02, betas=(0.9, 0.95), weight_decay=0.3 if p.ndim > 1 else 0.0)
+            reference = torch.optim.AdamW(copies, **settings)
         else:
-            reference = torch.optim.Muon(
-                copies, lr=0.01, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"
-            )
-        for _ in range(2):
+            settings = dict(lr=0.01, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+            reference = torch.optim.Muon(copies, **settings)
+        pairs.append((name, p, copies, reference))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = config.lr * group["lr_scale"]
+    for _ in range(2):
+        for _, p, copies, reference in pairs:
             p.grad = torch.randn_like(p)
-            expected.setdefault(name, []).append(p.grad)
             for copy, grad in zip(copies, p.grad if p.ndim == 3 else [p.grad], strict=True):
                 copy.grad = grad.clone()
             reference.step()
-        expected[name].append(torch.stack(copies).detach().view_as(p))
-    for i in range(2):
-        model.zero_grad(set_to_none=True)
-        for name, p in model.named_parameters():
-            p.grad = expected[name][i]
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * group["lr_scale"]
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), expected[name][2], msg=name, rtol=1e-5, atol=1e-7)
+    for name, p, copies, _ in pairs:
+        expected = torch.stack(copies).view_as(p)
+        torch.testing.assert_close(p, expected, msg=name, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("option", "tolerance"),
-    [
-        ("--grad_accum=2", 1e-10),
-        ("--grad_accum=4", 1e-10),
-        ("--recompute", 1e-10),
-        ("--deterministic", 0.0),
-    ],
-)
-def test_how_a_step_is_computed_changes_nothing(option, tolerance, run, shared):
+@pytest.mark.parametrize("option", ["--grad_accum=4", "--recompute", "--deterministic"])
+def test_how_a_step_is_computed_changes_nothing(option, run, shared):
     whole = shared()
-    assert_equivalent(whole, run(option), tolerance)
+    assert_same_run(whole, run(option), 0.0 if option == "--deterministic" else 1e-10)
     assert load(whole)["model"]["layers.1.mlp.gate.e_score_correction_bias"].abs().max() > 0
     assert not torch.are_deterministic_algorithms_enabled()  # in training only
 
@@ -469,13 +416,11 @@ def test_a_growing_batch_stays_compiled(run, monkeypatch):
 # ---- Resume --------------------------------------------------------------------------------------
 
 CASES = {
-    "float32": ["--dtype=float32"],
     "bfloat16": ["--dtype=bfloat16"],
     "batch ramp, accumulation, tied": [
         *("--dtype=float32", "--batch_start=2", "--batch_ramp=0.7", "--grad_accum=2"),
         *("--tie_word_embeddings", "--log_every=3"),
     ],
-    "float64": [],
     "muon": ["--dtype=float32", "--optimizer=muon"],
     "long": ["--dtype=float32", "--long_block_size=32", "--long_start=0.5", "--log_every=3"],
 }
@@ -487,13 +432,13 @@ if os.environ.get("COMPILE"):
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     options, run, shared, monkeypatch, capsys
 ):
-    step = 3 if "--log_every=3" not in options else 6
+    step = 3 if "--log_every=3" not in options else 5  # between two lines of the log
     with monkeypatch.context() as patch:
         stop_at(step, patch)
         run(*options)
     said = capsys.readouterr().err
     assert f"stopped at step {step}" in said and "--resume" in said
-    assert load("run")["step"] == step == log_of("run")[-1]["step"]
+    assert load("run")["step"] == step
     with open("run/log.jsonl", "a") as file:  # what came after the checkpoint, and half a line
         file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
     run(*options, "--resume")
@@ -503,44 +448,34 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
 
 def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(run, data, monkeypatch, capsys):
     """What the command line does not name stays, whatever the config file says by now."""
-    argv = ("my.py", f"--data={data}", "--out=run", *SHORT)
+    argv = ("my.py", f"--data={data}", "--out=run", *SHORT, *CONSTANT)
     Path("my.py").write_text(Path(TINY).read_text())
     with monkeypatch.context() as patch:
         stop_at(2, patch)
-        train.main([*argv, "--lr=0.01"])
-    Path("my.py").write_text(Path(TINY).read_text() + "weight_decay = 0.5\n")
-    capsys.readouterr()
-    train.main(["my.py", "--out=run", "--resume", "--steps=4", "--eval_batch=16"])
+        train.main([*argv, "--lr=0.01", "--weight_decay=0"])
+    before = load("run")["model"]["lm_head.weight"]
+    Path("my.py").write_text(Path(TINY).read_text() + "mtp_weight = 0.5\n")
+    options = ("--weight_decay=2", "--clip=1e-9", "--beta1=0", "--beta2=0", "--lr=0.5")
+    train.main(["my.py", "--out=run", "--resume", "--steps=3", *options])
     said = capsys.readouterr().err
     (line,) = (x for x in said.splitlines() if x.startswith("the run keeps its settings"))
-    assert "--lr=0.005" in line and "--weight_decay=0.5" in line and "--gamma" not in line
-    assert "steps is now 4 (was 8)" in said and "eval_batch is now 16 (was 32)" in said
-    train.main(["--out=run", "--resume", "--steps=5"])
+    assert "--mtp_weight=0.5" in line and "--gamma" not in line
+    assert "steps is now 3 (was 8)" in said and "lr is now 0.5 (was 0.01)" in said
     state = load("run")
-    settings = state["train_config"]
-    assert state["step"] == 5 and next(iter(state["model"].values())).dtype == torch.float64
-    assert (settings["batch_size"], settings["lr"], settings["weight_decay"]) == (4, 0.01, 0.1)
-
-
-def test_resume_may_change_optimiser_settings_and_says_so(run, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        stop_at(3, patch)
-        run(*CONSTANT, "--lr=0.001", "--weight_decay=0")
-    before = load("run")["model"]["lm_head.weight"]
-    options = ("--lr=0.5", "--weight_decay=2", "--beta1=0", "--clip=1e-9", "--beta2=0")
-    run(*CONSTANT, "--resume", "--steps=4", *options)
-    said = capsys.readouterr().err
-    assert "lr is now 0.5 (was 0.001)" in said and "weight_decay is now 2.0 (was 0.0)" in said
-    assert log_of("run")[-2]["lr"] == 0.5
+    settings, after = state["train_config"], state["model"]["lm_head.weight"]
+    assert log_of("run")[-2]["lr"] == 0.5 and after.dtype == torch.float64
+    assert (state["step"], settings["batch_size"], settings["mtp_weight"]) == (3, 4, 0.3)
     # lr * weight_decay = 1 wipes the weight out, and the clipped gradient is far below Adam's eps
-    after = load("run")["model"]["lm_head.weight"]
     assert after.abs().max() < 1e-2 < before.abs().max()
+    state["train_config"] = {"steps": 5}  # an older version's: what it lacks was the default
+    config = train.resumed(train.TrainConfig(adamw_lr=2.0), state, {}, {})
+    assert (config.steps, config.adamw_lr) == (5, 1.0)
 
 
 def test_a_finished_run_can_go_on_for_longer(run, shared, capsys):
     run(*CONSTANT, "--steps=4")
     before = Path("run/ckpt.pt").stat().st_mtime_ns
-    run(*CONSTANT, "--steps=4", "--resume")  # nothing left to do
+    run(*CONSTANT, "--steps=3", "--resume")  # nothing left to do
     assert Path("run/ckpt.pt").stat().st_mtime_ns == before
     run(*CONSTANT, "--resume")
     assert_same_run(shared(*CONSTANT), Path("run"))
@@ -551,27 +486,17 @@ def test_a_finished_run_can_go_on_for_longer(run, shared, capsys):
     assert "the schedule is stretched: the rate goes from 0.000946 back to 0.005" in said
 
 
-def test_another_network_or_tokenizer_is_refused_on_resume(shared, refused, data, text):
+def test_another_network_or_tokenizer_is_refused_on_resume(shared, refused):
     out = copy(shared("--steps=1"))
     before = (out / "ckpt.pt").read_bytes()
-    argv = (TINY, f"--data={data}", "--out=run", "--resume")
-    assert "hidden_size is 64 here, but 48 in run" in refused(*argv, "--hidden_size=64")
-    assert "optimizer is muon here, but adamw in run" in refused(*argv, "--optimizer=muon")
-    other = prepare_data.DataConfig(
-        source=str(text), name="other", vocab_size=512, val_fraction=0.4
-    )
-    prepare_data.prepare(other)
-    for options in (["--out=run", "--resume"], ["--out=new", "--init_from=run"]):
-        sentence = refused(TINY, "--data=other", "--block_size=16", *options)
+    assert "hidden_size is 64 here, but 48 in run" in refused("--resume", "--hidden_size=64")
+    assert "no state of muon in run" in refused("--resume", "--optimizer=muon")
+    other = dict(source=TEXT, name="other", vocab_size=512, val_fraction=0.4)
+    prepare_data.prepare(prepare_data.DataConfig(**other))
+    for options in (["--resume"], ["--out=new", "--init_from=run"]):
+        sentence = refused("--data=other", *options)
         assert "another tokenizer" in sentence and "--tokenizer=run" in sentence
     assert (out / "ckpt.pt").read_bytes() == before
-
-
-def test_weights_of_a_run_start_another(run, shared):
-    first = shared("--steps=4")
-    run("--steps=1", "--lr=0", "--gamma=0", f"--init_from={first}", out="second")
-    assert_same(load(first)["model"], load("second")["model"])
-    assert load("second")["step"] == 1 and log_of("second")[0]["tokens"] == 64
 
 
 def test_weights_of_a_hugging_face_directory_start_a_run(shared, data, capsys):
@@ -610,14 +535,6 @@ def test_the_last_part_of_a_run_extends_the_context(shared, data, capsys):
     assert last["val_bpb_long"] == pytest.approx(long, rel=1e-6) != pytest.approx(last["val_bpb"])
 
 
-def test_the_best_checkpoint_is_one_of_the_last_phase(run, monkeypatch):
-    give_losses(monkeypatch, 1.0, 2.0, 3.0)
-    run(*CASES["long"])
-    assert load("run", "best.pt")["step"] == 8
-    run("--resume", "--steps=12")
-    assert load("run", "best.pt")["step"] == 8
-
-
 def test_another_run_may_stretch_the_context_further(run, shared):
     first = shared(*CASES["long"])
     yarn = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16}
@@ -626,8 +543,11 @@ def test_another_run_may_stretch_the_context_further(run, shared):
     second = load("run")
     assert second["model_config"]["rope_scaling"] == yarn and second["trained_length"] == 64
     assert_same(load(first)["model"]["norm.weight"], second["model"]["norm.weight"])
-    with pytest.raises(ValueError, match="less than the 64 tokens that run is trained for"):
+    assert second["step"] == 1 and log_of("run")[0]["tokens"] == 4 * 64
+    with pytest.raises(ValueError, match="less than the 64 trained before"):
         run("--init_from=run", *CASES["long"], out="shrunk")
+    run("--resume", "--steps=2", "--max_position_embeddings=128")
+    assert load("run")["model_config"]["max_position_embeddings"] == 128
     model = load_model("run")[0]  # the factor counts from where the weights began
     decoder = ops.decoder(model)
     train.extend_context(model, train.TrainConfig(block_size=32, long_block_size=256))
@@ -638,21 +558,18 @@ def test_another_run_may_stretch_the_context_further(run, shared):
     assert model.config.rope_scaling["factor"] == 4
 
 
-def test_what_an_older_checkpoint_lacks_was_the_default():
-    old = {"train_config": {"steps": 5}, "model_config": {}, "step": 1}
-    config = train.TrainConfig(adamw_lr=2.0)
-    after = train.resumed(config, old, {}, {"adamw_lr": 2.0})
-    assert (after.steps, after.adamw_lr) == (5, 1.0)
+def test_a_line_has_the_means_since_the_last_one(shared):
+    steps = [line for line in log_of(shared()) if "loss" in line]
+    lines = [line for line in log_of(shared("--log_every=5")) if "loss" in line]
+    assert [line["step"] for line in lines] == [5, 8]
+    for line, since in zip(lines, (steps[:5], steps[5:]), strict=True):
+        for key in ("loss", "mtp_loss", "balance_loss", "max_vio"):
+            assert line[key] == pytest.approx(sum(x[key] for x in since) / len(since), rel=1e-12)
+        assert (line["lr"], line["grad_norm"]) == (since[-1]["lr"], since[-1]["grad_norm"])
 
 
 def test_json_gets_null_for_what_it_has_no_name_for():
-    assert train.without_nan([math.nan, 1.0, [-math.inf]]) == [None, 1.0, [None]]
-
-
-def test_context_keys_have_no_weights_and_may_change_on_resume(run, shared):
-    copy(shared("--steps=1"))
-    run("--resume", "--steps=2", "--block_size=300", "--max_position_embeddings=512")
-    assert load("run")["model_config"]["max_position_embeddings"] == 512
+    assert train.to_json({"x": [math.nan, 1.0, [-math.inf]]}) == '{"x": [null, 1.0, [null]]}'
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -660,9 +577,9 @@ def test_context_keys_have_no_weights_and_may_change_on_resume(run, shared):
 
 @pytest.fixture
 def trained(shared, data) -> tuple[DeepSeekV3, prepare_data.Dataset, train.TrainConfig]:
-    model, *_ = load_model(shared())
-    config = train.TrainConfig(block_size=16, eval_batch=32)
-    return model, prepare_data.load_dataset(data), config
+    model, dataset = load_model(shared())[0], prepare_data.load_dataset(data)
+    dataset.val = prepare_data.Tokens([dataset.val.arrays[0][:1000]])  # its last window is ragged
+    return model, dataset, train.TrainConfig(block_size=16, eval_batch=32)
 
 
 MACHINE = train.Machine(torch.device("cpu"), torch.float64)
@@ -676,7 +593,6 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
     for other in others:
         assert_same(result, other, 1e-12)
     tokens = torch.from_numpy(dataset.val.arrays[0].astype(np.int64))
-    assert (len(tokens) - 1) % 16, "the last window should be ragged"
     nats, mtp, mtp_count = 0.0, 0.0, 0
     counts, touched, visits = torch.zeros(3, 8), 0, 0
     model.eval()
@@ -696,8 +612,8 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
     n = len(tokens) - 1
     assert result["val_loss"] == pytest.approx(nats / n, rel=1e-12)
     assert result["val_mtp_loss"] == pytest.approx(mtp / mtp_count, rel=1e-12)
-    size = len((data / "val.bin").read_bytes()[1024:]) // 2
     meta = json.loads((data / "meta.json").read_text())
+    size = (data / "val.bin").stat().st_size // 2 - 512
     bits = nats / n / math.log(2) * size / meta["bytes"]["val"]
     assert result["val_bpb"] == pytest.approx(bits, rel=1e-6)
     vio = ((counts.amax(1) / counts.mean(1)) - 1).mean().item()
@@ -737,11 +653,6 @@ def test_evaluation_quantises_each_weight_once(trained, monkeypatch):
     assert counts[0] == counts[1] > 0
 
 
-def test_more_evaluations_do_not_change_the_run(run, shared):
-    run("--eval_every=1", "--save_every=1")
-    assert_same(load(shared())["model"], load("run")["model"])
-
-
 def give_losses(monkeypatch, *losses: float):
     """What the next evaluations find."""
     left = iter(losses)
@@ -778,6 +689,13 @@ def test_a_resumed_run_keeps_a_best_checkpoint_newer_than_its_own(run, monkeypat
     assert load("run", "best.pt")["step"] == 2 and load("run", "best.pt")["val_loss"] == 2.0
 
 
+def test_the_best_checkpoint_is_one_of_the_last_phase(run, monkeypatch):
+    give_losses(monkeypatch, 1.0, 2.0, 3.0)
+    run(*CASES["long"])
+    run("--resume", "--steps=12")
+    assert load("run", "best.pt")["step"] == 8
+
+
 def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(
     run, shared, monkeypatch, capfd
 ):
@@ -803,42 +721,17 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(
 # ---- Several processes ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def lonely(shared, tmp_path_factory) -> str:
-    """A run in whose checkpoint the first expert of every layer is never chosen."""
-    out = copy(shared("--steps=1"), tmp_path_factory.mktemp("lonely") / "run")
-    state = load(out)
-    for name, x in state["model"].items():
-        if name.endswith("correction_bias"):
-            x[0] = -1e6
-    train.save_atomically(state, out / "best.pt")
-    return f"--init_from={out}"
-
-
-def expect_shards():
-    make = train.make_optimizers
-
-    def make_optimizers(model, config):
-        assert all(p.to_local().numel() < p.numel() for p in model.parameters() if p.ndim > 1)
-        return make(model, config)
-
-    train.make_optimizers = make_optimizers
-
-
 @pytest.mark.parametrize(
     "parallel, accumulate, optimizer",
-    [*itertools.product(("ddp", "fsdp"), (1, 2), ("adamw",)), ("ddp", 1, "muon")],
+    [("ddp", 2, "adamw"), ("fsdp", 2, "adamw"), ("ddp", 1, "muon")],
 )
-def test_two_processes_equal_one(parallel, accumulate, optimizer, start, shared, lonely):
-    """Loss curve, evaluations, biases, weights and optimiser; with MTP and an unused expert."""
-    lonely = (lonely, f"--optimizer={optimizer}")
-    alone = shared(*lonely)
-    options = (f"--parallel={parallel}", f"--grad_accum={accumulate}", *lonely)
-    setup = expect_shards if parallel == "fsdp" else None
-    finish(start(*options, world=2, out="together", setup=setup))
-    assert_equivalent(alone, Path("together"))
-    bias = load("together")["model"]["layers.1.mlp.gate.e_score_correction_bias"]
-    assert bias[0] < -1e5 and bias[1:].abs().max() > 0
+def test_two_processes_equal_one(parallel, accumulate, optimizer, start, shared):
+    """Loss curve, evaluations, biases, weights and optimiser, with MTP. Of 64 experts a batch of 64
+    tokens leaves some without any, which must not disturb the averaging of gradients."""
+    options = ("--n_routed_experts=64", f"--optimizer={optimizer}")
+    parts = (f"--parallel={parallel}", f"--grad_accum={accumulate}")
+    finish(start(*options, *parts, world=2, out="together"))
+    assert_same_run(shared(*options), Path("together"), 1e-9)
     for name in ("best.pt", "ckpt.pt"):
         model, *_ = load_model(Path("together") / name)
         assert_same(dict(model.state_dict()), load("together", name)["model"])
@@ -846,23 +739,21 @@ def test_two_processes_equal_one(parallel, accumulate, optimizer, start, shared,
 
 def test_a_run_moves_between_one_process_ddp_and_fsdp(start, run, shared):
     run(*CONSTANT, "--steps=2", out="moved")
-    stages = (("ddp", 2, 4), ("fsdp", 2, 6), ("ddp", 1, 8), ("fsdp", 2, 10), ("ddp", 2, 12))
-    for parallel, world, steps in stages:
+    for parallel, steps in (("ddp", 4), ("fsdp", 6)):
         options = (f"--parallel={parallel}", f"--steps={steps}", "--resume")
-        if world == 1:
-            run(*CONSTANT, *options, out="moved")
-        else:
-            finish(start(*CONSTANT, *options, world=world, out="moved"))
-    moved, straight = load("moved"), load(shared(*CONSTANT, "--steps=12"))
+        finish(start(*CONSTANT, *options, world=2, out="moved"))
+    run("--resume", "--steps=8", out="moved")
+    moved, straight = load("moved"), load(shared(*CONSTANT))
     for key in ("model", "optimizer", "step", "tokens"):
         assert_same(moved[key], straight[key], 1e-9)
 
 
 def expect_no_whole_weight_kept():
-    """Autograd may keep activations of a forward pass, but no block's weight in bf16."""
+    """Weights are cut up, and of a forward pass autograd keeps none of a block's in bf16."""
     backward = train.backward
 
     def watched(model, *rest):
+        assert all(p.to_local().numel() < p.numel() for p in model.parameters() if p.ndim > 1)
         shapes = {tuple(sorted(p.shape)) for p in model.layers.parameters() if p.ndim > 1}
 
         def keep(x):
@@ -891,7 +782,7 @@ def raise_at_third_step():
     train.train_windows = fail
 
 
-@pytest.mark.parametrize(("parallel", "raises"), [("ddp", False), ("fsdp", False), ("ddp", True)])
+@pytest.mark.parametrize(("parallel", "raises"), [("fsdp", False), ("ddp", True)])
 def test_a_rank_that_dies_or_raises_ends_the_others_promptly(parallel, raises, start):
     setup = raise_at_third_step if raises else None
     ranks = start("--steps=5000", f"--parallel={parallel}", world=2, setup=setup)
@@ -899,8 +790,7 @@ def test_a_rank_that_dies_or_raises_ends_the_others_promptly(parallel, raises, s
         wait_for(lambda: "step 3/" in ranks[0].log.read_text())
         ranks[1].kill()
     said, culprit = finish(ranks, [1, 1 if raises else -signal.SIGKILL], seconds=20)
-    errors = [line for line in said.splitlines() if not re.match("model:|run:|step ", line)]
-    assert len(errors) == 1 and errors[0].startswith("error: rank 0 lost another process")
+    assert "Traceback" in said  # that of torch, of a lost connection; torchrun names the culprit
     assert culprit.strip() == ("error: this rank has had enough" if raises else "")
     load_checkpoint("run/ckpt.pt")
 
@@ -908,7 +798,7 @@ def test_a_rank_that_dies_or_raises_ends_the_others_promptly(parallel, raises, s
 def test_torchrun_trains_and_is_interrupted_and_resumed(data, shared):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     argv = [*torchrun, "--nproc_per_node=2", str(ROOT / "train.py"), TINY, f"--data={data}"]
-    argv += ["--out=run", *SHORT, "--steps=24"]
+    argv += ["--out=run", *SHORT, "--steps=12"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open("said", "wb") as file:
         process = subprocess.Popen(
@@ -924,29 +814,22 @@ def test_torchrun_trains_and_is_interrupted_and_resumed(data, shared):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert_equivalent(shared("--steps=24"), Path("run"))
+    assert_same_run(shared("--steps=12"), Path("run"), 1e-9)
 
 
 # ---- Unkillable ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("number", "world"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)]
-)
-def test_a_signal_saves_at_the_next_step_and_exits_with_0(number, world, start, shared):
-    """All ranks stop at the same step; here the last one gets the signal, twice as of torchrun."""
-    ranks = start("--steps=24", world=world)
+def test_a_signal_to_one_process_stops_all_at_the_same_step(start):
+    """The last one gets it, twice as of torchrun."""
+    ranks = start("--steps=5000", world=2)
     wait_for(lambda: "step 3/" in ranks[0].log.read_text())
     for _ in range(2):
-        os.kill(ranks[-1].pid, number)
+        os.kill(ranks[-1].pid, signal.SIGINT)
         time.sleep(0.01)
-    said, *others = finish(ranks, 0)
-    step = int(re.search(r"stopped at step (\d+); go on from \S+ckpt.pt with --resume", said)[1])
-    assert load("run")["step"] == step < 24 and "Traceback" not in said
-    assert not any("stopped" in other for other in others)
-    finish(start("--steps=24", "--resume", world=world))
-    same = assert_same_run if world == 1 else assert_equivalent
-    same(shared("--steps=24"), Path("run"))
+    said, other = finish(ranks, 0)
+    step = re.search(r"stopped at step (\d+); go on from \S+ckpt.pt with --resume", said)[1]
+    assert load("run")["step"] == int(step) and "Traceback" not in said and "stopped" not in other
 
 
 def test_sigkill_at_any_moment_loses_nothing(start, shared):
@@ -958,18 +841,17 @@ def test_sigkill_at_any_moment_loses_nothing(start, shared):
     options = ("--steps=20", "--save_every=1", "--eval_every=3", "--dtype=float32")
     straight, out = shared(*options), Path("run")
     killed = resumed = torn = 0
-    for _ in range(10 * kills):
+
+    def until(writing: bool, process):
+        wait_for(lambda: not process.is_alive() or any(out.glob("*.tmp")) == writing)
+
+    while killed < kills or out.exists():
         again = "--resume" if (out / "ckpt.pt").exists() else "--overwrite"
         resumed += again == "--resume"
         (process,) = start(*options, again)
-
-        def until(writing: bool, process=process):
-            wait_for(lambda: not process.is_alive() or any(out.glob("*.tmp")) == writing)
-
         if killed < kills and killed % 2:
-            for _ in range(chance.randint(1, 6)):  # the so-manyth write that is seen
-                until(writing=False)
-                until(writing=True)
+            for writing in (False, True) * chance.randint(1, 6):  # the so-manyth write that is seen
+                until(writing, process)
             process.kill()
         elif killed < kills:
             process.join(chance.uniform(0.05, 1.0))
@@ -982,10 +864,8 @@ def test_sigkill_at_any_moment_loses_nothing(start, shared):
             load_model(out / "ckpt.pt")
         if process.exitcode == 0:  # done before it could be killed, or all kills are survived
             assert_same_run(straight, out)
-            if killed == kills:
-                break
             shutil.rmtree(out)
-    assert killed == kills and resumed > kills / 2 and torn
+    assert resumed > kills / 2 and torn
 
 
 def limit_files_to_60_kb():
@@ -1004,26 +884,21 @@ def test_a_full_disk_leaves_the_old_checkpoint(start, shared):
     assert not list(Path("run").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("out", ["file/run", "/proc/run"])
-def test_an_output_that_cannot_be_written_is_one_sentence(out, data, refused):
+def test_an_output_that_cannot_be_written_is_one_sentence(refused):
     Path("file").write_text("in the way")
-    sentence = refused(TINY, f"--data={data}", *SHORT, f"--out={out}")
-    assert sentence.startswith("error: ") and out.split("/")[-1] in sentence
+    assert "file/run" in refused("--out=file/run")
 
 
-def test_a_diverging_run_stops_and_keeps_its_checkpoint(run, refused, data):
+def test_a_diverging_run_stops_and_keeps_its_checkpoint(run, refused):
     run(*CONSTANT, "--dtype=float32", "--steps=4")
     before = Path("run/best.pt").read_bytes()
-    argv = (TINY, f"--data={data}", "--out=run", *SHORT, "--dtype=float32", "--steps=40")
-    sentence = refused(*argv, "--resume", "--lr=1e30", "--save_every=1", "--eval_every=6")
-    found = re.match(r"error: loss \S+ and gradient norm \S+ at step (\d+), 5 steps", sentence)
-    assert found, sentence
-    assert "last good checkpoint in run is kept" in sentence
+    options = ("--dtype=float32", "--steps=40", "--lr=1e30", "--save_every=1", "--eval_every=6")
+    sentence = refused("--resume", *options)
+    found = re.match(r"5 gradients up to step (\d+) are not finite", sentence)
     state = load_checkpoint("run/ckpt.pt")
     assert state["step"] == int(found[1]) - 5
     assert all(x.isfinite().all() for x in state["model"].values())
-    assert Path("run/best.pt").read_bytes() == before
-    assert load_model("run")
+    assert Path("run/best.pt").read_bytes() == before and load_model("run")
 
 
 def poison_third_gradient():
@@ -1040,12 +915,10 @@ def poison_third_gradient():
     torch.nn.utils.clip_grad_norm_ = poisoned
 
 
-@pytest.mark.parametrize("parallel", ["", "ddp", "fsdp"])
-def test_one_bad_gradient_is_skipped_and_the_run_goes_on(parallel, start):
-    options = ("--eval_every=8", "--save_every=8", "--log_every=2")
-    options += (f"--parallel={parallel or 'ddp'}",)
-    said, *_ = finish(start(*options, world=2 if parallel else 1, setup=poison_third_gradient))
-    assert "step 4: 1 skipped since the last line" in said
+def test_one_bad_gradient_is_skipped_by_all_processes_and_the_run_goes_on(start):
+    options = ("--parallel=fsdp", "--eval_every=8", "--save_every=8", "--log_every=2")
+    said, *_ = finish(start(*options, world=2, setup=poison_third_gradient))
+    assert re.search("step 4/8: .*, 1 skipped: gradient not finite", said)
     state = load("run")
     assert state["step"] == 8 and state["optimizer"]["norm.weight"]["step"] == 7
     assert all(x.isfinite().all() for x in state["model"].values())
@@ -1074,7 +947,7 @@ def test_a_bad_step_changes_neither_weights_nor_biases(optimizer, run, monkeypat
 def test_a_run_that_ends_in_bad_steps_has_failed(run, monkeypatch):
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, c: clip(p, c) * math.nan)
-    with pytest.raises(ValueError, match="at step 3, 3 steps in a row"):
+    with pytest.raises(ValueError, match="3 gradients up to step 3"):
         run("--steps=3", "--log_every=8")
     assert load("run")["step"] == 0
 
@@ -1082,30 +955,26 @@ def test_a_run_that_ends_in_bad_steps_has_failed(run, monkeypatch):
 # ---- Bad input -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv", [["--out=run"], ["--resume"], ["--init_from=x"]])
-def test_no_configuration_is_a_usage_error(argv, refused):
-    assert "name a config file" in refused(*argv, code=2)
-    assert "unknown key batchsize; did you mean batch_size?" in refused("--batchsize=4", code=2)
-    assert "dtype is 'float8', expected auto or" in refused(TINY, "--dtype=float8", code=2)
+@pytest.mark.parametrize("argv", [["--out=run"], ["--resume"], ["--batchsize=4"]])
+def test_no_configuration_is_a_usage_error(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.main(argv)
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and ("name a config file" in said or "mean batch_size?" in said)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--steps=0"], "steps is 0, but must be at least 1"),
-        (["--batch_size=0"], "batch_size is 0, but must be at least 1"),
-        (
-            ["--batch_size=10", "--batch_start=4"],
-            "batch_size 10 must be a multiple of 4",
-        ),
-        (["--grad_accum=3"], "the first batch, 4, must be a multiple of processes x grad_accum, 3"),
+        (["--grad_accum=3"], "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
         (["--device=abacus"], "device 'abacus' cannot be used here"),
-        (["--block_size=257"], "windows of 257 tokens exceed max_position_embeddings 256"),
-        (["--block_size=90000", "--max_position_embeddings=90000"], "no windows of 90001 tokens"),
-        (["--long_block_size=48"], "the step's 64 tokens a multiple of it"),
-        (["--long_block_size=32", "--long_start=1"], "must leave steps of 8 to long windows"),
+        (["--block_size=257"], "windows of 257 tokens exceed max_position_embeddings, 256"),
+        (["--block_size=900000", "--max_position_embeddings=900000"], "no windows of 900001"),
+        (["--long_block_size=48", "--long_start=0"], "micro-batches (processes x grad_accum) of"),
+        (["--long_block_size=8"], "long_block_size is 8, less than the 16 trained before"),
         (["--vocab_size=1024"], "vocab_size is 1024"),
-        (["--vocab_size=511"], "prepare the data again with --vocab_size=511"),
+        (["--vocab_size=511"], "vocab_size is 511, but"),
         (["--n_group=3"], "n_routed_experts 8 is not a multiple of n_group 3"),
         (["--data=nowhere"], "make it with: python prepare_data.py SOURCE --name=nowhere"),
         (["--resume"], "no checkpoint at run"),
@@ -1114,35 +983,32 @@ def test_no_configuration_is_a_usage_error(argv, refused):
         (["--optimizer=muon", "--parallel=fsdp"], "muon needs whole matrices"),
     ],
 )
-def test_refusals_are_one_sentence(options, words, refused, data):
-    assert words in refused(TINY, f"--data={data}", "--out=run", *SHORT, *options)
+def test_refusals_are_one_sentence(options, words, refused):
+    assert words in refused(*options)
     assert not Path("run").exists()
 
 
-def test_an_existing_run_is_refused_and_kept(run, shared, refused, data):
+def test_an_existing_run_is_refused_and_kept(run, shared, refused):
     copy(shared("--steps=1"))
-    argv, before = (TINY, f"--data={data}", "--out=run", *SHORT), Path("run/ckpt.pt").read_bytes()
+    before = Path("run/ckpt.pt").read_bytes()
     for name in ("log.jsonl", "best.pt"):  # any of its files makes a run
-        sentence = refused(*argv)
-        assert "run holds a run already" in sentence
-        assert "--resume" in sentence and "--overwrite" in sentence
+        assert "run holds a run: give --resume, --overwrite" in refused()
         Path("run", name).unlink()
-    assert "no data in" in refused(*argv, "--overwrite", "--data=nowhere")
+    assert "no data in" in refused("--overwrite", "--data=nowhere")
     assert Path("run/ckpt.pt").read_bytes() == before
-    for name in ("plot.png", "events.out.tfevents.1", "photo.png"):
+    for name in ("plot.png", "photo.png"):
         Path("run", name).touch()
     run("--steps=2", "--overwrite")
-    assert Path("run/photo.png").exists() and not list(Path("run").glob("[ep]*[1t].*[1g]"))
+    assert Path("run/photo.png").exists() and not Path("run/plot.png").exists()
     assert [x["step"] for x in log_of("run")] == [1, 2, 2]
 
 
 def test_a_checkpoint_without_an_optimiser_or_cut_short_is_refused(shared, refused):
     out = copy(shared("--steps=1"))
     shutil.copyfile(out / "best.pt", out / "ckpt.pt")
-    assert "no optimiser state to resume" in refused("--out=run", "--resume")
-    half = (out / "best.pt").stat().st_size // 2
-    os.truncate(out / "ckpt.pt", half)
-    assert "truncated" in refused("--out=run", "--resume")
+    assert "no state of adamw in run" in refused("--resume")
+    os.truncate(out / "ckpt.pt", (out / "best.pt").stat().st_size // 2)
+    assert "truncated" in refused("--resume")
 
 
 # ---- The network of a run ------------------------------------------------------------------------
@@ -1151,12 +1017,9 @@ def test_a_checkpoint_without_an_optimiser_or_cut_short_is_refused(shared, refus
 @pytest.mark.parametrize(("name", "world"), [("base_1b", 1), ("base_1b_8gpu", 8)])
 def test_configurations_for_h100s_hold_what_they_promise(name, world):
     """Sizes, divisibility and data; no GPU has run them."""
-    (values, settings), (first, _) = (
-        train.split_configs(
-            read_config_file(str(ROOT / f"config/{x}.py"), ModelConfig, train.TrainConfig)
-        )
-        for x in (name, "base_1b")
-    )
+    files = (str(ROOT / f"config/{x}.py") for x in (name, "base_1b"))
+    both = [read_config_file(x, ModelConfig, train.TrainConfig) for x in files]
+    (values, settings), (first, _) = map(train.split_configs, both)
     assert values == first  # one network for both
     config = train.TrainConfig(**settings)
     with torch.device("meta"):
@@ -1177,26 +1040,21 @@ def test_configurations_for_h100s_hold_what_they_promise(name, world):
 # ---- As a user would -----------------------------------------------------------------------------
 
 
-def test_from_text_to_text_on_the_command_line(text):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def test_from_text_to_text_on_the_command_line():
+    options = dict(capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    options["env"] = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def user(script: str, *argv: str) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *argv],
-            capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        done = subprocess.run([sys.executable, str(ROOT / script), *argv], **options)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr and "Warning" not in done.stderr
         assert "\r" not in done.stderr, "no progress bars in a file"
         return done
 
-    user("prepare_data.py", str(text), "--name=tiny", "--vocab_size=512")
+    user("prepare_data.py", TEXT, "--name=tiny", "--vocab_size=512")
     done = user("train.py", TINY, "--steps=40", "--block_size=32", "--log_every=2")
-    assert (
-        "M parameters" in done.stderr
-        and "bits/byte" in done.stderr
-        and "python sample.py out/tiny" in done.stderr
-    )
+    for words in ("M parameters", "bits/byte", "python sample.py out/tiny"):
+        assert words in done.stderr
     tokens = prepare_data.load_dataset("data/tiny").val.arrays[0][1:9].tolist()
     prompt = prepare_data.load_tokenizer("out/tiny").decode(tokens).strip()
     assert done.stdout.startswith(prompt)
