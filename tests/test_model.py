@@ -63,6 +63,8 @@ VARIANTS = {
     "two_mtp_modules": dict(num_nextn_predict_layers=2),
     "wide_values": dict(v_head_dim=13),
 }
+OF_ATTENTION = ["base", "no_query_latent", "yarn", "half_split_rope", "attention_bias"]
+OF_ATTENTION += ["two_mtp_modules", "wide_values"]
 
 
 @pytest.fixture(params=[True, False], ids=["twins", "plain"])
@@ -126,6 +128,11 @@ def referenced(variant):
     return model, tokens, np.stack(logits), [np.stack(x) for x in zip(*mtp, strict=True)]
 
 
+def in_bf16(function, *args):
+    with torch.autocast("cpu", torch.bfloat16):
+        return function(*args)
+
+
 def value_and_gradients(function, args, leaves):
     y = function(*args)
     direction = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
@@ -147,45 +154,30 @@ def test_logits_and_mtp_logits_equal_the_reference(variant):
     close(model(tokens).detach(), logits)  # twins may differ where gradients are wanted
 
 
-@both_ways
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", OF_ATTENTION)
 @torch.no_grad()
 def test_tokens_in_chunks_through_caches_equal_the_reference(variant):
     """Absorbed attention at every position, in the main model and in the MTP modules."""
     model, tokens, logits, mtp = referenced(variant)
-    for batch, chunks in ((2, [3, 1, 3]), (1, [1] * 7)):
-        caches, start = [Cache(model.config, 3, batch, 7, model.norm.weight) for _ in range(3)], 0
-        for n in chunks:
-            h = model.trunk(tokens[:batch, start : start + n], caches[-1])
-            close(model.logits(h), logits[:batch, start : start + n])
-            for k, expected in enumerate(mtp):
-                later = tokens[:batch, start + k + 1 : start + n + k + 1]
-                h = model.predict_next(k, h, later, caches[k])
-                close(model.logits(h), expected[:batch, start : start + n])
-            start += n
+    caches, start = [Cache(model.config, 3, 2, 7, model.norm.weight) for _ in range(3)], 0
+    for n in (1, 3, 1, 2):
+        h = model.trunk(tokens[:, start : start + n], caches[-1])
+        close(model.logits(h), logits[:, start : start + n])
+        for k, expected in enumerate(mtp):
+            later = tokens[:, start + k + 1 : start + n + k + 1]
+            h = model.predict_next(k, h, later, caches[k])
+            close(model.logits(h), expected[:, start : start + n])
+        start += n
 
 
 @both_ways
 @torch.no_grad()
-def test_a_token_changes_the_outputs_that_may_depend_on_it_and_no_others():
-    """Main logits at i depend on tokens <= i; row i of mtp_k on tokens <= i + k, and on that one.
-
-    Row j of the batch has token j changed.
-    """
-    model, T = tiny(num_nextn_predict_layers=2), 10
-    tokens = tokens_of(model, 1, T)
-    changed = (tokens + torch.eye(T, dtype=torch.long)) % 31
-    logits, mtp = model(tokens, return_mtp=True)
-    changed_logits, changed_mtp = model(changed, return_mtp=True)
-    pairs = zip([logits, *mtp], [changed_logits, *changed_mtp], strict=True)
-    for k, (before, after) in enumerate(pairs):
-        moved, newest = (after - before).abs().amax(-1), torch.arange(T - k) + k  # (T, T - k)
-        changed_token = torch.arange(T)[:, None]
-        assert moved[changed_token > newest].max() < ATOL
-        assert moved[changed_token == newest].min() > 1e-3
-    for n in (1, 2):  # too short for all modules
+def test_no_output_depends_on_later_tokens_and_short_texts_leave_modules_out():
+    model, tokens, logits, mtp = referenced("two_mtp_modules")
+    for n in (1, 2, 5):
         short, short_mtp = model(tokens[:, :n], return_mtp=True)
-        all_close([short, *short_mtp], [logits[:, :n], mtp[0][:, :1]][:n])
+        close(short, logits[:, :n])
+        all_close(short_mtp, [x[:, : n - k] for k, x in enumerate(mtp, 1) if n > k])
 
 
 # ---- Positions and cache -------------------------------------------------------------------------
@@ -284,8 +276,7 @@ def test_model_made_on_the_meta_device_materialises_whole():
 def test_gate_computes_in_float32_under_autocast_and_in_a_bf16_model():
     gate, x = tiny(torch.float32).gates()[0], torch.randn(2, 5, 16)
     expected = gate(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        all_close(gate(x), expected, atol=0)
+    all_close(in_bf16(gate, x), expected, atol=0)
     gate.bfloat16()
     s, _, weight = gate(x.bfloat16())
     assert s.dtype == weight.dtype == torch.float32
@@ -348,20 +339,6 @@ def test_recomputing_activations_changes_neither_gradients_nor_counts():
     assert calls == [False, True, True]  # it did recompute: the gate ran again in backward
     assert not any("routing" in vars(gate) for gate in model.gates())  # it would hold the graph
     all_close(*results)
-
-
-@torch.no_grad()
-def test_repeated_updates_bring_a_skewed_router_into_balance():
-    """MaxVio = max load / mean load - 1 starts near its largest value, E / K - 1."""
-    sizes = dict(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
-    model = tiny(n_group=1, topk_group=1, **sizes).train()
-    model.gates()[0].e_score_correction_bias[:] = torch.tensor([2, 2, 2, 0, 0, 0, 0, 0])
-    tokens, history = tokens_of(model, 8, 32), []
-    for step in range(100):
-        model(tokens, tokens)
-        history.append((model.expert_counts.max() / model.expert_counts.float().mean() - 1).item())
-        model.update_bias(0.05 if step < 70 else 0.005)
-    assert history[0] > 1.6 and history[-1] < 0.25, history
 
 
 # ---- Losses --------------------------------------------------------------------------------------
@@ -427,10 +404,11 @@ def test_every_parameters_gradient_equals_finite_differences(monkeypatch):
     for (name, p), *both in zip(model.named_parameters(), *gradients, strict=True):
         direction, ends = torch.randn_like(p) / p.numel() ** 0.5, []
         with torch.no_grad():
-            for step in (d, -2 * d, d):  # there, to the other side, and back
+            for step in (d, -2 * d):
+                p += step * direction
                 ends.append(sum(model(tokens, targets)))
-                p.add_(step * direction)
-        slope = (ends[1] - ends[2]) / (2 * d)
+            p += d * direction
+        slope = (ends[0] - ends[1]) / (2 * d)
         for gradient in both:
             assert abs((gradient * direction).sum() - slope) < 1e-6 * max(1, abs(slope)), name
 
@@ -491,8 +469,7 @@ def test_grouped_products_equal_the_loop(width):
 
 def test_padding_repeats_the_experts_last_row():
     """What FP8 scales and weight gradients see of the padding is a row that is there anyway."""
-    with torch.autocast("cpu", torch.bfloat16):
-        rows, slots, counts = ops.sort_by_expert(CHOSEN, 6)
+    rows, slots, counts = in_bf16(ops.sort_by_expert, CHOSEN, 6)
     assert counts.tolist() == [64, 0, 64, 0, 0, 64]
     for e, part in zip((0, 2, 5), rows.split(64), strict=True):
         tokens = [t for t, experts in enumerate(CHOSEN.tolist()) if e in experts]
@@ -521,8 +498,7 @@ def test_experts_equal_the_reference_and_drop_no_token(tokens, favour):
     # Three bf16 roundings in a row: about 1 % of the norm; a row gone astray would be 100 %.
     moe.float()
     x = x.detach().float().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        low = value_and_gradients(moe, (x[None],), [x, *moe.parameters()])
+    low = in_bf16(value_and_gradients, moe, (x[None],), [x, *moe.parameters()])
     for a, b in zip(low[1:], exact[1:], strict=True):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
     deviation = (low[0] - exact[0]).norm(dim=-1)
@@ -539,8 +515,7 @@ def test_rms_norm_computes_in_float32_and_rounds_before_its_weight():
     y = x.double()
     y = (y / (y.square().mean(-1, keepdim=True) + 1e-3).sqrt()).bfloat16()
     assert torch.equal(norm(x), norm.weight * y)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert RMSNorm(64, 1e-3)(torch.randn(4, 64)).dtype == torch.bfloat16
+    assert in_bf16(RMSNorm(64, 1e-3), torch.randn(4, 64)).dtype == torch.bfloat16
 
 
 @both_ways
@@ -549,14 +524,13 @@ def test_model_under_bf16_autocast_is_close_and_its_results_are_float32():
     model = calm().train()
     tokens = tokens_of(model, 2, 8)
     exact, exact_losses = model(tokens).detach(), torch.stack(model(tokens, tokens))
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = torch.stack(model(tokens, tokens))
+    losses = torch.stack(in_bf16(model, tokens, tokens))
+    for like in (exact, exact.bfloat16()):
+        cache = Cache(model.config, 3, 2, 8, like)
         with torch.no_grad():
-            for like in (exact, exact.bfloat16()):
-                cache = Cache(model.config, 3, 2, 8, like)
-                logits = cached_logits(model, tokens, [3, 1, 4], cache)
-                assert logits.dtype == torch.float32
-                assert (logits - exact).norm() < 0.05 * exact.norm()
+            logits = in_bf16(cached_logits, model, tokens, [3, 1, 4], cache)
+        assert logits.dtype == torch.float32
+        assert (logits - exact).norm() < 0.05 * exact.norm()
     losses.sum().backward()
     torch.testing.assert_close(losses, exact_losses, rtol=0.05, atol=0)
     assert {p.grad.dtype for p in model.parameters()} == {losses.dtype} == {torch.float32}
@@ -571,10 +545,9 @@ def test_attention_in_bf16_is_close_for_short_and_long_windows(enabled, short, m
     monkeypatch.setattr(ops, "SHORT", short)
     mla = tiny(torch.float32).layers[0].self_attn
     h, rope = torch.randn(2, 11, 16), plain.rope_table(mla.config, torch.arange(11), torch.float32)
-    exact = value_and_gradients(mla, (h, rope), list(mla.parameters()))
-    with torch.autocast("cpu", torch.bfloat16):
-        low = value_and_gradients(mla, (h, rope), list(mla.parameters()))
-    low, exact = (torch.cat([x.flatten() for x in results]) for results in (low, exact))
+    args = mla, (h, rope), list(mla.parameters())
+    results = in_bf16(value_and_gradients, *args), value_and_gradients(*args)
+    low, exact = (torch.cat([x.flatten() for x in result]) for result in results)
     assert (low - exact).norm() < 0.02 * exact.norm()
 
 
@@ -583,12 +556,10 @@ def test_head_loss_under_autocast_is_close_and_its_weight_gradient_is_float32():
     """bf16 keeps 8 bits: 0.4 % per product, and less in a mean over 200 rows."""
     model = tiny(torch.float32)
     h, w = torch.randn(200, 16, requires_grad=True), model.lm_head.weight
-    args = h, w, tokens_of(model, 200)
-    exact = value_and_gradients(plain.head_loss, args, (h, w))
-    with torch.autocast("cpu", torch.bfloat16):
-        low = value_and_gradients(plain.head_loss, args, (h, w))
+    args = plain.head_loss, (h, w, targets := tokens_of(model, 200)), (h, w)
+    low, exact = in_bf16(value_and_gradients, *args), value_and_gradients(*args)
     z = h.bfloat16() @ w.bfloat16().T  # from here on all is float32
-    close(low[0], F.cross_entropy(z.float(), args[2]).detach(), atol=1e-5)
+    close(low[0], F.cross_entropy(z.float(), targets).detach(), atol=1e-5)
     for a, b, error in zip(low, exact, (0.01, 0.02, 0.02), strict=True):
         assert a.dtype == torch.float32 and (a - b).norm() < error * b.norm()
 
@@ -612,11 +583,7 @@ def test_initial_matrices_have_the_stated_std_norms_are_one_and_biases_zero():
 
 
 def test_parameter_counts():
-    """Those of DeepSeek-V3, and by hand what changes them, in three blocks and the MTP module's."""
-    with torch.device("meta"):
-        v3 = DeepSeekV3(ModelConfig()).parameter_counts()
-    assert v3 == {"total": 671_026_419_200, "active": 37_552_297_472, "mtp": 11_610_068_224}
-    assert ModelConfig().cache_numbers() == (35_136, 61 * 128 * (128 + 128))
+    """By hand what changes them, in three blocks and the MTP module's (V3's: test_bench.py)."""
 
     def counts(**changes):
         return np.array([*DeepSeekV3(ModelConfig(**(TINY | changes))).parameter_counts().values()])
@@ -680,8 +647,7 @@ def test_fp8_is_close_to_full_precision_and_padding_does_not_change_it(monkeypat
     tokens = tokens_of(model, 2, 8)
 
     def logits_losses_gradients():
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, losses = model(tokens).detach(), model(tokens, tokens)
+        logits, losses = in_bf16(model, tokens).detach(), in_bf16(model, tokens, tokens)
         return [logits, *losses, *torch.autograd.grad(sum(losses), list(model.parameters()))]
 
     def errors(results, expected):
