@@ -571,6 +571,8 @@ def test_parameter_counts():
     def counts(**changes):
         return np.array([*DeepSeekV3(ModelConfig(**(TINY | changes))).parameter_counts().values()])
 
+    total, active, _ = counts()
+    assert total - active == 2 * (8 - 3) * 3 * 16 * 9  # the experts that a token does not visit
     biases, embedding = 10 + (7 + 8) + 16, 31 * 16  # of q_a_proj, kv_a_proj_with_mqa and o_proj
     assert [*counts(attention_bias=True) - counts()] == [3 * biases, 3 * biases, biases]
     assert [*counts() - counts(tie_word_embeddings=True)] == [embedding, embedding, 0]
