@@ -26,29 +26,25 @@ import drafts
 import sample
 from config import read_config_file
 from model import ModelConfig, balance_loss
-from train import TrainConfig, lr_at
+from train import TrainConfig, lr_at, split_configs
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
+TINY, _ = split_configs(read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, TrainConfig))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
-LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 LINES = re.compile(r"\[([^\]]*)\]\(([^)\s#]+\.py)#L(\d+)(?:-L(\d+))?\)")
 
 
 @functools.cache
 def definitions(file: Path) -> dict[str, tuple[int, int]]:
-    """First and last line of everything a file defines, a method as Class.method and method."""
+    """First and last line of everything a file defines: NAME, Class.method."""
     found = {}
-
-    def visit(body: list[ast.stmt], prefix: str):
-        for node in body:
+    for outer in ast.parse(file.read_text(encoding="utf-8")).body:
+        for node in (outer, *getattr(outer, "body", ())):
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
-                for name in (prefix + node.name, node.name):
-                    found.setdefault(name, (node.lineno, node.end_lineno))
-            if isinstance(node, ast.ClassDef):
-                visit(node.body, node.name + ".")
-
-    visit(ast.parse(file.read_text(encoding="utf-8")).body, "")
+                name = node.name if node is outer else f"{outer.name}.{node.name}"
+                found[name] = node.lineno, node.end_lineno
     return found
 
 
@@ -58,8 +54,8 @@ def with_lines(document: Path) -> str:
     def right(link: re.Match) -> str:
         label, file, _, last = link.groups()
         name = re.search(r"`([\w.]+)`$", label)[1]  # the last word of the label
-        lines = definitions(document.parent / file)[name]
-        return f"[{label}]({file}#L{lines[0]}" + f"-L{lines[1]})" * bool(last) + ")" * (not last)
+        begin, end = definitions(document.parent / file)[name]
+        return f"[{label}]({file}#L{begin}{f'-L{end}' if last else ''})"
 
     return LINES.sub(right, document.read_text(encoding="utf-8"))
 
@@ -67,9 +63,7 @@ def with_lines(document: Path) -> str:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document):
     text = document.read_text(encoding="utf-8")
-    for _, target in LINK.findall(re.sub(r"(?s)```.*?```", "", text)):
-        if target.startswith(("https://", "http://")):
-            continue
+    for target in LINK.findall(re.sub(r"(?s)```.*?```", "", text)):
         path, _, fragment = unquote(target).partition("#")
         file = document.parent / path if path else document
         assert file.exists(), target
@@ -107,7 +101,7 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     """The lines of the first screen, on a model made of random numbers."""
     block = re.search(r"(?s)```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"))
     torch.manual_seed(0)
-    model = sample.DeepSeekV3(ModelConfig(**tiny()))
+    model = sample.DeepSeekV3(ModelConfig(**TINY))
     tokenizer = type("", (), {"encode": lambda text: [1, 2, 3], "decode": str, "eos": [0]})
     monkeypatch.setattr("huggingface.load_model", lambda run: (model.eval(), tokenizer, tmp_path))
     exec(block[1], names := {})
@@ -127,7 +121,7 @@ def test_pictures_have_text_to_select(svg):
 
 
 def test_picture_of_drafts(tmp_path, monkeypatch):
-    model = sample.DeepSeekV3(ModelConfig(**tiny())).eval()
+    model = sample.DeepSeekV3(ModelConfig(**TINY)).eval()
     tokenizer = type("", (), dict(encode=lambda text: [1, 2], to_bytes=lambda i: b"\n\t<"))
     monkeypatch.setattr(drafts, "load_model", lambda *_: (model, tokenizer, tmp_path))
     # Greedy text of a model that loves one token, so that all drafts stay.
@@ -141,12 +135,6 @@ def test_picture_of_drafts(tmp_path, monkeypatch):
 
 
 # ---- The worked changes --------------------------------------------------------------------------
-
-
-def tiny() -> dict:
-    values = read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, TrainConfig)
-    return {k: v for k, v in values.items() if k in ModelConfig.__dataclass_fields__}
-
 
 HACKING = (ROOT / "docs/HACKING.md").read_text(encoding="utf-8")
 CHANGES = re.findall(r"(?s)\n## \d\. ([^\n]*)\n.*?```diff\n(.*?)```", HACKING)
@@ -194,7 +182,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     if "model.py" in modules:
         new = modules["model.py"]
-        model = new.DeepSeekV3(new.ModelConfig(**tiny() | {"initializer_range": 0.1}))
+        model = new.DeepSeekV3(new.ModelConfig(**TINY | {"initializer_range": 0.1}))
         learns_and_writes(model, new.Cache, monkeypatch)
         assert ("does not follow this model" in capsys.readouterr().err) == ("attention" in title)
     if "gate" in title:
