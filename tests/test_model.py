@@ -588,9 +588,9 @@ def test_parameter_counts():
         (dict(num_experts_per_tok=5), "num_experts_per_tok 5"),
         (dict(n_group=8, topk_group=8), "n_group 8"),
         (dict(rope_scaling={"type": "linear", "factor": 2}), "linear"),
-        (dict(rope_scaling=YARN | {"beta": 1}), "beta"),
-        (dict(rope_scaling=YARN | {"factor": "8"}), "factor"),
-        (dict(rope_scaling={"type": "yarn", "beta_fast": 32}), "factor"),
+        (dict(rope_scaling=YARN | {"beta": 1}), "'beta'"),
+        (dict(rope_scaling=YARN | {"factor": "8"}), "'factor'"),
+        (dict(rope_scaling={"type": "yarn", "beta_fast": 32}), "'factor'"),
         (dict(hidden_size=16.5), "hidden_size is 16.5"),
     ],
 )
