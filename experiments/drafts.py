@@ -54,16 +54,14 @@ def main(argv: list[str]):
     ckpt, values = parse_args(__doc__, argv, DraftsOptions, positional="ckpt")
     options, forwards = DraftsOptions(**values), 0
     model, tokenizer, _ = load_model(ckpt or "out/small", "cpu", torch.float32)
-    pieces, decode = (
-        [(options.prompt, "p")],
-        codecs.getincrementaldecoder("utf-8")("replace").decode,
-    )
+    pieces, decoder = [(options.prompt, "p")], codecs.getincrementaldecoder("utf-8")("replace")
 
     def on_token(row: int, ids: list[int], drafted: int):  # once a forward
         nonlocal forwards
         forwards += 1
         kinds = "d" * drafted + "m" * (len(ids) - drafted)
-        pieces.extend((decode(tokenizer.to_bytes(i)), k) for i, k in zip(ids, kinds, strict=True))
+        for i, kind in zip(ids, kinds, strict=True):
+            pieces.append((decoder.decode(tokenizer.to_bytes(i)), kind))
 
     sample.generate(
         model, torch.tensor([tokenizer.encode(options.prompt)]), options.max_new_tokens,

@@ -30,20 +30,13 @@ def read_results(options, name: str) -> list[dict]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def rounded(x: Any) -> Any:
-    """With six significant digits: more are noise."""
-    if isinstance(x, dict):
-        return {key: rounded(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [rounded(value) for value in x]
-    return float(f"{x:.6g}") if isinstance(x, float) else x
-
-
 def add_result(options, name: str, result: dict):
-    """One more line. Read again first, since another experiment may be running beside this one."""
+    """One more line, of six significant digits: more are noise. The file is read again first, since
+    another experiment may be running beside this one."""
     path = Path(options.results, f"{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(rounded(x)) for x in [*read_results(options, name), result]]
+    result = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.6g}"))
+    lines = [json.dumps(x) for x in [*read_results(options, name), result]]
     part = path.with_suffix(f".{os.getpid()}.tmp")
     part.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
     os.replace(part, path)

@@ -1,5 +1,6 @@
 """Which kind of Python token each token of the corpus is, and which experts each kind visits."""
 
+import itertools
 import keyword
 import tokenize
 from pathlib import Path
@@ -19,21 +20,15 @@ LINE_BEGINS = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
 def classes_of_text(text: str) -> list[int]:
     """The class of every character of a Python file. Raises SyntaxError, TokenError."""
     lines = text.splitlines(keepends=True)
-    start_of, total = [], 0
-    for line in lines:
-        start_of.append(total)
-        total += len(line)
+    start_of = [0, *itertools.accumulate(map(len, lines))]
     found, first = [CLASSES.index("space")] * len(text), True  # first: of its statement
-    for kind, _, (row, column), (row_end, column_end), _ in tokenize.generate_tokens(
-        iter([*lines, ""]).__next__
-    ):
+    for kind, word, begin, end, _ in tokenize.generate_tokens(iter([*lines, ""]).__next__):
         name = KINDS.get(kind, "string" if "STRING" in tokenize.tok_name[kind] else "")
-        start = start_of[row - 1] + column if row <= len(lines) else total
-        end = start_of[row_end - 1] + column_end if row_end <= len(lines) else total
         if kind == tokenize.NAME:
-            name = "keyword" if keyword.iskeyword(text[start:end]) else "name"
+            name = "keyword" if keyword.iskeyword(word) else "name"
         if name:
             name = "docstring" if name == "string" and first else name
+            start, end = (start_of[row - 1] + column for row, column in (begin, end))
             found[start:end] = [CLASSES.index(name)] * (end - start)
         if kind not in (tokenize.NL, tokenize.COMMENT):
             first = kind in LINE_BEGINS

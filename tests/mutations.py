@@ -42,7 +42,6 @@ if self.length + T > self.size: => if False:
 kv[:, start:S] = torch.cat((latent, k_pe), -1) => kv[:, start:S] = torch.cat((2 * latent, k_pe), -1)
 dropped.unsqueeze(-1), -math.inf => dropped.unsqueeze(-1), 0.0
 groups.topk(2).values.sum(-1) => groups.amax(-1)
-groups.topk(2).values.sum(-1) => groups.sum(-1)
 weight = s.gather(-1, chosen) => weight = (s + self.e_score_correction_bias).gather(-1, chosen)
 choice = s.detach() + self.e_score_correction_bias => choice = s.detach()
 if config.norm_topk_prob: => if True:
@@ -59,7 +58,6 @@ load.mean(1, keepdim=True) - load).sign() => load.mean() - load).sign()
 counts += expert_counts(chosen => counts[:] = expert_counts(chosen
 if self.training: => if True:
 zip(self.expert_counts, self.routing => zip(self.expert_counts[:2], self.routing
-if self.recompute and torch.is_grad_enabled(): => if False:
 B, T, E = s.shape => B, T, E = (s := s.flatten(0, 1)[None]).shape
 (f * P).sum(-1).mean() => (f * P).sum(-1).mean().detach() + 0 * s.sum()
 P = (s / s.sum(-1, keepdim=True)).mean(1) => P = s.mean(1)
@@ -75,7 +73,6 @@ keepdim=True) + eps)).to => keepdim=True))).to
 x32 = upcast(x) => x32 = x
 dense=i < config.first_k_dense_replace => dense=i < config.first_k_dense_replace - 1
 self.enorm(embedding), self.hnorm(h) => self.hnorm(h), self.enorm(embedding)
-self.enorm(embedding), self.hnorm(h) => self.hnorm(embedding), self.enorm(h)
 hidden[-1][:, :-1] => (hidden[-1] / (self.norm.weight if k == 0 else 1))[:, :-1]
 hidden[-1][:, :-1] => hidden[0][:, : -k - 1]
 tokens[:, k + 1 :]) => tokens[:, k:-1])
@@ -85,10 +82,6 @@ sum(mtp, zero) / max(1, len(mtp)) => sum(mtp, zero)
 (targets >= 0).sum().clamp(min=1) => torch.tensor(len(targets))
 return upcast(self.lm_head(h)) => return self.lm_head(h)
 if config.tie_word_embeddings: => if False:
-if parameter.ndim >= 2: => if True:
-std=config.initializer_range) => std=0.02)
-x.numel() * K // E if => x.numel() if
-not (self.config.tie_word_embeddings and name == "lm_head.weight") => True
 nn.Linear: fp8.FP8Linear, MLP => MLP
 Experts: fp8.FP8Experts =>
 for block in [*self.layers, *(module.block for module in self.mtp)]: => for block in [self]:
@@ -113,12 +106,7 @@ z = high.copy_(torch.mm(x, w.T, out=low)) => z = high = torch.mm(x, w.T, out=low
 
 # model.py tests/test_huggingface.py
 pair = -1 if interleave else -2 => pair = -2 if interleave else -1
-RMSNorm(C, 1e-6) => RMSNorm(C, config.rms_norm_eps)
-groups.topk(2).values.sum(-1) => groups.amax(-1)
--0.5 * temperature**2 => -0.5 * temperature
-W[:, :N], W[:, N:] => W[:, -N:], W[:, :-N]
 self.enorm(embedding), self.hnorm(h) => self.hnorm(h), self.enorm(embedding)
-hidden[-1][:, :-1] => (hidden[-1] / (self.norm.weight if k == 0 else 1))[:, :-1]
 self.o_proj = nn.Linear(H * V, D, bias=bias) => self.o_proj = nn.Linear(H * V, D, bias=False)
 """
 
@@ -145,20 +133,17 @@ def first_failure(guard: str, file: str, source: str) -> str:
 
 def main() -> int:
     word, bad, total = " ".join(sys.argv[1:]), 0, 0
-    file = guard = source = ""
-    for line in filter(None, MUTATIONS.splitlines()):
-        if line.startswith("# "):
-            _, file, guard = line.split()
-            source = (ROOT / file).read_text(encoding="utf-8")
-            continue
-        if word not in line:
-            continue
-        old, new = re.split(r" => ?", line)
-        found = source.count(old)
-        caught = first_failure(guard, file, source.replace(old, new)) if found == 1 else ""
-        verdict = caught or ("SURVIVED" if found == 1 else f"OLD TEXT FOUND {found} TIMES")
-        total, bad = total + 1, bad + (not caught)
-        print(f"{line}\n    {verdict}", flush=True)
+    for section in MUTATIONS.strip().split("\n\n"):
+        heading, *lines = section.splitlines()
+        _, file, guard = heading.split()
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for line in (line for line in lines if word in line):
+            old, new = re.split(r" => ?", line)
+            once = source.count(old) == 1
+            caught = once and first_failure(guard, file, source.replace(old, new))
+            verdict = caught or ("SURVIVED" if once else "OLD TEXT NOT FOUND ONCE")
+            total, bad = total + 1, bad + (not caught)
+            print(f"{line}\n    {verdict}", flush=True)
     print(f"{total} mistakes, {bad} not caught")
     return 1 if bad else 0
 

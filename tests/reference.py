@@ -34,8 +34,8 @@ def rope(c, x, position):
         if yarn:
             s, o = yarn["factor"], yarn["original_max_position_embeddings"]
             pair = [
-                r * math.log(o / (2 * math.pi * yarn[beta])) / (2 * math.log(theta))
-                for beta in ("beta_fast", "beta_slow")
+                r * math.log(o / (2 * math.pi * yarn.get(beta, usual))) / (2 * math.log(theta))
+                for beta, usual in (("beta_fast", 32), ("beta_slow", 1))
             ]
             low, high = max(math.floor(pair[0]), 0), min(math.ceil(pair[1]), r - 1)
             ramp = min(max((i - low) / (high - low or 0.001), 0), 1)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -17,18 +18,19 @@ SMALLER = dict(num_hidden_layers=2, vocab_size=512, max_position_embeddings=128)
 
 
 @pytest.mark.parametrize(
-    "name, total, mtp, cache_bytes, fp8_gb",
+    "name, total, active, mtp, cache_bytes, fp8_gb",
     [  # V3's files have 688.59 GB, 3.71 of which repeat embedding and head in the MTP layer
-        ("v3_671b", 671_026_419_200, 11_610_068_224, 70_272, 684.88),
-        ("moonlight_16b", 15_960_110_208, 0, 31_104, 16.638),
-        ("kimi_k2", 1_026_408_232_448, 0, 70_272, 1029.17),
+        ("v3_671b", 671_026_419_200, 37_552_297_472, 11_610_068_224, 70_272, 684.88),
+        ("moonlight_16b", 15_960_110_208, 2_914_776_192, 0, 31_104, 16.638),
+        ("kimi_k2", 1_026_408_232_448, 32_861_500_928, 0, 70_272, 1029.17),
     ],
 )
-def test_sizes_are_those_of_the_releases(name, total, mtp, cache_bytes, fp8_gb):
+def test_sizes_are_those_of_the_releases(name, total, active, mtp, cache_bytes, fp8_gb):
     row = bench.size_row(ROOT / f"config/{name}.py")
-    assert (row["parameters"], row["MTP adds"], row["bf16 bytes"]) == (total, mtp, cache_bytes)
-    assert row["FP8 GB"] == pytest.approx(fp8_gb, rel=1e-4)
+    assert [row[key] for key in ("parameters", "active", "MTP adds")] == [total, active, mtp]
+    assert row["bf16 bytes"] == cache_bytes and row["FP8 GB"] == pytest.approx(fp8_gb, rel=1e-4)
     assert row["bf16 GB"] == pytest.approx(2e-9 * (total + mtp))
+    assert name != "v3_671b" or row["MHA bytes"] == 2 * 61 * 128 * (128 + 128)
 
 
 def test_command_prints_and_writes_the_same_table(capsys, tmp_path):
@@ -47,22 +49,15 @@ def test_wrong_usage_is_one_sentence(argv, capsys):
 
 
 def test_interleaved_takes_turns_after_a_warm_up(monkeypatch):
-    calls, clock = [], 0.0
-    monkeypatch.setattr(time, "perf_counter", lambda: clock)
-
-    def work(name, *seconds):
-        steps = iter(seconds)
-
-        def run():
-            nonlocal clock
-            calls.append(name)
-            clock += next(steps)
-
-        return run
-
     # The machine is half as fast in the second round, for both: the ratio does not notice.
-    functions = {"a": work("a", 64.0, 2.0, 4.0, 2.0), "b": work("b", 64.0, 1.0, 2.0, 0.5)}
-    seconds = bench.interleaved(functions, 3)
+    took, calls, clock = {"a": [64.0, 2.0, 4.0, 2.0], "b": [64.0, 1.0, 2.0, 0.5]}, [], [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def work(name):
+        clock[0] += took[name][calls.count(name)]
+        calls.append(name)
+
+    seconds = bench.interleaved({name: partial(work, name) for name in took}, 3)
     assert calls == ["a", "b"] * 4
     assert seconds == {"a": [2.0, 4.0, 2.0], "b": [1.0, 2.0, 0.5]}
     assert bench.ratio(seconds["a"], seconds["b"]) == [2.0, 2.0, 4.0]
@@ -86,8 +81,8 @@ def test_training_step_trains_the_whole_model(ours, tmp_path):
     before = {name: p.clone() for name, p in model.named_parameters()}
     bench.training_step(model, config, train.start_machine(config))()
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
-    balanced = [b.any() for name, b in model.named_buffers() if name.endswith("correction_bias")]
-    assert all(balanced) == ours  # transformers does not balance
+    biases = [b for name, b in model.named_buffers() if name.endswith("correction_bias")]
+    assert biases and all(b.any() == ours for b in biases)  # transformers does not balance
 
 
 def test_decoding_is_compared_on_one_text_and_at_every_context():

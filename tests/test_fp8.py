@@ -50,13 +50,6 @@ def same(results, others):
     return all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
 
 
-def mlp(D, width):
-    module = fp8.FP8MLP()
-    module.gate_proj, module.up_proj = FP8Linear(D, width), FP8Linear(D, width)
-    module.down_proj = FP8Linear(width, D)
-    return module
-
-
 class Experts(fp8.FP8Experts):
     def __init__(self, E, D, width):
         super().__init__()
@@ -173,31 +166,6 @@ def test_errors_name_what_to_do():
             call()
 
 
-def test_outliers_cost_no_accuracy():
-    layer, x = FP8Linear(512, 128), torch.randn(2, 128, 512)
-    x[0][:, torch.randperm(512)[:5]] *= 50  # channels
-    x[1].view(-1)[torch.randperm(128 * 512)[:7]] *= 2000  # elements
-    for z in x:
-        # Two operands, each rounded by 2.6 % rms: sqrt(2) times that is 3.7 %.
-        assert 0.02 < error(layer(z), z.double() @ layer.weight.double().T) < 0.045
-
-
-def test_only_tiles_survive_a_spread_of_token_magnitudes():
-    """Gradients of tokens differ by orders of magnitude (report, appendix B.2)."""
-    x = torch.randn(512, 512) * (4 * torch.randn(512, 1)).exp()
-    w = torch.randn(512, 256).double() * 0.006
-    scale = x.abs().max() / 448
-    for decoded, least, most in (
-        ((x / scale).to(fp8.E4M3).float() * scale, 0.5, 1),  # one scale per tensor
-        (dequantize(*quantize(x, BLOCK), BLOCK), 0.4, 1),
-        (dequantize(*quantize(x, TILE), TILE), 0, 0),
-        (dequantize(*quantize(x, TILE, pow2=True), TILE), 0, 0),
-    ):
-        exact = x.double() @ w
-        deviation = (decoded.double() @ w - exact).norm(dim=1) / exact.norm(dim=1)
-        assert least <= (deviation > 0.1).float().mean() <= most  # bad rows
-
-
 # ---- The three products -----------------------------------------------------------------------
 
 
@@ -244,7 +212,7 @@ def test_products(T, K, N, dtype, autocast, machine, monkeypatch):
     device = "cuda" if machine == "cuda" else "cpu"
     if machine == "cuda":
         assert fp8.has_blockwise_fp8(torch.device("cuda", 0)), "CUDA or torch too old for Hopper"
-        T, K, N = 9 * T, 36 * K, 4 * N  # as large as V3's
+        K = 36 * K  # as long as V3's
     monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device: machine != "cpu")
     low = BF16 if autocast else dtype
     layer, x = FP8Linear(K, N), torch.randn(T, K).to(dtype)
@@ -270,20 +238,16 @@ def test_products(T, K, N, dtype, autocast, machine, monkeypatch):
 
 
 def test_any_shape_a_bias_and_no_gradient_of_a_frozen_weight(monkeypatch):
-    layer, x = FP8Linear(100, 60), torch.randn(2, 3, 100)
+    layer, biased = FP8Linear(100, 60), FP8Linear(100, 60, bias=True)
     assert layer.bias is None
-    biased = FP8Linear(100, 60, bias=True)
     biased.load_state_dict(layer.state_dict() | {"bias": torch.randn(60)})
-    assert torch.equal(biased(x), layer(x) + biased.bias)
-    assert torch.equal(layer(x), layer(x.view(6, 100)).view(2, 3, 60))
-    assert torch.equal(layer(x[0, 0]), layer(x[0, :1])[0])
+    x = torch.randn(100, 6).t()  # not contiguous
+    y = layer(x.contiguous())
+    assert same([layer(x), biased(x)], [y, y + biased.bias])
+    assert same([layer(x.view(2, 3, 100)), layer(x[0])], [y.view(2, 3, 60), layer(x[:1])[0]])
     layer.weight.requires_grad_(False)
-    columns = torch.randn(100, 7, requires_grad=True)
-    y = layer(columns.t())  # not contiguous
-    assert torch.equal(y, layer(columns.t().contiguous()))
-    y.sum().backward()  # a gradient of stride 0
-    assert error(columns.grad, layer.weight.sum(0)[:, None].expand(100, 7)) < 0.05
-    assert layer.weight.grad is None
+    layer(x.requires_grad_()).sum().backward()  # a gradient of stride 0
+    assert error(x.grad, layer.weight.sum(0).expand(6, 100)) < 0.05 and layer.weight.grad is None
     layer.weight.requires_grad_(True)
     for hardware in (False, True):
         monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device, answer=hardware: answer)
@@ -394,8 +358,9 @@ def test_a_step_within_the_block_leaves_no_stale_weight():
 
 
 def test_compiles_into_one_graph():
-    model = mlp(128, 64)
-    model.gate_proj = FP8Linear(128, 64, bias=True)
+    model = fp8.FP8MLP()
+    model.gate_proj = model.up_proj = nn.Identity()
+    model.down_proj = FP8Linear(128, 64)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -25,32 +25,27 @@ from huggingface import checkpoint_views
 from model import Cache, DeepSeekV3, Gate, ModelConfig, RMSNorm, balance_loss
 
 ATOL = 1e-11
-# No two sizes are equal, so that exchanged dimensions do not go unnoticed, and rms_norm_eps is
+# No two widths are equal, so that exchanged dimensions do not go unnoticed, and rms_norm_eps is
 # large enough to be told from the latent norms' 1e-6.
 TINY = dict(
     vocab_size=31, hidden_size=16, num_hidden_layers=3, num_attention_heads=3,
-    q_lora_rank=10, kv_lora_rank=7, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5,
+    q_lora_rank=10, kv_lora_rank=7, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5,
     intermediate_size=20, moe_intermediate_size=9, first_k_dense_replace=1, n_shared_experts=1,
     n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2, routed_scaling_factor=2.5,
     rms_norm_eps=1e-3, num_nextn_predict_layers=1,
 )  # fmt: skip
-YARN_PLAIN = dict(
-    type="yarn", factor=8, original_max_position_embeddings=64, beta_fast=32, beta_slow=1
-)
-YARN = YARN_PLAIN | dict(mscale=0.7, mscale_all_dim=1.3)
+YARN_PLAIN = dict(type="yarn", factor=8, original_max_position_embeddings=64)
+YARN = YARN_PLAIN | dict(beta_fast=32, beta_slow=1, mscale=0.7, mscale_all_dim=1.3)
+FAR = YARN | dict(original_max_position_embeddings=512)
 VARIANTS = {
     "base": {},
     "no_groups": dict(n_group=1, topk_group=1),
     "one_group_kept": dict(n_group=2, topk_group=1),
     "no_query_latent": dict(q_lora_rank=None),
-    "yarn": dict(rope_scaling=YARN, qk_rope_head_dim=8),
-    "yarn_without_mscale": dict(rope_scaling=YARN_PLAIN, qk_rope_head_dim=8),
-    "yarn_beyond_the_last_pair": dict(
-        rope_scaling=YARN | dict(original_max_position_embeddings=512),
-        qk_rope_head_dim=8,
-        rope_theta=100.0,
-    ),
-    "yarn_step": dict(rope_scaling=YARN | dict(beta_fast=1), qk_rope_head_dim=8),
+    "yarn": dict(rope_scaling=YARN),
+    "yarn_without_mscale": dict(rope_scaling=YARN_PLAIN),
+    "yarn_beyond_the_last_pair": dict(rope_scaling=FAR, rope_theta=100.0),
+    "yarn_step": dict(rope_scaling=YARN | dict(beta_fast=1)),
     "half_split_rope": dict(rope_interleave=False, rope_theta=50000.0),
     "attention_bias": dict(attention_bias=True),
     "no_norm_topk_prob": dict(norm_topk_prob=False),
@@ -63,6 +58,8 @@ VARIANTS = {
     "two_mtp_modules": dict(num_nextn_predict_layers=2),
     "wide_values": dict(v_head_dim=13),
 }
+OF_ATTENTION = ["base", "no_query_latent", "yarn", "half_split_rope", "attention_bias"]
+OF_ATTENTION += ["two_mtp_modules", "wide_values"]
 
 
 @pytest.fixture(params=[True, False], ids=["twins", "plain"])
@@ -126,6 +123,11 @@ def referenced(variant):
     return model, tokens, np.stack(logits), [np.stack(x) for x in zip(*mtp, strict=True)]
 
 
+def in_bf16(function, *args):
+    with torch.autocast("cpu", torch.bfloat16):
+        return function(*args)
+
+
 def value_and_gradients(function, args, leaves):
     y = function(*args)
     direction = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
@@ -147,45 +149,30 @@ def test_logits_and_mtp_logits_equal_the_reference(variant):
     close(model(tokens).detach(), logits)  # twins may differ where gradients are wanted
 
 
-@both_ways
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", OF_ATTENTION)
 @torch.no_grad()
 def test_tokens_in_chunks_through_caches_equal_the_reference(variant):
     """Absorbed attention at every position, in the main model and in the MTP modules."""
     model, tokens, logits, mtp = referenced(variant)
-    for batch, chunks in ((2, [3, 1, 3]), (1, [1] * 7)):
-        caches, start = [Cache(model.config, 3, batch, 7, model.norm.weight) for _ in range(3)], 0
-        for n in chunks:
-            h = model.trunk(tokens[:batch, start : start + n], caches[-1])
-            close(model.logits(h), logits[:batch, start : start + n])
-            for k, expected in enumerate(mtp):
-                later = tokens[:batch, start + k + 1 : start + n + k + 1]
-                h = model.predict_next(k, h, later, caches[k])
-                close(model.logits(h), expected[:batch, start : start + n])
-            start += n
+    caches, start = [Cache(model.config, 3, 2, 7, model.norm.weight) for _ in range(3)], 0
+    for n in (1, 3, 1, 2):
+        h = model.trunk(tokens[:, start : start + n], caches[-1])
+        close(model.logits(h), logits[:, start : start + n])
+        for k, expected in enumerate(mtp):
+            later = tokens[:, start + k + 1 : start + n + k + 1]
+            h = model.predict_next(k, h, later, caches[k])
+            close(model.logits(h), expected[:, start : start + n])
+        start += n
 
 
 @both_ways
 @torch.no_grad()
-def test_a_token_changes_the_outputs_that_may_depend_on_it_and_no_others():
-    """Main logits at i depend on tokens <= i; row i of mtp_k on tokens <= i + k, and on that one.
-
-    Row j of the batch has token j changed.
-    """
-    model, T = tiny(num_nextn_predict_layers=2), 10
-    tokens = tokens_of(model, 1, T)
-    changed = (tokens + torch.eye(T, dtype=torch.long)) % 31
-    logits, mtp = model(tokens, return_mtp=True)
-    changed_logits, changed_mtp = model(changed, return_mtp=True)
-    pairs = zip([logits, *mtp], [changed_logits, *changed_mtp], strict=True)
-    for k, (before, after) in enumerate(pairs):
-        moved, newest = (after - before).abs().amax(-1), torch.arange(T - k) + k  # (T, T - k)
-        changed_token = torch.arange(T)[:, None]
-        assert moved[changed_token > newest].max() < ATOL
-        assert moved[changed_token == newest].min() > 1e-3
-    for n in (1, 2):  # too short for all modules
+def test_no_output_depends_on_later_tokens_and_short_texts_leave_modules_out():
+    model, tokens, logits, mtp = referenced("two_mtp_modules")
+    for n in (1, 2, 5):
         short, short_mtp = model(tokens[:, :n], return_mtp=True)
-        all_close([short, *short_mtp], [logits[:, :n], mtp[0][:, :1]][:n])
+        close(short, logits[:, :n])
+        all_close(short_mtp, [x[:, : n - k] for k, x in enumerate(mtp, 1) if n > k])
 
 
 # ---- Positions and cache -------------------------------------------------------------------------
@@ -221,7 +208,7 @@ def test_cache_holds_the_latest_latents_and_rope_keys_and_nothing_else():
     mixed = torch.cat((tokens[:, :5], other[:, 5:]), 1)
     close(cached_logits(model, mixed[:, 5:], [2, 2], cache), model(mixed)[:, 5:])
     tensors = [x for x in (*vars(cache).values(), *cache.kv) if isinstance(x, torch.Tensor)]
-    assert cache.length == 9 and [x.shape for x in tensors] == [(2, 9, 7 + 4)] * 3
+    assert cache.length == 9 and [x.shape for x in tensors] == [(2, 9, 7 + 8)] * 3
     h = model.layers[0].input_layernorm(model.embed_tokens(mixed)).numpy()
     for x, kv in zip(h, cache.kv[0], strict=True):
         args = released(model), "model.layers.0.self_attn", asdict(model.config), list(x)
@@ -284,8 +271,7 @@ def test_model_made_on_the_meta_device_materialises_whole():
 def test_gate_computes_in_float32_under_autocast_and_in_a_bf16_model():
     gate, x = tiny(torch.float32).gates()[0], torch.randn(2, 5, 16)
     expected = gate(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        all_close(gate(x), expected, atol=0)
+    all_close(in_bf16(gate, x), expected, atol=0)
     gate.bfloat16()
     s, _, weight = gate(x.bfloat16())
     assert s.dtype == weight.dtype == torch.float32
@@ -299,23 +285,20 @@ def test_gate_computes_in_float32_under_autocast_and_in_a_bf16_model():
 def test_counts_add_up_over_micro_batches_in_training_only():
     """Gates, counts and routing are in one order, the MTP modules last. No call moves a bias."""
     model = tiny(num_nextn_predict_layers=2)
-    modules = dict(model.named_modules())
     places = ("layers.1", "layers.2", "mtp.0.block", "mtp.1.block")
-    assert model.gates() == [modules[f"{place}.mlp.gate"] for place in places]
-    assert model.config.moe_layers == 4
+    assert model.gates() == [model.get_submodule(f"{place}.mlp.gate") for place in places]
     chosen, counts, before = [], torch.zeros(4, 8, dtype=torch.long), biases(model)
     for gate in model.gates():
         gate.register_forward_hook(lambda gate, args, out: chosen.append(out[1]))
-    for seed in range(3):
+    for seed in range(2):
         tokens = tokens_of(model, 2, 8, seed=seed)
         chosen.clear()
-        sum(model.train()(tokens, tokens)).backward()
+        model.train()(tokens, tokens)
         all_close(chosen, model.routing, atol=0)
         counts += torch.stack([x.flatten().bincount(minlength=8) for x in chosen])
         model.eval()(tokens, tokens)  # an evaluation between two micro-batches
-        model(tokens, return_mtp=True)
     assert torch.equal(model.expert_counts, counts)
-    assert counts.sum(1).tolist() == [3 * 2 * T * 3 for T in (8, 8, 7, 6)]
+    assert counts.sum(1).tolist() == [2 * 2 * T * 3 for T in (8, 8, 7, 6)]
     assert torch.equal(biases(model), before)
 
 
@@ -350,28 +333,11 @@ def test_recomputing_activations_changes_neither_gradients_nor_counts():
     all_close(*results)
 
 
-@torch.no_grad()
-def test_repeated_updates_bring_a_skewed_router_into_balance():
-    """MaxVio = max load / mean load - 1 starts near its largest value, E / K - 1."""
-    sizes = dict(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
-    model = tiny(n_group=1, topk_group=1, **sizes).train()
-    model.gates()[0].e_score_correction_bias[:] = torch.tensor([2, 2, 2, 0, 0, 0, 0, 0])
-    tokens, history = tokens_of(model, 8, 32), []
-    for step in range(100):
-        model(tokens, tokens)
-        history.append((model.expert_counts.max() / model.expert_counts.float().mean() - 1).item())
-        model.update_bias(0.05 if step < 70 else 0.005)
-    assert history[0] > 1.6 and history[-1] < 0.25, history
-
-
 # ---- Losses --------------------------------------------------------------------------------------
 
 
 def test_balance_loss_equals_equations_17_to_20():
-    """Token t prefers experts t, t+1, t+2: over E tokens every expert is chosen K times, which
-    makes 1. Two sequences with a half of the experts each are even as a batch, but uneven."""
-    even = torch.stack([torch.tensor([0.9, 0.8, 0.7, 0.1, 0.1, 0.1]).roll(t) for t in range(6)])
-    close(balance_loss(even.double()[None].repeat(2, 1, 1), 3), 1.0)
+    """By hand: two sequences with a half of the experts each are even as a batch, but uneven."""
     one, two = [0.9, 0.9, 0.1, 0.1], [0.1, 0.1, 0.9, 0.9]
     halves = torch.tensor([[one] * 5, [two] * 5], dtype=torch.float64)
     close(balance_loss(halves, 2), 2 * 0.9)  # f = (2, 2, 0, 0), P = s / 2
@@ -379,25 +345,14 @@ def test_balance_loss_equals_equations_17_to_20():
     close(balance_loss(s, 2), sum(reference.balance(row.tolist(), 2) for row in s) / 3)
 
 
-def test_training_call_returns_the_mean_balance_loss_of_all_moe_layers():
-    """Of the scores without biases."""
-    model, scores = tiny(num_nextn_predict_layers=2), []
-    for gate in model.gates():
-        gate.register_forward_hook(lambda g, x, _: scores.append((x[0] @ g.weight.T).sigmoid()))
-    tokens = tokens_of(model, 2, 8)
-    balance = model(tokens, tokens)[2]
-    expected = [sum(reference.balance(row.tolist(), 3) for row in s) / 2 for s in scores]
-    assert len(expected) == 4
-    close(balance.detach(), sum(expected) / 4)
-
-
 @both_ways
 @pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize("ignored", [[], [(0, 0), (0, 5), (1, 3), (1, 7)]], ids=["all", "some"])
 @torch.no_grad()
 def test_losses_are_cross_entropies_of_hand_built_targets(depth, ignored):
-    """text[i] is input i, text[i+1] its target; row i of mtp_k is compared with text[i+1+k]."""
-    model = tiny(num_nextn_predict_layers=depth)
+    """text[i] is input i, text[i+1] its target; row i of mtp_k is compared with text[i+1+k]. The
+    balance loss is the mean of all MoE layers, of scores without biases."""
+    model, scores = tiny(num_nextn_predict_layers=depth), []
     text = tokens_of(model, 2, 9)
     tokens, targets = text[:, :-1], text[:, 1:].clone()
     for b, i in ignored:
@@ -408,9 +363,14 @@ def test_losses_are_cross_entropies_of_hand_built_targets(depth, ignored):
         places = [(b, i) for b in (0, 1) for i in range(8 - k) if (b, i + k) not in ignored]
         losses = [z[b, i].logsumexp(0) - z[b, i, text[b, i + 1 + k]] for b, i in places]
         means.append(sum(losses) / len(losses))
-    main, mtp_loss, _ = model(tokens, targets)
+    for gate in model.gates():
+        gate.register_forward_hook(lambda g, x, _: scores.append((x[0] @ g.weight.T).sigmoid()))
+    main, mtp_loss, balance_loss = model(tokens, targets)
     close(main, means[0])
     close(mtp_loss, sum(means[1:]) / depth if depth else 0.0)
+    balance = [sum(reference.balance(row.tolist(), 3) for row in s) / 2 for s in scores]
+    assert len(balance) == 2 + depth
+    close(balance_loss, sum(balance) / len(balance))
 
 
 def test_every_parameters_gradient_equals_finite_differences(monkeypatch):
@@ -427,10 +387,11 @@ def test_every_parameters_gradient_equals_finite_differences(monkeypatch):
     for (name, p), *both in zip(model.named_parameters(), *gradients, strict=True):
         direction, ends = torch.randn_like(p) / p.numel() ** 0.5, []
         with torch.no_grad():
-            for step in (d, -2 * d, d):  # there, to the other side, and back
+            for step in (d, -2 * d):
+                p += step * direction
                 ends.append(sum(model(tokens, targets)))
-                p.add_(step * direction)
-        slope = (ends[1] - ends[2]) / (2 * d)
+            p += d * direction
+        slope = (ends[0] - ends[1]) / (2 * d)
         for gradient in both:
             assert abs((gradient * direction).sum() - slope) < 1e-6 * max(1, abs(slope)), name
 
@@ -491,8 +452,7 @@ def test_grouped_products_equal_the_loop(width):
 
 def test_padding_repeats_the_experts_last_row():
     """What FP8 scales and weight gradients see of the padding is a row that is there anyway."""
-    with torch.autocast("cpu", torch.bfloat16):
-        rows, slots, counts = ops.sort_by_expert(CHOSEN, 6)
+    rows, slots, counts = in_bf16(ops.sort_by_expert, CHOSEN, 6)
     assert counts.tolist() == [64, 0, 64, 0, 0, 64]
     for e, part in zip((0, 2, 5), rows.split(64), strict=True):
         tokens = [t for t, experts in enumerate(CHOSEN.tolist()) if e in experts]
@@ -521,8 +481,7 @@ def test_experts_equal_the_reference_and_drop_no_token(tokens, favour):
     # Three bf16 roundings in a row: about 1 % of the norm; a row gone astray would be 100 %.
     moe.float()
     x = x.detach().float().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        low = value_and_gradients(moe, (x[None],), [x, *moe.parameters()])
+    low = in_bf16(value_and_gradients, moe, (x[None],), [x, *moe.parameters()])
     for a, b in zip(low[1:], exact[1:], strict=True):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
     deviation = (low[0] - exact[0]).norm(dim=-1)
@@ -539,8 +498,7 @@ def test_rms_norm_computes_in_float32_and_rounds_before_its_weight():
     y = x.double()
     y = (y / (y.square().mean(-1, keepdim=True) + 1e-3).sqrt()).bfloat16()
     assert torch.equal(norm(x), norm.weight * y)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert RMSNorm(64, 1e-3)(torch.randn(4, 64)).dtype == torch.bfloat16
+    assert in_bf16(RMSNorm(64, 1e-3), torch.randn(4, 64)).dtype == torch.bfloat16
 
 
 @both_ways
@@ -549,14 +507,13 @@ def test_model_under_bf16_autocast_is_close_and_its_results_are_float32():
     model = calm().train()
     tokens = tokens_of(model, 2, 8)
     exact, exact_losses = model(tokens).detach(), torch.stack(model(tokens, tokens))
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = torch.stack(model(tokens, tokens))
+    losses = torch.stack(in_bf16(model, tokens, tokens))
+    for like in (exact, exact.bfloat16()):
+        cache = Cache(model.config, 3, 2, 8, like)
         with torch.no_grad():
-            for like in (exact, exact.bfloat16()):
-                cache = Cache(model.config, 3, 2, 8, like)
-                logits = cached_logits(model, tokens, [3, 1, 4], cache)
-                assert logits.dtype == torch.float32
-                assert (logits - exact).norm() < 0.05 * exact.norm()
+            logits = in_bf16(cached_logits, model, tokens, [3, 1, 4], cache)
+        assert logits.dtype == torch.float32
+        assert (logits - exact).norm() < 0.05 * exact.norm()
     losses.sum().backward()
     torch.testing.assert_close(losses, exact_losses, rtol=0.05, atol=0)
     assert {p.grad.dtype for p in model.parameters()} == {losses.dtype} == {torch.float32}
@@ -571,10 +528,9 @@ def test_attention_in_bf16_is_close_for_short_and_long_windows(enabled, short, m
     monkeypatch.setattr(ops, "SHORT", short)
     mla = tiny(torch.float32).layers[0].self_attn
     h, rope = torch.randn(2, 11, 16), plain.rope_table(mla.config, torch.arange(11), torch.float32)
-    exact = value_and_gradients(mla, (h, rope), list(mla.parameters()))
-    with torch.autocast("cpu", torch.bfloat16):
-        low = value_and_gradients(mla, (h, rope), list(mla.parameters()))
-    low, exact = (torch.cat([x.flatten() for x in results]) for results in (low, exact))
+    args = mla, (h, rope), list(mla.parameters())
+    results = in_bf16(value_and_gradients, *args), value_and_gradients(*args)
+    low, exact = (torch.cat([x.flatten() for x in result]) for result in results)
     assert (low - exact).norm() < 0.02 * exact.norm()
 
 
@@ -583,12 +539,10 @@ def test_head_loss_under_autocast_is_close_and_its_weight_gradient_is_float32():
     """bf16 keeps 8 bits: 0.4 % per product, and less in a mean over 200 rows."""
     model = tiny(torch.float32)
     h, w = torch.randn(200, 16, requires_grad=True), model.lm_head.weight
-    args = h, w, tokens_of(model, 200)
-    exact = value_and_gradients(plain.head_loss, args, (h, w))
-    with torch.autocast("cpu", torch.bfloat16):
-        low = value_and_gradients(plain.head_loss, args, (h, w))
+    args = plain.head_loss, (h, w, targets := tokens_of(model, 200)), (h, w)
+    low, exact = in_bf16(value_and_gradients, *args), value_and_gradients(*args)
     z = h.bfloat16() @ w.bfloat16().T  # from here on all is float32
-    close(low[0], F.cross_entropy(z.float(), args[2]).detach(), atol=1e-5)
+    close(low[0], F.cross_entropy(z.float(), targets).detach(), atol=1e-5)
     for a, b, error in zip(low, exact, (0.01, 0.02, 0.02), strict=True):
         assert a.dtype == torch.float32 and (a - b).norm() < error * b.norm()
 
@@ -612,42 +566,32 @@ def test_initial_matrices_have_the_stated_std_norms_are_one_and_biases_zero():
 
 
 def test_parameter_counts():
-    """Those of DeepSeek-V3, and by hand what changes them, in three blocks and the MTP module's."""
-    with torch.device("meta"):
-        v3 = DeepSeekV3(ModelConfig()).parameter_counts()
-    assert v3 == {"total": 671_026_419_200, "active": 37_552_297_472, "mtp": 11_610_068_224}
-    assert ModelConfig().cache_numbers() == (35_136, 61 * 128 * (128 + 128))
+    """By hand, in three blocks and the MTP module's; those of the releases are in test_bench.py."""
 
     def counts(**changes):
         return np.array([*DeepSeekV3(ModelConfig(**(TINY | changes))).parameter_counts().values()])
 
-    D, H, Q, C, N, R, F_ = 16, 3, 10, 7, 6, 4, 9
-    query = D * H * (N + R) - (D * Q + Q + Q * H * (N + R))
-    for changes, main, mtp in (
-        (dict(attention_bias=True), 3 * (Q + C + R + D), Q + C + R + D),
-        (dict(q_lora_rank=None), 3 * query, query),
-        (dict(n_shared_experts=2), 2 * 3 * D * F_, 3 * D * F_),
-        (dict(tie_word_embeddings=True), -31 * D, 0),
-    ):
-        assert [*counts(**changes) - counts()] == [main, main, mtp]
+    total, active, _ = counts()
+    assert total - active == 2 * (8 - 3) * 3 * 16 * 9  # the experts that a token does not visit
+    biases, embedding = 10 + (7 + 8) + 16, 31 * 16  # of q_a_proj, kv_a_proj_with_mqa and o_proj
+    assert [*counts(attention_bias=True) - counts()] == [3 * biases, 3 * biases, biases]
+    assert [*counts() - counts(tie_word_embeddings=True)] == [embedding, embedding, 0]
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
         (dict(q_lora_rank=0), "q_lora_rank is 0"),
-        (dict(n_shared_experts=-1), "n_shared_experts is -1"),
         (dict(qk_rope_head_dim=5), "qk_rope_head_dim is 5"),
-        (dict(n_group=3), "n_routed_experts 8 is not a multiple of n_group 3"),
-        (dict(topk_group=5), "topk_group 5 is larger than n_group 4"),
-        (dict(num_experts_per_tok=5), "num_experts_per_tok 5 exceeds the 4 of 2 groups"),
-        (dict(n_group=8, topk_group=8), "n_group 8 leaves one expert a group"),
-        (dict(rope_scaling={"type": "linear", "factor": 2}), "type 'linear'"),
-        (dict(rope_scaling=YARN | {"beta": 1}), "['beta']"),
-        (dict(rope_scaling=YARN | {"factor": "8"}), "['factor'] of the wrong type"),
-        (dict(rope_scaling={"type": "yarn", "beta_fast": 32}), "lacks the yarn 'factor'"),
-        (dict(hidden_size=16.5), "hidden_size is 16.5, but must be of type int."),
-        (dict(q_lora_rank="none"), "q_lora_rank is 'none', but must be of type int | None."),
+        (dict(n_group=3), "n_group 3"),
+        (dict(topk_group=5), "topk_group 5"),
+        (dict(num_experts_per_tok=5), "num_experts_per_tok 5"),
+        (dict(n_group=8, topk_group=8), "n_group 8"),
+        (dict(rope_scaling={"type": "linear", "factor": 2}), "linear"),
+        (dict(rope_scaling=YARN | {"beta": 1}), "'beta'"),
+        (dict(rope_scaling=YARN | {"factor": "8"}), "'factor'"),
+        (dict(rope_scaling={"type": "yarn", "beta_fast": 32}), "'factor'"),
+        (dict(hidden_size=16.5), "hidden_size is 16.5"),
     ],
 )
 def test_impossible_configurations_are_refused_with_one_sentence(changes, words):
@@ -680,8 +624,7 @@ def test_fp8_is_close_to_full_precision_and_padding_does_not_change_it(monkeypat
     tokens = tokens_of(model, 2, 8)
 
     def logits_losses_gradients():
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, losses = model(tokens).detach(), model(tokens, tokens)
+        logits, losses = in_bf16(model, tokens).detach(), in_bf16(model, tokens, tokens)
         return [logits, *losses, *torch.autograd.grad(sum(losses), list(model.parameters()))]
 
     def errors(results, expected):
