@@ -118,7 +118,7 @@ def test_config_files_are_assignments_and_those_there_are_are_listed(tmp_path, m
     [
         (ValueError("no\nway"), 1, "error: no way\n"),
         (OSError("no"), 1, "error: no\n"),
-        (ModuleNotFoundError("No module named 'pyarrow'"), 1, "error: No module named 'pyarrow': pip install pyarrow\n"),
+        (ModuleNotFoundError("no x", name="x"), 1, "error: no x: pip install x\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
