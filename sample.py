@@ -74,12 +74,7 @@ class Stats:
 # ---- Sampling ------------------------------------------------------------------------------------
 
 
-def probabilities(
-    logits: Tensor,
-    temperature: float | Tensor,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Tensor:
+def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor:
     """Temperature, then top-k, then top-p: logits (..., V) -> probabilities (..., V)."""
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -315,16 +310,14 @@ class Rows:
                 stats.accepted[j] += kept > j
         return advance
 
-    def padded(self) -> Tensor:
-        return torch.tensor([ids + self.eos[:1] * (self.end - len(ids)) for ids in self.ids])
-
 
 class Pace:
     """How many drafts a round makes: a fixed number, or with "auto" what pays.
 
     Then plain rounds and rounds of one draft take turns. While one draft more is clearly faster, it
-    stays and the next is tried. And drafts, the modules' or looked up, rest while they have cost
-    more than a token and a hundredth of the text. The choice never sees the tokens it is made for.
+    stays and the next is tried. And drafts, the modules' or looked up, rest while they are behind
+    plain rounds by more than half a token and a hundredth of the text. The choice never sees the
+    tokens it is made for.
     """
 
     TURNS, CLEAR = 6, 1.05
@@ -333,7 +326,7 @@ class Pace:
         self.auto, self.most = speculative == "auto", most
         self.few = 0 if self.auto else most
         self.rounds = [deque(maxlen=16) for _ in range(most + 1)]  # by drafts: seconds, tokens
-        self.ahead = {False: 1.0, True: 1.0}  # tokens won by the modules' drafts, by lookup
+        self.ahead = {False: 0.5, True: 0.5}  # tokens won by the modules' drafts, by lookup
 
     def rate(self, G: int) -> float:
         seconds, tokens = zip(*self.rounds[G], strict=True)
@@ -408,11 +401,10 @@ def generate(
     """Continues the rows of tokens (B, T) by max_new_tokens each: (B, T + new), prompt included.
 
     speculative: drafts per round, 0 to 4, or "auto", the fastest. lookup: draft from the text
-    itself where its last tokens stood before. compile: every kind of round becomes one graph, in
-    half a minute the first time, seconds later. A row that reaches eos_token_id (one or several) is
-    padded with it. At max_position_embeddings decoding stops with a note, so `new` may be smaller.
-    on_token(row, ids, drafted) sees new tokens as they come, the first `drafted` of them accepted
-    drafts. stats is filled in. Raises ValueError.
+    itself where its last tokens stood before. compile: every kind of round becomes one graph. A row
+    that reaches eos_token_id (one or several) is padded with it. At max_position_embeddings
+    decoding stops with a note, so `new` may be smaller. on_token(row, ids, drafted) sees new tokens
+    as they come, the first `drafted` of them accepted drafts. stats is filled in.
     """
     check_request(model, tokens, temperature, top_k, top_p, speculative)
     (B, T), limit, stats = tokens.shape, model.config.max_position_embeddings, stats or Stats()
@@ -442,7 +434,8 @@ def generate(
         stats.note = f"the text goes beyond the {trained} tokens the model was trained on"
     if length == limit < T + max_new_tokens:
         stats.note = f"stopped at the context limit of {limit} tokens (max_position_embeddings)"
-    return rows.padded().to(tokens.device)
+    padded = [ids + eos[:1] * (rows.end - len(ids)) for ids in rows.ids]
+    return torch.tensor(padded, device=tokens.device)
 
 
 def check_request(model, tokens, temperature, top_k, top_p, speculative):
@@ -451,8 +444,7 @@ def check_request(model, tokens, temperature, top_k, top_p, speculative):
     low, high = (tokens.min().item(), tokens.max().item()) if B * T else (0, 0)
     drafts = speculative == "auto" or speculative in range(MOST_DRAFTS + 1)
     for ok, sentence in (
-        (B > 0, "there are no rows to continue: num_samples must be at least 1"),
-        (T > 0, "the prompt is empty; begin with the end-of-text token, if there is one"),
+        (B * T > 0, "there is nothing to continue: the prompt is empty, or num_samples is 0"),
         (limit >= T, f"the prompt has {T} tokens, but the context ends at {limit}; shorten it"),
         (0 <= low <= high < V, f"token ids go from {low} to {high}, but must be 0 to {V - 1}"),
         (0 <= temperature < math.inf, f"temperature is {temperature}, but must be 0 or more"),
@@ -481,21 +473,18 @@ def score(model: DeepSeekV3, ids: list[int], window: int) -> float:
 # ---- Display -------------------------------------------------------------------------------------
 
 
-class Writer:
-    """Prints tokens with their styles, each character once all its bytes are there."""
+def writer(tokenizer: Tokenizer, colour: bool) -> Callable:
+    """A function that prints tokens with their styles, each character once all its bytes came."""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
-    def __init__(self, tokenizer: Tokenizer, colour: bool):
-        self.tokenizer, self.colour = tokenizer, colour
-        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-
-    def add(self, styled: list[tuple[int, str]]):
+    def write(styled: list[tuple[int, str]], final: bool = False):
         for token, style in styled:
-            if token not in self.tokenizer.eos:
-                text = self.decode(self.tokenizer.to_bytes(token))
-                print(painted(text, style) if self.colour else text, end="", flush=True)
+            text = "" if token in tokenizer.eos else decode(tokenizer.to_bytes(token))
+            print(painted(text, style) if colour else text, end="", flush=True)
+        if final:
+            print(decode(b"", final=True))
 
-    def close(self):
-        print(self.decode(b"", final=True))
+    return write
 
 
 def painted(text: str, style: str) -> str:
@@ -554,7 +543,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
     device, by_expert = model.norm.weight.device, config.show == "experts"
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
     colour = sys.stdout.isatty() and config.show != ""
-    writer, experts = Writer(tokenizer, colour), set()
+    write, experts = writer(tokenizer, colour), set()
     texts: list[list[tuple[int, str]]] = [[] for _ in range(config.num_samples)]
     stats = Stats()
 
@@ -562,7 +551,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
         styled = [(token, GREEN if i < drafted else "") for i, token in enumerate(new)]
         if row == 0 and not by_expert:  # experts are known when the text is complete
             print("" if texts[0] else prompt, end="")
-            writer.add(styled)
+            write(styled)
         texts[row] += styled
 
     with contextlib.suppress(KeyboardInterrupt):  # what there is of the text is shown
@@ -576,16 +565,14 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
         )  # fmt: skip
     for b, text in enumerate(texts):
         if b:
-            writer = Writer(tokenizer, colour)
+            write = writer(tokenizer, colour)
             print("-" * 80, "" if by_expert else prompt, sep="\n", end="")
         if by_expert:
             row = ids + [token for token, _ in text]
             top = top_experts(model, row)
             experts.update(top)
             text = [(token, style_of(e)) for token, e in zip(row, top, strict=True)]
-        if b or by_expert:
-            writer.add(text)
-        writer.close()
+        write(text if b or by_expert else [], final=True)
     legend = f"{painted('green', GREEN)}: drafted"
     if by_expert:
         numbers = (painted(str(e), style_of(e)) for e in sorted(experts))
