@@ -220,16 +220,17 @@ class Text:
     def play(self, n: int, G: int, u: Tensor, found: list | None) -> tuple[list, float]:
         """A round, eager or as a graph, with drafts that were looked up or without: its outcome and
         the seconds it took, compilation left out."""
-        round, looked_up = self.round, found is not None
+        round, position, looked_up = Text.round, n, found is not None
         # A graph fills as many slots as a round can leave behind: so many tokens there must be.
         if self.compile and n > G + self.depth:
-            round = compiled(self, n, G, u, looked_up)
+            position = torch.tensor(n, device=u.device)
+            round = compiled(self, position, G, u, looked_up)
         began = time.perf_counter()
         if looked_up:
             self.tokens[:, n : n + G] = torch.tensor(found)
         elif G:
             self.catch_up(n - 1 - G - self.depth)
-        result = round(n, G, u, looked_up).tolist()
+        result = round(self, position, G, u, looked_up).tolist()
         if G and not looked_up:
             self.filled = max(0, n - self.depth)
         return result, time.perf_counter() - began
@@ -238,10 +239,9 @@ class Text:
 GRAPHS = {}  # compiled rounds; they serve every text of their size and every model of their kind
 
 
-def compiled(text: Text, n: int, G: int, u: Tensor, looked_up: bool) -> Callable:
+def compiled(text: Text, n: Tensor, G: int, u: Tensor, looked_up: bool) -> Callable:
     """Text.round as one graph for every n: compiled here if it is the first of its kind."""
-    like = text.hidden
-    key = (text.kind, like.dtype, like.device, *text.tokens.shape, text.depth, G, looked_up)
+    key = (text.kind, text.hidden.dtype, u.device, *text.tokens.shape, text.depth, G, looked_up)
     key += (text.greedy, *text.filters)
     if key not in GRAPHS:
         # Without guards, as checking a few hundred tensors would take as long as the step. And as
@@ -256,13 +256,13 @@ def compiled(text: Text, n: int, G: int, u: Tensor, looked_up: bool) -> Callable
         began = time.perf_counter()
         try:
             for _ in range(3):  # with the same result; a GPU records its graph in the second
-                graph(text, torch.tensor(n, device=u.device), G, u, looked_up)
+                graph(text, n, G, u, looked_up)
         except torch._inductor.exc.InductorError as error:
             reason = str(error).splitlines()[0][:200]
             raise ValueError(f"--compile cannot be used here ({reason}); leave it out") from None
         GRAPHS[key] = graph
         info(f"compiled in {time.perf_counter() - began:.0f} s")
-    return lambda n, *inputs: GRAPHS[key](text, torch.tensor(n, device=u.device), *inputs)
+    return GRAPHS[key]
 
 
 # ---- Whole texts ---------------------------------------------------------------------------------
