@@ -217,7 +217,7 @@ class Text:
         self.tokens[:, span(n, G + 1)] = out
         return torch.cat((kept[:, None], out), 1)
 
-    def play(self, n: int, G: int, u: Tensor, found: list | None) -> tuple[list, float]:
+    def play(self, n: int, G: int, u: Tensor, found: list | Tensor | None) -> tuple[list, float]:
         """A round, eager or as a graph, with drafts that were looked up or without: its outcome and
         the seconds it took, compilation left out."""
         round, position, looked_up = Text.round, n, found is not None
@@ -227,7 +227,7 @@ class Text:
             round = compiled(self, position, G, u, looked_up)
         began = time.perf_counter()
         if looked_up:
-            self.tokens[:, n : n + G] = torch.tensor(found)
+            self.tokens[:, n : n + G] = torch.as_tensor(found)
         elif G:
             self.catch_up(n - 1 - G - self.depth)
         result = round(self, position, G, u, looked_up).tolist()
