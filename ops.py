@@ -11,13 +11,11 @@ right where the formula is slow; docs/LOG.md has the figures. Letters are those 
 
 import functools
 import math
-import weakref
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 enabled = True
 
@@ -208,25 +206,6 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 LONG, RECENT = 2**14, 64  # cached tokens worth cutting, and the newest, which stay apart
 PAST_END = 16  # positions after the context limit, for drafts that are thrown away
 SMALL = 2**20  # weights in a layer's experts up to which one product with all is fastest
-_decoders = weakref.WeakKeyDictionary()
-# Fused optimisers leave no trace in a weight's version.
-register_optimizer_step_post_hook(lambda *_: _decoders.clear())
-
-
-def decoder(model) -> "Decoder | None":
-    """The model's Decoder, made anew when a weight has changed; None if `enabled` is off or the
-    model has other parameters than a Decoder knows, biases for example."""
-    if not enabled or model.config.attention_bias:
-        return None
-    state = model.state_dict().values()
-    version = [str(model.config)]
-    version += [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in state]
-    if _decoders.get(model, (None, None))[0] != version:
-        try:
-            _decoders[model] = version, Decoder(model)
-        except (AttributeError, RuntimeError):
-            return None
-    return _decoders[model][1]
 
 
 def side_by_side(*weights: Tensor) -> Tensor:
@@ -373,6 +352,8 @@ class Decoder:
 
     def __init__(self, model):
         config, R, head = model.config, model.config.qk_rope_head_dim, model.lm_head.weight
+        if config.attention_bias:
+            raise ValueError("a Decoder knows no biases")
         self.embedding, self.norm = model.embed_tokens.weight, model.norm.weight
         self.head = side_by_side(head) if head.numel() < 2**24 else head.T
         self.layers = [DecoderBlock(block, config) for block in model.layers]
@@ -380,7 +361,7 @@ class Decoder:
         for block, m in zip(self.mtp, model.mtp, strict=True):
             norms = torch.cat((m.enorm.weight, m.hnorm.weight))
             block.eh, block.out_norm = side_by_side(m.eh_proj.weight * norms), m.norm.weight
-        self.eps, self.graphs = self.layers[0].eps, {}  # compiled rounds: sample.py
+        self.eps = self.layers[0].eps
         # x rotated = x cos + (the other of each pair) sin, with the sign in sin.
         positions = config.max_position_embeddings + PAST_END
         pair = -1 if config.rope_interleave else -2

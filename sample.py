@@ -4,8 +4,6 @@ Decoding is speculative: the MTP module, or the text itself where it repeats, dr
 one forward of the model checks them all, and what is kept follows exactly the distribution of plain
 sampling (Leviathan et al., arXiv 2211.17192). Text goes to stdout, everything else to stderr.
 
-    --score=FILE measures a text instead of writing one
-
 Shapes: B rows (sequences decoded together), T prompt length, G drafts in a round, V vocabulary,
 D hidden, W slots that an MTP module fills again.
 """
@@ -15,10 +13,10 @@ import contextlib
 import math
 import statistics
 import sys
-import threading
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -42,8 +40,7 @@ PALETTE = (160, 34, 172, 33, 134, 37, 99, 204)  # neither bright nor dark: legib
 @dataclass
 class SampleConfig:
     ckpt: str = ""  # a run's folder (best.pt, else ckpt.pt), a file, or a Hugging Face directory
-    prompt: str = ""  # the text to go on from; nothing: what is piped in, or a new document
-    prompt_file: str = ""  # a file with the prompt
+    prompt: str = ""  # the text to go on from; without it what is piped in, or a new document
     num_samples: int = 1  # texts from the same prompt, decoded together
     max_new_tokens: int = 256  # where a text ends at the latest
     temperature: float = 0.8  # 0 takes the likeliest token
@@ -77,12 +74,7 @@ class Stats:
 # ---- Sampling ------------------------------------------------------------------------------------
 
 
-def probabilities(
-    logits: Tensor,
-    temperature: float | Tensor,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Tensor:
+def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor:
     """Temperature, then top-k, then top-p: logits (..., V) -> probabilities (..., V)."""
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -136,7 +128,7 @@ class Text:
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
         self.net, self.depth, self.compile = model, depth, compile
         temperature, *self.filters = filters  # and top_k, top_p
-        self.greedy = temperature == 0
+        self.greedy, self.kind = temperature == 0, str(config)
         self.temperature = ops.upcast(like[:0]).new_tensor(temperature)
         # Room for a last round that goes too far. A graph serves one size: compiled there are few.
         size = T + new + MOST_DRAFTS + depth + 1
@@ -159,7 +151,7 @@ class Text:
             if self.depth:
                 self.hidden[:, start:end] = h
         self.catch_up(T - 1 - self.depth)
-        self.net = trusted(model, self.tokens[:, :T], self.cache)
+        self.net = decoder_or_model(model, self.tokens[:, :T], self.cache)
         self.compile = self.compile and self.net is not model
 
     def catch_up(self, end: int):
@@ -225,60 +217,52 @@ class Text:
         self.tokens[:, span(n, G + 1)] = out
         return torch.cat((kept[:, None], out), 1)
 
-    def look_up(self, n: int, G: int, live: list[int]) -> Tensor | None:
-        """The G tokens (B, G) that followed when the last MATCH ones stood in the text before;
-        nothing where a row that goes on finds none."""
-        if n <= MATCH:
-            return None
-        before = self.tokens[:, : n - 1].unfold(1, MATCH, 1)  # (B, n-MATCH, MATCH)
-        same = (before == self.tokens[:, None, n - MATCH : n]).all(-1)  # (B, n-MATCH)
-        if not same[live].any(1).all():
-            return None
-        number = torch.arange(MATCH, n, device=same.device)  # of the token after each of them
-        start = (same * number).amax(1, keepdim=True).clamp(min=MATCH)  # (B, 1)
-        ahead = torch.arange(G, device=same.device) % (n - start)  # into what it has just copied
-        return self.tokens.gather(1, start + ahead)
-
-    def play(self, n: int, G: int, u: Tensor, found: Tensor | None) -> tuple[list, float]:
+    def play(self, n: int, G: int, u: Tensor, found: list | Tensor | None) -> tuple[list, float]:
         """A round, eager or as a graph, with drafts that were looked up or without: its outcome and
         the seconds it took, compilation left out."""
-        round, looked_up = self.round, found is not None
+        round, position, looked_up = Text.round, n, found is not None
         # A graph fills as many slots as a round can leave behind: so many tokens there must be.
         if self.compile and n > G + self.depth:
-            round = compiled(self, n, G, u, looked_up)
+            position = torch.tensor(n, device=u.device)
+            round = compiled(self, position, G, u, looked_up)
         began = time.perf_counter()
         if looked_up:
-            self.tokens[:, n : n + G] = found
+            self.tokens[:, n : n + G] = torch.as_tensor(found)
         elif G:
             self.catch_up(n - 1 - G - self.depth)
-        result = round(n, G, u, looked_up).tolist()
+        result = round(self, position, G, u, looked_up).tolist()
         if G and not looked_up:
             self.filled = max(0, n - self.depth)
         return result, time.perf_counter() - began
 
 
-def compiled(text: Text, n: int, G: int, u: Tensor, looked_up: bool) -> Callable:
+GRAPHS = {}  # compiled rounds; they serve every text of their size and every model of their kind
+
+
+def compiled(text: Text, n: Tensor, G: int, u: Tensor, looked_up: bool) -> Callable:
     """Text.round as one graph for every n: compiled here if it is the first of its kind."""
-    device, graphs = u.device, text.net.graphs
-    key = (*text.tokens.shape, text.depth, G, looked_up, text.greedy, *text.filters)
-    if key not in graphs:
+    key = (text.kind, text.hidden.dtype, u.device, *text.tokens.shape, text.depth, G, looked_up)
+    key += (text.greedy, *text.filters)
+    if key not in GRAPHS:
         # Without guards, as checking a few hundred tensors would take as long as the step. And as
         # torch.compile keeps graphs with the code of a function, each has its own copy of that.
         graph = types.FunctionType(Text.round.__code__.replace(), globals())
         options = {"triton.cudagraphs": True}
-        if device.type == "cpu":
+        if u.device.type == "cpu":
             options = dict(cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
         options |= {"guard_filter_fn": lambda guards: [False] * len(guards)}
         graph = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+        info("compiling a round of decoding, which may take half a minute")
+        began = time.perf_counter()
         try:
-            with elapsed_shown("compiling"):
-                for _ in range(3):  # with the same result; a GPU records its graph in the second
-                    graph(text, torch.tensor(n, device=device), G, u, looked_up)
+            for _ in range(3):  # with the same result; a GPU records its graph in the second
+                graph(text, n, G, u, looked_up)
         except torch._inductor.exc.InductorError as error:
             reason = str(error).splitlines()[0][:200]
             raise ValueError(f"--compile cannot be used here ({reason}); leave it out") from None
-        graphs[key] = graph
-    return lambda n, *inputs: graphs[key](text, torch.tensor(n, device=device), *inputs)
+        GRAPHS[key] = graph
+        info(f"compiled in {time.perf_counter() - began:.0f} s")
+    return GRAPHS[key]
 
 
 # ---- Whole texts ---------------------------------------------------------------------------------
@@ -291,6 +275,21 @@ class Rows:
         self.ids, self.eos, self.on_token = tokens.tolist(), eos, on_token
         self.end = tokens.shape[1] + new
         self.live = list(range(len(tokens))) if new else []  # rows that go on
+        self.seen, self.known = [{} for _ in self.ids], MATCH  # MATCH tokens -> where they end
+
+    def look_up(self, G: int) -> list[list[int]] | None:
+        """For every row the G tokens that followed when its last MATCH ones stood in it before;
+        nothing where a row that goes on finds none."""
+        n, drafts = max(map(len, self.ids)), [[0] * G for _ in self.ids]
+        for b in self.live:
+            ids, seen = self.ids[b], self.seen[b]
+            for end in range(self.known, n):
+                seen[tuple(ids[end - MATCH : end])] = end
+            start = seen.get(tuple(ids[-MATCH:]), n)
+            # What is copied may go on into its own copy.
+            drafts[b] = [ids[start + j % (n - start)] for j in range(G) if start < n]
+        self.known = max(MATCH, n)
+        return drafts if all(drafts) else None
 
     def write(self, result: list[list[int]], G: int, stats: Stats) -> int:
         """The outcome of a round, kept drafts and tokens of each row: by how many tokens the rows
@@ -311,47 +310,56 @@ class Rows:
                 stats.accepted[j] += kept > j
         return advance
 
-    def padded(self) -> Tensor:
-        return torch.tensor([ids + self.eos[:1] * (self.end - len(ids)) for ids in self.ids])
-
 
 class Pace:
-    """How many drafts a round makes: a fixed number, or with "auto" what is fastest.
+    """How many drafts a round makes: a fixed number, or with "auto" what pays.
 
-    For that, TRIAL rounds go without drafts, with one, with two, ... while that pays. And drafts
-    have an allowance, a fiftieth of the text: once they have fallen so many tokens behind plain
-    rounds, the others are plain. The choice never sees the tokens it is made for.
+    Then plain rounds and rounds of one draft take turns. While one draft more is clearly faster, it
+    stays and the next is tried. And drafts, the modules' or looked up, rest while they are behind
+    plain rounds by more than half a token and a hundredth of the text. The choice never sees the
+    tokens it is made for.
     """
 
-    TRIAL = 6
+    TURNS, CLEAR = 6, 1.05
 
-    def __init__(self, speculative: int | str, most: int, new: int):
-        self.trying, self.most = speculative == "auto", most
-        self.G, self.allowance = (0, new / 50) if self.trying else (most, math.inf)
-        self.trial, self.rates = [], [] if self.trying else [0.0]  # tokens/s with 0, 1, ... drafts
+    def __init__(self, speculative: int | str, most: int):
+        self.auto, self.most = speculative == "auto", most
+        self.few = 0 if self.auto else most
+        self.rounds = [deque(maxlen=16) for _ in range(most + 1)]  # by drafts: seconds, tokens
+        self.ahead = {False: 0.5, True: 0.5}  # tokens won by the modules' drafts, by lookup
+
+    def rate(self, G: int) -> float:
+        seconds, tokens = zip(*self.rounds[G], strict=True)
+        return statistics.mean(tokens) / statistics.median(seconds)
 
     def may_look_up(self) -> bool:
-        return self.rates != [] and self.allowance > 0
+        return not self.auto or (len(self.rounds[0]) > 0 and self.ahead[True] >= 0)
+
+    def drafts(self) -> int:
+        if self.ahead[False] < 0:
+            return 0
+        trying = self.few < self.most
+        return self.few + (trying and len(self.rounds[self.few]) > len(self.rounds[self.few + 1]))
 
     def learn(self, G: int, looked_up: bool, seconds: float, tokens: int):
         """A round with G drafts took so long and gave so many tokens per row."""
+        if not self.auto:
+            return
+        self.ahead = {kind: ahead + tokens / 100 for kind, ahead in self.ahead.items()}
         if G:
-            self.allowance -= seconds * self.rates[0] - tokens
-        if self.allowance <= 0:
-            self.G, self.trying = 0, False
-        elif self.trying and not looked_up:
-            self.trial.append((seconds, tokens))
-            if len(self.trial) == self.TRIAL:
-                took, gave = zip(*self.trial, strict=True)
-                self.rates.append(statistics.mean(gave) / statistics.median(took))
-                best = self.rates.index(max(self.rates))
-                self.trying = best == G < self.most
-                self.G, self.trial = G + 1 if self.trying else best, []
+            self.ahead[looked_up] += tokens - seconds * self.rate(0)
+        if not looked_up:
+            self.rounds[G].append((seconds, tokens))
+        if self.few < self.most and len(self.rounds[self.few + 1]) == self.TURNS:
+            if self.rate(self.few + 1) > self.CLEAR * self.rate(self.few):
+                self.few += 1
+            else:
+                self.most = self.few
 
 
-def trusted(model: DeepSeekV3, tokens: Tensor, cache: Cache) -> "DeepSeekV3 | ops.Decoder":
-    """ops.Decoder, if it decodes the newest of the tokens (B, T) as model.py does; else, with a
-    notice, the model. The cache holds the tokens before."""
+def decoder_or_model(model: DeepSeekV3, tokens: Tensor, cache: Cache):
+    """ops.Decoder, if its logits after the tokens (B, T) are model.py's; else, with a notice, the
+    model. The cache holds all tokens but the newest."""
     if tokens.shape[1] < 8:  # that would hide much: they meet on a made-up text
         tokens = torch.arange(16, device=tokens.device)[None] % model.config.vocab_size
         cache = Cache(model.config, len(model.layers), 1, 16, model.norm.weight)
@@ -361,13 +369,14 @@ def trusted(model: DeepSeekV3, tokens: Tensor, cache: Cache) -> "DeepSeekV3 | op
         raise ValueError("the logits after the prompt are not finite: the weights are damaged")
     if not ops.enabled:
         return model
-    cache.length, fast = tokens.shape[1] - 1, ops.decoder(model)
+    cache.length = tokens.shape[1] - 1
     rounding = 1e-3 if torch.finfo(model.norm.weight.dtype).bits >= 32 else 0.1
-    # A changed module may want other inputs.
+    # A changed module may have other parameters or inputs.
     with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
-        difference = fast.logits(fast.trunk(tokens[:, -1:], cache)) - logits
+        decoder = ops.Decoder(model)
+        difference = decoder.logits(decoder.trunk(tokens[:, -1:], cache)) - logits
         if difference.norm() <= rounding * logits.norm():
-            return fast
+            return decoder
     info("ops.Decoder does not follow this model: model.py's formulas decode instead, slower")
     return model
 
@@ -392,19 +401,18 @@ def generate(
     """Continues the rows of tokens (B, T) by max_new_tokens each: (B, T + new), prompt included.
 
     speculative: drafts per round, 0 to 4, or "auto", the fastest. lookup: draft from the text
-    itself where its last tokens stood before. compile: every kind of round becomes one graph, in
-    half a minute the first time, seconds later. A row that reaches eos_token_id (one or several) is
-    padded with it. At max_position_embeddings decoding stops with a note, so `new` may be smaller.
-    on_token(row, ids, drafted) sees new tokens as they come, the first `drafted` of them accepted
-    drafts. stats is filled in. Raises ValueError.
+    itself where its last tokens stood before. compile: every kind of round becomes one graph. A row
+    that reaches eos_token_id (one or several) is padded with it. At max_position_embeddings
+    decoding stops with a note, so `new` may be smaller. on_token(row, ids, drafted) sees new tokens
+    as they come, the first `drafted` of them accepted drafts. stats is filled in.
     """
-    check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
+    check_request(model, tokens, temperature, top_k, top_p, speculative)
     (B, T), limit, stats = tokens.shape, model.config.max_position_embeddings, stats or Stats()
-    new = min(max_new_tokens, limit - T)
+    new = max(0, min(max_new_tokens, limit - T))
     most = MOST_DRAFTS if speculative == "auto" else int(speculative)
     depth = len(model.mtp) if most else 0
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    rows, pace = Rows(tokens, new, eos, on_token), Pace(speculative, most if depth else 0, new)
+    rows, pace = Rows(tokens, new, eos, on_token), Pace(speculative, most if depth else 0)
     text, n = Text(model, tokens, new, depth, compile, (temperature, top_k, top_p)), T
     random = dict(generator=generator, device=tokens.device, dtype=text.temperature.dtype)
 
@@ -412,10 +420,8 @@ def generate(
     text.prefill(T)
     stats.prefill_seconds = time.perf_counter() - began
     while rows.live:
-        found = None
-        if lookup and most and pace.may_look_up():
-            found = text.look_up(n, most, rows.live)
-        G = most if found is not None else pace.G if n > 1 else 0  # one token fills no slot
+        found = rows.look_up(most) if lookup and most and pace.may_look_up() else None
+        G = most if found else pace.drafts() if n > 1 else 0  # one token fills no slot
         result, seconds = text.play(n, G, torch.rand(B, 2 * G + 1, **random), found)
         advance = rows.write(result, G, stats)
         pace.learn(G, found is not None, seconds, advance)
@@ -428,20 +434,19 @@ def generate(
         stats.note = f"the text goes beyond the {trained} tokens the model was trained on"
     if length == limit < T + max_new_tokens:
         stats.note = f"stopped at the context limit of {limit} tokens (max_position_embeddings)"
-    return rows.padded().to(tokens.device)
+    padded = [ids + eos[:1] * (rows.end - len(ids)) for ids in rows.ids]
+    return torch.tensor(padded, device=tokens.device)
 
 
-def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative):
+def check_request(model, tokens, temperature, top_k, top_p, speculative):
     """Raises ValueError, with one sentence, for a call of `generate` that cannot be served."""
     (B, T), V, limit = tokens.shape, model.config.vocab_size, model.config.max_position_embeddings
     low, high = (tokens.min().item(), tokens.max().item()) if B * T else (0, 0)
     drafts = speculative == "auto" or speculative in range(MOST_DRAFTS + 1)
     for ok, sentence in (
-        (B > 0, "there are no rows to continue: num_samples must be at least 1"),
-        (T > 0, "the prompt is empty; begin with the end-of-text token, if there is one"),
+        (B * T > 0, "there is nothing to continue: the prompt is empty, or num_samples is 0"),
         (limit >= T, f"the prompt has {T} tokens, but the context ends at {limit}; shorten it"),
         (0 <= low <= high < V, f"token ids go from {low} to {high}, but must be 0 to {V - 1}"),
-        (max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}, but must be 0 or more"),
         (0 <= temperature < math.inf, f"temperature is {temperature}, but must be 0 or more"),
         (top_k is None or top_k >= 1, f"top_k is {top_k}, but must be at least 1, or none"),
         (top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, but must be in (0, 1], or none"),
@@ -468,40 +473,18 @@ def score(model: DeepSeekV3, ids: list[int], window: int) -> float:
 # ---- Display -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def elapsed_shown(what: str) -> Iterator[None]:
-    """Tells on stderr how long it is taking."""
-    began, done = time.perf_counter(), threading.Event()
-    every, end = (1, "\r") if sys.stderr.isatty() else (10, "\n")
+def writer(tokenizer: Tokenizer, colour: bool) -> Callable:
+    """A function that prints tokens with their styles, each character once all its bytes came."""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
-    def clock():
-        while not done.wait(every):
-            seconds = time.perf_counter() - began
-            print(f"{what}: {seconds:.0f} s", end=end, file=sys.stderr, flush=True)
-
-    threading.Thread(target=clock, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-    info(f"{what} took {time.perf_counter() - began:.0f} s")
-
-
-class Writer:
-    """Prints tokens with their styles, each character once all its bytes are there."""
-
-    def __init__(self, tokenizer: Tokenizer, colour: bool):
-        self.tokenizer, self.colour = tokenizer, colour
-        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-
-    def add(self, styled: Iterable[tuple[int, str]]):
+    def write(styled: list[tuple[int, str]], final: bool = False):
         for token, style in styled:
-            if token not in self.tokenizer.eos:
-                text = self.decode(self.tokenizer.to_bytes(token))
-                print(painted(text, style) if self.colour else text, end="", flush=True)
+            text = "" if token in tokenizer.eos else decode(tokenizer.to_bytes(token))
+            print(painted(text, style) if colour else text, end="", flush=True)
+        if final:
+            print(decode(b"", final=True))
 
-    def close(self):
-        print(self.decode(b"", final=True))
+    return write
 
 
 def painted(text: str, style: str) -> str:
@@ -525,7 +508,6 @@ def top_experts(model: DeepSeekV3, ids: list[int]) -> list[int]:
 
 
 def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
-    """What the run measured, on stderr."""
     if stats.rounds:
         rate = f"{stats.tokens} tokens, {stats.tokens / stats.seconds:.1f} tokens/s"
         info(f"{rate} after {stats.prefill_seconds:.2f} s for the prompt")
@@ -533,26 +515,14 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
         of = (f"{a}/{d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
         per_forward = f"{stats.tokens / stats.rounds / rows:.2f} tokens per forward and text"
         info(f"{per_forward}; drafts accepted, by position: {', '.join(of)}")
-        info(f"{stats.lookups} of {stats.rounds} rounds looked up")
     size = model.norm.weight.element_size()
     ours, mha = (n * size for n in model.config.cache_numbers())
-    times = f"{mha:,} ({mha / ours:.1f} times as much)"
-    info(f"cache: {ours:,} bytes per token; multi-head attention would hold {times}")
+    info(f"cache: {ours:,} bytes per token; multi-head attention would hold {mha:,}")
     if stats.note:
         info(f"note: {stats.note}")
 
 
 # ---- The command ---------------------------------------------------------------------------------
-
-
-def read_text(path: str) -> str:
-    """The text of a file, or of standard input where the path is -."""
-    try:
-        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise FileNotFoundError(f"cannot read {path}: {error.strerror}") from None
 
 
 def usable_device(name: str) -> torch.device:
@@ -573,18 +543,18 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
     device, by_expert = model.norm.weight.device, config.show == "experts"
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
     colour = sys.stdout.isatty() and config.show != ""
-    writer, experts = Writer(tokenizer, colour), set()
+    write, experts = writer(tokenizer, colour), set()
     texts: list[list[tuple[int, str]]] = [[] for _ in range(config.num_samples)]
-    stats, interrupted = Stats(), False
+    stats = Stats()
 
     def on_token(row: int, new: list[int], drafted: int):
         styled = [(token, GREEN if i < drafted else "") for i, token in enumerate(new)]
         if row == 0 and not by_expert:  # experts are known when the text is complete
             print("" if texts[0] else prompt, end="")
-            writer.add(styled)
+            write(styled)
         texts[row] += styled
 
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # what there is of the text is shown
         generate(
             model, torch.tensor([ids], device=device).repeat(len(texts), 1), config.max_new_tokens,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
@@ -593,20 +563,16 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
             generator=torch.Generator(device).manual_seed(config.seed), on_token=on_token,
             stats=stats,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        interrupted = True
     for b, text in enumerate(texts):
         if b:
-            writer = Writer(tokenizer, colour)
+            write = writer(tokenizer, colour)
             print("-" * 80, "" if by_expert else prompt, sep="\n", end="")
         if by_expert:
             row = ids + [token for token, _ in text]
             top = top_experts(model, row)
             experts.update(top)
             text = [(token, style_of(e)) for token, e in zip(row, top, strict=True)]
-        if b or by_expert:
-            writer.add(text)
-        writer.close()
+        write(text if b or by_expert else [], final=True)
     legend = f"{painted('green', GREEN)}: drafted"
     if by_expert:
         numbers = (painted(str(e), style_of(e)) for e in sorted(experts))
@@ -614,8 +580,6 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
     if config.show:
         info(legend if colour else "no colours, as the output is not a terminal")
     print_stats(model, stats, config.num_samples)
-    if interrupted:
-        raise KeyboardInterrupt
 
 
 def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
@@ -627,27 +591,23 @@ def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
         while line := input("> " if sys.stdout.isatty() else ""):
             try:
                 complete(model, tokenizer, line.replace("\\n", "\n"), config)
-            except KeyboardInterrupt:
-                info("interrupted")
             except ValueError as error:
                 info(f"error: {error}")
             config.seed += 1
 
 
 def print_score(model: DeepSeekV3, tokenizer: Tokenizer, path: str):
-    document = read_text(path)
-    ids = tokenizer.encode(document)
+    document = Path(path).read_bytes()
+    ids = tokenizer.encode(document.decode())
     if tokenizer.bos is None:  # else the ids begin with it
         ids = [*tokenizer.eos[:1], *ids]
     if len(ids) < 2:
         raise ValueError(f"{path} is empty; nothing to score")
-    window = min(model.trained_length, 2048)
-    nats, count = score(model, ids, window), len(ids) - 1
-    bits = nats / math.log(2) / len(document.encode())
-    print(
-        f"{path}: {count:,} tokens, {nats / count:.4f} nats/token, {bits:.4f} bits/byte", end=", "
-    )
-    print(f"context {window // 2} to {window} tokens except at the beginning")
+    window, count = min(model.trained_length, 2048), len(ids) - 1
+    nats = score(model, ids, window)
+    bits = nats / math.log(2) / len(document)
+    print(f"{path}: {count:,} tokens, {nats / count:.4f} nats/token, {bits:.4f} bits/byte")
+    info(f"context: {window // 2} to {window} tokens except at the beginning")
 
 
 def main(argv: list[str]):
@@ -657,15 +617,6 @@ def main(argv: list[str]):
     if not (ckpt := ckpt or config.ckpt):
         info("usage: name a checkpoint, for example: python sample.py out/small")
         sys.exit(2)
-    others = sorted({"prompt", "prompt_file", "interactive", "show"} & values.keys())
-    if config.score and others:
-        raise ValueError(f"--score measures a text and writes none: leave out --{others[0]}")
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    prompt, piped = config.prompt, not ("prompt" in values or sys.stdin.isatty())
-    if not (config.score or config.interactive) and (config.prompt_file or piped or prompt == "-"):
-        if not config.prompt_file:
-            info("the prompt is what comes on standard input (or --prompt=...)")
-        prompt = read_text(config.prompt_file or "-")
     device, dtype = usable_device(config.device), config.dtype
     if dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -673,11 +624,16 @@ def main(argv: list[str]):
     model, tokenizer, path = load_model(ckpt, device, getattr(torch, dtype))
     if tokenizer is None:
         raise ValueError(f"no tokenizer of {path} can be read, so there is no text to write")
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     if config.score:
         print_score(model, tokenizer, config.score)
     elif config.interactive:
         chat(model, tokenizer, config)
     else:
+        prompt = config.prompt
+        if "prompt" not in values and not sys.stdin.isatty():
+            info("the prompt is what comes on standard input (or --prompt=...)")
+            prompt = sys.stdin.buffer.read().decode()
         complete(model, tokenizer, prompt, config)
 
 
