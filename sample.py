@@ -410,7 +410,9 @@ def generate(
     (B, T), limit, stats = tokens.shape, model.config.max_position_embeddings, stats or Stats()
     new = max(0, min(max_new_tokens, limit - T))
     most = MOST_DRAFTS if speculative == "auto" else int(speculative)
-    depth = len(model.mtp) if most else 0
+    # Compiled on a CPU a forward of two tokens takes twice as long as one: drafts cannot pay.
+    hopeless = speculative == "auto" and compile and tokens.device.type == "cpu"
+    depth = len(model.mtp) if most and not hopeless else 0
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     rows, pace = Rows(tokens, new, eos, on_token), Pace(speculative, most if depth else 0)
     text, n = Text(model, tokens, new, depth, compile, (temperature, top_k, top_p)), T

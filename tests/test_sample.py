@@ -385,6 +385,7 @@ def test_compilation_does_not_count_as_decoding(trained, monkeypatch):
     stats = Stats()
     generate(trained, tokens_of(trained, 1, 5), 40, compile=True, lookup=False, stats=stats)
     assert stats.seconds == stats.rounds  # a round begins and ends
+    assert sum(stats.drafted) == 0  # compiled on a CPU, auto makes no drafts
 
 
 # ---- Automatic draft length ----------------------------------------------------------------------
