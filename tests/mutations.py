@@ -91,7 +91,7 @@ for block in [*self.layers, *(module.block for module in self.mtp)]: => for bloc
 .sub_(mean).mul_(p) => .mul_(p)
 .mul_(p).mul_(ctx.scale) => .mul_(p)
 is_causal=True => is_causal=False
-number + (start_padded - start)[expert[order]] => number
+torch.arange(len(order)) + (start_padded - start)[expert[order]] => torch.arange(len(order))
 .minimum(counts[e] - 1) => .minimum(counts[e])
 gather(dy, *ctx.saved_tensors) => dy[ctx.saved_tensors[0].view(-1)[: len(dy)]]
 torch.zeros_like(weight) if need => torch.ones_like(weight) if need
