@@ -431,8 +431,8 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
 
 def plot(options: Options, files: list[str]) -> Iterator[Table]:
     """Loss curves and expert loads of the runs named, in one picture: the FILE.svg or .png named,
-    else plot.png in the first run. Pale: lines of the log; strong: the mean of as many of them as make
-    a twentieth of the run; dots: validation."""
+    else plot.png in the first run. Pale: lines of the log; strong: means over a twentieth of the
+    run; dots: validation."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
