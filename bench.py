@@ -104,19 +104,18 @@ def speed_table(title: str, seconds: dict[str, Rounds], tokens: int) -> Table:
     """Tokens per second, and how many times faster all are than the fastest of transformers."""
     times = {name: statistics.median(s) for name, s in seconds.items()}
     best = min((name for name in times if name.startswith("transformers")), key=times.get)
-    rows = []
-    for name, s in seconds.items():
-        rows.append({"": name, "seconds": s, "tokens/s": tokens / times[name]})
-        rows[-1][f"x {best}"] = ratio(seconds[best], s)
-    return Table(title, rows)
+    faster = {name: ratio(seconds[best], s) for name, s in seconds.items()}
+    columns = {"seconds": seconds, f"x {best}": faster}
+    columns["tokens/s"] = {name: tokens / time for name, time in times.items()}
+    return Table(title, [{"": x} | {k: c[x] for k, c in columns.items()} for x in seconds])
 
 
 def print_tables(command: str, tables: Iterator[Table], options: Any):
     """Prints each table as soon as it is there, after what a figure depends on besides the code."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.*)", cpu)
-    facts = {"cpu": model[1] if model else platform.processor(), "torch": torch.__version__}
-    facts["threads"] = torch.get_num_threads()
+    facts = {"cpu": model[1] if model else platform.processor()}
+    facts |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         facts["card"] = torch.cuda.get_device_name()
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
@@ -126,7 +125,7 @@ def print_tables(command: str, tables: Iterator[Table], options: Any):
         done.append(asdict(table))
         if options.json:
             result = {"command": command, **facts, "options": asdict(options), "tables": done}
-            Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            Path(options.json).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
@@ -159,8 +158,8 @@ def size_row(file: str | Path) -> dict[str, Any]:
 
 def sizes(options: Options, files: list[str]) -> Iterator[Table]:
     """Parameters, cache, FLOPs and bytes of config/*.py, or of the files named."""
-    files = files or sorted(map(str, Path("config").glob("[!_]*.py")))
-    yield Table("cache per token, all layers; FLOPs and GB with MTP", [size_row(x) for x in files])
+    rows = [size_row(x) for x in files or sorted(Path("config").glob("[!_]*.py"))]
+    yield Table("cache per token, all layers; FLOPs and GB with MTP", rows)
 
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -216,15 +215,16 @@ def transformers_models(directory: str, device: torch.device) -> dict[str, nn.Mo
 def reference_table(options: TrainOptions) -> Table:
     B, steps = options.batch_size or 8, {}
     config = train.TrainConfig(batch_size=B, block_size=256, device=options.device)
+    machine = train.start_machine(config)  # in bf16, where that is not emulated
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         DeepSeekV3(ModelConfig(**REFERENCE)).save_pretrained(folder)
-        for dtype in ("bfloat16", "float32"):
-            machine = train.start_machine(replace(config, dtype=dtype))
+        for dtype in dict.fromkeys((machine.dtype, torch.float32)):
             ours = DeepSeekV3.from_pretrained(folder, torch.float32, str(machine.device))
             models = {"ours": ours} | transformers_models(folder, machine.device)
             for name, model in models.items():
-                steps[f"{name} {dtype}"] = training_step(model, config, machine)
+                in_dtype = replace(machine, dtype=dtype)
+                steps[f"{name} {str(dtype)[6:]}"] = training_step(model, config, in_dtype)
     title = f"training step, 20.8M parameters, {B} x 256 tokens, AdamW"
     return speed_table(title, interleaved(steps, options.rounds), B * 256)
 
