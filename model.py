@@ -391,10 +391,10 @@ def expert_counts(chosen: Tensor, E: int) -> Tensor:
 def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """chosen (tokens, K) -> which token stands in each row when rows are sorted by expert (rows,),
     the row of each token's K experts (tokens, K), how many rows each expert has (E,)."""
-    expert = chosen.flatten()
-    order = expert.argsort(stable=True)  # row -> token * K + choice
-    slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)).to(order))
-    return order // chosen.shape[1], slots.view_as(chosen), expert_counts(expert, E)
+    order = chosen.flatten().argsort(stable=True)  # row -> token * K + choice
+    row = torch.arange(len(order), device=order.device)
+    slots = torch.empty_like(order).scatter_(0, order, row)
+    return order // chosen.shape[1], slots.view_as(chosen), expert_counts(chosen, E)
 
 
 @fast_twin
