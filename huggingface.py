@@ -19,14 +19,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import tiktoken.load
+import tiktoken
 import torch
 from torch import Tensor
 
 import fp8
 from config import info, parse_args, run_command
 from model import DeepSeekV3, ModelConfig
-from prepare_data import END_OF_TEXT, load_tokenizer
+from prepare_data import END_OF_TEXT, load_tokenizer, parse_ranks
 
 # What config.json says besides the fields of ModelConfig; there is one way to compute it.
 FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}
@@ -226,7 +226,7 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
     eos, bos = told.get("eos_token_id"), told.get("bos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if (folder / "tiktoken.model").exists():
-        ranks = tiktoken.load.load_tiktoken_bpe(str(folder / "tiktoken.model"))
+        ranks = parse_ranks((folder / "tiktoken.model").read_bytes())
         special = {x["content"]: int(i) for i, x in told.get("added_tokens_decoder", {}).items()}
         encoding = tiktoken.Encoding(
             "kimi", pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=special

@@ -242,16 +242,21 @@ def make_tokenizer(tokenizer: str, vocab_size: int, texts: list[str]) -> tiktoke
     return load_tokenizer(tokenizer)
 
 
+def parse_ranks(content: bytes) -> dict[bytes, int]:
+    """{token: rank} of a file in tiktoken's format, whose own loader caches by path: it would miss
+    a change."""
+    rows = (line.split() for line in content.splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in rows}
+
+
 def load_tokenizer(folder: Path | str) -> tiktoken.Encoding:
     """The tokenizer stored in a prepared folder or a run. Raises ValueError."""
-    try:  # not by tiktoken's own loader, which caches by path and would miss a change
+    try:
         meta = json.loads((Path(folder) / "meta.json").read_bytes())
         content = (Path(folder) / "tokenizer.tiktoken").read_bytes()
         if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
             raise ValueError("its sha256 is not that in meta.json")
-        rows = [line.split() for line in content.splitlines()]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
-        return encoding_from(ranks, meta["pattern"], meta["special_tokens"])
+        return encoding_from(parse_ranks(content), meta["pattern"], meta["special_tokens"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         files = "meta.json and tokenizer.tiktoken"
         raise ValueError(f"{folder} has no tokenizer in {files} ({error!r}); {AGAIN}") from None
