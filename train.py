@@ -384,7 +384,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
     model.eval()
     with fp8.quantized_once(model):
         for part, real in validation(model, tokens, config.block_size, config, machine, must_stop):
-            sums += part
+            sums[:, : part.shape[1]] += part  # a window of one token has no MTP loss
             for layer, chosen in enumerate(model.routing):
                 # MTP module k (from 1) has k rows fewer, and predicts the last rows' targets.
                 used = chosen[real[:, -chosen.shape[1] :]]  # (tokens, K)

@@ -629,6 +629,8 @@ def test_evaluation_leaves_no_trace(trained):
     before = {k: v.clone() for k, v in dict(model.named_buffers()).items()}
     before |= {k: v.clone() for k, v in model.named_parameters()}
     train.evaluate(model, dataset, config, MACHINE)
+    alone = train.evaluate(model, dataset, replace(config, block_size=1, eval_batch=512), MACHINE)
+    assert alone["val_mtp_losses"] == [0]  # one token has no second next
     assert_same(before, dict(model.named_buffers()) | dict(model.named_parameters()))
     assert all(p.grad is None for p in model.parameters())
 
