@@ -320,11 +320,11 @@ class Pace:
     tokens it is made for.
     """
 
-    TURNS, CLEAR = 6, 1.05
+    TURNS, CLEAR = 6, 1.05  # rounds to compare, and by how much one has to be faster
 
     def __init__(self, speculative: int | str, most: int):
         self.auto, self.most = speculative == "auto", most
-        self.few = 0 if self.auto else most
+        self.few = 0 if self.auto else most  # drafts that have proved themselves
         self.rounds = [deque(maxlen=16) for _ in range(most + 1)]  # by drafts: seconds, tokens
         self.ahead = {False: 0.5, True: 0.5}  # tokens won by the modules' drafts, by lookup
 
