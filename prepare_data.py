@@ -258,8 +258,8 @@ def load_tokenizer(folder: Path | str) -> tiktoken.Encoding:
             raise ValueError("its sha256 is not that in meta.json")
         return encoding_from(parse_ranks(content), meta["pattern"], meta["special_tokens"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        files = "meta.json and tokenizer.tiktoken"
-        raise ValueError(f"{folder} has no tokenizer in {files} ({error!r}); {AGAIN}") from None
+        why = f"no tokenizer in meta.json and tokenizer.tiktoken ({error!r})"
+        raise ValueError(f"{folder} has {why}; copy a run's, or {AGAIN}") from None
 
 
 # ---- Token files --------------------------------------------------------------------------------
