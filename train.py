@@ -103,8 +103,8 @@ class TrainConfig:
     eval_only: bool = False  # evaluate the run's (or init_from's) weights and stop
 
     def __post_init__(self):
-        least_1 = ("steps", "batch_size", "block_size", "grad_accum", "eval_batch", "log_every")
-        for name in (*least_1, "eval_every", "save_every"):
+        sizes = ("steps", "batch_size", "block_size", "grad_accum", "eval_batch")
+        for name in (*sizes, "eval_every", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
         if self.optimizer == "muon" and self.parallel == "fsdp":
