@@ -471,6 +471,7 @@ class Run:
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.step = self.tokens = 0
         self.evaluated = 0  # step of the last evaluation
+        self.best = (0, -math.inf)  # of best.pt: the length it was trained for, minus its loss
         # Sums since the last line of the log, kept on the device: three losses, MaxVio, steps left
         # out because their gradient was not finite, all steps.
         self.sums = torch.zeros(6, device=machine.device, dtype=model.norm.weight.dtype)
@@ -487,6 +488,9 @@ class Run:
         self.step, self.tokens = saved["step"], saved["tokens"]
         self.evaluated, self.clock = saved["evaluated"], (time.perf_counter(), self.tokens)
         self.sums += saved.get("sums", 0 * self.sums).to(self.sums)
+        if (self.out / "best.pt").exists():  # it may be later and better than the checkpoint
+            best = load_checkpoint(self.out / "best.pt")
+            self.best = best["trained_length"], -best["val_loss"]
         log = self.out / "log.jsonl"
         if self.machine.rank == 0 and log.exists():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -535,10 +539,9 @@ class Run:
             return
         self.evaluated = self.step
         self.log(result)
-        path, score = self.out / "best.pt", (self.model.trained_length, -result["val_loss"])
-        best = load_checkpoint(path) if path.exists() else {"trained_length": 0, "val_loss": 0}
-        better = score > (best["trained_length"], -best["val_loss"])
-        if math.isfinite(result["val_loss"]) and better:
+        score = (self.model.trained_length, -result["val_loss"])
+        if math.isfinite(result["val_loss"]) and score > self.best:
+            self.best = score
             self.save("best.pt", **{k: v for k, v in result.items() if k.startswith("val")})
         self.clock = time.perf_counter(), self.tokens
 
@@ -573,7 +576,7 @@ class Run:
         self.log(line, f", {left} left{skips}")
         if (bad := int(self.bad_in_a_row)) >= 5 or (bad and self.last):
             raise ValueError(
-                f"{bad} gradients up to step {self.step} are not finite: lower the lr."
+                f"{bad} gradients up to step {self.step} are not finite: lower --lr and --resume."
             )
 
     def on_signal(self, number, frame):
