@@ -305,7 +305,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         saved = torch.load(file, "cpu", weights_only=True, mmap=True)
         dict(saved["model_config"])
     except Exception as error:  # a damaged file may lead to any
-        raise ValueError(f"{file} is truncated or not train.py's ({error!s:.200})") from None
+        why = str(error).split(". ")[0]  # what follows is PyTorch's advice
+        raise ValueError(f"{file} is truncated or not train.py's ({why:.100})") from None
     return saved
 
 

@@ -328,6 +328,8 @@ def prepare(config: DataConfig) -> Path:
         raise ValueError(f"name={name!r}: expected a plain folder name; give --name=NAME")
     if not 0 < config.val_fraction <= 0.5:
         raise ValueError(f"val_fraction={config.val_fraction}: expected more than 0, at most 0.5")
+    if not config.tokenizer and config.vocab_size < 257:
+        raise ValueError(f"vocab_size={config.vocab_size}: expected 257 (256 bytes and 1) or more")
     folder = Path(config.out) / name
     here = list(folder.iterdir()) if folder.exists() else []
     if foreign := [path for path in here if not re.fullmatch(OURS, path.name)]:

@@ -406,6 +406,8 @@ def generate(
     decoding stops with a note, so `new` may be smaller. on_token(row, ids, drafted) sees new tokens
     as they come, the first `drafted` of them accepted drafts. stats is filled in.
     """
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, but must be 0 or more")
     check_request(model, tokens, temperature, top_k, top_p, speculative)
     (B, T), limit, stats = tokens.shape, model.config.max_position_embeddings, stats or Stats()
     new = max(0, min(max_new_tokens, limit - T))
@@ -600,7 +602,10 @@ def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
 
 def print_score(model: DeepSeekV3, tokenizer: Tokenizer, path: str):
     document = Path(path).read_bytes()
-    ids = tokenizer.encode(document.decode())
+    try:
+        ids = tokenizer.encode(document.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error.reason})") from None
     if tokenizer.bos is None:  # else the ids begin with it
         ids = [*tokenizer.eos[:1], *ids]
     if len(ids) < 2:

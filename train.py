@@ -694,6 +694,8 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str | Path]:
     default = {"out": f"out/{Path(file).stem}"} if file else {}
     network, settings = split_configs(default | in_file | given)
     config = TrainConfig(**settings)
+    if config.lr < 0:
+        raise ValueError(f"lr is {config.lr}, but must be 0 or more.")
     if not (file or config.eval_only or (config.out and (config.resume or config.init_from))):
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
@@ -719,6 +721,9 @@ def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> Tra
             info(f"{key} is now {now[key]} (was {was[key]})")
     if unused := [f"--{k}={v}" for k, v in in_file.items() if now.get(k, v) != v]:
         info(f"the run keeps its settings; to apply the config file's: {' '.join(unused)}")
+    may_differ, network = CONTEXT_KEYS | given.keys(), saved["model_config"].items()
+    if other := [k for k, v in network if k not in may_differ and in_file.get(k, v) != v]:
+        info(f"the run keeps its network; the config file has another {', '.join(other)}")
     old_lr, lr = lr_at(before, max(0, saved["step"] - 1)), lr_at(after, saved["step"])
     if after.steps != before.steps and lr > old_lr:
         info(f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}")
