@@ -602,7 +602,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(command, monkeypatch):
         first, second = out.split("\n" + "-" * 80 + "\n")
         assert first.startswith("Größe 😀") and second.startswith("Größe 😀") and first != second
         assert not COLOUR.search(out)
-        for word in ("tokens/s", "multi-head attention would hold", " 132 bytes per token"):
+        for word in ("tokens/s", "multi-head attention would hold", " 180 bytes per token"):
             assert word in err
 
 
