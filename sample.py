@@ -406,11 +406,9 @@ def generate(
     decoding stops with a note, so `new` may be smaller. on_token(row, ids, drafted) sees new tokens
     as they come, the first `drafted` of them accepted drafts. stats is filled in.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, but must be 0 or more")
-    check_request(model, tokens, temperature, top_k, top_p, speculative)
+    check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
     (B, T), limit, stats = tokens.shape, model.config.max_position_embeddings, stats or Stats()
-    new = max(0, min(max_new_tokens, limit - T))
+    new = min(max_new_tokens, limit - T)
     most = MOST_DRAFTS if speculative == "auto" else int(speculative)
     # Compiled on a CPU a forward of two tokens takes twice as long as one: drafts cannot pay.
     hopeless = speculative == "auto" and compile and tokens.device.type == "cpu"
@@ -442,7 +440,7 @@ def generate(
     return torch.tensor(padded, device=tokens.device)
 
 
-def check_request(model, tokens, temperature, top_k, top_p, speculative):
+def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative):
     """Raises ValueError, with one sentence, for a call of `generate` that cannot be served."""
     (B, T), V, limit = tokens.shape, model.config.vocab_size, model.config.max_position_embeddings
     low, high = (tokens.min().item(), tokens.max().item()) if B * T else (0, 0)
@@ -451,6 +449,7 @@ def check_request(model, tokens, temperature, top_k, top_p, speculative):
         (B * T > 0, "there is nothing to continue: the prompt is empty, or num_samples is 0"),
         (limit >= T, f"the prompt has {T} tokens, but the context ends at {limit}; shorten it"),
         (0 <= low <= high < V, f"token ids go from {low} to {high}, but must be 0 to {V - 1}"),
+        (max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}, but must be 0 or more"),
         (0 <= temperature < math.inf, f"temperature is {temperature}, but must be 0 or more"),
         (top_k is None or top_k >= 1, f"top_k is {top_k}, but must be at least 1, or none"),
         (top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, but must be in (0, 1], or none"),
@@ -577,7 +576,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
             experts.update(top)
             text = [(token, style_of(e)) for token, e in zip(row, top, strict=True)]
         write(text if b or by_expert else [], final=True)
-    legend = f"{painted('green', GREEN)}: drafted"
+    legend = f"{painted('green', GREEN)}: drafts that were accepted"
     if by_expert:
         numbers = (painted(str(e), style_of(e)) for e in sorted(experts))
         legend = f"experts of the last layer: {' '.join(numbers)}"

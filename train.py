@@ -694,8 +694,6 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str | Path]:
     default = {"out": f"out/{Path(file).stem}"} if file else {}
     network, settings = split_configs(default | in_file | given)
     config = TrainConfig(**settings)
-    if config.lr < 0:
-        raise ValueError(f"lr is {config.lr}, but must be 0 or more.")
     if not (file or config.eval_only or (config.out and (config.resume or config.init_from))):
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)

@@ -109,11 +109,8 @@ def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
         raise FileNotFoundError(f"no config file {path}; there are: {have}")
     try:
         values = runpy.run_path(path)
-    except SyntaxError as error:
-        line = f"line {error.lineno} of {error.filename}"
-        raise ValueError(f"{path} cannot be run: {error.msg}, {line}") from None
     except Exception as error:
-        raise ValueError(f"{path} cannot be run: {error!r}") from None
+        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from None
     fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
     values = {name: x for name, x in values.items() if not name.startswith("_")}
     for name, value in values.items():
