@@ -642,7 +642,7 @@ def test_text_appears_only_in_whole_characters(run, capsys, monkeypatch):
             on_token(0, [byte], 0)
 
     model, tokenizer, path = load_model(run)
-    tokenizer = replace(tokenizer, to_bytes=lambda token: bytes([token % 256]))
+    tokenizer = replace(tokenizer, texts={token: bytes([token]) for token in range(256)})
     monkeypatch.setattr(sample, "load_model", lambda *args: (model, tokenizer, path))
     monkeypatch.setattr(sample, "generate", bytes_of_text)
     sample.main([str(run), "--prompt=class"])
