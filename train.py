@@ -725,6 +725,7 @@ def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> Tra
     old_lr, lr = lr_at(before, max(0, saved["step"] - 1)), lr_at(after, saved["step"])
     if after.steps != before.steps and lr > old_lr:
         info(f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}")
+        info(f"(a new schedule from these weights: --init_from={config.out} with another --out)")
     state = saved.get("optimizer") if after.optimizer == before.optimizer else None
     if config.resume and not isinstance(state, dict):  # that of an earlier version is none
         raise ValueError(f"no state of {after.optimizer} in {config.out}: use --init_from instead.")
