@@ -576,6 +576,8 @@ def test_parameter_counts():
     biases, embedding = 10 + (7 + 8) + 16, 31 * 16  # of q_a_proj, kv_a_proj_with_mqa and o_proj
     assert [*counts(attention_bias=True) - counts()] == [3 * biases, 3 * biases, biases]
     assert [*counts() - counts(tie_word_embeddings=True)] == [embedding, embedding, 0]
+    shared = 3 * 16 * 9
+    assert [*counts(n_shared_experts=2) - counts()] == [2 * shared, 2 * shared, shared]
 
 
 @pytest.mark.parametrize(
