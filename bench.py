@@ -104,9 +104,9 @@ def speed_table(title: str, seconds: dict[str, Rounds], tokens: int) -> Table:
     """Tokens per second, and how many times faster all are than the fastest of transformers."""
     times = {name: statistics.median(s) for name, s in seconds.items()}
     best = min((name for name in times if name.startswith("transformers")), key=times.get)
-    faster = {name: ratio(seconds[best], s) for name, s in seconds.items()}
-    columns = {"seconds": seconds, f"x {best}": faster}
-    columns["tokens/s"] = {name: tokens / time for name, time in times.items()}
+    speed = {name: tokens / time for name, time in times.items()}
+    columns = {"seconds": seconds, "tokens/s": speed}
+    columns[f"x {best}"] = {name: ratio(seconds[best], s) for name, s in seconds.items()}
     return Table(title, [{"": x} | {k: c[x] for k, c in columns.items()} for x in seconds])
 
 
@@ -125,7 +125,7 @@ def print_tables(command: str, tables: Iterator[Table], options: Any):
         done.append(asdict(table))
         if options.json:
             result = {"command": command, **facts, "options": asdict(options), "tables": done}
-            Path(options.json).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+            Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 # ---- sizes ---------------------------------------------------------------------------------------

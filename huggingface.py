@@ -225,8 +225,11 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
         told |= read_json(folder / name) if (folder / name).exists() else {}
     eos, bos = told.get("eos_token_id"), told.get("bos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if (folder / "tiktoken.model").exists():
-        ranks = parse_ranks((folder / "tiktoken.model").read_bytes())
+    if (path := folder / "tiktoken.model").exists():
+        try:
+            ranks = parse_ranks(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error!s:.200}): fetch it again.") from None
         special = {x["content"]: int(i) for i, x in told.get("added_tokens_decoder", {}).items()}
         encoding = tiktoken.Encoding(
             "kimi", pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=special

@@ -410,9 +410,9 @@ def generate(
     (B, T), limit, stats = tokens.shape, model.config.max_position_embeddings, stats or Stats()
     new = min(max_new_tokens, limit - T)
     most = MOST_DRAFTS if speculative == "auto" else int(speculative)
-    # Compiled on a CPU a forward of two tokens takes twice as long as one: drafts cannot pay.
-    hopeless = speculative == "auto" and compile and tokens.device.type == "cpu"
-    depth = len(model.mtp) if most and not hopeless else 0
+    # Compiled on a CPU a forward of two tokens takes twice as long as one: auto makes no drafts.
+    no_drafts = most == 0 or (speculative == "auto" and compile and tokens.device.type == "cpu")
+    depth = 0 if no_drafts else len(model.mtp)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     rows, pace = Rows(tokens, new, eos, on_token), Pace(speculative, most if depth else 0)
     text, n = Text(model, tokens, new, depth, compile, (temperature, top_k, top_p)), T

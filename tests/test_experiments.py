@@ -320,7 +320,7 @@ def test_classes_are_those_of_pythons_tokeniser():
 
 def test_classes_of_tokens_and_documents_that_are_no_python(monkeypatch):
     """A token is what its first character that is no space is; <|endoftext|> parts documents."""
-    pieces = [b"def", b" f", b"():", b"\n ", b" return", b" '", "é".encode(), b"'\n", b"", b"def ("]
+    pieces = [b"def", b" f", b"():", b"\n ", b" return", b" '", b"\xc3\xa9", b"'\n", b"", b"def ("]
     fake = mock.Mock(eot_token=8, decode_tokens_bytes=lambda ids: [pieces[i] for i in ids])
     monkeypatch.setattr(prepare_data, "load_tokenizer", lambda folder: fake)
     ids = np.array([*range(8), 8, 9, 8, *range(8)])

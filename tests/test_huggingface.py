@@ -686,3 +686,5 @@ def test_kimi_tokenizer_opens(tmp_path):
     assert [tokenizer.to_bytes(i) for i in (195, 299, 300)] == [b"\xc3", b"", b"[EOS]"]
     (tmp_path / "tiktoken.model").write_text("\n".join(lines[::-1]).replace(" 97", " 256"))
     assert huggingface.hf_tokenizer(tmp_path).encode("a") == [256]  # another one in its place
+    (tmp_path / "tiktoken.model").write_text("AAAA\n")
+    check_refusal("tiktoken.model is damaged", huggingface.hf_tokenizer, tmp_path)

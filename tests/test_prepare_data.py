@@ -462,6 +462,7 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
         (1, "latin.txt holds 0 characters", "latin.txt"),
         (1, "val_fraction=0.6: expected", "a.txt", "--val_fraction=0.6", "--name=b"),
         (1, "name='../x': expected", "a.txt", "--name=../x"),
+        (1, "vocab_size=256: expected 257", "a.txt", "--name=b", "--vocab_size=256"),
         (2, "unknown key vocabsize; did you mean vocab_size?", "a.txt", "--vocabsize=300"),
     ]:
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])

@@ -549,6 +549,7 @@ def test_texts_have_the_exact_distribution(setting, options, B=12, V=3, new=4, c
         (dict(tokens=torch.zeros(1, 0, dtype=torch.long)), "empty"),
         (dict(tokens=torch.zeros(1, LIMIT + 1, dtype=torch.long)), "context"),
         (dict(tokens=torch.tensor([[31]])), "31"),
+        (dict(max_new_tokens=-1), "max_new_tokens"),
         (dict(temperature=math.nan), "temperature"),
         (dict(top_k=0), "top_k"),
         (dict(top_p=0.0), "top_p"),
@@ -600,7 +601,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(command, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Größe 😀".encode())))
         out, err = command("--max_new_tokens=20", "--num_samples=2", source)
         first, second = out.split("\n" + "-" * 80 + "\n")
-        assert first.startswith("Größe 😀") and second.startswith("Größe 😀") and first != second
+        assert all(text.startswith("Größe 😀") for text in (first, second)) and first != second
         assert not COLOUR.search(out)
         for word in ("tokens/s", "multi-head attention would hold", " 180 bytes per token"):
             assert word in err

@@ -453,12 +453,13 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(run, data, monk
         stop_at(2, patch)
         train.main([*argv, "--lr=0.01", "--weight_decay=0"])
     before = load("run")["model"]["lm_head.weight"]
-    Path("my.py").write_text(Path(TINY).read_text() + "mtp_weight = 0.5\n")
+    Path("my.py").write_text(Path(TINY).read_text() + "mtp_weight = 0.5\nrope_theta = 9.0\n")
     options = ("--weight_decay=2", "--clip=1e-9", "--beta1=0", "--beta2=0", "--lr=0.5")
     train.main(["my.py", "--out=run", "--resume", "--steps=3", *options])
     said = capsys.readouterr().err
     (line,) = (x for x in said.splitlines() if x.startswith("the run keeps its settings"))
     assert "--mtp_weight=0.5" in line and "--gamma" not in line
+    assert "the run keeps its network; the config file has another rope_theta\n" in said
     assert "steps is now 3 (was 8)" in said and "lr is now 0.5 (was 0.01)" in said
     state = load("run")
     settings, after = state["train_config"], state["model"]["lm_head.weight"]
@@ -483,6 +484,7 @@ def test_a_finished_run_can_go_on_for_longer(run, shared, capsys):
     train.main([f"--out={out}", "--resume", "--steps=16"])
     said = capsys.readouterr().err
     assert "the schedule is stretched: the rate goes from 0.000946 back to 0.005" in said
+    assert "--init_from=decayed with another --out" in said
 
 
 def test_another_network_or_tokenizer_is_refused_on_resume(shared, refused):
