@@ -38,6 +38,13 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the hardware does; emulated, as older cards do too, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products with x: autocast's where it is on, else x's own."""
     device = x.device.type
@@ -204,13 +211,33 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # small it is. So what stays the same from step to step is computed once, in `Decoder`. n = B * T.
 
 LONG, RECENT = 2**14, 64  # cached tokens worth cutting, and the newest, which stay apart
-PAST_END = 16  # positions after the context limit, for drafts that are thrown away
+LARGE, ROWS = 2**17, 16  # weights that are packed, for about so many rows
 SMALL = 2**20  # weights in a layer's experts up to which one product with all is fastest
 
 
-def side_by_side(*weights: Tensor) -> Tensor:
-    """Weights (out, in) of one input as one (in, out): so they are read faster for few rows."""
-    return torch.cat(weights).T.contiguous()
+def side_by_side(*weights: Tensor, pack: bool) -> Tensor:
+    """Weights (out, in) of one input as one. Packed, in oneDNN's layout, a large one is read at the
+    speed of memory on a CPU, and up to five rows of x take the time of one."""
+    w = torch.cat(weights)
+    fits = w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and multiplies_bf16(w.device))
+    fits = fits and w.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if pack and fits and w.numel() >= LARGE:
+        return torch.ops.mkldnn._reorder_linear_weight(w, ROWS)
+    return w.T.contiguous().T if pack and len(w) > w.shape[1] else w  # read along the longer side
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x (n, in) times side_by_side's w (out, in): (n, out)."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and len(x) <= ROWS:
+        # Loops that read w once for all rows. Not before x is written: they would compute it anew
+        # for every row of w.
+        from torch._inductor.inductor_prims import force_stride_order
+
+        x = force_stride_order(x, x.stride())
+        return torch.cat([(w * row).sum(-1)[None] for row in x.split(1)])
+    if w.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return torch.mm(x, w.T)
 
 
 def normalise(x: Tensor, eps: Tensor) -> Tensor:
@@ -251,8 +278,9 @@ def attend(q: Tensor, kv: Tensor, C: int, later: Tensor | None) -> Tensor:
 class DecoderBlock:
     """A block of the model: matrices of one input side by side, norms and scales multiplied in."""
 
-    def __init__(self, block, config):
-        mla, norm, latent = block.self_attn, block.input_layernorm.weight, config.q_lora_rank
+    def __init__(self, block, config, pack: bool):
+        join, latent = functools.partial(side_by_side, pack=pack), config.q_lora_rank
+        mla, norm = block.self_attn, block.input_layernorm.weight
         H, C, N = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
         self.eps, self.latent_eps = upcast(norm).new_tensor([config.rms_norm_eps, 1e-6])
         q = mla.q_b_proj.weight * mla.q_a_layernorm.weight if latent else mla.q_proj.weight * norm
@@ -265,33 +293,34 @@ class DecoderBlock:
         if self.absorbed:
             q = torch.cat((torch.einsum("hnc,hni->hci", self.UK, q[:, :N]), q[:, N:]), 1)
             o = torch.einsum("dhv,hvc->dhc", o, self.UV)
-        self.o, q = side_by_side(o.flatten(1)), q.flatten(0, 1)
-        self.q = side_by_side(q) if latent else None
+        self.o, q = join(o.flatten(1)), q.flatten(0, 1)
+        self.q = join(q) if latent else None
         q = mla.q_a_proj.weight * norm if latent else q
-        self.qkv = side_by_side(q, mla.kv_a_proj_with_mqa.weight * norm)
+        self.qkv = join(q, mla.kv_a_proj_with_mqa.weight * norm)
         self.H, self.widths = H, [len(q), C, config.qk_rope_head_dim]
         self.kv_norm, self.norm = mla.kv_a_layernorm.weight, block.post_attention_layernorm.weight
-        # One wide FFN: the dense one; or all experts, if they are small, and the shared ones.
+        # One wide FFN: the dense one, or the shared experts and, if they are small, all others.
         ffn, wide = block.mlp, []
-        self.moe = ffn if hasattr(ffn, "experts") else None
+        self.moe, self.small = ffn if hasattr(ffn, "experts") else None, False
         if self.moe:
             ffn, (gate_up, down) = ffn.shared_experts, ffn.experts.parameters()
-            self.each = list(zip(gate_up.mT, down.mT, strict=True))
-            if 3 * down.numel() <= SMALL:  # (E*F, D) each
-                wide = [[x.flatten(0, 1) for x in (*gate_up.chunk(2, 1), down.mT)]]
-        if ffn and (wide or not self.moe):
+            self.each = list(zip(gate_up, down, strict=True))
+            self.small = pack and 3 * down.numel() <= SMALL
+        if self.small:
+            wide = [[x.flatten(0, 1) for x in (*gate_up.chunk(2, 1), down.mT)]]  # (E*F, D) each
+        if ffn:
             wide += [[ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight.T]]
         self.wide = bool(wide)
         if wide:
             gates, ups, downs = zip(*wide, strict=True)
-            self.gate_up, self.down = side_by_side(*gates, *ups), torch.cat(downs)
+            self.gate_up, self.down = join(*gates, *ups), join(torch.cat(downs).T)
 
     def __call__(self, x: Tensor, kv: Tensor, place: tuple) -> Tensor:
         """x (n, D), kv (B, size, C+R) -> (n, D)."""
         B, (_, C, R), (slots, S, rotated, later) = len(kv), self.widths, place
-        q, c, k = torch.mm(normalise(x, self.eps), self.qkv).split(self.widths, -1)
+        q, c, k = product(normalise(x, self.eps), self.qkv).split(self.widths, -1)
         if self.q is not None:
-            q = torch.mm(normalise(q, self.latent_eps), self.q)
+            q = product(normalise(q, self.latent_eps), self.q)
         c = (normalise(c, self.latent_eps) * self.kv_norm).view(B, -1, C)
         k = rotated(k.view(B, -1, 1, R))[:, :, 0]  # (B, T, R)
         kv[:, slots] = torch.cat((c, k), -1)
@@ -303,7 +332,7 @@ class DecoderBlock:
         o = attend(q, kv[:, :S], C, later)  # (B, T*H, C)
         if not self.absorbed:
             o = torch.einsum("nhc,hvc->nhv", o.view(len(x), -1, C), self.UV)
-        x = x + torch.mm(o.reshape(len(x), -1), self.o)
+        x = x + product(o.reshape(len(x), -1), self.o)
         return x + self.ffn(normalise(x, self.eps) * self.norm)
 
     def ffn(self, z: Tensor) -> Tensor:
@@ -311,21 +340,21 @@ class DecoderBlock:
         if not self.moe:
             return self.wide_ffn(z)
         s, chosen, gain = self.moe.gate(z)
-        if self.wide and not torch.compiler.is_compiling():
+        if self.small:
             return self.wide_ffn(z, torch.zeros_like(s).scatter_(-1, chosen, gain))
         if chosen.numel() > s.shape[1] and not torch.compiler.is_compiling():
             return self.moe(z[None])[0]  # many tokens: sorted by expert
-        y, shared = self.chosen_experts(z, chosen, gain.to(z.dtype)), self.moe.shared_experts
-        return y + shared(z) if shared else y
+        y = self.chosen_experts(z, chosen, gain.to(z.dtype))
+        return y + self.wide_ffn(z) if self.wide else y
 
     def wide_ffn(self, z: Tensor, gains: Tensor | None = None) -> Tensor:
-        """The dense FFN; or the shared experts, and all the others times gains (n, E)."""
-        gate, up = torch.mm(z, self.gate_up).chunk(2, -1)
+        """The dense FFN or the shared experts; with all others times gains (n, E)."""
+        gate, up = product(z, self.gate_up).chunk(2, -1)
         hidden = F.silu(gate) * up
         if gains is not None:
-            F_ = self.each[0][1].shape[0]
+            F_ = self.each[0][1].shape[1]
             hidden[:, : gains.shape[1] * F_].unflatten(1, (-1, F_)).mul_(gains[..., None])
-        return torch.mm(hidden, self.down)
+        return product(hidden, self.down)
 
     def chosen_experts(self, z: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
         """The sum of every token's K experts, whose weights are read where they lie."""
@@ -336,10 +365,10 @@ class DecoderBlock:
             return (down[chosen] * hidden.unsqueeze(-2)).sum((1, 3))
         each = [self.each[e] for e in chosen.flatten().tolist()]
         rows = z.repeat_interleave(chosen.shape[1], 0).split(1)  # n * K of (1, D)
-        gate_up = torch.cat([torch.mm(x, w) for x, (w, _) in zip(rows, each, strict=True)])
+        gate_up = torch.cat([torch.mm(x, w.T) for x, (w, _) in zip(rows, each, strict=True)])
         gate, up = gate_up.chunk(2, -1)  # (n*K, F)
         hidden = (F.silu(gate) * up * gain.view(-1, 1)).split(1)
-        y = torch.cat([torch.mm(x, w) for x, (_, w) in zip(hidden, each, strict=True)])
+        y = torch.cat([torch.mm(x, w.T) for x, (_, w) in zip(hidden, each, strict=True)])
         return y.unflatten(0, chosen.shape).sum(1)
 
 
@@ -350,20 +379,20 @@ class Decoder:
     cache, behind a mask.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, positions: int, pack: bool = True):
         config, R, head = model.config, model.config.qk_rope_head_dim, model.lm_head.weight
         if config.attention_bias:
             raise ValueError("a Decoder knows no biases")
+        join = functools.partial(side_by_side, pack=pack)
         self.embedding, self.norm = model.embed_tokens.weight, model.norm.weight
-        self.head = side_by_side(head) if head.numel() < 2**24 else head.T
-        self.layers = [DecoderBlock(block, config) for block in model.layers]
-        self.mtp = [DecoderBlock(m.block, config) for m in model.mtp]
+        self.head = join(head)
+        self.layers = [DecoderBlock(block, config, pack) for block in model.layers]
+        self.mtp = [DecoderBlock(m.block, config, pack) for m in model.mtp]
         for block, m in zip(self.mtp, model.mtp, strict=True):
             norms = torch.cat((m.enorm.weight, m.hnorm.weight))
-            block.eh, block.out_norm = side_by_side(m.eh_proj.weight * norms), m.norm.weight
+            block.eh, block.out_norm = join(m.eh_proj.weight * norms), m.norm.weight
         self.eps = self.layers[0].eps
         # x rotated = x cos + (the other of each pair) sin, with the sign in sin.
-        positions = config.max_position_embeddings + PAST_END
         pair = -1 if config.rope_interleave else -2
         cos, sin = model.rope(self.norm.expand(1, positions, -1), 0)  # (positions, R/2)
         self.cos = torch.stack((cos, cos), pair).flatten(1)[:, None]  # (positions, 1, R)
@@ -396,8 +425,8 @@ class Decoder:
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache) -> Tensor:
         block, x = self.mtp[k], self.embedding[tokens.flatten()]
         x = torch.cat((normalise(x, self.eps), normalise(h.flatten(0, 1), self.eps)), -1)
-        x = block(torch.mm(x, block.eh), cache.kv[k], self.place(tokens.shape[1], cache))
+        x = block(product(x, block.eh), cache.kv[k], self.place(tokens.shape[1], cache))
         return (normalise(x, self.eps) * block.out_norm).view_as(h)
 
     def logits(self, h: Tensor) -> Tensor:
-        return upcast(torch.mm(h.flatten(0, 1), self.head)).unflatten(0, h.shape[:2])
+        return upcast(product(h.flatten(0, 1), self.head)).unflatten(0, h.shape[:2])

@@ -141,17 +141,17 @@ class Text:
         self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
 
     def prefill(self, T: int):
-        """All tokens of the prompt but the newest go through the model, and on with its Decoder."""
+        """The prompt goes through the model, and on with its Decoder."""
         model, (B, _) = self.net, self.tokens.shape
         # So many at once that attention's scores take 1 GB at most.
         self.chunk = max(1, min(512, 2**26 // (B * T * model.config.num_attention_heads)))
-        for start in range(0, T - 1, self.chunk):
-            end = min(start + self.chunk, T - 1)
+        for start in range(0, T, self.chunk):
+            end = min(start + self.chunk, T)
             h = model.trunk(self.tokens[:, start:end], self.cache)  # (B, chunk, D)
             if self.depth:
                 self.hidden[:, start:end] = h
         self.catch_up(T - 1 - self.depth)
-        self.net = decoder_or_model(model, self.tokens[:, :T], self.cache)
+        self.net = decoder_or_model(model, self.tokens[:, :T], h, self.cache, not self.compile)
         self.compile = self.compile and self.net is not model
 
     def catch_up(self, end: int):
@@ -314,8 +314,8 @@ class Rows:
 class Pace:
     """How many drafts a round makes: a fixed number, or with "auto" what pays.
 
-    Then plain rounds and rounds of one draft take turns. While one draft more is clearly faster, it
-    stays and the next is tried. And drafts, the modules' or looked up, rest while they are behind
+    Then a few plain rounds come first, as many with one draft, with two, while that is clearly
+    faster; the fastest stays. And drafts, the modules' or looked up, rest while they are behind
     plain rounds by more than half a token and a hundredth of the text. The choice never sees the
     tokens it is made for.
     """
@@ -324,7 +324,6 @@ class Pace:
 
     def __init__(self, speculative: int | str, most: int):
         self.auto, self.most = speculative == "auto", most
-        self.few = 0 if self.auto else most  # drafts that have proved themselves
         self.rounds = [deque(maxlen=16) for _ in range(most + 1)]  # by drafts: seconds, tokens
         self.ahead = {False: 0.5, True: 0.5}  # tokens won by the modules' drafts, by lookup
 
@@ -336,35 +335,35 @@ class Pace:
         return not self.auto or (len(self.rounds[0]) > 0 and self.ahead[True] >= 0)
 
     def drafts(self) -> int:
-        if self.ahead[False] < 0:
-            return 0
-        trying = self.few < self.most
-        return self.few + (trying and len(self.rounds[self.few]) > len(self.rounds[self.few + 1]))
+        if not self.auto or self.ahead[False] < 0:
+            return 0 if self.auto else self.most
+        best = 0
+        for G, rounds in enumerate(self.rounds):
+            if len(rounds) < self.TURNS:
+                return G
+            if G and self.rate(G) < self.CLEAR * self.rate(best):
+                break
+            best = G
+        return best
 
     def learn(self, G: int, looked_up: bool, seconds: float, tokens: int):
         """A round with G drafts took so long and gave so many tokens per row."""
-        if not self.auto:
-            return
-        self.ahead = {kind: ahead + tokens / 100 for kind, ahead in self.ahead.items()}
-        if G:
-            self.ahead[looked_up] += tokens - seconds * self.rate(0)
         if not looked_up:
             self.rounds[G].append((seconds, tokens))
-        if self.few < self.most and len(self.rounds[self.few + 1]) == self.TURNS:
-            if self.rate(self.few + 1) > self.CLEAR * self.rate(self.few):
-                self.few += 1
-            else:
-                self.most = self.few
+        if G and self.rounds[0]:
+            self.ahead[looked_up] += tokens - seconds * self.rate(0)
+        self.ahead = {kind: ahead + tokens / 100 for kind, ahead in self.ahead.items()}
 
 
-def decoder_or_model(model: DeepSeekV3, tokens: Tensor, cache: Cache):
+def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache, pack: bool):
     """ops.Decoder, if its logits after the tokens (B, T) are model.py's; else, with a notice, the
-    model. The cache holds all tokens but the newest."""
+    model. The cache holds the tokens, h the newest hidden states (B, 1 or more, D)."""
+    positions = max(16, cache.size)
     if tokens.shape[1] < 8:  # that would hide much: they meet on a made-up text
         tokens = torch.arange(16, device=tokens.device)[None] % model.config.vocab_size
         cache = Cache(model.config, len(model.layers), 1, 16, model.norm.weight)
-        model.trunk(tokens[:, :-1], cache)
-    logits = model.logits(model.trunk(tokens[:, -1:], cache))
+        h = model.trunk(tokens, cache)
+    logits = model.logits(h[:, -1:])
     if not logits.isfinite().all():
         raise ValueError("the logits after the prompt are not finite: the weights are damaged")
     if not ops.enabled:
@@ -373,7 +372,7 @@ def decoder_or_model(model: DeepSeekV3, tokens: Tensor, cache: Cache):
     rounding = 1e-3 if torch.finfo(model.norm.weight.dtype).bits >= 32 else 0.1
     # A changed module may have other parameters or inputs.
     with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
-        decoder = ops.Decoder(model)
+        decoder = ops.Decoder(model, positions, pack)
         difference = decoder.logits(decoder.trunk(tokens[:, -1:], cache)) - logits
         if difference.norm() <= rounding * logits.norm():
             return decoder
@@ -625,7 +624,7 @@ def main(argv: list[str]):
         sys.exit(2)
     device, dtype = usable_device(config.device), config.dtype
     if dtype == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = device.type == "cuda" and ops.multiplies_bf16(device)
         dtype = "bfloat16" if fast else "float32"
     model, tokenizer, path = load_model(ckpt, device, getattr(torch, dtype))
     if tokenizer is None:

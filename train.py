@@ -47,6 +47,7 @@ import sample
 from config import info, parse_args, read_config_file, run_command
 from huggingface import load_checkpoint, load_model, source_hash
 from model import DeepSeekV3, ModelConfig, expert_counts
+from ops import multiplies_bf16
 
 
 @dataclass
@@ -176,13 +177,6 @@ class Machine:
         if self.world > 1:
             dist.all_reduce(x)
         return x
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware does; emulated, as older cards do too, it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def start_machine(config: TrainConfig) -> Machine:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.inductor_prims  # before torch.compiler.is_compiling is patched
 from test_model import VARIANTS, tiny, tokens_of
 
 import model as plain
@@ -98,6 +99,7 @@ DECODED = VARIANTS | dict(wide_latent=dict(kv_lora_rank=13, q_lora_rank=None))
 del DECODED["attention_bias"]  # decoded by model.py
 WAYS = {
     "all experts": DECODED,
+    "packed": ("base", "no_shared_expert", "two_mtp_modules"),
     "chosen experts": ("base", "no_shared_expert", "two_mtp_modules"),
     "compiled": ("base", "wide_latent", "half_split_rope", "no_shared_expert", "two_mtp_modules"),
     "long": ("base", "wide_latent", "wide_values", "two_mtp_modules"),
@@ -127,10 +129,12 @@ def in_pieces(model, decoder, tokens, as_tensor: bool) -> list:
 def test_decoder_equals_the_model(way, name, monkeypatch):
     """Its logits are those of whole forwards without caches: of one and of several tokens at an
     offset, of one row and of three; with all experts as one product and with the chosen ones, by
-    the formulas of compiled graphs (run eagerly), and with a cache that is cut for three threads.
+    oneDNN's products, the formulas of compiled graphs (run eagerly), and with a cache cut in three.
     """
-    if way != "all experts":
+    if way not in ("all experts", "packed"):
         monkeypatch.setattr(ops, "SMALL", 0)
+    if way == "packed":
+        monkeypatch.setattr(ops, "LARGE", 1)
     if way == "long":
         monkeypatch.setattr(ops, "LONG", 8)
         monkeypatch.setattr(ops, "RECENT", 4)
@@ -139,7 +143,7 @@ def test_decoder_equals_the_model(way, name, monkeypatch):
         kinds += [(torch.float64, 1e-10, 1), (torch.float32, 1e-5, 1), (torch.float32, 1e-5, 3)]
     for dtype, tolerance, B in kinds:
         model = small(dtype=dtype, **DECODED[name])
-        decoder, depth = ops.Decoder(model), len(model.mtp)
+        decoder, depth = ops.Decoder(model, 30, pack=way != "compiled"), len(model.mtp)
         tokens = tokens_of(model, B, 13 + depth)
         with torch.no_grad():
             main, mtp = model(tokens, return_mtp=True)
