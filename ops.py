@@ -211,31 +211,39 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # small it is. So what stays the same from step to step is computed once, in `Decoder`. n = B * T.
 
 LONG, RECENT = 2**14, 64  # cached tokens worth cutting, and the newest, which stay apart
-LARGE, ROWS = 2**17, 16  # weights that are packed, for about so many rows
+# Where products of few rows were measured; with AVX2 the BLAS is faster than loops.
+AVX512 = (
+    torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+)
+LARGE, ROWS = 2**17, 16  # weights that oneDNN multiplies, packed for about so many rows
 SMALL = 2**20  # weights in a layer's experts up to which one product with all is fastest
+
+
+def for_onednn(w: Tensor) -> bool:
+    """Whether oneDNN multiplies few rows by w faster than the BLAS, which uses one core."""
+    fits = w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and multiplies_bf16(w.device))
+    return fits and w.device.type == "cpu" and AVX512 and w.numel() >= LARGE
 
 
 def side_by_side(*weights: Tensor, pack: bool) -> Tensor:
     """Weights (out, in) of one input as one. Packed, in oneDNN's layout, a large one is read at the
-    speed of memory on a CPU, and up to five rows of x take the time of one."""
+    speed of memory, and up to five rows of x take the time of one."""
     w = torch.cat(weights)
-    fits = w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and multiplies_bf16(w.device))
-    fits = fits and w.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if pack and fits and w.numel() >= LARGE:
+    if pack and for_onednn(w):
         return torch.ops.mkldnn._reorder_linear_weight(w, ROWS)
     return w.T.contiguous().T if pack and len(w) > w.shape[1] else w  # read along the longer side
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x (n, in) times side_by_side's w (out, in): (n, out)."""
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and len(x) <= ROWS:
+    """x (n, in) times w (out, in), of side_by_side or as it is: (n, out)."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and AVX512 and len(x) <= ROWS:
         # Loops that read w once for all rows. Not before x is written: they would compute it anew
         # for every row of w.
         from torch._inductor.inductor_prims import force_stride_order
 
         x = force_stride_order(x, x.stride())
         return torch.cat([(w * row).sum(-1)[None] for row in x.split(1)])
-    if w.is_mkldnn:
+    if w.is_mkldnn or for_onednn(w):
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return torch.mm(x, w.T)
 
@@ -365,10 +373,10 @@ class DecoderBlock:
             return (down[chosen] * hidden.unsqueeze(-2)).sum((1, 3))
         each = [self.each[e] for e in chosen.flatten().tolist()]
         rows = z.repeat_interleave(chosen.shape[1], 0).split(1)  # n * K of (1, D)
-        gate_up = torch.cat([torch.mm(x, w.T) for x, (w, _) in zip(rows, each, strict=True)])
+        gate_up = torch.cat([product(x, w) for x, (w, _) in zip(rows, each, strict=True)])
         gate, up = gate_up.chunk(2, -1)  # (n*K, F)
         hidden = (F.silu(gate) * up * gain.view(-1, 1)).split(1)
-        y = torch.cat([torch.mm(x, w.T) for x, (_, w) in zip(hidden, each, strict=True)])
+        y = torch.cat([product(x, w) for x, (_, w) in zip(hidden, each, strict=True)])
         return y.unflatten(0, chosen.shape).sum(1)
 
 
