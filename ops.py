@@ -215,7 +215,7 @@ LONG, RECENT = 2**14, 64  # cached tokens worth cutting, and the newest, which s
 AVX512 = (
     torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 )
-LARGE, ROWS = 2**17, 16  # weights that oneDNN multiplies, packed for about so many rows
+LARGE, ROWS = 2**16, 16  # weights that oneDNN multiplies, packed for about so many rows
 SMALL = 2**20  # weights in a layer's experts up to which one product with all is fastest
 
 

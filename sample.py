@@ -312,45 +312,44 @@ class Rows:
 
 
 class Pace:
-    """How many drafts a round makes: a fixed number, or with "auto" what pays.
+    """How many drafts a round makes: a fixed number, or with "auto" what is fastest.
 
-    Then a few plain rounds come first, as many with one draft, with two, while that is clearly
-    faster; the fastest stays. And drafts, the modules' or looked up, rest while they are behind
-    plain rounds by more than half a token and a hundredth of the text. The choice never sees the
-    tokens it is made for.
+    Then every number is tried a few times first. And drafts, the modules' or looked up, rest while
+    they are behind plain rounds by more than a token or two and a hundredth of the text. The choice
+    never sees the tokens it is made for.
     """
 
-    TURNS, CLEAR = 6, 1.05  # rounds to compare, and by how much one has to be faster
+    TURNS = 4  # rounds that try a number of drafts
 
     def __init__(self, speculative: int | str, most: int):
         self.auto, self.most = speculative == "auto", most
-        self.rounds = [deque(maxlen=16) for _ in range(most + 1)]  # by drafts: seconds, tokens
-        self.ahead = {False: 0.5, True: 0.5}  # tokens won by the modules' drafts, by lookup
+        self.seconds = [deque(maxlen=16) for _ in range(most + 1)]  # of rounds, by drafts
+        self.stays = [deque(maxlen=32) for _ in range(most)]  # whether draft j was kept, by j
+        self.ahead = {False: 1.5, True: 0.5}  # tokens won by the modules' drafts, by lookup
 
     def rate(self, G: int) -> float:
-        seconds, tokens = zip(*self.rounds[G], strict=True)
-        return statistics.mean(tokens) / statistics.median(seconds)
+        """Tokens a second; how often a draft stays is known from all rounds that made it."""
+        return (1 + sum(map(statistics.mean, self.stays[:G]))) / statistics.median(self.seconds[G])
 
     def may_look_up(self) -> bool:
-        return not self.auto or (len(self.rounds[0]) > 0 and self.ahead[True] >= 0)
+        return not self.auto or (len(self.seconds[0]) > 0 and self.ahead[True] >= 0)
 
     def drafts(self) -> int:
         if not self.auto or self.ahead[False] < 0:
             return 0 if self.auto else self.most
-        best = 0
-        for G, rounds in enumerate(self.rounds):
-            if len(rounds) < self.TURNS:
+        for G, seconds in enumerate(self.seconds):
+            if len(seconds) < self.TURNS:
                 return G
-            if G and self.rate(G) < self.CLEAR * self.rate(best):
-                break
-            best = G
-        return best
+        return max(range(self.most + 1), key=self.rate)
 
     def learn(self, G: int, looked_up: bool, seconds: float, tokens: int):
         """A round with G drafts took so long and gave so many tokens per row."""
         if not looked_up:
-            self.rounds[G].append((seconds, tokens))
-        if G and self.rounds[0]:
+            self.seconds[G].append(seconds)
+            seconds = statistics.median(self.seconds[G])
+            for j in range(G):
+                self.stays[j].append(j < tokens - 1)
+        if G and self.seconds[0]:
             self.ahead[looked_up] += tokens - seconds * self.rate(0)
         self.ahead = {kind: ahead + tokens / 100 for kind, ahead in self.ahead.items()}
 
