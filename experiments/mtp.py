@@ -26,7 +26,7 @@ ARMS = {
     "depth 2": run.Arm({"num_nextn_predict_layers": 2}),
 }
 COLUMNS = {
-    "val_bpb": "bits/byte", "seconds": "seconds", "given_greedy": "accepted on given text, greedy",
+    "val_bpb": "bits/byte", "given_greedy": "accepted on given text, greedy",
     "given_0.8": "at 0.8", "greedy_1": "on own text, greedy", "greedy_repeated": "6-grams repeated",
     "0.8_1": "own, at 0.8", "0.8_repeated": "6-grams repeated at 0.8",
 }  # fmt: skip
