@@ -215,35 +215,39 @@ LONG, RECENT = 2**14, 64  # cached tokens worth cutting, and the newest, which s
 AVX512 = (
     torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 )
-LARGE, ROWS = 2**16, 16  # weights that oneDNN multiplies, packed for about so many rows
+LARGE, ROWS = 2**16, 16  # weights that are worth oneDNN; rows it packs them for, most of a loop
 SMALL = 2**20  # weights in a layer's experts up to which one product with all is fastest
 
 
 def for_onednn(w: Tensor) -> bool:
     """Whether oneDNN multiplies few rows by w faster than the BLAS, which uses one core."""
-    fits = w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and multiplies_bf16(w.device))
-    return fits and w.device.type == "cpu" and AVX512 and w.numel() >= LARGE
+    large = w.device.type == "cpu" and AVX512 and w.numel() >= LARGE
+    bf16 = w.dtype == torch.bfloat16
+    return large and (w.dtype == torch.float32 or (bf16 and multiplies_bf16(w.device)))
 
 
-def side_by_side(*weights: Tensor, pack: bool) -> Tensor:
-    """Weights (out, in) of one input as one. Packed, in oneDNN's layout, a large one is read at the
-    speed of memory, and up to five rows of x take the time of one."""
-    w = torch.cat(weights)
-    if pack and for_onednn(w):
-        return torch.ops.mkldnn._reorder_linear_weight(w, ROWS)
-    return w.T.contiguous().T if pack and len(w) > w.shape[1] else w  # read along the longer side
+def side_by_side(*weights: Tensor, compiled: bool) -> Tensor:
+    """Weights (out, in) of one input as one: in oneDNN's layout, in which a large one is read at
+    the speed of memory and up to five rows of x take the time of one; or as `product` reads it."""
+    w = weights[0] if len(weights) == 1 else torch.cat(weights)
+    if not compiled and for_onednn(w):
+        return torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), ROWS)
+    loops = compiled and AVX512 and w.device.type == "cpu"
+    return w.T.contiguous().T if len(w) > w.shape[1] and not loops else w.contiguous()
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
     """x (n, in) times w (out, in), of side_by_side or as it is: (n, out)."""
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and AVX512 and len(x) <= ROWS:
-        # Loops that read w once for all rows. Not before x is written: they would compute it anew
-        # for every row of w.
-        from torch._inductor.inductor_prims import force_stride_order
+    if torch.compiler.is_compiling():
+        if x.device.type == "cpu" and AVX512 and len(x) <= ROWS:
+            # Loops that read w once for all rows. x is written before: they would compute it anew
+            # for every row of w.
+            from torch._inductor.inductor_prims import force_stride_order
 
-        x = force_stride_order(x, x.stride())
-        return torch.cat([(w * row).sum(-1)[None] for row in x.split(1)])
-    if w.is_mkldnn or for_onednn(w):
+            x32 = upcast(x)
+            x32 = force_stride_order(x32, x32.stride())
+            return torch.cat([(w * row).sum(-1)[None] for row in x32.split(1)]).to(x.dtype)
+    elif w.is_mkldnn or for_onednn(w):
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return torch.mm(x, w.T)
 
@@ -286,8 +290,8 @@ def attend(q: Tensor, kv: Tensor, C: int, later: Tensor | None) -> Tensor:
 class DecoderBlock:
     """A block of the model: matrices of one input side by side, norms and scales multiplied in."""
 
-    def __init__(self, block, config, pack: bool):
-        join, latent = functools.partial(side_by_side, pack=pack), config.q_lora_rank
+    def __init__(self, block, config, compiled: bool):
+        join, latent = functools.partial(side_by_side, compiled=compiled), config.q_lora_rank
         mla, norm = block.self_attn, block.input_layernorm.weight
         H, C, N = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
         self.eps, self.latent_eps = upcast(norm).new_tensor([config.rms_norm_eps, 1e-6])
@@ -313,15 +317,16 @@ class DecoderBlock:
         if self.moe:
             ffn, (gate_up, down) = ffn.shared_experts, ffn.experts.parameters()
             self.each = list(zip(gate_up, down, strict=True))
-            self.small = pack and 3 * down.numel() <= SMALL
+            self.small = not compiled and 3 * down.numel() <= SMALL
         if self.small:
-            wide = [[x.flatten(0, 1) for x in (*gate_up.chunk(2, 1), down.mT)]]  # (E*F, D) each
+            gate, up = gate_up.chunk(2, 1)  # (E, F, D)
+            wide = [[gate.flatten(0, 1), up.flatten(0, 1), down.transpose(0, 1).flatten(1)]]
         if ffn:
-            wide += [[ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight.T]]
+            wide += [[ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight]]
         self.wide = bool(wide)
         if wide:
             gates, ups, downs = zip(*wide, strict=True)
-            self.gate_up, self.down = join(*gates, *ups), join(torch.cat(downs).T)
+            self.gate_up, self.down = join(*gates, *ups), join(torch.cat(downs, 1))
 
     def __call__(self, x: Tensor, kv: Tensor, place: tuple) -> Tensor:
         """x (n, D), kv (B, size, C+R) -> (n, D)."""
@@ -383,19 +388,20 @@ class DecoderBlock:
 class Decoder:
     """trunk, predict_next and logits of a DeepSeekV3, on the same caches, for a few tokens.
 
+    It knows so many positions; its matrices lie as eager or as compiled products read them.
     cache.length is a number or, in a compiled graph, a tensor: then attention reads all of the
     cache, behind a mask.
     """
 
-    def __init__(self, model, positions: int, pack: bool = True):
+    def __init__(self, model, positions: int, compiled: bool = False):
         config, R, head = model.config, model.config.qk_rope_head_dim, model.lm_head.weight
         if config.attention_bias:
             raise ValueError("a Decoder knows no biases")
-        join = functools.partial(side_by_side, pack=pack)
+        join = functools.partial(side_by_side, compiled=compiled)
         self.embedding, self.norm = model.embed_tokens.weight, model.norm.weight
         self.head = join(head)
-        self.layers = [DecoderBlock(block, config, pack) for block in model.layers]
-        self.mtp = [DecoderBlock(m.block, config, pack) for m in model.mtp]
+        self.layers = [DecoderBlock(block, config, compiled) for block in model.layers]
+        self.mtp = [DecoderBlock(m.block, config, compiled) for m in model.mtp]
         for block, m in zip(self.mtp, model.mtp, strict=True):
             norms = torch.cat((m.enorm.weight, m.hnorm.weight))
             block.eh, block.out_norm = join(m.eh_proj.weight * norms), m.norm.weight

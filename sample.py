@@ -134,7 +134,8 @@ class Text:
         size = T + new + MOST_DRAFTS + depth + 1
         size = max(256, 1 << (size - 1).bit_length()) if compile else size
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
-        self.cache = Cache(config, len(model.layers), B, size, like)  # all tokens but the newest
+        # Of all tokens; the newest one's place is written again in every round.
+        self.cache = Cache(config, len(model.layers), B, size, like)
         # For the MTP modules: the main model's hidden states, and in how many slots of their cache
         # these and the tokens are true, not drafts.
         self.hidden = like.new_zeros(B, size if depth else 0, like.shape[1])
@@ -151,7 +152,7 @@ class Text:
             if self.depth:
                 self.hidden[:, start:end] = h
         self.catch_up(T - 1 - self.depth)
-        self.net = decoder_or_model(model, self.tokens[:, :T], h, self.cache, not self.compile)
+        self.net = decoder_or_model(model, self.tokens[:, :T], h, self.cache, self.compile)
         self.compile = self.compile and self.net is not model
 
     def catch_up(self, end: int):
@@ -335,15 +336,20 @@ class Pace:
         return not self.auto or (len(self.seconds[0]) > 0 and self.ahead[True] >= 0)
 
     def drafts(self) -> int:
-        if not self.auto or self.ahead[False] < 0:
-            return 0 if self.auto else self.most
+        if not self.auto:
+            return self.most
+        if self.ahead[False] < 0:
+            return 0
         for G, seconds in enumerate(self.seconds):
             if len(seconds) < self.TURNS:
                 return G
-        return max(range(self.most + 1), key=self.rate)
+        saved = self.ahead[False] > 2  # enough to try again
+        return max(range(self.most + 1), key=self.rate) or int(saved and self.most > 0)
 
     def learn(self, G: int, looked_up: bool, seconds: float, tokens: int):
         """A round with G drafts took so long and gave so many tokens per row."""
+        if not self.auto:
+            return
         if not looked_up:
             self.seconds[G].append(seconds)
             seconds = statistics.median(self.seconds[G])
@@ -354,7 +360,7 @@ class Pace:
         self.ahead = {kind: ahead + tokens / 100 for kind, ahead in self.ahead.items()}
 
 
-def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache, pack: bool):
+def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache, compiled: bool):
     """ops.Decoder, if its logits after the tokens (B, T) are model.py's; else, with a notice, the
     model. The cache holds the tokens, h the newest hidden states (B, 1 or more, D)."""
     positions = max(16, cache.size)
@@ -371,7 +377,7 @@ def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache,
     rounding = 1e-3 if torch.finfo(model.norm.weight.dtype).bits >= 32 else 0.1
     # A changed module may have other parameters or inputs.
     with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
-        decoder = ops.Decoder(model, positions, pack)
+        decoder = ops.Decoder(model, positions, compiled)
         difference = decoder.logits(decoder.trunk(tokens[:, -1:], cache)) - logits
         if difference.norm() <= rounding * logits.norm():
             return decoder
@@ -408,7 +414,7 @@ def generate(
     (B, T), limit, stats = tokens.shape, model.config.max_position_embeddings, stats or Stats()
     new = min(max_new_tokens, limit - T)
     most = MOST_DRAFTS if speculative == "auto" else int(speculative)
-    # Compiled on a CPU a forward of two tokens takes twice as long as one: auto makes no drafts.
+    # Compiled on a CPU drafts gain little and every number of them compiles for half a minute.
     no_drafts = most == 0 or (speculative == "auto" and compile and tokens.device.type == "cpu")
     depth = 0 if no_drafts else len(model.mtp)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])

@@ -133,17 +133,19 @@ def test_decoder_equals_the_model(way, name, monkeypatch):
     """
     if way not in ("all experts", "packed"):
         monkeypatch.setattr(ops, "SMALL", 0)
-    if way == "packed":
+    onednn = way in ("packed", "chosen experts")  # in float32
+    if onednn:
         monkeypatch.setattr(ops, "LARGE", 1)
     if way == "long":
         monkeypatch.setattr(ops, "LONG", 8)
         monkeypatch.setattr(ops, "RECENT", 4)
     kinds = [(torch.float64, 1e-10, 3)]
-    if name == "base":
+    if name == "base" or onednn:
         kinds += [(torch.float64, 1e-10, 1), (torch.float32, 1e-5, 1), (torch.float32, 1e-5, 3)]
     for dtype, tolerance, B in kinds:
         model = small(dtype=dtype, **DECODED[name])
-        decoder, depth = ops.Decoder(model, 30, pack=way != "compiled"), len(model.mtp)
+        decoder, depth = ops.Decoder(model, 30, way == "compiled"), len(model.mtp)
+        assert decoder.head.is_mkldnn == (onednn and dtype == torch.float32 and ops.AVX512)
         tokens = tokens_of(model, B, 13 + depth)
         with torch.no_grad():
             main, mtp = model(tokens, return_mtp=True)
@@ -154,6 +156,24 @@ def test_decoder_equals_the_model(way, name, monkeypatch):
         assert len(ours) == 1 + depth and all(y.dtype == dtype for y in ours)
         for y, expected in zip(ours, [main, *mtp], strict=True):
             assert (y - expected[:, :13]).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("rows", [3, 20])
+def test_products_in_a_graph(rows, dtype, tolerance, monkeypatch):
+    """Few rows are loops, many the BLAS's; oneDNN's layout cannot be an input of a graph."""
+    monkeypatch.setattr(ops, "LARGE", 1)
+    x, w, operations = torch.randn(rows, 24, dtype=dtype), torch.randn(33, 24, dtype=dtype), []
+
+    def backend(graph, inputs):
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    product = torch.compile(ops.product, fullgraph=True, dynamic=False, backend=backend)
+    y, expected = product(x, ops.side_by_side(w, compiled=True)), x.double() @ w.double().T
+    assert (y - expected).norm() < tolerance * expected.norm()
+    assert not any("mkldnn" in name for name in operations)
+    assert ("sum" in operations) == (rows == 3 and ops.AVX512)
 
 
 def test_decoder_follows_the_weights():
@@ -395,6 +415,9 @@ def test_compilation_does_not_count_as_decoding(trained, monkeypatch):
 # ---- Automatic draft length ----------------------------------------------------------------------
 
 
+ROUNDS = itertools.count()
+
+
 def write_text(pace, cost, kept, found=lambda at: False, new=500) -> tuple[float, list[int]]:
     """Seconds for `new` tokens, a plain one a second, and the drafts of every round. cost(G) is a
     round's seconds, kept(at, G, looked_up) the drafts it keeps."""
@@ -413,16 +436,16 @@ def write_text(pace, cost, kept, found=lambda at: False, new=500) -> tuple[float
     [
         lambda at, G, looked_up: 0,
         lambda at, G, looked_up: G if at < 100 else 0,
-        lambda at, G, looked_up: 0 if looked_up else at % 2 * min(G, 1),
+        lambda at, G, looked_up: 0 if looked_up else min(G, next(ROUNDS) % 2),
     ],
     ids=["none", "none any more", "every other first one"],
 )
-@pytest.mark.parametrize("new", [256, 1000])
+@pytest.mark.parametrize("new", [100, 256, 1000])
 def test_auto_is_hardly_slower_than_plain(kept, new):
-    """Wherever drafts, looked up ones too, are not kept."""
+    """Wherever drafts, looked up ones too, are not kept: by six plain rounds or 3 %."""
     pace = sample.Pace("auto", MOST_DRAFTS)
     seconds, drafts = write_text(pace, lambda G: 1 + 0.4 * G, kept, lambda at: at % 3 == 0, new)
-    assert sum(drafts) > 0 and seconds < 1.03 * new + 0.5
+    assert sum(drafts) > 0 and seconds < max(new + 6, 1.03 * new + 0.5)
 
 
 @pytest.mark.parametrize("extra, right, best", [(0.5, 1, 1), (0.3, 2, 2), (0.1, 4, 4), (1.1, 4, 0)])
