@@ -1,0 +1,43 @@
+"""One hour on two CPU cores: config/small.py one and a half times as wide and two layers deeper.
+
+8.4M parameters, and twice as many tokens per step, as Muon's cost is per step (docs/LOG.md).
+"""
+
+vocab_size = 4096
+hidden_size = 192
+num_hidden_layers = 7
+num_attention_heads = 6
+q_lora_rank = 96
+kv_lora_rank = 48
+qk_nope_head_dim = 16
+qk_rope_head_dim = 16
+v_head_dim = 32
+intermediate_size = 576
+moe_intermediate_size = 96
+first_k_dense_replace = 1
+n_routed_experts = 16
+num_experts_per_tok = 4
+n_shared_experts = 1
+n_group = 4
+topk_group = 2
+routed_scaling_factor = 1.0
+max_position_embeddings = 1024
+num_nextn_predict_layers = 1
+initializer_range = 0.02  # the report's 0.006 belongs to matrices 7168 wide
+
+data = "stdlib"
+steps = 3400
+batch_size = 16
+block_size = 256
+long_block_size = 1024
+long_start = 0.9
+optimizer = "muon"
+lr = 5e-3
+adamw_lr = 2.0
+warmup = 0.02
+decay_start = 0.3
+decay_end = 1.0
+min_lr = 0.02
+gamma = 0.003
+eval_every = 850
+save_every = 425
