@@ -25,14 +25,12 @@ tokens times K. In logits the last dimension is the vocabulary.
 
 import importlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import fp8
 from ops import compute_dtype, fast_twin, upcast
@@ -364,7 +362,7 @@ class Gate(nn.Module):
         weight = s.gather(-1, chosen)
         if config.norm_topk_prob:
             weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
-        self.routing = s, chosen  # for the balance loss and the counts of DeepSeekV3.forward
+        self.routing = s, chosen  # for DeepSeekV3.run_block
         return s, chosen, weight * config.routed_scaling_factor
 
 
@@ -498,16 +496,6 @@ class MTP(nn.Module):
         return self.norm(self.block(u, rope, past))
 
 
-@contextmanager
-def forgetting_routing(block: nn.Module) -> Iterator[None]:
-    """Around a recomputation: what it leaves in the gates would keep its activations alive."""
-    try:
-        yield
-    finally:
-        for module in block.modules():
-            module.__dict__.pop("routing", None)
-
-
 # ---- The model -----------------------------------------------------------------------------------
 
 
@@ -523,8 +511,8 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
-    After every forward `routing` holds the chosen experts (B, T, K) of each MoE layer that ran,
-    after one with targets `mtp_losses` the loss of each MTP depth.
+    After every call `routing` holds the chosen experts (B, T, K) of each MoE layer that ran, after
+    one with targets `mtp_losses` the loss of each MTP depth.
     In training mode `expert_counts` (MoE layers, E) adds them up until `update_bias` uses them.
     """
 
@@ -544,7 +532,7 @@ class DeepSeekV3(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         counts = torch.zeros(config.moe_layers, config.n_routed_experts, dtype=torch.long)
         self.register_buffer("expert_counts", counts, persistent=False)
-        self.routing: list[Tensor] = []
+        self.scores, self.routing = [], []  # of the MoE layers, as they run
         self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: forget a block's activations, redo them
         for name, parameter in self.named_parameters():  # section 4.2; norms are 1
@@ -571,13 +559,19 @@ class DeepSeekV3(nn.Module):
                 module.__class__ = swap.get(type(module), type(module))
 
     def run_block(self, block: nn.Module, *inputs) -> Tensor:
+        def compute(*inputs):  # takes the routing along: left in a gate it would hold the graph
+            x, gates = block(*inputs), (m for m in block.modules() if isinstance(m, Gate))
+            return x, [gate.__dict__.pop("routing") for gate in gates]
+
         if self.recompute and torch.is_grad_enabled():
-
-            def contexts():  # of the forward pass, of the recomputation
-                return nullcontext(), forgetting_routing(block)
-
-            return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
-        return block(*inputs)
+            with set_checkpoint_early_stop(False):  # or a recomputation would end before the pop
+                x, routing = checkpoint(compute, *inputs, use_reentrant=False)
+        else:
+            x, routing = compute(*inputs)
+        for s, chosen in routing:
+            self.scores.append(s)
+            self.routing.append(chosen)
+        return x
 
     def rope(self, x: Tensor, start: int) -> Rope:
         """The rotary table of x's positions, start .. start + T - 1."""
@@ -589,6 +583,7 @@ class DeepSeekV3(nn.Module):
 
         With a cache, the tokens continue its rows.
         """
+        self.scores, self.routing = [], []
         x = self.embed_tokens(tokens)
         start = cache.claim(tokens.shape[1]) if cache else 0
         rope = self.rope(x, start)
@@ -618,9 +613,7 @@ class DeepSeekV3(nn.Module):
         if targets is not None or return_mtp:
             for k in range(min(len(self.mtp), tokens.shape[1] - 1)):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
-        used = self.config.moe_layers - len(self.mtp) + len(hidden) - 1  # short T, fewer modules
-        routing = [gate.__dict__.pop("routing") for gate in self.gates()[:used]]
-        self.routing = [chosen for _, chosen in routing]
+        scores, self.scores = self.scores, []
         if self.training:
             for counts, chosen in zip(self.expert_counts, self.routing, strict=False):
                 counts += expert_counts(chosen, self.config.n_routed_experts)
@@ -632,7 +625,7 @@ class DeepSeekV3(nn.Module):
             for k, h in enumerate(hidden)
         )
         self.mtp_losses = [loss.detach() for loss in mtp]
-        balance = [balance_loss(s, self.config.num_experts_per_tok) for s, _ in routing]
+        balance = [balance_loss(s, self.config.num_experts_per_tok) for s in scores]
         zero = main.new_zeros(())
         return main, sum(mtp, zero) / max(1, len(mtp)), sum(balance, zero) / max(1, len(balance))
 
@@ -641,7 +634,7 @@ class DeepSeekV3(nn.Module):
         return [module for module in self.modules() if isinstance(module, Gate)]
 
     @torch.no_grad()
-    def update_bias(self, gamma: float | Tensor):
+    def update_bias(self, gamma: float):
         """b_i += gamma * sign(mean load - load of i), from the counts since the last call: the
         balancing without an auxiliary loss (section 2.1.2; arXiv 2408.15664, Algorithm 1)."""
         load = self.expert_counts.float()

@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -239,8 +240,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        if getattr(self, "found_inf", 0):  # a step to leave out, as fused AdamW knows it
-            return
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in (p for p in group["params"] if p.grad is not None):
@@ -340,60 +339,54 @@ def max_vio(counts: Tensor) -> Tensor:
     return (load.amax(1) / load.mean(1) - 1).mean().nan_to_num()  # 0 where nothing is routed
 
 
-def validation(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Machine, must_stop):
-    """Runs the model on this process's share of the validation text, in windows of T tokens side by
-    side, so that every token is predicted once. must_stop() before a batch ends it early.
-
-    Yields for every batch nats and numbers of tokens (2, 1 + MTP depths), and the rows (B, T) that
-    have something to predict.
-    """
+def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) -> Iterator:
+    """This process's share of the validation text, in batches (B, T + 1) of windows side by side,
+    so that every token is predicted once. All processes get the same number of batches: where the
+    text has ended they hold -1."""
     B = math.ceil(config.eval_batch * config.block_size / T)
-    # Every rank runs the same number of batches; where the file has ended they hold -1.
     batches = range(0, math.ceil((len(tokens) - 1) / T), B * machine.world)
     for first in tqdm(batches, "evaluate", leave=False, disable=machine.rank > 0 or None):
-        if must_stop and must_stop():
-            return
         windows = np.full((B, T + 1), -1)
         for i, row in enumerate(windows, first + machine.rank * B):
             piece = tokens[i * T : (i + 1) * T + 1]
             row[: len(piece)] = piece
-        x, y = to_device(windows, machine.device)
-        with machine.autocast():
-            main, _, _ = model(x.clamp(min=0), y)
-        losses = torch.stack((main, *model.mtp_losses)).cpu()
-        n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(losses))]).cpu()
-        yield torch.stack((losses * n, n)), y >= 0
+        yield windows
 
 
 @torch.no_grad()
-def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, must_stop=None):
+def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, must_stop=bool):
     """What the log has of an evaluation: losses and the use of the experts in windows of block_size
-    and, once the model knows them, the loss in long ones. (Nothing of use if must_stop() is true.)
-    """
-    c, tokens, long = model.config, data.val.arrays[0], config.long_block_size
-    E, G = c.n_routed_experts, c.n_group
-    sums, long_sums = torch.zeros(2, 2, 1 + len(model.mtp), dtype=torch.double)
-    visits = torch.zeros(2, dtype=torch.long)  # groups of experts visited, by so many tokens
+    and, once the model knows them, the loss in long ones. Nothing if must_stop() before a batch."""
+    c, T_long = model.config, config.long_block_size
+    E, G, losses = c.n_routed_experts, c.n_group, {}
     counts = torch.zeros(c.moe_layers, E, dtype=torch.long, device=machine.device)
+    visits = torch.zeros(2, dtype=torch.long)  # groups of experts visited, by so many tokens
     model.eval()
     with fp8.quantized_once(model):
-        for part, real in validation(model, tokens, config.block_size, config, machine, must_stop):
-            sums[:, : part.shape[1]] += part  # a window of one token has no MTP loss
-            for layer, chosen in enumerate(model.routing):
-                # MTP module k (from 1) has k rows fewer, and predicts the last rows' targets.
-                used = chosen[real[:, -chosen.shape[1] :]]  # (tokens, K)
-                counts[layer] += expert_counts(used, E)
-                visited = nn.functional.one_hot(used // (E // G), G).amax(1)  # (tokens, G)
-                visits += torch.tensor([visited.sum(), len(used)])
-        if long == model.trained_length:
-            for part, _ in validation(model, tokens, long, config, machine, must_stop):
-                long_sums += part
-    nats, n = machine.sum(sums)
-    main, *mtp = (nats / n.clamp(min=1)).tolist()
+        for T in (config.block_size, T_long)[: 2 if T_long == model.trained_length else 1]:
+            sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens, by depth
+            for windows in validation_windows(data.val.arrays[0], T, config, machine):
+                if must_stop():
+                    return {}
+                x, y = to_device(windows, machine.device)
+                with machine.autocast():
+                    main, _, _ = model(x.clamp(min=0), y)
+                loss = torch.stack((main, *model.mtp_losses)).cpu()
+                n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
+                sums[:, : len(n)] += torch.stack((loss * n, n))  # one token has no MTP loss
+                for layer, chosen in enumerate(model.routing if config.block_size == T else ()):
+                    # MTP module k (from 1) has k rows fewer, and predicts the last rows' targets.
+                    used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
+                    counts[layer] += expert_counts(used, E)
+                    visited = nn.functional.one_hot(used // (E // G), G).amax(1)  # (tokens, G)
+                    visits += torch.tensor([visited.sum(), len(used)])
+            nats, n = machine.sum(sums)
+            losses[T] = (nats / n.clamp(min=1)).tolist()
+    (main, *mtp), long = losses[config.block_size], losses.get(T_long)
     groups, visitors = machine.sum(visits).clamp(min=1).tolist()
     share = machine.sum(counts) / counts.sum(1, keepdim=True).clamp(min=1)
     per_bit = math.log(2) * data.val_bytes_per_token
-    result = {
+    return {
         "val_loss": main,
         "val_bpb": main / per_bit,
         # A depth may be easier than the main model: it lacks the window's first, hardest positions.
@@ -403,36 +396,10 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
         "nodes_per_token": groups / visitors,
         "experts_per_node": c.num_experts_per_tok * visitors / groups,
         "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
-    }
-    if long == model.trained_length:
-        nats, n = machine.sum(long_sums)[:, 0]
-        result["val_bpb_long"] = (nats / n).item() / per_bit
-    return result
+    } | ({"val_bpb_long": long[0] / per_bit} if long else {})
 
 
 # ---- The run and its folder ----------------------------------------------------------------------
-
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}
-
-
-def peak_flops(device: torch.device) -> float:
-    """Of dense bf16 products; 0 where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), 0.0)
-
-
-def flops_per_token(model: DeepSeekV3, T: int) -> float:
-    """Forward and backward, MTP modules included: 6 per weight that multiplies a token, and the
-    causal half of attention."""
-    c, depths = model.config, 1 + len(model.mtp)
-    weights = depths * c.vocab_size * c.hidden_size  # the output head
-    for name, x in model.named_parameters():
-        if not name.startswith(("embed_tokens", "lm_head")):
-            routed = ".experts." in name
-            weights += x.numel() * (c.num_experts_per_tok / c.n_routed_experts if routed else 1)
-    per_pair = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
-    return 6 * weights + 6 * (c.num_hidden_layers + len(model.mtp)) * per_pair * T / 2
-
 
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered, on rank 0
 
@@ -466,10 +433,10 @@ class Run:
         self.step = self.tokens = 0
         self.evaluated = 0  # step of the last evaluation
         self.best = (0, -math.inf)  # of best.pt: the length it was trained for, minus its loss
-        # Sums since the last line of the log, kept on the device: three losses, MaxVio, steps left
-        # out because their gradient was not finite, all steps.
-        self.sums = torch.zeros(6, device=machine.device, dtype=model.norm.weight.dtype)
-        self.bad_in_a_row = torch.zeros((), device=machine.device)
+        # Sums since the last line of the log: three losses, MaxVio, steps left out because their
+        # gradient was not finite, all steps.
+        self.sums = torch.zeros(6, dtype=torch.double)
+        self.bad_in_a_row = 0
         self.signalled, self.stopped = 0.0, False  # when this process was, whether all know
         self.clock = time.perf_counter(), 0  # when the measured stretch began, and its tokens
 
@@ -547,12 +514,12 @@ class Run:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json({"step": self.step, "tokens": self.tokens} | values) + "\n")
 
-    def log_step(self, losses: Tensor, vio: Tensor, bad: Tensor, lr: float, norm: Tensor):
+    def log_step(self, losses: Tensor, vio: Tensor, lr: float, norm: float):
         """When it is time, a line with the means of losses and MaxVio since the last line; raises
         if the gradient is lost for good."""
-        c = self.config
-        self.sums += torch.stack((*losses, vio, bad, torch.ones_like(bad)))
-        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
+        c, bad = self.config, not math.isfinite(norm)
+        self.sums += torch.tensor([*losses.tolist(), vio.item(), bad, 1], dtype=torch.double)
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
         if not self.last and self.step % c.log_every:
             return
         *sums, skipped, steps = self.sums.tolist()
@@ -561,17 +528,13 @@ class Run:
         (began, before), self.clock = self.clock, (time.perf_counter(), self.tokens)
         speed = (self.tokens - before) / (self.clock[0] - began)
         line = {"loss": main, "mtp_loss": mtp, "balance_loss": balance, "max_vio": vio}
-        line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_s": round(speed, 1)}
-        if peak := peak_flops(self.machine.device) * self.machine.world:
-            flops = flops_per_token(self.model, block_at(c, self.step - 1))
-            line["mfu"] = round(speed * flops / peak, 4)
+        line |= {"lr": lr, "grad_norm": norm, "tokens_per_s": round(speed, 1)}
         left = timedelta(seconds=round((c.steps - self.step) * c.batch_size * c.block_size / speed))
         skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
         self.log(line, f", {left} left{skips}")
-        if (bad := int(self.bad_in_a_row)) >= 5 or (bad and self.last):
-            raise ValueError(
-                f"{bad} gradients up to step {self.step} are not finite: lower --lr and --resume."
-            )
+        if self.bad_in_a_row >= 5 or (bad and self.last):
+            lost = f"{self.bad_in_a_row} gradients up to step {self.step} are not finite"
+            raise ValueError(f"{lost}: lower --lr and --resume.")
 
     def on_signal(self, number, frame):
         """Ctrl-C or pre-emption; torchrun repeats it at once, a second after it will not wait."""
@@ -638,23 +601,21 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
                 losses = backward(model, trainer, batches, weights, machine)
 
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            bad = (~norm.isfinite()).float()
+            norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
-            lr = lr_at(config, step)
-            for optimizer in optimizers:
+            lr, good = lr_at(config, step), math.isfinite(norm)
+            for optimizer in optimizers if good else ():  # else the step is left out
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
-                optimizer.found_inf = bad  # where it is 1 the step is left out, on the device
                 optimizer.step()
-            model.zero_grad(set_to_none=True)
+            model.zero_grad()
 
             vio = max_vio(machine.sum(model.expert_counts))
-            gamma = config.gamma if step < config.gamma_stop * config.steps else 0.0
-            model.update_bias(gamma * (1 - bad))
+            moving = good and step < config.gamma_stop * config.steps
+            model.update_bias(config.gamma if moving else 0.0)
 
             run.step, run.tokens = step + 1, run.tokens + windows[:, 1:].size
-            run.log_step(machine.sum(losses) / machine.world, vio, bad, lr, norm)
+            run.log_step(machine.sum(losses) / machine.world, vio, lr, norm)
             run.must_stop()
             run.evaluate()
             run.checkpoint()
@@ -711,11 +672,11 @@ def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> Tra
     for key in now:
         if now[key] != was[key]:
             info(f"{key} is now {now[key]} (was {was[key]})")
-    if unused := [f"--{k}={v}" for k, v in in_file.items() if now.get(k, v) != v]:
-        info(f"the run keeps its settings; to apply the config file's: {' '.join(unused)}")
-    may_differ, network = CONTEXT_KEYS | given.keys(), saved["model_config"].items()
-    if other := [k for k, v in network if k not in may_differ and in_file.get(k, v) != v]:
-        info(f"the run keeps its network; the config file has another {', '.join(other)}")
+    kept = saved["model_config"] | now | given
+    others = [k for k, v in in_file.items() if kept.get(k, v) != v and k not in CONTEXT_KEYS]
+    if others:
+        keys = " ".join(f"--{k}={in_file[k]}" for k in others)
+        info(f"the run keeps its settings; give here what it shall take from the file: {keys}")
     old_lr, lr = lr_at(before, max(0, saved["step"] - 1)), lr_at(after, saved["step"])
     if after.steps != before.steps and lr > old_lr:
         info(f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}")

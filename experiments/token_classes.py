@@ -71,17 +71,15 @@ def expert_visits(trained: run.Trained) -> dict:
     ids = np.asarray(trained.data.val.arrays[0]).astype(np.int64)
     ids = ids[: len(ids) // T * T]
     classes = classes_of(ids, Path(trained.config.out)).reshape(-1, T)
-    gates = net.gates()[: c.moe_layers - len(net.mtp)]
-    visits = np.zeros((len(gates), len(CLASSES), c.n_routed_experts), int)
+    visits = np.zeros((c.moe_layers - len(net.mtp), len(CLASSES), c.n_routed_experts), int)
     for x, kind in zip(
         np.split(ids.reshape(-1, T), range(16, len(classes), 16)),
         np.split(classes, range(16, len(classes), 16)),
         strict=True,
     ):
         net.trunk(torch.from_numpy(x).to(trained.machine.device))
-        for layer, gate in enumerate(gates):
-            chosen = gate.__dict__.pop("routing")[1].cpu().numpy()  # (B, T, K)
+        for layer, chosen in enumerate(net.routing):  # (B, T, K)
             known = kind >= 0
-            np.add.at(visits[layer], (kind[known][:, None], chosen[known]), 1)
+            np.add.at(visits[layer], (kind[known][:, None], chosen.cpu().numpy()[known]), 1)
     bits = [information(table) for table in visits]
     return {"visits": visits.tolist(), "bits": bits, "mean_bits": sum(bits) / max(1, len(bits))}
