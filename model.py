@@ -634,7 +634,7 @@ class DeepSeekV3(nn.Module):
         return [module for module in self.modules() if isinstance(module, Gate)]
 
     @torch.no_grad()
-    def update_bias(self, gamma: float):
+    def update_bias(self, gamma: float | Tensor):
         """b_i += gamma * sign(mean load - load of i), from the counts since the last call: the
         balancing without an auxiliary loss (section 2.1.2; arXiv 2408.15664, Algorithm 1)."""
         load = self.expert_counts.float()

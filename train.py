@@ -240,6 +240,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        if getattr(self, "found_inf", 0):  # a step to leave out, as fused AdamW knows it
+            return
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in (p for p in group["params"] if p.grad is not None):
@@ -433,10 +435,10 @@ class Run:
         self.step = self.tokens = 0
         self.evaluated = 0  # step of the last evaluation
         self.best = (0, -math.inf)  # of best.pt: the length it was trained for, minus its loss
-        # Sums since the last line of the log: three losses, MaxVio, steps left out because their
-        # gradient was not finite, all steps.
-        self.sums = torch.zeros(6, dtype=torch.double)
-        self.bad_in_a_row = 0
+        # Sums since the last line of the log, kept on the device: three losses, MaxVio, steps left
+        # out because their gradient was not finite, all steps.
+        self.sums = torch.zeros(6, device=machine.device, dtype=model.norm.weight.dtype)
+        self.bad_in_a_row = torch.zeros((), device=machine.device)
         self.signalled, self.stopped = 0.0, False  # when this process was, whether all know
         self.clock = time.perf_counter(), 0  # when the measured stretch began, and its tokens
 
@@ -514,12 +516,12 @@ class Run:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json({"step": self.step, "tokens": self.tokens} | values) + "\n")
 
-    def log_step(self, losses: Tensor, vio: Tensor, lr: float, norm: float):
+    def log_step(self, losses: Tensor, vio: Tensor, bad: Tensor, lr: float, norm: Tensor):
         """When it is time, a line with the means of losses and MaxVio since the last line; raises
         if the gradient is lost for good."""
-        c, bad = self.config, not math.isfinite(norm)
-        self.sums += torch.tensor([*losses.tolist(), vio.item(), bad, 1], dtype=torch.double)
-        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        c = self.config
+        self.sums += torch.stack((*losses, vio, bad, torch.ones_like(bad)))
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
         if not self.last and self.step % c.log_every:
             return
         *sums, skipped, steps = self.sums.tolist()
@@ -528,13 +530,14 @@ class Run:
         (began, before), self.clock = self.clock, (time.perf_counter(), self.tokens)
         speed = (self.tokens - before) / (self.clock[0] - began)
         line = {"loss": main, "mtp_loss": mtp, "balance_loss": balance, "max_vio": vio}
-        line |= {"lr": lr, "grad_norm": norm, "tokens_per_s": round(speed, 1)}
+        line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_s": round(speed, 1)}
         left = timedelta(seconds=round((c.steps - self.step) * c.batch_size * c.block_size / speed))
         skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
         self.log(line, f", {left} left{skips}")
-        if self.bad_in_a_row >= 5 or (bad and self.last):
-            lost = f"{self.bad_in_a_row} gradients up to step {self.step} are not finite"
-            raise ValueError(f"{lost}: lower --lr and --resume.")
+        if (bad := int(self.bad_in_a_row)) >= 5 or (bad and self.last):
+            raise ValueError(
+                f"{bad} gradients up to step {self.step} are not finite: lower --lr and --resume."
+            )
 
     def on_signal(self, number, frame):
         """Ctrl-C or pre-emption; torchrun repeats it at once, a second after it will not wait."""
@@ -601,21 +604,23 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
                 losses = backward(model, trainer, batches, weights, machine)
 
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            bad = (~norm.isfinite()).float()
 
-            lr, good = lr_at(config, step), math.isfinite(norm)
-            for optimizer in optimizers if good else ():  # else the step is left out
+            lr = lr_at(config, step)
+            for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
+                optimizer.found_inf = bad  # where it is 1 the step is left out, on the device
                 optimizer.step()
-            model.zero_grad()
+            model.zero_grad(set_to_none=True)
 
             vio = max_vio(machine.sum(model.expert_counts))
-            moving = good and step < config.gamma_stop * config.steps
-            model.update_bias(config.gamma if moving else 0.0)
+            gamma = config.gamma if step < config.gamma_stop * config.steps else 0.0
+            model.update_bias(gamma * (1 - bad))
 
             run.step, run.tokens = step + 1, run.tokens + windows[:, 1:].size
-            run.log_step(machine.sum(losses) / machine.world, vio, lr, norm)
+            run.log_step(machine.sum(losses) / machine.world, vio, bad, lr, norm)
             run.must_stop()
             run.evaluate()
             run.checkpoint()
