@@ -188,8 +188,8 @@ def test_config_in_the_style_of_the_releases(name):
     assert "rope_parameters" in new
     expected = config_from_json(new)
     rope = new.pop("rope_parameters")
-    new["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
-    new["rope_scaling"] = {"type": kind, **rope} if kind == "yarn" else None
+    new["rope_theta"] = rope.pop("rope_theta")
+    new["rope_scaling"] = rope if rope["rope_type"] == "yarn" else None
     new |= {"aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "pretraining_tp": 1}
     new |= {"auto_map": {"AutoConfig": "x"}, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     new |= {"model_type": "kimi_k2", "moe_layer_freq": 1, "attention_dropout": 0.0}
@@ -366,14 +366,11 @@ def test_fp8(powers_of_two, tmp_path):
 
 def split(directory: Path, second):
     """model.safetensors into two shards: those for which second(name), and the rest."""
-    where, tensors = {}, load_file(directory / "model.safetensors")
+    tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     for i in (0, 1):
         part = {name: x for name, x in tensors.items() if second(name) == bool(i)}
-        file = f"model-0000{i + 1}-of-00002.safetensors"
-        save_file(part, directory / file)
-        where |= dict.fromkeys(part, file)
-    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        save_file(part, directory / f"model-0000{i + 1}-of-00002.safetensors")
 
 
 # ---- Refusals ------------------------------------------------------------------------------------
@@ -392,8 +389,8 @@ CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
     ({"rope_scaling": None, "rope_parameters": {"full_attention": {}}}, "full_attention"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5, expected 1"),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
-    ({"vocab_size": 96}, "in shape [97, 32], but by its config.json in [96, 32]"),
-    ({"n_routed_experts": 12}, "experts.12.down_proj.weight in shape [32, 16], but by"),
+    ({"vocab_size": 96}, "is [97, 32], but by its config.json [96, 32]"),
+    ({"n_routed_experts": 12}, "experts.12.down_proj.weight is in its files alone"),
 ]
 
 
@@ -414,12 +411,10 @@ Q = "model.layers.1.self_attn.q_b_proj.weight"
 EMBED, EXPERT = "model.layers.3.embed_tokens.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
 E4M3, ONES = torch.float8_e4m3fn, torch.ones
 TENSOR_REFUSALS = [  # (name, value) made of the tensors x, None: taken out; what must be named
-    (EXPERT, lambda x: None, f"{EXPERT} in shape None, but by its config.json in [16, 32]"),
-    ("extra", lambda x: ONES(2), "extra in shape [2], but by its config.json in None"),
-    (Q, lambda x: x[Q].T.contiguous(), f"{Q} in shape "),
+    (EXPERT, lambda x: None, f"{EXPERT} is in its config.json alone"),
+    ("extra", lambda x: ONES(2), "extra is in its files alone"),
+    (Q, lambda x: x[Q].T.contiguous(), f"{Q} in "),
     (f"{Q}_scale_inv", lambda x: x.update({Q: x[Q].to(E4M3)}) or ONES(2, 1), "scale is (2, 1)"),
-    (EMBED, lambda x: x[EMBED] + 1, f"{EMBED} differs from its original: this is another"),
-    ("model.layers.3.shared_head.head.weight", lambda x: x[EMBED].clone(), "another architecture"),
 ]
 
 
@@ -462,11 +457,8 @@ def test_files_refused(saved_by_us):
     weights.write_bytes(whole)
     split(saved_by_us, lambda name: "layers.2" in name)
     assert DeepSeekV3.from_pretrained(saved_by_us).config.num_hidden_layers == 3
-    weights.write_bytes(whole)
-    refused("model.safetensors repeats ")
-    weights.unlink()
     (saved_by_us / "model-00002-of-00002.safetensors").unlink()
-    refused("has model.layers.2.input_layernorm.weight in shape None")
+    refused("model.layers.2.input_layernorm.weight is in its config.json alone")
     (saved_by_us / "config.json").unlink()
     refused("config.json")
 
@@ -484,8 +476,8 @@ def run(tmp_path_factory) -> Path:
     config = prepare_data.DataConfig(str(source), "run", str(folder), vocab_size=300)
     folder = prepare_data.prepare(config)
     model = ours(depth=1, vocab_size=prepare_data.load_tokenizer(folder).n_vocab + 4)  # padded
-    saved = {"model_config": asdict(model.config), "train_config": {"block_size": 64}}
-    torch.save(saved | {"model": model.state_dict(), "step": 1}, folder / "ckpt.pt")
+    saved = {"model_config": asdict(model.config), "model": model.state_dict()}
+    torch.save(saved, folder / "ckpt.pt")
     return folder
 
 
@@ -515,8 +507,7 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path, monkeypatch):
         check_refusal(f"{path} is truncated or not train.py's", load_model, tmp_path)
     for bad, sentence in (
         (saved | {"extra": Evil()}, "not train.py's"),
-        ([1, 2], "not train.py's"),
-        (saved | {"model_config": [1]}, "not train.py's"),
+        ([1, 2], "do not match"),
         (saved | {"model_config": config | {"wings": 2}}, "'wings'"),
         (saved | {"model_config": config | {"vocab_size": 77}}, "do not match"),
         ({key: x for key, x in saved.items() if key != "model"}, "do not match"),
@@ -537,14 +528,7 @@ def copy_run(source: Path, target: Path, **changes) -> Path:
     return target
 
 
-@pytest.mark.parametrize(
-    "trained, long",
-    [
-        ({"train_config": {}}, 640),
-        ({"train_config": {"block_size": 64}}, 64),
-        ({"train_config": {"block_size": 64}, "trained_length": 96}, 96),
-    ],
-)
+@pytest.mark.parametrize("trained, long", [({}, 640), ({"trained_length": 96}, 96)])
 def test_a_run_knows_how_long_its_windows_were_and_so_does_its_export(run, tmp_path, trained, long):
     """Also where YaRN would take its original length from the key that the export changes."""
     config = load_checkpoint(run)["model_config"] | {"rope_scaling": {"type": "yarn", "factor": 8}}
@@ -566,7 +550,7 @@ def test_a_changed_model_py_is_said_in_one_line(run, tmp_path, capsys):
         assert said.count("\n") == said.count(f"model.py has changed since {tmp_path}") == lines
     shutil.move(tmp_path / "ckpt.pt", tmp_path / "best.pt")
     huggingface.main([str(tmp_path), str(tmp_path / "hf")])
-    assert "logits may differ (huggingface.py --check=True compares)" in capsys.readouterr().err
+    assert "logits may differ" in capsys.readouterr().err
 
 
 # ---- Tokenizers and the command ------------------------------------------------------------------
@@ -597,10 +581,9 @@ def test_exported_tokenizer_gives_the_same_ids(gap):
     assert exported.encode("a<|x|>").ids[1:] == [len(ranks) + gap]
 
 
-def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, capsys):
+def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path):
     target, source = tmp_path / "hf", tmp_path / "text.txt"
-    huggingface.main([str(run), str(target), "--check=True"])
-    assert "differ from those of transformers by" in capsys.readouterr().err
+    huggingface.main([str(run), str(target)])
     model, tokenizer, _ = load_model(run)
     hf = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(target)
@@ -613,9 +596,7 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
 
     again, opened, _ = load_model(target)
     assert len(again.mtp) == 1 and difference(model(TOKENS), again(TOKENS)) == 0
-    assert (opened.eos, opened.bos) == ([eot], None) and opened.encode(TEXT) == tokenizer.encode(
-        TEXT
-    )
+    assert (opened.eos, opened.bos, opened.encode(TEXT)) == ([eot], None, tokenizer.encode(TEXT))
     assert all(opened.to_bytes(i) == tokenizer.to_bytes(i) for i in range(eot + 2))
     edit_json(target / "tokenizer_config.json", add_bos_token=True)
     (target / "generation_config.json").write_text(json.dumps({"eos_token_id": [eot, 9]}))
@@ -633,14 +614,15 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
 @pytest.mark.parametrize(
     "args, code, said",
     [
-        *((["RUN", "new", "--quantize=True"], 0, "wrote new: config.json"), (["RUN"], 2, "usage")),
-        *((["RUN", "new", "--quant=1"], 2, "quantize?"), (["no", "new"], 1, "no checkpoint at no")),
-        (["RUN", "full"], 1, "full exists: name a new directory"),
+        (["RUN", "new", "--quantize=True"], 0, "wrote new: config.json"),
+        (["RUN"], 2, "usage"),
+        (["RUN", "new", "--quant=1"], 2, "quantize?"),
+        (["no", "new"], 1, "no checkpoint at no"),
+        (["RUN", "full"], 1, "File exists: 'full'"),
     ],
 )
 def test_the_command_and_its_refusals(args, code, said, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("new").mkdir()  # empty: fine
     Path("full").mkdir()
     Path("full/notes.md").write_text("mine")
     words = [word.replace("RUN", str(run)) for word in args]
@@ -652,16 +634,8 @@ def test_the_command_and_its_refusals(args, code, said, run, tmp_path, monkeypat
     assert [path.name for path in Path("full").iterdir()] == ["notes.md"]
 
 
-def test_check_fails_where_logits_differ(run, tmp_path, monkeypatch):
-    huggingface.main([str(run), str(tmp_path / "hf")])
-    model = DeepSeekV3.from_pretrained(tmp_path / "hf")
-    model.norm.weight.data[3] *= 1.5
-    monkeypatch.setattr(huggingface, "from_pretrained", lambda *args: model)
-    check_refusal("more than rounding", huggingface.check, tmp_path / "hf")
-
-
-def test_a_foreign_tokenizer_opens_if_it_is_of_bytes(run, tmp_path):
-    """Also one of several stages, as DeepSeek-V3's is."""
+def test_a_foreign_tokenizer_opens(run, tmp_path):
+    """One of several stages, as DeepSeek-V3's is."""
     spec = json.loads(huggingface.tokenizer_json(prepare_data.load_tokenizer(run)))
     stages = spec["pre_tokenizer"]["pretokenizers"]
     stages.insert(0, stages[0] | {"pattern": {"Regex": "o"}})
@@ -670,9 +644,6 @@ def test_a_foreign_tokenizer_opens_if_it_is_of_bytes(run, tmp_path):
     tokenizer = huggingface.hf_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT and tokenizer.eos == []
     assert tokenizer.bos is None and tokenizer.encode("") == []
-    for bad in ("{", "{}", json.dumps(spec | {"model": {"type": "BPE", "vocab": {"▁": 0}}})):
-        (tmp_path / "tokenizer.json").write_text(bad)
-        check_refusal("has no byte-level tokenizer", huggingface.hf_tokenizer, tmp_path)
 
 
 def test_kimi_tokenizer_opens(tmp_path):
@@ -686,5 +657,3 @@ def test_kimi_tokenizer_opens(tmp_path):
     assert [tokenizer.to_bytes(i) for i in (195, 299, 300)] == [b"\xc3", b"", b"[EOS]"]
     (tmp_path / "tiktoken.model").write_text("\n".join(lines[::-1]).replace(" 97", " 256"))
     assert huggingface.hf_tokenizer(tmp_path).encode("a") == [256]  # another one in its place
-    (tmp_path / "tiktoken.model").write_text("AAAA\n")
-    check_refusal("tiktoken.model is damaged", huggingface.hf_tokenizer, tmp_path)
