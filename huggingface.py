@@ -133,8 +133,8 @@ def from_pretrained(
     views, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))
     for name in sorted((views.keys() ^ stored.keys()) - copies.keys()):
         if not name.endswith(("_scale_inv", "rotary_emb.inv_freq")):
-            where = "its config.json" if name in views else "its files"
-            raise ValueError(f"{name} is in {where} alone ({directory}): is a file missing?")
+            has = "lacks" if name in views else "has"
+            raise ValueError(f"{directory} {has} {name}, unlike its config.json: a missing file?")
     for name, view in views.items():
         x, scale = stored[name].get_tensor(name), f"{name}_scale_inv"
         if x.dtype == torch.float8_e4m3fn:

@@ -254,8 +254,6 @@ def test_layout(tmp_path):
     scales = [-(-rows // 128) * -(-columns // 128) for rows, columns in scaled]
     assert len(tensors) + len(scales) == 91_991
     assert sum(x.numel() for x in tensors.values()) + sum(scales) == 684_531_386_000
-    counts = {"total": 671_026_419_200, "active": 37_552_297_472, "mtp": 11_610_068_224}
-    assert v3.parameter_counts() == counts
 
 
 CASES = [("bfloat16", 0, 1), ("float16", 1, 0), ("float32", 1, 1), ("float64", 0, 0)]
@@ -371,7 +369,7 @@ CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5, expected 1"),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
     ({"vocab_size": 96}, "is [97, 32], but by its config.json [96, 32]"),
-    ({"n_routed_experts": 12}, "experts.12.down_proj.weight is in its files alone"),
+    ({"n_routed_experts": 12}, "experts.12.down_proj.weight, unlike its config.json"),
 ]
 
 
@@ -394,8 +392,8 @@ Q, EXPERT = (
 )
 BAD_SCALE = {f"{Q}_scale_inv": torch.ones(2, 1)}
 TENSOR_REFUSALS = [  # changes of the tensors x, and what the sentence must name
-    (lambda x: x.pop(EXPERT), f"{EXPERT} is in its config.json alone"),
-    (lambda x: x.update(extra=torch.ones(2)), "extra is in its files alone"),
+    (lambda x: x.pop(EXPERT), f"lacks {EXPERT}, unlike its config.json"),
+    (lambda x: x.update(extra=torch.ones(2)), "has extra, unlike its config.json"),
     (lambda x: x.update({Q: x[Q].T.contiguous()}), f"{Q} in "),
     (lambda x: x.update(BAD_SCALE | {Q: x[Q].to(torch.float8_e4m3fn)}), "scale is (2, 1)"),
 ]
@@ -430,7 +428,7 @@ def test_files_refused(saved_by_us):
         os.truncate(second, size)
         check_refusal(f"{second} is damaged", DeepSeekV3.from_pretrained, saved_by_us)
     second.unlink()
-    missing = "model.layers.2.input_layernorm.weight is in its config.json alone"
+    missing = "lacks model.layers.2.input_layernorm.weight"
     check_refusal(missing, DeepSeekV3.from_pretrained, saved_by_us)
 
 
