@@ -492,7 +492,7 @@ def copy_run(source: Path, target: Path, **changes) -> Path:
     target.mkdir(exist_ok=True)
     for name in ("tokenizer.tiktoken", "meta.json"):
         shutil.copy(source / name, target)
-    torch.save(load_checkpoint(source) | changes, target / "ckpt.pt")
+    torch.save(load_checkpoint(source) | changes, target / "best.pt")
     return target
 
 

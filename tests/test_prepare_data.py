@@ -258,7 +258,7 @@ DAMAGES = [  # what the sentence says, and how the folder is damaged
     ("no whole token file", lambda d: patch_word(d / "val.bin", 1, 2)),
     ("no whole token file", lambda d: patch_word(d / "val.bin", 2, 5)),
     ("no whole", lambda d: (patch_word(d / "val.bin", 2, 0), os.truncate(d / "val.bin", 1024))),
-    ("has no tokenizer (FileNotFoundError", lambda d: (d / "meta.json").unlink()),
+    ("has no tokenizer in meta.json (FileNotFoundError", lambda d: (d / "meta.json").unlink()),
     ("JSONDecodeError", lambda d: os.truncate(d / "meta.json", 50)),
     ("KeyError('tokenizer_sha256')", lambda d: (d / "meta.json").write_text("{}")),
     ("sha256 is not", lambda d: os.truncate(d / "tokenizer.tiktoken", 1000)),
