@@ -291,7 +291,7 @@ def load_model(
 ) -> tuple[DeepSeekV3, Tokenizer | None, Path]:
     """The model of a run, file or Hugging Face directory, its tokenizer, and where they lie.
 
-    dtype None is the stored one, float32 for a run. The tokenizer is None if a directory has none.
+    dtype None is the stored one. The tokenizer is None if a Hugging Face directory has none.
     Raises FileNotFoundError or ValueError.
     """
     path = Path(ckpt)
@@ -300,8 +300,9 @@ def load_model(
     saved = load_checkpoint(path)
     try:
         with torch.device("meta"):
-            model = DeepSeekV3(ModelConfig(**saved["model_config"])).to(dtype or torch.float32)
-        model.materialize(device).load_state_dict(saved["model"])
+            model = DeepSeekV3(ModelConfig(**saved["model_config"]))
+        model.to(dtype or saved["model"]["norm.weight"].dtype).materialize(device)
+        model.load_state_dict(saved["model"])
     except (RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: weights and settings do not match: {error!s:.200}") from None
     if saved.get("model_sha256", source_hash()) != source_hash():
