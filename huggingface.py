@@ -1,6 +1,6 @@
 """Files: the layout of the released models, both ways, its tokenizers, and our own runs.
 
-    python huggingface.py SRC DST [--quantize=True] [--check=True]
+    python huggingface.py SRC DST [--quantize=True]
 
 SRC is a run's folder or a checkpoint file; DST, a new directory, opens in transformers and here.
 Its weights are safetensors, one file or shards, each tensor under its released name. In FP8 the
@@ -26,7 +26,7 @@ from torch import Tensor
 import fp8
 from config import info, parse_args, run_command
 from model import DeepSeekV3, ModelConfig
-from prepare_data import END_OF_TEXT, load_tokenizer, parse_ranks
+from prepare_data import END_OF_TEXT, encoding_from, load_tokenizer, parse_ranks
 
 # What config.json says besides the fields of ModelConfig; there is one way to compute it.
 FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}
@@ -47,14 +47,6 @@ BYTE_CHARS = {byte: chr(byte) for byte in range(33, 256) if chr(byte).isprintabl
 _HIDDEN = [byte for byte in range(256) if byte not in BYTE_CHARS]
 BYTE_CHARS |= {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is missing or no JSON object ({error!s:.200}).") from None
-
-
 # ---- Weights -------------------------------------------------------------------------------------
 
 
@@ -72,9 +64,8 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     for key, value in (FIXED_KEYS | FP8_KEYS | {"partial_rotary_factor": 1}).items():
         if stated.get(key) not in (None, value):
             raise ValueError(f"config.json has {key} {stated[key]!r}, expected {value!r}.")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    apart = ("rope_type", "rope_theta", "partial_rotary_factor")
-    stated["rope_scaling"] = {k: x for k, x in rope.items() if k not in apart} | {"type": kind}
+    apart = ("rope_theta", "partial_rotary_factor")
+    stated["rope_scaling"] = {key: value for key, value in rope.items() if key not in apart}
     known = {field.name for field in fields(ModelConfig)}
     return ModelConfig(**{key: value for key, value in stated.items() if key in known})
 
@@ -116,8 +107,6 @@ def stored_tensors(directory: Path, device: str) -> dict[str, Any]:
             file = safetensors.safe_open(path, "pt", str(device))
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} is damaged ({error!s:.200}): fetch it again.") from None
-        if twice := tensors.keys() & file.keys():
-            raise ValueError(f"{path} repeats {min(twice)}: remove the files of another version.")
         tensors |= dict.fromkeys(file.keys(), file)
     return tensors
 
@@ -133,33 +122,26 @@ def from_pretrained(
     tensors are. Raises ValueError naming the file, key or tensor that is wrong.
     """
     directory = Path(directory)
-    raw = read_json(directory / "config.json")
+    raw = json.loads((directory / "config.json").read_bytes())
     config, stored = config_from_json(raw), stored_tensors(directory, device)
     config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
     kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
     with torch.device("meta"):
         model = DeepSeekV3(config).to(dtype or getattr(torch, kind or "bfloat16"))
     model.materialize(device)
-    copies = {name: x for name, x in checkpoint_copies(model) if name in stored}
-    views = dict(checkpoint_views(model)) | copies
 
-    expected = {name: list(x.shape) for name, x in views.items()}
-    found = {name: list(file.get_slice(name).get_shape()) for name, file in stored.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        aside = name.endswith(("_scale_inv", "rotary_emb.inv_freq"))
-        if found.get(name) != expected.get(name) and not aside:
-            raise ValueError(
-                f"{directory} has {name} in shape {found.get(name)}, but by its config.json in "
-                f"{expected.get(name)}: they do not belong together, or a file is missing."
-            )
+    views, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))
+    for name in sorted((views.keys() ^ stored.keys()) - copies.keys()):
+        if not name.endswith(("_scale_inv", "rotary_emb.inv_freq")):
+            has = "lacks" if name in views else "has"
+            raise ValueError(f"{directory} {has} {name}, unlike its config.json: a missing file?")
     for name, view in views.items():
         x, scale = stored[name].get_tensor(name), f"{name}_scale_inv"
         if x.dtype == torch.float8_e4m3fn:
-            if scale not in stored:
-                raise ValueError(f"{name} in {directory} is in FP8, but has no {scale}.")
             x = fp8.dequantize(x, stored[scale].get_tensor(scale), fp8.BLOCK)
-        if name in copies and not torch.equal(x.to(view.dtype), view):
-            raise ValueError(f"{name} differs from its original: this is another architecture.")
+        if x.shape != view.shape:
+            had, due = list(x.shape), list(view.shape)
+            raise ValueError(f"{name} in {directory} is {had}, but by its config.json {due}.")
         view.copy_(x)
     return model.eval()
 
@@ -216,46 +198,40 @@ class Tokenizer:
         return b"".join(map(self.to_bytes, ids)).decode(errors="replace")
 
 
+def tokenizer_of(encoding: tiktoken.Encoding, eos: list[int]) -> Tokenizer:
+    texts = {i: text for text, i in encoding._mergeable_ranks.items()}
+    texts |= {i: name.encode() for name, i in encoding._special_tokens.items()}
+    return Tokenizer(encoding.encode_ordinary, texts, eos)
+
+
 def hf_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory: Moonlight's and Kimi's tiktoken.model, or
     tokenizer.json, since DeepSeek-V3's splits text in stages, which no tiktoken.Encoding repeats.
     """
     told = {}
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        told |= read_json(folder / name) if (folder / name).exists() else {}
+        told |= json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
     eos, bos = told.get("eos_token_id"), told.get("bos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if (path := folder / "tiktoken.model").exists():
-        try:
-            ranks = parse_ranks(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error!s:.200}): fetch it again.") from None
         special = {x["content"]: int(i) for i, x in told.get("added_tokens_decoder", {}).items()}
-        encoding = tiktoken.Encoding(
-            "kimi", pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=special
-        )
-        texts = {i: token for token, i in ranks.items()}
-        texts |= {i: name.encode() for name, i in special.items()}
-        return Tokenizer(encoding.encode_ordinary, texts, eos)
-    if not (folder / "tokenizer.json").exists():
+        ranks = parse_ranks(path.read_bytes())
+        return tokenizer_of(encoding_from(ranks, KIMI_PATTERN, special), eos)
+    if not (path := folder / "tokenizer.json").exists():
         return None
     import tokenizers
 
-    try:
-        parsed = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        special = {i: x.content for i, x in parsed.get_added_tokens_decoder().items()}
-        byte_of = {char: byte for byte, char in BYTE_CHARS.items()}
-        vocab = parsed.get_vocab(with_added_tokens=False).items()
-        texts = {i: bytes(map(byte_of.get, token)) for token, i in vocab if i not in special}
-    except Exception as error:  # tokenizers raises nothing more special
-        raise ValueError(f"{folder} has no byte-level tokenizer ({error!s:.200}).") from None
-    texts |= {i: content.encode() for i, content in special.items()}
+    parsed = tokenizers.Tokenizer.from_file(str(path))
+    special = {i: x.content.encode() for i, x in parsed.get_added_tokens_decoder().items()}
+    byte_of = {char: byte for byte, char in BYTE_CHARS.items()}
+    vocab = parsed.get_vocab(with_added_tokens=False).items()
+    texts = {i: bytes(byte_of[char] for char in token) for token, i in vocab if i not in special}
     begin = [bos] if told.get("add_bos_token") and bos is not None else []
 
     def encode(text: str) -> list[int]:
         return begin + parsed.encode(text, add_special_tokens=False).ids
 
-    return Tokenizer(encode, texts, eos, *begin)
+    return Tokenizer(encode, texts | special, eos, *begin)
 
 
 def tokenizer_json(encoding: tiktoken.Encoding) -> str:
@@ -305,12 +281,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: name a run or a Hugging Face directory")
     try:
-        saved = torch.load(file, "cpu", weights_only=True, mmap=True)
-        dict(saved["model_config"])
+        return torch.load(file, "cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file may lead to any
-        why = str(error).split(". ")[0]  # what follows is PyTorch's advice
-        raise ValueError(f"{file} is truncated or not train.py's ({why:.100})") from None
-    return saved
+        raise ValueError(f"{file} is truncated or not train.py's ({error!s:.100})") from None
 
 
 def load_model(
@@ -328,19 +301,15 @@ def load_model(
     try:
         with torch.device("meta"):
             model = DeepSeekV3(ModelConfig(**saved["model_config"]))
-        stored = saved["model"]["norm.weight"].dtype
-        model.to(dtype or stored).materialize(device).load_state_dict(saved["model"])
-    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        model.to(dtype or saved["model"]["norm.weight"].dtype).materialize(device)
+        model.load_state_dict(saved["model"])
+    except (RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: weights and settings do not match: {error!s:.200}") from None
     if saved.get("model_sha256", source_hash()) != source_hash():
-        why = "logits may differ (huggingface.py --check=True compares)"
-        info(f"model.py has changed since {path} was trained: {why}")
-    windows = saved.get("train_config", {}).get("block_size", model.trained_length)
-    model.trained_length = saved.get("trained_length", windows)  # earlier versions had one length
+        info(f"model.py has changed since {path} was trained: logits may differ")
+    model.trained_length = saved.get("trained_length", model.trained_length)
     encoding = load_tokenizer(path if path.is_dir() else path.parent)
-    texts = {token: text for text, token in encoding._mergeable_ranks.items()}
-    texts[encoding.eot_token] = END_OF_TEXT.encode()
-    return model.eval(), Tokenizer(encoding.encode_ordinary, texts, [encoding.eot_token]), path
+    return model.eval(), tokenizer_of(encoding, [encoding.eot_token]), path
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -349,42 +318,23 @@ def load_model(
 @dataclass
 class ConvertConfig:
     quantize: bool = False  # FP8 weights with 128x128 block scales, as released
-    check: bool = False  # compare logits with those of transformers (not where weights are FP8)
-
-
-@torch.no_grad()
-def check(directory: Path):
-    """Compares logits with those of transformers, in float32. Raises ValueError."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # it would list the MTP modules, which it ignores
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, experts_implementation="eager"
-    )
-    tokens = torch.arange(32)[None]
-    logits, expected = from_pretrained(directory, torch.float32)(tokens), theirs(tokens).logits
-    error = ((logits - expected).abs().max() / expected.abs().max()).item()
-    info(f"logits differ from those of transformers by {error:.1e} of the largest")
-    if not error < 1e-3:
-        raise ValueError("this is more than rounding: model.py is not DeepSeek-V3 any more")
 
 
 def main(argv: list[str]):
     about = "Write DST, a directory in Hugging Face's layout, from SRC, a run or a checkpoint file."
     paths = [Path(word) for word in argv if not word.startswith("-")]
-    keys = [word for word in argv if word.startswith("-")]
-    config = ConvertConfig(**parse_args(about, keys, ConvertConfig, positional="src dst")[1])
-    if len(paths) != 2 or (config.check and config.quantize):
-        info("usage: python huggingface.py SRC DST [--quantize=True or --check=True]; see --help")
+    options = [word for word in argv if word.startswith("-")]
+    _, values = parse_args(about, options, ConvertConfig, positional="src dst")
+    if len(paths) != 2:
+        info("usage: python huggingface.py SRC DST [--quantize=True]; see --help")
         sys.exit(2)
     source, target = paths
-    if target.exists() and any(target.iterdir()):
-        raise FileExistsError(f"{target} exists: name a new directory")
     model, _, _ = load_model(source)
+    target.mkdir(parents=True)  # refuses one that is there
     folder = source if source.is_dir() else source.parent
     encoding, keys = load_tokenizer(folder), {"max_position_embeddings": model.trained_length}
     keys |= dict.fromkeys(("bos_token_id", "eos_token_id"), encoding.eot_token)
-    model.save_pretrained(target, quantize=config.quantize, **keys)
+    model.save_pretrained(target, **values, **keys)
     for name in ("meta.json", "tokenizer.tiktoken"):  # for prepare_data.py
         shutil.copyfile(folder / name, target / name)
     names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
@@ -392,8 +342,6 @@ def main(argv: list[str]):
     (target / "tokenizer_config.json").write_text(json.dumps(names, indent=2))
     (target / "tokenizer.json").write_text(tokenizer_json(encoding), encoding="utf-8")
     info(f"wrote {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
-    if config.check:
-        check(target)
 
 
 if __name__ == "__main__":

@@ -16,38 +16,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-KINDS = {int: "int", float: "float", bool: "true or false", str: "text", dict: "dict"}
-KINDS |= {type(None): "none", "": "nothing"}
 WORDS = {"true": "True", "false": "False", "none": "None"}
-# What other projects call our keys, where the spelling does not lead there.
-ALIASES = {"learning_rate": "lr", "max_iters": "steps", "n_layer": "num_hidden_layers"}
-ALIASES |= {"n_head": "num_attention_heads", "n_embd": "hidden_size", "batch": "batch_size"}
-ALIASES |= {"n_experts": "n_routed_experts"}
 
 
 def info(text: str) -> None:
-    """A line on stderr, where all but the product of a command goes; of several processes the first
-    one's."""
+    """A line on stderr, as all but the product of a command; of several processes the first's."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
 
-def kinds_of(annotation: Any) -> tuple[Any, ...]:
-    """int | None -> (int, NoneType); Literal["a", "b"], a choice of texts -> ("a", "b")."""
-    return typing.get_args(annotation) or (annotation,)
-
-
-def expected(annotation: Any) -> str:
-    """For help and errors: "int or none"."""
-    return " or ".join(KINDS.get(kind, kind) for kind in kinds_of(annotation))
-
-
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """The sentence for a key that does not exist."""
-    alias = ALIASES.get(name.replace("-", "_"), name)
-    close = difflib.get_close_matches(alias, list(known), 1, 0.75)  # less hints at nonsense
-    other = "the network has none" if name == "dropout" else "see --help"
-    return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else other)
+    close = difflib.get_close_matches(name, list(known), 1, 0.75)  # less hints at nonsense
+    return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
 
 
 def as_field(name: str, value: Any, annotation: Any) -> Any:
@@ -56,20 +37,16 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
     Text, which is all that a command line has, may spell true, false, none or a literal of Python,
     but in a field for text it stays as it is: a prompt may look like anything.
     """
-    kinds, readings = kinds_of(annotation), [value]
-    if type(value) is str and kinds != (str,):
+    kinds, x = typing.get_args(annotation) or (annotation,), value  # of a Literal the choices
+    if type(x) is str and str not in kinds and x not in kinds:
         with suppress(Exception):  # text that is no literal
-            readings.insert(0, ast.literal_eval(WORDS.get(value.strip().lower(), value)))
-    for x in readings:
-        if type(x) in kinds or x in kinds:  # to isinstance a bool would be an int
-            return x
-        if bool in kinds and x in (0, 1):
-            return bool(x)
-        if float in kinds and type(x) is int:
-            return float(x)
-        if int in kinds and type(x) is float and x.is_integer():
-            return int(x)
-    raise ValueError(f"{name} is {value!r:.200}, expected {expected(annotation)}")
+            x = ast.literal_eval(WORDS.get(x.strip().lower(), x))
+    if type(x) in kinds or x in kinds:  # to isinstance a bool would be an int
+        return x
+    for kind in kinds:
+        if kind in (bool, int, float) and type(x) in (int, float) and kind(x) == x:
+            return kind(x)
+    raise ValueError(f"{name} is {value!r:.200}, expected {inspect.formatannotation(annotation)}")
 
 
 def parse_args(
@@ -89,8 +66,9 @@ def parse_args(
     for name, field in fields.items():
         comment = re.search(rf"(?m)^    {name}:.*?  # (.*)$", source)
         text = (comment[1] if comment else "") + f" (default: {field.default!r})"
-        parser.add_argument("--" + name, metavar=expected(field.type), help=text.replace("%", "%%"))
-    flags = ["--" + name for name, field in fields.items() if bool in kinds_of(field.type)]
+        kind = inspect.formatannotation(field.type)
+        parser.add_argument("--" + name, metavar=kind, help=text.replace("%", "%%"))
+    flags = ["--" + name for name, field in fields.items() if field.type is bool]
     given, unknown = parser.parse_known_args([a + "=true" if a in flags else a for a in argv])
     if unknown:
         parser.error(unknown_key(unknown[0].removeprefix("--").split("=")[0], fields))
@@ -107,12 +85,8 @@ def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     if not Path(path).is_file():
         have = ", ".join(sorted(str(p) for p in Path("config").glob("[!_]*.py")))
         raise FileNotFoundError(f"no config file {path}; there are: {have}")
-    try:
-        values = runpy.run_path(path)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from None
     fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
-    values = {name: x for name, x in values.items() if not name.startswith("_")}
+    values = {name: x for name, x in runpy.run_path(path).items() if not name.startswith("_")}
     for name, value in values.items():
         if name not in fields:
             raise ValueError(f"{path}: {unknown_key(name, fields)}")

@@ -111,18 +111,11 @@ def ours(depth: int = 1, **keys) -> DeepSeekV3:
     return randomise(DeepSeekV3(ModelConfig(**keys)))
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("saved") / "ours"
-    ours(rope_scaling=YARN).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def saved_by_us(checkpoint, tmp_path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(checkpoint, tmp_path / "ours"))
+def saved_by_us(tmp_path) -> Path:
+    """A checkpoint to damage."""
+    ours(rope_scaling=YARN).save_pretrained(tmp_path / "ours")
+    return tmp_path / "ours"
 
 
 @torch.no_grad()
@@ -188,8 +181,8 @@ def test_config_in_the_style_of_the_releases(name):
     assert "rope_parameters" in new
     expected = config_from_json(new)
     rope = new.pop("rope_parameters")
-    new["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
-    new["rope_scaling"] = {"type": kind, **rope} if kind == "yarn" else None
+    new["rope_theta"] = rope.pop("rope_theta")
+    new["rope_scaling"] = rope if rope["rope_type"] == "yarn" else None
     new |= {"aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "pretraining_tp": 1}
     new |= {"auto_map": {"AutoConfig": "x"}, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     new |= {"model_type": "kimi_k2", "moe_layer_freq": 1, "attention_dropout": 0.0}
@@ -243,16 +236,11 @@ def test_mtp(name, depth, tmp_path, monkeypatch):
 
 def test_layout(tmp_path):
     """Names, shapes and dtypes are those of the release; the whole V3 has 91,991 tensors."""
-    model = ours(depth=1).bfloat16()
-    model.save_pretrained(tmp_path / "a", quantize=True, eos_token_id=7)
+    ours(depth=1).bfloat16().save_pretrained(tmp_path / "a", quantize=True, eos_token_id=7)
     stored, mtp = load_file(tmp_path / "a/model.safetensors"), "model.layers.3."
-    for name, x in stored.items():
-        if name.endswith(("_scale_inv", "e_score_correction_bias")):
-            assert x.dtype == torch.float32
-        elif x.dtype != torch.float8_e4m3fn:  # test_fp8 says which are
-            assert x.dtype == torch.bfloat16
-    for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm", "mlp.experts.15.up_proj"):
-        assert f"{mtp}{name}.weight" in stored
+    for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm"):
+        assert stored[f"{mtp}{name}.weight"].dtype == torch.bfloat16  # test_fp8 says which are FP8
+    assert stored[f"{mtp}mlp.gate.e_score_correction_bias"].dtype == torch.float32
     assert torch.equal(stored[f"{mtp}embed_tokens.weight"], stored["model.embed_tokens.weight"])
     assert torch.equal(stored[f"{mtp}shared_head.head.weight"], stored["lm_head.weight"])
     config = json.loads((tmp_path / "a/config.json").read_text())
@@ -266,8 +254,6 @@ def test_layout(tmp_path):
     scales = [-(-rows // 128) * -(-columns // 128) for rows, columns in scaled]
     assert len(tensors) + len(scales) == 91_991
     assert sum(x.numel() for x in tensors.values()) + sum(scales) == 684_531_386_000
-    counts = {"total": 671_026_419_200, "active": 37_552_297_472, "mtp": 11_610_068_224}
-    assert v3.parameter_counts() == counts
 
 
 CASES = [("bfloat16", 0, 1), ("float16", 1, 0), ("float32", 1, 1), ("float64", 0, 0)]
@@ -356,24 +342,14 @@ def test_fp8(powers_of_two, tmp_path):
         assert torch.equal(x, meaning[name]) and torch.equal(y, meaning[name].to(y.dtype)), name
         assert y.dtype == (torch.float32 if "bias" in name else torch.bfloat16)
 
-    plain = tmp_path / "plain"  # the meaning in transformers
-    plain.mkdir()
-    save_file({name: x.clone() for name, x in meaning.items()}, plain / "model.safetensors")
-    shutil.copy(directory / "config.json", plain)
-    edit_json(plain / "config.json", quantization_config=None)
-    assert difference(opened(TOKENS), theirs(plain)(TOKENS).logits) < 2e-4
-
 
 def split(directory: Path, second):
     """model.safetensors into two shards: those for which second(name), and the rest."""
-    where, tensors = {}, load_file(directory / "model.safetensors")
+    tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     for i in (0, 1):
         part = {name: x for name, x in tensors.items() if second(name) == bool(i)}
-        file = f"model-0000{i + 1}-of-00002.safetensors"
-        save_file(part, directory / file)
-        where |= dict.fromkeys(part, file)
-    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        save_file(part, directory / f"model-0000{i + 1}-of-00002.safetensors")
 
 
 # ---- Refusals ------------------------------------------------------------------------------------
@@ -392,14 +368,14 @@ CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
     ({"rope_scaling": None, "rope_parameters": {"full_attention": {}}}, "full_attention"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5, expected 1"),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
-    ({"vocab_size": 96}, "in shape [97, 32], but by its config.json in [96, 32]"),
-    ({"n_routed_experts": 12}, "experts.12.down_proj.weight in shape [32, 16], but by"),
+    ({"vocab_size": 96}, "is [97, 32], but by its config.json [96, 32]"),
+    ({"n_routed_experts": 12}, "experts.12.down_proj.weight, unlike its config.json"),
 ]
 
 
-def check_refusal(sentence: str, open_it, *args, **keys):
+def check_refusal(sentence: str, open_it, *args):
     with pytest.raises((ValueError, OSError)) as refusal:
-        open_it(*args, **keys)
+        open_it(*args)
     text = str(refusal.value)
     assert sentence in text and len(text) < 600, text  # run_command makes one line of it
 
@@ -410,26 +386,21 @@ def test_config_refused(changes, sentence, saved_by_us):
     check_refusal(sentence, DeepSeekV3.from_pretrained, saved_by_us)
 
 
-Q = "model.layers.1.self_attn.q_b_proj.weight"
-EMBED, EXPERT = "model.layers.3.embed_tokens.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
-E4M3, ONES = torch.float8_e4m3fn, torch.ones
-TENSOR_REFUSALS = [  # (name, value) made of the tensors x, None: taken out; what must be named
-    (EXPERT, lambda x: None, f"{EXPERT} in shape None, but by its config.json in [16, 32]"),
-    ("extra", lambda x: ONES(2), "extra in shape [2], but by its config.json in None"),
-    (Q, lambda x: x[Q].T.contiguous(), f"{Q} in shape "),
-    (f"{Q}_scale_inv", lambda x: x.update({Q: x[Q].to(E4M3)}) or ONES(2, 1), "scale is (2, 1)"),
-    (EMBED, lambda x: x[EMBED] + 1, f"{EMBED} differs from its original: this is another"),
-    ("model.layers.3.shared_head.head.weight", lambda x: x[EMBED].clone(), "another architecture"),
+Q, EXPERT = (
+    "model.layers.1.self_attn.q_b_proj.weight",
+    "model.layers.1.mlp.experts.3.up_proj.weight",
+)
+BAD_SCALE = {f"{Q}_scale_inv": torch.ones(2, 1)}
+TENSOR_REFUSALS = [  # changes of the tensors x, and what the sentence must name
+    (lambda x: x.pop(EXPERT), f"lacks {EXPERT}, unlike its config.json"),
+    (lambda x: x.update(extra=torch.ones(2)), "has extra, unlike its config.json"),
+    (lambda x: x.update({Q: x[Q].T.contiguous()}), f"{Q} in "),
+    (lambda x: x.update(BAD_SCALE | {Q: x[Q].to(torch.float8_e4m3fn)}), "scale is (2, 1)"),
 ]
 
 
-@pytest.mark.parametrize("name, value, sentence", TENSOR_REFUSALS)
-def test_tensors_refused(name, value, sentence, saved_by_us):
-    def change(x):
-        x[name] = value(x)
-        if x[name] is None:
-            del x[name]
-
+@pytest.mark.parametrize("change, sentence", TENSOR_REFUSALS)
+def test_tensors_refused(change, sentence, saved_by_us):
     edit_tensors(saved_by_us, change)
     check_refusal(sentence, DeepSeekV3.from_pretrained, saved_by_us)
 
@@ -440,7 +411,7 @@ def test_tensors_that_may_be_there_or_not(tmp_path):
     model.save_pretrained(tmp_path / "a")
 
     def change(x):
-        del x[EMBED], x["model.layers.3.shared_head.head.weight"]
+        del x["model.layers.3.embed_tokens.weight"], x["model.layers.3.shared_head.head.weight"]
         x["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
         x["lm_head.weight"] = x[embed].clone()
 
@@ -450,25 +421,15 @@ def test_tensors_that_may_be_there_or_not(tmp_path):
 
 
 def test_files_refused(saved_by_us):
-    weights = saved_by_us / "model.safetensors"
-
-    def refused(sentence: str):
-        check_refusal(sentence, DeepSeekV3.from_pretrained, saved_by_us)
-
-    whole = weights.read_bytes()
-    for size in (len(whole) - 1, 100, 0):
-        weights.write_bytes(whole[:size])
-        refused(f"{weights} is damaged")
-    weights.write_bytes(whole)
     split(saved_by_us, lambda name: "layers.2" in name)
     assert DeepSeekV3.from_pretrained(saved_by_us).config.num_hidden_layers == 3
-    weights.write_bytes(whole)
-    refused("model.safetensors repeats ")
-    weights.unlink()
-    (saved_by_us / "model-00002-of-00002.safetensors").unlink()
-    refused("has model.layers.2.input_layernorm.weight in shape None")
-    (saved_by_us / "config.json").unlink()
-    refused("config.json")
+    second = saved_by_us / "model-00002-of-00002.safetensors"
+    for size in (second.stat().st_size - 1, 100, 0):
+        os.truncate(second, size)
+        check_refusal(f"{second} is damaged", DeepSeekV3.from_pretrained, saved_by_us)
+    second.unlink()
+    missing = "lacks model.layers.2.input_layernorm.weight"
+    check_refusal(missing, DeepSeekV3.from_pretrained, saved_by_us)
 
 
 # ---- Our runs ------------------------------------------------------------------------------------
@@ -484,8 +445,8 @@ def run(tmp_path_factory) -> Path:
     config = prepare_data.DataConfig(str(source), "run", str(folder), vocab_size=300)
     folder = prepare_data.prepare(config)
     model = ours(depth=1, vocab_size=prepare_data.load_tokenizer(folder).n_vocab + 4)  # padded
-    saved = {"model_config": asdict(model.config), "train_config": {"block_size": 64}}
-    torch.save(saved | {"model": model.state_dict(), "step": 1}, folder / "ckpt.pt")
+    saved = {"model_config": asdict(model.config), "model": model.state_dict()}
+    torch.save(saved, folder / "ckpt.pt")
     return folder
 
 
@@ -508,19 +469,17 @@ class Evil:
 def test_files_that_are_no_checkpoints_are_refused(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, saved = tmp_path / "ckpt.pt", torch.load(run / "ckpt.pt", weights_only=True)
-    config, norm, content = saved["model_config"], "norm.weight", (run / "ckpt.pt").read_bytes()
+    config, content = saved["model_config"], (run / "ckpt.pt").read_bytes()
     check_refusal("no checkpoint at", load_model, tmp_path)
     for part in (content[:0], content[:-10], b"hello " * 50):
         path.write_bytes(part)
         check_refusal(f"{path} is truncated or not train.py's", load_model, tmp_path)
     for bad, sentence in (
         (saved | {"extra": Evil()}, "not train.py's"),
-        ([1, 2], "not train.py's"),
-        (saved | {"model_config": [1]}, "not train.py's"),
+        ([1, 2], "do not match"),
         (saved | {"model_config": config | {"wings": 2}}, "'wings'"),
         (saved | {"model_config": config | {"vocab_size": 77}}, "do not match"),
         ({key: x for key, x in saved.items() if key != "model"}, "do not match"),
-        (saved | {"model": saved["model"] | {norm: "text"}}, "do not match"),
         (saved, "meta.json"),  # the tokenizer is missing
     ):
         torch.save(bad, path)
@@ -533,18 +492,11 @@ def copy_run(source: Path, target: Path, **changes) -> Path:
     target.mkdir(exist_ok=True)
     for name in ("tokenizer.tiktoken", "meta.json"):
         shutil.copy(source / name, target)
-    torch.save(load_checkpoint(source) | changes, target / "ckpt.pt")
+    torch.save(load_checkpoint(source) | changes, target / "best.pt")
     return target
 
 
-@pytest.mark.parametrize(
-    "trained, long",
-    [
-        ({"train_config": {}}, 640),
-        ({"train_config": {"block_size": 64}}, 64),
-        ({"train_config": {"block_size": 64}, "trained_length": 96}, 96),
-    ],
-)
+@pytest.mark.parametrize("trained, long", [({}, 640), ({"trained_length": 96}, 96)])
 def test_a_run_knows_how_long_its_windows_were_and_so_does_its_export(run, tmp_path, trained, long):
     """Also where YaRN would take its original length from the key that the export changes."""
     config = load_checkpoint(run)["model_config"] | {"rope_scaling": {"type": "yarn", "factor": 8}}
@@ -564,9 +516,6 @@ def test_a_changed_model_py_is_said_in_one_line(run, tmp_path, capsys):
         load_model(copy_run(run, tmp_path, **changes))  # at first of before the key
         said = capsys.readouterr().err
         assert said.count("\n") == said.count(f"model.py has changed since {tmp_path}") == lines
-    shutil.move(tmp_path / "ckpt.pt", tmp_path / "best.pt")
-    huggingface.main([str(tmp_path), str(tmp_path / "hf")])
-    assert "logits may differ (huggingface.py --check=True compares)" in capsys.readouterr().err
 
 
 # ---- Tokenizers and the command ------------------------------------------------------------------
@@ -597,10 +546,9 @@ def test_exported_tokenizer_gives_the_same_ids(gap):
     assert exported.encode("a<|x|>").ids[1:] == [len(ranks) + gap]
 
 
-def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, capsys):
+def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path):
     target, source = tmp_path / "hf", tmp_path / "text.txt"
-    huggingface.main([str(run), str(target), "--check=True"])
-    assert "differ from those of transformers by" in capsys.readouterr().err
+    huggingface.main([str(run), str(target)])
     model, tokenizer, _ = load_model(run)
     hf = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(target)
@@ -608,14 +556,10 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
     assert hf_tokenizer(TEXT[:40])["input_ids"] == ids
     assert hf_tokenizer.decode(ids) == TEXT[:40]
     assert hf_tokenizer.eos_token_id == hf.generation_config.eos_token_id == eot
-    text, T = hf.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=20), len(ids)
-    assert torch.equal(model(text)[:, T - 1 : -1].argmax(-1), text[:, T:])
-
     again, opened, _ = load_model(target)
     assert len(again.mtp) == 1 and difference(model(TOKENS), again(TOKENS)) == 0
-    assert (opened.eos, opened.bos) == ([eot], None) and opened.encode(TEXT) == tokenizer.encode(
-        TEXT
-    )
+    assert difference(model(TOKENS), hf(TOKENS).logits) < 2e-4
+    assert (opened.eos, opened.bos, opened.encode(TEXT)) == ([eot], None, tokenizer.encode(TEXT))
     assert all(opened.to_bytes(i) == tokenizer.to_bytes(i) for i in range(eot + 2))
     edit_json(target / "tokenizer_config.json", add_bos_token=True)
     (target / "generation_config.json").write_text(json.dumps({"eos_token_id": [eot, 9]}))
@@ -633,35 +577,27 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
 @pytest.mark.parametrize(
     "args, code, said",
     [
-        *((["RUN", "new", "--quantize=True"], 0, "wrote new: config.json"), (["RUN"], 2, "usage")),
-        *((["RUN", "new", "--quant=1"], 2, "quantize?"), (["no", "new"], 1, "no checkpoint at no")),
-        (["RUN", "full"], 1, "full exists: name a new directory"),
+        (["RUN", "new", "--quantize=True"], 0, "wrote new: config.json"),
+        (["RUN"], 2, "usage"),
+        (["RUN", "new", "--quant=1"], 2, "quantize?"),
+        (["no", "new"], 1, "no checkpoint at no"),
+        (["RUN", "full"], 1, "File exists: 'full'"),
     ],
 )
 def test_the_command_and_its_refusals(args, code, said, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("new").mkdir()  # empty: fine
     Path("full").mkdir()
-    Path("full/notes.md").write_text("mine")
     words = [word.replace("RUN", str(run)) for word in args]
     monkeypatch.setattr(sys, "argv", ["huggingface.py", *words])
     with pytest.raises(SystemExit) if code else contextlib.nullcontext() as done:
         runpy.run_path(str(ROOT / "huggingface.py"), run_name="__main__")
     out, err = capsys.readouterr()
     assert said in err and out == "" and (not code or done.value.code == code)
-    assert [path.name for path in Path("full").iterdir()] == ["notes.md"]
+    assert not any(Path("full").iterdir())
 
 
-def test_check_fails_where_logits_differ(run, tmp_path, monkeypatch):
-    huggingface.main([str(run), str(tmp_path / "hf")])
-    model = DeepSeekV3.from_pretrained(tmp_path / "hf")
-    model.norm.weight.data[3] *= 1.5
-    monkeypatch.setattr(huggingface, "from_pretrained", lambda *args: model)
-    check_refusal("more than rounding", huggingface.check, tmp_path / "hf")
-
-
-def test_a_foreign_tokenizer_opens_if_it_is_of_bytes(run, tmp_path):
-    """Also one of several stages, as DeepSeek-V3's is."""
+def test_a_foreign_tokenizer_opens(run, tmp_path):
+    """One of several stages, as DeepSeek-V3's is."""
     spec = json.loads(huggingface.tokenizer_json(prepare_data.load_tokenizer(run)))
     stages = spec["pre_tokenizer"]["pretokenizers"]
     stages.insert(0, stages[0] | {"pattern": {"Regex": "o"}})
@@ -670,9 +606,6 @@ def test_a_foreign_tokenizer_opens_if_it_is_of_bytes(run, tmp_path):
     tokenizer = huggingface.hf_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT and tokenizer.eos == []
     assert tokenizer.bos is None and tokenizer.encode("") == []
-    for bad in ("{", "{}", json.dumps(spec | {"model": {"type": "BPE", "vocab": {"▁": 0}}})):
-        (tmp_path / "tokenizer.json").write_text(bad)
-        check_refusal("has no byte-level tokenizer", huggingface.hf_tokenizer, tmp_path)
 
 
 def test_kimi_tokenizer_opens(tmp_path):
@@ -686,5 +619,3 @@ def test_kimi_tokenizer_opens(tmp_path):
     assert [tokenizer.to_bytes(i) for i in (195, 299, 300)] == [b"\xc3", b"", b"[EOS]"]
     (tmp_path / "tiktoken.model").write_text("\n".join(lines[::-1]).replace(" 97", " 256"))
     assert huggingface.hf_tokenizer(tmp_path).encode("a") == [256]  # another one in its place
-    (tmp_path / "tiktoken.model").write_text("AAAA\n")
-    check_refusal("tiktoken.model is damaged", huggingface.hf_tokenizer, tmp_path)

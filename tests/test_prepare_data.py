@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import random
+import re
 import runpy
-import shutil
 import struct
 import sys
 from collections import Counter
@@ -57,23 +57,15 @@ def meta_of(folder: Path) -> dict:
 
 
 def patch_word(path: Path, index: int, value: int) -> None:
-    content = bytearray(path.read_bytes())
-    struct.pack_into("<i", content, 4 * index, value)
-    path.write_bytes(content)
-
-
-@pytest.fixture(scope="module")
-def book(tmp_path_factory) -> Path:
-    """A small prepared folder; tests that damage it copy it first."""
-    tmp_path = tmp_path_factory.mktemp("book")
-    (tmp_path / "book.txt").write_text(prose(1, 200))
-    return make(tmp_path, tmp_path / "book.txt")
+    words = np.memmap(path, "<i4", "r+", shape=(256,))
+    words[index] = value
 
 
 @pytest.fixture
-def broken(book, tmp_path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(book, tmp_path / "copy"))
+def book(tmp_path) -> Path:
+    """A small prepared folder."""
+    (tmp_path / "book.txt").write_text(prose(1, 200))
+    return make(tmp_path, tmp_path / "book.txt", name="book")
 
 
 # ---- Byte pair encoding ------------------------------------------------------------------------
@@ -158,9 +150,6 @@ def test_default_corpus_its_round_trip_and_counts(tmp_path, monkeypatch):
     train, val = pd.split_documents(some, 0.05)
     assert text_of(folder, "val") == "".join(pd.END_OF_TEXT + text for text in val)
     assert ids_of(folder, "train").count(4095) == len(train)
-    words = sorted(set(regex.findall(pd.PATTERN, val[0] + val[1])))
-    for word in random.Random(0).sample(words, 20):
-        assert encoding.encode_ordinary(word) == naive_encode(word, encoding._mergeable_ranks)
 
 
 def in_order(documents: dict[str, str]) -> list[str]:
@@ -218,18 +207,12 @@ def test_files_word_by_word(book):
     assert tokens == [encoding.decode_single_token_bytes(rank) for rank in range(299)]
 
 
-def test_dataset_agrees_with_meta_and_folders_made_before_still_open(book, broken):
+def test_dataset_agrees_with_meta(book):
     data, meta = pd.load_dataset(book), meta_of(book)
     assert data.vocab_size == 300
     assert data.val_bytes_per_token == pytest.approx(meta["bytes"]["val"] / len(data.val))
     digest = hashlib.sha256((book / "tokenizer.tiktoken").read_bytes()).hexdigest()
     assert meta["tokenizer_sha256"] == digest
-    for word in (3, 4, 5, 6, 8):  # once in the header too: sizes, and the hash of the tokenizer
-        patch_word(broken / "val.bin", word, 7)
-    more = {"name": "old", "vocab_size": 1, "eot": 1, "tokens": {"val": 1}, "python": "3"}
-    (broken / "meta.json").write_text(json.dumps(meta | more))
-    old = pd.load_dataset(broken)
-    assert (old.vocab_size, old.val_bytes_per_token) == (300, data.val_bytes_per_token)
 
 
 def test_vocabularies_over_65536_are_stored_as_uint32(tmp_path, monkeypatch):
@@ -250,11 +233,11 @@ def write_shard(path: Path, ids: list[int]) -> Path:
     return path
 
 
-def test_shards_of_others_open_and_windows_never_span_two(broken):
-    (broken / "train.bin").unlink()
-    write_shard(broken / "train_000001.bin", list(range(0, 10)))
-    write_shard(broken / "train_000002.bin", list(range(20, 26)))
-    train = pd.load_dataset(broken).train
+def test_shards_of_others_open_and_windows_never_span_two(book):
+    (book / "train.bin").unlink()
+    write_shard(book / "train_000001.bin", list(range(0, 10)))
+    write_shard(book / "train_000002.bin", list(range(20, 26)))
+    train = pd.load_dataset(book).train
     assert len(train) == 16
     rows = train.windows(np.arange(13), 4)
     assert rows.dtype == np.int64 and rows.shape == (13, 4)
@@ -265,42 +248,27 @@ def test_shards_of_others_open_and_windows_never_span_two(broken):
             train.windows(np.array(starts), length)
 
 
-def test_opening_looks_at_the_ends_of_a_file_alone(broken):
-    """A shard may be large and is opened by every process: preparing has looked at all of it."""
-    for place, fine in (0, False), (5000, True), (9999, False):
-        ids = [1] * 10_000
-        ids[place] = 300
-        write_shard(broken / "train.bin", ids)
-        if fine:
-            assert len(pd.load_dataset(broken).train) == 10_000
-        else:
-            with pytest.raises(ValueError, match="holds id 300 of 300 tokens"):
-                pd.load_dataset(broken)
+DAMAGES = [  # what the sentence says, and how the folder is damaged
+    ("No such file", lambda d: (d / "val.bin").unlink()),
+    ("no whole token file", lambda d: (d / "val.bin").write_bytes(b"\1\0" * 999)),
+    ("no whole token file", lambda d: (d / "val.bin").write_bytes(b"")),
+    ("no whole token file", lambda d: patch_word(d / "val.bin", 1, 2)),
+    ("no whole token file", lambda d: patch_word(d / "val.bin", 2, 5)),
+    ("no whole", lambda d: (patch_word(d / "val.bin", 2, 0), os.truncate(d / "val.bin", 1024))),
+    ("has no tokenizer in meta.json (FileNotFoundError", lambda d: (d / "meta.json").unlink()),
+    ("JSONDecodeError", lambda d: os.truncate(d / "meta.json", 50)),
+    ("KeyError('tokenizer_sha256')", lambda d: (d / "meta.json").write_text("{}")),
+    ("sha256 is not", lambda d: os.truncate(d / "tokenizer.tiktoken", 1000)),
+]
 
 
-DAMAGES = {  # what the sentence names: how the folder is damaged
-    "no token file": lambda d: (d / "val.bin").unlink(),
-    "no whole token file: expected": lambda d: (d / "val.bin").write_bytes(b"\1\0" * 999),
-    "expected (20240520, 1) or": lambda d: (d / "val.bin").write_bytes(b""),
-    "or (20240801, 7)": lambda d: patch_word(d / "val.bin", 1, 2),
-    "as many ids as it says": lambda d: patch_word(d / "val.bin", 2, 5),
-    "no whole": lambda d: (patch_word(d / "val.bin", 2, 0), os.truncate(d / "val.bin", 1024)),
-    "no tokenizer in meta.json": lambda d: (d / "meta.json").unlink(),
-    "JSONDecodeError": lambda d: os.truncate(d / "meta.json", 50),
-    "KeyError('tokenizer_sha256')": lambda d: (d / "meta.json").write_text("{}"),
-    "FileNotFoundError": lambda d: (d / "tokenizer.tiktoken").unlink(),
-    "sha256 is not": lambda d: os.truncate(d / "tokenizer.tiktoken", 1000),
-}
-
-
-@pytest.mark.parametrize("sentence", DAMAGES)
-def test_damaged_folders_are_refused(broken, sentence):
-    pd.load_dataset(broken)
-    DAMAGES[sentence](broken)
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        pd.load_dataset(broken)
-    assert sentence in str(caught.value) and "prepare_data.py" in str(caught.value)
-    assert str(broken) in str(caught.value) and "\n" not in str(caught.value)
+@pytest.mark.parametrize("sentence, damage", DAMAGES)
+def test_damaged_folders_are_refused(book, sentence, damage):
+    pd.load_dataset(book)
+    damage(book)
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)) as caught:
+        pd.load_dataset(book)
+    assert str(book) in str(caught.value)
 
 
 # ---- Sources -----------------------------------------------------------------------------------
@@ -400,10 +368,6 @@ def test_shards(hub, tmp_path, source):
     assert len(data.train) == 22 + 23 and len(data.val) == 21 and data.vocab_size == 50_257
     assert meta_of(folder)["bytes"] == {"train": 43 - 2 + 2, "val": 20}
     assert data.val_bytes_per_token == pytest.approx(20 / 21)
-    write_shard(hub / repo / f"{source}_train_000002.bin", [1] * 5000 + [50_257] + [1] * 5000)
-    with pytest.raises(ValueError, match="holds ids beyond gpt2's 50257 tokens"):
-        make(tmp_path, source, name="", shards=2, overwrite=True)
-    assert len(pd.load_dataset(folder).val) == 21  # the folder made before is kept
 
 
 # ---- Nothing half-made -------------------------------------------------------------------------
@@ -414,38 +378,22 @@ def test_an_interruption_keeps_the_old_folder_and_leaves_no_new_one(
     place, book, tmp_path, monkeypatch
 ):
     (tmp_path / "a.txt").write_text(prose(2, 100))
-    folder, load = shutil.copytree(book, tmp_path / "data/d"), pd.load_dataset
+    before, load = {path.name: path.read_bytes() for path in book.iterdir()}, pd.load_dataset
 
     def fail(*args, **keys):
-        (made,) = (tmp_path / "data").glob(".*")
+        (made,) = (tmp_path / "data").glob(".*/new")
         assert (made / "train.bin").exists()
         if place[1] == "dumps":  # meta.json is the last file: without it nothing opens
-            with pytest.raises(ValueError, match="no tokenizer in meta"):
+            with pytest.raises(ValueError, match="has no tokenizer"):
                 load(made)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(*place, fail)
-    for name in ("d", "new"):
+    for name in ("book", "new"):
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path, tmp_path / "a.txt", overwrite=True, name=name)
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["d"]
-    assert all((folder / path.name).read_bytes() == path.read_bytes() for path in book.iterdir())
-
-
-def test_not_even_between_two_renames_is_a_folder_lost(book, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text(prose(2, 100))
-    folder, rename = shutil.copytree(book, tmp_path / "data/d"), os.replace
-
-    def fail(source, target):
-        if target == folder:
-            raise OSError("disk full")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        make(tmp_path, tmp_path / "a.txt", overwrite=True)
-    (old,) = (tmp_path / "data").iterdir()
-    assert (old / "val.bin").read_bytes() == (book / "val.bin").read_bytes()
+    assert list((tmp_path / "data").iterdir()) == [book]
+    assert {path.name: path.read_bytes() for path in book.iterdir()} == before
 
 
 def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
@@ -455,14 +403,11 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
     Path("data/mine").mkdir(parents=True)
     Path("data/mine/thesis.txt").write_text("precious")
     for code, sentence, *words in [
-        (0, "bytes/token", "a.txt", "--vocab_size=300"),
+        (0, "vocabulary 300", "a.txt", "--vocab_size=300"),
         (1, "data/a exists; replace it with --overwrite", "a.txt"),
         (1, "data/mine/thesis.txt would be lost", "a.txt", "--name=mine", "--overwrite"),
         (1, "a folder, stdlib, tinystories, fineweb, finewebedu", "tiny_stories"),
         (1, "latin.txt holds 0 characters", "latin.txt"),
-        (1, "val_fraction=0.6: expected", "a.txt", "--val_fraction=0.6", "--name=b"),
-        (1, "name='../x': expected", "a.txt", "--name=../x"),
-        (1, "vocab_size=256: expected 257", "a.txt", "--name=b", "--vocab_size=256"),
         (2, "unknown key vocabsize; did you mean vocab_size?", "a.txt", "--vocabsize=300"),
     ]:
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])
