@@ -1,6 +1,6 @@
 """Files: the layout of the released models, both ways, its tokenizers, and our own runs.
 
-    python huggingface.py SRC DST [--quantize=True]
+    python huggingface.py SRC DST [--quantize=True] [--check=True]
 
 SRC is a run's folder or a checkpoint file; DST, a new directory, opens in transformers and here.
 Its weights are safetensors, one file or shards, each tensor under its released name. In FP8 the
@@ -107,6 +107,8 @@ def stored_tensors(directory: Path, device: str) -> dict[str, Any]:
             file = safetensors.safe_open(path, "pt", str(device))
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} is damaged ({error!s:.200}): fetch it again.") from None
+        if twice := tensors.keys() & file.keys():
+            raise ValueError(f"{path} repeats {min(twice)}: remove the files of another version.")
         tensors |= dict.fromkeys(file.keys(), file)
     return tensors
 
@@ -122,7 +124,10 @@ def from_pretrained(
     tensors are. Raises ValueError naming the file, key or tensor that is wrong.
     """
     directory = Path(directory)
-    raw = json.loads((directory / "config.json").read_bytes())
+    try:
+        raw = json.loads((directory / "config.json").read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{directory} has a config.json that is no JSON ({error})") from None
     config, stored = config_from_json(raw), stored_tensors(directory, device)
     config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
     kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
@@ -138,11 +143,16 @@ def from_pretrained(
     for name, view in views.items():
         x, scale = stored[name].get_tensor(name), f"{name}_scale_inv"
         if x.dtype == torch.float8_e4m3fn:
+            if scale not in stored:
+                raise ValueError(f"{name} in {directory} is in FP8, but has no {scale}.")
             x = fp8.dequantize(x, stored[scale].get_tensor(scale), fp8.BLOCK)
         if x.shape != view.shape:
             had, due = list(x.shape), list(view.shape)
             raise ValueError(f"{name} in {directory} is {had}, but by its config.json {due}.")
         view.copy_(x)
+    for name in copies.keys() & stored.keys():
+        if not torch.equal(stored[name].get_tensor(name).to(copies[name].dtype), copies[name]):
+            raise ValueError(f"{name} differs from its original: this is another architecture.")
     return model.eval()
 
 
@@ -296,7 +306,13 @@ def load_model(
     """
     path = Path(ckpt)
     if (path / "config.json").exists():
-        return from_pretrained(path, dtype, str(device)), hf_tokenizer(path), path
+        model = from_pretrained(path, dtype, str(device))
+        try:
+            return model, hf_tokenizer(path), path
+        except ImportError:
+            raise
+        except Exception as error:  # tokenizers raises nothing more special
+            raise ValueError(f"the tokenizer of {path} cannot be read ({error!r:.200})") from None
     saved = load_checkpoint(path)
     try:
         with torch.device("meta"):
@@ -306,7 +322,8 @@ def load_model(
     except (RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: weights and settings do not match: {error!s:.200}") from None
     if saved.get("model_sha256", source_hash()) != source_hash():
-        info(f"model.py has changed since {path} was trained: logits may differ")
+        why = "logits may differ (huggingface.py --check=True compares)"
+        info(f"model.py has changed since {path} was trained: {why}")
     model.trained_length = saved.get("trained_length", model.trained_length)
     encoding = load_tokenizer(path if path.is_dir() else path.parent)
     return model.eval(), tokenizer_of(encoding, [encoding.eot_token]), path
@@ -318,15 +335,33 @@ def load_model(
 @dataclass
 class ConvertConfig:
     quantize: bool = False  # FP8 weights with 128x128 block scales, as released
+    check: bool = False  # compare logits with those of transformers (not where weights are FP8)
+
+
+@torch.no_grad()
+def check(directory: Path):
+    """Compares logits with those of transformers, in float32. Raises ValueError."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # it would list the MTP modules, which it ignores
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, experts_implementation="eager"
+    )
+    tokens = torch.arange(32)[None]
+    logits, expected = from_pretrained(directory, torch.float32)(tokens), theirs(tokens).logits
+    error = ((logits - expected).abs().max() / expected.abs().max()).item()
+    info(f"logits differ from those of transformers by {error:.1e} of the largest")
+    if not error < 1e-3:
+        raise ValueError("this is more than rounding: model.py is not DeepSeek-V3 any more")
 
 
 def main(argv: list[str]):
     about = "Write DST, a directory in Hugging Face's layout, from SRC, a run or a checkpoint file."
     paths = [Path(word) for word in argv if not word.startswith("-")]
     options = [word for word in argv if word.startswith("-")]
-    _, values = parse_args(about, options, ConvertConfig, positional="src dst")
-    if len(paths) != 2:
-        info("usage: python huggingface.py SRC DST [--quantize=True]; see --help")
+    config = ConvertConfig(**parse_args(about, options, ConvertConfig, positional="src dst")[1])
+    if len(paths) != 2 or (config.check and config.quantize):
+        info("usage: python huggingface.py SRC DST [--quantize=True or --check=True]; see --help")
         sys.exit(2)
     source, target = paths
     model, _, _ = load_model(source)
@@ -334,7 +369,7 @@ def main(argv: list[str]):
     folder = source if source.is_dir() else source.parent
     encoding, keys = load_tokenizer(folder), {"max_position_embeddings": model.trained_length}
     keys |= dict.fromkeys(("bos_token_id", "eos_token_id"), encoding.eot_token)
-    model.save_pretrained(target, **values, **keys)
+    model.save_pretrained(target, quantize=config.quantize, **keys)
     for name in ("meta.json", "tokenizer.tiktoken"):  # for prepare_data.py
         shutil.copyfile(folder / name, target / name)
     names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
@@ -342,6 +377,8 @@ def main(argv: list[str]):
     (target / "tokenizer_config.json").write_text(json.dumps(names, indent=2))
     (target / "tokenizer.json").write_text(tokenizer_json(encoding), encoding="utf-8")
     info(f"wrote {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
+    if config.check:
+        check(target)
 
 
 if __name__ == "__main__":

@@ -306,13 +306,20 @@ def prepare_shards(config: DataConfig, folder: Path) -> dict:
         split, name = ("train", f"train_{number:06d}.bin") if number else ("val", "val.bin")
         path = download(SHARDS[config.source][0], f"{config.source}_{split}_{number:06d}.bin")
         (folder / name).symlink_to(path)
-        n_bytes[split] += int(np.bincount(read_tokens(path), minlength=1 << 16) @ lengths)
+        tokens = read_tokens(path, encoding.n_vocab)
+        n_bytes[split] += int(np.bincount(tokens, minlength=1 << 16) @ lengths)
     return write_tokenizer(encoding, folder) | {"bytes": n_bytes}
 
 
 def prepare(config: DataConfig) -> Path:
     """Make the folder <out>/<name> and return its path; it appears complete or not at all."""
     name = config.name or Path(config.source).resolve().name.strip(".").split(".")[0]
+    if not re.fullmatch(r"\w[\w .-]*", name):
+        raise ValueError(f"name={name!r}: expected a plain folder name; give --name=NAME")
+    if not 0 < config.val_fraction <= 0.5:
+        raise ValueError(f"val_fraction={config.val_fraction}: expected more than 0, at most 0.5")
+    if not config.tokenizer and config.vocab_size < 257:
+        raise ValueError(f"vocab_size={config.vocab_size}: expected 257 (256 bytes and 1) or more")
     folder = Path(config.out) / name
     here = list(folder.iterdir()) if folder.exists() else []
     if foreign := [path for path in here if not re.fullmatch(OURS, path.name)]:
@@ -335,13 +342,17 @@ def prepare(config: DataConfig) -> Path:
     return folder
 
 
-def read_tokens(path: Path) -> np.ndarray:
+def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
     """The ids of a token file, mapped, not read: (N,) uint16 or uint32."""
     *kind, count = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
     dtype = DTYPES.get(tuple(kind))
     if dtype is None or path.stat().st_size != HEADER_BYTES + count * dtype.itemsize or count < 1:
         raise ValueError(f"{path} is no whole token file; {AGAIN}")
-    return np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
+    tokens = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
+    # The ends only, as the files of a run can be 20 GB.
+    if (highest := max(tokens[:1024].max(), tokens[-1024:].max())) >= vocab_size:
+        raise ValueError(f"{path} holds id {highest} of {vocab_size} tokens; {AGAIN}")
+    return tokens
 
 
 class Tokens:
@@ -384,8 +395,8 @@ def load_dataset(folder: Path | str) -> Dataset:
     """Raises FileNotFoundError or ValueError where a file of the folder is missing or damaged."""
     folder, vocab_size = Path(folder), load_tokenizer(folder).n_vocab
     shards = sorted(folder.glob("train_*.bin")) or [folder / "train.bin"]
-    train = Tokens([read_tokens(path) for path in shards])
-    val = Tokens([read_tokens(folder / "val.bin")])
+    train = Tokens([read_tokens(path, vocab_size) for path in shards])
+    val = Tokens([read_tokens(folder / "val.bin", vocab_size)])
     val_bytes = json.loads((folder / "meta.json").read_bytes())["bytes"]["val"]
     return Dataset(train, val, vocab_size, val_bytes / len(val))
 

@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 WORDS = {"true": "True", "false": "False", "none": "None"}
+# What other projects call our keys, where the spelling does not lead there.
+ALIASES = {"learning_rate": "lr", "max_iters": "steps", "n_layer": "num_hidden_layers"}
+ALIASES |= {"n_head": "num_attention_heads", "n_embd": "hidden_size", "batch": "batch_size"}
+ALIASES |= {"n_experts": "n_routed_experts"}
 
 
 def info(text: str) -> None:
@@ -27,8 +31,10 @@ def info(text: str) -> None:
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """The sentence for a key that does not exist."""
-    close = difflib.get_close_matches(name, list(known), 1, 0.75)  # less hints at nonsense
-    return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
+    alias = ALIASES.get(name.replace("-", "_"), name)
+    close = difflib.get_close_matches(alias, list(known), 1, 0.75)  # less hints at nonsense
+    other = "the network has none" if name == "dropout" else "see --help"
+    return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else other)
 
 
 def as_field(name: str, value: Any, annotation: Any) -> Any:
@@ -85,8 +91,12 @@ def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     if not Path(path).is_file():
         have = ", ".join(sorted(str(p) for p in Path("config").glob("[!_]*.py")))
         raise FileNotFoundError(f"no config file {path}; there are: {have}")
+    try:
+        values = runpy.run_path(path)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from None
     fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
-    values = {name: x for name, x in runpy.run_path(path).items() if not name.startswith("_")}
+    values = {name: x for name, x in values.items() if not name.startswith("_")}
     for name, value in values.items():
         if name not in fields:
             raise ValueError(f"{path}: {unknown_key(name, fields)}")

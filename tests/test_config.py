@@ -56,7 +56,10 @@ def test_values_take_the_type_of_their_field_and_text_stays_text(word, value):
         ("--steps=" + "(" * 9999, "steps is '(((("),
         ("--scaling=" + "-" * 99999 + "1", "expected dict | None"),
         ("--step=1", "unknown key step; did you mean steps?"),
-        ("--max_iters=1", "unknown key max_iters; see --help"),
+        ("--max_iters=1", "unknown key max_iters; did you mean steps?"),
+        ("--learning-rate=1", "unknown key learning-rate; did you mean lr?"),
+        ("--n_embd=1", "unknown key n_embd; see --help"),  # no such key here
+        ("--dropout=0", "unknown key dropout; the network has none"),
         ("more", "unknown key more"),
     ],
 )
@@ -93,6 +96,7 @@ def test_config_files_are_assignments_and_those_there_are_are_listed(tmp_path, m
         "batchsize = 4": "my.py: unknown key batchsize; did you mean batch_size?",
         "steps = 'five'": "my.py: steps is 'five', expected int",
         "steps = True": "my.py: steps is True, expected int",
+        "steps = 1 +": "my.py cannot be run: SyntaxError",
     }.items():
         Path("my.py").write_text(content)
         with pytest.raises(ValueError, match=re.escape(sentence)):

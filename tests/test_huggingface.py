@@ -386,16 +386,18 @@ def test_config_refused(changes, sentence, saved_by_us):
     check_refusal(sentence, DeepSeekV3.from_pretrained, saved_by_us)
 
 
-Q, EXPERT = (
-    "model.layers.1.self_attn.q_b_proj.weight",
-    "model.layers.1.mlp.experts.3.up_proj.weight",
-)
+Q = "model.layers.1.self_attn.q_b_proj.weight"
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+EMBED, HEAD = (f"model.layers.3.{x}.weight" for x in ("embed_tokens", "shared_head.head"))
 BAD_SCALE = {f"{Q}_scale_inv": torch.ones(2, 1)}
 TENSOR_REFUSALS = [  # changes of the tensors x, and what the sentence must name
     (lambda x: x.pop(EXPERT), f"lacks {EXPERT}, unlike its config.json"),
     (lambda x: x.update(extra=torch.ones(2)), "has extra, unlike its config.json"),
     (lambda x: x.update({Q: x[Q].T.contiguous()}), f"{Q} in "),
     (lambda x: x.update(BAD_SCALE | {Q: x[Q].to(torch.float8_e4m3fn)}), "scale is (2, 1)"),
+    (lambda x: x.update({Q: x[Q].to(torch.float8_e4m3fn)}), f"is in FP8, but has no {Q}_scale_inv"),
+    (lambda x: x.update({EMBED: x[EMBED] + 1}), f"{EMBED} differs from its original"),
+    (lambda x: x.update({HEAD: x[EMBED].clone()}), f"{HEAD} differs from its original"),
 ]
 
 
@@ -411,7 +413,7 @@ def test_tensors_that_may_be_there_or_not(tmp_path):
     model.save_pretrained(tmp_path / "a")
 
     def change(x):
-        del x["model.layers.3.embed_tokens.weight"], x["model.layers.3.shared_head.head.weight"]
+        del x[EMBED], x[HEAD]
         x["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
         x["lm_head.weight"] = x[embed].clone()
 
@@ -421,15 +423,22 @@ def test_tensors_that_may_be_there_or_not(tmp_path):
 
 
 def test_files_refused(saved_by_us):
+    whole = shutil.copy(saved_by_us / "model.safetensors", saved_by_us / "whole")
     split(saved_by_us, lambda name: "layers.2" in name)
     assert DeepSeekV3.from_pretrained(saved_by_us).config.num_hidden_layers == 3
     second = saved_by_us / "model-00002-of-00002.safetensors"
     for size in (second.stat().st_size - 1, 100, 0):
         os.truncate(second, size)
         check_refusal(f"{second} is damaged", DeepSeekV3.from_pretrained, saved_by_us)
+    os.replace(whole, second)
+    check_refusal(
+        "model-00002-of-00002.safetensors repeats", DeepSeekV3.from_pretrained, saved_by_us
+    )
     second.unlink()
     missing = "lacks model.layers.2.input_layernorm.weight"
     check_refusal(missing, DeepSeekV3.from_pretrained, saved_by_us)
+    (saved_by_us / "config.json").write_text("{")
+    check_refusal("config.json that is no JSON", DeepSeekV3.from_pretrained, saved_by_us)
 
 
 # ---- Our runs ------------------------------------------------------------------------------------
@@ -546,9 +555,10 @@ def test_exported_tokenizer_gives_the_same_ids(gap):
     assert exported.encode("a<|x|>").ids[1:] == [len(ranks) + gap]
 
 
-def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path):
+def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, capsys):
     target, source = tmp_path / "hf", tmp_path / "text.txt"
-    huggingface.main([str(run), str(target)])
+    huggingface.main([str(run), str(target), "--check=True"])
+    assert "differ from those of transformers by" in capsys.readouterr().err
     model, tokenizer, _ = load_model(run)
     hf = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(target)
@@ -572,6 +582,17 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path):
     data = prepare_data.load_dataset(prepare_data.prepare(config))
     first, *rest = data.train.arrays[0].tolist()
     assert first == eot and rest[:100] == tokenizer.encode(TEXT * 2)[:100]
+    for name, bad in (("tokenizer.json", "{"), ("tiktoken.model", "AAAA\n")):
+        (target / name).write_text(bad)
+        check_refusal(f"the tokenizer of {target} cannot be read", load_model, target)
+
+
+def test_check_fails_where_logits_differ(run, tmp_path, monkeypatch):
+    huggingface.main([str(run), str(tmp_path / "hf")])
+    model = DeepSeekV3.from_pretrained(tmp_path / "hf")
+    model.norm.weight.data[3] *= 1.5
+    monkeypatch.setattr(huggingface, "from_pretrained", lambda *args: model)
+    check_refusal("more than rounding", huggingface.check, tmp_path / "hf")
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,8 @@ def test_shards_of_others_open_and_windows_never_span_two(book):
 
 DAMAGES = [  # what the sentence says, and how the folder is damaged
     ("No such file", lambda d: (d / "val.bin").unlink()),
+    ("holds id 300 of 300 tokens", lambda d: write_shard(d / "val.bin", [1] * 5000 + [300])),
+    ("holds id 300 of 300 tokens", lambda d: write_shard(d / "train.bin", [300] + [1] * 5000)),
     ("no whole token file", lambda d: (d / "val.bin").write_bytes(b"\1\0" * 999)),
     ("no whole token file", lambda d: (d / "val.bin").write_bytes(b"")),
     ("no whole token file", lambda d: patch_word(d / "val.bin", 1, 2)),
@@ -408,6 +410,9 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
         (1, "data/mine/thesis.txt would be lost", "a.txt", "--name=mine", "--overwrite"),
         (1, "a folder, stdlib, tinystories, fineweb, finewebedu", "tiny_stories"),
         (1, "latin.txt holds 0 characters", "latin.txt"),
+        (1, "val_fraction=0.6: expected", "a.txt", "--val_fraction=0.6", "--name=b"),
+        (1, "name='../x': expected", "a.txt", "--name=../x"),
+        (1, "vocab_size=256: expected 257", "a.txt", "--name=b", "--vocab_size=256"),
         (2, "unknown key vocabsize; did you mean vocab_size?", "a.txt", "--vocabsize=300"),
     ]:
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])
