@@ -74,7 +74,8 @@ def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat:
         for n in places:
             u = torch.rand(1, 2 * G + 1, device=device)
             text.filled = n  # the modules have missed nothing
-            text.play(n, G, u, tokens[:, n : n + G] if given else None)
+            text.tokens[:, n : n + G] = tokens[:, n : n + G]
+            text.play(n, G, u, given)
 
     kinds = [(0, False), *((G, given) for G in range(1, 5) for given in (False, True))]
     seconds = interleaved({kind: partial(rounds, *kind) for kind in kinds}, options.rounds)
