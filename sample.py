@@ -122,14 +122,14 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
 class Text:
     """B rows of text and what it takes to continue them. All have n tokens: rows advance together.
 
-    `net` is the model or its ops.Decoder: trunk, predict_next and logits are all that is called.
+    The prompt, tokens (B, T), goes through the model, the rest through `net`: that is its
+    ops.Decoder or itself, whose trunk, predict_next and logits are all that is called.
     """
 
     def __init__(self, model, tokens: Tensor, new: int, depth: int, compile: bool, filters: tuple):
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
-        self.net, self.depth, self.compile = model, depth, compile
         temperature, top_k, top_p = filters
-        self.greedy = temperature == 0
+        self.greedy, self.depth, self.net = temperature == 0, depth, model
         # A tensor, so that a graph serves every temperature.
         self.filters = ops.upcast(like[:0]).new_tensor(temperature), top_k, top_p
         # Room for a last round that goes too far. A graph serves one size: compiled there are few.
@@ -142,21 +142,17 @@ class Text:
         # these and the tokens are true, not drafts.
         self.hidden = like.new_zeros(B, size if depth else 0, like.shape[1])
         self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
+        self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
         # So many at once that attention's scores take 1 GB at most.
         self.chunk = max(1, min(512, 2**26 // (B * T * config.num_attention_heads)))
-        self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
-
-    def prefill(self, T: int):
-        """The prompt goes through the model, and on with its Decoder."""
-        model = self.net
         for start in range(0, T, self.chunk):
             end = min(start + self.chunk, T)
-            h = model.trunk(self.tokens[:, start:end], self.cache)  # (B, chunk, D)
-            if self.depth:
+            h = model.trunk(tokens[:, start:end], self.cache)  # (B, chunk, D)
+            if depth:
                 self.hidden[:, start:end] = h
-        self.catch_up(T - 1 - self.depth)
-        self.net = decoder_or_model(model, self.cache.size, self.compile)
-        self.compile = self.compile and self.net is not model
+        self.catch_up(T - 1 - depth)
+        self.net = decoder_or_model(model, size, compile)
+        self.compile = compile and self.net is not model
 
     def catch_up(self, end: int):
         """The MTP modules fill their slots up to `end`: slot i of module k takes h_i of depth k and
@@ -386,12 +382,11 @@ def generate(
     no_drafts = most == 0 or (speculative == "auto" and compile and tokens.device.type == "cpu")
     depth = 0 if no_drafts else len(model.mtp)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    text = Text(model, tokens, new, depth, compile, (temperature, top_k, top_p))
     pace = Pace(speculative, most if depth else 0)
     rows, live = [Row(ids) for ids in tokens.tolist()], list(range(B))  # live: those that go on
 
     began = time.perf_counter()
-    text.prefill(T)
+    text = Text(model, tokens, new, depth, compile, (temperature, top_k, top_p))
     stats.prefill_seconds = time.perf_counter() - began
     n, end = T, T + new
     while live and n < end:
@@ -421,8 +416,8 @@ def generate(
         stats.seconds += seconds
         stats.rounds += 1
         stats.lookups += looked_up
-    if n > model.trained_length:
-        stats.note = f"the text goes beyond the {model.trained_length} tokens of training"
+    if n > (trained := model.trained_length):
+        stats.note = f"the text goes beyond the {trained} tokens the model was trained on"
     if n == limit < T + max_new_tokens:
         stats.note = f"stopped at the context limit of {limit} tokens (max_position_embeddings)"
     padded = [row.ids + eos[:1] * (end - len(row.ids)) for row in rows]
@@ -489,13 +484,13 @@ def style_of(expert: int) -> str:
 
 
 def top_experts(model: DeepSeekV3, ids: list[int]) -> list[int]:
-    """For each token the expert with the largest gate value in the last MoE layer."""
-    gates = [block.mlp.gate for block in model.layers if hasattr(block.mlp, "gate")]
-    if not gates:
-        raise ValueError("this model has no routed experts to show")
+    """For each token the expert with the largest gate value in the last layer."""
+    gate = getattr(model.layers[-1].mlp, "gate", None)
+    if gate is None:
+        raise ValueError("the last layer of this model has no experts to show")
     with torch.inference_mode():
         model.trunk(torch.tensor([ids], device=model.norm.weight.device))
-    s, chosen = gates[-1].routing  # (1, T, E), (1, T, K)
+    s, chosen = gate.routing  # (1, T, E), (1, T, K)
     return chosen.gather(-1, s.gather(-1, chosen).argmax(-1, keepdim=True)).flatten().tolist()
 
 

@@ -67,7 +67,6 @@ def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat:
     (G, False) or that are there already (G, True), at several places of tokens (1, T)."""
     T, device = tokens.shape[1], tokens.device
     text = sample.Text(model, tokens, 0, len(model.mtp), compile, (heat, None, None))
-    text.prefill(T)
     places = range(T // 2, T - 8, 8)
 
     def rounds(G: int, given: bool):

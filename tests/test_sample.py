@@ -323,11 +323,9 @@ def test_mtp_modules_catch_up(trained):
     """After any rounds, drafted, rejected or plain, their caches are those after a prompt."""
     u, depth, greedily = torch.zeros(1, 9), len(trained.mtp), (0, None, None)
     text, n = sample.Text(trained, tokens_of(trained, 1, 9), 99, depth, False, greedily), 9
-    text.prefill(n)
     for G in (4, 0, 0, 0, 0, 0, 0, 3, 2, 4):
         ((kept, *_),), _ = text.play(n, G, u, False)
         fresh = sample.Text(trained, text.tokens[:, :n], 99, depth, False, greedily)
-        fresh.prefill(n)
         fresh.play(n, 4, u, False)
         for ours, theirs in zip(text.mtp_cache.kv, fresh.mtp_cache.kv, strict=True):
             assert G == 0 or torch.allclose(ours[:, : n - depth], theirs[:, : n - depth])
