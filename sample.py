@@ -145,11 +145,10 @@ class Text:
         self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
         # So many at once that attention's scores take 1 GB at most.
         self.chunk = max(1, min(512, 2**26 // (B * T * config.num_attention_heads)))
-        for start in range(0, T, self.chunk):
-            end = min(start + self.chunk, T)
-            h = model.trunk(tokens[:, start:end], self.cache)  # (B, chunk, D)
+        for piece in tokens.split(self.chunk, 1):  # (B, chunk)
+            h = model.trunk(piece, self.cache)  # (B, chunk, D)
             if depth:
-                self.hidden[:, start:end] = h
+                self.hidden[:, span(self.cache.length - h.shape[1], h.shape[1])] = h
         self.catch_up(T - 1 - depth)
         self.net = decoder_or_model(model, size, compile)
         self.compile = compile and self.net is not model
