@@ -138,20 +138,17 @@ class Text:
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
         # Of all tokens; the newest one's place is written again in every round.
         self.cache = Cache(config, len(model.layers), B, size, like)
-        # For the MTP modules: the main model's hidden states, and in how many slots of their cache
-        # these and the tokens are true, not drafts.
-        self.hidden = like.new_zeros(B, size if depth else 0, like.shape[1])
-        self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
-        self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
         # So many at once that attention's scores take 1 GB at most.
         self.chunk = max(1, min(512, 2**26 // (B * T * config.num_attention_heads)))
-        for piece in tokens.split(self.chunk, 1):  # (B, chunk)
-            h = model.trunk(piece, self.cache)  # (B, chunk, D)
-            if depth:
-                self.hidden[:, span(self.cache.length - h.shape[1], h.shape[1])] = h
+        h = torch.cat([model.trunk(x, self.cache) for x in tokens.split(self.chunk, 1)], 1)
+        # For the MTP modules: the main model's hidden states, and in how many slots of their cache
+        # these and the tokens are true, not drafts.
+        self.hidden = F.pad(h, (0, 0, 0, size - T)) if depth else None  # (B, size, D)
+        self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
         self.catch_up(T - 1 - depth)
         self.net = decoder_or_model(model, size, compile)
         self.compile = compile and self.net is not model
+        self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
 
     def catch_up(self, end: int):
         """The MTP modules fill their slots up to `end`: slot i of module k takes h_i of depth k and
