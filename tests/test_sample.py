@@ -262,15 +262,19 @@ def test_every_draft_length_is_lossless(trained, texts, drafts, lookup):
         assert stats.rounds + sum(stats.accepted) in range(60, 60 + drafts + 1)
 
 
-@pytest.mark.parametrize("trained", [1], indirect=True)
+@pytest.mark.parametrize("kind", ["trained", "looping"])
 @pytest.mark.parametrize("drafts", [0, 3, "auto"])
-def test_end_of_text_pads_its_row_and_leaves_the_others_alone(trained, drafts):
-    tokens = tokens_of(trained, 4, 5)
-    free = greedy(trained, tokens, 24)[:, 5:].tolist()
-    for eos in (free[0][0], free[1][9], [free[2][5], free[3][7]], [23]):
+def test_end_of_text_pads_its_row_and_leaves_the_others_alone(student, drafts, kind):
+    """Where drafts are made, and where the rows that go on look theirs up."""
+    model = student
+    if kind == "looping":
+        model = forgetful(small(num_nextn_predict_layers=0, max_position_embeddings=400))
+    tokens = tokens_of(model, 4, 6)
+    free = greedy(model, tokens, 24)[:, 6:].tolist()
+    for eos in (free[0][0], free[1][1], free[1][9], [free[2][5], free[3][7]], [23]):
         ends = [eos] if isinstance(eos, int) else eos
-        out = generate(trained, tokens, 24, temperature=0, speculative=drafts, eos_token_id=eos)
-        for row, text in zip(out[:, 5:].tolist(), free, strict=True):
+        out = generate(model, tokens, 24, temperature=0, speculative=drafts, eos_token_id=eos)
+        for row, text in zip(out[:, 6:].tolist(), free, strict=True):
             cut = next((i + 1 for i, token in enumerate(text) if token in ends), len(text))
             assert row == text[:cut] + ends[:1] * (24 - cut)
 
@@ -452,6 +456,17 @@ def test_auto_looks_up_where_that_pays():
     assert seconds < 0.6 * 500
     pace = sample.Pace(3, 3)  # a fixed number is kept, whatever it costs
     assert set(write_text(pace, lambda G: 9, lambda *_: 0)[1]) == {3}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_auto_follows_what_its_rounds_gave(student, sign, monkeypatch):
+    """By a clock on which all rounds take as long, drafts that are never right are only tried."""
+    clock, model, stats = itertools.count(), copy.deepcopy(student), Stats()
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
+    for mtp in model.mtp:
+        mtp.norm.weight.mul_(sign)
+    generate(model, tokens_of(model, 1, 5), 60, temperature=0, lookup=False, stats=stats)
+    assert (stats.drafted == [16, 12, 8, 4]) == (sign < 0)
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
