@@ -16,7 +16,7 @@ import sys
 import time
 import types
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -33,6 +33,7 @@ from ops import span
 
 MOST_DRAFTS = 4
 MATCH = 3  # tokens that prompt lookup finds again
+TURNS = 4  # rounds in which --draft=auto tries a number of drafts
 GREEN = "32"
 PALETTE = (160, 34, 172, 33, 134, 37, 99, 204)  # neither bright nor dark: legible on any ground
 
@@ -47,7 +48,7 @@ class SampleConfig:
     top_k: int | None = 200  # sample among the k likeliest tokens; none: among all
     top_p: float | None = None  # among the fewest tokens that have this much probability
     seed: int = 1337  # with a fixed --draft it fixes the text; auto follows the clock
-    draft: str = "auto"  # tokens drafted in a round: 0, 1, 2, 3, 4, or auto: what is fastest
+    draft: Literal["auto", 0, 1, 2, 3, 4] = "auto"  # tokens drafted in a round; auto: the fastest
     lookup: bool = True  # draft from the text itself where it repeats
     compile: bool = False  # compile decoding: several times faster, after a minute the first time
     show: Literal["", "drafts", "experts"] = ""  # accepted drafts in green; experts in colours
@@ -121,39 +122,33 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
 class Text:
     """B rows of text and what it takes to continue them. All have n tokens: rows advance together.
 
-    `net` is the model or its ops.Decoder: trunk, predict_next and logits are all that is called.
+    The prompt, tokens (B, T), goes through the model, the rest through `net`: that is its
+    ops.Decoder or itself, whose trunk, predict_next and logits are all that is called.
     """
 
     def __init__(self, model, tokens: Tensor, new: int, depth: int, compile: bool, filters: tuple):
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
-        self.net, self.depth, self.compile = model, depth, compile
-        temperature, *self.filters = filters  # and top_k, top_p
-        self.greedy, self.kind = temperature == 0, str(config)
-        self.temperature = ops.upcast(like[:0]).new_tensor(temperature)
+        temperature, top_k, top_p = filters
+        self.greedy, self.depth, self.net = temperature == 0, depth, model
+        # A tensor, so that a graph serves every temperature.
+        self.filters = ops.upcast(like[:0]).new_tensor(temperature), top_k, top_p
         # Room for a last round that goes too far. A graph serves one size: compiled there are few.
         size = T + new + MOST_DRAFTS + depth + 1
         size = max(256, 1 << (size - 1).bit_length()) if compile else size
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
         # Of all tokens; the newest one's place is written again in every round.
         self.cache = Cache(config, len(model.layers), B, size, like)
+        # So many at once that attention's scores take 1 GB at most.
+        self.chunk = max(1, min(512, 2**26 // (B * T * config.num_attention_heads)))
+        h = torch.cat([model.trunk(x, self.cache) for x in tokens.split(self.chunk, 1)], 1)
         # For the MTP modules: the main model's hidden states, and in how many slots of their cache
         # these and the tokens are true, not drafts.
-        self.hidden = like.new_zeros(B, size if depth else 0, like.shape[1])
+        self.hidden = F.pad(h, (0, 0, 0, size - T)) if depth else None  # (B, size, D)
         self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
-
-    def prefill(self, T: int):
-        """The prompt goes through the model, and on with its Decoder."""
-        model, (B, _) = self.net, self.tokens.shape
-        # So many at once that attention's scores take 1 GB at most.
-        self.chunk = max(1, min(512, 2**26 // (B * T * model.config.num_attention_heads)))
-        for start in range(0, T, self.chunk):
-            end = min(start + self.chunk, T)
-            h = model.trunk(self.tokens[:, start:end], self.cache)  # (B, chunk, D)
-            if self.depth:
-                self.hidden[:, start:end] = h
-        self.catch_up(T - 1 - self.depth)
-        self.net = decoder_or_model(model, self.tokens[:, :T], h, self.cache, self.compile)
-        self.compile = self.compile and self.net is not model
+        self.catch_up(T - 1 - depth)
+        self.net = decoder_or_model(model, size, compile)
+        self.compile = compile and self.net is not model
+        self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
 
     def catch_up(self, end: int):
         """The MTP modules fill their slots up to `end`: slot i of module k takes h_i of depth k and
@@ -187,7 +182,7 @@ class Text:
             if j < G:
                 logits = self.net.logits(h[:, -1:])[:, 0]  # (B, V)
                 if not self.greedy:
-                    q.append(probabilities(logits, self.temperature, *self.filters))
+                    q.append(probabilities(logits, *self.filters))
                 token = draw(q[j], u[:, j : j + 1]) if q else logits.argmax(-1, keepdim=True)
                 self.tokens[:, span(n + j, 1)] = token
         return torch.stack(q, 1) if q else None
@@ -209,7 +204,7 @@ class Text:
             out = logits.argmax(-1)  # (B, G+1)
             kept = (out[:, :-1] == drafts).long().cumprod(1).sum(1)  # (B,)
         else:
-            p = probabilities(logits, self.temperature, *self.filters)
+            p = probabilities(logits, *self.filters)
             if q is None:  # what is looked up is certain
                 q = F.one_hot(drafts, p.shape[-1]).to(p.dtype)
             kept, token = accept(p, q, drafts, u[:, G:])
@@ -218,23 +213,19 @@ class Text:
         self.tokens[:, span(n, G + 1)] = out
         return torch.cat((kept[:, None], out), 1)
 
-    def play(self, n: int, G: int, u: Tensor, found: list | Tensor | None) -> tuple[list, float]:
-        """A round, eager or as a graph, with drafts that were looked up or without: its outcome and
-        the seconds it took, compilation left out."""
-        round, position, looked_up = Text.round, n, found is not None
+    def play(self, n: int, G: int, u: Tensor, looked_up: bool) -> tuple[list, float]:
+        """A round, eager or as a graph: its outcome and the seconds without compilation."""
+        round, position = Text.round, n
         # A graph fills as many slots as a round can leave behind: so many tokens there must be.
         if self.compile and n > G + self.depth:
             position = torch.tensor(n, device=u.device)
             round = compiled(self, position, G, u, looked_up)
         began = time.perf_counter()
-        if looked_up:
-            self.tokens[:, n : n + G] = torch.as_tensor(found)
-        elif G:
-            self.catch_up(n - 1 - G - self.depth)
-        result = round(self, position, G, u, looked_up).tolist()
         if G and not looked_up:
-            self.filled = max(0, n - self.depth)
-        return result, time.perf_counter() - began
+            self.catch_up(n - 1 - G - self.depth)
+            self.filled = max(0, n - self.depth)  # after the round
+        outcome = round(self, position, G, u, looked_up).tolist()
+        return outcome, time.perf_counter() - began
 
 
 GRAPHS = {}  # compiled rounds; they serve every text of their size and every model of their kind
@@ -242,8 +233,7 @@ GRAPHS = {}  # compiled rounds; they serve every text of their size and every mo
 
 def compiled(text: Text, n: Tensor, G: int, u: Tensor, looked_up: bool) -> Callable:
     """Text.round as one graph for every n: compiled here if it is the first of its kind."""
-    key = (text.kind, text.hidden.dtype, u.device, *text.tokens.shape, text.depth, G, looked_up)
-    key += (text.greedy, *text.filters)
+    key = (*text.kind, G, looked_up)
     if key not in GRAPHS:
         # Without guards, as checking a few hundred tensors would take as long as the step. And as
         # torch.compile keeps graphs with the code of a function, each has its own copy of that.
@@ -269,47 +259,24 @@ def compiled(text: Text, n: Tensor, G: int, u: Tensor, looked_up: bool) -> Calla
 # ---- Whole texts ---------------------------------------------------------------------------------
 
 
-class Rows:
-    """What has been written, row by row."""
+class Row:
+    """The tokens of one row, and where it went on after any MATCH of them when they stood last."""
 
-    def __init__(self, tokens: Tensor, new: int, eos: list[int], on_token: Callable):
-        self.ids, self.eos, self.on_token = tokens.tolist(), eos, on_token
-        self.end = tokens.shape[1] + new
-        self.live = list(range(len(tokens))) if new else []  # rows that go on
-        self.seen, self.known = [{} for _ in self.ids], MATCH  # MATCH tokens -> where they end
+    def __init__(self, ids: list[int]):
+        self.ids, self.after = [], {}
+        self.write(ids)
 
-    def look_up(self, G: int) -> list[list[int]] | None:
-        """For every row the G tokens that followed when its last MATCH ones stood in it before;
-        nothing where a row that goes on finds none."""
-        n, drafts = max(map(len, self.ids)), [[0] * G for _ in self.ids]
-        for b in self.live:
-            ids, seen = self.ids[b], self.seen[b]
-            for end in range(self.known, n):
-                seen[tuple(ids[end - MATCH : end])] = end
-            start = seen.get(tuple(ids[-MATCH:]), n)
-            # What is copied may go on into its own copy.
-            drafts[b] = [ids[start + j % (n - start)] for j in range(G) if start < n]
-        self.known = max(MATCH, n)
-        return drafts if all(drafts) else None
+    def write(self, ids: list[int]):
+        for token in ids:
+            self.after[tuple(self.ids[-MATCH:])] = len(self.ids)
+            self.ids.append(token)
 
-    def write(self, result: list[list[int]], G: int, stats: Stats) -> int:
-        """The outcome of a round, kept drafts and tokens of each row: by how many tokens the rows
-        advance, the least number that any of them has. One that keeps more drafts writes a draft in
-        the place where another has its replacement."""
-        advance = 1 + min(result[b][0] for b in self.live)
-        for b in list(self.live):
-            kept, *new = result[b]
-            ids, new = self.ids[b], new[: min(advance, self.end - len(self.ids[b]))]
-            stop = next((i + 1 for i, token in enumerate(new) if token in self.eos), len(new))
-            ids += new[:stop]
-            if ids[-1] in self.eos or len(ids) == self.end:
-                self.live.remove(b)
-            self.on_token(b, new[:stop], min(kept, stop))
-            stats.tokens += stop
-            for j in range(G):
-                stats.drafted[j] += 1
-                stats.accepted[j] += kept > j
-        return advance
+    def look_up(self, G: int) -> list[int]:
+        """The G tokens that followed its last MATCH ones before; none if those are new."""
+        n = len(self.ids)
+        start = self.after.get(tuple(self.ids[-MATCH:]), n)
+        # What is copied may go on into its own copy.
+        return [self.ids[start + j % (n - start)] for j in range(G) if start < n]
 
 
 class Pace:
@@ -320,11 +287,10 @@ class Pace:
     never sees the tokens it is made for.
     """
 
-    TURNS = 4  # rounds that try a number of drafts
-
     def __init__(self, speculative: int | str, most: int):
         self.auto, self.most = speculative == "auto", most
-        self.seconds = [deque(maxlen=16) for _ in range(most + 1)]  # of rounds, by drafts
+        # Seconds of rounds by their number of drafts; the last list is that of looked-up ones.
+        self.seconds = [deque(maxlen=16) for _ in range(most + 2)]
         self.stays = [deque(maxlen=32) for _ in range(most)]  # whether draft j was kept, by j
         self.ahead = {False: 1.5, True: 0.5}  # tokens won by the modules' drafts, by lookup
 
@@ -340,44 +306,38 @@ class Pace:
             return self.most
         if self.ahead[False] < 0:
             return 0
-        for G, seconds in enumerate(self.seconds):
-            if len(seconds) < self.TURNS:
+        for G in range(self.most + 1):
+            if len(self.seconds[G]) < TURNS:
                 return G
-        saved = self.ahead[False] > 2  # enough to try again
-        return max(range(self.most + 1), key=self.rate) or int(saved and self.most > 0)
+        return max(range(self.most + 1), key=self.rate)
 
     def learn(self, G: int, looked_up: bool, seconds: float, tokens: int):
         """A round with G drafts took so long and gave so many tokens per row."""
-        if not self.auto:
-            return
-        if not looked_up:
-            self.seconds[G].append(seconds)
-            seconds = statistics.median(self.seconds[G])
-            for j in range(G):
-                self.stays[j].append(j < tokens - 1)
+        times = self.seconds[-1 if looked_up else G]
+        times.append(seconds)
+        for j in range(0 if looked_up else G):
+            self.stays[j].append(j < tokens - 1)
         if G and self.seconds[0]:
-            self.ahead[looked_up] += tokens - seconds * self.rate(0)
+            self.ahead[looked_up] += tokens - statistics.median(times) * self.rate(0)
         self.ahead = {kind: ahead + tokens / 100 for kind, ahead in self.ahead.items()}
 
 
-def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache, compiled: bool):
-    """ops.Decoder, if its logits after the tokens (B, T) are model.py's; else, with a notice, the
-    model. The cache holds the tokens, h the newest hidden states (B, 1 or more, D)."""
-    positions = max(16, cache.size)
-    if tokens.shape[1] < 8:  # that would hide much: they meet on a made-up text
-        tokens = torch.arange(16, device=tokens.device)[None] % model.config.vocab_size
-        cache = Cache(model.config, len(model.layers), 1, 16, model.norm.weight)
-        h = model.trunk(tokens, cache)
-    logits = model.logits(h[:, -1:])
+def decoder_or_model(model: DeepSeekV3, positions: int, compiled: bool):
+    """ops.Decoder, if its logits after a made-up text are model.py's; else, with a notice, the
+    model."""
+    T = 16
+    tokens = torch.arange(T, device=model.norm.weight.device)[None] % model.config.vocab_size
+    cache = Cache(model.config, len(model.layers), 1, T, model.norm.weight)
+    logits = model.logits(model.trunk(tokens, cache)[:, -1:])
     if not logits.isfinite().all():
-        raise ValueError("the logits after the prompt are not finite: the weights are damaged")
+        raise ValueError("the logits are not finite: the weights are damaged")
     if not ops.enabled:
         return model
-    cache.length = tokens.shape[1] - 1
+    cache.length = T - 1
     rounding = 1e-3 if torch.finfo(model.norm.weight.dtype).bits >= 32 else 0.1
     # A changed module may have other parameters or inputs.
     with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
-        decoder = ops.Decoder(model, positions, compiled)
+        decoder = ops.Decoder(model, max(T, positions), compiled)
         difference = decoder.logits(decoder.trunk(tokens[:, -1:], cache)) - logits
         if difference.norm() <= rounding * logits.norm():
             return decoder
@@ -418,29 +378,45 @@ def generate(
     no_drafts = most == 0 or (speculative == "auto" and compile and tokens.device.type == "cpu")
     depth = 0 if no_drafts else len(model.mtp)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    rows, pace = Rows(tokens, new, eos, on_token), Pace(speculative, most if depth else 0)
-    text, n = Text(model, tokens, new, depth, compile, (temperature, top_k, top_p)), T
-    random = dict(generator=generator, device=tokens.device, dtype=text.temperature.dtype)
+    pace = Pace(speculative, most if depth else 0)
+    rows, live = [Row(ids) for ids in tokens.tolist()], list(range(B))  # live: those that go on
 
     began = time.perf_counter()
-    text.prefill(T)
+    text = Text(model, tokens, new, depth, compile, (temperature, top_k, top_p))
     stats.prefill_seconds = time.perf_counter() - began
-    while rows.live:
-        found = rows.look_up(most) if lookup and most and pace.may_look_up() else None
-        G = most if found else pace.drafts() if n > 1 else 0  # one token fills no slot
-        result, seconds = text.play(n, G, torch.rand(B, 2 * G + 1, **random), found)
-        advance = rows.write(result, G, stats)
-        pace.learn(G, found is not None, seconds, advance)
+    n, end = T, T + new
+    while live and n < end:
+        found = [rows[b].look_up(most) for b in live] if lookup and pace.may_look_up() else [[]]
+        looked_up = all(found)
+        if looked_up:
+            text.tokens[live, n : n + most] = torch.tensor(found, device=tokens.device)
+        G = most if looked_up else pace.drafts() if n > 1 else 0  # one token fills no slot
+        u = torch.rand(B, 2 * G + 1, generator=generator, device=tokens.device)
+        outcome, seconds = text.play(n, G, u, looked_up)
+        # All advance by the least number of tokens that any has. A row that keeps more drafts
+        # writes a draft in the place where another has its replacement.
+        advance = min(1 + min(outcome[b][0] for b in live), end - n)
+        for b in live:
+            kept, *ids = outcome[b]
+            stops = [i for i in range(advance) if ids[i] in eos]
+            ids = ids[: stops[0] + 1 if stops else advance]
+            rows[b].write(ids)
+            on_token(b, ids, min(kept, len(ids)))
+            stats.tokens += len(ids)
+            for j in range(G):
+                stats.drafted[j] += 1
+                stats.accepted[j] += kept > j
+        live = [b for b in live if rows[b].ids[-1] not in eos]
+        pace.learn(G, looked_up, seconds, advance)
         n += advance
         stats.seconds += seconds
         stats.rounds += 1
-        stats.lookups += found is not None
-    length, trained = max(map(len, rows.ids)), model.trained_length
-    if length > trained:
+        stats.lookups += looked_up
+    if n > (trained := model.trained_length):
         stats.note = f"the text goes beyond the {trained} tokens the model was trained on"
-    if length == limit < T + max_new_tokens:
+    if n == limit < T + max_new_tokens:
         stats.note = f"stopped at the context limit of {limit} tokens (max_position_embeddings)"
-    padded = [ids + eos[:1] * (rows.end - len(ids)) for ids in rows.ids]
+    padded = [row.ids + eos[:1] * (end - len(row.ids)) for row in rows]
     return torch.tensor(padded, device=tokens.device)
 
 
@@ -480,14 +456,14 @@ def score(model: DeepSeekV3, ids: list[int], window: int) -> float:
 # ---- Display -------------------------------------------------------------------------------------
 
 
-def writer(tokenizer: Tokenizer, colour: bool) -> Callable:
-    """A function that prints tokens with their styles, each character once all its bytes came."""
+def writer(tokenizer: Tokenizer) -> Callable:
+    """A function that prints tokens in their styles, each character once all its bytes came."""
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
-    def write(styled: list[tuple[int, str]], final: bool = False):
+    def write(styled: Iterable[tuple[int, str]], final: bool = False):
         for token, style in styled:
             text = "" if token in tokenizer.eos else decode(tokenizer.to_bytes(token))
-            print(painted(text, style) if colour else text, end="", flush=True)
+            print(painted(text, style), end="", flush=True)
         if final:
             print(decode(b"", final=True))
 
@@ -505,12 +481,11 @@ def style_of(expert: int) -> str:
 
 def top_experts(model: DeepSeekV3, ids: list[int]) -> list[int]:
     """For each token the expert with the largest gate value in the last MoE layer."""
-    gates = [block.mlp.gate for block in model.layers if hasattr(block.mlp, "gate")]
-    if not gates:
-        raise ValueError("this model has no routed experts to show")
     with torch.inference_mode():
         model.trunk(torch.tensor([ids], device=model.norm.weight.device))
-    s, chosen = gates[-1].routing  # (1, T, E), (1, T, K)
+    if not model.routing:
+        raise ValueError("this model has no routed experts to show")
+    s, chosen = model.scores[-1], model.routing[-1]  # (1, T, E), (1, T, K)
     return chosen.gather(-1, s.gather(-1, chosen).argmax(-1, keepdim=True)).flatten().tolist()
 
 
@@ -547,15 +522,13 @@ def usable_device(name: str) -> torch.device:
 
 def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig):
     """Writes num_samples continuations of the prompt to stdout, the first as it comes."""
-    device, by_expert = model.norm.weight.device, config.show == "experts"
+    device, stats, write = model.norm.weight.device, Stats(), writer(tokenizer)
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
-    colour = sys.stdout.isatty() and config.show != ""
-    write, experts = writer(tokenizer, colour), set()
-    texts: list[list[tuple[int, str]]] = [[] for _ in range(config.num_samples)]
-    stats = Stats()
+    by_expert, green = config.show == "experts", GREEN if config.show == "drafts" else ""
+    texts: list[list[tuple[int, str]]] = [[] for _ in range(config.num_samples)]  # with styles
 
     def on_token(row: int, new: list[int], drafted: int):
-        styled = [(token, GREEN if i < drafted else "") for i, token in enumerate(new)]
+        styled = [(token, green if i < drafted else "") for i, token in enumerate(new)]
         if row == 0 and not by_expert:  # experts are known when the text is complete
             print("" if texts[0] else prompt, end="")
             write(styled)
@@ -565,27 +538,22 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
         generate(
             model, torch.tensor([ids], device=device).repeat(len(texts), 1), config.max_new_tokens,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-            speculative=int(config.draft) if config.draft.isdecimal() else config.draft,
-            lookup=config.lookup, compile=config.compile, eos_token_id=tokenizer.eos,
-            generator=torch.Generator(device).manual_seed(config.seed), on_token=on_token,
-            stats=stats,
+            speculative=config.draft, lookup=config.lookup, compile=config.compile,
+            eos_token_id=tokenizer.eos, on_token=on_token, stats=stats,
+            generator=torch.Generator(device).manual_seed(config.seed),
         )  # fmt: skip
     for b, text in enumerate(texts):
         if b:
-            write = writer(tokenizer, colour)
             print("-" * 80, "" if by_expert else prompt, sep="\n", end="")
         if by_expert:
             row = ids + [token for token, _ in text]
-            top = top_experts(model, row)
-            experts.update(top)
-            text = [(token, style_of(e)) for token, e in zip(row, top, strict=True)]
+            text = zip(row, map(style_of, top_experts(model, row)), strict=True)
         write(text if b or by_expert else [], final=True)
-    legend = f"{painted('green', GREEN)}: drafts that were accepted"
     if by_expert:
-        numbers = (painted(str(e), style_of(e)) for e in sorted(experts))
-        legend = f"experts of the last layer: {' '.join(numbers)}"
-    if config.show:
-        info(legend if colour else "no colours, as the output is not a terminal")
+        numbers = (painted(str(e), style_of(e)) for e in range(model.config.n_routed_experts))
+        info(f"experts of the last layer: {' '.join(numbers)}")
+    if green:
+        info(f"{painted('green', GREEN)}: drafts that were accepted")
     print_stats(model, stats, config.num_samples)
 
 
@@ -605,10 +573,7 @@ def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
 
 def print_score(model: DeepSeekV3, tokenizer: Tokenizer, path: str):
     document = Path(path).read_bytes()
-    try:
-        ids = tokenizer.encode(document.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error.reason})") from None
+    ids = tokenizer.encode(document.decode())
     if tokenizer.bos is None:  # else the ids begin with it
         ids = [*tokenizer.eos[:1], *ids]
     if len(ids) < 2:

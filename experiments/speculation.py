@@ -67,14 +67,14 @@ def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat:
     (G, False) or that are there already (G, True), at several places of tokens (1, T)."""
     T, device = tokens.shape[1], tokens.device
     text = sample.Text(model, tokens, 0, len(model.mtp), compile, (heat, None, None))
-    text.prefill(T)
     places = range(T // 2, T - 8, 8)
 
     def rounds(G: int, given: bool):
         for n in places:
             u = torch.rand(1, 2 * G + 1, device=device)
             text.filled = n  # the modules have missed nothing
-            text.play(n, G, u, tokens[:, n : n + G] if given else None)
+            text.tokens[:, n : n + G] = tokens[:, n : n + G]
+            text.play(n, G, u, given)
 
     kinds = [(0, False), *((G, given) for G in range(1, 5) for given in (False, True))]
     seconds = interleaved({kind: partial(rounds, *kind) for kind in kinds}, options.rounds)
