@@ -137,7 +137,7 @@ def changed(diff: str, folder: Path) -> dict[str, SimpleNamespace]:
         if (ROOT / file).exists():
             shutil.copy(ROOT / file, folder / file)
     subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=folder, check=True)
-    return {file: SimpleNamespace(**runpy.run_path(folder / file)) for file in files}
+    return {file: SimpleNamespace(**runpy.run_path(str(folder / file))) for file in files}
 
 
 def learns_and_writes(model, cache, monkeypatch):

@@ -330,7 +330,7 @@ def test_a_step_within_the_block_leaves_no_stale_weight():
     before = layer.weight.detach().clone()
     with quantized_once(layer):
         layer(torch.randn(4, 128)).sum().backward()
-        torch.optim.AdamW(layer.parameters(), lr=1.0, fused=True).step()  # in place, unseen by autograd
+        torch.optim.AdamW(layer.parameters(), lr=1.0, fused=True).step()  # unseen by autograd
         want = dequantize(*quantize(layer.weight, BLOCK, pow2=True), BLOCK).t()
         assert torch.equal(layer(torch.eye(128)), want)
         assert not torch.equal(layer.weight, before)
