@@ -400,6 +400,15 @@ def test_grouped_products_equal_the_loop(width):
     assert ours[2][counts == 0].eq(0).all()
 
 
+def test_padding_repeats_the_experts_last_row():
+    """What FP8 scales and weight gradients see of the padding is a row that is there anyway."""
+    chosen = torch.tensor([[2, 0], [0, 5], [2, 5], [0, 2], [5, 2]])
+    rows, _, counts = in_bf16(ops.sort_by_expert, chosen, 6)
+    assert counts.tolist() == [64, 0, 64, 0, 0, 64]
+    for part, tokens in zip(rows.split(64), ([0, 1, 3], [0, 2, 3, 4], [1, 2, 4]), strict=True):
+        assert part.tolist() == tokens + tokens[-1:] * (64 - len(tokens))
+
+
 # ---- Experts -------------------------------------------------------------------------------------
 
 
