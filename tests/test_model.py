@@ -503,11 +503,17 @@ def test_initial_matrices_have_the_stated_std_norms_are_one_and_biases_zero():
     assert biases(model).abs().max() == 0
 
 
-def test_a_tied_head_is_counted_once():
-    """(Those of the releases are in test_bench.py.)"""
-    configs = [ModelConfig(**TINY, tie_word_embeddings=tied) for tied in (False, True)]
-    (total, active, mtp), tied = (DeepSeekV3(c).parameter_counts().values() for c in configs)
-    assert [*tied] == [total - 31 * 16, active - 31 * 16, mtp]
+def test_parameter_counts():
+    """By hand, in three blocks and the MTP module's; those of the releases are in test_bench.py."""
+
+    def counts(**changes):
+        return np.array([*DeepSeekV3(ModelConfig(**(TINY | changes))).parameter_counts().values()])
+
+    biases, embedding = 10 + (7 + 8) + 16, 31 * 16  # of q_a_proj, kv_a_proj_with_mqa and o_proj
+    assert [*counts(attention_bias=True) - counts()] == [3 * biases, 3 * biases, biases]
+    assert [*counts() - counts(tie_word_embeddings=True)] == [embedding, embedding, 0]
+    shared = 3 * 16 * 9
+    assert [*counts(n_shared_experts=2) - counts()] == [2 * shared, 2 * shared, shared]
 
 
 @pytest.mark.parametrize(
