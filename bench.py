@@ -13,14 +13,13 @@ median over the rounds, with [least..most]. Close other programs; they slow both
 
 import json
 import math
-import platform
 import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ import fp8
 import sample
 import train
 from config import info, parse_args, read_config_file, run_command
-from huggingface import FP8_WEIGHTS, checkpoint_views, load_checkpoint
+from huggingface import FP8_WEIGHTS, checkpoint_views
 from model import Cache, DeepSeekV3, ModelConfig
 from ops import Decoder
 
@@ -102,19 +101,20 @@ class Table:
 
 def speed_table(title: str, seconds: dict[str, Rounds], tokens: int) -> Table:
     """Tokens per second, and how many times faster all are than the fastest of transformers."""
-    times = {name: statistics.median(s) for name, s in seconds.items()}
-    best = min((name for name in times if name.startswith("transformers")), key=times.get)
-    speed = {name: tokens / time for name, time in times.items()}
-    columns = {"seconds": seconds, "tokens/s": speed}
-    columns[f"x {best}"] = {name: ratio(seconds[best], s) for name, s in seconds.items()}
-    return Table(title, [{"": x} | {k: c[x] for k, c in columns.items()} for x in seconds])
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    best = min((name for name in median if name.startswith("transformers")), key=median.get)
+    rows = []
+    for name, s in seconds.items():
+        speed, times = tokens / median[name], ratio(seconds[best], s)
+        rows.append({"": name, "seconds": s, "tokens/s": speed, f"x {best}": times})
+    return Table(title, rows)
 
 
 def print_tables(command: str, tables: Iterator[Table], options: Any):
     """Prints each table as soon as it is there, after what a figure depends on besides the code."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.*)", cpu)
-    facts = {"cpu": model[1] if model else platform.processor()}
+    facts = {"cpu": model[1] if model else "unknown"}
     facts |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         facts["card"] = torch.cuda.get_device_name()
@@ -129,6 +129,19 @@ def print_tables(command: str, tables: Iterator[Table], options: Any):
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
+
+
+def flops_per_token(model: DeepSeekV3, T: int) -> float:
+    """Forward and backward, MTP modules included: 6 per weight that multiplies a token, and the
+    causal half of attention."""
+    c, depths = model.config, 1 + len(model.mtp)
+    weights = depths * c.vocab_size * c.hidden_size  # the output head
+    for name, x in model.named_parameters():
+        if not name.startswith(("embed_tokens", "lm_head")):
+            routed = ".experts." in name
+            weights += x.numel() * (c.num_experts_per_tok / c.n_routed_experts if routed else 1)
+    per_pair = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    return 6 * weights + 6 * (c.num_hidden_layers + len(model.mtp)) * per_pair * T / 2
 
 
 def open_config(file: str | Path) -> tuple[DeepSeekV3, dict[str, Any]]:
@@ -151,7 +164,7 @@ def size_row(file: str | Path) -> dict[str, Any]:
         "": Path(file).stem, "parameters": count["total"], "active": count["active"],
         "MTP adds": count["mtp"], "cached numbers": latent, "bf16 bytes": 2 * latent,
         "MHA bytes": 2 * heads, "times": heads / latent, "window": T,
-        "GFLOP/trained token": train.flops_per_token(model, T) / 1e9,
+        "GFLOP/trained token": flops_per_token(model, T) / 1e9,
         "bf16 GB": 2e-9 * (count["total"] + count["mtp"]), "FP8 GB": in_fp8 / 1e9,
     }  # fmt: skip
 
@@ -163,14 +176,6 @@ def sizes(options: Options, files: list[str]) -> Iterator[Table]:
 
 
 # ---- train ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainOptions(Options):
-    batch_size: int = 0  # windows per step (0: 8 for the reference, else the config's)
-    compile: bool = False  # also time the config's step compiled
-    fp8: bool = False  # the config's step with FP8 products
-    recompute: bool = False  # the config's step with activation checkpointing
 
 
 def training_step(model: nn.Module, config: train.TrainConfig, machine: train.Machine) -> Callable:
@@ -212,61 +217,59 @@ def transformers_models(directory: str, device: torch.device) -> dict[str, nn.Mo
     }
 
 
-def reference_table(options: TrainOptions) -> Table:
-    B, steps = options.batch_size or 8, {}
-    config = train.TrainConfig(batch_size=B, block_size=256, device=options.device)
+def reference_table(options: Options) -> Table:
+    config = train.TrainConfig(batch_size=8, block_size=256, device=options.device)
     machine = train.start_machine(config)  # in bf16, where that is not emulated
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         DeepSeekV3(ModelConfig(**REFERENCE)).save_pretrained(folder)
-        for dtype in dict.fromkeys((machine.dtype, torch.float32)):
-            ours = DeepSeekV3.from_pretrained(folder, torch.float32, str(machine.device))
-            models = {"ours": ours} | transformers_models(folder, machine.device)
-            for name, model in models.items():
-                in_dtype = replace(machine, dtype=dtype)
-                steps[f"{name} {str(dtype)[6:]}"] = training_step(model, config, in_dtype)
-    title = f"training step, 20.8M parameters, {B} x 256 tokens, AdamW"
-    return speed_table(title, interleaved(steps, options.rounds), B * 256)
+        ours = DeepSeekV3.from_pretrained(folder, torch.float32, str(machine.device))
+        models = {"ours": ours} | transformers_models(folder, machine.device)
+    steps = {name: training_step(model, config, machine) for name, model in models.items()}
+    title = f"training step in {machine.dtype}, 20.8M parameters, 8 x 256 tokens, AdamW"
+    return speed_table(title, interleaved(steps, options.rounds), 8 * 256)
 
 
-def config_row(file: str, options: TrainOptions, compiled: bool) -> dict[str, Any]:
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}
+
+
+def peak_flops(device: torch.device) -> float:
+    """Of dense bf16 products; 0 where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), 0.0)
+
+
+def config_row(file: str, options: Options) -> dict[str, Any]:
     """A configuration's own step beside square products of its dtype: as fast as a machine gets."""
     model, settings = open_config(file)
-    settings |= {"device": options.device, "fp8": options.fp8, "recompute": options.recompute}
-    settings |= {"batch_size": options.batch_size} if options.batch_size else {}
-    config = train.TrainConfig(**settings | {"compile": compiled})
+    config = train.TrainConfig(**settings | {"device": options.device})
     machine = train.start_machine(config)
-    cuda = machine.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     model = DeepSeekV3(model.config).to(machine.device)
     if config.fp8:
         model.use_fp8()
-    n, tokens = 8192 if cuda else 2048, config.batch_size * config.block_size
-    flops, bare = tokens * train.flops_per_token(model, config.block_size), 2 * n**3
+    n = 8192 if machine.device.type == "cuda" else 2048
+    tokens = config.batch_size * config.block_size
+    flops, bare = tokens * flops_per_token(model, config.block_size), 2 * n**3
     a = torch.randn(n, n, device=machine.device).to(machine.dtype)
     step = training_step(model, config, machine)
     t = interleaved({"product": lambda: a @ a, "step": step}, options.rounds)
-    seconds, peak = statistics.median(t["step"]), train.peak_flops(machine.device)
+    seconds, peak = statistics.median(t["step"]), peak_flops(machine.device)
     return {
-        "": Path(file).stem, "compile": compiled, "fp8": config.fp8,
-        "dtype": str(machine.dtype)[6:], "tokens": tokens, "seconds": t["step"],
-        "tokens/s": tokens / seconds, "GFLOP/s": flops / seconds / 1e9,
+        "": Path(file).stem, "dtype": str(machine.dtype)[6:], "tokens": tokens,
+        "seconds": t["step"], "tokens/s": tokens / seconds, "GFLOP/s": flops / seconds / 1e9,
         "of bare products": ratio(t["product"], t["step"], flops / bare),
         "bare GFLOP/s": bare / statistics.median(t["product"]) / 1e9,
         "MFU": flops / seconds / peak if peak else None,
-        "peak GB": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
     }  # fmt: skip
 
 
-def train_(options: TrainOptions, files: list[str]) -> Iterator[Table]:
+def train_(options: Options, files: list[str]) -> Iterator[Table]:
     """A training step: the reference model beside transformers', and config/small.py beside the
     products that the machine can make; or only the latter for the CONFIG named."""
     if not files:
         yield reference_table(options)
-    file, variants = files[0] if files else "config/small.py", (False, True)[: 1 + options.compile]
-    rows = [config_row(file, options, compiled) for compiled in variants]
-    yield Table("train.py's step, by the model's own FLOPs", rows)
+    row = config_row(files[0] if files else "config/small.py", options)
+    yield Table("train.py's step, by the model's own FLOPs", [row])
 
 
 # ---- decode --------------------------------------------------------------------------------------
@@ -437,9 +440,8 @@ def plot(options: Options, files: list[str]) -> Iterator[Table]:
     from matplotlib.figure import Figure
 
     runs = [name for name in files if not name.endswith((".svg", ".png"))]
-    for run in runs or ["out/..."]:
-        if not (Path(run) / "log.jsonl").is_file():
-            raise ValueError(f"no log.jsonl in {run}: name folders of runs, such as out/small")
+    if not runs:
+        raise ValueError("name folders of runs, such as out/small")
     figure = Figure((9, 3.6 + 1.8 * len(runs)), layout="constrained")
     losses, *loads = figure.subplots(1 + len(runs), height_ratios=[2] + [1] * len(runs))
     for i, run in enumerate(runs):
@@ -454,12 +456,10 @@ def plot(options: Options, files: list[str]) -> Iterator[Table]:
         for point in points[:: -(len(points) // 8 + 1)]:  # at most 8 labels, one at the end
             losses.text(*point, f"{point[1]:.3f}\n", ha="center")
         if evaluated := [line for line in log if line.get("expert_load")]:
-            c, share = load_checkpoint(run)["model_config"], np.array(evaluated[-1]["expert_load"])
-            layers = [*range(c["first_k_dense_replace"], c["num_hidden_layers"])]
-            layers += [f"MTP {k + 1}" for k in range(len(share) - len(layers))]
+            share = np.array(evaluated[-1]["expert_load"])
             image = loads[i].imshow(share * share.shape[1], "RdBu_r", aspect="auto", vmin=0, vmax=2)
             figure.colorbar(image, ax=loads[i], label="1 = even")
-            loads[i].set(ylabel="layer", yticks=range(len(share)), yticklabels=layers)
+            loads[i].set(ylabel="MoE layer, MTP's last", yticks=range(len(share)))
             loads[i].set(title=f"{run}: load of every expert at step {evaluated[-1]['step']}")
     losses.set(xlabel="step", ylabel="nats per token")
     losses.grid(alpha=0.3)
@@ -474,7 +474,7 @@ def plot(options: Options, files: list[str]) -> Iterator[Table]:
 
 COMMANDS = {  # function, options, how many files may be named
     "sizes": (sizes, Options, 999),
-    "train": (train_, TrainOptions, 1),
+    "train": (train_, Options, 1),
     "decode": (decode, DecodeOptions, 0),
     "fp8": (fp8_, Options, 0),
     "plot": (plot, Options, 999),

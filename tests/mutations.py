@@ -29,7 +29,6 @@ yarn_mscale(factor, m) / yarn_mscale(factor, m_all) => 1.0
 amplitude = yarn_mscale(factor, 1.0) => amplitude = 1.0
 upcast(x[:0]).dtype) => x.dtype)
 RMSNorm(C, 1e-6) => RMSNorm(C, config.rms_norm_eps)
-RMSNorm(config.q_lora_rank, 1e-6) => RMSNorm(config.q_lora_rank, config.rms_norm_eps)
 latent = self.kv_a_layernorm(latent) => latent = latent * 1
 config.qk_rope_head_dim) ** => config.v_head_dim) **
 k_pe.expand(-1, -1, H, -1)) => 0 * k_pe.expand(-1, -1, H, -1))
@@ -62,7 +61,6 @@ B, T, E = s.shape => B, T, E = (s := s.flatten(0, 1)[None]).shape
 (f * P).sum(-1).mean() => (f * P).sum(-1).mean().detach() + 0 * s.sum()
 P = (s / s.sum(-1, keepdim=True)).mean(1) => P = s.mean(1)
 * E / (K * T) => * E / T
-sum(balance, zero) / max(1, len(balance)) => sum(balance, zero)
 return s, chosen, weight => return s + self.e_score_correction_bias, chosen, weight
 gate, up = grouped_linear( => up, gate = grouped_linear(
 y + self.shared_experts(x) => y + 2.5 * self.shared_experts(x)
@@ -83,7 +81,6 @@ sum(mtp, zero) / max(1, len(mtp)) => sum(mtp, zero)
 return upcast(self.lm_head(h)) => return self.lm_head(h)
 if config.tie_word_embeddings: => if False:
 nn.Linear: fp8.FP8Linear, MLP => MLP
-Experts: fp8.FP8Experts =>
 for block in [*self.layers, *(module.block for module in self.mtp)]: => for block in [self]:
 
 # ops.py tests/test_model.py

@@ -15,10 +15,8 @@ def rms(x, g, eps):
 
 
 def swiglu(w, name, x):
-    gate = w[f"{name}.gate_proj.weight"] @ x
-    return w[f"{name}.down_proj.weight"] @ (
-        gate / (1 + np.exp(-gate)) * (w[f"{name}.up_proj.weight"] @ x)
-    )
+    gate, up = w[f"{name}.gate_proj.weight"] @ x, w[f"{name}.up_proj.weight"] @ x
+    return w[f"{name}.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * up)
 
 
 def mscale(s, m):
@@ -50,12 +48,9 @@ def rope(c, x, position):
 
 
 def mla(w, name, c, hs):
-    """Eq. 1-11 over the sequence hs; also returns what a cache holds, [c_t^KV; k_t^R] per token."""
-    H, n, r, v = (
-        c[key]
-        for key in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    )
-    C = c["kv_lora_rank"]
+    """Eq. 1-11 over the sequence hs."""
+    H, C = c["num_attention_heads"], c["kv_lora_rank"]
+    n, r, v = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
 
     def linear(part, x):
         return w[f"{name}.{part}.weight"] @ x + w.get(f"{name}.{part}.bias", 0)
@@ -63,7 +58,7 @@ def mla(w, name, c, hs):
     scale, yarn = (n + r) ** -0.5, c.get("rope_scaling")
     if yarn and yarn.get("mscale_all_dim"):
         scale *= mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
-    queries, keys, values, cached = [], [], [], []
+    queries, keys, values = [], [], []
     for t, h in enumerate(hs):
         if c["q_lora_rank"] is None:
             q = linear("q_proj", h)
@@ -79,7 +74,6 @@ def mla(w, name, c, hs):
         heads = [kv[i * (n + v) : (i + 1) * (n + v)] for i in range(H)]
         keys.append([np.concatenate((kv[:n], k_pe)) for kv in heads])
         values.append([kv[n:] for kv in heads])
-        cached.append(np.concatenate((latent, k_pe)))
     out = []
     for t in range(len(hs)):
         o = []
@@ -87,7 +81,7 @@ def mla(w, name, c, hs):
             e = [math.exp(scale * (queries[t][i] @ keys[j][i])) for j in range(t + 1)]
             o.append(sum(e[j] / sum(e) * values[j][i] for j in range(t + 1)))
         out.append(linear("o_proj", np.concatenate(o)))
-    return out, cached
+    return out
 
 
 def route(c, s, b):
@@ -115,10 +109,9 @@ def moe(w, name, c, x):
 
 def block(w, layer, c, xs):
     name, eps = f"model.layers.{layer}", c["rms_norm_eps"]
-    u, _ = mla(
-        w, f"{name}.self_attn", c, [rms(x, w[f"{name}.input_layernorm.weight"], eps) for x in xs]
-    )
-    xs = [x + y for x, y in zip(xs, u, strict=True)]
+    hs = [rms(x, w[f"{name}.input_layernorm.weight"], eps) for x in xs]
+    us = mla(w, f"{name}.self_attn", c, hs)
+    xs = [x + u for x, u in zip(xs, us, strict=True)]
     dense = layer < c["first_k_dense_replace"] and layer < c["num_hidden_layers"]
     out = []
     for x in xs:

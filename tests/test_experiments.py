@@ -40,8 +40,8 @@ import train
 from model import DeepSeekV3, ModelConfig
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["balance", "mtp", "attention", "node_limit", "experts", "fp8_loss", "specialisation"]
-NAMES += ["long_context", "attention_step", "fp8_error"]
+FILES = sorted((ROOT / "experiments").glob("*.py"))
+NAMES = [path.stem for path in FILES if "\nEXPERIMENT = " in path.read_text(encoding="utf-8")]
 
 
 def experiment(name: str) -> run.Experiment:
@@ -168,8 +168,8 @@ def test_interrupted_run_goes_on_and_a_finished_one_is_opened_as_it_ended(option
     seen = []
 
     def measure(trained):
-        net = trained.net
-        seen.append([net.config.rope_scaling["factor"], net.trained_length, net.state_dict()])
+        assert trained.net.config.rope_scaling["factor"] == 4 and trained.net.trained_length == 64
+        seen.append(trained.net.state_dict())
         if len(seen) == 1:
             raise KeyboardInterrupt
         return {}
@@ -185,9 +185,8 @@ def test_interrupted_run_goes_on_and_a_finished_one_is_opened_as_it_ended(option
         start(e, options)
     assert steps.call_count == 3  # after the last checkpoint
     start(e, options, results="afresh")
-    for factor, length, weights in seen:
-        assert (factor, length) == (4, 64)
-        assert all(torch.equal(x, seen[0][2][name]) for name, x in weights.items())
+    for weights in seen[1:]:
+        torch.testing.assert_close(weights, seen[0], rtol=0, atol=0)
 
 
 def test_arms_begin_with_the_same_weights_where_shapes_agree(options):
@@ -278,9 +277,8 @@ def test_contrast_has_one_scale_and_loses_small_tokens(block):
     x[:, :10] *= 1e-6
     _, tiles = fp8.quantize(x, block, pow2=True)
     q, one = fp8_error.one_scale(x, block, pow2=True)
-    assert one.shape == tiles.shape and one.unique().numel() == 1 and one.max() == tiles.max()
+    assert one.shape == tiles.shape and one.unique() == tiles.max()
     assert not fp8.dequantize(q, one, block)[:, :10].any()  # below E4M3's smallest
-    assert fp8_error.one_scale(x[:, :0], block)[0].numel() == 0
 
 
 def test_contrast_of_gradients_changes_backward_alone():
@@ -298,35 +296,22 @@ def test_contrast_of_gradients_changes_backward_alone():
 
 # ---- Measures ------------------------------------------------------------------------------------
 
-CODE = '''"""Module."""
-import x  # why
-
-def f(a):
-    \'\'\'Doc.\'\'\'
-    return a + 12 * "é"
-'''
-
-
-def test_classes_are_those_of_pythons_tokeniser():
-    parts = dict.fromkeys(token_classes.CLASSES, "")
-    for character, kind in zip(CODE, token_classes.classes_of_text(CODE), strict=True):
-        parts[token_classes.CLASSES[kind]] += character
-    assert parts.pop("space").strip() == ""
-    assert parts == {
-        "keyword": "importdefreturn", "name": "xfaa", "number": "12", "string": '"é"',
-        "comment": "# why", "docstring": '"""Module."""\'\'\'Doc.\'\'\'', "operator": "():+*",
-    }  # fmt: skip
+CODE = {  # by token of the text: the class of its first character that is no space
+    b'"""A."""': "docstring", b"\n": "space", b"import": "keyword", b" x": "name",
+    b"  # why": "comment", b"\n\n": "space", b"def": "keyword", b" f": "name", b"():": "operator",
+    b"\n ": "space", b" return": "keyword", b" 12": "number", b" +": "operator", b" '": "string",
+    b"\xc3\xa9": "string", b"'\n": "string",
+}  # fmt: skip
 
 
-def test_classes_of_tokens_and_documents_that_are_no_python(monkeypatch):
-    """A token is what its first character that is no space is; <|endoftext|> parts documents."""
-    pieces = [b"def", b" f", b"():", b"\n ", b" return", b" '", b"\xc3\xa9", b"'\n", b"", b"def ("]
-    fake = mock.Mock(eot_token=8, decode_tokens_bytes=lambda ids: [pieces[i] for i in ids])
+def test_classes_are_those_of_pythons_tokeniser(monkeypatch):
+    """<|endoftext|> parts documents, and one that is no Python has none."""
+    pieces, end = [*CODE, b"", b"def ("], len(CODE)
+    fake = mock.Mock(eot_token=end, decode_tokens_bytes=lambda ids: [pieces[i] for i in ids])
     monkeypatch.setattr(prepare_data, "load_tokenizer", lambda folder: fake)
-    ids = np.array([*range(8), 8, 9, 8, *range(8)])
+    ids = np.array([*range(end), end, end + 1, end, *range(end)])
     names = [("-", *token_classes.CLASSES)[i + 1] for i in token_classes.classes_of(ids, Path())]
-    good = ["keyword", "name", "operator", "space", "keyword", "string", "string", "string"]
-    assert names == [*good, "-", "-", "-", *good]
+    assert names == [*CODE.values(), "-", "-", "-", *CODE.values()]
 
 
 def test_information():
@@ -406,10 +391,9 @@ def test_page_has_every_tokens_experts_and_drafts(html, trained):
             assert {*experts} == {*chosen[0, i].tolist()}
             assert weights == (*sorted(weights, reverse=True),)
             assert sum(weights) == pytest.approx(1, rel=0.01)
-        if i >= 2:
-            assert token["choice"] == WORDS[logits[0, i - 1].argmax() % 3]
-            assert token["draft"] == WORDS[draft[0, i - 2].argmax() % 3]
-    assert [t["draft"] for t in tokens[:2]] == [None, None]
+    choices, drafts = ([WORDS[j % 3] for j in x[0].argmax(-1)] for x in (logits, draft))
+    assert [t["choice"] for t in tokens] == [None, *choices[:-1]]
+    assert [t["draft"] for t in tokens] == [None, None, *drafts[:-1]]
 
 
 def test_page_works_in_a_browser(html, tmp_path):

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 import fp8
 from fp8 import BLOCK, TILE, FP8Linear, dequantize, quantize, quantized_once
 
-NAN = float("nan")
 BF16 = torch.bfloat16
 both_kinds = pytest.mark.parametrize("pow2", [False, True])
 
@@ -99,28 +98,27 @@ def reference_products(x, w, dy):
 # ---- Quantiser --------------------------------------------------------------------------------
 
 
-def test_numbers_round_to_the_nearest_even_and_far_smaller_ones_to_steps_of_2_to_the_minus_9():
-    x = torch.tensor([448, 17, 19, 20.9, -440, 2.0**-10, 1.5 * 2.0**-9, 2.5 * 2.0**-9])
-    want = torch.tensor([448, 16, 20, 20, -448, 0, 2 * 2.0**-9, 2 * 2.0**-9])
-    q, s = quantize(x[None], TILE)
-    assert s == 1 and torch.equal(q[0].float(), want)
-
-
 @both_kinds
 @pytest.mark.parametrize("block", [TILE, BLOCK])
 def test_quantize_equals_reference(block, pow2):
-    for shape in ((130, 100), (2, 129, 257), (1, 1), (0, 64)):
-        x = torch.randn(shape) * torch.randn(*shape[:-1], 1).exp()
+    """Of any shape, any size (no floor on amax hides in between), at the ends of E4M3."""
+    shapes = (130, 100), (2, 129, 257), (1, 1), (0, 64)
+    inputs = [torch.randn(shape) * torch.randn(*shape[:-1], 1).exp() for shape in shapes]
+    inputs += [torch.randn(8, 128).clamp(-3, 3) * size for size in (1e-30, 1e-9, 1e38)]
+    inputs += [torch.full((1, 128), x) for x in (0.0, 224.0, 448.0, 448.1)]
+    for x in inputs:
         q, s = quantize(x, block, pow2)
         assert q.shape == x.shape and q.dtype == fp8.E4M3 and s.dtype == torch.float32
-        assert s.shape == (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+        assert s.shape == (*x.shape[:-2], -(-x.shape[-2] // block[0]), -(-x.shape[-1] // block[1]))
         decoded = dequantize(q, s, block)
         assert decoded.dtype == torch.float32
         torch.testing.assert_close(decoded.double(), reference(x, block, pow2), rtol=2e-7, atol=0)
         if pow2:
             assert torch.equal(decoded, decoded.bfloat16().float())  # exact in bf16
             assert (torch.frexp(s).mantissa == 0.5).all()
-    for bad in (NAN, float("inf"), float("-inf")):
+    subnormal = torch.full((1, 128), 1e-43)  # a 448th of it is 0
+    assert dequantize(*quantize(subnormal, block, pow2), block).isfinite().all()
+    for bad in (math.nan, math.inf, -math.inf):
         x = torch.randn(256, 256)
         x[3, 5] = bad
         decoded = dequantize(*quantize(x, block, pow2), block)
@@ -129,26 +127,11 @@ def test_quantize_equals_reference(block, pow2):
 
 
 @both_kinds
-def test_magnitudes(pow2):
-    for size in (1e-35, 1e-30, 1e-9, 1e-4, 1.0, 1e30, 1e38):  # no floor on amax hides in between
-        x = torch.randn(8, 128).clamp(-3, 3) * size
-        assert error(dequantize(*quantize(x, TILE, pow2), TILE), x) < 0.03, size
-    q, s = quantize(torch.zeros(2, 256), TILE, pow2)
-    assert (s == 1).all() and (q.float() == 0).all()
-    subnormal = torch.full((1, 128), 1e-42)
-    assert dequantize(*quantize(subnormal, TILE, pow2), TILE).isfinite().all()
-    for largest, scale in ((448.0, 1), (448.1, 2), (224.0, 0.5)):  # the smallest that fits
-        _, s = quantize(torch.full((1, 128), largest), TILE, pow2)
-        assert s.item() == scale if pow2 else s.item() == pytest.approx(largest / 448)
-
-
-@both_kinds
 def test_requantisation_is_exact_for_powers_of_two_only(pow2):
     x = torch.randn(384, 256) * torch.randn(384, 1).exp()
     once = dequantize(*quantize(x, TILE, pow2), TILE)
     twice = dequantize(*quantize(once.t(), TILE, pow2), TILE).t()
     if pow2:  # but for what falls below the 2^-9 of its new tile
-        assert (once - twice).abs().max() <= 2.0**-10 * 2 * once.abs().max() / 448
         big = once.abs() > once.abs().max() / 448 * 2.0**-5
         assert torch.equal(once[big], twice[big]) and big.float().mean() > 0.9
     assert error(twice, once) < 1e-5 if pow2 else error(twice, once) > 0.01
@@ -299,21 +282,17 @@ def test_swiglu_is_recomputed_from_fp8():
     assert error(weight.grad, want_dw) < 3e-3
 
 
-def test_what_is_kept_for_backward():
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_what_is_kept_for_backward(swiglu):
     """A byte a number, a scale a tile, two of these for SwiGLU, and no copy of the weight: FSDP's
     is released and gathered anew in between."""
     T, K, kept = 1024, 256, []
-    layer = FP8Linear(K, 384)
-    x, up, weight = *torch.randn(2, T, K).bfloat16().requires_grad_(), layer.weight
-    for run, numbers, each in (
-        (lambda: layer(x), T * K, 1 + 4 / 128),
-        (lambda: fp8._linear(x, weight, up=up), 2 * T * K, 1 + 4 / 128),
-    ):
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            run()
-        sizes = {t.data_ptr(): t.nbytes for t in kept if t.data_ptr() != weight.data_ptr()}
-        assert sum(sizes.values()) == numbers * each
+    x, up = torch.randn(2, T, K).bfloat16().requires_grad_()
+    weight = FP8Linear(K, 384).weight
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fp8._linear(x, weight, up=up if swiglu else None)
+    sizes = {t.data_ptr(): t.nbytes for t in kept if t.data_ptr() != weight.data_ptr()}
+    assert sum(sizes.values()) == (1 + swiglu) * T * K * (1 + 4 / 128)
 
 
 # ---- The quantised weight ---------------------------------------------------------------------
@@ -343,15 +322,14 @@ def test_weights_are_quantised_once_and_not_a_bit_changes(monkeypatch):
 
 
 def test_a_step_within_the_block_leaves_no_stale_weight():
-    for how in ({"foreach": False}, {"foreach": True}, {"fused": True}):
-        layer = FP8Linear(128, 128)
-        before = layer.weight.detach().clone()
-        with quantized_once(layer):
-            layer(torch.randn(4, 128)).sum().backward()
-            torch.optim.AdamW(layer.parameters(), lr=1.0, **how).step()
-            want = dequantize(*quantize(layer.weight, BLOCK, pow2=True), BLOCK).t()
-            assert torch.equal(layer(torch.eye(128)), want)
-            assert not torch.equal(layer.weight, before)
+    layer = FP8Linear(128, 128)
+    before = layer.weight.detach().clone()
+    with quantized_once(layer):
+        layer(torch.randn(4, 128)).sum().backward()
+        torch.optim.AdamW(layer.parameters(), lr=1.0, fused=True).step()  # unseen by autograd
+        want = dequantize(*quantize(layer.weight, BLOCK, pow2=True), BLOCK).t()
+        assert torch.equal(layer(torch.eye(128)), want)
+        assert not torch.equal(layer.weight, before)
 
 
 # ---- Company: compile, DDP, FSDP --------------------------------------------------------------
@@ -361,23 +339,20 @@ def test_compiles_into_one_graph():
     model = fp8.FP8MLP()
     model.gate_proj = model.up_proj = nn.Identity()
     model.down_proj = FP8Linear(128, 64)
+    weight = model.down_proj.weight
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     opt = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     for _ in range(3):
         with quantized_once(model), torch.autocast("cpu", BF16):
-            x = torch.randn(30, 128)
+            x = torch.randn(30, 128, requires_grad=True)
             assert same(step(model, x), step(compiled, x))
+            y, (q, s) = model(x), weight._fp8
+            weight._fp8 = q, 2 * s  # the graph uses the weight kept, here a doctored one
+            assert torch.equal(compiled(x), 2 * y)
         opt.step()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    layer = FP8Linear(128, 64).requires_grad_(False)
-    twice, compiled = 2 * layer(x), torch.compile(layer, fullgraph=True, backend="aot_eager")
-    with quantized_once(layer):  # the compiled forward uses the weight kept: here one doctored
-        q, s = layer.weight._fp8
-        layer.weight._fp8 = q, 2 * s
-        assert torch.equal(compiled(x), twice)
-    assert torch.equal(2 * compiled(x), twice)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -404,11 +379,9 @@ def test_parallel_training_changes_no_bit(kind, request):
 
 
 def test_emulation_is_printed_once(capfd):
-    fp8._emulated.clear()
-    for _ in range(2):
-        FP8Linear(128, 128)(torch.randn(1, 128))
+    assert not any(fp8.has_blockwise_fp8(torch.device("meta")) for _ in range(2))
     captured = capfd.readouterr()
-    assert captured.err.count("fp8: emulated on cpu") == 1 and not captured.out
+    assert captured.err.count("fp8: emulated on meta") == 1 and not captured.out
 
 
 @hopper

@@ -39,8 +39,6 @@ YARN = YARN_PLAIN | dict(beta_fast=32, beta_slow=1, mscale=0.7, mscale_all_dim=1
 FAR = YARN | dict(original_max_position_embeddings=512)
 VARIANTS = {
     "base": {},
-    "no_groups": dict(n_group=1, topk_group=1),
-    "one_group_kept": dict(n_group=2, topk_group=1),
     "no_query_latent": dict(q_lora_rank=None),
     "yarn": dict(rope_scaling=YARN),
     "yarn_without_mscale": dict(rope_scaling=YARN_PLAIN),
@@ -48,7 +46,6 @@ VARIANTS = {
     "yarn_step": dict(rope_scaling=YARN | dict(beta_fast=1)),
     "half_split_rope": dict(rope_interleave=False, rope_theta=50000.0),
     "attention_bias": dict(attention_bias=True),
-    "no_norm_topk_prob": dict(norm_topk_prob=False),
     "tied_embeddings": dict(tie_word_embeddings=True),
     "no_shared_expert": dict(n_shared_experts=0),
     "two_shared_experts": dict(n_shared_experts=2),
@@ -58,8 +55,6 @@ VARIANTS = {
     "two_mtp_modules": dict(num_nextn_predict_layers=2),
     "wide_values": dict(v_head_dim=13),
 }
-OF_ATTENTION = ["base", "no_query_latent", "yarn", "half_split_rope", "attention_bias"]
-OF_ATTENTION += ["two_mtp_modules", "wide_values"]
 
 
 @pytest.fixture(params=[True, False], ids=["twins", "plain"])
@@ -140,16 +135,18 @@ def value_and_gradients(function, args, leaves):
 @both_ways
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_and_mtp_logits_equal_the_reference(variant):
+    """Of short texts too: no output sees later tokens, and modules without any are left out."""
     model, tokens, logits, mtp = referenced(variant)
-    with torch.no_grad():
-        ours, ours_mtp = model(tokens, return_mtp=True)
-        close(model(tokens), ours, atol=0)
-    assert {x.dtype for x in (ours, *ours_mtp)} == {torch.float64}
-    all_close([ours, *ours_mtp], [logits, *mtp])
+    for n in (9, 2, 1):
+        with torch.no_grad():
+            ours, ours_mtp = model(tokens[:, :n], return_mtp=True)
+        assert {x.dtype for x in (ours, *ours_mtp)} == {torch.float64}
+        close(ours, logits[:, :n])
+        all_close(ours_mtp, [x[:, : n - k] for k, x in enumerate(mtp, 1) if n > k])
     close(model(tokens).detach(), logits)  # twins may differ where gradients are wanted
 
 
-@pytest.mark.parametrize("variant", OF_ATTENTION)
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_tokens_in_chunks_through_caches_equal_the_reference(variant):
     """Absorbed attention at every position, in the main model and in the MTP modules."""
@@ -163,16 +160,6 @@ def test_tokens_in_chunks_through_caches_equal_the_reference(variant):
             h = model.predict_next(k, h, later, caches[k])
             close(model.logits(h), expected[:, start : start + n])
         start += n
-
-
-@both_ways
-@torch.no_grad()
-def test_no_output_depends_on_later_tokens_and_short_texts_leave_modules_out():
-    model, tokens, logits, mtp = referenced("two_mtp_modules")
-    for n in (1, 2, 5):
-        short, short_mtp = model(tokens[:, :n], return_mtp=True)
-        close(short, logits[:, :n])
-        all_close(short_mtp, [x[:, : n - k] for k, x in enumerate(mtp, 1) if n > k])
 
 
 # ---- Positions and cache -------------------------------------------------------------------------
@@ -195,9 +182,9 @@ def cached_logits(model, tokens, chunks, cache):
 
 
 @torch.no_grad()
-def test_cache_holds_the_latest_latents_and_rope_keys_and_nothing_else():
-    """C + R numbers per token and layer, with the values that the equations give: of the new tokens
-    where the old were forgotten. It refuses to overflow, and stays usable."""
+def test_cache_holds_c_and_r_numbers_a_token_and_nothing_else():
+    """C + R numbers per token and layer: of the new tokens where the old were forgotten. It refuses
+    to overflow, and stays usable."""
     model = tiny()
     tokens, other = tokens_of(model, 2, 9), tokens_of(model, 2, 9, seed=2)
     cache = Cache(model.config, 3, 2, 9, like=model.norm.weight)
@@ -209,10 +196,6 @@ def test_cache_holds_the_latest_latents_and_rope_keys_and_nothing_else():
     close(cached_logits(model, mixed[:, 5:], [2, 2], cache), model(mixed)[:, 5:])
     tensors = [x for x in (*vars(cache).values(), *cache.kv) if isinstance(x, torch.Tensor)]
     assert cache.length == 9 and [x.shape for x in tensors] == [(2, 9, 7 + 8)] * 3
-    h = model.layers[0].input_layernorm(model.embed_tokens(mixed)).numpy()
-    for x, kv in zip(h, cache.kv[0], strict=True):
-        args = released(model), "model.layers.0.self_attn", asdict(model.config), list(x)
-        close(kv, np.array(reference.mla(*args)[1]))
 
 
 # ---- Router --------------------------------------------------------------------------------------
@@ -248,8 +231,7 @@ def test_bias_is_no_parameter_and_stays_float32_and_unrounded_in_every_cast():
     model = tiny(torch.float32)
     assert not any("correction_bias" in name for name, _ in model.named_parameters())
     before = biases(model)
-    to_cpu = functools.partial(model.to, "cpu", torch.bfloat16)
-    for cast in (model.bfloat16, model.half, model.double, to_cpu, model.float):
+    for cast in (model.bfloat16, model.half, model.double, model.float):
         cast()
         stored = [x for name, x in model.state_dict().items() if "correction_bias" in name]
         assert biases(model).dtype == torch.float32 and not biases(model).requires_grad
@@ -336,13 +318,11 @@ def test_recomputing_activations_changes_neither_gradients_nor_counts():
 # ---- Losses --------------------------------------------------------------------------------------
 
 
-def test_balance_loss_equals_equations_17_to_20():
+def test_balance_loss_is_of_each_sequence():
     """By hand: two sequences with a half of the experts each are even as a batch, but uneven."""
     one, two = [0.9, 0.9, 0.1, 0.1], [0.1, 0.1, 0.9, 0.9]
     halves = torch.tensor([[one] * 5, [two] * 5], dtype=torch.float64)
     close(balance_loss(halves, 2), 2 * 0.9)  # f = (2, 2, 0, 0), P = s / 2
-    s = torch.rand(3, 7, 6).double()
-    close(balance_loss(s, 2), sum(reference.balance(row.tolist(), 2) for row in s) / 3)
 
 
 @both_ways
@@ -373,18 +353,15 @@ def test_losses_are_cross_entropies_of_hand_built_targets(depth, ignored):
     close(balance_loss, sum(balance) / len(balance))
 
 
-def test_every_parameters_gradient_equals_finite_differences(monkeypatch):
+@both_ways
+def test_every_parameters_gradient_equals_finite_differences():
     """The slope of the training loss along a random direction in each parameter. A central
     difference of step d errs by d^2 + 1e-15 / d, here about 1e-10; no choice of experts flips."""
     changes = dict(attention_bias=True, tie_word_embeddings=True, num_nextn_predict_layers=2)
     model = tiny(num_hidden_layers=1, **changes).train()  # one dense, two with experts
     tokens, targets = tokens_of(model, 2, 8), tokens_of(model, 2, 8, seed=2)
-    gradients, d = [], 1e-5
-    for enabled in (True, False):
-        monkeypatch.setattr(ops, "enabled", enabled)
-        loss = sum(model(tokens, targets))
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    for (name, p), *both in zip(model.named_parameters(), *gradients, strict=True):
+    gradients, d = torch.autograd.grad(sum(model(tokens, targets)), list(model.parameters())), 1e-5
+    for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
         direction, ends = torch.randn_like(p) / p.numel() ** 0.5, []
         with torch.no_grad():
             for step in (d, -2 * d):
@@ -392,48 +369,20 @@ def test_every_parameters_gradient_equals_finite_differences(monkeypatch):
                 ends.append(sum(model(tokens, targets)))
             p += d * direction
         slope = (ends[0] - ends[1]) / (2 * d)
-        for gradient in both:
-            assert abs((gradient * direction).sum() - slope) < 1e-6 * max(1, abs(slope)), name
+        assert abs((gradient * direction).sum() - slope) < 1e-6 * max(1, abs(slope)), name
 
 
 # ---- Twins ---------------------------------------------------------------------------------------
 
 
-def numbers(*shape):
-    return torch.randn(*shape, dtype=torch.float64).requires_grad_()
-
-
-CHOSEN = torch.tensor([[2, 0], [0, 5], [2, 5], [0, 2], [5, 2]])  # experts 1, 3 and 4 are empty
-ROWS, SLOTS, COUNTS = plain.sort_by_expert.__wrapped__(CHOSEN, 6)
-QKV = (2, 3, 6, 5), (2, 3, 6, 5), (2, 3, 6, 4)
-TARGETS = torch.tensor([3, -1, 0, 10, 10, -1, 7])
-TWINS = {
-    "causal_attention": lambda: (*(numbers(*shape) for shape in QKV), 0.3),
-    "dispatch": lambda: (numbers(5, 3), ROWS, SLOTS),
-    "combine": lambda: (numbers(10, 3), ROWS, SLOTS),
-    "head_loss": lambda: (numbers(7, 6), numbers(11, 6), TARGETS),
-    "head_loss of nothing": lambda: (numbers(3, 6), numbers(11, 6), torch.full((3,), -1)),
-}
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_twins_have_the_values_and_gradients_of_their_formulas(name, monkeypatch):
-    torch.manual_seed(0)
-    args, name = TWINS[name](), name.split()[0]
-    leaves = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
-    twin, formula = getattr(ops, name), getattr(plain, name).__wrapped__
-    expected = value_and_gradients(formula, args, leaves)
-    for rows in (2, 3, 100):  # in a chunk of the head loss
+@pytest.mark.parametrize("targets", [[3, -1, 0, 10, 10, -1, 7], [-1] * 3], ids=["some", "none"])
+def test_head_loss_in_chunks_has_the_value_and_gradients_of_its_formula(targets, monkeypatch):
+    h, w = (torch.randn(n, 6).double().requires_grad_() for n in (len(targets), 11))
+    args, leaves = (h, w, torch.tensor(targets)), (h, w)
+    expected = value_and_gradients(plain.head_loss.__wrapped__, args, leaves)
+    for rows in (2, 3, 100):
         monkeypatch.setattr(ops, "CPU_ROWS", rows)
-        all_close(value_and_gradients(twin, args, leaves), expected)
-    with torch.no_grad():
-        close(twin(*args), expected[0])
-
-
-def test_every_marked_formula_is_compared():
-    functions = [x for x in vars(plain).values() if getattr(x, "__module__", "") == "model"]
-    marked = {x.__name__ for x in functions if hasattr(x, "__wrapped__")} & vars(ops).keys()
-    assert marked == {name.split()[0] for name in TWINS} | {"sort_by_expert", "grouped_linear"}
+        all_close(value_and_gradients(ops.head_loss, args, leaves), expected)
 
 
 @pytest.mark.parametrize("width", [8, 6])
@@ -441,25 +390,23 @@ def test_grouped_products_equal_the_loop(width):
     """In float32, width 8 in one call, width 6 is not aligned; empty experts get zero gradients."""
     torch.manual_seed(0)
     x, w = (torch.randn(shape, requires_grad=True) for shape in ((10, width), (6, 4, width)))
-    assert (ops.grouped_linear(x, w, COUNTS) is NotImplemented) == (width == 6)
+    counts = torch.tensor([3, 0, 4, 0, 0, 3])
+    assert (ops.grouped_linear(x, w, counts) is NotImplemented) == (width == 6)
     ours, theirs = (
-        value_and_gradients(function, (x, w, COUNTS), (x, w))
+        value_and_gradients(function, (x, w, counts), (x, w))
         for function in (plain.grouped_linear, plain.grouped_linear.__wrapped__)
     )
     all_close(ours, theirs, atol=1e-5)
-    assert ours[2][COUNTS == 0].eq(0).all() and (COUNTS == 0).any()
+    assert ours[2][counts == 0].eq(0).all()
 
 
 def test_padding_repeats_the_experts_last_row():
     """What FP8 scales and weight gradients see of the padding is a row that is there anyway."""
-    rows, slots, counts = in_bf16(ops.sort_by_expert, CHOSEN, 6)
+    chosen = torch.tensor([[2, 0], [0, 5], [2, 5], [0, 2], [5, 2]])
+    rows, _, counts = in_bf16(ops.sort_by_expert, chosen, 6)
     assert counts.tolist() == [64, 0, 64, 0, 0, 64]
-    for e, part in zip((0, 2, 5), rows.split(64), strict=True):
-        tokens = [t for t, experts in enumerate(CHOSEN.tolist()) if e in experts]
-        assert part.tolist() == tokens + [tokens[-1]] * (64 - len(tokens))
-    assert torch.equal(rows[slots], torch.arange(5)[:, None].expand(5, 2))
-    expert_of_slot = torch.tensor([0, 2, 5]).repeat_interleave(64)
-    assert torch.equal(expert_of_slot[slots], CHOSEN)
+    for part, tokens in zip(rows.split(64), ([0, 1, 3], [0, 2, 3, 4], [1, 2, 4]), strict=True):
+        assert part.tolist() == tokens + tokens[-1:] * (64 - len(tokens))
 
 
 # ---- Experts -------------------------------------------------------------------------------------
@@ -467,21 +414,14 @@ def test_padding_repeats_the_experts_last_row():
 
 @both_ways
 @pytest.mark.parametrize("tokens, favour", [(130, 0), (70, 9), (1, 0)])
-def test_experts_equal_the_reference_and_drop_no_token(tokens, favour):
-    """All tokens on the first three experts and none on the others; one token."""
-    model = tiny()
-    x = torch.randn(tokens, 16).double().requires_grad_()
-    moe, leaves = model.layers[1].mlp, [x, *model.layers[1].mlp.parameters()]
+def test_experts_under_bf16_autocast_are_close_and_drop_no_token(tokens, favour):
+    """Also with all tokens on the first three experts, and one token. Three bf16 roundings in a row
+    make about 1 % of the norm; a row gone astray would be 100 %."""
+    moe, x = tiny(torch.float32).layers[1].mlp, torch.randn(tokens, 16, requires_grad=True)
     moe.gate.config = ModelConfig(**(TINY | dict(n_group=1, topk_group=1)))
     moe.gate.e_score_correction_bias[:3] += favour
-    w, c = released(model), asdict(moe.gate.config)
-    expected = [reference.moe(w, "model.layers.1.mlp", c, row) for row in x.detach().numpy()]
-    exact = value_and_gradients(moe, (x[None],), leaves)
-    close(exact[0][0], np.stack(expected))
-    # Three bf16 roundings in a row: about 1 % of the norm; a row gone astray would be 100 %.
-    moe.float()
-    x = x.detach().float().requires_grad_()
-    low = in_bf16(value_and_gradients, moe, (x[None],), [x, *moe.parameters()])
+    args = moe, (x[None],), [x, *moe.parameters()]
+    low, exact = in_bf16(value_and_gradients, *args), value_and_gradients(*args)
     for a, b in zip(low[1:], exact[1:], strict=True):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
     deviation = (low[0] - exact[0]).norm(dim=-1)
@@ -521,10 +461,10 @@ def test_model_under_bf16_autocast_is_close_and_its_results_are_float32():
     assert {x.dtype for x in (logits, *mtp, *model(tokens, tokens))} == {torch.float32}
 
 
-@pytest.mark.parametrize("enabled, short", [(True, 512), (True, 10), (False, 512)])
-def test_attention_in_bf16_is_close_for_short_and_long_windows(enabled, short, monkeypatch):
+@both_ways
+@pytest.mark.parametrize("short", [512, 10])
+def test_attention_in_bf16_is_close_for_short_and_long_windows(short, monkeypatch):
     """Short windows on a CPU write their scores out, in bf16: 8 bits, a few roundings."""
-    monkeypatch.setattr(ops, "enabled", enabled)
     monkeypatch.setattr(ops, "SHORT", short)
     mla = tiny(torch.float32).layers[0].self_attn
     h, rope = torch.randn(2, 11, 16), plain.rope_table(mla.config, torch.arange(11), torch.float32)
@@ -553,16 +493,14 @@ def test_head_loss_under_autocast_is_close_and_its_weight_gradient_is_float32():
 def test_initial_matrices_have_the_stated_std_norms_are_one_and_biases_zero():
     """The mean square of n >= 1000 normals is within 5 sigma = 5 sqrt(2 / n) of its expectation."""
     sizes = dict(hidden_size=64, n_routed_experts=16, kv_lora_rank=32, q_lora_rank=48)
-    for std in (0.006, 0.5):
-        changes = {} if std == 0.006 else dict(initializer_range=std)
-        model = DeepSeekV3(ModelConfig(**(TINY | sizes | changes), attention_bias=True))
-        for name, x in model.named_parameters():
-            if x.ndim == 1:
-                assert (x == (0 if name.endswith("bias") else 1)).all(), name
-            else:
-                spread = x.double().square().mean() / std**2
-                assert abs(spread - 1) < 5 * math.sqrt(2 / x.numel()), name
-        assert biases(model).abs().max() == 0
+    model = DeepSeekV3(ModelConfig(**(TINY | sizes), attention_bias=True, initializer_range=0.5))
+    for name, x in model.named_parameters():
+        if x.ndim == 1:
+            assert (x == (0 if name.endswith("bias") else 1)).all(), name
+        else:
+            spread = x.double().square().mean() / 0.5**2
+            assert abs(spread - 1) < 5 * math.sqrt(2 / x.numel()), name
+    assert biases(model).abs().max() == 0
 
 
 def test_parameter_counts():
@@ -571,8 +509,6 @@ def test_parameter_counts():
     def counts(**changes):
         return np.array([*DeepSeekV3(ModelConfig(**(TINY | changes))).parameter_counts().values()])
 
-    total, active, _ = counts()
-    assert total - active == 2 * (8 - 3) * 3 * 16 * 9  # the experts that a token does not visit
     biases, embedding = 10 + (7 + 8) + 16, 31 * 16  # of q_a_proj, kv_a_proj_with_mqa and o_proj
     assert [*counts(attention_bias=True) - counts()] == [3 * biases, 3 * biases, biases]
     assert [*counts() - counts(tie_word_embeddings=True)] == [embedding, embedding, 0]
