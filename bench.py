@@ -113,11 +113,9 @@ def speed_table(title: str, seconds: dict[str, Rounds], tokens: int) -> Table:
 def print_tables(command: str, tables: Iterator[Table], options: Any):
     """Prints each table as soon as it is there, after what a figure depends on besides the code."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*: (.*)", cpu)
-    facts = {"cpu": model[1] if model else "unknown"}
-    facts |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    if torch.cuda.is_available():
-        facts["card"] = torch.cuda.get_device_name()
+    cpu = re.search(r"model name\s*: (.*)", cpu)
+    facts = {"cpu": cpu and cpu[1], "torch": torch.__version__, "threads": torch.get_num_threads()}
+    facts |= {"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     done = []
     for table in tables:
@@ -178,6 +176,13 @@ def sizes(options: Options, files: list[str]) -> Iterator[Table]:
 # ---- train ---------------------------------------------------------------------------------------
 
 
+@dataclass
+class TrainOptions(Options):
+    compile: bool = False  # the config's step compiled
+    recompute: bool = False  # the config's step with activation checkpointing
+    fp8: bool = False  # the config's step with FP8 products
+
+
 def training_step(model: nn.Module, config: train.TrainConfig, machine: train.Machine) -> Callable:
     """One optimiser step of our model or of transformers', on ever new tokens: routing changes."""
     ours, rng, size = isinstance(model, DeepSeekV3), np.random.default_rng(1), config.block_size + 1
@@ -220,7 +225,6 @@ def transformers_models(directory: str, device: torch.device) -> dict[str, nn.Mo
 def reference_table(options: Options) -> Table:
     config = train.TrainConfig(batch_size=8, block_size=256, device=options.device)
     machine = train.start_machine(config)  # in bf16, where that is not emulated
-    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         DeepSeekV3(ModelConfig(**REFERENCE)).save_pretrained(folder)
         ours = DeepSeekV3.from_pretrained(folder, torch.float32, str(machine.device))
@@ -233,16 +237,11 @@ def reference_table(options: Options) -> Table:
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}
 
 
-def peak_flops(device: torch.device) -> float:
-    """Of dense bf16 products; 0 where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), 0.0)
-
-
-def config_row(file: str, options: Options) -> dict[str, Any]:
+def config_row(file: str, options: TrainOptions) -> dict[str, Any]:
     """A configuration's own step beside square products of its dtype: as fast as a machine gets."""
     model, settings = open_config(file)
-    config = train.TrainConfig(**settings | {"device": options.device})
+    asked = {k: x for k, x in asdict(options).items() if x and k not in asdict(Options())}
+    config = train.TrainConfig(**settings | asked | {"device": options.device})
     machine = train.start_machine(config)
     model = DeepSeekV3(model.config).to(machine.device)
     if config.fp8:
@@ -253,17 +252,18 @@ def config_row(file: str, options: Options) -> dict[str, Any]:
     a = torch.randn(n, n, device=machine.device).to(machine.dtype)
     step = training_step(model, config, machine)
     t = interleaved({"product": lambda: a @ a, "step": step}, options.rounds)
-    seconds, peak = statistics.median(t["step"]), peak_flops(machine.device)
+    seconds, memory = statistics.median(t["step"]), torch.cuda.max_memory_allocated()
+    card = torch.cuda.get_device_name() if machine.device.type == "cuda" else ""
+    peak = next((x for name, x in PEAK_FLOPS.items() if name in card), None)  # of bf16, dense
     return {
         "": Path(file).stem, "dtype": str(machine.dtype)[6:], "tokens": tokens,
         "seconds": t["step"], "tokens/s": tokens / seconds, "GFLOP/s": flops / seconds / 1e9,
         "of bare products": ratio(t["product"], t["step"], flops / bare),
-        "bare GFLOP/s": bare / statistics.median(t["product"]) / 1e9,
-        "MFU": flops / seconds / peak if peak else None,
+        "MFU": flops / seconds / peak if peak else None, "peak GB": memory / 1e9 or None,
     }  # fmt: skip
 
 
-def train_(options: Options, files: list[str]) -> Iterator[Table]:
+def train_(options: TrainOptions, files: list[str]) -> Iterator[Table]:
     """A training step: the reference model beside transformers', and config/small.py beside the
     products that the machine can make; or only the latter for the CONFIG named."""
     if not files:
@@ -474,7 +474,7 @@ def plot(options: Options, files: list[str]) -> Iterator[Table]:
 
 COMMANDS = {  # function, options, how many files may be named
     "sizes": (sizes, Options, 999),
-    "train": (train_, Options, 1),
+    "train": (train_, TrainOptions, 1),
     "decode": (decode, DecodeOptions, 0),
     "fp8": (fp8_, Options, 0),
     "plot": (plot, Options, 999),
