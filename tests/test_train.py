@@ -66,9 +66,11 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """An empty folder, no sample after a run, and afterwards the signal handlers of before."""
+def workplace(data, tmp_path, monkeypatch):
+    """A folder with data alone, no sample after a run, and afterwards the old signal handlers."""
     monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/tiny").symlink_to(data)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}", prepend=os.pathsep)
     monkeypatch.setattr(train, "show_result", lambda *arguments: None)
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -77,34 +79,24 @@ def workplace(tmp_path, monkeypatch):
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-def train_in(out: Path | str, data: Path, *options: str) -> Path:
-    train.main([TINY, f"--data={data}", f"--out={out}", *SHORT, *options])
+def run(*options: str, out: Path | str = "run") -> Path:
+    """Trains in this process; returns the run's folder."""
+    train.main([TINY, f"--out={out}", *SHORT, *options])
     return Path(out)
 
 
-@pytest.fixture
-def run(data):
-    """Trains in this process; returns the run's folder."""
-    return lambda *options, out="run": train_in(out, data, *options)
-
-
 @pytest.fixture(scope="module")
-def shared(data, tmp_path_factory):
+def shared(tmp_path_factory):
     """The same, once for all tests that ask for these options; they only read the folder."""
     folder = tmp_path_factory.mktemp
-    return functools.cache(lambda *options: train_in(folder("shared") / "run", data, *options))
+    return functools.cache(lambda *options: run(*options, out=folder("shared") / "run"))
 
 
-@pytest.fixture
-def refused(run):
+def refused(*options: str) -> str:
     """The sentence with which training is refused."""
-
-    def refused(*options: str) -> str:
-        with pytest.raises((ValueError, OSError)) as error:
-            run(*options)
-        return str(error.value)
-
-    return refused
+    with pytest.raises((ValueError, OSError)) as error:
+        run(*options)
+    return str(error.value)
 
 
 def command(argv: list[str], log: Path, environment: dict[str, str], setup):
@@ -121,18 +113,18 @@ def command(argv: list[str], log: Path, environment: dict[str, str], setup):
 
 
 @pytest.fixture
-def start(data, tmp_path):
+def start():
     """Starts train.py in `world` processes, which have .log (a path); kills what is left."""
     everything = []
 
     def start(*options: str, world: int = 1, out: str = "run", setup=None):
-        argv = [TINY, f"--data={data}", f"--out={tmp_path / out}", *SHORT, *options]
+        argv = [TINY, f"--out={out}", *SHORT, *options]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         shared = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         processes = []
         for rank in range(world):
-            log, environment = tmp_path / f"{out}.{rank}.log", shared | {"RANK": str(rank)}
+            log, environment = Path(f"{out}.{rank}.log"), shared | {"RANK": str(rank)}
             process = FORKS.Process(target=command, args=(argv, log, environment, setup))
             process.log = log
             log.touch()
@@ -185,18 +177,6 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 0.0):
         assert x.pop("train_config") and y.pop("train_config")
         assert all(x.pop(key) == y.pop(key) for key in ("model_config", "model_sha256"))
         assert_same(x, y, tolerance)
-
-
-def stop_at(step: int, monkeypatch):
-    """A signal at the end of that step."""
-    log = train.Run.log_step
-
-    def log_and_stop(self, *values):
-        log(self, *values)
-        if self.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(train.Run, "log_step", log_and_stop)
 
 
 # ---- Schedules and data --------------------------------------------------------------------------
@@ -258,7 +238,7 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_float32(native, dtype, monkey
 # ---- One step, exactly ---------------------------------------------------------------------------
 
 
-def test_steps_equal_a_plain_training_loop(run, data):
+def test_steps_equal_a_plain_training_loop(data):
     """Loss weights and their switch, clipping, AdamW, decay groups, schedule, bias update."""
     options = dict(
         steps=4, lr=0.02, warmup=0.3, decay_start=0.5, decay_end=0.9, min_lr=0.1, clip=0.5,
@@ -333,13 +313,13 @@ def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["--grad_accum=4", "--recompute", "--deterministic"])
-def test_how_a_step_is_computed_changes_nothing(option, run, shared):
+def test_how_a_step_is_computed_changes_nothing(option, shared):
     assert_same_run(shared(), run(option), 0.0 if option == "--deterministic" else 1e-10)
     assert not torch.are_deterministic_algorithms_enabled()  # in training only
 
 
 @pytest.mark.skipif("COMPILE" not in os.environ, reason="takes a minute; COMPILE=1 runs it")
-def test_a_growing_batch_stays_compiled(run, monkeypatch):
+def test_a_growing_batch_stays_compiled(monkeypatch):
     """dynamo, with the plainest backend, makes graphs for every block, mode and batch size."""
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile(block, backend="eager"))
@@ -364,11 +344,14 @@ if os.environ.get("COMPILE"):
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
-    options, run, shared, monkeypatch, capsys
-):
-    with monkeypatch.context() as patch:
-        stop_at(5, patch)  # between two lines of the log, where it has only every third step
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(options, shared, capsys):
+    def stop(data, config, step):
+        if step == 4:  # the fifth, between two lines of the log where these come every third step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return mock.DEFAULT
+
+    windows = train.train_windows
+    with mock.patch.object(train, "train_windows", wraps=windows, side_effect=stop):
         run(*options)
     said = capsys.readouterr().err
     assert "stopped at step 5" in said and "--resume" in said
@@ -379,13 +362,9 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     assert_same_run(shared(*options), Path("run"))
 
 
-def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(data, monkeypatch, capsys):
+def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     """What the command line does not name stays, whatever the config file says by now."""
-    argv = ("my.py", f"--data={data}", "--out=run", *SHORT, *CONSTANT)
-    Path("my.py").write_text(Path(TINY).read_text())
-    with monkeypatch.context() as patch:
-        stop_at(2, patch)
-        train.main([*argv, "--lr=0.01", "--weight_decay=0"])
+    run(*CONSTANT, "--steps=2", "--lr=0.01", "--weight_decay=0")
     before = load("run")["model"]["lm_head.weight"]
     Path("my.py").write_text(Path(TINY).read_text() + "mtp_weight = 0.5\nrope_theta = 9.0\n")
     options = ("--weight_decay=2", "--clip=1e-9", "--beta1=0", "--beta2=0", "--lr=0.5")
@@ -394,7 +373,7 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(data, monkeypat
     (line,) = (x for x in said.splitlines() if x.startswith("the run keeps its settings"))
     assert "--mtp_weight=0.5" in line and "--gamma" not in line
     assert "the run keeps its network; the config file has another rope_theta\n" in said
-    assert "steps is now 3 (was 8)" in said and "lr is now 0.5 (was 0.01)" in said
+    assert "steps is now 3 (was 2)" in said and "lr is now 0.5 (was 0.01)" in said
     state = load("run")
     settings, after = state["train_config"], state["model"]["lm_head.weight"]
     assert log_of("run")[-2]["lr"] == 0.5 and after.dtype == torch.float64
@@ -406,7 +385,7 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(data, monkeypat
     assert (config.steps, config.adamw_lr) == (5, 1.0)
 
 
-def test_a_finished_run_can_go_on_for_longer(run, shared, capsys):
+def test_a_finished_run_can_go_on_for_longer(shared, capsys):
     run(*CONSTANT, "--steps=4")
     before = Path("run/ckpt.pt").stat().st_mtime_ns
     run(*CONSTANT, "--steps=3", "--resume")  # nothing left to do
@@ -421,7 +400,7 @@ def test_a_finished_run_can_go_on_for_longer(run, shared, capsys):
     assert "--init_from=decayed with another --out" in said
 
 
-def test_another_network_optimiser_or_tokenizer_is_refused_on_resume(shared, refused):
+def test_another_network_optimiser_or_tokenizer_is_refused_on_resume(shared):
     out = Path(shutil.copytree(shared("--steps=1"), "run"))
     before = (out / "ckpt.pt").read_bytes()
     assert "hidden_size is 64 here, but 48 in run" in refused("--resume", "--hidden_size=64")
@@ -435,11 +414,11 @@ def test_another_network_optimiser_or_tokenizer_is_refused_on_resume(shared, ref
     assert "no state of adamw in run" in refused("--resume")
 
 
-def test_weights_of_a_hugging_face_directory_start_a_run(shared, data, capsys):
+def test_weights_of_a_hugging_face_directory_start_a_run(shared, capsys):
     pytest.importorskip("safetensors")
     out = shared("--steps=4", "--dtype=float32")
     load_model(out)[0].save_pretrained("released")
-    options = (f"--data={data}", *SHORT, "--dtype=float32", "--eval_only")
+    options = (*SHORT, "--dtype=float32", "--eval_only")
     capsys.readouterr()
     train.main([TINY, *options, f"--out={out}"])
     ours = json.loads(capsys.readouterr().out)
@@ -448,7 +427,6 @@ def test_weights_of_a_hugging_face_directory_start_a_run(shared, data, capsys):
     assert_same(ours, theirs, 1e-6)
     assert not Path("nowhere").exists()
     assert ours.items() <= log_of(out)[-1].items()  # the evaluation at the end of the run
-    assert {"val_loss", "val_bpb", "max_vio_global"} <= ours.keys()
 
 
 # ---- Long context (section 4.3) ------------------------------------------------------------------
@@ -470,7 +448,7 @@ def test_the_last_part_of_a_run_extends_the_context(shared, data):
     assert last["val_bpb_long"] == pytest.approx(long, rel=1e-6) != pytest.approx(last["val_bpb"])
 
 
-def test_another_run_may_stretch_the_context_further(run, shared):
+def test_another_run_may_stretch_the_context_further(shared):
     first = shared(*CASES["long"])
     yarn = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16}
     options = ("--dtype=float32", "--steps=1", "--lr=0", "--block_size=64")
@@ -479,8 +457,8 @@ def test_another_run_may_stretch_the_context_further(run, shared):
     assert second["model_config"]["rope_scaling"] == yarn and second["trained_length"] == 64
     assert_same(load(first)["model"]["norm.weight"], second["model"]["norm.weight"])
     assert second["step"] == 1 and log_of("run")[0]["tokens"] == 4 * 64
-    with pytest.raises(ValueError, match="less than the 64 trained before"):
-        run("--init_from=run", *CASES["long"], out="shrunk")
+    sentence = refused("--init_from=run", *CASES["long"], "--out=shrunk")
+    assert "less than the 64 trained before" in sentence
     run("--resume", "--steps=2", "--max_position_embeddings=128")
     assert load("run")["model_config"]["max_position_embeddings"] == 128
     model = load_model("run")[0]  # the factor counts from where the weights began
@@ -577,7 +555,7 @@ def give_losses(monkeypatch, *losses: float):
     monkeypatch.setattr(train, "evaluate", mock.Mock(side_effect=results))
 
 
-def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(run, monkeypatch):
+def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(monkeypatch):
     give_losses(monkeypatch, 3.0, 2.0, 2.5, math.nan)
     out = run("--eval_every=2")
     best = load(out, "best.pt")
@@ -585,7 +563,7 @@ def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(run, monkeyp
     assert [x["val_loss"] for x in log_of(out) if "val_loss" in x] == [3.0, 2.0, 2.5, None]
 
 
-def test_a_resumed_run_keeps_a_best_checkpoint_newer_than_its_own(run, monkeypatch):
+def test_a_resumed_run_keeps_a_best_checkpoint_newer_than_its_own(monkeypatch):
     give_losses(monkeypatch, 2.0)
     with pytest.raises(StopIteration):  # dies at the second evaluation, before its first save
         run("--eval_every=2", "--save_every=8")
@@ -595,16 +573,14 @@ def test_a_resumed_run_keeps_a_best_checkpoint_newer_than_its_own(run, monkeypat
     assert load("run", "best.pt")["step"] == 2 and load("run", "best.pt")["val_loss"] == 2.0
 
 
-def test_the_best_checkpoint_is_one_of_the_last_phase(run, monkeypatch):
+def test_the_best_checkpoint_is_one_of_the_last_phase(monkeypatch):
     give_losses(monkeypatch, 1.0, 2.0, 3.0)
     run(*CASES["long"])
     run("--resume", "--steps=12")
     assert load("run", "best.pt")["step"] == 8
 
 
-def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(
-    run, shared, monkeypatch, capfd
-):
+def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(shared, monkeypatch, capfd):
     to_device, calls = train.to_device, []
 
     def signal_in_evaluation(windows, device):
@@ -640,7 +616,7 @@ def test_two_processes_equal_one(parallel, accumulate, optimizer, start, shared)
     assert_same_run(shared(*options), Path("together"), 1e-9)
 
 
-def test_a_run_moves_between_one_process_ddp_and_fsdp(start, run, shared):
+def test_a_run_moves_between_one_process_ddp_and_fsdp(start, shared):
     run(*CONSTANT, "--steps=2", out="moved")
     for parallel, steps in (("ddp", 4), ("fsdp", 6)):
         options = (f"--parallel={parallel}", f"--steps={steps}", "--resume")
@@ -698,11 +674,11 @@ def test_a_rank_that_dies_or_raises_ends_the_others_promptly(parallel, raises, s
     load_checkpoint("run/ckpt.pt")
 
 
-def test_torchrun_trains_and_is_interrupted_and_resumed(data, shared):
+def test_torchrun_trains_and_is_interrupted_and_resumed(shared):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    argv = [*torchrun, str(ROOT / "train.py"), TINY, f"--data={data}", "--out=run", *SHORT]
+    argv = [*torchrun, str(ROOT / "train.py"), TINY, "--out=run", *SHORT, "--steps=12"]
     with open("said", "wb") as file:
-        process = subprocess.Popen([*argv, "--steps=12"], stderr=file)
+        process = subprocess.Popen(argv, stderr=file)
     try:
         wait_for(lambda: "step 3/" in Path("said").read_text())
         process.send_signal(signal.SIGINT)  # the others have sessions of their own
@@ -710,7 +686,7 @@ def test_torchrun_trains_and_is_interrupted_and_resumed(data, shared):
     finally:
         process.terminate()  # which it passes on
     assert "stopped at step" in Path("said").read_text(), Path("said").read_text()
-    subprocess.run([*argv, "--steps=12", "--resume"], check=True)
+    subprocess.run([*argv, "--resume"], check=True)
     assert_same_run(shared("--steps=12"), Path("run"), 1e-9)
 
 
@@ -735,7 +711,7 @@ def test_sigkill_at_any_moment_loses_nothing(start, shared):
     KILLS=100 in the environment kills a hundred times; SEED=2 at other moments.
     """
     kills, chance = int(os.environ.get("KILLS", "10")), random.Random(os.environ.get("SEED", "1"))
-    options = (f"--steps={6 * kills}", "--save_every=1", "--eval_every=3", "--dtype=float32")
+    options = (f"--steps={3 * kills}", "--save_every=1", "--eval_every=3", "--dtype=float32")
     out, killed, torn = Path("run"), 0, 0
 
     def until(writing: bool, process):
@@ -744,7 +720,7 @@ def test_sigkill_at_any_moment_loses_nothing(start, shared):
     for kill in range(kills):
         (process,) = start(*options, "--resume" if (out / "ckpt.pt").exists() else "--overwrite")
         if kill % 2:
-            process.join(chance.uniform(0.05, 0.5))
+            process.join(chance.uniform(0.05, 0.3))
         else:
             for writing in (False, True) * chance.randint(1, 6):  # the so-manyth write that is seen
                 until(writing, process)
@@ -776,7 +752,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(start, shared):
     assert not list(Path("run").glob("*.tmp"))
 
 
-def test_a_diverging_run_stops_and_keeps_its_checkpoint(run, refused):
+def test_a_diverging_run_stops_and_keeps_its_checkpoint():
     run(*CONSTANT, "--dtype=float32", "--steps=4")
     before = Path("run/best.pt").read_bytes()
     options = ("--dtype=float32", "--steps=40", "--lr=1e30", "--save_every=1", "--eval_every=6")
@@ -810,7 +786,7 @@ def test_one_bad_gradient_is_skipped_by_all_processes_and_the_run_goes_on(start)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_bad_step_changes_neither_weights_nor_biases(optimizer, run, monkeypatch):
+def test_a_bad_step_changes_neither_weights_nor_biases(optimizer, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
     poison_third_gradient()
     updated, saved, update = [], [], DeepSeekV3.update_bias
@@ -829,7 +805,7 @@ def test_a_bad_step_changes_neither_weights_nor_biases(optimizer, run, monkeypat
     assert line["grad_norm"] is None and line["loss"] > 0
 
 
-def test_a_run_that_ends_in_bad_steps_has_failed(run, monkeypatch):
+def test_a_run_that_ends_in_bad_steps_has_failed(monkeypatch):
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, c: clip(p, c) * math.nan)
     with pytest.raises(ValueError, match="3 gradients up to step 3"):
@@ -868,12 +844,12 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
         (["--optimizer=muon", "--parallel=fsdp"], "muon needs whole matrices"),
     ],
 )
-def test_refusals_are_one_sentence(options, words, refused):
+def test_refusals_are_one_sentence(options, words):
     assert words in refused(*options)
     assert not Path("run").exists()
 
 
-def test_an_existing_run_is_refused_and_kept(run, shared, refused):
+def test_an_existing_run_is_refused_and_kept(shared):
     shutil.copytree(shared("--steps=1"), "run")
     before = Path("run/ckpt.pt").read_bytes()
     for name in ("log.jsonl", "best.pt"):  # any of its files makes a run
@@ -921,11 +897,11 @@ def test_from_text_to_text_on_the_command_line():
         assert "\r" not in done.stderr, "no progress bars in a file"
         return done
 
-    user("prepare_data.py", TEXT, "--name=tiny", "--vocab_size=512")
-    done = user("train.py", TINY, "--steps=40", "--block_size=32", "--log_every=2")
+    user("prepare_data.py", TEXT, "--name=text", "--vocab_size=512")
+    done = user("train.py", TINY, "--data=text", "--steps=40", "--block_size=32", "--log_every=2")
     for words in ("M parameters", "bits/byte", "python sample.py out/tiny"):
         assert words in done.stderr
-    tokens = prepare_data.load_dataset("data/tiny").val.arrays[0][1:9].tolist()
+    tokens = prepare_data.load_dataset("data/text").val.arrays[0][1:9].tolist()
     prompt = prepare_data.load_tokenizer("out/tiny").decode(tokens).strip()
     assert done.stdout.startswith(prompt)
     files = {path.name for path in Path("out/tiny").iterdir()}
