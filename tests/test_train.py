@@ -6,7 +6,7 @@ Where processes matter they are forked from a server that has imported train.py 
     COMPILE=1 python -m pytest tests/test_train.py -k "resumed or compiled"     --compile (minutes)
 """
 
-import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -26,6 +26,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -48,7 +49,9 @@ SHORT = (
 )
 # Schedules that do not depend on the length of the run.
 CONSTANT = ("--warmup=0", "--decay_start=1", "--mtp_switch=1", "--gamma_stop=1")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MACHINE = train.Machine(torch.device("cpu"), torch.float64)
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["test_train"])  # so that no process needs time for its imports
 TEXT = sysconfig.get_paths()["stdlib"] + "/a*.py"  # some 250 kB
 
 
@@ -58,81 +61,51 @@ TEXT = sysconfig.get_paths()["stdlib"] + "/a*.py"  # some 250 kB
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     out = str(tmp_path_factory.mktemp("data"))
-    settings = dict(source=TEXT, name="tiny", out=out, vocab_size=512, val_fraction=0.01)
-    return prepare_data.prepare(prepare_data.DataConfig(**settings))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_sample():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "show_result", lambda *arguments: None)
-        yield
+    config = prepare_data.DataConfig(TEXT, "tiny", out, vocab_size=512, val_fraction=0.01)
+    return prepare_data.prepare(config)
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """An empty folder, and afterwards the signal handlers of before."""
+def workplace(data, tmp_path, monkeypatch):
+    """A folder with data alone, no sample after a run, and afterwards the old signal handlers."""
     monkeypatch.chdir(tmp_path)
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    Path("data").mkdir()
+    Path("data/tiny").symlink_to(data)
+    # The server of the forks imports this file.
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}", prepend=os.pathsep)
+    monkeypatch.setattr(train, "show_result", lambda *arguments: None)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
     yield
-    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
-def train_in(out: Path | str, data: Path, *options: str) -> Path:
-    train.main([TINY, f"--data={data}", f"--out={out}", *SHORT, *options])
+def run(*options: str, out: Path | str = "run") -> Path:
+    """Trains in this process; returns the run's folder."""
+    train.main([TINY, f"--out={out}", *SHORT, *options])
     return Path(out)
 
 
-@pytest.fixture
-def run(data):
-    """Trains in this process; returns the run's folder."""
-    return lambda *options, out="run": train_in(out, data, *options)
-
-
 @pytest.fixture(scope="module")
-def shared(data, tmp_path_factory):
+def shared(tmp_path_factory):
     """The same, once for all tests that ask for these options; they only read the folder."""
     folder = tmp_path_factory.mktemp
-    return functools.cache(lambda *options: train_in(folder("shared") / "run", data, *options))
+    return functools.cache(lambda *options: run(*options, out=folder("shared") / "run"))
 
 
-def copy(folder: Path, out: str = "run") -> Path:
-    return Path(shutil.copytree(folder, out))
-
-
-@pytest.fixture
-def refused(data):
+def refused(*options: str) -> str:
     """The sentence with which training is refused."""
-
-    def refused(*options: str) -> str:
-        with pytest.raises((ValueError, OSError)) as error:
-            train_in("run", data, *options)
-        return str(error.value)
-
-    return refused
+    with pytest.raises((ValueError, OSError)) as error:
+        run(*options)
+    return str(error.value)
 
 
-@pytest.fixture(scope="session")
-def server():
-    """Forks processes that have imported this file, so that each costs no time to start."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_train"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}", prepend=os.pathsep)
-        context.Process(target=int).start()
-    return context
-
-
-def command(argv: list[str], log: str, environment: dict[str, str], setup):
+def command(argv: list[str], log: Path, environment: dict[str, str], setup):
     """The life of a forked process: train.py with its output in a file."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
-    with open(log, "wb", 0) as file:
+    with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     os.environ.update(environment)
-    torch.set_num_threads(1)
     sys.argv = ["train.py", *argv]
     train.show_result = lambda *arguments: None
     if setup:
@@ -141,46 +114,40 @@ def command(argv: list[str], log: str, environment: dict[str, str], setup):
 
 
 @pytest.fixture
-def start(data, server, tmp_path):
+def start():
     """Starts train.py in `world` processes, which have .log (a path); kills what is left."""
     everything = []
 
     def start(*options: str, world: int = 1, out: str = "run", setup=None):
-        argv = [TINY, f"--data={data}", f"--out={tmp_path / out}", *SHORT, *options]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        argv = [TINY, f"--out={out}", *SHORT, *options]
+        with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
-        shared = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        processes = []
+        common = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         for rank in range(world):
-            environment = shared | {"RANK": str(rank)} if world > 1 else {}
-            log = tmp_path / f"{out}.{rank}.log"
-            log.write_text("")
-            process = server.Process(target=command, args=(argv, str(log), environment, setup))
+            log, environment = Path(f"{out}.{rank}.log"), common | {"RANK": str(rank)}
+            process = FORKS.Process(target=command, args=(argv, log, environment, setup))
             process.log = log
+            log.touch()
             process.start()
-            processes.append(process)
-        everything.extend(processes)
-        return processes
+            everything.append(process)
+        return everything[-world:]
 
     yield start
     for process in everything:
         process.kill()
 
 
-def finish(processes, codes: int | list[int] = 0, seconds: float = 100) -> list[str]:
+def finish(processes, codes: list[int] | None = None, seconds: float = 100) -> list[str]:
     """Waits for the end of all processes; returns what they said."""
-    end = time.monotonic() + seconds
     for process in processes:
-        process.join(max(0.1, end - time.monotonic()))
+        process.join(seconds)
     said = [process.log.read_text() for process in processes]
-    expected = codes if isinstance(codes, list) else [codes] * len(processes)
-    assert [process.exitcode for process in processes] == expected, "\n".join(said)
+    assert [p.exitcode for p in processes] == (codes or [0] * len(processes)), "\n".join(said)
     return said
 
 
-def wait_for(condition, seconds: float = 60):
-    end = time.monotonic() + seconds
+def wait_for(condition):
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.002)
@@ -196,20 +163,9 @@ def load(out: Path, name: str = "ckpt.pt") -> dict:
     return torch.load(Path(out) / name, weights_only=True)
 
 
-def assert_same(a, b, tolerance: float = 0.0, path: str = ""):
+def assert_same(a, b, tolerance: float = 0.0):
     """Equal, numbers within the tolerance (relative, and absolute for what is near 0)."""
-    if isinstance(a, (dict, list)):
-        pairs = a.items() if isinstance(a, dict) else enumerate(a)
-        assert a.keys() == b.keys() if isinstance(a, dict) else len(a) == len(b), path
-        for key, x in pairs:
-            assert_same(x, b[key], tolerance, f"{path}.{key}")
-    elif isinstance(a, torch.Tensor):
-        close = dict(rtol=tolerance, atol=tolerance, msg=lambda m: f"{path}: {m}")
-        torch.testing.assert_close(a, b, **close)
-    elif isinstance(a, float) and tolerance:
-        assert a == pytest.approx(b, rel=tolerance, abs=tolerance), path
-    else:
-        assert a == b, path
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def assert_same_run(a: Path, b: Path, tolerance: float = 0.0):
@@ -217,32 +173,9 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 0.0):
     assert_same(log_of(a), log_of(b), tolerance)
     for name in ("ckpt.pt", "best.pt"):
         x, y = load(a, name), load(b, name)
-        assert_same(x, y | {"train_config": x["train_config"]}, tolerance)
-
-
-def keep_saves(monkeypatch) -> dict[int, dict]:
-    """Filled with every saved ckpt.pt, by step."""
-    states, save = {}, train.save_atomically
-
-    def keep(state, path):
-        save(state, path)
-        if path.name == "ckpt.pt":
-            states[state["step"]] = load(path.parent)
-
-    monkeypatch.setattr(train, "save_atomically", keep)
-    return states
-
-
-def stop_at(step: int, monkeypatch, number: int = signal.SIGTERM):
-    """A signal at the end of that step."""
-    log = train.Run.log_step
-
-    def log_and_stop(self, *values):
-        log(self, *values)
-        if self.step == step:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(train.Run, "log_step", log_and_stop)
+        assert x.pop("train_config") and y.pop("train_config")
+        assert all(x.pop(key) == y.pop(key) for key in ("model_config", "model_sha256"))
+        assert_same(x, y, tolerance)
 
 
 # ---- Schedules and data --------------------------------------------------------------------------
@@ -257,8 +190,6 @@ def test_learning_rate_follows_section_4_2():
     }  # fmt: skip
     for step, expected in points.items():
         assert train.lr_at(config, step) == pytest.approx(expected, rel=1e-5), step
-    rates = [train.lr_at(config, step) for step in range(10_000)]
-    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < 0.14
 
 
 def test_batch_grows_in_equal_stages():
@@ -269,141 +200,116 @@ def test_batch_grows_in_equal_stages():
     assert train.batch_at(replace(config, batch_start=3), 999) == 16
 
 
-def test_windows_come_from_seed_and_step_alone(data):
-    dataset, text = prepare_data.load_dataset(data), (data / "train.bin").read_bytes()
-    config = train.TrainConfig(batch_size=4, block_size=16)
-    windows = train.train_windows(dataset, config, 3)
-    assert windows.shape == (4, 17)
-    assert all(row.astype(np.uint16).tobytes() in text for row in windows)
-    changed = replace(config, grad_accum=4, steps=9, lr=1.0, parallel="fsdp")
-    assert np.array_equal(windows, train.train_windows(dataset, changed, 3))
-    for other in ((config, 4), (replace(config, seed=1), 3)):
-        assert not np.array_equal(windows, train.train_windows(dataset, *other))
-    x, y = train.to_device(windows, torch.device("cpu"))
-    assert x[:, 1:].equal(y[:, :-1]) and x.shape == y.shape == (4, 16)
-
-
 def test_every_token_comes_once_in_an_epoch():
     data = SimpleNamespace(train=prepare_data.Tokens([np.arange(1000, dtype=np.uint16)]))
     config = train.TrainConfig(batch_size=4, block_size=16)
     x = np.concatenate([train.train_windows(data, config, step) for step in range(31)])
+    assert x.shape == (31 * 4, 17) and x.max() < 1000 and np.all(np.diff(x) == 1)
     one, two = x[:, :-1].reshape(2, -1)  # 62 windows each, so the 16th step has both
     for epoch in (one, two):
         assert np.array_equal(np.sort(epoch), epoch.min() + np.arange(62 * 16))
-    assert x.max() < 1000 and not np.array_equal(one - one.min(), two - two.min())
+    assert not np.array_equal(one - one.min(), two - two.min())
     begins = {train.epoch_starts(1337, epoch, 1000, 16).min() for epoch in range(20)}
     assert len(begins) > 4 and max(begins) < 8  # the borders move, by what 62 windows leave
+    assert not np.array_equal(x[:4], train.train_windows(data, replace(config, seed=1), 0))
 
 
-def test_a_gpu_that_only_emulates_bf16_computes_in_float32(monkeypatch):
+@pytest.mark.parametrize(("native", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_a_gpu_that_only_emulates_bf16_computes_in_float32(native, dtype, monkeypatch):
     monkeypatch.setattr(train.sample, "usable_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    for native, dtype in ((False, torch.float32), (True, torch.bfloat16)):
 
-        def supported(including_emulation=True, native=native):
-            return native or including_emulation
+    def supported(including_emulation=True):
+        return native or including_emulation
 
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        assert train.start_machine(train.TrainConfig()).dtype == dtype
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert train.start_machine(train.TrainConfig()).dtype == dtype
 
 
 # ---- One step, exactly ---------------------------------------------------------------------------
 
 
-def test_steps_equal_a_hand_written_training_loop(run, data, monkeypatch):
+def test_steps_equal_a_plain_training_loop(data):
     """Loss weights and their switch, clipping, AdamW, decay groups, schedule, bias update."""
-    states = keep_saves(monkeypatch)
     options = dict(
-        steps=4, lr=0.02, warmup=0.3, decay_start=0.5, decay_end=0.9, min_lr=0.1,
-        clip=0.5, weight_decay=0.3, beta1=0.8, beta2=0.9, mtp_weight=0.4,
-        mtp_weight_late=0.2, mtp_switch=0.5, gamma=0.05,
-        gamma_stop=0.75, alpha=0.3,
+        steps=4, lr=0.02, warmup=0.3, decay_start=0.5, decay_end=0.9, min_lr=0.1, clip=0.5,
+        weight_decay=0.3, beta1=0.8, beta2=0.9, mtp_weight=0.4, mtp_weight_late=0.2,
+        mtp_switch=0.5, gamma=0.05, gamma_stop=0.75, alpha=0.3,
     )  # fmt: skip
-    given = [f"--{key}={value}" for key, value in options.items()]
-    out = run(*given, "--save_every=1", "--attention_bias")
+    out = run("--attention_bias", *(f"--{key}={value}" for key, value in options.items()))
     config = train.TrainConfig(**options, batch_size=4, block_size=16)
-    dataset, lines = prepare_data.load_dataset(data), log_of(out)
-    model = DeepSeekV3(ModelConfig(**load(out)["model_config"])).double().train()
-    model.load_state_dict(states[0]["model"])
+    dataset, lines = prepare_data.load_dataset(data), [x for x in log_of(out) if "loss" in x]
+    torch.manual_seed(config.seed)
+    model = DeepSeekV3(ModelConfig(**load(out)["model_config"])).double()
     assert abs(model.lm_head.weight.std() / model.config.initializer_range - 1) < 0.02
-    parameters = dict(model.named_parameters())
-    m = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    v = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    clipped = 0
-    for t in range(1, 5):
-        x = torch.from_numpy(train.train_windows(dataset, config, t - 1))
+    groups = []
+    for name, p in model.named_parameters():
+        decayed = not ("norm" in name or name.endswith("bias"))
+        groups.append({"params": [p], "weight_decay": 0.3 if decayed else 0.0})
+    adamw = torch.optim.AdamW(groups, betas=(0.8, 0.9))
+    norms = []
+    for t in range(4):
+        x = torch.from_numpy(train.train_windows(dataset, config, t))
         main, mtp, balance = model(x[:, :-1], x[:, 1:])
         moe_layers = 3  # two in the main model, one in the MTP module
-        loss = main + (0.4 if t <= 2 else 0.2) * mtp + 0.3 * moe_layers * balance
-        gradients = torch.autograd.grad(loss, list(parameters.values()))
-        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
-        clipped += norm > 0.5
-        lr = train.lr_at(config, t - 1)
-        with torch.no_grad():
-            for (name, p), g in zip(parameters.items(), gradients, strict=True):
-                g = g * min(1.0, 0.5 / (norm + 1e-6))
-                decayed = not ("norm" in name or name.endswith("bias"))
-                p *= 1 - lr * (0.3 if decayed else 0.0)
-                m[name] = 0.8 * m[name] + 0.2 * g
-                v[name] = 0.9 * v[name] + 0.1 * g * g
-                p -= lr * (m[name] / (1 - 0.8**t)) / ((v[name] / (1 - 0.9**t)).sqrt() + 1e-8)
-            for gate, chosen in zip(model.gates(), model.routing, strict=True):
-                load_ = torch.bincount(chosen.flatten(), minlength=8).float()
-                if t <= 3:
-                    gate.e_score_correction_bias += 0.05 * (load_.mean() - load_).sign()
-            loads = [torch.bincount(c.flatten(), minlength=8).float() for c in model.routing]
-            vio = sum((x.max() / x.mean() - 1).item() for x in loads) / 3
-        assert_same(states[t]["model"], dict(model.state_dict()), 1e-10)
-        line = next(x for x in lines if x["step"] == t and "loss" in x)
+        loss = main + (0.4 if t < 2 else 0.2) * mtp + 0.3 * moe_layers * balance
+        adamw.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        for group in adamw.param_groups:
+            group["lr"] = train.lr_at(config, t)
+        adamw.step()
+        loads = [torch.bincount(chosen.flatten(), minlength=8).float() for chosen in model.routing]
+        vio = sum((x.max() / x.mean() - 1).item() for x in loads) / 3
+        for gate, load_ in zip(model.gates(), loads, strict=True):
+            if t < 3:
+                gate.e_score_correction_bias += 0.05 * (load_.mean() - load_).sign()
         expected = dict(
-            step=t, tokens=t * 64, loss=main.item(), mtp_loss=mtp.item(),
-            balance_loss=balance.item(), lr=lr, grad_norm=norm, max_vio=vio,
+            step=t + 1, tokens=(t + 1) * 64, loss=main.item(), mtp_loss=mtp.item(), max_vio=vio,
+            balance_loss=balance.item(), lr=train.lr_at(config, t), grad_norm=norms[-1],
         )  # fmt: skip
-        assert line == pytest.approx(expected, rel=1e-6)
-    assert clipped, "no step was clipped"
+        assert lines[t] == pytest.approx(expected, rel=1e-6)
+    assert_same(load(out)["model"], dict(model.state_dict()), 1e-10)
+    assert max(norms) > 0.5, "no step was clipped"
 
 
-def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(monkeypatch):
+def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(shared, monkeypatch):
     monkeypatch.setattr(train, "multiplies_bf16", lambda device: True)  # as torch.optim.Muon does
     torch.manual_seed(0)
-    settings = read_config_file(TINY, ModelConfig, train.TrainConfig)
-    model = DeepSeekV3(ModelConfig(**train.split_configs(settings)[0]))
+    model = load_model(shared("--n_routed_experts=64", "--optimizer=adamw"))[0].float()
     config = train.TrainConfig(optimizer="muon", lr=0.01, adamw_lr=2.0, weight_decay=0.3)
     optimizers, pairs = train.make_optimizers(model, config), []
     for name, p in model.named_parameters():
-        copies = [torch.nn.Parameter(x.clone()) for x in (p if p.ndim == 3 else [p])]
+        matrices = [torch.nn.Parameter(x.clone()) for x in (p if p.ndim == 3 else [p])]
         if p.ndim == 1 or re.search(r"embed_tokens|lm_head|gate\.weight", name):
-            settings = dict(lr=0.02, betas=(0.9, 0.95), weight_decay=0.3 if p.ndim > 1 else 0.0)
-            reference = torch.optim.AdamW(copies, **settings)
+            decay = 0.3 if p.ndim > 1 else 0.0
+            reference = torch.optim.AdamW(matrices, 0.02, (0.9, 0.95), weight_decay=decay)
         else:
-            settings = dict(lr=0.01, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
-            reference = torch.optim.Muon(copies, **settings)
-        pairs.append((name, p, copies, reference))
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = config.lr * group["lr_scale"]
+            reference = torch.optim.Muon(matrices, 0.01, 0.3, adjust_lr_fn="match_rms_adamw")
+        pairs.append((p, matrices, reference))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * group["lr_scale"]
     for _ in range(2):
-        for _, p, copies, reference in pairs:
+        for p, matrices, reference in pairs:
             p.grad = torch.randn_like(p)
-            for copy, grad in zip(copies, p.grad if p.ndim == 3 else [p.grad], strict=True):
-                copy.grad = grad.clone()
+            for matrix, grad in zip(matrices, p.grad if p.ndim == 3 else [p.grad], strict=True):
+                matrix.grad = grad.clone()
             reference.step()
         for optimizer in optimizers:
             optimizer.step()
-    for name, p, copies, _ in pairs:
-        expected = torch.stack(copies).view_as(p)
-        torch.testing.assert_close(p, expected, msg=name, rtol=1e-5, atol=1e-7)
+    for p, matrices, _ in pairs:
+        torch.testing.assert_close(p, torch.stack(matrices).view_as(p), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("option", ["--grad_accum=4", "--recompute", "--deterministic"])
-def test_how_a_step_is_computed_changes_nothing(option, run, shared):
-    whole = shared()
-    assert_same_run(whole, run(option), 0.0 if option == "--deterministic" else 1e-10)
-    assert load(whole)["model"]["layers.1.mlp.gate.e_score_correction_bias"].abs().max() > 0
+def test_how_a_step_is_computed_changes_nothing(option, shared):
+    assert_same_run(shared(), run(option), 0.0 if option == "--deterministic" else 1e-10)
     assert not torch.are_deterministic_algorithms_enabled()  # in training only
 
 
 @pytest.mark.skipif("COMPILE" not in os.environ, reason="takes a minute; COMPILE=1 runs it")
-def test_a_growing_batch_stays_compiled(run, monkeypatch):
+def test_a_growing_batch_stays_compiled(monkeypatch):
     """dynamo, with the plainest backend, makes graphs for every block, mode and batch size."""
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile(block, backend="eager"))
@@ -428,30 +334,27 @@ if os.environ.get("COMPILE"):
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
-    options, run, shared, monkeypatch, capsys
-):
-    step = 3 if "--log_every=3" not in options else 5  # between two lines of the log
-    with monkeypatch.context() as patch:
-        stop_at(step, patch)
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(options, shared, capsys):
+    def stop(data, config, step):
+        if step == 4:  # the fifth, between two lines of the log where these come every third step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return mock.DEFAULT
+
+    windows = train.train_windows
+    with mock.patch.object(train, "train_windows", wraps=windows, side_effect=stop):
         run(*options)
     said = capsys.readouterr().err
-    assert f"stopped at step {step}" in said and "--resume" in said
-    assert load("run")["step"] == step
+    assert "stopped at step 5" in said and "--resume" in said
+    assert load("run")["step"] == 5
     with open("run/log.jsonl", "a") as file:  # what came after the checkpoint, and half a line
         file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
     run(*options, "--resume")
     assert_same_run(shared(*options), Path("run"))
-    assert load("run")["tokens"] == log_of("run")[-1]["tokens"]
 
 
-def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(run, data, monkeypatch, capsys):
+def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     """What the command line does not name stays, whatever the config file says by now."""
-    argv = ("my.py", f"--data={data}", "--out=run", *SHORT, *CONSTANT)
-    Path("my.py").write_text(Path(TINY).read_text())
-    with monkeypatch.context() as patch:
-        stop_at(2, patch)
-        train.main([*argv, "--lr=0.01", "--weight_decay=0"])
+    run(*CONSTANT, "--steps=2", "--lr=0.01", "--weight_decay=0")
     before = load("run")["model"]["lm_head.weight"]
     Path("my.py").write_text(Path(TINY).read_text() + "mtp_weight = 0.5\nrope_theta = 9.0\n")
     options = ("--weight_decay=2", "--clip=1e-9", "--beta1=0", "--beta2=0", "--lr=0.5")
@@ -459,7 +362,7 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(run, data, monk
     said = capsys.readouterr().err
     (line,) = (x for x in said.splitlines() if x.startswith("the run keeps its settings"))
     assert "--mtp_weight=0.5 --rope_theta=9.0" in line and "--gamma" not in line
-    assert "steps is now 3 (was 8)" in said and "lr is now 0.5 (was 0.01)" in said
+    assert "steps is now 3 (was 2)" in said and "lr is now 0.5 (was 0.01)" in said
     state = load("run")
     settings, after = state["train_config"], state["model"]["lm_head.weight"]
     assert log_of("run")[-2]["lr"] == 0.5 and after.dtype == torch.float64
@@ -471,7 +374,7 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(run, data, monk
     assert (config.steps, config.adamw_lr) == (5, 1.0)
 
 
-def test_a_finished_run_can_go_on_for_longer(run, shared, capsys):
+def test_a_finished_run_can_go_on_for_longer(shared, capsys):
     run(*CONSTANT, "--steps=4")
     before = Path("run/ckpt.pt").stat().st_mtime_ns
     run(*CONSTANT, "--steps=3", "--resume")  # nothing left to do
@@ -479,47 +382,45 @@ def test_a_finished_run_can_go_on_for_longer(run, shared, capsys):
     run(*CONSTANT, "--resume")
     assert_same_run(shared(*CONSTANT), Path("run"))
     assert "stretched" not in capsys.readouterr().err
-    out = copy(shared(), "decayed")
-    train.main([f"--out={out}", "--resume", "--steps=16"])
+    shutil.copytree(shared(), "decayed")
+    train.main(["--out=decayed", "--resume", "--steps=16"])
     said = capsys.readouterr().err
     assert "the schedule is stretched: the rate goes from 0.000946 back to 0.005" in said
     assert "--init_from=decayed with another --out" in said
 
 
-def test_another_network_or_tokenizer_is_refused_on_resume(shared, refused):
-    out = copy(shared("--steps=1"))
+def test_another_network_optimiser_or_tokenizer_is_refused_on_resume(shared):
+    out = Path(shutil.copytree(shared("--steps=1"), "run"))
     before = (out / "ckpt.pt").read_bytes()
     assert "hidden_size is 64 here, but 48 in run" in refused("--resume", "--hidden_size=64")
     assert "no state of muon in run" in refused("--resume", "--optimizer=muon")
-    other = dict(source=TEXT, name="other", vocab_size=512, val_fraction=0.4)
-    prepare_data.prepare(prepare_data.DataConfig(**other))
+    prepare_data.prepare(prepare_data.DataConfig(TEXT, "other", vocab_size=512, val_fraction=0.4))
     for options in (["--resume"], ["--out=new", "--init_from=run"]):
         sentence = refused("--data=other", *options)
         assert "another tokenizer" in sentence and "--tokenizer=run" in sentence
     assert (out / "ckpt.pt").read_bytes() == before
+    shutil.copyfile(out / "best.pt", out / "ckpt.pt")
+    assert "no state of adamw in run" in refused("--resume")
 
 
-def test_weights_of_a_hugging_face_directory_start_a_run(shared, data, capsys):
+def test_weights_of_a_hugging_face_directory_start_a_run(shared, capsys):
     pytest.importorskip("safetensors")
     out = shared("--steps=4", "--dtype=float32")
     load_model(out)[0].save_pretrained("released")
-    options = (f"--data={data}", *SHORT, "--dtype=float32", "--eval_only")
-    capsys.readouterr()
+    options = (*SHORT, "--dtype=float32", "--eval_only")
     train.main([TINY, *options, f"--out={out}"])
     ours = json.loads(capsys.readouterr().out)
     train.main([TINY, *options, "--init_from=released", "--out=nowhere"])
     theirs = json.loads(capsys.readouterr().out)
     assert_same(ours, theirs, 1e-6)
     assert not Path("nowhere").exists()
-    evaluation = [line for line in log_of(out) if "val_loss" in line][-1]
-    assert {k: ours[k] for k in ours} == {k: evaluation[k] for k in ours}
-    assert {"val_loss", "val_bpb", "max_vio_global"} <= ours.keys()
+    assert ours.items() <= log_of(out)[-1].items()  # the evaluation at the end of the run
 
 
 # ---- Long context (section 4.3) ------------------------------------------------------------------
 
 
-def test_the_last_part_of_a_run_extends_the_context(shared, data, capsys):
+def test_the_last_part_of_a_run_extends_the_context(shared, data):
     out, dataset = shared(*CASES["long"]), prepare_data.load_dataset(data)
     config = train.TrainConfig(**load(out)["train_config"])
     shapes = [train.train_windows(dataset, config, step).shape for step in range(8)]
@@ -535,7 +436,7 @@ def test_the_last_part_of_a_run_extends_the_context(shared, data, capsys):
     assert last["val_bpb_long"] == pytest.approx(long, rel=1e-6) != pytest.approx(last["val_bpb"])
 
 
-def test_another_run_may_stretch_the_context_further(run, shared):
+def test_another_run_may_stretch_the_context_further(shared):
     first = shared(*CASES["long"])
     yarn = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16}
     options = ("--dtype=float32", "--steps=1", "--lr=0", "--block_size=64")
@@ -544,8 +445,8 @@ def test_another_run_may_stretch_the_context_further(run, shared):
     assert second["model_config"]["rope_scaling"] == yarn and second["trained_length"] == 64
     assert_same(load(first)["model"]["norm.weight"], second["model"]["norm.weight"])
     assert second["step"] == 1 and log_of("run")[0]["tokens"] == 4 * 64
-    with pytest.raises(ValueError, match="less than the 64 trained before"):
-        run("--init_from=run", *CASES["long"], out="shrunk")
+    sentence = refused("--init_from=run", *CASES["long"], "--out=shrunk")
+    assert "less than the 64 trained before" in sentence
     run("--resume", "--steps=2", "--max_position_embeddings=128")
     assert load("run")["model_config"]["max_position_embeddings"] == 128
     model = load_model("run")[0]  # the factor counts from where the weights began
@@ -566,10 +467,6 @@ def test_a_line_has_the_means_since_the_last_one(shared):
         assert (line["lr"], line["grad_norm"]) == (since[-1]["lr"], since[-1]["grad_norm"])
 
 
-def test_json_gets_null_for_what_it_has_no_name_for():
-    assert train.to_json({"x": [math.nan, 1.0, [-math.inf]]}) == '{"x": [null, 1.0, [null]]}'
-
-
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 
@@ -580,9 +477,6 @@ def trained(shared, data) -> tuple[DeepSeekV3, prepare_data.Dataset, train.Train
     return model, dataset, train.TrainConfig(block_size=16, eval_batch=32)
 
 
-MACHINE = train.Machine(torch.device("cpu"), torch.float64)
-
-
 def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
     model, dataset, config = trained
     result, *others = (
@@ -591,35 +485,30 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
     for other in others:
         assert_same(result, other, 1e-12)
     tokens = torch.from_numpy(dataset.val.arrays[0].astype(np.int64))
-    nats, mtp, mtp_count = 0.0, 0.0, 0
-    counts, touched, visits = torch.zeros(3, 8), 0, 0
+    nats, mtp, nodes, counts = [], [], [], torch.zeros(3, 8)
     model.eval()
     with torch.no_grad():
         for start in range(0, len(tokens) - 1, 16):
             piece = tokens[start : start + 17]
             logits, (ahead, *_) = model(piece[None, :-1], return_mtp=True)
-            nats += F.cross_entropy(logits[0], piece[1:], reduction="sum").item()
-            mtp += F.cross_entropy(ahead[0], piece[2:], reduction="sum").item()
-            mtp_count += len(piece) - 2
+            nats += F.cross_entropy(logits[0], piece[1:], reduction="none").tolist()
+            mtp += F.cross_entropy(ahead[0], piece[2:], reduction="none").tolist()
             for layer, chosen in enumerate(model.routing):
                 counts[layer] += torch.bincount(chosen.flatten(), minlength=8)
-                for experts in chosen.flatten(0, 1).tolist():
-                    touched += len({expert // 2 for expert in experts})
-                    visits += 1
-    assert result["val_mtp_losses"] == [result["val_mtp_loss"]]
-    n = len(tokens) - 1
-    assert result["val_loss"] == pytest.approx(nats / n, rel=1e-12)
-    assert result["val_mtp_loss"] == pytest.approx(mtp / mtp_count, rel=1e-12)
-    meta = json.loads((data / "meta.json").read_text())
-    size = (data / "val.bin").stat().st_size // 2 - 512
-    bits = nats / n / math.log(2) * size / meta["bytes"]["val"]
-    assert result["val_bpb"] == pytest.approx(bits, rel=1e-6)
-    vio = ((counts.amax(1) / counts.mean(1)) - 1).mean().item()
-    assert result["max_vio_global"] == pytest.approx(vio, rel=1e-6)
-    assert result["nodes_per_token"] == pytest.approx(touched / visits, rel=1e-12)
-    assert result["experts_per_node"] == pytest.approx(2 * visits / touched, rel=1e-12)
-    load_ = torch.tensor(result["expert_load"])
-    assert torch.allclose(load_, counts / counts.sum(1, keepdim=True), atol=1e-5)
+                nodes += [len({e // 2 for e in experts}) for experts in chosen[0].tolist()]
+    load_ = torch.tensor(result.pop("expert_load"))
+    assert_same(load_, counts / counts.sum(1, keepdim=True), 1e-5)
+    assert result.pop("val_mtp_losses") == [result["val_mtp_loss"]]
+    tokens_of_file = (data / "val.bin").stat().st_size // 2 - 512
+    bytes_of_file = json.loads((data / "meta.json").read_text())["bytes"]["val"]
+    assert result == pytest.approx({
+        "val_loss": np.mean(nats),
+        "val_bpb": np.mean(nats) / math.log(2) * tokens_of_file / bytes_of_file,
+        "val_mtp_loss": np.mean(mtp),
+        "max_vio_global": (counts.amax(1) / counts.mean(1) - 1).mean().item(),
+        "nodes_per_token": np.mean(nodes),
+        "experts_per_node": 2 / np.mean(nodes),
+    })  # fmt: skip
 
 
 def test_evaluation_leaves_no_trace(trained):
@@ -627,59 +516,42 @@ def test_evaluation_leaves_no_trace(trained):
     model.train()
     model(torch.arange(16)[None], torch.arange(16)[None])  # counts that wait for the bias update
     assert model.expert_counts.sum()
-    before = {k: v.clone() for k, v in dict(model.named_buffers()).items()}
-    before |= {k: v.clone() for k, v in model.named_parameters()}
+    before = copy.deepcopy(model.state_dict()), model.expert_counts.clone()
     train.evaluate(model, dataset, config, MACHINE)
     alone = train.evaluate(model, dataset, replace(config, block_size=1, eval_batch=512), MACHINE)
     assert alone["val_mtp_losses"] == [0]  # one token has no second next
-    assert_same(before, dict(model.named_buffers()) | dict(model.named_parameters()))
+    assert_same(before, (model.state_dict(), model.expert_counts))
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_evaluation_quantises_each_weight_once(trained, monkeypatch):
+def test_evaluation_quantises_each_weight_once(trained):
     """In FP8, however many batches there are."""
     model, dataset, config = trained
-    model.use_fp8()
-    counts, quantize = [], fp8.quantize
-
-    def counted(x, block, *rest, **named):
-        counts[-1] += block == fp8.BLOCK
-        return quantize(x, block, *rest, **named)
-
-    monkeypatch.setattr(fp8, "quantize", counted)
+    model.float().use_fp8()
+    counts = []
     for batch in (4, 64):
-        counts.append(0)
-        train.evaluate(model.float(), dataset, replace(config, eval_batch=batch), MACHINE)
+        with mock.patch.object(fp8, "quantize", wraps=fp8.quantize) as quantize:
+            train.evaluate(model, dataset, replace(config, eval_batch=batch), MACHINE)
+        counts.append(sum(call.args[1] == fp8.BLOCK for call in quantize.call_args_list))
     assert counts[0] == counts[1] > 0
 
 
 def give_losses(monkeypatch, *losses: float):
     """What the next evaluations find."""
-    left = iter(losses)
-
-    def evaluate(*arguments):
-        loss = next(left)
-        return dict(val_loss=loss, val_bpb=loss / 2, val_mtp_loss=9.0, max_vio_global=0.0)
-
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    other = dict(val_mtp_loss=9.0, max_vio_global=0.0)
+    results = [dict(val_loss=loss, val_bpb=loss / 2, **other) for loss in losses]
+    monkeypatch.setattr(train, "evaluate", mock.Mock(side_effect=results))
 
 
-def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(run, monkeypatch):
-    give_losses(monkeypatch, 3.0, 2.0, 2.5, math.nan, 2.1)
-    states = keep_saves(monkeypatch)
-    out = run("--eval_every=2", "--save_every=2")
+def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(monkeypatch):
+    give_losses(monkeypatch, 3.0, 2.0, 2.5, math.nan)
+    out = run("--eval_every=2")
     best = load(out, "best.pt")
     assert best["step"] == 4 and best["val_loss"] == 2.0 and best["val_bpb"] == 1.0
-    assert_same(best["model"], states[4]["model"])
-    model, tokenizer, _ = load_model(out)
-    assert_same(dict(model.state_dict()), best["model"])
-    assert tokenizer.encode("def ")
-    run("--resume", "--steps=10", "--eval_every=2")
-    assert load(out, "best.pt")["step"] == 4
-    assert [x["val_loss"] for x in log_of(out) if "val_loss" in x] == [3.0, 2.0, 2.5, None, 2.1]
+    assert [x["val_loss"] for x in log_of(out) if "val_loss" in x] == [3.0, 2.0, 2.5, None]
 
 
-def test_a_resumed_run_keeps_a_best_checkpoint_newer_than_its_own(run, monkeypatch):
+def test_a_resumed_run_keeps_a_best_checkpoint_newer_than_its_own(monkeypatch):
     give_losses(monkeypatch, 2.0)
     with pytest.raises(StopIteration):  # dies at the second evaluation, before its first save
         run("--eval_every=2", "--save_every=8")
@@ -689,31 +561,26 @@ def test_a_resumed_run_keeps_a_best_checkpoint_newer_than_its_own(run, monkeypat
     assert load("run", "best.pt")["step"] == 2 and load("run", "best.pt")["val_loss"] == 2.0
 
 
-def test_the_best_checkpoint_is_one_of_the_last_phase(run, monkeypatch):
+def test_the_best_checkpoint_is_one_of_the_last_phase(monkeypatch):
     give_losses(monkeypatch, 1.0, 2.0, 3.0)
     run(*CASES["long"])
     run("--resume", "--steps=12")
     assert load("run", "best.pt")["step"] == 8
 
 
-def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(
-    run, shared, monkeypatch, capfd
-):
-    to_device, calls = train.to_device, []
-
-    def signal_in_evaluation(windows, device):
-        calls.append(len(windows))
-        if len(calls) == 7:  # after four steps and two of many batches
+def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(shared, capfd):
+    def interrupt(windows, device):
+        if to_device.call_count == 7:  # after four steps and two of many batches
             os.kill(os.getpid(), signal.SIGINT)
-            assert "stopping after this step, or this batch" in capfd.readouterr().err
-        return to_device(windows, device)
+        return mock.DEFAULT
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "to_device", signal_in_evaluation)
+    original = train.to_device
+    with mock.patch.object(train, "to_device", wraps=original, side_effect=interrupt) as to_device:
         run("--eval_batch=8")
-    assert calls == [4] * 4 + [8] * 3
+    assert [len(call.args[0]) for call in to_device.call_args_list] == [4] * 4 + [8] * 3
+    said = capfd.readouterr().err
+    assert "stopping after this step, or this batch" in said and "stopped at step 4" in said
     assert load("run")["step"] == 4 and "val_loss" not in log_of("run")[-1]
-    assert "stopped at step 4" in capfd.readouterr().err
     run("--eval_batch=8", "--resume")
     assert_same_run(shared("--eval_batch=8"), Path("run"))
 
@@ -732,12 +599,9 @@ def test_two_processes_equal_one(parallel, accumulate, optimizer, start, shared)
     parts = (f"--parallel={parallel}", f"--grad_accum={accumulate}")
     finish(start(*options, *parts, world=2, out="together"))
     assert_same_run(shared(*options), Path("together"), 1e-9)
-    for name in ("best.pt", "ckpt.pt"):
-        model, *_ = load_model(Path("together") / name)
-        assert_same(dict(model.state_dict()), load("together", name)["model"])
 
 
-def test_a_run_moves_between_one_process_ddp_and_fsdp(start, run, shared):
+def test_a_run_moves_between_one_process_ddp_and_fsdp(start, shared):
     run(*CONSTANT, "--steps=2", out="moved")
     for parallel, steps in (("ddp", 4), ("fsdp", 6)):
         options = (f"--parallel={parallel}", f"--steps={steps}", "--resume")
@@ -795,25 +659,19 @@ def test_a_rank_that_dies_or_raises_ends_the_others_promptly(parallel, raises, s
     load_checkpoint("run/ckpt.pt")
 
 
-def test_torchrun_trains_and_is_interrupted_and_resumed(data, shared):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    argv = [*torchrun, "--nproc_per_node=2", str(ROOT / "train.py"), TINY, f"--data={data}"]
-    argv += ["--out=run", *SHORT, "--steps=12"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def test_torchrun_trains_and_is_interrupted_and_resumed(shared):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = [*torchrun, str(ROOT / "train.py"), TINY, "--out=run", *SHORT, "--steps=12"]
     with open("said", "wb") as file:
-        process = subprocess.Popen(
-            argv, stdout=file, stderr=file, start_new_session=True, env=environment
-        )
+        process = subprocess.Popen(argv, stderr=file)
     try:
         wait_for(lambda: "step 3/" in Path("said").read_text())
-        os.killpg(process.pid, signal.SIGINT)  # as the terminal does
+        process.send_signal(signal.SIGINT)  # the others have sessions of their own
         process.wait(60)
-        assert "stopped at step" in Path("said").read_text(), Path("said").read_text()
-        done = subprocess.run([*argv, "--resume"], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()  # which it passes on
+    assert "stopped at step" in Path("said").read_text(), Path("said").read_text()
+    subprocess.run([*argv, "--resume"], check=True)
     assert_same_run(shared("--steps=12"), Path("run"), 1e-9)
 
 
@@ -827,7 +685,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start):
     for _ in range(2):
         os.kill(ranks[-1].pid, signal.SIGINT)
         time.sleep(0.01)
-    said, other = finish(ranks, 0)
+    said, other = finish(ranks)
     step = re.search(r"stopped at step (\d+); go on from \S+ckpt.pt with --resume", said)[1]
     assert load("run")["step"] == int(step) and "Traceback" not in said and "stopped" not in other
 
@@ -838,34 +696,29 @@ def test_sigkill_at_any_moment_loses_nothing(start, shared):
     KILLS=100 in the environment kills a hundred times; SEED=2 at other moments.
     """
     kills, chance = int(os.environ.get("KILLS", "10")), random.Random(os.environ.get("SEED", "1"))
-    options = ("--steps=20", "--save_every=1", "--eval_every=3", "--dtype=float32")
-    straight, out = shared(*options), Path("run")
-    killed = resumed = torn = 0
+    options = (f"--steps={3 * kills}", "--save_every=1", "--eval_every=3", "--dtype=float32")
+    out, killed, torn = Path("run"), 0, 0
 
     def until(writing: bool, process):
         wait_for(lambda: not process.is_alive() or any(out.glob("*.tmp")) == writing)
 
-    while killed < kills or out.exists():
-        again = "--resume" if (out / "ckpt.pt").exists() else "--overwrite"
-        resumed += again == "--resume"
-        (process,) = start(*options, again)
-        if killed < kills and killed % 2:
+    for kill in range(kills):
+        (process,) = start(*options, "--resume" if (out / "ckpt.pt").exists() else "--overwrite")
+        if kill % 2:
+            process.join(chance.uniform(0.05, 0.3))
+        else:
             for writing in (False, True) * chance.randint(1, 6):  # the so-manyth write that is seen
                 until(writing, process)
-            process.kill()
-        elif killed < kills:
-            process.join(chance.uniform(0.05, 1.0))
-            process.kill()
+        process.kill()
         process.join(60)
         assert process.exitcode in (0, -signal.SIGKILL), process.log.read_text()
-        killed += process.exitcode != 0
+        killed += process.exitcode != 0  # the others were done before
         torn += any(out.glob("*.tmp"))
         if (out / "ckpt.pt").exists():
             load_model(out / "ckpt.pt")
-        if process.exitcode == 0:  # done before it could be killed, or all kills are survived
-            assert_same_run(straight, out)
-            shutil.rmtree(out)
-    assert resumed > kills / 2 and torn
+    finish(start(*options, "--resume"))
+    assert_same_run(shared(*options), out)
+    assert killed > kills / 2 and torn
 
 
 def limit_files_to_60_kb():
@@ -874,9 +727,9 @@ def limit_files_to_60_kb():
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(start, shared):
-    copy(shared("--steps=4"))
+    shutil.copytree(shared("--steps=4"), "run")
     before = {name: Path(f"run/{name}").read_bytes() for name in ("ckpt.pt", "best.pt")}
-    (said,) = finish(start("--resume", setup=limit_files_to_60_kb), 1)
+    (said,) = finish(start("--resume", setup=limit_files_to_60_kb), [1])
     error = said.splitlines()[-1]
     assert re.match(r"error: cannot write \S+ \(.*File too large\); what it held before is", error)
     assert said.count("error") == 1 and "Traceback" not in said
@@ -884,12 +737,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(start, shared):
     assert not list(Path("run").glob("*.tmp"))
 
 
-def test_an_output_that_cannot_be_written_is_one_sentence(refused):
-    Path("file").write_text("in the way")
-    assert "file/run" in refused("--out=file/run")
-
-
-def test_a_diverging_run_stops_and_keeps_its_checkpoint(run, refused):
+def test_a_diverging_run_stops_and_keeps_its_checkpoint():
     run(*CONSTANT, "--dtype=float32", "--steps=4")
     before = Path("run/best.pt").read_bytes()
     options = ("--dtype=float32", "--steps=40", "--lr=1e30", "--save_every=1", "--eval_every=6")
@@ -902,14 +750,12 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(run, refused):
 
 
 def poison_third_gradient():
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
+    clip, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
 
     def poisoned(parameters, *rest):
         parameters = list(parameters)
-        calls.append(1)
-        if len(calls) == 3:
-            grad = parameters[0].grad
-            (grad.to_local() if hasattr(grad, "to_local") else grad).fill_(math.inf)
+        if next(calls) == 3:
+            parameters[0].grad.fill_(math.inf)
         return clip(parameters, *rest)
 
     torch.nn.utils.clip_grad_norm_ = poisoned
@@ -925,26 +771,26 @@ def test_one_bad_gradient_is_skipped_by_all_processes_and_the_run_goes_on(start)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_bad_step_changes_neither_weights_nor_biases(optimizer, run, monkeypatch):
-    states = keep_saves(monkeypatch)
+def test_a_bad_step_changes_neither_weights_nor_biases(optimizer, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
     poison_third_gradient()
-    updates, update = [], DeepSeekV3.update_bias
+    updated, saved, update = [], [], DeepSeekV3.update_bias
 
     def update_bias(model, gamma):
         update(model, gamma)
-        updates.append({k: v.clone() for k, v in model.state_dict().items()})
+        updated.append(copy.deepcopy(model.state_dict()))
+        saved.append(load("run")["step"])
 
     monkeypatch.setattr(DeepSeekV3, "update_bias", update_bias)
     run("--save_every=1", "--eval_every=8", f"--optimizer={optimizer}")
-    assert_same(updates[1], updates[2])
-    assert not updates[2]["norm.weight"].equal(updates[3]["norm.weight"])
-    assert states.keys() == {0, 1, 2, 4, 5, 6, 7, 8}  # the older file stays
-    line = next(x for x in log_of("run") if x["step"] == 3)
+    assert_same(updated[1], updated[2])
+    assert not updated[2]["norm.weight"].equal(updated[3]["norm.weight"])
+    assert saved == [0, 1, 2, 2, 4, 5, 6, 7]  # in the bad step the older file stays
+    line = log_of("run")[2]
     assert line["grad_norm"] is None and line["loss"] > 0
 
 
-def test_a_run_that_ends_in_bad_steps_has_failed(run, monkeypatch):
+def test_a_run_that_ends_in_bad_steps_has_failed(monkeypatch):
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, c: clip(p, c) * math.nan)
     with pytest.raises(ValueError, match="3 gradients up to step 3"):
@@ -955,12 +801,11 @@ def test_a_run_that_ends_in_bad_steps_has_failed(run, monkeypatch):
 # ---- Bad input -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv", [["--out=run"], ["--resume"], ["--batchsize=4"]])
+@pytest.mark.parametrize("argv", [["--out=run"], ["--resume"]])
 def test_no_configuration_is_a_usage_error(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         train.main(argv)
-    said = capsys.readouterr().err
-    assert exit.value.code == 2 and ("name a config file" in said or "mean batch_size?" in said)
+    assert exit.value.code == 2 and "name a config file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -968,28 +813,27 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
     [
         (["--steps=0"], "steps is 0, but must be at least 1"),
         (["--grad_accum=3"], "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
-        (["--device=abacus"], "device 'abacus' cannot be used here"),
         (["--block_size=257"], "windows of 257 tokens exceed max_position_embeddings, 256"),
         (["--block_size=900000", "--max_position_embeddings=900000"], "no windows of 900001"),
         (["--long_block_size=48", "--long_start=0"], "micro-batches (processes x grad_accum) of"),
         (["--long_block_size=8"], "long_block_size is 8, less than the 16 trained before"),
         (["--vocab_size=1024"], "vocab_size is 1024"),
         (["--vocab_size=511"], "vocab_size is 511, but"),
-        (["--n_group=3"], "n_routed_experts 8 is not a multiple of n_group 3"),
         (["--data=nowhere"], "make it with: python prepare_data.py SOURCE --name=nowhere"),
         (["--resume"], "no checkpoint at run"),
         (["--eval_only"], "no checkpoint at run"),
         (["--init_from=nowhere"], "no checkpoint at nowhere"),
+        (["--out=/dev/null/run"], "/dev/null/run"),
         (["--optimizer=muon", "--parallel=fsdp"], "muon needs whole matrices"),
     ],
 )
-def test_refusals_are_one_sentence(options, words, refused):
+def test_refusals_are_one_sentence(options, words):
     assert words in refused(*options)
     assert not Path("run").exists()
 
 
-def test_an_existing_run_is_refused_and_kept(run, shared, refused):
-    copy(shared("--steps=1"))
+def test_an_existing_run_is_refused_and_kept(shared):
+    shutil.copytree(shared("--steps=1"), "run")
     before = Path("run/ckpt.pt").read_bytes()
     for name in ("log.jsonl", "best.pt"):  # any of its files makes a run
         assert "run holds a run: give --resume, --overwrite" in refused()
@@ -1003,15 +847,7 @@ def test_an_existing_run_is_refused_and_kept(run, shared, refused):
     assert [x["step"] for x in log_of("run")] == [1, 2, 2]
 
 
-def test_a_checkpoint_without_an_optimiser_or_cut_short_is_refused(shared, refused):
-    out = copy(shared("--steps=1"))
-    shutil.copyfile(out / "best.pt", out / "ckpt.pt")
-    assert "no state of adamw in run" in refused("--resume")
-    os.truncate(out / "ckpt.pt", (out / "best.pt").stat().st_size // 2)
-    assert "truncated" in refused("--resume")
-
-
-# ---- The network of a run ------------------------------------------------------------------------
+# ---- As a user would -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "world"), [("base_1b", 1), ("base_1b_8gpu", 8)])
@@ -1030,32 +866,25 @@ def test_configurations_for_h100s_hold_what_they_promise(name, world):
     assert config.batch_size * config.block_size == 524_288
     _, shards = prepare_data.SHARDS[config.data]
     assert config.steps * 524_288 < 1.01e8 * shards  # a pass, at most
-    state, activations = 16 * (count["total"] + count["mtp"]), 0.85e6 * 16 * config.block_size
-    assert state + activations < 50e9  # bytes
     sides = {n: x.shape[-2:] for n, x in model.named_parameters() if x.ndim > 1}
     odd = {n.rsplit(".", 2)[-2] for n, (a, b) in sides.items() if a % 128 or b % 128}
     assert odd == {"gate", "kv_a_proj_with_mqa"}
 
 
-# ---- As a user would -----------------------------------------------------------------------------
-
-
 def test_from_text_to_text_on_the_command_line():
-    options = dict(capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    options["env"] = os.environ | {"OMP_NUM_THREADS": "1"}
-
     def user(script: str, *argv: str) -> subprocess.CompletedProcess:
-        done = subprocess.run([sys.executable, str(ROOT / script), *argv], **options)
+        argv = [sys.executable, str(ROOT / script), *argv]
+        done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr and "Warning" not in done.stderr
         assert "\r" not in done.stderr, "no progress bars in a file"
         return done
 
-    user("prepare_data.py", TEXT, "--name=tiny", "--vocab_size=512")
-    done = user("train.py", TINY, "--steps=40", "--block_size=32", "--log_every=2")
+    user("prepare_data.py", TEXT, "--name=text", "--vocab_size=512")
+    done = user("train.py", TINY, "--data=text", "--steps=40", "--block_size=32", "--log_every=2")
     for words in ("M parameters", "bits/byte", "python sample.py out/tiny"):
         assert words in done.stderr
-    tokens = prepare_data.load_dataset("data/tiny").val.arrays[0][1:9].tolist()
+    tokens = prepare_data.load_dataset("data/text").val.arrays[0][1:9].tolist()
     prompt = prepare_data.load_tokenizer("out/tiny").decode(tokens).strip()
     assert done.stdout.startswith(prompt)
     files = {path.name for path in Path("out/tiny").iterdir()}
