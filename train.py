@@ -356,7 +356,7 @@ def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) ->
 
 
 @torch.no_grad()
-def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, must_stop=bool):
+def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, must_stop=None):
     """What the log has of an evaluation: losses and the use of the experts in windows of block_size
     and, once the model knows them, the loss in long ones. Nothing if must_stop() before a batch."""
     c, T_long = model.config, config.long_block_size
@@ -368,7 +368,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
         for T in (config.block_size, T_long)[: 2 if T_long == model.trained_length else 1]:
             sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens, by depth
             for windows in validation_windows(data.val.arrays[0], T, config, machine):
-                if must_stop():
+                if must_stop and must_stop():
                     return {}
                 x, y = to_device(windows, machine.device)
                 with machine.autocast():
