@@ -16,7 +16,7 @@ import os
 import runpy
 import shutil
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub
@@ -34,13 +34,12 @@ from huggingface import checkpoint_views, config_from_json, load_checkpoint, loa
 from model import Cache, DeepSeekV3, ModelConfig
 
 ROOT = Path(__file__).parent.parent
-INDEX = "model.safetensors.index.json"
 TINY = dict(
     vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=6,
-    v_head_dim=10, intermediate_size=40, moe_intermediate_size=16, first_k_dense_replace=1,
-    n_routed_experts=16, num_experts_per_tok=6, n_shared_experts=1, n_group=4, topk_group=2,
-    routed_scaling_factor=2.5, max_position_embeddings=640,
+    q_lora_rank=12, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10,
+    intermediate_size=40, moe_intermediate_size=16, first_k_dense_replace=1, n_routed_experts=16,
+    num_experts_per_tok=6, n_shared_experts=1, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+    max_position_embeddings=640,
 )  # fmt: skip
 YARN = dict(
     type="yarn", factor=40, original_max_position_embeddings=16, beta_fast=32, beta_slow=1,
@@ -64,17 +63,13 @@ VARIANTS = {
         "rope_scaling": YARN | {"attention_factor": 0.9, "truncate": False},
         "qk_rope_head_dim": 16,
     },
-    "attention bias": {"attention_bias": True},
+    "half-split": {"rope_interleave": False, "rope_scaling": YARN, "attention_bias": True},
     "attention bias, no q latent": {"attention_bias": True, "q_lora_rank": None},
-    "half-split": {"rope_interleave": False, "rope_scaling": YARN},
-    "weights not normalised": {"norm_topk_prob": False},
     "tied": {"tie_word_embeddings": True},
     "all layers dense": {"first_k_dense_replace": 3},
-    "no layer dense": {"first_k_dense_replace": 0, "topk_group": 4},
+    "no layer dense": {"first_k_dense_replace": 0, "topk_group": 4, "norm_topk_prob": False},
     "every expert": {"topk_group": 4, "num_experts_per_tok": 16},
-    "eps": {"rms_norm_eps": 0.1},
-    "narrow": {"num_attention_heads": 1, "num_key_value_heads": 1, "kv_lora_rank": 2},
-    "crossing 128": {"hidden_size": 136, "kv_lora_rank": 130, "moe_intermediate_size": 129},
+    "narrow": {"num_attention_heads": 1, "kv_lora_rank": 2, "rms_norm_eps": 0.1},
 }
 TOKENS = torch.randint(TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -105,10 +100,7 @@ def theirs(directory: Path, **keys):
 
 
 def ours(depth: int = 1, **keys) -> DeepSeekV3:
-    keys = {"num_nextn_predict_layers": depth} | keys
-    known = {field.name for field in fields(ModelConfig)}
-    keys = {key: value for key, value in (TINY | keys).items() if key in known}
-    return randomise(DeepSeekV3(ModelConfig(**keys)))
+    return randomise(DeepSeekV3(ModelConfig(num_nextn_predict_layers=depth, **TINY | keys)))
 
 
 @pytest.fixture
@@ -190,13 +182,7 @@ def test_config_in_the_style_of_the_releases(name):
 
 
 def test_silent_config_means_the_defaults_of_transformers():
-    config = config_from_json({"model_type": "deepseek_v3"})
-    defaults = DeepseekV3Config()
-    for field in fields(ModelConfig):
-        if field.name not in ("rope_theta", "rope_scaling"):
-            assert getattr(config, field.name) == getattr(defaults, field.name), field.name
-    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
-    assert defaults.rope_parameters == {"rope_theta": 10000.0, "rope_type": "default"}
+    assert config_from_json({}) == config_from_json(DeepseekV3Config().to_dict())
 
 
 @torch.no_grad()
@@ -206,7 +192,6 @@ def test_no_shared_experts(tmp_path):
     model = ours(depth=0, n_shared_experts=0)
     model.save_pretrained(tmp_path / "a")
     assert difference(model(TOKENS), theirs(tmp_path / "a")(TOKENS).logits) < 2e-4
-    assert difference(model(TOKENS), DeepSeekV3.from_pretrained(tmp_path / "a")(TOKENS)) == 0
 
 
 @torch.no_grad()
@@ -234,19 +219,7 @@ def test_mtp(name, depth, tmp_path, monkeypatch):
     assert text.shape == (1, 32) and torch.equal(model(text)[:, 23:-1].argmax(-1), text[:, 24:])
 
 
-def test_layout(tmp_path):
-    """Names, shapes and dtypes are those of the release; the whole V3 has 91,991 tensors."""
-    ours(depth=1).bfloat16().save_pretrained(tmp_path / "a", quantize=True, eos_token_id=7)
-    stored, mtp = load_file(tmp_path / "a/model.safetensors"), "model.layers.3."
-    for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm"):
-        assert stored[f"{mtp}{name}.weight"].dtype == torch.bfloat16  # test_fp8 says which are FP8
-    assert stored[f"{mtp}mlp.gate.e_score_correction_bias"].dtype == torch.float32
-    assert torch.equal(stored[f"{mtp}embed_tokens.weight"], stored["model.embed_tokens.weight"])
-    assert torch.equal(stored[f"{mtp}shared_head.head.weight"], stored["lm_head.weight"])
-    config = json.loads((tmp_path / "a/config.json").read_text())
-    assert config["quantization_config"]["weight_block_size"] == [128, 128]
-    assert (config["eos_token_id"], config["torch_dtype"]) == (7, "bfloat16")
-
+def test_the_whole_v3_has_the_tensors_and_the_size_of_the_release():
     with torch.device("meta"):
         v3 = DeepSeekV3(ModelConfig())
     tensors = dict(checkpoint_views(v3)) | dict(huggingface.checkpoint_copies(v3))
@@ -256,32 +229,20 @@ def test_layout(tmp_path):
     assert sum(x.numel() for x in tensors.values()) + sum(scales) == 684_531_386_000
 
 
-CASES = [("bfloat16", 0, 1), ("float16", 1, 0), ("float32", 1, 1), ("float64", 0, 0)]
-
-
-@pytest.mark.parametrize("dtype, tied, shards", CASES)
-def test_round_trip_is_exact(dtype, tied, shards, tmp_path, monkeypatch):
-    dtype = getattr(torch, dtype)
-    if shards:
-        save = functools.partial(huggingface_hub.save_torch_state_dict, max_shard_size=20_000)
-        monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", save)
-    model = ours(depth=2, rope_scaling=YARN, tie_word_embeddings=bool(tied)).to(dtype)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_round_trip_in_shards_is_exact(dtype, tmp_path, monkeypatch):
+    save = functools.partial(huggingface_hub.save_torch_state_dict, max_shard_size=20_000)
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", save)
+    model = ours(depth=2, rope_scaling=YARN).to(dtype)
     model.save_pretrained(tmp_path)
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 5) == (tmp_path / INDEX).exists() == shards
+    assert len(list(tmp_path.glob("*.safetensors"))) > 5
     assert theirs(tmp_path).config.vocab_size == TINY["vocab_size"]
     again = DeepSeekV3.from_pretrained(tmp_path)
     assert again.config == model.config
     assert not again.training and all(p.requires_grad for p in again.parameters())
-    assert again.state_dict().keys() == model.state_dict().keys()
     for name, x in again.state_dict().items():
         assert x.dtype == (torch.float32 if name.endswith("correction_bias") else dtype), name
         assert torch.equal(x, model.state_dict()[name]), name
-    assert (again.lm_head.weight is again.embed_tokens.weight) == tied
-    assert not again.expert_counts.any()
-    half = DeepSeekV3.from_pretrained(tmp_path, dtype=torch.bfloat16, device="cpu")
-    assert torch.equal(half.norm.weight, model.norm.weight.bfloat16())
-    bias = model.gates()[0].e_score_correction_bias
-    assert not torch.equal(bias, bias.bfloat16().float())  # so a rounded bias would show
 
 
 def test_saving_opens_whole_or_not_at_all_and_removes_nothing_else(saved_by_us, monkeypatch):
@@ -316,6 +277,8 @@ def test_fp8(powers_of_two, tmp_path):
     V3.1, powers of two in a byte, and in another file than their weights."""
     model, directory, meaning = ours(depth=1, **LARGE), tmp_path / "a", {}
     model.save_pretrained(directory, quantize=True)
+    quantization = json.loads((directory / "config.json").read_text())["quantization_config"]
+    assert quantization["weight_block_size"] == [128, 128]
     stored = load_file(directory / "model.safetensors")
     if powers_of_two:
         for name in [name for name in stored if name.endswith("_scale_inv")]:
@@ -362,12 +325,8 @@ CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
     ({"moe_layer_freq": 2}, "moe_layer_freq 2, expected 1"),
     ({"quantization_config": {"quant_method": "compressed-tensors"}}, "'compressed-tensors'"),
     ({"quantization_config": {"weight_block_size": [64, 64]}}, "[64, 64]"),
-    ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'"),
     ({"rope_scaling": None, "rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),
-    ({"rope_scaling": YARN | {"factor": "40"}}, "['factor'] of the wrong type"),
-    ({"rope_scaling": None, "rope_parameters": {"full_attention": {}}}, "full_attention"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5, expected 1"),
-    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
     ({"vocab_size": 96}, "is [97, 32], but by its config.json [96, 32]"),
     ({"n_routed_experts": 12}, "experts.12.down_proj.weight, unlike its config.json"),
 ]
@@ -387,23 +346,19 @@ def test_config_refused(changes, sentence, saved_by_us):
 
 
 Q = "model.layers.1.self_attn.q_b_proj.weight"
-EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 EMBED, HEAD = (f"model.layers.3.{x}.weight" for x in ("embed_tokens", "shared_head.head"))
-BAD_SCALE = {f"{Q}_scale_inv": torch.ones(2, 1)}
-TENSOR_REFUSALS = [  # changes of the tensors x, and what the sentence must name
-    (lambda x: x.pop(EXPERT), f"lacks {EXPERT}, unlike its config.json"),
-    (lambda x: x.update(extra=torch.ones(2)), "has extra, unlike its config.json"),
-    (lambda x: x.update({Q: x[Q].T.contiguous()}), f"{Q} in "),
-    (lambda x: x.update(BAD_SCALE | {Q: x[Q].to(torch.float8_e4m3fn)}), "scale is (2, 1)"),
-    (lambda x: x.update({Q: x[Q].to(torch.float8_e4m3fn)}), f"is in FP8, but has no {Q}_scale_inv"),
-    (lambda x: x.update({EMBED: x[EMBED] + 1}), f"{EMBED} differs from its original"),
-    (lambda x: x.update({HEAD: x[EMBED].clone()}), f"{HEAD} differs from its original"),
-]
 
 
-@pytest.mark.parametrize("change, sentence", TENSOR_REFUSALS)
-def test_tensors_refused(change, sentence, saved_by_us):
-    edit_tensors(saved_by_us, change)
+@pytest.mark.parametrize(
+    "name, dtype, sentence",
+    [
+        (Q, torch.float8_e4m3fn, f"is in FP8, but has no {Q}_scale_inv"),
+        (EMBED, torch.float32, f"{EMBED} differs from its original"),
+        (HEAD, torch.float32, f"{HEAD} differs from its original"),
+    ],
+)
+def test_tensors_refused(name, dtype, sentence, saved_by_us):
+    edit_tensors(saved_by_us, lambda x: x.update({name: (x[name] + 1).to(dtype)}))
     check_refusal(sentence, DeepSeekV3.from_pretrained, saved_by_us)
 
 
@@ -431,12 +386,9 @@ def test_files_refused(saved_by_us):
         os.truncate(second, size)
         check_refusal(f"{second} is damaged", DeepSeekV3.from_pretrained, saved_by_us)
     os.replace(whole, second)
-    check_refusal(
-        "model-00002-of-00002.safetensors repeats", DeepSeekV3.from_pretrained, saved_by_us
-    )
+    check_refusal(f"{second} repeats", DeepSeekV3.from_pretrained, saved_by_us)
     second.unlink()
-    missing = "lacks model.layers.2.input_layernorm.weight"
-    check_refusal(missing, DeepSeekV3.from_pretrained, saved_by_us)
+    check_refusal("lacks model.layers.2.", DeepSeekV3.from_pretrained, saved_by_us)
     (saved_by_us / "config.json").write_text("{")
     check_refusal("config.json that is no JSON", DeepSeekV3.from_pretrained, saved_by_us)
 
@@ -470,13 +422,7 @@ def test_a_run_opens_with_its_weights_and_tokenizer(run, dtype):
     assert [tokenizer.to_bytes(eot + i) for i in (0, 1)] == [b"<|endoftext|>", b""]
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("should_not_exist",)
-
-
-def test_files_that_are_no_checkpoints_are_refused(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
     path, saved = tmp_path / "ckpt.pt", torch.load(run / "ckpt.pt", weights_only=True)
     config, content = saved["model_config"], (run / "ckpt.pt").read_bytes()
     check_refusal("no checkpoint at", load_model, tmp_path)
@@ -484,8 +430,7 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path, monkeypatch):
         path.write_bytes(part)
         check_refusal(f"{path} is truncated or not train.py's", load_model, tmp_path)
     for bad, sentence in (
-        (saved | {"extra": Evil()}, "not train.py's"),
-        ([1, 2], "do not match"),
+        (saved | {"extra": Path()}, "not train.py's"),  # to make an object may run code
         (saved | {"model_config": config | {"wings": 2}}, "'wings'"),
         (saved | {"model_config": config | {"vocab_size": 77}}, "do not match"),
         ({key: x for key, x in saved.items() if key != "model"}, "do not match"),
@@ -493,7 +438,6 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path, monkeypatch):
     ):
         torch.save(bad, path)
         check_refusal(sentence, load_model, tmp_path)
-    assert not Path("should_not_exist").exists()
 
 
 def copy_run(source: Path, target: Path, **changes) -> Path:
@@ -531,14 +475,13 @@ def test_a_changed_model_py_is_said_in_one_line(run, tmp_path, capsys):
 
 
 def odd_texts() -> list[str]:
-    files = [Path(os.__file__), Path(json.__file__), ROOT / "model.py"]
     return [
         TEXT, "", " ", "a" * 50, " " * 37 + "x", "\t\t \n\r\n \n\n  \u3000\u2003x",
         "aa aaa aaaa aaaaa aaaaaa", "1234567 12,345.678", "don't DON'T it's",
         "中文字 ひらがな 한국어", "==== ---- ____ ######",
         "e\u0301\u0301 \u200d👨\u200d👩\u200d👧 \x00\x01\x1c\x85\u2028",
         *("".join(c * n for c in " a=\n") for n in range(1, 40)),
-        *(path.read_text() for path in files),
+        Path(os.__file__).read_text(),
     ]  # fmt: skip
 
 
@@ -556,7 +499,7 @@ def test_exported_tokenizer_gives_the_same_ids(gap):
 
 
 def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, capsys):
-    target, source = tmp_path / "hf", tmp_path / "text.txt"
+    target = tmp_path / "hf"
     huggingface.main([str(run), str(target), "--check=True"])
     assert "differ from those of transformers by" in capsys.readouterr().err
     model, tokenizer, _ = load_model(run)
@@ -576,12 +519,8 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
     begun = huggingface.hf_tokenizer(target)
     assert begun.encode(TEXT) == [eot, *tokenizer.encode(TEXT)] and begun.bos == eot
     assert begun.eos == [eot, 9]  # generation_config.json knows better
-
-    source.write_text(TEXT * 9)  # text is prepared with the tokenizer of an exported model
-    config = prepare_data.DataConfig(str(source), "mine", str(tmp_path), tokenizer=str(target))
-    data = prepare_data.load_dataset(prepare_data.prepare(config))
-    first, *rest = data.train.arrays[0].tolist()
-    assert first == eot and rest[:100] == tokenizer.encode(TEXT * 2)[:100]
+    kept = prepare_data.load_tokenizer(target)  # prepare_data.py takes an exported model's, too
+    assert kept.encode_ordinary(TEXT) == tokenizer.encode(TEXT)
     for name, bad in (("tokenizer.json", "{"), ("tiktoken.model", "AAAA\n")):
         (target / name).write_text(bad)
         check_refusal(f"the tokenizer of {target} cannot be read", load_model, target)
@@ -596,24 +535,22 @@ def test_check_fails_where_logits_differ(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "args, code, said",
+    "words, code, said",
     [
-        (["RUN", "new", "--quantize=True"], 0, "wrote new: config.json"),
-        (["RUN"], 2, "usage"),
-        (["RUN", "new", "--quant=1"], 2, "quantize?"),
-        (["no", "new"], 1, "no checkpoint at no"),
-        (["RUN", "full"], 1, "File exists: 'full'"),
+        (["new", "--quantize=True"], 0, "wrote new: config.json"),
+        ([], 2, "usage"),
+        (["full"], 1, "File exists: 'full'"),
     ],
 )
-def test_the_command_and_its_refusals(args, code, said, run, tmp_path, monkeypatch, capsys):
+def test_the_command_and_its_refusals(words, code, said, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("full").mkdir()
-    words = [word.replace("RUN", str(run)) for word in args]
-    monkeypatch.setattr(sys, "argv", ["huggingface.py", *words])
+    monkeypatch.setattr(sys, "argv", ["huggingface.py", str(run), *words])
     with pytest.raises(SystemExit) if code else contextlib.nullcontext() as done:
         runpy.run_path(str(ROOT / "huggingface.py"), run_name="__main__")
     out, err = capsys.readouterr()
     assert said in err and out == "" and (not code or done.value.code == code)
+    assert code or "quantization_config" in Path("new/config.json").read_text()
     assert not any(Path("full").iterdir())
 
 
