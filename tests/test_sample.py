@@ -191,14 +191,12 @@ def test_greedy_text_is_that_of_whole_forwards(name):
         assert f"context limit of {LIMIT}" in stats.note
 
 
-CASES = ((1, 1, 8), (1, 6, 1), (2, 6, 2), (3, 9, 20), (4, 1, 12), (1, 20, 0), (1, 5, 60))
-
-
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_every_draft_length_is_lossless(depth, capsys):
     """With drafts of the MTP modules, looked up, or both; all by the Decoder."""
     model, drafts = student(depth), [*range(MOST_DRAFTS + 1), "auto"]
-    for B, T, new in CASES:
+    cases = ((1, 1, 8), (1, 6, 1), (2, 6, 2), (3, 9, 20), (4, 1, 12), (1, 20, 0), (1, 5, 60))
+    for B, T, new in cases:
         text = greedy(model, tokens_of(model, B, T), new)
         for G, lookup in itertools.product(drafts, [False, True]):
             stats = same_text(model, text, T, speculative=G, lookup=lookup)
@@ -247,8 +245,10 @@ def test_rows_advance_in_lockstep(depth):
     )  # fmt: skip
     rounds = list(zip(*got, strict=True))
     assert len(rounds) == stats.rounds < 39
-    assert all(len({n for n, _ in rows}) == 1 for rows in rounds)
-    assert 0 < sum(drafted for rows in rounds for _, drafted in rows) < sum(stats.accepted)
+    for rows in rounds[:-1]:
+        numbers = {n for n, _ in rows}
+        assert len(numbers) == 1 and min(drafted for _, drafted in rows) == min(numbers) - 1
+    assert any(drafted == n for rows in rounds for n, drafted in rows)
 
 
 def test_looked_up_is_what_followed_last():
@@ -325,7 +325,6 @@ def test_compilation_does_not_count_as_decoding(monkeypatch):
 
 
 # ---- Automatic draft length ----------------------------------------------------------------------
-
 
 ROUNDS = itertools.count()
 
@@ -473,7 +472,6 @@ def test_texts_have_the_exact_distribution(setting, options, B=12, V=3, new=4, c
         logits = model(torch.cat((prompt[:1].expand(len(texts), -1), texts), 1))
     p = probabilities(logits[:, 11:-1], **setting)
     exact = p.gather(2, texts[..., None]).prod(1).flatten()
-    assert abs(exact.sum() - 1) < 1e-9
     generator, counts = torch.Generator().manual_seed(7), torch.zeros(len(texts))
     options = options | setting | dict(generator=generator, stats=stats)
     for _ in range(calls):
