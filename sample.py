@@ -244,10 +244,11 @@ def compiled(text: Text, n: Tensor, G: int, u: Tensor, looked_up: bool) -> Calla
         options |= {"guard_filter_fn": lambda guards: [False] * len(guards)}
         graph = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
         info("compiling a round of decoding, which may take half a minute")
-        began = time.perf_counter()
+        began, tokens = time.perf_counter(), text.tokens.clone()
         try:
-            for _ in range(3):  # with the same result; a GPU records its graph in the second
+            for _ in range(3):  # a GPU records its graph in the second
                 graph(text, n, G, u, looked_up)
+                text.tokens.copy_(tokens)  # the outcome stands where drafts were looked up
         except torch._inductor.exc.InductorError as error:
             reason = str(error).splitlines()[0][:200]
             raise ValueError(f"--compile cannot be used here ({reason}); leave it out") from None
