@@ -266,9 +266,9 @@ def config_row(file: str, options: TrainOptions) -> dict[str, Any]:
 def train_(options: TrainOptions, files: list[str]) -> Iterator[Table]:
     """A training step: the reference model beside transformers', and config/small.py beside the
     products that the machine can make; or only the latter for the CONFIG named."""
+    row = config_row(files[0] if files else "config/small.py", options)  # first, for its peak of GB
     if not files:
         yield reference_table(options)
-    row = config_row(files[0] if files else "config/small.py", options)
     yield Table("train.py's step, by the model's own FLOPs", [row])
 
 

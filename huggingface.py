@@ -291,7 +291,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: name a run or a Hugging Face directory")
     try:
-        return torch.load(file, "cpu", weights_only=True, mmap=True)
+        saved = torch.load(file, "cpu", weights_only=True, mmap=True)
+        dict(saved["model_config"])
+        return saved
     except Exception as error:  # a damaged file may lead to any
         raise ValueError(f"{file} is truncated or not train.py's ({error!s:.100})") from None
 
@@ -324,7 +326,8 @@ def load_model(
     if saved.get("model_sha256", source_hash()) != source_hash():
         why = "logits may differ (huggingface.py --check=True compares)"
         info(f"model.py has changed since {path} was trained: {why}")
-    model.trained_length = saved.get("trained_length", model.trained_length)
+    windows = saved.get("train_config", {}).get("block_size", model.trained_length)
+    model.trained_length = saved.get("trained_length", windows)  # earlier versions had one length
     encoding = load_tokenizer(path if path.is_dir() else path.parent)
     return model.eval(), tokenizer_of(encoding, [encoding.eot_token]), path
 
@@ -364,8 +367,9 @@ def main(argv: list[str]):
         info("usage: python huggingface.py SRC DST [--quantize=True or --check=True]; see --help")
         sys.exit(2)
     source, target = paths
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} exists: name a new directory")
     model, _, _ = load_model(source)
-    target.mkdir(parents=True)  # refuses one that is there
     folder = source if source.is_dir() else source.parent
     encoding, keys = load_tokenizer(folder), {"max_position_embeddings": model.trained_length}
     keys |= dict.fromkeys(("bos_token_id", "eos_token_id"), encoding.eot_token)

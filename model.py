@@ -568,9 +568,8 @@ class DeepSeekV3(nn.Module):
                 x, routing = checkpoint(compute, *inputs, use_reentrant=False)
         else:
             x, routing = compute(*inputs)
-        for s, chosen in routing:
-            self.scores.append(s)
-            self.routing.append(chosen)
+        self.scores += [s for s, _ in routing]
+        self.routing += [chosen for _, chosen in routing]
         return x
 
     def rope(self, x: Tensor, start: int) -> Rope:

@@ -18,7 +18,6 @@ import heapq
 import json
 import os
 import re
-import shutil
 import sysconfig
 import tempfile
 from collections import Counter, defaultdict
@@ -267,11 +266,12 @@ def write_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> dict:
 def write_tokens(path: Path, texts: list[str], encoding: tiktoken.Encoding) -> None:
     """Encode the texts into a token file, each with <|endoftext|> before it."""
     kind, count = UINT16 if encoding.n_vocab <= 1 << 16 else UINT32, 0
+    begin = np.array(encoding.eot_token, DTYPES[kind]).tobytes()
     with open(path, "wb") as file:
         file.write(bytes(HEADER_BYTES))  # zeros, which no reader accepts, until all is written
         for i in tqdm(range(0, len(texts), 256), desc=path.name, disable=None, leave=False):
             for ids in encoding.encode_ordinary_batch(texts[i : i + 256]):
-                file.write(np.array([encoding.eot_token, *ids], DTYPES[kind]).tobytes())
+                file.write(begin + np.array(ids, DTYPES[kind]).tobytes())
                 count += 1 + len(ids)
         file.seek(0)
         file.write(np.array([*kind, count], "<i4").tobytes())
@@ -307,6 +307,8 @@ def prepare_shards(config: DataConfig, folder: Path) -> dict:
         path = download(SHARDS[config.source][0], f"{config.source}_{split}_{number:06d}.bin")
         (folder / name).symlink_to(path)
         tokens = read_tokens(path, encoding.n_vocab)
+        if tokens.max() >= encoding.n_vocab:
+            raise ValueError(f"{path} holds ids beyond gpt2's {encoding.n_vocab} tokens; delete it")
         n_bytes[split] += int(np.bincount(tokens, minlength=1 << 16) @ lengths)
     return write_tokenizer(encoding, folder) | {"bytes": n_bytes}
 
@@ -335,7 +337,8 @@ def prepare(config: DataConfig) -> Path:
         meta = {"source": config.source} | make(config, new)
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
         data = load_dataset(new)  # read back and checked before it takes the place of another
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, new.with_name("old"))
         os.replace(new, folder)
     n_bytes, n = sum(meta["bytes"].values()), len(data.train) + len(data.val)
     info(f"{folder}: {n_bytes:,} bytes, {n:,} tokens, vocabulary {data.vocab_size:,}")
@@ -349,7 +352,7 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
     if dtype is None or path.stat().st_size != HEADER_BYTES + count * dtype.itemsize or count < 1:
         raise ValueError(f"{path} is no whole token file; {AGAIN}")
     tokens = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
-    # The ends only, as the files of a run can be 20 GB.
+    # The ends only, as the files of a run can be 20 GB: preparing has seen all.
     if (highest := max(tokens[:1024].max(), tokens[-1024:].max())) >= vocab_size:
         raise ValueError(f"{path} holds id {highest} of {vocab_size} tokens; {AGAIN}")
     return tokens

@@ -1,4 +1,4 @@
-"""Write text with a trained model: python sample.py out/small --prompt="def ".
+"""Write text with a trained model: python sample.py out/small --prompt="def main(".
 
 Decoding is speculative: the MTP module, or the text itself where it repeats, drafts a few tokens,
 one forward of the model checks them all, and what is kept follows exactly the distribution of plain
@@ -146,7 +146,7 @@ class Text:
         self.hidden = F.pad(h, (0, 0, 0, size - T)) if depth else None  # (B, size, D)
         self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
         self.catch_up(T - 1 - depth)
-        self.net = decoder_or_model(model, size, compile)
+        self.net = decoder_or_model(model, tokens, h, self.cache, compile)
         self.compile = compile and self.net is not model
         self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
 
@@ -310,7 +310,8 @@ class Pace:
         for G in range(self.most + 1):
             if len(self.seconds[G]) < TURNS:
                 return G
-        return max(range(self.most + 1), key=self.rate)
+        saved = self.ahead[False] > 2  # enough to try again
+        return max(range(self.most + 1), key=self.rate) or int(saved and self.most > 0)
 
     def learn(self, G: int, looked_up: bool, seconds: float, tokens: int):
         """A round with G drafts took so long and gave so many tokens per row."""
@@ -323,22 +324,24 @@ class Pace:
         self.ahead = {kind: ahead + tokens / 100 for kind, ahead in self.ahead.items()}
 
 
-def decoder_or_model(model: DeepSeekV3, positions: int, compiled: bool):
-    """ops.Decoder, if its logits after a made-up text are model.py's; else, with a notice, the
-    model."""
-    T = 16
-    tokens = torch.arange(T, device=model.norm.weight.device)[None] % model.config.vocab_size
-    cache = Cache(model.config, len(model.layers), 1, T, model.norm.weight)
-    logits = model.logits(model.trunk(tokens, cache)[:, -1:])
+def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache, compiled: bool):
+    """ops.Decoder, if its logits after the tokens (B, T) are model.py's; else, with a notice, the
+    model. The cache holds the tokens, h the newest hidden states (B, 1 or more, D)."""
+    positions = max(16, cache.size)
+    if tokens.shape[1] < 8:  # that would hide much: they meet on a made-up text
+        tokens = torch.arange(16, device=tokens.device)[None] % model.config.vocab_size
+        cache = Cache(model.config, len(model.layers), 1, 16, model.norm.weight)
+        h = model.trunk(tokens, cache)
+    logits = model.logits(h[:, -1:])
     if not logits.isfinite().all():
-        raise ValueError("the logits are not finite: the weights are damaged")
+        raise ValueError("the logits after the prompt are not finite: the weights are damaged")
     if not ops.enabled:
         return model
-    cache.length = T - 1
+    cache.length = tokens.shape[1] - 1
     rounding = 1e-3 if torch.finfo(model.norm.weight.dtype).bits >= 32 else 0.1
     # A changed module may have other parameters or inputs.
     with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
-        decoder = ops.Decoder(model, max(T, positions), compiled)
+        decoder = ops.Decoder(model, positions, compiled)
         difference = decoder.logits(decoder.trunk(tokens[:, -1:], cache)) - logits
         if difference.norm() <= rounding * logits.norm():
             return decoder
@@ -413,9 +416,10 @@ def generate(
         stats.seconds += seconds
         stats.rounds += 1
         stats.lookups += looked_up
-    if n > (trained := model.trained_length):
+    length, trained = max(len(row.ids) for row in rows), model.trained_length
+    if length > trained:
         stats.note = f"the text goes beyond the {trained} tokens the model was trained on"
-    if n == limit < T + max_new_tokens:
+    if length == limit < T + max_new_tokens:
         stats.note = f"stopped at the context limit of {limit} tokens (max_position_embeddings)"
     padded = [row.ids + eos[:1] * (end - len(row.ids)) for row in rows]
     return torch.tensor(padded, device=tokens.device)
@@ -574,7 +578,10 @@ def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
 
 def print_score(model: DeepSeekV3, tokenizer: Tokenizer, path: str):
     document = Path(path).read_bytes()
-    ids = tokenizer.encode(document.decode())
+    try:
+        ids = tokenizer.encode(document.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error.reason})") from None
     if tokenizer.bos is None:  # else the ids begin with it
         ids = [*tokenizer.eos[:1], *ids]
     if len(ids) < 2:

@@ -12,7 +12,7 @@ batch_size windows of block_size tokens (in the last phase also fewer, longer on
 (seed, step) alone and then cut up over ranks and micro-batches, so any number of processes, and a
 resumed run, see the same data.
 
-On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (README).
+On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (docs/USAGE.md).
 
 Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
 """
@@ -361,11 +361,12 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
     and, once the model knows them, the loss in long ones. Nothing if must_stop() before a batch."""
     c, T_long = model.config, config.long_block_size
     E, G, losses = c.n_routed_experts, c.n_group, {}
+    lengths = [config.block_size, T_long] if T_long == model.trained_length else [config.block_size]
     counts = torch.zeros(c.moe_layers, E, dtype=torch.long, device=machine.device)
     visits = torch.zeros(2, dtype=torch.long)  # groups of experts visited, by so many tokens
     model.eval()
     with fp8.quantized_once(model):
-        for T in (config.block_size, T_long)[: 2 if T_long == model.trained_length else 1]:
+        for T in lengths:
             sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens, by depth
             for windows in validation_windows(data.val.arrays[0], T, config, machine):
                 if must_stop and must_stop():
@@ -586,6 +587,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
     run = Run(model, optimizers, data, config, machine)
     if saved:
         run.restore(saved)
+        if run.last:
+            info(f"step {run.step} is the last: give more --steps to train on")
     else:
         run.checkpoint()  # from now on whatever happens leaves something to resume
     handlers = {s: signal.signal(s, run.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -677,11 +680,13 @@ def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> Tra
     for key in now:
         if now[key] != was[key]:
             info(f"{key} is now {now[key]} (was {was[key]})")
-    kept = saved["model_config"] | now | given
-    others = [k for k, v in in_file.items() if kept.get(k, v) != v and k not in CONTEXT_KEYS]
-    if others:
-        keys = " ".join(f"--{k}={in_file[k]}" for k in others)
-        info(f"the run keeps its settings; give here what it shall take from the file: {keys}")
+    if unused := [
+        f"--{k}={v}" for k, v in in_file.items() if now.get(k, v) != v and k not in given
+    ]:
+        info(f"the run keeps its settings; to apply the config file's: {' '.join(unused)}")
+    may_differ, network = CONTEXT_KEYS | given.keys(), saved["model_config"].items()
+    if other := [k for k, v in network if k not in may_differ and in_file.get(k, v) != v]:
+        info(f"the run keeps its network; the config file has another {', '.join(other)}")
     old_lr, lr = lr_at(before, max(0, saved["step"] - 1)), lr_at(after, saved["step"])
     if after.steps != before.steps and lr > old_lr:
         info(f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}")

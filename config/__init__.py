@@ -50,8 +50,9 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
     if type(x) in kinds or x in kinds:  # to isinstance a bool would be an int
         return x
     for kind in kinds:
-        if kind in (bool, int, float) and type(x) in (int, float) and kind(x) == x:
-            return kind(x)
+        with suppress(OverflowError, ValueError):  # int(inf), int(nan)
+            if kind in (bool, int, float) and type(x) in (int, float) and kind(x) == x:
+                return kind(x)
     raise ValueError(f"{name} is {value!r:.200}, expected {inspect.formatannotation(annotation)}")
 
 
@@ -77,7 +78,8 @@ def parse_args(
     flags = ["--" + name for name, field in fields.items() if field.type is bool]
     given, unknown = parser.parse_known_args([a + "=true" if a in flags else a for a in argv])
     if unknown:
-        parser.error(unknown_key(unknown[0].removeprefix("--").split("=")[0], fields))
+        name = unknown[0].removeprefix("--").split("=")[0]
+        parser.error(f"write --{unknown[0]}" if name in fields else unknown_key(name, fields))
     values = {name: text for name, text in vars(given).items() if text is not None}
     argument = values.pop("0", None)
     try:

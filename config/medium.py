@@ -1,6 +1,6 @@
 """One hour on two CPU cores: config/small.py one and a half times as wide and two layers deeper.
 
-8.4M parameters, and twice as many tokens per step, as Muon's cost is per step (docs/LOG.md).
+8.3M parameters, and twice as many tokens per step, as Muon's cost is per step (docs/LOG.md).
 """
 
 vocab_size = 4096

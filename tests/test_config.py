@@ -49,6 +49,8 @@ def test_values_take_the_type_of_their_field_and_text_stays_text(word, value):
     ("word", "sentence"),
     [
         ("--steps=1.5", "steps is '1.5', expected int"),
+        ("--steps=1e999", "steps is '1e999', expected int"),
+        ("steps=3", "write --steps=3"),
         ("--fp8=maybe", "fp8 is 'maybe', expected bool"),
         ("--limit=x", "limit is 'x', expected int | None"),
         ("--mode=1", "mode is '1', expected Literal['', 'auto', '0']"),

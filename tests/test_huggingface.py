@@ -431,6 +431,7 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
         check_refusal(f"{path} is truncated or not train.py's", load_model, tmp_path)
     for bad, sentence in (
         (saved | {"extra": Path()}, "not train.py's"),  # to make an object may run code
+        *((foreign, "not train.py's") for foreign in ([1, 2], {"model_args": {}})),
         (saved | {"model_config": config | {"wings": 2}}, "'wings'"),
         (saved | {"model_config": config | {"vocab_size": 77}}, "do not match"),
         ({key: x for key, x in saved.items() if key != "model"}, "do not match"),
@@ -539,19 +540,19 @@ def test_check_fails_where_logits_differ(run, tmp_path, monkeypatch):
     [
         (["new", "--quantize=True"], 0, "wrote new: config.json"),
         ([], 2, "usage"),
-        (["full"], 1, "File exists: 'full'"),
+        (["full"], 1, "full exists: name a new directory"),
     ],
 )
 def test_the_command_and_its_refusals(words, code, said, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("full").mkdir()
+    Path("full/notes").mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", ["huggingface.py", str(run), *words])
     with pytest.raises(SystemExit) if code else contextlib.nullcontext() as done:
         runpy.run_path(str(ROOT / "huggingface.py"), run_name="__main__")
     out, err = capsys.readouterr()
     assert said in err and out == "" and (not code or done.value.code == code)
     assert code or "quantization_config" in Path("new/config.json").read_text()
-    assert not any(Path("full").iterdir())
+    assert [path.name for path in Path("full").iterdir()] == ["notes"]
 
 
 def test_a_foreign_tokenizer_opens(run, tmp_path):

@@ -361,7 +361,8 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     train.main(["my.py", "--out=run", "--resume", "--steps=3", *options])
     said = capsys.readouterr().err
     (line,) = (x for x in said.splitlines() if x.startswith("the run keeps its settings"))
-    assert "--mtp_weight=0.5 --rope_theta=9.0" in line and "--gamma" not in line
+    assert "--mtp_weight=0.5" in line and "--gamma" not in line and "rope" not in line
+    assert "the run keeps its network; the config file has another rope_theta\n" in said
     assert "steps is now 3 (was 2)" in said and "lr is now 0.5 (was 0.01)" in said
     state = load("run")
     settings, after = state["train_config"], state["model"]["lm_head.weight"]
