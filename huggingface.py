@@ -292,7 +292,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}: name a run or a Hugging Face directory")
     try:
         saved = torch.load(file, "cpu", weights_only=True, mmap=True)
-        dict(saved["model_config"])
+        dict(saved["model_config"])  # raises where another program has saved it
         return saved
     except Exception as error:  # a damaged file may lead to any
         raise ValueError(f"{file} is truncated or not train.py's ({error!s:.100})") from None

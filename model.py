@@ -532,7 +532,7 @@ class DeepSeekV3(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         counts = torch.zeros(config.moe_layers, config.n_routed_experts, dtype=torch.long)
         self.register_buffer("expert_counts", counts, persistent=False)
-        self.scores, self.routing = [], []  # of the MoE layers, as they run
+        self.scores, self.routing = [], []  # of the MoE layers that ran; scores until the losses
         self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: forget a block's activations, redo them
         for name, parameter in self.named_parameters():  # section 4.2; norms are 1
@@ -560,8 +560,8 @@ class DeepSeekV3(nn.Module):
 
     def run_block(self, block: nn.Module, *inputs) -> Tensor:
         def compute(*inputs):  # takes the routing along: left in a gate it would hold the graph
-            x, gates = block(*inputs), (m for m in block.modules() if isinstance(m, Gate))
-            return x, [gate.__dict__.pop("routing") for gate in gates]
+            x = block(*inputs)
+            return x, [m.__dict__.pop("routing") for m in block.modules() if isinstance(m, Gate)]
 
         if self.recompute and torch.is_grad_enabled():
             with set_checkpoint_early_stop(False):  # or a recomputation would end before the pop

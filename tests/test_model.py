@@ -298,6 +298,7 @@ def test_recomputing_activations_changes_neither_gradients_nor_counts():
         model.expert_counts.zero_()
     assert calls == [False, True, True]  # it did recompute: the gate ran again in backward
     assert not any("routing" in vars(gate) for gate in model.gates())  # it would hold the graph
+    assert model.scores == []  # so would they
     close(*results)
 
 

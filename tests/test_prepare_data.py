@@ -347,6 +347,10 @@ def test_shards(hub, tmp_path, source):
     assert len(data.train) == 22 + 23 and len(data.val) == 21 and data.vocab_size == 50_257
     assert meta_of(folder)["bytes"] == {"train": 43 - 2 + 2, "val": 20}
     assert data.val_bytes_per_token == pytest.approx(20 / 21)
+    write_shard(hub / repo / f"{source}_train_000002.bin", [1] * 5000 + [50_257] + [1] * 5000)
+    with pytest.raises(ValueError, match="holds ids beyond gpt2's 50257 tokens"):
+        make(tmp_path, source, name="", shards=2, overwrite=True)
+    assert len(pd.load_dataset(folder).val) == 21  # the folder made before is kept
 
 
 # ---- Nothing half-made -------------------------------------------------------------------------

@@ -361,7 +361,8 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     train.main(["my.py", "--out=run", "--resume", "--steps=3", *options])
     said = capsys.readouterr().err
     (line,) = (x for x in said.splitlines() if x.startswith("the run keeps its settings"))
-    assert "--mtp_weight=0.5" in line and "--gamma" not in line and "rope" not in line
+    assert line.endswith(" --save_every=50 --mtp_weight=0.5")  # of those given here nothing
+    assert not any(f"--{key}=" in line for key in ("steps", "lr", "gamma", "rope_theta"))
     assert "the run keeps its network; the config file has another rope_theta\n" in said
     assert "steps is now 3 (was 2)" in said and "lr is now 0.5 (was 0.01)" in said
     state = load("run")
@@ -378,7 +379,8 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
 def test_a_finished_run_can_go_on_for_longer(shared, capsys):
     run(*CONSTANT, "--steps=4")
     before = Path("run/ckpt.pt").stat().st_mtime_ns
-    run(*CONSTANT, "--steps=3", "--resume")  # nothing left to do
+    run(*CONSTANT, "--steps=3", "--resume")
+    assert "step 4 is the last: give more --steps" in capsys.readouterr().err
     assert Path("run/ckpt.pt").stat().st_mtime_ns == before
     run(*CONSTANT, "--resume")
     assert_same_run(shared(*CONSTANT), Path("run"))
