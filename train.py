@@ -36,9 +36,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as dcp
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -214,6 +212,8 @@ def wrap(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> nn.Module:
         for block in blocks:
             block.compile()
     if sharded:
+        from torch.distributed.fsdp import fully_shard
+
         mesh = dist.device_mesh.init_device_mesh(machine.device.type, (machine.world,))
         for module in (*blocks, model):
             fully_shard(module, mesh=mesh)
@@ -404,8 +404,6 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
 
 # ---- The run and its folder ----------------------------------------------------------------------
 
-WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered, on rank 0
-
 
 def save_atomically(state: dict, path: Path):
     """A file that is either the old one or the new one, whatever happens in between."""
@@ -431,6 +429,10 @@ class Run:
     """What changes from step to step, and the folder where it is logged, saved and restored."""
 
     def __init__(self, model, optimizers, data, config: TrainConfig, machine: Machine):
+        # Takes a second, which --help need not wait for.
+        import torch.distributed.checkpoint.state_dict as dcp
+
+        self.dcp, self.whole = dcp, dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
         self.model, self.optimizers, self.data = model, optimizers, data
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.step = self.tokens = 0
@@ -462,10 +464,11 @@ class Run:
             log.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
             os.replace(log.with_suffix(".tmp"), log)
         if self.step:  # every parameter's moments, cut up as it is; the settings stay this run's
-            groups = dcp.get_optimizer_state_dict(self.model, self.optimizers)["param_groups"]
+            both = self.model, self.optimizers
+            groups = self.dcp.get_optimizer_state_dict(*both)["param_groups"]
             state = {"state": saved["optimizer"], "param_groups": groups}
-            options = dcp.StateDictOptions(full_state_dict=True)
-            dcp.set_optimizer_state_dict(self.model, self.optimizers, state, options=options)
+            options = self.dcp.StateDictOptions(full_state_dict=True)
+            self.dcp.set_optimizer_state_dict(*both, state, options=options)
 
     def save(self, name: str, **more):
         """Every rank calls it, since sharded tensors are gathered; the first one writes."""
@@ -473,7 +476,7 @@ class Run:
             "model_sha256": source_hash(),
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
-            "model": dcp.get_model_state_dict(self.model, options=WHOLE),
+            "model": self.dcp.get_model_state_dict(self.model, options=self.whole),
             "trained_length": self.model.trained_length,
             "step": self.step,
             "tokens": self.tokens,
@@ -489,8 +492,9 @@ class Run:
         if due and not self.bad_in_a_row:  # a bad gradient's weights may be spoilt: keep the older
             moments = {}  # of the first step: there are none, and asking for them takes a step
             if self.step:
-                moments = dcp.get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE)
-            self.save("ckpt.pt", optimizer=moments.get("state", {}))
+                both = self.model, self.optimizers
+                moments = self.dcp.get_optimizer_state_dict(*both, options=self.whole)
+            self.save("ckpt.pt", optimizer=moments.get("state", {}))  # other ranks get none
 
     def evaluate(self):
         """The validation loss, when it is time; best.pt, if it is the lowest so far."""
@@ -563,10 +567,10 @@ def backward(model: DeepSeekV3, trainer: nn.Module, batches, weights, machine: M
     (mtp_weight, alpha), losses = weights, 0.0
     for i, batch in enumerate(batches, 1):
         last = i == len(batches)  # only then gradients are averaged over the processes
-        if isinstance(trainer, FSDPModule):
-            trainer.set_requires_gradient_sync(last)
-        elif isinstance(trainer, DistributedDataParallel):
+        if isinstance(trainer, DistributedDataParallel):
             trainer.require_backward_grad_sync = last
+        elif hasattr(trainer, "set_requires_gradient_sync"):  # FSDP's
+            trainer.set_requires_gradient_sync(last)
         x, y = to_device(batch, machine.device)
         with machine.autocast():
             main, mtp, balance = trainer(x, y)
