@@ -305,9 +305,10 @@ class MLA(nn.Module):
 
 def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
     """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values. (Eq. 12
-    multiplies the output by them; multiplying the hidden units is the same, in fewer numbers.)"""
+    multiplies the output by them; multiplying the hidden units is the same, in fewer numbers. In
+    bf16 they are rounded, as in DeepSeek's own code.)"""
     y = F.silu(gate) * up
-    return y if gain is None else (y * gain[:, None]).to(y.dtype)
+    return y if gain is None else y * gain[:, None].to(y.dtype)
 
 
 class MLP(nn.Module):
