@@ -445,7 +445,7 @@ def plot(options: Options, files: list[str]) -> Iterator[Table]:
     figure = Figure((9, 3.6 + 1.8 * len(runs)), layout="constrained")
     losses, *loads = figure.subplots(1 + len(runs), height_ratios=[2] + [1] * len(runs))
     for i, run in enumerate(runs):
-        log = [json.loads(x) for x in (Path(run) / "log.jsonl").read_text().splitlines()]
+        log = [json.loads(x) for x in (Path(run) / "log.jsonl").read_text().split("\n")[:-1]]
         for key, style in ("loss", "-"), ("mtp_loss", "--"), ("val_loss", "o"):
             points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
             x, y = np.array(points).reshape(-1, 2).T

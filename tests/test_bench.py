@@ -121,7 +121,7 @@ def test_plot_compares_runs_in_one_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for run in ("a", "b"):
         Path(run).mkdir()
-        Path(run, "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+        Path(run, "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log) + '{"st')
     with mock.patch.object(Axes, "plot", autospec=True, side_effect=Axes.plot) as plot:
         bench.main(["plot", "a", "b", "both.svg"])
     assert "both.svg" in capsys.readouterr().out
