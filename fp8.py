@@ -10,16 +10,16 @@ A linear layer y = x W^T is three matrix products, and the report runs all three
     q an E4M3 tensor, s the fp32 factors that decode it: x ~ q * s, one factor per tile
 
 E4M3 has 4 significant bits and spans 2^-9 .. 448, so a scale shared by a whole tensor loses the
-tokens that are 1e5 times smaller than the largest. One scale per 128 numbers loses none, and the
-tensor cores multiply each 128-long partial product by its two scales and add it up in fp32.
+tokens that are 1e5 times smaller than the largest. One scale per 128 numbers loses none, and
+the partial product of 128 numbers is multiplied by its two scales and added up in fp32.
 Master weight and weight gradient are fp32; y and dx have the compute dtype (bf16).
 
-Every scale of a product is a power of two. The report does that for the activations kept for
-backward (section 3.3.3), because turning 1x128 tiles into 128x1 tiles then loses only what is too
-small for the new tile; DeepSeek-V3.1 does it throughout. It costs 0.1 points of error on Gaussian
-data (3.7 % in all), and bf16 holds the decoded numbers exactly: the emulation on other machines
-multiplies what Hopper multiplies, slowly. FP8 pays on Hopper from widths of about 2000, with
-thousands of tokens, under `torch.compile`.
+Every scale of a product is a power of two. The report does that for the inputs of experts and of
+the projection after attention (section 3.3.3), because turning 1x128 tiles into 128x1 tiles then
+loses only what is too small for the new tile; DeepSeek-V3.1 does it throughout. It costs 0.1 points
+of error on Gaussian data (3.7 % in all), and bf16 holds the decoded numbers exactly: the emulation
+on other machines multiplies what Hopper multiplies, slowly. FP8 pays on Hopper from widths of about
+2000, with thousands of tokens, under `torch.compile`.
 """
 
 import functools

@@ -7,16 +7,16 @@ technical report, arXiv 2412.19437, section 2):
     x  += W^O attention(queries of q latents, keys and values of one key-value latent)    Eq. 1-11
     x  += shared FFN(x) + sum of the K chosen experts' FFNs, times their gate values     Eq. 12-16
     p   = softmax(W_head RMSNorm(x))                           predicts the next token
-    h^k = block([RMSNorm(embedding of the token k later); RMSNorm(h^{k-1})])             Eq. 21-23
-    p^k = softmax(W_head RMSNorm(h^k))                         predicts the token k + 1 later
-    L   = L_main + lambda mean_k L_MTP^k + alpha sum L_Bal      what train.py minimises, Eq. 17, 24
+    h^k = block(M_k [RMSNorm(embedding of the token k later); RMSNorm(h^{k-1})])         Eq. 21-22
+    p^k = softmax(W_head RMSNorm(h^k))                 predicts the token k + 1 later,      Eq. 23
+    L   = L_main + lambda mean_k L_MTP^k + alpha sum L_Bal       train.py minimises, Eq. 17, 24-25
     b  += gamma sign(mean load - load)                          balances the experts, no gradient
 
 Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. Every
 formula stands here in its plain form; `@fast_twin` marks those that ops.py computes faster, with
 the same name and the same result (`ops.enabled = False` turns the twins off). Where the report is
-silent (order of concatenation, which norm, epsilon), the released weights decide; huggingface.py
-opens them.
+silent (which norm, epsilon) or the released weights differ (order of concatenation in MTP), the
+weights decide; huggingface.py opens them.
 
 Shapes: B batch, T time, D hidden, H heads, C kv_lora_rank, R rope dim, N nope dim, V v_head_dim,
 E routed experts, K experts per token, F expert width, G expert groups, S cached positions, rows =
@@ -46,7 +46,8 @@ YARN_KEYS = {
 
 @dataclass
 class ModelConfig:
-    """The keys of DeepSeek's config.json that shape the network; the defaults are DeepSeek-V3's."""
+    """The keys of DeepSeek's config.json that shape the network; the defaults are DeepSeek-V3's
+    before YaRN."""
 
     vocab_size: int = 129280
     hidden_size: int = 7168  # D
@@ -68,7 +69,7 @@ class ModelConfig:
     norm_topk_prob: bool = True  # the K gate values sum to one before scaling
     routed_scaling_factor: float = 2.5  # multiplies the gate values
     rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 163840  # context limit of sampling; no effect on the network
+    max_position_embeddings: int = 163840  # longest window and text
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # YaRN parameters, as in DeepSeek's config.json
     rope_interleave: bool = True  # pairs are neighbours (x0, x1), ...; false: (x0, x_{R/2}), ...
@@ -328,8 +329,9 @@ class Gate(nn.Module):
     """Which K experts a token visits and how much each counts, Eq. 13-16.
 
     s = sigmoid(u . e_i). The K experts are those with the largest s + b, within the topk_group
-    groups whose two best s + b sum highest. The bias b chooses and does nothing else: the weights
-    come from s alone, and no gradient reaches b. `DeepSeekV3.update_bias` moves it.
+    groups whose two best s + b (the report: K / topk_group best) sum highest. The bias b chooses and
+    does nothing else: the weights come from s alone, and no gradient reaches b.
+    `DeepSeekV3.update_bias` moves it.
     """
 
     def __init__(self, config: ModelConfig):

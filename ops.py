@@ -6,7 +6,7 @@ plain formulas alone, and tests/test_model.py runs both ways. To change a formul
 take the mark away.
 
 A twin is here if it saves 3 % or more of a training step of config/small.py on two CPU cores, or is
-right where the formula is slow; docs/LOG.md has the figures. Letters are those of model.py.
+needed on a GPU; docs/LOG.md has the figures. Letters are those of model.py.
 """
 
 import functools
@@ -80,7 +80,7 @@ class _ShortAttention(torch.autograd.Function):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The fused kernel; on a CPU, in bf16 and for short windows a third of its time is enough."""
+    """The fused kernel; on a CPU, written-out bf16 scores of short windows take a third as long."""
     V = v.shape[-1]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= SHORT:
         o = _ShortAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), scale)

@@ -34,14 +34,14 @@ from tqdm import tqdm
 from config import info, parse_args, run_command
 
 END_OF_TEXT = "<|endoftext|>"
-# The three splitting stages of DeepSeek-V3's tokenizer written as one expression: numbers by three
+# After the three splitting stages of DeepSeek-V3's tokenizer, in one expression: numbers by three
 # digits, Chinese and Japanese, a mark with a word, words, marks, line ends, blanks. The last
 # alternative takes what no other does (control characters), or text would be lost.
 PATTERN = (
     r"\p{N}{1,3}|[\u4e00-\u9fa5\u3040-\u30ff]+|[!-/:-@\[-`{-~][A-Za-z]+"
     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+|."
 )
-BPE_SAMPLE = 100_000_000  # characters that a new tokenizer is trained on, at most
+BPE_SAMPLE = 100_000_000  # characters that a new tokenizer is trained on, about at most
 HEADER_BYTES = 1024
 UINT16, UINT32 = (20240520, 1), (20240801, 7)  # magic number and version for ids of either type
 DTYPES = {UINT16: np.dtype("<u2"), UINT32: np.dtype("<u4")}

@@ -50,12 +50,12 @@ class SampleConfig:
     seed: int = 1337  # with a fixed --draft it fixes the text; auto follows the clock
     draft: Literal["auto", 0, 1, 2, 3, 4] = "auto"  # tokens drafted in a round; auto: the fastest
     lookup: bool = True  # draft from the text itself where it repeats
-    compile: bool = False  # compile decoding: several times faster, after a minute the first time
+    compile: bool = False  # several times faster, after half a minute for each number of drafts
     show: Literal["", "drafts", "experts"] = ""  # accepted drafts in green; experts in colours
     interactive: bool = False  # ask for one prompt after another
     score: str = ""  # a text file: print its nats per token and bits per byte
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # bfloat16 on fit GPUs
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # bfloat16 where a GPU has it
 
 
 @dataclass

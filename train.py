@@ -336,7 +336,7 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def max_vio(counts: Tensor) -> Tensor:
-    """(max - mean) / mean of the loads (layers, E), averaged over the layers (LF Eq. 4)."""
+    """(max - mean) / mean of the loads (layers, E), averaged over layers (2408.15664, Eq. 4)."""
     load = counts.float()
     return (load.amax(1) / load.mean(1) - 1).mean().nan_to_num()  # 0 where nothing is routed
 
@@ -545,7 +545,7 @@ class Run:
             )
 
     def on_signal(self, number, frame):
-        """Ctrl-C or pre-emption; torchrun repeats it at once, a second after it will not wait."""
+        """Ctrl-C or pre-emption. torchrun sends it twice; one a second later aborts at once."""
         if self.signalled and time.monotonic() > self.signalled + 1:
             raise KeyboardInterrupt
         if not self.signalled and self.machine.rank == 0:

@@ -3,9 +3,9 @@
     python prepare_data.py finewebedu --shards=99      # GPT-2 tokens, 9.9B of them, 20 GB
     python train.py config/base_1b.py
 
-It is V3 at the size of the 1B model of the loss-free balancing paper (arXiv 2408.15664, Table 5:
-1024 wide, 8 heads, 64 routed experts, top 6, windows of 2048 tokens). Schedules, gamma 0.001,
-alpha 0.0001 and the weights of the MTP loss are train.py's defaults, the report's.
+It is V3 about the size of the 1B model of the loss-free balancing paper (arXiv 2408.15664, Table 5:
+1024 wide, 8 heads, 64 routed experts, top 6; windows of 2048 tokens). Schedules (warm-up apart),
+gamma 0.001, alpha 0.0001 and the weights of the MTP loss are train.py's defaults, the report's.
 
 Computed, not measured; no GPU has run this yet, which is also why compile is off:
     run       10,000 steps of 524,288 tokens: 5.2B, 22 per active parameter
@@ -49,7 +49,7 @@ batch_size = 256
 block_size = 2048
 grad_accum = 16
 # Not tuned. The 1B model named above had 1e-3 at 2.4M tokens per step; by the square root of the
-# batch that is 4.7e-4 here.
+# batch that is 4.7e-4 here; a little more, as the run is short.
 lr = 6e-4
 warmup = 0.02  # 200 steps; the report's share would be 85
 eval_every = 2500

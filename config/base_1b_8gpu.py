@@ -9,8 +9,8 @@ less time. A model twice as large would not leave DDP, which keeps all of it on 
 room for activations.
 
 Computed, not measured; no GPU has run this yet:
-    run       19,000 steps of 524,288 tokens: 9.96B, 43 per active parameter (windows are drawn at
-              random, so some text is seen twice and some never)
+    run       19,000 steps of 524,288 tokens: 9.96B, 43 per active parameter: one pass over the
+              data, whose last 0.06B begin a second
     FLOPs     1.64 GFLOP per token with MTP, 1.6e19 in all
     time      1.4 hours on 8 H100 if 40 % of 989 TFLOP/s are reached on each, which is an
               assumption, with evaluations and checkpoints left out; about 11.5 GPU hours

@@ -1,4 +1,4 @@
-"""A few seconds on one core: for the tests and for first experiments."""
+"""Half a minute on one core: for the tests and for first experiments."""
 
 vocab_size = 512
 hidden_size = 48
