@@ -329,8 +329,8 @@ class Gate(nn.Module):
     """Which K experts a token visits and how much each counts, Eq. 13-16.
 
     s = sigmoid(u . e_i). The K experts are those with the largest s + b, within the topk_group
-    groups whose two best s + b (the report: K / topk_group best) sum highest. The bias b chooses and
-    does nothing else: the weights come from s alone, and no gradient reaches b.
+    groups whose two best s + b (K / topk_group best, in the report) sum highest. The bias b chooses
+    and does nothing else: the weights come from s alone, and no gradient reaches b.
     `DeepSeekV3.update_bias` moves it.
     """
 
