@@ -46,8 +46,7 @@ YARN_KEYS = {
 
 @dataclass
 class ModelConfig:
-    """The keys of DeepSeek's config.json that shape the network; the defaults are DeepSeek-V3's
-    before YaRN."""
+    """The keys of DeepSeek's config.json that shape the network; defaults: V3 before YaRN."""
 
     vocab_size: int = 129280
     hidden_size: int = 7168  # D
@@ -305,9 +304,8 @@ class MLA(nn.Module):
 
 
 def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values. (Eq. 12
-    multiplies the output by them; multiplying the hidden units is the same, in fewer numbers. In
-    bf16 they are rounded, as in DeepSeek's own code.)"""
+    """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values. (Eq. 12 has
+    them at the output: the same, in more numbers. DeepSeek's own code rounds them to bf16 too.)"""
     y = F.silu(gate) * up
     return y if gain is None else y * gain[:, None].to(y.dtype)
 
