@@ -304,8 +304,8 @@ class MLA(nn.Module):
 
 
 def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values. (Eq. 12 has
-    them at the output: the same, in more numbers. DeepSeek's own code rounds them to bf16 too.)"""
+    """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values. (In Eq. 12
+    they multiply the output, which is more numbers. DeepSeek's own code rounds them to bf16 too.)"""
     y = F.silu(gate) * up
     return y if gain is None else y * gain[:, None].to(y.dtype)
 
