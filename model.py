@@ -305,7 +305,7 @@ class MLA(nn.Module):
 
 def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
     """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values. (In Eq. 12
-    they multiply the output, which is more numbers. DeepSeek's own code rounds them to bf16 too.)"""
+    they multiply the output, which is more numbers. DeepSeek's code rounds them to bf16 too.)"""
     y = F.silu(gate) * up
     return y if gain is None else y * gain[:, None].to(y.dtype)
 
