@@ -111,12 +111,10 @@ def has_blockwise_fp8(device: torch.device) -> bool:
         and torch.version.cuda is not None  # AMD's cards number their generations alike
         and torch.cuda.get_device_capability(device) == (9, 0)
         and tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 9)
-        and hasattr(torch.ops.aten, "_scaled_mm_v2")  # torch 2.10
     )
     if not hopper and device not in _emulated:
         _emulated.add(device)
-        need = "the real thing needs a Hopper GPU, CUDA 12.9 and torch 2.10"
-        print(f"fp8: emulated on {device} (exact, not fast; {need})", file=sys.stderr)
+        print(f"fp8: emulated on {device} (needs Hopper and CUDA 12.9)", file=sys.stderr)
     return hopper
 
 
@@ -262,8 +260,11 @@ class FP8Experts(nn.Module):
 
 @functools.cache
 def tell_compiler():
-    """What torch.compile must not trace. Told when FP8 is first used, not by decorators, because
-    it imports the compiler: a second or more, which every command would take to start."""
+    """What torch.compile must know, told when FP8 is first used: importing that takes seconds."""
+    from torch._inductor.lowering import lowerings
+
+    # Else torch 2.13 compiles it to _scaled_mm, which reads scales in another order.
+    lowerings.pop(torch.ops.aten._scaled_mm_v2.default, None)
     torch.compiler.assume_constant_result(has_blockwise_fp8)
     # The sizes of its loop over experts are known to the data only.
     FP8Experts.forward = torch.compiler.disable(FP8Experts.forward)

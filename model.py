@@ -566,7 +566,8 @@ class DeepSeekV3(nn.Module):
 
         if self.recompute and torch.is_grad_enabled():
             with set_checkpoint_early_stop(False):  # or a recomputation would end before the pop
-                x, routing = checkpoint(compute, *inputs, use_reentrant=False)
+                options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
+                x, routing = checkpoint(compute, *inputs, **options)
         else:
             x, routing = compute(*inputs)
         self.scores += [s for s, _ in routing]

@@ -354,8 +354,9 @@ class DecoderBlock:
         s, chosen, gain = self.moe.gate(z)
         if self.small:
             return self.wide_ffn(z, torch.zeros_like(s).scatter_(-1, chosen, gain))
-        if chosen.numel() > s.shape[1] and not torch.compiler.is_compiling():
-            return self.moe(z[None])[0]  # many tokens: sorted by expert
+        # Many tokens are sorted by expert, on a GPU all: it must not wait to learn who chose what.
+        if (z.is_cuda or chosen.numel() > s.shape[1]) and not torch.compiler.is_compiling():
+            return self.moe(z[None])[0]
         y = self.chosen_experts(z, chosen, gain.to(z.dtype))
         return y + self.wide_ffn(z) if self.wide else y
 

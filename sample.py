@@ -238,9 +238,16 @@ def compiled(text: Text, n: Tensor, G: int, u: Tensor, looked_up: bool) -> Calla
         # Without guards, as checking a few hundred tensors would take as long as the step. And as
         # torch.compile keeps graphs with the code of a function, each has its own copy of that.
         graph = types.FunctionType(Text.round.__code__.replace(), globals())
-        options = {"triton.cudagraphs": True}
         if u.device.type == "cpu":
             options = dict(cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
+        else:
+            options = {"triton.cudagraphs": True}
+            # Such a graph writes only to what it is told to find in its place.
+            parts = (text, text.cache, text.mtp_cache, text.net, *text.net.layers, *text.net.mtp)
+            for x in (x for part in parts for x in vars(part).values()):
+                for y in x if isinstance(x, list) else [x]:
+                    if isinstance(y, Tensor):
+                        torch._dynamo.mark_static_address(y)
         options |= {"guard_filter_fn": lambda guards: [False] * len(guards)}
         graph = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
         info("compiling a round of decoding, which may take half a minute")

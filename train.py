@@ -169,7 +169,8 @@ class Machine:
 
     def autocast(self) -> torch.autocast:
         low = self.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+        # Without its cache, which would hold the bf16 copies of all weights, FSDP's whole ones too.
+        return torch.autocast(self.device.type, torch.bfloat16, low, cache_enabled=False)
 
     def sum(self, x: Tensor) -> Tensor:
         """x added up over all processes, in place."""
@@ -331,7 +332,10 @@ def train_windows(data: prepare_data.Dataset, config: TrainConfig, step: int) ->
 
 def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Windows (B, T + 1) -> tokens (B, T) and the next tokens (B, T)."""
-    x = torch.from_numpy(windows).to(device)
+    x = torch.from_numpy(windows)
+    if device.type == "cuda":  # pinned, or the copy would wait for all work before it
+        x = x.pin_memory()
+    x = x.to(device, non_blocking=True)
     return x[:, :-1], x[:, 1:]
 
 
