@@ -242,7 +242,7 @@ def compiled(text: Text, n: Tensor, G: int, u: Tensor, looked_up: bool) -> Calla
             options = dict(cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
         else:
             options = {"triton.cudagraphs": True}
-            # Such a graph writes only to what it is told to find in its place.
+            # CUDA graphs are skipped where an input is written to, unless its address is fixed.
             parts = (text, text.cache, text.mtp_cache, text.net, *text.net.layers, *text.net.mtp)
             for x in (x for part in parts for x in vars(part).values()):
                 for y in x if isinstance(x, list) else [x]:
