@@ -8,7 +8,6 @@ decoding factors of W's 128x128 blocks are stored as W_scale_inv. Optional packa
 where they are needed: safetensors, tokenizers (which brings huggingface_hub), transformers.
 """
 
-import functools
 import hashlib
 import json
 import re
@@ -46,6 +45,8 @@ KIMI_PATTERN = rf"[\p{{Han}}]+|{_PRE}{_U}*{_L}+{_END}|{_PRE}{_U}+{_L}*{_END}|{_R
 BYTE_CHARS = {byte: chr(byte) for byte in range(33, 256) if chr(byte).isprintable()}
 _HIDDEN = [byte for byte in range(256) if byte not in BYTE_CHARS]
 BYTE_CHARS |= {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}
+# A checkpoint keeps it, since its weights mean what that code made of them.
+MODEL_SHA256 = hashlib.sha256(Path(__file__).with_name("model.py").read_bytes()).hexdigest()
 
 # ---- Weights -------------------------------------------------------------------------------------
 
@@ -274,12 +275,6 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
-@functools.cache  # of the code that runs, also where the file is edited meanwhile
-def source_hash() -> str:
-    """Of model.py: a checkpoint keeps it, since its weights mean what that code made of them."""
-    return hashlib.sha256(Path(__file__).with_name("model.py").read_bytes()).hexdigest()
-
-
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """What train.py saved in a file, or in a run's folder (best.pt, else ckpt.pt).
 
@@ -323,7 +318,7 @@ def load_model(
         model.load_state_dict(saved["model"])
     except (RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: weights and settings do not match: {error!s:.200}") from None
-    if saved.get("model_sha256", source_hash()) != source_hash():
+    if saved.get("model_sha256", MODEL_SHA256) != MODEL_SHA256:
         why = "logits may differ (huggingface.py --check=True compares)"
         info(f"model.py has changed since {path} was trained: {why}")
     windows = saved.get("train_config", {}).get("block_size", model.trained_length)

@@ -44,7 +44,7 @@ import fp8
 import prepare_data
 import sample
 from config import info, parse_args, read_config_file, run_command
-from huggingface import load_checkpoint, load_model, source_hash
+from huggingface import MODEL_SHA256, load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig, expert_counts
 from ops import multiplies_bf16
 
@@ -478,7 +478,7 @@ class Run:
     def save(self, name: str, **more):
         """Every rank calls it, since sharded tensors are gathered; the first one writes."""
         state = {
-            "model_sha256": source_hash(),
+            "model_sha256": MODEL_SHA256,
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
             "model": self.dcp.get_model_state_dict(self.model, options=self.whole),
