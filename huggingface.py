@@ -41,10 +41,9 @@ _U = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _L = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 KIMI_PATTERN = rf"[\p{{Han}}]+|{_PRE}{_U}*{_L}+{_END}|{_PRE}{_U}+{_L}*{_END}|{_REST}"
-# GPT-2's printable stand-in for each byte in tokenizer.json: itself if it can be seen, else 256 on.
-BYTE_CHARS = {byte: chr(byte) for byte in range(33, 256) if chr(byte).isprintable()}
-_HIDDEN = [byte for byte in range(256) if byte not in BYTE_CHARS]
-BYTE_CHARS |= {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}
+# GPT-2's stand-ins, from 256 on, for the bytes in tokenizer.json that cannot be seen.
+_HIDDEN = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
+STAND_INS = {byte: 256 + i for i, byte in enumerate(_HIDDEN)}
 # A checkpoint keeps it, since its weights mean what that code made of them.
 MODEL_SHA256 = hashlib.sha256(Path(__file__).with_name("model.py").read_bytes()).hexdigest()
 
@@ -234,9 +233,9 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
 
     parsed = tokenizers.Tokenizer.from_file(str(path))
     special = {i: x.content.encode() for i, x in parsed.get_added_tokens_decoder().items()}
-    byte_of = {char: byte for byte, char in BYTE_CHARS.items()}
-    vocab = parsed.get_vocab(with_added_tokens=False).items()
-    texts = {i: bytes(byte_of[char] for char in token) for token, i in vocab if i not in special}
+    byte_of = {char: byte for byte, char in STAND_INS.items()}
+    vocab = {i: x for x, i in parsed.get_vocab(with_added_tokens=False).items() if i not in special}
+    texts = {i: x.translate(byte_of).encode("latin-1") for i, x in vocab.items()}
     begin = [bos] if told.get("add_bos_token") and bos is not None else []
 
     def encode(text: str) -> list[int]:
@@ -253,8 +252,8 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
     """
     import tokenizers
 
-    ranks = encoding._mergeable_ranks
-    text = {token: "".join(BYTE_CHARS[b] for b in token) for token in sorted(ranks, key=ranks.get)}
+    ranks = encoding._mergeable_ranks  # the lowest first, as load_tokenizer has them
+    text = {token: token.decode("latin-1").translate(STAND_INS) for token in ranks}
     merges = [
         (text[token[:i]], text[token[i:]])
         for token in text
