@@ -136,19 +136,18 @@ def from_pretrained(
     model.materialize(device)
 
     views, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))
-    for name in sorted((views.keys() ^ stored.keys()) - copies.keys()):
-        if not name.endswith(("_scale_inv", "rotary_emb.inv_freq")):
-            has = "lacks" if name in views else "has"
-            raise ValueError(f"{directory} {has} {name}, unlike its config.json: a missing file?")
+    due = {(name, *view.shape) for name, view in views.items()}
+    there = {(name, *file.get_slice(name).get_shape()) for name, file in stored.items()}
+    for name, *shape in sorted(due ^ there):
+        if name not in copies and not name.endswith(("_scale_inv", "rotary_emb.inv_freq")):
+            has = "lacks" if (name, *shape) in due else "has"
+            raise ValueError(f"{directory} {has} {name} of shape {shape}, unlike its config.json.")
     for name, view in views.items():
         x, scale = stored[name].get_tensor(name), f"{name}_scale_inv"
         if x.dtype == torch.float8_e4m3fn:
             if scale not in stored:
                 raise ValueError(f"{name} in {directory} is in FP8, but has no {scale}.")
             x = fp8.dequantize(x, stored[scale].get_tensor(scale), fp8.BLOCK)
-        if x.shape != view.shape:
-            had, due = list(x.shape), list(view.shape)
-            raise ValueError(f"{name} in {directory} is {had}, but by its config.json {due}.")
         view.copy_(x)
     for name in copies.keys() & stored.keys():
         if not torch.equal(stored[name].get_tensor(name).to(copies[name].dtype), copies[name]):

@@ -327,8 +327,8 @@ CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
     ({"quantization_config": {"weight_block_size": [64, 64]}}, "[64, 64]"),
     ({"rope_scaling": None, "rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5, expected 1"),
-    ({"vocab_size": 96}, "is [97, 32], but by its config.json [96, 32]"),
-    ({"n_routed_experts": 12}, "experts.12.down_proj.weight, unlike its config.json"),
+    ({"vocab_size": 96}, "lacks lm_head.weight of shape [96, 32], unlike its config.json"),
+    ({"n_routed_experts": 12}, "has model.layers.1.mlp.experts.12.down_proj.weight of shape"),
 ]
 
 
