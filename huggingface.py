@@ -281,14 +281,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     if file.is_dir():
         file /= "best.pt" if (file / "best.pt").exists() else "ckpt.pt"
-    if not file.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: name a run or a Hugging Face directory")
     try:
         saved = torch.load(file, "cpu", weights_only=True, mmap=True)
         dict(saved["model_config"])  # raises where another program has saved it
         return saved
-    except Exception as error:  # a damaged file may lead to any
-        raise ValueError(f"{file} is truncated or not train.py's ({error!s:.100})") from None
+    except Exception as error:  # a missing or damaged file may lead to any
+        raise ValueError(f"no checkpoint at {file}, or no whole one ({error!s:.100})") from None
 
 
 def load_model(
@@ -297,7 +295,7 @@ def load_model(
     """The model of a run, file or Hugging Face directory, its tokenizer, and where they lie.
 
     dtype None is the stored one. The tokenizer is None if a Hugging Face directory has none.
-    Raises FileNotFoundError or ValueError.
+    Raises OSError or ValueError.
     """
     path = Path(ckpt)
     if (path / "config.json").exists():
