@@ -97,22 +97,6 @@ def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.shared_head.head.weight", model.lm_head.weight
 
 
-def stored_tensors(directory: Path, device: str) -> dict[str, Any]:
-    """The name of every tensor with the file to get it from, which is mapped, not read."""
-    import safetensors
-
-    tensors = {}
-    for path in sorted(directory.glob("model*.safetensors")):
-        try:
-            file = safetensors.safe_open(path, "pt", str(device))
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{path} is damaged ({error!s:.200}): fetch it again.") from None
-        if twice := tensors.keys() & file.keys():
-            raise ValueError(f"{path} repeats {min(twice)}: remove the files of another version.")
-        tensors |= dict.fromkeys(file.keys(), file)
-    return tensors
-
-
 @torch.no_grad()
 def from_pretrained(
     directory: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
@@ -123,12 +107,20 @@ def from_pretrained(
     dtype None is the one config.json names, bf16 for FP8 weights. MTP modules are there if their
     tensors are. Raises ValueError naming the file, key or tensor that is wrong.
     """
-    directory = Path(directory)
+    import safetensors
+
+    directory, stored = Path(directory), {}
     try:
-        raw = json.loads((directory / "config.json").read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{directory} has a config.json that is no JSON ({error})") from None
-    config, stored = config_from_json(raw), stored_tensors(directory, device)
+        path = directory / "config.json"
+        raw = json.loads(path.read_bytes())
+        for path in sorted(directory.glob("model*.safetensors")):
+            file = safetensors.safe_open(path, "pt", str(device))
+            if twice := stored.keys() & file.keys():
+                raise ValueError(f"it repeats {min(twice)}: is it of another version?")
+            stored |= dict.fromkeys(file.keys(), file)  # which is mapped, not read
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} cannot be used ({error!s:.200}): fetch it again.") from None
+    config = config_from_json(raw)
     config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
     kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
     with torch.device("meta"):

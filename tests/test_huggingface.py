@@ -384,13 +384,13 @@ def test_files_refused(saved_by_us):
     second = saved_by_us / "model-00002-of-00002.safetensors"
     for size in (second.stat().st_size - 1, 100, 0):
         os.truncate(second, size)
-        check_refusal(f"{second} is damaged", DeepSeekV3.from_pretrained, saved_by_us)
+        check_refusal(f"{second} cannot be used", DeepSeekV3.from_pretrained, saved_by_us)
     os.replace(whole, second)
-    check_refusal(f"{second} repeats", DeepSeekV3.from_pretrained, saved_by_us)
+    check_refusal(f"{second} cannot be used (it repeats", DeepSeekV3.from_pretrained, saved_by_us)
     second.unlink()
     check_refusal("lacks model.layers.2.", DeepSeekV3.from_pretrained, saved_by_us)
     (saved_by_us / "config.json").write_text("{")
-    check_refusal("config.json that is no JSON", DeepSeekV3.from_pretrained, saved_by_us)
+    check_refusal("config.json cannot be used", DeepSeekV3.from_pretrained, saved_by_us)
 
 
 # ---- Our runs ------------------------------------------------------------------------------------
