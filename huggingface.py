@@ -169,11 +169,11 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
         "eos_token_id": None,
         "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."),
     }
+    tensors = dict(checkpoint_views(model)) | dict(checkpoint_copies(model))
     if quantize:
         config["quantization_config"] = FP8_KEYS | {"activation_scheme": "dynamic"}
-    tensors = dict(checkpoint_views(model)) | dict(checkpoint_copies(model))
-    for name in filter(FP8_WEIGHTS.search, [*tensors] if quantize else ()):
-        tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantize(tensors[name], fp8.BLOCK)
+        for name in filter(FP8_WEIGHTS.search, [*tensors]):
+            tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantize(tensors[name], fp8.BLOCK)
     # Copies, as experts share their memory, and embedding and head that of MTP's.
     tensors = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
     save_torch_state_dict(tensors, directory)
@@ -307,8 +307,7 @@ def load_model(
     except (RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: weights and settings do not match: {error!s:.200}") from None
     if saved.get("model_sha256", MODEL_SHA256) != MODEL_SHA256:
-        why = "logits may differ (huggingface.py --check=True compares)"
-        info(f"model.py has changed since {path} was trained: {why}")
+        info(f"model.py has changed since {path} was trained (huggingface.py --check compares)")
     windows = saved.get("train_config", {}).get("block_size", model.trained_length)
     model.trained_length = saved.get("trained_length", windows)  # earlier versions had one length
     encoding = load_tokenizer(path if path.is_dir() else path.parent)
