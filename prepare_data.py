@@ -191,14 +191,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes
         for left, right in pairwise(tokens):
             total[left + right] += frequency[word]
             where[left + right].add(word)
-    heap = [(-count, token) for token, count in total.items()]
-    heapq.heapify(heap)
+    heap = sorted((-count, token) for token, count in total.items())
     ranks = {bytes([byte]): byte for byte in range(256)}
-    while heap and len(ranks) < vocab_size:
+    while heap and heap[0][0] < 0 and len(ranks) < vocab_size:  # at 0 all words are one token
         count, token = heapq.heappop(heap)
         if -count != total[token]:  # it was pushed before other merges took some of it
-            if total[token] > 0:
-                heapq.heappush(heap, (-total[token], token))
+            heapq.heappush(heap, (-total[token], token))
             continue
         ranks.setdefault(token, len(ranks))
         grown = set()
