@@ -156,20 +156,6 @@ def split_documents(documents: dict[str, str], fraction: float) -> tuple[list[st
     return list(train.values()), list(val.values())
 
 
-def read_source(config: DataConfig) -> tuple[list[str], list[str]]:
-    """Training and validation texts of a source; TinyStories brings its own validation file."""
-    if config.source == "tinystories":
-        files = [f"TinyStoriesV2-GPT4-{split}.txt" for split in ("train", "valid")]
-        paths = [download("roneneldan/TinyStories", file) for file in files]
-        train, val = (list(read_file(path, config.text_key)) for path in paths)
-        return train, val
-    stdlib = config.source == "stdlib"
-    documents = read_stdlib() if stdlib else read_paths(config.source, config.text_key)
-    if (size := sum(map(len, documents.values()))) < 100:
-        raise ValueError(f"{config.source} holds {size} characters of text, expected 100 or more")
-    return split_documents(documents, config.val_fraction)
-
-
 # ---- The tokenizer ------------------------------------------------------------------------------
 
 
@@ -277,7 +263,16 @@ def write_tokens(path: Path, texts: list[str], encoding: tiktoken.Encoding) -> N
 
 def prepare_text(config: DataConfig, folder: Path) -> dict:
     """Make tokenizer and token files in folder; returns the contents of meta.json."""
-    train, val = read_source(config)
+    if config.source == "tinystories":  # it brings its own validation file
+        files = [f"TinyStoriesV2-GPT4-{split}.txt" for split in ("train", "valid")]
+        paths = [download("roneneldan/TinyStories", file) for file in files]
+        train, val = (list(read_file(path, config.text_key)) for path in paths)
+    else:
+        stdlib = config.source == "stdlib"
+        documents = read_stdlib() if stdlib else read_paths(config.source, config.text_key)
+        if (size := sum(map(len, documents.values()))) < 100:
+            raise ValueError(f"{config.source} holds {size} characters, expected 100 or more")
+        train, val = split_documents(documents, config.val_fraction)
     if config.tokenizer in ("gpt2", "cl100k_base", "o200k_base"):
         encoding = tiktoken.get_encoding(config.tokenizer)  # downloaded at first
     elif config.tokenizer:
