@@ -3,7 +3,7 @@
     text -> documents -> train / validation -> byte-level BPE -> data/<name>/
         train.bin (or several train_*.bin), val.bin    token ids behind a header of 1024 bytes
         tokenizer.tiktoken                             one line per token: base64 of its bytes, rank
-        meta.json                                      split pattern, special tokens, sizes, hash
+        meta.json                                      split pattern, special tokens, hash
 
 Token files have the layout of llm.c and modded-nanogpt, so their shards open here and ours open
 there: 256 little-endian int32, of which the first three are magic number, version and number of
@@ -261,8 +261,8 @@ def write_tokens(path: Path, texts: list[str], encoding: tiktoken.Encoding) -> N
         file.write(np.array([*kind, count], "<i4").tobytes())
 
 
-def prepare_text(config: DataConfig, folder: Path) -> dict:
-    """Make tokenizer and token files in folder; returns the contents of meta.json."""
+def prepare_text(config: DataConfig, folder: Path) -> tiktoken.Encoding:
+    """Make token files in folder; returns their tokenizer."""
     if config.source == "tinystories":  # it brings its own validation file
         files = [f"TinyStoriesV2-GPT4-{split}.txt" for split in ("train", "valid")]
         paths = [download("roneneldan/TinyStories", file) for file in files]
@@ -281,29 +281,21 @@ def prepare_text(config: DataConfig, folder: Path) -> dict:
         sample = train[:: 1 + sum(map(len, train)) // BPE_SAMPLE]
         ranks = train_bpe(sample, config.vocab_size - 1, PATTERN)
         encoding = encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)})
-    meta = write_tokenizer(encoding, folder) | {"bytes": {}}
-    for split, texts in {"train": train, "val": val}.items():
-        write_tokens(folder / f"{split}.bin", texts, encoding)
-        meta["bytes"][split] = sum(len(text.encode()) for text in texts)
-    return meta
+    write_tokens(folder / "train.bin", train, encoding)
+    write_tokens(folder / "val.bin", val, encoding)
+    return encoding
 
 
-def prepare_shards(config: DataConfig, folder: Path) -> dict:
-    """Link token files that others have made into folder; returns the contents of meta.json."""
+def prepare_shards(config: DataConfig, folder: Path) -> tiktoken.Encoding:
+    """Link token files that others have made into folder; returns their tokenizer."""
     encoding = tiktoken.get_encoding("gpt2")
-    lengths = np.zeros(1 << 16, np.int64)  # bytes of text that each token stands for
-    for token, rank in encoding._mergeable_ranks.items():
-        lengths[rank] = len(token)
-    n_bytes = Counter()
     for number in range(config.shards + 1):
         split, name = ("train", f"train_{number:06d}.bin") if number else ("val", "val.bin")
         path = download(SHARDS[config.source][0], f"{config.source}_{split}_{number:06d}.bin")
         (folder / name).symlink_to(path)
-        tokens = read_tokens(path, encoding.n_vocab)
-        if tokens.max() >= encoding.n_vocab:
+        if read_tokens(path, encoding.n_vocab).max() >= encoding.n_vocab:
             raise ValueError(f"{path} holds ids beyond gpt2's {encoding.n_vocab} tokens; delete it")
-        n_bytes[split] += int(np.bincount(tokens, minlength=1 << 16) @ lengths)
-    return write_tokenizer(encoding, folder) | {"bytes": n_bytes}
+    return encoding
 
 
 def prepare(config: DataConfig) -> Path:
@@ -327,14 +319,13 @@ def prepare(config: DataConfig) -> Path:
         new = Path(scratch) / "new"
         new.mkdir()
         make = prepare_shards if config.source in SHARDS else prepare_text
-        meta = {"source": config.source} | make(config, new)
+        meta = {"source": config.source} | write_tokenizer(make(config, new), new)
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
         data = load_dataset(new)  # read back and checked before it takes the place of another
         if folder.exists():
             os.replace(folder, new.with_name("old"))
         os.replace(new, folder)
-    n_bytes, n = sum(meta["bytes"].values()), len(data.train) + len(data.val)
-    info(f"{folder}: {n_bytes:,} bytes, {n:,} tokens, vocabulary {data.vocab_size:,}")
+    info(f"{folder}: {len(data.train) + len(data.val):,} tokens, vocabulary {data.vocab_size:,}")
     return folder
 
 
@@ -389,12 +380,14 @@ class Dataset:
 
 def load_dataset(folder: Path | str) -> Dataset:
     """Raises FileNotFoundError or ValueError where a file of the folder is missing or damaged."""
-    folder, vocab_size = Path(folder), load_tokenizer(folder).n_vocab
+    folder, encoding = Path(folder), load_tokenizer(folder)
     shards = sorted(folder.glob("train_*.bin")) or [folder / "train.bin"]
-    train = Tokens([read_tokens(path, vocab_size) for path in shards])
-    val = Tokens([read_tokens(folder / "val.bin", vocab_size)])
-    val_bytes = json.loads((folder / "meta.json").read_bytes())["bytes"]["val"]
-    return Dataset(train, val, vocab_size, val_bytes / len(val))
+    train = Tokens([read_tokens(path, encoding.n_vocab) for path in shards])
+    val = read_tokens(folder / "val.bin", encoding.n_vocab)
+    lengths = np.zeros(encoding.n_vocab, np.uint32)  # bytes of text that each token stands for
+    for token, rank in encoding._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return Dataset(train, Tokens([val]), encoding.n_vocab, float(lengths[val].mean()))
 
 
 def main(argv: list[str]) -> None:

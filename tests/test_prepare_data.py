@@ -131,10 +131,10 @@ def test_default_corpus_its_round_trip_and_counts(tmp_path, monkeypatch):
     some = dict(list(documents.items())[::16])  # all of them take seconds
     monkeypatch.setattr(pd, "read_stdlib", lambda: some)
     folder = pd.prepare(pd.DataConfig(out=str(tmp_path)))
-    meta, data, encoding = meta_of(folder), pd.load_dataset(folder), pd.load_tokenizer(folder)
+    data, encoding = pd.load_dataset(folder), pd.load_tokenizer(folder)
     assert data.vocab_size == encoding.eot_token + 1 == 4096 and 3 < data.val_bytes_per_token < 4
-    assert 0.045 < meta["bytes"]["val"] / sum(meta["bytes"].values()) < 0.055
     train, val = pd.split_documents(some, 0.05)
+    assert 0.045 < len("".join(val).encode()) / len("".join(train + val).encode()) < 0.055
     assert text_of(folder, "val") == "".join(pd.END_OF_TEXT + text for text in val)
     assert ids_of(folder, "train").count(4095) == len(train)
 
@@ -188,7 +188,7 @@ def test_files_word_by_word(book):
     text = text_of(book, "val").removeprefix(pd.END_OF_TEXT)
     ids = np.frombuffer(content, "<u2", offset=1024).tolist()
     assert ids == [299, *encoding.encode_ordinary(text)]
-    assert meta_of(book)["bytes"]["val"] == len(text.encode())
+    assert pd.load_dataset(book).val_bytes_per_token == len(text.encode()) / len(ids)
     lines = (book / "tokenizer.tiktoken").read_text().splitlines()
     assert [int(line.split()[1]) for line in lines] == list(range(299))
     tokens = [base64.b64decode(line.split()[0]) for line in lines]
@@ -345,8 +345,7 @@ def test_shards(hub, tmp_path, source):
     folder = make(tmp_path, source, name="", shards=2)
     data = pd.load_dataset(folder)
     assert len(data.train) == 22 + 23 and len(data.val) == 21 and data.vocab_size == 50_257
-    assert meta_of(folder)["bytes"] == {"train": 43 - 2 + 2, "val": 20}
-    assert data.val_bytes_per_token == pytest.approx(20 / 21)
+    assert data.val_bytes_per_token == 20 / 21
     write_shard(hub / repo / f"{source}_train_000002.bin", [1] * 5000 + [50_257] + [1] * 5000)
     with pytest.raises(ValueError, match="holds ids beyond gpt2's 50257 tokens"):
         make(tmp_path, source, name="", shards=2, overwrite=True)
