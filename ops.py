@@ -56,35 +56,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 SHORT = 512  # the longest window whose scores are written out
 
 
-class _ShortAttention(torch.autograd.Function):
-    """The formula with its scores (B*H, T, T) kept for the backward pass, in bf16 throughout."""
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # autocast off inside
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        n, T, _ = q.shape
-        later = q.new_full((T, T), -math.inf).triu_(1)
-        p = torch.baddbmm(later.expand(n, T, T), q, k.mT, alpha=scale).softmax(-1)
-        o = torch.bmm(p, v)
-        ctx.save_for_backward(q, k, v, p, o)
-        ctx.scale = scale
-        return o
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx, do: Tensor):
-        q, k, v, p, o = ctx.saved_tensors
-        mean = (do * o).sum(-1, keepdim=True)  # (n, T, 1): sum_j p_j dp_j
-        ds = torch.bmm(do, v.mT).sub_(mean).mul_(p).mul_(ctx.scale)  # (n, T, T)
-        return torch.bmm(ds, k), torch.bmm(ds.mT, q), torch.bmm(p.mT, do), None
-
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The fused kernel; on a CPU, written-out bf16 scores of short windows take a third as long."""
-    V = v.shape[-1]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= SHORT:
-        o = _ShortAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), scale)
-        return o.unflatten(0, q.shape[:2])
+    (B, _, T, _), V = q.shape, v.shape[-1]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        later = q.new_full((T, T), -math.inf).triu_(1).expand(len(q), T, T)
+        p = torch.baddbmm(later, q, k.mT, alpha=scale).softmax(-1)
+        return torch.bmm(p, v).unflatten(0, (B, -1))
     width = max(q.shape[-1], V)  # the fused kernels want heads of one width
     q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :V]

@@ -85,8 +85,7 @@ for block in [*self.layers, *(module.block for module in self.mtp)]: => for bloc
 
 # ops.py tests/test_model.py
 .triu_(1) => .triu_(2)
-.sub_(mean).mul_(p) => .mul_(p)
-.mul_(p).mul_(ctx.scale) => .mul_(p)
+k.mT, alpha=scale => k.mT
 is_causal=True => is_causal=False
 torch.arange(len(order)) + (start_padded - start)[expert[order]] => torch.arange(len(order))
 .minimum(counts[e] - 1) => .minimum(counts[e])
