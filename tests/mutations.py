@@ -91,8 +91,8 @@ torch.arange(len(order)) + (start_padded - start)[expert[order]] => torch.arange
 .minimum(counts[e] - 1) => .minimum(counts[e])
 gather(dy, *ctx.saved_tensors) => dy[ctx.saved_tensors[0].view(-1)[: len(dy)]]
 torch.zeros_like(weight) if need => torch.ones_like(weight) if need
-top - p.amax(-1, keepdim=True).log() => top + p.amax(-1, keepdim=True).log()
--1.0)).mul_(used) => -1.0))
+p[torch.arange(len(p), device=p.device), y] -= 1 => p[:, 0] -= 1
+p.mul_((y >= 0)[:, None]) => p
 dw += dz.T @ x => dw = dz.T @ x
 scale = grad / n => scale = 1 / n
 z = high.copy_(torch.mm(x, w.T, out=low)) => z = high = torch.mm(x, w.T, out=low)
