@@ -89,31 +89,25 @@ def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows, slots.view_as(chosen), padded
 
 
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """x[index], for an index (tokens, K) summed over K, 5 to 20 times as fast as written so."""
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """The formula of `gather`, 5 to 20 times as fast as written there."""
     return F.embedding_bag(index, x, mode="sum") if index.ndim == 2 else x.index_select(0, index)
 
 
-class _Move(torch.autograd.Function):
-    """gather(x, there), whose gradient is gathered too, from where x's rows went: `back`."""
+class _Gather(torch.autograd.Function):
+    """Its gradient is gathered too. Autograd's adds row after row: 9 % of a step in fp32."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(back)
-        return gather(x, there)
+        return take(x, index)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        return gather(dy, *ctx.saved_tensors), None, None
+        return take(dy, *ctx.saved_tensors), None, None
 
 
-def dispatch(x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    """Autograd's gradient of x[rows] adds row after row; with `combine` 9 % of a step in fp32."""
-    return _Move.apply(x, rows, slots)
-
-
-def combine(y: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    return _Move.apply(y, slots, rows)
+gather = _Gather.apply
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

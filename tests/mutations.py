@@ -89,7 +89,7 @@ k.mT, alpha=scale => k.mT
 is_causal=True => is_causal=False
 torch.arange(len(order)) + (start_padded - start)[expert[order]] => torch.arange(len(order))
 .minimum(counts[e] - 1) => .minimum(counts[e])
-gather(dy, *ctx.saved_tensors) => dy[ctx.saved_tensors[0].view(-1)[: len(dy)]]
+take(dy, *ctx.saved_tensors) => dy[ctx.saved_tensors[0].view(-1)[: len(dy)]]
 torch.zeros_like(weight) if need => torch.ones_like(weight) if need
 p[torch.arange(len(p), device=p.device), y] -= 1 => p[:, 0] -= 1
 p.mul_((y >= 0)[:, None]) => p
