@@ -77,16 +77,14 @@ def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     a kernel for every new number of rows. The extra ones repeat the expert's last row."""
     if chosen.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return NotImplemented
-    K, expert = chosen.shape[1], chosen.flatten()  # (rows,)
-    counts = torch.zeros(E, dtype=torch.long).scatter_add_(0, expert, torch.ones_like(expert))
-    order, padded = expert.argsort(stable=True), (counts + 63) // 64 * 64
-    start, start_padded = counts.cumsum(0) - counts, padded.cumsum(0) - padded  # (E,)
-    place = torch.arange(len(order)) + (start_padded - start)[expert[order]]
-    slots = torch.empty_like(order).scatter_(0, order, place)
-    e = torch.arange(E).repeat_interleave(padded)  # the expert of every padded row
-    within = torch.arange(len(e)) - start_padded[e]
-    rows = order[start[e] + within.minimum(counts[e] - 1)] // K
-    return rows, slots.view_as(chosen), padded
+    expert = chosen.flatten()
+    counts = expert.bincount(minlength=E)
+    extra = torch.arange(E).repeat_interleave(-counts % 64)
+    order = torch.cat((expert, extra)).argsort(stable=True)  # an expert's extra rows are its last
+    row = torch.arange(len(order))
+    slots = torch.empty_like(order).scatter_(0, order, row)[: len(expert)]
+    real = torch.where(order < len(expert), row, 0).cummax(0).values  # this row or one before it
+    return order[real] // chosen.shape[1], slots.view_as(chosen), counts + -counts % 64
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

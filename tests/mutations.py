@@ -87,8 +87,8 @@ for block in [*self.layers, *(module.block for module in self.mtp)]: => for bloc
 .triu_(1) => .triu_(2)
 k.mT, alpha=scale => k.mT
 is_causal=True => is_causal=False
-torch.arange(len(order)) + (start_padded - start)[expert[order]] => torch.arange(len(order))
-.minimum(counts[e] - 1) => .minimum(counts[e])
+argsort(stable=True)  # an expert => argsort(descending=True)  # an expert
+order[real] // => order.clamp(max=len(expert) - 1) //
 take(dy, *ctx.saved_tensors) => dy[ctx.saved_tensors[0].view(-1)[: len(dy)]]
 torch.zeros_like(weight) if need => torch.ones_like(weight) if need
 p[torch.arange(len(p), device=p.device), y] -= 1 => p[:, 0] -= 1
