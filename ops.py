@@ -280,15 +280,13 @@ class DecoderBlock:
             ffn, (gate_up, down) = ffn.shared_experts, ffn.experts.parameters()
             self.each = list(zip(gate_up, down, strict=True))
             self.small = not compiled and 3 * down.numel() <= SMALL
-        if self.small:
-            gate, up = gate_up.chunk(2, 1)  # (E, F, D)
-            wide = [[gate.flatten(0, 1), up.flatten(0, 1), down.transpose(0, 1).flatten(1)]]
+            n = len(down) if self.small else 0
+            gate, up = gate_up[:n].chunk(2, 1)  # (n, F, D)
+            wide = [[gate.flatten(0, 1), up.flatten(0, 1), down[:n].transpose(0, 1).flatten(1)]]
         if ffn:
             wide += [[ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight]]
-        self.wide = bool(wide)
-        if wide:
-            gates, ups, downs = zip(*wide, strict=True)
-            self.gate_up, self.down = join(*gates, *ups), join(torch.cat(downs, 1))
+        gates, ups, downs = zip(*wide, strict=True)
+        self.gate_up, self.down = join(*gates, *ups), join(torch.cat(downs, 1))
 
     def __call__(self, x: Tensor, kv: Tensor, place: tuple) -> Tensor:
         """x (n, D), kv (B, size, C+R) -> (n, D)."""
@@ -320,8 +318,7 @@ class DecoderBlock:
         # Many tokens are sorted by expert, on a GPU all: it must not wait to learn who chose what.
         if (z.is_cuda or chosen.numel() > s.shape[1]) and not torch.compiler.is_compiling():
             return self.moe(z[None])[0]
-        y = self.chosen_experts(z, chosen, gain.to(z.dtype))
-        return y + self.wide_ffn(z) if self.wide else y
+        return self.chosen_experts(z, chosen, gain.to(z.dtype)) + self.wide_ffn(z)
 
     def wide_ffn(self, z: Tensor, gains: Tensor | None = None) -> Tensor:
         """The dense FFN or the shared experts; with all others times gains (n, E)."""
