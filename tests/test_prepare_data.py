@@ -122,22 +122,16 @@ def test_default_corpus_its_round_trip_and_counts(tmp_path, monkeypatch):
     assert ids_of(folder, "train").count(4095) == len(train)
 
 
-def in_order(documents: dict[str, str]) -> list[str]:
-    return sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest())
-
-
 def test_split_takes_whole_documents_by_the_hash_of_their_names():
+    """Except copies, and what would overshoot."""
     documents = {f"f{i}": prose(i, 20) for i in range(100)}
     train, val = pd.split_documents(documents, 0.1)
     assert sorted(train + val) == sorted(documents.values())
     assert 0.08 < sum(map(len, val)) / sum(map(len, train + val)) <= 0.11
-    assert val == [documents[name] for name in in_order(documents)[: len(val)]]
+    order = sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest())
+    assert val == [documents[name] for name in order[: len(val)]]
     assert pd.split_documents(dict(reversed(documents.items())), 0.1)[1] == val
-
-
-def test_split_leaves_out_copies_and_what_would_overshoot():
-    documents = {f"f{i}": prose(i, 20) for i in range(50)}
-    first, second, *others = in_order(documents)
+    first, second, *others = order
     documents[first] = documents[others[7]][:-100] + "one line of its own\n"  # nearly a copy
     documents[second] = prose(99, 400)
     _, val = pd.split_documents(documents, 0.1)
