@@ -8,7 +8,6 @@ old text and new text around " => ". They are the mistakes that other reproducti
 those against which the equations of the report are easily misread.
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -110,19 +109,10 @@ self.o_proj = nn.Linear(H * V, D, bias=bias) => self.o_proj = nn.Linear(H * V, D
 def first_failure(guard: str, file: str, source: str) -> str:
     """Runs the guard in a copy of the repository with this file; the first failing test, or ""."""
     with tempfile.TemporaryDirectory() as directory:
-        copy = Path(directory)
-        for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
-            shutil.copy(path, copy)
-        for folder in ("tests", "config"):
-            shutil.copytree(ROOT / folder, copy / folder)
+        copy, command = Path(directory) / "copy", [sys.executable, "-m", "pytest", "-qx", guard]
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "data", "out", "hf*"))
         (copy / file).write_text(source, encoding="utf-8")
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", guard],
-            cwd=copy,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
+        run = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) \S*?(?:::(.*?))?(?: - .*)?$", run.stdout, re.M)
     return "" if run.returncode == 0 else (failed and failed[1]) or "does not even import"
 
