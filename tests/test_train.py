@@ -241,7 +241,6 @@ def test_steps_equal_a_plain_training_loop(data):
     dataset, lines = prepare_data.load_dataset(data), [x for x in log_of(out) if "loss" in x]
     torch.manual_seed(config.seed)
     model = DeepSeekV3(ModelConfig(**load(out)["model_config"])).double()
-    assert abs(model.lm_head.weight.std() / model.config.initializer_range - 1) < 0.02
     groups = []
     for name, p in model.named_parameters():
         decayed = not ("norm" in name or name.endswith("bias"))
@@ -547,22 +546,15 @@ def give_losses(monkeypatch, *losses: float):
     monkeypatch.setattr(train, "evaluate", mock.Mock(side_effect=results))
 
 
-def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(monkeypatch):
-    give_losses(monkeypatch, 3.0, 2.0, 2.5, math.nan)
-    out = run("--eval_every=2")
-    best = load(out, "best.pt")
-    assert best["step"] == 4 and best["val_loss"] == 2.0 and best["val_bpb"] == 1.0
-    assert [x["val_loss"] for x in log_of(out) if "val_loss" in x] == [3.0, 2.0, 2.5, None]
-
-
-def test_a_resumed_run_keeps_a_best_checkpoint_newer_than_its_own(monkeypatch):
-    give_losses(monkeypatch, 2.0)
-    with pytest.raises(StopIteration):  # dies at the second evaluation, before its first save
-        run("--eval_every=2", "--save_every=8")
+def test_best_checkpoint_has_the_lowest_loss_and_may_be_newer_than_the_other(monkeypatch):
+    give_losses(monkeypatch, 3.0, 2.0, 2.5)
+    with pytest.raises(StopIteration):  # dies at the fourth evaluation, before its first save
+        run("--eval_every=1", "--save_every=8")
     assert load("run")["step"] == 0 and load("run", "best.pt")["step"] == 2
-    give_losses(monkeypatch, 2.3, 2.0, 2.1, 2.2)
-    run("--eval_every=2", "--resume")
-    assert load("run", "best.pt")["step"] == 2 and load("run", "best.pt")["val_loss"] == 2.0
+    give_losses(monkeypatch, 2.3, 2.0, 2.1, math.nan)
+    best = load(run("--eval_every=2", "--resume"), "best.pt")
+    assert (best["step"], best["val_loss"], best["val_bpb"]) == (2, 2.0, 1.0)
+    assert [x["val_loss"] for x in log_of("run") if "val_loss" in x] == [2.3, 2.0, 2.1, None]
 
 
 def test_the_best_checkpoint_is_one_of_the_last_phase(monkeypatch):
@@ -741,14 +733,15 @@ def test_a_full_disk_leaves_the_old_checkpoint(start, shared):
     assert not list(Path("run").glob("*.tmp"))
 
 
-def test_a_diverging_run_stops_and_keeps_its_checkpoint():
+@pytest.mark.parametrize(("steps", "bad"), [(40, 5), (8, 3)])
+def test_a_diverging_run_stops_or_has_failed_at_its_end_and_keeps_its_checkpoint(steps, bad):
     run(*CONSTANT, "--dtype=float32", "--steps=4")
     before = Path("run/best.pt").read_bytes()
-    options = ("--dtype=float32", "--steps=40", "--lr=1e30", "--save_every=1", "--eval_every=6")
-    sentence = refused("--resume", *options)
-    found = re.match(r"5 gradients up to step (\d+) are not finite", sentence)
+    options = ("--dtype=float32", "--lr=1e30", "--save_every=1", "--eval_every=6")
+    sentence = refused("--resume", f"--steps={steps}", *options)
+    found = re.match(rf"{bad} gradients up to step (\d+) are not finite", sentence)
     state = load_checkpoint("run/ckpt.pt")
-    assert state["step"] == int(found[1]) - 5
+    assert state["step"] == int(found[1]) - bad
     assert all(x.isfinite().all() for x in state["model"].values())
     assert Path("run/best.pt").read_bytes() == before and load_model("run")
 
@@ -792,14 +785,6 @@ def test_a_bad_step_changes_neither_weights_nor_biases(optimizer, monkeypatch):
     assert saved == [0, 1, 2, 2, 4, 5, 6, 7]  # in the bad step the older file stays
     line = log_of("run")[2]
     assert line["grad_norm"] is None and line["loss"] > 0
-
-
-def test_a_run_that_ends_in_bad_steps_has_failed(monkeypatch):
-    clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, c: clip(p, c) * math.nan)
-    with pytest.raises(ValueError, match="3 gradients up to step 3"):
-        run("--steps=3", "--log_every=8")
-    assert load("run")["step"] == 0
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
