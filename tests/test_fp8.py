@@ -122,8 +122,6 @@ def test_quantize_equals_reference(block, pow2):
         decoded = dequantize(*quantize(x, block, pow2), block)
         assert decoded[3, :128].isnan().all()  # the whole tile: its scale is lost
         assert decoded[:, 128:].isfinite().all() and decoded[128:].isfinite().all()
-    with pytest.raises(ValueError, match=r"scale is \(2, 1\), but q"):
-        fp8.dequantize(fp8.quantize(torch.ones(4, 4), fp8.TILE)[0], torch.ones(2, 1), fp8.TILE)
 
 
 @both_kinds
