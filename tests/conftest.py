@@ -1,6 +1,15 @@
 """Tests run on one thread: their tensors are tiny, and threads of two processes that share the
-cores (DDP on a CPU) would wait for each other at every barrier."""
+cores (DDP on a CPU) would wait for each other at every barrier. All draw the same numbers."""
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    import torch  # after the number of threads is known
+
+    torch.manual_seed(0)

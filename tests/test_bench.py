@@ -12,7 +12,6 @@ import torch
 import bench
 import train
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 SMALLER = dict(num_hidden_layers=2, vocab_size=512, max_position_embeddings=128)
 

@@ -29,7 +29,6 @@ from config import read_config_file
 from model import ModelConfig, balance_loss
 from train import TrainConfig, lr_at, split_configs
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 TINY, _ = split_configs(read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, TrainConfig))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -100,7 +99,6 @@ def test_commands_name_files_and_keys_that_exist():
 def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     """The lines of the first screen, on a model made of random numbers."""
     block = re.search(r"(?s)```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"))
-    torch.manual_seed(0)
     model = sample.DeepSeekV3(ModelConfig(**TINY))
     tokenizer = type("", (), {"encode": lambda text: [1, 2, 3], "decode": str, "eos": [0]})
     monkeypatch.setattr("huggingface.load_model", lambda run: (model.eval(), tokenizer, tmp_path))
@@ -159,7 +157,6 @@ def learns_and_writes(model, cache, monkeypatch):
 @pytest.mark.parametrize("title, diff", CHANGES, ids=[title for title, _ in CHANGES])
 def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
     modules = changed(diff, tmp_path)
-    torch.manual_seed(0)
     if "model.py" in modules:
         new = modules["model.py"]
         model = new.DeepSeekV3(new.ModelConfig(**TINY | {"initializer_range": 0.1}))

@@ -233,7 +233,6 @@ def test_page_and_figures_show_what_the_json_files_hold(name, monkeypatch):
 def test_grouped_queries_are_heads_that_share_keys_and_values(options):
     settings = options.base() | {"num_attention_heads": 4}
     config = ModelConfig(**train.split_configs(settings)[0])
-    torch.manual_seed(0)
     few, many = attention.GroupedQueryAttention(config), attention.MultiHeadAttention(config)
     few.o_proj, few.q_proj = many.o_proj, many.q_proj
     for name in ("k_proj", "v_proj"):
@@ -271,7 +270,6 @@ def test_contrast_has_one_scale_and_loses_small_tokens(block):
 
 
 def test_contrast_of_gradients_changes_backward_alone(monkeypatch):
-    torch.manual_seed(0)
     layer, x = fp8.FP8Linear(128, 128), torch.randn(128, 128, requires_grad=True)
     dy = torch.randn(128, 128) * torch.logspace(-6, 0, 128)[:, None]  # tokens of very unlike size
     y = layer(x)

@@ -25,11 +25,6 @@ BF16 = torch.bfloat16
 both_kinds = pytest.mark.parametrize("pow2", [False, True])
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def error(got, want):
     """Relative Frobenius error."""
     got, want = got.detach().double(), torch.as_tensor(want).detach().double()

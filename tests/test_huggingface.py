@@ -67,7 +67,6 @@ TOKENS = torch.randint(TINY["vocab_size"], (2, 24), generator=torch.Generator().
 def quiet(monkeypatch):
     """transformers names the tensors that it does not know; the tests ask for them instead."""
     monkeypatch.setattr(transformers.logging.get_logger("transformers"), "level", logging.CRITICAL)
-    torch.manual_seed(0)
 
 
 def theirs(directory: Path, **keys):

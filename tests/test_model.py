@@ -197,7 +197,6 @@ def test_router_equals_a_loop(groups, norm):
     """Scores above and below one another in all ways, with biases of zero, of both signs, all
     negative (a mask of 0 in place of -inf would let masked experts win), and in half of the groups.
     The loop takes the weights from the scores alone, and ranks groups by their two best."""
-    torch.manual_seed(0)
     sizes = dict(hidden_size=8, n_group=groups[0], topk_group=groups[1], norm_topk_prob=norm)
     gate = Gate(ModelConfig(**(TINY | sizes))).double().requires_grad_(False)
     gate.weight.copy_(torch.eye(8))  # so that the scores are s for the input logit(s)
@@ -368,7 +367,6 @@ def test_head_loss_in_chunks_has_the_value_and_gradients_of_its_formula(targets,
 @pytest.mark.parametrize("width", [8, 6])
 def test_grouped_products_equal_the_loop(width):
     """In float32, width 8 in one call, width 6 is not aligned; empty experts get zero gradients."""
-    torch.manual_seed(0)
     x, w = (torch.randn(shape, requires_grad=True) for shape in ((10, width), (6, 4, width)))
     counts = torch.tensor([3, 0, 4, 0, 0, 3])
     assert (ops.grouped_linear(x, w, counts) is NotImplemented) == (width == 6)

@@ -40,7 +40,6 @@ from config import read_config_file, run_command
 from huggingface import load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "config" / "tiny.py")
 SHORT = (
@@ -274,7 +273,6 @@ def test_steps_equal_a_plain_training_loop(data):
 
 def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(shared, monkeypatch):
     monkeypatch.setattr(train, "multiplies_bf16", lambda device: True)  # as torch.optim.Muon does
-    torch.manual_seed(0)
     model = load_model(shared("--n_routed_experts=64", "--optimizer=adamw"))[0].float()
     config = train.TrainConfig(optimizer="muon", lr=0.01, adamw_lr=2.0, weight_decay=0.3)
     optimizers, pairs = train.make_optimizers(model, config), []
