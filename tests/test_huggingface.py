@@ -16,7 +16,6 @@ import os
 import runpy
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub
@@ -26,6 +25,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from test_sample import TEXT, make_run
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
@@ -370,20 +370,11 @@ def test_files_refused(saved_by_us):
 
 # ---- Our runs ------------------------------------------------------------------------------------
 
-TEXT = "def cosine(x):\n    return 'naïve café 😀'\n\n\nclass Größe:\n    pass\n" * 20
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run's folder as train.py leaves it."""
-    folder, source = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("text") / "text.txt"
-    source.write_text(TEXT)
-    config = prepare_data.DataConfig(str(source), "run", str(folder), vocab_size=300)
-    folder = prepare_data.prepare(config)
-    model = ours(depth=1, vocab_size=prepare_data.load_tokenizer(folder).n_vocab + 4)  # padded
-    saved = {"model_config": asdict(model.config), "model": model.state_dict()}
-    torch.save(saved, folder / "ckpt.pt")
-    return folder
+    """The vocabulary is padded."""
+    return make_run(tmp_path_factory, lambda vocab_size: ours(vocab_size=vocab_size + 4))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64])

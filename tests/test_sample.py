@@ -532,18 +532,21 @@ def test_impossible_requests_are_refused_in_one_sentence(change, word):
 TEXT = "def cosine(x):\n    return 'naïve café 😀'\n\n\nclass Größe:\n    pass\n" * 20
 
 
+def make_run(tmp_path_factory, make_model) -> Path:
+    """A run's folder as train.py leaves it, with the model for its vocabulary."""
+    source = tmp_path_factory.mktemp("out") / "text.txt"
+    source.write_text(TEXT)
+    config = prepare_data.DataConfig(str(source), "run", str(source.parent), vocab_size=300)
+    folder = prepare_data.prepare(config)
+    model = make_model(vocab_size=prepare_data.load_tokenizer(folder).n_vocab)
+    saved = {"model_config": asdict(model.config), "model": model.state_dict()}
+    torch.save(saved, folder / "ckpt.pt")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run's folder as train.py leaves it."""
-    folder, source = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("text") / "text.txt"
-    source.write_text(TEXT)
-    config = prepare_data.DataConfig(str(source), "run", str(folder), vocab_size=300)
-    folder = prepare_data.prepare(config)
-    vocab_size = prepare_data.load_tokenizer(folder).n_vocab
-    model = student(1, vocab_size=vocab_size, max_position_embeddings=64)
-    saved = {"format": "nanov3", "model_config": asdict(model.config), "train_config": {}}
-    torch.save(saved | {"model": model.state_dict(), "step": 1}, folder / "ckpt.pt")
-    return folder
+    return make_run(tmp_path_factory, partial(student, 1, max_position_embeddings=64))
 
 
 @pytest.fixture
