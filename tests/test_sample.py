@@ -265,9 +265,14 @@ def test_rows_advance_in_lockstep(depth):
 
 def test_looked_up_is_what_followed_last():
     """Over its own end too."""
-    assert sample.Row([1, 2, 3, 5, 1, 2, 3, 4, 1, 2, 3]).look_up(4) == [4, 1, 2, 3]
-    assert sample.Row([8, 9, 9, 9, 9]).look_up(3) == [9, 9, 9]
-    assert sample.Row([1, 2, 3]).look_up(4) == sample.Row([1, 2, 3, 4, 5, 6]).look_up(4) == []
+
+    def look_up(ids: list[int], G: int) -> list[int]:
+        return sample.look_up("".join(map(chr, ids)), G)
+
+    assert look_up([1, 2, 3, 5, 1, 2, 3, 4, 1, 2, 3], 4) == [4, 1, 2, 3]
+    assert look_up([8, 9, 9, 9, 9], 3) == [9, 9, 9]
+    assert look_up([1, 2, 3], 4) == look_up([1, 2, 3, 4, 5, 6], 4) == look_up([7], 4) == []
+    assert look_up([200_000, 0xD800, 5, 6] * 2, 3) == [200_000, 0xD800, 5]
 
 
 @pytest.mark.parametrize("depth", [1, 2])
