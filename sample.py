@@ -574,10 +574,7 @@ def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
 
 def print_score(model: DeepSeekV3, tokenizer: Tokenizer, path: str):
     document = Path(path).read_bytes()
-    try:
-        ids = tokenizer.encode(document.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error.reason})") from None
+    ids = tokenizer.encode(document.decode())
     if tokenizer.bos is None:  # else the ids begin with it
         ids = [*tokenizer.eos[:1], *ids]
     if len(ids) < 2:

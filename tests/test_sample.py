@@ -662,6 +662,7 @@ def test_score_gives_half_a_window_before_every_token(run, tmp_path, capsys, mon
         (["{run}", "--prompt=x", "--device=warp"], 1, "warp"),
         (["{run}", "--dtype=int3"], 2, "int3"),
         (["{run}", "--score=nowhere"], 1, "nowhere"),
+        (["{run}", "--score={run}/ckpt.pt"], 1, "utf-8"),
         (["{run}", "--prompt=x", "--num_samples=0"], 1, "num_samples"),
         (["{run}"], 1, "utf-8"),
     ],
