@@ -606,11 +606,10 @@ def main(argv: list[str]):
     elif config.interactive:
         chat(model, tokenizer, config)
     else:
-        prompt = config.prompt
         if "prompt" not in values and not sys.stdin.isatty():
             info("the prompt is what comes on standard input (or --prompt=...)")
-            prompt = sys.stdin.buffer.read().decode()
-        complete(model, tokenizer, prompt, config)
+            config.prompt = sys.stdin.buffer.read().decode()
+        complete(model, tokenizer, config.prompt, config)
 
 
 if __name__ == "__main__":
