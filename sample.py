@@ -91,10 +91,10 @@ def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:
-    """From each of the distributions p (B, V) the token where its sum passes u (B, 1): (B, 1)."""
+    """From each of the distributions p (B, T, V) the token where its sum passes u: (B, T)."""
     total = p.cumsum(-1)
-    token = torch.searchsorted(total, u * total[:, -1:], right=True)
-    return token.clamp(max=p.shape[1] - 1)
+    token = torch.searchsorted(total, u[..., None] * total[..., -1:], right=True).squeeze(-1)
+    return token.clamp(max=p.shape[-1] - 1)
 
 
 def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
     rest = (p[rows, kept] - q[rows, kept]).clamp(min=0)  # (B, V)
     # Where p and q differ by rounding only, nothing may be left of p - q.
     rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p[rows, kept])
-    return kept, draw(rest, u[:, -1:])
+    return kept, draw(rest[:, None], u[:, -1:])
 
 
 # ---- A round: draft, verify, accept --------------------------------------------------------------
@@ -180,12 +180,12 @@ class Text:
             self.mtp_cache.length = start
             h = self.net.predict_next(k, h, self.tokens[:, span(start + k + 1, W)], self.mtp_cache)
             if j < G:
-                logits = self.net.logits(h[:, -1:])[:, 0]  # (B, V)
+                logits = self.net.logits(h[:, -1:])  # (B, 1, V)
                 if not self.greedy:
                     q.append(probabilities(logits, *self.filters))
-                token = draw(q[j], u[:, j : j + 1]) if q else logits.argmax(-1, keepdim=True)
+                token = draw(q[j], u[:, j : j + 1]) if q else logits.argmax(-1)
                 self.tokens[:, span(n + j, 1)] = token
-        return torch.stack(q, 1) if q else None
+        return torch.cat(q, 1) if q else None
 
     def round(self, n: int | Tensor, G: int, u: Tensor, looked_up: bool) -> Tensor:
         """Drafts, one forward of the model, and tokens n .. n+G are written.
@@ -200,13 +200,11 @@ class Text:
         if self.depth:
             self.hidden[:, span(n - 1, G + 1)] = h
         logits, drafts = self.net.logits(h), fresh[:, 1:]  # (B, G+1, V), (B, G)
-        if self.greedy:
-            out = logits.argmax(-1)  # (B, G+1)
+        p = None if self.greedy else probabilities(logits, *self.filters)
+        if q is None:  # drafts that were certain stay where the model says the same
+            out = logits.argmax(-1) if self.greedy else draw(p, u[:, G:])  # (B, G+1)
             kept = (out[:, :-1] == drafts).long().cumprod(1).sum(1)  # (B,)
         else:
-            p = probabilities(logits, *self.filters)
-            if q is None:  # what is looked up is certain
-                q = F.one_hot(drafts, p.shape[-1]).to(p.dtype)
             kept, token = accept(p, q, drafts, u[:, G:])
             after = torch.arange(G + 1, device=kept.device) == kept[:, None]
             out = torch.where(after, token, F.pad(drafts, (0, 1)))
