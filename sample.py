@@ -151,26 +151,19 @@ class Text:
         self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
 
     def catch_up(self, end: int):
-        """The MTP modules fill their slots up to `end`: slot i of module k takes h_i of depth k and
-        token i+k+1 (k from 0)."""
+        """The MTP modules fill their slots up to `end`."""
         while self.depth and self.filled < end:
             start, self.filled = self.filled, min(self.filled + self.chunk, end)
-            h = self.hidden[:, start : self.filled]  # (B, chunk, D)
-            for k in range(self.depth):
-                self.mtp_cache.length = start
-                tokens = self.tokens[:, start + k + 1 : self.filled + k + 1]
-                h = self.net.predict_next(k, h, tokens, self.mtp_cache)
+            self.draft(self.filled + 1, 0, self.filled - start)
 
-    def draft(self, n: int | Tensor, G: int, u: Tensor) -> Tensor | None:
-        """Writes drafts of tokens n .. n+G-1; returns the distributions q they come from (B, G, V),
-        nothing if greedy.
+    def draft(self, n: int | Tensor, G: int, W: int, u: Tensor | None = None) -> Tensor | None:
+        """The MTP modules fill slots n-1-W .. n-2 and write drafts of tokens n .. n+G-1. Returns
+        the distributions q these come from (B, G, V), nothing if greedy.
 
-        Slot i of module k predicts token i+k+2. So slot n-2 of module 0 gives token n, that of
-        module 1 token n+1, and so on; deeper drafts come from further slots of the last module, fed
-        with its own output. The W slots before may hold what came of rejected drafts: every module
-        fills them again.
+        Slot i of module k (from 0) takes h_i of depth k and token i+k+1 and predicts token i+k+2.
+        So slot n-2 of module 0 gives token n, that of module 1 token n+1, and so on; deeper drafts
+        come from further slots of the last module, fed with its own output.
         """
-        W = G + self.depth if isinstance(n, Tensor) else min(G + self.depth, n - 1)
         start, q = n - 1 - W, []
         h = self.hidden[:, span(start, W)]
         for j in range(max(G, self.depth)):
@@ -187,13 +180,13 @@ class Text:
                 self.tokens[:, span(n + j, 1)] = token
         return torch.cat(q, 1) if q else None
 
-    def round(self, n: int | Tensor, G: int, u: Tensor, looked_up: bool) -> Tensor:
+    def round(self, n: int | Tensor, G: int, W: int, u: Tensor) -> Tensor:
         """Drafts, one forward of the model, and tokens n .. n+G are written.
 
-        u (B, 2G+1) is uniform in [0, 1). Returns how many drafts each row keeps, then its tokens,
-        of which kept + 1 are true: (B, 1 + G+1).
+        W is 0 where the modules draft nothing, u (B, 2G+1) uniform in [0, 1). Returns how many
+        drafts each row keeps, then its tokens, of which kept + 1 are true: (B, 1 + G+1).
         """
-        q = self.draft(n, G, u) if G and not looked_up else None
+        q = self.draft(n, G, W, u) if W else None
         fresh = self.tokens[:, span(n - 1, G + 1)]  # (B, G+1): the newest token and the drafts
         self.cache.length = n - 1  # so rejected drafts are forgotten
         h = self.net.trunk(fresh, self.cache)
@@ -214,24 +207,25 @@ class Text:
     def play(self, n: int, G: int, u: Tensor, looked_up: bool) -> tuple[list, float]:
         """A round, eager or as a graph: its outcome and the seconds without compilation."""
         round, position = Text.round, n
-        # A graph fills as many slots as a round can leave behind: so many tokens there must be.
-        if self.compile and n > G + self.depth:
+        # The modules fill again what may have come of rejected drafts.
+        W = 0 if looked_up or G == 0 else min(G + self.depth, n - 1)
+        if self.compile and n > G + self.depth:  # W is the same in all rounds of a graph
             position = torch.tensor(n, device=u.device)
-            round = compiled(self, position, G, u, looked_up)
+            round = compiled(self, position, G, W, u)
         began = time.perf_counter()
-        if G and not looked_up:
-            self.catch_up(n - 1 - G - self.depth)
+        if W:
+            self.catch_up(n - 1 - W)
             self.filled = max(0, n - self.depth)  # after the round
-        outcome = round(self, position, G, u, looked_up).tolist()
+        outcome = round(self, position, G, W, u).tolist()
         return outcome, time.perf_counter() - began
 
 
 GRAPHS = {}  # compiled rounds; they serve every text of their size and every model of their kind
 
 
-def compiled(text: Text, n: Tensor, G: int, u: Tensor, looked_up: bool) -> Callable:
+def compiled(text: Text, n: Tensor, G: int, W: int, u: Tensor) -> Callable:
     """Text.round as one graph for every n: compiled here if it is the first of its kind."""
-    key = (*text.kind, G, looked_up)
+    key = (*text.kind, G, W)
     if key not in GRAPHS:
         # Without guards, as checking a few hundred tensors would take as long as the step. And as
         # torch.compile keeps graphs with the code of a function, each has its own copy of that.
@@ -252,7 +246,7 @@ def compiled(text: Text, n: Tensor, G: int, u: Tensor, looked_up: bool) -> Calla
         began, tokens = time.perf_counter(), text.tokens.clone()
         try:
             for _ in range(3):  # a GPU records its graph in the second
-                graph(text, n, G, u, looked_up)
+                graph(text, n, G, W, u)
                 text.tokens.copy_(tokens)  # the outcome stands where drafts were looked up
         except torch._inductor.exc.InductorError as error:
             reason = str(error).splitlines()[0][:200]
