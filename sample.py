@@ -508,8 +508,7 @@ def usable_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}); try cpu") from None
+        raise ValueError(f"device {name!r} cannot be used here ({error!s:.200}); try cpu") from None
     return torch.device(name)
 
 
