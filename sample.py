@@ -40,7 +40,7 @@ PALETTE = (160, 34, 172, 33, 134, 37, 99, 204)  # neither bright nor dark: legib
 
 @dataclass
 class SampleConfig:
-    ckpt: str = ""  # a run's folder (best.pt, else ckpt.pt), a file, or a Hugging Face directory
+    ckpt: str = "out/small"  # a run (best.pt, else ckpt.pt), a file, or a Hugging Face directory
     prompt: str = ""  # the text to go on from; without it what is piped in, or a new document
     num_samples: int = 1  # texts from the same prompt, decoded together
     max_new_tokens: int = 256  # where a text ends at the latest
@@ -581,14 +581,11 @@ def main(argv: list[str]):
     text = "Write text with a trained model: python sample.py out/small [--key=value]"
     ckpt, values = parse_args(text, argv, SampleConfig, positional="ckpt")
     config = SampleConfig(**values)
-    if not (ckpt := ckpt or config.ckpt):
-        info("usage: name a checkpoint, for example: python sample.py out/small")
-        sys.exit(2)
     device, dtype = usable_device(config.device), config.dtype
     if dtype == "auto":
         fast = device.type == "cuda" and ops.multiplies_bf16(device)
         dtype = "bfloat16" if fast else "float32"
-    model, tokenizer, path = load_model(ckpt, device, getattr(torch, dtype))
+    model, tokenizer, path = load_model(ckpt or config.ckpt, device, getattr(torch, dtype))
     if tokenizer is None:
         raise ValueError(f"no tokenizer of {path} can be read, so there is no text to write")
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")

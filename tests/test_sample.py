@@ -656,7 +656,7 @@ def test_score_gives_half_a_window_before_every_token(run, tmp_path, capsys, mon
     "args, code, words",
     [
         (["nowhere", "--prompt=x"], 1, "nowhere"),
-        ([], 2, "checkpoint"),
+        (["--ckpt=", "--prompt=x"], 1, "checkpoint"),
         (["{run}", "--top_k=x"], 2, "top_k"),
         (["{run}", "--draft=9"], 2, "draft"),
         (["{run}", "--prompt=x", "--device=warp"], 1, "warp"),
