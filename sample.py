@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 import types
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,8 @@ from ops import span
 
 MOST_DRAFTS = 4
 MATCH = 3  # tokens that prompt lookup finds again
-TURNS = 4  # rounds in which --draft=auto tries a number of drafts
+AUTO_DRAFTS = 2  # of the modules in a round, with --draft=auto
+TURNS = 4  # plain rounds before these
 GREEN = "32"
 PALETTE = (160, 34, 172, 33, 134, 37, 99, 204)  # neither bright nor dark: legible on any ground
 
@@ -48,7 +48,7 @@ class SampleConfig:
     top_k: int | None = 200  # sample among the k likeliest tokens; none: among all
     top_p: float | None = None  # among the fewest tokens that have this much probability
     seed: int = 1337  # with a fixed --draft it fixes the text; auto follows the clock
-    draft: Literal["auto", 0, 1, 2, 3, 4] = "auto"  # tokens drafted in a round; auto: the fastest
+    draft: Literal["auto", 0, 1, 2, 3, 4] = "auto"  # tokens drafted in a round; auto: if it pays
     lookup: bool = True  # draft from the text itself where it repeats
     compile: bool = False  # several times faster, after half a minute for each number of drafts
     show: Literal["", "drafts", "experts"] = ""  # accepted drafts in green; experts in colours
@@ -268,47 +268,24 @@ def look_up(row: str, G: int) -> list[int]:
 
 
 class Pace:
-    """How many drafts a round makes: a fixed number, or with "auto" what is fastest.
+    """Whether to draft. With --draft=auto drafts, the modules' or looked up, rest while they are
+    behind plain rounds by more than a token or two and a hundredth of the text."""
 
-    Then every number is tried a few times first. And drafts, the modules' or looked up, rest while
-    they are behind plain rounds by more than a token or two and a hundredth of the text. The choice
-    never sees the tokens it is made for.
-    """
+    def __init__(self, auto: bool):
+        self.auto, self.plain = auto, []  # seconds of plain rounds
+        self.won = {False: 1.5, True: 0.5}  # tokens, by the modules' drafts and by lookup
 
-    def __init__(self, speculative: int | str, most: int):
-        self.auto, self.most = speculative == "auto", most
-        # Seconds of rounds by their number of drafts; the last list is that of looked-up ones.
-        self.seconds = [deque(maxlen=16) for _ in range(most + 2)]
-        self.stays = [deque(maxlen=32) for _ in range(most)]  # whether draft j was kept, by j
-        self.ahead = {False: 1.5, True: 0.5}  # tokens won by the modules' drafts, by lookup
-
-    def rate(self, G: int) -> float:
-        """Tokens a second; how often a draft stays is known from all rounds that made it."""
-        return (1 + sum(map(statistics.mean, self.stays[:G]))) / statistics.median(self.seconds[G])
-
-    def may_look_up(self) -> bool:
-        return not self.auto or (len(self.seconds[0]) > 0 and self.ahead[True] >= 0)
-
-    def drafts(self) -> int:
-        if not self.auto:
-            return self.most
-        if self.ahead[False] < 0:
-            return 0
-        for G in range(self.most + 1):
-            if len(self.seconds[G]) < TURNS:
-                return G
-        saved = self.ahead[False] > 2  # enough to try again
-        return max(range(self.most + 1), key=self.rate) or int(saved and self.most > 0)
+    def allows(self, looked_up: bool) -> bool:
+        known = len(self.plain) >= (1 if looked_up else TURNS)
+        return not self.auto or (known and self.won[looked_up] >= 0)
 
     def learn(self, G: int, looked_up: bool, seconds: float, tokens: int):
         """A round with G drafts took so long and gave so many tokens per row."""
-        times = self.seconds[-1 if looked_up else G]
-        times.append(seconds)
-        for j in range(0 if looked_up else G):
-            self.stays[j].append(j < tokens - 1)
-        if G and self.seconds[0]:
-            self.ahead[looked_up] += tokens - statistics.median(times) * self.rate(0)
-        self.ahead = {kind: ahead + tokens / 100 for kind, ahead in self.ahead.items()}
+        if G == 0:
+            self.plain.append(seconds)
+        elif self.plain:  # a moment in which the machine was busy counts as plain rounds at most
+            self.won[looked_up] += tokens - min(seconds / statistics.median(self.plain), 1 + G)
+        self.won = {kind: won + tokens / 100 for kind, won in self.won.items()}
 
 
 def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache, compiled: bool):
@@ -355,21 +332,22 @@ def generate(
 ) -> Tensor:
     """Continues the rows of tokens (B, T) by max_new_tokens each: (B, T + new), prompt included.
 
-    speculative: drafts per round, 0 to 4, or "auto", the fastest. lookup: draft from the text
-    itself where its last tokens stood before. compile: every kind of round becomes one graph. A row
-    that reaches eos_token_id (one or several) is padded with it. At max_position_embeddings
+    speculative: drafts per round, 0 to 4, or "auto": 2, or 4 looked up, where that pays. lookup:
+    draft from the text itself where its last tokens stood before. compile: rounds become graphs. A
+    row that reaches eos_token_id (one or several) is padded with it. At max_position_embeddings
     decoding stops with a note, so `new` may be smaller. on_token(row, ids, drafted) sees new tokens
     as they come, the first `drafted` of them accepted drafts. stats is filled in.
     """
     check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
     (B, T), limit, stats = tokens.shape, model.config.max_position_embeddings, stats or Stats()
     new = min(max_new_tokens, limit - T)
-    most = MOST_DRAFTS if speculative == "auto" else int(speculative)
+    pace = Pace(speculative == "auto")
+    most = MOST_DRAFTS if pace.auto else int(speculative)
     # Compiled on a CPU drafts gain little and every number of them compiles for half a minute.
-    no_drafts = most == 0 or (speculative == "auto" and compile and tokens.device.type == "cpu")
+    no_drafts = most == 0 or (pace.auto and compile and tokens.device.type == "cpu")
     depth = 0 if no_drafts else len(model.mtp)
+    drafts = 0 if depth == 0 else AUTO_DRAFTS if pace.auto else most
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    pace = Pace(speculative, most if depth else 0)
     rows = ["".join(map(chr, ids)) for ids in tokens.tolist()]
     live = list(range(B))  # the rows that go on
 
@@ -378,11 +356,13 @@ def generate(
     stats.prefill_seconds = time.perf_counter() - began
     n, end = T, T + new
     while live and n < end:
-        found = [look_up(rows[b], most) for b in live] if lookup and pace.may_look_up() else [[]]
+        may = lookup and pace.allows(looked_up=True)
+        found = [look_up(rows[b], most) for b in live] if may else [[]]
         looked_up = all(found)
         if looked_up:
             text.tokens[live, n : n + most] = torch.tensor(found, device=tokens.device)
-        G = most if looked_up else pace.drafts() if n > 1 else 0  # one token fills no slot
+        draft = n > 1 and pace.allows(looked_up=False)  # one token fills no slot
+        G = most if looked_up else drafts if draft else 0
         u = torch.rand(B, 2 * G + 1, generator=generator, device=tokens.device)
         outcome, seconds = text.play(n, G, u, looked_up)
         # All advance by the least number of tokens that any has. A row that keeps more drafts
