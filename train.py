@@ -237,9 +237,6 @@ class Muon(torch.optim.Optimizer):
     which takes hundreds of experts one after another.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-
     @torch.no_grad()
     def step(self, closure=None):
         if getattr(self, "found_inf", 0):  # a step to leave out, as fused AdamW knows it
@@ -285,7 +282,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     adamw = torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
     if not matrices:
         return [adamw]
-    return [adamw, Muon([{"params": matrices, "lr_scale": 1.0}], config.lr, decay)]
+    defaults = {"lr": config.lr, "lr_scale": 1.0, "weight_decay": decay, "momentum": 0.95}
+    return [adamw, Muon(matrices, defaults)]
 
 
 # ---- Data and evaluation -------------------------------------------------------------------------
