@@ -462,10 +462,9 @@ class Run:
             self.best = best["trained_length"], -best["val_loss"]
         log = self.out / "log.jsonl"
         if self.machine.rank == 0 and log.exists():
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= self.step]
-            log.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
-            os.replace(log.with_suffix(".tmp"), log)
+            lines = log.read_bytes().splitlines(keepends=True)
+            kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= self.step]
+            os.truncate(log, sum(map(len, kept)))
         if self.step:  # every parameter's moments, cut up as it is; the settings stay this run's
             both = self.model, self.optimizers
             groups = self.dcp.get_optimizer_state_dict(*both)["param_groups"]
