@@ -679,21 +679,16 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str | Path]:
 
 def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> TrainConfig:
     """The settings of the checkpoint under those of the command line; tells what differs."""
-    command = {key: getattr(config, key) for key in OF_THE_COMMAND}
     stored = {k: v for k, v in saved["train_config"].items() if hasattr(config, k)}
-    before = TrainConfig(**stored | command)  # what an older checkpoint lacks was the default
-    after = replace(before, **split_configs(given)[1])
-    was, now = asdict(before), asdict(after)
-    for key in now:
-        if now[key] != was[key]:
-            info(f"{key} is now {now[key]} (was {was[key]})")
-    if unused := [
-        f"--{k}={v}" for k, v in in_file.items() if now.get(k, v) != v and k not in given
-    ]:
-        info(f"the run keeps its settings; to apply the config file's: {' '.join(unused)}")
-    may_differ, network = CONTEXT_KEYS | given.keys(), saved["model_config"].items()
-    if other := [k for k, v in network if k not in may_differ and in_file.get(k, v) != v]:
-        info(f"the run keeps its network; the config file has another {', '.join(other)}")
+    before = TrainConfig(**stored)  # what an older checkpoint lacks was the default
+    command = {key: getattr(config, key) for key in OF_THE_COMMAND}
+    after = replace(before, **split_configs(given)[1] | command)
+    was = asdict(before) | saved["model_config"]
+    for key, value in (in_file | given).items():
+        if key not in OF_THE_COMMAND and was.get(key, value) != value:
+            new = f"is now {value} (was {was[key]})"
+            old = f"stays {was[key]} (the config file has {value})"
+            info(f"{key} {new if key in given else old}")
     old_lr, lr = lr_at(before, max(0, saved["step"] - 1)), lr_at(after, saved["step"])
     if after.steps != before.steps and lr > old_lr:
         info(f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}")
