@@ -569,9 +569,8 @@ def backward(model: DeepSeekV3, trainer: nn.Module, batches, weights, machine: M
     (mtp_weight, alpha), losses = weights, 0.0
     for i, batch in enumerate(batches, 1):
         last = i == len(batches)  # only then gradients are averaged over the processes
-        if isinstance(trainer, DistributedDataParallel):
-            trainer.require_backward_grad_sync = last
-        elif hasattr(trainer, "set_requires_gradient_sync"):  # FSDP's
+        trainer.require_backward_grad_sync = last  # DDP's
+        if hasattr(trainer, "set_requires_gradient_sync"):  # FSDP's
             trainer.set_requires_gradient_sync(last)
         x, y = to_device(batch, machine.device)
         with machine.autocast():
