@@ -366,7 +366,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
     E, G, losses = c.n_routed_experts, c.n_group, {}
     lengths = [config.block_size, T_long] if T_long == model.trained_length else [config.block_size]
     counts = torch.zeros(c.moe_layers, E, dtype=torch.long, device=machine.device)
-    visits = torch.zeros(2, dtype=torch.long)  # groups of experts visited, by so many tokens
+    groups = torch.zeros((), dtype=torch.long, device=machine.device)  # visited by all tokens
     model.eval()
     with fp8.quantized_once(model):
         for T in lengths:
@@ -384,13 +384,12 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
                     # MTP module k (from 1) has k rows fewer, and predicts the last rows' targets.
                     used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
                     counts[layer] += expert_counts(used, E)
-                    visited = nn.functional.one_hot(used // (E // G), G).amax(1)  # (tokens, G)
-                    visits += torch.tensor([visited.sum(), len(used)])
+                    groups += nn.functional.one_hot(used // (E // G), G).amax(1).sum()
             nats, n = machine.sum(sums)
             losses[T] = (nats / n.clamp(min=1)).tolist()
     (main, *mtp), long = losses[config.block_size], losses.get(T_long)
-    groups, visitors = machine.sum(visits).clamp(min=1).tolist()
     share = machine.sum(counts) / counts.sum(1, keepdim=True).clamp(min=1)
+    visits, visited = (x.clamp(min=1).item() for x in (counts.sum(), machine.sum(groups)))
     per_bit = math.log(2) * data.val_bytes_per_token
     return {
         "val_loss": main,
@@ -399,8 +398,8 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
         "val_mtp_loss": sum(mtp) / max(1, len(mtp)),
         "val_mtp_losses": mtp,
         "max_vio_global": max_vio(counts).item(),
-        "nodes_per_token": groups / visitors,
-        "experts_per_node": c.num_experts_per_tok * visitors / groups,
+        "nodes_per_token": c.num_experts_per_tok * visited / visits,  # a token makes K visits
+        "experts_per_node": visits / visited,
         "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
     } | ({"val_bpb_long": long[0] / per_bit} if long else {})
 
