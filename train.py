@@ -21,7 +21,6 @@ import functools
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -778,7 +777,7 @@ def show_result(config: TrainConfig, prompt: str):
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
-    info(f"\nMore: python sample.py {config.out} --prompt={shlex.quote(prompt[:20])}")
+    info(f"\nMore: python sample.py {config.out} --prompt=...")
 
 
 def main(argv: list[str]):
