@@ -434,7 +434,7 @@ class Run:
         import torch.distributed.checkpoint.state_dict as dcp
 
         self.dcp, self.whole = dcp, dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        self.model, self.optimizers, self.data = model, optimizers, data
+        self.model, self.data, self.trained = model, data, (model, optimizers)
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.step = self.tokens = 0
         self.evaluated = 0  # step of the last evaluation
@@ -464,11 +464,10 @@ class Run:
             kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= self.step]
             os.truncate(log, sum(map(len, kept)))
         if self.step:  # every parameter's moments, cut up as it is; the settings stay this run's
-            both = self.model, self.optimizers
-            groups = self.dcp.get_optimizer_state_dict(*both)["param_groups"]
+            groups = self.dcp.get_optimizer_state_dict(*self.trained)["param_groups"]
             state = {"state": saved["optimizer"], "param_groups": groups}
             options = self.dcp.StateDictOptions(full_state_dict=True)
-            self.dcp.set_optimizer_state_dict(*both, state, options=options)
+            self.dcp.set_optimizer_state_dict(*self.trained, state, options=options)
 
     def save(self, name: str, **more):
         """Every rank calls it, since sharded tensors are gathered; the first one writes."""
@@ -492,8 +491,7 @@ class Run:
         if due and not self.bad_in_a_row:  # a bad gradient's weights may be spoilt: keep the older
             moments = {}  # of the first step: there are none, and asking for them takes a step
             if self.step:
-                both = self.model, self.optimizers
-                moments = self.dcp.get_optimizer_state_dict(*both, options=self.whole)
+                moments = self.dcp.get_optimizer_state_dict(*self.trained, options=self.whole)
             self.save("ckpt.pt", optimizer=moments.get("state", {}))  # other ranks get none
 
     def evaluate(self):
