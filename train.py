@@ -358,9 +358,9 @@ def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) ->
 
 
 @torch.no_grad()
-def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, must_stop=None):
+def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
     """What the log has of an evaluation: losses and the use of the experts in windows of block_size
-    and, once the model knows them, the loss in long ones. Nothing if must_stop() before a batch."""
+    and, once the model knows them, the loss in long ones."""
     c, T_long = model.config, config.long_block_size
     E, G, losses = c.n_routed_experts, c.n_group, {}
     lengths = [config.block_size, T_long] if T_long == model.trained_length else [config.block_size]
@@ -371,8 +371,6 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, mus
         for T in lengths:
             sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens, by depth
             for windows in validation_windows(data.val.arrays[0], T, config, machine):
-                if must_stop and must_stop():
-                    return {}
                 x, y = to_device(windows, machine.device)
                 with machine.autocast():
                     main, _, _ = model(x.clamp(min=0), y)
@@ -437,7 +435,6 @@ class Run:
         self.model, self.data, self.trained = model, data, (model, optimizers)
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.step = self.tokens = 0
-        self.evaluated = 0  # step of the last evaluation
         self.best = (0, -math.inf)  # of best.pt: the length it was trained for, minus its loss
         # Sums since the last line of the log, kept on the device: three losses, MaxVio, steps left
         # out because their gradient was not finite, all steps.
@@ -453,7 +450,7 @@ class Run:
     def restore(self, saved: dict):
         """Goes back to a checkpoint; the log loses what came after it and will come again."""
         self.step, self.tokens = saved["step"], saved["tokens"]
-        self.evaluated, self.clock = saved["evaluated"], (time.perf_counter(), self.tokens)
+        self.clock = time.perf_counter(), self.tokens
         self.sums += saved.get("sums", 0 * self.sums).to(self.sums)
         if (self.out / "best.pt").exists():  # it may be later and better than the checkpoint
             best = load_checkpoint(self.out / "best.pt")
@@ -461,8 +458,9 @@ class Run:
         log = self.out / "log.jsonl"
         if self.machine.rank == 0 and log.exists():
             lines = log.read_bytes().splitlines(keepends=True)
-            kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= self.step]
-            os.truncate(log, sum(map(len, kept)))
+            entries = [json.loads(x) for x in lines if x.endswith(b"\n")]  # else half written
+            n = sum((x["step"], "val_loss" in x) < (self.step, True) for x in entries)
+            os.truncate(log, sum(map(len, lines[:n])))
         if self.step:  # every parameter's moments, cut up as it is; the settings stay this run's
             groups = self.dcp.get_optimizer_state_dict(*self.trained)["param_groups"]
             state = {"state": saved["optimizer"], "param_groups": groups}
@@ -479,7 +477,6 @@ class Run:
             "trained_length": self.model.trained_length,
             "step": self.step,
             "tokens": self.tokens,
-            "evaluated": self.evaluated,
             "sums": self.sums,
         }
         if self.machine.rank == 0:
@@ -497,13 +494,10 @@ class Run:
     def evaluate(self):
         """The validation loss, when it is time; best.pt, if it is the lowest so far."""
         due = self.last or self.step % self.config.eval_every == 0
-        if not due or self.stopped or self.evaluated == self.step:
+        if not self.step or not due or self.stopped:
             return
-        result = evaluate(self.model, self.data, self.config, self.machine, self.must_stop)
+        result = evaluate(self.model, self.data, self.config, self.machine)
         self.model.train()
-        if self.stopped:  # the resumed run will begin with this evaluation
-            return
-        self.evaluated = self.step
         self.log(result)
         score = (self.model.trained_length, -result["val_loss"])
         if math.isfinite(result["val_loss"]) and score > self.best:
@@ -547,13 +541,12 @@ class Run:
         if self.signalled and time.monotonic() > self.signalled + 1:
             raise KeyboardInterrupt
         if not self.signalled and self.machine.rank == 0:
-            os.write(2, b"\nstopping after this step, or this batch of the evaluation\n")
+            os.write(2, b"\nstopping after the next step\n")
         self.signalled = self.signalled or time.monotonic()
 
-    def must_stop(self) -> bool:
-        """Whether any process has got a signal: all learn it at once, and leave together."""
+    def share_signals(self):
+        """If any process has got a signal, all learn it at once, and leave together."""
         self.stopped = bool(self.machine.sum(torch.tensor(float(self.signalled > 0))))  # on the CPU
-        return self.stopped
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -594,7 +587,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
         run.checkpoint()  # from now on whatever happens leaves something to resume
     handlers = {s: signal.signal(s, run.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        run.evaluate()  # if a signal has cut it short
+        run.evaluate()  # it comes after the checkpoint of its step
         while not (run.last or run.stopped):
             step, parts = run.step, config.grad_accum
             if extended(config, step):
@@ -626,9 +619,9 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
 
             run.step, run.tokens = step + 1, run.tokens + windows[:, 1:].size
             run.log_step(machine.sum(losses) / machine.world, vio, bad, lr, norm)
-            run.must_stop()
-            run.evaluate()
+            run.share_signals()
             run.checkpoint()
+            run.evaluate()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -556,26 +556,26 @@ def test_best_checkpoint_has_the_lowest_loss_and_may_be_newer_than_the_other(mon
 
 
 def test_the_best_checkpoint_is_one_of_the_last_phase(monkeypatch):
-    give_losses(monkeypatch, 1.0, 2.0, 3.0)
+    give_losses(monkeypatch, 1.0, 2.0, 2.0, 3.0)  # the second once more when it is resumed
     run(*CASES["long"])
     run("--resume", "--steps=12")
     assert load("run", "best.pt")["step"] == 8
 
 
-def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(shared, capfd):
-    def interrupt(windows, device):
+def test_a_run_that_dies_in_an_evaluation_makes_up_for_it(shared):
+    def die(windows, device):
         if to_device.call_count == 7:  # after four steps and two of many batches
-            os.kill(os.getpid(), signal.SIGINT)
+            raise KeyboardInterrupt
         return mock.DEFAULT
 
-    original = train.to_device
-    with mock.patch.object(train, "to_device", wraps=original, side_effect=interrupt) as to_device:
+    patch = mock.patch.object(train, "to_device", wraps=train.to_device, side_effect=die)
+    with patch as to_device, pytest.raises(KeyboardInterrupt):
         run("--eval_batch=8")
     assert [len(call.args[0]) for call in to_device.call_args_list] == [4] * 4 + [8] * 3
-    said = capfd.readouterr().err
-    assert "stopping after this step, or this batch" in said and "stopped at step 4" in said
     assert load("run")["step"] == 4 and "val_loss" not in log_of("run")[-1]
     run("--eval_batch=8", "--resume")
+    assert_same_run(shared("--eval_batch=8"), Path("run"))
+    run("--eval_batch=8", "--resume")  # the last evaluation comes after the last checkpoint too
     assert_same_run(shared("--eval_batch=8"), Path("run"))
 
 
