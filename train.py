@@ -461,11 +461,11 @@ class Run:
             entries = [json.loads(x) for x in lines if x.endswith(b"\n")]  # else half written
             n = sum((x["step"], "val_loss" in x) < (self.step, True) for x in entries)
             os.truncate(log, sum(map(len, lines[:n])))
-        if self.step:  # every parameter's moments, cut up as it is; the settings stay this run's
-            groups = self.dcp.get_optimizer_state_dict(*self.trained)["param_groups"]
-            state = {"state": saved["optimizer"], "param_groups": groups}
-            options = self.dcp.StateDictOptions(full_state_dict=True)
-            self.dcp.set_optimizer_state_dict(*self.trained, state, options=options)
+        # Every parameter's moments, cut up as it is; the settings stay this run's.
+        groups = self.dcp.get_optimizer_state_dict(*self.trained)["param_groups"]
+        state = {"state": saved["optimizer"], "param_groups": groups}
+        options = self.dcp.StateDictOptions(full_state_dict=True)
+        self.dcp.set_optimizer_state_dict(*self.trained, state, options=options)
 
     def save(self, name: str, **more):
         """Every rank calls it, since sharded tensors are gathered; the first one writes."""
@@ -486,9 +486,7 @@ class Run:
         """ckpt.pt, when it is time."""
         due = self.last or self.stopped or self.step % self.config.save_every == 0
         if due and not self.bad_in_a_row:  # a bad gradient's weights may be spoilt: keep the older
-            moments = {}  # of the first step: there are none, and asking for them takes a step
-            if self.step:
-                moments = self.dcp.get_optimizer_state_dict(*self.trained, options=self.whole)
+            moments = self.dcp.get_optimizer_state_dict(*self.trained, options=self.whole)
             self.save("ckpt.pt", optimizer=moments.get("state", {}))  # other ranks get none
 
     def evaluate(self):
@@ -583,8 +581,6 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
         run.restore(saved)
         if run.last:
             info(f"step {run.step} is the last: give more --steps to train on")
-    else:
-        run.checkpoint()  # from now on whatever happens leaves something to resume
     handlers = {s: signal.signal(s, run.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         run.evaluate()  # it comes after the checkpoint of its step
@@ -682,7 +678,7 @@ def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> Tra
         info(f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}")
         info(f"(a new schedule from these weights: --init_from={config.out} with another --out)")
     state = saved.get("optimizer") if after.optimizer == before.optimizer else None
-    if config.resume and not isinstance(state, dict):  # that of an earlier version is none
+    if config.resume and not (state and isinstance(state, dict)):  # an earlier version's is none
         raise ValueError(f"no state of {after.optimizer} in {config.out}: use --init_from instead.")
     return after
 
