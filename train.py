@@ -673,10 +673,6 @@ def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> Tra
             new = f"is now {value} (was {was[key]})"
             old = f"stays {was[key]} (the config file has {value})"
             info(f"{key} {new if key in given else old}")
-    old_lr, lr = lr_at(before, max(0, saved["step"] - 1)), lr_at(after, saved["step"])
-    if after.steps != before.steps and lr > old_lr:
-        info(f"the schedule is stretched: the rate goes from {old_lr:.3g} back to {lr:.3g}")
-        info(f"(a new schedule from these weights: --init_from={config.out} with another --out)")
     state = saved.get("optimizer") if after.optimizer == before.optimizer else None
     if config.resume and not (state and isinstance(state, dict)):  # an earlier version's is none
         raise ValueError(f"no state of {after.optimizer} in {config.out}: use --init_from instead.")

@@ -381,12 +381,9 @@ def test_a_finished_run_can_go_on_for_longer(shared, capsys):
     assert Path("run/ckpt.pt").stat().st_mtime_ns == before
     run(*CONSTANT, "--resume")
     assert_same_run(shared(*CONSTANT), Path("run"))
-    assert "stretched" not in capsys.readouterr().err
     shutil.copytree(shared(), "decayed")
     train.main(["--out=decayed", "--resume", "--steps=16"])
-    said = capsys.readouterr().err
-    assert "the schedule is stretched: the rate goes from 0.000946 back to 0.005" in said
-    assert "--init_from=decayed with another --out" in said
+    assert "steps is now 16 (was 8)" in capsys.readouterr().err
 
 
 def test_another_network_optimiser_or_tokenizer_is_refused_on_resume(shared):
