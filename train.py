@@ -766,10 +766,8 @@ def show_result(config: TrainConfig, prompt: str):
 def main(argv: list[str]):
     try:
         run(argv)
-    except RuntimeError as error:
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            raise ValueError("out of memory: raise --grad_accum, or give --recompute.") from None
-        raise
+    except torch.OutOfMemoryError:
+        raise ValueError("out of memory: raise --grad_accum, or give --recompute.") from None
     if dist.is_initialized():
         dist.destroy_process_group()
 
