@@ -17,10 +17,6 @@ from pathlib import Path
 from typing import Any
 
 WORDS = {"true": "True", "false": "False", "none": "None"}
-# What other projects call our keys, where the spelling does not lead there.
-ALIASES = {"learning_rate": "lr", "max_iters": "steps", "n_layer": "num_hidden_layers"}
-ALIASES |= {"n_head": "num_attention_heads", "n_embd": "hidden_size", "batch": "batch_size"}
-ALIASES |= {"n_experts": "n_routed_experts"}
 
 
 def info(text: str) -> None:
@@ -31,8 +27,7 @@ def info(text: str) -> None:
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """The sentence for a key that does not exist."""
-    alias = ALIASES.get(name.replace("-", "_"), name)
-    close = difflib.get_close_matches(alias, list(known), 1, 0.75)  # less hints at nonsense
+    close = difflib.get_close_matches(name, list(known), 1, 0.75)  # less hints at nonsense
     other = "the network has none" if name == "dropout" else "see --help"
     return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else other)
 
