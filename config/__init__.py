@@ -13,7 +13,6 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 WORDS = {"true": "True", "false": "False", "none": "None"}
@@ -85,9 +84,6 @@ def parse_args(
 
 def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     """The assignments of a config file, checked against the fields of the dataclasses."""
-    if not Path(path).is_file():
-        have = ", ".join(sorted(str(p) for p in Path("config").glob("[!_]*.py")))
-        raise FileNotFoundError(f"no config file {path}; there are: {have}")
     try:
         values = runpy.run_path(path)
     except Exception as error:
