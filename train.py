@@ -542,10 +542,6 @@ class Run:
             os.write(2, b"\nstopping after the next step\n")
         self.signalled = self.signalled or time.monotonic()
 
-    def share_signals(self):
-        """If any process has got a signal, all learn it at once, and leave together."""
-        self.stopped = bool(self.machine.sum(torch.tensor(float(self.signalled > 0))))  # on the CPU
-
 
 # ---- Training ------------------------------------------------------------------------------------
 
@@ -615,7 +611,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
 
             run.step, run.tokens = step + 1, run.tokens + windows[:, 1:].size
             run.log_step(machine.sum(losses) / machine.world, vio, bad, lr, norm)
-            run.share_signals()
+            # Of a signal to any process all learn at once, and leave together (a sum on the CPU).
+            run.stopped = bool(machine.sum(torch.tensor(float(run.signalled > 0))))
             run.checkpoint()
             run.evaluate()
     finally:
