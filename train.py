@@ -757,7 +757,7 @@ def show_result(config: TrainConfig, prompt: str):
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
-    info(f"\nMore: python sample.py {config.out} --prompt=...")
+    info(f"\nMore: python sample.py {config.out} --prompt='def main('")
 
 
 def main(argv: list[str]):
