@@ -151,7 +151,7 @@ def test_code_is_the_same_if_it_trains_alike(monkeypatch):
 
 
 def test_interrupted_run_goes_on_and_a_finished_one_is_opened_as_it_ended(options):
-    """Stopped before the last evaluation, then while it was measured, then not; and once without a
+    """Stopped in its eleventh step, then while it was measured, then not; and once without a
     stop: the same weights, and RoPE stretched as by the last phase."""
     seen = []
 
@@ -164,7 +164,8 @@ def test_interrupted_run_goes_on_and_a_finished_one_is_opened_as_it_ended(option
 
     e = replace(EXPERIMENTS["long_context"], name="stop", measure=measure, draw=None)
     options = replace(options, arms="last tenth long", steps=12)
-    stop = mock.patch.object(train, "evaluate", side_effect=KeyboardInterrupt)
+    stop = [*[mock.DEFAULT] * 10, KeyboardInterrupt]
+    stop = mock.patch.object(train, "lr_at", wraps=train.lr_at, side_effect=stop)
     with stop, pytest.raises(KeyboardInterrupt):
         start(e, options)
     with mock.patch.object(train, "lr_at", wraps=train.lr_at) as steps:
