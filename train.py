@@ -80,8 +80,7 @@ class TrainConfig:
     mtp_weight_late: float = 0.1  # lambda from mtp_switch on
     mtp_switch: float = 0.676  # fraction
     gamma: float = 0.001  # step of the routing bias
-    gamma_late: float = 0.0  # its step from gamma_stop on
-    gamma_stop: float = 0.966  # fraction
+    gamma_stop: float = 0.966  # fraction from which the bias stands still
     alpha: float = 0.0001  # weight of the sequence-wise balance loss
     seed: int = 1337
     # machine
@@ -605,8 +604,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             model.zero_grad(set_to_none=True)
 
             vio = max_vio(machine.sum(model.expert_counts))
-            late = step >= config.gamma_stop * config.steps
-            gamma = config.gamma_late if late else config.gamma
+            gamma = config.gamma if step < config.gamma_stop * config.steps else 0.0
             model.update_bias(gamma * (1 - bad))
 
             run.step, run.tokens = step + 1, run.tokens + windows[:, 1:].size

@@ -40,7 +40,5 @@ decay_start = 0.3
 decay_end = 1.0
 min_lr = 0.02
 gamma = 0.003  # the report's 0.001 moves a bias by 1 in 1000 steps: too slow for a run this short
-gamma_late = 0.0007  # finer steps end on more even loads (docs/LOG.md)
-gamma_stop = 0.7
 eval_every = 600
 save_every = 450

@@ -70,8 +70,6 @@ class Options:
         """The settings of the base arm: the file's, of another length, in short windows only."""
         settings = read_config_file(self.config, ModelConfig, train.TrainConfig)
         own = {"steps": self.steps, "log_every": max(1, self.steps // 60), "long_block_size": 0}
-        for name in ("gamma_late", "gamma_stop"):  # the report's schedule, of a larger gamma
-            settings.pop(name, None)
         return settings | own | {"gamma": 0.01}  # which balances within a hundred steps
 
 
