@@ -216,9 +216,11 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     return torch.mm(x, w.T)
 
 
-def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
-    """model.py's, times the weight."""
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+def normalise(x: Tensor, eps: Tensor) -> Tensor:
+    """rms_norm in fewer operations; eps is a scalar tensor in the precision of norms."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=eps.dtype)
+    mean_square = torch.addcmul(eps, length, length, value=1 / x.shape[-1])
+    return (x * mean_square.rsqrt()).to(x.dtype)
 
 
 def span(start: int | Tensor, length: int) -> slice | Tensor:
@@ -256,7 +258,7 @@ class DecoderBlock:
         join, latent = functools.partial(side_by_side, compiled=compiled), config.q_lora_rank
         mla, norm = block.self_attn, block.input_layernorm.weight
         H, C, N = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
-        self.eps = config.rms_norm_eps
+        self.eps, self.latent_eps = upcast(norm).new_tensor([config.rms_norm_eps, 1e-6])
         q = mla.q_b_proj.weight * mla.q_a_layernorm.weight if latent else mla.q_proj.weight * norm
         q, o = mla.scale * q.unflatten(0, (H, -1)), mla.o_proj.weight.unflatten(1, (H, -1))
         up = mla.kv_b_proj.weight.unflatten(0, (H, -1))
@@ -291,10 +293,10 @@ class DecoderBlock:
     def __call__(self, x: Tensor, kv: Tensor, place: tuple) -> Tensor:
         """x (n, D), kv (B, size, C+R) -> (n, D)."""
         B, (_, C, R), (slots, S, rotated, later) = len(kv), self.widths, place
-        q, c, k = product(rms_norm(x, self.eps), self.qkv).split(self.widths, -1)
+        q, c, k = product(normalise(x, self.eps), self.qkv).split(self.widths, -1)
         if self.q is not None:
-            q = product(rms_norm(q, 1e-6), self.q)
-        c = rms_norm(c, 1e-6, self.kv_norm).view(B, -1, C)
+            q = product(normalise(q, self.latent_eps), self.q)
+        c = (normalise(c, self.latent_eps) * self.kv_norm).view(B, -1, C)
         k = rotated(k.view(B, -1, 1, R))[:, :, 0]  # (B, T, R)
         kv[:, slots] = torch.cat((c, k), -1)
         q = q.view(B, -1, self.H, q.shape[1] // self.H)
@@ -306,7 +308,7 @@ class DecoderBlock:
         if not self.absorbed:
             o = torch.einsum("nhc,hvc->nhv", o.view(len(x), -1, C), self.UV)
         x = x + product(o.reshape(len(x), -1), self.o)
-        return x + self.ffn(rms_norm(x, self.eps, self.norm))
+        return x + self.ffn(normalise(x, self.eps) * self.norm)
 
     def ffn(self, z: Tensor) -> Tensor:
         """z (n, D) -> (n, D)."""
@@ -365,7 +367,7 @@ class Decoder:
         for block, m in zip(self.mtp, model.mtp, strict=True):
             norms = torch.cat((m.enorm.weight, m.hnorm.weight))
             block.eh, block.out_norm = join(m.eh_proj.weight * norms), m.norm.weight
-        self.eps = config.rms_norm_eps
+        self.eps = self.layers[0].eps
         # x rotated = x cos + (the other of each pair) sin, with the sign in sin.
         pair = -1 if config.rope_interleave else -2
         cos, sin = model.rope(self.norm.expand(1, positions, -1), 0)  # (positions, R/2)
@@ -394,13 +396,13 @@ class Decoder:
         place, x = self.place(tokens.shape[1], cache), self.embedding[tokens.flatten()]
         for block, kv in zip(self.layers, cache.kv, strict=True):
             x = block(x, kv, place)
-        return rms_norm(x, self.eps, self.norm).view(*tokens.shape, -1)
+        return (normalise(x, self.eps) * self.norm).view(*tokens.shape, -1)
 
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache) -> Tensor:
         block, x = self.mtp[k], self.embedding[tokens.flatten()]
-        x = torch.cat((rms_norm(x, self.eps), rms_norm(h.flatten(0, 1), self.eps)), -1)
+        x = torch.cat((normalise(x, self.eps), normalise(h.flatten(0, 1), self.eps)), -1)
         x = block(product(x, block.eh), cache.kv[k], self.place(tokens.shape[1], cache))
-        return rms_norm(x, self.eps, block.out_norm).view_as(h)
+        return (normalise(x, self.eps) * block.out_norm).view_as(h)
 
     def logits(self, h: Tensor) -> Tensor:
         return upcast(product(h.flatten(0, 1), self.head)).unflatten(0, h.shape[:2])
