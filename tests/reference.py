@@ -50,7 +50,7 @@ def rope(c, x, position):
 def mla(w, name, c, hs):
     """Eq. 1-11 over the sequence hs."""
     H, C = c["num_attention_heads"], c["kv_lora_rank"]
-    n, r, v = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+    n, r = c["qk_nope_head_dim"], c["qk_rope_head_dim"]
 
     def linear(part, x):
         return w[f"{name}.{part}.weight"] @ x + w.get(f"{name}.{part}.bias", 0)
@@ -69,11 +69,9 @@ def mla(w, name, c, hs):
         latent = rms(kv[:C], w[f"{name}.kv_a_layernorm.weight"], 1e-6)
         k_pe = rope(c, kv[C:], t)
         kv = linear("kv_b_proj", latent)
-        heads = [q[i * (n + r) : (i + 1) * (n + r)] for i in range(H)]
-        queries.append([np.concatenate((q[:n], rope(c, q[n:], t))) for q in heads])
-        heads = [kv[i * (n + v) : (i + 1) * (n + v)] for i in range(H)]
-        keys.append([np.concatenate((kv[:n], k_pe)) for kv in heads])
-        values.append([kv[n:] for kv in heads])
+        queries.append([np.concatenate((x[:n], rope(c, x[n:], t))) for x in np.split(q, H)])
+        keys.append([np.concatenate((x[:n], k_pe)) for x in np.split(kv, H)])
+        values.append([x[n:] for x in np.split(kv, H)])
     out = []
     for t in range(len(hs)):
         o = []
@@ -86,13 +84,9 @@ def mla(w, name, c, hs):
 
 def route(c, s, b):
     """Eq. 13-16 with limited groups: scores s and biases b of one token -> {expert: weight}."""
-    E, G = len(s), c["n_group"]
-    allowed = set(range(E))
-    if G > 1:
-        size = E // G
-        groups = [range(g * size, (g + 1) * size) for g in range(G)]
-        rank = sorted(groups, key=lambda group: -sum(sorted(s[e] + b[e] for e in group)[-2:]))
-        allowed = {e for group in rank[: c["topk_group"]] for e in group}
+    groups = np.split(np.arange(len(s)), c["n_group"])
+    groups.sort(key=lambda group: -sum(sorted(s[e] + b[e] for e in group)[-2:]))
+    allowed = np.concatenate(groups[: c["topk_group"]])
     chosen = sorted(allowed, key=lambda e: -(s[e] + b[e]))[: c["num_experts_per_tok"]]
     total = sum(s[e] for e in chosen) if c["norm_topk_prob"] else 1
     return {e: s[e] / total * c["routed_scaling_factor"] for e in chosen}
