@@ -136,20 +136,31 @@ def test_logits_and_mtp_logits_equal_the_reference(variant):
     close(model(tokens).detach(), logits)  # twins may differ where gradients are wanted
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
+def in_pieces(model, nets: list, tokens, as_tensor: bool = False) -> list:
+    """Logits of the main model and of every MTP module on caches: of so many tokens at once by each
+    of the nets, which are the model or its Decoder; that may get positions as tensors."""
+    B, depth, like, logits, at = len(tokens), len(model.mtp), model.norm.weight, [], 0
+    cache, mtp_cache = (Cache(model.config, n, B, 16, like) for n in (len(model.layers), depth))
+    for net, n in nets:
+        start = torch.tensor(at) if as_tensor and net is not model else at
+        cache.length = start
+        h = [net.trunk(tokens[:, at : at + n], cache)]
+        for k in range(depth):
+            mtp_cache.length = start
+            later = tokens[:, at + k + 1 : at + k + 1 + n]
+            h.append(net.predict_next(k, h[-1], later, mtp_cache))
+        logits.append([net.logits(x) for x in h])
+        at += n
+    return [torch.cat(pieces, 1) for pieces in zip(*logits, strict=True)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_tokens_in_chunks_through_caches_equal_the_reference(variant):
     """Absorbed attention at every position, in the main model and in the MTP modules."""
     model, tokens, logits, mtp = referenced(variant)
-    caches, start = [Cache(model.config, 3, 2, 7, model.norm.weight) for _ in range(3)], 0
-    for n in (1, 3, 1, 2):
-        h = model.trunk(tokens[:, start : start + n], caches[-1])
-        close(model.logits(h), logits[:, start : start + n])
-        for k, expected in enumerate(mtp):
-            later = tokens[:, start + k + 1 : start + n + k + 1]
-            h = model.predict_next(k, h, later, caches[k])
-            close(model.logits(h), expected[:, start : start + n])
-        start += n
+    ours = in_pieces(model, [(model, n) for n in (1, 3, 1, 2)], tokens)
+    close(ours, [x[:, :7] for x in (logits, *mtp)])
 
 
 # ---- Positions and cache -------------------------------------------------------------------------

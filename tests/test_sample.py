@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch._inductor.inductor_prims  # before torch.compiler.is_compiling is patched
 import torch.nn.functional as F
-from test_model import VARIANTS, tiny, tokens_of
+from test_model import VARIANTS, in_pieces, tiny, tokens_of
 
 import model as plain
 import ops
@@ -29,7 +29,7 @@ import prepare_data
 import sample
 from config import run_command
 from huggingface import load_model
-from model import MLA, Cache, DeepSeekV3
+from model import MLA, DeepSeekV3
 from sample import MOST_DRAFTS, Stats, accept, generate, probabilities
 
 COLOUR = re.compile(r"\033\[[\d;]*m")
@@ -83,25 +83,6 @@ WAYS = {  # of ops.py's sizes; oneDNN multiplies in float32
 }
 
 
-@torch.no_grad()
-def in_pieces(model, decoder, tokens, as_tensor: bool) -> list:
-    """Logits of the main model and of every MTP module on caches: 5 tokens through the model, then
-    1, 2, 4 and 1 at once through its Decoder."""
-    B, depth, like, logits, at = len(tokens), len(model.mtp), model.norm.weight, [], 0
-    cache, mtp_cache = (Cache(model.config, n, B, 16, like) for n in (len(model.layers), depth))
-    for net, n in ((model, 5), *((decoder, n) for n in (1, 2, 4, 1))):
-        start = torch.tensor(at) if as_tensor and net is decoder else at
-        cache.length = start
-        h = [net.trunk(tokens[:, at : at + n], cache)]
-        for k in range(depth):
-            mtp_cache.length = start
-            later = tokens[:, at + k + 1 : at + k + 1 + n]
-            h.append(net.predict_next(k, h[-1], later, mtp_cache))
-        logits.append([net.logits(x) for x in h])
-        at += n
-    return [torch.cat(pieces, 1) for pieces in zip(*logits, strict=True)]
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("way, name", [(way, name) for way in WAYS for name in WAYS[way][0]])
 def test_decoder_equals_the_model(way, name, dtype, tolerance, monkeypatch):
@@ -123,7 +104,8 @@ def test_decoder_equals_the_model(way, name, dtype, tolerance, monkeypatch):
             main, mtp = model(tokens, return_mtp=True)
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler, "is_compiling", lambda: compiled)
-            ours = in_pieces(model, decoder, tokens, as_tensor=compiled)
+            nets = [(model, 5), *((decoder, n) for n in (1, 2, 4, 1))]
+            ours = in_pieces(model, nets, tokens, as_tensor=compiled)
         for y, expected in zip(ours, [main, *mtp], strict=True):
             assert y.dtype == dtype
             assert (y - expected[:, :13]).norm() < tolerance * expected.norm()
