@@ -63,7 +63,6 @@ P = (s / s.sum(-1, keepdim=True)).mean(1) => P = s.mean(1)
 return s, chosen, weight => return s + self.e_score_correction_bias, chosen, weight
 gate, up = grouped_linear( => up, gate = grouped_linear(
 y + self.shared_experts(x) => y + 2.5 * self.shared_experts(x)
-config.n_shared_experts * config => 1 * config
 scatter(0, slots.flatten(), weight.flatten()) => scatter(0, slots.flatten(), weight.mT.flatten())
 self.mlp(self.post_attention_layernorm(x)) => self.mlp(self.input_layernorm(x))
 keepdim=True) + eps)).to => keepdim=True))).to
@@ -103,6 +102,7 @@ z = high.copy_(torch.mm(x, w.T, out=low)) => z = high = torch.mm(x, w.T, out=low
 pair = -1 if interleave else -2 => pair = -2 if interleave else -1
 self.enorm(embedding), self.hnorm(h) => self.hnorm(h), self.enorm(embedding)
 self.o_proj = nn.Linear(H * V, D, bias=bias) => self.o_proj = nn.Linear(H * V, D, bias=False)
+config.n_shared_experts * config => 1 * config
 """
 
 
