@@ -138,12 +138,7 @@ def forward(w, c, tokens):
 def balance(s, K):
     """Eq. 17-20 without alpha for one sequence: s, T lists of E scores."""
     T, E = len(s), len(s[0])
-    loss = 0.0
-    for i in range(E):
-        f = P = 0.0
-        for t in range(T):
-            if i in sorted(range(E), key=lambda e: -s[t][e])[:K]:
-                f += E / (K * T)
-            P += s[t][i] / sum(s[t]) / T
-        loss += f * P
-    return loss
+    best = [sorted(range(E), key=lambda e: -row[e])[:K] for row in s]
+    f = [E / (K * T) * sum(i in experts for experts in best) for i in range(E)]
+    P = [sum(row[i] / sum(row) for row in s) / T for i in range(E)]
+    return sum(f[i] * P[i] for i in range(E))

@@ -47,10 +47,8 @@ EXPERIMENTS = {x.__name__: x.EXPERIMENT for x in MODULES if hasattr(x, "EXPERIME
 def place(tmp_path_factory) -> Path:
     """A folder with a tiny corpus of Python files and a configuration, where all runs are made."""
     folder = tmp_path_factory.mktemp("experiments")
-    (folder / "source").mkdir()
-    for name in ("abc", "bisect", "cmd", "code", "codeop", "colorsys", "copy", "csv"):
-        shutil.copy(f"{sysconfig.get_path('stdlib')}/{name}.py", folder / "source")
-    settings = prepare_data.DataConfig(str(folder / "source"), "text", str(folder), vocab_size=300)
+    source = f"{sysconfig.get_path('stdlib')}/co[dlp]*.py"
+    settings = prepare_data.DataConfig(source, "text", str(folder), vocab_size=300)
     data = str(prepare_data.prepare(settings))
     changes = f"data = {data!r}\nvocab_size = 300\nbatch_size = 4\nblock_size = 16\neval_batch = 64"
     (folder / "tiny.py").write_text((ROOT / "config/tiny.py").read_text() + changes)
