@@ -85,7 +85,6 @@ def test_training_step_trains_the_whole_model(ours, tmp_path):
     model = bench.DeepSeekV3(bench.ModelConfig(**bench.REFERENCE | SMALLER))
     config = train.TrainConfig(batch_size=2, block_size=8, device="cpu", dtype="float32")
     if not ours:
-        pytest.importorskip("transformers")
         model.save_pretrained(tmp_path / "hf")
         model = bench.transformers_models(tmp_path / "hf", "cpu")["transformers eager"]
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -96,7 +95,6 @@ def test_training_step_trains_the_whole_model(ours, tmp_path):
 
 
 def test_decoding_is_compared_on_one_text_and_at_every_context():
-    pytest.importorskip("transformers")
     options = bench.DecodeOptions(rounds=1, new_tokens=4, compile=False, contexts="8")
     with mock.patch.dict(bench.REFERENCE, SMALLER):
         plain, contexts = bench.decode(options, [])
