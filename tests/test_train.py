@@ -3,6 +3,7 @@
 Where processes matter they are forked from a server that has imported train.py once.
 
     KILLS=100 python -m pytest tests/test_train.py -k sigkill     kills a hundred times, not ten
+                                                                  (SEED=2: at other moments)
     COMPILE=1 python -m pytest tests/test_train.py -k resumed     --compile, too (minutes)
 """
 
@@ -393,7 +394,6 @@ def test_another_network_optimiser_or_tokenizer_is_refused_on_resume(shared):
 
 
 def test_weights_of_a_hugging_face_directory_start_a_run(shared, capsys):
-    pytest.importorskip("safetensors")
     out = shared("--steps=4", "--dtype=float32")
     load_model(out)[0].save_pretrained("released")
     options = (*SHORT, "--dtype=float32", "--eval_only")
@@ -501,29 +501,22 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
     })  # fmt: skip
 
 
-def test_evaluation_leaves_no_trace(trained):
+def test_evaluation_in_fp8_quantises_each_weight_once_and_leaves_no_trace(trained):
     model, dataset, config = trained
+    model.float().use_fp8()
     model.train()
     model(torch.arange(16)[None], torch.arange(16)[None])  # counts that wait for the bias update
     assert model.expert_counts.sum()
     before = copy.deepcopy(model.state_dict()), model.expert_counts.clone()
-    train.evaluate(model, dataset, config, MACHINE)
+    with mock.patch.object(fp8, "quantize", wraps=fp8.quantize) as quantize:
+        train.evaluate(model, dataset, replace(config, eval_batch=4), MACHINE)  # many batches
+    calls = [call.args for call in quantize.call_args_list]
+    weights = [x.data_ptr() for x, block in calls if block == fp8.BLOCK]
+    assert len(weights) == len({*weights}) > 0
     alone = train.evaluate(model, dataset, replace(config, block_size=1, eval_batch=512), MACHINE)
     assert alone["val_mtp_losses"] == [0]  # one token has no second next
     assert_same(before, (model.state_dict(), model.expert_counts))
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_evaluation_quantises_each_weight_once(trained):
-    """In FP8, however many batches there are."""
-    model, dataset, config = trained
-    model.float().use_fp8()
-    counts = []
-    for batch in (4, 64):
-        with mock.patch.object(fp8, "quantize", wraps=fp8.quantize) as quantize:
-            train.evaluate(model, dataset, replace(config, eval_batch=batch), MACHINE)
-        counts.append(sum(call.args[1] == fp8.BLOCK for call in quantize.call_args_list))
-    assert counts[0] == counts[1] > 0
 
 
 def give_losses(monkeypatch, *losses: float):
@@ -675,10 +668,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start):
 
 
 def test_sigkill_at_any_moment_loses_nothing(start, shared):
-    """Every second kill strikes while a file is being written, the others anywhere.
-
-    KILLS=100 in the environment kills a hundred times; SEED=2 at other moments.
-    """
+    """Every second kill strikes while a file is being written, the others anywhere."""
     kills, chance = int(os.environ.get("KILLS", "10")), random.Random(os.environ.get("SEED", "1"))
     options = (f"--steps={3 * kills}", "--save_every=1", "--eval_every=3", "--dtype=float32")
     out, killed, torn = Path("run"), 0, 0
