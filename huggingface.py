@@ -116,10 +116,10 @@ def from_pretrained(
         for path in sorted(directory.glob("model*.safetensors")):
             file = safetensors.safe_open(path, "pt", str(device))
             if twice := stored.keys() & file.keys():
-                raise ValueError(f"it repeats {min(twice)}: is it of another version?")
+                raise ValueError(f"it repeats {min(twice)}, so one file is of another version")
             stored |= dict.fromkeys(file.keys(), file)  # which is mapped, not read
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} cannot be used ({error!s:.200}): fetch it again.") from None
+        raise ValueError(f"{path} cannot be used ({error!s:.200}): fetch all anew.") from None
     config = config_from_json(raw)
     config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
     kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
@@ -133,7 +133,8 @@ def from_pretrained(
     for name, *shape in sorted(due ^ there):
         if name not in copies and not name.endswith(("_scale_inv", "rotary_emb.inv_freq")):
             has = "lacks" if (name, *shape) in due else "has"
-            raise ValueError(f"{directory} {has} {name} of shape {shape}, unlike its config.json.")
+            other = "unlike its config.json: a missing file, or another shape?"
+            raise ValueError(f"{directory} {has} {name} of shape {shape}, {other}")
     for name, view in views.items():
         x, scale = stored[name].get_tensor(name), f"{name}_scale_inv"
         if x.dtype == torch.float8_e4m3fn:

@@ -78,7 +78,7 @@ def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     if chosen.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return NotImplemented
     expert = chosen.flatten()
-    counts = expert.bincount(minlength=E)
+    counts = torch.zeros(E, dtype=torch.long).scatter_add_(0, expert, torch.ones_like(expert))
     extra = torch.arange(E).repeat_interleave(-counts % 64)
     order = torch.cat((expert, extra)).argsort(stable=True)  # an expert's extra rows are its last
     row = torch.arange(len(order))

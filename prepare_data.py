@@ -384,10 +384,11 @@ def load_dataset(folder: Path | str) -> Dataset:
     shards = sorted(folder.glob("train_*.bin")) or [folder / "train.bin"]
     train = Tokens([read_tokens(path, encoding.n_vocab) for path in shards])
     val = read_tokens(folder / "val.bin", encoding.n_vocab)
-    lengths = np.zeros(encoding.n_vocab, np.uint32)  # bytes of text that each token stands for
+    counts = np.bincount(val, minlength=encoding.n_vocab)
+    lengths = np.zeros(len(counts), np.int64)  # bytes of text that each token stands for
     for token, rank in encoding._mergeable_ranks.items():
         lengths[rank] = len(token)
-    return Dataset(train, Tokens([val]), encoding.n_vocab, float(lengths[val].mean()))
+    return Dataset(train, Tokens([val]), encoding.n_vocab, float(counts @ lengths / len(val)))
 
 
 def main(argv: list[str]) -> None:

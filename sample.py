@@ -33,7 +33,7 @@ from ops import span
 MOST_DRAFTS = 4
 MATCH = 3  # tokens that prompt lookup finds again
 AUTO_DRAFTS = 2  # of the modules in a round, with --draft=auto
-TURNS = 4  # plain rounds before these
+PLAIN_ROUNDS = 4  # before drafts may cost what they save
 GREEN = "32"
 PALETTE = (160, 34, 172, 33, 134, 37, 99, 204)  # neither bright nor dark: legible on any ground
 
@@ -91,7 +91,7 @@ def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:
-    """From each of the distributions p (B, T, V) the token where its sum passes u: (B, T)."""
+    """From each of the distributions p (B, T, V) the token where its sum passes u (B, T)."""
     total = p.cumsum(-1)
     token = torch.searchsorted(total, u[..., None] * total[..., -1:], right=True).squeeze(-1)
     return token.clamp(max=p.shape[-1] - 1)
@@ -151,7 +151,7 @@ class Text:
         self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
 
     def catch_up(self, end: int):
-        """The MTP modules fill their slots up to `end`."""
+        """The MTP modules fill their slots up to `end`, as for drafts, but make none."""
         while self.depth and self.filled < end:
             start, self.filled = self.filled, min(self.filled + self.chunk, end)
             self.draft(self.filled + 1, 0, self.filled - start)
@@ -276,7 +276,7 @@ class Pace:
         self.won = {False: 1.5, True: 0.5}  # tokens, by the modules' drafts and by lookup
 
     def allows(self, looked_up: bool) -> bool:
-        known = len(self.plain) >= (1 if looked_up else TURNS)
+        known = len(self.plain) >= PLAIN_ROUNDS
         return not self.auto or (known and self.won[looked_up] >= 0)
 
     def learn(self, G: int, looked_up: bool, seconds: float, tokens: int):
@@ -284,7 +284,8 @@ class Pace:
         if G == 0:
             self.plain.append(seconds)
         elif self.plain:  # a moment in which the machine was busy counts as plain rounds at most
-            self.won[looked_up] += tokens - min(seconds / statistics.median(self.plain), 1 + G)
+            plain = statistics.median(self.plain[-16:])
+            self.won[looked_up] += tokens - min(seconds / plain, 1 + G)
         self.won = {kind: won + tokens / 100 for kind, won in self.won.items()}
 
 

@@ -434,6 +434,7 @@ class Run:
         self.model, self.data, self.trained = model, data, (model, optimizers)
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.step = self.tokens = 0
+        self.evaluated = 0  # the step of the last evaluation
         self.best = (0, -math.inf)  # of best.pt: the length it was trained for, minus its loss
         # Sums since the last line of the log, kept on the device: three losses, MaxVio, steps left
         # out because their gradient was not finite, all steps.
@@ -455,11 +456,13 @@ class Run:
             best = load_checkpoint(self.out / "best.pt")
             self.best = best["trained_length"], -best["val_loss"]
         log = self.out / "log.jsonl"
-        if self.machine.rank == 0 and log.exists():
+        if log.exists():
             lines = log.read_bytes().splitlines(keepends=True)
             entries = [json.loads(x) for x in lines if x.endswith(b"\n")]  # else half written
-            n = sum((x["step"], "val_loss" in x) < (self.step, True) for x in entries)
-            os.truncate(log, sum(map(len, lines[:n])))
+            kept = [x for x in entries if x["step"] <= self.step]
+            self.evaluated = max((x["step"] for x in kept if "val_loss" in x), default=0)
+            if self.machine.rank == 0:
+                os.truncate(log, sum(map(len, lines[: len(kept)])))
         # Every parameter's moments, cut up as it is; the settings stay this run's.
         groups = self.dcp.get_optimizer_state_dict(*self.trained)["param_groups"]
         state = {"state": saved["optimizer"], "param_groups": groups}
@@ -482,8 +485,9 @@ class Run:
             save_atomically(state | more, self.out / name)
 
     def checkpoint(self):
-        """ckpt.pt, when it is time."""
-        due = self.last or self.stopped or self.step % self.config.save_every == 0
+        """ckpt.pt, when it is time, and before an evaluation, in which the run may be killed."""
+        times = self.config.save_every, self.config.eval_every
+        due = self.last or self.stopped or any(self.step % n == 0 for n in times)
         if due and not self.bad_in_a_row:  # a bad gradient's weights may be spoilt: keep the older
             moments = self.dcp.get_optimizer_state_dict(*self.trained, options=self.whole)
             self.save("ckpt.pt", optimizer=moments.get("state", {}))  # other ranks get none
@@ -491,15 +495,16 @@ class Run:
     def evaluate(self):
         """The validation loss, when it is time; best.pt, if it is the lowest so far."""
         due = self.last or self.step % self.config.eval_every == 0
-        if not self.step or not due or self.stopped:
+        if not due or self.stopped or self.evaluated == self.step:
             return
         result = evaluate(self.model, self.data, self.config, self.machine)
         self.model.train()
-        self.log(result)
         score = (self.model.trained_length, -result["val_loss"])
         if math.isfinite(result["val_loss"]) and score > self.best:
             self.best = score
             self.save("best.pt", **{k: v for k, v in result.items() if k.startswith("val")})
+        self.log(result)
+        self.evaluated = self.step
         self.clock = time.perf_counter(), self.tokens
 
     def log(self, values: dict, more: str = ""):
@@ -530,7 +535,8 @@ class Run:
         self.log(line, f", {left} left{skips}")
         if (bad := int(self.bad_in_a_row)) >= 5 or (bad and self.last):
             raise ValueError(
-                f"{bad} gradients up to step {self.step} are not finite: lower --lr and --resume."
+                f"{bad} gradients up to step {self.step} are not finite: lower --lr, then --resume "
+                "(or --overwrite, if nothing is saved yet)."
             )
 
     def on_signal(self, number, frame):
@@ -578,7 +584,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             info(f"step {run.step} is the last: give more --steps to train on")
     handlers = {s: signal.signal(s, run.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        run.evaluate()  # it comes after the checkpoint of its step
+        run.evaluate()  # of the checkpoint's step, which is saved before it is evaluated
         while not (run.last or run.stopped):
             step, parts = run.step, config.grad_accum
             if extended(config, step):
@@ -664,7 +670,8 @@ def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> Tra
     after = replace(before, **split_configs(given)[1] | command)
     was = asdict(before) | saved["model_config"]
     for key, value in (in_file | given).items():
-        if key not in OF_THE_COMMAND and was.get(key, value) != value:
+        changes = key in given or key not in CONTEXT_KEYS  # which a last phase has changed
+        if changes and key not in OF_THE_COMMAND and was.get(key, value) != value:
             new = f"is now {value} (was {was[key]})"
             old = f"stays {was[key]} (the config file has {value})"
             info(f"{key} {new if key in given else old}")
@@ -755,14 +762,16 @@ def show_result(config: TrainConfig, prompt: str):
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
-    info(f"\nMore: python sample.py {config.out} --prompt='def main('")
+    info(f"\nMore: python sample.py {config.out} --prompt={prompt[:20]!r}")
 
 
 def main(argv: list[str]):
     try:
         run(argv)
-    except torch.OutOfMemoryError:
-        raise ValueError("out of memory: raise --grad_accum, or give --recompute.") from None
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise ValueError("out of memory: raise --grad_accum, or give --recompute.") from None
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
 

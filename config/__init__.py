@@ -27,8 +27,7 @@ def info(text: str) -> None:
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """The sentence for a key that does not exist."""
     close = difflib.get_close_matches(name, list(known), 1, 0.75)  # less hints at nonsense
-    other = "the network has none" if name == "dropout" else "see --help"
-    return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else other)
+    return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
 
 
 def as_field(name: str, value: Any, annotation: Any) -> Any:

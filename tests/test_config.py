@@ -60,7 +60,6 @@ def test_values_take_the_type_of_their_field_and_text_stays_text(word, value):
         ("--step=1", "unknown key step; did you mean steps?"),
         ("--batch-size=1", "unknown key batch-size; did you mean batch_size?"),
         ("--n_embd=1", "unknown key n_embd; see --help"),  # no such key here
-        ("--dropout=0", "unknown key dropout; the network has none"),
         ("more", "unknown key more"),
     ],
 )

@@ -528,13 +528,20 @@ def give_losses(monkeypatch, *losses: float):
 
 def test_best_checkpoint_has_the_lowest_loss_and_may_be_newer_than_the_other(monkeypatch):
     give_losses(monkeypatch, 3.0, 2.0, 2.5)
-    with pytest.raises(StopIteration):  # dies at the fourth evaluation, after one save
-        run("--eval_every=1", "--save_every=3")
-    assert load("run")["step"] == 3 and load("run", "best.pt")["step"] == 2
+    with pytest.raises(StopIteration):  # dies at the fourth evaluation
+        run("--eval_every=1", "--save_every=8")
+    assert load("run")["step"] == 4 and load("run", "best.pt")["step"] == 2
     give_losses(monkeypatch, 2.0, 2.1, math.nan)
     best = load(run("--eval_every=2", "--resume"), "best.pt")
     assert (best["step"], best["val_loss"], best["val_bpb"]) == (2, 2.0, 1.0)
-    assert [x["val_loss"] for x in log_of("run") if "val_loss" in x] == [3.0, 2.0, 2.0, 2.1, None]
+    assert [x["val_loss"] for x in log_of("run") if "val_loss" in x] == [
+        3.0,
+        2.0,
+        2.5,
+        2.0,
+        2.1,
+        None,
+    ]
 
 
 def test_the_best_checkpoint_is_one_of_the_last_phase(monkeypatch):
