@@ -239,8 +239,7 @@ def test_saving_opens_whole_or_not_at_all_and_removes_nothing_else(saved_by_us, 
 
 LARGE = dict(  # with the rope key 576 rows of keys, as in the release: the last block is half
     hidden_size=136, num_attention_heads=2, kv_lora_rank=512, qk_rope_head_dim=64, q_lora_rank=130,
-    moe_intermediate_size=136, intermediate_size=260, n_routed_experts=8, num_experts_per_tok=4,
-    rope_scaling=YARN,
+    moe_intermediate_size=136, intermediate_size=260, rope_scaling=YARN,
 )  # fmt: skip
 
 
