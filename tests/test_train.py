@@ -2,9 +2,8 @@
 
 Where processes matter they are forked from a server that has imported train.py once.
 
-    KILLS=100 python -m pytest tests/test_train.py -k sigkill     kills a hundred times, not ten
-                                                                  (SEED=2: at other moments)
-    COMPILE=1 python -m pytest tests/test_train.py -k resumed     --compile, too (minutes)
+    KILLS=100 SEED=2 python -m pytest tests/test_train.py -k sigkill     more, and other kills
+    COMPILE=1 python -m pytest tests/test_train.py -k resumed            --compile, too (minutes)
 """
 
 import copy
@@ -218,11 +217,8 @@ def test_every_token_comes_once_in_an_epoch():
 def test_a_gpu_that_only_emulates_bf16_computes_in_float32(native, dtype, monkeypatch):
     monkeypatch.setattr(train.sample, "usable_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-
-    def supported(including_emulation=True):
-        return native or including_emulation
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    # Which counts emulation, too, unless it is asked not to.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **asked: native or not asked)
     assert train.start_machine(train.TrainConfig()).dtype == dtype
 
 
