@@ -278,7 +278,6 @@ def test_counts_add_up_over_micro_batches_in_training_only():
         counts += torch.stack([x.flatten().bincount(minlength=8) for x in chosen])
         model.eval()(tokens, tokens)  # an evaluation between two micro-batches
     assert torch.equal(model.expert_counts, counts)
-    assert counts.sum(1).tolist() == [2 * 2 * T * 3 for T in (8, 8, 7, 6)]
     assert torch.equal(biases(model), before)
 
 
