@@ -273,6 +273,7 @@ class Pace:
 
     def __init__(self, auto: bool):
         self.auto, self.plain = auto, []  # seconds of plain rounds
+        self.drafted = {False: [], True: []}  # of rounds with the modules' drafts, with lookup
         self.won = {False: 1.5, True: 0.5}  # tokens, by the modules' drafts and by lookup
 
     def allows(self, looked_up: bool) -> bool:
@@ -281,11 +282,11 @@ class Pace:
 
     def learn(self, G: int, looked_up: bool, seconds: float, tokens: int):
         """A round with G drafts took so long and gave so many tokens per row."""
-        if G == 0:
-            self.plain.append(seconds)
-        elif self.plain:  # a moment in which the machine was busy counts as plain rounds at most
-            plain = statistics.median(self.plain[-16:])
-            self.won[looked_up] += tokens - min(seconds / plain, 1 + G)
+        times = self.drafted[looked_up] if G else self.plain
+        times.append(seconds)
+        if G and self.plain:
+            cost = statistics.median(times[-16:]) / statistics.median(self.plain[-16:])
+            self.won[looked_up] += tokens - cost
         self.won = {kind: won + tokens / 100 for kind, won in self.won.items()}
 
 
