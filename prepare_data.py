@@ -385,10 +385,8 @@ def load_dataset(folder: Path | str) -> Dataset:
     train = Tokens([read_tokens(path, encoding.n_vocab) for path in shards])
     val = read_tokens(folder / "val.bin", encoding.n_vocab)
     counts = np.bincount(val, minlength=encoding.n_vocab)
-    lengths = np.zeros(len(counts), np.int64)  # bytes of text that each token stands for
-    for token, rank in encoding._mergeable_ranks.items():
-        lengths[rank] = len(token)
-    return Dataset(train, Tokens([val]), encoding.n_vocab, float(counts @ lengths / len(val)))
+    n_bytes = sum(len(token) * int(counts[i]) for token, i in encoding._mergeable_ranks.items())
+    return Dataset(train, Tokens([val]), encoding.n_vocab, n_bytes / len(val))
 
 
 def main(argv: list[str]) -> None:
