@@ -397,10 +397,15 @@ def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @fast_twin
-def gather(x: Tensor, index: Tensor, back: Tensor) -> Tensor:
-    """x[index]; for an index (tokens, K) the sum over K. `back` tells where the rows of x go, which
-    only the twin needs, for the gradient."""
-    return x[index] if index.ndim == 1 else x[index].sum(1, dtype=x.dtype)
+def dispatch(x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """Every token's x to the rows of its experts: x (tokens, D) -> (rows, D)."""
+    return x[rows]
+
+
+@fast_twin
+def combine(y: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """The sum of every token's K rows: y (rows, D) -> (tokens, D)."""
+    return y[slots].sum(1, dtype=y.dtype)
 
 
 @fast_twin
@@ -444,9 +449,8 @@ class MoE(nn.Module):
         s, chosen, weight = self.gate(x)
         rows, slots, counts = sort_by_expert(chosen.flatten(0, 1), s.shape[-1])
         gain = weight.new_zeros(len(rows)).scatter(0, slots.flatten(), weight.flatten())  # (rows,)
-        y = gather(x.flatten(0, 1), rows, slots)  # every token to its experts: (rows, D)
-        y = self.experts(y, counts, gain)  # (rows, D)
-        y = gather(y, slots, rows).view_as(x)  # and the sum of its K rows back
+        y = self.experts(dispatch(x.flatten(0, 1), rows, slots), counts, gain)  # (rows, D)
+        y = combine(y, rows, slots).view_as(x)
         return y if self.shared_experts is None else y + self.shared_experts(x)
 
 

@@ -87,25 +87,31 @@ def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     return order[real] // chosen.shape[1], slots.view_as(chosen), counts + -counts % 64
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """The formula of `gather`, 5 to 20 times as fast as written there."""
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], for an index (tokens, K) summed over K, 5 to 20 times as fast as written so."""
     return F.embedding_bag(index, x, mode="sum") if index.ndim == 2 else x.index_select(0, index)
 
 
-class _Gather(torch.autograd.Function):
-    """Its gradient is gathered too. Autograd's adds row after row: 9 % of a step in fp32."""
+class _Move(torch.autograd.Function):
+    """gather(x, there), whose gradient is gathered too, from where x's rows went: `back`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(back)
-        return take(x, index)
+        return gather(x, there)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        return take(dy, *ctx.saved_tensors), None, None
+        return gather(dy, *ctx.saved_tensors), None, None
 
 
-gather = _Gather.apply
+def dispatch(x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """Autograd's gradient of x[rows] adds row after row; with `combine` 9 % of a step in fp32."""
+    return _Move.apply(x, rows, slots)
+
+
+def combine(y: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    return _Move.apply(y, slots, rows)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ k.mT, alpha=scale => k.mT
 is_causal=True => is_causal=False
 argsort(stable=True)  # an expert => argsort(descending=True)  # an expert
 order[real] // => order.clamp(max=len(expert) - 1) //
-take(dy, *ctx.saved_tensors) => dy[ctx.saved_tensors[0].view(-1)[: len(dy)]]
+gather(dy, *ctx.saved_tensors) => dy[ctx.saved_tensors[0].view(-1)[: len(dy)]]
 torch.zeros_like(weight) if need => torch.ones_like(weight) if need
 p[torch.arange(len(p), device=p.device), y] -= 1 => p[:, 0] -= 1
 p.mul_((y >= 0)[:, None]) => p
