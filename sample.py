@@ -33,7 +33,7 @@ from ops import span
 MOST_DRAFTS = 4
 MATCH = 3  # tokens that prompt lookup finds again
 AUTO_DRAFTS = 2  # of the modules in a round, with --draft=auto
-PLAIN_ROUNDS = 4  # before drafts may cost what they save
+PLAIN_ROUNDS = 4  # whose time --draft=auto measures before it drafts
 GREEN = "32"
 PALETTE = (160, 34, 172, 33, 134, 37, 99, 204)  # neither bright nor dark: legible on any ground
 
@@ -48,7 +48,7 @@ class SampleConfig:
     top_k: int | None = 200  # sample among the k likeliest tokens; none: among all
     top_p: float | None = None  # among the fewest tokens that have this much probability
     seed: int = 1337  # with a fixed --draft it fixes the text; auto follows the clock
-    draft: Literal["auto", 0, 1, 2, 3, 4] = "auto"  # tokens drafted in a round; auto: if it pays
+    draft: Literal["auto", 0, 1, 2, 3, 4] = "auto"  # drafts in a round; auto: 2 while they pay
     lookup: bool = True  # draft from the text itself where it repeats
     compile: bool = False  # several times faster, after half a minute for each number of drafts
     show: Literal["", "drafts", "experts"] = ""  # accepted drafts in green; experts in colours
@@ -151,7 +151,7 @@ class Text:
         self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
 
     def catch_up(self, end: int):
-        """The MTP modules fill their slots up to `end`, as for drafts, but make none."""
+        """The MTP modules fill their slots up to `end`: drafting's first half, with no draft."""
         while self.depth and self.filled < end:
             start, self.filled = self.filled, min(self.filled + self.chunk, end)
             self.draft(self.filled + 1, 0, self.filled - start)
@@ -350,7 +350,7 @@ def generate(
     depth = 0 if no_drafts else len(model.mtp)
     drafts = 0 if depth == 0 else AUTO_DRAFTS if pace.auto else most
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    rows = ["".join(map(chr, ids)) for ids in tokens.tolist()]
+    rows = ["".join(map(chr, ids)) for ids in tokens.tolist()]  # a character for every token
     live = list(range(B))  # the rows that go on
 
     began = time.perf_counter()

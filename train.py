@@ -364,7 +364,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
     E, G, losses = c.n_routed_experts, c.n_group, {}
     lengths = [config.block_size, T_long] if T_long == model.trained_length else [config.block_size]
     counts = torch.zeros(c.moe_layers, E, dtype=torch.long, device=machine.device)
-    groups = torch.zeros((), dtype=torch.long, device=machine.device)  # visited by all tokens
+    nodes = torch.zeros((), dtype=torch.long, device=machine.device)  # groups visited, by all tokens
     model.eval()
     with fp8.quantized_once(model):
         for T in lengths:
@@ -380,12 +380,12 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
                     # MTP module k (from 1) has k rows fewer, and predicts the last rows' targets.
                     used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
                     counts[layer] += expert_counts(used, E)
-                    groups += nn.functional.one_hot(used // (E // G), G).amax(1).sum()
+                    nodes += nn.functional.one_hot(used // (E // G), G).amax(1).sum()
             nats, n = machine.sum(sums)
             losses[T] = (nats / n.clamp(min=1)).tolist()
     (main, *mtp), long = losses[config.block_size], losses.get(T_long)
     share = machine.sum(counts) / counts.sum(1, keepdim=True).clamp(min=1)
-    visits, visited = (x.clamp(min=1).item() for x in (counts.sum(), machine.sum(groups)))
+    visits, nodes = (x.clamp(min=1).item() for x in (counts.sum(), machine.sum(nodes)))
     per_bit = math.log(2) * data.val_bytes_per_token
     return {
         "val_loss": main,
@@ -394,8 +394,8 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
         "val_mtp_loss": sum(mtp) / max(1, len(mtp)),
         "val_mtp_losses": mtp,
         "max_vio_global": max_vio(counts).item(),
-        "nodes_per_token": c.num_experts_per_tok * visited / visits,  # a token makes K visits
-        "experts_per_node": visits / visited,
+        "nodes_per_token": c.num_experts_per_tok * nodes / visits,  # a token makes K visits
+        "experts_per_node": visits / nodes,
         "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
     } | ({"val_bpb_long": long[0] / per_bit} if long else {})
 
@@ -670,8 +670,8 @@ def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> Tra
     after = replace(before, **split_configs(given)[1] | command)
     was = asdict(before) | saved["model_config"]
     for key, value in (in_file | given).items():
-        changes = key in given or key not in CONTEXT_KEYS  # which a last phase has changed
-        if changes and key not in OF_THE_COMMAND and was.get(key, value) != value:
+        own = key in CONTEXT_KEYS and key not in given  # what the last phase sets
+        if not own and key not in OF_THE_COMMAND and was.get(key, value) != value:
             new = f"is now {value} (was {was[key]})"
             old = f"stays {was[key]} (the config file has {value})"
             info(f"{key} {new if key in given else old}")
