@@ -74,7 +74,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """In bf16 on a CPU each expert's rows are rounded up to a multiple of 64, since oneDNN compiles
-    a kernel for every new number of rows. The extra ones repeat the expert's last row."""
+    a kernel for every new number of rows. The extra ones repeat the expert's last row, as FP8's
+    scales are those of rows that are there."""
     if chosen.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return NotImplemented
     expert = chosen.flatten()

@@ -364,7 +364,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
     E, G, losses = c.n_routed_experts, c.n_group, {}
     lengths = [config.block_size, T_long] if T_long == model.trained_length else [config.block_size]
     counts = torch.zeros(c.moe_layers, E, dtype=torch.long, device=machine.device)
-    nodes = torch.zeros((), dtype=torch.long, device=machine.device)  # groups visited, by all tokens
+    nodes = torch.zeros((), dtype=torch.long, device=machine.device)  # visits to groups
     model.eval()
     with fp8.quantized_once(model):
         for T in lengths:
@@ -434,7 +434,7 @@ class Run:
         self.model, self.data, self.trained = model, data, (model, optimizers)
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.step = self.tokens = 0
-        self.evaluated = 0  # the step of the last evaluation
+        self.evaluated = 0  # the step of the last evaluation that a resumed run finds in its log
         self.best = (0, -math.inf)  # of best.pt: the length it was trained for, minus its loss
         # Sums since the last line of the log, kept on the device: three losses, MaxVio, steps left
         # out because their gradient was not finite, all steps.
@@ -504,7 +504,6 @@ class Run:
             self.best = score
             self.save("best.pt", **{k: v for k, v in result.items() if k.startswith("val")})
         self.log(result)
-        self.evaluated = self.step
         self.clock = time.perf_counter(), self.tokens
 
     def log(self, values: dict, more: str = ""):

@@ -360,6 +360,11 @@ def test_auto_drafts_and_looks_up_where_that_pays():
         lambda G: 1 + 0.05 * G, lambda at, G, _: 0 if at < 60 else G, new=1000
     )
     assert seconds < 700
+    pace = sample.Pace(True)
+    for seconds in [1.0] * 40 + [9.0] * 16:  # a longer text takes longer: the latest count
+        pace.learn(0, False, seconds, 1)
+    pace.learn(2, False, 9.0, 3)
+    assert pace.allows(looked_up=False)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
