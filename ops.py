@@ -143,26 +143,26 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, need: bool) -> Tensor:
-        n, w = (targets >= 0).sum().clamp(min=1), weight.to(h.dtype)
+        real, w = (targets >= 0)[:, None], weight.to(h.dtype)  # (rows, 1)
+        h = h * real  # so that rows without a target add nothing to dw
         dh, dw = torch.empty_like(h), torch.zeros_like(weight) if need else None
-        loss = upcast(h.new_zeros(()))
         chunk = min(len(h), CPU_ROWS if h.device.type == "cpu" else CHUNK // len(w))
         # Two buffers for all chunks: on a CPU fresh ones would cost a third of the time.
-        low = h.new_empty(chunk, len(w))
-        high = torch.empty_like(low, dtype=loss.dtype)
+        low, losses = h.new_empty(chunk, len(w)), []
+        high = upcast(torch.empty_like(low))
         for x, y, dx in zip(*(t.split(chunk) for t in (h, targets, dh)), strict=True):
             low, high = low[: len(x)], high[: len(x)]  # (chunk, vocabulary)
-            z = high.copy_(torch.mm(x, w.T, out=low))
-            log_p = torch.log_softmax(z, -1, out=high)
-            loss += F.nll_loss(log_p, y, ignore_index=-1, reduction="sum")
-            if need:  # d loss / d z = softmax(z) - onehot(target), 0 where that is ignored
-                p = log_p.exp_()
-                p[torch.arange(len(p), device=p.device), y] -= 1
-                dz = low.copy_(p.mul_((y >= 0)[:, None]))
-                torch.mm(dz, w, out=dx)
-                dw += dz.T @ x
-        ctx.save_for_backward(dh, dw, n)
-        return loss / n
+            z, row = high.copy_(torch.mm(x, w.T, out=low)), torch.arange(len(x), device=x.device)
+            z_max, z_y = z.amax(-1), z[row, y]
+            p = torch.softmax(z, -1, out=high)  # z_max - log max p = log sum exp z
+            losses.append(z_max - p.amax(-1).log() - z_y)
+            if need:  # d loss / d z = softmax(z) - onehot(target)
+                p[row, y] -= 1
+                torch.mm(low.copy_(p), w, out=dx)
+                dw += low.T @ x
+        n = real.sum().clamp(min=1)
+        ctx.save_for_backward(dh.mul_(real), dw, n)
+        return (torch.cat(losses) * real.squeeze(1)).sum() / n
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -17,6 +17,7 @@ On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (docs
 Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
 """
 
+import ctypes
 import functools
 import json
 import math
@@ -26,6 +27,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -190,6 +192,11 @@ def start_machine(config: TrainConfig) -> Machine:
     device = sample.usable_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif device.type == "cpu" and sys.platform == "linux":
+        # glibc returns large blocks to the kernel, whose pages cost a tenth of a step to get anew.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, of 32 MB
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if multiplies_bf16(device) else "float32"
@@ -231,8 +238,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: Muon as in Moonlight (arXiv 2502.16982).
 
     Parameters are matrices (out, in) or stacks of them (E, out, in), every matrix orthogonalised by
-    itself and scaled to the usual size of AdamW's updates. Results are those of torch.optim.Muon,
-    which takes hundreds of experts one after another.
+    itself and scaled to the usual size of AdamW's updates, all of one shape at once. Results are
+    those of torch.optim.Muon, which takes hundreds of experts one after another.
     """
 
     @torch.no_grad()
@@ -240,28 +247,33 @@ class Muon(torch.optim.Optimizer):
         if getattr(self, "found_inf", 0):  # a step to leave out, as fused AdamW knows it
             return
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
+            lr, momentum, alike = group["lr"], group["momentum"], defaultdict(list)
             for p in (p for p in group["params"] if p.grad is not None):
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                 update = p.grad.lerp(average, momentum)  # Nesterov's
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(orthogonal(update), alpha=-lr * 0.2 * math.sqrt(max(p.shape[-2:])))
+                alike[p.shape[-2:]].append((p, update.reshape(-1, *p.shape[-2:])))
+            for shape, pairs in alike.items():
+                params, updates = zip(*pairs, strict=True)
+                updates = orthogonal(torch.cat(updates)).split([len(x) for x in updates])
+                for p, update in zip(params, updates, strict=True):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(update.view_as(p), alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """x (..., a, b) with all singular values brought near 1, by five steps of the Newton-Schulz
+    """x (n, a, b) with all singular values brought near 1, by five steps of the Newton-Schulz
     iteration of Jordan et al. (2024) with their coefficients, in bf16 where that is fast."""
-    tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if tall else x).reshape(-1, min(x.shape[-2:]), max(x.shape[-2:]))
+    tall = x.shape[1] > x.shape[2]
+    y = x.mT if tall else x
     y = y.bfloat16() if y.dtype == torch.float32 and multiplies_bf16(y.device) else y
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = y @ y.mT
         gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         y = torch.baddbmm(y, gram, y, beta=3.4445)
-    return (y.mT if tall else y).reshape(x.shape)
+    return y.mT if tall else y
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
