@@ -160,9 +160,7 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
-    config, length = asdict(model.config), model.config.max_position_embeddings
-    if config["rope_scaling"]:  # YaRN falls back on the other key, which extra may change
-        config["rope_scaling"].setdefault("original_max_position_embeddings", length)
+    config = asdict(model.config)
     config |= FIXED_KEYS | {
         "model_type": "deepseek_v3",
         "num_key_value_heads": model.config.num_attention_heads,
@@ -237,7 +235,8 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def tokenizer_json(encoding: tiktoken.Encoding) -> str:
-    """The tokenizer in the format of Hugging Face's tokenizers, giving the same ids.
+    """The tokenizer in the format of Hugging Face's tokenizers, giving the same ids (but for
+    <|endoftext|> in a text, which is the token there, as transformers' users expect).
 
     tiktoken joins any two neighbours whose concatenation has a rank, lowest rank first; there each
     pair is listed by itself. So every way to split a token in two becomes a merge, in rank order.

@@ -104,6 +104,9 @@ class ModelConfig:
         ):
             if refused:
                 raise ValueError(sentence)
+        # What YaRN stretches, should max_position_embeddings change.
+        original = yarn.get("original_max_position_embeddings") or self.max_position_embeddings
+        yarn = yarn | {"original_max_position_embeddings": original}
         self.rope_scaling = yarn if kind == "yarn" else None
 
     @property
@@ -156,7 +159,7 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     amplitude = 1.0
     if yarn := config.rope_scaling:
         factor = yarn["factor"]
-        original = yarn.get("original_max_position_embeddings") or config.max_position_embeddings
+        original = yarn["original_max_position_embeddings"]
 
         def index_of(rotations: float) -> float:  # the pair that turns this often in `original`
             return R * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta))

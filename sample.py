@@ -129,7 +129,8 @@ class Text:
     def __init__(self, model, tokens: Tensor, new: int, depth: int, compile: bool, filters: tuple):
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
         temperature, top_k, top_p = filters
-        self.greedy, self.depth, self.net = temperature == 0, depth, model
+        # Logits divided by less would be infinite.
+        self.greedy, self.depth, self.net = temperature < 1e-6, depth, model
         # A tensor, so that a graph serves every temperature.
         self.filters = ops.upcast(like[:0]).new_tensor(temperature), top_k, top_p
         # Room for a last round that goes too far. A graph serves one size: compiled there are few.
@@ -518,7 +519,9 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
         )  # fmt: skip
     for b, text in enumerate(texts):
         if b:
-            print("-" * 80, "" if by_expert else prompt, sep="\n", end="")
+            print("-" * 80)
+        if (b or not text) and not by_expert:
+            print(prompt, end="")
         if by_expert:
             row = ids + [token for token, _ in text]
             text = zip(row, map(style_of, top_experts(model, row)), strict=True)
@@ -576,7 +579,7 @@ def main(argv: list[str]):
     elif config.interactive:
         chat(model, tokenizer, config)
     else:
-        if "prompt" not in values and not sys.stdin.isatty():
+        if "prompt" not in values and sys.stdin and not sys.stdin.isatty():
             info("the prompt is what comes on standard input (or --prompt=...)")
             config.prompt = sys.stdin.buffer.read().decode()
         complete(model, tokenizer, config.prompt, config)

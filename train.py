@@ -142,10 +142,11 @@ def block_at(config: TrainConfig, step: int) -> int:
 def extend_context(model: DeepSeekV3, config: TrainConfig):
     """YaRN from the length trained so far to long_block_size (section 4.3), with the softmax
     temperature of the released configuration unless the model has another."""
-    yarn = model.config.rope_scaling or {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}
-    original = yarn.get("original_max_position_embeddings") or model.trained_length
-    yarn = yarn | {"original_max_position_embeddings": original}
-    model.config.rope_scaling = yarn | {"factor": config.long_block_size / original}
+    yarn = {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}
+    yarn["original_max_position_embeddings"] = model.trained_length
+    yarn = model.config.rope_scaling or yarn
+    factor = config.long_block_size / yarn["original_max_position_embeddings"]
+    model.config.rope_scaling = yarn | {"factor": factor}
     model.trained_length = config.long_block_size
 
 
@@ -397,7 +398,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
             losses[T] = (nats / n.clamp(min=1)).tolist()
     (main, *mtp), long = losses[config.block_size], losses.get(T_long)
     share = machine.sum(counts) / counts.sum(1, keepdim=True).clamp(min=1)
-    visits, nodes = (x.clamp(min=1).item() for x in (counts.sum(), machine.sum(nodes)))
+    visits, nodes = counts.sum().item(), machine.sum(nodes).item()  # 0 without experts
     per_bit = math.log(2) * data.val_bytes_per_token
     return {
         "val_loss": main,
@@ -406,8 +407,8 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
         "val_mtp_loss": sum(mtp) / max(1, len(mtp)),
         "val_mtp_losses": mtp,
         "max_vio_global": max_vio(counts).item(),
-        "nodes_per_token": c.num_experts_per_tok * nodes / visits,  # a token makes K visits
-        "experts_per_node": visits / nodes,
+        "nodes_per_token": c.num_experts_per_tok * nodes / max(1, visits),  # a token makes K visits
+        "experts_per_node": visits / max(1, nodes),
         "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
     } | ({"val_bpb_long": long[0] / per_bit} if long else {})
 
@@ -466,7 +467,9 @@ class Run:
         self.sums += saved.get("sums", 0 * self.sums).to(self.sums)
         if (self.out / "best.pt").exists():  # it may be later and better than the checkpoint
             best = load_checkpoint(self.out / "best.pt")
-            self.best = best["trained_length"], -best["val_loss"]
+            then, now = best["train_config"], asdict(self.config)
+            if all(then[k] == now[k] for k in ("data", "block_size")):  # else no comparison
+                self.best = best["trained_length"], -best["val_loss"]
         log = self.out / "log.jsonl"
         if log.exists():
             lines = log.read_bytes().splitlines(keepends=True)
@@ -547,7 +550,7 @@ class Run:
         if (bad := int(self.bad_in_a_row)) >= 5 or (bad and self.last):
             raise ValueError(
                 f"{bad} gradients up to step {self.step} are not finite: lower --lr, then --resume "
-                "(or --overwrite, if nothing is saved yet)."
+                "(--overwrite, if nothing is saved yet or what was saved last is lost too)."
             )
 
     def on_signal(self, number, frame):
@@ -593,6 +596,9 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
         run.restore(saved)
         if run.last:
             info(f"step {run.step} is the last: give more --steps to train on")
+    elif machine.rank == 0:  # only now, when nothing is left that could be refused
+        for name in RUN_FILES:
+            (run.out / name).unlink(missing_ok=True)
     handlers = {s: signal.signal(s, run.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         run.evaluate()  # of the checkpoint's step, which is saved before it is evaluated
@@ -752,8 +758,6 @@ def run(argv: list[str]):
         return
     if not config.resume and machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            (out / name).unlink(missing_ok=True)
         for name in ("tokenizer.tiktoken", "meta.json"):
             shutil.copyfile(folder / name, out / name)
     saved = load_checkpoint(source) if config.resume else None

@@ -529,10 +529,11 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(command, monkeypatch):
         assert not COLOUR.search(out)
         for word in ("tokens/s", "multi-head attention would hold", " 60 bytes per token"):
             assert word in err
+    assert command("--prompt=Gr", "--max_new_tokens=0", "--num_samples=2").out.count("Gr") == 2
 
 
 def test_draft_lengths_and_seeds(command):
-    options = ("--prompt=def", "--temperature=0")
+    options = ("--prompt=def", "--temperature=1e-39")  # as good as 0
     plain, three, auto = (command(*options, f"--draft={draft}") for draft in ("0", "3", "auto"))
     assert plain.out == three.out == auto.out
     assert "context limit" in plain.err  # 256 tokens do not fit into 64
@@ -566,8 +567,7 @@ def test_text_appears_only_in_whole_characters(capsys):
 
 def test_interactive(command, monkeypatch):
     """Every line is a new text; what fails does not end it, an empty line does."""
-    lines = ["one", "x!" * 200, r"two\nlines", "", "three"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"one\n{'x!' * 200}\ntwo\\nlines\n\nthree"))
     done = command("--interactive", "--max_new_tokens=4")
     assert done.out.startswith("one") and "\ntwo\nlines" in done.out and "three" not in done.out
     assert done.err.count("error: ") == 1 and "context" in done.err
