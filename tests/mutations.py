@@ -4,8 +4,7 @@ python tests/mutations.py [WORD] plants all, or those whose line contains WORD, 
 failed first, and exits 1 if a mistake survives or its old text is not found exactly once.
 
 A heading names the mutated file and the test that must notice; every line under it is a mistake,
-old text and new text around " => ". They are the mistakes that other reproductions have made, and
-those against which the equations of the report are easily misread.
+old text and new text around " => ": one that others have made, or that the equations invite.
 """
 
 import re
@@ -89,11 +88,12 @@ argsort(stable=True)  # an expert => argsort(descending=True)  # an expert
 order[real] // => order.clamp(max=len(expert) - 1) //
 gather(dy, *ctx.saved_tensors) => dy[ctx.saved_tensors[0].view(-1)[: len(dy)]]
 torch.zeros_like(weight) if need => torch.ones_like(weight) if need
-p[torch.arange(len(p), device=p.device), y] -= 1 => p[:, 0] -= 1
-p.mul_((y >= 0)[:, None]) => p
-dw += dz.T @ x => dw = dz.T @ x
+p[row, y] -= 1 => p[:, 0] -= 1
+h = h * real => h = h * 1
+dh.mul_(real) => dh
+dw += low.T @ x => dw = low.T @ x
 scale = grad / n => scale = 1 / n
-z = high.copy_(torch.mm(x, w.T, out=low)) => z = high = torch.mm(x, w.T, out=low)
+high = upcast(torch.empty_like(low)) => high = torch.empty_like(low)
 
 # huggingface.py tests/test_huggingface.py
 ("gate_proj", "up_proj") => ("up_proj", "gate_proj")
