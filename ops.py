@@ -204,7 +204,7 @@ def side_by_side(*weights: Tensor, compiled: bool) -> Tensor:
     if not compiled and for_onednn(w):
         return torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), ROWS)
     loops = compiled and AVX512 and w.device.type == "cpu"
-    return w.T.contiguous().T if len(w) > w.shape[1] and not loops else w.contiguous()
+    return w.T.contiguous().T if 2 * len(w) > w.shape[1] and not loops else w.contiguous()
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
@@ -346,8 +346,8 @@ class DecoderBlock:
             hidden = F.silu(gate) * up * gain[..., None]
             return (down[chosen] * hidden.unsqueeze(-2)).sum((1, 3))
         each = [self.each[e] for e in chosen.flatten().tolist()]
-        rows = z.repeat_interleave(chosen.shape[1], 0).split(1)  # n * K of (1, D)
-        gate_up = torch.cat([product(x, w) for x, (w, _) in zip(rows, each, strict=True)])
+        x, K = z.split(1), chosen.shape[1]  # n of (1, D)
+        gate_up = torch.cat([product(x[j // K], w) for j, (w, _) in enumerate(each)])
         gate, up = gate_up.chunk(2, -1)  # (n*K, F)
         hidden = (F.silu(gate) * up * gain.view(-1, 1)).split(1)
         y = torch.cat([product(x, w) for x, (_, w) in zip(hidden, each, strict=True)])
