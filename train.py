@@ -104,10 +104,11 @@ class TrainConfig:
     eval_only: bool = False  # evaluate the run's (or init_from's) weights and stop
 
     def __post_init__(self):
-        sizes = ("steps", "batch_size", "block_size", "grad_accum", "eval_batch")
-        for name in (*sizes, "eval_every", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        least = dict.fromkeys(("steps", "batch_size", "block_size", "grad_accum", "eval_batch"), 1)
+        least |= {"eval_every": 1, "save_every": 1, "log_every": 1, "batch_start": 0, "seed": 0}
+        for name, n in least.items():
+            if getattr(self, name) < n:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {n}.")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise ValueError("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
 
