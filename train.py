@@ -143,9 +143,9 @@ def block_at(config: TrainConfig, step: int) -> int:
 def extend_context(model: DeepSeekV3, config: TrainConfig):
     """YaRN from the length trained so far to long_block_size (section 4.3), with the softmax
     temperature of the released configuration unless the model has another."""
-    yarn = {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}
-    yarn["original_max_position_embeddings"] = model.trained_length
-    yarn = model.config.rope_scaling or yarn
+    new = {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}
+    new["original_max_position_embeddings"] = model.trained_length
+    yarn = model.config.rope_scaling or new
     factor = config.long_block_size / yarn["original_max_position_embeddings"]
     model.config.rope_scaling = yarn | {"factor": factor}
     model.trained_length = config.long_block_size
