@@ -335,7 +335,7 @@ def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Modul
 def our_step_at(model: DeepSeekV3, S: int) -> tuple[list[Tensor], Callable]:
     """A cache of S random latents, and a function that decodes one token after them."""
     cache = Cache(model.config, len(model.layers), 1, S + 1, model.norm.weight)
-    decoder, token = Decoder(model, S + 1), cache.kv[0].new_zeros(1, 1, dtype=torch.long)
+    decoder, token = Decoder(model), cache.kv[0].new_zeros(1, 1, dtype=torch.long)
     for kv in cache.kv:
         kv.normal_()
 

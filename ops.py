@@ -186,26 +186,24 @@ LONG, RECENT = 2**14, 64  # cached tokens worth cutting, and the newest, which s
 AVX512 = (
     torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 )
+ABSORBED = 2**18  # more weights to read that cost as much as two small products
+PAIRS = 2**13  # of queries and cached tokens, up to which loops are faster than products
 LARGE, ROWS = 2**16, 16  # weights that are worth oneDNN; rows it packs them for, most of a loop
-SMALL = 2**20  # weights in a layer's experts up to which one product with all is fastest
-
-
-def for_onednn(w: Tensor) -> bool:
-    """Whether oneDNN multiplies few rows by w faster than the BLAS, which uses one core."""
-    large = w.device.type == "cpu" and AVX512 and w.numel() >= LARGE
-    bf16 = w.dtype == torch.bfloat16
-    return large and (w.dtype == torch.float32 or (bf16 and multiplies_bf16(w.device)))
+COPIED = 2**27  # weights in a layer's experts up to which these are copied into another order
+FEW = 32  # tokens whose experts' weights are read for each token anew
 
 
 def side_by_side(*weights: Tensor, compiled: bool) -> Tensor:
     """Weights (out, in) of one input as one: in oneDNN's layout, in which a large one is read at
     the speed of memory and up to five rows of x take the time of one; or as `product` reads it."""
     w = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if not compiled and for_onednn(w):
+    fast = AVX512 and w.device.type == "cpu"  # oneDNN or, compiled, loops: the BLAS uses one core
+    known = w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and multiplies_bf16(w.device))
+    if fast and known and not compiled and w.numel() >= LARGE:
         return torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), ROWS)
-    loops = compiled and AVX512 and w.device.type == "cpu"
     # The BLAS reads (in, out) faster, unless w is more than twice as wide as high.
-    return w.T.contiguous().T if 2 * len(w) > w.shape[1] and not loops else w.contiguous()
+    turned = 2 * len(w) > w.shape[1] and not (fast and compiled)
+    return w.T.contiguous().T if turned else w.contiguous()
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
@@ -219,7 +217,7 @@ def product(x: Tensor, w: Tensor) -> Tensor:
             x32 = upcast(x)
             x32 = force_stride_order(x32, x32.stride())
             return torch.cat([(w * row).sum(-1)[None] for row in x32.split(1)]).to(x.dtype)
-    elif w.is_mkldnn or for_onednn(w):
+    elif w.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return torch.mm(x, w.T)
 
@@ -240,7 +238,10 @@ def span(start: int | Tensor, length: int) -> slice | Tensor:
 
 def attend(q: Tensor, kv: Tensor, C: int, later: Tensor | None) -> Tensor:
     """softmax(q kv^T + later) kv[:C]: q (B, T*H, C+R), kv (B, S, C+R), later (T*H, S)."""
-    pieces, old = 1, 0
+    pairs, pieces, old = q.shape[1] * kv.shape[1], 1, 0
+    if torch.compiler.is_compiling() and q.device.type == "cpu" and pairs <= PAIRS:  # loops
+        p = ((upcast(q)[:, :, None] * kv[:, None]).sum(-1) + later).softmax(-1)
+        return (p[..., None] * kv[:, None, :, :C]).sum(2).to(q.dtype)
     if kv.shape[1] >= LONG and kv.device.type == "cpu" and not torch.compiler.is_compiling():
         pieces = torch.get_num_threads()
         old = max(0, kv.shape[1] - max(RECENT, q.shape[1])) // pieces * pieces
@@ -271,9 +272,10 @@ class DecoderBlock:
         q, o = mla.scale * q.unflatten(0, (H, -1)), mla.o_proj.weight.unflatten(1, (H, -1))
         up = mla.kv_b_proj.weight.unflatten(0, (H, -1))
         self.UK, self.UV = up[:, :N], up[:, N:]  # (H, N, C), (H, V, C)
-        # They become part of the matrices around them, a product less each, if that is at most
-        # twice as much to read: in a small model.
-        self.absorbed = 2 * min(N, config.v_head_dim) >= C
+        # They become part of the matrices around them, a product less each, if these do not grow by
+        # much: in a small model.
+        more = H * ((C - N) * q.shape[-1] + (C - config.v_head_dim) * len(o))
+        self.absorbed = more <= ABSORBED
         if self.absorbed:
             q = torch.cat((torch.einsum("hnc,hni->hci", self.UK, q[:, :N]), q[:, N:]), 1)
             o = torch.einsum("dhv,hvc->dhc", o, self.UV)
@@ -283,20 +285,16 @@ class DecoderBlock:
         self.qkv = join(q, mla.kv_a_proj_with_mqa.weight * norm)
         self.H, self.widths = H, [len(q), C, config.qk_rope_head_dim]
         self.kv_norm, self.norm = mla.kv_a_layernorm.weight, block.post_attention_layernorm.weight
-        # One wide FFN: the dense one, or the shared experts and, if they are small, all others.
-        ffn, wide = block.mlp, []
-        self.moe, self.small = ffn if hasattr(ffn, "experts") else None, False
+        ffn, self.few = block.mlp, None
+        self.moe = ffn if hasattr(ffn, "experts") else None
         if self.moe:
-            ffn, (gate_up, down) = ffn.shared_experts, ffn.experts.parameters()
-            self.each = list(zip(gate_up, down, strict=True))
-            self.small = not compiled and 3 * down.numel() <= SMALL
-            n = len(down) if self.small else 0
-            gate, up = gate_up[:n].chunk(2, 1)  # (n, F, D)
-            wide = [[gate.flatten(0, 1), up.flatten(0, 1), down[:n].transpose(0, 1).flatten(1)]]
-        if ffn:
-            wide += [[ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight]]
-        gates, ups, downs = zip(*wide, strict=True)
-        self.gate_up, self.down = join(*gates, *ups), join(torch.cat(downs, 1))
+            ffn = ffn.shared_experts
+            fits = self.moe.experts.gate_up_proj.numel() <= COPIED
+            if fits and norm.device.type == "cpu" and not compiled:
+                self.few = FewTokensMoE(self.moe)
+        if ffn and not self.few:
+            self.gate_up = join(ffn.gate_proj.weight, ffn.up_proj.weight)
+            self.down = join(ffn.down_proj.weight)
 
     def __call__(self, x: Tensor, kv: Tensor, place: tuple) -> Tensor:
         """x (n, D), kv (B, size, C+R) -> (n, D)."""
@@ -320,50 +318,69 @@ class DecoderBlock:
 
     def ffn(self, z: Tensor) -> Tensor:
         """z (n, D) -> (n, D)."""
-        if not self.moe:
-            return self.wide_ffn(z)
-        s, chosen, gain = self.moe.gate(z)
-        if self.small:
-            return self.wide_ffn(z, torch.zeros_like(s).scatter_(-1, chosen, gain))
-        # Many tokens are sorted by expert, on a GPU all: it must not wait to learn who chose what.
-        if (z.is_cuda or chosen.numel() > s.shape[1]) and not torch.compiler.is_compiling():
-            return self.moe(z[None])[0]
-        return self.chosen_experts(z, chosen, gain.to(z.dtype)) + self.wide_ffn(z)
+        if self.moe and torch.compiler.is_compiling():
+            y = self.chosen_experts(z)
+            return y + self.dense_ffn(z) if self.moe.shared_experts else y
+        if self.few and len(z) <= FEW:
+            return self.few(z)
+        # Tokens sorted by expert, on a GPU even few: it must not wait to learn who chose what.
+        return self.moe(z[None])[0] if self.moe else self.dense_ffn(z)
 
-    def wide_ffn(self, z: Tensor, gains: Tensor | None = None) -> Tensor:
-        """The dense FFN or the shared experts; with all others times gains (n, E)."""
+    def dense_ffn(self, z: Tensor) -> Tensor:
         gate, up = product(z, self.gate_up).chunk(2, -1)
-        hidden = F.silu(gate) * up
-        if gains is not None:
-            F_ = self.each[0][1].shape[1]
-            hidden[:, : gains.shape[1] * F_].unflatten(1, (-1, F_)).mul_(gains[..., None])
-        return product(hidden, self.down)
+        return product(F.silu(gate) * up, self.down)
 
-    def chosen_experts(self, z: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
-        """The sum of every token's K experts, whose weights are read where they lie."""
-        if torch.compiler.is_compiling():  # fused into loops
-            gate_up, down = self.moe.experts.parameters()
-            gate, up = (gate_up[chosen] * z[:, None, None]).sum(-1).chunk(2, -1)  # (n, K, F)
-            hidden = F.silu(gate) * up * gain[..., None]
-            return (down[chosen] * hidden.unsqueeze(-2)).sum((1, 3))
-        each = [self.each[e] for e in chosen.flatten().tolist()]
-        x, K = z.split(1), chosen.shape[1]  # n of (1, D)
-        gate_up = torch.cat([product(x[j // K], w) for j, (w, _) in enumerate(each)])
-        gate, up = gate_up.chunk(2, -1)  # (n*K, F)
-        hidden = (F.silu(gate) * up * gain.view(-1, 1)).split(1)
-        y = torch.cat([product(x, w) for x, (_, w) in zip(hidden, each, strict=True)])
+    def chosen_experts(self, z: Tensor) -> Tensor:
+        """Loops over the weights of every token's K experts, in a graph."""
+        _, (chosen,), (gain,) = self.moe.gate(z[None])  # (n, K)
+        gate_up, down = self.moe.experts.parameters()
+        gate, up = (gate_up[chosen] * z[:, None, None]).sum(-1).chunk(2, -1)  # (n, K, F)
+        hidden = F.silu(gate) * up * gain.to(z.dtype)[..., None]
+        return (down[chosen] * hidden.unsqueeze(-2)).sum((1, 3))
+
+
+class FewTokensMoE:
+    """An MoE layer for few tokens on a CPU. x W^T is the sum of W^T's rows times the numbers of x:
+    `embedding_bag` reads these at the speed of memory, for all chosen experts in one call. The S
+    shared experts are further ones that every token chooses."""
+
+    def __init__(self, moe):
+        gate_up, down = moe.experts.parameters()  # (E, 2F, D), (E, D, F)
+        (E, _, width), shared = down.shape, moe.shared_experts
+        if shared:
+            parts = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight.T
+            gate, up, out = (w.unflatten(0, (-1, width)) for w in parts)  # (S, F, D) each
+            gate_up = torch.cat((gate_up, torch.cat((gate, up), 1)))
+            down = torch.cat((down, out.mT))
+        self.gate, self.shared = moe.gate, torch.arange(E, len(down))
+        self.gate_up = gate_up.mT.flatten(0, 1)  # ((E+S) * D, 2F)
+        self.down = down.mT.flatten(0, 1)  # ((E+S) * F, D)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """z (n, D) -> (n, D)."""
+        n, S = len(z), len(self.shared)
+        _, (chosen,), (gain,) = self.gate(z[None])  # (n, K), from a sequence as in model.py
+        chosen = torch.cat((chosen, self.shared.expand(n, S)), 1)  # (n, K+S)
+        gain = F.pad(gain.to(z.dtype), (0, S), value=1.0)
+
+        def product(x: Tensor, rows: Tensor) -> Tensor:  # x (n*(K+S), in)
+            index = chosen.view(-1, 1) * x.shape[1] + torch.arange(x.shape[1])
+            return F.embedding_bag(index, rows, mode="sum", per_sample_weights=x)
+
+        x = z[:, None].expand(*chosen.shape, -1).flatten(0, 1)
+        gate, up = product(x, self.gate_up).chunk(2, -1)  # (n*(K+S), F) each
+        y = product(F.silu(gate) * up * gain.view(-1, 1), self.down)
         return y.unflatten(0, chosen.shape).sum(1)
 
 
 class Decoder:
     """trunk, predict_next and logits of a DeepSeekV3, on the same caches, for a few tokens.
 
-    It knows so many positions; its matrices lie as eager or as compiled products read them.
-    cache.length is a number or, in a compiled graph, a tensor: then attention reads all of the
-    cache, behind a mask.
+    Its matrices lie as eager or as compiled products read them. cache.length is a number or, in a
+    compiled graph, a tensor: then attention reads all of the cache, behind a mask.
     """
 
-    def __init__(self, model, positions: int, compiled: bool = False):
+    def __init__(self, model, compiled: bool = False):
         config, R, head = model.config, model.config.qk_rope_head_dim, model.lm_head.weight
         if config.attention_bias:
             raise ValueError("a Decoder knows no biases")
@@ -378,6 +395,7 @@ class Decoder:
         self.eps = self.layers[0].eps
         # x rotated = x cos + (the other of each pair) sin, with the sign in sin.
         pair = -1 if config.rope_interleave else -2
+        positions = config.max_position_embeddings + 16  # the last drafts may go beyond
         cos, sin = model.rope(self.norm.expand(1, positions, -1), 0)  # (positions, R/2)
         self.cos = torch.stack((cos, cos), pair).flatten(1)[:, None]  # (positions, 1, R)
         self.sin = torch.stack((-sin, sin), pair).flatten(1)[:, None]
@@ -391,8 +409,12 @@ class Decoder:
         cos, sin = self.cos[slots], self.sin[slots]  # (T, 1, R)
         cache.length = at + T
         if T > 1 or cache.size == S:
-            unseen = torch.arange(S, device=device) > at + torch.arange(T, device=device)[:, None]
-            later = torch.where(unseen, -math.inf, 0.0).to(self.norm.dtype)  # (T, S)
+            later = self.norm.new_full((T, S), -math.inf)
+            if isinstance(at, int):
+                later.triu_(at + 1)
+            else:
+                seen = torch.arange(S, device=device) <= slots[:, None]
+                later = later.masked_fill(seen, 0.0)
             later = later.repeat_interleave(self.layers[0].H, 0)  # (T*H, S)
 
         def rotated(x: Tensor) -> Tensor:  # (B, T, H or 1, R)

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -291,10 +292,12 @@ class Pace:
         self.won = {kind: won + tokens / 100 for kind, won in self.won.items()}
 
 
+DECODERS = weakref.WeakKeyDictionary()  # by model, eager or compiled: made of what, the Decoder
+
+
 def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache, compiled: bool):
     """ops.Decoder, if its logits after the tokens (B, T) are model.py's; else, with a notice, the
     model. The cache holds the tokens, h the newest hidden states (B, 1 or more, D)."""
-    positions = max(16, cache.size)
     if tokens.shape[1] < 8:  # that would hide much: they meet on a made-up text
         tokens = torch.arange(16, device=tokens.device)[None] % model.config.vocab_size
         cache = Cache(model.config, len(model.layers), 1, 16, model.norm.weight)
@@ -308,7 +311,13 @@ def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache,
     rounding = 1e-3 if torch.finfo(model.norm.weight.dtype).bits >= 32 else 0.1
     # A changed module may have other parameters or inputs.
     with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
-        decoder = ops.Decoder(model, positions, compiled)
+        made_of = [str(model.config)]
+        for p in model.parameters():  # tensors of inference mode do not count their versions
+            made_of += [p.data_ptr(), None if p.is_inference() else p._version]
+        kept = DECODERS.setdefault(model, {})
+        if compiled not in kept or kept[compiled][0] != made_of:
+            kept[compiled] = made_of, ops.Decoder(model, compiled)
+        decoder = kept[compiled][1]
         difference = decoder.logits(decoder.trunk(tokens[:, -1:], cache)) - logits
         if difference.norm() <= rounding * logits.norm():
             return decoder
