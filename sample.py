@@ -271,7 +271,7 @@ def look_up(row: str, G: int) -> list[int]:
 
 class Pace:
     """Whether to draft. With --draft=auto drafts, the modules' or looked up, rest while they are
-    behind plain rounds by more than a token or two and a hundredth of the text."""
+    behind plain rounds by more than a token or two and half a percent of the text."""
 
     def __init__(self, auto: bool):
         self.auto, self.plain = auto, []  # seconds of plain rounds
@@ -289,7 +289,7 @@ class Pace:
         if G and self.plain:
             cost = statistics.median(times[-16:]) / statistics.median(self.plain[-16:])
             self.won[looked_up] += tokens - cost
-        self.won = {kind: won + tokens / 100 for kind, won in self.won.items()}
+        self.won = {kind: won + tokens / 200 for kind, won in self.won.items()}
 
 
 DECODERS = weakref.WeakKeyDictionary()  # by model, eager or compiled: made of what, the Decoder
@@ -507,6 +507,7 @@ def usable_device(name: str) -> torch.device:
 def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig):
     """Writes num_samples continuations of the prompt to stdout, the first as it comes."""
     device, stats, write = model.norm.weight.device, Stats(), writer(tokenizer)
+    prompt.encode()  # raises ValueError where it is no text
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
     by_expert, green = config.show == "experts", GREEN if config.show == "drafts" else ""
     texts: list[list[tuple[int, str]]] = [[] for _ in range(config.num_samples)]  # with styles

@@ -106,9 +106,12 @@ class TrainConfig:
     def __post_init__(self):
         least = dict.fromkeys(("steps", "batch_size", "block_size", "grad_accum", "eval_batch"), 1)
         least |= {"eval_every": 1, "save_every": 1, "log_every": 1, "batch_start": 0, "seed": 0}
+        least |= dict.fromkeys(("lr", "adamw_lr", "weight_decay", "beta1", "beta2", "clip"), 0)
         for name, n in least.items():
             if getattr(self, name) < n:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {n}.")
+        if max(self.beta1, self.beta2) >= 1:
+            raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise ValueError("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
 
