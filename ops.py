@@ -189,7 +189,7 @@ AVX512 = (
 ABSORBED = 2**18  # more weights to read that cost as much as two small products
 PAIRS = 2**13  # of queries and cached tokens, up to which loops are faster than products
 LARGE, ROWS = 2**16, 16  # weights that are worth oneDNN; rows it packs them for, most of a loop
-COPIED = 2**27  # weights in a layer's experts up to which these are copied into another order
+COPIED = 3 * 2**26  # weights in a layer's experts up to which these are copied into another order
 FEW = 32  # tokens whose experts' weights are read for each token anew
 
 
@@ -207,7 +207,7 @@ def side_by_side(*weights: Tensor, compiled: bool) -> Tensor:
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x (n, in) times w (out, in), of side_by_side or as it is: (n, out)."""
+    """x (n, in) times w (out, in) of side_by_side: (n, out)."""
     if torch.compiler.is_compiling():
         if x.device.type == "cpu" and AVX512 and len(x) <= ROWS:
             # Loops that read w once for all rows. x is written before: they would compute it anew
@@ -272,8 +272,8 @@ class DecoderBlock:
         q, o = mla.scale * q.unflatten(0, (H, -1)), mla.o_proj.weight.unflatten(1, (H, -1))
         up = mla.kv_b_proj.weight.unflatten(0, (H, -1))
         self.UK, self.UV = up[:, :N], up[:, N:]  # (H, N, C), (H, V, C)
-        # They become part of the matrices around them, a product less each, if these do not grow by
-        # much: in a small model.
+        # They become part of the matrices around them, a product less each, where these
+        # grow by little: in a small model.
         more = H * ((C - N) * q.shape[-1] + (C - config.v_head_dim) * len(o))
         self.absorbed = more <= ABSORBED
         if self.absorbed:
@@ -288,11 +288,11 @@ class DecoderBlock:
         ffn, self.few = block.mlp, None
         self.moe = ffn if hasattr(ffn, "experts") else None
         if self.moe:
-            ffn = ffn.shared_experts
-            fits = self.moe.experts.gate_up_proj.numel() <= COPIED
+            ffn = ffn.shared_experts if compiled else None  # else its own forward has them
+            fits = sum(w.numel() for w in self.moe.experts.parameters()) <= COPIED
             if fits and norm.device.type == "cpu" and not compiled:
                 self.few = FewTokensMoE(self.moe)
-        if ffn and not self.few:
+        if ffn:
             self.gate_up = join(ffn.gate_proj.weight, ffn.up_proj.weight)
             self.down = join(ffn.down_proj.weight)
 
@@ -323,7 +323,7 @@ class DecoderBlock:
             return y + self.dense_ffn(z) if self.moe.shared_experts else y
         if self.few and len(z) <= FEW:
             return self.few(z)
-        # Tokens sorted by expert, on a GPU even few: it must not wait to learn who chose what.
+        # Else sorted by expert, as in training.
         return self.moe(z[None])[0] if self.moe else self.dense_ffn(z)
 
     def dense_ffn(self, z: Tensor) -> Tensor:
@@ -352,7 +352,7 @@ class FewTokensMoE:
             gate, up, out = (w.unflatten(0, (-1, width)) for w in parts)  # (S, F, D) each
             gate_up = torch.cat((gate_up, torch.cat((gate, up), 1)))
             down = torch.cat((down, out.mT))
-        self.gate, self.shared = moe.gate, torch.arange(E, len(down))
+        self.gate, self.shared = moe.gate, torch.arange(E, len(down), device=down.device)
         self.gate_up = gate_up.mT.flatten(0, 1)  # ((E+S) * D, 2F)
         self.down = down.mT.flatten(0, 1)  # ((E+S) * F, D)
 
@@ -363,13 +363,13 @@ class FewTokensMoE:
         chosen = torch.cat((chosen, self.shared.expand(n, S)), 1)  # (n, K+S)
         gain = F.pad(gain.to(z.dtype), (0, S), value=1.0)
 
-        def product(x: Tensor, rows: Tensor) -> Tensor:  # x (n*(K+S), in)
-            index = chosen.view(-1, 1) * x.shape[1] + torch.arange(x.shape[1])
+        def times_rows(x: Tensor, rows: Tensor) -> Tensor:  # x (n*(K+S), in)
+            index = chosen.view(-1, 1) * x.shape[1] + torch.arange(x.shape[1], device=x.device)
             return F.embedding_bag(index, rows, mode="sum", per_sample_weights=x)
 
         x = z[:, None].expand(*chosen.shape, -1).flatten(0, 1)
-        gate, up = product(x, self.gate_up).chunk(2, -1)  # (n*(K+S), F) each
-        y = product(F.silu(gate) * up * gain.view(-1, 1), self.down)
+        gate, up = times_rows(x, self.gate_up).chunk(2, -1)  # (n*(K+S), F) each
+        y = times_rows(F.silu(gate) * up * gain.view(-1, 1), self.down)
         return y.unflatten(0, chosen.shape).sum(1)
 
 
@@ -395,7 +395,7 @@ class Decoder:
         self.eps = self.layers[0].eps
         # x rotated = x cos + (the other of each pair) sin, with the sign in sin.
         pair = -1 if config.rope_interleave else -2
-        positions = config.max_position_embeddings + 16  # the last drafts may go beyond
+        positions = config.max_position_embeddings + 16  # drafts, or a made-up text, go beyond
         cos, sin = model.rope(self.norm.expand(1, positions, -1), 0)  # (positions, R/2)
         self.cos = torch.stack((cos, cos), pair).flatten(1)[:, None]  # (positions, 1, R)
         self.sin = torch.stack((-sin, sin), pair).flatten(1)[:, None]
@@ -408,14 +408,12 @@ class Decoder:
         slots, S = span(at, T), at + T if isinstance(at, int) else cache.size
         cos, sin = self.cos[slots], self.sin[slots]  # (T, 1, R)
         cache.length = at + T
-        if T > 1 or cache.size == S:
-            later = self.norm.new_full((T, S), -math.inf)
-            if isinstance(at, int):
-                later.triu_(at + 1)
-            else:
-                seen = torch.arange(S, device=device) <= slots[:, None]
-                later = later.masked_fill(seen, 0.0)
-            later = later.repeat_interleave(self.layers[0].H, 0)  # (T*H, S)
+        if not isinstance(at, int):
+            later = torch.where(torch.arange(S, device=device) <= slots[:, None], 0.0, -math.inf)
+        elif T > 1:
+            later = torch.full((T, S), -math.inf, device=device).triu_(at + 1)
+        if later is not None:
+            later = later.to(self.norm.dtype).repeat_interleave(self.layers[0].H, 0)  # (T*H, S)
 
         def rotated(x: Tensor) -> Tensor:  # (B, T, H or 1, R)
             return torch.addcmul(x * cos, x.index_select(-1, self.swap), sin).to(x.dtype)

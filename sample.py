@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import ops
 from config import info, parse_args, run_command
@@ -293,6 +294,7 @@ class Pace:
 
 
 DECODERS = weakref.WeakKeyDictionary()  # by model, eager or compiled: made of what, the Decoder
+register_optimizer_step_post_hook(lambda *_: DECODERS.clear())  # fused ones count no versions
 
 
 def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache, compiled: bool):
@@ -316,11 +318,13 @@ def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache,
             made_of += [p.data_ptr(), None if p.is_inference() else p._version]
         kept = DECODERS.setdefault(model, {})
         if compiled not in kept or kept[compiled][0] != made_of:
+            kept.pop(compiled, None)  # before there are two
             kept[compiled] = made_of, ops.Decoder(model, compiled)
         decoder = kept[compiled][1]
         difference = decoder.logits(decoder.trunk(tokens[:, -1:], cache)) - logits
         if difference.norm() <= rounding * logits.norm():
             return decoder
+    DECODERS.pop(model, None)
     info("ops.Decoder does not follow this model: model.py's formulas decode instead, slower")
     return model
 

@@ -104,11 +104,11 @@ class TrainConfig:
     eval_only: bool = False  # evaluate the run's (or init_from's) weights and stop
 
     def __post_init__(self):
-        least = dict.fromkeys(("steps", "batch_size", "block_size", "grad_accum", "eval_batch"), 1)
-        least |= {"eval_every": 1, "save_every": 1, "log_every": 1, "batch_start": 0, "seed": 0}
-        least |= dict.fromkeys(("lr", "adamw_lr", "weight_decay", "beta1", "beta2", "clip"), 0)
-        for name, n in least.items():
-            if getattr(self, name) < n:
+        ones = "steps batch_size block_size grad_accum eval_batch eval_every save_every log_every"
+        zeros = "batch_start seed lr adamw_lr weight_decay beta1 beta2 clip"
+        for name in f"{ones} {zeros}".split():
+            n = int(name in ones.split())
+            if not getattr(self, name) >= n:  # nor nan
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {n}.")
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
