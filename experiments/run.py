@@ -69,6 +69,8 @@ class Options:
     def base(self) -> dict[str, Any]:
         """The settings of the base arm: the file's, of another length, in short windows only."""
         settings = read_config_file(self.config, ModelConfig, train.TrainConfig)
+        for key in ("alpha", "gamma_stop"):  # the report's, as when the results were made
+            settings.pop(key, None)
         own = {"steps": self.steps, "log_every": max(1, self.steps // 60), "long_block_size": 0}
         return settings | own | {"gamma": 0.01}  # which balances within a hundred steps
 
