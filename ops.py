@@ -186,11 +186,11 @@ LONG, RECENT = 2**14, 64  # cached tokens worth cutting, and the newest, which s
 AVX512 = (
     torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 )
-ABSORBED = 2**18  # more weights to read that cost as much as two small products
+ABSORBED = 2**18  # weights that a block may have more so that W^UK and W^UV need no products
 PAIRS = 2**13  # of queries and cached tokens, up to which loops are faster than products
-LARGE, ROWS = 2**16, 16  # weights that are worth oneDNN; rows it packs them for, most of a loop
+LARGE, ROWS = 2**16, 16  # weights from which oneDNN pays; rows it packs them for, most of a loop
 COPIED = 3 * 2**26  # weights in a layer's experts up to which these are copied into another order
-FEW = 32  # tokens whose experts' weights are read for each token anew
+FEW = 32  # up to so many tokens each reads its experts' weights by itself
 
 
 def side_by_side(*weights: Tensor, compiled: bool) -> Tensor:
@@ -239,7 +239,7 @@ def span(start: int | Tensor, length: int) -> slice | Tensor:
 def attend(q: Tensor, kv: Tensor, C: int, later: Tensor | None) -> Tensor:
     """softmax(q kv^T + later) kv[:C]: q (B, T*H, C+R), kv (B, S, C+R), later (T*H, S)."""
     pairs, pieces, old = q.shape[1] * kv.shape[1], 1, 0
-    if torch.compiler.is_compiling() and q.device.type == "cpu" and pairs <= PAIRS:  # loops
+    if torch.compiler.is_compiling() and q.device.type == "cpu" and AVX512 and pairs <= PAIRS:
         p = ((upcast(q)[:, :, None] * kv[:, None]).sum(-1) + later).softmax(-1)
         return (p[..., None] * kv[:, None, :, :C]).sum(2).to(q.dtype)
     if kv.shape[1] >= LONG and kv.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -285,10 +285,10 @@ class DecoderBlock:
         self.qkv = join(q, mla.kv_a_proj_with_mqa.weight * norm)
         self.H, self.widths = H, [len(q), C, config.qk_rope_head_dim]
         self.kv_norm, self.norm = mla.kv_a_layernorm.weight, block.post_attention_layernorm.weight
-        ffn, self.few = block.mlp, None
+        ffn, self.few, self.compiled = block.mlp, None, compiled
         self.moe = ffn if hasattr(ffn, "experts") else None
         if self.moe:
-            ffn = ffn.shared_experts if compiled else None  # else its own forward has them
+            ffn = ffn.shared_experts if compiled else None  # eagerly the MoE has them
             fits = sum(w.numel() for w in self.moe.experts.parameters()) <= COPIED
             if fits and norm.device.type == "cpu" and not compiled:
                 self.few = FewTokensMoE(self.moe)
@@ -318,12 +318,13 @@ class DecoderBlock:
 
     def ffn(self, z: Tensor) -> Tensor:
         """z (n, D) -> (n, D)."""
-        if self.moe and torch.compiler.is_compiling():
+        # What a graph computes, few tokens get eagerly too: so it is compared with model.py.
+        if self.moe and self.compiled and (len(z) <= ROWS or torch.compiler.is_compiling()):
             y = self.chosen_experts(z)
             return y + self.dense_ffn(z) if self.moe.shared_experts else y
         if self.few and len(z) <= FEW:
             return self.few(z)
-        # Else sorted by expert, as in training.
+        # More tokens of an MoE layer are sorted by expert, as in training.
         return self.moe(z[None])[0] if self.moe else self.dense_ffn(z)
 
     def dense_ffn(self, z: Tensor) -> Tensor:
@@ -341,8 +342,8 @@ class DecoderBlock:
 
 class FewTokensMoE:
     """An MoE layer for few tokens on a CPU. x W^T is the sum of W^T's rows times the numbers of x:
-    `embedding_bag` reads these at the speed of memory, for all chosen experts in one call. The S
-    shared experts are further ones that every token chooses."""
+    `embedding_bag` sums these at the speed of memory, one call for all chosen experts and a
+    projection. The S shared experts follow the E others, and every token chooses them."""
 
     def __init__(self, moe):
         gate_up, down = moe.experts.parameters()  # (E, 2F, D), (E, D, F)

@@ -293,13 +293,15 @@ class Pace:
         self.won = {kind: won + tokens / 200 for kind, won in self.won.items()}
 
 
-DECODERS = weakref.WeakKeyDictionary()  # by model, eager or compiled: made of what, the Decoder
-register_optimizer_step_post_hook(lambda *_: DECODERS.clear())  # fused ones count no versions
+DECODERS = weakref.WeakKeyDictionary()  # model -> {compiled: (what it was made of, Decoder)}
+# Fused optimisers change weights without raising their _version.
+register_optimizer_step_post_hook(lambda *_: DECODERS.clear())
 
 
 def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache, compiled: bool):
-    """ops.Decoder, if its logits after the tokens (B, T) are model.py's; else, with a notice, the
-    model. The cache holds the tokens, h the newest hidden states (B, 1 or more, D)."""
+    """The model's ops.Decoder, kept or made anew, if its logits after the tokens (B, T) are
+    model.py's; else, with a notice, the model. The cache holds the tokens, h the newest hidden
+    states (B, 1 or more, D)."""
     if tokens.shape[1] < 8:  # that would hide much: they meet on a made-up text
         tokens = torch.arange(16, device=tokens.device)[None] % model.config.vocab_size
         cache = Cache(model.config, len(model.layers), 1, 16, model.norm.weight)

@@ -5,7 +5,7 @@
     --plot               no training: table and figure of the results that are there
     --quick              a tiny network for a few steps, to see that all works (into out/quick)
 
-An experiment names its arms: changes to the base configuration (config/small.py at a third of its
+An experiment names its arms: changes to the base configuration (config/small.py at a quarter of its
 length), or classes and functions that stand in for others while the arm is trained. Arms of one
 seed begin with the same weights wherever their shapes agree, and see the same data. A result is one
 line in experiments/results/NAME.json, written as soon as its run ends; what is there already, from
@@ -67,9 +67,10 @@ class Options:
     docs: str = "docs"  # folder of RESULTS.md and figures/
 
     def base(self) -> dict[str, Any]:
-        """The settings of the base arm: the file's, of another length, in short windows only."""
+        """The settings of the base arm: the file's, of another length, in short windows only, with
+        gamma 0.01 and the report's alpha and gamma_stop, as when the results were made."""
         settings = read_config_file(self.config, ModelConfig, train.TrainConfig)
-        for key in ("alpha", "gamma_stop"):  # the report's, as when the results were made
+        for key in ("alpha", "gamma_stop"):
             settings.pop(key, None)
         own = {"steps": self.steps, "log_every": max(1, self.steps // 60), "long_block_size": 0}
         return settings | own | {"gamma": 0.01}  # which balances within a hundred steps

@@ -119,7 +119,7 @@ def test_products_in_a_graph_are_summed_in_float32(rows):
     torch.testing.assert_close(y, (x.float() @ w.float().T).bfloat16(), rtol=2**-7, atol=1e-5)
 
 
-ROTATE, GATE = plain.rotate, plain.Gate.forward
+ROTATE, GATE, MOE = plain.rotate, plain.Gate.forward, plain.MoE.forward
 
 
 def squared(gate, x):
@@ -130,6 +130,7 @@ def squared(gate, x):
 CHANGES = {  # what is changed, how, and the lines of notice
     "rotation": (plain, "rotate", lambda x, rope, pairs: ROTATE(x, (rope[0], -rope[1]), pairs), 1),
     "gate": (plain.Gate, "forward", squared, 0),
+    "experts": (plain.MoE, "forward", lambda moe, x: 3 * MOE(moe, x), 1),
     "twins off": (ops, "enabled", False, 0),
 }
 
@@ -158,7 +159,7 @@ def test_a_decoder_is_kept_until_the_model_changes():
         change()
         same_text(model, greedy(model, tokens_of(model, 1, 9), 8), 9)
         made.append(sample.DECODERS[model][False][1])
-    assert made[0] is made[1] and len(set(map(id, made))) == 4
+    assert made[0] is made[1] and len({*map(id, made)}) == 4
 
 
 @pytest.mark.parametrize("T", [9, 24])
@@ -536,7 +537,6 @@ def test_draft_lengths_and_seeds(command):
     assert plain.out == three.out == auto.out
     assert "context limit" in plain.err  # 256 tokens do not fit into 64
     assert "by position" in three.err and "by position" not in plain.err
-    # A seed and a draft length fix a sampled text, here of a new document.
     texts = [command("--prompt=", "--draft=2", f"--seed={seed}").out for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
