@@ -106,8 +106,8 @@ class TrainConfig:
     def __post_init__(self):
         ones = "steps batch_size block_size grad_accum eval_batch eval_every save_every log_every"
         zeros = "batch_start seed lr adamw_lr weight_decay beta1 beta2 clip"
-        for name in f"{ones} {zeros}".split():
-            n = int(name in ones.split())
+        least = dict.fromkeys(ones.split(), 1) | dict.fromkeys(zeros.split(), 0)
+        for name, n in least.items():
             if not getattr(self, name) >= n:  # nor nan
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {n}.")
         if max(self.beta1, self.beta2) >= 1:
