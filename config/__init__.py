@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-WORDS = {"true": "True", "false": "False", "none": "None"}
-
 
 def info(text: str) -> None:
     """A line on stderr, as all but the product of a command; of several processes the first's."""
@@ -33,13 +31,13 @@ def unknown_key(name: str, known: Iterable[str]) -> str:
 def as_field(name: str, value: Any, annotation: Any) -> Any:
     """The value as its field's type: 1e6 may be an int, 1 a float. Raises ValueError.
 
-    Text, which is all that a command line has, may spell true, false, none or a literal of Python,
-    but in a field for text it stays as it is: a prompt may look like anything.
+    Text, which is all that a command line has, may spell a literal of Python, true, false and none
+    in any case, but in a field for text it stays as it is: a prompt may look like anything.
     """
     kinds, x = typing.get_args(annotation) or (annotation,), value  # of a Literal the choices
     if type(x) is str and str not in kinds and x not in kinds:
         with suppress(Exception):  # text that is no literal
-            x = ast.literal_eval(WORDS.get(x.strip().lower(), x))
+            x = ast.literal_eval(x.title() if x.strip().isalpha() else x)  # none is None
     if type(x) in kinds or x in kinds:  # to isinstance a bool would be an int
         return x
     for kind in kinds:
