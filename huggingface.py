@@ -243,15 +243,11 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
     """
     import tokenizers
 
-    ranks = encoding._mergeable_ranks  # the lowest first, as load_tokenizer has them
-    text = {token: token.decode("latin-1").translate(STAND_INS) for token in ranks}
-    merges = [
-        (text[token[:i]], text[token[i:]])
-        for token in text
-        for i in range(1, len(token))
-        if token[:i] in ranks and token[i:] in ranks
-    ]
-    vocab = {text[token]: ranks[token] for token in text} | encoding._special_tokens
+    ranks = encoding._mergeable_ranks.items()  # the lowest first, as load_tokenizer has them
+    vocab = {token.decode("latin-1").translate(STAND_INS): rank for token, rank in ranks}
+    splits = ((text[:i], text[i:]) for text in vocab for i in range(1, len(text)))
+    merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
+    vocab |= encoding._special_tokens
     model = tokenizers.models.BPE(vocab, merges, ignore_merges=True)  # a word may be a token
     steps, made = tokenizers.pre_tokenizers, tokenizers.Tokenizer(model)
     split = steps.Split(tokenizers.Regex(encoding._pat_str), "isolated")
