@@ -11,7 +11,6 @@ where they are needed: safetensors, tokenizers (which brings huggingface_hub), t
 import hashlib
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +24,7 @@ from torch import Tensor
 import fp8
 from config import info, parse_args, run_command
 from model import DeepSeekV3, ModelConfig
-from prepare_data import END_OF_TEXT, encoding_from, load_tokenizer, parse_ranks
+from prepare_data import END_OF_TEXT, encoding_from, load_tokenizer, parse_ranks, write_tokenizer
 
 # What config.json says besides the fields of ModelConfig; there is one way to compute it.
 FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}
@@ -348,12 +347,11 @@ def main(argv: list[str]):
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} exists: name a new directory")
     model, _, _ = load_model(source)
-    folder = source if source.is_dir() else source.parent
-    encoding, keys = load_tokenizer(folder), {"max_position_embeddings": model.trained_length}
-    keys |= dict.fromkeys(("bos_token_id", "eos_token_id"), encoding.eot_token)
+    encoding = load_tokenizer(source if source.is_dir() else source.parent)
+    keys = dict.fromkeys(("bos_token_id", "eos_token_id"), encoding.eot_token)
+    keys["max_position_embeddings"] = model.trained_length
     model.save_pretrained(target, quantize=config.quantize, **keys)
-    for name in ("meta.json", "tokenizer.tiktoken"):  # for prepare_data.py
-        shutil.copyfile(folder / name, target / name)
+    write_tokenizer(encoding, target)  # for prepare_data.py
     names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
     names["tokenizer_class"] = "PreTrainedTokenizerFast"
     (target / "tokenizer_config.json").write_text(json.dumps(names, indent=2))

@@ -235,16 +235,17 @@ def load_tokenizer(folder: Path | str) -> tiktoken.Encoding:
 # ---- Token files --------------------------------------------------------------------------------
 
 
-def write_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> dict:
-    """Write tokenizer.tiktoken; returns what meta.json has to say about the tokenizer."""
+def write_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> None:
+    """Write tokenizer.tiktoken and meta.json, which load_tokenizer reads."""
     ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
     content = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
     (folder / "tokenizer.tiktoken").write_bytes(content)
-    return {
+    meta = {
         "pattern": encoding._pat_str,
         "special_tokens": encoding._special_tokens,
         "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
     }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 def write_tokens(path: Path, texts: list[str], encoding: tiktoken.Encoding) -> None:
@@ -319,8 +320,7 @@ def prepare(config: DataConfig) -> Path:
         new = Path(scratch) / "new"
         new.mkdir()
         make = prepare_shards if config.source in SHARDS else prepare_text
-        meta = {"source": config.source} | write_tokenizer(make(config, new), new)
-        (new / "meta.json").write_text(json.dumps(meta, indent=1))
+        write_tokenizer(make(config, new), new)
         data = load_dataset(new)  # read back and checked before it takes the place of another
         if folder.exists():
             os.replace(folder, new.with_name("old"))
