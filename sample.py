@@ -447,18 +447,13 @@ def score(model: DeepSeekV3, ids: list[int], window: int) -> float:
 # ---- Display -------------------------------------------------------------------------------------
 
 
-def writer(tokenizer: Tokenizer) -> Callable:
-    """A function that prints tokens in their styles, each character once all its bytes came."""
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-
-    def write(styled: Iterable[tuple[int, str]], final: bool = False):
-        for token, style in styled:
-            text = "" if token in tokenizer.eos else decode(tokenizer.to_bytes(token))
-            print(painted(text, style), end="", flush=True)
-        if final:
-            print(decode(b"", final=True))
-
-    return write
+def shown(tokens: list[int], styles: Iterable[str], tokenizer: Tokenizer, decoder) -> str:
+    """The tokens in their styles, each character once the decoder has got all its bytes."""
+    text = ""
+    for token, style in zip(tokens, styles, strict=True):
+        known = b"" if token in tokenizer.eos else tokenizer.to_bytes(token)
+        text += painted(decoder.decode(known), style)
+    return text
 
 
 def painted(text: str, style: str) -> str:
@@ -512,36 +507,37 @@ def usable_device(name: str) -> torch.device:
 
 def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig):
     """Writes num_samples continuations of the prompt to stdout, the first as it comes."""
-    device, stats, write = model.norm.weight.device, Stats(), writer(tokenizer)
+    device, stats = model.norm.weight.device, Stats()
     prompt.encode()  # raises ValueError where it is no text
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
     by_expert, green = config.show == "experts", GREEN if config.show == "drafts" else ""
-    texts: list[list[tuple[int, str]]] = [[] for _ in range(config.num_samples)]  # with styles
+    rows = [list(ids) for _ in range(config.num_samples)]
+    texts = [prompt for _ in rows]  # what is not yet printed
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]
 
     def on_token(row: int, new: list[int], drafted: int):
-        styled = [(token, green if i < drafted else "") for i, token in enumerate(new)]
-        if row == 0 and not by_expert:  # experts are known when the text is complete
-            print("" if texts[0] else prompt, end="")
-            write(styled)
-        texts[row] += styled
+        rows[row] += new
+        if not by_expert:  # experts are known when the text is complete
+            styles = [green] * drafted + [""] * (len(new) - drafted)
+            texts[row] += shown(new, styles, tokenizer, decoders[row])
+            if row == 0:
+                print(texts[0], end="", flush=True)
+                texts[0] = ""
 
     with contextlib.suppress(KeyboardInterrupt):  # what there is of the text is shown
         generate(
-            model, torch.tensor([ids], device=device).repeat(len(texts), 1), config.max_new_tokens,
+            model, torch.tensor([ids], device=device).repeat(len(rows), 1), config.max_new_tokens,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             speculative=config.draft, lookup=config.lookup, compile=config.compile,
             eos_token_id=tokenizer.eos, on_token=on_token, stats=stats,
             generator=torch.Generator(device).manual_seed(config.seed),
         )  # fmt: skip
-    for b, text in enumerate(texts):
-        if b:
-            print("-" * 80)
-        if (b or not text) and not by_expert:
-            print(prompt, end="")
+    for b, row in enumerate(rows):
         if by_expert:
-            row = ids + [token for token, _ in text]
-            text = zip(row, map(style_of, top_experts(model, row)), strict=True)
-        write(text if b or by_expert else [], final=True)
+            styles = map(style_of, top_experts(model, row))
+            texts[b] = shown(row, styles, tokenizer, decoders[b])
+        texts[b] += decoders[b].decode(b"", final=True)
+    print(f"\n{'-' * 80}\n".join(texts))
     if by_expert:
         numbers = (painted(str(e), style_of(e)) for e in range(model.config.n_routed_experts))
         info(f"experts of the last layer: {' '.join(numbers)}")

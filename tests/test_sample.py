@@ -550,16 +550,16 @@ def test_colours_change_nothing_but_the_colour_and_have_a_legend(command, show):
     assert colours <= explained and len(colours) >= (3 if show == "experts" else 2)
 
 
-def test_text_appears_only_in_whole_characters(capsys):
+def test_text_appears_only_in_whole_characters(monkeypatch):
     """Bytes come one token at a time, and the end-of-text token is not written."""
-    tokenizer, end, seen = mock.Mock(eos=[256], to_bytes=lambda token: bytes([token])), 256, []
-    write = sample.writer(tokenizer)
-    for token in [*"é😀".encode(), 0xF0, end]:
-        write([(token, "")])
-        seen.append(capsys.readouterr().out)
-    write([], final=True)
-    assert seen == ["", "é", "", "", "", "😀", "", ""]
-    assert capsys.readouterr().out == "\ufffd\n"
+    tokens, printed = [*"é😀".encode(), 0xF0, 256], mock.Mock()
+    tokenizer = mock.Mock(eos=[256], encode=list, to_bytes=lambda token: bytes([token]))
+    write = mock.Mock(side_effect=lambda *a, on_token, **k: [on_token(0, [x], 0) for x in tokens])
+    monkeypatch.setattr(sample, "generate", write)
+    monkeypatch.setattr(sample, "print", printed, raising=False)
+    sample.complete(tiny(), tokenizer, "", sample.SampleConfig())
+    pieces = [mock.call(x, end="", flush=True) for x in ("", "é", "", "", "", "😀", "", "")]
+    assert printed.call_args_list == [*pieces, mock.call("\ufffd")]
 
 
 def test_interactive(command, monkeypatch):
