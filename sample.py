@@ -202,8 +202,7 @@ class Text:
             kept = (out[:, :-1] == drafts).long().cumprod(1).sum(1)  # (B,)
         else:
             kept, token = accept(p, q, drafts, u[:, G:])
-            after = torch.arange(G + 1, device=kept.device) == kept[:, None]
-            out = torch.where(after, token, F.pad(drafts, (0, 1)))
+            out = F.pad(drafts, (0, 1)).scatter(1, kept[:, None], token)
         self.tokens[:, span(n, G + 1)] = out
         return torch.cat((kept[:, None], out), 1)
 
