@@ -495,13 +495,11 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
 def usable_device(name: str) -> torch.device:
     """The device of that name, `auto` the fastest here. Raises ValueError."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = next(x for x in ("cuda", "mps", "cpu") if getattr(torch, x).device_count())
     try:
-        torch.zeros(1, device=name)
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here ({error!s:.200}); try cpu") from None
-    return torch.device(name)
 
 
 def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig):
