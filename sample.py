@@ -356,30 +356,29 @@ def generate(
     as they come, the first `drafted` of them accepted drafts. stats is filled in.
     """
     check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
-    (B, T), limit, stats = tokens.shape, model.config.max_position_embeddings, stats or Stats()
-    new = min(max_new_tokens, limit - T)
-    pace = Pace(speculative == "auto")
-    most = MOST_DRAFTS if pace.auto else int(speculative)
+    (B, T), auto, stats = tokens.shape, speculative == "auto", stats or Stats()
+    end = min(T + max_new_tokens, model.config.max_position_embeddings)
+    copied, drafts = (MOST_DRAFTS, AUTO_DRAFTS) if auto else [int(speculative)] * 2
     # Compiled on a CPU drafts gain little and every number of them compiles for half a minute.
-    no_drafts = most == 0 or (pace.auto and compile and tokens.device.type == "cpu")
-    depth = 0 if no_drafts else len(model.mtp)
-    drafts = 0 if depth == 0 else AUTO_DRAFTS if pace.auto else most
+    if not model.mtp or (auto and compile and tokens.device.type == "cpu"):
+        drafts = 0
+    depth = len(model.mtp) if drafts else 0
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     rows = ["".join(map(chr, ids)) for ids in tokens.tolist()]  # a character for every token
     live = list(range(B))  # the rows that go on
 
     began = time.perf_counter()
-    text = Text(model, tokens, new, depth, compile, (temperature, top_k, top_p))
+    text = Text(model, tokens, end - T, depth, compile, (temperature, top_k, top_p))
     stats.prefill_seconds = time.perf_counter() - began
-    n, end = T, T + new
+    n, pace = T, Pace(auto)
     while live and n < end:
         may = lookup and pace.allows(looked_up=True)
-        found = [look_up(rows[b], most) for b in live] if may else [[]]
+        found = [look_up(rows[b], copied) for b in live] if may else [[]]
         looked_up = all(found)
         if looked_up:
-            text.tokens[live, n : n + most] = torch.tensor(found, device=tokens.device)
+            text.tokens[live, n : n + copied] = torch.tensor(found, device=tokens.device)
         draft = n > 1 and pace.allows(looked_up=False)  # one token fills no slot
-        G = most if looked_up else drafts if draft else 0
+        G = copied if looked_up else drafts if draft else 0
         u = torch.rand(B, 2 * G + 1, generator=generator, device=tokens.device)
         outcome, seconds = text.play(n, G, u, looked_up)
         # All advance by the least number of tokens that any has. A row that keeps more drafts
@@ -404,8 +403,8 @@ def generate(
     length, trained = max(map(len, rows)), model.trained_length
     if length > trained:
         stats.note = f"the text goes beyond the {trained} tokens the model was trained on"
-    if length == limit < T + max_new_tokens:
-        stats.note = f"stopped at the context limit of {limit} tokens (max_position_embeddings)"
+    if length == end < T + max_new_tokens:
+        stats.note = f"stopped at the context limit of {end} tokens (max_position_embeddings)"
     padded = [[*map(ord, row), *eos[:1] * (end - len(row))] for row in rows]
     return torch.tensor(padded, device=tokens.device)
 
