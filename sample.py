@@ -237,10 +237,9 @@ def compiled(text: Text, n: Tensor, G: int, W: int, u: Tensor) -> Callable:
             options = {"triton.cudagraphs": True}
             # CUDA graphs are skipped where an input is written to, unless its address is fixed.
             parts = (text, text.cache, text.mtp_cache, text.net, *text.net.layers, *text.net.mtp)
-            for x in (x for part in parts for x in vars(part).values()):
-                for y in x if isinstance(x, list) else [x]:
-                    if isinstance(y, Tensor):
-                        torch._dynamo.mark_static_address(y)
+            for x in torch.utils._pytree.tree_leaves([vars(part) for part in parts]):
+                if isinstance(x, Tensor):
+                    torch._dynamo.mark_static_address(x)
         options |= {"guard_filter_fn": lambda guards: [False] * len(guards)}
         graph = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
         info("compiling a round of decoding, which may take half a minute")
