@@ -64,7 +64,6 @@ class SampleConfig:
 class Stats:
     """What happened during `generate`, all rows together."""
 
-    prefill_seconds: float = 0.0
     seconds: float = 0.0  # without the prompt and without compilation
     tokens: int = 0  # new ones
     rounds: int = 0  # forwards of the main model after the prompt's
@@ -365,9 +364,7 @@ def generate(
     rows = ["".join(map(chr, ids)) for ids in tokens.tolist()]  # a character for every token
     live = list(range(B))  # the rows that go on
 
-    began = time.perf_counter()
     text = Text(model, tokens, end - T, depth, compile, (temperature, top_k, top_p))
-    stats.prefill_seconds = time.perf_counter() - began
     n, pace = T, Pace(auto)
     while live and n < end:
         may = lookup and pace.allows(looked_up=True)
@@ -473,8 +470,7 @@ def top_experts(model: DeepSeekV3, ids: list[int]) -> list[int]:
 
 def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
     if stats.rounds:
-        rate = f"{stats.tokens} tokens, {stats.tokens / stats.seconds:.1f} tokens/s"
-        info(f"{rate} after {stats.prefill_seconds:.2f} s for the prompt")
+        info(f"{stats.tokens} tokens, {stats.tokens / stats.seconds:.1f} tokens/s after the prompt")
     if any(stats.drafted):
         of = (f"{a}/{d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
         per_forward = f"{stats.tokens / stats.rounds / rows:.2f} tokens per forward and text"
