@@ -181,7 +181,7 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # A decoding step moves few numbers in many operations, and on a CPU each costs microseconds however
 # small it is. So what stays the same from step to step is computed once, in `Decoder`. n = B * T.
 
-LONG, RECENT = 2**14, 64  # cached tokens worth cutting, and the newest, which stay apart
+LONG = 2**14  # cached tokens worth cutting
 # Where products of few rows were measured; with AVX2 the BLAS is faster than loops.
 AVX512 = (
     torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
@@ -237,27 +237,26 @@ def span(start: int | Tensor, length: int) -> slice | Tensor:
 
 
 def attend(q: Tensor, kv: Tensor, C: int, later: Tensor | None) -> Tensor:
-    """softmax(q kv^T + later) kv[:C]: q (B, T*H, C+R), kv (B, S, C+R), later (T*H, S)."""
-    pairs, pieces, old = q.shape[1] * kv.shape[1], 1, 0
-    if torch.compiler.is_compiling() and q.device.type == "cpu" and AVX512 and pairs <= PAIRS:
+    """softmax(q kv^T + later) kv[:C]: q (B, T, H, C+R), kv (B, S, C+R), later (T*H, S)."""
+    T, S, compiling = q.shape[1], kv.shape[1], torch.compiler.is_compiling()
+    q, cpu = q.flatten(1, 2), q.device.type == "cpu"  # (B, T*H, C+R)
+    if compiling and cpu and AVX512 and q.shape[1] * S <= PAIRS:
         p = ((upcast(q)[:, :, None] * kv[:, None]).sum(-1) + later).softmax(-1)
         return (p[..., None] * kv[:, None, :, :C]).sum(2).to(q.dtype)
-    if kv.shape[1] >= LONG and kv.device.type == "cpu" and not torch.compiler.is_compiling():
-        pieces = torch.get_num_threads()
-        old = max(0, kv.shape[1] - max(RECENT, q.shape[1])) // pieces * pieces
-    new, kv = kv[:, old:], kv[:, :old]
-    score = torch.bmm(q, new.mT) if later is None else torch.baddbmm(later[:, old:], q, new.mT)
-    p = score.softmax(-1, dtype=upcast(q[:0]).dtype).to(q.dtype)  # (B, T*H, S - old)
-    o = torch.bmm(p, new[..., :C])  # (B, T*H, C)
-    if old == 0:
-        return o
-    # The rest of a long cache, cut into a piece for every thread, which the fused kernel takes for
-    # heads. Each part counts by its share of softmax's denominator.
-    kv, q = kv.unflatten(1, (pieces, -1)), q[:, None].expand(-1, pieces, -1, -1)
+    if compiling or not cpu or S < LONG:
+        score = torch.bmm(q, kv.mT) if later is None else torch.baddbmm(later, q, kv.mT)
+        return torch.bmm(upcast(score).softmax(-1).to(q.dtype), kv[..., :C])  # (B, T*H, C)
+    # The old tokens in a piece for every thread, which the fused kernel takes for heads, and a rest
+    # with the new ones. Each part counts by its share of softmax's denominator.
+    pieces = torch.get_num_threads()
+    old = (S - T) // pieces * pieces
+    q, kv, rest = q[:, None], kv[:, :old].unflatten(1, (pieces, -1)), kv[:, None, old:]
+    later = None if later is None else later[:, old:]
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    o_old, log_old = fused(q, kv, kv, scale=1.0)  # (B, pieces, T*H, C+R), (B, pieces, T*H)
-    share = torch.cat((log_old, score.logsumexp(-1)[:, None]), 1).softmax(1)[..., None]
-    return (share * torch.cat((o_old[..., :C], o[:, None]), 1)).sum(1).to(o.dtype)
+    o, log = fused(q.expand(-1, pieces, -1, -1), kv, kv, scale=1.0)  # (B, pieces, T*H, C+R or none)
+    o_rest, log_rest = fused(q, rest, rest, attn_mask=later, scale=1.0)
+    share = torch.cat((log, log_rest), 1).softmax(1)[..., None]
+    return (share * torch.cat((o, o_rest), 1)).sum(1)[..., :C].to(q.dtype)
 
 
 class DecoderBlock:
@@ -309,8 +308,7 @@ class DecoderBlock:
         q, q_pe = q[..., :-R], rotated(q[..., -R:])
         if not self.absorbed:
             q = torch.einsum("bthn,hnc->bthc", q, self.UK)
-        q = torch.cat((q, q_pe), -1).flatten(1, 2)  # (B, T*H, C+R)
-        o = attend(q, kv[:, :S], C, later)  # (B, T*H, C)
+        o = attend(torch.cat((q, q_pe), -1), kv[:, :S], C, later)  # (B, T*H, C)
         if not self.absorbed:
             o = torch.einsum("nhc,hvc->nhv", o.view(len(x), -1, C), self.UV)
         x = x + product(o.reshape(len(x), -1), self.o)

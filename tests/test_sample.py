@@ -79,7 +79,7 @@ WAYS = {  # of ops.py's sizes; oneDNN multiplies in float32
     "packed": (SOME, dict(LARGE=1, FEW=3)),
     "in place": (SOME, dict(LARGE=1, COPIED=0, ABSORBED=-(2**18))),
     "compiled": (SOME, dict(PAIRS=100)),
-    "long": ((*SOME, "wide_values"), dict(LONG=8, RECENT=4)),
+    "long": ((*SOME, "wide_values"), dict(LONG=8)),
 }
 
 
