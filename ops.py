@@ -297,15 +297,16 @@ class DecoderBlock:
 
     def __call__(self, x: Tensor, kv: Tensor, place: tuple) -> Tensor:
         """x (n, D), kv (B, size, C+R) -> (n, D)."""
-        B, (_, C, R), (slots, S, rotated, later) = len(kv), self.widths, place
+        B, (_, C, R), (slots, S, later, cos, sin, swap) = len(kv), self.widths, place
         q, c, k = product(normalise(x, self.eps), self.qkv).split(self.widths, -1)
         if self.q is not None:
             q = product(normalise(q, self.latent_eps), self.q)
-        c = (normalise(c, self.latent_eps) * self.kv_norm).view(B, -1, C)
-        k = rotated(k.view(B, -1, 1, R))[:, :, 0]  # (B, T, R)
+        c = (normalise(c, self.latent_eps) * self.kv_norm).view(B, -1, C)  # (B, T, C)
+        q = q.view(B, c.shape[1], self.H, -1)
+        pe = torch.cat((q[..., -R:], k.view(B, -1, 1, R)), 2)  # (B, T, H+1, R)
+        pe = torch.addcmul(pe * cos, pe.index_select(-1, swap), sin).to(x.dtype)
+        q, q_pe, k = q[..., :-R], pe[:, :, :-1], pe[:, :, -1]
         kv[:, slots] = torch.cat((c, k), -1)
-        q = q.view(B, -1, self.H, q.shape[1] // self.H)
-        q, q_pe = q[..., :-R], rotated(q[..., -R:])
         if not self.absorbed:
             q = torch.einsum("bthn,hnc->bthc", q, self.UK)
         o = attend(torch.cat((q, q_pe), -1), kv[:, :S], C, later)  # (B, T*H, C)
@@ -392,7 +393,7 @@ class Decoder:
             norms = torch.cat((m.enorm.weight, m.hnorm.weight))
             block.eh, block.out_norm = join(m.eh_proj.weight * norms), m.norm.weight
         self.eps = self.layers[0].eps
-        # x rotated = x cos + (the other of each pair) sin, with the sign in sin.
+        # x rotated is x cos + x[swap] sin: swap exchanges the two of a pair, the sign is in sin.
         pair = -1 if config.rope_interleave else -2
         positions = config.max_position_embeddings + 16  # drafts, or a made-up text, go beyond
         cos, sin = model.rope(self.norm.expand(1, positions, -1), 0)  # (positions, R/2)
@@ -402,22 +403,16 @@ class Decoder:
         self.swap = swap.flip(pair).flatten()
 
     def place(self, T: int, cache) -> tuple:
-        """T new tokens: their slots, how many slots are read, their rotation, the mask."""
+        """T new tokens: their slots, how many slots are read, the mask, cos, sin and swap."""
         at, later, device = cache.length, None, self.norm.device
-        slots, S = span(at, T), at + T if isinstance(at, int) else cache.size
-        cos, sin = self.cos[slots], self.sin[slots]  # (T, 1, R)
+        slots, in_graph = span(at, T), not isinstance(at, int)
+        S = cache.size if in_graph else at + T
         cache.length = at + T
-        if not isinstance(at, int):
-            later = torch.where(torch.arange(S, device=device) <= slots[:, None], 0.0, -math.inf)
-        elif T > 1:
-            later = torch.full((T, S), -math.inf, device=device).triu_(at + 1)
-        if later is not None:
+        if T > 1 or in_graph:
+            last = at + torch.arange(T, device=device)[:, None]  # that a token sees: itself
+            later = torch.where(torch.arange(S, device=device) <= last, 0.0, -math.inf)
             later = later.to(self.norm.dtype).repeat_interleave(self.layers[0].H, 0)  # (T*H, S)
-
-        def rotated(x: Tensor) -> Tensor:  # (B, T, H or 1, R)
-            return torch.addcmul(x * cos, x.index_select(-1, self.swap), sin).to(x.dtype)
-
-        return slots, S, rotated, later
+        return slots, S, later, self.cos[slots], self.sin[slots], self.swap
 
     def trunk(self, tokens: Tensor, cache) -> Tensor:
         place, x = self.place(tokens.shape[1], cache), self.embedding[tokens.flatten()]
