@@ -346,9 +346,8 @@ class Gate(nn.Module):
         """A cast of the model (model.bfloat16()) leaves the bias in float32."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        if bias.is_meta:  # to_empty() gives memory, not values
-            bias = torch.empty_like(bias, device=self.weight.device)
-        self.e_score_correction_bias = bias.to(self.weight.device)
+        # As integers, which are moved and not cast.
+        self.e_score_correction_bias = fn(bias.view(torch.int32)).view(torch.float32)
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
