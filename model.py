@@ -30,7 +30,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 import fp8
 from ops import compute_dtype, fast_twin, upcast
@@ -567,9 +567,9 @@ class DeepSeekV3(nn.Module):
             return x, [m.__dict__.pop("routing") for m in block.modules() if isinstance(m, Gate)]
 
         if self.recompute and torch.is_grad_enabled():
-            with set_checkpoint_early_stop(False):  # or a recomputation would end before the pop
-                options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
-                x, routing = checkpoint(compute, *inputs, **options)
+            # Nothing is drawn; and a recomputation that stopped early would end before the pop.
+            options = dict(use_reentrant=False, preserve_rng_state=False, early_stop=False)
+            x, routing = checkpoint(compute, *inputs, **options)
         else:
             x, routing = compute(*inputs)
         self.scores += [s for s, _ in routing]
