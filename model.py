@@ -343,10 +343,9 @@ class Gate(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     def _apply(self, fn, recurse=True):
-        """A cast of the model (model.bfloat16()) leaves the bias in float32."""
+        """The bias moves as integers: a cast of the model (model.bfloat16()) leaves it float32."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        # As integers, which are moved and not cast.
         self.e_score_correction_bias = fn(bias.view(torch.int32)).view(torch.float32)
         return self
 
