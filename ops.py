@@ -208,17 +208,16 @@ def side_by_side(*weights: Tensor, compiled: bool) -> Tensor:
 
 def product(x: Tensor, w: Tensor) -> Tensor:
     """x (n, in) times w (out, in) of side_by_side: (n, out)."""
-    if torch.compiler.is_compiling():
-        if x.device.type == "cpu" and AVX512 and len(x) <= ROWS:
-            # Loops that read w once for all rows. x is written before: they would compute it anew
-            # for every row of w.
-            from torch._inductor.inductor_prims import force_stride_order
-
-            x32 = upcast(x)
-            x32 = force_stride_order(x32, x32.stride())
-            return torch.cat([(w * row).sum(-1)[None] for row in x32.split(1)]).to(x.dtype)
-    elif w.is_mkldnn:
+    if w.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and AVX512 and len(x) <= ROWS:
+        # Loops that read w once for all rows. x is written before: they would compute it anew for
+        # every row of w.
+        from torch._inductor.inductor_prims import force_stride_order
+
+        x32 = upcast(x)
+        x32 = force_stride_order(x32, x32.stride())
+        return torch.cat([(w * row).sum(-1)[None] for row in x32.split(1)]).to(x.dtype)
     return torch.mm(x, w.T)
 
 
@@ -345,16 +344,15 @@ class FewTokensMoE:
     projection. The S shared experts follow the E others, and every token chooses them."""
 
     def __init__(self, moe):
-        gate_up, down = moe.experts.parameters()  # (E, 2F, D), (E, D, F)
-        (E, _, width), shared = down.shape, moe.shared_experts
+        (E, _, width), shared = moe.experts.down_proj.shape, moe.shared_experts
+        gate_up, down = (w.mT.flatten(0, 1) for w in moe.experts.parameters())
         if shared:
-            parts = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight.T
-            gate, up, out = (w.unflatten(0, (-1, width)) for w in parts)  # (S, F, D) each
-            gate_up = torch.cat((gate_up, torch.cat((gate, up), 1)))
-            down = torch.cat((down, out.mT))
-        self.gate, self.shared = moe.gate, torch.arange(E, len(down), device=down.device)
-        self.gate_up = gate_up.mT.flatten(0, 1)  # ((E+S) * D, 2F)
-        self.down = down.mT.flatten(0, 1)  # ((E+S) * F, D)
+            parts = shared.gate_proj.weight, shared.up_proj.weight
+            more = torch.cat([w.unflatten(0, (-1, width)).mT for w in parts], -1)  # (S, D, 2F)
+            gate_up = torch.cat((gate_up, more.flatten(0, 1)))
+            down = torch.cat((down, shared.down_proj.weight.T))
+        self.gate_up, self.down = gate_up, down  # ((E+S) * D, 2F), ((E+S) * F, D)
+        self.gate, self.shared = moe.gate, torch.arange(E, len(down) // width, device=down.device)
 
     def __call__(self, z: Tensor) -> Tensor:
         """z (n, D) -> (n, D)."""
@@ -381,12 +379,12 @@ class Decoder:
     """
 
     def __init__(self, model, compiled: bool = False):
-        config, R, head = model.config, model.config.qk_rope_head_dim, model.lm_head.weight
+        config, R = model.config, model.config.qk_rope_head_dim
         if config.attention_bias:
             raise ValueError("a Decoder knows no biases")
         join = functools.partial(side_by_side, compiled=compiled)
         self.embedding, self.norm = model.embed_tokens.weight, model.norm.weight
-        self.head = join(head)
+        self.head = join(model.lm_head.weight)
         self.layers = [DecoderBlock(block, config, compiled) for block in model.layers]
         self.mtp = [DecoderBlock(m.block, config, compiled) for m in model.mtp]
         for block, m in zip(self.mtp, model.mtp, strict=True):
