@@ -183,9 +183,7 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 LONG = 2**14  # cached tokens worth cutting
 # Where products of few rows were measured; with AVX2 the BLAS is faster than loops.
-AVX512 = (
-    torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-)
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 ABSORBED = 2**18  # weights that a block may have more so that W^UK and W^UV need no products
 PAIRS = 2**13  # of queries and cached tokens, up to which loops are faster than products
 LARGE, ROWS = 2**16, 16  # weights from which oneDNN pays; rows it packs them for, most of a loop
