@@ -29,7 +29,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -466,6 +466,9 @@ class Run:
 
     def restore(self, saved: dict):
         """Goes back to a checkpoint; the log loses what came after it and will come again."""
+        kind, moments = self.config.optimizer, saved.get("optimizer")
+        if saved["train_config"].get("optimizer") != kind or not isinstance(moments, dict):
+            raise ValueError(f"no state of {kind} in {self.out}: use --init_from instead.")
         self.step, self.tokens = saved["step"], saved["tokens"]
         self.clock = time.perf_counter(), self.tokens
         self.sums += saved.get("sums", 0 * self.sums).to(self.sums)
@@ -484,7 +487,7 @@ class Run:
                 os.truncate(log, sum(map(len, lines[: len(kept)])))
         # Every parameter's moments, cut up as it is; the settings stay this run's.
         groups = self.dcp.get_optimizer_state_dict(*self.trained)["param_groups"]
-        state = {"state": saved["optimizer"], "param_groups": groups}
+        state = {"state": moments, "param_groups": groups}
         options = self.dcp.StateDictOptions(full_state_dict=True)
         self.dcp.set_optimizer_state_dict(*self.trained, state, options=options)
 
@@ -653,7 +656,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
 RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl", "plot.png")  # the last is bench.py's
 # Settings of the command, not of the run.
 OF_THE_COMMAND = {"resume", "overwrite", "init_from", "eval_only", "device", "out"}
-CONTEXT_KEYS = {"rope_scaling", "max_position_embeddings"}  # no weights: may change
+# They have no weights, so they may change, as in the last phase.
+CONTEXT_KEYS = {"rope_scaling", "max_position_embeddings"}
 
 
 def split_configs(values: dict) -> tuple[dict, dict]:
@@ -667,8 +671,8 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str | Path]:
     about = "Train a DeepSeek-V3: python train.py config/small.py [--key=value]"
     file, given = parse_args(about, argv, TrainConfig, ModelConfig, positional="config")
     in_file = read_config_file(file, ModelConfig, TrainConfig) if file else {}
-    default = {"out": f"out/{Path(file).stem}"} if file else {}
-    network, settings = split_configs(default | in_file | given)
+    values = ({"out": f"out/{Path(file).stem}"} if file else {}) | in_file | given
+    network, settings = split_configs(values)
     config = TrainConfig(**settings)
     if not (file or config.eval_only or (config.out and (config.resume or config.init_from))):
         info("usage: name a config file, for example: python train.py config/small.py")
@@ -676,30 +680,25 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str | Path]:
     out = Path(config.out)
     if config.resume or (config.eval_only and not config.init_from):
         source = out / "ckpt.pt" if config.resume else out  # a folder's best.pt is preferred
-        config = resumed(config, load_checkpoint(source), given, in_file)
-        return config, split_configs(given)[0], source
+        network, settings = split_configs(values | resumed(load_checkpoint(source), in_file, given))
+        return TrainConfig(**settings), network, source
     if not (config.eval_only or config.overwrite) and any((out / x).exists() for x in RUN_FILES):
         raise ValueError(f"{out} holds a run: give --resume, --overwrite, or another --out.")
     return config, network, config.init_from
 
 
-def resumed(config: TrainConfig, saved: dict, given: dict, in_file: dict) -> TrainConfig:
-    """The settings of the checkpoint under those of the command line; tells what differs."""
-    stored = {k: v for k, v in saved["train_config"].items() if hasattr(config, k)}
-    before = TrainConfig(**stored)  # what an older checkpoint lacks was the default
-    command = {key: getattr(config, key) for key in OF_THE_COMMAND}
-    after = replace(before, **split_configs(given)[1] | command)
-    was = asdict(before) | saved["model_config"]
-    for key, value in (in_file | given).items():
-        own = key in CONTEXT_KEYS and key not in given  # what the last phase sets
-        if not own and key not in OF_THE_COMMAND and was.get(key, value) != value:
-            new = f"is now {value} (was {was[key]})"
-            old = f"stays {was[key]} (the config file has {value})"
-            info(f"{key} {new if key in given else old}")
-    state = saved.get("optimizer") if after.optimizer == before.optimizer else None
-    if config.resume and not (state and isinstance(state, dict)):  # an earlier version's is none
-        raise ValueError(f"no state of {after.optimizer} in {config.out}: use --init_from instead.")
-    return after
+def resumed(saved: dict, in_file: dict, given: dict) -> dict:
+    """The checkpoint's settings under those of the command line; tells what differs."""
+    default = asdict(TrainConfig()) | asdict(ModelConfig())  # of what an older checkpoint lacks
+    stored = default | saved["train_config"] | saved["model_config"]
+    was = {key: stored[key] for key in default if key not in OF_THE_COMMAND}
+    now = was | given
+    for key, value in was.items():
+        if now[key] != value:
+            info(f"{key} is now {now[key]} (was {value})")
+        elif key not in given.keys() | CONTEXT_KEYS and in_file.get(key, value) != value:
+            info(f"{key} stays {value} (the config file has {in_file[key]})")
+    return now
 
 
 def open_network(config: TrainConfig, asked: dict, source: str | Path, machine: Machine):

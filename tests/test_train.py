@@ -358,8 +358,8 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     # lr * weight_decay = 1 wipes the weight out, and the clipped gradient is far below Adam's eps
     assert after.abs().max() < 1e-2 < before.abs().max()
     state["train_config"] = {"steps": 5}  # an older version's: what it lacks was the default
-    config = train.resumed(train.TrainConfig(adamw_lr=2.0), state, {}, {})
-    assert (config.steps, config.adamw_lr) == (5, 1.0)
+    settings = train.resumed(state, {"adamw_lr": 2.0}, {})
+    assert (settings["steps"], settings["adamw_lr"]) == (5, 1.0)
 
 
 def test_a_finished_run_can_go_on_for_longer(shared, capsys):
