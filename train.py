@@ -105,11 +105,10 @@ class TrainConfig:
 
     def __post_init__(self):
         ones = "steps batch_size block_size grad_accum eval_batch eval_every save_every log_every"
-        zeros = "batch_start seed lr adamw_lr weight_decay beta1 beta2 clip"
-        least = dict.fromkeys(ones.split(), 1) | dict.fromkeys(zeros.split(), 0)
-        for name, n in least.items():
-            if not getattr(self, name) >= n:  # nor nan
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {n}.")
+        for name, value in vars(self).items():
+            least = 1 if name in ones.split() else 0
+            if not (isinstance(value, str) or value >= least):  # nor nan
+                raise ValueError(f"{name} is {value}, but must be at least {least}.")
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
         if self.optimizer == "muon" and self.parallel == "fsdp":
