@@ -26,7 +26,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -229,9 +228,9 @@ def wrap(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> nn.Module:
         for module in (*blocks, model):
             fully_shard(module, mesh=mesh)
     elif machine.world > 1:
-        # Expert counts differ between ranks until update_bias; DDP must not overwrite them.
-        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # its successor is torch 2.13's
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        ddp = DistributedDataParallel(model)
+        ddp.broadcast_buffers = False  # of expert counts: every rank has its own until update_bias
+        return ddp
     return model
 
 
