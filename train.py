@@ -551,10 +551,8 @@ class Run:
         skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
         self.log(line, f", {left} left{skips}")
         if (bad := int(self.bad_in_a_row)) >= 5 or (bad and self.last):
-            raise ValueError(
-                f"{bad} gradients up to step {self.step} are not finite: lower --lr, then --resume "
-                "(--overwrite, if nothing is saved yet or what was saved last is lost too)."
-            )
+            lost = f"{bad} gradients up to step {self.step} are not finite: lower --lr and --resume"
+            raise ValueError(f"{lost} (--overwrite, if nothing is saved yet or that is lost too).")
 
     def on_signal(self, number, frame):
         """Ctrl-C or pre-emption. torchrun sends it twice; one a second later aborts at once."""
@@ -728,10 +726,8 @@ def check_windows(config: TrainConfig, model: DeepSeekV3, data, machine: Machine
     for step in range(config.steps):
         tokens, T = batch_at(config, step) * config.block_size, block_at(config, step)
         if tokens % (T * parts):
-            raise ValueError(
-                f"the {tokens} tokens of step {step} are no multiple of {parts} micro-batches "
-                f"(processes x grad_accum) of windows of {T} tokens."
-            )
+            uneven = f"the {tokens} tokens of step {step} are no multiple of {parts} micro-batches"
+            raise ValueError(f"{uneven} (processes x grad_accum) of windows of {T} tokens.")
 
 
 def run(argv: list[str]):
@@ -744,10 +740,8 @@ def run(argv: list[str]):
         check_windows(config, model, data, machine)
     ours = prepare_data.load_tokenizer(folder)
     if tokenizer and tokenizer.encode(__doc__) != ours.encode_ordinary(__doc__):
-        raise ValueError(
-            f"{source} has another tokenizer than {config.data}; prepare the data with "
-            f"--tokenizer={config.init_from or out}."
-        )
+        other = f"{source} has another tokenizer than {config.data}"
+        raise ValueError(f"{other}; prepare the data with --tokenizer={config.init_from or out}.")
     if config.fp8:
         model.use_fp8()
     if config.eval_only:
