@@ -595,8 +595,6 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
     run = Run(model, optimizers, data, config, machine)
     if saved:
         run.restore(saved)
-        if run.last:
-            info(f"step {run.step} is the last: give more --steps to train on")
     elif machine.rank == 0:  # only now, when nothing is left that could be refused
         for name in RUN_FILES:
             (run.out / name).unlink(missing_ok=True)
