@@ -281,12 +281,13 @@ class DecoderBlock:
         self.qkv = join(q, mla.kv_a_proj_with_mqa.weight * norm)
         self.H, self.widths = H, [len(q), C, config.qk_rope_head_dim]
         self.kv_norm, self.norm = mla.kv_a_layernorm.weight, block.post_attention_layernorm.weight
-        ffn, self.few, self.compiled = block.mlp, None, compiled
+        ffn, self.few = block.mlp, None
         self.moe = ffn if hasattr(ffn, "experts") else None
         if self.moe:
             ffn = ffn.shared_experts if compiled else None  # eagerly the MoE has them
             fits = sum(w.numel() for w in self.moe.experts.parameters()) <= COPIED
-            if fits and norm.device.type == "cpu" and not compiled:
+            # Compiled too: a graph's text begins with one eager token, compared with model.py's.
+            if fits and (norm.device.type == "cpu" or compiled):
                 self.few = FewTokensMoE(self.moe)
         if ffn:
             self.gate_up = join(ffn.gate_proj.weight, ffn.up_proj.weight)
@@ -314,8 +315,7 @@ class DecoderBlock:
 
     def ffn(self, z: Tensor) -> Tensor:
         """z (n, D) -> (n, D)."""
-        # What a graph computes, few tokens get eagerly too: so it is compared with model.py.
-        if self.moe and self.compiled and (len(z) <= ROWS or torch.compiler.is_compiling()):
+        if self.moe and torch.compiler.is_compiling():
             y = self.chosen_experts(z)
             return y + self.dense_ffn(z) if self.moe.shared_experts else y
         if self.few and len(z) <= FEW:
