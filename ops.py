@@ -284,7 +284,7 @@ class DecoderBlock:
         ffn, self.few = block.mlp, None
         self.moe = ffn if hasattr(ffn, "experts") else None
         if self.moe:
-            ffn = ffn.shared_experts if compiled else None  # eagerly the MoE has them
+            ffn = ffn.shared_experts
             fits = sum(w.numel() for w in self.moe.experts.parameters()) <= COPIED
             # Compiled too: a graph's text begins with one eager token, compared with model.py's.
             if fits and (norm.device.type == "cpu" or compiled):
@@ -317,11 +317,11 @@ class DecoderBlock:
         """z (n, D) -> (n, D)."""
         if self.moe and torch.compiler.is_compiling():
             y = self.chosen_experts(z)
-            return y + self.dense_ffn(z) if self.moe.shared_experts else y
-        if self.few and len(z) <= FEW:
-            return self.few(z)
-        # More tokens of an MoE layer are sorted by expert, as in training.
-        return self.moe(z[None])[0] if self.moe else self.dense_ffn(z)
+        elif self.few and len(z) <= FEW:
+            y = self.few(z)
+        else:  # More tokens of an MoE layer are sorted by expert, as in training.
+            return self.moe(z[None])[0] if self.moe else self.dense_ffn(z)
+        return y + self.dense_ffn(z) if self.moe.shared_experts else y
 
     def dense_ffn(self, z: Tensor) -> Tensor:
         gate, up = product(z, self.gate_up).chunk(2, -1)
@@ -337,35 +337,25 @@ class DecoderBlock:
 
 
 class FewTokensMoE:
-    """An MoE layer for few tokens on a CPU. x W^T is the sum of W^T's rows times the numbers of x:
-    `embedding_bag` sums these at the speed of memory, one call for all chosen experts and a
-    projection. The S shared experts follow the E others, and every token chooses them."""
+    """An MoE layer's routed experts for few tokens on a CPU. x W^T is the sum of W^T's rows times
+    the numbers of x: `embedding_bag` sums these at the speed of memory, one call for all chosen
+    experts and a projection."""
 
     def __init__(self, moe):
-        (E, _, width), shared = moe.experts.down_proj.shape, moe.shared_experts
-        gate_up, down = (w.mT.flatten(0, 1) for w in moe.experts.parameters())
-        if shared:
-            parts = shared.gate_proj.weight, shared.up_proj.weight
-            more = torch.cat([w.unflatten(0, (-1, width)).mT for w in parts], -1)  # (S, D, 2F)
-            gate_up = torch.cat((gate_up, more.flatten(0, 1)))
-            down = torch.cat((down, shared.down_proj.weight.T))
-        self.gate_up, self.down = gate_up, down  # ((E+S) * D, 2F), ((E+S) * F, D)
-        self.gate, self.shared = moe.gate, torch.arange(E, len(down) // width, device=down.device)
+        self.gate = moe.gate
+        self.gate_up, self.down = (w.mT.flatten(0, 1) for w in moe.experts.parameters())
 
     def __call__(self, z: Tensor) -> Tensor:
         """z (n, D) -> (n, D)."""
-        n, S = len(z), len(self.shared)
         _, (chosen,), (gain,) = self.gate(z[None])  # (n, K), from a sequence as in model.py
-        chosen = torch.cat((chosen, self.shared.expand(n, S)), 1)  # (n, K+S)
-        gain = F.pad(gain.to(z.dtype), (0, S), value=1.0)
 
-        def times_rows(x: Tensor, rows: Tensor) -> Tensor:  # x (n*(K+S), in)
+        def times_rows(x: Tensor, rows: Tensor) -> Tensor:  # x (n*K, in)
             index = chosen.view(-1, 1) * x.shape[1] + torch.arange(x.shape[1], device=x.device)
             return F.embedding_bag(index, rows, mode="sum", per_sample_weights=x)
 
         x = z[:, None].expand(*chosen.shape, -1).flatten(0, 1)
-        gate, up = times_rows(x, self.gate_up).chunk(2, -1)  # (n*(K+S), F) each
-        y = times_rows(F.silu(gate) * up * gain.view(-1, 1), self.down)
+        gate, up = times_rows(x, self.gate_up).chunk(2, -1)  # (n*K, F) each
+        y = times_rows(F.silu(gate) * up * gain.to(z.dtype).view(-1, 1), self.down)
         return y.unflatten(0, chosen.shape).sum(1)
 
 
