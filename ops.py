@@ -281,14 +281,14 @@ class DecoderBlock:
         self.qkv = join(q, mla.kv_a_proj_with_mqa.weight * norm)
         self.H, self.widths = H, [len(q), C, config.qk_rope_head_dim]
         self.kv_norm, self.norm = mla.kv_a_layernorm.weight, block.post_attention_layernorm.weight
-        ffn, self.few = block.mlp, None
+        ffn, self.rows = block.mlp, None
         self.moe = ffn if hasattr(ffn, "experts") else None
         if self.moe:
-            ffn = ffn.shared_experts
-            fits = sum(w.numel() for w in self.moe.experts.parameters()) <= COPIED
+            ffn, experts = self.moe.shared_experts, list(self.moe.experts.parameters())
+            few_weights = sum(w.numel() for w in experts) <= COPIED
             # Compiled too: a graph's text begins with one eager token, compared with model.py's.
-            if fits and (norm.device.type == "cpu" or compiled):
-                self.few = FewTokensMoE(self.moe)
+            if few_weights and (norm.device.type == "cpu" or compiled):
+                self.rows = [w.mT.flatten(0, 1) for w in experts]  # (E*D, 2F), (E*F, D)
         if ffn:
             self.gate_up = join(ffn.gate_proj.weight, ffn.up_proj.weight)
             self.down = join(ffn.down_proj.weight)
@@ -315,48 +315,34 @@ class DecoderBlock:
 
     def ffn(self, z: Tensor) -> Tensor:
         """z (n, D) -> (n, D)."""
-        if self.moe and torch.compiler.is_compiling():
+        if self.moe and (torch.compiler.is_compiling() or (self.rows and len(z) <= FEW)):
             y = self.chosen_experts(z)
-        elif self.few and len(z) <= FEW:
-            y = self.few(z)
-        else:  # More tokens of an MoE layer are sorted by expert, as in training.
-            return self.moe(z[None])[0] if self.moe else self.dense_ffn(z)
-        return y + self.dense_ffn(z) if self.moe.shared_experts else y
+            return y + self.dense_ffn(z) if self.moe.shared_experts else y
+        # More tokens of an MoE layer are sorted by expert, as in training.
+        return self.moe(z[None])[0] if self.moe else self.dense_ffn(z)
 
     def dense_ffn(self, z: Tensor) -> Tensor:
         gate, up = product(z, self.gate_up).chunk(2, -1)
         return product(F.silu(gate) * up, self.down)
 
     def chosen_experts(self, z: Tensor) -> Tensor:
-        """Loops over the weights of every token's K experts, in a graph."""
-        _, (chosen,), (gain,) = self.moe.gate(z[None])  # (n, K)
-        gate_up, down = self.moe.experts.parameters()
-        gate, up = (gate_up[chosen] * z[:, None, None]).sum(-1).chunk(2, -1)  # (n, K, F)
-        hidden = F.silu(gate) * up * gain.to(z.dtype)[..., None]
-        return (down[chosen] * hidden.unsqueeze(-2)).sum((1, 3))
+        """Every token's K experts. A graph has loops over their weights. Eagerly x W^T is the sum
+        of W^T's rows times the numbers of x: `embedding_bag` sums these at the speed of memory, one
+        call for all experts and a projection."""
+        _, (chosen,), (gain,) = self.moe.gate(z[None])  # (n, K), from a sequence as in model.py
+        in_graph = torch.compiler.is_compiling()
 
+        def times(x: Tensor, w: Tensor) -> Tensor:  # (n, K, in) -> (n, K, out)
+            if in_graph:
+                return (w[chosen] * x.unsqueeze(-2)).sum(-1)
+            index = chosen[..., None] * x.shape[-1] + torch.arange(x.shape[-1], device=x.device)
+            x, index = x.flatten(0, 1), index.flatten(0, 1)  # (n*K, in)
+            y = F.embedding_bag(index, w, mode="sum", per_sample_weights=x)
+            return y.unflatten(0, chosen.shape)
 
-class FewTokensMoE:
-    """An MoE layer's routed experts for few tokens on a CPU. x W^T is the sum of W^T's rows times
-    the numbers of x: `embedding_bag` sums these at the speed of memory, one call for all chosen
-    experts and a projection."""
-
-    def __init__(self, moe):
-        self.gate = moe.gate
-        self.gate_up, self.down = (w.mT.flatten(0, 1) for w in moe.experts.parameters())
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """z (n, D) -> (n, D)."""
-        _, (chosen,), (gain,) = self.gate(z[None])  # (n, K), from a sequence as in model.py
-
-        def times_rows(x: Tensor, rows: Tensor) -> Tensor:  # x (n*K, in)
-            index = chosen.view(-1, 1) * x.shape[1] + torch.arange(x.shape[1], device=x.device)
-            return F.embedding_bag(index, rows, mode="sum", per_sample_weights=x)
-
-        x = z[:, None].expand(*chosen.shape, -1).flatten(0, 1)
-        gate, up = times_rows(x, self.gate_up).chunk(2, -1)  # (n*K, F) each
-        y = times_rows(F.silu(gate) * up * gain.to(z.dtype).view(-1, 1), self.down)
-        return y.unflatten(0, chosen.shape).sum(1)
+        gate_up, down = self.moe.experts.parameters() if in_graph else self.rows
+        gate, up = times(z[:, None].expand(*chosen.shape, -1), gate_up).chunk(2, -1)  # (n, K, F)
+        return times(F.silu(gate) * up * gain.to(z.dtype)[..., None], down).sum(1)
 
 
 class Decoder:
