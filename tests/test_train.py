@@ -342,12 +342,13 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     """What the command line does not name stays, whatever the config file says by now."""
     run(*CONSTANT, "--steps=2", "--lr=0.01", "--weight_decay=0")
     before = load("run")["model"]["lm_head.weight"]
-    Path("my.py").write_text(Path(TINY).read_text() + "mtp_weight = 0.5\nrope_theta = 9.0\n")
+    changed = "mtp_weight = 0.5\nrope_theta = 9.0\nmax_position_embeddings = 99\n"
+    Path("my.py").write_text(Path(TINY).read_text() + changed)
     options = ("--weight_decay=2", "--clip=1e-9", "--beta1=0", "--beta2=0", "--lr=0.5")
     train.main(["my.py", "--out=run", "--resume", "--steps=3", *options])
     said = capsys.readouterr().err
     kept = [x for x in said.splitlines() if " stays " in x]  # of those given here none
-    assert not {"steps", "lr", "gamma"} & {x.split()[0] for x in kept}
+    assert not {"steps", "lr", "max_position_embeddings"} & {x.split()[0] for x in kept}
     assert "rope_theta stays 10000.0 (the config file has 9.0)" in kept
     assert "mtp_weight stays 0.3 (the config file has 0.5)" in kept
     assert "steps is now 3 (was 2)" in said and "lr is now 0.5 (was 0.01)" in said
