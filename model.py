@@ -343,10 +343,12 @@ class Gate(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     def _apply(self, fn, recurse=True):
-        """The bias moves as integers: a cast of the model (model.bfloat16()) leaves it float32."""
+        """A cast of the model (model.bfloat16()) leaves the bias in float32."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        self.e_score_correction_bias = fn(bias.view(torch.int32)).view(torch.float32)
+        if bias.is_meta:  # to_empty() gives memory, not values
+            bias = torch.empty_like(bias, device=self.weight.device)
+        self.e_score_correction_bias = bias.to(self.weight.device)
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

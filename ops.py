@@ -250,7 +250,7 @@ def attend(q: Tensor, kv: Tensor, C: int, later: Tensor | None) -> Tensor:
     q, kv, rest = q[:, None], kv[:, :old].unflatten(1, (pieces, -1)), kv[:, None, old:]
     later = None if later is None else later[:, old:]
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    o, log = fused(q.expand(-1, pieces, -1, -1), kv, kv, scale=1.0)  # (B, pieces, T*H, C+R or none)
+    o, log = fused(q.expand(-1, pieces, -1, -1), kv, kv, scale=1.0)  # o (B, pieces, T*H, C+R)
     o_rest, log_rest = fused(q, rest, rest, attn_mask=later, scale=1.0)
     share = torch.cat((log, log_rest), 1).softmax(1)[..., None]
     return (share * torch.cat((o, o_rest), 1)).sum(1)[..., :C].to(q.dtype)
@@ -281,14 +281,13 @@ class DecoderBlock:
         self.qkv = join(q, mla.kv_a_proj_with_mqa.weight * norm)
         self.H, self.widths = H, [len(q), C, config.qk_rope_head_dim]
         self.kv_norm, self.norm = mla.kv_a_layernorm.weight, block.post_attention_layernorm.weight
-        ffn, self.rows = block.mlp, None
+        ffn, self.rows, self.compiled = block.mlp, None, compiled
         self.moe = ffn if hasattr(ffn, "experts") else None
         if self.moe:
-            ffn, experts = self.moe.shared_experts, list(self.moe.experts.parameters())
-            few_weights = sum(w.numel() for w in experts) <= COPIED
-            # Compiled too: a graph's text begins with one eager token, compared with model.py's.
-            if few_weights and (norm.device.type == "cpu" or compiled):
+            experts = list(self.moe.experts.parameters())
+            if norm.device.type == "cpu" and sum(w.numel() for w in experts) <= COPIED:
                 self.rows = [w.mT.flatten(0, 1) for w in experts]  # (E*D, 2F), (E*F, D)
+            ffn = self.moe.shared_experts if self.rows or compiled else None  # else MoE's own
         if ffn:
             self.gate_up = join(ffn.gate_proj.weight, ffn.up_proj.weight)
             self.down = join(ffn.down_proj.weight)
@@ -315,7 +314,9 @@ class DecoderBlock:
 
     def ffn(self, z: Tensor) -> Tensor:
         """z (n, D) -> (n, D)."""
-        if self.moe and (torch.compiler.is_compiling() or (self.rows and len(z) <= FEW)):
+        # Compiled ones too: a text's first token is eager, and is compared with model.py's.
+        few = len(z) <= FEW and (self.rows or self.compiled)
+        if self.moe and (few or torch.compiler.is_compiling()):
             y = self.chosen_experts(z)
             return y + self.dense_ffn(z) if self.moe.shared_experts else y
         # More tokens of an MoE layer are sorted by expert, as in training.
@@ -326,14 +327,14 @@ class DecoderBlock:
         return product(F.silu(gate) * up, self.down)
 
     def chosen_experts(self, z: Tensor) -> Tensor:
-        """Every token's K experts. A graph has loops over their weights. Eagerly x W^T is the sum
-        of W^T's rows times the numbers of x: `embedding_bag` sums these at the speed of memory, one
-        call for all experts and a projection."""
+        """Every token's K experts, in a graph as loops over their weights. With rows x W^T is the
+        sum of W^T's rows times the numbers of x: `embedding_bag` sums these at the speed of memory,
+        one call for all experts and a projection."""
         _, (chosen,), (gain,) = self.moe.gate(z[None])  # (n, K), from a sequence as in model.py
-        in_graph = torch.compiler.is_compiling()
+        loops = torch.compiler.is_compiling() or not self.rows
 
         def times(x: Tensor, w: Tensor) -> Tensor:  # (n, K, in) -> (n, K, out)
-            if in_graph:
+            if loops:
                 return (w[chosen] * x.unsqueeze(-2)).sum(-1)
             index = chosen[..., None] * x.shape[-1] + torch.arange(x.shape[-1], device=x.device)
             bags = torch.arange(0, x.numel(), x.shape[-1], device=x.device)
@@ -341,7 +342,7 @@ class DecoderBlock:
             y = torch.embedding_bag(w, index.flatten(), bags, False, 0, False, x.flatten())[0]
             return y.unflatten(0, chosen.shape)
 
-        gate_up, down = self.moe.experts.parameters() if in_graph else self.rows
+        gate_up, down = self.moe.experts.parameters() if loops else self.rows
         gate, up = times(z[:, None].expand(*chosen.shape, -1), gate_up).chunk(2, -1)  # (n, K, F)
         return times(F.silu(gate) * up * gain.to(z.dtype)[..., None], down).sum(1)
 
@@ -382,7 +383,7 @@ class Decoder:
         S = cache.size if in_graph else at + T
         cache.length = at + T
         if T > 1 or in_graph:
-            last = at + torch.arange(T, device=device)[:, None]  # that a token sees: itself
+            last = at + torch.arange(T, device=device)[:, None]  # slot each token sees, its own
             later = torch.where(torch.arange(S, device=device) <= last, 0.0, -math.inf)
             later = later.to(self.norm.dtype).repeat_interleave(self.layers[0].H, 0)  # (T*H, S)
         return slots, S, later, self.cos[slots], self.sin[slots], self.swap

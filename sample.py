@@ -488,11 +488,13 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
 def usable_device(name: str) -> torch.device:
     """The device of that name, `auto` the fastest here. Raises ValueError."""
     if name == "auto":
-        name = next(x for x in ("cuda", "mps", "cpu") if getattr(torch, x).device_count())
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here ({error!s:.200}); try cpu") from None
+    return torch.device(name)
 
 
 def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig):
@@ -502,7 +504,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
     by_expert, green = config.show == "experts", GREEN if config.show == "drafts" else ""
     rows = [list(ids) for _ in range(config.num_samples)]
-    texts = [prompt for _ in rows]  # what is not yet printed
+    texts = [prompt] * len(rows)  # what is not yet printed
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]
 
     def on_token(row: int, new: list[int], drafted: int):
@@ -511,8 +513,8 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
             styles = [green] * drafted + [""] * (len(new) - drafted)
             texts[row] += shown(new, styles, tokenizer, decoders[row])
             if row == 0:
-                print(texts[0], end="", flush=True)
-                texts[0] = ""
+                text, texts[0] = texts[0], ""
+                print(text, end="", flush=True)
 
     with contextlib.suppress(KeyboardInterrupt):  # what there is of the text is shown
         generate(

@@ -228,9 +228,8 @@ def wrap(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> nn.Module:
         for module in (*blocks, model):
             fully_shard(module, mesh=mesh)
     elif machine.world > 1:
-        ddp = DistributedDataParallel(model)
-        ddp.broadcast_buffers = False  # of expert counts: every rank has its own until update_bias
-        return ddp
+        # Buffers are broadcast at a step's first forward alone, when all expert counts are 0.
+        return DistributedDataParallel(model)
     return model
 
 
@@ -318,6 +317,8 @@ def open_data(config: TrainConfig, vocab_size: int, machine: Machine):
     if not 0 <= vocab_size - data.vocab_size < 128:  # padding to a multiple of 128 is fine
         has = f"vocab_size is {vocab_size}, but {folder} has {data.vocab_size} tokens"
         raise ValueError(f"{has}: give train.py or prepare_data.py the other's --vocab_size.")
+    longest = max(config.block_size, config.long_block_size)
+    data.train.windows(np.zeros(1, int), longest + 1)  # raises where it is too short
     return data, folder
 
 
@@ -688,7 +689,7 @@ def resumed(saved: dict, in_file: dict, given: dict) -> dict:
     for key, value in was.items():
         if now[key] != value:
             info(f"{key} is now {now[key]} (was {value})")
-        elif key not in given.keys() | CONTEXT_KEYS and in_file.get(key, value) != value:
+        elif key not in CONTEXT_KEYS and in_file.get(key, value) != value:
             info(f"{key} stays {value} (the config file has {in_file[key]})")
     return now
 
@@ -712,12 +713,11 @@ def open_network(config: TrainConfig, asked: dict, source: str | Path, machine: 
     return model, tokenizer
 
 
-def check_windows(config: TrainConfig, model: DeepSeekV3, data, machine: Machine):
-    """Raises ValueError where windows do not fit network or data or cannot be shared out."""
+def check_windows(config: TrainConfig, model: DeepSeekV3, machine: Machine):
+    """Raises ValueError where windows do not fit the network or cannot be shared out."""
     long, limit = config.long_block_size, model.config.max_position_embeddings
     if (longest := max(config.block_size, long)) > limit:
         raise ValueError(f"windows of {longest} tokens exceed max_position_embeddings, {limit}.")
-    data.train.windows(np.zeros(1, int), longest + 1)  # raises where it is too short
     if 0 < long < (trained := max(model.trained_length, config.block_size)):
         raise ValueError(f"long_block_size is {long}, less than the {trained} trained before.")
     parts = machine.world * config.grad_accum
@@ -733,9 +733,9 @@ def run(argv: list[str]):
     machine, out = start_machine(config), Path(config.out)
     torch.manual_seed(config.seed)
     model, tokenizer = open_network(config, asked, source, machine)
-    data, folder = open_data(config, model.config.vocab_size, machine)
     if not config.eval_only:
-        check_windows(config, model, data, machine)
+        check_windows(config, model, machine)
+    data, folder = open_data(config, model.config.vocab_size, machine)
     ours = prepare_data.load_tokenizer(folder)
     if tokenizer and tokenizer.encode(__doc__) != ours.encode_ordinary(__doc__):
         other = f"{source} has another tokenizer than {config.data}"

@@ -47,7 +47,7 @@ weight * config.routed_scaling_factor => weight
 upcast(self.weight)).sigmoid() => upcast(self.weight)).softmax(-1)
 with torch.autocast(x.device.type, enabled=False): => if True:
 F.linear(upcast(x), upcast(self.weight)) => upcast(F.linear(x, self.weight.to(x.dtype)))
-fn(bias.view(torch.int32)).view(torch.float32) => fn(bias)
+self.e_score_correction_bias = bias.to(self.weight.device) => pass
 self.lm_head.weight = self.embed_tokens.weight  # to_empty => pass  #
 load.mean(1, keepdim=True) - load).sign() => load - load.mean(1, keepdim=True)).sign()
 load.mean(1, keepdim=True) - load).sign() => load.mean(1, keepdim=True) - load)

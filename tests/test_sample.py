@@ -78,7 +78,7 @@ WAYS = {  # of ops.py's sizes; oneDNN multiplies in float32
     "eager": (DECODED, {}),
     "packed": (SOME, dict(LARGE=1, FEW=3)),
     "in place": (SOME, dict(LARGE=1, COPIED=0, ABSORBED=-(2**18))),
-    "compiled": (SOME, dict(PAIRS=100)),
+    "compiled": (SOME, dict(PAIRS=100, COPIED=0)),
     "long": ((*SOME, "wide_values"), dict(LONG=8)),
 }
 
@@ -136,14 +136,14 @@ CHANGES = {  # what is changed, how, and the lines of notice
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_formula_decodes_as_changed(name, monkeypatch, capsys):
-    """Whoever edits model.py gets its text, with one line of notice where the Decoder cannot follow
-    (it calls the model's own gate); nothing is compiled then. Nor with the twins turned off."""
+    """And with one line of notice where the Decoder does not (it calls the model's own gate)."""
     model, (*change, notices) = tiny(), CHANGES[name]
     text = greedy(model, tokens_of(model, 2, 9), 12)
     monkeypatch.setattr(*change)
     changed = greedy(model, text[:, :9], 12)
     assert torch.equal(text, changed) == (name == "twins off")
-    for drafts in (0, 2):
+    for drafts, copied in ((0, ops.COPIED), (2, 0)):
+        monkeypatch.setattr(ops, "COPIED", copied)
         same_text(model, changed, 9, speculative=drafts, compile=name != "gate")
         notice = capsys.readouterr().err
         assert notice.count("\n") == notice.count("model.py") == notices
