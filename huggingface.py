@@ -9,6 +9,7 @@ where they are needed: safetensors, tokenizers (which brings huggingface_hub), t
 """
 
 import hashlib
+import importlib
 import json
 import re
 import sys
@@ -344,6 +345,8 @@ def main(argv: list[str]):
         info("usage: python huggingface.py SRC DST [--quantize=True or --check=True]; see --help")
         sys.exit(2)
     source, target = paths
+    for package in ("tokenizers", "safetensors", *["transformers"] * config.check):
+        importlib.import_module(package)  # before anything is written
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} exists: name a new directory")
     model, _, _ = load_model(source)

@@ -83,8 +83,8 @@ class ModelConfig:
             if not isinstance(value, field.type | int if field.type is float else field.type):
                 kind = getattr(field.type, "__name__", field.type)
                 raise ValueError(f"{name} is {value!r}, but must be of type {kind}.")
-            least = 0 if name in MAY_BE_ZERO else 1
-            if field.type in (int, int | None) and value is not None and value < least:
+            least = 1 if field.type in (int, int | None) and name not in MAY_BE_ZERO else 0
+            if isinstance(value, int | float) and not value >= least:  # nor nan
                 raise ValueError(f"{name} is {value}, but must be at least {least}.")
         E, K, G, M = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
         R, yarn = self.qk_rope_head_dim, self.rope_scaling or {}

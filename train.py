@@ -671,6 +671,8 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str | Path]:
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
     out = Path(config.out)
+    if config.resume and given.keys() & {"init_from", "overwrite"}:
+        raise ValueError("--resume goes on with a run: leave out --init_from and --overwrite.")
     if config.resume or (config.eval_only and not config.init_from):
         source = out / "ckpt.pt" if config.resume else out  # a folder's best.pt is preferred
         network, settings = split_configs(values | resumed(load_checkpoint(source), in_file, given))
@@ -689,7 +691,7 @@ def resumed(saved: dict, in_file: dict, given: dict) -> dict:
     for key, value in was.items():
         if now[key] != value:
             info(f"{key} is now {now[key]} (was {value})")
-        elif key not in CONTEXT_KEYS and in_file.get(key, value) != value:
+        elif key != "rope_scaling" and in_file.get(key, value) != value:
             info(f"{key} stays {value} (the config file has {in_file[key]})")
     return now
 
@@ -699,6 +701,8 @@ def open_network(config: TrainConfig, asked: dict, source: str | Path, machine: 
     sharded = machine.world > 1 and config.parallel == "fsdp" and not config.eval_only
     place = "cpu" if sharded else machine.device  # FSDP moves the model block by block
     dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of weights, optimiser
+    if not (source or asked):
+        raise ValueError("the config file has no sizes of the network: take config/small.py's.")
     if not source:
         model = DeepSeekV3(ModelConfig(**asked)).to(place, dtype)
         model.trained_length = 0
@@ -763,9 +767,10 @@ def run(argv: list[str]):
 def show_result(config: TrainConfig, prompt: str):
     """The last lines of a run: its validation loss, a short sample, how to get more."""
     best = load_checkpoint(Path(config.out) / "best.pt")
-    text = f"{best['val_bpb']:.4f} bits/byte in windows of {config.block_size} tokens"
+    had = asdict(config) | best["train_config"]  # which a resumed run may have changed since
+    text = f"{best['val_bpb']:.4f} bits/byte in windows of {had['block_size']} tokens"
     if "val_bpb_long" in best:
-        text += f", {best['val_bpb_long']:.4f} in windows of {config.long_block_size}"
+        text += f", {best['val_bpb_long']:.4f} in windows of {had['long_block_size']}"
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])

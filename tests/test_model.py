@@ -184,8 +184,7 @@ def cached_logits(model, tokens, chunks, cache):
 
 @torch.no_grad()
 def test_cache_holds_c_and_r_numbers_a_token_and_nothing_else():
-    """C + R numbers per token and layer: of the new tokens where the old were forgotten. It refuses
-    to overflow, and stays usable."""
+    """C + R numbers per token and layer, new ones in place of forgotten; overflow is refused."""
     model = tiny()
     tokens, other = tokens_of(model, 2, 9), tokens_of(model, 2, 9, seed=2)
     cache = Cache(model.config, 3, 2, 9, like=model.norm.weight)

@@ -87,8 +87,7 @@ WAYS = {  # of ops.py's sizes; oneDNN multiplies in float32
 @pytest.mark.parametrize("way, name", [(way, name) for way in WAYS for name in WAYS[way][0]])
 def test_decoder_equals_the_model(way, name, dtype, tolerance, monkeypatch):
     """Its logits are those of whole forwards without caches: of one and of several tokens at an
-    offset, of one row and of three; in a graph (run eagerly) too, and with a cache cut in three.
-    """
+    offset, of one row and of three; in a graph (run eagerly) too, and with a cache cut in three."""
     for size, value in (dict(ABSORBED=200) | WAYS[way][1]).items():
         monkeypatch.setattr(ops, size, value)
     compiled = way == "compiled"
@@ -611,7 +610,7 @@ def test_score_gives_half_a_window_before_every_token(run, tmp_path, capsys, mon
         (["--ckpt=", "--prompt=x"], 1, "checkpoint"),
         (["{run}", "--top_k=x"], 2, "top_k"),
         (["{run}", "--draft=9"], 2, "draft"),
-        (["{run}", "--prompt=x", "--device=warp"], 1, "warp"),
+        (["{run}", "--prompt=x", "--device=meta"], 1, "meta"),
         (["{run}", "--dtype=int3"], 2, "int3"),
         (["{run}", "--score=nowhere"], 1, "nowhere"),
         (["{run}", "--score={run}/ckpt.pt"], 1, "utf-8"),

@@ -342,13 +342,13 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     """What the command line does not name stays, whatever the config file says by now."""
     run(*CONSTANT, "--steps=2", "--lr=0.01", "--weight_decay=0")
     before = load("run")["model"]["lm_head.weight"]
-    changed = "mtp_weight = 0.5\nrope_theta = 9.0\nmax_position_embeddings = 99\n"
+    changed = "mtp_weight = 0.5\nrope_theta = 9.0\nrope_scaling = dict(factor=2.0)\n"
     Path("my.py").write_text(Path(TINY).read_text() + changed)
     options = ("--weight_decay=2", "--clip=1e-9", "--beta1=0", "--beta2=0", "--lr=0.5")
     train.main(["my.py", "--out=run", "--resume", "--steps=3", *options])
     said = capsys.readouterr().err
     kept = [x for x in said.splitlines() if " stays " in x]  # of those given here none
-    assert not {"steps", "lr", "max_position_embeddings"} & {x.split()[0] for x in kept}
+    assert not {"steps", "lr", "rope_scaling"} & {x.split()[0] for x in kept}
     assert "rope_theta stays 10000.0 (the config file has 9.0)" in kept
     assert "mtp_weight stays 0.3 (the config file has 0.5)" in kept
     assert "steps is now 3 (was 2)" in said and "lr is now 0.5 (was 0.01)" in said
@@ -568,8 +568,7 @@ def test_a_run_that_dies_in_an_evaluation_makes_up_for_it(shared):
     [("ddp", 2, "adamw"), ("fsdp", 2, "adamw"), ("ddp", 1, "muon")],
 )
 def test_two_processes_equal_one(parallel, accumulate, optimizer, start, shared):
-    """Loss curve, evaluations, biases, weights and optimiser, with MTP. Of 64 experts a batch of 64
-    tokens leaves some without any, which must not disturb the averaging of gradients."""
+    """All that is logged and saved, with MTP, and experts that a batch leaves without tokens."""
     options = ("--n_routed_experts=64", f"--optimizer={optimizer}")
     parts = (f"--parallel={parallel}", f"--grad_accum={accumulate}")
     finish(start(*options, *parts, world=2, out="together"))
@@ -772,6 +771,9 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         train.main(argv)
     assert exit.value.code == 2 and "name a config file" in capsys.readouterr().err
+    Path("empty.py").write_text("steps = 1\n")
+    with pytest.raises(ValueError, match="no sizes of the network"):
+        train.main(["empty.py"])
 
 
 @pytest.mark.parametrize(
@@ -806,7 +808,7 @@ def test_an_existing_run_is_refused_and_kept(shared):
     for name in ("log.jsonl", "best.pt"):  # any of its files makes a run
         assert "run holds a run: give --resume, --overwrite" in refused()
         Path("run", name).unlink()
-    assert all(refused("--overwrite", option) for option in ("--data=nowhere", "--beta1=1"))
+    assert all(refused("--overwrite", x) for x in ("--data=nowhere", "--beta1=1", "--resume"))
     assert Path("run/ckpt.pt").read_bytes() == before
     for name in ("plot.png", "photo.png"):
         Path("run", name).touch()
