@@ -671,7 +671,7 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str | Path]:
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
     out = Path(config.out)
-    if config.resume and given.keys() & {"init_from", "overwrite"}:
+    if config.resume and (given.get("init_from") or given.get("overwrite")):
         raise ValueError("--resume goes on with a run: leave out --init_from and --overwrite.")
     if config.resume or (config.eval_only and not config.init_from):
         source = out / "ckpt.pt" if config.resume else out  # a folder's best.pt is preferred
