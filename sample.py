@@ -444,8 +444,8 @@ def shown(tokens: list[int], styles: Iterable[str], tokenizer: Tokenizer, decode
     """The tokens in their styles, each character once the decoder has got all its bytes."""
     text = ""
     for token, style in zip(tokens, styles, strict=True):
-        known = b"" if token in tokenizer.eos else tokenizer.to_bytes(token)
-        text += painted(decoder.decode(known), style)
+        content = b"" if token in tokenizer.eos else tokenizer.to_bytes(token)
+        text += painted(decoder.decode(content), style)
     return text
 
 
