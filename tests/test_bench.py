@@ -33,8 +33,7 @@ def test_sizes_are_those_of_the_releases(name, total, active, mtp, cache_bytes, 
 
 
 def test_flops_are_six_per_weight_that_multiplies_and_half_of_attention():
-    """By hand for DeepSeek-V3: no embedding, no correction bias; 8 of the MTP module's 256 experts,
-    and the head for it once more."""
+    """By hand for V3: no embedding or correction bias, 8 of MTP's 256 experts and a second head."""
     D, V, T = 7168, 129_280, 4096
     main = 37_552_297_472 - V * D - 58 * 256
     mtp = 11_610_068_224 - 256 - 248 * 3 * D * 2048 + V * D

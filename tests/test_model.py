@@ -510,6 +510,7 @@ def test_a_tied_head_is_not_counted_again():
         (dict(rope_scaling=YARN | {"factor": "8"}), "'factor'"),
         (dict(rope_scaling={"type": "yarn", "beta_fast": 32}), "'factor'"),
         (dict(hidden_size=16.5), "hidden_size is 16.5"),
+        (dict(initializer_range=-0.1), "initializer_range is -0.1"),
     ],
 )
 def test_impossible_configurations_are_refused_with_one_sentence(changes, words):
