@@ -585,8 +585,9 @@ def backward(model: DeepSeekV3, trainer: nn.Module, batches, weights, machine: M
     return losses
 
 
-def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=None) -> bool:
-    """Runs `config.steps` optimiser steps, from `saved` (a checkpoint) if given. False: stopped."""
+def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=None):
+    """Runs `config.steps` optimiser steps, from `saved` (a checkpoint) if given. A signal ends it
+    with a checkpoint and KeyboardInterrupt."""
     total, active, mtp = (f"{n / 1e6:.2f}M" for n in model.parameter_counts().values())
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     info(f"run: {config.steps} steps on {machine.world} x {machine.device} in {machine.dtype}")
@@ -641,7 +642,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             signal.signal(number, handler)
     if run.stopped:
         info(f"stopped at step {run.step}; go on from {run.out}/ckpt.pt with --resume.")
-    return not run.stopped
+        raise KeyboardInterrupt  # so that no script takes the run for finished
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -725,7 +726,7 @@ def check_windows(config: TrainConfig, model: DeepSeekV3, machine: Machine):
     if 0 < long < (trained := max(model.trained_length, config.block_size)):
         raise ValueError(f"long_block_size is {long}, less than the {trained} trained before.")
     parts = machine.world * config.grad_accum
-    for step in range(config.steps):
+    for step in range(0 if config.eval_only else config.steps):
         tokens, T = batch_at(config, step) * config.block_size, block_at(config, step)
         if tokens % (T * parts):
             uneven = f"the {tokens} tokens of step {step} are no multiple of {parts} micro-batches"
@@ -737,8 +738,7 @@ def run(argv: list[str]):
     machine, out = start_machine(config), Path(config.out)
     torch.manual_seed(config.seed)
     model, tokenizer = open_network(config, asked, source, machine)
-    if not config.eval_only:
-        check_windows(config, model, machine)
+    check_windows(config, model, machine)
     data, folder = open_data(config, model.config.vocab_size, machine)
     ours = prepare_data.load_tokenizer(folder)
     if tokenizer and tokenizer.encode(__doc__) != ours.encode_ordinary(__doc__):
@@ -757,9 +757,9 @@ def run(argv: list[str]):
         for name in ("tokenizer.tiktoken", "meta.json"):
             shutil.copyfile(folder / name, out / name)
     saved = load_checkpoint(source) if config.resume else None
-    finished = train(model, data, config, machine, saved)
+    train(model, data, config, machine, saved)
     torch.use_deterministic_algorithms(False)  # sampling has no use for it
-    if finished and machine.rank == 0 and (out / "best.pt").exists():  # else no loss was finite
+    if machine.rank == 0 and (out / "best.pt").exists():  # else no loss was finite
         prompt = ours.decode(data.val.arrays[0][1:9].tolist(), errors="ignore")
         show_result(config, prompt.strip())
 

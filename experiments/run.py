@@ -148,8 +148,7 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
         shutil.copyfile(source / name, folder / name)
     if config.fp8:
         net.use_fp8()
-    if not train.train(net, data, config, machine, saved):
-        raise KeyboardInterrupt
+    train.train(net, data, config, machine, saved)
     return Trained(net.eval(), data, config, machine)
 
 

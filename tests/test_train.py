@@ -326,8 +326,8 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(options, share
             os.kill(os.getpid(), signal.SIGTERM)
         return mock.DEFAULT
 
-    windows = train.train_windows
-    with mock.patch.object(train, "train_windows", wraps=windows, side_effect=stop):
+    train_windows = mock.Mock(wraps=train.train_windows, side_effect=stop)
+    with mock.patch.object(train, "train_windows", train_windows), pytest.raises(KeyboardInterrupt):
         run(*options)
     said = capsys.readouterr().err
     assert "stopped at step 5" in said and "--resume" in said
@@ -393,12 +393,12 @@ def test_weights_of_a_hugging_face_directory_start_a_run(shared, capsys):
     out = shared("--steps=4", "--dtype=float32")
     load_model(out)[0].save_pretrained("released")
     options = (*SHORT, "--dtype=float32", "--eval_only")
-    train.main([TINY, *options, f"--out={out}"])
-    ours = json.loads(capsys.readouterr().out)
-    train.main([TINY, *options, "--init_from=released", "--out=nowhere"])
-    theirs = json.loads(capsys.readouterr().out)
+    for source in (f"--out={out}", "--init_from=released"):
+        train.main([TINY, *options, source])
+    ours, theirs = map(json.loads, capsys.readouterr().out.splitlines())
     assert_same(ours, theirs, 1e-6)
-    assert not Path("nowhere").exists()
+    assert "exceed" in refused("--eval_only", "--init_from=released", "--block_size=257")
+    assert not Path("out").exists()
     assert ours.items() <= log_of(out)[-1].items()  # the evaluation at the end of the run
 
 
@@ -660,7 +660,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start):
     for _ in range(2):
         os.kill(ranks[-1].pid, signal.SIGINT)
         time.sleep(0.01)
-    said, other = finish(ranks)
+    said, other = finish(ranks, [130, 130])
     step = re.search(r"stopped at step (\d+); go on from \S+ckpt.pt with --resume", said)[1]
     assert load("run")["step"] == int(step) and "Traceback" not in said and "stopped" not in other
 
