@@ -180,7 +180,7 @@ def test_arms_begin_with_the_same_weights_where_shapes_agree(options):
     """Also those with other classes, whose own first weights follow another sequence."""
     first, other = (run.new_network(options.base(), seed).state_dict() for seed in (0, 1))
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
-    begin = mock.Mock(return_value=False)
+    begin = mock.Mock(side_effect=KeyboardInterrupt)
     with mock.patch.object(train, "train", begin), pytest.raises(KeyboardInterrupt):
         start(EXPERIMENTS["attention"], options, arms="MHA", steps=9)
     begun = begin.call_args[0][0].state_dict()
