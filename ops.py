@@ -115,16 +115,18 @@ def combine(y: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     return _Move.apply(y, slots, rows)
 
 
+def has_grouped_mm(device: torch.device) -> bool:
+    """Whether PyTorch's one call for all experts is right and fast there: not on Blackwell, where
+    an expert without rows can get a wrong gradient (pytorch #172439), and not on Ampere, where
+    every call waits for the GPU."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """One call for all experts, where PyTorch has it and it is right and fast: not on Blackwell,
-    where an expert without rows can get a wrong gradient (pytorch #172439), and not on Ampere,
-    where every call waits for the GPU."""
     dtype = compute_dtype(x)
     aligned = all(n * dtype.itemsize % 16 == 0 for n in weight.shape[1:])
-    known = dtype == torch.bfloat16
-    if x.is_cuda:
-        known = known and torch.cuda.get_device_capability(x.device) == (9, 0)
-    elif not torch.compiler.is_compiling():  # which refuses float32
+    known = dtype == torch.bfloat16 and has_grouped_mm(x.device)
+    if not (x.is_cuda or torch.compiler.is_compiling()):  # which refuses float32
         known = known or dtype == torch.float32
     if not (aligned and known):
         return NotImplemented

@@ -46,7 +46,7 @@ import sample
 from config import info, parse_args, read_config_file, run_command
 from huggingface import MODEL_SHA256, load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig, expert_counts
-from ops import multiplies_bf16
+from ops import has_grouped_mm, multiplies_bf16
 
 
 @dataclass
@@ -219,6 +219,7 @@ def wrap(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> nn.Module:
     if config.compile:
         # One graph per block, mode and batch size; beyond 8 of them dynamo would stop compiling.
         torch._dynamo.config.recompile_limit = 64
+        torch.compiler.assume_constant_result(has_grouped_mm)  # else a break before every call
         for block in blocks:
             block.compile()
     if sharded:
