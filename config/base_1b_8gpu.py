@@ -14,7 +14,7 @@ Computed, not measured; no GPU has run this yet:
     FLOPs     1.64 GFLOP per token with MTP, 1.6e19 in all
     time      1.4 hours on 8 H100 if 40 % of 989 TFLOP/s are reached on each, which is an
               assumption, with evaluations and checkpoints left out; about 11.5 GPU hours
-    memory    55 GB per GPU: 51 as in base_1b.py, and 4 for DDP's copy of the gradients
+    memory    58 GB per GPU: 54 as in base_1b.py, and 4 for DDP's copy of the gradients
 """
 
 # The network: base_1b.py says why.
