@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
             raise ValueError(f"config.json has {key} {stated[key]!r}, expected {value!r}.")
     apart = ("rope_theta", "partial_rotary_factor")
     stated["rope_scaling"] = {key: value for key, value in rope.items() if key not in apart}
-    known = {field.name for field in fields(ModelConfig)}
+    known = ModelConfig.__dataclass_fields__
     return ModelConfig(**{key: value for key, value in stated.items() if key in known})
 
 

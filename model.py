@@ -125,8 +125,7 @@ class ModelConfig:
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, in float32, rounded to x's dtype."""
     x32 = upcast(x)  # float64 stays, all else is float32
-    mean_square = x32.square().sum(-1, keepdim=True) / x.shape[-1]  # mean() has a slower gradient
-    return (x32 * torch.rsqrt(mean_square + eps)).to(x.dtype)
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -310,7 +309,7 @@ class MLA(nn.Module):
 def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
     """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values. (In Eq. 12
     they multiply the output, which is more numbers. DeepSeek's code rounds them to bf16 too.)"""
-    y = F.silu(gate.contiguous()) * up  # silu is slow on half of each row
+    y = F.silu(gate) * up
     return y if gain is None else y * gain[:, None].to(y.dtype)
 
 
@@ -444,10 +443,8 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Gate(config)
         self.experts = Experts(config)
-        self.shared_experts = None
-        if config.n_shared_experts:
-            width = config.n_shared_experts * config.moe_intermediate_size
-            self.shared_experts = MLP(config.hidden_size, width)
+        width = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, width) if width else None
 
     def forward(self, x: Tensor) -> Tensor:
         s, chosen, weight = self.gate(x)

@@ -724,10 +724,12 @@ def check_windows(config: TrainConfig, model: DeepSeekV3, machine: Machine):
     long, limit = config.long_block_size, model.config.max_position_embeddings
     if (longest := max(config.block_size, long)) > limit:
         raise ValueError(f"windows of {longest} tokens exceed max_position_embeddings, {limit}.")
+    if config.eval_only:
+        return
     if 0 < long < (trained := max(model.trained_length, config.block_size)):
         raise ValueError(f"long_block_size is {long}, less than the {trained} trained before.")
     parts = machine.world * config.grad_accum
-    for step in range(0 if config.eval_only else config.steps):
+    for step in range(config.steps):
         tokens, T = batch_at(config, step) * config.block_size, block_at(config, step)
         if tokens % (T * parts):
             uneven = f"the {tokens} tokens of step {step} are no multiple of {parts} micro-batches"

@@ -64,7 +64,7 @@ gate, up = grouped_linear( => up, gate = grouped_linear(
 y + self.shared_experts(x) => y + 2.5 * self.shared_experts(x)
 scatter(0, slots.flatten(), weight.flatten()) => scatter(0, slots.flatten(), weight.mT.flatten())
 self.mlp(self.post_attention_layernorm(x)) => self.mlp(self.input_layernorm(x))
-rsqrt(mean_square + eps) => rsqrt(mean_square)
+keepdim=True) + eps)).to => keepdim=True))).to
 x32 = upcast(x) => x32 = x
 dense=i < config.first_k_dense_replace => dense=i < config.first_k_dense_replace - 1
 self.enorm(embedding), self.hnorm(h) => self.hnorm(h), self.enorm(embedding)
