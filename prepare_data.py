@@ -112,8 +112,8 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
         except UnicodeDecodeError:
             info(f"skipped {path}: not UTF-8 text")
             continue
-        except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
-            why = f"{error!r:.200}; is the text under another --text_key=KEY?"
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, gzip.BadGzipFile) as e:
+            why = f"{e!r:.200}; is the text under another --text_key=KEY?"
             raise ValueError(f"{path} cannot be read: {why}") from None
         name = path.relative_to(top).as_posix()
         documents |= {f"{name}:{i}": text for i, text in enumerate(texts) if text.strip()}

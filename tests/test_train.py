@@ -315,8 +315,7 @@ CASES = {
 }
 if os.environ.get("COMPILE"):
     CASES["compile"] = ["--dtype=float32", "--compile", "--batch_start=2", "--batch_ramp=0.7"]
-    # Which dynamo compiles for every block, mode and batch size.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # per block, mode and batch size
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
@@ -791,7 +790,7 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
         (["--beta2=1"], "less than 1"),
         (["--data=nowhere"], "make it with: python prepare_data.py SOURCE --name=nowhere"),
         (["--resume"], "no checkpoint at run"),
-        (["--eval_only"], "no checkpoint at run"),
+        (["--eval_only", "--out="], "no checkpoint at out/tiny"),
         (["--init_from=nowhere"], "no checkpoint at nowhere"),
         (["--out=/dev/null/run"], "/dev/null/run"),
         (["--optimizer=muon", "--parallel=fsdp"], "muon needs whole matrices"),
