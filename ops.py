@@ -126,7 +126,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     dtype = compute_dtype(x)
     aligned = all(n * dtype.itemsize % 16 == 0 for n in weight.shape[1:])
     known = dtype == torch.bfloat16 and has_grouped_mm(x.device)
-    if not (x.is_cuda or torch.compiler.is_compiling()):  # which refuses float32
+    if not (x.is_cuda or torch.compiler.is_compiling()):  # there it refuses float32
         known = known or dtype == torch.float32
     if not (aligned and known):
         return NotImplemented

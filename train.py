@@ -666,7 +666,7 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str | Path]:
     about = "Train a DeepSeek-V3: python train.py config/small.py [--key=value]"
     file, given = parse_args(about, argv, TrainConfig, ModelConfig, positional="config")
     in_file = read_config_file(file, ModelConfig, TrainConfig) if file else {}
-    given = {k: v for k, v in given.items() if (k, v) != ("out", "")}  # the default
+    given = {k: v for k, v in given.items() if (k, v) != ("out", "")}  # empty: default
     values = ({"out": f"out/{Path(file).stem}"} if file else {}) | in_file | given
     network, settings = split_configs(values)
     config = TrainConfig(**settings)
