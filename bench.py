@@ -7,8 +7,8 @@
     plot RUN ... [FILE]  loss curves and expert loads of runs, in one picture
 
 Tables go to stdout and, with --json=FILE, into a file. A machine's speed drifts, so the things
-compared take turns (A B A B ...), and a ratio is that of two neighbours: what is printed is the
-median over the rounds, with [least..most]. Close other programs; they slow both sides unequally.
+compared take turns (A B A B ...), and a ratio is that of two neighbours: printed is the median of
+the rounds, with [least..most]. Close other programs; they slow both sides unequally.
 """
 
 import json
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def sizes(options: Options, files: list[str]) -> Iterator[Table]:
 
 @dataclass
 class TrainOptions(Options):
-    compile: bool = False  # the config's step compiled
+    compile: bool = False  # the config's step compiled; ours and transformers' compiled as well
     recompute: bool = False  # the config's step with activation checkpointing
     fp8: bool = False  # the config's step with FP8 products
 
@@ -187,6 +187,8 @@ def training_step(model: nn.Module, config: train.TrainConfig, machine: train.Ma
     """One optimiser step of our model or of transformers', on ever new tokens: routing changes."""
     ours, rng, size = isinstance(model, DeepSeekV3), np.random.default_rng(1), config.block_size + 1
     trainer = train.wrap(model.train(), config, machine) if ours else model.train()
+    for layer in model.model.layers if config.compile and not ours else ():
+        layer.compile()
     optimizers = train.make_optimizers(model, config)
 
     def step():
@@ -209,27 +211,27 @@ def training_step(model: nn.Module, config: train.TrainConfig, machine: train.Ma
     return step
 
 
-def transformers_models(directory: str, device: torch.device) -> dict[str, nn.Module]:
-    """DeepseekV3ForCausalLM with each of its implementations of the experts that may be fastest."""
+def models_in(directory: str, device: torch.device) -> dict[str, nn.Module]:
+    """Ours, and DeepseekV3ForCausalLM with either implementation of experts that may be faster."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    models = {"ours": DeepSeekV3.from_pretrained(directory, torch.float32, str(device))}
     load = partial(transformers.DeepseekV3ForCausalLM.from_pretrained, dtype=torch.float32)
-    return {
-        f"transformers {kind}": load(directory, experts_implementation=kind).to(device).eval()
-        for kind in ("grouped_mm", "eager")
-    }
+    for kind in ("grouped_mm", "eager"):
+        models[f"transformers {kind}"] = load(directory, experts_implementation=kind).to(device)
+    return models
 
 
-def reference_table(options: Options) -> Table:
-    config = train.TrainConfig(batch_size=8, block_size=256, device=options.device)
+def reference_table(options: TrainOptions) -> Table:
+    config, steps = train.TrainConfig(batch_size=8, block_size=256, device=options.device), {}
     machine = train.start_machine(config)  # in bf16, where that is not emulated
     with tempfile.TemporaryDirectory() as folder:
         DeepSeekV3(ModelConfig(**REFERENCE)).save_pretrained(folder)
-        ours = DeepSeekV3.from_pretrained(folder, torch.float32, str(machine.device))
-        models = {"ours": ours} | transformers_models(folder, machine.device)
-    steps = {name: training_step(model, config, machine) for name, model in models.items()}
+        for asked in (config, replace(config, compile=True))[: 1 + options.compile]:
+            for name, model in models_in(folder, machine.device).items():
+                steps[name + " compiled" * asked.compile] = training_step(model, asked, machine)
     title = f"training step in {machine.dtype}, 20.8M parameters, 8 x 256 tokens, AdamW"
     return speed_table(title, interleaved(steps, options.rounds), 8 * 256)
 
@@ -290,11 +292,11 @@ def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         DeepSeekV3(ModelConfig(**REFERENCE)).save_pretrained(folder)
-        model = DeepSeekV3.from_pretrained(folder, torch.float32, str(device))
         low = DeepSeekV3.from_pretrained(folder, torch.bfloat16, str(device))
-        theirs = transformers_models(folder, device)
-    yield plain_table(options, {"ours": model, "ours bf16": low}, theirs)
-    yield context_table(options, model, theirs["transformers eager"])
+        models = models_in(folder, device)
+    model = models.pop("ours")
+    yield plain_table(options, {"ours": model, "ours bf16": low}, models)
+    yield context_table(options, model, models["transformers eager"])
 
 
 def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Module]) -> Table:
@@ -412,13 +414,11 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
         x.grad = module.weight.grad = None
         module(x).backward(dy)
 
-    functions = {
+    t = interleaved({
         "bf16": lambda: a @ w.T,
         "fp8": lambda: fp8.scaled_mm(qa, qw, fp8.BLOCK, torch.bfloat16),
-        "bf16 layer": lambda: both(plain),
-        "fp8 layer": lambda: both(layer),
-    }
-    t = interleaved(functions, rounds)
+        "bf16 layer": lambda: both(plain), "fp8 layer": lambda: both(layer),
+    }, rounds)  # fmt: skip
     s = {name: statistics.median(values) for name, values in t.items()}
     tera = 2e-12 * M * N * K
     return {
@@ -433,9 +433,8 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
 
 
 def plot(options: Options, files: list[str]) -> Iterator[Table]:
-    """Loss curves and expert loads of the runs named, in one picture: the FILE.svg or .png named,
-    else plot.png in the first run. Pale: lines of the log; strong: means over a twentieth of the
-    run; dots: validation."""
+    """Loss curves and expert loads of runs, in one picture: FILE.svg or .png, else the first run's
+    plot.png. Pale: the log; strong: means over a twentieth of the run; dots: validation."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 

@@ -207,9 +207,9 @@ class Text:
 
     def play(self, n: int, G: int, u: Tensor, looked_up: bool) -> tuple[list, float]:
         """A round, eager or as a graph: its outcome and the seconds without compilation."""
-        # The modules fill again what may have come of rejected drafts.
-        W = 0 if looked_up or G == 0 else min(G + self.depth, n - 1)
         graph = self.compile and n > G + self.depth  # W is the same in all rounds of a graph
+        known = 0 if graph else self.filled  # in a graph the modules fill true slots again
+        W = 0 if looked_up or G == 0 else min(G + self.depth, n - 1 - known)
         position = torch.tensor(n, device=u.device) if graph else n
         round = compiled(self, position, G, W, u) if graph else Text.round
         began = time.perf_counter()

@@ -219,6 +219,7 @@ def wrap(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> nn.Module:
     if config.compile:
         # One graph per block, mode and batch size; beyond 8 of them dynamo would stop compiling.
         torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True  # rows in ops.sort_by_expert
         torch.compiler.assume_constant_result(has_grouped_mm)  # else a break before every call
         for block in blocks:
             block.compile()
@@ -381,7 +382,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
     counts = torch.zeros(c.moe_layers, E, dtype=torch.long, device=machine.device)
     nodes = torch.zeros((), dtype=torch.long, device=machine.device)  # visits to groups
     model.eval()
-    with fp8.quantized_once(model):
+    with fp8.quantized_once(model), torch.compiler.set_stance("force_eager"):  # for so few calls
         for T in lengths:
             sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens, by depth
             for windows in validation_windows(data.val.arrays[0], T, config, machine):
@@ -785,8 +786,11 @@ def main(argv: list[str]):
     try:
         run(argv)
     except RuntimeError as error:
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        text = str(error).split("\n\n")[0]
+        if "out of memory" in text or "can't allocate memory" in text:
             raise ValueError("out of memory: raise --grad_accum, or give --recompute.") from None
+        if type(error).__name__ == "InductorError":  # no C++ compiler, or no Triton
+            raise ValueError(f"--compile cannot be used here ({text}); leave it out") from None
         raise
     if dist.is_initialized():
         dist.destroy_process_group()

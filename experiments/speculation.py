@@ -72,7 +72,7 @@ def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat:
     def rounds(G: int, given: bool):
         for n in places:
             u = torch.rand(1, 2 * G + 1, device=device)
-            text.filled = n  # the modules have missed nothing
+            text.filled = n - G - text.depth  # as after a round that has kept all drafts but one
             text.tokens[:, n : n + G] = tokens[:, n : n + G]
             text.play(n, G, u, given)
 

@@ -85,7 +85,7 @@ def test_training_step_trains_the_whole_model(ours, tmp_path):
     config = train.TrainConfig(batch_size=2, block_size=8, device="cpu", dtype="float32")
     if not ours:
         model.save_pretrained(tmp_path / "hf")
-        model = bench.transformers_models(tmp_path / "hf", "cpu")["transformers eager"]
+        model = bench.models_in(tmp_path / "hf", "cpu")["transformers eager"]
     before = {name: p.clone() for name, p in model.named_parameters()}
     bench.training_step(model, config, train.start_machine(config))()
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -32,6 +32,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.exc import InductorError
 
 import fp8
 import prepare_data
@@ -42,10 +43,8 @@ from model import DeepSeekV3, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "config" / "tiny.py")
-SHORT = (
-    *("--steps=8", "--batch_size=4", "--block_size=16", "--eval_batch=32", "--dtype=float64"),
-    *("--log_every=1", "--eval_every=4", "--save_every=4"),
-)
+SHORT = ["--steps=8", "--batch_size=4", "--block_size=16", "--eval_batch=32", "--dtype=float64"]
+SHORT += ["--log_every=1", "--eval_every=4", "--save_every=4"]
 # Schedules that do not depend on the length of the run.
 CONSTANT = ("--warmup=0", "--decay_start=1", "--mtp_switch=1", "--gamma_stop=1")
 MACHINE = train.Machine(torch.device("cpu"), torch.float64)
@@ -73,10 +72,9 @@ def workplace(data, tmp_path, monkeypatch):
     # The server of the forks imports this file.
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}", prepend=os.pathsep)
     monkeypatch.setattr(train, "show_result", lambda *arguments: None)
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    assert [signal.getsignal(number) for number in numbers] == before
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def run(*options: str, out: Path | str = "run") -> Path:
@@ -314,7 +312,7 @@ CASES = {
     "long": ["--dtype=float32", "--long_block_size=32", "--long_start=0.5", "--log_every=3"],
 }
 if os.environ.get("COMPILE"):
-    CASES["compile"] = ["--dtype=float32", "--compile", "--batch_start=2", "--batch_ramp=0.7"]
+    CASES["compile"] = ["--dtype=bfloat16", "--compile", "--batch_start=2", "--batch_ramp=0.7"]
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # per block, mode and batch size
 
 
@@ -808,6 +806,8 @@ def test_an_existing_run_is_refused_and_kept(shared):
         assert "run holds a run: give --resume, --overwrite" in refused()
         Path("run", name).unlink()
     assert all(refused("--overwrite", x) for x in ("--data=nowhere", "--beta1=1", "--resume"))
+    with mock.patch("torch.nn.Module.compile", side_effect=InductorError(OSError("no g++"), None)):
+        assert "cannot be used here (OSError: no g++)" in refused("--resume", "--compile")
     assert Path("run/ckpt.pt").read_bytes() == before
     for name in ("plot.png", "photo.png"):
         Path("run", name).touch()
