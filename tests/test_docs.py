@@ -84,8 +84,7 @@ def test_commands_name_files_and_keys_that_exist():
             command = re.search(r"(?:python|torchrun) .*?([\w/]+\.py)\b([^#`|]*)", line)
             if not command or command[1].endswith(("X.py", "NAME.py")):  # any script
                 continue
-            # The network's keys and those of all measurements count too.
-            files = (command[1], "model.py", "bench.py")
+            files = (command[1], "model.py", "bench.py")  # the network's keys, all measurements'
             source = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
             for key in re.findall(r"--(\w+)", command[2]):
                 assert re.search(rf"(?m)^    {key}: ", source), line
