@@ -247,7 +247,7 @@ def compiled(text: Text, n: Tensor, G: int, W: int, u: Tensor) -> Callable:
             for _ in range(3):  # a GPU records its graph in the second
                 graph(text, n, G, W, u)
                 text.tokens.copy_(tokens)  # the outcome stands where drafts were looked up
-        except torch._inductor.exc.InductorError as error:
+        except torch._dynamo.exc.ShortenTraceback as error:
             reason = str(error).splitlines()[0][:200]
             raise ValueError(f"--compile cannot be used here ({reason}); leave it out") from None
         GRAPHS[key] = graph

@@ -789,7 +789,7 @@ def main(argv: list[str]):
         text = str(error).split("\n\n")[0]
         if "out of memory" in text or "can't allocate memory" in text:
             raise ValueError("out of memory: raise --grad_accum, or give --recompute.") from None
-        if type(error).__name__ == "InductorError":  # no C++ compiler, or no Triton
+        if isinstance(error, torch._dynamo.exc.ShortenTraceback):  # no C++ compiler, no Triton
             raise ValueError(f"--compile cannot be used here ({text}); leave it out") from None
         raise
     if dist.is_initialized():
