@@ -221,6 +221,7 @@ def wrap(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> nn.Module:
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.capture_dynamic_output_shape_ops = True  # rows in ops.sort_by_expert
         torch.compiler.assume_constant_result(has_grouped_mm)  # else a break before every call
+        info("the first steps compile, which may take minutes")
         for block in blocks:
             block.compile()
     if sharded:
@@ -599,9 +600,6 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
     run = Run(model, optimizers, data, config, machine)
     if saved:
         run.restore(saved)
-    elif machine.rank == 0:  # only now, when nothing is left that could be refused
-        for name in RUN_FILES:
-            (run.out / name).unlink(missing_ok=True)
     handlers = {s: signal.signal(s, run.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         run.evaluate()  # of the checkpoint's step, which is saved before it is evaluated
@@ -617,6 +615,9 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             with fp8.quantized_once(model):
                 losses = backward(model, trainer, batches, weights, machine)
 
+            if step == 0 and machine.rank == 0:  # only now, when compiler and memory have sufficed
+                for name in RUN_FILES:
+                    (run.out / name).unlink(missing_ok=True)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             bad = (~norm.isfinite()).float()

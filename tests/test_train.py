@@ -807,8 +807,9 @@ def test_an_existing_run_is_refused_and_kept(shared):
         assert "run holds a run: give --resume, --overwrite" in refused()
         Path("run", name).unlink()
     assert all(refused("--overwrite", x) for x in ("--data=nowhere", "--beta1=1", "--resume"))
-    with mock.patch("torch.nn.Module.compile", side_effect=InductorError(OSError("no g++"), None)):
-        assert "cannot be used here (OSError: no g++)" in refused("--resume", "--compile")
+    lacking = InductorError(OSError("no g++"), None)  # in the first step
+    with mock.patch.object(DeepSeekV3, "forward", side_effect=lacking):
+        assert "--compile cannot be used here (OSError: no g++)" in refused("--overwrite")
     assert Path("run/ckpt.pt").read_bytes() == before
     for name in ("plot.png", "photo.png"):
         Path("run", name).touch()
