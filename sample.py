@@ -5,7 +5,7 @@ one forward of the model checks them all, and what is kept follows exactly the d
 sampling (Leviathan et al., arXiv 2211.17192). Text goes to stdout, everything else to stderr.
 
 Shapes: B rows (sequences decoded together), T prompt length, G drafts in a round, V vocabulary,
-D hidden, W slots that an MTP module fills again.
+D hidden, W slots of an MTP module's cache that a round fills.
 """
 
 import codecs
@@ -208,7 +208,7 @@ class Text:
     def play(self, n: int, G: int, u: Tensor, looked_up: bool) -> tuple[list, float]:
         """A round, eager or as a graph: its outcome and the seconds without compilation."""
         graph = self.compile and n > G + self.depth  # W is the same in all rounds of a graph
-        known = 0 if graph else self.filled  # in a graph the modules fill true slots again
+        known = 0 if graph else self.filled  # a graph has one W, so it fills true slots, too
         W = 0 if looked_up or G == 0 else min(G + self.depth, n - 1 - known)
         position = torch.tensor(n, device=u.device) if graph else n
         round = compiled(self, position, G, W, u) if graph else Text.round

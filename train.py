@@ -221,7 +221,7 @@ def wrap(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> nn.Module:
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.capture_dynamic_output_shape_ops = True  # rows in ops.sort_by_expert
         torch.compiler.assume_constant_result(has_grouped_mm)  # else a break before every call
-        info("the first steps compile, which may take minutes")
+        info("every new shape of a batch is compiled first, which may take minutes")
         for block in blocks:
             block.compile()
     if sharded:
@@ -588,9 +588,9 @@ def backward(model: DeepSeekV3, trainer: nn.Module, batches, weights, machine: M
     return losses
 
 
-def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=None):
-    """Runs `config.steps` optimiser steps, from `saved` (a checkpoint) if given. A signal ends it
-    with a checkpoint and KeyboardInterrupt."""
+def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=None, files=()):
+    """Runs `config.steps` optimiser steps, from `saved` (a checkpoint) if given; a new run's folder
+    gets copies of `files`. A signal ends it with a checkpoint and KeyboardInterrupt."""
     total, active, mtp = (f"{n / 1e6:.2f}M" for n in model.parameter_counts().values())
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     info(f"run: {config.steps} steps on {machine.world} x {machine.device} in {machine.dtype}")
@@ -615,9 +615,6 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             with fp8.quantized_once(model):
                 losses = backward(model, trainer, batches, weights, machine)
 
-            if step == 0 and machine.rank == 0:  # only now, when compiler and memory have sufficed
-                for name in RUN_FILES:
-                    (run.out / name).unlink(missing_ok=True)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             bad = (~norm.isfinite()).float()
@@ -634,6 +631,11 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             gamma = config.gamma if step < config.gamma_stop * config.steps else 0.0
             model.update_bias(gamma * (1 - bad))
 
+            if step == 0 and machine.rank == 0:  # only now that compiler and memory have sufficed
+                for name in RUN_FILES:
+                    (run.out / name).unlink(missing_ok=True)
+                for file in files:
+                    shutil.copy(file, run.out)
             run.step, run.tokens = step + 1, run.tokens + windows[:, 1:].size
             run.log_step(machine.sum(losses) / machine.world, vio, bad, lr, norm)
             # Of a signal to any process all learn at once, and leave together (a sum on the CPU).
@@ -760,10 +762,9 @@ def run(argv: list[str]):
         return
     if not config.resume and machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("tokenizer.tiktoken", "meta.json"):
-            shutil.copyfile(folder / name, out / name)
     saved = load_checkpoint(source) if config.resume else None
-    train(model, data, config, machine, saved)
+    files = folder / "tokenizer.tiktoken", folder / "meta.json"
+    train(model, data, config, machine, saved, files)
     torch.use_deterministic_algorithms(False)  # sampling has no use for it
     if machine.rank == 0 and (out / "best.pt").exists():  # else no loss was finite
         prompt = ours.decode(data.val.arrays[0][1:9].tolist(), errors="ignore")
@@ -787,11 +788,11 @@ def main(argv: list[str]):
     try:
         run(argv)
     except RuntimeError as error:
-        text = str(error).split("\n\n")[0]
-        if "out of memory" in text or "can't allocate memory" in text:
+        why = str(error)
+        if "out of memory" in why or "can't allocate memory" in why:
             raise ValueError("out of memory: raise --grad_accum, or give --recompute.") from None
         if isinstance(error, torch._dynamo.exc.ShortenTraceback):  # no C++ compiler, no Triton
-            raise ValueError(f"--compile cannot be used here ({text}); leave it out") from None
+            raise ValueError(f"--compile cannot be used here ({why:.200}); leave it out") from error
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
