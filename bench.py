@@ -178,7 +178,7 @@ def sizes(options: Options, files: list[str]) -> Iterator[Table]:
 
 @dataclass
 class TrainOptions(Options):
-    compile: bool = False  # the config's step compiled; ours and transformers' compiled as well
+    compile: bool = False  # the config's step compiled; beside transformers: both ways
     recompute: bool = False  # the config's step with activation checkpointing
     fp8: bool = False  # the config's step with FP8 products
 
@@ -187,8 +187,9 @@ def training_step(model: nn.Module, config: train.TrainConfig, machine: train.Ma
     """One optimiser step of our model or of transformers', on ever new tokens: routing changes."""
     ours, rng, size = isinstance(model, DeepSeekV3), np.random.default_rng(1), config.block_size + 1
     trainer = train.wrap(model.train(), config, machine) if ours else model.train()
-    for layer in model.model.layers if config.compile and not ours else ():
-        layer.compile()
+    if config.compile and not ours:
+        for layer in model.model.layers:
+            layer.compile()
     optimizers = train.make_optimizers(model, config)
 
     def step():

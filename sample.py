@@ -248,7 +248,7 @@ def compiled(text: Text, n: Tensor, G: int, W: int, u: Tensor) -> Callable:
                 graph(text, n, G, W, u)
                 text.tokens.copy_(tokens)  # the outcome stands where drafts were looked up
         except torch._dynamo.exc.ShortenTraceback as error:
-            reason = str(error).splitlines()[0][:200]
+            reason = str(error)[:200]
             raise ValueError(f"--compile cannot be used here ({reason}); leave it out") from None
         GRAPHS[key] = graph
         info(f"compiled in {time.perf_counter() - began:.0f} s")

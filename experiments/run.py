@@ -144,11 +144,10 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
     if options.quick:
         data.val = prepare_data.Tokens([data.val.arrays[0][:4096]])
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.tiktoken", "meta.json"):  # so sample.py opens the folder
-        shutil.copyfile(source / name, folder / name)
+    files = source / "tokenizer.tiktoken", source / "meta.json"  # so sample.py opens the folder
     if config.fp8:
         net.use_fp8()
-    train.train(net, data, config, machine, saved)
+    train.train(net, data, config, machine, saved, files)
     return Trained(net.eval(), data, config, machine)
 
 
