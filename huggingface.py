@@ -11,6 +11,7 @@ where they are needed: safetensors, tokenizers (which brings huggingface_hub), t
 import hashlib
 import importlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -270,7 +271,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if file.is_dir():
         file /= "best.pt" if (file / "best.pt").exists() else "ckpt.pt"
     try:
-        saved = torch.load(file, "cpu", weights_only=True, mmap=True)
+        posix = os.name == "posix"  # Windows replaces no file that is mapped
+        saved = torch.load(file, "cpu", weights_only=True, mmap=posix)
         dict(saved["model_config"])  # raises where another program has saved it
         return saved
     except Exception as error:  # a missing or damaged file may lead to any

@@ -267,14 +267,17 @@ class MLA(nn.Module):
         latent = self.kv_a_layernorm(latent)
         q_pe = rotate(q_pe, rope, config.rope_interleave)
         k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave)  # (B, T, 1, R): all heads'
-        if past is None:
+        kv, start = past or (None, 0)
+        if past:
+            kv[:, start : start + T] = torch.cat((latent, k_pe.squeeze(2)), -1)
+        if start == 0:  # nothing but these tokens to look at
             o = self.attend_expanded(q_nope, q_pe, latent, k_pe)
         else:
-            o = self.attend_absorbed(q_nope, q_pe, latent, k_pe.squeeze(2), *past)
+            o = self.attend_absorbed(q_nope, q_pe, kv[:, : start + T])
         return self.o_proj(o.flatten(2))
 
     def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor) -> Tensor:
-        """Training: keys and values are made from the latents, then ordinary causal attention."""
+        """Training and prompts: keys and values from the latents, then usual causal attention."""
         B, T, H, N = q_nope.shape
         kv = self.kv_b_proj(latent).view(B, T, H, -1)
         k_nope, v = kv.split([N, self.config.v_head_dim], dim=-1)  # (B, T, H, N), (B, T, H, V)
@@ -283,21 +286,17 @@ class MLA(nn.Module):
         o = causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), self.scale)
         return o.transpose(1, 2)  # (B, T, H, V)
 
-    def attend_absorbed(
-        self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, kv: Tensor, start: int
-    ) -> Tensor:
+    def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor) -> Tensor:
         """Decoding: W^UK moves over to the query and W^UV to the output, so that attention runs on
-        the cached latents: q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
-        _, T, H, N = q_nope.shape
-        S, C = start + T, latent.shape[-1]
-        kv[:, start:S] = torch.cat((latent, k_pe), -1)
-        kv = kv[:, :S]  # (B, S, C+R)
+        the cached latents kv (B, S, C+R), of which the last T are those of the queries:
+        q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
+        (_, T, H, N), S, C = q_nope.shape, kv.shape[1], self.config.kv_lora_rank
         W = self.kv_b_proj.weight.unflatten(0, (H, -1))
         W_UK, W_UV = W[:, :N], W[:, N:]  # (H, N, C), (H, V, C)
         q = torch.einsum("bthn,hnc->bthc", q_nope, W_UK)
         q = torch.cat((q, q_pe), -1).to(kv.dtype)  # (B, T, H, C+R)
         score = upcast(torch.einsum("bthc,bsc->bhts", q, kv)) * self.scale  # (B, H, T, S)
-        later = torch.ones(T, S, dtype=torch.bool, device=kv.device).triu(start + 1)
+        later = torch.ones(T, S, dtype=torch.bool, device=kv.device).triu(S - T + 1)
         p = score.masked_fill(later, -math.inf).softmax(-1).to(kv.dtype)
         o = torch.einsum("bhts,bsc->bthc", p, kv[..., :C])  # (B, T, H, C)
         return torch.einsum("bthc,hvc->bthv", o.to(q_nope.dtype), W_UV)  # (B, T, H, V)

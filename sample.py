@@ -140,22 +140,21 @@ class Text:
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
         # Of all tokens; the newest one's place is written again in every round.
         self.cache = Cache(config, len(model.layers), B, size, like)
-        # So many at once that attention's scores take 1 GB at most.
-        self.chunk = max(1, min(512, 2**26 // (B * T * config.num_attention_heads)))
-        h = torch.cat([model.trunk(x, self.cache) for x in tokens.split(self.chunk, 1)], 1)
+        h = model.trunk(tokens, self.cache)
         # For the MTP modules: the main model's hidden states, and in how many slots of their cache
         # these and the tokens are true, not drafts.
         self.hidden = F.pad(h, (0, 0, 0, size - T)) if depth else None  # (B, size, D)
         self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
-        self.catch_up(T - 1 - depth)
+        self.catch_up(T - 1 - depth, T)
         self.net = decoder_or_model(model, tokens, h, self.cache, compile)
         self.compile = compile and self.net is not model
         self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
 
-    def catch_up(self, end: int):
-        """The MTP modules fill their slots up to `end`: drafting's first half, with no draft."""
+    def catch_up(self, end: int, most: int = 128):
+        """The MTP modules fill their slots up to `end`, at most so many at once: drafting's first
+        half, with no draft."""
         while self.depth and self.filled < end:
-            start, self.filled = self.filled, min(self.filled + self.chunk, end)
+            start, self.filled = self.filled, min(self.filled + most, end)
             self.draft(self.filled + 1, 0, self.filled - start)
 
     def draft(self, n: int | Tensor, G: int, W: int, u: Tensor | None = None) -> Tensor | None:
@@ -486,10 +485,9 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name, `auto` the fastest here. Raises ValueError."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    """The device of that name, `auto` CUDA if there is one, else the CPU. Raises ValueError."""
+    if name == "auto":  # mps has to be named: PyTorch's results there have been wrong too often
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()  # meta has none
     except (RuntimeError, AssertionError) as error:

@@ -249,8 +249,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        if getattr(self, "found_inf", 0):  # a step to leave out, as fused AdamW knows it
-            return
         for group in self.param_groups:
             lr, momentum, alike = group["lr"], group["momentum"], defaultdict(list)
             for p in (p for p in group["params"] if p.grad is not None):
@@ -346,10 +344,10 @@ def train_windows(data: prepare_data.Dataset, config: TrainConfig, step: int) ->
 
 def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Windows (B, T + 1) -> tokens (B, T) and the next tokens (B, T)."""
-    x = torch.from_numpy(windows)
-    if device.type == "cuda":  # pinned, or the copy would wait for all work before it
+    x, cuda = torch.from_numpy(windows), device.type == "cuda"
+    if cuda:  # pinned, or the copy would wait for all work before it
         x = x.pin_memory()
-    x = x.to(device, non_blocking=True)
+    x = x.to(device, non_blocking=cuda)  # on Apple's GPUs it may read what is freed by then
     return x[:, :-1], x[:, 1:]
 
 
@@ -456,7 +454,7 @@ class Run:
         # Sums since the last line of the log, kept on the device: three losses, MaxVio, steps left
         # out because their gradient was not finite, all steps.
         self.sums = torch.zeros(6, device=machine.device, dtype=model.norm.weight.dtype)
-        self.bad_in_a_row = torch.zeros((), device=machine.device)
+        self.bad_in_a_row = 0
         self.signalled, self.stopped = 0.0, False  # when this process was, whether all know
         self.clock = time.perf_counter(), 0  # when the measured stretch began, and its tokens
 
@@ -536,11 +534,11 @@ class Run:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json({"step": self.step, "tokens": self.tokens} | values) + "\n")
 
-    def log_step(self, losses: Tensor, vio: Tensor, bad: Tensor, lr: float, norm: Tensor):
+    def log_step(self, losses: Tensor, vio: Tensor, bad: bool, lr: float, norm: Tensor):
         """When it is time, a line with the means of losses and MaxVio since the last line; raises
         if the gradient is lost for good."""
         c = self.config
-        self.sums += torch.stack((*losses, vio, bad, torch.ones_like(bad)))
+        self.sums += torch.cat((losses, vio[None], losses.new_tensor([bad, 1])))
         self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
         if not self.last and self.step % c.log_every:
             return
@@ -554,7 +552,7 @@ class Run:
         left = timedelta(seconds=round((c.steps - self.step) * c.batch_size * c.block_size / speed))
         skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
         self.log(line, f", {left} left{skips}")
-        if (bad := int(self.bad_in_a_row)) >= 5 or (bad and self.last):
+        if (bad := self.bad_in_a_row) >= 5 or (bad and self.last):
             lost = f"{bad} gradients up to step {self.step} are not finite: lower --lr and --resume"
             raise ValueError(f"{lost} (--overwrite, if nothing is saved yet or that is lost too).")
 
@@ -617,13 +615,12 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
 
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            bad = (~norm.isfinite()).float()
+            bad = not norm.isfinite()  # then the step is left out
 
             lr = lr_at(config, step)
-            for optimizer in optimizers:
+            for optimizer in optimizers if not bad else ():
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
-                optimizer.found_inf = bad  # where it is 1 the step is left out, on the device
                 optimizer.step()
             model.zero_grad(set_to_none=True)
 

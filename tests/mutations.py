@@ -33,10 +33,11 @@ k_pe.expand(-1, -1, H, -1)) => 0 * k_pe.expand(-1, -1, H, -1))
 k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave) => k_pe = k_pe.unsqueeze(2)
 W[:, :N], W[:, N:] => W[:, -N:], W[:, :-N]
 device=q.device).triu(1) => device=q.device).triu(2)
-.triu(start + 1) => .triu(start + 2)
-.triu(start + 1) => .triu(1)
+.triu(S - T + 1) => .triu(S - T + 2)
+.triu(S - T + 1) => .triu(1)
 if self.length + T > self.size: => if False:
-kv[:, start:S] = torch.cat((latent, k_pe), -1) => kv[:, start:S] = torch.cat((2 * latent, k_pe), -1)
+torch.cat((latent, k_pe.squeeze(2)), -1) => torch.cat((2 * latent, k_pe.squeeze(2)), -1)
+if start == 0: => if True:
 dropped.unsqueeze(-1), -math.inf => dropped.unsqueeze(-1), 0.0
 groups.topk(2).values.sum(-1) => groups.amax(-1)
 weight = s.gather(-1, chosen) => weight = (s + self.e_score_correction_bias).gather(-1, chosen)
@@ -99,8 +100,6 @@ high = upcast(torch.empty_like(low)) => high = torch.empty_like(low)
 ("gate_proj", "up_proj") => ("up_proj", "gate_proj")
 
 # model.py tests/test_huggingface.py
-pair = -1 if interleave else -2 => pair = -2 if interleave else -1
-self.enorm(embedding), self.hnorm(h) => self.hnorm(h), self.enorm(embedding)
 self.o_proj = nn.Linear(H * V, D, bias=bias) => self.o_proj = nn.Linear(H * V, D, bias=False)
 config.n_shared_experts * config => 1 * config
 """

@@ -218,6 +218,11 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_float32(native, dtype, monkey
     assert train.start_machine(train.TrainConfig()).dtype == dtype
 
 
+def test_an_apple_gpu_has_to_be_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert train.sample.usable_device("auto").type != "mps"
+
+
 # ---- One step, exactly ---------------------------------------------------------------------------
 
 
@@ -741,8 +746,7 @@ def test_one_bad_gradient_is_skipped_by_all_processes_and_the_run_goes_on(start)
     assert all(x.isfinite().all() for x in state["model"].values())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_bad_step_changes_neither_weights_nor_biases(optimizer, monkeypatch):
+def test_a_bad_step_changes_neither_weights_nor_biases(monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
     poison_third_gradient()
     updated, saved, update = [], [], DeepSeekV3.update_bias
@@ -753,7 +757,7 @@ def test_a_bad_step_changes_neither_weights_nor_biases(optimizer, monkeypatch):
         saved.append(load("run")["step"] if Path("run/ckpt.pt").exists() else 0)
 
     monkeypatch.setattr(DeepSeekV3, "update_bias", update_bias)
-    run("--save_every=1", "--eval_every=8", f"--optimizer={optimizer}")
+    run("--save_every=1", "--eval_every=8")
     assert_same(updated[1], updated[2])
     assert not updated[2]["norm.weight"].equal(updated[3]["norm.weight"])
     assert saved == [0, 1, 2, 2, 4, 5, 6, 7]  # in the bad step the older file stays
