@@ -145,17 +145,16 @@ class Text:
         # these and the tokens are true, not drafts.
         self.hidden = F.pad(h, (0, 0, 0, size - T)) if depth else None  # (B, size, D)
         self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
-        self.catch_up(T - 1 - depth, T)
+        self.catch_up(T - 1 - depth)
         self.net = decoder_or_model(model, tokens, h, self.cache, compile)
         self.compile = compile and self.net is not model
         self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
 
-    def catch_up(self, end: int, most: int = 128):
-        """The MTP modules fill their slots up to `end`, at most so many at once: drafting's first
-        half, with no draft."""
-        while self.depth and self.filled < end:
-            start, self.filled = self.filled, min(self.filled + most, end)
-            self.draft(self.filled + 1, 0, self.filled - start)
+    def catch_up(self, end: int):
+        """The MTP modules fill their slots up to `end`: drafting's first half, with no draft."""
+        if self.depth and self.filled < end:
+            start, self.filled = self.filled, end
+            self.draft(end + 1, 0, end - start)
 
     def draft(self, n: int | Tensor, G: int, W: int, u: Tensor | None = None) -> Tensor | None:
         """The MTP modules fill slots n-1-W .. n-2 and write drafts of tokens n .. n+G-1. Returns
@@ -206,9 +205,10 @@ class Text:
 
     def play(self, n: int, G: int, u: Tensor, looked_up: bool) -> tuple[list, float]:
         """A round, eager or as a graph: its outcome and the seconds without compilation."""
-        graph = self.compile and n > G + self.depth  # W is the same in all rounds of a graph
-        known = 0 if graph else self.filled  # a graph has one W, so it fills true slots, too
-        W = 0 if looked_up or G == 0 else min(G + self.depth, n - 1 - known)
+        graph = self.compile and n > G + self.depth
+        # What is missing, or, the same in all rounds of a graph, as much as may be after a round.
+        W = G + self.depth if graph else n - 1 - self.filled
+        W = 0 if looked_up or G == 0 else W
         position = torch.tensor(n, device=u.device) if graph else n
         round = compiled(self, position, G, W, u) if graph else Text.round
         began = time.perf_counter()
