@@ -280,15 +280,15 @@ def train_(options: TrainOptions, files: list[str]) -> Iterator[Table]:
 
 @dataclass
 class DecodeOptions(Options):
-    new_tokens: int = 128  # decoded after each prompt
+    prompt: int = 64  # its tokens
+    new_tokens: int = 128  # decoded after it; 1: how long the prompt takes
     compile: bool = True  # compiled decoding as well; the first time it compiles for minutes
     contexts: str = "1024,2048,4096,8192,16384,32768"  # cached tokens of the context table
 
 
 @torch.inference_mode()
 def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
-    """Greedy decoding at batch 1 beside transformers' and the reading of the active weights, then
-    the cost of a long context. (Speculation: experiments/speculation.py.)"""
+    """Greedy decoding beside transformers', then the cost of a long context."""
     device = sample.usable_device(options.device)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -303,7 +303,8 @@ def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
 def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Module]) -> Table:
     """How fast all of them write one text, and how much of our time the weights' reading takes."""
     new, model, texts, steps = options.new_tokens, models["ours"], {}, {}
-    prompt = torch.randint(model.config.vocab_size, (1, 64)).to(model.norm.weight.device)
+    device, size = model.norm.weight.device, (1, options.prompt)
+    prompt = torch.randint(model.config.vocab_size, size).to(device)
 
     def ours(name: str, model: DeepSeekV3, compile: bool):
         settings = dict(temperature=0, speculative=0, compile=compile, stats=sample.Stats())
@@ -319,14 +320,13 @@ def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Modul
         functions[name] = partial(ours, name, m, False)
         if options.compile:
             functions[f"{name} compiled"] = partial(ours, f"{name} compiled", m, True)
-    memory = torch.ones(2**26, device=prompt.device)  # 268 MB, more than a CPU's caches hold
+    memory = torch.ones(2**26, device=device)  # 268 MB, more than a CPU's caches hold
     t = interleaved({"read": memory.sum, **functions}, options.rounds)
     read = [seconds / memory.nbytes for seconds in t.pop("read")]  # per byte
     active = model.parameter_counts()["active"] - model.embed_tokens.weight.numel()
-    table = speed_table(
-        f"greedy decoding, batch 1, prompt 64, {new} new tokens; reading: {active / 1e6:.2f}M "
-        f"active weights once a token at {1e-9 / statistics.median(read):.1f} GB/s", t, new,
-    )  # fmt: skip
+    reading = f"{active / 1e6:.2f}M active weights at {1e-9 / statistics.median(read):.1f} GB/s"
+    title = f"greedy decoding, batch 1, prompt {options.prompt}, {new} new tokens"
+    table = speed_table(f"{title}; reading: {reading}", t, new)
     for row in table.rows:
         name, size = row[""], active * (2 if "bf16" in row[""] else 4)
         row["same text"] = torch.equal(texts[name], texts["ours"])
