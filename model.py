@@ -3,24 +3,24 @@
 What the network computes, for tokens t_1 .. t_T (numbers of equations are those of the DeepSeek-V3
 technical report, arXiv 2412.19437, section 2):
 
-    x   = embedding of t                                       in every one of the layers:
-    x  += W^O attention(queries of q latents, keys and values of one key-value latent)    Eq. 1-11
-    x  += shared FFN(x) + sum of the K chosen experts' FFNs, times their gate values     Eq. 12-16
-    p   = softmax(W_head RMSNorm(x))                           predicts the next token
-    h^k = block(M_k [RMSNorm(embedding of the token k later); RMSNorm(h^{k-1})])         Eq. 21-22
-    p^k = softmax(W_head RMSNorm(h^k))                 predicts the token k + 1 later,      Eq. 23
+    x   = embedding of t                               then, in each layer, with u = RMSNorm(x):
+    x  += W^O attention(queries from one latent of u, keys and values from another)       Eq. 1-11
+    x  += shared FFN(u) + sum over the K chosen experts of gate value * FFN(u)           Eq. 12-16
+    h^0 = RMSNorm(x),  p = softmax(W_head h^0)         predicts the next token
+    h^k = RMSNorm(block(M_k [RMSNorm(embedding k later); RMSNorm(h^{k-1})]))             Eq. 21-22
+    p^k = softmax(W_head h^k)                          predicts the token k + 1 later       Eq. 23
     L   = L_main + lambda mean_k L_MTP^k + alpha sum L_Bal       train.py minimises, Eq. 17, 24-25
     b  += gamma sign(mean load - load)                          balances the experts, no gradient
 
 Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. Every
 formula stands here in its plain form; `@fast_twin` marks those that ops.py computes faster, with
-the same name and the same result (`ops.enabled = False` turns the twins off). Where the report is
-silent (which norm, epsilon) or the released weights differ (order of concatenation in MTP), the
-weights decide; huggingface.py opens them.
+the same name and, but for rounding, the same result (`ops.enabled = False` turns the twins off).
+Where the report is silent (which norm, epsilon) or the released weights differ (order of
+concatenation in MTP), the weights decide; huggingface.py opens them.
 
 Shapes: B batch, T time, D hidden, H heads, C kv_lora_rank, R rope dim, N nope dim, V v_head_dim,
 E routed experts, K experts per token, F expert width, G expert groups, S cached positions, rows =
-tokens times K. In logits the last dimension is the vocabulary.
+tokens times K (a twin may pad them). In logits the last dimension is the vocabulary.
 """
 
 import importlib
@@ -46,7 +46,7 @@ YARN_KEYS = {
 
 @dataclass
 class ModelConfig:
-    """The keys of DeepSeek's config.json that shape the network; defaults: V3 before YaRN."""
+    """The keys of DeepSeek's config.json that shape the network; defaults: V3, without YaRN."""
 
     vocab_size: int = 129280
     hidden_size: int = 7168  # D
@@ -95,8 +95,8 @@ class ModelConfig:
             (R % 2, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even."),
             (E % G, f"n_routed_experts {E} is not a multiple of n_group {G}."),
             (M > G, f"topk_group {M} is larger than n_group {G}."),
-            (K > E // G * M, f"num_experts_per_tok {K} exceeds the {E // G * M} of {M} groups."),
-            (E < 2 * G > 2, f"n_group {G} leaves one expert a group, but two make its score."),
+            (K > E // G * M, f"num_experts_per_tok {K} exceeds {M} groups' {E // G * M} experts."),
+            (E == G > 1, f"n_group {G} leaves one expert a group, but two make its score."),
             (kind not in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'."),
             (strange, f"rope_scaling has {strange}, but may have only {sorted(YARN_KEYS)}."),
             (wrong, f"rope_scaling has {wrong} of the wrong type: only its type is text."),
@@ -104,7 +104,7 @@ class ModelConfig:
         ):
             if refused:
                 raise ValueError(sentence)
-        # What YaRN stretches, should max_position_embeddings change.
+        # Kept, as max_position_embeddings may change later.
         original = yarn.get("original_max_position_embeddings") or self.max_position_embeddings
         yarn = yarn | {"original_max_position_embeddings": original}
         self.rope_scaling = yarn if kind == "yarn" else None
@@ -129,7 +129,7 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """g * rms_norm(x). Under autocast the result is in autocast's dtype: rounded once, here."""
+    """g * rms_norm(x), under autocast in autocast's dtype."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -148,7 +148,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
-    """cos and sin of position * theta^(-2i/R), both (T, R/2), for positions (T,).
+    """cos and sin of position * theta^(-2i/R), both (T, R/2), times YaRN's amplitude.
 
     YaRN (arXiv 2309.00071; report section 4.3) divides the slow angles by `factor`, keeps the fast
     ones and blends linearly in between, at every length.
@@ -204,7 +204,7 @@ class Cache:
         self.size, self.length = size, 0
 
     def claim(self, T: int) -> int:
-        """Room for T new tokens of every row: the position of the first."""
+        """Makes room for T new tokens in every row; returns the position of the first."""
         if self.length + T > self.size:
             raise ValueError(f"{self.length} + {T} tokens exceed the cache of {self.size}.")
         self.length += T
@@ -249,10 +249,10 @@ class MLA(nn.Module):
 
     @property
     def scale(self) -> float:
-        """1 / sqrt(N + R) of Eq. 10, times the square of YaRN's temperature (mscale_all_dim)."""
+        """1 / sqrt(N + R) of Eq. 10, times the square of YaRN's mscale (of mscale_all_dim)."""
         config, yarn = self.config, self.config.rope_scaling or {}
-        temperature = yarn_mscale(yarn.get("factor", 1), yarn.get("mscale_all_dim") or 0)
-        return (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5 * temperature**2
+        mscale = yarn_mscale(yarn.get("factor", 1), yarn.get("mscale_all_dim") or 0)
+        return (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5 * mscale**2
 
     def forward(self, h: Tensor, rope: Rope, past: Past = None) -> Tensor:
         """h (B, T, D) -> (B, T, D). past: this layer's cache (B, size, C+R), tokens in it."""
@@ -306,8 +306,8 @@ class MLA(nn.Module):
 
 
 def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values. (In Eq. 12
-    they multiply the output, which is more numbers. DeepSeek's code rounds them to bf16 too.)"""
+    """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values. (Eq. 12
+    multiplies the output, which is wider. DeepSeek's code, too, rounds gate values to bf16.)"""
     y = F.silu(gate) * up
     return y if gain is None else y * gain[:, None].to(y.dtype)
 
@@ -351,7 +351,7 @@ class Gate(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (..., D) -> scores s (..., E), chosen experts (..., K), their weights (..., K)."""
+        """x (B, T, D) -> scores s (B, T, E), chosen experts (B, T, K), their gate values."""
         config, G = self.config, self.config.n_group
         with torch.autocast(x.device.type, enabled=False):
             s = F.linear(upcast(x), upcast(self.weight)).sigmoid()  # (B, T, E), Eq. 15
@@ -362,11 +362,11 @@ class Gate(nn.Module):
             dropped = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
             choice = groups.masked_fill(dropped.unsqueeze(-1), -math.inf).flatten(-2)
         chosen = choice.topk(config.num_experts_per_tok, sorted=False).indices  # Eq. 14, 16
-        weight = s.gather(-1, chosen)
+        gain = s.gather(-1, chosen)
         if config.norm_topk_prob:
-            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
+            gain = gain / (gain.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
         self.routing = s, chosen  # for DeepSeekV3.run_block
-        return s, chosen, weight * config.routed_scaling_factor
+        return s, chosen, gain * config.routed_scaling_factor
 
 
 def balance_loss(s: Tensor, K: int) -> Tensor:
@@ -382,7 +382,7 @@ def balance_loss(s: Tensor, K: int) -> Tensor:
 
 
 def expert_counts(chosen: Tensor, E: int) -> Tensor:
-    """How many of the chosen experts (any shape, ids below E) are each expert: (E,) int64."""
+    """How often each of the E experts is among the chosen (any shape): (E,) int64."""
     ids = chosen.flatten()
     zeros = torch.zeros(E, dtype=torch.long, device=ids.device)
     return zeros.scatter_add_(0, ids, torch.ones_like(ids))
@@ -390,8 +390,8 @@ def expert_counts(chosen: Tensor, E: int) -> Tensor:
 
 @fast_twin
 def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """chosen (tokens, K) -> which token stands in each row when rows are sorted by expert (rows,),
-    the row of each token's K experts (tokens, K), how many rows each expert has (E,)."""
+    """chosen (tokens, K) -> rows (rows,): the token in each row, sorted by expert; slots
+    (tokens, K): the rows of each token's experts; counts (E,): how many rows each expert has."""
     order = chosen.flatten().argsort(stable=True)  # row -> token * K + choice
     row = torch.arange(len(order), device=order.device)
     slots = torch.empty_like(order).scatter_(0, order, row)
@@ -433,7 +433,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """h' = sum_{i in top K} g_i FFN_i(u) + FFN_shared(u), Eq. 12 (Block adds the residual u).
+    """h' = sum_{i in top K} g_i FFN_i(u) + FFN_shared(u), Eq. 12 (Block adds the residual).
 
     No token is dropped: rows are sorted by expert, and every expert computes all of its rows.
     """
@@ -446,9 +446,9 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, width) if width else None
 
     def forward(self, x: Tensor) -> Tensor:
-        s, chosen, weight = self.gate(x)
+        s, chosen, gain = self.gate(x)
         rows, slots, counts = sort_by_expert(chosen.flatten(0, 1), s.shape[-1])
-        gain = weight.new_zeros(len(rows)).scatter(0, slots.flatten(), weight.flatten())  # (rows,)
+        gain = gain.new_zeros(len(rows)).scatter(0, slots.flatten(), gain.flatten())  # (rows,)
         y = self.experts(dispatch(x.flatten(0, 1), rows, slots), counts, gain)  # (rows, D)
         y = combine(y, rows, slots).view_as(x)
         return y if self.shared_experts is None else y + self.shared_experts(x)
@@ -476,10 +476,9 @@ class Block(nn.Module):
 class MTP(nn.Module):
     """Module k predicts one token further than module k-1, Eq. 21-22.
 
-    h'_i^k = M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h_i^{k-1})],  h^k = TRM_k(h'^k)
-    The report writes the hidden state first; the released weights have the embedding first, and
-    h^0 is the main model's hidden state after its final norm. What is handed on as h^k is
-    normalised too.
+    h'_i^k = M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h_i^{k-1})],  h^k = RMSNorm(TRM_k(h'^k))
+    The report writes the hidden state first and no norm around TRM_k; the released weights have
+    the embedding first, and h^0 is the main model's hidden state after its final norm.
     """
 
     def __init__(self, config: ModelConfig):
@@ -502,8 +501,8 @@ class MTP(nn.Module):
 
 @fast_twin
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of softmax(h W^T): h (rows, D), weight (vocabulary, D), targets (rows,)
-    with -1 ignored; 0 where all are."""
+    """Mean cross-entropy of softmax(h W^T): h (n, D), weight (vocabulary, D), targets (n,) with
+    -1 ignored; 0 where all are."""
     logits = upcast(F.linear(h, weight))
     total = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
     return total / (targets >= 0).sum().clamp(min=1)
@@ -533,7 +532,7 @@ class DeepSeekV3(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         counts = torch.zeros(config.moe_layers, config.n_routed_experts, dtype=torch.long)
         self.register_buffer("expert_counts", counts, persistent=False)
-        self.scores, self.routing = [], []  # of the MoE layers that ran; scores until the losses
+        self.scores, self.routing = [], []  # of the MoE layers that ran; forward drops scores
         self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: forget a block's activations, redo them
         for name, parameter in self.named_parameters():  # section 4.2; norms are 1
@@ -560,7 +559,7 @@ class DeepSeekV3(nn.Module):
                 module.__class__ = swap.get(type(module), type(module))
 
     def run_block(self, block: nn.Module, *inputs) -> Tensor:
-        def compute(*inputs):  # takes the routing along: left in a gate it would hold the graph
+        def compute(*inputs):  # returns the routing too: left in a gate it would hold the graph
             x = block(*inputs)
             return x, [m.__dict__.pop("routing") for m in block.modules() if isinstance(m, Gate)]
 
@@ -607,8 +606,8 @@ class DeepSeekV3(nn.Module):
 
         Without targets: logits (B, T, vocabulary), float32 (float64 for a float64 model); with
         return_mtp also a list whose k-th entry (k from 1) is (B, T-k, vocabulary): its row i
-        predicts token i+1+k. With targets: main cross-entropy, mean MTP cross-entropy (Eq. 24-25)
-        and mean balance loss (Eq. 17) of the MoE layers, all before their weights.
+        predicts token i+1+k. With targets: main cross-entropy, mean MTP cross-entropy (Eq. 24-25,
+        but over its T - k targets) and mean balance loss (Eq. 17), all before their weights.
         """
         hidden = [self.trunk(tokens)]
         if targets is not None or return_mtp:

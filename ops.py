@@ -1,4 +1,4 @@
-"""Fast twins of formulas that stand in model.py: same names, same arguments, same results.
+"""Fast twins of formulas in model.py: same names and arguments, same results but for rounding.
 
 model.py marks a formula with `@fast_twin`; then the function of that name in this file is called
 in its place, as long as `enabled` is true. With `ops.enabled = False` the network computes from its

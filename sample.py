@@ -57,7 +57,7 @@ class SampleConfig:
     interactive: bool = False  # ask for one prompt after another
     score: str = ""  # a text file: print its nats per token and bits per byte
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # bfloat16 where a GPU has it
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on GPUs
 
 
 @dataclass
@@ -123,8 +123,8 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
 class Text:
     """B rows of text and what it takes to continue them. All have n tokens: rows advance together.
 
-    The prompt, tokens (B, T), goes through the model, the rest through `net`: that is its
-    ops.Decoder or itself, whose trunk, predict_next and logits are all that is called.
+    The prompt, tokens (B, T), goes through the model, the rest through `net`: the model's
+    ops.Decoder or the model, of which only trunk, predict_next and logits are called.
     """
 
     def __init__(self, model, tokens: Tensor, new: int, depth: int, compile: bool, filters: tuple):
@@ -194,7 +194,7 @@ class Text:
             self.hidden[:, span(n - 1, G + 1)] = h
         logits, drafts = self.net.logits(h), fresh[:, 1:]  # (B, G+1, V), (B, G)
         p = None if self.greedy else probabilities(logits, *self.filters)
-        if q is None:  # drafts that were certain stay where the model says the same
+        if q is None:  # looked up or greedy: kept where the model says the same
             out = logits.argmax(-1) if self.greedy else draw(p, u[:, G:])  # (B, G+1)
             kept = (out[:, :-1] == drafts).long().cumprod(1).sum(1)  # (B,)
         else:
@@ -206,7 +206,7 @@ class Text:
     def play(self, n: int, G: int, u: Tensor, looked_up: bool) -> tuple[list, float]:
         """A round, eager or as a graph: its outcome and the seconds without compilation."""
         graph = self.compile and n > G + self.depth
-        # What is missing, or, the same in all rounds of a graph, as much as may be after a round.
+        # The slots still to fill; in a graph, where W is fixed, the most that a round can leave.
         W = G + self.depth if graph else n - 1 - self.filled
         W = 0 if looked_up or G == 0 else W
         position = torch.tensor(n, device=u.device) if graph else n
@@ -266,8 +266,8 @@ def look_up(row: str, G: int) -> list[int]:
 
 
 class Pace:
-    """Whether to draft. With --draft=auto drafts, the modules' or looked up, rest while they are
-    behind plain rounds by more than a token or two and half a percent of the text."""
+    """Whether to draft. With --draft=auto, drafts of either kind rest while they are behind plain
+    rounds by more than a token or two and half a percent of the text."""
 
     def __init__(self, auto: bool):
         self.auto, self.plain = auto, []  # seconds of plain rounds
@@ -297,7 +297,7 @@ def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache,
     """The model's ops.Decoder, kept or made anew, if its logits after the tokens (B, T) are
     model.py's; else, with a notice, the model. The cache holds the tokens, h the newest hidden
     states (B, 1 or more, D)."""
-    if tokens.shape[1] < 8:  # that would hide much: they meet on a made-up text
+    if tokens.shape[1] < 8:  # would hide changes: compare on a made-up text
         tokens = torch.arange(16, device=tokens.device)[None] % model.config.vocab_size
         cache = Cache(model.config, len(model.layers), 1, 16, model.norm.weight)
         h = model.trunk(tokens, cache)
@@ -367,7 +367,7 @@ def generate(
     n, pace = T, Pace(auto)
     while live and n < end:
         may = lookup and pace.allows(looked_up=True)
-        found = [look_up(rows[b], copied) for b in live] if may else [[]]
+        found = [look_up(rows[b], copied) if may else [] for b in live]
         looked_up = all(found)
         if looked_up:
             text.tokens[live, n : n + copied] = torch.tensor(found, device=tokens.device)

@@ -2,7 +2,7 @@
 
     data/<name>/ + config/*.py -> out/<name>/
         ckpt.pt      everything a run needs to go on: weights, optimiser, step, configuration
-        best.pt      the weights with the lowest validation loss, of the longest windows trained
+        best.pt      the weights with the lowest validation loss (once YaRN is on: since then)
         log.jsonl    one JSON object per logged step or evaluation
         tokenizer.tiktoken, meta.json    what sample.py needs besides
 
@@ -54,7 +54,7 @@ class TrainConfig:
     """Everything about a run that is not the network's shape."""
 
     data: str = "stdlib"  # folder under data/ made by prepare_data.py, or its path
-    out: str = ""  # the run's folder (default: out/<name of the config file>)
+    out: str = ""  # the run's folder (empty: out/<name of the config file>)
     steps: int = 1000  # optimiser steps
     batch_size: int = 16  # windows per step, over all ranks and micro-batches
     block_size: int = 256  # tokens per window
@@ -66,7 +66,7 @@ class TrainConfig:
     # optimiser and schedule; "fraction" is of the run, the report's values are the defaults
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices, learns more per step
     lr: float = 2.2e-4  # peak learning rate
-    adamw_lr: float = 1.0  # of what Muon leaves to AdamW, as a multiple of lr
+    adamw_lr: float = 1.0  # AdamW's rate beside Muon, as a multiple of lr
     warmup: float = 0.0085  # fraction with rising learning rate
     decay_start: float = 0.676  # fraction at which the cosine begins
     decay_end: float = 0.966  # fraction at which it has reached min_lr
@@ -121,7 +121,7 @@ def lr_at(config: TrainConfig, step: int) -> float:
     """Linear warm-up, constant, cosine to min_lr, min_lr, final_lr. `step` counts from 0."""
     x = step / config.steps
     if x < config.warmup:
-        return config.lr * (step + 1) / max(1, config.warmup * config.steps + 1)
+        return config.lr * (step + 1) / (config.warmup * config.steps + 1)
     if x < config.decay_start:
         return config.lr
     if x < config.decay_end:
@@ -557,7 +557,7 @@ class Run:
             raise ValueError(f"{lost} (--overwrite, if nothing is saved yet or that is lost too).")
 
     def on_signal(self, number, frame):
-        """Ctrl-C or pre-emption. torchrun sends it twice; one a second later aborts at once."""
+        """Ctrl-C or pre-emption. torchrun sends it twice; one over a second later aborts."""
         if self.signalled and time.monotonic() > self.signalled + 1:
             raise KeyboardInterrupt
         if not self.signalled and self.machine.rank == 0:
@@ -609,16 +609,16 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             batches = np.split(windows, machine.world * parts)[machine.rank * parts :][:parts]
 
             late = step >= config.mtp_switch * config.steps
-            weights = config.mtp_weight_late if late else config.mtp_weight, config.alpha
+            mtp_weight = config.mtp_weight_late if late else config.mtp_weight
             with fp8.quantized_once(model):
-                losses = backward(model, trainer, batches, weights, machine)
+                losses = backward(model, trainer, batches, (mtp_weight, config.alpha), machine)
 
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             bad = not norm.isfinite()  # then the step is left out
 
             lr = lr_at(config, step)
-            for optimizer in optimizers if not bad else ():
+            for optimizer in () if bad else optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
                 optimizer.step()
@@ -635,7 +635,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
                     shutil.copy(file, run.out)
             run.step, run.tokens = step + 1, run.tokens + windows[:, 1:].size
             run.log_step(machine.sum(losses) / machine.world, vio, bad, lr, norm)
-            # Of a signal to any process all learn at once, and leave together (a sum on the CPU).
+            # All processes learn of a signal to any, and stop together (the sum is on the CPU).
             run.stopped = bool(machine.sum(torch.tensor(float(run.signalled > 0))))
             run.checkpoint()
             run.evaluate()

@@ -22,7 +22,7 @@ a * cos - b * sin => a * cos + b * sin
 theta ** (-2 * i / R) => theta ** (-i / R)
 (1 - ramp) + frequency / factor * ramp => ramp + frequency / factor * (1 - ramp)
 min(high, R - 1) => min(high, R // 2 - 1)
--0.5 * temperature**2 => -0.5 * temperature
+-0.5 * mscale**2 => -0.5 * mscale
 yarn_mscale(factor, m) / yarn_mscale(factor, m_all) => 1.0
 amplitude = yarn_mscale(factor, 1.0) => amplitude = 1.0
 upcast(x[:0]).dtype) => x.dtype)
@@ -40,11 +40,11 @@ torch.cat((latent, k_pe.squeeze(2)), -1) => torch.cat((2 * latent, k_pe.squeeze(
 if start == 0: => if True:
 dropped.unsqueeze(-1), -math.inf => dropped.unsqueeze(-1), 0.0
 groups.topk(2).values.sum(-1) => groups.amax(-1)
-weight = s.gather(-1, chosen) => weight = (s + self.e_score_correction_bias).gather(-1, chosen)
+gain = s.gather(-1, chosen) => gain = (s + self.e_score_correction_bias).gather(-1, chosen)
 choice = s.detach() + self.e_score_correction_bias => choice = s.detach()
 if config.norm_topk_prob: => if True:
 if config.norm_topk_prob: => if False:
-weight * config.routed_scaling_factor => weight
+gain * config.routed_scaling_factor => gain
 upcast(self.weight)).sigmoid() => upcast(self.weight)).softmax(-1)
 with torch.autocast(x.device.type, enabled=False): => if True:
 F.linear(upcast(x), upcast(self.weight)) => upcast(F.linear(x, self.weight.to(x.dtype)))
@@ -60,10 +60,10 @@ B, T, E = s.shape => B, T, E = (s := s.flatten(0, 1)[None]).shape
 (f * P).sum(-1).mean() => (f * P).sum(-1).mean().detach() + 0 * s.sum()
 P = (s / s.sum(-1, keepdim=True)).mean(1) => P = s.mean(1)
 * E / (K * T) => * E / T
-return s, chosen, weight => return s + self.e_score_correction_bias, chosen, weight
+return s, chosen, gain => return s + self.e_score_correction_bias, chosen, gain
 gate, up = grouped_linear( => up, gate = grouped_linear(
 y + self.shared_experts(x) => y + 2.5 * self.shared_experts(x)
-scatter(0, slots.flatten(), weight.flatten()) => scatter(0, slots.flatten(), weight.mT.flatten())
+scatter(0, slots.flatten(), gain.flatten()) => scatter(0, slots.flatten(), gain.mT.flatten())
 self.mlp(self.post_attention_layernorm(x)) => self.mlp(self.input_layernorm(x))
 keepdim=True) + eps)).to => keepdim=True))).to
 x32 = upcast(x) => x32 = x
