@@ -288,7 +288,7 @@ class DecodeOptions(Options):
 
 @torch.inference_mode()
 def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
-    """Greedy decoding beside transformers', then the cost of a long context."""
+    """Greedy decoding and the cost of a long context. Drafts: experiments/speculation.py."""
     device = sample.usable_device(options.device)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -303,8 +303,8 @@ def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
 def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Module]) -> Table:
     """How fast all of them write one text, and how much of our time the weights' reading takes."""
     new, model, texts, steps = options.new_tokens, models["ours"], {}, {}
-    device, size = model.norm.weight.device, (1, options.prompt)
-    prompt = torch.randint(model.config.vocab_size, size).to(device)
+    device = model.norm.weight.device
+    prompt = torch.randint(model.config.vocab_size, (1, options.prompt)).to(device)
 
     def ours(name: str, model: DeepSeekV3, compile: bool):
         settings = dict(temperature=0, speculative=0, compile=compile, stats=sample.Stats())

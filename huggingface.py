@@ -271,8 +271,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if file.is_dir():
         file /= "best.pt" if (file / "best.pt").exists() else "ckpt.pt"
     try:
-        posix = os.name == "posix"  # Windows replaces no file that is mapped
-        saved = torch.load(file, "cpu", weights_only=True, mmap=posix)
+        mmap = os.name == "posix"  # Windows replaces no file that is mapped
+        saved = torch.load(file, "cpu", weights_only=True, mmap=mmap)
         dict(saved["model_config"])  # raises where another program has saved it
         return saved
     except Exception as error:  # a missing or damaged file may lead to any

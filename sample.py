@@ -57,7 +57,7 @@ class SampleConfig:
     interactive: bool = False  # ask for one prompt after another
     score: str = ""  # a text file: print its nats per token and bits per byte
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on GPUs
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # bfloat16 where a GPU has it
 
 
 @dataclass
@@ -145,16 +145,19 @@ class Text:
         # these and the tokens are true, not drafts.
         self.hidden = F.pad(h, (0, 0, 0, size - T)) if depth else None  # (B, size, D)
         self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
-        self.catch_up(T - 1 - depth)
+        # So many are filled at once, behind a long text, that attention's scores take 256 MB.
+        self.most = max(MOST_DRAFTS + depth, 2**26 // (B * size * config.num_attention_heads))
+        self.catch_up(T - 1 - depth, T)  # those of the prompt together, with no text before them
         self.net = decoder_or_model(model, tokens, h, self.cache, compile)
         self.compile = compile and self.net is not model
         self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
 
-    def catch_up(self, end: int):
-        """The MTP modules fill their slots up to `end`: drafting's first half, with no draft."""
-        if self.depth and self.filled < end:
-            start, self.filled = self.filled, end
-            self.draft(end + 1, 0, end - start)
+    def catch_up(self, end: int, most: int):
+        """The MTP modules fill their slots up to `end`, at most so many at once: drafting's first
+        half, with no draft."""
+        while self.depth and self.filled < end:
+            start, self.filled = self.filled, min(self.filled + most, end)
+            self.draft(self.filled + 1, 0, self.filled - start)
 
     def draft(self, n: int | Tensor, G: int, W: int, u: Tensor | None = None) -> Tensor | None:
         """The MTP modules fill slots n-1-W .. n-2 and write drafts of tokens n .. n+G-1. Returns
@@ -207,13 +210,13 @@ class Text:
         """A round, eager or as a graph: its outcome and the seconds without compilation."""
         graph = self.compile and n > G + self.depth
         # The slots still to fill; in a graph, where W is fixed, the most that a round can leave.
-        W = G + self.depth if graph else n - 1 - self.filled
+        W = G + self.depth if graph else min(n - 1 - self.filled, self.most)
         W = 0 if looked_up or G == 0 else W
         position = torch.tensor(n, device=u.device) if graph else n
         round = compiled(self, position, G, W, u) if graph else Text.round
         began = time.perf_counter()
         if W:
-            self.catch_up(n - 1 - W)
+            self.catch_up(n - 1 - W, self.most)
             self.filled = max(0, n - self.depth)  # after the round
         outcome = round(self, position, G, W, u).tolist()
         return outcome, time.perf_counter() - began
@@ -307,7 +310,7 @@ def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache,
     if not ops.enabled:
         return model
     cache.length = tokens.shape[1] - 1
-    rounding = 1e-3 if torch.finfo(model.norm.weight.dtype).bits >= 32 else 0.1
+    rounding = 1e-3 if torch.finfo(model.norm.weight.dtype).bits >= 32 else 0.2
     # A changed module may have other parameters or inputs.
     with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
         made_of = [str(model.config)]

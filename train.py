@@ -454,7 +454,7 @@ class Run:
         # Sums since the last line of the log, kept on the device: three losses, MaxVio, steps left
         # out because their gradient was not finite, all steps.
         self.sums = torch.zeros(6, device=machine.device, dtype=model.norm.weight.dtype)
-        self.bad_in_a_row = 0
+        self.bad_in_a_row = torch.zeros((), device=machine.device)
         self.signalled, self.stopped = 0.0, False  # when this process was, whether all know
         self.clock = time.perf_counter(), 0  # when the measured stretch began, and its tokens
 
@@ -534,11 +534,11 @@ class Run:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json({"step": self.step, "tokens": self.tokens} | values) + "\n")
 
-    def log_step(self, losses: Tensor, vio: Tensor, bad: bool, lr: float, norm: Tensor):
+    def log_step(self, losses: Tensor, vio: Tensor, bad: Tensor, lr: float, norm: Tensor):
         """When it is time, a line with the means of losses and MaxVio since the last line; raises
         if the gradient is lost for good."""
         c = self.config
-        self.sums += torch.cat((losses, vio[None], losses.new_tensor([bad, 1])))
+        self.sums += torch.stack((*losses, vio, bad, torch.ones_like(bad)))
         self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
         if not self.last and self.step % c.log_every:
             return
@@ -552,7 +552,7 @@ class Run:
         left = timedelta(seconds=round((c.steps - self.step) * c.batch_size * c.block_size / speed))
         skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
         self.log(line, f", {left} left{skips}")
-        if (bad := self.bad_in_a_row) >= 5 or (bad and self.last):
+        if (bad := int(self.bad_in_a_row)) >= 5 or (bad and self.last):
             lost = f"{bad} gradients up to step {self.step} are not finite: lower --lr and --resume"
             raise ValueError(f"{lost} (--overwrite, if nothing is saved yet or that is lost too).")
 
@@ -615,7 +615,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
 
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            bad = not norm.isfinite()  # then the step is left out
+            bad = (~norm.isfinite()).float()  # where it is 1 the step is left out
 
             lr = lr_at(config, step)
             for optimizer in () if bad else optimizers:

@@ -52,7 +52,6 @@ def test_values_take_the_type_of_their_field_and_text_stays_text(word, value):
         ("--steps=1e999", "steps is '1e999', expected int"),
         ("steps=3", "write --steps=3"),
         ("--fp8=maybe", "fp8 is 'maybe', expected bool"),
-        ("--limit=x", "limit is 'x', expected int | None"),
         ("--mode=1", "mode is '1', expected Literal['', 'auto', '0']"),
         ("--scaling={{1: 2}}", "expected dict"),
         ("--steps=" + "(" * 9999, "steps is '(((("),
@@ -60,7 +59,6 @@ def test_values_take_the_type_of_their_field_and_text_stays_text(word, value):
         ("--step=1", "unknown key step; did you mean steps?"),
         ("--batch-size=1", "unknown key batch-size; did you mean batch_size?"),
         ("--n_embd=1", "unknown key n_embd; see --help"),  # no such key here
-        ("more", "unknown key more"),
     ],
 )
 def test_wrong_keys_and_values_exit_with_2_and_a_sentence(word, sentence, capsys):
@@ -79,7 +77,6 @@ def test_help_and_absent_values(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0 and "[SOURCE] [--key=value ...] What it does." in text
     assert "--steps int optimiser steps, 100% of them (default: 1000)" in text
-    assert "--limit int | None (default: 5)" in text
     assert "--mode Literal['', 'auto', '0'] (default: 'auto')" in text
 
 
@@ -95,8 +92,6 @@ def test_config_files_are_assignments(tmp_path, monkeypatch):
     for content, sentence in {
         "batchsize = 4": "my.py: unknown key batchsize; did you mean batch_size?",
         "steps = 'five'": "my.py: steps is 'five', expected int",
-        "steps = True": "my.py: steps is True, expected int",
-        "steps = 1 +": "my.py cannot be run: SyntaxError",
     }.items():
         Path("my.py").write_text(content)
         with pytest.raises(ValueError, match=re.escape(sentence)):
@@ -107,7 +102,6 @@ def test_config_files_are_assignments(tmp_path, monkeypatch):
     ("error", "code", "message"),
     [
         (ValueError("no\nway"), 1, "error: no way\n"),
-        (OSError("no"), 1, "error: no\n"),
         (ModuleNotFoundError("no x", name="x"), 1, "error: no x: pip install x\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],

@@ -346,7 +346,6 @@ def test_loss_by_position_is_the_models(trained):
 def test_allowed_speed_up_and_repeats():
     theorem = (1 - 0.8**3) / ((1 - 0.8) * (2 * 0.1 + 1))
     assert speculation.allowed([0.8, 0.64], 0.1, 1.0) == pytest.approx(theorem)
-    assert speculation.allowed([0.5], 0.25, 1.25) == pytest.approx(1.0)
     assert speculation.repeats([1, 2, 3, 1, 2, 3, 4], n=3) == pytest.approx(1 / 5)
 
 

@@ -157,7 +157,7 @@ def in_pieces(model, nets: list, tokens, as_tensor: bool = False) -> list:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tokens_in_chunks_through_caches_equal_the_reference(variant):
-    """Absorbed attention at every position, in the main model and in the MTP modules."""
+    """Absorbed attention after the first token, in the main model and in the MTP modules."""
     model, tokens, logits, mtp = referenced(variant)
     ours = in_pieces(model, [(model, n) for n in (1, 3, 1, 2)], tokens)
     close(ours, [x[:, :7] for x in (logits, *mtp)])

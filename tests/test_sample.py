@@ -226,6 +226,18 @@ def test_end_of_text_pads_its_row_and_leaves_the_others_alone(drafts, depth, att
             assert row == text[:cut] + ends[:1] * (24 - cut)
 
 
+def test_missing_slots_are_filled_in_pieces():
+    """All at once they would take much memory behind a long text."""
+    text = sample.Text(student(1), tokens_of(tiny(), 2, 30), 9, 1, False, (0.0, None, None))
+    (kv,) = text.mtp_cache.kv
+    expected, text.filled, text.most = kv[:, :28].clone(), 1, 6
+    kv[:, 1:] = 0
+    with mock.patch.object(text.net, "predict_next", wraps=text.net.predict_next) as predict:
+        text.play(30, 2, torch.rand(2, 5), looked_up=False)
+    assert [call.args[1].shape[1] for call in predict.call_args_list] == [6, 6, 6, 4, 6, 1]
+    assert text.filled == 29 and torch.allclose(kv[:, :28], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_rows_advance_in_lockstep(depth):
     """All by the least number of kept drafts; those that have kept more wait."""
