@@ -553,8 +553,9 @@ class Run:
         skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
         self.log(line, f", {left} left{skips}")
         if (bad := int(self.bad_in_a_row)) >= 5 or (bad and self.last):
-            lost = f"{bad} gradients up to step {self.step} are not finite: lower --lr and --resume"
-            raise ValueError(f"{lost} (--overwrite, if nothing is saved yet or that is lost too).")
+            again = "resume" if (self.out / "ckpt.pt").exists() else "overwrite"
+            lost = f"{bad} gradients up to step {self.step} are not finite"
+            raise ValueError(f"{lost}: lower --lr and --{again}.")
 
     def on_signal(self, number, frame):
         """Ctrl-C or pre-emption. torchrun sends it twice; one over a second later aborts."""
