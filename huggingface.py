@@ -265,14 +265,14 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """What train.py saved in a file, or in a run's folder (best.pt, else ckpt.pt).
 
-    Tensors stay on the disk until they are used; nothing in the file can run code.
+    Tensors stay on the disk until they are used (not on Windows, where a file that is mapped
+    cannot be replaced); nothing in the file can run code.
     """
     file = Path(path)
     if file.is_dir():
         file /= "best.pt" if (file / "best.pt").exists() else "ckpt.pt"
     try:
-        mmap = os.name == "posix"  # Windows replaces no file that is mapped
-        saved = torch.load(file, "cpu", weights_only=True, mmap=mmap)
+        saved = torch.load(file, "cpu", weights_only=True, mmap=os.name == "posix")
         dict(saved["model_config"])  # raises where another program has saved it
         return saved
     except Exception as error:  # a missing or damaged file may lead to any

@@ -27,8 +27,7 @@ def fast_twin(formula: Callable) -> Callable:
 
     @functools.wraps(formula)
     def choose(*args):
-        known = args[0].device.type in ("cpu", "cuda")
-        y = twin(*args) if enabled and known else NotImplemented
+        y = twin(*args) if enabled and args[0].device.type in ("cpu", "cuda") else NotImplemented
         return formula(*args) if y is NotImplemented else y
 
     return choose

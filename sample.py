@@ -494,7 +494,7 @@ def usable_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name).item()  # meta has none
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here ({error!s:.200}); try cpu") from None
+        raise ValueError(f"device {name!r} cannot be used here: try cpu ({error!s:.150})") from None
     return torch.device(name)
 
 
