@@ -7,7 +7,7 @@
     plot RUN ... [FILE]  loss curves and expert loads of runs, in one picture
 
 Tables go to stdout and, with --json=FILE, into a file. A machine's speed drifts, so the things
-compared take turns (A B A B ...), and a ratio is that of two neighbours: printed is the median of
+compared take turns (A B A B ...), and a ratio is taken within a round: printed is the median of
 the rounds, with [least..most]. Close other programs; they slow both sides unequally.
 """
 
@@ -111,7 +111,7 @@ def speed_table(title: str, seconds: dict[str, Rounds], tokens: int) -> Table:
 
 
 def print_tables(command: str, tables: Iterator[Table], options: Any):
-    """Prints each table as soon as it is there, after what a figure depends on besides the code."""
+    """Prints each table as soon as it is there, after a line on the machine and torch."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = re.search(r"model name\s*: (.*)", cpu)
     facts = {"cpu": cpu and cpu[1], "torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -184,7 +184,7 @@ class TrainOptions(Options):
 
 
 def training_step(model: nn.Module, config: train.TrainConfig, machine: train.Machine) -> Callable:
-    """One optimiser step of our model or of transformers', on ever new tokens: routing changes."""
+    """One optimiser step of our model or of transformers', on new tokens each time."""
     ours, rng, size = isinstance(model, DeepSeekV3), np.random.default_rng(1), config.block_size + 1
     trainer = train.wrap(model.train(), config, machine) if ours else model.train()
     if config.compile and not ours:
@@ -213,7 +213,7 @@ def training_step(model: nn.Module, config: train.TrainConfig, machine: train.Ma
 
 
 def models_in(directory: str, device: torch.device) -> dict[str, nn.Module]:
-    """Ours, and DeepseekV3ForCausalLM with either implementation of experts that may be faster."""
+    """Ours, and DeepseekV3ForCausalLM with each implementation of experts that may be fastest."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -243,7 +243,7 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e1
 def config_row(file: str, options: TrainOptions) -> dict[str, Any]:
     """A configuration's own step beside square products of its dtype: as fast as a machine gets."""
     model, settings = open_config(file)
-    asked = {k: x for k, x in asdict(options).items() if x and k not in asdict(Options())}
+    asked = {k: True for k in ("compile", "recompute", "fp8") if getattr(options, k)}
     config = train.TrainConfig(**settings | asked | {"device": options.device})
     machine = train.start_machine(config)
     model = DeepSeekV3(model.config).to(machine.device)

@@ -136,7 +136,7 @@ def _hopper_mm(a: Quantized, b: Quantized, block, out_dtype: torch.dtype) -> Ten
         return F.pad(s, (0, -s.shape[1] % 4), value=1.0).contiguous().t()
 
     recipe, s_b = (4, rowwise(b[1])) if block == TILE else (5, blockwise(b[1]))
-    # Results are bf16 or fp32; the sums are fp32 either way (fast accumulation off, the last word).
+    # Recipe 4: a scale per 1x128, 5: per 128x128. Results are bf16 or fp32, sums fp32 (the False).
     direct = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
     y = torch.ops.aten._scaled_mm_v2.default(
         *(pad(a[0]), pad(b[0]).t(), [rowwise(a[1])], [4], [], [s_b], [recipe], []),
@@ -266,7 +266,7 @@ def tell_compiler():
     # Else torch 2.13 compiles it to _scaled_mm, which reads scales in another order.
     lowerings.pop(torch.ops.aten._scaled_mm_v2.default, None)
     torch.compiler.assume_constant_result(has_blockwise_fp8)
-    # The sizes of its loop over experts are known to the data only.
+    # How many rows each expert has is known only at run time.
     FP8Experts.forward = torch.compiler.disable(FP8Experts.forward)
 
 

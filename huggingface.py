@@ -1,6 +1,6 @@
-"""Files: the layout of the released models, both ways, its tokenizers, and our own runs.
+"""Files: the layout of the released models, both ways, their tokenizers, and our own runs.
 
-    python huggingface.py SRC DST [--quantize=True] [--check=True]
+    python huggingface.py SRC DST [--quantize=True | --check=True]
 
 SRC is a run's folder or a checkpoint file; DST, a new directory, opens in transformers and here.
 Its weights are safetensors, one file or shards, each tensor under its released name. In FP8 the
@@ -28,7 +28,7 @@ from config import info, parse_args, run_command
 from model import DeepSeekV3, ModelConfig
 from prepare_data import END_OF_TEXT, encoding_from, load_tokenizer, parse_ranks, write_tokenizer
 
-# What config.json says besides the fields of ModelConfig; there is one way to compute it.
+# config.json's other keys that matter, each with the only value that model.py computes.
 FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}
 FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 FP8_KEYS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
@@ -89,7 +89,7 @@ def checkpoint_views(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
 
 
 def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
-    """What is stored once more: a tied head, and both ends of the model with every MTP layer."""
+    """What is stored once more: a tied head, and embedding and head with every MTP layer."""
     if model.config.tie_word_embeddings:
         yield "lm_head.weight", model.lm_head.weight
     for k in range(len(model.mtp)):
@@ -105,7 +105,7 @@ def from_pretrained(
     """Opens a checkpoint of the DeepSeek-V3 family in bf16, fp16, fp32 or block-wise FP8, in one
     file or several.
 
-    dtype None is the one config.json names, bf16 for FP8 weights. MTP modules are there if their
+    dtype None is the one config.json names, bf16 if none or FP8. MTP modules are there if their
     tensors are. Raises ValueError naming the file, key or tensor that is wrong.
     """
     import safetensors
@@ -174,7 +174,7 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
         config["quantization_config"] = FP8_KEYS | {"activation_scheme": "dynamic"}
         for name in filter(FP8_WEIGHTS.search, [*tensors]):
             tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantize(tensors[name], fp8.BLOCK)
-    # Copies, as experts share their memory, and embedding and head that of MTP's.
+    # Copies: what shares memory (experts; MTP's ends) would be refused or dropped.
     tensors = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
     save_torch_state_dict(tensors, directory)
     (directory / "config.json").write_text(json.dumps(config | extra, indent=2))
@@ -206,8 +206,8 @@ def tokenizer_of(encoding: tiktoken.Encoding, eos: list[int]) -> Tokenizer:
 
 
 def hf_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory: Moonlight's and Kimi's tiktoken.model, or
-    tokenizer.json, since DeepSeek-V3's splits text in stages, which no tiktoken.Encoding repeats.
+    """The tokenizer of a Hugging Face directory, if any: tiktoken.model (Moonlight, Kimi), else
+    tokenizer.json (DeepSeek-V3's splits text in stages, which a tiktoken.Encoding cannot).
     """
     told = {}
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):

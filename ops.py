@@ -39,7 +39,7 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware does; emulated, as older cards do too, it is slower than float32."""
+    """Whether the hardware does; where it is emulated, bf16 is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -73,9 +73,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """In bf16 on a CPU each expert's rows are rounded up to a multiple of 64, since oneDNN compiles
-    a kernel for every new number of rows. The extra ones repeat the expert's last row, as FP8's
-    scales are those of rows that are there."""
+    """Under autocast on a CPU each expert's rows are rounded up to a multiple of 64, since oneDNN
+    compiles a kernel for every new number of rows. The extra ones repeat the expert's last row,
+    which leaves FP8's scales alone; their gain is 0."""
     if chosen.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return NotImplemented
     expert = chosen.flatten()
@@ -89,7 +89,7 @@ def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """x[index], for an index (tokens, K) summed over K, 5 to 20 times as fast as written so."""
+    """x[index]; for an index (tokens, K) x[index].sum(1), 5 to 20 times as fast as that."""
     return F.embedding_bag(index, x, mode="sum") if index.ndim == 2 else x.index_select(0, index)
 
 
@@ -107,7 +107,7 @@ class _Move(torch.autograd.Function):
 
 
 def dispatch(x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    """Autograd's gradient of x[rows] adds row after row; with `combine` 9 % of a step in fp32."""
+    """Autograd's gradient of x[rows] adds row by row; with `combine` this saves 9 % in fp32."""
     return _Move.apply(x, rows, slots)
 
 
@@ -126,8 +126,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     dtype = compute_dtype(x)
     aligned = all(n * dtype.itemsize % 16 == 0 for n in weight.shape[1:])
     known = dtype == torch.bfloat16 and has_grouped_mm(x.device)
-    if not (x.is_cuda or torch.compiler.is_compiling()):  # there it refuses float32
-        known = known or dtype == torch.float32
+    if dtype == torch.float32:  # refused on CUDA and in graphs
+        known = not (x.is_cuda or torch.compiler.is_compiling())
     if not (aligned and known):
         return NotImplemented
     return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=counts.cumsum(0).int())
@@ -140,8 +140,8 @@ CPU_ROWS = 256  # few enough for a CPU's caches, enough to pay for a pass over d
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The gradient of a chunk of rows is formed as soon as its logits are there, so the largest
-    tensor is (chunk, vocabulary), and backward only scales what forward has computed."""
+    """The gradient of a chunk of rows is formed as soon as its logits are there, so no more
+    than (chunk, vocabulary) exist at once, and backward only scales what forward has computed."""
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, need: bool) -> Tensor:
@@ -183,25 +183,25 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # A decoding step moves few numbers in many operations, and on a CPU each costs microseconds however
 # small it is. So what stays the same from step to step is computed once, in `Decoder`. n = B * T.
 
-LONG = 2**14  # cached tokens worth cutting
-# Where products of few rows were measured; with AVX2 the BLAS is faster than loops.
+LONG = 2**14  # cached tokens that threads share
+# Where loops and oneDNN's layout are used; with AVX2 the BLAS is faster.
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-ABSORBED = 2**18  # weights that a block may have more so that W^UK and W^UV need no products
+ABSORBED = 2**18  # weights that a block may gain so that W^UK and W^UV need no products
 PAIRS = 2**13  # of queries and cached tokens, up to which loops are faster than products
-LARGE, ROWS = 2**16, 16  # weights from which oneDNN pays; rows it packs them for, most of a loop
+LARGE, ROWS = 2**16, 16  # weights from which oneDNN pays; rows it packs for, most in a loop
 COPIED = 3 * 2**26  # weights in a layer's experts up to which these are copied into another order
 FEW = 32  # up to so many tokens each reads its experts' weights by itself
 
 
 def side_by_side(*weights: Tensor, compiled: bool) -> Tensor:
     """Weights (out, in) of one input as one: in oneDNN's layout, in which a large one is read at
-    the speed of memory and up to five rows of x take the time of one; or as `product` reads it."""
+    the speed of memory and up to five rows of x take the time of one; else in a plain layout."""
     w = weights[0] if len(weights) == 1 else torch.cat(weights)
     fast = AVX512 and w.device.type == "cpu"  # oneDNN or, compiled, loops: the BLAS uses one core
     known = w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and multiplies_bf16(w.device))
     if fast and known and not compiled and w.numel() >= LARGE:
         return torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), ROWS)
-    # The BLAS reads (in, out) faster, unless w is more than twice as wide as high.
+    # The BLAS reads (in, out) faster, unless w is twice as wide as high or wider.
     turned = 2 * len(w) > w.shape[1] and not (fast and compiled)
     return w.T.contiguous().T if turned else w.contiguous()
 
@@ -236,7 +236,7 @@ def span(start: int | Tensor, length: int) -> slice | Tensor:
 
 
 def attend(q: Tensor, kv: Tensor, C: int, later: Tensor | None) -> Tensor:
-    """softmax(q kv^T + later) kv[:C]: q (B, T, H, C+R), kv (B, S, C+R), later (T*H, S)."""
+    """softmax(q kv^T + later) kv[..., :C]: q (B, T, H, C+R), kv (B, S, C+R), later (T*H, S)."""
     T, S, compiling = q.shape[1], kv.shape[1], torch.compiler.is_compiling()
     q, cpu = q.flatten(1, 2), q.device.type == "cpu"  # (B, T*H, C+R)
     if compiling and cpu and AVX512 and q.shape[1] * S <= PAIRS:
@@ -316,7 +316,7 @@ class DecoderBlock:
 
     def ffn(self, z: Tensor) -> Tensor:
         """z (n, D) -> (n, D)."""
-        # Compiled ones too: a text's first token is eager, and is compared with model.py's.
+        # A compiled Decoder's as well: sample.py checks it eagerly, on a prompt's last token.
         few = len(z) <= FEW and (self.rows or self.compiled)
         if self.moe and (few or torch.compiler.is_compiling()):
             y = self.chosen_experts(z)
@@ -329,9 +329,9 @@ class DecoderBlock:
         return product(F.silu(gate) * up, self.down)
 
     def chosen_experts(self, z: Tensor) -> Tensor:
-        """Every token's K experts, in a graph as loops over their weights. With rows x W^T is the
-        sum of W^T's rows times the numbers of x: `embedding_bag` sums these at the speed of memory,
-        one call for all experts and a projection."""
+        """Every token's K experts: loops over weights in a graph or without `rows`. Else x W^T is a
+        sum of W^T's rows times the numbers of x: `embedding_bag` does it at memory's speed, in one
+        call per projection."""
         _, (chosen,), (gain,) = self.moe.gate(z[None])  # (n, K), from a sequence as in model.py
         loops = torch.compiler.is_compiling() or not self.rows
 
@@ -380,12 +380,12 @@ class Decoder:
 
     def place(self, T: int, cache) -> tuple:
         """T new tokens: their slots, how many slots are read, the mask, cos, sin and swap."""
-        at, later, device = cache.length, None, self.norm.device
-        slots, in_graph = span(at, T), not isinstance(at, int)
-        S = cache.size if in_graph else at + T
+        later, device, in_graph = None, self.norm.device, not isinstance(cache.length, int)
+        at = cache.length if in_graph else cache.claim(T)  # which raises where it is full
+        slots, S = span(at, T), cache.size if in_graph else at + T
         cache.length = at + T
         if T > 1 or in_graph:
-            last = at + torch.arange(T, device=device)[:, None]  # slot each token sees, its own
+            last = at + torch.arange(T, device=device)[:, None]  # each token's own slot
             later = torch.where(torch.arange(S, device=device) <= last, 0.0, -math.inf)
             later = later.to(self.norm.dtype).repeat_interleave(self.layers[0].H, 0)  # (T*H, S)
         return slots, S, later, self.cos[slots], self.sin[slots], self.swap

@@ -34,14 +34,14 @@ from tqdm import tqdm
 from config import info, parse_args, run_command
 
 END_OF_TEXT = "<|endoftext|>"
-# After the three splitting stages of DeepSeek-V3's tokenizer, in one expression: numbers by three
+# As the three splitting stages of DeepSeek-V3's tokenizer, in one expression: numbers by three
 # digits, Chinese and Japanese, a mark with a word, words, marks, line ends, blanks. The last
 # alternative takes what no other does (control characters), or text would be lost.
 PATTERN = (
     r"\p{N}{1,3}|[\u4e00-\u9fa5\u3040-\u30ff]+|[!-/:-@\[-`{-~][A-Za-z]+"
     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+|."
 )
-BPE_SAMPLE = 100_000_000  # characters that a new tokenizer is trained on, about at most
+BPE_SAMPLE = 100_000_000  # characters that a new tokenizer is trained on, at most about
 HEADER_BYTES = 1024
 UINT16, UINT32 = (20240520, 1), (20240801, 7)  # magic number and version for ids of either type
 DTYPES = {UINT16: np.dtype("<u2"), UINT32: np.dtype("<u4")}
@@ -121,7 +121,7 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
 
 
 def read_stdlib() -> dict[str, str]:
-    """{name: text}, the standard library that runs this script; of equal files the first stays."""
+    """{name: text}: the running Python's library, without equal, very short or very long files."""
     root, names = Path(sysconfig.get_paths()["stdlib"]), {}
     for path in sorted(root.rglob("*.py")):
         if not NOT_CORPUS.search(name := path.relative_to(root).as_posix()):
@@ -133,8 +133,8 @@ def split_documents(documents: dict[str, str], fraction: float) -> tuple[list[st
     """(training texts, validation texts), the latter about `fraction` of the bytes.
 
     Whole documents go to validation in the order of the sha256 of their names, except those that
-    overshoot the target by a tenth and those most of whose text is lines that stand in other
-    documents too: they would measure memory. Where that leaves less than half of the target (a
+    overshoot the target by over a tenth and those mostly made of lines that other documents have
+    too: they would measure memorising. Where that leaves less than half of the target (a
     single file does), the end of the largest document is cut off at a newline.
     """
     size = {name: len(text.encode()) for name, text in documents.items()}
@@ -151,7 +151,7 @@ def split_documents(documents: dict[str, str], fraction: float) -> tuple[list[st
         name = max(train, key=size.__getitem__)
         text, share = train[name], min(0.5, (target - held) / size[name])
         end = len(text) - round(share * len(text))
-        end = text.rfind("\n", 0, end) + 1 or end
+        end = text.rfind("\n", end // 2, end) + 1 or end  # none near: in the line
         train[name], val[name + ":end"] = text[:end], text[end:]
     return list(train.values()), list(val.values())
 
@@ -275,7 +275,7 @@ def prepare_text(config: DataConfig, folder: Path) -> tiktoken.Encoding:
             raise ValueError(f"{config.source} holds {size} characters, expected 100 or more")
         train, val = split_documents(documents, config.val_fraction)
     if config.tokenizer in ("gpt2", "cl100k_base", "o200k_base"):
-        encoding = tiktoken.get_encoding(config.tokenizer)  # downloaded at first
+        encoding = tiktoken.get_encoding(config.tokenizer)  # downloaded once
     elif config.tokenizer:
         encoding = load_tokenizer(config.tokenizer)
     else:
@@ -321,10 +321,11 @@ def prepare(config: DataConfig) -> Path:
         new.mkdir()
         make = prepare_shards if config.source in SHARDS else prepare_text
         write_tokenizer(make(config, new), new)
-        data = load_dataset(new)  # read back and checked before it takes the place of another
+        load_dataset(new)  # checked by reading; Windows moves no folder whose files stay mapped
         if folder.exists():
             os.replace(folder, new.with_name("old"))
         os.replace(new, folder)
+    data = load_dataset(folder)
     info(f"{folder}: {len(data.train) + len(data.val):,} tokens, vocabulary {data.vocab_size:,}")
     return folder
 

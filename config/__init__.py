@@ -17,7 +17,7 @@ from typing import Any
 
 
 def info(text: str) -> None:
-    """A line on stderr, as all but the product of a command; of several processes the first's."""
+    """Print to stderr, as stdout is for results; of several processes, only the first prints."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 

@@ -3,7 +3,7 @@
     python prepare_data.py finewebedu --shards=99      # GPT-2 tokens, 9.9B of them, 20 GB
     python train.py config/base_1b.py
 
-It is V3 about the size of the 1B model of the loss-free balancing paper (arXiv 2408.15664, Table 5:
+V3, about as large as the 1B model of the loss-free balancing paper (arXiv 2408.15664, Table 5:
 1024 wide, 8 heads, 64 routed experts, top 6; windows of 2048 tokens). Schedules (warm-up apart),
 gamma 0.001, alpha 0.0001 and the weights of the MTP loss are train.py's defaults, the report's.
 
@@ -12,12 +12,12 @@ Computed, not measured; no GPU has run this yet, which is also why compile is of
     FLOPs     1.64 GFLOP per token with MTP, 8.6e18 in all
     time      hardly less than 9 hours, or 5.5 with --compile: beside its products (54 ms at the
               peak of 989 TFLOP/s) a micro-batch moves 0.49 TB, or 0.23 (146 or 69 ms at 3.35 TB/s),
-              so 27 or 44 % of the peak are the most there is; the four evaluations on 100M tokens
+              so 27 or 44 % of the peak is the limit; the four evaluations on 100M tokens
               add two to three minutes each
     memory    17 GB weights, gradients and AdamW (16 bytes a parameter, MTP included)
             + 28 GB activations of a micro-batch (0.85 MB a token x 16 windows x 2048 tokens)
             +  6 GB weights in bf16, gradient of the head, buffers = 51 GB; a step with fake tensors
-              comes to 54, 43 with --fp8, 23 with --recompute, for which there is no need
+              comes to 54, 43 with --fp8, 23 with --recompute, which is not needed
 """
 
 # Every matrix is a multiple of 128 wide and high, for FP8 tiles and grouped products, save the

@@ -11,8 +11,8 @@ seed begin with the same weights wherever their shapes agree, and see the same d
 line in experiments/results/NAME.json, written as soon as its run ends; what is there already, from
 the same code, settings and data, is not trained again. The base arm belongs to all experiments:
 `python experiments/run.py` trains it alone. Tables have means with 95 % intervals over the seeds,
-"against base" is the difference to the base run of the same seed; they, docs/RESULTS.md and
-docs/figures/NAME.svg are made from the JSON files and nothing else.
+"against base" is the difference to the base run of the same seed; they (also in
+docs/RESULTS.md) and docs/figures/NAME.svg are made from the JSON files alone.
 """
 
 import ast
@@ -173,7 +173,7 @@ def figures_of(run: Trained) -> dict[str, Any]:
 
 
 def code_hash(*texts: str) -> str:
-    """Of code without its comments and layout."""
+    """Of code, docstrings included, without comments and layout."""
     return digest(*(ast.dump(ast.parse(textwrap.dedent(text))) for text in texts))
 
 
@@ -197,7 +197,7 @@ def code_id() -> str:
 
 
 def change_hash(arm: Arm, measure: Callable | None) -> str:
-    """What makes this arm's result: its settings, and the code of what it replaces and measures."""
+    """Of the arm's settings, and the code of its stand-ins and of measure (not what these call)."""
     code = [arm.replace[name] for name in sorted(arm.replace)] + ([measure] if measure else [])
     code = [getattr(x, "__func__", x) for x in code]  # of a staticmethod
     code = [y for x in code for y in getattr(x, "__mro__", [x]) if y.__module__ == x.__module__]
@@ -214,7 +214,7 @@ def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
     corpus = digest(*(hashlib.sha256(x.read_bytes()).digest() for x in sorted(data.glob("*.bin"))))
     source = digest(code_id(), sorted((k, v) for k, v in base.items() if "_every" not in k))
     common = {"seed": seed, "steps": options.steps, "source": source, "corpus": corpus}
-    # The base is in two files: what every run has in base.json, what is measured besides in ours.
+    # The base is in two files: base.json has what every run has, ours what is measured besides.
     parts = [(experiment.name, experiment.measure)]
     if name == "base":
         parts = [("base", None), *(parts if experiment.measure else [])]
@@ -244,7 +244,7 @@ def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
 
 
 def compute_arm(experiment: Experiment, name: str, seed: int, options: Options):
-    """The same for what is computed without a training."""
+    """The same without a training; the code that `compute` calls does not count."""
     identity = {"arm": name, "seed": seed, "steps": 0, "source": "", "corpus": ""}
     identity["change"] = code_hash(inspect.getsource(experiment.compute))
     if not any(identity.items() <= x.items() for x in read_results(options, experiment.name)):
@@ -283,7 +283,7 @@ def main(argv: list[str], experiment: Experiment):
     if unknown := [name for name in chosen if name not in arms]:
         raise ValueError(f"there is no arm {unknown[0]!r}; choose from {', '.join(arms)}.")
     trainer = replace(experiment, name=experiment.results or experiment.name)
-    # All arms with one seed, then with the next: there are pairs soon.
+    # All arms with one seed, then with the next, so that pairs come early.
     turns = [(int(seed), name) for seed in options.seeds.split(",") for name in chosen]
     for seed, name in turns if not options.plot else []:
         if experiment.compute:

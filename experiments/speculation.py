@@ -1,4 +1,4 @@
-"""Does speculation pay? python experiments/speculation.py CKPT [--key=value]
+"""Does speculation pay? python experiments/speculation.py [CKPT] [--key=value]
 
 Decodes the same prompts, pieces of code the model has not seen, with every number of drafts: how
 many tokens a round gives, what it costs, how much faster that is than plain decoding, and what the
@@ -84,7 +84,7 @@ def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat:
 def speculation(
     model: DeepSeekV3, prompts: list[list[int]], options, compile: bool, temperature: float
 ) -> Table:
-    """Every number of drafts, the fastest found by trial, and drafts looked up in the text."""
+    """Every number of drafts, auto (two while they pay), and drafts looked up in the text."""
     device, new, stats, texts = model.norm.weight.device, options.new_tokens, {}, {}
     kinds = {str(G): (G, False) for G in range(5)} | {"auto": ("auto", False)}
     kinds |= {"3 or lookup": (3, True), "auto or lookup": ("auto", True)}
@@ -146,7 +146,8 @@ def tables(ckpt: str, options: SpeculationOptions) -> Iterator[Table]:
 def main(argv: list[str]):
     ckpt, values = parse_args(__doc__, argv, Options, SpeculationOptions, positional="ckpt")
     options = SpeculationOptions(**values)
-    print_tables(f"speculation {ckpt}", tables(ckpt or "out/small", options), options)
+    ckpt = ckpt or "out/small"
+    print_tables(f"speculation {ckpt}", tables(ckpt, options), options)
 
 
 if __name__ == "__main__":

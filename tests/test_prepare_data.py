@@ -140,7 +140,7 @@ def test_split_takes_whole_documents_by_the_hash_of_their_names():
 
 @pytest.mark.parametrize("newline", ["\n", ""])
 def test_split_cuts_the_end_off_a_single_file(newline):
-    text = prose(1, 300).replace("\n", newline)
+    text = "title\n" + prose(1, 300).replace("\n", newline)
     (train,), (val,) = pd.split_documents({"a": text}, 0.1)
     assert train + val == text and abs(len(val) / len(text) - 0.1) < 0.01
     assert not newline or train.endswith("\n")
