@@ -92,6 +92,7 @@ def test_config_files_are_assignments(tmp_path, monkeypatch):
     for content, sentence in {
         "batchsize = 4": "my.py: unknown key batchsize; did you mean batch_size?",
         "steps = 'five'": "my.py: steps is 'five', expected int",
+        "steps = True": "my.py: steps is True, expected int",
     }.items():
         Path("my.py").write_text(content)
         with pytest.raises(ValueError, match=re.escape(sentence)):

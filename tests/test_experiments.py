@@ -230,8 +230,7 @@ def test_page_and_figures_show_what_the_json_files_hold(name, monkeypatch):
 
 
 def test_grouped_queries_are_heads_that_share_keys_and_values(options):
-    settings = options.base() | {"num_attention_heads": 4}
-    config = ModelConfig(**train.split_configs(settings)[0])
+    config = ModelConfig(**train.split_configs(options.base() | {"num_attention_heads": 4})[0])
     few, many = attention.GroupedQueryAttention(config), attention.MultiHeadAttention(config)
     few.o_proj, few.q_proj = many.o_proj, many.q_proj
     for name in ("k_proj", "v_proj"):

@@ -173,8 +173,7 @@ def test_positions_survive_bf16():
     h, mla = torch.randn(1, 60, 16).bfloat16(), model.layers[0].self_attn
     expected = mla(h.double(), model.rope(h.double(), 600))
     model.bfloat16()
-    out = mla(h, model.rope(h, 600)).double()
-    assert (out - expected).norm() < 0.03 * expected.norm()
+    assert (mla(h, model.rope(h, 600)).double() - expected).norm() < 0.03 * expected.norm()
 
 
 def cached_logits(model, tokens, chunks, cache):
@@ -190,8 +189,9 @@ def test_cache_holds_c_and_r_numbers_a_token_and_nothing_else():
     cache = Cache(model.config, 3, 2, 9, like=model.norm.weight)
     model.trunk(tokens, cache)
     cache.length = 5
-    with pytest.raises(ValueError, match=r"^5 \+ 6 tokens exceed the cache of 9\.$"):
-        model.trunk(other[:, :6], cache)
+    for net in (model, ops.Decoder(model)):
+        with pytest.raises(ValueError, match=r"^5 \+ 6 tokens exceed the cache of 9\.$"):
+            net.trunk(other[:, :6], cache)
     mixed = torch.cat((tokens[:, :5], other[:, 5:]), 1)
     close(cached_logits(model, mixed[:, 5:], [2, 2], cache), model(mixed)[:, 5:])
     tensors = [x for x in (*vars(cache).values(), *cache.kv) if isinstance(x, torch.Tensor)]
@@ -218,8 +218,7 @@ def test_router_equals_a_loop(groups, norm):
         rows = zip(scores.tolist(), chosen.tolist(), weight.tolist(), strict=True)
         for row, experts, gains in rows:
             expected = reference.route(asdict(gate.config), row, bias.double().tolist())
-            ours = dict(zip(experts, gains, strict=True))
-            assert ours == pytest.approx(expected, abs=ATOL)
+            assert dict(zip(experts, gains, strict=True)) == pytest.approx(expected, abs=ATOL)
 
 
 def biases(model):
