@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # whatever the shell has
 
 
 @pytest.fixture(autouse=True)
