@@ -1,4 +1,4 @@
-"""Half an hour on two CPU cores: config/small.py one and a half times as wide, two layers deeper.
+"""Half an hour on two CPU cores: config/small.py one and a half times as wide, of 7 layers.
 
 8.3M parameters, and twice as many tokens per step, as Muon's cost is per step (docs/LOG.md).
 """

@@ -5,14 +5,14 @@
     --plot               no training: table and figure of the results that are there
     --quick              a tiny network for a few steps, to see that all works (into out/quick)
 
-An experiment names its arms: changes to the base configuration (config/small.py at a quarter of its
-length), or classes and functions that stand in for others while the arm is trained. Arms of one
-seed begin with the same weights wherever their shapes agree, and see the same data. A result is one
-line in experiments/results/NAME.json, written as soon as its run ends; what is there already, from
-the same code, settings and data, is not trained again. The base arm belongs to all experiments:
-`python experiments/run.py` trains it alone. Tables have means with 95 % intervals over the seeds,
-"against base" is the difference to the base run of the same seed; they (also in
-docs/RESULTS.md) and docs/figures/NAME.svg are made from the JSON files alone.
+An experiment names its arms: changes to the base configuration (experiments/base.py), or classes
+and functions that stand in for others while the arm is trained. Arms of one seed begin with the
+same weights wherever their shapes agree, and see the same data. A result is one line in
+experiments/results/NAME.json, written as soon as its run ends; what is there already, from the same
+code, settings and data, is not trained again. The base arm belongs to all experiments: `python
+experiments/run.py` trains it alone. Tables have means with 95 % intervals over the seeds, "against
+base" is the difference to the base run of the same seed; they (also in docs/RESULTS.md) and
+docs/figures/NAME.svg are made from the JSON files alone.
 """
 
 import ast
@@ -62,18 +62,14 @@ class Options:
     arms: str = ""  # only these, separated by commas
     plot: bool = False  # no training: table and figure of the results that are there
     quick: bool = False  # a tiny network for 20 steps with seeds 0 and 1: shows that all works
-    config: str = "config/small.py"  # the base configuration
+    config: str = "experiments/base.py"  # the base configuration
     results: str = "experiments/results"  # folder of the JSON files
     docs: str = "docs"  # folder of RESULTS.md and figures/
 
     def base(self) -> dict[str, Any]:
-        """The settings of the base arm: the file's, of another length, in short windows only, with
-        gamma 0.01 and the report's alpha and gamma_stop, as when the results were made."""
+        """The settings of the base arm: the file's, of another length."""
         settings = read_config_file(self.config, ModelConfig, train.TrainConfig)
-        for key in ("alpha", "gamma_stop"):
-            settings.pop(key, None)
-        own = {"steps": self.steps, "log_every": max(1, self.steps // 60), "long_block_size": 0}
-        return settings | own | {"gamma": 0.01}  # which balances within a hundred steps
+        return settings | {"steps": self.steps, "log_every": max(1, self.steps // 60)}
 
 
 @dataclass

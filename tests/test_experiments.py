@@ -242,8 +242,8 @@ def test_grouped_queries_are_heads_that_share_keys_and_values(options):
     torch.testing.assert_close(many(x[:, :5], [table[:5] for table in rope]), y[:, :5])  # causal
 
 
-def test_arms_of_the_small_configuration_are_as_large_as_they_say(monkeypatch):
-    base, total, active = run.Options(config=str(ROOT / "config/small.py")).base(), {}, {}
+def test_arms_of_the_base_configuration_are_as_large_as_they_say(monkeypatch):
+    base, total, active = run.Options(config=str(ROOT / "experiments/base.py")).base(), {}, {}
     forms = attention.arms(base)
     for name, arm in {"base": run.Arm(), **forms, **experts.arms(base)}.items():
         with torch.device("meta"), monkeypatch.context() as patch:
