@@ -52,7 +52,7 @@ class SampleConfig:
     seed: int = 1337  # with a fixed --draft it fixes the text; auto follows the clock
     draft: Literal["auto", 0, 1, 2, 3, 4] = "auto"  # drafts in a round; auto: 2 while they pay
     lookup: bool = True  # draft from the text itself where it repeats
-    compile: bool = False  # several times faster, after half a minute for each number of drafts
+    compile: bool = False  # several times faster, after up to a minute for each number of drafts
     show: Literal["", "drafts", "experts"] = ""  # accepted drafts in green; experts in colours
     interactive: bool = False  # ask for one prompt after another
     score: str = ""  # a text file: print its nats per token and bits per byte
@@ -110,10 +110,11 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
     q_x = q.gather(2, drafts[..., None]).squeeze(2)  # (B, G)
     kept = (u[:, :-1] * q_x < p_x).long().cumprod(1).sum(1)  # (B,)
     rows = torch.arange(len(p), device=p.device)
-    q = F.pad(q, (0, 0, 0, 1))  # no draft, no q: after the last one all of p is left
-    rest = (p[rows, kept] - q[rows, kept]).clamp(min=0)  # (B, V)
+    # (B, V): no draft, no q: after the last one all of p is left.
+    p, q = p[rows, kept], F.pad(q, (0, 0, 0, 1))[rows, kept]
+    rest = (p - q).clamp(min=0)
     # Where p and q differ by rounding only, nothing may be left of p - q.
-    rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p[rows, kept])
+    rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p)
     return kept, draw(rest[:, None], u[:, -1:])
 
 
@@ -243,7 +244,7 @@ def compiled(text: Text, n: Tensor, G: int, W: int, u: Tensor) -> Callable:
                     torch._dynamo.mark_static_address(x)
         options |= {"guard_filter_fn": lambda guards: [False] * len(guards)}
         graph = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
-        info("compiling a round of decoding, which may take half a minute")
+        info("compiling a round of decoding, which may take a minute")
         began, tokens = time.perf_counter(), text.tokens.clone()
         try:
             for _ in range(3):  # a GPU records its graph in the second
@@ -358,7 +359,7 @@ def generate(
     (B, T), auto, stats = tokens.shape, speculative == "auto", stats or Stats()
     end = min(T + max_new_tokens, model.config.max_position_embeddings)
     copied, drafts = (MOST_DRAFTS, AUTO_DRAFTS) if auto else [int(speculative)] * 2
-    # Compiled on a CPU drafts gain little and every number of them compiles for half a minute.
+    # Compiled on a CPU drafts gain little and every number of them compiles for up to a minute.
     if not model.mtp or (auto and compile and tokens.device.type == "cpu"):
         drafts = 0
     depth = len(model.mtp) if drafts else 0

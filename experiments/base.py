@@ -1,6 +1,7 @@
-"""The base configuration of all experiments: config/small.py with 5 layers.
+"""The base configuration of all experiments (run.py): config/small.py with 5 layers.
 
-3.1M parameters, the report's alpha, and the length that `--steps` gives.
+3.1M parameters, short windows only, gamma 0.01, and the report's alpha, gamma_stop and
+mtp_weight_late. A copy, so that config/small.py may change while the results stay valid.
 """
 
 vocab_size = 4096
