@@ -110,8 +110,7 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
     q_x = q.gather(2, drafts[..., None]).squeeze(2)  # (B, G)
     kept = (u[:, :-1] * q_x < p_x).long().cumprod(1).sum(1)  # (B,)
     rows = torch.arange(len(p), device=p.device)
-    # (B, V): no draft, no q: after the last one all of p is left.
-    p, q = p[rows, kept], F.pad(q, (0, 0, 0, 1))[rows, kept]
+    p, q = p[rows, kept], F.pad(q, (0, 0, 0, 1))[rows, kept]  # (B, V): without a draft q is 0
     rest = (p - q).clamp(min=0)
     # Where p and q differ by rounding only, nothing may be left of p - q.
     rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p)
