@@ -149,8 +149,7 @@ def test_code_is_the_same_if_it_trains_alike(monkeypatch):
 
 
 def test_interrupted_run_goes_on_and_a_finished_one_is_opened_as_it_ended(options):
-    """Stopped in its eleventh step, then while it was measured, then not; and once without a
-    stop: the same weights, and RoPE stretched as by the last phase."""
+    """Stopped in a step, in its measurement, not: the same weights, and RoPE as at the end."""
     seen = []
 
     def measure(trained):
