@@ -34,7 +34,7 @@ from ops import span
 
 MOST_DRAFTS = 4
 MATCH = 3  # tokens that prompt lookup finds again
-SURE = 0.2  # --draft=auto: the modules draft on while this likely all of a round's drafts stay
+SURE = 0.2  # --draft=auto: modules draft on while the product of their probabilities is above
 PLAIN_ROUNDS = 4  # whose time --draft=auto measures before it drafts
 GREEN = "32"
 PALETTE = (160, 34, 172, 33, 134, 37, 99, 204)  # neither bright nor dark: legible on any ground
@@ -127,11 +127,12 @@ class Text:
     ops.Decoder or the model, of which only trunk, predict_next and logits are called.
     """
 
-    def __init__(self, model, tokens, new: int, depth: int, compile: bool, filters: tuple, sure=0):
+    def __init__(self, model, tokens: Tensor, new: int, depth: int, compile: bool, filters: tuple):
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
         temperature, top_k, top_p = filters
         # Logits divided by less would be infinite.
-        self.greedy, self.depth, self.net, self.sure = temperature < 1e-6, depth, model, sure
+        self.greedy, self.depth, self.net = temperature < 1e-6, depth, model
+        self.live, self.sure = list(range(B)), 0.0  # rows that go on; how sure drafts have to be
         # A tensor, so that a graph serves every temperature.
         self.filters = ops.upcast(like[:0]).new_tensor(temperature), top_k, top_p
         # Room for a last round that goes too far. A graph serves one size: compiled there are few.
@@ -159,10 +160,11 @@ class Text:
             start, self.filled = self.filled, min(self.filled + most, end)
             self.draft(self.filled + 1, 0, self.filled - start)
 
-    def draft(self, n: int | Tensor, G: int, W: int, u: Tensor | None = None):
-        """The MTP modules fill slots n-1-W .. n-2 and write drafts of tokens n .. n+G-1. Once all
-        these stay with a probability of `sure` or less, by their own q, no more are made: exact, as
-        that looks at no later token. Returns G and the q they come from (B, G, V), none if greedy.
+    def draft(self, n: int | Tensor, G: int, W: int, u: Tensor | None = None) -> tuple:
+        """The MTP modules fill slots n-1-W .. n-2 and write drafts of tokens n .. n+G-1. The draft
+        that brings the product of their probabilities to `sure` or less is the last; as it stays
+        in, that depends on no token that is thrown away, so sampling stays exact. Returns how many
+        drafts there are and the distributions q they come from (B, G, V), none if greedy.
 
         Slot i of module k (from 0) takes h_i of depth k and token i+k+1 and predicts token i+k+2.
         So slot n-2 of module 0 gives token n, that of module 1 token n+1, and so on; deeper drafts
@@ -183,8 +185,8 @@ class Text:
                 token = draw(q[j], u[:, j : j + 1]) if q else logits.argmax(-1)
                 self.tokens[:, span(n + j, 1)] = token
                 if self.sure:
-                    p = q[j] if q else logits.softmax(-1)
-                    stay *= p.gather(2, token[..., None]).prod().item()
+                    p = logits.softmax(-1).gather(2, token[..., None])  # (B, 1, 1)
+                    stay *= p[self.live].prod().item()
                     G = G if stay > self.sure else j + 1
             j += 1
         return G, torch.cat(q, 1) if q else None
@@ -290,7 +292,8 @@ class Pace:
         """A round with G drafts took so long and gave so many tokens per row."""
         if not G:
             self.plain.append(seconds)
-        elif self.plain:  # more than G + 1 plain rounds would be other programs' time
+        elif self.plain:
+            # More than G + 1 plain rounds would be the time of other programs.
             cost = min(seconds / statistics.median(self.plain[-16:]), G + 1)
             self.won[looked_up] += tokens - cost
         self.won = {kind: won + tokens / 200 for kind, won in self.won.items()}
@@ -362,18 +365,19 @@ def generate(
     check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
     (B, T), auto, stats = tokens.shape, speculative == "auto", stats or Stats()
     end = min(T + max_new_tokens, model.config.max_position_embeddings)
-    copied = drafts = MOST_DRAFTS if auto else int(speculative)
+    copied = MOST_DRAFTS if auto else int(speculative)
+    drafts = 2 if auto and compile else copied
     # Compiled on a CPU drafts gain little and every number of them compiles for up to a minute.
     if not model.mtp or (auto and compile and tokens.device.type == "cpu"):
         drafts = 0
     depth = len(model.mtp) if drafts else 0
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     rows = ["".join(map(chr, ids)) for ids in tokens.tolist()]  # a character for every token
-    live = list(range(B))  # the rows that go on
 
-    n, pace, sure = T, Pace(auto), SURE if auto and not compile else 0  # a graph's drafts are fixed
-    text = Text(model, tokens, end - T, depth, compile, (temperature, top_k, top_p), sure)
-    while live and n < end:
+    text = Text(model, tokens, end - T, depth, compile, (temperature, top_k, top_p))
+    text.sure = SURE if auto and not compile else 0.0  # a graph's drafts are fixed
+    n, pace = T, Pace(auto)
+    while (live := text.live) and n < end:
         may = lookup and pace.allows(looked_up=True)
         found = [look_up(rows[b], copied) if may else [] for b in live]
         looked_up = all(found)
@@ -397,7 +401,7 @@ def generate(
             for j in range(G):
                 stats.drafted[j] += 1
                 stats.accepted[j] += kept > j
-        live = [b for b in live if ord(rows[b][-1]) not in eos]
+        text.live = [b for b in live if ord(rows[b][-1]) not in eos]
         pace.learn(G, looked_up, seconds, advance)
         n += advance
         stats.seconds += seconds

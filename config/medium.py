@@ -1,4 +1,4 @@
-"""Half an hour on two CPU cores: half as wide again as config/small.py, a layer less.
+"""Half an hour on two CPU cores: half as wide again as config/small.py, one layer fewer.
 
 8.3M parameters, and twice as many tokens per step, as Muon's cost is per step (docs/LOG.md).
 """

@@ -43,6 +43,6 @@ min_lr = 0.02
 mtp_weight_late = 0.3  # the report: 0.1. A few more drafts are kept, for the same loss
 gamma = 0.003  # the report's 0.001 moves a bias by 1 in 1000 steps: too slow for a run this short
 gamma_stop = 1.0  # the biases are updated until the end of the run
-alpha = 0.005  # fifty times the report's: loads are evener; far larger harms (docs/LOG.md)
+alpha = 0.005  # fifty times the report's: loads are evener; 0.02 harms (docs/LOG.md)
 eval_every = 800
 save_every = 600

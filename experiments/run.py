@@ -67,7 +67,7 @@ class Options:
     docs: str = "docs"  # folder of RESULTS.md and figures/
 
     def base(self) -> dict[str, Any]:
-        """The settings of the base arm: the file's, of another length."""
+        """The settings of the base arm: the file's, with length and logging."""
         settings = read_config_file(self.config, ModelConfig, train.TrainConfig)
         return settings | {"steps": self.steps, "log_every": max(1, self.steps // 60)}
 

@@ -277,8 +277,7 @@ def test_swiglu_is_recomputed_from_fp8():
 
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_what_is_kept_for_backward(swiglu):
-    """A byte a number, a scale a tile, two of these for SwiGLU, and no copy of the weight: FSDP's
-    is released and gathered anew in between."""
+    """A byte a number, a scale a tile, two of these for SwiGLU; no weight, which FSDP releases."""
     T, K, kept = 1024, 256, []
     x, up = torch.randn(2, T, K).bfloat16().requires_grad_()
     weight = FP8Linear(K, 384).weight

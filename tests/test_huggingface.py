@@ -138,8 +138,7 @@ def test_the_same_network_both_ways(name, tmp_path):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_config_in_the_style_of_the_releases(name):
-    """transformers 5 writes rope_parameters; the released config.json have rope_theta and
-    rope_scaling, torch_dtype, and keys that only training used."""
+    """transformers 5 writes rope_parameters; the release rope_theta, rope_scaling, and more."""
     keys = json.loads(json.dumps(TINY | VARIANTS[name]))  # DeepseekV3Config edits its input
     new = DeepseekV3Config(**keys).to_dict()
     assert "rope_parameters" in new
@@ -246,8 +245,7 @@ LARGE = dict(  # with the rope key 576 rows of keys, as in the release: the last
 @torch.no_grad()
 @pytest.mark.parametrize("powers_of_two", [False, True])
 def test_fp8(powers_of_two, tmp_path):
-    """By the definition W[i, j] = q[i, j] * scale[i // 128, j // 128]; also with the scales of
-    V3.1, powers of two in a byte, and in another file than their weights."""
+    """W[i, j] = q[i, j] * scale[i // 128, j // 128]; V3.1's scales in bytes, or in another file."""
     model, directory, meaning = ours(depth=1, **LARGE), tmp_path / "a", {}
     model.save_pretrained(directory, quantize=True)
     quantization = json.loads((directory / "config.json").read_text())["quantization_config"]

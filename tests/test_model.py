@@ -25,8 +25,7 @@ from huggingface import checkpoint_views
 from model import Cache, DeepSeekV3, Gate, ModelConfig, RMSNorm
 
 ATOL = 1e-11
-# No two widths are equal, so that exchanged dimensions do not go unnoticed, and rms_norm_eps is
-# large enough to be told from the latent norms' 1e-6.
+# No two widths are equal, so that exchanged ones show, nor rms_norm_eps and the latent norms' 1e-6.
 TINY = dict(
     vocab_size=31, hidden_size=16, num_hidden_layers=3, num_attention_heads=3,
     q_lora_rank=10, kv_lora_rank=7, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5,
