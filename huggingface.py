@@ -275,8 +275,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         saved = torch.load(file, "cpu", weights_only=True, mmap=os.name == "posix")
         dict(saved["model_config"])  # raises where another program has saved it
         return saved
-    except Exception as error:  # a missing or damaged file may lead to any
-        raise ValueError(f"no checkpoint at {file}, or no whole one ({error!s:.100})") from None
+    except Exception:  # a missing or damaged file may lead to any
+        raise ValueError(f"no checkpoint of train.py at {file}, or no whole one") from None
 
 
 def load_model(
@@ -297,6 +297,8 @@ def load_model(
         except Exception as error:  # tokenizers raises nothing more special
             raise ValueError(f"the tokenizer of {path} cannot be read ({error!r:.200})") from None
     saved = load_checkpoint(path)
+    if saved.get("model_sha256", MODEL_SHA256) != MODEL_SHA256:
+        info(f"model.py has changed since {path} was trained (huggingface.py --check compares)")
     try:
         with torch.device("meta"):
             model = DeepSeekV3(ModelConfig(**saved["model_config"]))
@@ -304,8 +306,6 @@ def load_model(
         model.load_state_dict(saved["model"])
     except (RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: weights and settings do not match: {error!s:.200}") from None
-    if saved.get("model_sha256", MODEL_SHA256) != MODEL_SHA256:
-        info(f"model.py has changed since {path} was trained (huggingface.py --check compares)")
     windows = saved.get("train_config", {}).get("block_size", model.trained_length)
     model.trained_length = saved.get("trained_length", windows)  # earlier versions had one length
     encoding = load_tokenizer(path if path.is_dir() else path.parent)

@@ -229,7 +229,7 @@ def load_tokenizer(folder: Path | str) -> tiktoken.Encoding:
             raise ValueError("its sha256 is not that in meta.json")
         return encoding_from(parse_ranks(content), meta["pattern"], meta["special_tokens"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder} has no tokenizer in meta.json ({error!r}); {AGAIN}") from None
+        raise ValueError(f"{folder} has no whole tokenizer ({error!s:.200}); {AGAIN}") from None
 
 
 # ---- Token files --------------------------------------------------------------------------------

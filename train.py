@@ -22,6 +22,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -599,6 +600,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
     run = Run(model, optimizers, data, config, machine)
     if saved:
         run.restore(saved)
+    if run.last:
+        info(f"{run.out} is at step {run.step} of {config.steps}: nothing is left to train")
     handlers = {s: signal.signal(s, run.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         run.evaluate()  # of the checkpoint's step, which is saved before it is evaluated
@@ -640,6 +643,10 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             run.stopped = bool(machine.sum(torch.tensor(float(run.signalled > 0))))
             run.checkpoint()
             run.evaluate()
+    except RuntimeError:
+        if run.signalled:  # which a compiler has heard too
+            raise KeyboardInterrupt from None
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -779,7 +786,8 @@ def show_result(config: TrainConfig, prompt: str):
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
-    info(f"\nMore: python sample.py {config.out} --prompt={prompt[:20]!r}")
+    start = shlex.quote(prompt[:20].partition("\n")[0])
+    info(f"\nMore: python sample.py {config.out} --prompt={start}")
 
 
 def main(argv: list[str]):

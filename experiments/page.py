@@ -83,7 +83,7 @@ paint();
 
 @dataclass
 class Options:
-    out: str = "docs/experts.html"  # the page
+    out: str = "experts.html"  # the page
     text: str = "model.py"  # a file that the model has not seen
     start: str = "class Gate"  # where in it the page begins
     length: int = 512  # tokens

@@ -215,9 +215,9 @@ DAMAGES = [  # what the sentence says, and how the folder is damaged
     ("no whole token file", lambda d: write_shard(d / "val.bin", [1], version=2)),
     ("no whole token file", lambda d: write_shard(d / "val.bin", [])),
     ("no whole token file", lambda d: os.truncate(d / "val.bin", 1500)),
-    ("has no tokenizer in meta.json (FileNotFoundError", lambda d: (d / "meta.json").unlink()),
-    ("JSONDecodeError", lambda d: os.truncate(d / "meta.json", 50)),
-    ("KeyError('tokenizer_sha256')", lambda d: (d / "meta.json").write_text("{}")),
+    ("/meta.json'); make it", lambda d: (d / "meta.json").unlink()),
+    ("no whole tokenizer", lambda d: os.truncate(d / "meta.json", 50)),
+    ("('tokenizer_sha256')", lambda d: (d / "meta.json").write_text("{}")),
     ("sha256 is not", lambda d: os.truncate(d / "tokenizer.tiktoken", 1000)),
 ]
 
@@ -360,7 +360,7 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
         (1, "val_fraction=0.6: expected", "a.txt", "--val_fraction=0.6", "--name=b"),
         (1, "name='../x': expected", "a.txt", "--name=../x"),
         (1, "vocab_size=256: expected 257", "a.txt", "--name=b", "--vocab_size=256"),
-        (1, "gpt3 has no tokenizer", "a.txt", "--name=b", "--tokenizer=gpt3"),
+        (1, "gpt3 has no whole tokenizer", "a.txt", "--name=b", "--tokenizer=gpt3"),
     ]:
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])
         with pytest.raises(SystemExit) if code else nullcontext() as done:
