@@ -34,7 +34,7 @@ from ops import span
 
 MOST_DRAFTS = 4
 MATCH = 3  # tokens that prompt lookup finds again
-SURE = 0.2  # --draft=auto: modules draft on while the product of their probabilities is above
+AUTO_DRAFTS = 2  # of the modules in a round, with --draft=auto
 PLAIN_ROUNDS = 4  # whose time --draft=auto measures before it drafts
 GREEN = "32"
 PALETTE = (160, 34, 172, 33, 134, 37, 99, 204)  # neither bright nor dark: legible on any ground
@@ -50,7 +50,7 @@ class SampleConfig:
     top_k: int | None = 200  # sample among the k likeliest tokens; none: among all
     top_p: float | None = None  # among the fewest tokens that have this much probability
     seed: int = 1337  # with a fixed --draft it fixes the text; auto follows the clock
-    draft: Literal["auto", 0, 1, 2, 3, 4] = "auto"  # drafts in a round; auto: while they pay
+    draft: Literal["auto", 0, 1, 2, 3, 4] = "auto"  # drafts in a round; auto: 2 while they pay
     lookup: bool = True  # draft from the text itself where it repeats
     compile: bool = False  # several times faster, after up to a minute for each number of drafts
     show: Literal["", "drafts", "experts"] = ""  # accepted drafts in green; experts in colours
@@ -132,7 +132,6 @@ class Text:
         temperature, top_k, top_p = filters
         # Logits divided by less would be infinite.
         self.greedy, self.depth, self.net = temperature < 1e-6, depth, model
-        self.live, self.sure = list(range(B)), 0.0  # rows that go on; how sure drafts have to be
         # A tensor, so that a graph serves every temperature.
         self.filters = ops.upcast(like[:0]).new_tensor(temperature), top_k, top_p
         # Room for a last round that goes too far. A graph serves one size: compiled there are few.
@@ -160,19 +159,17 @@ class Text:
             start, self.filled = self.filled, min(self.filled + most, end)
             self.draft(self.filled + 1, 0, self.filled - start)
 
-    def draft(self, n: int | Tensor, G: int, W: int, u: Tensor | None = None) -> tuple:
-        """The MTP modules fill slots n-1-W .. n-2 and write drafts of tokens n .. n+G-1. The draft
-        that brings the product of their probabilities to `sure` or less is the last; as it stays
-        in, that depends on no token that is thrown away, so sampling stays exact. Returns how many
-        drafts there are and the distributions q they come from (B, G, V), none if greedy.
+    def draft(self, n: int | Tensor, G: int, W: int, u: Tensor | None = None) -> Tensor | None:
+        """The MTP modules fill slots n-1-W .. n-2 and write drafts of tokens n .. n+G-1. Returns
+        the distributions q these come from (B, G, V), nothing if greedy.
 
         Slot i of module k (from 0) takes h_i of depth k and token i+k+1 and predicts token i+k+2.
         So slot n-2 of module 0 gives token n, that of module 1 token n+1, and so on; deeper drafts
         come from further slots of the last module, fed with its own output.
         """
-        start, q, j, stay = n - 1 - W, [], 0, 1.0
+        start, q = n - 1 - W, []
         h = self.hidden[:, span(start, W)]
-        while j < max(G, self.depth):
+        for j in range(max(G, self.depth)):
             k = min(j, self.depth - 1)
             if j > k:
                 start, W, h = n - 2 + j - k, 1, h[:, -1:]
@@ -184,12 +181,7 @@ class Text:
                     q.append(probabilities(logits, *self.filters))
                 token = draw(q[j], u[:, j : j + 1]) if q else logits.argmax(-1)
                 self.tokens[:, span(n + j, 1)] = token
-                if self.sure:
-                    p = logits.softmax(-1).gather(2, token[..., None])  # (B, 1, 1)
-                    stay *= p[self.live].prod().item()
-                    G = G if stay > self.sure else j + 1
-            j += 1
-        return G, torch.cat(q, 1) if q else None
+        return torch.cat(q, 1) if q else None
 
     def round(self, n: int | Tensor, G: int, W: int, u: Tensor) -> Tensor:
         """Drafts, one forward of the model, and tokens n .. n+G are written.
@@ -197,7 +189,7 @@ class Text:
         W is 0 where the modules draft nothing, u (B, 2G+1) uniform in [0, 1). Returns how many
         drafts each row keeps, then its tokens, of which kept + 1 are true: (B, 1 + G+1).
         """
-        G, q = self.draft(n, G, W, u) if W else (G, None)
+        q = self.draft(n, G, W, u) if W else None
         fresh = self.tokens[:, span(n - 1, G + 1)]  # (B, G+1): the newest token and the drafts
         self.cache.length = n - 1  # so rejected drafts are forgotten
         h = self.net.trunk(fresh, self.cache)
@@ -206,10 +198,10 @@ class Text:
         logits, drafts = self.net.logits(h), fresh[:, 1:]  # (B, G+1, V), (B, G)
         p = None if self.greedy else probabilities(logits, *self.filters)
         if q is None:  # looked up or greedy: kept where the model says the same
-            out = logits.argmax(-1) if self.greedy else draw(p, u[:, -G - 1 :])  # (B, G+1)
+            out = logits.argmax(-1) if self.greedy else draw(p, u[:, G:])  # (B, G+1)
             kept = (out[:, :-1] == drafts).long().cumprod(1).sum(1)  # (B,)
         else:
-            kept, token = accept(p, q, drafts, u[:, -G - 1 :])
+            kept, token = accept(p, q, drafts, u[:, G:])
             out = F.pad(drafts, (0, 1)).scatter(1, kept[:, None], token)
         self.tokens[:, span(n, G + 1)] = out
         return torch.cat((kept[:, None], out), 1)
@@ -282,6 +274,7 @@ class Pace:
 
     def __init__(self, auto: bool):
         self.auto, self.plain = auto, []  # seconds of plain rounds
+        self.drafted = {False: [], True: []}  # of rounds with the modules' drafts, with lookup
         self.won = {False: 1.5, True: 0.5}  # tokens, by the modules' drafts and by lookup
 
     def allows(self, looked_up: bool) -> bool:
@@ -290,11 +283,10 @@ class Pace:
 
     def learn(self, G: int, looked_up: bool, seconds: float, tokens: int):
         """A round with G drafts took so long and gave so many tokens per row."""
-        if not G:
-            self.plain.append(seconds)
-        elif self.plain:
-            # More than G + 1 plain rounds would be the time of other programs.
-            cost = min(seconds / statistics.median(self.plain[-16:]), G + 1)
+        times = self.drafted[looked_up] if G else self.plain
+        times.append(seconds)
+        if G and self.plain:
+            cost = statistics.median(times[-16:]) / statistics.median(self.plain[-16:])
             self.won[looked_up] += tokens - cost
         self.won = {kind: won + tokens / 200 for kind, won in self.won.items()}
 
@@ -356,7 +348,7 @@ def generate(
 ) -> Tensor:
     """Continues the rows of tokens (B, T) by max_new_tokens each: (B, T + new), prompt included.
 
-    speculative: drafts per round, 0 to 4, or "auto": up to 4, where that promises to pay. lookup:
+    speculative: drafts per round, 0 to 4, or "auto": 2, or 4 looked up, where that pays. lookup:
     draft from the text itself where its last tokens stood before. compile: rounds become graphs. A
     row that reaches eos_token_id (one or several) is padded with it. At max_position_embeddings
     decoding stops with a note, so `new` may be smaller. on_token(row, ids, drafted) sees new tokens
@@ -365,19 +357,18 @@ def generate(
     check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
     (B, T), auto, stats = tokens.shape, speculative == "auto", stats or Stats()
     end = min(T + max_new_tokens, model.config.max_position_embeddings)
-    copied = MOST_DRAFTS if auto else int(speculative)
-    drafts = 2 if auto and compile else copied
+    copied, drafts = (MOST_DRAFTS, AUTO_DRAFTS) if auto else [int(speculative)] * 2
     # Compiled on a CPU drafts gain little and every number of them compiles for up to a minute.
     if not model.mtp or (auto and compile and tokens.device.type == "cpu"):
         drafts = 0
     depth = len(model.mtp) if drafts else 0
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     rows = ["".join(map(chr, ids)) for ids in tokens.tolist()]  # a character for every token
+    live = list(range(B))  # the rows that go on
 
     text = Text(model, tokens, end - T, depth, compile, (temperature, top_k, top_p))
-    text.sure = SURE if auto and not compile else 0.0  # a graph's drafts are fixed
     n, pace = T, Pace(auto)
-    while (live := text.live) and n < end:
+    while live and n < end:
         may = lookup and pace.allows(looked_up=True)
         found = [look_up(rows[b], copied) if may else [] for b in live]
         looked_up = all(found)
@@ -387,7 +378,6 @@ def generate(
         G = copied if looked_up else drafts if draft else 0
         u = torch.rand(B, 2 * G + 1, generator=generator, device=tokens.device)
         outcome, seconds = text.play(n, G, u, looked_up)
-        G = len(outcome[0]) - 2  # unsure modules make fewer
         # All advance by the least number of tokens that any has. A row that keeps more drafts
         # writes a draft in the place where another has its replacement.
         advance = min(1 + min(outcome[b][0] for b in live), end - n)
@@ -401,7 +391,7 @@ def generate(
             for j in range(G):
                 stats.drafted[j] += 1
                 stats.accepted[j] += kept > j
-        text.live = [b for b in live if ord(rows[b][-1]) not in eos]
+        live = [b for b in live if ord(rows[b][-1]) not in eos]
         pace.learn(G, looked_up, seconds, advance)
         n += advance
         stats.seconds += seconds

@@ -84,7 +84,7 @@ def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat:
 def speculation(
     model: DeepSeekV3, prompts: list[list[int]], options, compile: bool, temperature: float
 ) -> Table:
-    """Every number of drafts, auto (up to four), and drafts looked up in the text."""
+    """Every number of drafts, auto (two while they pay), and drafts looked up in the text."""
     device, new, stats, texts = model.norm.weight.device, options.new_tokens, {}, {}
     kinds = {str(G): (G, False) for G in range(5)} | {"auto": ("auto", False)}
     kinds |= {"3 or lookup": (3, True), "auto or lookup": ("auto", True)}
