@@ -105,7 +105,7 @@ def from_pretrained(
     """Opens a checkpoint of the DeepSeek-V3 family in bf16, fp16, fp32 or block-wise FP8, in one
     file or several.
 
-    dtype None is the one config.json names, bf16 if none, FP8 or unknown. MTP modules are there if
+    dtype None is the one config.json names, bf16 if none or FP8. MTP modules are there if
     their tensors are. Raises ValueError naming the file, key or tensor that is wrong.
     """
     import safetensors
@@ -123,9 +123,11 @@ def from_pretrained(
         raise ValueError(f"{path} cannot be used ({error!s:.200}): fetch all anew.") from None
     config = config_from_json(raw)
     config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
-    kind = "" if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
+    kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
+    if not isinstance(named := getattr(torch, str(kind or "bfloat16"), None), torch.dtype):
+        raise ValueError(f"config.json has dtype {kind!r}, expected one of torch's, as float32.")
     with torch.device("meta"):
-        model = DeepSeekV3(config).to(dtype or getattr(torch, str(kind), torch.bfloat16))
+        model = DeepSeekV3(config).to(dtype or named)
     model.materialize(device)
 
     views, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))

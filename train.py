@@ -643,8 +643,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             run.stopped = bool(machine.sum(torch.tensor(float(run.signalled > 0))))
             run.checkpoint()
             run.evaluate()
-    except RuntimeError:
-        if run.signalled:  # which a compiler has heard too
+    except torch._dynamo.exc.ShortenTraceback:
+        if run.signalled:  # which the compiler has heard too
             raise KeyboardInterrupt from None
         raise
     finally:

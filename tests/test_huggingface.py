@@ -292,6 +292,7 @@ CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
     ({"scoring_func": "softmax"}, "scoring_func 'softmax', expected 'sigmoid'"),
     ({"topk_method": "greedy"}, "topk_method 'greedy', expected 'noaux_tc'"),
     ({"moe_layer_freq": 2}, "moe_layer_freq 2, expected 1"),
+    ({"torch_dtype": "strange"}, "dtype 'strange', expected"),
     ({"quantization_config": {"quant_method": "compressed-tensors"}}, "'compressed-tensors'"),
     ({"quantization_config": {"weight_block_size": [64, 64]}}, "[64, 64]"),
     ({"rope_scaling": None, "rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),

@@ -25,7 +25,7 @@ from huggingface import checkpoint_views
 from model import Cache, DeepSeekV3, Gate, ModelConfig, RMSNorm
 
 ATOL = 1e-11
-# No two widths are equal, so that exchanged ones show, nor rms_norm_eps and the latent norms' 1e-6.
+# No two widths are equal, nor rms_norm_eps and the latent norms' 1e-6: exchanged ones show.
 TINY = dict(
     vocab_size=31, hidden_size=16, num_hidden_layers=3, num_attention_heads=3,
     q_lora_rank=10, kv_lora_rank=7, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5,
@@ -538,8 +538,7 @@ def test_use_fp8_switches_projections_mlps_and_experts_and_nothing_else():
 
 def test_fp8_is_close_to_full_precision_and_padding_does_not_change_it(monkeypatch):
     """4 bits (E4M3) in every product: 10 to 17 % of the logits' norm over seeds, where gate and up
-    exchanged, or forgotten gate values, make 46 % and more. The emulation's padded rows leave all
-    scales, losses and gradients as they are without."""
+    exchanged, or forgotten gate values, make 46 % and more. Padded rows change no number."""
     model = calm().train()
     tokens = tokens_of(model, 2, 8)
 

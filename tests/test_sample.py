@@ -402,8 +402,8 @@ def test_filters_in_the_order_temperature_top_k_top_p():
 def p_value(counts, expected) -> float:
     """Of a chi-square test: counts (experiments, outcomes) against their expectations."""
     assert counts[expected == 0].sum() == 0
-    both, rare = torch.stack((counts.double(), expected.double())), expected < 5
-    counts, expected = torch.cat((both * ~rare, (both * rare).sum(2, keepdim=True)), 2)  # are one
+    both, rare = torch.stack((counts.double(), expected.double())), expected < 5  # count as one
+    counts, expected = torch.cat((both * ~rare, (both * rare).sum(2, keepdim=True)), 2)
     possible = expected > 0
     chi2 = ((counts - expected) ** 2 / expected)[possible].sum()
     df = int((possible.sum(1) - 1).clamp(min=0).sum())

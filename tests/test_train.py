@@ -811,6 +811,9 @@ def test_an_existing_run_is_refused_and_kept(shared):
     lacking = torch._dynamo.exc.ShortenTraceback("no g++", first_useful_frame=None)
     with mock.patch.object(torch.optim.AdamW, "step", side_effect=lacking):
         assert "--compile cannot be used here (no g++)" in refused("--overwrite")
+        stop = mock.patch.object(train, "lr_at", lambda *_: signal.raise_signal(2) or 0.1)
+        with stop, pytest.raises(KeyboardInterrupt):  # a killed compiler is no lacking one
+            run("--overwrite")
     assert Path("run/ckpt.pt").read_bytes() == before and not Path("run/meta.json").exists()
     for name in ("plot.png", "photo.png"):
         Path("run", name).touch()
