@@ -37,6 +37,7 @@ BLOCK = (128, 128)  # weights: coarser, but the transpose of a block is a block
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 Quantized = tuple[Tensor, Tensor]  # (q, s)
+COPIES = ["swiglu", "MLP", "Experts"]  # what this file computes in place of model.py
 _emulated: set[torch.device] = set()  # devices of which has_blockwise_fp8 has printed that
 
 

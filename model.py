@@ -13,8 +13,8 @@ technical report, arXiv 2412.19437, section 2):
     b  += gamma sign(mean load - load)                          balances the experts, no gradient
 
 Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. Every
-formula stands here in its plain form; `@fast_twin` marks those that ops.py computes faster, with
-the same name and, but for rounding, the same result (`ops.enabled = False` turns the twins off).
+formula stands here in its plain form. `@fast_twin` marks those that ops.py computes faster, with
+the same name and, but for rounding, the same result. Edit a formula, and its twin steps aside.
 Where the report is silent (which norm, epsilon) or the released weights differ (order of
 concatenation in MTP), the weights decide; huggingface.py opens them.
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fp8
-from ops import compute_dtype, fast_twin, upcast
+from ops import compute_dtype, edited, fast_twin, upcast
 
 Rope = tuple[Tensor, Tensor]  # cos and sin
 Past = tuple[Tensor, int] | None  # a layer's cache (B, size, C+R) and how many tokens are in it
@@ -552,6 +552,11 @@ class DeepSeekV3(nn.Module):
     def use_fp8(self):
         """Section 3.3.1: the products of attention projections and FFNs in FP8 (fp8.py). Embedding,
         head, gate, norms, attention core and eh_proj stay in high precision."""
+        if changed := edited(globals(), fp8.COPIES):
+            raise ValueError(
+                f"model.{changed[0]} is not the one that fp8.py copies: leave out --fp8, or edit "
+                "the copy in fp8.py alike and run python ops.py for the new fingerprint."
+            )
         fp8.tell_compiler()
         swap = {nn.Linear: fp8.FP8Linear, MLP: fp8.FP8MLP, Experts: fp8.FP8Experts}
         for block in [*self.layers, *(module.block for module in self.mtp)]:

@@ -1,36 +1,183 @@
 """Fast twins of formulas in model.py: same names and arguments, same results but for rounding.
 
-model.py marks a formula with `@fast_twin`; then the function of that name in this file is called
-in its place, as long as `enabled` is true. With `ops.enabled = False` the network computes from its
-plain formulas alone, and tests/test_model.py runs both ways. To change a formula, edit model.py and
-take the mark away.
+model.py marks a formula with `@fast_twin`. Then the function of that name in this file is called in
+its place. `Decoder`, below, is a fast copy of the whole network for decoding.
+
+A copy knows what it copies. `FINGERPRINTS` has an entry for every formula that this file or fp8.py
+computes a second time. A formula with another fingerprint has been edited: then its copy steps
+aside, the formula runs, and one line on stderr says so. So model.py may be edited freely. Who edits
+a formula and its copy alike puts what `python ops.py` prints in the place of `FINGERPRINTS`.
 
 A twin is here if it saves 3 % or more of a training step of config/small.py on two CPU cores, or is
 needed on a GPU; docs/LOG.md has the figures. Letters are those of model.py.
 """
 
 import functools
+import hashlib
+import inspect
+import io
 import math
-from collections.abc import Callable
+import textwrap
+import tokenize
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-enabled = True
+from config import info
+
+enabled = True  # the tests turn the twins off, to compare them with their formulas
+
+# ---- What is copied, and whether it is still the same --------------------------------------------
+
+FINGERPRINTS = {
+    "rms_norm": "8bc7d41e",
+    "RMSNorm": "d158059f",
+    "yarn_mscale": "263d83e0",
+    "rope_table": "7b3d8007",
+    "rotate": "bec1206a",
+    "Cache": "ce6db608",
+    "causal_attention": "ab0fe8b7",
+    "MLA": "75e21c35",
+    "swiglu": "16d73f12",
+    "MLP": "19ef2dbd",
+    "Gate": "dc6a8a10",
+    "expert_counts": "c5cc6574",
+    "sort_by_expert": "f1398087",
+    "dispatch": "b4f7e8fa",
+    "combine": "7b97e2c5",
+    "grouped_linear": "67ad773c",
+    "Experts": "e6c31f8b",
+    "MoE": "97f5268e",
+    "Block": "a67b5768",
+    "MTP": "a11530f9",
+    "head_loss": "25bcce7d",
+    "DeepSeekV3.__init__": "dd98d62d",
+    "DeepSeekV3.run_block": "b9eefb2f",
+    "DeepSeekV3.rope": "888221fd",
+    "DeepSeekV3.trunk": "08b1fc35",
+    "DeepSeekV3.predict_next": "01602397",
+    "DeepSeekV3.logits": "d1423d81",
+}
+# A twin that relies on other formulas besides its own.
+RELIES_ON = {
+    "sort_by_expert": ["expert_counts"],
+    "dispatch": ["sort_by_expert"],  # its gradient takes rows and slots to belong together
+    "combine": ["sort_by_expert"],
+}
+# The Decoder calls the model's own gate. The others have no part in decoding.
+NOT_DECODED = {"yarn_mscale", "Gate", "head_loss", "DeepSeekV3.__init__"}
+
+
+def fingerprint(formula: Any) -> str:
+    """Eight digits for the source of a function or class, without comments, docstrings and layout.
+
+    The same under every Python from 3.10 on; "unknown" where there is no source to read. Of a class
+    the methods count as they are now, also those that were put in later.
+    """
+    if not inspect.isclass(formula):
+        return fingerprint_of((formula,))
+    members = (getattr(x, "fget", None) or x for x in vars(formula).values())  # fget: a property's
+    return fingerprint_of(tuple(x for x in members if inspect.isfunction(x)))
+
+
+@functools.cache
+def fingerprint_of(functions: tuple) -> str:
+    text = "".join(map(source_tokens, functions))
+    return hashlib.sha256(text.encode()).hexdigest()[:8] if text else "unknown"
+
+
+def source_tokens(function: Any) -> str:
+    """The tokens of a function's source from `def` on, joined; "" where no source can be read."""
+    try:
+        source = textwrap.dedent(inspect.getsource(function))  # of what a decorator has wrapped
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):
+        return ""
+    layout = {tokenize.NEWLINE: "¶", tokenize.INDENT: "»", tokenize.DEDENT: "«"}  # not in code
+    kept = []
+    for token in tokens:
+        if not kept and token.string != "def":
+            continue  # decorators
+        begins = kept and kept[-1] in layout.values()
+        if begins and token.type in (tokenize.STRING, tokenize.NEWLINE):
+            continue  # a docstring and the end of its line
+        if token.type in layout:
+            kept.append(layout[token.type])
+        elif token.type not in (tokenize.COMMENT, tokenize.NL):
+            kept.append(token.string)
+    return "".join("".join(kept).split())  # Python 3.12 cuts up f-strings: blanks would differ
+
+
+def edited(source: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Those of the names whose formulas in the namespace of a model.py have another fingerprint."""
+
+    def find(name: str) -> Any:
+        outer, _, inner = name.partition(".")
+        return getattr(source.get(outer), inner, None) if inner else source.get(outer)
+
+    return [name for name in names if fingerprint(find(name)) != FINGERPRINTS[name]]
+
+
+@functools.cache
+def tell(sentence: str) -> None:
+    """Says it once."""
+    info(sentence)
 
 
 def fast_twin(formula: Callable) -> Callable:
-    """The function of the same name in this file; with `enabled` off, on a device other than a CPU
-    or CUDA, or where that returns NotImplemented, the formula itself."""
-    twin = globals()[formula.__name__]
+    """Calls the function of the same name in this file in the formula's place.
+
+    The formula itself is called where it, or what its twin relies on, has been edited or replaced;
+    with `enabled` off; on a device other than a CPU or CUDA; or where the twin returns
+    NotImplemented.
+    """
+    name, source, twin = formula.__name__, formula.__globals__, globals()[formula.__name__]
+    others = {other: source.get(other) for other in RELIES_ON.get(name, [])}
+    if changed := edited({name: formula} | others, [name, *others]):
+        tell(f"model.{changed[0]} is not the one that ops.py copies: the formula runs instead")
+        return formula
 
     @functools.wraps(formula)
     def choose(*args):
-        y = twin(*args) if enabled and args[0].device.type in ("cpu", "cuda") else NotImplemented
+        use = enabled and args[0].device.type in ("cpu", "cuda")
+        use = use and all(source[other] is as_copied for other, as_copied in others.items())
+        y = twin(*args) if use else NotImplemented
         return formula(*args) if y is NotImplemented else y
 
     return choose
+
+
+def not_as_copied(model: nn.Module) -> str:
+    """What of this model the Decoder does not copy, as words for a sentence; "" if it copies all.
+
+    It looks at the classes of the modules that the model really has, at the functions that these
+    call, and at what one module may have been given: a method of its own, a hook, a bias.
+    """
+    namespaces = {}
+    for module in model.modules():
+        kind = type(module)
+        name, own = kind.__name__, [x for x in vars(module) if callable(getattr(kind, x, None))]
+        if name == "Gate":  # the Decoder calls it
+            continue
+        if own:
+            return f"{own[0]} of one {name}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"a hook of one {name}"
+        if kind in (nn.Linear, nn.Embedding, nn.ModuleList):
+            if getattr(module, "bias", None) is not None:
+                return "a bias"
+            continue
+        if module is not model and fingerprint(kind) != FINGERPRINTS.get(name):
+            return f"model.{name}" if name in FINGERPRINTS else f"the class {name} of a module"
+        namespaces[id(kind.forward.__globals__)] = kind.forward.__globals__
+    names = [name for name in FINGERPRINTS if name not in NOT_DECODED]
+    for source in namespaces.values():
+        if changed := edited(source | {"DeepSeekV3": type(model)}, names):
+            return f"model.{changed[0]}"
+    return ""
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -72,11 +219,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 # ---- Experts -------------------------------------------------------------------------------------
 
 
+def pads_rows(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.is_autocast_enabled("cpu")
+
+
 def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast on a CPU each expert's rows are rounded up to a multiple of 64, since oneDNN
     compiles a kernel for every new number of rows. The extra ones repeat the expert's last row,
-    which leaves FP8's scales alone; their gain is 0."""
-    if chosen.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+    which leaves FP8's scales alone; they are no token's, so they have no effect."""
+    if not pads_rows(chosen.device):
         return NotImplemented
     expert = chosen.flatten()
     counts = torch.zeros(E, dtype=torch.long).scatter_add_(0, expert, torch.ones_like(expert))
@@ -93,13 +244,13 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return F.embedding_bag(index, x, mode="sum") if index.ndim == 2 else x.index_select(0, index)
 
 
-class _Move(torch.autograd.Function):
-    """gather(x, there), whose gradient is gathered too, from where x's rows went: `back`."""
+class _Dispatch(torch.autograd.Function):
+    """gather(x, rows), whose gradient is gathered too: from the slots that x's rows went to."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return gather(x, there)
+    def forward(ctx, x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        return gather(x, rows)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -108,11 +259,31 @@ class _Move(torch.autograd.Function):
 
 def dispatch(x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     """Autograd's gradient of x[rows] adds row by row; with `combine` this saves 9 % in fp32."""
-    return _Move.apply(x, rows, slots)
+    return _Dispatch.apply(x, rows, slots)
+
+
+class _Combine(torch.autograd.Function):
+    """gather(y, slots). Its gradient goes to every row of a token. An expert's extra rows are
+    nobody's: they get the row of zeros that is put behind dy."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, rows: Tensor, slots: Tensor, padded: bool) -> Tensor:
+        ctx.save_for_backward(rows, slots)
+        ctx.padded = padded
+        return gather(y, slots)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        rows, slots = ctx.saved_tensors
+        if ctx.padded:
+            owned = torch.zeros_like(rows, dtype=torch.bool).scatter_(0, slots.flatten(), True)
+            rows = torch.where(owned, rows, len(dy))
+            dy = torch.cat((dy, dy.new_zeros(1, dy.shape[1])))
+        return gather(dy, rows), None, None, None
 
 
 def combine(y: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    return _Move.apply(y, slots, rows)
+    return _Combine.apply(y, rows, slots, pads_rows(y.device))
 
 
 def has_grouped_mm(device: torch.device) -> bool:
@@ -404,3 +575,14 @@ class Decoder:
 
     def logits(self, h: Tensor) -> Tensor:
         return upcast(product(h.flatten(0, 1), self.head)).unflatten(0, h.shape[:2])
+
+
+if __name__ == "__main__":  # for who has edited a formula and its copy alike
+    import model
+
+    print("FINGERPRINTS = {")
+    for name in FINGERPRINTS:
+        outer, _, inner = name.partition(".")
+        formula = getattr(model, outer)
+        print(f'    "{name}": "{fingerprint(getattr(formula, inner) if inner else formula)}",')
+    print("}")

@@ -10,6 +10,7 @@ D hidden, W slots of an MTP module's cache that a round fills.
 
 import codecs
 import contextlib
+import copy
 import math
 import statistics
 import sys
@@ -294,39 +295,76 @@ class Pace:
 DECODERS = weakref.WeakKeyDictionary()  # model -> {compiled: (what it was made of, Decoder)}
 # Fused optimisers change weights without raising their _version.
 register_optimizer_step_post_hook(lambda *_: DECODERS.clear())
+COPIED_TO_FLOAT64 = 2**28  # parameters of a model that compare_forms may copy: 2 GB
+COMPARED = weakref.WeakKeyDictionary()  # edited model -> the edit with which its forms agreed
 
 
 def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache, compiled: bool):
-    """The model's ops.Decoder, kept or made anew, if its logits after the tokens (B, T) are
-    model.py's; else, with a notice, the model. The cache holds the tokens, h the newest hidden
-    states (B, 1 or more, D)."""
-    if tokens.shape[1] < 8:  # would hide changes: compare on a made-up text
-        tokens = torch.arange(16, device=tokens.device)[None] % model.config.vocab_size
-        cache = Cache(model.config, len(model.layers), 1, 16, model.norm.weight)
-        h = model.trunk(tokens, cache)
+    """The model's ops.Decoder, kept or made anew, or the model itself, with a notice, where the
+    Decoder is not a copy of it. The cache holds the tokens (B, T), h (B, T, D) are their hidden
+    states. Raises ValueError where weights are damaged or the edited model cannot decode."""
     logits = model.logits(h[:, -1:])
     if not logits.isfinite().all():
         raise ValueError("the logits after the prompt are not finite: the weights are damaged")
     if not ops.enabled:
         return model
-    cache.length = tokens.shape[1] - 1
+    if edit := ops.not_as_copied(model):
+        DECODERS.pop(model, None)
+        if COMPARED.get(model) != (edit, str(model.config)):
+            compare_forms(model)
+            COMPARED[model] = edit, str(model.config)
+            info(f"ops.Decoder does not copy {edit}: model.py's formulas decode instead, slower")
+        return model
+    made_of = [str(model.config)]
+    for p in model.parameters():  # tensors of inference mode do not count their versions
+        made_of += [p.data_ptr(), None if p.is_inference() else p._version]
     rounding = 1e-3 if torch.finfo(model.norm.weight.dtype).bits >= 32 else 0.2
-    # A changed module may have other parameters or inputs.
-    with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
-        made_of = [str(model.config)]
-        for p in model.parameters():  # tensors of inference mode do not count their versions
-            made_of += [p.data_ptr(), None if p.is_inference() else p._version]
-        kept = DECODERS.setdefault(model, {})
+    kept = DECODERS.setdefault(model, {})
+    for _ in range(2):
         if compiled not in kept or kept[compiled][0] != made_of:
             kept.pop(compiled, None)  # before there are two
             kept[compiled] = made_of, ops.Decoder(model, compiled)
         decoder = kept[compiled][1]
+        cache.length = tokens.shape[1] - 1
         difference = decoder.logits(decoder.trunk(tokens[:, -1:], cache)) - logits
         if difference.norm() <= rounding * logits.norm():
             return decoder
-    DECODERS.pop(model, None)
-    info("ops.Decoder does not follow this model: model.py's formulas decode instead, slower")
+        kept.clear()  # an edit through p.data has changed the weights, but not their versions
+    info("the logits of ops.Decoder are not those of model.py, which decodes instead, slower")
     return model
+
+
+def compare_forms(model: DeepSeekV3):
+    """Raises ValueError if model.py computes other logits with a cache than without one.
+
+    So it is where only one of `attend_expanded` (training, prompts) and `attend_absorbed` (all that
+    follows) was edited, or where a layer looks at tokens that are not in the cache. A text is made
+    up and read twice: whole, and as a prompt, single tokens, and several tokens at once.
+    """
+    large = sum(p.numel() for p in model.parameters()) > COPIED_TO_FLOAT64
+    if not large:  # in float64 hardly any rounding: none changes a token's experts
+        with torch.inference_mode(False), torch.no_grad():
+            model = copy.deepcopy(model).to("cpu", torch.float64)
+    like, config = model.norm.weight, model.config
+    T = min(256, config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (1, T), generator=generator).to(like.device)
+    expected = model.logits(model.trunk(tokens))  # (1, T, V)
+    cache = Cache(config, len(model.layers), 1, T, like)
+    prompt, singles = T // 2, min(8, T - T // 2)
+    pieces = tokens.split([prompt, *[1] * singles, T - prompt - singles], 1)
+    logits = torch.cat([model.logits(model.trunk(x, cache)) for x in pieces if x.shape[1]], 1)
+    errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+    errors = errors[:, prompt:]  # of the tokens that were read with the cache
+    error, rounding = errors.max().item(), 1e-4
+    if large:  # here rounding may send a token to other experts, and so change it much
+        low = torch.finfo(like.dtype).bits < 32
+        error, rounding = errors.median().item(), 0.2 if low else 1e-3
+    if not error < rounding:
+        raise ValueError(
+            f"with a cache model.py computes other logits than without ({error:.2g} of their "
+            "size): make the change in attend_expanded and attend_absorbed alike."
+        )
 
 
 @torch.inference_mode()

@@ -88,6 +88,7 @@ is_causal=True => is_causal=False
 argsort(stable=True)  # an expert => argsort(descending=True)  # an expert
 order[real] // => order.clamp(max=len(expert) - 1) //
 gather(dy, *ctx.saved_tensors) => dy[ctx.saved_tensors[0].view(-1)[: len(dy)]]
+torch.where(owned, rows, len(dy)) => rows
 torch.zeros_like(weight) if need => torch.ones_like(weight) if need
 p[row, y] -= 1 => p[:, 0] -= 1
 h = h * real => h = h * 1

@@ -1,0 +1,313 @@
+"""What you edit is what runs: edited formulas of model.py train and decode as edited, although the
+unedited ones have fast copies in ops.py and fp8.py. What cannot decode rightly is refused."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import MethodType, ModuleType
+
+import pytest
+import torch
+from test_model import TINY, in_bf16, tokens_of, value_and_gradients
+from torch import nn
+
+import fp8
+import model as plain
+import ops
+import sample
+
+SOURCE = (Path(__file__).parent.parent / "model.py").read_text(encoding="utf-8")
+CONFIG = TINY | dict(max_position_embeddings=200)
+
+# Pairs of an old text and a new one. These change training and decoding alike.
+CAP = "0.1 * ({} / 0.1).tanh()"
+SCORE, SCORE_ABSORBED = "upcast(q @ k.mT) * scale", "kv)) * self.scale  # (B, H, T, S)"
+WINDOW = "later = torch.ones(T, S, dtype=torch.bool, device=kv.device).triu(S - T + 1)"
+EDITS = {
+    "soft cap on the scores": [
+        (SCORE, CAP.format(SCORE)),
+        (SCORE_ABSORBED, "kv)) * self.scale\n        score = " + CAP.format("score")),
+    ],
+    "window of 40 tokens": [
+        ("device=q.device).triu(1)", "device=q.device); later = later.triu(1) | later.tril(-40)"),
+        (WINDOW, WINDOW + "; later |= torch.ones_like(later).tril(S - T - 40)"),
+    ],
+    "half the softmax scale": [
+        ("for x in (q, k, v)), self.scale)", "for x in (q, k, v)), self.scale / 2)"),
+        (SCORE_ABSORBED, "kv)) * self.scale / 2"),
+    ],
+    "squared ReLU": [("y = F.silu(gate) * up", "y = F.relu(gate).square() * up")],
+    "combine times 0.5": [("sum(1, dtype=y.dtype)", "sum(1, dtype=y.dtype) * 0.5")],
+    "FFN times 0.7": [("return x + self.mlp(", "return x + 0.7 * self.mlp(")],
+    "no gate values": [("y if gain is None else y * gain[:, None].to(y.dtype)", "y")],
+    "norms without weights": [("self.weight * rms_norm(", "1.0 * rms_norm(")],
+    "another rotation": [("a * cos - b * sin", "a * cos + 2 * b * sin")],
+    "a softmax gate": [("upcast(self.weight)).sigmoid()", "upcast(self.weight)).softmax(-1)")],
+}
+IN_TRAINING = {
+    "label smoothing": [('reduction="sum")', 'reduction="sum", label_smoothing=0.1)')],
+    "MTP's embedding doubled": [("self.enorm(embedding), self", "2 * self.enorm(embedding), self")],
+}
+# In one form of attention alone, or with a look at tokens that no cache holds.
+BROKEN = {
+    "QK norm": [
+        ("o = causal_attention(", "q = rms_norm(q, 1e-6)\n        o = causal_attention("),
+    ],
+    "scale of decoding": [(SCORE_ABSORBED, "kv)) * self.scale * 1.01")],
+    "window of 99 tokens": [
+        ("device=q.device).triu(1)", "device=q.device); later = later.triu(1) | later.tril(-99)"),
+    ],
+    "token shift": [
+        (
+            "        return x + self.mlp(",
+            "        x = x + F.pad(x, (0, 0, 1, -1))\n        return x + self.mlp(",
+        ),
+    ],
+}
+
+
+def edited(folder: Path, changes: list[tuple[str, str]]) -> ModuleType:
+    """model.py with these changes, as a module of its own."""
+    text = SOURCE
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return module_of(folder, text)
+
+
+def module_of(folder: Path, text: str) -> ModuleType:
+    file = folder / f"edit_{len(list(folder.iterdir()))}.py"
+    file.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def network(module: ModuleType, dtype=torch.float64, **changes) -> nn.Module:
+    """The same random weights whatever the module."""
+    torch.manual_seed(0)
+    model = module.DeepSeekV3(module.ModelConfig(**CONFIG | changes)).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 1.5 * p.shape[-1] ** -0.5) if p.ndim > 1 else p.normal_(1, 0.2)
+    return model.eval()
+
+
+def losses_and_gradients(model: nn.Module) -> torch.Tensor:
+    tokens = tokens_of(model, 2, 60)
+    model.zero_grad()
+    losses = torch.stack(model.train()(tokens, tokens))
+    losses.sum().backward()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return torch.cat((losses.detach(), *(x.flatten() for x in grads)))
+
+
+def is_the_models_text(model: nn.Module, T: int = 20, new: int = 60, **options) -> bool:
+    text = sample.generate(model, tokens_of(model, 1, T), new, temperature=0, **options)
+    with torch.no_grad():
+        return torch.equal(text[0, T:], model(text)[0, T - 1 : -1].argmax(-1))
+
+
+@pytest.fixture(autouse=True)
+def said_anew():
+    """Every test hears the notices that are given once."""
+    ops.tell.cache_clear()
+
+
+# ---- Fingerprints --------------------------------------------------------------------------------
+
+
+def test_every_copy_is_of_todays_formula():
+    """If this fails you have edited a formula: edit its copy alike and run `python ops.py`."""
+    assert ops.edited(vars(plain), ops.FINGERPRINTS) == []
+
+
+def test_a_fingerprint_is_of_the_code_alone(tmp_path):
+    text = 'def f(x):\n    "doc"\n    # why\n    if x:\n        y = {"a": f"{x} b"}\n    return y\n'
+    same = '@cache\ndef f( x ):\n  if x:\n    y = {"a":  # c\n  f"{x} b"}\n\n  return y\n'
+    edits = [('"a"', '"b"'), ("    return", "        return"), ("{x}", "{y}"), (" b", "b")]
+    found = [
+        ops.fingerprint(module_of(tmp_path, "from functools import cache\n" + source).f)
+        for source in (text, same, *(text.replace(*edit) for edit in edits))
+    ]
+    assert found[0] == found[1] == "c24a9e27"  # under every Python from 3.10 on
+    assert len(set(found[:5])) == 4
+    assert ops.fingerprint(len) == ops.fingerprint(None) == "unknown"
+
+
+# ---- Files of model.py that were edited ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EDITS | IN_TRAINING)
+def test_an_edit_trains_as_the_formulas_say(name, tmp_path, monkeypatch, capsys):
+    model = network(edited(tmp_path, (EDITS | IN_TRAINING)[name]))
+    notice = capsys.readouterr().err
+    assert notice.count("\n") == notice.count("the formula runs instead") <= 1
+    ours, unedited = losses_and_gradients(model), losses_and_gradients(network(plain))
+    monkeypatch.setattr(ops, "enabled", False)
+    assert (ours - losses_and_gradients(model)).norm() < 1e-10 * ours.norm()
+    assert (ours - unedited).norm() > 0.01 * unedited.norm()
+
+
+@pytest.mark.parametrize("name", ["squared ReLU", "combine times 0.5", "no gate values"])
+def test_edited_experts_train_in_bf16_as_the_formulas_say(name, tmp_path, monkeypatch):
+    """There twins pad the experts' rows. 2 %: three bf16 roundings in a row."""
+    moe = network(edited(tmp_path, EDITS[name]), torch.float32).layers[1].mlp
+    args = moe, (torch.randn(1, 50, 16),), list(moe.experts.parameters())
+    ours = in_bf16(value_and_gradients, *args)
+    monkeypatch.setattr(ops, "enabled", False)
+    for a, b in zip(ours, value_and_gradients(*args), strict=True):
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_decodes_as_the_formulas_say(name, tmp_path, capsys):
+    """One token at a time, and several with drafts. One notice for many texts."""
+    model = network(edited(tmp_path, EDITS[name]))
+    assert not torch.equal(model(tokens := tokens_of(model, 1, 80)), network(plain)(tokens))
+    capsys.readouterr()
+    for drafts in (0, 3):
+        assert is_the_models_text(model, speculative=drafts)
+    notice = capsys.readouterr().err
+    gate = name == "a softmax gate"  # which the Decoder calls
+    assert notice.count("\n") == notice.count("model.py's formulas decode instead") == (not gate)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name", BROKEN)
+def test_two_forms_that_differ_do_not_decode(name, large, tmp_path, monkeypatch):
+    """A model too large to be copied in float64 is compared as it is, by its median error."""
+    model = network(edited(tmp_path, BROKEN[name]))
+    monkeypatch.setattr(sample, "COPIED_TO_FLOAT64", 0 if large else 2**28)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"attend_expanded and attend_absorbed alike"):
+            sample.generate(model, tokens_of(model, 1, 20), 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_difference_of_forms(dtype, tmp_path):
+    """A routed bf16 network's logits differ by far more than 1e-4; its float64 copy's do not."""
+    model = network(edited(tmp_path, EDITS["FFN times 0.7"]), dtype)
+    out = sample.generate(model, tokens_of(model, 1, 20), 5, temperature=0)
+    assert out.shape == (1, 25) and model.norm.weight.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "old, new, formula",
+    [
+        (*EDITS["squared ReLU"][0], "swiglu"),
+        ("return self.down_proj(swiglu(", "return 2 * self.down_proj(swiglu(", "MLP"),
+        ("return grouped_linear(swiglu(", "return 2 * grouped_linear(swiglu(", "Experts"),
+        ("y = F.silu(gate) * up", "y = F.silu(gate) * up  # no edit", None),
+    ],
+)
+def test_fp8_refuses_formulas_that_it_does_not_copy(old, new, formula, tmp_path):
+    model = network(edited(tmp_path, [(old, new)]), torch.float32)
+    if formula:
+        with pytest.raises(ValueError, match=rf"model\.{formula} is not the one that fp8\.py"):
+            model.use_fp8()
+    else:
+        model.use_fp8()
+    assert any(isinstance(m, fp8.FP8Linear) for m in model.modules()) == (formula is None)
+
+
+# ---- Patches at run time, before a text or after one ---------------------------------------------
+
+
+class Halved(plain.RMSNorm):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def put_in_a_class(model, monkeypatch):
+    model.layers[1].input_layernorm.__class__ = Halved
+
+
+def patch_a_class(model, monkeypatch):
+    forward = plain.MoE.forward
+    monkeypatch.setattr(plain.MoE, "forward", lambda moe, x: 3 * forward(moe, x))
+
+
+def patch_a_function(model, monkeypatch):
+    rotate = plain.rotate
+    monkeypatch.setattr(plain, "rotate", lambda x, rope, pairs: rotate(x, rope[::-1], pairs))
+
+
+def patch_an_instance(model, monkeypatch):
+    mlp = model.layers[0].mlp
+    mlp.forward = MethodType(lambda self, x: 2 * type(self).forward(self, x), mlp)
+
+
+def put_in_a_hook(model, monkeypatch):
+    model.layers[2].mlp.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def give_a_bias(model, monkeypatch):
+    model.lm_head.bias = nn.Parameter(torch.linspace(-3, 3, len(model.lm_head.weight)).double())
+
+
+def take_another_gate(model, monkeypatch):
+    gate = plain.Gate.forward
+
+    def squared(self, x):
+        s, chosen, weight = gate(self, x)
+        return s, chosen, weight**2
+
+    monkeypatch.setattr(plain.Gate, "forward", squared)
+
+
+def change_weights_unseen(model, monkeypatch):
+    model.lm_head.weight.data.neg_()
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["at once", "after a text"])
+@pytest.mark.parametrize(
+    "patch, copied",
+    [
+        (put_in_a_class, False),
+        (patch_a_class, False),
+        (patch_a_function, False),
+        (patch_an_instance, False),
+        (put_in_a_hook, False),
+        (give_a_bias, False),
+        (take_another_gate, True),
+        (change_weights_unseen, True),
+    ],
+)
+def test_a_patch_decodes_as_patched(patch, copied, after, monkeypatch, capsys):
+    model = network(plain)
+    before = model(tokens_of(model, 1, 20))
+    if after:
+        assert is_the_models_text(model) and capsys.readouterr().err == ""
+    patch(model, monkeypatch)
+    assert not torch.equal(model(tokens_of(model, 1, 20)), before)
+    for _ in range(2):
+        assert is_the_models_text(model)
+    assert capsys.readouterr().err.count("model.py's formulas decode instead") == (not copied)
+
+
+def test_a_replaced_partner_of_a_twin_is_followed(monkeypatch):
+    """dispatch's fast gradient needs the slots of sort_by_expert; another's may leave rows out."""
+    x = torch.randn(5, 3, requires_grad=True)
+    rows, slots, _ = plain.sort_by_expert(torch.tensor([[0, 1]] * 5), 2)
+    slots = slots.flip(0)  # not where the rows are
+    monkeypatch.setattr(plain, "sort_by_expert", None)
+    plain.dispatch(x, rows, slots)[0].sum().backward()  # of the first row alone
+    assert x.grad.abs().sum(1).tolist() == [3, 0, 0, 0, 0]
+
+
+def test_extra_rows_get_no_gradient():
+    """Rows that a twin adds are no token's, whatever the experts do with them."""
+    chosen = torch.tensor([[2, 0], [0, 1], [2, 1]])
+
+    def gradient() -> torch.Tensor:
+        rows, slots, _ = plain.sort_by_expert(chosen, 3)
+        y = torch.ones(len(rows), 4, requires_grad=True)
+        plain.combine(y, rows, slots).sum().backward()
+        return y.grad.sum(1)
+
+    expected = torch.zeros(3, 64)
+    expected[:, :2] = 4
+    assert torch.equal(in_bf16(gradient), expected.flatten()) and gradient().tolist() == [4] * 6
