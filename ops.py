@@ -150,27 +150,35 @@ def fast_twin(formula: Callable) -> Callable:
     return choose
 
 
+@functools.cache
+def method_names(kind: type) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
+
+
 def not_as_copied(model: nn.Module) -> str:
     """What of this model the Decoder does not copy, as words for a sentence; "" if it copies all.
 
     It looks at the classes of the modules that the model really has, at the functions that these
     call, and at what one module may have been given: a method of its own, a hook, a bias.
     """
-    namespaces = {}
+    kinds = {}  # type -> None: a set that keeps its order
     for module in model.modules():
         kind = type(module)
-        name, own = kind.__name__, [x for x in vars(module) if callable(getattr(kind, x, None))]
-        if name == "Gate":  # the Decoder calls it
+        if kind.__name__ == "Gate":  # the Decoder calls it
             continue
-        if own:
-            return f"{own[0]} of one {name}"
+        if own := method_names(kind) & vars(module).keys():
+            return f"{min(own)} of one {kind.__name__}"
         if module._forward_hooks or module._forward_pre_hooks:
-            return f"a hook of one {name}"
+            return f"a hook of one {kind.__name__}"
+        if kind is nn.Linear and module.bias is not None:
+            return "a bias"
+        kinds[kind] = None
+    namespaces = {}
+    for kind in kinds:
+        name = kind.__name__
         if kind in (nn.Linear, nn.Embedding, nn.ModuleList):
-            if getattr(module, "bias", None) is not None:
-                return "a bias"
             continue
-        if module is not model and fingerprint(kind) != FINGERPRINTS.get(name):
+        if kind is not type(model) and fingerprint(kind) != FINGERPRINTS.get(name):
             return f"model.{name}" if name in FINGERPRINTS else f"the class {name} of a module"
         namespaces[id(kind.forward.__globals__)] = kind.forward.__globals__
     names = [name for name in FINGERPRINTS if name not in NOT_DECODED]
