@@ -6,6 +6,7 @@ documents: the line, or the lines, where the file defines that name.
 
 import ast
 import functools
+import math
 import re
 import runpy
 import shutil
@@ -155,7 +156,8 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
         with torch.inference_mode():
             text = sample.generate(model.eval(), x[:1, :4], 4, temperature=0, speculative=2)
             assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
-        assert ("ops.Decoder does not copy" in capsys.readouterr().err) == ("attention" in title)
+        copied = not re.search("attention|ReLU", title)
+        assert ("ops.Decoder does not copy" in capsys.readouterr().err) == (not copied)
     if "gate" in title:
         s, _, _ = model.gates()[0](torch.randn(5, 48))
         assert torch.allclose(s.sum(-1), torch.ones(5))
@@ -163,6 +165,14 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
         s = torch.rand(2, 6, 8)
         assert new.balance_loss(s, 2) == balance_loss(s.flatten(0, 1)[None], 2)
         assert new.balance_loss(s, 2) != balance_loss(s, 2)
+    elif "ReLU" in title:
+        assert new.swiglu(torch.tensor(-3.0), torch.tensor(2.0)) == 0
+        with pytest.raises(ValueError, match="swiglu"):
+            model.use_fp8()
+    elif "soft cap" in title:
+        q, v = torch.tensor([[0.0], [1e3]])[None, None], torch.tensor([[1.0], [2.0]])[None, None]
+        last = new.causal_attention(q, q, v, 1.0)[0, 0, 1, 0]  # scores 0 and 20
+        assert last == pytest.approx(2 - 1 / (1 + math.exp(20)), abs=1e-9)
     elif "attention" in title:
         assert "layers.0.self_attn.qkv_proj.weight" in model.state_dict()
     elif "schedule" in title:
@@ -179,7 +189,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
 
 
 def test_every_change_is_there():
-    assert len(CHANGES) == 6 and HACKING.count("```diff") == 6
+    assert len(CHANGES) == 8 and HACKING.count("```diff") == 8
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(diff in HACKING for diff in re.findall(r"(?s)```diff\n(.*?)```", readme))
 
