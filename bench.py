@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import train
 from config import info, parse_args, read_config_file, run_command
 from huggingface import FP8_WEIGHTS, checkpoint_views
 from model import Cache, DeepSeekV3, ModelConfig
-from ops import Decoder
+from ops import Decoder, fast_dtype
 
 # The 20.8M-parameter model on which we and transformers' DeepseekV3ForCausalLM are compared.
 REFERENCE = dict(
@@ -225,26 +226,33 @@ def models_in(directory: str, device: torch.device) -> dict[str, nn.Module]:
     return models
 
 
+FORMATS = ("float32", "bfloat16")  # of the products
+
+
 def reference_table(options: TrainOptions) -> Table:
-    config, steps = train.TrainConfig(batch_size=8, block_size=256, device=options.device), {}
-    machine = train.start_machine(config)  # in bf16, where that is not emulated
+    """Both formats, ours and theirs."""
+    base, steps = train.TrainConfig(batch_size=8, block_size=256, device=options.device), {}
     with tempfile.TemporaryDirectory() as folder:
         DeepSeekV3(ModelConfig(**REFERENCE)).save_pretrained(folder)
-        for asked in (config, replace(config, compile=True))[: 1 + options.compile]:
+        for dtype, compiled in product(FORMATS, (False, True)[: 1 + options.compile]):
+            config = replace(base, dtype=dtype, compile=compiled)
+            machine = train.start_machine(config)
             for name, model in models_in(folder, machine.device).items():
-                steps[name + " compiled" * asked.compile] = training_step(model, asked, machine)
-    title = f"training step in {machine.dtype}, 20.8M parameters, 8 x 256 tokens, AdamW"
+                name = f"{name} {dtype}{' compiled' * compiled}"
+                steps[name] = training_step(model, config, machine)
+    auto, why = fast_dtype(machine.device)
+    title = f"training step, 20.8M parameters, 8 x 256 tokens, AdamW; auto takes {auto}: {why}"
     return speed_table(title, interleaved(steps, options.rounds), 8 * 256)
 
 
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}
 
 
-def config_row(file: str, options: TrainOptions) -> dict[str, Any]:
+def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
     """A configuration's own step beside square products of its dtype: as fast as a machine gets."""
     model, settings = open_config(file)
     asked = {k: True for k in ("compile", "recompute", "fp8") if getattr(options, k)}
-    config = train.TrainConfig(**settings | asked | {"device": options.device})
+    config = train.TrainConfig(**settings | asked | {"device": options.device, "dtype": dtype})
     machine = train.start_machine(config)
     model = DeepSeekV3(model.config).to(machine.device)
     if config.fp8:
@@ -259,7 +267,8 @@ def config_row(file: str, options: TrainOptions) -> dict[str, Any]:
     card = torch.cuda.get_device_name() if machine.device.type == "cuda" else ""
     peak = next((x for name, x in PEAK_FLOPS.items() if name in card), None)  # of bf16, dense
     return {
-        "": Path(file).stem, "dtype": str(machine.dtype)[6:], "tokens": tokens,
+        "": Path(file).stem, "dtype": dtype, "auto": machine.dtype == fast_dtype(machine.device)[0],
+        "tokens": tokens,
         "seconds": t["step"], "tokens/s": tokens / seconds, "GFLOP/s": flops / seconds / 1e9,
         "of bare products": ratio(t["product"], t["step"], flops / bare),
         "MFU": flops / seconds / peak if peak else None, "peak GB": memory / 1e9 or None,
@@ -267,12 +276,13 @@ def config_row(file: str, options: TrainOptions) -> dict[str, Any]:
 
 
 def train_(options: TrainOptions, files: list[str]) -> Iterator[Table]:
-    """A training step: the reference model beside transformers', and config/small.py beside the
-    products that the machine can make; or only the latter for the CONFIG named."""
-    row = config_row(files[0] if files else "config/small.py", options)  # first, for its peak of GB
+    """A training step: config/small.py, or the CONFIG named, beside the products that the machine
+    can make; without a CONFIG also the reference model beside transformers'."""
+    file = files[0] if files else "config/small.py"
+    rows = [config_row(file, dtype, options) for dtype in FORMATS]  # first, for their peak of GB
+    yield Table("train.py's step, by the model's own FLOPs", rows)
     if not files:
         yield reference_table(options)
-    yield Table("train.py's step, by the model's own FLOPs", [row])
 
 
 # ---- decode --------------------------------------------------------------------------------------

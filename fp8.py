@@ -32,6 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ops import fast_dtype
+
 TILE = (1, 128)  # activations and gradients: one scale per token and 128 channels
 BLOCK = (128, 128)  # weights: coarser, but the transpose of a block is a block
 E4M3 = torch.float8_e4m3fn
@@ -98,9 +100,10 @@ def scaled_mm(a: Quantized, b: Quantized, block: tuple[int, int], out_dtype: tor
         return _hopper_mm(a, b, block, out_dtype)
     with torch.autocast(device.type, enabled=False):
         x, y = dequantize(*a, TILE), dequantize(*b, block)
-        # bf16 holds these numbers exactly and is 2.4 times faster on a CPU that has it (which, for
-        # every new shape, compiles a kernel: hence the padding). On CUDA it might add up in bf16.
-        if out_dtype == torch.bfloat16 and device.type == "cpu":
+        # bf16 holds these numbers exactly, so it is taken where it is fast. Rows are padded, since
+        # oneDNN compiles a kernel for every new shape. On CUDA bf16 might add up in bf16.
+        fast = device.type == "cpu" and fast_dtype(device)[0] == torch.bfloat16
+        if out_dtype == torch.bfloat16 and fast:
             x, y = F.pad(x.bfloat16(), (0, 0, 0, -len(x) % 64)), y.bfloat16()
         return (x @ y.t())[: len(a[0])].to(out_dtype)
 

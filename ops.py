@@ -18,6 +18,7 @@ import inspect
 import io
 import math
 import textwrap
+import time
 import tokenize
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -193,11 +194,39 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware does; where it is emulated, bf16 is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+CLEARLY = 1.5  # times as fast as float32: what casts and a lower precision must be worth
+
+
+@functools.cache
+def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype in which this machine multiplies, bfloat16 or float32, and the reason in words.
+
+    It is measured, once per process and in some 50 ms: a flag of the processor tells that bfloat16
+    is known, not that it is fast. On a CPU one core is timed, as other work disturbs that least.
+    """
+    if device.type not in ("cpu", "cuda"):
+        return torch.float32, "bfloat16 was never tried there"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32, "this GPU emulates bfloat16"
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    M, N, K, threads = 1024, 512, 256, torch.get_num_threads()
+    x, w = (torch.randn(n, K, device=device) for n in (M, N))
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    torch.set_num_threads(1)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for _ in range(8):  # in turns
+            for dtype, times in seconds.items():
+                factors = x.to(dtype), w.to(dtype)
+                wait()
+                began = time.perf_counter()
+                F.linear(*factors)
+                wait()
+                times.append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    low, high = (2e-9 * M * N * K / min(seconds[d]) for d in (torch.bfloat16, torch.float32))
+    where = " of one core" if device.type == "cpu" else ""
+    reason = f"products{where}: bfloat16 {low:.0f}, float32 {high:.0f} GFLOP/s"
+    return torch.bfloat16 if low > CLEARLY * high else torch.float32, reason
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -363,7 +392,8 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # small it is. So what stays the same from step to step is computed once, in `Decoder`. n = B * T.
 
 LONG = 2**14  # cached tokens that threads share
-# Where loops and oneDNN's layout are used; with AVX2 the BLAS is faster.
+# Where loops and oneDNN's layout are used; with AVX2 the BLAS is faster. Not timed: where both
+# are about as fast, two texts of one seed would differ.
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 ABSORBED = 2**18  # weights that a block may gain so that W^UK and W^UV need no products
 PAIRS = 2**13  # of queries and cached tokens, up to which loops are faster than products
@@ -377,7 +407,9 @@ def side_by_side(*weights: Tensor, compiled: bool) -> Tensor:
     the speed of memory and up to five rows of x take the time of one; else in a plain layout."""
     w = weights[0] if len(weights) == 1 else torch.cat(weights)
     fast = AVX512 and w.device.type == "cpu"  # oneDNN or, compiled, loops: the BLAS uses one core
-    known = w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and multiplies_bf16(w.device))
+    known = w.dtype == torch.float32 or (
+        w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
     if fast and known and not compiled and w.numel() >= LARGE:
         return torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), ROWS)
     # The BLAS reads (in, out) faster, unless w is twice as wide as high or wider.

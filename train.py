@@ -47,7 +47,7 @@ import sample
 from config import info, parse_args, read_config_file, run_command
 from huggingface import MODEL_SHA256, load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig, expert_counts
-from ops import has_grouped_mm, multiplies_bf16
+from ops import fast_dtype, has_grouped_mm
 
 
 @dataclass
@@ -171,6 +171,7 @@ class Machine:
     dtype: torch.dtype
     rank: int = 0
     world: int = 1
+    why: str = ""  # why products are in this dtype
 
     def autocast(self) -> torch.autocast:
         low = self.dtype == torch.bfloat16
@@ -201,12 +202,27 @@ def start_machine(config: TrainConfig) -> Machine:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, of 32 MB
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if multiplies_bf16(device) else "float32"
     if world > 1:  # gloo beside nccl: flags that stay on the CPU never wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Machine(device, getattr(torch, dtype), rank, world)
+    why = choose_dtype(config, device, rank, world)
+    return Machine(device, getattr(torch, config.dtype), rank, world, why)
+
+
+def choose_dtype(config: TrainConfig, device: torch.device, rank: int, world: int) -> str:
+    """Where config.dtype is auto, sets it to what is fast here, as process 0 measures it. Returns
+    the reason. A checkpoint keeps the dtype, so a resumed run stays with it."""
+    if config.dtype != "auto" and not config.resume:
+        return "as asked"
+    measured = [fast_dtype(device) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(measured)
+    fast, why = measured[0]
+    fast = str(fast).removeprefix("torch.")
+    if config.dtype == "auto":
+        config.dtype = fast
+    elif config.dtype != fast:
+        why = f"kept; --dtype=auto would take {fast}: {why}"
+    return why
 
 
 def wrap(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> nn.Module:
@@ -244,9 +260,13 @@ class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: Muon as in Moonlight (arXiv 2502.16982).
 
     Parameters are matrices (out, in) or stacks of them (E, out, in), every matrix orthogonalised by
-    itself and scaled to the usual size of AdamW's updates, all of one shape at once. Results are
-    those of torch.optim.Muon, which takes hundreds of experts one after another.
+    itself, in `dtype`, and scaled to the usual size of AdamW's updates, all of one shape at once.
+    Results are those of torch.optim.Muon, which takes hundreds of experts one after another.
     """
+
+    def __init__(self, params, defaults: dict, dtype: torch.dtype):
+        super().__init__(params, defaults)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -260,18 +280,19 @@ class Muon(torch.optim.Optimizer):
                 alike[p.shape[-2:]].append((p, update.reshape(-1, *p.shape[-2:])))
             for shape, pairs in alike.items():
                 params, updates = zip(*pairs, strict=True)
-                updates = orthogonal(torch.cat(updates)).split([len(x) for x in updates])
+                updates = orthogonal(torch.cat(updates), self.dtype).split(
+                    [len(x) for x in updates]
+                )
                 for p, update in zip(params, updates, strict=True):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(update.view_as(p), alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
 
-def orthogonal(x: Tensor) -> Tensor:
+def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x (n, a, b) with all singular values brought near 1, by five steps of the Newton-Schulz
-    iteration of Jordan et al. (2024) with their coefficients, in bf16 where that is fast."""
+    iteration of Jordan et al. (2024) with their coefficients, in this dtype."""
     tall = x.shape[1] > x.shape[2]
-    y = x.mT if tall else x
-    y = y.bfloat16() if y.dtype == torch.float32 and multiplies_bf16(y.device) else y
+    y = (x.mT if tall else x).to(dtype)
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = y @ y.mT
@@ -297,7 +318,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     if not matrices:
         return [adamw]
     defaults = {"lr": config.lr, "lr_scale": 1.0, "weight_decay": decay, "momentum": 0.95}
-    return [adamw, Muon(matrices, defaults)]
+    return [adamw, Muon(matrices, defaults, getattr(torch, config.dtype))]
 
 
 # ---- Data and evaluation -------------------------------------------------------------------------
@@ -593,7 +614,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
     gets copies of `files`. A signal ends it with a checkpoint and KeyboardInterrupt."""
     total, active, mtp = (f"{n / 1e6:.2f}M" for n in model.parameter_counts().values())
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
-    info(f"run: {config.steps} steps on {machine.world} x {machine.device} in {machine.dtype}")
+    where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.why})"
+    info(f"run: {config.steps} steps on {where}")
     model.trained_length = max(model.trained_length, config.block_size)
     trainer = wrap(model.train(), config, machine)
     optimizers = make_optimizers(model, config)

@@ -266,10 +266,11 @@ def test_steps_equal_a_plain_training_loop(data):
     assert max(norms) > 0.5, "no step was clipped"
 
 
-def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(shared, monkeypatch):
-    monkeypatch.setattr(train, "multiplies_bf16", lambda device: True)  # as torch.optim.Muon does
+def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(shared):
+    """In bfloat16, as torch.optim.Muon does."""
     model = load_model(shared("--n_routed_experts=64", "--optimizer=adamw"))[0].float()
-    config = train.TrainConfig(optimizer="muon", lr=0.01, adamw_lr=2.0, weight_decay=0.3)
+    settings = dict(optimizer="muon", lr=0.01, adamw_lr=2.0, weight_decay=0.3, dtype="bfloat16")
+    config = train.TrainConfig(**settings)
     optimizers, pairs = train.make_optimizers(model, config), []
     for name, p in model.named_parameters():
         matrices = [torch.nn.Parameter(x.clone()) for x in (p if p.ndim == 3 else [p])]
