@@ -548,9 +548,9 @@ def prepare(config: DataConfig) -> Path:
         raise ValueError(f"vocab_size={config.vocab_size}: expected 257 (256 bytes and 1) or more")
     folder = Path(config.out) / name
     recover(folder)
-    check_free(folder, config.overwrite)
     for left in sorted(folder.parent.glob(f"{name}~new-*")):
         info(f"{left} is from a run that was stopped, unless one makes {folder} now: delete it")
+    check_free(folder, config.overwrite)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}~new-") as scratch:
