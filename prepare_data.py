@@ -1,9 +1,10 @@
 """Turn text into token files: python prepare_data.py [SOURCE] [--key=value].
 
     text -> documents -> train / validation -> byte-level BPE -> data/<name>/
-        train.bin (or several train_*.bin), val.bin    token ids behind a header of 1024 bytes
-        tokenizer.tiktoken                             one line per token: base64 of its bytes, rank
-        meta.json                                      split pattern, special tokens, hash
+        train.bin, val.bin      token ids behind a header of 1024 bytes; several train_*.bin
+                                where there are more than 2^30 training tokens
+        tokenizer.tiktoken      one line per token: base64 of its bytes, rank
+        meta.json               split pattern, special tokens, hash
 
 Token files have the layout of llm.c and modded-nanogpt, so their shards open here and ours open
 there: 256 little-endian int32, of which the first three are magic number, version and number of
@@ -493,13 +494,14 @@ def flush(path: Path) -> None:
 
 def remove_prepared(folder: Path) -> None:
     """Delete a folder with the files of ours in it; with others it stays, and OSError is raised."""
-    if folder.is_symlink():
-        folder.unlink()
-        return
-    for path in list(folder.iterdir()):
-        if re.fullmatch(OURS, path.name):
-            path.unlink()
-    folder.rmdir()
+    with suppress(FileNotFoundError):  # another run may be deleting it, too
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        for path in list(folder.iterdir()):
+            if re.fullmatch(OURS, path.name):
+                path.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def move_into_place(new: Path, folder: Path) -> None:
@@ -514,8 +516,7 @@ def move_into_place(new: Path, folder: Path) -> None:
             os.replace(old, folder)
         raise
     flush(folder.parent)
-    if old.exists():
-        remove_prepared(old)
+    remove_prepared(old)
 
 
 def recover(folder: Path) -> None:
@@ -546,6 +547,9 @@ def prepare(config: DataConfig) -> Path:
         raise ValueError(f"val_fraction={config.val_fraction}: expected more than 0, at most 0.5")
     if not config.tokenizer and config.vocab_size < 257:
         raise ValueError(f"vocab_size={config.vocab_size}: expected 257 (256 bytes and 1) or more")
+    if config.source in SHARDS and not 1 <= config.shards <= SHARDS[config.source][1]:
+        most = SHARDS[config.source][1]
+        raise ValueError(f"shards={config.shards}: expected 1 to {most}, as many as there are")
     folder = Path(config.out) / name
     recover(folder)
     for left in sorted(folder.parent.glob(f"{name}~new-*")):

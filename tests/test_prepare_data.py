@@ -753,6 +753,8 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
         (1, "val_fraction=0.6: expected", "a.txt", "--val_fraction=0.6", "--name=b"),
         (1, "name='../x': expected", "a.txt", "--name=../x"),
         (1, "vocab_size=256: expected 257", "a.txt", "--name=b", "--vocab_size=256"),
+        (1, "shards=104: expected 1 to 103", "fineweb", "--shards=104"),
+        (1, "shards=0: expected 1 to 99", "finewebedu", "--shards=0"),
         (1, "gpt3 has no whole tokenizer", "a.txt", "--name=b", "--tokenizer=gpt3"),
     ]:
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])
