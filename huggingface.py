@@ -302,11 +302,14 @@ def load_model(
     if saved.get("model_sha256", MODEL_SHA256) != MODEL_SHA256:
         info(f"model.py has changed since {path} was trained (huggingface.py --check compares)")
     try:
+        for name, x in saved["model"].items():
+            if not x.is_floating_point():  # which torch would convert without a word
+                raise TypeError(f"{name} holds {x.dtype}, expected floating point")
         with torch.device("meta"):
             model = DeepSeekV3(ModelConfig(**saved["model_config"]))
         model.to(dtype or saved["model"]["norm.weight"].dtype).materialize(device)
         model.load_state_dict(saved["model"])
-    except (RuntimeError, TypeError, KeyError) as error:
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: weights and settings do not match: {error!s:.200}") from None
     windows = saved.get("train_config", {}).get("block_size", model.trained_length)
     model.trained_length = saved.get("trained_length", windows)  # earlier versions had one length

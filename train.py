@@ -5,6 +5,7 @@
         best.pt      the weights with the lowest validation loss (once YaRN is on: since then)
         log.jsonl    one JSON object per logged step or evaluation
         tokenizer.tiktoken, meta.json    what sample.py needs besides
+        .lock        held by the train.py that writes there
 
 The loss is L_main + lambda * mean_k L_MTP^k + alpha * sum_layers L_Bal (report, sections 2.1.2 and
 2.2), the schedules are those of section 4.2 in fractions of the run. One optimiser step sees
@@ -19,6 +20,7 @@ Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
 
 import ctypes
 import functools
+import itertools
 import json
 import math
 import os
@@ -28,11 +30,12 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -45,7 +48,7 @@ import fp8
 import prepare_data
 import sample
 from config import info, parse_args, read_config_file, run_command
-from huggingface import MODEL_SHA256, load_checkpoint, load_model
+from huggingface import MODEL_SHA256, Tokenizer, load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig, expert_counts
 from ops import fast_dtype, has_grouped_mm
 
@@ -113,6 +116,12 @@ class TrainConfig:
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise ValueError("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
+        order = ["warmup", "decay_start", "decay_end"]
+        order += ["final_start"] if self.decay_end < 1 else []  # else the cosine lasts to the end
+        for first, then in itertools.pairwise(order):
+            if (x := getattr(self, first)) > (y := getattr(self, then)):
+                late = f"{first} is {x}, but {then} is {y}"
+                raise ValueError(f"{late}: raise {then} to {x} at least, or lower {first}.")
 
 
 # ---- Schedules (section 4.2) ---------------------------------------------------------------------
@@ -130,6 +139,17 @@ def lr_at(config: TrainConfig, step: int) -> float:
         cosine = 0.5 * (1 + math.cos(math.pi * along))
         return config.lr * (config.min_lr + (1 - config.min_lr) * cosine)
     return config.lr * (config.min_lr if x < config.final_start else config.final_lr)
+
+
+def mtp_weight_at(config: TrainConfig, step: int) -> float:
+    """lambda, the weight of the MTP loss."""
+    late = step >= config.mtp_switch * config.steps
+    return config.mtp_weight_late if late else config.mtp_weight
+
+
+def gamma_at(config: TrainConfig, step: int) -> float:
+    """The step of the routing bias."""
+    return config.gamma if step < config.gamma_stop * config.steps else 0.0
 
 
 def extended(config: TrainConfig, step: int) -> bool:
@@ -161,6 +181,47 @@ def batch_at(config: TrainConfig, step: int) -> int:
 
 
 # ---- Processes -----------------------------------------------------------------------------------
+
+Result = TypeVar("Result")
+
+
+def join_processes():
+    """Under torchrun, joins the other processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # gloo beside nccl: flags and files that stay on the CPU never wait for the GPU.
+        gpu = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+
+
+def is_first() -> bool:
+    """Whether this is process 0."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def on_all(make: Callable[[], Result]) -> Result:
+    """make() of this process. Where it is refused on one, all raise, and none waits in vain."""
+    if not dist.is_initialized():
+        return make()
+    result, refusal = None, None
+    try:
+        result = make()
+    except (ValueError, OSError, ImportError, SystemExit) as error:
+        refusal = error
+    refusals = [None] * dist.get_world_size()
+    dist.all_gather_object(refusals, refusal)
+    for rank, error in enumerate(refusals):
+        if error is not None:
+            raise error if rank == 0 else ValueError(f"process {rank}: {error}")
+    return result
+
+
+def on_first(make: Callable[[], Result]) -> Result:
+    """make() of process 0, the only one that reads and writes a run's folder, for all."""
+    if not dist.is_initialized():
+        return make()
+    result = [on_all(lambda: make() if is_first() else None)]
+    dist.broadcast_object_list(result)
+    return result[0]
 
 
 @dataclass
@@ -202,21 +263,17 @@ def start_machine(config: TrainConfig) -> Machine:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, of 32 MB
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    if world > 1:  # gloo beside nccl: flags that stay on the CPU never wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    why = choose_dtype(config, device, rank, world)
+    join_processes()
+    why = choose_dtype(config, device)
     return Machine(device, getattr(torch, config.dtype), rank, world, why)
 
 
-def choose_dtype(config: TrainConfig, device: torch.device, rank: int, world: int) -> str:
+def choose_dtype(config: TrainConfig, device: torch.device) -> str:
     """Where config.dtype is auto, sets it to what is fast here, as process 0 measures it. Returns
     the reason. A checkpoint keeps the dtype, so a resumed run stays with it."""
     if config.dtype != "auto" and not config.resume:
         return "as asked"
-    measured = [fast_dtype(device) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(measured)
-    fast, why = measured[0]
+    fast, why = on_first(lambda: fast_dtype(device))
     fast = str(fast).removeprefix("torch.")
     if config.dtype == "auto":
         config.dtype = fast
@@ -324,27 +381,84 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
 # ---- Data and evaluation -------------------------------------------------------------------------
 
 
-def open_data(config: TrainConfig, vocab_size: int, machine: Machine):
-    """The prepared data and its folder; those of our own config files are made if missing."""
-    path, name = Path(config.data), config.data
-    put_aside = prepare_data.backup_of(path).exists()  # by a run that was to replace the folder
-    folder = path if put_aside or (path / "meta.json").exists() else Path("data") / name
-    ours = (name, vocab_size) in (("stdlib", 4096), ("tiny", 512))
-    if machine.rank == 0:
-        prepare_data.recover(folder)
-        if ours and not folder.exists():
-            prepare_data.prepare(prepare_data.DataConfig("stdlib", name, vocab_size=vocab_size))
-    if machine.world > 1:
-        dist.barrier()
+TOKENIZER_KEYS = ("tokenizer_sha256", "pattern", "special_tokens")  # of meta.json
+
+
+def tokenizer_identity(folder: Path) -> dict | None:
+    """What makes the tokenizer of a run or of data; None if that is stored in another way."""
+    if not (folder / "meta.json").exists():
+        return None
+    meta = json.loads((folder / "meta.json").read_bytes())
+    return {key: meta.get(key) for key in TOKENIZER_KEYS}
+
+
+def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
+    """Raises ValueError unless the tokenizer of weights (a run, a checkpoint in its run's folder,
+    a Hugging Face directory) is that of the data. A foreign one can only be tried on a text."""
+    folder = source if source.is_dir() else source.parent
+    if identity := tokenizer_identity(folder):
+        same = identity == tokenizer_identity(data)
+    elif tokenizer:
+        ids = prepare_data.load_tokenizer(data).encode_ordinary(__doc__)
+        same = tokenizer.encode(__doc__) == ids
+    else:  # the directory has none
+        same = True
+    if not same:
+        other = f"{source} has another tokenizer than {data}"
+        raise ValueError(f"{other}; prepare the data with --tokenizer={folder}.")
+
+
+def check_validation_text(data: prepare_data.Dataset, name: str | Path):
+    """Raises ValueError where there is nothing to predict, or no byte to share the loss out to."""
+    tokens, share = len(data.val.arrays[0]), data.val_bytes_per_token
+    if tokens < 2 or not share > 0:
+        has = f"{tokens} tokens of {share} bytes"
+        raise ValueError(f"the validation text of {name} has {has}: prepare more text.")
+
+
+def read_data(config: TrainConfig, folder: Path, vocab_size: int) -> prepare_data.Dataset:
+    """The prepared data. Raises OSError or ValueError where this run cannot use them."""
     if not folder.exists():
-        make = f"python prepare_data.py SOURCE --name={name} --vocab_size={vocab_size}"
+        make = f"python prepare_data.py SOURCE --name={config.data} --vocab_size={vocab_size}"
         raise FileNotFoundError(f"no data in {folder}; make it with: {make}.")
     data = prepare_data.load_dataset(folder)
     if not 0 <= vocab_size - data.vocab_size < 128:  # padding to a multiple of 128 is fine
         has = f"vocab_size is {vocab_size}, but {folder} has {data.vocab_size} tokens"
         raise ValueError(f"{has}: give train.py or prepare_data.py the other's --vocab_size.")
     longest = max(config.block_size, config.long_block_size)
-    data.train.windows(np.zeros(1, int), longest + 1)  # raises where it is too short
+    shortest = min(map(len, data.train.arrays))
+    if longest >= shortest:  # a window needs the token after it, too
+        short = f"windows of {longest} tokens do not fit in {folder}, a file of {shortest}"
+        raise ValueError(f"{short}: lower --block_size and --long_block_size, or add text.")
+    check_validation_text(data, folder)
+    return data
+
+
+def open_data(config: TrainConfig, vocab_size: int):
+    """The prepared data and its folder; those of our own config files are made if missing.
+
+    Process 0 makes them. Every process reads its own disk's, which have to be the same.
+    """
+    path, name = Path(config.data), config.data
+    put_aside = prepare_data.backup_of(path).exists()  # by a run that was to replace the folder
+    folder = path if put_aside or (path / "meta.json").exists() else Path("data") / name
+
+    def make():
+        prepare_data.recover(folder)
+        ours = (name, vocab_size) in (("stdlib", 4096), ("tiny", 512))
+        if ours and not folder.exists():
+            prepare_data.prepare(prepare_data.DataConfig("stdlib", name, vocab_size=vocab_size))
+
+    def compare():
+        if described != first:
+            raise ValueError(f"{folder} differs from that of process 0: copy it from there.")
+
+    on_first(make)
+    data = on_all(lambda: read_data(config, folder, vocab_size))
+    sizes = [*map(len, data.train.arrays), *map(len, data.val.arrays)]
+    described = sizes, tokenizer_identity(folder)
+    first = on_first(lambda: described)
+    on_all(compare)
     return data, folder
 
 
@@ -400,6 +514,7 @@ def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) ->
 def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
     """What the log has of an evaluation: losses and the use of the experts in windows of block_size
     and, once the model knows them, the loss in long ones."""
+    check_validation_text(data, config.data)
     c, T_long = model.config, config.long_block_size
     E, G, losses = c.n_routed_experts, c.n_group, {}
     lengths = [config.block_size, T_long] if T_long == model.trained_length else [config.block_size]
@@ -443,12 +558,60 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
 # ---- The run and its folder ----------------------------------------------------------------------
 
 
-def save_atomically(state: dict, path: Path):
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Makes the run's folder, and keeps every other train.py from writing there meanwhile.
+
+    Process 0 holds a lock on a file in it. The system takes that back however the process ends. A
+    folder that is made here goes again if nothing has come of it.
+    """
+    path, new = out / ".lock", [folder for folder in (out, *out.parents) if not folder.exists()]
+    file = on_all(lambda: lock(path) if is_first() else None)
+    try:
+        yield
+    finally:
+        if file:
+            file.close()
+            with suppress(OSError):  # by now another run is there
+                if new and [*out.iterdir()] == [path]:
+                    path.unlink()
+                    for folder in new:
+                        folder.rmdir()
+
+
+def lock(path: Path) -> BinaryIO:
+    """The file, open and locked until it is closed; what killed writers have left beside it goes.
+    Raises ValueError where another process has it. Reading a run needs no lock."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "ab")  # noqa: SIM115
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        other = f"another train.py is writing to {path.parent}"
+        raise ValueError(f"{other}: wait for its end, or give another --out.") from None
+    except OSError as error:
+        info(f"{path.parent} cannot be locked ({error}): let only one train.py write there")
+        return file
+    for name in ("ckpt.pt", "best.pt", "log.jsonl"):
+        for part in path.parent.glob(f"{name}*.tmp"):
+            part.unlink(missing_ok=True)
+    return file
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]):
     """A file that is either the old one or the new one, whatever happens in between."""
-    part = path.with_name(path.name + ".tmp")
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(part, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -456,6 +619,31 @@ def save_atomically(state: dict, path: Path):
         part.unlink(missing_ok=True)
         cause = error.__context__ or error  # torch raises its own on top of the disk's
         raise OSError(f"cannot write {path} ({cause}); what it held before is intact.") from None
+
+
+def cut_log(path: Path, step: int) -> int:
+    """Leaves those lines of a log that are whole and not of a later step. Returns the last step
+    that they have an evaluation of (0: none)."""
+    kept, evaluated, damaged = [], 0, 0
+    content = path.read_bytes() if path.exists() else b""
+    for line in content.splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            continue  # the last one, half written
+        try:
+            entry = json.loads(line)
+            if entry["step"] > step:
+                continue
+        except (ValueError, TypeError, KeyError):  # no JSON, no object, no step
+            damaged += 1
+            continue
+        kept.append(line)
+        if "val_loss" in entry:
+            evaluated = max(evaluated, entry["step"])
+    if damaged:
+        info(f"{path}: left out {damaged} damaged line(s)")
+    if b"".join(kept) != content:
+        write_atomically(path, lambda file: file.writelines(kept))
+    return evaluated
 
 
 def to_json(values: dict) -> str:
@@ -475,11 +663,12 @@ class Run:
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.step = self.tokens = 0
         self.evaluated = 0  # the step of the last evaluation that a resumed run finds in its log
-        self.best = (0, -math.inf)  # of best.pt: the length it was trained for, minus its loss
+        self.saved = 0  # the step of ckpt.pt (0: there is none)
+        self.best_length, self.best_loss = 0, math.inf  # of best.pt: tokens trained for, val_loss
         # Sums since the last line of the log, kept on the device: three losses, MaxVio, steps left
         # out because their gradient was not finite, all steps.
         self.sums = torch.zeros(6, device=machine.device, dtype=model.norm.weight.dtype)
-        self.bad_in_a_row = torch.zeros((), device=machine.device)
+        self.bad_in_a_row = 0
         self.signalled, self.stopped = 0.0, False  # when this process was, whether all know
         self.clock = time.perf_counter(), 0  # when the measured stretch began, and its tokens
 
@@ -488,31 +677,45 @@ class Run:
         return self.step >= self.config.steps
 
     def restore(self, saved: dict):
-        """Goes back to a checkpoint; the log loses what came after it and will come again."""
+        """Goes back to a checkpoint, which process 0 has read; it tells the others what they need,
+        as their decisions have to be the same and their disks may be others."""
+        found = on_first(lambda: self.read_folder(saved))
+        self.step, self.tokens, sums, self.evaluated, self.best_length, self.best_loss = found
+        self.saved = self.step
+        self.clock = time.perf_counter(), self.tokens
+        self.sums += sums.to(self.sums)
+        # Every parameter's moments, cut up as it is; the settings stay this run's.
+        groups = self.dcp.get_optimizer_state_dict(*self.trained)["param_groups"]
+        state = {"state": saved["optimizer"], "param_groups": groups} if is_first() else {}
+        several = self.machine.world > 1
+        options = self.dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
+        self.dcp.set_optimizer_state_dict(*self.trained, state, options=options)
+
+    def read_folder(self, saved: dict) -> tuple:
+        """What a run goes on with; the log loses what came after the checkpoint and comes again."""
         kind, moments = self.config.optimizer, saved.get("optimizer")
         if saved["train_config"].get("optimizer") != kind or not isinstance(moments, dict):
             raise ValueError(f"no state of {kind} in {self.out}: use --init_from instead.")
-        self.step, self.tokens = saved["step"], saved["tokens"]
-        self.clock = time.perf_counter(), self.tokens
-        self.sums += saved.get("sums", 0 * self.sums).to(self.sums)
+        best = 0, math.inf
         if (self.out / "best.pt").exists():  # it may be later and better than the checkpoint
-            best = load_checkpoint(self.out / "best.pt")
-            then, now = best["train_config"], asdict(self.config)
+            file = load_checkpoint(self.out / "best.pt")
+            then, now = file["train_config"], asdict(self.config)
             if all(then[k] == now[k] for k in ("data", "block_size")):  # else no comparison
-                self.best = best["trained_length"], -best["val_loss"]
-        log = self.out / "log.jsonl"
-        if log.exists():
-            lines = log.read_bytes().splitlines(keepends=True)
-            entries = [json.loads(x) for x in lines if x.endswith(b"\n")]  # else half written
-            kept = [x for x in entries if x["step"] <= self.step]
-            self.evaluated = max((x["step"] for x in kept if "val_loss" in x), default=0)
-            if self.machine.rank == 0:
-                os.truncate(log, sum(map(len, lines[: len(kept)])))
-        # Every parameter's moments, cut up as it is; the settings stay this run's.
-        groups = self.dcp.get_optimizer_state_dict(*self.trained)["param_groups"]
-        state = {"state": moments, "param_groups": groups}
-        options = self.dcp.StateDictOptions(full_state_dict=True)
-        self.dcp.set_optimizer_state_dict(*self.trained, state, options=options)
+                best = file["trained_length"], file["val_loss"]
+        evaluated = cut_log(self.out / "log.jsonl", saved["step"])
+        sums = saved.get("sums", torch.zeros(6))  # an older version's may lack them
+        return saved["step"], saved["tokens"], sums, evaluated, *best
+
+    def begin(self, files):
+        """A new run takes the folder over: only now that compiler and memory have sufficed."""
+
+        def replace():
+            for name in RUN_FILES:
+                (self.out / name).unlink(missing_ok=True)
+            for file in files:
+                shutil.copy(file, self.out)
+
+        on_first(replace)
 
     def save(self, name: str, **more):
         """Every rank calls it, since sharded tensors are gathered; the first one writes."""
@@ -526,8 +729,8 @@ class Run:
             "tokens": self.tokens,
             "sums": self.sums,
         }
-        if self.machine.rank == 0:
-            save_atomically(state | more, self.out / name)
+        path = self.out / name
+        on_first(lambda: write_atomically(path, lambda file: torch.save(state | more, file)))
 
     def checkpoint(self):
         """ckpt.pt, when it is time, and before an evaluation, in which the run may be killed."""
@@ -536,6 +739,24 @@ class Run:
         if due and not self.bad_in_a_row:  # a bad gradient's weights may be spoilt: keep the older
             moments = self.dcp.get_optimizer_state_dict(*self.trained, options=self.whole)
             self.save("ckpt.pt", optimizer=moments.get("state", {}))  # other ranks get none
+            self.saved = self.step
+
+    def farewell(self) -> str:
+        """What a run that was stopped says: where it can go on."""
+        file = f"{self.out}/ckpt.pt"
+        if self.saved == self.step:
+            return f"stopped at step {self.step}; go on from {file} with --resume."
+        bad = f"stopped at step {self.step}, whose gradient was not finite"
+        if self.saved:
+            return f"{bad}; go on from step {self.saved}, in {file}, with --resume."
+        return f"{bad}, before a checkpoint was saved; begin again with --overwrite."
+
+    def better(self, loss: float) -> bool:
+        """Whether weights with this validation loss take the place of best.pt: a finite one, and
+        weights trained for longer windows before a lower loss."""
+        if self.model.trained_length != self.best_length:
+            return math.isfinite(loss) and self.model.trained_length > self.best_length
+        return math.isfinite(loss) and loss < self.best_loss
 
     def evaluate(self):
         """The validation loss, when it is time; best.pt, if it is the lowest so far."""
@@ -544,9 +765,8 @@ class Run:
             return
         result = evaluate(self.model, self.data, self.config, self.machine)
         self.model.train()
-        score = (self.model.trained_length, -result["val_loss"])
-        if math.isfinite(result["val_loss"]) and score > self.best:
-            self.best = score
+        if self.better(result["val_loss"]):  # which is a sum over all processes
+            self.best_length, self.best_loss = self.model.trained_length, result["val_loss"]
             self.save("best.pt", **{k: v for k, v in result.items() if k.startswith("val")})
         self.log(result)
         self.clock = time.perf_counter(), self.tokens
@@ -555,32 +775,44 @@ class Run:
         """A line on the screen and in log.jsonl."""
         numbers = ", ".join(f"{k} {v:.5g}" for k, v in values.items() if isinstance(v, float))
         info(f"step {self.step}/{self.config.steps}: {numbers}{more}")
-        if self.machine.rank == 0:
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(to_json({"step": self.step, "tokens": self.tokens} | values) + "\n")
+        line = to_json({"step": self.step, "tokens": self.tokens} | values) + "\n"
 
-    def log_step(self, losses: Tensor, vio: Tensor, bad: Tensor, lr: float, norm: Tensor):
+        def append():
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(line)
+
+        on_first(append)
+
+    def log_step(self, losses: Tensor, vio: Tensor, finite: bool, lr: float, norm: Tensor):
         """When it is time, a line with the means of losses and MaxVio since the last line; raises
         if the gradient is lost for good."""
         c = self.config
-        self.sums += torch.stack((*losses, vio, bad, torch.ones_like(bad)))
-        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
-        if not self.last and self.step % c.log_every:
-            return
-        *sums, skipped, steps = self.sums.tolist()
-        main, mtp, balance, vio = (x / steps for x in sums)
-        self.sums.zero_()
-        (began, before), self.clock = self.clock, (time.perf_counter(), self.tokens)
-        speed = (self.tokens - before) / (self.clock[0] - began)
-        line = {"loss": main, "mtp_loss": mtp, "balance_loss": balance, "max_vio": vio}
-        line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_s": round(speed, 1)}
-        left = timedelta(seconds=round((c.steps - self.step) * c.batch_size * c.block_size / speed))
-        skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
-        self.log(line, f", {left} left{skips}")
-        if (bad := int(self.bad_in_a_row)) >= 5 or (bad and self.last):
-            again = "resume" if (self.out / "ckpt.pt").exists() else "overwrite"
-            lost = f"{bad} gradients up to step {self.step} are not finite"
-            raise ValueError(f"{lost}: lower --lr and --{again}.")
+        self.sums[:4] += torch.stack((*losses, vio))
+        self.sums[4] += not finite
+        self.sums[5] += 1
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        lost = self.bad_in_a_row >= 5 or (self.bad_in_a_row and self.last)
+        if self.last or lost or self.step % c.log_every == 0:
+            *sums, skipped, steps = self.sums.tolist()
+            main, mtp, balance, vio = (x / steps for x in sums)
+            self.sums.zero_()
+            (began, before), self.clock = self.clock, (time.perf_counter(), self.tokens)
+            speed = (self.tokens - before) / (self.clock[0] - began)
+            line = {"loss": main, "mtp_loss": mtp, "balance_loss": balance, "max_vio": vio}
+            line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_s": round(speed, 1)}
+            tokens = (c.steps - self.step) * c.batch_size * c.block_size
+            left = timedelta(seconds=round(tokens / speed))
+            skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
+            self.log(line, f", {left} left{skips}")
+        if lost:
+            bad = f"{self.bad_in_a_row} gradients up to step {self.step} are not finite"
+            again = "--resume" if self.saved else "--overwrite"
+            raise ValueError(f"{bad}: lower --lr and {again}.")
+
+    def agree_to_stop(self):
+        """All processes learn of a signal to any, and stop together (the sum is on the CPU)."""
+        heard = torch.tensor(float(self.signalled > 0))
+        self.stopped = bool(self.machine.sum(heard))
 
     def on_signal(self, number, frame):
         """Ctrl-C or pre-emption. torchrun sends it twice; one over a second later aborts."""
@@ -613,8 +845,9 @@ def backward(model: DeepSeekV3, trainer: nn.Module, batches, weights, machine: M
 
 
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=None, files=()):
-    """Runs `config.steps` optimiser steps, from `saved` (a checkpoint) if given; a new run's folder
-    gets copies of `files`. A signal ends it with a checkpoint and KeyboardInterrupt."""
+    """Runs `config.steps` optimiser steps, from `saved` (a checkpoint, read by process 0) if given;
+    a new run's folder gets copies of `files`. A signal ends it with a checkpoint and
+    KeyboardInterrupt."""
     total, active, mtp = (f"{n / 1e6:.2f}M" for n in model.parameter_counts().values())
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.why})"
@@ -623,7 +856,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
     trainer = wrap(model.train(), config, machine)
     optimizers = make_optimizers(model, config)
     run = Run(model, optimizers, data, config, machine)
-    if saved:
+    if saved is not None:
         run.restore(saved)
     if run.last:
         info(f"{run.out} is at step {run.step} of {config.steps}: nothing is left to train")
@@ -631,41 +864,36 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
     try:
         run.evaluate()  # of the checkpoint's step, which is saved before it is evaluated
         while not (run.last or run.stopped):
-            step, parts = run.step, config.grad_accum
+            step = run.step
             if extended(config, step):
                 extend_context(model, config)
             windows = train_windows(data, config, step)
-            batches = np.split(windows, machine.world * parts)[machine.rank * parts :][:parts]
+            ours = slice(machine.rank * config.grad_accum, (machine.rank + 1) * config.grad_accum)
+            batches = np.split(windows, machine.world * config.grad_accum)[ours]
 
-            late = step >= config.mtp_switch * config.steps
-            mtp_weight = config.mtp_weight_late if late else config.mtp_weight
             with fp8.quantized_once(model):
-                losses = backward(model, trainer, batches, (mtp_weight, config.alpha), machine)
+                weights = mtp_weight_at(config, step), config.alpha
+                losses = backward(model, trainer, batches, weights, machine)
 
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            bad = (~norm.isfinite()).float()  # where it is 1 the step is left out
-
+            finite = bool(norm.isfinite())  # here the host waits for the GPU, once a step
             lr = lr_at(config, step)
-            for optimizer in () if bad else optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["lr_scale"]
-                optimizer.step()
+            if finite:  # else the step is left out
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr * group["lr_scale"]
+                    optimizer.step()
             model.zero_grad(set_to_none=True)
 
             vio = max_vio(machine.sum(model.expert_counts))
-            gamma = config.gamma if step < config.gamma_stop * config.steps else 0.0
-            model.update_bias(gamma * (1 - bad))
+            model.update_bias(gamma_at(config, step) if finite else 0.0)
 
-            if step == 0 and machine.rank == 0:  # only now that compiler and memory have sufficed
-                for name in RUN_FILES:
-                    (run.out / name).unlink(missing_ok=True)
-                for file in files:
-                    shutil.copy(file, run.out)
+            if step == 0:
+                run.begin(files)
             run.step, run.tokens = step + 1, run.tokens + windows[:, 1:].size
-            run.log_step(machine.sum(losses) / machine.world, vio, bad, lr, norm)
-            # All processes learn of a signal to any, and stop together (the sum is on the CPU).
-            run.stopped = bool(machine.sum(torch.tensor(float(run.signalled > 0))))
+            run.log_step(machine.sum(losses) / machine.world, vio, finite, lr, norm)
+            run.agree_to_stop()
             run.checkpoint()
             run.evaluate()
     except torch._dynamo.exc.ShortenTraceback:
@@ -676,7 +904,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if run.stopped:
-        info(f"stopped at step {run.step}; go on from {run.out}/ckpt.pt with --resume.")
+        info(run.farewell())
         raise KeyboardInterrupt  # so that no script takes the run for finished
 
 
@@ -695,28 +923,49 @@ def split_configs(values: dict) -> tuple[dict, dict]:
     return model, {k: v for k, v in values.items() if k not in model}
 
 
-def read_settings(argv: list[str]) -> tuple[TrainConfig, dict, str | Path]:
-    """The configuration, the network's keys, and the checkpoint to open, if any."""
+def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
+    """What the command is to do, and the settings in the config file and on the command line.
+
+    Who has the last word on a setting: the command line; then a checkpoint that is resumed or
+    evaluated, so that a run keeps its settings though the file has changed; then the config file;
+    then the default. Checkpoints have no word on OF_THE_COMMAND, which the first result holds.
+    """
     about = "Train a DeepSeek-V3: python train.py config/small.py [--key=value]"
     file, given = parse_args(about, argv, TrainConfig, ModelConfig, positional="config")
-    in_file = read_config_file(file, ModelConfig, TrainConfig) if file else {}
     given = {k: v for k, v in given.items() if (k, v) != ("out", "")}  # empty: default
-    values = ({"out": f"out/{Path(file).stem}"} if file else {}) | in_file | given
-    network, settings = split_configs(values)
-    config = TrainConfig(**settings)
-    if not (file or config.eval_only or (config.out and (config.resume or config.init_from))):
+    in_file = {"out": f"out/{Path(file).stem}"} if file else {}
+    in_file |= read_config_file(file, ModelConfig, TrainConfig) if file else {}
+    here = in_file | given
+    command = TrainConfig(**{k: v for k, v in here.items() if k in OF_THE_COMMAND})
+    named = command.out and (command.resume or command.init_from)
+    if not (file or command.eval_only or named):
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
-    out = Path(config.out)
-    if config.resume and (given.get("init_from") or given.get("overwrite")):
+    if command.resume and (given.get("init_from") or given.get("overwrite")):
         raise ValueError("--resume goes on with a run: leave out --init_from and --overwrite.")
-    if config.resume or (config.eval_only and not config.init_from):
-        source = out / "ckpt.pt" if config.resume else out  # a folder's best.pt is preferred
-        network, settings = split_configs(values | resumed(load_checkpoint(source), in_file, given))
-        return TrainConfig(**settings), network, source
-    if not (config.eval_only or config.overwrite) and any((out / x).exists() for x in RUN_FILES):
+    return command, in_file, given
+
+
+def source_of(command: TrainConfig) -> Path | None:
+    """Where the command's weights are; None for a new network."""
+    if command.resume:
+        return Path(command.out) / "ckpt.pt"
+    if command.init_from:
+        return Path(command.init_from)
+    return Path(command.out) if command.eval_only else None  # a folder's best.pt is preferred
+
+
+def settle(command: TrainConfig, saved: dict | None, in_file: dict, given: dict):
+    """The configuration, and the network's keys; `saved` is what is resumed or evaluated."""
+    out, values = Path(command.out), in_file | given
+    if saved is not None:
+        values |= resumed(saved, in_file, given)
+    elif any((out / x).exists() for x in RUN_FILES) and not (
+        command.eval_only or command.overwrite
+    ):
         raise ValueError(f"{out} holds a run: give --resume, --overwrite, or another --out.")
-    return config, network, config.init_from
+    network, settings = split_configs(values)
+    return TrainConfig(**settings), network
 
 
 def resumed(saved: dict, in_file: dict, given: dict) -> dict:
@@ -733,8 +982,9 @@ def resumed(saved: dict, in_file: dict, given: dict) -> dict:
     return now
 
 
-def open_network(config: TrainConfig, asked: dict, source: str | Path, machine: Machine):
-    """The network, new or from a checkpoint, and the tokenizer of that."""
+def open_network(config: TrainConfig, asked: dict, source: Path | None, machine: Machine):
+    """The network, new or from weights that process 0 reads and sends to the others, and the
+    tokenizer of these weights (on process 0)."""
     sharded = machine.world > 1 and config.parallel == "fsdp" and not config.eval_only
     place = "cpu" if sharded else machine.device  # FSDP moves the model block by block
     dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of weights, optimiser
@@ -744,7 +994,16 @@ def open_network(config: TrainConfig, asked: dict, source: str | Path, machine: 
         model = DeepSeekV3(ModelConfig(**asked)).to(place, dtype)
         model.trained_length = 0
         return model, None
-    model, tokenizer, _ = load_model(source, place, dtype)
+    none = None, None, None
+    model, tokenizer, _ = on_all(lambda: load_model(source, place, dtype) if is_first() else none)
+    if machine.world > 1:
+        shape, length = on_first(lambda: (model.config, model.trained_length))
+        if not model:
+            with torch.device("meta"):
+                model = DeepSeekV3(shape)
+            model.to(dtype).materialize(place).trained_length = length
+        for x in model.state_dict().values():
+            dist.broadcast(x, 0)
     for key, value in asked.items():
         have = getattr(model.config, key)
         if key not in CONTEXT_KEYS and value != have:
@@ -759,6 +1018,10 @@ def check_windows(config: TrainConfig, model: DeepSeekV3, machine: Machine):
     long, limit = config.long_block_size, model.config.max_position_embeddings
     if (longest := max(config.block_size, long)) > limit:
         raise ValueError(f"windows of {longest} tokens exceed max_position_embeddings, {limit}.")
+    # MTP module k predicts a window's tokens from the k + 1st on. And the shorter the windows, the
+    # smaller the batches of an evaluation, until the Python around them takes all the time.
+    if config.block_size < (least := max(8, 1 + model.config.num_nextn_predict_layers)):
+        raise ValueError(f"block_size is {config.block_size}, but must be at least {least} here.")
     if config.eval_only:
         return
     if 0 < long < (trained := max(model.trained_length, config.block_size)):
@@ -772,33 +1035,37 @@ def check_windows(config: TrainConfig, model: DeepSeekV3, machine: Machine):
 
 
 def run(argv: list[str]):
-    config, asked, source = read_settings(argv)
-    machine, out = start_machine(config), Path(config.out)
-    torch.manual_seed(config.seed)
-    model, tokenizer = open_network(config, asked, source, machine)
-    check_windows(config, model, machine)
-    data, folder = open_data(config, model.config.vocab_size, machine)
-    ours = prepare_data.load_tokenizer(folder)
-    if tokenizer and tokenizer.encode(__doc__) != ours.encode_ordinary(__doc__):
-        other = f"{source} has another tokenizer than {config.data}"
-        raise ValueError(f"{other}; prepare the data with --tokenizer={config.init_from or out}.")
-    if config.fp8:
-        model.use_fp8()
-    if config.eval_only:
-        result = evaluate(model, data, config, machine)
-        del result["expert_load"]
-        if machine.rank == 0:
-            print(to_json(result))
-        return
-    if not config.resume and machine.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    saved = load_checkpoint(source) if config.resume else None
-    files = folder / "tokenizer.tiktoken", folder / "meta.json"
-    train(model, data, config, machine, saved, files)
-    torch.use_deterministic_algorithms(False)  # sampling has no use for it
-    if machine.rank == 0 and (out / "best.pt").exists():  # else no loss was finite
-        prompt = ours.decode(data.val.arrays[0][1:9].tolist(), errors="ignore")
-        show_result(config, prompt.strip())
+    join_processes()  # before all else, so that process 0 can decide for all
+    command, in_file, given = on_first(lambda: read_command(argv))
+    out, source = Path(command.out), source_of(command)
+    # A run that is being trained may be read all the while.
+    with nullcontext() if command.eval_only else only_writer(out):
+        saved = None  # what is resumed or evaluated; process 0 alone has its contents
+        if command.resume or (command.eval_only and not command.init_from):
+            saved = on_all(lambda: load_checkpoint(source) if is_first() else {})
+        config, asked = on_first(lambda: settle(command, saved, in_file, given))
+        machine = on_all(lambda: start_machine(config))
+        torch.manual_seed(config.seed)
+        model, tokenizer = open_network(config, asked, source, machine)
+        check_windows(config, model, machine)
+        data, folder = open_data(config, model.config.vocab_size)
+        if source:
+            on_first(lambda: check_tokenizer(source, tokenizer, folder))
+        if config.fp8:
+            model.use_fp8()
+        if config.eval_only:
+            result = evaluate(model, data, config, machine)
+            del result["expert_load"]
+            if is_first():
+                print(to_json(result))
+            return
+        files = folder / "tokenizer.tiktoken", folder / "meta.json"
+        train(model, data, config, machine, saved if config.resume else None, files)
+        torch.use_deterministic_algorithms(False)  # sampling has no use for it
+        if is_first() and (out / "best.pt").exists():  # else no loss was finite
+            tokens = data.val.arrays[0][1:9].tolist()
+            prompt = prepare_data.load_tokenizer(folder).decode(tokens, errors="ignore")
+            show_result(config, prompt.strip())
 
 
 def show_result(config: TrainConfig, prompt: str):

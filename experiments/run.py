@@ -136,7 +136,7 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
     else:
         net = begin_alike(new_network(settings, seed), first).to(machine.device)
         net.trained_length = 0
-    data, source = train.open_data(config, net.config.vocab_size, machine)
+    data, source = train.open_data(config, net.config.vocab_size)
     if options.quick:
         data.val = prepare_data.Tokens([data.val.arrays[0][:4096]])
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,9 +204,9 @@ def change_hash(arm: Arm, measure: Callable | None) -> str:
 
 def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Options):
     """Makes the results of an arm and seed that are not there yet."""
-    base, machine = options.base(), train.start_machine(train.TrainConfig())
+    base = options.base()
     data = train.TrainConfig(data=base["data"], block_size=base["block_size"])
-    _, data = train.open_data(data, base["vocab_size"], machine)
+    _, data = train.open_data(data, base["vocab_size"])
     corpus = digest(*(hashlib.sha256(x.read_bytes()).digest() for x in sorted(data.glob("*.bin"))))
     source = digest(code_id(), sorted((k, v) for k, v in base.items() if "_every" not in k))
     common = {"seed": seed, "steps": options.steps, "source": source, "corpus": corpus}

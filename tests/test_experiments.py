@@ -75,7 +75,7 @@ def trained(place) -> run.Trained:
     base = run.Options(config=str(place / "tiny.py")).base() | {"initializer_range": 0.3}
     config = train.TrainConfig(**train.split_configs(base | {"out": str(place / "text")})[1])
     machine = train.Machine(torch.device("cpu"), torch.float32)
-    data, _ = train.open_data(config, 300, machine)
+    data, _ = train.open_data(config, 300)
     return run.Trained(run.new_network(base, 0).eval(), data, config, machine)
 
 

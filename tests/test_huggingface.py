@@ -397,6 +397,8 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
         (saved | {"model_config": config | {"wings": 2}}, "'wings'"),
         (saved | {"model_config": config | {"vocab_size": 77}}, "do not match"),
         ({key: x for key, x in saved.items() if key != "model"}, "do not match"),
+        (saved | {"model": saved["model"] | {"norm.weight": 1.0}}, "do not match"),
+        (saved | {"model": {k: x.long() for k, x in saved["model"].items()}}, "holds torch.int64"),
         (saved, "meta.json"),  # the tokenizer is missing
     ):
         torch.save(bad, path)

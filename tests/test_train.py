@@ -7,7 +7,10 @@ Where processes matter they are forked from a server that has imported train.py 
 """
 
 import copy
+import errno
+import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -34,6 +37,7 @@ import torch
 import torch.nn.functional as F
 
 import fp8
+import huggingface
 import prepare_data
 import train
 from config import read_config_file, run_command
@@ -193,6 +197,33 @@ def test_batch_grows_in_equal_stages():
     assert {step: train.batch_at(config, step) for step in points} == points
     assert train.batch_at(replace(config, batch_start=0), 0) == 16
     assert train.batch_at(replace(config, batch_start=3), 999) == 16
+
+
+def test_what_changes_in_the_run_changes_at_its_very_step():
+    config = train.TrainConfig(steps=10, block_size=16, long_block_size=64, long_start=0.5)
+    config = replace(config, mtp_switch=0.5, gamma=0.25, gamma_stop=0.5)
+    assert [train.block_at(config, step) for step in range(8)] == [16] * 5 + [64, 16, 64]
+    assert [train.extended(config, step) for step in (4, 5, 6)] == [False, True, True]
+    assert not train.extended(replace(config, long_block_size=0), 9)
+    assert [train.mtp_weight_at(config, step) for step in (4, 5)] == [0.3, 0.1]
+    assert [train.gamma_at(config, step) for step in (4, 5)] == [0.25, 0]
+
+
+FILES = [*sorted((ROOT / "config").glob("[!_]*.py")), ROOT / "experiments/base.py"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_schedules_of_our_configurations_are_in_order(file):
+    values = read_config_file(str(file), ModelConfig, train.TrainConfig)
+    assert train.TrainConfig(**train.split_configs(values)[1])
+
+
+def test_long_windows_of_steps_that_take_turns_come_once_in_an_epoch():
+    data = SimpleNamespace(train=prepare_data.Tokens([np.arange(1000, dtype=np.uint16)]))
+    config = train.TrainConfig(batch_size=4, block_size=16, long_block_size=32, long_start=0)
+    starts = [train.train_windows(data, config, step)[:, 0] for step in range(1, 15, 2)]
+    first = train.epoch_starts(config.seed, 0, 1000, 32)  # 31, of which 14 steps of 64 see half
+    assert np.array_equal(np.array(starts), first[:28].reshape(-1, 4)[:, 2:])
 
 
 def test_every_token_comes_once_in_an_epoch():
@@ -391,6 +422,75 @@ def test_another_network_optimiser_or_tokenizer_is_refused_on_resume(shared):
     assert "no state of adamw in run" in refused("--resume")
 
 
+def other_tokenizer(data: Path, changed: str):
+    """data/other: the same texts with a tokenizer that gives train.py's docstring the same ids."""
+    shutil.copytree(data, "data/other")
+    ranks, meta = Path("data/other/tokenizer.tiktoken"), Path("data/other/meta.json")
+    values = json.loads(meta.read_text())
+    if changed == "token":  # the last one, which no other is made of
+        *lines, _ = ranks.read_bytes().splitlines(keepends=True)
+        ranks.write_bytes(b"".join(lines) + b"//79 %d\n" % len(lines))
+        values["tokenizer_sha256"] = hashlib.sha256(ranks.read_bytes()).hexdigest()
+    elif changed == "pattern":
+        values["pattern"] = "qzqz|" + values["pattern"]
+    else:
+        values["special_tokens"] = {"<|end|>": 511}
+    meta.write_text(json.dumps(values))
+    ids = [
+        prepare_data.load_tokenizer(x).encode_ordinary(train.__doc__) for x in (data, ranks.parent)
+    ]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("changed", ["token", "pattern", "special token"])
+def test_a_tokenizer_that_differs_where_no_text_shows_it_is_refused(changed, data, shared):
+    shutil.copytree(shared("--steps=1"), "run")
+    other_tokenizer(data, changed)
+    for options in (
+        ["--resume"],
+        ["--eval_only"],
+        ["--out=new", "--init_from=run"],
+        ["--out=new", "--init_from=run/ckpt.pt"],
+        ["--out=new", "--init_from=run", "--eval_only"],
+    ):
+        sentence = refused("--data=other", *options)
+        assert "another tokenizer than data/other" in sentence
+        assert sentence.endswith("with --tokenizer=run.")
+
+
+def test_the_tokenizer_of_a_hugging_face_directory_is_tried_on_a_text(shared):
+    huggingface.main([str(shared("--steps=1")), "released"])
+    Path("released/meta.json").unlink()  # as in directories of others
+    options = ("--steps=1", "--init_from=released")
+    run(*options, out="new")
+    prepare_data.prepare(prepare_data.DataConfig(TEXT, "other", vocab_size=512, val_fraction=0.4))
+    assert "another tokenizer" in refused(*options, "--data=other", "--out=other")
+
+
+def test_a_log_is_cut_by_its_steps_and_loses_damaged_lines(capsys):
+    """Two processes may have written to it, and a disk may have been full."""
+    run("--steps=4")
+    log = Path("run/log.jsonl")
+    good = log.read_bytes().splitlines(keepends=True)
+    late, damaged = (
+        b'{"step": 5, "val_loss": 1}\n',
+        [b"}{\n", b"[1]\n", b'{"loss": 1}\n', b"\xff\n"],
+    )
+    log.write_bytes(
+        b"".join([late, *damaged[:2], *good[:3], late, *good, *damaged[2:], late]) + b'{"'
+    )
+    before = log.read_bytes()
+    with mock.patch.object(os, "replace", side_effect=OSError("no space")):
+        assert "cannot write run/log.jsonl (no space)" in refused("--resume", "--steps=4")
+    assert log.read_bytes() == before
+    run("--resume", "--steps=4")
+    assert log.read_bytes() == b"".join(good[:3] + good)
+    assert "run/log.jsonl: left out 4 damaged" in capsys.readouterr().err
+    log.write_bytes(b"".join(good[:-1]))  # its evaluation is lost: it is made again
+    run("--resume", "--steps=4")
+    assert log.read_bytes() == b"".join(good)
+
+
 def test_weights_of_a_hugging_face_directory_start_a_run(shared, capsys):
     out = shared("--steps=4", "--dtype=float32")
     load_model(out)[0].save_pretrained("released")
@@ -537,11 +637,55 @@ def test_best_checkpoint_has_the_lowest_loss_and_may_be_newer_than_the_other(mon
     assert load(run("--resume", "--steps=9", "--block_size=8"), "best.pt")["val_loss"] == 9.0
 
 
+def test_losses_on_another_text_are_not_compared(monkeypatch, data):
+    give_losses(monkeypatch, 2.0, 3.0, 9.0)
+    run()
+    asked = prepare_data.DataConfig(TEXT, "other", tokenizer=str(data), val_fraction=0.4)
+    prepare_data.prepare(asked)
+    best = load(run("--resume", "--steps=9", "--data=other"), "best.pt")
+    assert (best["step"], best["val_loss"]) == (9, 9.0)
+
+
 def test_the_best_checkpoint_is_one_of_the_last_phase(monkeypatch):
     give_losses(monkeypatch, 1.0, 2.0, 3.0)  # a resumed run keeps the evaluation it has
     run(*CASES["long"])
     run("--resume", "--steps=12")
     assert load("run", "best.pt")["step"] == 8
+
+
+def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch):
+    """Not an equal one; once YaRN is on the first that is a number, then lower ones."""
+    write, saved = train.write_atomically, []
+
+    def watched(path, *rest):
+        write(path, *rest)
+        if path.suffix == ".pt":
+            saved.append((path.stem, load(path.parent, path.name)["step"]))
+
+    monkeypatch.setattr(train, "write_atomically", watched)
+    give_losses(monkeypatch, 2.0, 2.0, 1.0, math.nan, 5.0, 6.0, 5.0, 4.0)
+    options = ("--steps=16", "--eval_every=2", "--save_every=3")
+    run(*options, "--long_block_size=32", "--long_start=0.375")
+    assert [step for name, step in saved if name == "best"] == [2, 6, 10, 16]
+    steps = [step for name, step in saved if name == "ckpt"]
+    assert steps == [2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16]
+
+
+def test_what_is_trained_for_long_windows_stays_so_in_short_ones(shared):
+    options = ("--dtype=float32", "--steps=1", f"--init_from={shared(*CASES['long'])}")
+    assert load(run(*options))["trained_length"] == 32
+    assert load(run(*options, "--block_size=64", "--overwrite"))["trained_length"] == 64
+
+
+def test_a_validation_text_without_text_is_refused(trained):
+    model, dataset, config = trained
+    for text, share in (([1], 2.0), ([511] * 99, 0.0)):
+        dataset.val, dataset.val_bytes_per_token = prepare_data.Tokens([np.array(text)]), share
+        with pytest.raises(ValueError, match="the validation text of stdlib has"):
+            train.evaluate(model, dataset, config, MACHINE)
+    with mock.patch.object(prepare_data, "load_dataset", lambda folder: dataset):
+        dataset.train = prepare_data.Tokens([np.zeros(999)])
+        assert "the validation text of data/tiny has 99 tokens of 0.0 bytes" in refused()
 
 
 def test_a_run_that_dies_in_an_evaluation_makes_up_for_it(shared):
@@ -585,6 +729,69 @@ def test_a_run_moves_between_one_process_ddp_and_fsdp(start, shared):
     moved, straight = load("moved"), load(shared(*CONSTANT))
     for key in ("model", "optimizer", "step", "tokens"):
         assert_same(moved[key], straight[key], 1e-9)
+
+
+def on_another_disk():
+    if os.environ["RANK"] == "1":
+        os.chdir("node")
+
+
+@pytest.fixture
+def node(data) -> Path:
+    """The disk of process 1, with data, and an old checkpoint that it has no use for."""
+    run("--steps=1", out="node/run")
+    Path("node/run/log.jsonl").unlink()
+    Path("node/data").mkdir()
+    Path("node/data/tiny").symlink_to(data)
+    return Path("node")
+
+
+@pytest.mark.parametrize("options", [["--optimizer=muon"], ["--parallel=fsdp"]])
+def test_only_the_first_process_needs_the_folder_of_the_run(options, node, start, capsys):
+    """Resumed (where an evaluation is due before all else), evaluated, and taken for a new run."""
+    old = {path.name: path.read_bytes() for path in (node / "run").iterdir()}
+    run(*CONSTANT, options[0].replace("--parallel=fsdp", "--clip=1"), "--steps=4")
+    straight = shutil.copytree("run", "straight")
+    lines = Path("run/log.jsonl").read_bytes().splitlines(keepends=True)
+    Path("run/log.jsonl").write_bytes(b"".join(lines[:-1]))
+    several = dict(world=2, setup=on_another_disk)
+    finish(start("--resume", *options, "--steps=6", **several))
+    run("--resume", "--steps=6", out="straight")
+    assert_same_run(straight, Path("run"), 1e-9)
+    capsys.readouterr()
+    train.main([TINY, *SHORT, "--out=run", "--eval_only"])
+    said, nothing = finish(start("--eval_only", **several))
+    result = json.loads(said.splitlines()[-1])
+    assert_same(result, json.loads(capsys.readouterr().out), 1e-9)
+    assert "{" not in nothing
+    new = ("--init_from=run", "--steps=2", *options)
+    finish(start(*new, out="new", **several))
+    run(*new[:2], options[0].replace("--parallel=fsdp", "--clip=1"), out="alone")
+    assert_same_run(Path("new"), Path("alone"), 1e-9)
+    assert {path.name: path.read_bytes() for path in (node / "run").iterdir()} == old
+    assert not (node / "new").exists()
+
+
+def test_what_one_process_refuses_ends_all_with_a_sentence(node, start, data):
+    several = dict(world=2, setup=on_another_disk)
+    for said in finish(start("--steps=0", **several), [1, 1]):
+        assert "error: steps is 0" in said
+    said, _ = finish(start("--stepps=9", **several), [2, 2])
+    assert "did you mean steps?" in said
+    Path("run").mkdir()
+    Path("run/log.jsonl").touch()
+    for said in finish(start(**several), [1, 1]):
+        assert "error: run holds a run" in said and "Traceback" not in said
+    (node / "data/tiny").unlink()
+    for said in finish(start("--overwrite", **several), [1, 1]):
+        assert "error: process 1: no data in data/tiny; make it with" in said
+    other = prepare_data.DataConfig(
+        TEXT, "tiny", str(node / "data"), tokenizer=str(data), val_fraction=0.4
+    )
+    prepare_data.prepare(other)
+    for said in finish(start("--overwrite", **several), [1, 1]):
+        assert "error: process 1: data/tiny differs from that of process 0" in said
+        assert "Traceback" not in said
 
 
 def expect_no_whole_weight_kept():
@@ -699,29 +906,83 @@ def limit_files_to_60_kb():
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(start, shared):
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_full_disk_leaves_the_old_checkpoint(world, start, shared):
     shutil.copytree(shared("--steps=4"), "run")
     before = {name: Path(f"run/{name}").read_bytes() for name in ("ckpt.pt", "best.pt")}
-    (said,) = finish(start("--resume", setup=limit_files_to_60_kb), [1])
-    error = said.splitlines()[-1]
-    assert re.match(r"error: cannot write \S+ \(.*File too large\); what it held before is", error)
-    assert said.count("error") == 1 and "Traceback" not in said
+    setup = limit_files_to_60_kb
+    for said in finish(start("--resume", world=world, setup=setup), [1] * world):
+        error = said.splitlines()[-1]
+        assert re.match(r"error: cannot write \S+ \(.*File too large\); what it held before", error)
+        assert said.count("error") == 1 and "Traceback" not in said
     assert {name: Path(f"run/{name}").read_bytes() for name in before} == before
     assert not list(Path("run").glob("*.tmp"))
 
 
-@pytest.mark.parametrize(("steps", "bad"), [(40, 5), (8, 3)])
-def test_a_diverging_run_stops_or_has_failed_at_its_end_and_keeps_its_checkpoint(steps, bad):
+@pytest.mark.parametrize(("steps", "bad", "lines"), [(40, 5, 1), (40, 5, 50), (8, 3, 1)])
+def test_a_diverging_run_stops_or_has_failed_at_its_end_and_keeps_its_checkpoint(steps, bad, lines):
     run(*CONSTANT, "--dtype=float32", "--steps=4")
     before = Path("run/best.pt").read_bytes()
     options = ("--dtype=float32", "--lr=1e30", "--save_every=1", "--eval_every=6")
-    sentence = refused("--resume", f"--steps={steps}", *options)
+    sentence = refused("--resume", f"--steps={steps}", f"--log_every={lines}", *options)
+    assert log_of("run")[-1]["grad_norm"] is None  # whether a line was due or not
     found = re.match(rf"{bad} gradients up to step (\d+) .* lower --lr and --resume", sentence)
     state = load_checkpoint("run/ckpt.pt")
     assert state["step"] == int(found[1]) - bad
     assert all(x.isfinite().all() for x in state["model"].values())
     assert Path("run/best.pt").read_bytes() == before and load_model("run")
     assert "and --overwrite" in refused(*options[:2], "--steps=8", "--out=new")  # nothing is saved
+
+
+@pytest.mark.parametrize(
+    ("good", "words"),
+    [
+        (2, "; go on from run/ckpt.pt with --resume."),
+        (1, ", whose gradient was not finite; go on from step 1, in run/ckpt.pt, with --resume."),
+        (0, ", whose gradient was not finite, before a checkpoint was saved; begin again with"),
+    ],
+)
+def test_a_stopped_run_says_truly_where_it_can_go_on(good, words, capsys):
+    clip, steps = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def clip_and_stop(*arguments):
+        if (step := next(steps)) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return clip(*arguments) if step <= good else torch.tensor(math.inf)
+
+    patch = mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip_and_stop)
+    with patch, pytest.raises(KeyboardInterrupt):
+        run("--save_every=1")
+    assert f"stopped at step 2{words}" in capsys.readouterr().err
+    there = load("run")["step"] if Path("run/ckpt.pt").exists() else 0
+    assert there == good
+    run("--resume" if good else "--overwrite", "--steps=1")
+
+
+def test_a_folder_has_one_writer_and_many_readers(start, capsys):
+    (writer,) = start("--steps=5000", "--save_every=1", "--eval_every=1")
+    wait_for(lambda: "step 2/" in writer.log.read_text())
+    for options in ([], ["--resume"], ["--overwrite"], ["--overwrite", "--init_from=run"]):
+        assert "another train.py is writing to run" in refused(*options)
+    train.main([TINY, "--out=run", *SHORT, "--eval_only"])
+    assert json.loads(capsys.readouterr().out)["val_loss"] > 0
+    writer.kill()
+    writer.join(60)
+    for name in ("ckpt.pt.7.tmp", "log.jsonl.7.tmp", "ckpt.pt.tmp", "mine.tmp"):
+        Path("run", name).touch()
+    run("--resume", "--steps=1")
+    assert [path.name for path in Path("run").glob("*.tmp")] == ["mine.tmp"]
+
+
+def test_without_locks_training_goes_on_with_a_word(monkeypatch, capsys):
+    Path("run").mkdir()
+    for name in (".lock", "ckpt.pt.7.tmp"):  # neither is a run
+        Path("run", name).touch()
+    lacking = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=lacking))
+    run("--steps=1")
+    assert capsys.readouterr().err.count("run cannot be locked") == 1
+    assert Path("run/ckpt.pt.7.tmp").exists()  # whose writer may live
 
 
 def poison_third_gradient():
@@ -783,7 +1044,7 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
         (["--steps=0"], "steps is 0, but must be at least 1"),
         (["--grad_accum=3"], "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
         (["--block_size=257"], "windows of 257 tokens exceed max_position_embeddings, 256"),
-        (["--block_size=900000", "--max_position_embeddings=900000"], "no windows of 900001"),
+        (["--block_size=900000", "--max_position_embeddings=900000"], "do not fit in data/tiny"),
         (["--long_block_size=48", "--long_start=0"], "micro-batches (processes x grad_accum) of"),
         (["--long_block_size=8"], "long_block_size is 8, less than the 16 trained before"),
         (["--vocab_size=511"], "vocab_size is 511, but"),
@@ -795,6 +1056,12 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
         (["--eval_only", "--out="], "no checkpoint of train.py at out/tiny"),
         (["--out=/dev/null/run"], "/dev/null/run"),
         (["--optimizer=muon", "--parallel=fsdp"], "muon needs whole matrices"),
+        (["--block_size=7"], "block_size is 7, but must be at least 8"),
+        (["--num_nextn_predict_layers=16"], "block_size is 16, but must be at least 17"),
+        (["--decay_start=0.9", "--decay_end=0.1"], "decay_start is 0.9, but decay_end is 0.1"),
+        (["--warmup=0.6"], "warmup is 0.6, but decay_start is 0.5: raise decay_start to 0.6 at"),
+        (["--decay_end=0.99"], "decay_end is 0.99, but final_start is 0.9887"),
+        (["--data=nowhere", "--out=run/a/b"], "no data in data/nowhere"),
     ],
 )
 def test_refusals_are_one_sentence(options, words):
@@ -864,7 +1131,8 @@ def test_from_text_to_text_on_the_command_line():
     prompt = prepare_data.load_tokenizer("out/tiny").decode(tokens).strip()
     assert done.stdout.startswith(prompt)
     files = {path.name for path in Path("out/tiny").iterdir()}
-    assert files == {"ckpt.pt", "best.pt", "log.jsonl", "tokenizer.tiktoken", "meta.json"}
+    copies = {"tokenizer.tiktoken", "meta.json"}
+    assert files == {"ckpt.pt", "best.pt", "log.jsonl", ".lock"} | copies
     losses = [line["loss"] for line in log_of("out/tiny") if "loss" in line]
     assert losses[0] > losses[-1] and len(losses) == 20
     done = user("sample.py", "--ckpt=out/tiny", "--prompt=import ", "--max_new_tokens=20")
