@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,14 +58,22 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     Keys without effect on the network are ignored. Raises ValueError for another architecture
     and for a value that would change the logits in a way that is not implemented.
     """
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json is {config!r:.100}, expected an object with keys.")
+    for key in ("rope_scaling", "rope_parameters", "quantization_config"):
+        if not isinstance(config.get(key), dict | None):
+            raise ValueError(f"config.json has {key} {config[key]!r:.100}, expected an object.")
     # transformers 5 gathers rope_theta and rope_scaling in one dictionary.
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    for key, value in rope.items():
+        if not isinstance(value, str | int | float | None):
+            raise ValueError(f"config.json has {key} {value!r:.100}, expected a number or a text.")
     # Where config.json is silent, transformers' defaults hold; these differ from ours.
     stated = {"max_position_embeddings": 4096, "initializer_range": 0.02} | config | rope
     stated |= config.get("quantization_config") or {}
     for key, value in (FIXED_KEYS | FP8_KEYS | {"partial_rotary_factor": 1}).items():
         if stated.get(key) not in (None, value):
-            raise ValueError(f"config.json has {key} {stated[key]!r}, expected {value!r}.")
+            raise ValueError(f"config.json has {key} {stated[key]!r:.100}, expected {value!r}.")
     apart = ("rope_theta", "partial_rotary_factor")
     stated["rope_scaling"] = {key: value for key, value in rope.items() if key not in apart}
     known = ModelConfig.__dataclass_fields__
@@ -124,20 +133,26 @@ def from_pretrained(
     config = config_from_json(raw)
     config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
     kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
-    if not isinstance(named := getattr(torch, str(kind or "bfloat16"), None), torch.dtype):
-        raise ValueError(f"config.json has dtype {kind!r}, expected one of torch's, as float32.")
+    named = getattr(torch, str(kind or "bfloat16"), None)
+    if named not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"config.json has dtype {kind!r:.100}, expected one such as float32.")
     with torch.device("meta"):
         model = DeepSeekV3(config).to(dtype or named)
-    model.materialize(device)
 
+    due, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))  # no memory yet
+    if missing := sorted(due.keys() - stored.keys()):
+        some = f"{missing[0]} and {len(missing) - 1} more" if missing[1:] else missing[0]
+        raise ValueError(f"{directory} lacks {some}, due by its config.json: is a file missing?")
+    for name in sorted(stored.keys() - due.keys() - copies.keys()):
+        if not name.endswith(("_scale_inv", "rotary_emb.inv_freq")):
+            raise ValueError(f"{directory} has {name}, for which its config.json has no place.")
+    for name, expected in due.items():
+        if (shape := tuple(stored[name].get_slice(name).get_shape())) != expected.shape:
+            stated = tuple(expected.shape)
+            raise ValueError(f"{name} in {directory} is {shape}, but by its config.json {stated}.")
+
+    model.materialize(device)
     views, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))
-    due = {(name, *view.shape) for name, view in views.items()}
-    there = {(name, *file.get_slice(name).get_shape()) for name, file in stored.items()}
-    for name, *shape in sorted(due ^ there):
-        if name not in copies and not name.endswith(("_scale_inv", "rotary_emb.inv_freq")):
-            has = "lacks" if (name, *shape) in due else "has"
-            other = "unlike its config.json: a missing file, or another shape?"
-            raise ValueError(f"{directory} {has} {name} of shape {shape}, {other}")
     for name, view in views.items():
         x, scale = stored[name].get_tensor(name), f"{name}_scale_inv"
         if x.dtype == torch.float8_e4m3fn:
@@ -159,6 +174,7 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     config.json, which is written last: without it the directory does not open.
     """
     from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -178,7 +194,10 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
             tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantize(tensors[name], fp8.BLOCK)
     # Copies: what shares memory (experts; MTP's ends) would be refused or dropped.
     tensors = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
-    save_torch_state_dict(tensors, directory)
+    try:
+        save_torch_state_dict(tensors, directory)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"the weights cannot be written to {directory} ({error!s:.200})") from None
     (directory / "config.json").write_text(json.dumps(config | extra, indent=2))
 
 
@@ -216,6 +235,9 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
         told |= json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
     eos, bos = told.get("eos_token_id"), told.get("bos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for i in (*eos, bos):
+        if not isinstance(i, int | None):
+            raise ValueError(f"eos_token_id or bos_token_id is {i!r:.100}, expected a number")
     if (path := folder / "tiktoken.model").exists():
         special = {x["content"]: int(i) for i, x in told.get("added_tokens_decoder", {}).items()}
         ranks = parse_ranks(path.read_bytes())
@@ -340,7 +362,21 @@ def check(directory: Path):
     error = ((logits - expected).abs().max() / expected.abs().max()).item()
     info(f"logits differ from those of transformers by {error:.1e} of the largest")
     if not error < 1e-3:
-        raise ValueError("this is more than rounding: model.py is not DeepSeek-V3 any more")
+        why = "this is more than rounding: model.py is not DeepSeek-V3 any more"
+        raise ValueError(f"{why}; nothing was written")
+
+
+def export(model: DeepSeekV3, source: Path, directory: Path, quantize: bool):
+    """Writes the model, and the tokenizer of its run or file, as transformers opens them."""
+    encoding = load_tokenizer(source if source.is_dir() else source.parent)
+    keys = dict.fromkeys(("bos_token_id", "eos_token_id"), encoding.eot_token)
+    keys["max_position_embeddings"] = model.trained_length
+    model.save_pretrained(directory, quantize=quantize, **keys)
+    write_tokenizer(encoding, directory)  # for prepare_data.py
+    names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+    names["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (directory / "tokenizer_config.json").write_text(json.dumps(names, indent=2))
+    (directory / "tokenizer.json").write_text(tokenizer_json(encoding), encoding="utf-8")
 
 
 def main(argv: list[str]):
@@ -357,18 +393,20 @@ def main(argv: list[str]):
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} exists: name a new directory")
     model, _, _ = load_model(source)
-    encoding = load_tokenizer(source if source.is_dir() else source.parent)
-    keys = dict.fromkeys(("bos_token_id", "eos_token_id"), encoding.eot_token)
-    keys["max_position_embeddings"] = model.trained_length
-    model.save_pretrained(target, quantize=config.quantize, **keys)
-    write_tokenizer(encoding, target)  # for prepare_data.py
-    names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
-    names["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (target / "tokenizer_config.json").write_text(json.dumps(names, indent=2))
-    (target / "tokenizer.json").write_text(tokenizer_json(encoding), encoding="utf-8")
+    # In a directory that vanishes with whatever interrupts this (Ctrl-C, a full disk, a failed
+    # check), and which shares target's disk: target itself, where it exists, may be one of its own.
+    place = target if target.exists() else target.absolute().parent
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=place) as scratch:
+        export(model, source, Path(scratch), config.quantize)
+        if config.check:
+            check(Path(scratch))
+        target.mkdir(exist_ok=True)
+        for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == "config.json"):
+            file.rename(target / file.name)  # config.json last: without it target does not open
     info(f"wrote {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
-    if config.check:
-        check(target)
+    if model.mtp:
+        info("transformers will list the MTP modules' tensors as unexpected: it does not use them")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ class Stats:
     tokens: int = 0  # new ones
     rounds: int = 0  # forwards of the main model after the prompt's
     lookups: int = 0  # those whose drafts were looked up
-    drafted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)  # by position
+    # By position: drafts with room in the text, and those of them that are in it. (Of several rows
+    # one that keeps more drafts than another has the rest rejected, too: rows advance together.)
+    drafted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
     accepted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
     note: str = ""  # what its reader should know
 
@@ -77,9 +79,24 @@ class Stats:
 # ---- Sampling ------------------------------------------------------------------------------------
 
 
+def drawing_device(device: torch.device) -> torch.device:
+    """Where tokens are drawn, in float64: on the model's device, or, as Apple's GPUs lack float64,
+    on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def uniform(B: int, G: int, device: torch.device, generator=None) -> Tensor:
+    """What a round with G drafts draws with: (B, 2G+1) uniform in [0, 1), in float64."""
+    where = drawing_device(device)
+    return torch.rand(B, 2 * G + 1, dtype=torch.float64, device=where, generator=generator)
+
+
 def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor:
-    """Temperature, then top-k, then top-p: logits (..., V) -> probabilities (..., V)."""
-    logits = logits / temperature
+    """Temperature, then top-k, then top-p: logits (..., V) -> probabilities (..., V) in float64.
+
+    Tokens that tie with the k-th likeliest all stay, as in transformers.
+    """
+    logits = logits.double() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -93,10 +110,17 @@ def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:
-    """From each of the distributions p (B, T, V) the token where its sum passes u (B, T)."""
-    total = p.cumsum(-1)
+    """From each of the distributions p (B, T, V) the token where its sum passes u (B, T) in [0, 1).
+
+    A rounded sum over a large vocabulary misses the distribution, in float32 by up to 1e-3; a
+    GPU's, added up in parallel, may even rise where p is 0, or fall. So probabilities become whole
+    numbers of 2^-52, which float64 adds without rounding, in any order. Then every token has its
+    probability up to 2^-52, and none if that is 0.
+    """
+    p = p.double()
+    total = (p / p.sum(-1, keepdim=True) * 2.0**52).floor().cumsum(-1)  # (B, T, V)
     token = torch.searchsorted(total, u[..., None] * total[..., -1:], right=True).squeeze(-1)
-    return token.clamp(max=p.shape[-1] - 1)
+    return token.clamp(max=p.shape[-1] - 1)  # it is past the end only where p is not finite
 
 
 def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +158,9 @@ class Text:
         # Logits divided by less would be infinite.
         self.greedy, self.depth, self.net = temperature < 1e-6, depth, model
         # A tensor, so that a graph serves every temperature.
-        self.filters = ops.upcast(like[:0]).new_tensor(temperature), top_k, top_p
+        where = drawing_device(tokens.device)
+        self.filters = torch.tensor(temperature, dtype=torch.float64, device=where), top_k, top_p
+        self.recorded = set()  # the kinds of rounds that CUDA has recorded with this text's tensors
         # Room for a last round that goes too far. A graph serves one size: compiled there are few.
         size = T + new + MOST_DRAFTS + depth + 1
         size = max(256, 1 << (size - 1).bit_length()) if compile else size
@@ -177,11 +203,11 @@ class Text:
             self.mtp_cache.length = start
             h = self.net.predict_next(k, h, self.tokens[:, span(start + k + 1, W)], self.mtp_cache)
             if j < G:
-                logits = self.net.logits(h[:, -1:])  # (B, 1, V)
+                logits = self.net.logits(h[:, -1:]).to(u.device)  # (B, 1, V)
                 if not self.greedy:
                     q.append(probabilities(logits, *self.filters))
                 token = draw(q[j], u[:, j : j + 1]) if q else logits.argmax(-1)
-                self.tokens[:, span(n + j, 1)] = token
+                self.tokens[:, span(n + j, 1)] = token.to(h.device)
         return torch.cat(q, 1) if q else None
 
     def round(self, n: int | Tensor, G: int, W: int, u: Tensor) -> Tensor:
@@ -196,7 +222,8 @@ class Text:
         h = self.net.trunk(fresh, self.cache)
         if self.depth:
             self.hidden[:, span(n - 1, G + 1)] = h
-        logits, drafts = self.net.logits(h), fresh[:, 1:]  # (B, G+1, V), (B, G)
+        logits = self.net.logits(h).to(u.device)  # (B, G+1, V)
+        drafts = fresh[:, 1:].to(u.device)  # (B, G)
         p = None if self.greedy else probabilities(logits, *self.filters)
         if q is None:  # looked up or greedy: kept where the model says the same
             out = logits.argmax(-1) if self.greedy else draw(p, u[:, G:])  # (B, G+1)
@@ -204,7 +231,7 @@ class Text:
         else:
             kept, token = accept(p, q, drafts, u[:, G:])
             out = F.pad(drafts, (0, 1)).scatter(1, kept[:, None], token)
-        self.tokens[:, span(n, G + 1)] = out
+        self.tokens[:, span(n, G + 1)] = out.to(h.device)
         return torch.cat((kept[:, None], out), 1)
 
     def play(self, n: int, G: int, u: Tensor, looked_up: bool) -> tuple[list, float]:
@@ -213,7 +240,7 @@ class Text:
         # The slots still to fill; in a graph, where W is fixed, the most that a round can leave.
         W = G + self.depth if graph else min(n - 1 - self.filled, self.most)
         W = 0 if looked_up or G == 0 else W
-        position = torch.tensor(n, device=u.device) if graph else n
+        position = torch.tensor(n, device=self.tokens.device) if graph else n
         round = compiled(self, position, G, W, u) if graph else Text.round
         began = time.perf_counter()
         if W:
@@ -227,13 +254,20 @@ GRAPHS = {}  # compiled rounds; they serve every text of their size and every mo
 
 
 def compiled(text: Text, n: Tensor, G: int, W: int, u: Tensor) -> Callable:
-    """Text.round as one graph for every n: compiled here if it is the first of its kind."""
-    key = (*text.kind, G, W)
-    if key not in GRAPHS:
+    """Text.round as one graph for every n: compiled here if it is the first of its kind.
+
+    A CUDA graph is that round recorded with the addresses of one text's tensors. Before it replays
+    one, torch compares the addresses; where they are others, it records another, without compiling
+    (mark_static_address, cudagraph_trees.py). So a text's first round of a kind is run here once
+    more than needed, where no clock counts the recording. Recordings stay as long as the process.
+    """
+    key, on_cpu = (*text.kind, G, W), text.tokens.device.type == "cpu"
+    graph, runs = GRAPHS.get(key), 0
+    if graph is None:
         # Without guards, as checking a few hundred tensors would take as long as the step. And as
         # torch.compile keeps graphs with the code of a function, each has its own copy of that.
         graph = types.FunctionType(Text.round.__code__.replace(), globals())
-        if u.device.type == "cpu":
+        if on_cpu:
             options = dict(cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
         else:
             options = {"triton.cudagraphs": True}
@@ -245,17 +279,22 @@ def compiled(text: Text, n: Tensor, G: int, W: int, u: Tensor) -> Callable:
         options |= {"guard_filter_fn": lambda guards: [False] * len(guards)}
         graph = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
         info("compiling a round of decoding, which may take a minute")
-        began, tokens = time.perf_counter(), text.tokens.clone()
-        try:
-            for _ in range(3):  # a GPU records its graph in the second
-                graph(text, n, G, W, u)
-                text.tokens.copy_(tokens)  # the outcome stands where drafts were looked up
-        except torch._dynamo.exc.ShortenTraceback as error:
-            reason = str(error)[:200]
-            raise ValueError(f"--compile cannot be used here ({reason}); leave it out") from None
+        runs = 3  # a GPU records in the second
+    elif not on_cpu and (G, W) not in text.recorded:
+        runs = 1
+    began, tokens = time.perf_counter(), text.tokens.clone() if runs else None
+    try:
+        for _ in range(runs):
+            graph(text, n, G, W, u)
+            text.tokens.copy_(tokens)  # the outcome stands where drafts were looked up
+    except torch._dynamo.exc.ShortenTraceback as error:
+        reason = str(error)[:200]
+        raise ValueError(f"--compile cannot be used here ({reason}); leave it out") from None
+    text.recorded.add((G, W))
+    if key not in GRAPHS:
         GRAPHS[key] = graph
         info(f"compiled in {time.perf_counter() - began:.0f} s")
-    return GRAPHS[key]
+    return graph
 
 
 # ---- Whole texts ---------------------------------------------------------------------------------
@@ -389,8 +428,9 @@ def generate(
     speculative: drafts per round, 0 to 4, or "auto": 2, or 4 looked up, where that pays. lookup:
     draft from the text itself where its last tokens stood before. compile: rounds become graphs. A
     row that reaches eos_token_id (one or several) is padded with it. At max_position_embeddings
-    decoding stops with a note, so `new` may be smaller. on_token(row, ids, drafted) sees new tokens
-    as they come, the first `drafted` of them accepted drafts. stats is filled in.
+    decoding stops with a note, so `new` may be smaller. generator: one of drawing_device(the
+    tokens' device). on_token(row, ids, drafted) sees new tokens as they come, the first `drafted`
+    of them accepted drafts. stats is filled in.
     """
     check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
     (B, T), auto, stats = tokens.shape, speculative == "auto", stats or Stats()
@@ -414,7 +454,7 @@ def generate(
             text.tokens[live, n : n + copied] = torch.tensor(found, device=tokens.device)
         draft = n > 1 and pace.allows(looked_up=False)  # one token fills no slot
         G = copied if looked_up else drafts if draft else 0
-        u = torch.rand(B, 2 * G + 1, generator=generator, device=tokens.device)
+        u = uniform(B, G, tokens.device, generator)
         outcome, seconds = text.play(n, G, u, looked_up)
         # All advance by the least number of tokens that any has. A row that keeps more drafts
         # writes a draft in the place where another has its replacement.
@@ -424,11 +464,12 @@ def generate(
             stops = [i for i in range(advance) if ids[i] in eos]
             ids = ids[: stops[0] + 1 if stops else advance]
             rows[b] += "".join(map(chr, ids))
-            on_token(b, ids, min(kept, len(ids)))
+            used = min(kept, len(ids))
+            on_token(b, ids, used)
             stats.tokens += len(ids)
-            for j in range(G):
+            for j in range(min(G, end - n)):
                 stats.drafted[j] += 1
-                stats.accepted[j] += kept > j
+                stats.accepted[j] += used > j
         live = [b for b in live if ord(rows[b][-1]) not in eos]
         pace.learn(G, looked_up, seconds, advance)
         n += advance
@@ -466,10 +507,10 @@ def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, spec
 @torch.inference_mode()
 def score(model: DeepSeekV3, ids: list[int], window: int) -> float:
     """Total nats of ids[1:]. Windows overlap by half, and a window counts where it has most
-    context: every token but the first ones sees window/2 to window tokens before it."""
+    context: every token but the first ones sees window/2 (at least 1) to window tokens before."""
     x, nats, done = torch.tensor(ids, device=model.norm.weight.device), 0.0, 1
     while done < len(ids):
-        start = max(0, done - window // 2)
+        start = max(0, done - max(1, window // 2))
         piece = x[start : start + window + 1]
         loss = F.cross_entropy(model(piece[None, :-1])[0], piece[1:], reduction="none")
         nats += loss[done - start - 1 :].sum().item()
@@ -514,7 +555,7 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
     if any(stats.drafted):
         of = (f"{a}/{d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
         per_forward = f"{stats.tokens / stats.rounds / rows:.2f} tokens per forward and text"
-        info(f"{per_forward}; drafts accepted, by position: {', '.join(of)}")
+        info(f"{per_forward}; drafts that are in the text, by position: {', '.join(of)}")
     size = model.norm.weight.element_size()
     ours, mha = (n * size for n in model.config.cache_numbers())
     info(f"cache: {ours:,} bytes per token; multi-head attention would hold {mha:,}")
@@ -537,7 +578,10 @@ def usable_device(name: str) -> torch.device:
 
 
 def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig):
-    """Writes num_samples continuations of the prompt to stdout, the first as it comes."""
+    """Writes num_samples continuations of the prompt to stdout, the first as it comes.
+
+    After Ctrl-C it still shows what there is of them, then raises KeyboardInterrupt.
+    """
     device, stats = model.norm.weight.device, Stats()
     prompt.encode()  # raises ValueError where it is no text
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
@@ -555,14 +599,17 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
                 text, texts[0] = texts[0], ""
                 print(text, end="", flush=True)
 
-    with contextlib.suppress(KeyboardInterrupt):  # what there is of the text is shown
+    interrupted = False
+    try:
         generate(
             model, torch.tensor([ids], device=device).repeat(len(rows), 1), config.max_new_tokens,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             speculative=config.draft, lookup=config.lookup, compile=config.compile,
             eos_token_id=tokenizer.eos, on_token=on_token, stats=stats,
-            generator=torch.Generator(device).manual_seed(config.seed),
+            generator=torch.Generator(drawing_device(device)).manual_seed(config.seed),
         )  # fmt: skip
+    except KeyboardInterrupt:  # what there is of the text is shown
+        interrupted = True
     for b, row in enumerate(rows):
         if by_expert:
             styles = map(style_of, top_experts(model, row))
@@ -575,17 +622,21 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
     if green:
         info(f"{painted('green', GREEN)}: drafts that were accepted")
     print_stats(model, stats, config.num_samples)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
     """One prompt after another, each the beginning of a new text."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, gives input() line editing and a history
-    info("a prompt per line, \\n for a line break; an empty line or Ctrl-D ends")
+    info("a prompt per line, \\n for a line break; Ctrl-C ends a text, an empty line or Ctrl-D all")
     with contextlib.suppress(EOFError):
         while line := input("> " if sys.stdout.isatty() else ""):
             try:
                 complete(model, tokenizer, line.replace("\\n", "\n"), config)
+            except KeyboardInterrupt:
+                info("text interrupted")
             except ValueError as error:
                 info(f"error: {error}")
             config.seed += 1
@@ -602,7 +653,8 @@ def print_score(model: DeepSeekV3, tokenizer: Tokenizer, path: str):
     nats = score(model, ids, window)
     bits = nats / math.log(2) / len(document)
     print(f"{path}: {count:,} tokens, {nats / count:.4f} nats/token, {bits:.4f} bits/byte")
-    info(f"context: {window // 2} to {window} tokens except at the beginning")
+    context = f"{max(1, window // 2)} to {window} tokens, at the beginning all that there are"
+    info(f"context: {context if count > window else f'all tokens before, up to {count}'}")
 
 
 def main(argv: list[str]):
@@ -623,7 +675,7 @@ def main(argv: list[str]):
         chat(model, tokenizer, config)
     else:
         if "prompt" not in values and sys.stdin and not sys.stdin.isatty():
-            info("the prompt is what comes on standard input (or --prompt=...)")
+            info("reading the prompt from standard input to its end (--prompt=TEXT does not wait)")
             config.prompt = sys.stdin.buffer.read().decode()
         complete(model, tokenizer, config.prompt, config)
 

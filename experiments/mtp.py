@@ -45,11 +45,12 @@ def on_given_text(net, windows: torch.Tensor) -> dict:
 def on_own_text(net, prompts: list[list[int]], temperature: float) -> dict:
     """By position, how often a draft is kept while the model writes, and how much it repeats."""
     stats, texts, name = sample.Stats(), [], f"{temperature:g}" if temperature else "greedy"
+    device = net.norm.weight.device
     for i, prompt in enumerate(prompts):
         text = sample.generate(
-            net, torch.tensor([prompt], device=net.norm.weight.device), NEW, lookup=False,
+            net, torch.tensor([prompt], device=device), NEW, lookup=False,
             temperature=temperature, speculative=4, stats=stats,
-            generator=torch.Generator(net.norm.weight.device).manual_seed(i),
+            generator=torch.Generator(sample.drawing_device(device)).manual_seed(i),
         )  # fmt: skip
         texts.append(text[0, len(prompt) :].tolist())
     shares = [a / max(1, d) for a, d in zip(stats.accepted, stats.drafted, strict=True)]

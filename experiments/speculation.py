@@ -65,13 +65,13 @@ def allowed(shares: list[float], draft: float, verify: float) -> float:
 def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat: float) -> dict:
     """Seconds of a round without drafts (0, False), and with G drafts that the MTP module makes
     (G, False) or that are there already (G, True), at several places of tokens (1, T)."""
-    T, device = tokens.shape[1], tokens.device
+    T = tokens.shape[1]
     text = sample.Text(model, tokens, 0, len(model.mtp), compile, (heat, None, None))
     places = range(T // 2, T - 8, 8)
 
     def rounds(G: int, given: bool):
         for n in places:
-            u = torch.rand(1, 2 * G + 1, device=device)
+            u = sample.uniform(1, G, tokens.device)
             text.filled = n - G - text.depth  # as after a round that has kept all drafts but one
             text.tokens[:, n : n + G] = tokens[:, n : n + G]
             text.play(n, G, u, given)
@@ -86,6 +86,7 @@ def speculation(
 ) -> Table:
     """Every number of drafts, auto (two while they pay), and drafts looked up in the text."""
     device, new, stats, texts = model.norm.weight.device, options.new_tokens, {}, {}
+    drawing = sample.drawing_device(device)
     kinds = {str(G): (G, False) for G in range(5)} | {"auto": ("auto", False)}
     kinds |= {"3 or lookup": (3, True), "auto or lookup": ("auto", True)}
     seconds = {kind: [] for kind in kinds}
@@ -96,7 +97,7 @@ def speculation(
             text = sample.generate(
                 model, torch.tensor([prompt], device=device), new, temperature=temperature,
                 speculative=kinds[kind][0], lookup=kinds[kind][1], compile=compile,
-                generator=torch.Generator(device).manual_seed(i), stats=stats[kind],
+                generator=torch.Generator(drawing).manual_seed(i), stats=stats[kind],
             )  # fmt: skip
             texts[kind].append(text[0, len(prompt) :].tolist())
         seconds[kind].append(stats[kind].seconds)

@@ -17,6 +17,7 @@ import os
 import runpy
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub
@@ -24,7 +25,9 @@ import pytest
 import test_model
 import tokenizers
 import torch
+import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_sample import TEXT, make_run
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -264,6 +267,9 @@ def test_fp8(powers_of_two, tmp_path):
         if stored[name].dtype != torch.float8_e4m3fn:
             assert torch.equal(stored[name], x), name
             continue
+        blocks = F.pad(x, (0, -x.shape[1] % 128, 0, -x.shape[0] % 128)).unflatten(1, (-1, 128))
+        scale = blocks.unflatten(0, (-1, 128)).abs().amax((1, 3)) / 448  # the largest of E4M3
+        assert powers_of_two or torch.equal(stored[f"{name}_scale_inv"], scale), name
         full = stored[f"{name}_scale_inv"].float().repeat_interleave(128, 0)
         full = full.repeat_interleave(128, 1)[: x.shape[0], : x.shape[1]]
         meaning[name] = stored[name].float() * full
@@ -298,8 +304,18 @@ CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
     ({"quantization_config": {"weight_block_size": [64, 64]}}, "[64, 64]"),
     ({"rope_scaling": None, "rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5, expected 1"),
-    ({"vocab_size": 30}, "lacks lm_head.weight of shape [30, 16], unlike its config.json"),
-    ({"q_lora_rank": None}, "has model.layers.0.self_attn.q_a_layernorm.weight of shape"),
+    ({"vocab_size": 10**15}, "is (31, 16), but by its config.json (1000000000000000, 16)."),
+    ({"q_lora_rank": None}, "lacks model.layers.0.self_attn.q_proj.weight and 3 more, due by its"),
+    ({"n_shared_experts": 0}, "has model.layers.1.mlp.shared_experts.down_proj.weight, for which"),
+    ({"torch_dtype": "int64"}, "dtype 'int64', expected"),
+    ({"torch_dtype": ["float32"]}, "dtype ['float32'], expected"),
+    ({"rope_scaling": [YARN]}, "config.json has rope_scaling [{'type': 'yarn'"),
+    ({"rope_scaling": "yarn"}, "rope_scaling 'yarn', expected an object"),
+    ({"rope_scaling": None, "rope_parameters": 4}, "rope_parameters 4, expected an object"),
+    ({"rope_scaling": YARN | {"factor": [40]}}, "factor [40], expected a number or a text"),
+    ({"quantization_config": ["fp8"]}, "quantization_config ['fp8'], expected an object"),
+    ({"hidden_size": "16"}, "hidden_size is '16', but must be of type int"),
+    ({"eos_token_id": "2"}, "eos_token_id or bos_token_id is '2', expected a number"),
 ]
 
 
@@ -313,7 +329,13 @@ def check_refusal(sentence: str, open_it, *args):
 @pytest.mark.parametrize("changes, sentence", CONFIG_REFUSALS)
 def test_config_refused(changes, sentence, saved_by_us):
     edit_json(saved_by_us / "config.json", **changes)
-    check_refusal(sentence, DeepSeekV3.from_pretrained, saved_by_us)
+    check_refusal(sentence, load_model, saved_by_us)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "7", '"deepseek"', "null"])
+def test_a_config_that_is_no_object_is_refused(text, saved_by_us):
+    (saved_by_us / "config.json").write_text(text)
+    check_refusal("expected an object with keys", load_model, saved_by_us)
 
 
 Q = "model.layers.1.self_attn.q_b_proj.weight"
@@ -360,6 +382,7 @@ def test_files_refused(saved_by_us):
     check_refusal(f"{second} cannot be used (it repeats", DeepSeekV3.from_pretrained, saved_by_us)
     second.unlink()
     check_refusal("lacks model.layers.2.", DeepSeekV3.from_pretrained, saved_by_us)
+    check_refusal("is a file missing?", DeepSeekV3.from_pretrained, saved_by_us)
     (saved_by_us / "config.json").write_text("{")
     check_refusal("config.json cannot be used", DeepSeekV3.from_pretrained, saved_by_us)
 
@@ -465,7 +488,8 @@ def test_exported_tokenizer_gives_the_same_ids(gap):
 def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, capsys):
     target = tmp_path / "hf"
     huggingface.main([str(run), str(target), "--check=True"])
-    assert "differ from those of transformers by" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "differ from those of transformers by" in said and "as unexpected" in said
     model, tokenizer, _ = load_model(run)
     hf = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(target)
@@ -491,11 +515,48 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
 
 
 def test_check_fails_where_logits_differ(run, tmp_path, monkeypatch):
-    huggingface.main([str(run), str(tmp_path / "hf")])
-    model = DeepSeekV3.from_pretrained(tmp_path / "hf")
+    """And then nothing has been written."""
+    model, target = load_model(run)[0], tmp_path / "hf"
     model.norm.weight.data[3] *= 1.5
     monkeypatch.setattr(huggingface, "from_pretrained", lambda *args: model)
-    check_refusal("more than rounding", huggingface.check, tmp_path / "hf")
+    check_refusal("more than rounding", huggingface.main, [str(run), str(target), "--check"])
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize(
+    "error, raised", [(KeyboardInterrupt, KeyboardInterrupt), (SafetensorError("full"), OSError)]
+)
+def test_an_interrupted_export_leaves_nothing(error, raised, exists, run, tmp_path, monkeypatch):
+    """At no moment does an unfinished directory open; what is there in the end, anyone may read."""
+    target = tmp_path / "deep/hf"
+    target.parent.mkdir()
+    if exists:
+        target.mkdir()
+
+    def interrupt(*args):
+        assert not (target / "config.json").exists()
+        raise error
+
+    what = huggingface if error is KeyboardInterrupt else huggingface_hub
+    name = "tokenizer_json" if what is huggingface else "save_torch_state_dict"
+    with monkeypatch.context() as m, pytest.raises(raised):
+        m.setattr(what, name, interrupt)
+        huggingface.main([str(run), str(target)])
+    assert [*target.parent.rglob("*")] == [target] * exists
+    moved, rename = [], Path.rename
+    monkeypatch.setattr(Path, "rename", lambda x, y: [moved.append(x.name), rename(x, y)])
+    huggingface.main([str(run), str(target)])
+    assert moved[-1] == "config.json" and {x.name for x in target.iterdir()} == {*moved}
+    assert target.stat().st_mode == target.parent.stat().st_mode
+
+
+def test_a_model_without_mtp_modules_gets_no_word_about_them(run, tmp_path, capsys):
+    model = ours(depth=0, vocab_size=prepare_data.load_tokenizer(run).n_vocab)
+    changes = {"model_config": asdict(model.config), "model": model.state_dict()}
+    huggingface.main([str(copy_run(run, tmp_path / "run", **changes)), str(tmp_path / "hf")])
+    said = capsys.readouterr().err
+    assert "wrote" in said and "MTP" not in said
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ In float64 rounding never decides between two tokens: greedy texts must be exact
 forwards. Distributions are compared by chi-square tests with fixed seeds.
 """
 
+import contextlib
 import io
 import itertools
 import math
@@ -15,6 +16,7 @@ import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -29,7 +31,7 @@ import sample
 from config import run_command
 from huggingface import load_model
 from model import DeepSeekV3
-from sample import MOST_DRAFTS, Stats, accept, generate, probabilities
+from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
 
 COLOUR = re.compile(r"\033\[[\d;]*m")
 LIMIT = 48  # max_position_embeddings
@@ -145,6 +147,8 @@ def test_greedy_text_is_that_of_whole_forwards(name):
     for T, drafts in ((26, "auto"), (LIMIT - 3, 4), (LIMIT, 4)):
         stats = same_text(model, text, T, speculative=drafts, new=30)
         assert f"context limit of {LIMIT}" in stats.note
+    stats = same_text(model, text, LIMIT - 4, speculative=2)  # it ends where the limit is
+    assert f"beyond the {LIMIT - 8} tokens" in stats.note
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -159,8 +163,8 @@ def test_every_draft_length_is_lossless(depth, capsys):
             assert stats.tokens == B * new
             if new == 60 and G != "auto":
                 assert (stats.lookups > 0) == (lookup and G > 0)
-                # Every forward gives a token more than it keeps drafts; the last may go too far.
-                assert stats.rounds + sum(stats.accepted) in range(60, 61 + G)
+                # Every forward gives a token besides its drafts; the last may have no room for it.
+                assert stats.rounds + sum(stats.accepted) in (60, 61)
                 if depth > 0 and G in (1, 2, 3) and not lookup:
                     assert 0.4 < sum(stats.accepted) / sum(stats.drafted) < 1
     assert capsys.readouterr().err == ""
@@ -208,12 +212,32 @@ def test_rows_advance_in_lockstep(depth):
         numbers = {n for n, _ in rows}
         assert len(numbers) == 1 and min(drafted for _, drafted in rows) == min(numbers) - 1
     assert any(drafted == n for rows in rounds for n, drafted in rows)
+    # Counted is what enters the text, not what a row has to give up.
+    assert sum(stats.accepted) == sum(drafted for rows in rounds for _, drafted in rows)
+    assert stats.tokens == 3 * 40
+    stats = same_text(model, text[:, :10], 8, speculative=4, lookup=False)
+    assert stats.drafted[1] > 0 and stats.drafted[2:] == [0, 0]  # where is no room for more
+
+
+def test_rows_that_have_ended_hold_up_no_other():
+    """Beside two rows that end at once a text takes as many rounds as alone."""
+    model, rounds = student(1), []
+    prompts = tokens_of(model, 8, 8)
+    text = greedy(model, prompts, 40)[0].tolist()
+    for rows in ([0], [0, 4, 4]):
+        stats, options = Stats(), dict(speculative=3, lookup=False, eos_token_id=14)
+        out = generate(model, prompts[rows], 40, temperature=0, stats=stats, **options)
+        assert out[0].tolist() == text and (out[1:, 8:] == 14).all()
+        rounds.append(stats.rounds)
+    assert rounds[1] <= rounds[0] + 1 < 35
 
 
 def test_looked_up_is_what_followed_last():
     for ids, G, found in (
         ([1, 2, 3, 5, 1, 2, 3, 4, 1, 2, 3], 4, [4, 1, 2, 3]),
         ([8, 9, 9, 9, 9], 3, [9, 9, 9]),  # over its own end too
+        ([1, 2, 3, 4, 1, 2, 3], 2, [4, 1]),  # at the very beginning too
+        ([7, 2, 3, 4, 1, 2, 3], 2, []),  # of three tokens, not two
         *(([*range(n)], 4, []) for n in (1, 3, 6)),
         ([200_000, 0xD800, 5, 6] * 2, 3, [200_000, 0xD800, 5]),
     ):
@@ -276,6 +300,32 @@ def test_compiled_rounds_give_the_same_texts_with_one_graph_each(depth, backend,
     check(1, speculative=0, **greedily)
 
 
+def test_a_gpu_records_a_round_anew_for_every_text(monkeypatch):
+    """It compiles once; and a text's first round of a kind, which records, is run beforehand, where
+    no clock runs. It leaves the tokens as they were."""
+    nothing, calls = SimpleNamespace(layers=[], mtp=[]), []
+
+    def play(text, n, G, W, u):
+        calls.append(text)
+        text.tokens[:] = 7
+
+    monkeypatch.setattr(torch, "compile", mock.Mock(return_value=play))
+    monkeypatch.setattr(sample, "GRAPHS", {})
+    for device, expected in (("cpu", [3, 0, 0, 0]), ("cuda", [3, 0, 1, 0])):
+        for i in range(4):  # two rounds of each of two texts
+            if i % 2 == 0:
+                tokens = mock.MagicMock(device=torch.device(device))
+                tokens.clone.return_value = torch.zeros(1, 4)
+                parts = dict(cache=nothing, mtp_cache=nothing, net=nothing, recorded=set())
+                text = SimpleNamespace(kind=(device,), tokens=tokens, **parts)
+            calls.clear()
+            assert sample.compiled(text, torch.tensor(3), 2, 3, torch.zeros(1, 5)) is play
+            assert calls == [text] * expected[i]
+            assert text.tokens.copy_.call_count == sum(expected[i - i % 2 : i + 1])
+        assert all((call.args[0] == 0).all() for call in tokens.copy_.mock_calls)
+    assert torch.compile.call_count == 2
+
+
 def test_compilation_does_not_count_as_decoding(monkeypatch):
     """On a clock that is read when it begins and ends. Compiled on a CPU, auto makes no drafts."""
     model, stats = student(1), Stats()
@@ -333,6 +383,10 @@ def test_auto_follows_what_its_rounds_gave(sign, monkeypatch):
         module.norm.weight.mul_(sign)
     generate(model, tokens_of(model, 1, 5), 60, temperature=0, lookup=False, stats=stats)
     assert stats.drafted[0] > 15 if sign > 0 else 0 < stats.drafted[0] < 5
+    assert stats.drafted[1] > 0 and stats.drafted[2] == 0  # two of a module, four looked up
+    model, stats = student(0, attention=1e-3), Stats()
+    generate(model, tokens_of(model, 1, 20), 60, temperature=0, stats=stats)
+    assert stats.drafted[3] >= stats.lookups - 1 > 5  # the last may have no room
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -352,6 +406,91 @@ def test_filters_in_the_order_temperature_top_k_top_p():
     check([4 / 7, 3 / 7, 0, 0, 0], 1.0, top_k=3, top_p=0.75)
     check([1, 0, 0, 0, 0], 0.5, top_p=0.5)  # squares: 16 9 4 ... of 29.52; the best has 0.54
     check([1, 0, 0, 0, 0], 1.0, top_p=1e-9)
+    logits = torch.tensor([0.0, 2.0, 2.0, 2.0, -math.inf])
+    check([0, 1 / 3, 1 / 3, 1 / 3, 0], 1.0, top_k=2)  # tokens that tie stay together
+    logits = torch.tensor([0.0, 0.0, -math.inf, -math.inf, -math.inf])
+    check([1, 0, 0, 0, 0], 1.0, top_p=0.5)  # half is half
+
+
+def intervals(p) -> torch.Tensor:
+    """What part of [0, 1) draw gives to every token of the distributions p (B, T, V)."""
+    with mock.patch.object(torch, "searchsorted", wraps=torch.searchsorted) as search:
+        draw(p, torch.zeros(p.shape[:2], dtype=torch.float64))
+    total = search.call_args.args[0]
+    return total.diff(dim=-1, prepend=torch.zeros_like(total[..., :1])) / total[..., -1:]
+
+
+def test_a_large_vocabulary_is_drawn_exactly(V=129_280):
+    """Every token has as much of [0, 1) as its probability by math.exp and whole numbers, at the
+    place where it should be; so has every token of a residual distribution."""
+    logits = 4 * torch.randn(V)
+    p = probabilities(logits, 0.8)[None, None]
+    weights = [int(math.exp(x / 0.8) * 2**80) for x in logits.tolist()]
+    sums = [0, *itertools.accumulate(weights)]
+    exact = torch.tensor([weight / sums[-1] for weight in weights], dtype=torch.float64)
+    assert (intervals(p)[0, 0] - exact).abs().sum() / 2 < 1e-10  # total variation
+    for i in (exact > 1e-6).nonzero().flatten().tolist()[::400]:
+        u = [(sums[i] + weights[i] * share // 100) / sums[-1] for share in (2, 98)]
+        assert draw(p.expand(1, 2, V), torch.tensor([u], dtype=torch.float64)).tolist() == [[i, i]]
+    q = probabilities(logits + 1e-3 * torch.randn(V), 0.8)[None, None]
+    with mock.patch.object(sample, "draw", wraps=draw) as after:
+        accept(p.expand(1, 2, V), q, q.argmin(-1), torch.tensor([[1 - 2**-53, 0.5]]).double())
+    exact = (p - q).clamp(min=0)[0, 0].tolist()
+    exact = torch.tensor(exact, dtype=torch.float64) / math.fsum(exact)
+    got = after.call_args.args[0]
+    if (p > q)[0, 0, q.argmin()]:  # the draft was kept
+        exact = p[0, 0]
+    assert (intervals(got)[0, 0] - exact).abs().sum() / 2 < 1e-10
+
+
+def in_parallel(x, dim):
+    """Running sums, as a GPU makes them: of blocks of eight, each added to what the blocks before
+    it have in all, summed in another order."""
+    blocks = x.unflatten(-1, (-1, 8))
+    before = [x[..., : 8 * i].flip(-1).sum(-1, keepdim=True) for i in range(blocks.shape[-2])]
+    inside = list(itertools.accumulate(blocks.unbind(-1), torch.add))
+    return (torch.stack(before, -2) + torch.stack(inside, -1)).flatten(-2)
+
+
+def test_a_removed_token_is_never_drawn_though_sums_are_made_in_parallel(monkeypatch, V=800):
+    exact = (2 * torch.randn(1, 1, V)).softmax(-1)
+    exact[..., ::8] = 0  # the first of every block
+    exact[..., -3:] = 0
+    monkeypatch.setattr(torch.Tensor, "cumsum", in_parallel)
+    steps = exact.cumsum(-1).diff()
+    assert (steps < 0).any() and (steps[exact[..., 1:] == 0] > 0).any()
+    for p in (exact, exact.double(), 1e-30 * exact, 1e-300 * exact.double()):
+        assert torch.equal(intervals(p) > 0, p > 0)
+        edges = intervals(p).double().cumsum(-1)[..., ::8]
+        u = torch.cat((edges.nextafter(edges - 1), edges, edges.nextafter(edges + 1)), -1)[0]
+        u = u.clamp(0, 1 - 2**-53)
+        tokens = draw(p.expand(1, u.shape[1], V), u)
+        assert (p[0, 0, tokens] > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("u", [0.0, 2**-53, 0.5, 1 - 2**-53])
+def test_where_all_the_mass_lies_on_one_token_it_is_drawn(u, dtype, V=300):
+    """The first, the last or another, of p or of what is left of p - q; and a draft that p removes
+    is never kept."""
+    u = torch.full((1, 2), u, dtype=torch.float64)
+    for token in (0, 17, V - 1):
+        one = torch.zeros(1, 1, V, dtype=dtype)
+        one[..., token] = 1e-20
+        assert draw(one, u[:, :1]).tolist() == [[token]]
+        p = torch.full((1, 2, V), 1 / V, dtype=dtype)
+        q = p[:, :1].clone()
+        q[..., token], q[..., 5], p[..., 5] = 0, q[..., 5] + q[..., token], 0
+        kept, after = accept(p, q, torch.tensor([[5]]), u)
+        assert kept.tolist() == [0] and after.tolist() == [[token]]
+
+
+def test_tokens_are_drawn_in_float64_which_apples_gpus_lack():
+    for name, where in (("mps", "cpu"), ("cuda", "cuda"), ("cpu", "cpu")):
+        assert sample.drawing_device(torch.device(name)) == torch.device(where)
+    u = sample.uniform(2, 3, torch.device("mps"), torch.Generator().manual_seed(1))
+    assert u.dtype == torch.float64 and u.device.type == "cpu" and u.shape == (2, 7)
+    assert probabilities(torch.randn(5), 0.8, 3, 0.9).dtype == torch.float64
 
 
 def p_value(counts, expected) -> float:
@@ -428,11 +567,12 @@ def test_texts_have_the_exact_distribution(setting, options, B=12, V=3, new=4, c
         (dict(tokens=torch.zeros(1, 0, dtype=torch.long)), "empty"),
         (dict(tokens=torch.zeros(1, LIMIT + 1, dtype=torch.long)), "context"),
         (dict(tokens=torch.tensor([[31]])), "31"),
+        (dict(tokens=torch.tensor([[-1]])), "-1"),
         (dict(max_new_tokens=-1), "max_new_tokens"),
-        (dict(temperature=math.nan), "temperature"),
+        *((dict(temperature=x), "temperature") for x in (math.nan, math.inf, -0.1)),
         (dict(top_k=0), "top_k"),
-        (dict(top_p=0.0), "top_p"),
-        (dict(speculative="fast"), "fast"),
+        *((dict(top_p=x), "top_p") for x in (0.0, 1.5)),
+        *((dict(speculative=x), str(x)) for x in ("fast", -1, 5)),
         (dict(), "not finite"),  # damaged weights
     ],
 )
@@ -522,21 +662,71 @@ def test_text_appears_only_in_whole_characters(monkeypatch):
     assert printed.call_args_list == [*pieces, mock.call("\ufffd")]
 
 
+def test_a_prompt_on_standard_input_is_announced_before_it_is_awaited(command, capsys, monkeypatch):
+    """So that an open pipe, where nobody writes, is no riddle."""
+
+    def read():
+        said.append(capsys.readouterr().err)
+        return b"def"
+
+    stdin, said = mock.Mock(), []
+    stdin.isatty.return_value, stdin.buffer.read = False, read
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert command("--max_new_tokens=1").out.startswith("def")
+    assert "reading the prompt from standard input" in said[0] and "--prompt=TEXT" in said[0]
+    monkeypatch.setattr(sys, "stdin", None)  # there may be none at all
+    command("--max_new_tokens=1")
+
+
 def test_interactive(command, monkeypatch):
     """Every line is a new text; what fails does not end it, an empty line does."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"one\n{'x!' * 200}\ntwo\\nlines\n\nthree"))
     done = command("--interactive", "--max_new_tokens=4")
     assert done.out.startswith("one") and "\ntwo\nlines" in done.out and "three" not in done.out
     assert done.err.count("error: ") == 1 and "context" in done.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\none\n"))
+    first, second = command("--interactive", "--max_new_tokens=20").out.split("\none")
+    assert first.startswith("one") and first != f"one{second}".rstrip("\n")  # another seed
 
 
-def test_an_interrupted_text_is_shown_as_far_as_it_came(command, monkeypatch):
-    learn = mock.Mock(side_effect=[*[None] * 8, KeyboardInterrupt])  # called after every round
-    monkeypatch.setattr(sample.Pace, "learn", learn)
-    done = command("--prompt=class", "--draft=0", "--num_samples=2")
-    assert "tokens/s" in done.err
-    first, second = done.out.split("-" * 80 + "\n")
-    assert first.startswith("class") and second.startswith("class") and len(first) > 7
+@pytest.mark.parametrize("options", [["--prompt=class", "--num_samples=2"], ["--interactive"]])
+def test_an_interrupted_text_is_shown_as_far_as_it_came(options, run, capsys, monkeypatch):
+    """Then the command ends as an interrupted one; --interactive asks for the next prompt."""
+    learn = mock.Mock(side_effect=[*[None] * 8, KeyboardInterrupt, *[None] * 99])
+    monkeypatch.setattr(sample.Pace, "learn", learn)  # called after every round
+    monkeypatch.setattr(sys, "stdin", io.StringIO("class\nnext"))
+    monkeypatch.setattr(sys, "argv", ["sample.py", str(run), "--draft=0", "--show=", *options])
+    interactive = options == ["--interactive"]
+    with pytest.raises(SystemExit) if not interactive else contextlib.nullcontext() as caught:
+        run_command(sample.main)
+    out, err = capsys.readouterr()
+    texts = out.split("\n" if interactive else "-" * 80 + "\n")
+    assert texts[0].startswith("class") and len(texts[0]) > 7 and "tokens/s" in err
+    assert "interrupted" in err
+    if interactive:
+        assert "\nnext" in out
+    else:
+        assert caught.value.code == 130 and texts[1].startswith("class")
+
+
+def test_experts_are_those_of_the_last_layer():
+    """The one with the largest gate value, as the gate itself has it."""
+    model, seen = tiny(), []
+    ids = tokens_of(model, 1, 30)[0].tolist()
+    model.layers[-1].mlp.gate.register_forward_hook(lambda *args: seen.append(args[2]))
+    got = sample.top_experts(model, ids)
+    ((_, chosen, gain),) = seen
+    assert len(model.routing) > 1 and len(set(got)) > 2
+    assert got == chosen[0].gather(1, gain[0].argmax(-1, keepdim=True)).flatten().tolist()
+    assert len({sample.style_of(e) for e in range(32)}) == 32
+
+
+def test_printed_figures(capsys):
+    stats = Stats(seconds=2, tokens=12, rounds=3, drafted=[6, 6, 0, 0], accepted=[4, 2, 0, 0])
+    sample.print_stats(tiny(), stats, rows=2)
+    said = capsys.readouterr().err
+    for words in ("12 tokens, 6.0 tokens/s", "2.00 tokens per forward and text", ": 4/6, 2/6\n"):
+        assert words in said
 
 
 @torch.no_grad()
@@ -548,11 +738,12 @@ def test_score_gives_half_a_window_before_every_token(run, tmp_path, capsys, mon
     if bos is not None:
         tokenizer = replace(tokenizer, bos=bos, encode=lambda text: ids)
         monkeypatch.setattr(sample, "load_model", lambda *args: (model, tokenizer, path))
-    for window in (8, 9, len(ids) - 1, 500):
-        expected, step = 0.0, window + 1 - window // 2
+    for window in (1, 2, 3, 8, 9, len(ids) - 1, 500):
+        least = max(1, window // 2)
+        expected, step = 0.0, window + 1 - least
         for i in range(1, len(ids)):
             start = step * max(0, math.ceil((i - window) / step))
-            assert min(i, window // 2) <= i - start <= window
+            assert min(i, least) <= i - start <= window
             logits = model(torch.tensor([ids[start:i]]))[0, -1]
             expected -= logits.log_softmax(-1)[ids[i]].item()
         assert sample.score(model, ids, window) == pytest.approx(expected, rel=1e-10)
@@ -561,7 +752,23 @@ def test_score_gives_half_a_window_before_every_token(run, tmp_path, capsys, mon
     count, total = len(ids) - 1, sample.score(model, ids, 64)
     bits = total / math.log(2) / len(TEXT[:200].encode())
     expected = f"{count} tokens, {total / count:.4f} nats/token, {bits:.4f} bits/byte"
-    assert expected in capsys.readouterr().out
+    done = capsys.readouterr()
+    assert expected in done.out
+    for trained, words in (
+        (64, "context: 32 to 64 tokens, at the beginning all that there are"),
+        (1, "context: 1 to 1 tokens"),
+        (count - 1, f"context: {(count - 1) // 2} to {count - 1} tokens"),
+        (count, f"context: all tokens before, up to {count}"),
+    ):
+        if trained != 64:
+            model.trained_length = trained
+            sample.print_score(model, tokenizer, str(tmp_path / "text"))
+            done = capsys.readouterr()
+        assert words in done.err
+    model.trained_length = 5000
+    with mock.patch.object(sample, "score", return_value=1.0) as scored:
+        sample.print_score(model, tokenizer, str(tmp_path / "text"))
+    assert scored.call_args.args[2] == 2048
 
 
 @pytest.mark.parametrize(
