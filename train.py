@@ -248,7 +248,15 @@ class Machine:
 
 def start_machine(config: TrainConfig) -> Machine:
     """Choose device and dtype; under torchrun also join the other processes."""
+    join_processes()
+    device = on_all(lambda: start_device(config))
+    why = choose_dtype(config, device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return Machine(device, getattr(torch, config.dtype), rank, world, why)
+
+
+def start_device(config: TrainConfig) -> torch.device:
+    """The device that is asked for, set up. Raises ValueError where it cannot be used."""
     name = config.device
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -263,9 +271,7 @@ def start_machine(config: TrainConfig) -> Machine:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, of 32 MB
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    join_processes()
-    why = choose_dtype(config, device)
-    return Machine(device, getattr(torch, config.dtype), rank, world, why)
+    return device
 
 
 def choose_dtype(config: TrainConfig, device: torch.device) -> str:
@@ -651,6 +657,14 @@ def to_json(values: dict) -> str:
     return json.dumps(json.loads(json.dumps(values), parse_constant=lambda name: None))
 
 
+def seconds_waited() -> float:
+    """How long this process's threads have waited for a core, in all. Only Linux tells; else 0."""
+    times = (path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat"))
+    with suppress(OSError):  # a thread may end meanwhile
+        return sum(int(waited) for _, waited, _ in times) / 1e9
+    return 0.0
+
+
 class Run:
     """What changes from step to step, and the folder where it is logged, saved and restored."""
 
@@ -671,6 +685,8 @@ class Run:
         self.bad_in_a_row = 0
         self.signalled, self.stopped = 0.0, False  # when this process was, whether all know
         self.clock = time.perf_counter(), 0  # when the measured stretch began, and its tokens
+        self.steps_here, self.speed = 0, 0.0  # of this process: its steps, tokens/s, smoothed
+        self.began, self.waited, self.told = time.perf_counter(), seconds_waited(), False
 
     @property
     def last(self) -> bool:
@@ -790,6 +806,7 @@ class Run:
         self.sums[:4] += torch.stack((*losses, vio))
         self.sums[4] += not finite
         self.sums[5] += 1
+        self.steps_here += 1
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         lost = self.bad_in_a_row >= 5 or (self.bad_in_a_row and self.last)
         if self.last or lost or self.step % c.log_every == 0:
@@ -800,14 +817,31 @@ class Run:
             speed = (self.tokens - before) / (self.clock[0] - began)
             line = {"loss": main, "mtp_loss": mtp, "balance_loss": balance, "max_vio": vio}
             line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_s": round(speed, 1)}
-            tokens = (c.steps - self.step) * c.batch_size * c.block_size
-            left = timedelta(seconds=round(tokens / speed))
             skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
-            self.log(line, f", {left} left{skips}")
+            self.log(line, self.time_left(speed) + skips)
+            self.tell_if_busy()
         if lost:
             bad = f"{self.bad_in_a_row} gradients up to step {self.step} are not finite"
             again = "--resume" if self.saved else "--overwrite"
             raise ValueError(f"{bad}: lower --lr and {again}.")
+
+    def time_left(self, speed: float) -> str:
+        """From the newest speeds, in tokens/s; nothing before ten steps, which may be slow."""
+        self.speed = 0.7 * self.speed + 0.3 * speed if self.speed else speed
+        tokens = (self.config.steps - self.step) * self.config.batch_size * self.config.block_size
+        left = timedelta(seconds=round(tokens / self.speed))
+        return f", {left} left" if self.steps_here >= 10 else ""
+
+    def tell_if_busy(self):
+        """Says once that other programs keep the threads of this one waiting, and what helps."""
+        waited = (seconds_waited() - self.waited) / (time.perf_counter() - self.began)
+        if waited > 0.25 and self.steps_here >= 10 and not self.told:
+            self.told, threads = True, torch.get_num_threads()
+            fewer = f", or set OMP_NUM_THREADS={threads - 1}" if threads > 1 else ""
+            info(
+                f"other programs are running: {waited:.1f} of this one's {threads} threads are "
+                f"waiting for a core, and the rest for them; stop the others{fewer}"
+            )
 
     def agree_to_stop(self):
         """All processes learn of a signal to any, and stop together (the sum is on the CPU)."""
@@ -852,6 +886,10 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.why})"
     info(f"run: {config.steps} steps on {where}")
+    c = model.config
+    if c.moe_layers and c.num_experts_per_tok == 1 and c.norm_topk_prob:
+        told = "one expert per token, whose gate value norm_topk_prob makes 1"
+        info(f"{told}: the main loss teaches the gate nothing; give --norm_topk_prob=False")
     model.trained_length = max(model.trained_length, config.block_size)
     trainer = wrap(model.train(), config, machine)
     optimizers = make_optimizers(model, config)
@@ -965,6 +1003,10 @@ def settle(command: TrainConfig, saved: dict | None, in_file: dict, given: dict)
     ):
         raise ValueError(f"{out} holds a run: give --resume, --overwrite, or another --out.")
     network, settings = split_configs(values)
+    if network and saved is None and not command.init_from:
+        default = asdict(ModelConfig())
+        absent = ", ".join(f"{k} {v}" for k, v in default.items() if k not in network)
+        info(f"of the network's keys, these have V3's values: {absent or 'none'}")
     return TrainConfig(**settings), network
 
 
@@ -1044,7 +1086,7 @@ def run(argv: list[str]):
         if command.resume or (command.eval_only and not command.init_from):
             saved = on_all(lambda: load_checkpoint(source) if is_first() else {})
         config, asked = on_first(lambda: settle(command, saved, in_file, given))
-        machine = on_all(lambda: start_machine(config))
+        machine = start_machine(config)
         torch.manual_seed(config.seed)
         model, tokenizer = open_network(config, asked, source, machine)
         check_windows(config, model, machine)
@@ -1053,6 +1095,9 @@ def run(argv: list[str]):
             on_first(lambda: check_tokenizer(source, tokenizer, folder))
         if config.fp8:
             model.use_fp8()
+        if config.compile and machine.device.type == "cpu" and machine.dtype != torch.bfloat16:
+            slow = "compiles for minutes on a CPU and gains nothing"
+            raise ValueError(f"--compile in {config.dtype} {slow}: leave it out.")
         if config.eval_only:
             result = evaluate(model, data, config, machine)
             del result["expert_load"]
@@ -1077,7 +1122,10 @@ def show_result(config: TrainConfig, prompt: str):
         text += f", {best['val_bpb_long']:.4f} in windows of {had['long_block_size']}"
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
-    sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
+    try:
+        sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
+    except ValueError as error:  # the run itself has ended well
+        info(f"no sample: {error}")
     start = shlex.quote(prompt[:20].partition("\n")[0])
     info(f"\nMore: python sample.py {config.out} --prompt={start}")
 

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 
 import fp8
 import huggingface
+import ops
 import prepare_data
 import train
 from config import read_config_file, run_command
@@ -240,15 +241,103 @@ def test_every_token_comes_once_in_an_epoch():
     assert not np.array_equal(x[:4], train.train_windows(data, replace(config, seed=1), 0))
 
 
-@pytest.mark.parametrize(("native", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
-def test_a_gpu_that_only_emulates_bf16_computes_in_float32(native, dtype, monkeypatch):
+# ---- The machine ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("times", "dtype"), [(1.4, torch.float32), (1.6, torch.bfloat16)])
+def test_products_run_in_what_is_measured_to_be_clearly_faster(times, dtype, monkeypatch):
+    clock, threads = [0.0], torch.get_num_threads()
+
+    def linear(x, w):
+        assert torch.get_num_threads() == 1
+        clock[0] += 1e-3 / (times if x.dtype == torch.bfloat16 else 1)
+
+    monkeypatch.setattr(ops.F, "linear", linear)
+    monkeypatch.setattr(ops.time, "perf_counter", lambda: clock[0])
+    chosen, why = ops.fast_dtype.__wrapped__(torch.device("cpu"))
+    assert chosen == dtype and f"bfloat16 {268.435 * times:.0f}, float32 268 GFLOP/s" in why
+    assert torch.get_num_threads() == threads
+
+
+def test_an_emulated_format_is_never_chosen(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert train.sample.usable_device("auto").type != "mps"  # Apple's has to be named
-    monkeypatch.setattr(train.sample, "usable_device", lambda name: torch.device("cuda:0"))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     # Which counts emulation, too, unless it is asked not to.
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **asked: native or not asked)
-    assert train.start_machine(train.TrainConfig()).dtype == dtype
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **asked: not asked)
+    for device in ("cuda:0", "mps"):
+        assert ops.fast_dtype.__wrapped__(torch.device(device))[0] == torch.float32
+
+
+def test_a_resumed_run_keeps_its_dtype_unless_asked(monkeypatch, capsys):
+    short = [TINY, "--out=run", *(x for x in SHORT if "dtype" not in x)]
+    dtypes = []
+    monkeypatch.setattr(
+        train, "backward", lambda *a, f=train.backward: dtypes.append(a[-1].dtype) or f(*a)
+    )
+    for fast, options, expected in (
+        (torch.bfloat16, ["--steps=1"], "bfloat16 (measured)"),
+        (
+            torch.float32,
+            ["--steps=2", "--resume"],
+            "bfloat16 (kept; --dtype=auto would take float32",
+        ),
+        (torch.bfloat16, ["--steps=3", "--resume"], "bfloat16 (measured)"),
+        (torch.float32, ["--steps=4", "--resume", "--dtype=auto"], "float32 (measured)"),
+        (torch.bfloat16, ["--steps=1", "--overwrite", "--dtype=float32"], "float32 (as asked)"),
+    ):
+        monkeypatch.setattr(train, "fast_dtype", lambda device, fast=fast: (fast, "measured"))
+        train.main([*short, *options])
+        assert f"1 x cpu in {expected}" in capsys.readouterr().err
+        dtype = load("run")["train_config"]["dtype"]
+        assert str(dtypes[-1]) == f"torch.{dtype}" and expected.startswith(dtype)
+
+
+def each_process_measures_another():
+    dtype = torch.bfloat16 if os.environ["RANK"] == "0" else torch.float32
+    train.fast_dtype = lambda device: (dtype, "measured")
+
+
+def test_the_first_process_chooses_the_dtype_for_all(start):
+    """Gradients of two dtypes could not be averaged; both processes train in bfloat16."""
+    said = finish(start("--steps=2", "--dtype=auto", world=2, setup=each_process_measures_another))
+    assert "2 x cpu in bfloat16 (measured)" in said[0]
+
+
+def test_what_keeps_a_run_waiting_is_said_once(monkeypatch, capsys):
+    """Other programs, where the system tells that threads wait; and how long it takes still."""
+    waited = iter(range(0, 10**9, 10**4))
+    monkeypatch.setattr(train, "seconds_waited", lambda: next(waited))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    run("--steps=14", "--log_every=2")
+    said = capsys.readouterr().err
+    assert said.count("other programs are running") == said.count("OMP_NUM_THREADS=3") == 1
+    times = [" left" in line for line in said.splitlines() if ": loss " in line]
+    assert times == [False] * 4 + [True] * 3  # from the tenth step on
+
+
+def test_times_that_are_left_follow_the_speed_smoothly():
+    run = SimpleNamespace(speed=0.0, step=50, steps_here=10)
+    run.config = train.TrainConfig(steps=100, batch_size=1, block_size=100)
+    times = [train.Run.time_left(run, speed) for speed in (100.0, 50.0, 50.0)]
+    assert times == [", 0:00:50 left", ", 0:00:59 left", ", 0:01:07 left"]
+
+
+def test_what_a_config_file_leaves_out_is_named(capsys):
+    """And that the gate of one expert per token learns nothing from the main loss."""
+    Path("my.py").write_text(Path(TINY).read_text().replace("num_attention_heads = 2\n", ""))
+    small = ("--v_head_dim=4", "--qk_nope_head_dim=4", "--steps=1", "--num_experts_per_tok=1")
+    train.main(["my.py", "--out=run", *SHORT, *small])
+    said = capsys.readouterr().err
+    (line,) = (line for line in said.splitlines() if "have V3's values" in line)
+    assert "num_attention_heads 128, " in line and "norm_topk_prob True" in line
+    assert "hidden_size" not in line and said.index(line) < said.index("model: ")
+    assert "give --norm_topk_prob=False" in said
+    run("--overwrite", "--num_experts_per_tok=1", "--norm_topk_prob=False", "--steps=1")
+    assert "give --norm_topk_prob=False" not in capsys.readouterr().err
+
+
+def test_compiling_in_float32_is_refused_on_a_cpu():
+    assert "--compile in float32" in refused("--compile", "--dtype=float32")
 
 
 # ---- One step, exactly ---------------------------------------------------------------------------
