@@ -99,6 +99,19 @@ high = upcast(torch.empty_like(low)) => high = torch.empty_like(low)
 
 # huggingface.py tests/test_huggingface.py
 ("gate_proj", "up_proj") => ("up_proj", "gate_proj")
+fp8.quantize(tensors[name], fp8.BLOCK) => fp8.quantize(tensors[name], fp8.BLOCK, pow2=True)
+key=lambda file: file.name == "config.json" => key=lambda file: file.name
+
+# sample.py tests/test_sample.py
+(p / p.sum(-1, keepdim=True) * 2.0**52).floor().cumsum(-1) => p.cumsum(-1)
+logits = logits.double() / temperature => logits = logits / temperature
+kept = (u[:, :-1] * q_x < p_x) => kept = (u[:, :-1] * q_x <= p_x)
+before >= top_p => before > top_p
+MATCH = 3 => MATCH = 2
+min(outcome[b][0] for b in live) => min(outcome[b][0] for b in range(B))
+used = min(kept, len(ids)) => used = kept
+done - max(1, window // 2) => done - window // 2
+model.scores[-1], model.routing[-1] => model.scores[0], model.routing[0]
 
 # model.py tests/test_huggingface.py
 self.o_proj = nn.Linear(H * V, D, bias=bias) => self.o_proj = nn.Linear(H * V, D, bias=False)

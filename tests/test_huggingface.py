@@ -14,6 +14,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -514,13 +515,16 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
         check_refusal(f"the tokenizer of {target} cannot be read", load_model, target)
 
 
-def test_check_fails_where_logits_differ(run, tmp_path, monkeypatch):
-    """And then nothing has been written."""
+@pytest.mark.parametrize("change", [lambda w: w[3].mul_(1.02), lambda w: w.fill_(torch.nan)])
+def test_check_fails_where_logits_differ(change, run, tmp_path, monkeypatch, capsys):
+    """By little or not a number; and then nothing has been written."""
     model, target = load_model(run)[0], tmp_path / "hf"
-    model.norm.weight.data[3] *= 1.5
+    change(model.norm.weight.data)
     monkeypatch.setattr(huggingface, "from_pretrained", lambda *args: model)
     check_refusal("more than rounding", huggingface.main, [str(run), str(target), "--check"])
     assert not [*tmp_path.iterdir()]
+    said = re.search(r"transformers by (\S+) of", capsys.readouterr().err)
+    assert said[1] == "nan" or 1e-3 < float(said[1]) < 1e-2
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -545,8 +549,14 @@ def test_an_interrupted_export_leaves_nothing(error, raised, exists, run, tmp_pa
         huggingface.main([str(run), str(target)])
     assert [*target.parent.rglob("*")] == [target] * exists
     moved, rename = [], Path.rename
-    monkeypatch.setattr(Path, "rename", lambda x, y: [moved.append(x.name), rename(x, y)])
-    huggingface.main([str(run), str(target)])
+
+    def move(source, aim):
+        assert not exists or source.parent.parent == target  # which may be a disk of its own
+        moved.append(source.name)
+        rename(source, aim)
+
+    monkeypatch.setattr(Path, "rename", move)
+    huggingface.main([str(run / "ckpt.pt"), str(target)])
     assert moved[-1] == "config.json" and {x.name for x in target.iterdir()} == {*moved}
     assert target.stat().st_mode == target.parent.stat().st_mode
 
@@ -564,6 +574,8 @@ def test_a_model_without_mtp_modules_gets_no_word_about_them(run, tmp_path, caps
     [
         (["new", "--quantize=True"], 0, "wrote new: config.json"),
         ([], 2, "usage"),
+        (["new", "more"], 2, "usage"),
+        (["new", "--check", "--quantize"], 2, "usage"),
         (["full"], 1, "full exists: name a new directory"),
     ],
 )

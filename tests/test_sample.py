@@ -179,10 +179,13 @@ def test_end_of_text_pads_its_row_and_leaves_the_others_alone(drafts, depth, att
     free = greedy(model, tokens, 24)[:, 6:].tolist()
     for eos in (free[0][0], free[1][1], free[1][9], [free[2][5], free[3][7]], [23]):
         ends = [eos] if isinstance(eos, int) else eos
-        out = generate(model, tokens, 24, temperature=0, speculative=drafts, eos_token_id=eos)
+        options, stats, new = dict(speculative=drafts, eos_token_id=eos), Stats(), 0
+        out = generate(model, tokens, 24, temperature=0, stats=stats, **options)
         for row, text in zip(out[:, 6:].tolist(), free, strict=True):
             cut = next((i + 1 for i, token in enumerate(text) if token in ends), len(text))
             assert row == text[:cut] + ends[:1] * (24 - cut)
+            new += cut
+        assert stats.tokens == new  # without what pads them
 
 
 def test_missing_slots_are_filled_in_pieces():
@@ -685,8 +688,9 @@ def test_interactive(command, monkeypatch):
     assert done.out.startswith("one") and "\ntwo\nlines" in done.out and "three" not in done.out
     assert done.err.count("error: ") == 1 and "context" in done.err
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\none\n"))
-    first, second = command("--interactive", "--max_new_tokens=20").out.split("\none")
-    assert first.startswith("one") and first != f"one{second}".rstrip("\n")  # another seed
+    done = command("--interactive", "--max_new_tokens=20", "--draft=0")
+    first, second = done.out.rstrip("\n").split("\none")
+    assert first.startswith("one") and first != f"one{second}"  # each has a seed of its own
 
 
 @pytest.mark.parametrize("options", [["--prompt=class", "--num_samples=2"], ["--interactive"]])
