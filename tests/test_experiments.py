@@ -1,6 +1,7 @@
 """What the experiments measure is what they say; figures and tables are those of the JSON files."""
 
 import importlib
+import inspect
 import json
 import math
 import os
@@ -41,6 +42,7 @@ from model import DeepSeekV3, ModelConfig
 ROOT = Path(__file__).parent.parent
 MODULES = [importlib.import_module(x.stem) for x in sorted((ROOT / "experiments").glob("*.py"))]
 EXPERIMENTS = {x.__name__: x.EXPERIMENT for x in MODULES if hasattr(x, "EXPERIMENT")}
+EXPERIMENTS["fp8_accumulation"] = fp8_error.ACCUMULATION
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +216,8 @@ def test_differences_are_paired_by_seed_length_code_and_data(tmp_path, options):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_page_and_figures_show_what_the_json_files_hold(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    e, options, again = EXPERIMENTS[name], run.Options(), f"python experiments/{name}.py"
+    e, options = EXPERIMENTS[name], run.Options()
+    again = f"python experiments/{Path(inspect.getfile(e.arms)).name}"
     text = Path("docs/RESULTS.md").read_text(encoding="utf-8")
     shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", text, re.DOTALL)
     assert shown[1] == tables.section(e, options), f"{again} --plot"
@@ -264,6 +267,36 @@ def test_contrast_has_one_scale_and_loses_small_tokens(block):
     q, one = fp8_error.one_scale(x, block, pow2=True)
     assert one.shape == tiles.shape and one.unique() == tiles.max()
     assert not fp8.dequantize(q, one, block)[:, :10].any()  # below E4M3's smallest
+
+
+def test_a_group_is_aligned_to_its_largest_and_cut_to_14_bits():
+    def add(total: float, *products: float) -> float:
+        group = torch.zeros(1, 1, fp8_error.GROUP)
+        group[..., : len(products)] = torch.tensor(products)
+        return fp8_error.add_group(torch.tensor([[total]]), group).item()
+
+    assert add(0.0) == 0.0 and add(0.0, 3.0, -1.25) == 1.75
+    assert add(1.0, 2.0**-13) == 1 + 2.0**-13  # 14 bits, the leading one counted
+    assert add(1.0, *[2.0**-14] * 32) == 1.0  # together 2^-9, but cut off one by one
+    assert add(0.0, *[2.0**-14] * 32) == 2.0**-9  # nothing larger among them
+    assert add(2.0**-20, 1.0) == 1.0  # the total is aligned too
+    assert add(8.0, 0.75 * 2.0**-10) == 8.0 == add(8.0, -0.75 * 2.0**-10)  # towards zero
+    assert add(8.0, 2.75 * 2.0**-10) == 8.0 + 2.0**-9
+    assert add(16383.0, 16383.0, 1.0) == 32766.0  # 32767 has 15 bits
+    assert add(-16383.0, -16383.0, -1.0) == -32766.0
+
+
+def test_promoted_sums_err_as_if_K_were_the_interval(monkeypatch):
+    """Up to the first promotion all are alike; after it only the sum that goes on errs more."""
+    monkeypatch.setattr(fp8_error, "LENGTHS", [128, 1024])
+    monkeypatch.setitem(fp8_error.INTERVALS, "never", 1024)
+    found = {name: fp8_error.sum_error(name, 0) for name in ("base", *fp8_error.INTERVALS)}
+    assert found["never"]["uniform_128"] == found["every 128"]["uniform_128"]
+    assert found["never"]["uniform_1024"] > 10 * found["never"]["uniform_128"]
+    assert found["every 128"]["uniform_1024"] < found["every 128"]["uniform_128"]
+    for kind in fp8_error.NUMBERS:
+        order = [found[name][f"{kind}_1024"] for name in ("base", *reversed(fp8_error.INTERVALS))]
+        assert order == sorted(order) and order[0] < 1e-6 and len({*order}) == 5
 
 
 def test_contrast_of_gradients_changes_backward_alone(monkeypatch):
