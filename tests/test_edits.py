@@ -213,6 +213,16 @@ def test_fp8_refuses_formulas_that_it_does_not_copy(old, new, formula, tmp_path)
     assert any(isinstance(m, fp8.FP8Linear) for m in model.modules()) == (formula is None)
 
 
+@pytest.mark.parametrize("name", ["a softmax gate", "label smoothing"])
+def test_an_export_of_an_edited_network_says_so(name, tmp_path, capsys):
+    (tmp_path / "code").mkdir()
+    module = edited(tmp_path / "code", (EDITS | IN_TRAINING)[name])
+    capsys.readouterr()
+    network(module).save_pretrained(tmp_path / "hf")
+    said = capsys.readouterr().err
+    assert ("model.Gate is edited" in said) == (name == "a softmax gate") == bool(said)
+
+
 # ---- Patches at run time, before a text or after one ---------------------------------------------
 
 
