@@ -24,34 +24,50 @@ class Chunk(NamedTuple):
 
 
 def schedule(name: str, ranks: int, micros: int) -> list[list[list[Chunk]]]:
-    """By rank, what it computes one after the other: a chunk, or two overlapped ones.
+    """By rank, what it computes one after the other: a chunk, or two overlapped ones."""
+    plan = {"1F1B": plan_1f1b, "ZB1P": plan_zb1p, "DualPipe": plan_dualpipe}[name]
+    return [numbered(plan(rank, ranks, micros), rank, ranks) for rank in range(ranks)]
 
-    DualPipe's order is that of its authors' repository. `near` is a rank's distance to the nearer
-    end, `far` to the middle, a the way that enters at that end; the later half is a mirror image.
-    """
-    orders = []
-    for rank in range(ranks):
-        ahead = min(micros, ranks - 1 - rank)  # forwards before the first backward
-        near, far = min(rank, ranks - 1 - rank), abs(ranks - 1 - 2 * rank) // 2
-        if name == "1F1B":
-            plan = ahead * ["Fa"] + (micros - ahead) * ["Fa", "Ba"] + ahead * ["Ba"]
-        elif name == "ZB1P":  # weights wait, longest at the last rank, and fill the gaps at the end
-            plan = ahead * ["Fa"]
-            for i in range(micros):
-                plan += ["Fa"] * (i + ahead < micros) + ["Ia"] + ["W"] * (i >= rank)
-            plan += min(rank, micros) * ["W"]
-        else:
-            pairs = (micros // 2 - ranks + near + 1) * ["Fa Bb", "Fb Ba"]
-            if far == 0:  # the middle does not overlap its first two
-                pairs[:1] = ["Fa", "Bb"]
-            late = (near + 1) * ["Bb", "Ba"]
-            late[near + 1 :] = [x.replace("B", "I") for x in late[near + 1 :]]
-            plan = 2 * far * ["Fa"] + (near + 1) * ["Fa", "Fb"] + far * ["Ib", "W", "Fb"] + pairs
-            plan += far * ["Bb", "Fb Ba"] + late + far * ["W", "Ia"] + (near + 1) * ["W"]
-            if rank >= ranks // 2:
-                plan = [x.translate(str.maketrans("ab", "ba")) for x in plan]
-        orders.append(numbered(plan, rank, ranks))
-    return orders
+
+def plan_1f1b(rank: int, ranks: int, micros: int) -> list[str]:
+    """Forwards until the first backward can come, then both in turns."""
+    ahead = min(micros, ranks - 1 - rank)
+    return ahead * ["Fa"] + (micros - ahead) * ["Fa", "Ba"] + ahead * ["Ba"]
+
+
+def plan_zb1p(rank: int, ranks: int, micros: int) -> list[str]:
+    """The same with the backward in two halves. Those for the weights come later, latest at the
+    last rank, where otherwise there would be gaps at the end."""
+    ahead = min(micros, ranks - 1 - rank)
+    plan = ahead * ["Fa"]
+    for i in range(micros):
+        plan += ["Fa"] * (i + ahead < micros) + ["Ia"] + ["W"] * (i >= rank)
+    return plan + min(rank, micros) * ["W"]
+
+
+def plan_dualpipe(rank: int, ranks: int, micros: int) -> list[str]:
+    """In its authors' order, for even numbers and at least 2 (ranks - 1) micro-batches: here for a
+    rank of the first half, where a enters; the second half is its mirror image."""
+    near, far = (
+        min(rank, ranks - 1 - rank),
+        abs(ranks - 1 - 2 * rank) // 2,
+    )  # to the end, the middle
+    pairs = (micros // 2 - ranks + near + 1) * ["Fa Bb", "Fb Ba"]
+    if far == 0:  # the middle does not overlap its first two
+        pairs[:1] = ["Fa", "Bb"]
+    last = (near + 1) * ["Bb", "Ba"]
+    last[near + 1 :] = [step.replace("B", "I") for step in last[near + 1 :]]
+    plan = [
+        *(2 * far * ["Fa"]),
+        *((near + 1) * ["Fa", "Fb"]),  # b has arrived
+        *(far * ["Ib", "W", "Fb"]),  # b comes back; nothing waits for the weights
+        *pairs,
+        *(far * ["Bb", "Fb Ba"]),  # a has ended
+        *last,  # all forwards are done; from the middle on weights are put off
+        *(far * ["W", "Ia"]),
+        *((near + 1) * ["W"]),
+    ]
+    return plan if rank < ranks // 2 else [x.translate(str.maketrans("ab", "ba")) for x in plan]
 
 
 def numbered(plan: list[str], rank: int, ranks: int) -> list[list[Chunk]]:
