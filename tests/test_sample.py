@@ -436,14 +436,13 @@ def test_a_large_vocabulary_is_drawn_exactly(V=129_280):
         u = [(sums[i] + weights[i] * share // 100) / sums[-1] for share in (2, 98)]
         assert draw(p.expand(1, 2, V), torch.tensor([u], dtype=torch.float64)).tolist() == [[i, i]]
     q = probabilities(logits + 1e-3 * torch.randn(V), 0.8)[None, None]
+    draft, u = (q / p).argmax(-1), torch.tensor([[1 - 2**-53, 0.5]], dtype=torch.float64)
     with mock.patch.object(sample, "draw", wraps=draw) as after:
-        accept(p.expand(1, 2, V), q, q.argmin(-1), torch.tensor([[1 - 2**-53, 0.5]]).double())
-    exact = (p - q).clamp(min=0)[0, 0].tolist()
-    exact = torch.tensor(exact, dtype=torch.float64) / math.fsum(exact)
-    got = after.call_args.args[0]
-    if (p > q)[0, 0, q.argmin()]:  # the draft was kept
-        exact = p[0, 0]
-    assert (intervals(got)[0, 0] - exact).abs().sum() / 2 < 1e-10
+        kept, _ = accept(p.expand(1, 2, V), q, draft, u)
+    exact = (p - q).clamp(min=0)[0, 0]
+    exact /= math.fsum(exact.tolist())
+    rest = after.call_args.args[0]
+    assert kept == 0 and (intervals(rest)[0, 0] - exact).abs().sum() / 2 < 1e-10
 
 
 def in_parallel(x, dim):
