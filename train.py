@@ -18,6 +18,7 @@ On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (docs
 Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
 """
 
+import ast
 import ctypes
 import functools
 import itertools
@@ -975,6 +976,9 @@ def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
     in_file |= read_config_file(file, ModelConfig, TrainConfig) if file else {}
     here = in_file | given
     command = TrainConfig(**{k: v for k, v in here.items() if k in OF_THE_COMMAND})
+    if file and (says := ast.get_docstring(ast.parse(Path(file).read_text(encoding="utf-8")))):
+        first, _, _ = says.partition("\n\n")
+        info(f"{file}: {' '.join(first.split())}")
     named = command.out and (command.resume or command.init_from)
     if not (file or command.eval_only or named):
         info("usage: name a config file, for example: python train.py config/small.py")

@@ -1,4 +1,5 @@
-"""Half a minute on one core: for the tests and for first experiments."""
+"""Half a minute on one core, to see that all is in place: it reaches 2.9 bits per byte, and its
+text is made of pieces of words (config/small.py reaches 1.24)."""
 
 vocab_size = 512
 hidden_size = 48

@@ -332,6 +332,7 @@ def test_what_a_config_file_leaves_out_is_named(capsys):
     assert "num_attention_heads 128, " in line and "norm_topk_prob True" in line
     assert "hidden_size" not in line and said.index(line) < said.index("model: ")
     assert "give --norm_topk_prob=False" in said
+    assert "my.py: Half a minute on one core" in said  # what the file says of itself
     run("--overwrite", "--num_experts_per_tok=1", "--norm_topk_prob=False", "--steps=1")
     assert "give --norm_topk_prob=False" not in capsys.readouterr().err
 
