@@ -1,4 +1,4 @@
-"""Ten minutes on two CPU cores: a whole DeepSeek-V3 that writes recognisable Python.
+"""A quarter of an hour on two CPU cores: a whole DeepSeek-V3 that writes recognisable Python.
 
 The sizes were chosen by measurement (docs/LOG.md): at this budget a narrow network that sees more
 tokens beats a wide one. With 8 layers drafts pay, as one costs about a quarter of a plain step.
