@@ -116,6 +116,64 @@ model.scores[-1], model.routing[-1] => model.scores[0], model.routing[0]
 # model.py tests/test_huggingface.py
 self.o_proj = nn.Linear(H * V, D, bias=bias) => self.o_proj = nn.Linear(H * V, D, bias=False)
 config.n_shared_experts * config => 1 * config
+
+# ops.py tests/test_edits.py
+if changed := edited({name: formula} | others, [name, *others]): => if changed := []:
+all(source[other] is as_copied for => any(True for
+continue  # a docstring and the end of its line => pass
+if own := method_names(kind) & vars(module).keys(): => if own := ():
+if module._forward_hooks or module._forward_pre_hooks: => if False:
+if kind is nn.Linear and module.bias is not None: => if False:
+if kind is not type(model) and fingerprint(kind) => if kind is type(model) and fingerprint(kind)
+if changed := edited(source | {"DeepSeekV3": type(model)}, names): => if changed := []:
+
+# sample.py tests/test_edits.py
+compare_forms(model) => pass
+kept.clear()  # an edit => pass  # an edit
+errors = errors[:, prompt:] => errors = errors
+COMPARED[model] = edit, str(model.config) => pass
+
+# model.py tests/test_edits.py
+if changed := edited(globals(), fp8.COPIES): => if changed := []:
+
+# prepare_data.py tests/test_prepare_data.py
+[^\s{_CJK}{_CJK_SIGNS}]) => \S)
+(?=\S)")  # none => ")  # none
+isinstance(value, str): => value:
+if 200 <= len(text) <= 400_000 => if 200 < len(text) <= 400_000
+own = copied <= len(train[name]) / 2 => own = copied < len(train[name]) / 2
+size[name] <= 1.1 * target => size[name] <= 1.11 * target
+if held < target / 2: => if held < target / 3:
+if taken * total <= passed * limit: => if taken < limit:
+sample_texts(train, BPE_SAMPLE) => sample_texts(train[::2], BPE_SAMPLE)
+(i == 0, piece) for => (True, piece) for
+files = -(-count // TOKENS_PER_FILE) => files = 1
+os.fsync(file.fileno()) => pass
+if old.exists() and not folder.exists(): => if False:
+except BaseException:  # Ctrl-C, too => except Exception:
+check_free(folder, config.overwrite)  # again => pass  # again
+min(start - begin_of_file, len(array) - length) => start - begin_of_file
+len(val) < 2 or n_bytes == 0 => len(val) < 2
+
+# train.py tests/test_train.py
+for k in ("data", "block_size")): => for k in ("block_size",)):
+for k in ("data", "block_size")): => for k in ("data",)):
+model.trained_length = max(model.trained_length, config.block_size) => model.trained_length = config.block_size
+first = step * config.batch_size * config.block_size // T => first = step * config.batch_size
+batch_at(config, step) * config.block_size // T) => batch_at(config, step))
+step >= config.long_start * config.steps => step > config.long_start * config.steps
+if extended(config, step) and step % 2 => if extended(config, step)
+late = step >= config.mtp_switch => late = step > config.mtp_switch
+if step < config.gamma_stop * config.steps else 0.0 => if step <= config.gamma_stop * config.steps else 0.0
+return math.isfinite(loss) and loss < self.best_loss => return not loss > self.best_loss
+if self.model.trained_length != self.best_length: => if False:
+self.bad_in_a_row >= 5 => self.bad_in_a_row >= 6
+if entry["step"] > step: => if entry["step"] >= step:
+fcntl.flock(file, => 0 and fcntl.flock(file,
+same = identity == tokenizer_identity(data) => same = True
+fast, why = on_first(lambda: fast_dtype(device)) => fast, why = fast_dtype(device)
+if config.dtype == "auto": => if True:
+if waited > 0.25 and => if waited > 2.5 and
 """
 
 
