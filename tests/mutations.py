@@ -158,13 +158,13 @@ len(val) < 2 or n_bytes == 0 => len(val) < 2
 # train.py tests/test_train.py
 for k in ("data", "block_size")): => for k in ("block_size",)):
 for k in ("data", "block_size")): => for k in ("data",)):
-model.trained_length = max(model.trained_length, config.block_size) => model.trained_length = config.block_size
+= max(model.trained_length, config.block_size) => = config.block_size
 first = step * config.batch_size * config.block_size // T => first = step * config.batch_size
 batch_at(config, step) * config.block_size // T) => batch_at(config, step))
 step >= config.long_start * config.steps => step > config.long_start * config.steps
 if extended(config, step) and step % 2 => if extended(config, step)
 late = step >= config.mtp_switch => late = step > config.mtp_switch
-if step < config.gamma_stop * config.steps else 0.0 => if step <= config.gamma_stop * config.steps else 0.0
+if step < config.gamma_stop * => if step <= config.gamma_stop *
 return math.isfinite(loss) and loss < self.best_loss => return not loss > self.best_loss
 if self.model.trained_length != self.best_length: => if False:
 self.bad_in_a_row >= 5 => self.bad_in_a_row >= 6
