@@ -158,7 +158,7 @@ len(val) < 2 or n_bytes == 0 => len(val) < 2
 # train.py tests/test_train.py
 for k in ("data", "block_size")): => for k in ("block_size",)):
 for k in ("data", "block_size")): => for k in ("data",)):
-= max(model.trained_length, config.block_size) => = config.block_size
+model.trained_length = max(model.trained_length, config.block_size) => model.trained_length = 9
 first = step * config.batch_size * config.block_size // T => first = step * config.batch_size
 batch_at(config, step) * config.block_size // T) => batch_at(config, step))
 step >= config.long_start * config.steps => step > config.long_start * config.steps
