@@ -1024,6 +1024,7 @@ def run(argv: list[str]):
             saved = on_all(lambda: load_checkpoint(source) if is_first() else {})
         config, asked = on_first(lambda: settle(command, saved, in_file, given))
         machine = on_all(lambda: start_machine(config))
+        machine.dtype = on_first(lambda: machine.dtype)  # nodes may differ in what is fast
         torch.manual_seed(config.seed)
         model, tokenizer = open_network(config, asked, source, machine)
         check_windows(config, model, machine)
