@@ -1076,6 +1076,16 @@ def test_refusals_are_one_sentence(options, words):
     assert not Path("run").exists()
 
 
+def test_a_window_and_the_token_after_it_must_fit_in_the_shortest_file(data, monkeypatch):
+    dataset = prepare_data.load_dataset(data)
+    dataset.train = prepare_data.Tokens([np.zeros(99), np.zeros(33)])
+    monkeypatch.setattr(prepare_data, "load_dataset", lambda folder: dataset)
+    assert train.read_data(train.TrainConfig(block_size=32), data, 512) is dataset
+    for sizes in (dict(block_size=33), dict(block_size=16, long_block_size=33)):
+        with pytest.raises(ValueError, match="windows of 33 tokens do not fit"):
+            train.read_data(train.TrainConfig(**sizes), data, 512)
+
+
 def test_an_existing_run_is_refused_and_kept(shared):
     shutil.copytree(shared("--steps=1"), "run")
     before = Path("run/ckpt.pt").read_bytes()
