@@ -307,7 +307,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         dict(saved["model_config"])  # raises where another program has saved it
         return saved
     except Exception:  # a missing or damaged file may lead to any
-        raise ValueError(f"no checkpoint of train.py at {file}, or no whole one") from None
+        raise ValueError(f"{file} is missing, damaged, or no checkpoint of train.py") from None
 
 
 def load_model(
@@ -400,8 +400,9 @@ def main(argv: list[str]):
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} exists: name a new directory")
     model, _, _ = load_model(source)
-    # In a directory that vanishes with whatever interrupts this (Ctrl-C, a full disk, a failed
-    # check), and which shares target's disk: target itself, where it exists, may be one of its own.
+    # Everything is written to a temporary directory first, which is deleted if anything fails. It
+    # lies on the target's disk, so that files can be moved: inside the target if that exists (it
+    # may be a mount point), else beside it.
     place = target if target.exists() else target.absolute().parent
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=place) as scratch:

@@ -201,31 +201,29 @@ CLEARLY = 1.5  # times as fast as float32: what casts and a lower precision must
 def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype in which this machine multiplies, bfloat16 or float32, and the reason in words.
 
-    It is measured, once per process and in some 50 ms: a flag of the processor tells that bfloat16
-    is known, not that it is fast. On a CPU one core is timed, as other work disturbs that least.
+    On a CPU it is measured, once per process and in some 50 ms: a flag of the processor tells that
+    bfloat16 is known, not that it is fast. One core is timed, as other work disturbs that least.
     """
-    if device.type not in ("cpu", "cuda"):
-        return torch.float32, "bfloat16 was never tried there"
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has units for its products"
         return torch.float32, "this GPU emulates bfloat16"
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    if device.type != "cpu":
+        return torch.float32, "bfloat16 was never tried there"
     M, N, K, threads = 1024, 512, 256, torch.get_num_threads()
-    x, w = (torch.randn(n, K, device=device) for n in (M, N))
+    x, w = torch.randn(M, K), torch.randn(N, K)
     seconds = {torch.float32: [], torch.bfloat16: []}
     torch.set_num_threads(1)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for _ in range(8):  # in turns
             for dtype, times in seconds.items():
                 factors = x.to(dtype), w.to(dtype)
-                wait()
                 began = time.perf_counter()
                 F.linear(*factors)
-                wait()
                 times.append(time.perf_counter() - began)
     torch.set_num_threads(threads)
     low, high = (2e-9 * M * N * K / min(seconds[d]) for d in (torch.bfloat16, torch.float32))
-    where = " of one core" if device.type == "cpu" else ""
-    reason = f"products{where}: bfloat16 {low:.0f}, float32 {high:.0f} GFLOP/s"
+    reason = f"products of one core: bfloat16 {low:.0f}, float32 {high:.0f} GFLOP/s"
     return torch.bfloat16 if low > CLEARLY * high else torch.float32, reason
 
 

@@ -455,18 +455,18 @@ def prepare_shards(config: DataConfig, folder: Path) -> tiktoken.Encoding:
 # data/<name> must be whole whenever a run is stopped, and a folder cannot be exchanged in one step:
 #
 #     1. data/<name>~new-xxxxxxxx/<name> is made, complete and on the disk;
-#     2. data/<name> becomes data/<name>~old, if it is there (--overwrite);
+#     2. data/<name> becomes data/<name>~replaced-by-prepare_data, if it is there (--overwrite);
 #     3. what is new becomes data/<name>;
-#     4. data/<name>~old is deleted.
+#     4. the folder of step 2 is deleted.
 #
-# An exception between 2 and 3 takes 2 back. After a kill the next run does: what it finds under
-# data/<name> is whole, as 2 and 3 are one step each; if there is nothing, data/<name>~old is.
-# No --name can end like these.
+# An exception between 2 and 3 takes 2 back. After a kill the next run looks at data/<name>. If it is
+# there, it is whole, because steps 2 and 3 are single renames. If it is not, the folder of step 2 is
+# whole and is moved back. No --name can end like these.
 
 
 def backup_of(folder: Path | str) -> Path:
     """Where a folder lies while another one takes its place."""
-    return Path(f"{Path(folder)}~old")
+    return Path(f"{Path(folder)}~replaced-by-prepare_data")
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -493,7 +493,7 @@ def flush(path: Path) -> None:
 
 
 def remove_prepared(folder: Path) -> None:
-    """Delete a folder with the files of ours in it; with others it stays, and OSError is raised."""
+    """Delete our files, then the folder. With other files in it it stays; OSError is raised."""
     with suppress(FileNotFoundError):  # another run may be deleting it, too
         if folder.is_symlink():
             folder.unlink()

@@ -31,7 +31,7 @@ import ops
 from config import info, parse_args, run_command
 from huggingface import Tokenizer, load_model
 from model import Cache, DeepSeekV3
-from ops import span
+from ops import fast_dtype, span
 
 MOST_DRAFTS = 4
 MATCH = 3  # tokens that prompt lookup finds again
@@ -376,9 +376,9 @@ def decoder_or_model(model: DeepSeekV3, tokens: Tensor, h: Tensor, cache: Cache,
 def compare_forms(model: DeepSeekV3):
     """Raises ValueError if model.py computes other logits with a cache than without one.
 
-    So it is where only one of `attend_expanded` (training, prompts) and `attend_absorbed` (all that
-    follows) was edited, or where a layer looks at tokens that are not in the cache. A text is made
-    up and read twice: whole, and as a prompt, single tokens, and several tokens at once.
+    They differ if only one of `attend_expanded` (training, prompts) and `attend_absorbed` (all that
+    follows) was edited, or if a layer reads tokens that are not in the cache. A made-up text is
+    read twice: whole, and with a cache as a prompt, then single tokens, then several at once.
     """
     large = sum(p.numel() for p in model.parameters()) > COPIED_TO_FLOAT64
     if not large:  # in float64 hardly any rounding: none changes a token's experts
@@ -662,8 +662,8 @@ def main(argv: list[str]):
     ckpt, values = parse_args(text, argv, SampleConfig, positional="ckpt")
     config = SampleConfig(**values)
     device, dtype = usable_device(config.device), config.dtype
-    if dtype == "auto":
-        fast = device.type == "cuda" and ops.multiplies_bf16(device)
+    if dtype == "auto":  # a CPU decodes single tokens no faster in bfloat16
+        fast = device.type == "cuda" and fast_dtype(device)[0] == torch.bfloat16
         dtype = "bfloat16" if fast else "float32"
     model, tokenizer, path = load_model(ckpt or config.ckpt, device, getattr(torch, dtype))
     if tokenizer is None:

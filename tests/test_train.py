@@ -1035,19 +1035,27 @@ def test_a_diverging_run_stops_or_has_failed_at_its_end_and_keeps_its_checkpoint
     ],
 )
 def test_a_stopped_run_says_truly_where_it_can_go_on(good, words, capsys):
-    clip, steps = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+    clip = torch.nn.utils.clip_grad_norm_
 
-    def clip_and_stop(*arguments):
-        if (step := next(steps)) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return clip(*arguments) if step <= good else torch.tensor(math.inf)
+    def stopped(*options: str, good: int, after: int):
+        """What a run says that is stopped after so many steps, not all with good gradients."""
 
-    patch = mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip_and_stop)
-    with patch, pytest.raises(KeyboardInterrupt):
-        run("--save_every=1")
-    assert f"stopped at step 2{words}" in capsys.readouterr().err
-    there = load("run")["step"] if Path("run/ckpt.pt").exists() else 0
-    assert there == good
+        def clip_and_stop(*arguments):
+            if (step := next(steps)) == after:
+                signal.raise_signal(signal.SIGTERM)
+            return clip(*arguments) if step <= good else torch.tensor(math.inf)
+
+        steps = itertools.count(1)
+        patch = mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip_and_stop)
+        with patch, pytest.raises(KeyboardInterrupt):
+            run("--save_every=1", *options)
+        return capsys.readouterr().err
+
+    assert f"stopped at step 2{words}" in stopped(good=good, after=2)
+    assert good == (load("run")["step"] if Path("run/ckpt.pt").exists() else 0)
+    if good:
+        said = stopped("--resume", good=0, after=1)
+        assert f"stopped at step {good + 1}, whose" in said and f"from step {good}, in" in said
     run("--resume" if good else "--overwrite", "--steps=1")
 
 
@@ -1159,6 +1167,16 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
 def test_refusals_are_one_sentence(options, words):
     assert words in refused(*options)
     assert not Path("run").exists()
+
+
+def test_a_window_and_the_token_after_it_must_fit_in_the_shortest_file(data, monkeypatch):
+    dataset = prepare_data.load_dataset(data)
+    dataset.train = prepare_data.Tokens([np.zeros(99), np.zeros(33)])
+    monkeypatch.setattr(prepare_data, "load_dataset", lambda folder: dataset)
+    assert train.read_data(train.TrainConfig(block_size=32), data, 512) is dataset
+    for sizes in (dict(block_size=33), dict(block_size=16, long_block_size=33)):
+        with pytest.raises(ValueError, match="windows of 33 tokens do not fit"):
+            train.read_data(train.TrainConfig(**sizes), data, 512)
 
 
 def test_an_existing_run_is_refused_and_kept(shared):
