@@ -117,12 +117,17 @@ class TrainConfig:
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise ValueError("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
+
+    def check_order(self):
+        """Raises ValueError where a phase of the learning rate begins before the one it follows."""
         order = ["warmup", "decay_start", "decay_end"]
         order += ["final_start"] if self.decay_end < 1 else []  # else the cosine lasts to the end
         for first, then in itertools.pairwise(order):
             if (x := getattr(self, first)) > (y := getattr(self, then)):
-                late = f"{first} is {x}, but {then} is {y}"
-                raise ValueError(f"{late}: raise {then} to {x} at least, or lower {first}.")
+                raise ValueError(
+                    f"{first} is {x}, but {then} is {y}: raise {then} to {x} at least, or "
+                    f"lower {first}."
+                )
 
 
 # ---- Schedules (section 4.2) ---------------------------------------------------------------------
@@ -200,7 +205,7 @@ def is_first() -> bool:
 
 
 def on_all(make: Callable[[], Result]) -> Result:
-    """make() of this process. Where it is refused on one, all raise, and none waits in vain."""
+    """Calls make() on every process. If one refuses, all raise: else they would wait for it."""
     if not dist.is_initialized():
         return make()
     result, refusal = None, None
@@ -217,7 +222,8 @@ def on_all(make: Callable[[], Result]) -> Result:
 
 
 def on_first(make: Callable[[], Result]) -> Result:
-    """make() of process 0, the only one that reads and writes a run's folder, for all."""
+    """Calls make() on process 0 and gives its result to all. No other one touches the folder of
+    a run."""
     if not dist.is_initialized():
         return make()
     result = [on_all(lambda: make() if is_first() else None)]
@@ -248,10 +254,10 @@ class Machine:
 
 
 def start_machine(config: TrainConfig) -> Machine:
-    """Choose device and dtype; under torchrun also join the other processes."""
+    """Device and dtype of this process. It sets config.dtype, which a checkpoint keeps."""
     join_processes()
     device = on_all(lambda: start_device(config))
-    why = choose_dtype(config, device)
+    config.dtype, why = choose_dtype(config, device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return Machine(device, getattr(torch, config.dtype), rank, world, why)
 
@@ -275,18 +281,16 @@ def start_device(config: TrainConfig) -> torch.device:
     return device
 
 
-def choose_dtype(config: TrainConfig, device: torch.device) -> str:
-    """Where config.dtype is auto, sets it to what is fast here, as process 0 measures it. Returns
-    the reason. A checkpoint keeps the dtype, so a resumed run stays with it."""
+def choose_dtype(config: TrainConfig, device: torch.device) -> tuple[str, str]:
+    """The dtype of products, and the reason in words: what is asked for, or what a resumed run has
+    had; for auto what is fast, as process 0 measures it."""
     if config.dtype != "auto" and not config.resume:
-        return "as asked"
+        return config.dtype, "as asked"
     fast, why = on_first(lambda: fast_dtype(device))
     fast = str(fast).removeprefix("torch.")
-    if config.dtype == "auto":
-        config.dtype = fast
-    elif config.dtype != fast:
-        why = f"kept; --dtype=auto would take {fast}: {why}"
-    return why
+    if config.dtype in ("auto", fast):
+        return fast, why
+    return config.dtype, f"as asked or as before; --dtype=auto would take {fast}: {why}"
 
 
 def wrap(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> nn.Module:
@@ -415,14 +419,6 @@ def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
         raise ValueError(f"{other}; prepare the data with --tokenizer={folder}.")
 
 
-def check_validation_text(data: prepare_data.Dataset, name: str | Path):
-    """Raises ValueError where there is nothing to predict, or no byte to share the loss out to."""
-    tokens, share = len(data.val.arrays[0]), data.val_bytes_per_token
-    if tokens < 2 or not share > 0:
-        has = f"{tokens} tokens of {share} bytes"
-        raise ValueError(f"the validation text of {name} has {has}: prepare more text.")
-
-
 def read_data(config: TrainConfig, folder: Path, vocab_size: int) -> prepare_data.Dataset:
     """The prepared data. Raises OSError or ValueError where this run cannot use them."""
     if not folder.exists():
@@ -437,8 +433,14 @@ def read_data(config: TrainConfig, folder: Path, vocab_size: int) -> prepare_dat
     if longest >= shortest:  # a window needs the token after it, too
         short = f"windows of {longest} tokens do not fit in {folder}, a file of {shortest}"
         raise ValueError(f"{short}: lower --block_size and --long_block_size, or add text.")
-    check_validation_text(data, folder)
     return data
+
+
+def data_folder(name: str) -> Path:
+    """The folder of prepared data: a path, or a name in data/."""
+    path = Path(name)
+    put_aside = prepare_data.backup_of(path).exists()  # by a run that was to replace the folder
+    return path if put_aside or (path / "meta.json").exists() else Path("data") / name
 
 
 def open_data(config: TrainConfig, vocab_size: int):
@@ -446,15 +448,16 @@ def open_data(config: TrainConfig, vocab_size: int):
 
     Process 0 makes them. Every process reads its own disk's, which have to be the same.
     """
-    path, name = Path(config.data), config.data
-    put_aside = prepare_data.backup_of(path).exists()  # by a run that was to replace the folder
-    folder = path if put_aside or (path / "meta.json").exists() else Path("data") / name
+    folder = data_folder(config.data)
 
     def make():
-        prepare_data.recover(folder)
-        ours = (name, vocab_size) in (("stdlib", 4096), ("tiny", 512))
+        if not folder.exists():
+            prepare_data.recover(folder)
+        ours = (config.data, vocab_size) in (("stdlib", 4096), ("tiny", 512))
         if ours and not folder.exists():
-            prepare_data.prepare(prepare_data.DataConfig("stdlib", name, vocab_size=vocab_size))
+            source = prepare_data.DataConfig("stdlib", config.data, vocab_size=vocab_size)
+            with suppress(FileExistsError):  # another train.py has made it meanwhile
+                prepare_data.prepare(source)
 
     def compare():
         if described != first:
@@ -521,7 +524,6 @@ def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) ->
 def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
     """What the log has of an evaluation: losses and the use of the experts in windows of block_size
     and, once the model knows them, the loss in long ones."""
-    check_validation_text(data, config.data)
     c, T_long = model.config, config.long_block_size
     E, G, losses = c.n_routed_experts, c.n_group, {}
     lengths = [config.block_size, T_long] if T_long == model.trained_length else [config.block_size]
@@ -569,26 +571,22 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
 def only_writer(out: Path) -> Iterator[None]:
     """Makes the run's folder, and keeps every other train.py from writing there meanwhile.
 
-    Process 0 holds a lock on a file in it. The system takes that back however the process ends. A
-    folder that is made here goes again if nothing has come of it.
+    Process 0 holds a lock on a file in it. The system takes that back however the process ends. The
+    file stays, since another process may wait for it.
     """
-    path, new = out / ".lock", [folder for folder in (out, *out.parents) if not folder.exists()]
-    file = on_all(lambda: lock(path) if is_first() else None)
+    file = on_all(lambda: lock(out / ".lock") if is_first() else None)
     try:
         yield
     finally:
         if file:
             file.close()
-            with suppress(OSError):  # by now another run is there
-                if new and [*out.iterdir()] == [path]:
-                    path.unlink()
-                    for folder in new:
-                        folder.rmdir()
 
 
 def lock(path: Path) -> BinaryIO:
     """The file, open and locked until it is closed; what killed writers have left beside it goes.
     Raises ValueError where another process has it. Reading a run needs no lock."""
+    if path.parent.is_file():
+        raise ValueError(f"{path.parent} is a file: give another --out.")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab")  # noqa: SIM115
     try:
@@ -660,10 +658,11 @@ def to_json(values: dict) -> str:
 
 def seconds_waited() -> float:
     """How long this process's threads have waited for a core, in all. Only Linux tells; else 0."""
-    times = (path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat"))
-    with suppress(OSError):  # a thread may end meanwhile
-        return sum(int(waited) for _, waited, _ in times) / 1e9
-    return 0.0
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # a thread may end meanwhile
+            total += int(path.read_text().split()[1])
+    return total / 1e9
 
 
 class Run:
@@ -684,10 +683,12 @@ class Run:
         # out because their gradient was not finite, all steps.
         self.sums = torch.zeros(6, device=machine.device, dtype=model.norm.weight.dtype)
         self.bad_in_a_row = 0
-        self.signalled, self.stopped = 0.0, False  # when this process was, whether all know
-        self.clock = time.perf_counter(), 0  # when the measured stretch began, and its tokens
+        self.signalled = 0.0  # when this process got a signal (0: never)
+        self.stopped = False  # whether all processes have agreed to stop
+        self.clock = time.perf_counter(), 0  # when measuring of the speed began; the tokens then
         self.steps_here, self.speed = 0, 0.0  # of this process: its steps, tokens/s, smoothed
-        self.began, self.waited, self.told = time.perf_counter(), seconds_waited(), False
+        self.began, self.waited_before = time.perf_counter(), seconds_waited()
+        self.told_busy = False
 
     @property
     def last(self) -> bool:
@@ -697,10 +698,11 @@ class Run:
         """Goes back to a checkpoint, which process 0 has read; it tells the others what they need,
         as their decisions have to be the same and their disks may be others."""
         found = on_first(lambda: self.read_folder(saved))
-        self.step, self.tokens, sums, self.evaluated, self.best_length, self.best_loss = found
+        self.step, self.tokens, self.evaluated = found["step"], found["tokens"], found["evaluated"]
+        self.best_length, self.best_loss = found["best"]
         self.saved = self.step
         self.clock = time.perf_counter(), self.tokens
-        self.sums += sums.to(self.sums)
+        self.sums += found["sums"].to(self.sums)
         # Every parameter's moments, cut up as it is; the settings stay this run's.
         groups = self.dcp.get_optimizer_state_dict(*self.trained)["param_groups"]
         state = {"state": saved["optimizer"], "param_groups": groups} if is_first() else {}
@@ -708,20 +710,35 @@ class Run:
         options = self.dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
         self.dcp.set_optimizer_state_dict(*self.trained, state, options=options)
 
-    def read_folder(self, saved: dict) -> tuple:
+    def read_folder(self, saved: dict) -> dict:
         """What a run goes on with; the log loses what came after the checkpoint and comes again."""
         kind, moments = self.config.optimizer, saved.get("optimizer")
         if saved["train_config"].get("optimizer") != kind or not isinstance(moments, dict):
             raise ValueError(f"no state of {kind} in {self.out}: use --init_from instead.")
-        best = 0, math.inf
-        if (self.out / "best.pt").exists():  # it may be later and better than the checkpoint
-            file = load_checkpoint(self.out / "best.pt")
-            then, now = file["train_config"], asdict(self.config)
-            if all(then[k] == now[k] for k in ("data", "block_size")):  # else no comparison
-                best = file["trained_length"], file["val_loss"]
-        evaluated = cut_log(self.out / "log.jsonl", saved["step"])
-        sums = saved.get("sums", torch.zeros(6))  # an older version's may lack them
-        return saved["step"], saved["tokens"], sums, evaluated, *best
+        return {
+            "step": saved["step"],
+            "tokens": saved["tokens"],
+            "sums": saved.get("sums", torch.zeros(6)),  # an older version's may lack them
+            "evaluated": cut_log(self.out / "log.jsonl", saved["step"]),
+            "best": self.read_best(),
+        }
+
+    def read_best(self) -> tuple[int, float]:
+        """Length and loss of best.pt, which may be later and better than the checkpoint; (0, inf)
+        where there is none to compare with."""
+        path, nothing = self.out / "best.pt", (0, math.inf)
+        if not path.exists():
+            return nothing
+        try:
+            file = load_checkpoint(path)
+        except ValueError as error:
+            info(f"{error}: the next evaluation makes it anew")
+            return nothing
+        then, now = file["train_config"], asdict(self.config)
+        same_text = data_folder(then["data"]).resolve() == data_folder(now["data"]).resolve()
+        if not same_text or then["block_size"] != now["block_size"]:
+            return nothing
+        return file.get("trained_length", then["block_size"]), file["val_loss"]
 
     def begin(self, files):
         """A new run takes the folder over: only now that compiler and memory have sufficed."""
@@ -758,7 +775,7 @@ class Run:
             self.save("ckpt.pt", optimizer=moments.get("state", {}))  # other ranks get none
             self.saved = self.step
 
-    def farewell(self) -> str:
+    def where_to_resume(self) -> str:
         """What a run that was stopped says: where it can go on."""
         file = f"{self.out}/ckpt.pt"
         if self.saved == self.step:
@@ -827,21 +844,22 @@ class Run:
             raise ValueError(f"{bad}: lower --lr and {again}.")
 
     def time_left(self, speed: float) -> str:
-        """From the newest speeds, in tokens/s; nothing before ten steps, which may be slow."""
+        """At the smoothed speed (tokens/s), without evaluations. Nothing in the first ten steps,
+        which may be slow."""
         self.speed = 0.7 * self.speed + 0.3 * speed if self.speed else speed
         tokens = (self.config.steps - self.step) * self.config.batch_size * self.config.block_size
         left = timedelta(seconds=round(tokens / self.speed))
         return f", {left} left" if self.steps_here >= 10 else ""
 
     def tell_if_busy(self):
-        """Says once that other programs keep the threads of this one waiting, and what helps."""
-        waited = (seconds_waited() - self.waited) / (time.perf_counter() - self.began)
-        if waited > 0.25 and self.steps_here >= 10 and not self.told:
-            self.told, threads = True, torch.get_num_threads()
+        """Says once that the machine has more work than cores, and what helps."""
+        waited = (seconds_waited() - self.waited_before) / (time.perf_counter() - self.began)
+        if waited > 0.25 and self.steps_here >= 10 and not self.told_busy:
+            self.told_busy, threads = True, torch.get_num_threads()
             fewer = f", or set OMP_NUM_THREADS={threads - 1}" if threads > 1 else ""
             info(
-                f"other programs are running: {waited:.1f} of this one's {threads} threads are "
-                f"waiting for a core, and the rest for them; stop the others{fewer}"
+                f"{waited:.1f} of this run's {threads} threads are waiting for a core at any time, "
+                f"and the others for them: stop other programs{fewer}"
             )
 
     def agree_to_stop(self):
@@ -850,7 +868,8 @@ class Run:
         self.stopped = bool(self.machine.sum(heard))
 
     def on_signal(self, number, frame):
-        """Ctrl-C or pre-emption. torchrun sends it twice; one over a second later aborts."""
+        """Ctrl-C or pre-emption. torchrun sends it twice. A signal more than a second after the
+        first aborts at once."""
         if self.signalled and time.monotonic() > self.signalled + 1:
             raise KeyboardInterrupt
         if not self.signalled and self.machine.rank == 0:
@@ -943,7 +962,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if run.stopped:
-        info(run.farewell())
+        info(run.where_to_resume())
         raise KeyboardInterrupt  # so that no script takes the run for finished
 
 
@@ -979,12 +998,19 @@ def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
     if file and (says := ast.get_docstring(ast.parse(Path(file).read_text(encoding="utf-8")))):
         first, _, _ = says.partition("\n\n")
         info(f"{file}: {' '.join(first.split())}")
-    named = command.out and (command.resume or command.init_from)
-    if not (file or command.eval_only or named):
+    if command.eval_only:
+        enough = command.out or command.init_from
+    else:
+        enough = file or (command.out and (command.resume or command.init_from))
+    if not enough:
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
     if command.resume and (given.get("init_from") or given.get("overwrite")):
         raise ValueError("--resume goes on with a run: leave out --init_from and --overwrite.")
+    if command.init_from and not command.eval_only:
+        out, source = Path(command.out).resolve(), Path(command.init_from).resolve()
+        if out in (source, source.parent):
+            raise ValueError(f"{command.init_from} would be overwritten: give another --out.")
     return command, in_file, given
 
 
@@ -1002,16 +1028,18 @@ def settle(command: TrainConfig, saved: dict | None, in_file: dict, given: dict)
     out, values = Path(command.out), in_file | given
     if saved is not None:
         values |= resumed(saved, in_file, given)
-    elif any((out / x).exists() for x in RUN_FILES) and not (
-        command.eval_only or command.overwrite
-    ):
+    holds_run = any((out / x).exists() for x in RUN_FILES)
+    if holds_run and not (command.resume or command.eval_only or command.overwrite):
         raise ValueError(f"{out} holds a run: give --resume, --overwrite, or another --out.")
     network, settings = split_configs(values)
     if network and saved is None and not command.init_from:
         default = asdict(ModelConfig())
         absent = ", ".join(f"{k} {v}" for k, v in default.items() if k not in network)
-        info(f"of the network's keys, these have V3's values: {absent or 'none'}")
-    return TrainConfig(**settings), network
+        info(f"keys of the network that are not set, with V3's values: {absent or 'none'}")
+    config = TrainConfig(**settings)
+    if saved is None:  # an older run may have what was allowed then
+        config.check_order()
+    return config, network
 
 
 def resumed(saved: dict, in_file: dict, given: dict) -> dict:
@@ -1128,10 +1156,10 @@ def show_result(config: TrainConfig, prompt: str):
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     try:
         sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
-    except ValueError as error:  # the run itself has ended well
-        info(f"no sample: {error}")
+    except (ValueError, RuntimeError) as error:  # the run itself has ended well
+        info(f"no sample: {error!s:.200}")
     start = shlex.quote(prompt[:20].partition("\n")[0])
-    info(f"\nMore: python sample.py {config.out} --prompt={start}")
+    info(f"\nMore: python sample.py {shlex.quote(config.out)} --prompt={start}")
 
 
 def main(argv: list[str]):
