@@ -1075,7 +1075,8 @@ def open_network(config: TrainConfig, asked: dict, source: Path | None, machine:
         if not model:
             with torch.device("meta"):
                 model = DeepSeekV3(shape)
-            model.to(dtype).materialize(place).trained_length = length
+            model.to(dtype).materialize(place)
+            model.trained_length = length
         for x in model.state_dict().values():
             dist.broadcast(x, 0)
     for key, value in asked.items():

@@ -828,6 +828,11 @@ def on_another_disk():
         os.chdir("node")
 
 
+def on_another_disk_and_without_text():
+    on_another_disk()
+    prepare_data.prepare = mock.Mock(side_effect=ValueError("no text here"))
+
+
 @pytest.fixture
 def node(data) -> Path:
     """The disk of process 1, with data, and an old checkpoint that it has no use for."""
@@ -874,6 +879,9 @@ def test_what_one_process_refuses_ends_all_with_a_sentence(node, start, data):
     Path("run/log.jsonl").touch()
     for said in finish(start(**several), [1, 1]):
         assert "error: run holds a run" in said and "Traceback" not in said
+    Path("run/best.pt").mkdir()  # cannot be replaced
+    for said in finish(start("--overwrite", **several), [1, 1]):
+        assert "run/best.pt" in said.splitlines()[-1] and "Traceback" not in said
     (node / "data/tiny").unlink()
     for said in finish(start("--overwrite", **several), [1, 1]):
         assert "error: process 1: no data in data/tiny; make it with" in said
@@ -884,6 +892,10 @@ def test_what_one_process_refuses_ends_all_with_a_sentence(node, start, data):
     for said in finish(start("--overwrite", **several), [1, 1]):
         assert "error: process 1: data/tiny differs from that of process 0" in said
         assert "Traceback" not in said
+    Path("data/tiny").unlink()  # which process 0 makes
+    several["setup"] = on_another_disk_and_without_text
+    for said in finish(start("--overwrite", **several), [1, 1]):
+        assert "error: no text here" in said and "Traceback" not in said
 
 
 def expect_no_whole_weight_kept():
