@@ -39,7 +39,12 @@ BLOCK = (128, 128)  # weights: coarser, but the transpose of a block is a block
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 Quantized = tuple[Tensor, Tensor]  # (q, s)
-COPIES = ["swiglu", "MLP", "Experts"]  # what this file computes in place of model.py
+COPIES = [
+    "swiglu",
+    "MLP",
+    "Experts",
+    "grouped_linear",
+]  # what this file computes in place of model.py
 _emulated: set[torch.device] = set()  # devices of which has_blockwise_fp8 has printed that
 
 
@@ -102,10 +107,13 @@ def scaled_mm(a: Quantized, b: Quantized, block: tuple[int, int], out_dtype: tor
         x, y = dequantize(*a, TILE), dequantize(*b, block)
         # bf16 holds these numbers exactly, so it is taken where it is fast. Rows are padded, since
         # oneDNN compiles a kernel for every new shape. On CUDA bf16 might add up in bf16.
-        fast = device.type == "cpu" and fast_dtype(device)[0] == torch.bfloat16
-        if out_dtype == torch.bfloat16 and fast:
+        if out_dtype == torch.bfloat16 and device.type == "cpu" and multiplies_bf16(device):
             x, y = F.pad(x.bfloat16(), (0, 0, 0, -len(x) % 64)), y.bfloat16()
         return (x @ y.t())[: len(a[0])].to(out_dtype)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    return fast_dtype(device)[0] == torch.bfloat16
 
 
 def has_blockwise_fp8(device: torch.device) -> bool:
@@ -270,6 +278,7 @@ def tell_compiler():
     # Else torch 2.13 compiles it to _scaled_mm, which reads scales in another order.
     lowerings.pop(torch.ops.aten._scaled_mm_v2.default, None)
     torch.compiler.assume_constant_result(has_blockwise_fp8)
+    torch.compiler.assume_constant_result(multiplies_bf16)
     # How many rows each expert has is known only at run time.
     FP8Experts.forward = torch.compiler.disable(FP8Experts.forward)
 

@@ -561,6 +561,8 @@ class DeepSeekV3(nn.Module):
         swap = {nn.Linear: fp8.FP8Linear, MLP: fp8.FP8MLP, Experts: fp8.FP8Experts}
         for block in [*self.layers, *(module.block for module in self.mtp)]:
             for module in block.modules():
+                if type(module) is MLP and type(module.down_proj) is not nn.Linear:
+                    continue  # FP8MLP would read its weight and pass over what it does
                 module.__class__ = swap.get(type(module), type(module))
 
     def run_block(self, block: nn.Module, *inputs) -> Tensor:
@@ -569,8 +571,8 @@ class DeepSeekV3(nn.Module):
             return x, [m.__dict__.pop("routing") for m in block.modules() if isinstance(m, Gate)]
 
         if self.recompute and torch.is_grad_enabled():
-            # Nothing is drawn; and a recomputation that stopped early would end before the pop.
-            options = dict(use_reentrant=False, preserve_rng_state=False, early_stop=False)
+            # A recomputation that stopped early would end before the pop.
+            options = dict(use_reentrant=False, early_stop=False)
             x, routing = checkpoint(compute, *inputs, **options)
         else:
             x, routing = compute(*inputs)

@@ -16,16 +16,19 @@ import functools
 import hashlib
 import inspect
 import io
+import linecache
 import math
 import textwrap
 import time
 import tokenize
 from collections.abc import Callable, Iterable
+from types import CodeType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from config import info
 
@@ -56,52 +59,65 @@ FINGERPRINTS = {
     "MTP": "a11530f9",
     "head_loss": "25bcce7d",
     "DeepSeekV3.__init__": "dd98d62d",
-    "DeepSeekV3.run_block": "b9eefb2f",
+    "DeepSeekV3.run_block": "36787031",
     "DeepSeekV3.rope": "888221fd",
     "DeepSeekV3.trunk": "08b1fc35",
     "DeepSeekV3.predict_next": "01602397",
+    "DeepSeekV3.forward": "d1890789",
     "DeepSeekV3.logits": "d1423d81",
 }
-# A twin that relies on other formulas besides its own.
-RELIES_ON = {
-    "sort_by_expert": ["expert_counts"],
-    "dispatch": ["sort_by_expert"],  # its gradient takes rows and slots to belong together
-    "combine": ["sort_by_expert"],
-}
-# The Decoder calls the model's own gate. The others have no part in decoding.
-NOT_DECODED = {"yarn_mscale", "Gate", "head_loss", "DeepSeekV3.__init__"}
+# What else the twins take for granted: how rows and slots belong together, and who uses them.
+ROUTING = ["sort_by_expert", "expert_counts", "Experts", "MoE"]
+RELIES_ON = dict.fromkeys(("sort_by_expert", "dispatch", "combine"), ROUTING)
+# They have no part in decoding (sample.py looks after `forward`).
+NOT_DECODED = {"head_loss", "DeepSeekV3.__init__", "DeepSeekV3.forward"}
+
+
+def codes_of(formula: Any) -> tuple[CodeType, ...]:
+    """The compiled code of a function, or of all methods of a class, those put in later included.
+
+    A wrapper counts as itself, not as what it wraps: it may change that. () where there is none.
+    """
+    if not inspect.isclass(formula):
+        formula = getattr(formula, "formula", formula)  # of what fast_twin has made
+        return (formula.__code__,) if inspect.isfunction(formula) else ()
+    stop = nn.Module if issubclass(formula, nn.Module) else object
+    kinds = formula.__mro__[: formula.__mro__.index(stop)]
+    members = (getattr(x, "fget", None) or x for kind in kinds for x in vars(kind).values())
+    return tuple(x.__code__ for x in members if inspect.isfunction(x))
+
+
+@functools.cache
+def fingerprint_of(codes: tuple[CodeType, ...]) -> str:
+    text = "".join(map(source_tokens, codes))
+    return hashlib.sha256(text.encode()).hexdigest()[:8] if text else "unknown"
 
 
 def fingerprint(formula: Any) -> str:
     """Eight digits for the source of a function or class, without comments, docstrings and layout.
 
-    The same under every Python from 3.10 on; "unknown" where there is no source to read. Of a class
-    the methods count as they are now, also those that were put in later.
+    The same under every Python from 3.10 on; "unknown" where there is no source to read.
     """
-    if not inspect.isclass(formula):
-        return fingerprint_of((formula,))
-    members = (getattr(x, "fget", None) or x for x in vars(formula).values())  # fget: a property's
-    return fingerprint_of(tuple(x for x in members if inspect.isfunction(x)))
+    return fingerprint_of(codes_of(formula))
 
 
-@functools.cache
-def fingerprint_of(functions: tuple) -> str:
-    text = "".join(map(source_tokens, functions))
-    return hashlib.sha256(text.encode()).hexdigest()[:8] if text else "unknown"
+LINES: dict[str, list[str]] = {}  # of files that hold formulas, as they were when imported
 
 
-def source_tokens(function: Any) -> str:
+def source_tokens(code: CodeType) -> str:
     """The tokens of a function's source from `def` on, joined; "" where no source can be read."""
+    lines = LINES.get(code.co_filename) or linecache.getlines(code.co_filename)
     try:
-        source = textwrap.dedent(inspect.getsource(function))  # of what a decorator has wrapped
+        block = inspect.getblock(lines[code.co_firstlineno - 1 :])
+        source = textwrap.dedent("".join(block))
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    except (OSError, TypeError, SyntaxError, tokenize.TokenError):
+    except (SyntaxError, tokenize.TokenError):
         return ""
     layout = {tokenize.NEWLINE: "¶", tokenize.INDENT: "»", tokenize.DEDENT: "«"}  # not in code
     kept = []
     for token in tokens:
         if not kept and token.string != "def":
-            continue  # decorators
+            continue  # decorators, which have made another function of it if they change it
         begins = kept and kept[-1] in layout.values()
         if begins and token.type in (tokenize.STRING, tokenize.NEWLINE):
             continue  # a docstring and the end of its line
@@ -119,7 +135,8 @@ def edited(source: dict[str, Any], names: Iterable[str]) -> list[str]:
         outer, _, inner = name.partition(".")
         return getattr(source.get(outer), inner, None) if inner else source.get(outer)
 
-    return [name for name in names if fingerprint(find(name)) != FINGERPRINTS[name]]
+    helpers = [f.__name__ for f in (upcast, compute_dtype) if source.get(f.__name__) is not f]
+    return helpers + [name for name in names if fingerprint(find(name)) != FINGERPRINTS[name]]
 
 
 @functools.cache
@@ -132,22 +149,30 @@ def fast_twin(formula: Callable) -> Callable:
     """Calls the function of the same name in this file in the formula's place.
 
     The formula itself is called where it, or what its twin relies on, has been edited or replaced;
-    with `enabled` off; on a device other than a CPU or CUDA; or where the twin returns
-    NotImplemented.
+    with `enabled` off; on a device other than a CPU or CUDA; with named arguments; or where the
+    twin returns NotImplemented.
     """
-    name, source, twin = formula.__name__, formula.__globals__, globals()[formula.__name__]
-    others = {other: source.get(other) for other in RELIES_ON.get(name, [])}
-    if changed := edited({name: formula} | others, [name, *others]):
-        tell(f"model.{changed[0]} is not the one that ops.py copies: the formula runs instead")
-        return formula
+    name, source = formula.__name__, inspect.unwrap(formula).__globals__
+    if name not in FINGERPRINTS or name not in globals():
+        raise ValueError(f"ops.py has no twin of {name}: leave out @fast_twin")
+    LINES[source["__file__"]] = linecache.updatecache(source["__file__"])
+    twin, partners = globals()[name], RELIES_ON.get(name, [])
+
+    @torch.compiler.assume_constant_result  # of a graph
+    def stands() -> bool:
+        known = {"upcast": source.get("upcast"), "compute_dtype": source.get("compute_dtype")}
+        known |= {other: source.get(other) for other in partners} | {name: formula}
+        if changed := edited(known, [name, *partners]):
+            tell(f"model.{changed[0]} is not the one that ops.py copies: the formula runs instead")
+        return not changed
 
     @functools.wraps(formula)
-    def choose(*args):
-        use = enabled and args[0].device.type in ("cpu", "cuda")
-        use = use and all(source[other] is as_copied for other, as_copied in others.items())
-        y = twin(*args) if use else NotImplemented
-        return formula(*args) if y is NotImplemented else y
+    def choose(*args, **kwargs):
+        usable = enabled and not kwargs and args[0].device.type in ("cpu", "cuda")
+        y = twin(*args) if usable and stands() else NotImplemented
+        return formula(*args, **kwargs) if y is NotImplemented else y
 
+    choose.formula = formula
     return choose
 
 
@@ -160,33 +185,66 @@ def not_as_copied(model: nn.Module) -> str:
     """What of this model the Decoder does not copy, as words for a sentence; "" if it copies all.
 
     It looks at the classes of the modules that the model really has, at the functions that these
-    call, and at what one module may have been given: a method of its own, a hook, a bias.
+    call, and at what one module may have been given: a method or a configuration of its own, a
+    hook, a bias.
     """
-    kinds = {}  # type -> None: a set that keeps its order
+    config, kinds = model.config, {}  # kinds: type -> None, a set that keeps its order
     for module in model.modules():
         kind = type(module)
-        if kind.__name__ == "Gate":  # the Decoder calls it
-            continue
-        if own := method_names(kind) & vars(module).keys():
-            return f"{min(own)} of one {kind.__name__}"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"a hook of one {kind.__name__}"
+        name, own = kind.__name__, method_names(kind) & vars(module).keys()
+        if module is model:
+            own &= {"trunk", "predict_next", "logits", "rope", "run_block"}
+        elif module._forward_hooks or module._forward_pre_hooks:
+            return f"a hook of one {name}"
+        if own:
+            return f"{min(own)} of one {name}"
         if kind is nn.Linear and module.bias is not None:
             return "a bias"
+        if kind is nn.Embedding and module.max_norm is not None:
+            return "max_norm of an embedding"
+        if getattr(module, "config", config) != config:
+            return f"config of one {name}"
+        if getattr(module, "eps", 1e-6) not in (1e-6, config.rms_norm_eps):
+            return f"eps of one {name}"
         kinds[kind] = None
+    names = [name for name in FINGERPRINTS if name not in NOT_DECODED]
+    methods = [name for name in names if name.startswith("DeepSeekV3.")]
     namespaces = {}
     for kind in kinds:
         name = kind.__name__
         if kind in (nn.Linear, nn.Embedding, nn.ModuleList):
             continue
-        if kind is not type(model) and fingerprint(kind) != FINGERPRINTS.get(name):
+        if kind is type(model):
+            helpers = {"upcast": upcast, "compute_dtype": compute_dtype}
+            if changed := edited(helpers | {"DeepSeekV3": kind}, methods):
+                return f"model.{changed[0]}"
+            source = kind.trunk.__globals__
+        elif fingerprint(kind) != FINGERPRINTS.get(name):
             return f"model.{name}" if name in FINGERPRINTS else f"the class {name} of a module"
-        namespaces[id(kind.forward.__globals__)] = kind.forward.__globals__
-    names = [name for name in FINGERPRINTS if name not in NOT_DECODED]
+        else:
+            source = kind.forward.__globals__
+        namespaces[id(source)] = source
     for source in namespaces.values():
-        if changed := edited(source | {"DeepSeekV3": type(model)}, names):
+        if changed := edited(source, [name for name in names if name not in methods]):
             return f"model.{changed[0]}"
     return ""
+
+
+def edited_forward(model: nn.Module) -> bool:
+    """Whether the model's forward, which has no part in decoding, may give other logits."""
+    return fingerprint(type(model).forward) != FINGERPRINTS["DeepSeekV3.forward"]
+
+
+def state_of(model: nn.Module) -> tuple:
+    """Changes with every edit or patch of the model's code, of whatever module."""
+    source = type(model).trunk.__globals__
+    functions = tuple(codes_of(source.get(name)) for name in FINGERPRINTS if "." not in name)
+    modules = []
+    for module in model.modules():
+        own = [id(x) for x in vars(module).values() if callable(x)]
+        hooks = *module._forward_hooks, *module._forward_pre_hooks
+        modules.append((codes_of(type(module)), *own, hooks))
+    return functions, *modules, str(vars(model.config))
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -241,6 +299,8 @@ SHORT = 512  # the longest window whose scores are written out
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The fused kernel; on a CPU, written-out bf16 scores of short windows take a third as long."""
     (B, _, T, _), V = q.shape, v.shape[-1]
+    if not (isinstance(scale, float) and q.shape[:3] == k.shape[:3] == v.shape[:3]):
+        return NotImplemented
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         later = q.new_full((T, T), -math.inf).triu_(1).expand(len(q), T, T)
@@ -288,6 +348,7 @@ class _Dispatch(torch.autograd.Function):
         return gather(x, rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         return gather(dy, *ctx.saved_tensors), None, None
 
@@ -308,6 +369,7 @@ class _Combine(torch.autograd.Function):
         return gather(y, slots)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         rows, slots = ctx.saved_tensors
         if ctx.padded:
@@ -373,6 +435,7 @@ class _HeadLoss(torch.autograd.Function):
         return (torch.cat(losses) * real.squeeze(1)).sum() / n
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         dh, dw, n = ctx.saved_tensors
         scale = grad / n

@@ -460,8 +460,8 @@ def prepare_shards(config: DataConfig, folder: Path) -> tiktoken.Encoding:
 #     4. the folder of step 2 is deleted.
 #
 # An exception between 2 and 3 takes 2 back. After a kill the next run looks at data/<name>. If it
-# is there, it is whole, because steps 2 and 3 are single renames. If it is not, the folder of step 2
-# is whole and is moved back. No --name can end like these.
+# is there, it is whole, because steps 2 and 3 are single renames. If it is not, the folder of step
+# 2 is whole and is moved back. No --name can end like these.
 
 
 def backup_of(folder: Path | str) -> Path:

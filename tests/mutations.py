@@ -118,23 +118,32 @@ self.o_proj = nn.Linear(H * V, D, bias=bias) => self.o_proj = nn.Linear(H * V, D
 config.n_shared_experts * config => 1 * config
 
 # ops.py tests/test_edits.py
-if changed := edited({name: formula} | others, [name, *others]): => if changed := []:
-all(source[other] is as_copied for => any(True for
+if changed := edited(known, [name, *partners]): => if changed := []:
+source.get(other) for other in partners} | => source.get(other) for other in ()} |
 continue  # a docstring and the end of its line => pass
-if own := method_names(kind) & vars(module).keys(): => if own := ():
-if module._forward_hooks or module._forward_pre_hooks: => if False:
+own &= {"trunk" => own &= {"x"
+elif module._forward_hooks or module._forward_pre_hooks: => elif False:
+if own: => if False:
 if kind is nn.Linear and module.bias is not None: => if False:
-if kind is not type(model) and fingerprint(kind) => if kind is type(model) and fingerprint(kind)
-if changed := edited(source | {"DeepSeekV3": type(model)}, names): => if changed := []:
+if kind is nn.Embedding and module.max_norm is not None: => if False:
+if getattr(module, "config", config) != config: => if False:
+not in (1e-6, config.rms_norm_eps): => not in (module.eps,):
+elif fingerprint(kind) != FINGERPRINTS.get(name): => elif False:
+formula = getattr(formula, "formula", formula) => formula = inspect.unwrap(formula)
+if not (isinstance(scale, float) and => if not (True and
 
 # sample.py tests/test_edits.py
 compare_forms(model) => pass
 kept.clear()  # an edit => pass  # an edit
-errors = errors[:, prompt:] => errors = errors
-COMPARED[model] = edit, str(model.config) => pass
+COMPARED[model] = state => pass
+if edit or ops.edited_forward(model): => if edit:
+model.trunk(tokens[:, :2], cache) => cache.length += 2
+expected = model(tokens)[:, prompt:] => expected = model.logits(model.trunk(tokens))[:, prompt:]
+if not any(isinstance(m, fp8.FP8Linear) for m in model.modules()): => if True:
 
 # model.py tests/test_edits.py
 if changed := edited(globals(), fp8.COPIES): => if changed := []:
+if type(module) is MLP and type => if False and type
 
 # prepare_data.py tests/test_prepare_data.py
 [^\s{_CJK}{_CJK_SIGNS}]) => \S)
@@ -156,8 +165,8 @@ min(start - begin_of_file, len(array) - length) => start - begin_of_file
 len(val) < 2 or n_bytes == 0 => len(val) < 2
 
 # train.py tests/test_train.py
-for k in ("data", "block_size")): => for k in ("block_size",)):
-for k in ("data", "block_size")): => for k in ("data",)):
+if not same_text or then["block_size"] != => if then["block_size"] !=
+if not same_text or then["block_size"] != now["block_size"]: => if not same_text:
 model.trained_length = max(model.trained_length, config.block_size) => model.trained_length = 9
 first = step * config.batch_size * config.block_size // T => first = step * config.batch_size
 batch_at(config, step) * config.block_size // T) => batch_at(config, step))
@@ -172,7 +181,7 @@ if entry["step"] > step: => if entry["step"] >= step:
 fcntl.flock(file, => 0 and fcntl.flock(file,
 same = identity == tokenizer_identity(data) => same = True
 fast, why = on_first(lambda: fast_dtype(device)) => fast, why = fast_dtype(device)
-if config.dtype == "auto": => if True:
+if config.dtype in ("auto", fast): => if True:
 if waited > 0.25 and => if waited > 2.5 and
 """
 

@@ -737,7 +737,8 @@ def test_a_folder_put_aside_is_found_again(book, tmp_path, monkeypatch, capsys):
         else:
             shutil.copytree(aside, book)
         (damaged / "val.bin").rename(tmp_path / "val.bin")
-        said = f"book~replaced-by-prepare_data is left of a run that was stopped, and {damaged.relative_to(tmp_path)} is"
+        said = "book~replaced-by-prepare_data is left of a run that was stopped, and "
+        said += f"{damaged.relative_to(tmp_path)} is"
         with pytest.raises(ValueError, match=re.escape(said)):
             make(Path(), tmp_path / "book.txt", name="book", overwrite=True)
         (tmp_path / "val.bin").rename(damaged / "val.bin")
