@@ -571,42 +571,56 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
 def only_writer(out: Path) -> Iterator[None]:
     """Makes the run's folder, and keeps every other train.py from writing there meanwhile.
 
-    Process 0 holds a lock on a file in it. The system takes that back however the process ends. The
-    file stays, since another process may wait for it.
+    Process 0 holds a lock on a file in it. The system takes that back however the process ends. If
+    the run ends before it has written anything, the folders made here are removed.
     """
-    file = on_all(lambda: lock(out / ".lock") if is_first() else None)
+    path = out / ".lock"
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    file = on_all(lambda: lock(path) if is_first() else None)
     try:
         yield
     finally:
         if file:
+            with suppress(OSError):  # another process is there by now; Windows removes no open file
+                if new and [*out.iterdir()] == [path]:
+                    path.unlink()
+                    for folder in new:
+                        folder.rmdir()
             file.close()
 
 
 def lock(path: Path) -> BinaryIO:
     """The file, open and locked until it is closed; what killed writers have left beside it goes.
     Raises ValueError where another process has it. Reading a run needs no lock."""
-    if path.parent.is_file():
-        raise ValueError(f"{path.parent} is a file: give another --out.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "ab")  # noqa: SIM115
-    try:
-        if os.name == "posix":
-            import fcntl
+    folder = path.parent
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give another --out.")
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115
+        try:
+            if os.name == "posix":
+                import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        other = f"another train.py is writing to {path.parent}"
-        raise ValueError(f"{other}: wait for its end, or give another --out.") from None
-    except OSError as error:
-        info(f"{path.parent} cannot be locked ({error}): let only one train.py write there")
-        return file
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise ValueError(
+                f"another train.py is writing to {folder}: wait for its end, or give another --out."
+            ) from None
+        except OSError as error:
+            info(f"{folder} cannot be locked ({error}): let only one train.py write there")
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()  # its last writer has removed it since it was opened
     for name in ("ckpt.pt", "best.pt", "log.jsonl"):
-        for part in path.parent.glob(f"{name}*.tmp"):
+        for part in folder.glob(f"{name}*.tmp"):
             part.unlink(missing_ok=True)
     return file
 

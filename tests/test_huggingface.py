@@ -411,7 +411,7 @@ def test_a_run_opens_with_its_weights_and_tokenizer(run, dtype):
 def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
     path, saved = tmp_path / "ckpt.pt", torch.load(run / "ckpt.pt", weights_only=True)
     config, content = saved["model_config"], (run / "ckpt.pt").read_bytes()
-    check_refusal("no checkpoint of train.py at", load_model, tmp_path)
+    check_refusal("is missing, damaged, or no checkpoint of train.py", load_model, tmp_path)
     for part in (content[:0], content[:-10], b"hello " * 50):
         path.write_bytes(part)
         check_refusal(f"of train.py at {path}, or no whole one", load_model, tmp_path)

@@ -279,7 +279,7 @@ def test_a_resumed_run_keeps_its_dtype_unless_asked(monkeypatch, capsys):
         (
             torch.float32,
             ["--steps=2", "--resume"],
-            "bfloat16 (kept; --dtype=auto would take float32",
+            "bfloat16 (as asked or as before; --dtype=auto would take float32",
         ),
         (torch.bfloat16, ["--steps=3", "--resume"], "bfloat16 (measured)"),
         (torch.float32, ["--steps=4", "--resume", "--dtype=auto"], "float32 (measured)"),
@@ -312,7 +312,7 @@ def test_what_keeps_a_run_waiting_is_said_once(share, monkeypatch, capsys):
     run("--steps=14", "--log_every=2")
     said = capsys.readouterr().err
     times = share > 0.25
-    assert said.count("other programs are running") == said.count("OMP_NUM_THREADS=3") == times
+    assert said.count("threads are waiting for a core") == said.count("OMP_NUM_THREADS=3") == times
     times = [" left" in line for line in said.splitlines() if ": loss " in line]
     assert times == [False] * 4 + [True] * 3
 
@@ -1164,8 +1164,8 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
         (["--batch_start=-1"], "batch_start is -1, but must be at least 0"),
         (["--beta2=1"], "less than 1"),
         (["--data=nowhere"], "make it with: python prepare_data.py SOURCE --name=nowhere"),
-        (["--resume"], "no checkpoint of train.py at run"),
-        (["--eval_only", "--out="], "no checkpoint of train.py at out/tiny"),
+        (["--resume"], "run/ckpt.pt is missing, damaged, or no checkpoint of train.py"),
+        (["--eval_only", "--out="], "out/tiny is missing, damaged, or no"),
         (["--out=/dev/null/run"], "/dev/null/run"),
         (["--optimizer=muon", "--parallel=fsdp"], "muon needs whole matrices"),
         (["--block_size=7"], "block_size is 7, but must be at least 8"),
