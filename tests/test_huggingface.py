@@ -414,10 +414,16 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
     check_refusal("is missing, damaged, or no checkpoint of train.py", load_model, tmp_path)
     for part in (content[:0], content[:-10], b"hello " * 50):
         path.write_bytes(part)
-        check_refusal(f"of train.py at {path}, or no whole one", load_model, tmp_path)
+        check_refusal(f"{path} is missing, damaged, or no checkpoint", load_model, tmp_path)
     for bad, sentence in (
-        (saved | {"extra": Path()}, "no whole one"),  # to make an object may run code
-        *((foreign, "no whole one") for foreign in ([1, 2], {"model_args": {}})),
+        (
+            saved | {"extra": Path()},
+            "is missing, damaged, or no checkpoint",
+        ),  # to make an object may run code
+        *(
+            (foreign, "is missing, damaged, or no checkpoint")
+            for foreign in ([1, 2], {"model_args": {}})
+        ),
         (saved | {"model_config": config | {"wings": 2}}, "'wings'"),
         (saved | {"model_config": config | {"vocab_size": 77}}, "do not match"),
         ({key: x for key, x in saved.items() if key != "model"}, "do not match"),

@@ -723,13 +723,12 @@ def test_a_folder_put_aside_is_found_again(book, tmp_path, monkeypatch, capsys):
     import train
 
     monkeypatch.chdir(tmp_path)
-    machine = SimpleNamespace(rank=0, world=1)
     for data in "book", "data/book", str(book):
         os.replace(book, aside := pd.backup_of(book))
         with pytest.raises(ValueError, match=re.escape(f"aside: rename {aside} to {book}")):
             pd.load_dataset(book)
         config = train.TrainConfig(data=data, block_size=16)
-        assert train.open_data(config, 300, machine)[1].resolve() == book
+        assert train.open_data(config, 300)[1].resolve() == book
         assert "book is back from" in capsys.readouterr().err
     for damaged in aside, book:
         if damaged == aside:

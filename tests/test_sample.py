@@ -799,3 +799,14 @@ def test_what_cannot_be_done_is_refused(run, args, code, words, monkeypatch, cap
     captured = capsys.readouterr()
     assert caught.value.code == code and words in captured.err and captured.out == ""
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_decodes_in_the_dtype_of_its_products(dtype, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample, "usable_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(sample, "fast_dtype", lambda device: (dtype, "as measured"))
+    monkeypatch.setattr(sample, "load_model", lambda *args: asked.append(args[2]) or (None,) * 3)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        sample.main(["out/x"])
+    assert asked == [dtype]

@@ -51,6 +51,7 @@ SHORT = ["--steps=8", "--batch_size=4", "--block_size=16", "--eval_batch=32", "-
 SHORT += ["--log_every=1", "--eval_every=4", "--save_every=4"]
 # Schedules that do not depend on the length of the run.
 CONSTANT = ("--warmup=0", "--decay_start=1", "--mtp_switch=1", "--gamma_stop=1")
+SHOW_RESULT = train.show_result
 MACHINE = train.Machine(torch.device("cpu"), torch.float64)
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["test_train"])  # so that no process needs time for its imports
@@ -330,13 +331,63 @@ def test_what_a_config_file_leaves_out_is_named(capsys):
     small = ("--v_head_dim=4", "--qk_nope_head_dim=4", "--steps=1", "--num_experts_per_tok=1")
     train.main(["my.py", "--out=run", *SHORT, *small])
     said = capsys.readouterr().err
-    (line,) = (line for line in said.splitlines() if "have V3's values" in line)
+    (line,) = (line for line in said.splitlines() if "with V3's values" in line)
     assert "num_attention_heads 128, " in line and "norm_topk_prob True" in line
     assert "hidden_size" not in line and said.index(line) < said.index("model: ")
     assert "give --norm_topk_prob=False" in said
     assert "my.py: Half a minute on one core" in said  # what the file says of itself
     run("--overwrite", "--num_experts_per_tok=1", "--norm_topk_prob=False", "--steps=1")
     assert "give --norm_topk_prob=False" not in capsys.readouterr().err
+
+
+def test_weights_that_a_run_starts_from_are_not_overwritten():
+    run("--steps=1")
+    for source in ("run", "run/ckpt.pt"):
+        assert "would be overwritten" in refused("--overwrite", f"--init_from={source}")
+    assert Path("run/ckpt.pt").exists()
+
+
+def test_a_damaged_or_older_best_checkpoint_does_not_hinder_a_resumed_run(capsys):
+    run("--steps=4")
+    best = load("run", "best.pt")
+    del best["trained_length"]  # an earlier version's
+    torch.save(best, "run/best.pt")
+    run("--resume", "--steps=5", "--eval_every=9")
+    Path("run/best.pt").write_bytes(b"")
+    run("--resume", "--steps=6", "--eval_every=6")
+    assert "best.pt is missing, damaged" in capsys.readouterr().err
+    assert load("run", "best.pt")["step"] == 6
+
+
+def test_the_same_data_by_another_name_are_compared():
+    run("--steps=4")
+    state = torch.load("run/best.pt", weights_only=True)
+    torch.save(state | {"val_loss": 0.0}, "run/best.pt")
+    run("--resume", "--steps=8", "--data=data/tiny")
+    assert load("run", "best.pt")["val_loss"] == 0.0
+
+
+def test_a_run_whose_sample_fails_has_ended_well(monkeypatch, capsys):
+    """With FSDP the whole model may not fit on one device."""
+    run("--steps=4")
+    fail = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(train.sample, "main", fail)
+    SHOW_RESULT(train.TrainConfig(out="run", block_size=16), "def")
+    assert "no sample: CUDA out of memory" in capsys.readouterr().err
+
+
+def test_a_lock_on_a_file_that_its_last_writer_has_removed_is_none(monkeypatch):
+    Path("run").mkdir()
+    path, flock, removed = Path("run/.lock"), fcntl.flock, []
+
+    def late(file, how):
+        flock(file, how)
+        if not removed:  # between opening and locking
+            removed.append(path.unlink())
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with train.lock(path) as file:
+        assert os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def test_compiling_in_float32_is_refused_on_a_cpu():
@@ -769,17 +820,6 @@ def test_what_is_trained_for_long_windows_stays_so_in_short_ones(shared):
     assert load(run(*options, "--block_size=64", "--overwrite"))["trained_length"] == 64
 
 
-def test_a_validation_text_without_text_is_refused(trained):
-    model, dataset, config = trained
-    for text, share in (([1], 2.0), ([511] * 99, 0.0)):
-        dataset.val, dataset.val_bytes_per_token = prepare_data.Tokens([np.array(text)]), share
-        with pytest.raises(ValueError, match="the validation text of stdlib has"):
-            train.evaluate(model, dataset, config, MACHINE)
-    with mock.patch.object(prepare_data, "load_dataset", lambda folder: dataset):
-        dataset.train = prepare_data.Tokens([np.zeros(999)])
-        assert "the validation text of data/tiny has 99 tokens of 0.0 bytes" in refused()
-
-
 def test_a_run_that_dies_in_an_evaluation_makes_up_for_it(shared):
     def die(windows, device):
         if to_device.call_count == 7:  # after four steps and two of many batches
@@ -1074,7 +1114,7 @@ def test_a_stopped_run_says_truly_where_it_can_go_on(good, words, capsys):
 def test_a_folder_has_one_writer_and_many_readers(start, capsys):
     (writer,) = start("--steps=5000", "--save_every=1", "--eval_every=1")
     wait_for(lambda: "step 2/" in writer.log.read_text())
-    for options in ([], ["--resume"], ["--overwrite"], ["--overwrite", "--init_from=run"]):
+    for options in ([], ["--resume"], ["--overwrite"]):
         assert "another train.py is writing to run" in refused(*options)
     train.main([TINY, "--out=run", *SHORT, "--eval_only"])
     assert json.loads(capsys.readouterr().out)["val_loss"] > 0
