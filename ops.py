@@ -129,13 +129,14 @@ def source_tokens(code: CodeType) -> str:
 
 
 def edited(source: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Those of the names whose formulas in the namespace of a model.py have another fingerprint."""
+    """Those of the names whose formulas in the namespace of a model.py have another fingerprint;
+    before them `upcast` and `compute_dtype`, which copies share, where they are not this file's."""
 
     def find(name: str) -> Any:
         outer, _, inner = name.partition(".")
         return getattr(source.get(outer), inner, None) if inner else source.get(outer)
 
-    helpers = [f.__name__ for f in (upcast, compute_dtype) if source.get(f.__name__) is not f]
+    helpers = [f.__name__ for f in (upcast, compute_dtype) if source.get(f.__name__, f) is not f]
     return helpers + [name for name in names if fingerprint(find(name)) != FINGERPRINTS[name]]
 
 
@@ -152,16 +153,18 @@ def fast_twin(formula: Callable) -> Callable:
     with `enabled` off; on a device other than a CPU or CUDA; with named arguments; or where the
     twin returns NotImplemented.
     """
-    name, source = formula.__name__, inspect.unwrap(formula).__globals__
+    name, inner = formula.__name__, inspect.unwrap(formula)
     if name not in FINGERPRINTS or name not in globals():
         raise ValueError(f"ops.py has no twin of {name}: leave out @fast_twin")
-    LINES[source["__file__"]] = linecache.updatecache(source["__file__"])
+    file, source = inner.__code__.co_filename, inner.__globals__
+    linecache.checkcache(file)
+    LINES[file] = linecache.getlines(file)
     twin, partners = globals()[name], RELIES_ON.get(name, [])
+    shared = ["upcast", "compute_dtype", *partners]
 
     @torch.compiler.assume_constant_result  # of a graph
     def stands() -> bool:
-        known = {"upcast": source.get("upcast"), "compute_dtype": source.get("compute_dtype")}
-        known |= {other: source.get(other) for other in partners} | {name: formula}
+        known = {other: source[other] for other in shared if other in source} | {name: formula}
         if changed := edited(known, [name, *partners]):
             tell(f"model.{changed[0]} is not the one that ops.py copies: the formula runs instead")
         return not changed
@@ -202,7 +205,8 @@ def not_as_copied(model: nn.Module) -> str:
             return "a bias"
         if kind is nn.Embedding and module.max_norm is not None:
             return "max_norm of an embedding"
-        if getattr(module, "config", config) != config:
+        own_config = getattr(module, "config", config)
+        if own_config is not config and own_config != config:
             return f"config of one {name}"
         if getattr(module, "eps", 1e-6) not in (1e-6, config.rms_norm_eps):
             return f"eps of one {name}"
@@ -215,8 +219,7 @@ def not_as_copied(model: nn.Module) -> str:
         if kind in (nn.Linear, nn.Embedding, nn.ModuleList):
             continue
         if kind is type(model):
-            helpers = {"upcast": upcast, "compute_dtype": compute_dtype}
-            if changed := edited(helpers | {"DeepSeekV3": kind}, methods):
+            if changed := edited({"DeepSeekV3": kind}, methods):
                 return f"model.{changed[0]}"
             source = kind.trunk.__globals__
         elif fingerprint(kind) != FINGERPRINTS.get(name):

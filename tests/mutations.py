@@ -119,14 +119,15 @@ config.n_shared_experts * config => 1 * config
 
 # ops.py tests/test_edits.py
 if changed := edited(known, [name, *partners]): => if changed := []:
-source.get(other) for other in partners} | => source.get(other) for other in ()} |
+shared = ["upcast", "compute_dtype", *partners] => shared = ["upcast", "compute_dtype"]
+shared = ["upcast", "compute_dtype", *partners] => shared = [*partners]
 continue  # a docstring and the end of its line => pass
 own &= {"trunk" => own &= {"x"
 elif module._forward_hooks or module._forward_pre_hooks: => elif False:
 if own: => if False:
 if kind is nn.Linear and module.bias is not None: => if False:
 if kind is nn.Embedding and module.max_norm is not None: => if False:
-if getattr(module, "config", config) != config: => if False:
+if own_config is not config and own_config != config: => if False:
 not in (1e-6, config.rms_norm_eps): => not in (module.eps,):
 elif fingerprint(kind) != FINGERPRINTS.get(name): => elif False:
 formula = getattr(formula, "formula", formula) => formula = inspect.unwrap(formula)
