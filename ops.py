@@ -101,6 +101,7 @@ def fingerprint(formula: Any) -> str:
     return fingerprint_of(codes_of(formula))
 
 
+CONSTANT: list[Callable] = []  # what fast_twin asks, whose answers a graph may keep
 LINES: dict[str, list[str]] = {}  # of files that hold formulas, as they were when imported
 
 
@@ -162,7 +163,6 @@ def fast_twin(formula: Callable) -> Callable:
     twin, partners = globals()[name], RELIES_ON.get(name, [])
     shared = ["upcast", "compute_dtype", *partners]
 
-    @torch.compiler.assume_constant_result  # of a graph
     def stands() -> bool:
         known = {other: source[other] for other in shared if other in source} | {name: formula}
         if changed := edited(known, [name, *partners]):
@@ -176,7 +176,14 @@ def fast_twin(formula: Callable) -> Callable:
         return formula(*args, **kwargs) if y is NotImplemented else y
 
     choose.formula = formula
+    CONSTANT.append(stands)
     return choose
+
+
+def tell_compiler() -> None:
+    """Marks what a graph may take for constant. Only for torch.compile, whose import takes long."""
+    for function in CONSTANT:
+        torch.compiler.assume_constant_result(function)
 
 
 @functools.cache

@@ -46,6 +46,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fp8
+import ops
 import prepare_data
 import sample
 from config import info, parse_args, read_config_file, run_command
@@ -306,6 +307,7 @@ def wrap(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> nn.Module:
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.capture_dynamic_output_shape_ops = True  # rows in ops.sort_by_expert
         torch.compiler.assume_constant_result(has_grouped_mm)  # else a break before every call
+        ops.tell_compiler()
         info("every new shape of a batch is compiled first, which may take minutes")
         for block in blocks:
             block.compile()
