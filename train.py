@@ -428,8 +428,10 @@ def read_data(config: TrainConfig, folder: Path, vocab_size: int) -> prepare_dat
         raise FileNotFoundError(f"no data in {folder}; make it with: {make}.")
     data = prepare_data.load_dataset(folder)
     if not 0 <= vocab_size - data.vocab_size < 128:  # padding to a multiple of 128 is fine
-        has = f"vocab_size is {vocab_size}, but {folder} has {data.vocab_size} tokens"
-        raise ValueError(f"{has}: give train.py or prepare_data.py the other's --vocab_size.")
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but the vocabulary of {folder} has {data.vocab_size} "
+            f"tokens: give train.py --vocab_size={data.vocab_size}, or prepare other data."
+        )
     longest = max(config.block_size, config.long_block_size)
     shortest = min(map(len, data.train.arrays))
     if longest >= shortest:  # a window needs the token after it, too
@@ -853,7 +855,7 @@ class Run:
             line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_s": round(speed, 1)}
             skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
             self.log(line, self.time_left(speed) + skips)
-            self.tell_if_busy()
+        self.tell_if_busy()
         if lost:
             bad = f"{self.bad_in_a_row} gradients up to step {self.step} are not finite"
             again = "--resume" if self.saved else "--overwrite"
@@ -869,13 +871,19 @@ class Run:
 
     def tell_if_busy(self):
         """Says once that the machine has more work than cores, and what helps."""
-        waited = (seconds_waited() - self.waited_before) / (time.perf_counter() - self.began)
-        if waited > 0.25 and self.steps_here >= 10 and not self.told_busy:
-            self.told_busy, threads = True, torch.get_num_threads()
+        seconds = time.perf_counter() - self.began
+        if self.told_busy or (self.steps_here < 10 and seconds < 10):
+            return
+        waiting, threads = (
+            (seconds_waited() - self.waited_before) / seconds,
+            torch.get_num_threads(),
+        )
+        if waiting > 0.25:
+            self.told_busy = True
             fewer = f", or set OMP_NUM_THREADS={threads - 1}" if threads > 1 else ""
             info(
-                f"{waited:.1f} of this run's {threads} threads are waiting for a core at any time, "
-                f"and the others for them: stop other programs{fewer}"
+                f"the cores are busy: on average {waiting:.1f} of this run's {threads} threads "
+                f"wait for one, and the others for them; stop other programs{fewer}"
             )
 
     def agree_to_stop(self):

@@ -81,6 +81,8 @@ def parse_args(
 
 def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     """The assignments of a config file, checked against the fields of the dataclasses."""
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no config file {path}: name one, as config/small.py")
     try:
         values = runpy.run_path(path)
     except Exception as error:

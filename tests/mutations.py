@@ -183,7 +183,7 @@ fcntl.flock(file, => 0 and fcntl.flock(file,
 same = identity == tokenizer_identity(data) => same = True
 fast, why = on_first(lambda: fast_dtype(device)) => fast, why = fast_dtype(device)
 if config.dtype in ("auto", fast): => if True:
-if waited > 0.25 and => if waited > 2.5 and
+if waiting > 0.25: => if waiting > 0.35:
 """
 
 

@@ -157,7 +157,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
             text = sample.generate(model.eval(), x[:1, :4], 4, temperature=0, speculative=2)
             assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
         copied = not re.search("gate|attention|ReLU", title)
-        assert ("ops.Decoder does not copy" in capsys.readouterr().err) == (not copied)
+        assert ("is not what ops.Decoder copies" in capsys.readouterr().err) == (not copied)
     if "gate" in title:
         s, _, _ = model.gates()[0](torch.randn(5, 48))
         assert torch.allclose(s.sum(-1), torch.ones(5))

@@ -208,7 +208,7 @@ def test_an_edit_decodes_as_the_formulas_say(name, tmp_path, capsys):
     for drafts in (0, 3):
         assert is_the_models_text(model, speculative=drafts)
     notice = capsys.readouterr().err
-    assert notice.count("\n") == notice.count("model.py's formulas decode, slower") == 1
+    assert notice.count("\n") == notice.count("so model.py decodes, slower") == 1
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -220,6 +220,15 @@ def test_two_forms_that_differ_do_not_decode(name, large, tmp_path, monkeypatch)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"other logits than without .* alike; and no layer"):
             sample.generate(model, tokens_of(model, 1, 20), 5)
+
+
+def test_two_forms_of_a_young_network_do_not_decode_either(tmp_path):
+    """Its scores are so small that a cap on them changes no logit by more than 1e-6."""
+    model = edited(tmp_path, EDITS["soft cap on the scores"][:1])
+    cap = module_of(tmp_path, Path(model.__file__).read_text().replace("0.1", "20"))
+    young = cap.DeepSeekV3(cap.ModelConfig(**CONFIG)).eval()
+    with pytest.raises(ValueError, match="alike; and no layer"):
+        sample.generate(young, tokens_of(young, 1, 20), 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -284,6 +293,11 @@ def patch_a_function(model, monkeypatch):
 def patch_an_instance(model, monkeypatch):
     mlp = model.layers[0].mlp
     mlp.forward = MethodType(lambda self, x: 2 * type(self).forward(self, x), mlp)
+
+
+def patch_the_model(model, monkeypatch):
+    trunk = model.trunk
+    model.trunk = lambda tokens, cache=None: trunk(tokens, cache).flip(-1)
 
 
 def put_in_a_hook(model, monkeypatch):
@@ -351,6 +365,7 @@ def change_weights_unseen(model, monkeypatch):
         (patch_a_class, False),
         (patch_a_function, False),
         (patch_an_instance, False),
+        (patch_the_model, False),
         (put_in_a_hook, False),
         (give_a_bias, False),
         (wrap_a_function, False),
@@ -372,7 +387,9 @@ def test_a_patch_decodes_as_patched(patch, copied, after, monkeypatch, capsys):
     assert not torch.equal(model(tokens_of(model, 1, 20)), before)
     for _ in range(2):
         assert is_the_models_text(model)
-    assert capsys.readouterr().err.count("model.py's formulas decode, slower") == (not copied)
+    said = capsys.readouterr().err
+    assert said.count("so model.py decodes, slower") == (not copied)
+    assert said.count("\n") == said.count(" copies")
 
 
 def test_a_second_patch_is_compared_too(monkeypatch):
@@ -403,7 +420,24 @@ def test_an_fp8_network_decodes_by_its_own_products(capsys):
     model = network(plain, torch.float32)
     model.use_fp8()
     sample.generate(model, tokens_of(model, 1, 20), 5, temperature=0)
-    assert "ops.Decoder does not copy the class FP8" in capsys.readouterr().err
+    assert "the class FP8" in capsys.readouterr().err
+
+
+def test_fp8_leaves_an_mlp_alone_whose_projection_is_of_another_class():
+    """FP8MLP would multiply by its weight and pass over what else it does."""
+    model = network(plain, torch.float32)
+    mlp = model.layers[0].mlp
+    mlp.down_proj.__class__ = type("Adapted", (nn.Linear,), {})
+    model.use_fp8()
+    assert type(mlp) is plain.MLP and type(mlp.gate_proj) is fp8.FP8Linear
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.3), torch.full((2, 1, 1), 0.3)])
+def test_attention_takes_a_learnt_scale_as_its_formula_does(scale):
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    assert torch.equal(
+        plain.causal_attention(q, k, v, scale), plain.causal_attention.formula(q, k, v, scale)
+    )
 
 
 def test_a_mark_without_a_twin_is_refused():

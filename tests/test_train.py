@@ -313,7 +313,7 @@ def test_what_keeps_a_run_waiting_is_said_once(share, monkeypatch, capsys):
     run("--steps=14", "--log_every=2")
     said = capsys.readouterr().err
     times = share > 0.25
-    assert said.count("threads are waiting for a core") == said.count("OMP_NUM_THREADS=3") == times
+    assert said.count("the cores are busy") == said.count("OMP_NUM_THREADS=3") == times
     times = [" left" in line for line in said.splitlines() if ": loss " in line]
     assert times == [False] * 4 + [True] * 3
 
