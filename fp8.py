@@ -39,12 +39,8 @@ BLOCK = (128, 128)  # weights: coarser, but the transpose of a block is a block
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 Quantized = tuple[Tensor, Tensor]  # (q, s)
-COPIES = [
-    "swiglu",
-    "MLP",
-    "Experts",
-    "grouped_linear",
-]  # what this file computes in place of model.py
+# What this file computes in place of model.py; ops.py has the fingerprints.
+COPIES = ["swiglu", "MLP", "Experts", "grouped_linear"]
 _emulated: set[torch.device] = set()  # devices of which has_blockwise_fp8 has printed that
 
 
@@ -113,6 +109,7 @@ def scaled_mm(a: Quantized, b: Quantized, block: tuple[int, int], out_dtype: tor
 
 
 def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is the fast format; a function of its own, for tell_compiler."""
     return fast_dtype(device)[0] == torch.bfloat16
 
 

@@ -329,7 +329,7 @@ def load_model(
             raise ValueError(f"the tokenizer of {path} cannot be read ({error!r:.200})") from None
     saved = load_checkpoint(path)
     if saved.get("model_sha256", MODEL_SHA256) != MODEL_SHA256:
-        info(f"model.py is another file than {path} was trained with: its weights may mean another")
+        info(f"model.py has changed since {path} was trained: weights may not fit its formulas")
     try:
         for name, x in saved["model"].items():
             if not x.is_floating_point():  # which torch would convert without a word

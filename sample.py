@@ -422,6 +422,8 @@ def errors_of_forms(model: DeepSeekV3) -> Tensor:
     that are rejected, several tokens at once. Errors of the logits of all but the prompt."""
     like, config = model.norm.weight, model.config
     T = min(256, config.max_position_embeddings)
+    if T == 1:  # nothing follows a prompt
+        return like.new_zeros(1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (2, T), generator=generator).to(like.device)
     cache = Cache(config, len(model.layers), 2, T + 2, like)

@@ -416,6 +416,14 @@ def test_a_patch_that_knows_only_float32_is_compared_in_float32():
     assert is_the_models_text(model, new=20)
 
 
+@pytest.mark.parametrize("context", [1, 2, 9])
+def test_an_edited_network_decodes_in_a_context_of_few_tokens(context, tmp_path):
+    model = edited(tmp_path, EDITS["FFN times 0.7"])
+    model = network(model, max_position_embeddings=context)
+    text = sample.generate(model, tokens_of(model, 1, 1), 9, temperature=0)
+    assert text.shape == (1, context)
+
+
 def test_an_fp8_network_decodes_by_its_own_products(capsys):
     model = network(plain, torch.float32)
     model.use_fp8()

@@ -463,7 +463,7 @@ def test_a_changed_model_py_is_said_in_one_line(run, tmp_path, capsys):
     for changes, lines in ({}, 0), ({"model_sha256": own}, 0), ({"model_sha256": "0"}, 1):
         load_model(copy_run(run, tmp_path, **changes))  # at first of before the key
         said = capsys.readouterr().err
-        assert said.count("\n") == said.count(f"model.py is another file than {tmp_path}") == lines
+        assert said.count("\n") == said.count(f"model.py has changed since {tmp_path}") == lines
 
 
 # ---- Tokenizers and the command ------------------------------------------------------------------
