@@ -1,8 +1,10 @@
 """Turn text into token files: python prepare_data.py [SOURCE] [--key=value].
 
-    text -> documents -> train / validation -> byte-level BPE -> data/<name>/
+    text -> documents -> train / validation / test -> byte-level BPE -> data/<name>/
         train.bin, val.bin      token ids behind a header of 1024 bytes; several train_*.bin
                                 where there are more than 2^30 training tokens
+        test.bin                whole documents that no choice is made on; a source of one or a few
+                                documents has none
         tokenizer.tiktoken      one line per token: base64 of its bytes, rank
         meta.json               split pattern, special tokens, hash
 
@@ -78,7 +80,7 @@ NOT_CORPUS = re.compile(
     r"(^|/)((site|dist)-packages|__pycache__|tests?|idle_test|idlelib|lib2to3|turtledemo|ensurepip"
     r"|encodings|pydoc_data|_sysconfigdata[^/]*)(/|$)"
 )
-OURS = r"meta\.json|tokenizer\.tiktoken|(train(_\d+)?|val)\.bin"  # what we may replace
+OURS = r"meta\.json|tokenizer\.tiktoken|(train(_\d+)?|val|test)\.bin"  # what we may replace
 LINE_END = re.compile(r"\n(?=\S)")  # none of PATTERN's pieces goes on after it
 OTHER_KEY = "; is the text under another --text_key=KEY?"
 AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder is there)"
@@ -92,6 +94,7 @@ class DataConfig:
     tokenizer: str = ""  # "": train one; gpt2, cl100k_base, o200k_base; or a folder that has one
     vocab_size: int = 4096  # tokens of a newly trained tokenizer, <|endoftext|> included
     val_fraction: float = 0.05  # share of the bytes that is kept for validation
+    test_fraction: float = 0.05  # share of the bytes, in whole documents, for test.bin (0: none)
     text_key: str = "text"  # key (.jsonl) or column (.parquet) that holds the text
     shards: int = 1  # training shards of fineweb and finewebedu (100M tokens, 200 MB each)
     overwrite: bool = False  # replace a folder made before
@@ -211,31 +214,42 @@ def read_stdlib() -> dict[str, str]:
     return {name: text for text, name in names.items() if 200 <= len(text) <= 400_000}
 
 
-def split_documents(documents: dict[str, str], fraction: float) -> tuple[list[str], list[str]]:
-    """(training texts, validation texts), the latter about `fraction` of the bytes.
+def split_documents(
+    documents: dict[str, str], val_fraction: float, test_fraction: float = 0.0
+) -> tuple[list[str], list[str], list[str]]:
+    """(training texts, validation texts, test texts): the latter two are about these shares of the
+    bytes.
 
     Whole documents go to validation in the order of the sha256 of their names, except those that
     overshoot the target by over a tenth and those mostly made of lines that other documents have
     too: they would measure memorising. Where that leaves less than half of the target (a
     single file does), the end of the largest document is cut off at a newline.
+
+    The documents that follow go to the test, except such copies and those of over a tenth of the
+    test's target, so that no few documents decide its loss. Nothing is cut off for it: a source of
+    few documents has no test.
     """
     size = {name: len(text.encode()) for name, text in documents.items()}
-    target, held = fraction * sum(size.values()), 0
+    targets = [fraction * sum(size.values()) for fraction in (val_fraction, test_fraction)]
     seen = Counter(line for text in documents.values() for line in set(text.splitlines()))
-    train, val = dict(documents), {}
+    train, val, test, held = dict(documents), {}, {}, [0, 0]  # held: bytes of val and test
     for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest()):
         copied = sum(len(line) for line in train[name].splitlines() if seen[line] > 1)
-        own = copied <= len(train[name]) / 2
-        if own and held < target and held + size[name] <= 1.1 * target:
+        if copied > len(train[name]) / 2:
+            continue
+        if held[0] < targets[0] and held[0] + size[name] <= 1.1 * targets[0]:
             val[name] = train.pop(name)
-            held += size[name]
-    if held < target / 2:
+            held[0] += size[name]
+        elif held[1] < targets[1] and size[name] <= 0.1 * targets[1]:
+            test[name] = train.pop(name)
+            held[1] += size[name]
+    if held[0] < targets[0] / 2:
         name = max(train, key=size.__getitem__)
-        text, share = train[name], min(0.5, (target - held) / size[name])
+        text, share = train[name], min(0.5, (targets[0] - held[0]) / size[name])
         end = len(text) - round(share * len(text))
         end = text.rfind("\n", end // 2, end) + 1 or end  # none near: in the line
         train[name], val[name + ":end"] = text[:end], text[end:]
-    return list(train.values()), list(val.values())
+    return list(train.values()), list(val.values()), list(test.values())
 
 
 def cut(text: str, length: int) -> Iterator[str]:
@@ -412,20 +426,22 @@ def prepare_text(config: DataConfig, folder: Path) -> tiktoken.Encoding:
         files = [f"TinyStoriesV2-GPT4-{split}.txt" for split in ("train", "valid")]
         paths = [download("roneneldan/TinyStories", file) for file in files]
         train, val = (list(read_file(path, config.text_key)) for path in paths)
+        test = []
     else:
         stdlib = config.source == "stdlib"
         documents = read_stdlib() if stdlib else read_paths(config.source, config.text_key)
         if (size := sum(map(len, documents.values()))) < 100:
             raise ValueError(f"{config.source} holds {size} characters, expected 100 or more")
-        train, val = split_documents(documents, config.val_fraction)
+        train, val, test = split_documents(documents, config.val_fraction, config.test_fraction)
     for split, texts in ("training", train), ("validation", val):
         if not any(texts):
             given = f"val_fraction={config.val_fraction}"
             raise ValueError(f"{config.source} has no text for {split} ({given}); give more")
     # A token has at least a byte, so this is known before hours are spent on the training text.
-    if (most := sum(len(text.encode()) + 1 for text in val)) > TOKENS_PER_FILE:
-        has = f"{most:,} bytes of validation text, expected at most {TOKENS_PER_FILE:,}"
-        raise ValueError(f"{config.source} has {has}; give a lower --val_fraction")
+    for split, texts, option in ("validation", val, "val"), ("test", test, "test"):
+        if (most := sum(len(text.encode()) + 1 for text in texts)) > TOKENS_PER_FILE:
+            has = f"{most:,} bytes of {split} text, expected at most {TOKENS_PER_FILE:,}"
+            raise ValueError(f"{config.source} has {has}; give a lower --{option}_fraction")
     if config.tokenizer in ("gpt2", "cl100k_base", "o200k_base"):
         encoding = tiktoken.get_encoding(config.tokenizer)  # downloaded once
     elif config.tokenizer:
@@ -435,6 +451,8 @@ def prepare_text(config: DataConfig, folder: Path) -> tiktoken.Encoding:
         encoding = encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)})
     write_tokens(folder, "train", train, encoding)
     write_tokens(folder, "val", val, encoding)
+    if test:
+        write_tokens(folder, "test", test, encoding)
     return encoding
 
 
@@ -545,6 +563,8 @@ def prepare(config: DataConfig) -> Path:
         raise ValueError(f"name={name!r}: expected a plain folder name; give --name=NAME")
     if not 0 < config.val_fraction <= 0.5:
         raise ValueError(f"val_fraction={config.val_fraction}: expected more than 0, at most 0.5")
+    if not 0 <= config.test_fraction <= 0.4:
+        raise ValueError(f"test_fraction={config.test_fraction}: expected 0 to 0.4")
     if not config.tokenizer and config.vocab_size < 257:
         raise ValueError(f"vocab_size={config.vocab_size}: expected 257 (256 bytes and 1) or more")
     if config.source in SHARDS and not 1 <= config.shards <= SHARDS[config.source][1]:
@@ -623,6 +643,7 @@ class Dataset:
     val: Tokens
     vocab_size: int
     val_bytes_per_token: float  # <|endoftext|> is one of the tokens and has no bytes
+    test: Tokens | None = None  # for the last word alone: experiments/test_text.py
 
 
 def load_dataset(folder: Path | str) -> Dataset:
@@ -636,7 +657,9 @@ def load_dataset(folder: Path | str) -> Dataset:
     if len(val) < 2 or n_bytes == 0:  # a loss needs a token to predict, bits per byte a byte
         has = f"{folder / 'val.bin'} has {len(val)} tokens with {n_bytes} bytes of text"
         raise ValueError(f"{has}, too little to measure a loss; {AGAIN}")
-    return Dataset(train, Tokens([val]), encoding.n_vocab, n_bytes / len(val))
+    test = folder / "test.bin"
+    test = Tokens([read_tokens(test, encoding.n_vocab)]) if test.exists() else None
+    return Dataset(train, Tokens([val]), encoding.n_vocab, n_bytes / len(val), test)
 
 
 def main(argv: list[str]) -> None:

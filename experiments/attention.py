@@ -1,7 +1,8 @@
 """What does latent attention give up for its small cache? python experiments/attention.py
 
 Multi-head attention, and two and one key-value heads for all queries, with as many parameters as
-MLA (within 2 %: their heads are made wider or narrower). The report's predecessor (V2, arXiv
+MLA (within 2 %: their heads are made wider or narrower); multi-head attention also with norms on
+keys and values, as MLA has one on its latent. The report's predecessor (V2, arXiv
 2405.04434, Tables 8 and 9) found MLA better than multi-head attention, and that better than
 grouped queries. What a decoding step costs is measured by attention_step.py.
 """
@@ -29,15 +30,33 @@ class MultiHeadAttention(model.MLA):
     def forward(self, h: Tensor, rope: model.Rope, past=None) -> Tensor:
         c, (B, T, _) = self.config, h.shape
         W = c.qk_nope_head_dim + c.qk_rope_head_dim
-        q, k, v = (f(h).view(B, T, -1, W) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, (k, v) = self.q_proj(h).view(B, T, -1, W), self.keys_and_values(h)
         q, k = (self.rotated(x, rope) for x in (q, k))  # (B, T, heads, W)
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         o = model.causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), W**-0.5)
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
+    def keys_and_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        W = self.config.qk_nope_head_dim + self.config.qk_rope_head_dim
+        k, v = (f(h).unflatten(-1, (-1, W)) for f in (self.k_proj, self.v_proj))
+        return k, v  # (B, T, heads, W)
+
     def rotated(self, x: Tensor, rope: model.Rope) -> Tensor:
         still, turned = x.tensor_split([self.config.qk_nope_head_dim], -1)
         return torch.cat((still, model.rotate(turned, rope, self.config.rope_interleave)), -1)
+
+
+class NormedMultiHeadAttention(MultiHeadAttention):
+    """Every head's key and value is normalised, as MLA normalises its latent."""
+
+    def __init__(self, config: model.ModelConfig):
+        super().__init__(config)
+        W = config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.k_norm, self.v_norm = (model.RMSNorm(W, 1e-6) for _ in "kv")
+
+    def keys_and_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = super().keys_and_values(h)
+        return self.k_norm(k), self.v_norm(v)
 
 
 class GroupedQueryAttention(MultiHeadAttention):
@@ -48,7 +67,12 @@ class MultiQueryAttention(MultiHeadAttention):
     kv_heads = 1
 
 
-FORMS = {"MHA": MultiHeadAttention, "GQA 2": GroupedQueryAttention, "MQA": MultiQueryAttention}
+FORMS = {
+    "MHA": MultiHeadAttention,
+    "MHA normed": NormedMultiHeadAttention,
+    "GQA 2": GroupedQueryAttention,
+    "MQA": MultiQueryAttention,
+}
 
 
 def arms(base: dict) -> dict[str, run.Arm]:
@@ -63,6 +87,11 @@ def arms(base: dict) -> dict[str, run.Arm]:
         width = round(total / D / 2 / (H + (form.kv_heads or H)))
         settings = {"qk_nope_head_dim": width - R, "v_head_dim": width}
         found[name] = run.Arm(settings, {"model.MLA": form})
+    # Is the base's learning rate, found with MLA, as good for multi-head attention?
+    for name, arm in ("MLA", run.Arm()), ("MHA", found["MHA"]):
+        for times in 0.67, 1.5:
+            settings = arm.settings | {"lr": times * base["lr"]}
+            found[f"{name} lr x{times}"] = run.Arm(settings, arm.replace, check=True)
     return found
 
 
@@ -81,7 +110,7 @@ def draw(figure, results):
     right.set(xlim=(0, None))
 
 
-COLUMNS = {"val_bpb": "bits/byte", "cache_bytes": "cache, bytes per token"}
+COLUMNS = {"test_bpb": "bits/byte", "cache_bytes": "cache, bytes per token"}
 COLUMNS |= {"seconds": "seconds", "parameters": "parameters"}
 EXPERIMENT = run.Experiment("attention", arms, COLUMNS, draw, cache_size, base="MLA")
 

@@ -34,16 +34,20 @@ def arms(base: dict) -> dict[str, run.Arm]:
     dense = {"n_routed_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": width}
     dense |= {"n_shared_experts": 0, "n_group": 1, "topk_group": 1}
     without = {"model.MoE": Dense, "model.DeepSeekV3.update_bias": nothing_to_balance}
-    return {
+    arms = {
         "no shared": run.Arm({"n_shared_experts": 0, "num_experts_per_tok": width // F}),
         "4 large": run.Arm(large),
         "dense": run.Arm(dense, without),
-        "dense longer": run.Arm(dense, without, longer=1.25),
+        "dense longer": run.Arm(dense, without, longer=1.25),  # the base's seconds, both alone
     }
+    for times in 0.67, 1.5:
+        settings = dense | {"lr": times * base["lr"]}
+        arms[f"dense lr x{times}"] = run.Arm(settings, without, check=True)
+    return arms
 
 
 COLUMNS = {
-    "val_bpb": "bits/byte",
+    "test_bpb": "bits/byte",
     "seconds": "seconds",
     "parameters": "parameters",
     "active": "active",
@@ -54,7 +58,7 @@ def draw(figure, results):
     left, right = figure.subplots(1, 2)
     tables.dots(left, results, "against", "bits/byte against base")
     for name, xs in results.items():
-        x, y = zip(*((x["seconds"], x["val_bpb"]) for x in xs), strict=True)
+        x, y = zip(*((x["seconds"], x["test_bpb"]) for x in xs), strict=True)
         right.plot(x, y, "o", color=tables.colour_of(results, name), label=name)
     right.set(xlabel="seconds of training", ylabel="bits/byte")
     right.legend(frameon=False, fontsize=8)

@@ -37,13 +37,11 @@ ARMS = {
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
     tables.curves(left, results, "loss", "nats per token")
-    tables.dots(right, results, "against", "nats against base")
+    tables.dots(right, results, "against", "bits/byte against base")
 
 
-COLUMNS = {"val_loss": "nats per token", "seconds": "seconds"}
-EXPERIMENT = run.Experiment(
-    "fp8_loss", lambda base: ARMS, COLUMNS, draw, base="no FP8", against="val_loss"
-)
+COLUMNS = {"test_bpb": "bits/byte", "seconds": "seconds"}
+EXPERIMENT = run.Experiment("fp8_loss", lambda base: ARMS, COLUMNS, draw, base="no FP8")
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)

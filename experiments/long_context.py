@@ -37,7 +37,7 @@ def yarn(block_size: int) -> dict:
 def loss_by_position(net: model.DeepSeekV3, trained: run.Trained) -> list[float]:
     """Nats per token in each of PARTS equal parts of the long windows."""
     T = FACTOR * trained.config.block_size
-    ids = np.asarray(trained.data.val.arrays[0]).astype(np.int64)
+    ids = np.asarray(trained.data.test.arrays[0]).astype(np.int64)
     n = (len(ids) - 1) // T
     x, y = (torch.from_numpy(ids[i : i + n * T]).view(n, T) for i in (0, 1))
     losses = []
@@ -63,7 +63,7 @@ def measure(trained: run.Trained) -> dict:
 
 
 COLUMNS = {
-    "val_bpb": "bits/byte, short windows",
+    "test_bpb": "bits/byte, short windows",
     "within": "nats, first quarter of long windows",
     "beyond": "nats, last quarter",
     "beyond_yarn": "last quarter, YaRN without training",

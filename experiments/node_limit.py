@@ -11,7 +11,7 @@ import tables
 
 ARMS = {"1 group": run.Arm({"topk_group": 1}), "4 groups": run.Arm({"topk_group": 4})}
 COLUMNS = {
-    "val_bpb": "bits/byte",
+    "test_bpb": "bits/byte",
     "nodes_per_token": "groups per token",
     "experts_per_node": "experts per visited group",
     "max_vio_global": "MaxVio, validation",

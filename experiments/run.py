@@ -42,6 +42,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tables import add_result, digest, read_results, save_figure, table, write_section
+from unseen import bits_per_byte, nats_by_document
 
 import prepare_data
 import train
@@ -52,7 +53,7 @@ from model import DeepSeekV3, ModelConfig
 ROOT = Path(train.__file__).parent
 # A run so small that it takes two seconds, with every phase of a training in it.
 SMALL = {"out": "", "steps": 10, "batch_size": 4, "block_size": 16, "long_block_size": 32}
-SMALL |= {"long_start": 0.8, "eval_every": 10, "log_every": 1, "dtype": "float64", "device": "cpu"}
+SMALL |= {"long_start": 0.8, "eval_every": 10, "log_every": 1, "device": "cpu"}
 
 
 @dataclass
@@ -67,8 +68,9 @@ class Options:
     docs: str = "docs"  # folder of RESULTS.md and figures/
 
     def base(self) -> dict[str, Any]:
-        """The settings of the base arm: the file's, with length and logging."""
+        """The settings of the base arm: the file's, with length, dtype and logging."""
         settings = read_config_file(self.config, ModelConfig, train.TrainConfig)
+        settings = {"dtype": "float32"} | settings  # never auto: results of two are not compared
         return settings | {"steps": self.steps, "log_every": max(1, self.steps // 60)}
 
 
@@ -80,6 +82,7 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     replace: dict[str, Any] = field(default_factory=dict)
     longer: float = 1.0  # times as many steps as the base
+    check: bool = False  # a check of a setting, no claim: outside Holm's correction (tables.py)
 
 
 @dataclass
@@ -88,6 +91,7 @@ class Trained:
 
     net: DeepSeekV3
     data: prepare_data.Dataset
+    folder: Path  # of the data
     config: train.TrainConfig
     machine: train.Machine
 
@@ -100,7 +104,7 @@ class Experiment:
     draw: Callable[[Any, dict], None] | None = None  # (matplotlib figure, results by arm)
     measure: Callable[[Trained], dict] | None = None  # more than every run's figures
     base: str = ""  # what the base arm is called here
-    against: str = "val_bpb"  # whose difference to the base has a column
+    against: str = "test_bpb"  # whose difference to the base has a column
     results: str = ""  # the experiment that trains these arms, if it is another one
     compute: Callable[[str, int], dict] | None = None  # (arm, seed): in place of a training
 
@@ -138,17 +142,19 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
         net.trained_length = 0
     data, source = train.open_data(config, net.config.vocab_size)
     if options.quick:
-        data.val = prepare_data.Tokens([data.val.arrays[0][:4096]])
+        data.val, data.test = (
+            prepare_data.Tokens([x.arrays[0][:4096]]) for x in (data.val, data.test)
+        )
     folder.mkdir(parents=True, exist_ok=True)
     files = source / "tokenizer.tiktoken", source / "meta.json"  # so sample.py opens the folder
     if config.fp8:
         net.use_fp8()
     train.train(net, data, config, machine, saved, files)
-    return Trained(net.eval(), data, config, machine)
+    return Trained(net.eval(), data, source, config, machine)
 
 
 def figures_of(run: Trained) -> dict[str, Any]:
-    """What every run has: the last evaluation, and curves of the log."""
+    """What every run has: the last evaluation, the loss on the test text, and curves of the log."""
     log = [json.loads(x) for x in (Path(run.config.out) / "log.jsonl").read_text().splitlines()]
     steps, last = [x for x in log if "loss" in x], [x for x in log if "val_loss" in x][-1]
     before = [0, *(x["tokens"] for x in steps)]
@@ -156,8 +162,11 @@ def figures_of(run: Trained) -> dict[str, Any]:
     half = [x["max_vio"] for x in steps if 2 * x["step"] > run.config.steps]
     count = run.net.parameter_counts()
     del last["step"], last["expert_load"]
+    T, batch = run.config.block_size, run.config.eval_batch
+    nats, size = nats_by_document(run.net, run.data, run.folder, T, batch, run.machine)
     return last | {
-        "dtype": str(run.machine.dtype)[6:],
+        "test_bpb": bits_per_byte(nats, size),
+        "test_nats": nats.tolist(), "test_bytes": size.astype(int).tolist(),  # of every document
         "max_vio_batch": statistics.mean(half),  # of the batches in the log's second half
         "seconds": sum(n / x["tokens_per_s"] for n, x in zip(tokens, steps, strict=True)),
         "parameters": count["total"], "active": count["active"],
@@ -174,20 +183,26 @@ def code_hash(*texts: str) -> str:
 
 
 @functools.cache
-def code_id() -> str:
-    """Two versions of the code are the same if they train alike: the losses of a few steps in
-    float64, of a tiny network on random tokens, to eight digits."""
+def code_id(dtype: str = "float64", fp8: bool = False) -> str:
+    """Two versions of the code are the same if they train alike: the losses of a few steps in this
+    dtype, of a tiny network on random tokens, to eight digits. In bfloat16 another kind of machine
+    may round differently: its results are another set."""
     settings = read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, train.TrainConfig)
-    settings |= SMALL | {"optimizer": "muon", "alpha": 0.01}
+    settings |= SMALL | {"optimizer": "muon", "alpha": 0.01, "dtype": dtype, "fp8": fp8}
     rng = np.random.default_rng(0)
     tokens = prepare_data.Tokens([rng.integers(0, 512, 2000).astype(np.uint16)])
     data = SimpleNamespace(train=tokens, val=tokens, val_bytes_per_token=3.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several add up in another order
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         config = train.TrainConfig(**train.split_configs(settings | {"out": folder})[1])
-        net = new_network(settings, 0).double()
+        net = new_network(settings, 0).to(torch.float64 if dtype == "float64" else torch.float32)
         net.trained_length = 0
+        if fp8:
+            net.use_fp8()
         train.train(net, data, config, train.start_machine(config))
         log = [json.loads(x) for x in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    torch.set_num_threads(threads)
     keys = ("loss", "mtp_loss", "balance_loss", "max_vio", "val_loss", "val_bpb_long")
     return digest(*(f"{x[key]:.8g}" for x in log for key in keys if key in x))
 
@@ -198,7 +213,7 @@ def change_hash(arm: Arm, measure: Callable | None) -> str:
     code = [getattr(x, "__func__", x) for x in code]  # of a staticmethod
     code = [y for x in code for y in getattr(x, "__mro__", [x]) if y.__module__ == x.__module__]
     code = code_hash(*map(inspect.getsource, code))
-    low = code_hash((ROOT / "fp8.py").read_text()) if arm.settings.get("fp8") else ""
+    low = code_id("bfloat16", fp8=True) if arm.settings.get("fp8") else ""
     return digest(sorted(arm.settings.items()), arm.longer, sorted(arm.replace), code, low)
 
 
@@ -208,8 +223,10 @@ def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
     data = train.TrainConfig(data=base["data"], block_size=base["block_size"])
     _, data = train.open_data(data, base["vocab_size"])
     corpus = digest(*(hashlib.sha256(x.read_bytes()).digest() for x in sorted(data.glob("*.bin"))))
-    source = digest(code_id(), sorted((k, v) for k, v in base.items() if "_every" not in k))
-    common = {"seed": seed, "steps": options.steps, "source": source, "corpus": corpus}
+    code = code_id(), code_id(base["dtype"])
+    source = digest(*code, sorted((k, v) for k, v in base.items() if "_every" not in k))
+    common = {"seed": seed, "steps": options.steps, "dtype": base["dtype"]}
+    common |= {"source": source, "corpus": corpus}
     # The base is in two files: base.json has what every run has, ours what is measured besides.
     parts = [(experiment.name, experiment.measure)]
     if name == "base":
@@ -252,8 +269,16 @@ def facts() -> dict[str, Any]:
     """What a result depends on besides its identity."""
     return {
         "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "machine": processor(),
     }  # fmt: skip
+
+
+def processor() -> str:
+    """The name of the CPU, as Linux knows it."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def commit() -> str:
@@ -297,4 +322,4 @@ def command(experiment: Experiment):
 
 
 if __name__ == "__main__":
-    command(Experiment("base", lambda base: {}, {"val_bpb": "bits/byte", "seconds": "seconds"}))
+    command(Experiment("base", lambda base: {}, {"test_bpb": "bits/byte", "seconds": "seconds"}))

@@ -14,8 +14,10 @@ from token_classes import CLASSES
 
 COLUMNS = {
     "mean_bits": "bits of class and expert, mean of layers",
+    "domain_bits": "bits of domain and expert",
+    "max_vio_batch": "MaxVio, batch",
     "max_vio_global": "MaxVio, validation",
-    "val_bpb": "bits/byte",
+    "test_bpb": "bits/byte",
 }
 
 
@@ -41,7 +43,7 @@ def draw(figure, results):
 
 
 EXPERIMENT = run.Experiment(
-    "specialisation", lambda base: balance.ARMS, COLUMNS, draw, balance.expert_visits,
+    "specialisation", lambda base: balance.ARMS, COLUMNS, draw, balance.measure,
     base="bias 0.01", against="mean_bits", results="balance",
 )  # fmt: skip
 

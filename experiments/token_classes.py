@@ -1,7 +1,9 @@
-"""Which kind of Python token each token of the corpus is, and which experts each kind visits."""
+"""Which experts are visited by each kind of Python token, and by each of three kinds of text."""
 
+import importlib
 import itertools
 import keyword
+import sysconfig
 import tokenize
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import prepare_data
 CLASSES = ["keyword", "name", "number", "string", "comment", "docstring", "operator", "space"]
 KINDS = {tokenize.NUMBER: "number", tokenize.STRING: "string", tokenize.COMMENT: "comment"}
 KINDS |= {tokenize.OP: "operator"}
+DOMAINS = ["source", "English", "tables"]
 LINE_BEGINS = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
 
 
@@ -83,3 +86,32 @@ def expert_visits(trained: run.Trained) -> dict:
             np.add.at(visits[layer], (kind[known][:, None], chosen.cpu().numpy()[known]), 1)
     bits = [information(table) for table in visits]
     return {"visits": visits.tolist(), "bits": bits, "mean_bits": sum(bits) / max(1, len(bits))}
+
+
+def domain_texts(trained: run.Trained, tokens: int) -> list[np.ndarray]:
+    """As many ids of each domain, none of which was trained on: source (the validation text),
+    English (Python's reference documentation), tables (its 8-bit character sets)."""
+    encode = prepare_data.load_tokenizer(trained.folder).encode_ordinary
+    english = importlib.import_module("pydoc_data.topics").topics
+    encodings = sorted(Path(sysconfig.get_path("stdlib"), "encodings").glob("cp*.py"))
+    sets = [path.read_text(encoding="utf-8").partition("decoding_table")[2] for path in encodings]
+    texts = "\n".join(english[name] for name in sorted(english)), "\n".join(sets)
+    ids = [np.asarray(trained.data.val.arrays[0]), *map(np.array, map(encode, texts))]
+    return [x[:tokens].astype(np.int64) for x in ids]
+
+
+def visits_by_domain(trained: run.Trained, tokens: int = 1 << 14) -> dict:
+    """How often tokens of each domain visit each expert (layers, domains, E), and what a visit
+    tells of the domain in bits, as the mean over the layers."""
+    net, T, c = trained.net, trained.config.block_size, trained.net.config
+    visits = np.zeros((c.moe_layers - len(net.mtp), len(DOMAINS), c.n_routed_experts), int)
+    for domain, ids in enumerate(domain_texts(trained, tokens)):
+        rows = torch.from_numpy(ids[: len(ids) // T * T]).view(-1, T)
+        for x in rows.split(16):
+            net.trunk(x.to(trained.machine.device))
+            for layer, chosen in enumerate(net.routing):  # (B, T, K)
+                visits[layer, domain] += np.bincount(
+                    chosen.flatten().cpu().numpy(), minlength=c.n_routed_experts
+                )
+    bits = [information(table) for table in visits]
+    return {"domain_visits": visits.tolist(), "domain_bits": sum(bits) / max(1, len(bits))}
