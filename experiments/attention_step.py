@@ -5,14 +5,16 @@ Nothing is trained: the scores, softmax and sum of one layer's attention for the
 each form as its plain formula. The arms take turns, "seeds" are turns. Close other programs.
 """
 
+import statistics
 import time
 
+import attention
 import run
 import tables
 import torch
-from attention import arms
 
 LENGTHS = (256, 1024, 4096, 16384, 32768)
+CACHES = ("MHA", "GQA 2", "MQA")
 
 
 @torch.inference_mode()
@@ -38,11 +40,15 @@ def step_times(name: str, seed: int) -> dict:
 def draw(figure, results):
     ax = figure.subplots()
     for name, xs in results.items():
-        y = [[x[f"ms_{S}"] for x in xs] for S in LENGTHS]
-        y = [tables.interval(values)[0] for values in y]
+        y = [statistics.mean(x[f"ms_{S}"] for x in xs) for S in LENGTHS]
         ax.loglog(LENGTHS, y, "o-", color=tables.colour_of(results, name), label=name, base=2)
     ax.set(xlabel="cached tokens", ylabel="ms, one layer's attention")
     ax.legend(frameon=False, fontsize=8)
+
+
+def arms(base: dict) -> dict[str, run.Arm]:
+    """Those of attention.py whose caches differ."""
+    return {name: arm for name, arm in attention.arms(base).items() if name in CACHES}
 
 
 EXPERIMENT = run.Experiment(

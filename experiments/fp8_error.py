@@ -11,6 +11,8 @@ The report promotes partial sums to fp32 after every 128 numbers (section 3.3.2)
 promoted never, or after every 512, 128 or 32.
 """
 
+import statistics
+
 import run
 import tables
 import torch
@@ -58,7 +60,7 @@ def product_error(name: str, seed: int) -> dict:
 def draw(figure, results):
     ax = figure.subplots()
     for name, xs in results.items():
-        y = [tables.interval([x[f"error_{s}"] for x in xs])[0] for s in SPREADS]
+        y = [statistics.mean([x[f"error_{s}"] for x in xs]) for s in SPREADS]
         ax.semilogy(SPREADS, y, "o-", color=tables.colour_of(results, name), label=name)
     ax.set(xlabel="decades over which the tokens' magnitudes spread", ylabel="error of a token")
     ax.set(xticks=SPREADS)
@@ -131,7 +133,7 @@ def sum_error(name: str, seed: int) -> dict:
 def draw_sums(figure, results):
     for ax, kind in zip(figure.subplots(1, 2, sharey=True), NUMBERS, strict=True):
         for name, xs in results.items():
-            y = [tables.interval([x[f"{kind}_{K}"] for x in xs])[0] for K in LENGTHS]
+            y = [statistics.mean([x[f"{kind}_{K}"] for x in xs]) for K in LENGTHS]
             ax.loglog(LENGTHS, y, "o-", color=tables.colour_of(results, name), markersize=3)
             ax.lines[-1].set_label(name)
         ax.set(xlabel=f"K, {kind} numbers", xticks=LENGTHS[::2], xticklabels=LENGTHS[::2])

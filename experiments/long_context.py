@@ -6,6 +6,7 @@ or fifth of the run. The loss is measured by position, in windows of that length
 the validation file; of the base also with YaRN turned on afterwards, without any training.
 """
 
+import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -75,7 +76,7 @@ def draw(figure, results):
     for name, xs in results.items():
         for key, style in ("by_position", "-"), ("by_position_yarn", ":"):
             if curves := [x[key] for x in xs if key in x]:
-                y = [tables.interval(list(values))[0] for values in zip(*curves, strict=True)]
+                y = [statistics.mean(list(values)) for values in zip(*curves, strict=True)]
                 label = name + (", YaRN without training" if style == ":" else "")
                 x = [FACTOR * (i + 0.5) / PARTS for i in range(PARTS)]
                 ax.plot(x, y, style, color=tables.colour_of(results, name), label=label)

@@ -1,7 +1,8 @@
 """Results in JSON files, and the tables and figures that are made from them alone.
 
-`experiment` and `options` are run.py's. Tables have means with 95 % intervals over the seeds;
-"against base" is the difference to the base run of the same seed, length, code and data.
+`experiment` and `options` are run.py's. Tables have means with 95 % intervals over the seeds.
+"against base" is the mean difference to the base runs of the same seeds, length, code and data; its
+interval, p-value and what else is said of it are those of intervals.py.
 """
 
 import hashlib
@@ -9,14 +10,22 @@ import json
 import math
 import os
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from intervals import (
+    holm,
+    over_documents,
+    own_interval,
+    p_value,
+    quantile,
+    residual_deviation,
+    seen_with,
+)
+
 from config import info
-
-# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
-STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
-
 
 # ---- JSON files ----------------------------------------------------------------------------------
 
@@ -43,15 +52,6 @@ def add_result(options, name: str, result: dict):
 
 
 # ---- Tables and figures --------------------------------------------------------------------------
-
-
-def interval(values: list[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95 % confidence interval by Student's t."""
-    n, mean = len(values), statistics.mean(values)
-    if n < 2:
-        return mean, None
-    t = STUDENT_T[n - 2] if n - 2 < len(STUDENT_T) else 2.2
-    return mean, t * statistics.stdev(values) / math.sqrt(n)
 
 
 def collect(experiment, options) -> dict[str, list[dict]]:
@@ -84,28 +84,91 @@ def collect(experiment, options) -> dict[str, list[dict]]:
     return results
 
 
+@dataclass
+class Difference:
+    """Of an arm to the base, over the seeds that both have."""
+
+    mean: float
+    half: float | None  # half of the 95 % interval, from the deviation pooled over the table
+    p: float | None = None  # corrected for the number of arms that make a claim
+    files: tuple[float, float] | None = None  # 95 % of the differences over other test files
+
+
+def differences(experiment, options, results: dict[str, list[dict]]) -> tuple[dict, str]:
+    """The Difference of every arm, and a sentence on what could have been seen."""
+    key, (base, *others) = experiment.against, results.items()
+    pairs = {name: [x for x in xs if "against" in x] for name, xs in others}
+    pairs = {name: xs for name, xs in pairs.items() if xs}
+    if experiment.compute:  # no trainings; what varies, and how much, differs from arm to arm
+        own = {name: own_interval([x["against"] for x in xs]) for name, xs in pairs.items()}
+        return {name: Difference(*x) for name, x in own.items()}, ""
+    values = {(name, x["seed"]): x[key] for name, xs in results.items() for x in xs if key in x}
+    deviation, freedom = residual_deviation(values) if values else (0.0, 0)
+    found, p, arms = {}, {}, experiment.arms(options.base())
+    for name, xs in pairs.items():
+        mean = statistics.mean(x["against"] for x in xs)
+        error = deviation * math.sqrt(2 / len(xs))
+        found[name] = Difference(mean, quantile(0.05, freedom) * error if error else None)
+        if error and not arms[name].check:
+            p[name] = p_value(mean / error, freedom)
+        if "test_nats" in xs[0] and key == "test_bpb":
+            seeds = {x["seed"]: np.array(x["test_nats"]) for x in base[1]}
+            nats = sum(np.array(x["test_nats"]) - seeds[x["seed"]] for x in xs) / len(xs)
+            found[name].files = over_documents(nats, np.array(xs[0]["test_bytes"]))
+    for name, corrected in holm(p).items():
+        found[name].p = corrected
+    if not freedom:
+        return found, ""
+    counts = sorted({len(xs) for xs in pairs.values()})
+    seen = [f"{number(seen_with(deviation, freedom, n))} with {n} seeds" for n in counts]
+    unit = experiment.columns[key]
+    return found, (
+        f"Deviation of the residuals {number(deviation)} {unit} ({freedom} degrees of freedom): "
+        f"a difference of {', '.join(seen)} would be found in 80 % of all cases."
+    )
+
+
 def number(x: float) -> str:
     if abs(x) >= 10:
         return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
     return f"{x:.3f}" if abs(x) >= 0.01 or x == 0 else f"{x:.2g}"
 
 
-def cell(values: list[float], sign: bool = False) -> str:
+def signed(x: float) -> str:
+    return ("+" if x > 0 else "") + number(x)
+
+
+def cell(values: list[float]) -> str:
     if not values:
         return ""
-    mean, half = interval(values)
-    text = ("+" if sign and mean > 0 else "") + number(mean)
-    return text if not half else f"{text} ± {number(half)}"
+    mean, half = own_interval(values)
+    return number(mean) + (f" ± {number(half)}" if half else "")
+
+
+def cells_of(difference: Difference | None) -> list[str]:
+    """The cells of a difference: with its interval, its p-value, over files."""
+    if difference is None:
+        return ["", "", ""]
+    half = f" ± {number(difference.half)}" if difference.half else ""
+    p = "" if difference.p is None else number(difference.p) if difference.p >= 1e-4 else "< 0.0001"
+    files = " to ".join(map(signed, difference.files)) if difference.files else ""
+    return [signed(difference.mean) + half, p, files]
 
 
 def table(experiment, options) -> str:
-    """Markdown: a row for each arm; below it, where the numbers come from and what is missing."""
+    """Markdown: a row for each arm; below it what it could have seen, where the numbers come from
+    and what is missing."""
     results, columns = collect(experiment, options), experiment.columns
-    columns = columns | {"against": f"{columns[experiment.against]} against base"}
-    rows, runs = [["arm", "seeds", *columns.values()]], [x for xs in results.values() for x in xs]
+    found, seen = differences(experiment, options, results)
+    runs = [x for xs in results.values() for x in xs]
+    heads = ["arm", "seeds", *columns.values(), f"{columns[experiment.against]} against base"]
+    heads += ["p (Holm)"] * any(x.p is not None for x in found.values())
+    heads += ["over files"] * any(x.files is not None for x in found.values())
+    rows = [heads]
     for name, xs in results.items():
-        cells = [cell([x[k] for x in xs if k in x], k == "against") for k in columns]
-        rows += [[name, str(len(xs)), *cells]] if xs else []
+        cells = [cell([x[k] for x in xs if k in x]) for k in columns]
+        cells = [name, str(len(xs)), *cells, *cells_of(found.get(name))]
+        rows += [cells[: len(heads)]] if xs else []
     lines = [f"| {' | '.join(row)} |" for row in rows] if runs else []
     lines[1:1] = ["|" + "---|" * len(rows[0])] if runs else []
     if runs:
@@ -113,12 +176,24 @@ def table(experiment, options) -> str:
         known = [f"{k} {' and '.join(v)}" for k, v in known.items() if v]
         length = [f"{runs[0]['steps']} steps a run"] if runs[0]["steps"] else []
         lines += ["", f"{', '.join(length + known)}."]
+        lines += [seen] if seen else []
+        if any("test_nats" in x for x in next(iter(results.values()))):
+            lines += [files_of_base(results)]
     if missing := [name for name, xs in results.items() if not xs]:
         lines += ["", f"Not yet run: {', '.join(missing)}."]
     return "\n".join(lines).strip()
 
 
-FACTS = ("dtype", "threads", "torch", "python", "commit")
+def files_of_base(results: dict[str, list[dict]]) -> str:
+    """A sentence on how much the base's figure depends on the files of the test text."""
+    runs = next(iter(results.values()))
+    size = np.array(runs[0]["test_bytes"])
+    nats = np.mean([x["test_nats"] for x in runs], axis=0)
+    low, high = map(number, over_documents(nats, size))
+    return f"Over other files like the {len(size)} of the test text the base has {low} to {high}."
+
+
+FACTS = ("dtype", "threads", "machine", "torch", "python", "commit")
 INK = "#7d8590"  # grey that can be read on white and on black
 COLOURS = ["#7d8590", "#2f81f7", "#db6d28", "#2da44e", "#bf4b8a", "#a475f9", "#b08800", "#1b9e9e"]
 
@@ -128,7 +203,9 @@ def dots(ax, results: dict[str, list[dict]], key: str, label: str):
     names = [name for name, xs in results.items() if any(key in x for x in xs)]
     for y, name in enumerate(reversed(names)):
         values, colour = [x[key] for x in results[name] if key in x], colour_of(results, name)
-        mean, half = interval(values)
+        mean, half = own_interval(values)
+        if key == "against":
+            half = results[name][0].get("half")  # pooled over the table
         ax.plot(values, [y] * len(values), "o", color=colour, alpha=0.4, markersize=4)
         ax.errorbar(mean, y, xerr=half, fmt="|", color=colour, markersize=12, capsize=3)
     ax.set(xlabel=label, yticks=range(len(names)), ylim=(-0.6, len(names) - 0.4))
@@ -169,7 +246,11 @@ def save_figure(experiment, options) -> Path | None:
     grey |= {"svg.fonttype": "none", "svg.hashsalt": "nanoV3"}
     with matplotlib.rc_context(grey):
         figure = Figure((8, 3), layout="constrained")
-        experiment.draw(figure, {name: xs for name, xs in results.items() if xs})
+        found, _ = differences(experiment, options, results)
+        experiment.draw(figure, {
+            name: [x | {"half": found[name].half if name in found else None} for x in xs]
+            for name, xs in results.items() if xs
+        })  # fmt: skip
         path = Path(options.docs, "figures", f"{experiment.name}.svg")
         path.parent.mkdir(parents=True, exist_ok=True)
         shown = {"Date": None, "Description": f"results {digest(json.dumps(results))}"}

@@ -90,7 +90,8 @@ def expert_visits(trained: run.Trained) -> dict:
 
 def domain_texts(trained: run.Trained, tokens: int) -> list[np.ndarray]:
     """As many ids of each domain, none of which was trained on: source (the validation text),
-    English (Python's reference documentation), tables (its 8-bit character sets)."""
+    English (Python's reference documentation), tables (its 8-bit character sets, a row for every
+    character; a few lines of code stand before each)."""
     encode = prepare_data.load_tokenizer(trained.folder).encode_ordinary
     english = importlib.import_module("pydoc_data.topics").topics
     encodings = sorted(Path(sysconfig.get_path("stdlib"), "encodings").glob("cp*.py"))

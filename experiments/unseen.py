@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from intervals import over_documents
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -64,15 +65,6 @@ def nats_by_document(
 
 def bits_per_byte(nats: np.ndarray, size: np.ndarray) -> float:
     return float(nats.sum() / size.sum() / math.log(2))
-
-
-def over_documents(nats: np.ndarray, size: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """The middle 95 % of the bits per byte of as many documents, drawn with replacement. The nats
-    may be differences of two models' nats on the same documents."""
-    drawn = np.random.default_rng(0).integers(0, len(size), (draws, len(size)))
-    means = nats[drawn].sum(1) / size[drawn].sum(1) / math.log(2)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def main(argv: list[str]):

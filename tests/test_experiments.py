@@ -22,9 +22,11 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import attention
+import balance
 import experts
 import fp8_error
 import fp8_loss
+import intervals
 import long_context
 import mtp
 import page
@@ -32,8 +34,10 @@ import run
 import speculation
 import tables
 import token_classes
+import unseen
 
 import fp8
+import model
 import ops
 import prepare_data
 import train
@@ -49,8 +53,15 @@ EXPERIMENTS["fp8_accumulation"] = fp8_error.ACCUMULATION
 def place(tmp_path_factory) -> Path:
     """A folder with a tiny corpus of Python files and a configuration, where all runs are made."""
     folder = tmp_path_factory.mktemp("experiments")
-    source = f"{sysconfig.get_path('stdlib')}/co[dlp]*.py"
-    settings = prepare_data.DataConfig(source, "text", str(folder), vocab_size=300)
+    source = folder / "source"
+    source.mkdir()
+    library = Path(sysconfig.get_path("stdlib"))
+    small = ("bisect", "keyword", "this", "token")  # the test text has small files alone
+    for path in [*library.glob("co[dlp]*.py"), *(library / f"{name}.py" for name in small)]:
+        shutil.copy(path, source)
+    settings = prepare_data.DataConfig(
+        str(source), "text", str(folder), vocab_size=300, test_fraction=0.4
+    )
     data = str(prepare_data.prepare(settings))
     changes = f"data = {data!r}\nvocab_size = 300\nbatch_size = 4\nblock_size = 16\neval_batch = 64"
     (folder / "tiny.py").write_text((ROOT / "config/tiny.py").read_text() + changes)
@@ -61,7 +72,7 @@ def place(tmp_path_factory) -> Path:
 def options(place, monkeypatch) -> run.Options:
     monkeypatch.chdir(place)
     monkeypatch.setattr(os, "fsync", lambda file: None)
-    monkeypatch.setattr(run, "code_id", lambda: "this code")
+    monkeypatch.setattr(run, "code_id", lambda *dtype, **fp8: "this code")
     monkeypatch.setattr(mtp, "NEW", 6)
     monkeypatch.setattr(mtp, "PROMPTS", 1)
     return run.Options(steps=2, seeds="0", config="tiny.py", results="results")
@@ -77,8 +88,8 @@ def trained(place) -> run.Trained:
     base = run.Options(config=str(place / "tiny.py")).base() | {"initializer_range": 0.3}
     config = train.TrainConfig(**train.split_configs(base | {"out": str(place / "text")})[1])
     machine = train.Machine(torch.device("cpu"), torch.float32)
-    data, _ = train.open_data(config, 300)
-    return run.Trained(run.new_network(base, 0).eval(), data, config, machine)
+    data, folder = train.open_data(config, 300)
+    return run.Trained(run.new_network(base, 0).eval(), data, folder, config, machine)
 
 
 # ---- The runner, on a tiny network ---------------------------------------------------------------
@@ -115,17 +126,17 @@ def test_every_experiment_makes_its_results_once(name, options, capsys, monkeypa
 
 def test_what_makes_a_new_result(options, monkeypatch):
     """Another length, seed, code, setting or stand-in, or what that inherits; not a comment."""
-    monkeypatch.setattr(run, "figures_of", lambda trained: {"val_bpb": 1.0})
+    monkeypatch.setattr(run, "figures_of", lambda trained: {"test_bpb": 1.0})
 
     def runs(arm=None, **changes) -> int:
-        e = run.Experiment("new", lambda base: {"a": arm or run.Arm()}, {"val_bpb": ""})
+        e = run.Experiment("new", lambda base: {"a": arm or run.Arm()}, {"test_bpb": ""})
         with mock.patch.object(run, "train_arm") as trained, mock.patch("shutil.rmtree"):
             start(e, options, **{"arms": "a"} | changes)
         return trained.call_count
 
     forms = [run.Arm(replace={"model.MLA": form}) for form in attention.FORMS.values()]
     arms = [None, run.Arm({"gamma": 0.5}), run.Arm(longer=2.0), *forms]
-    assert [runs(arm) for arm in [*arms, *arms]] == [1] * 6 + [0] * 6
+    assert [runs(arm) for arm in [*arms, *arms]] == [1] * 7 + [0] * 7
     assert runs(steps=3) == 1 and runs(seeds="0,1") == 1
     Path("other.py").write_text(Path("tiny.py").read_text() + "\nlr = 4e-3")
     assert runs(config="other.py") == 1
@@ -133,7 +144,7 @@ def test_what_makes_a_new_result(options, monkeypatch):
     with mock.patch("inspect.getsource", lambda x: "a = 1" if x is base else source(x)):
         assert runs(forms[2]) == 1
     assert run.code_hash("a = 1  # why") == run.code_hash("a  =  1") != run.code_hash("a = 2")
-    monkeypatch.setattr(run, "code_id", lambda: "other code")
+    monkeypatch.setattr(run, "code_id", lambda *dtype, **fp8: "other code")
     assert runs() == 1
     with pytest.raises(ValueError, match="no arm 'x'; choose from base, a"):
         runs(arms="x")
@@ -193,24 +204,111 @@ def test_arms_begin_with_the_same_weights_where_shapes_agree(options):
 # ---- Tables and figures --------------------------------------------------------------------------
 
 
+def add_results(options, values: dict[str, list[float]], **more):
+    """The results of arms of the experiment t, seed by seed."""
+    for arm, ys in values.items():
+        for seed, y in enumerate(ys):
+            x = {"arm": arm, "seed": seed, "source": "s", "corpus": "c", "steps": 2, "test_bpb": y}
+            tables.add_result(options, "base" if arm == "base" else "t", x | more)
+
+
 def test_differences_are_paired_by_seed_length_code_and_data(tmp_path, options):
-    options.results, common = str(tmp_path), {"source": "s", "corpus": "c", "steps": 2}
-    for seed, base, arm in (0, 1.0, 1.5), (1, 2.0, 2.25), (2, 3.0, 3.75):
-        x = {"seed": seed, **common}
-        tables.add_result(options, "base", {"arm": "base", **x, "val_bpb": base})
-        for other in {"source": "other"}, {"corpus": "other"}, {"steps": 3}:
-            tables.add_result(options, "base", {"arm": "base", **x, **other, "val_bpb": 9.0})
-            tables.add_result(options, "t", {"arm": "a", **x, **other, "val_bpb": 0.0})
-        for value in (7.0, arm):  # the newest counts
-            tables.add_result(options, "t", {"arm": "a", **x, "val_bpb": value})
-    e = run.Experiment("t", lambda base: {"a": 0, "b": 0}, {"val_bpb": "bits"}, base="zero")
+    options.results = str(tmp_path)
+    add_results(options, {"a": [7.0, 7.0, 7.0]})  # made again below: the newest counts
+    for other in {"source": "other"}, {"corpus": "other"}, {"steps": 3}:
+        add_results(options, {"base": [9.0] * 3, "a": [0.0] * 3}, **other)
+    add_results(options, {"base": [1.0, 2.0, 3.0], "a": [1.5, 2.25, 3.75]})
+    e = run.Experiment(
+        "t", lambda base: {"a": run.Arm(), "b": run.Arm()}, {"test_bpb": "bits"}, base="zero"
+    )
     assert [x["against"] for x in tables.collect(e, options)["a"]] == [0.5, 0.25, 0.75]
-    t = 4.303 / 3**0.5  # Student's, of three numbers
-    assert tables.table(e, options).splitlines()[2:] == [
-        f"| zero (base) | 3 | 2.000 ± {t:.3f} |  |",
-        f"| a | 3 | 2.500 ± {t * 1.3125**0.5:.3f} | +0.500 ± {t * 0.25:.3f} |",
-        *("", "2 steps a run.", "", "Not yet run: b."),
+    # Arms differ by 0.5 on average, and each pair by 0, -0.25, 0.25 from that; so the residuals are
+    # half of these, their squares add up to 2 (1/64 + 1/64), and 6 - 2 - 3 + 1 = 2 are free.
+    deviation = (4 / 64 / 2) ** 0.5
+    half, t = 4.303 * deviation * (2 / 3) ** 0.5, 4.303 / 3**0.5
+    p = 1 - (x := 0.5 / (half / 4.303)) / (x * x + 2) ** 0.5  # the distribution with 2 of freedom
+    seen = (4.303 + 1.061) * half / 4.303
+    lines = tables.table(e, options).splitlines()
+    assert lines[0].endswith("| bits | bits against base | p (Holm) |")
+    assert lines[2:] == [
+        f"| zero (base) | 3 | 2.000 ± {t:.3f} |  |  |",
+        f"| a | 3 | 2.500 ± {t * 1.3125**0.5:.3f} | +0.500 ± {half:.3f} | {p:.3f} |",
+        *("", "2 steps a run."),
+        f"Deviation of the residuals {deviation:.3f} bits (2 degrees of freedom): a difference of "
+        f"{seen:.3f} with 3 seeds would be found in 80 % of all cases.",
+        *("", "Not yet run: b."),
     ]
+
+
+def test_checks_of_a_setting_make_no_claim_to_correct_for(tmp_path, options):
+    """Three claims, two of them nearly alike: the smallest p-value counts three times."""
+    options.results = str(tmp_path)
+    values = {"base": [0.0, 0.1, 0.2], "a": [1.0, 1.2, 1.1], "b": [0.2, 0.2, 0.3]}
+    values |= {"c": [0.1, 0.1, 0.2], "d": [5.0, 5.1, 5.4]}
+    add_results(options, values)
+    arms = {name: run.Arm(check=name == "d") for name in "abcd"}
+    e = run.Experiment("t", lambda base: arms, {"test_bpb": "bits"})
+    found, _ = tables.differences(e, options, tables.collect(e, options))
+    raw = {name: x.mean / x.half for name, x in found.items()}
+    assert found["d"].p is None and raw["d"] > raw["a"] > raw["b"] > raw["c"] > 0
+    pairs = {(arm, seed): y for arm, ys in values.items() for seed, y in enumerate(ys)}
+    deviation, freedom = intervals.residual_deviation(pairs)
+    assert freedom == 15 - 5 - 3 + 1
+    alone = intervals.p_value(found["a"].mean / deviation / (2 / 3) ** 0.5, freedom)
+    assert found["a"].p == pytest.approx(3 * alone) and found["b"].p < found["c"].p
+
+
+def test_intervals_are_those_of_the_textbooks():
+    known = {1: 12.706, 2: 4.303, 3: 3.182, 9: 2.262, 30: 2.042, 120: 1.980}
+    for freedom, t in known.items():
+        assert intervals.quantile(0.05, freedom) == pytest.approx(t, abs=1e-3)
+        assert intervals.p_value(-t, freedom) == pytest.approx(0.05, abs=1e-4)
+    assert intervals.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5}) == pytest.approx(
+        {"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5}
+    )
+    assert intervals.own_interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5, abs=1e-3))
+    # A seed that shifts all arms, and a missing run, leave no residual.
+    exact = {(a, s): x + 10 * s for a, x in {"a": 1.0, "b": 3.0}.items() for s in range(4)}
+    del exact["b", 2]
+    deviation, freedom = intervals.residual_deviation(exact)
+    assert deviation == pytest.approx(0, abs=1e-9) and freedom == 7 - 2 - 4 + 1
+    # 1.96 + 0.84 standard errors, of many degrees of freedom
+    assert intervals.seen_with(1.0, 1000, 2) == pytest.approx(2.80, abs=0.01)
+
+
+def test_an_interval_over_documents_weighs_them_by_their_bytes():
+    size = np.array([100.0] * 50 + [300.0] * 50)
+    nats = np.array([1.0, 3.0] * 50) * size * math.log(2)
+    low, high = intervals.over_documents(nats, size)
+    spread = 1.96 * math.sqrt((size**2).sum()) / size.sum()  # 1 from the mean, either way
+    assert low == pytest.approx(2 - spread, abs=0.05) and high == pytest.approx(
+        2 + spread, abs=0.05
+    )
+    assert intervals.over_documents(2 * size * math.log(2), size) == pytest.approx((2, 2))
+
+
+def test_the_loss_of_documents_is_that_of_all_their_tokens(trained):
+    """Of windows by hand, and in sum that of train.evaluate on the same text."""
+    T, batch = 16, 7  # which is no divisor of the number of windows
+    nats, size = unseen.nats_by_document(
+        trained.net, trained.data, trained.folder, T, batch, trained.machine
+    )
+    ids = trained.data.test.arrays[0].astype(np.int64)
+    encoding = prepare_data.load_tokenizer(trained.folder)
+    texts = [x for x in encoding.decode(ids.tolist()).split(prepare_data.END_OF_TEXT) if x]
+    assert len(texts) > 1 and size.tolist() == [len(text.encode()) for text in texts]
+    begins = [i for i, x in enumerate(ids) if x == encoding.eot_token]
+    by_hand = np.zeros(len(ids))
+    for start in range(0, len(ids) - 1, T):
+        x = torch.from_numpy(ids[start : start + T + 1])
+        loss = F.cross_entropy(trained.net(x[None, :-1])[0], x[1:], reduction="none")
+        by_hand[start + 1 : start + 1 + len(loss)] = loss.detach()
+    assert nats == pytest.approx(np.add.reduceat(by_hand, begins), rel=1e-5)
+    data = replace(trained.data, val=trained.data.test, val_bytes_per_token=size.sum() / len(ids))
+    result = train.evaluate(trained.net, data, trained.config, trained.machine)
+    trained.net.eval()
+    share = (len(ids) - 1) / len(ids)  # the first token is predicted by none
+    assert unseen.bits_per_byte(nats, size) == pytest.approx(result["val_bpb"] * share, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -254,9 +352,64 @@ def test_arms_of_the_base_configuration_are_as_large_as_they_say(monkeypatch):
             count = run.new_network(base | arm.settings, 0).parameter_counts()
         total[name], active[name] = count["total"], count["active"]
     assert active == dict.fromkeys(active, pytest.approx(active["base"], rel=0.01))
-    assert [total[name] for name in forms] == [pytest.approx(total["base"], rel=0.01)] * 3
-    heads = [arm.settings["v_head_dim"] for arm in forms.values()]
-    assert heads == [22, 29, 35]  # attention_step.py's
+    assert [total[name] for name in forms] == [pytest.approx(total["base"], rel=0.01)] * len(forms)
+    heads = [forms[name].settings["v_head_dim"] for name in ("MHA", "MHA normed", "GQA 2", "MQA")]
+    assert heads == [22, 22, 29, 35]  # attention_step.py's
+
+
+def test_learning_rates_are_checked_on_the_arms_themselves():
+    base = run.Options(config=str(ROOT / "experiments/base.py")).base()
+    arms = attention.arms(base) | experts.arms(base)
+    checks = {name for name, arm in arms.items() if arm.check}
+    assert checks == {f"{x} lr x{y}" for x in ("MLA", "MHA", "dense") for y in (0.67, 1.5)}
+    for name in checks:
+        whose, _, times = name.partition(" lr x")
+        arm = arms.get(whose, run.Arm())  # MLA is the base
+        assert arms[name].settings == arm.settings | {"lr": float(times) * base["lr"]}
+        assert arms[name].replace == arm.replace
+
+
+def test_the_batch_wise_loss_takes_a_batch_as_one_sequence():
+    """Two sequences that prefer an expert each are even together, as uneven as can be alone."""
+    s = torch.full((2, 6, 2), 0.001)
+    s[0, :, 0] = s[1, :, 1] = 1.0
+    assert balance.batch_wise(s, 1).item() == pytest.approx(1, rel=1e-3)
+    assert balance.sequence_wise(s, 1).item() == pytest.approx(2, rel=0.01)
+    with mock.patch("model.balance_loss", balance.batch_wise):  # as the arm has it
+        assert model.balance_loss(s, 1).item() == pytest.approx(1, rel=1e-3)
+
+
+def test_norms_of_keys_and_values_are_each_heads_own(options):
+    config = ModelConfig(**train.split_configs(options.base())[0])
+    normed = attention.NormedMultiHeadAttention(config)
+    plain = attention.MultiHeadAttention(config)
+    plain.load_state_dict(normed.state_dict(), strict=False)
+    h = torch.randn(2, 5, config.hidden_size)
+    for x, y in zip(plain.keys_and_values(h), normed.keys_and_values(h), strict=True):
+        expected = F.normalize(x, dim=-1) * x.shape[-1] ** 0.5
+        torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+    normed.k_norm.weight.data.mul_(3)
+    assert torch.equal(normed.keys_and_values(h)[1], y)
+
+
+@torch.no_grad()
+def test_visits_by_domain_are_the_routing_of_their_texts(trained):
+    found = token_classes.visits_by_domain(trained, 64)
+    texts, long = (token_classes.domain_texts(trained, n) for n in (64, 1 << 14))
+    encoding = prepare_data.load_tokenizer(trained.folder)
+    source, english, table = (encoding.decode(ids.tolist()) for ids in texts)
+    assert [len(ids) for ids in texts] == [64] * 3 and "assert" in english and "0x" not in source
+    text = encoding.decode(long[2].tolist())
+    assert text.startswith(table) and text.count("\n    '") > 0.8 * text.count("\n")  # its rows
+    visits = np.array(found["domain_visits"])
+    for domain, ids in enumerate(texts):
+        trained.net.trunk(torch.from_numpy(ids).view(-1, 16))
+        for layer, chosen in enumerate(trained.net.routing):
+            counts = chosen.flatten().bincount(minlength=visits.shape[2])
+            assert visits[layer, domain].tolist() == counts.tolist()
+    bits = [token_classes.information(layer) for layer in visits]
+    assert found["domain_bits"] == pytest.approx(np.mean(bits))
+    assert 0 < found["domain_bits"] < math.log2(3)
 
 
 @pytest.mark.parametrize("block", [fp8.TILE, fp8.BLOCK])
@@ -365,7 +518,7 @@ def test_acceptance_on_given_text():
 @torch.no_grad()
 def test_loss_by_position_is_the_models(trained):
     found = long_context.measure(trained)
-    T, ids = 64, torch.from_numpy(trained.data.val.arrays[0].astype(int))
+    T, ids = 64, torch.from_numpy(trained.data.test.arrays[0].astype(int))
     n = (len(ids) - 1) // T
     main, *_ = trained.net(ids[: n * T].view(n, T), ids[1 : n * T + 1].view(n, T))
     assert np.mean(found["by_position"]) == pytest.approx(main.item(), rel=1e-5)

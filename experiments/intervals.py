@@ -1,0 +1,85 @@
+"""How sure is the difference between two arms? Used by tables.py.
+
+Every arm is trained with the same seeds, and a seed shifts all arms alike: they begin with the same
+weights and see the same data. So a result is taken as arm + seed + residual. The deviation of the
+residuals is pooled over all arms of a table, because three seeds of one arm say little about it (2
+degrees of freedom, so a factor 4.3 in the interval where a dozen have 2.2). This assumes that all
+arms vary alike. A table compares several arms with the base, so one in twenty would differ by
+chance: Holm's correction (1979) raises the p-values until the whole table is wrong in 5 %.
+"""
+
+import math
+
+import numpy as np
+
+
+def student(freedom: int) -> tuple[np.ndarray, np.ndarray]:
+    """Student's t distribution: values t >= 0, and how probable a larger |t| is at each.
+
+    With t = sqrt(freedom) tan(angle) its density is proportional to cos(angle)^(freedom - 1).
+    """
+    angle = np.linspace(0, np.pi / 2, 200_001)
+    density = np.cos(angle) ** (freedom - 1)
+    below = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
+    with np.errstate(over="ignore"):
+        return math.sqrt(freedom) * np.tan(angle), 1 - below / below[-1]
+
+
+def p_value(t: float, freedom: int) -> float:
+    """How probable a difference of at least |t| standard errors is by chance."""
+    values, larger = student(freedom)
+    return float(np.interp(abs(t), values, larger))
+
+
+def quantile(larger: float, freedom: int) -> float:
+    """The t beyond which |t| lies with this probability: 0.05 for an interval of 95 %."""
+    values, probabilities = student(freedom)
+    return float(np.interp(-larger, -probabilities, values))
+
+
+def own_interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % interval, from the deviation of these values alone."""
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return mean, None
+    return mean, quantile(0.05, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def residual_deviation(values: dict[tuple[str, int], float]) -> tuple[float, int]:
+    """Standard deviation and degrees of freedom of what is left of {(arm, seed): value} after the
+    best fit of a number for every arm and one for every seed; (0, 0) where nothing is left."""
+    arms, seeds = (sorted(set(x)) for x in zip(*values, strict=True))
+    design = np.array([[*(arm == a for a in arms), *(seed == s for s in seeds)]
+                       for arm, seed in values], float)  # fmt: skip
+    y = np.array(list(values.values()))
+    fit, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    freedom = len(y) - int(rank)
+    if freedom < 1:
+        return 0.0, 0
+    return math.sqrt(((y - design @ fit) ** 2).sum() / freedom), freedom
+
+
+def holm(p: dict[str, float]) -> dict[str, float]:
+    """The p-values, corrected for there being several: the smallest times their number, the next
+    times one less, and so on, none below the one before it."""
+    corrected, least = {}, 0.0
+    for i, name in enumerate(sorted(p, key=p.__getitem__)):
+        least = min(1.0, max(least, (len(p) - i) * p[name]))
+        corrected[name] = least
+    return corrected
+
+
+def seen_with(deviation: float, freedom: int, seeds: int) -> float:
+    """The difference that so many pairs of runs would find (p < 0.05, uncorrected) in 80 %."""
+    error = deviation * math.sqrt(2 / seeds)
+    return (quantile(0.05, freedom) + quantile(0.4, freedom)) * error  # 0.4: 20 % on one side
+
+
+def over_documents(nats: np.ndarray, size: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """The middle 95 % of the bits per byte of as many documents, drawn with replacement
+    (bootstrap), from nats and bytes of each (documents,). The nats may also be differences of two
+    models' nats on the same documents."""
+    drawn = np.random.default_rng(0).integers(0, len(size), (draws, len(size)))
+    means = nats[drawn].sum(1) / size[drawn].sum(1) / math.log(2)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
