@@ -28,6 +28,7 @@ import fp8_error
 import fp8_loss
 import intervals
 import long_context
+import longer
 import mtp
 import page
 import run
@@ -73,6 +74,11 @@ def options(place, monkeypatch) -> run.Options:
     monkeypatch.chdir(place)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(run, "code_id", lambda *dtype, **fp8: "this code")
+    monkeypatch.setattr(longer, "CONFIG", "tiny.py")
+    monkeypatch.setattr(longer, "RUN", "out/tiny")
+    monkeypatch.setattr(longer, "LENGTH", 128)
+    phase = ["--steps=2", "--block_size=32", "--long_block_size=128", "--long_start=0"]
+    monkeypatch.setattr(longer, "PHASE", [*phase, "--max_position_embeddings=128"])
     monkeypatch.setattr(mtp, "NEW", 6)
     monkeypatch.setattr(mtp, "PROMPTS", 1)
     return run.Options(steps=2, seeds="0", config="tiny.py", results="results")
@@ -100,6 +106,11 @@ def test_every_experiment_makes_its_results_once(name, options, capsys, monkeypa
     e = EXPERIMENTS[name]
     arms = list(e.arms(options.base()))
     arms = arms[::2] if name == "mtp" else arms[-1:]  # the others differ in numbers
+    if name == "longer":  # it goes on from a run
+        arms = list(e.arms(options.base()))
+        command = ["tiny.py", "--out=out/tiny", "--steps=4", "--long_block_size=32", "--overwrite"]
+        train.main([*command, "--long_start=0.5", "--max_position_embeddings=32"])
+        capsys.readouterr()
     changes = {"arms": ",".join(["base", *arms])}
     changes |= {"steps": 12} if name == "long_context" else {}  # the last is in long windows
     before = f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n"
