@@ -111,7 +111,7 @@ def draw(figure, results):
 
 
 COLUMNS = {"test_bpb": "bits/byte", "cache_bytes": "cache, bytes per token"}
-COLUMNS |= {"seconds": "seconds", "parameters": "parameters"}
+COLUMNS |= {"parameters": "parameters"}
 EXPERIMENT = run.Experiment("attention", arms, COLUMNS, draw, cache_size, base="MLA")
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ def arms(base: dict) -> dict[str, run.Arm]:
 
 COLUMNS = {
     "test_bpb": "bits/byte",
-    "seconds": "seconds",
     "parameters": "parameters",
     "active": "active",
 }
@@ -57,11 +56,7 @@ COLUMNS = {
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
     tables.dots(left, results, "against", "bits/byte against base")
-    for name, xs in results.items():
-        x, y = zip(*((x["seconds"], x["test_bpb"]) for x in xs), strict=True)
-        right.plot(x, y, "o", color=tables.colour_of(results, name), label=name)
-    right.set(xlabel="seconds of training", ylabel="bits/byte")
-    right.legend(frameon=False, fontsize=8)
+    tables.curves(right, results, "loss", "nats per token, training")
 
 
 EXPERIMENT = run.Experiment("experts", arms, COLUMNS, draw, base="16 small, 1 shared")

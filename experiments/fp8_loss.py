@@ -40,7 +40,7 @@ def draw(figure, results):
     tables.dots(right, results, "against", "bits/byte against base")
 
 
-COLUMNS = {"test_bpb": "bits/byte", "seconds": "seconds"}
+COLUMNS = {"test_bpb": "bits/byte", "val_loss": "nats per token, validation"}
 EXPERIMENT = run.Experiment("fp8_loss", lambda base: ARMS, COLUMNS, draw, base="no FP8")
 
 if __name__ == "__main__":

@@ -322,4 +322,4 @@ def command(experiment: Experiment):
 
 
 if __name__ == "__main__":
-    command(Experiment("base", lambda base: {}, {"test_bpb": "bits/byte", "seconds": "seconds"}))
+    command(Experiment("base", lambda base: {}, {"test_bpb": "bits/byte", "val_bpb": "validation"}))

@@ -196,6 +196,7 @@ def files_of_base(results: dict[str, list[dict]]) -> str:
 FACTS = ("dtype", "threads", "machine", "torch", "python", "commit")
 INK = "#7d8590"  # grey that can be read on white and on black
 COLOURS = ["#7d8590", "#2f81f7", "#db6d28", "#2da44e", "#bf4b8a", "#a475f9", "#b08800", "#1b9e9e"]
+COLOURS += ["#e5534b", "#57606a"]
 
 
 def dots(ax, results: dict[str, list[dict]], key: str, label: str):
