@@ -151,6 +151,10 @@ def test_what_makes_a_new_result(options, monkeypatch):
     assert runs(steps=3) == 1 and runs(seeds="0,1") == 1
     Path("other.py").write_text(Path("tiny.py").read_text() + "\nlr = 4e-3")
     assert runs(config="other.py") == 1
+    Path("other.py").write_text(Path("tiny.py").read_text() + '\ndtype = "float64"')
+    assert runs(config="other.py") == 1
+    found = tables.read_results(options, "new")
+    assert [x["dtype"] for x in found] == ["float32"] * (len(found) - 1) + ["float64"]
     base, source = attention.MultiHeadAttention, run.inspect.getsource
     with mock.patch("inspect.getsource", lambda x: "a = 1" if x is base else source(x)):
         assert runs(forms[2]) == 1
