@@ -82,7 +82,7 @@ def main(argv: list[str]):
         low, high = over_documents(nats, size)
         print(
             f"{bits_per_byte(nats, size):.4f} bits/byte in windows of {T} tokens, "
-            f"{low:.3f} to {high:.3f} over {len(size)} files of {size.sum():,} bytes"
+            f"{low:.3f} to {high:.3f} over {len(size)} files of {size.sum():,.0f} bytes"
         )
 
 

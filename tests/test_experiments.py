@@ -302,6 +302,28 @@ def test_an_interval_over_documents_weighs_them_by_their_bytes():
     assert intervals.over_documents(2 * size * math.log(2), size) == pytest.approx((2, 2))
 
 
+def test_a_run_is_measured_on_its_test_text_in_both_lengths(options, capsys):
+    command = ["tiny.py", "--out=out/seen", "--steps=4", "--long_block_size=32", "--overwrite"]
+    train.main([*command, "--long_start=0.5"])
+    capsys.readouterr()
+    unseen.main(["out/seen"])
+    printed = capsys.readouterr().out
+    lines = re.findall(
+        r"([\d.]+) bits/byte in windows of (\d+) .* (\d+) files of ([\d,]+) bytes", printed
+    )
+    data = prepare_data.load_dataset("text")
+    size = len(prepare_data.load_tokenizer("text").decode(data.test.arrays[0]))
+    files = int((data.test.arrays[0] == data.vocab_size - 1).sum())
+    markers = files * len(prepare_data.END_OF_TEXT)
+    assert [line[1:] for line in lines] == [
+        (T, f"{files}", f"{size - markers:,}") for T in ("16", "32")
+    ]
+    (Path("text") / "test.bin").rename("kept")
+    with pytest.raises(ValueError, match=r"has no test.bin: make it anew"):
+        unseen.main(["out/seen"])
+    Path("kept").rename(Path("text") / "test.bin")
+
+
 def test_the_loss_of_documents_is_that_of_all_their_tokens(trained):
     """Of windows by hand, and in sum that of train.evaluate on the same text."""
     T, batch = 16, 7  # which is no divisor of the number of windows
