@@ -4,11 +4,12 @@
     train [CONFIG]       a training step beside transformers' and the speed of bare products
     decode               decoding beside transformers' and the reading of weights and cache
     fp8                  FP8 products and layers beside bf16
-    plot RUN ... [FILE]  loss curves and expert loads of runs, in one picture
+    plot RUN [RUN ...]   measures nothing: a picture of the losses and expert loads of runs
 
-Tables go to stdout and, with --json=FILE, into a file. A machine's speed drifts, so the things
-compared take turns (A B A B ...), and a ratio is taken within a round: printed is the median of
-the rounds, with [least..most]. Close other programs; they slow both sides unequally.
+`python bench.py COMMAND --help` lists a command's keys. Tables go to stdout and, with --json=FILE,
+into a file. A machine's speed drifts, so the things compared take turns (A B A B ...), and a ratio
+is taken within a round: printed is the median of the rounds, with [least..most]. Close other
+programs; they slow both sides unequally.
 """
 
 import json
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,16 @@ def training_step(model: nn.Module, config: train.TrainConfig, machine: train.Ma
     return step
 
 
+def require_transformers(command: str) -> None:
+    """Called before anything is measured, which takes minutes."""
+    for package in ("safetensors", "transformers"):
+        if find_spec(package) is None:
+            raise ValueError(
+                f"{package} is not installed, and `bench.py {command}` measures beside "
+                "transformers: pip install transformers safetensors"
+            )
+
+
 def models_in(directory: str, device: torch.device) -> dict[str, nn.Module]:
     """Ours, and DeepseekV3ForCausalLM with each implementation of experts that may be fastest."""
     import transformers
@@ -279,6 +291,8 @@ def train_(options: TrainOptions, files: list[str]) -> Iterator[Table]:
     """A training step: config/small.py, or the CONFIG named, beside the products that the machine
     can make; without a CONFIG also the reference model beside transformers'."""
     file = files[0] if files else "config/small.py"
+    if not files:
+        require_transformers("train")
     rows = [config_row(file, dtype, options) for dtype in FORMATS]  # first, for their peak of GB
     yield Table("train.py's step, by the model's own FLOPs", rows)
     if not files:
@@ -299,6 +313,7 @@ class DecodeOptions(Options):
 @torch.inference_mode()
 def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
     """Greedy decoding and the cost of a long context. Drafts: experiments/speculation.py."""
+    require_transformers("decode")
     device = sample.usable_device(options.device)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -443,51 +458,139 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
 # ---- plot ----------------------------------------------------------------------------------------
 
 
-def plot(options: Options, files: list[str]) -> Iterator[Table]:
-    """Loss curves and expert loads of runs, in one picture: FILE.svg or .png, else the first run's
-    plot.png. Pale: the log; strong: means over a twentieth of the run; dots: validation."""
-    from matplotlib import rcParams
+Log = list[dict[str, Any]]  # the lines of log.jsonl
+
+
+@dataclass
+class PlotOptions:
+    out: str = ""  # the picture, .svg or .png; empty: RUN/plot.png, of several runs RUN-RUN.png
+
+
+def read_log(run: str) -> Log:
+    """The lines of a run's log; the last may be half written, and is left out then."""
+    path = Path(run) / "log.jsonl"
+    if not path.is_file():
+        hint = "name folders of runs, such as out/small, and the picture with --out=FILE"
+        raise ValueError(f"{run} has no log.jsonl: {hint}.")
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    if not lines:
+        raise ValueError(f"{path} has no line yet: try again after a few steps of training.")
+    return [json.loads(line) for line in lines]
+
+
+def column(log: Log, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the lines that have this key, not null."""
+    points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
+    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The curve without its noise and without lag: for every point, the height of the straight line
+    through its neighbours, a twentieth of all points, half of them on either side.
+
+    There are fewer at first, where the curve is too steep for a long line. At the end, where none
+    follow, the line runs through those before.
+    """
+    heights = []
+    for i in range(len(y)):
+        side = min(len(y) // 40, i // 4)
+        near = slice(i - side, i + side + 1)
+        line = np.polyfit(x[near] - x[i], y[near], deg=min(side, 1))
+        heights.append(line[-1])  # at x[i]
+    return np.array(heights)
+
+
+def bits_per_byte(log: Log) -> float | None:
+    """How many bits per byte of the validation text are one nat per token; None: not yet known."""
+    evaluations = [line for line in log if line.get("val_loss") is not None]
+    return evaluations[-1]["val_bpb"] / evaluations[-1]["val_loss"] if evaluations else None
+
+
+def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
+    """A colour for each run; pale is the log itself, strong the smoothed curve."""
+    factors = [bits_per_byte(log) for log in logs.values()]
+    for i, (run, log) in enumerate(logs.items()):
+        colour, label = f"C{i}", run
+        for key, style in ("loss", "-"), ("mtp_loss", "--"):
+            x, y = column(log, key)
+            ax.plot(x, y, style, color=colour, alpha=0.25)
+            ax.plot(x, smooth(x, y), style, color=colour)
+        x, y = column(log, "val_loss")
+        if len(y):
+            nats, bits = f"{y[-1]:.3f} nats per token", f"{y[-1] * factors[i]:.3f} bits per byte"
+            label += f": val_loss at step {x[-1]:.0f} is {nats}, {bits}"
+        ax.plot(x, y, "o-", color=colour, markersize=5, label=label)
+        of_a_part = [line for line in log if "val_tokens" in line]
+        ax.plot(*column(of_a_part, "val_loss"), "o", color=colour, mfc="white", markersize=5)
+    title = "solid: loss; dashed: mtp_loss; points: val_loss, hollow if of a part of the text"
+    ax.set_title(title, fontsize=8)
+    ax.set(xlabel="step", ylabel="nats per token")
+    ax.grid(alpha=0.3)
+    # One axis in bits serves all runs only if their tokens have the same length in bytes.
+    if None not in factors and math.isclose(min(factors), max(factors), rel_tol=1e-3):
+        to_bits, to_nats = (lambda y: y * factors[0]), (lambda y: y / factors[0])
+        right = ax.secondary_yaxis("right", functions=(to_bits, to_nats))
+        right.set_ylabel("bits per byte of text")
+
+
+def plot_load(ax: Any, run: str, evaluation: dict[str, Any]) -> None:
+    """How busy every expert was in an evaluation: a row for a layer, those of MTP modules last."""
+    share = np.array(evaluation["expert_load"])
+    rows, experts = share.shape
+    image = ax.imshow(
+        share * experts, "RdBu_r", aspect="auto", vmin=0, vmax=2, interpolation="nearest",
+        extent=(-0.5, experts - 0.5, rows + 0.5, 0.5),  # experts count from 0, layers from 1
+    )  # fmt: skip
+    ax.figure.colorbar(image, ax=ax, label="1 = even load", extend="max")
+    with_mtp = bool(evaluation["val_mtp_losses"])
+    ax.set(xlabel="expert", ylabel="MoE layers,\nthen MTP" if with_mtp else "MoE layers")
+    title = f"{run}: load of the experts on the validation text at step {evaluation['step']}"
+    ax.set_title(title, fontsize=8)
+
+
+def picture_beside(runs: list[str]) -> Path:
+    """out/small/plot.png for one run, out/small-lr2.png for out/small and out/lr2."""
+    if len(runs) == 1:
+        return Path(runs[0]) / "plot.png"
+    return Path(runs[0]).parent / ("-".join(Path(run).resolve().name for run in runs) + ".png")
+
+
+def plot(options: PlotOptions, runs: list[str]) -> Path:
+    """A picture of the losses of runs, and of how busy their experts were at the last evaluation.
+    RUN is a folder with a log.jsonl, which may still grow. Several runs share the curves' axes."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    runs = [name for name in files if not name.endswith((".svg", ".png"))]
     if not runs:
-        raise ValueError("name folders of runs, such as out/small")
-    figure = Figure((9, 3.6 + 1.8 * len(runs)), layout="constrained")
-    losses, *loads = figure.subplots(1 + len(runs), height_ratios=[2] + [1] * len(runs))
-    for i, run in enumerate(runs):
-        log = [json.loads(x) for x in (Path(run) / "log.jsonl").read_text().split("\n")[:-1]]
-        for key, style in ("loss", "-"), ("mtp_loss", "--"), ("val_loss", "o"):
-            points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
-            x, y = np.array(points).reshape(-1, 2).T
-            n = 1 if key == "val_loss" else len(y) // 20 + 1
-            mean = [y[max(0, k - n) : k].mean() for k in range(1, len(y) + 1)]
-            losses.plot(x, y, style, color=f"C{i}", alpha=0.25)
-            losses.plot(x, mean, style, color=f"C{i}", label=f"{run} {key}")
-        for point in points[:: -(len(points) // 8 + 1)]:  # at most 8 labels, one at the end
-            losses.text(*point, f"{point[1]:.3f}\n", ha="center")
-        if evaluated := [line for line in log if line.get("expert_load")]:
-            share = np.array(evaluated[-1]["expert_load"])
-            image = loads[i].imshow(share * share.shape[1], "RdBu_r", aspect="auto", vmin=0, vmax=2)
-            figure.colorbar(image, ax=loads[i], label="1 = even")
-            loads[i].set(ylabel="MoE layer, MTP's last", yticks=range(len(share)))
-            loads[i].set(title=f"{run}: load of every expert at step {evaluated[-1]['step']}")
-    losses.set(xlabel="step", ylabel="nats per token")
-    losses.grid(alpha=0.3)
-    losses.legend()
-    rcParams["svg.fonttype"] = "none"  # text stays text
-    path = next((name for name in files if name not in runs), Path(runs[0]) / "plot.png")
-    figure.savefig(path, dpi=120)
-    yield Table("written", [{"file": str(path)}])
+        raise ValueError("no run is named: python bench.py plot out/small")
+    logs, loads = {run: read_log(run) for run in runs}, {}
+    for run, log in logs.items():
+        for line in log:
+            if line.get("expert_load"):  # empty without experts
+                loads[run] = line  # the last one stays
+    path = Path(options.out) if options.out else picture_beside(runs)
+    # Text stays text, and the same logs give the same file.
+    with rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "nanoV3"}):
+        heights = [4, *([1.8] * len(loads))]  # inches
+        figure = Figure((8, sum(heights)), layout="constrained")
+        losses, *below = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+        plot_losses(losses, logs)
+        figure.legend(loc="outside upper center", fontsize=8, frameon=False)
+        for ax, (run, evaluation) in zip(below, loads.items(), strict=True):
+            plot_load(ax, run, evaluation)
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return path
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
-COMMANDS = {  # function, options, how many files may be named
-    "sizes": (sizes, Options, 999),
-    "train": (train_, TrainOptions, 1),
-    "decode": (decode, DecodeOptions, 0),
-    "fp8": (fp8_, Options, 0),
-    "plot": (plot, Options, 999),
+COMMANDS = {  # function, options, its files in the usage, how many they may be
+    "sizes": (sizes, Options, "[CONFIG ...]", 999),
+    "train": (train_, TrainOptions, "[CONFIG]", 1),
+    "decode": (decode, DecodeOptions, "", 0),
+    "fp8": (fp8_, Options, "", 0),
+    "plot": (plot, PlotOptions, "RUN [RUN ...]", 999),
 }
 
 
@@ -498,11 +601,15 @@ def main(argv: list[str]):
     if command not in COMMANDS:
         info(f"usage: python bench.py {'|'.join(COMMANDS)} [--key=value ...]; see --help")
         sys.exit(2)
-    function, kind, most = COMMANDS[command]
+    function, kind, usage, most = COMMANDS[command]
     files = [arg for arg in argv if not arg.startswith("-")][:most]
     # A file too many is refused by parse_args, which knows of none.
     keys = [arg for arg in argv if arg not in files]
-    options = kind(**parse_args(function.__doc__, keys, Options, kind)[1])
+    classes = kind.__mro__[-2::-1]  # a parent's fields first
+    usage = f"%(prog)s {command} {usage}{' ' * bool(usage)}[--key=value ...]"
+    options = kind(**parse_args(function.__doc__, keys, *classes, usage=usage)[1])
+    if command == "plot":
+        return print(plot(options, files))
     print_tables(command, function(options, files), options)
 
 

@@ -48,14 +48,14 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
 
 
 def parse_args(
-    description: str, argv: list[str], *config_classes: type, positional: str = ""
+    description: str, argv: list[str], *config_classes: type, positional: str = "", usage: str = ""
 ) -> tuple[str | None, dict[str, Any]]:
     """Read [POSITIONAL] [--key=value ...], the keys being the fields of the dataclasses.
 
     Returns the positional argument or None, and the values given. Exits with 2 and a sentence
     where a key is unknown or a value is not of its field's type.
     """
-    usage = f"%(prog)s {f'[{positional.upper()}] ' if positional else ''}[--key=value ...]"
+    usage = usage or f"%(prog)s {f'[{positional.upper()}] ' if positional else ''}[--key=value ...]"
     parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     if positional:
         parser.add_argument("0", nargs="?", metavar=positional.upper())

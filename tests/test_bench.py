@@ -1,11 +1,14 @@
 """The measurements measure what they say; how fast anything is, no test asks."""
 
 import json
+import sys
 import time
 from functools import partial
 from pathlib import Path
 from unittest import mock
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,24 +112,123 @@ def test_fp8_table_says_that_it_emulates(monkeypatch):
     assert all(table.rows[0][key] > 0 for key in ("bf16 TFLOP/s", "FP8 TFLOP/s", "FP8 layer ms"))
 
 
-def test_plot_compares_runs_in_one_picture(tmp_path, capsys, monkeypatch):
-    Axes = pytest.importorskip("matplotlib.axes").Axes
-    log = [{"step": s, "loss": 6.0 - s % 2, "mtp_loss": 6.5, "max_vio": 0.5} for s in range(40)]
-    log.append({"step": 39, "val_loss": 3.25, "expert_load": [[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]})
-    log.append({"step": 39, "val_loss": None})  # it was not finite
+@pytest.mark.parametrize("argv", [["decode"], ["train"]])
+def test_missing_transformers_is_said_before_anything_is_measured(argv, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if not installed
+    monkeypatch.setattr(bench, "interleaved", mock.Mock(side_effect=AssertionError("measured")))
+    with pytest.raises(ValueError, match=r"transformers is not installed.*: pip install transf"):
+        bench.main(argv)
+
+
+# ---- Pictures of runs ----------------------------------------------------------------------------
+
+
+def test_smooth_follows_a_curve_without_lag():
+    """240 lines, as config/small.py's log has, so 6 neighbours on either side."""
+    x = np.arange(10.0, 2401, 10)
+    straight, steep = 5 - x / 1000, 2 + 6 * (1 + x / 25) ** -0.6
+    assert bench.smooth(x, straight) == pytest.approx(straight, abs=1e-9)  # both ends, too
+    assert bench.smooth(x, steep) == pytest.approx(steep, abs=0.03)
+    before, after = bench.smooth(x, x > 1000)[99:101]  # a jump stays where it is
+    assert before == pytest.approx(6 / 13) and after == pytest.approx(7 / 13)
+    noise = np.resize([0.1, -0.1], 240)
+    assert abs(bench.smooth(x, straight + noise) - straight)[30:].max() < 0.03
+    assert bench.smooth(x[:1], x[:1]) == [10.0] and not len(bench.smooth(x[:0], x[:0]))
+
+
+def evaluation(step: int, loss: float | None, bits: float = 0.4, **more) -> dict:
+    load = [[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]
+    known = {"step": step, "val_loss": loss, "val_bpb": loss and bits * loss}
+    return known | {"val_mtp_losses": [4.0], "expert_load": load} | more
+
+
+@pytest.fixture
+def plot(tmp_path, monkeypatch):
+    """Writes logs of 40 training lines and these evaluations, plots them into x.svg, and returns
+    the picture's texts, all that `Axes.plot` drew, and the axis on the right."""
+    axes = pytest.importorskip("matplotlib.axes").Axes
     monkeypatch.chdir(tmp_path)
-    for run in ("a", "b"):
-        Path(run).mkdir()
-        Path(run, "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log) + '{"st')
-    with mock.patch.object(Axes, "plot", autospec=True, side_effect=Axes.plot) as plot:
-        bench.main(["plot", "a", "b", "both.svg"])
-    assert "both.svg" in capsys.readouterr().out
-    picture = Path("both.svg").read_text(encoding="utf-8")
-    assert all(f">{text}<" in picture for text in ("b val_loss", "3.250", "a mtp_loss"))
-    drawn = {call.kwargs.get("label"): call.args[2] for call in plot.call_args_list}
-    assert drawn["b loss"][:4] == pytest.approx([6, 5.5, 17 / 3, 16 / 3])  # three lines of 40
-    with mock.patch("matplotlib.figure.Figure.savefig") as savefig:
-        bench.main(["plot", "b", "a"])
-    assert savefig.call_args.args == (Path("b/plot.png"),)
-    with pytest.raises(ValueError, match="name folders of runs"):
-        bench.main(["plot"])
+
+    def plot(**evaluations: list[dict]):
+        for run, lines in evaluations.items():
+            log = [{"step": s, "loss": 6.0 - s / 20, "mtp_loss": 6.5} for s in range(40)]
+            Path(run).mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps(line) + "\n" for line in log + lines)
+            Path(run, "log.jsonl").write_text(text + '{"step": 40, "lo', encoding="utf-8")
+        with (
+            mock.patch.object(axes, "plot", autospec=True, side_effect=axes.plot) as drawn,
+            mock.patch.object(
+                axes, "secondary_yaxis", autospec=True, side_effect=axes.secondary_yaxis
+            ) as right,
+        ):
+            bench.main(["plot", *evaluations, "--out=x.svg"])
+        texts = [x.text for x in ElementTree.parse("x.svg").iter() if x.tag.endswith("}text")]
+        return texts, drawn.call_args_list, right.call_args
+
+    return plot
+
+
+def test_plot_shows_validation_as_points_and_bits_per_byte(plot, capsys):
+    lines = [evaluation(10, 5.0, val_tokens=99), evaluation(20, 4.0, val_tokens=99)]
+    lines += [evaluation(30, None), evaluation(39, 3.25)]  # one was not finite
+    texts, drawn, right = plot(a=lines)
+    assert capsys.readouterr().out == "x.svg\n"
+    assert "a: val_loss at step 39 is 3.250 nats per token, 1.300 bits per byte" in texts
+    assert "a: load of the experts on the validation text at step 39" in texts
+    assert {"nats per token", "bits per byte of text", "MoE layers,", "then MTP"} <= {*texts}
+    points, hollow = drawn[-2:]
+    assert list(points.args[1]) == [10, 20, 39] and list(points.args[2]) == [5, 4, 3.25]
+    assert points.args[3] == "o-"  # points, and a line through them
+    assert list(hollow.args[1]) == [10, 20] and hollow.kwargs["mfc"] == "white"
+    to_bits, to_nats = right.kwargs["functions"]
+    assert to_bits(5.0) == pytest.approx(2.0) and to_nats(2.0) == pytest.approx(5.0)
+    picture = Path("x.svg").read_bytes()
+    plot(a=lines)
+    assert Path("x.svg").read_bytes() == picture
+
+
+def test_plot_compares_runs_of_different_tokenizers(plot):
+    same = dict(a=[evaluation(39, 3.0, 0.4)], b=[evaluation(39, 2.0, 0.4001)])
+    texts, drawn, right = plot(**same)
+    assert right and "b: load of the experts on the validation text at step 39" in texts
+    assert {call.kwargs["color"] for call in drawn} == {"C0", "C1"}
+    texts, _, right = plot(a=[evaluation(39, 3.0, 0.4)], b=[evaluation(39, 2.0, 0.5)])
+    assert right is None and "bits per byte of text" not in texts
+    assert "b: val_loss at step 39 is 2.000 nats per token, 1.000 bits per byte" in texts
+
+
+def test_plot_needs_no_evaluation_and_no_experts(plot):
+    texts, _, right = plot(a=[])
+    assert "a" in texts and right is None and not any("load" in text for text in texts)
+    texts, _, right = plot(a=[], b=[evaluation(39, 2.0, expert_load=[], val_mtp_losses=[])])
+    assert {"a", "b: val_loss at step 39 is 2.000 nats per token, 0.800 bits per byte"} <= {*texts}
+    assert right is None and not any("load" in text for text in texts)  # a's bits are not known
+
+
+def test_plot_of_several_runs_leaves_the_picture_of_one(plot, monkeypatch):
+    plot(**{"out/a": [], "out/b": []})
+    bench.main(["plot", "out/a"])
+    own = Path("out/a/plot.png").read_bytes()
+    bench.main(["plot", "out/a", "out/b/"])
+    assert Path("out/a/plot.png").read_bytes() == own != Path("out/a-b.png").read_bytes()
+    monkeypatch.chdir("out/b")
+    bench.main(["plot", "../b", "."])
+    assert Path("../b-b.png").exists() and not Path("plot.png").exists()
+
+
+def test_plot_says_what_it_needs(plot, capsys):
+    plot(a=[])
+    Path("new").mkdir()
+    Path("new/log.jsonl").write_text('{"step"')
+    for argv, sentence in (
+        ([], "no run is named: python bench.py plot out/small"),
+        (["a", "x.svg"], r"x\.svg has no log.jsonl: name folders of runs.* with --out=FILE"),
+        (["a", "new"], r"log\.jsonl has no line yet"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            bench.main(["plot", *argv])
+    with pytest.raises(SystemExit):
+        bench.main(["plot", "--help"])
+    help = capsys.readouterr().out
+    assert "plot RUN [RUN ...] [--key=value ...]\n" in help
+    assert "--out str" in help and "--rounds" not in help
