@@ -1,10 +1,17 @@
 """Does a test notice? Plants easy mistakes into a copy of the repository, one at a time.
 
-python tests/mutations.py [WORD] plants all, or those whose line contains WORD, prints which test
-failed first, and exits 1 if a mistake survives or its old text is not found exactly once.
+    python tests/mutations.py --help               this text and the sections
+    python tests/mutations.py ops.py               the mistakes in ops.py
+    python tests/mutations.py tests/test_edits.py  those that these tests must notice
+    python tests/mutations.py triu                 those with this text in their line
+    python tests/mutations.py                      all of them, which takes hours
 
-A heading names the mutated file and the test that must notice; every line under it is a mistake,
-old text and new text around " => ": one that others have made, or that the equations invite.
+For every mistake it prints the test that failed first. It exits with 1 if a mistake survives or its
+old text is not found exactly once, and with 2 if nothing fits the word.
+
+A section's heading names the mutated file and the tests that must notice; every line below it is a
+mistake, old text and new text around " => ": one that others have made, or that the equations
+invite.
 """
 
 import re
@@ -199,22 +206,42 @@ def first_failure(guard: str, file: str, source: str) -> str:
     return "" if run.returncode == 0 else (failed and failed[1]) or "does not even import"
 
 
-def main() -> int:
-    word, bad, total = " ".join(sys.argv[1:]), 0, 0
+def chosen(word: str) -> list[tuple[str, str, list[str]]]:
+    """The sections that have mistakes for this word: mutated file, its tests, the mistakes."""
+    sections = []
     for section in MUTATIONS.strip().split("\n\n"):
         heading, *lines = section.splitlines()
         _, file, guard = heading.split()
+        if word not in (file, guard):
+            lines = [line for line in lines if word in line]
+        if lines:
+            sections.append((file, guard, lines))
+    return sections
+
+
+def main(word: str) -> int:
+    bad, total = 0, 0
+    for file, guard, lines in chosen(word):
         source = (ROOT / file).read_text(encoding="utf-8")
-        for line in (line for line in lines if word in line):
+        for line in lines:
             old, new = re.split(r" => ?", line)
             once = source.count(old) == 1
             caught = once and first_failure(guard, file, source.replace(old, new))
             verdict = caught or ("SURVIVED" if once else "OLD TEXT NOT FOUND ONCE")
             total, bad = total + 1, bad + (not caught)
             print(f"{line}\n    {verdict}", flush=True)
+    if not total:
+        print(f"no mistake fits {word!r}: --help lists the sections", file=sys.stderr)
+        return 2
     print(f"{total} mistakes, {bad} not caught")
     return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    word = " ".join(sys.argv[1:])
+    if word in ("-h", "--help"):
+        print(__doc__)
+        for file, guard, lines in chosen(""):
+            print(f"    {len(lines):3} mistakes in {file}, for {guard}")
+    else:
+        sys.exit(main(word))
