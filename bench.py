@@ -507,27 +507,40 @@ def bits_per_byte(log: Log) -> float | None:
     return evaluations[-1]["val_bpb"] / evaluations[-1]["val_loss"] if evaluations else None
 
 
+def plot_validation(ax: Any, run: str, log: Log, colour: str) -> None:
+    """A curve with points, and an entry in the legend with the last loss.
+
+    With train.py's eval_tokens, all evaluations but the last read only a part of the text. The
+    curve is of that part, for which the last has val_loss_part. Its loss on the whole text is then
+    a point of its own.
+    """
+    evaluations = [line for line in log if line.get("val_loss") is not None]
+    label = run
+    if evaluations:
+        step, nats, bits = (evaluations[-1][key] for key in ("step", "val_loss", "val_bpb"))
+        label += f": val_loss at step {step} is {nats:.3f} nats per token, {bits:.3f} bits per byte"
+    curve = [x | {"val_loss": x.get("val_loss_part", x["val_loss"])} for x in evaluations]
+    of_a_part = [line for line in curve if "val_tokens" in line]
+    of_both = [line for line in evaluations if "val_loss_part" in line]
+    ax.plot(*column(curve, "val_loss"), "o-", color=colour, markersize=5, label=label)
+    ax.plot(*column(of_a_part, "val_loss"), "o", color=colour, mfc="white", markersize=5)
+    ax.plot(*column(of_both, "val_loss"), "o", color=colour, markersize=5)
+
+
 def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
     """A colour for each run; pale is the log itself, strong the smoothed curve."""
-    factors = [bits_per_byte(log) for log in logs.values()]
     for i, (run, log) in enumerate(logs.items()):
-        colour, label = f"C{i}", run
         for key, style in ("loss", "-"), ("mtp_loss", "--"):
             x, y = column(log, key)
-            ax.plot(x, y, style, color=colour, alpha=0.25)
-            ax.plot(x, smooth(x, y), style, color=colour)
-        x, y = column(log, "val_loss")
-        if len(y):
-            nats, bits = f"{y[-1]:.3f} nats per token", f"{y[-1] * factors[i]:.3f} bits per byte"
-            label += f": val_loss at step {x[-1]:.0f} is {nats}, {bits}"
-        ax.plot(x, y, "o-", color=colour, markersize=5, label=label)
-        of_a_part = [line for line in log if "val_tokens" in line]
-        ax.plot(*column(of_a_part, "val_loss"), "o", color=colour, mfc="white", markersize=5)
+            ax.plot(x, y, style, color=f"C{i}", alpha=0.25)
+            ax.plot(x, smooth(x, y), style, color=f"C{i}")
+        plot_validation(ax, run, log, f"C{i}")
     title = "solid: loss; dashed: mtp_loss; points: val_loss, hollow if of a part of the text"
     ax.set_title(title, fontsize=8)
     ax.set(xlabel="step", ylabel="nats per token")
     ax.grid(alpha=0.3)
     # One axis in bits serves all runs only if their tokens have the same length in bytes.
+    factors = [bits_per_byte(log) for log in logs.values()]
     if None not in factors and math.isclose(min(factors), max(factors), rel_tol=1e-3):
         to_bits, to_nats = (lambda y: y * factors[0]), (lambda y: y / factors[0])
         right = ax.secondary_yaxis("right", functions=(to_bits, to_nats))

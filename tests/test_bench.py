@@ -176,15 +176,24 @@ def test_plot_shows_validation_as_points_and_bits_per_byte(plot, capsys):
     assert "a: val_loss at step 39 is 3.250 nats per token, 1.300 bits per byte" in texts
     assert "a: load of the experts on the validation text at step 39" in texts
     assert {"nats per token", "bits per byte of text", "MoE layers,", "then MTP"} <= {*texts}
-    points, hollow = drawn[-2:]
-    assert list(points.args[1]) == [10, 20, 39] and list(points.args[2]) == [5, 4, 3.25]
-    assert points.args[3] == "o-"  # points, and a line through them
-    assert list(hollow.args[1]) == [10, 20] and hollow.kwargs["mfc"] == "white"
+    curve, hollow, both = (call.args[1:] for call in drawn[-3:])
+    assert list(curve[0]) == [10, 20, 39] and list(curve[1]) == [5, 4, 3.25]
+    assert curve[2] == "o-"  # points, and a line through them
+    assert list(hollow[0]) == [10, 20] and drawn[-2].kwargs["mfc"] == "white"
+    assert not len(both[0])
     to_bits, to_nats = right.kwargs["functions"]
     assert to_bits(5.0) == pytest.approx(2.0) and to_nats(2.0) == pytest.approx(5.0)
     picture = Path("x.svg").read_bytes()
     plot(a=lines)
     assert Path("x.svg").read_bytes() == picture
+
+
+def test_plot_joins_losses_on_the_same_part_of_the_text(plot):
+    last = evaluation(39, 3.25, val_tokens=999, val_loss_part=3.0)
+    texts, drawn, _ = plot(a=[evaluation(20, 4.0, val_tokens=99), last])
+    curve, hollow, both = (list(map(list, call.args[1:3])) for call in drawn[-3:])
+    assert curve == hollow == [[20, 39], [4, 3]] and both == [[39], [3.25]]
+    assert "a: val_loss at step 39 is 3.250 nats per token, 1.300 bits per byte" in texts
 
 
 def test_plot_compares_runs_of_different_tokenizers(plot):
