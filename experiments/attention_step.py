@@ -42,6 +42,7 @@ def draw(figure, results):
     for name, xs in results.items():
         y = [statistics.mean(x[f"ms_{S}"] for x in xs) for S in LENGTHS]
         ax.loglog(LENGTHS, y, "o-", color=tables.colour_of(results, name), label=name, base=2)
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="cached tokens", ylabel="ms, one layer's attention")
     ax.legend(frameon=False, fontsize=8)
 

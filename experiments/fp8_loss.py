@@ -35,9 +35,7 @@ ARMS = {
 
 
 def draw(figure, results):
-    left, right = figure.subplots(1, 2)
-    tables.curves(left, results, "loss", "nats per token")
-    tables.dots(right, results, "against", "bits/byte against base")
+    tables.dots(figure.subplots(), results, "against", "bits/byte against base")
 
 
 COLUMNS = {"test_bpb": "bits/byte", "val_loss": "nats per token, validation"}

@@ -78,10 +78,11 @@ def draw(figure, results):
     for name, xs in results.items():
         for key, style in ("greedy", "-"), ("0.8", ":"):
             if xs := [x for x in xs if f"{key}_1" in x]:
+                label = key if key == "greedy" else f"temperature {key}"
                 y = [statistics.mean(x[f"{key}_{j}"] for x in xs) for j in range(1, 5)]
                 colour = tables.colour_of(results, name)
-                right.plot(range(1, 5), y, "o" + style, color=colour, label=f"{name}, {key}")
-    right.set(xlabel="draft", ylabel="share kept, own text", ylim=(0, 1), xticks=range(1, 5))
+                right.plot(range(1, 5), y, "o" + style, color=colour, label=f"{name}, {label}")
+    right.set(xlabel="draft", ylabel="share accepted, own text", ylim=(0, 1), xticks=range(1, 5))
     right.legend(frameon=False, fontsize=8)
 
 

@@ -207,8 +207,8 @@ def dots(ax, results: dict[str, list[dict]], key: str, label: str):
         mean, half = own_interval(values)
         if key == "against":
             half = results[name][0].get("half")  # pooled over the table
-        ax.plot(values, [y] * len(values), "o", color=colour, alpha=0.4, markersize=4)
-        ax.errorbar(mean, y, xerr=half, fmt="|", color=colour, markersize=12, capsize=3)
+        ax.plot(values, [y + 0.2] * len(values), "o", color=colour, alpha=0.4, markersize=4)
+        ax.errorbar(mean, y - 0.1, xerr=half, fmt="|", color=colour, markersize=12, capsize=3)
     ax.set(xlabel=label, yticks=range(len(names)), ylim=(-0.6, len(names) - 0.4))
     ax.set_yticklabels(reversed(names))
     ax.locator_params(axis="x", nbins=5)
