@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import fp8
+from config import parse_args, run_command
 
 tilewise = fp8.quantize
 
@@ -150,6 +151,21 @@ ACCUMULATION = run.Experiment(
     base="fp32", against="uniform_4096", compute=sum_error,
 )  # fmt: skip
 
+PARTS = [(EXPERIMENT, ["base", *KINDS]), (ACCUMULATION, ["base", *INTERVALS])]
+
+
+def main(argv: list[str]):
+    """Both parts. Of the arms that --arms names each part takes its own."""
+    _, values = parse_args(__doc__, argv, run.Options)
+    named = [name for name in values.get("arms", "").split(",") if name]
+    known = dict.fromkeys(name for _, arms in PARTS for name in arms)
+    if unknown := [name for name in named if name not in known]:
+        raise ValueError(f"there is no arm {unknown[0]!r}; choose from {', '.join(known)}.")
+    for experiment, arms in PARTS:
+        own = [name for name in named if name in arms]
+        if own or not named:
+            run.main([*argv, f"--arms={','.join(own)}"], experiment)
+
+
 if __name__ == "__main__":
-    for experiment in (EXPERIMENT, ACCUMULATION):
-        run.command(experiment)
+    run_command(main)
