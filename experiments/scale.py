@@ -1,224 +1,199 @@
-"""DeepSeek-V3's run on paper: python experiments/scale.py [CONFIG] [--key=value]
+"""DeepSeek-V3's run on paper: python experiments/scale.py [CONFIG]
 
-Nothing is trained and no weight is allocated. From a configuration's shapes (config/v3_671b.py) and
-what the report says of its machines follow tables of cost; of the traffic that experts cause, by
-model.py's own gate; of the pipeline's idle time, by the simulation in schedules.py; and of memory,
-each figure beside the report's. docs/SCALE.md explains them; --write makes its tables and figures.
+Nothing is trained and no weight is allocated. Cost, traffic, pipeline and memory follow from the
+shapes in a config file and from what V3's report says of its machines. What the report says of a
+number itself stands in brackets. Without a CONFIG the file is V3's, and results/scale.json and the
+figures of docs/SCALE.md are written anew.
 """
 
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import run
-import scale_page
-import schedules
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from schedules import PLANS, measure, simulate
+from tables import COLOURS, INK
 
 import bench
 from config import parse_args, run_command
-from huggingface import load_model
-from model import DeepSeekV3, Gate, ModelConfig
+from model import DeepSeekV3, Gate
 
-TOKENS, HOURS, DOLLARS = 14.8e12, 180e3 * 14.8, 2.0  # of one H800; dollars an hour (section 1)
-CARDS, NODE, RANKS, SEQUENCES = 2048, 8, 16, 15360  # cards, in a node; pipeline; a step's windows
+V3, SMALL = run.ROOT / "config/v3_671b.py", run.ROOT / "config/small.py"
+TOKENS, HOURS = 14.8e12, 2.664e6  # of V3's run; hours of one H800 (section 1)
+CARDS, RANKS, MICROS = 2048, 16, 120  # 128 pipelines, each with 120 of a step's 15,360 windows
+NODES, NODE = 8, 8  # the experts of a layer lie on 8 nodes of 8 cards (section 3.2)
 INFINIBAND, NVLINK = 50e9, 160e9  # bytes per second and card (section 3.2.2)
-PEAK, CARD = bench.PEAK_FLOPS["H800"], 80  # dense bf16 FLOP/s (FP8: twice as many), GB
-V3 = run.ROOT / "config/v3_671b.py"
-Rows = list[dict[str, Any]]
+PEAK, CARD = bench.PEAK_FLOPS["H800"], 80  # FLOP/s in bf16 (in FP8 twice as many), GB
+Part = dict[str, dict[str, float]]  # a table: by column, numbers by their names
+BARS = {"cost": "dollars", "traffic": "µs", "memory": "GB"}  # what is drawn of a table
 
 
-@dataclass
-class Options:
-    run: str = ""  # folder of a trained run: its gates' scores are routed too
-    write: bool = False  # scale.json, the tables of SCALE.md and the figures
-    results: str = "experiments/results"  # where scale.json is written
-    docs: str = "docs"  # where SCALE.md and figures/ are written
-
-
-# ---- Cost ----------------------------------------------------------------------------------------
-
-
-def run_flops(file: str | Path) -> tuple[float, float]:
-    """FLOPs per token, MTP included, and of the whole run: the file's, or V3's 14.8T tokens."""
-    model, settings = bench.open_config(file)
-    steps, batch, T = (settings.get(key, 0) for key in ("steps", "batch_size", "block_size"))
-    per_token = bench.flops_per_token(model, T or 4096)
-    return per_token, per_token * (steps * batch * T or TOKENS)
-
-
-def cost(file: str | Path) -> dict[str, float]:
+def cost(file: Path) -> dict[str, float]:
+    """Of the file's run; of one with V3's tokens if the file does not say how long it trains."""
     model, settings = bench.open_config(file)
     with torch.device("meta"):
-        main = DeepSeekV3(replace(model.config, num_nextn_predict_layers=0))
-    alone = bench.flops_per_token(main, settings.get("block_size", 4096))
-    count = main.parameter_counts()
-    dense = alone + 6 * (count["total"] - count["active"])  # every weight for every token
-    per_token, flops = run_flops(file)
-    _, small = run_flops(run.ROOT / "config/small.py")
-    _, v3 = run_flops(V3)
-    speed = v3 / (HOURS * 3600)  # of a card in V3's run
-    hours = flops / speed / 3600
+        main = DeepSeekV3(replace(model.config, num_nextn_predict_layers=0))  # without MTP
+    T = settings.get("block_size", 4096)
+    tokens = settings.get("steps", 0) * settings.get("batch_size", 0) * T or TOKENS
+    per_token, count = bench.flops_per_token(main, T), main.parameter_counts()
+    dense = per_token + 6 * (count["total"] - count["active"])  # every weight for every token
+    flops = tokens * bench.flops_per_token(model, T)
+    speed = TOKENS * bench.flops_per_token(bench.open_config(V3)[0], 4096) / HOURS / 3600
+    hours = flops / speed / 3600  # of a card as fast as in V3's run
     return {
-        "gflop": alone / 1e9, "gflop_mtp": per_token / 1e9, "tokens": flops / per_token,
-        "flops": flops, "tflops": speed / 1e12, "bf16": speed / PEAK, "fp8": speed / PEAK / 2,
-        "hours": hours, "days": hours / CARDS / 24, "dollars": DOLLARS * hours,
-        "active": DOLLARS * hours, "total": DOLLARS * hours * dense / alone, "small": small,
-        "small_seconds": small / speed, "small_dollars": DOLLARS * small / speed / 3600,
-        "runs": flops / small,
-    }  # fmt: skip
+        "GFLOP per token without MTP [250: arXiv 2505.09343]": per_token / 1e9,
+        "tokens [14.8T: section 1]": tokens,
+        "PFLOP in all": flops / 1e15,
+        "H800 hours [2.664M: Table 1]": hours,
+        "days on 2,048 cards [under two months: section 1]": hours / 24 / CARDS,
+        "V3's share of the peak in bf16": speed / PEAK,
+        "V3's share of the peak in FP8": speed / PEAK / 2,
+        "dollars at 2 an hour [5.328M: Table 1]": 2 * hours,
+        "dollars if dense, as large as the active part": 2 * hours,
+        "dollars if dense, as large as the whole": 2 * hours * dense / per_token,
+    }
 
 
-# ---- Traffic -------------------------------------------------------------------------------------
+def traffic(file: Path) -> Part:
+    """Per token and layer, as model.py's gate chooses by random scores: with the file's numbers,
+    with no limit on nodes, and with as many experts as NVLink reaches in InfiniBand's time.
 
-
-def nodes_of(config: ModelConfig, file: str | Path) -> int:
-    """A node for each group of experts, or 8 as in V3 if all are one group."""
-    nodes, E = config.n_group if config.n_group > 1 else 8, config.n_routed_experts
-    if config.first_k_dense_replace >= config.num_hidden_layers:
-        raise ValueError(f"{file} has no layer of experts: name another, such as {V3.name}.")
-    if E % (nodes * NODE):
-        raise ValueError(
-            f"{file} has {E} experts on {nodes} nodes: a node has {NODE} cards, so that takes a "
-            f"multiple of {nodes * NODE} experts, as in {V3.name}."
-        )
-    return nodes
-
-
-def route(config: ModelConfig, scores: Tensor, bias: Tensor, limit: bool) -> Tensor:
-    """The experts (tokens, K) that model.py's Gate chooses by given scores (tokens, E)."""
-    groups = {} if limit else {"n_group": 1, "topk_group": 1}
-    gate = Gate(replace(config, hidden_size=scores.shape[1], **groups))
-    gate.weight.data, gate.e_score_correction_bias = torch.eye(scores.shape[1]), bias
-    with torch.no_grad():
-        _, chosen, _ = gate(scores.logit(eps=1e-6)[None])  # the gate takes the sigmoid again
-    return chosen[0]
-
-
-@torch.no_grad()
-def trained_scores(folder: str, E: int) -> list[tuple[Tensor, Tensor]]:
-    """Scores (tokens, E) and biases (E,) of every MoE layer of a run, for the text of model.py.
-
-    A small run has fewer experts than E. A token here has the scores of several of its tokens,
-    drawn at random, side by side: E scores, spread and clustered as the run's are.
+    A token is sent once to each node of its experts, to the card of its own number there, and from
+    that card to those that hold the experts. The results come back the same way.
     """
-    net, tokenizer, _ = load_model(folder, "cpu", torch.float32)
-    if tokenizer is None or net.config.first_k_dense_replace >= net.config.num_hidden_layers:
-        raise ValueError(f"{folder} has no tokenizer or no experts: name another --run.")
-    ids, seen = tokenizer.encode((run.ROOT / "model.py").read_text("utf-8")), []
-    for gate in net.gates():
-        gate.register_forward_hook(lambda gate, x, y: seen.append((gate, y[0].flatten(0, 1))))
-    net(torch.tensor(ids[: len(ids) // 128 * 128]).view(-1, 128))
-    times, rng = -(-E // net.config.n_routed_experts), torch.Generator().manual_seed(0)
-    drawn = [(g, s[torch.randint(len(s), (len(s), times), generator=rng)]) for g, s in seen]
-    return [(s.flatten(1)[:, :E], g.e_score_correction_bias.repeat(times)[:E]) for g, s in drawn]
+    config, ways, found = bench.open_config(file)[0].config, NODES * NODE, {}
+    E = config.n_routed_experts * (config.first_k_dense_replace < config.num_hidden_layers)
+    if E == 0 or E % ways:
+        raise ValueError(
+            f"{file} has {E} routed experts in a layer, and {NODES} nodes of {NODE} cards take a "
+            f"multiple of {ways}: name another config file, such as config/{V3.name}."
+        )
+    sent = 3 * config.hidden_size + config.hidden_size / 32  # FP8 with its scales out, bf16 back
+    reach = round(NVLINK / INFINIBAND * NODES * config.topk_group / config.n_group)
+    cases = {"limit": config, "no limit": replace(config, n_group=1, topk_group=1)}
+    cases[f"limit, {reach} experts"] = replace(config, num_experts_per_tok=reach)
+    torch.manual_seed(0)
+    tokens = torch.randn(1, 16384, E)
+    for name, c in cases.items():
+        gate = Gate(replace(c, hidden_size=E))
+        gate.weight.data = torch.eye(E)
+        chosen = gate(tokens)[1][0].tolist()  # by token, its experts
+        nodes = fmean(len({expert * NODES // E for expert in experts}) for experts in chosen)
+        cards = fmean(len({expert * ways // E for expert in experts}) for experts in chosen)
+        between = nodes * sent * (NODES - 1) / NODES  # one of the nodes is the token's own
+        within = cards * sent * (NODE - 1) / NODE  # one of a node's cards has the token's number
+        found[name] = {
+            "nodes [at most 4: section 2.1.2]": nodes,
+            "experts per node [up to 3.2: section 3.2.2]": c.num_experts_per_tok / nodes,
+            "bytes between nodes": between,
+            "bytes within nodes": within,
+            "µs of InfiniBand": 1e6 * between / INFINIBAND,
+            "µs of NVLink": 1e6 * within / NVLINK,
+        }
+    return found
 
 
-def traffic(file: str | Path, folder: str = "") -> Rows:
-    """Per token and MoE layer. A token is sent to every node of its experts once, to the card of
-    its own number there, and from that to the cards that hold the experts; results come back so."""
-    config = bench.open_config(file)[0].config
-    nodes, E, D = nodes_of(config, file), config.n_routed_experts, config.hidden_size
-    sent = D + 4 * -(-D // 128) + 2 * D  # FP8 with a scale per 128 numbers out, bf16 back
-    normal = torch.randn(16384, E, generator=torch.Generator().manual_seed(0))
-    kinds = {"random": [(normal.sigmoid(), torch.zeros(E))]}
-    kinds |= {Path(folder).name: trained_scores(folder, E)} if folder else {}
-    rows = []
-    for name, layers in kinds.items():
-        for limit in (True, False) if config.n_group > 1 else (False,):
-            chosen = torch.cat([route(config, *layer, limit) for layer in layers])
-            card = F.one_hot(chosen // (E // (nodes * NODE)), nodes * NODE).amax(1)
-            visited = card.unflatten(1, (nodes, NODE)).amax(2).sum(1)  # (tokens,)
-            # Of the nodes, one is the token's own; of the cards of a node, one has its number.
-            mean, cards = (x.float().mean().item() for x in (visited, card.sum(1)))
-            between = mean * sent * (nodes - 1) / nodes
-            within = cards * sent * (NODE - 1) / NODE
-            rows.append({
-                "scores": name, "nodes at most": config.topk_group if limit else nodes,
-                "nodes": mean, "experts per visited node": config.num_experts_per_tok / mean,
-                "bytes between nodes": between, "bytes within": within,
-                "µs InfiniBand": 1e6 * between / INFINIBAND, "µs NVLink": 1e6 * within / NVLINK,
-                "share": [(visited == n).float().mean().item() for n in range(1, nodes + 1)],
-            })  # fmt: skip
-    return rows
-
-
-def links(file: str | Path, rows: Rows) -> dict[str, float]:
-    """What the first of traffic's rows means for the links."""
-    config, free = bench.open_config(file)[0].config, NVLINK / INFINIBAND
-    return {
-        "infiniband": 2 * config.moe_layers * rows[0]["µs InfiniBand"],  # backward as much again
-        "peak": 1e6 * run_flops(file)[0] / PEAK, "card": 3600e6 * HOURS / TOKENS,
-        "free": free, "experts": free * rows[0]["nodes at most"],
-    }  # fmt: skip
-
-
-# ---- Memory --------------------------------------------------------------------------------------
-
-
-def activation_bytes(c: ModelConfig, saving: bool) -> float:
-    """What a token leaves behind in a layer of experts for the backward pass. Saving (sections
-    3.2.3 and 3.3.3): norms, queries, keys, values and SwiGLU are computed again, the inputs of
-    experts and SwiGLU are FP8, attention's output has 12 bits. Else all is kept in bf16."""
-    D, H, visits = c.hidden_size, c.num_attention_heads, c.num_experts_per_tok + c.n_shared_experts
-    queries = H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    latents = (c.q_lora_rank or queries) + c.kv_lora_rank + c.qk_rope_head_dim
-    inputs, width = 2 * D, c.moe_intermediate_size  # of attention and of the experts
-    if saving:
-        return 2 * (inputs + latents) + 1.5 * H * c.v_head_dim + visits * (D + 2 * width)
-    attention = 2 * queries + 2 * H * c.v_head_dim  # queries, keys, values, output
-    return 2 * (2 * inputs + 2 * latents + attention + visits * (D + 3 * width))
-
-
-def memory(file: str | Path) -> dict[str, float]:
-    """Gigabytes on a card in training, the mean over the pipeline; and in serving."""
+def memory(file: Path) -> dict[str, float]:
+    """Of a card in training, the mean over the pipeline's ranks, and of one that serves."""
     model, _ = bench.open_config(file)
-    c, ways, size = model.config, NODE * nodes_of(model.config, file), Counter()
+    c, size = model.config, Counter()  # 1e9 parameters
     for name, x in model.named_parameters():
         ends = name.startswith(("embed_tokens", "lm_head"))
         size["experts" if ".experts." in name else "ends" if ends else "rest"] += x.numel() / 1e9
-    # Two stages, as in DualPipe. Experts are spread over the ways, all else is on each card.
-    experts, rest = 2 * size["experts"] / RANKS / ways, 2 * size["rest"] / RANKS
-    layers, T = (c.num_hidden_layers + c.num_nextn_predict_layers) / RANKS, 4096
-    kept, full = (
-        (RANKS + 1) * layers * T * activation_bytes(c, saving) / 1e9 for saving in (True, False)
-    )
-    held, once = experts + rest, 8 * (size["experts"] + size["rest"]) / CARDS
-    mla, mha = (2 * numbers * 131072 / 1e9 for numbers in c.cache_numbers())
-    # One expert of each layer, all else whole; a byte a number, two of embedding and head.
-    served = size["experts"] / c.n_routed_experts + size["rest"] + 2 * size["ends"]
-    return {
-        "held": held, "weights": 2 * held, "gradients": 4 * held, "optimiser": once,
-        "activations": kept, "all": 6 * held + once + kept, "whole_optimiser": 8 * held,
-        "whole_activations": full, "ends": (6 + 8 * RANKS / 2 / CARDS) * size["ends"],
-        "token": 2 * c.cache_numbers()[0] / 1e3, "mla": mla, "mha": mha, "served": served,
-        "mla_users": (CARD - served) / mla, "mha_users": (CARD - served) / mha,
-    }  # fmt: skip
+    held = 2 * (size["experts"] / NODES / NODE + size["rest"]) / RANKS  # DualPipe's two stages
+    once = size["experts"] + size["rest"]  # ZeRO-1: the optimiser's numbers, shared out
+    # What a token leaves in a layer for the backward. Norms, queries, keys, values and SwiGLU are
+    # computed again (section 3.2.3). The output of attention has 12 bits, the inputs of experts and
+    # of SwiGLU have 8 (section 3.3.3), the rest has 16.
+    D, H, visits = c.hidden_size, c.num_attention_heads, c.num_experts_per_tok + c.n_shared_experts
+    queries = c.q_lora_rank or H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+    kept = 2 * (2 * D + queries + c.kv_lora_rank + c.qk_rope_head_dim)
+    kept += 1.5 * H * c.v_head_dim + visits * (D + 2 * c.moe_intermediate_size)
+    layers = (c.num_hidden_layers + c.num_nextn_predict_layers) / RANKS
+    training = {
+        "GB of weights, bf16": 2 * held,
+        "GB of gradients, fp32 [section 3.3.3]": 4 * held,
+        "GB of optimiser [4 + 2 + 2 bytes: section 3.3.3]": 8 * once / CARDS,
+        "GB of activations [17 micro-batches: Table 2]": (RANKS + 1) * 4096 * layers * kept / 1e9,
+    }
+    mla, heads = (2 * 131072 * numbers / 1e9 for numbers in c.cache_numbers())
+    # One expert of each layer and all else in FP8, embedding and head in bf16.
+    serving = size["experts"] / c.n_routed_experts + size["rest"] + 2 * size["ends"]
+    return training | {
+        "GB in training": sum(training.values()),
+        "GB more at the ends: embedding, head": (6 + 8 * RANKS / 2 / CARDS) * size["ends"],
+        "GB of an H800": CARD,
+        "GB of weights in serving": serving,
+        "GB of cache for 128K tokens, MLA": mla,
+        "GB of cache for 128K tokens, multi-head": heads,
+        "KB of cache per token, MLA [70.272: arXiv 2505.09343]": 2 * c.cache_numbers()[0] / 1e3,
+        "users of 128K tokens, MLA": (CARD - serving) / mla,
+        "users of 128K tokens, multi-head": (CARD - serving) / heads,
+    }
 
 
-# ---- The command ---------------------------------------------------------------------------------
+def svg(height: int, shapes: list[str]) -> str:
+    """Plain text: no plotting package is needed, and the same numbers are the same bytes."""
+    font = f'font-family="sans-serif" font-size="13" fill="{INK}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 {height}" {font}>'
+    return "\n".join([head, *shapes, "</svg>\n"])
+
+
+def draw_bars(part: Part, unit: str) -> str:
+    """A bar for each number whose name begins with the unit."""
+    numbers = {f"{c}: {k}": x for c in part for k, x in part[c].items() if k.startswith(unit)}
+    shapes, look = [], f'height="16" fill="{COLOURS[1]}"'
+    for i, (name, x) in enumerate(numbers.items()):
+        y, width = 22 * i + 5, 350 * x / max(numbers.values())
+        shapes.append(f'<rect x="430" y="{y}" width="{width:.1f}" {look}/>')
+        shapes.append(f'<text x="420" y="{y + 12}" text-anchor="end">{name}</text>')
+        shapes.append(f'<text x="{436 + width:.0f}" y="{y + 12}">{bench.cell(x)}</text>')
+    return svg(22 * len(numbers) + 8, shapes)
+
+
+def draw_pipeline(ranks: int = 8, micros: int = 20) -> str:
+    """A row for each rank. Overlapped chunks have half of the height, those of way b are paler."""
+    names = {"F": "forward", "B": "backward", "I": "backward for the input", "W": "for the weights"}
+    colours, shapes, y = dict(zip(names, COLOURS[1:], strict=False)), [], 0
+    for schedule in PLANS:
+        shapes.append(f'<text y="{y + 20}">{schedule}</text>')
+        y += 28
+        for rank, events in enumerate(simulate(schedule, ranks, micros)):
+            shapes.append(f'<text x="12" y="{y + 12}">{rank}</text>')
+            for begin, end, chunks in events:
+                size = f'width="{10 * (end - begin) - 1}" height="{7.5 if " " in chunks else 15}"'
+                for i, chunk in enumerate(chunks.split()):
+                    look = f'fill="{colours[chunk[0]]}" opacity="{0.5 if "b" in chunk else 1}"'
+                    shapes.append(f'<rect x="{30 + 10 * begin}" y="{y + 7.5 * i}" {size} {look}/>')
+            y += 17
+    for i, (kind, name) in enumerate(names.items()):
+        shapes.append(
+            f'<text x="{30 + 200 * i}" y="{y + 22}" fill="{colours[kind]}">■ {name}</text>'
+        )
+    return svg(y + 30, shapes)
 
 
 def main(argv: list[str]):
-    file, values = parse_args(__doc__, argv, Options, positional="config")
-    options, file = Options(**values), file or "config/v3_671b.py"
-    rows, micros = traffic(file, options.run), SEQUENCES * RANKS // CARDS
-    results = {"config": file, "run": Path(options.run).name} | run.facts() | {
-        "cost": cost(file), "traffic": rows, "links": links(file, rows),
-        "pipeline": schedules.rows([(8, 20), (RANKS, micros)]), "memory": memory(file),
-    }  # fmt: skip
-    # Six significant digits, as in the other experiments' files.
-    results = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}"))
-    for name in scale_page.PARTS:
-        print(f"{name}\n\n{scale_page.table(name, results[name])}\n")
-    if options.write:
-        path = Path(options.results, "scale.json")
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        scale_page.write(results, Path(options.docs))
+    named, _ = parse_args(__doc__, argv, positional="config")
+    file = Path(named or V3)
+    results = {
+        "cost": {path.stem: cost(path) for path in (file, SMALL)},
+        "traffic": traffic(file),
+        "pipeline": {name: measure(simulate(name, RANKS, MICROS)) for name in PLANS},
+        "memory": {"a card": memory(file)},
+    }
+    for name, part in results.items():
+        rows = [{"": key} | {c: part[c][key] for c in part} for key in next(iter(part.values()))]
+        print(bench.Table(name, rows))
+        if not named:
+            text = draw_bars(part, BARS[name]) if name in BARS else draw_pipeline()
+            (run.ROOT / f"docs/figures/scale_{name}.svg").write_text(text, encoding="utf-8")
+    if not named:
+        text = json.dumps(results, indent=1) + "\n"
+        (run.ROOT / "experiments/results/scale.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
