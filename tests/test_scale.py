@@ -86,6 +86,13 @@ def test_every_chunk_is_computed_once_and_after_what_it_needs(name):
             assert spans[sender, kind, way, n][1] <= begin
 
 
+def test_a_chunk_waits_for_its_own_micro_batch(monkeypatch):
+    plans = [["Fa", "W", "Fa"], ["Fa", "Fa"]]
+    monkeypatch.setitem(schedules.PLANS, "ours", lambda rank, ranks, micros: plans[rank])
+    _, second = schedules.simulate("ours", 2, 2, {"F": 1, "B": 11, "I": 1, "W": 10})
+    assert second == [(1, 2, "Fa"), (12, 13, "Fa")]
+
+
 def test_activations_are_held_until_the_weights_have_their_gradient():
     def most(*order: str) -> float:
         return schedules.measure([[(i, i + 1, chunk) for i, chunk in enumerate(order)]])
