@@ -1,12 +1,14 @@
-"""Fast twins of formulas in model.py: same names and arguments, same results but for rounding.
+"""Fast twins of formulas in model.py, a fast copy of the network for decoding, and the check that
+both still copy what model.py says.
 
-model.py marks a formula with `@fast_twin`. Then the function of that name in this file is called in
-its place. `Decoder`, below, is a fast copy of the whole network for decoding.
+A twin has the name and the arguments of its formula and, but for rounding, the same result.
+model.py marks the formula with `@fast_twin`. Then every call goes to the function of that name in
+this file. Where a twin returns NotImplemented, or the formula has been edited, the formula itself
+runs. So model.py may be read and edited without a look at this file.
 
-A copy knows what it copies. `FINGERPRINTS` has an entry for every formula that this file or fp8.py
-computes a second time. A formula with another fingerprint has been edited: then its copy steps
-aside, the formula runs, and one line on stderr says so. So model.py may be edited freely. Who edits
-a formula and its copy alike puts what `python ops.py` prints in the place of `FINGERPRINTS`.
+The file's order: the twins (attention, experts, output head); the dtype in which this machine is
+fast; `Decoder`, a copy of the whole network for decoding; and last, how a copy finds out that its
+formula is no longer the one that it copies.
 
 A twin is here if it saves 3 % or more of a training step of config/small.py on two CPU cores, or is
 needed on a GPU; docs/LOG.md has the figures. Letters are those of model.py.
@@ -34,265 +36,12 @@ from config import info
 
 enabled = True  # the tests turn the twins off, to compare them with their formulas
 
-# ---- What is copied, and whether it is still the same --------------------------------------------
-
-FINGERPRINTS = {
-    "rms_norm": "8bc7d41e",
-    "RMSNorm": "d158059f",
-    "yarn_mscale": "263d83e0",
-    "rope_table": "7b3d8007",
-    "rotate": "bec1206a",
-    "Cache": "ce6db608",
-    "causal_attention": "ab0fe8b7",
-    "MLA": "75e21c35",
-    "swiglu": "16d73f12",
-    "MLP": "19ef2dbd",
-    "Gate": "dc6a8a10",
-    "expert_counts": "c5cc6574",
-    "sort_by_expert": "f1398087",
-    "dispatch": "b4f7e8fa",
-    "combine": "7b97e2c5",
-    "grouped_linear": "67ad773c",
-    "Experts": "e6c31f8b",
-    "MoE": "97f5268e",
-    "Block": "a67b5768",
-    "MTP": "a11530f9",
-    "head_loss": "25bcce7d",
-    "DeepSeekV3.__init__": "dd98d62d",
-    "DeepSeekV3.run_block": "36787031",
-    "DeepSeekV3.rope": "888221fd",
-    "DeepSeekV3.trunk": "08b1fc35",
-    "DeepSeekV3.predict_next": "01602397",
-    "DeepSeekV3.forward": "d1890789",
-    "DeepSeekV3.logits": "d1423d81",
-}
-# What else the twins take for granted: how rows and slots belong together, and who uses them.
-ROUTING = ["sort_by_expert", "expert_counts", "Experts", "MoE"]
-RELIES_ON = dict.fromkeys(("sort_by_expert", "dispatch", "combine"), ROUTING)
-# They have no part in decoding (sample.py looks after `forward`).
-NOT_DECODED = {"head_loss", "DeepSeekV3.__init__", "DeepSeekV3.forward"}
-
-
-def codes_of(formula: Any) -> tuple[CodeType, ...]:
-    """The compiled code of a function, or of all methods of a class, those put in later included.
-
-    A wrapper counts as itself, not as what it wraps: it may change that. () where there is none.
-    """
-    if not inspect.isclass(formula):
-        formula = getattr(formula, "formula", formula)  # of what fast_twin has made
-        return (formula.__code__,) if inspect.isfunction(formula) else ()
-    stop = nn.Module if issubclass(formula, nn.Module) else object
-    kinds = formula.__mro__[: formula.__mro__.index(stop)]
-    members = (getattr(x, "fget", None) or x for kind in kinds for x in vars(kind).values())
-    return tuple(x.__code__ for x in members if inspect.isfunction(x))
-
-
-@functools.cache
-def fingerprint_of(codes: tuple[CodeType, ...]) -> str:
-    text = "".join(map(source_tokens, codes))
-    return hashlib.sha256(text.encode()).hexdigest()[:8] if text else "unknown"
-
-
-def fingerprint(formula: Any) -> str:
-    """Eight digits for the source of a function or class, without comments, docstrings and layout.
-
-    The same under every Python from 3.10 on; "unknown" where there is no source to read.
-    """
-    return fingerprint_of(codes_of(formula))
-
-
-CONSTANT: list[Callable] = []  # what fast_twin asks, whose answers a graph may keep
-LINES: dict[str, list[str]] = {}  # of files that hold formulas, as they were when imported
-
-
-def source_tokens(code: CodeType) -> str:
-    """The tokens of a function's source from `def` on, joined; "" where no source can be read."""
-    lines = LINES.get(code.co_filename) or linecache.getlines(code.co_filename)
-    try:
-        block = inspect.getblock(lines[code.co_firstlineno - 1 :])
-        source = textwrap.dedent("".join(block))
-        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    except (SyntaxError, tokenize.TokenError):
-        return ""
-    layout = {tokenize.NEWLINE: "¶", tokenize.INDENT: "»", tokenize.DEDENT: "«"}  # not in code
-    kept = []
-    for token in tokens:
-        if not kept and token.string != "def":
-            continue  # decorators, which have made another function of it if they change it
-        begins = kept and kept[-1] in layout.values()
-        if begins and token.type in (tokenize.STRING, tokenize.NEWLINE):
-            continue  # a docstring and the end of its line
-        if token.type in layout:
-            kept.append(layout[token.type])
-        elif token.type not in (tokenize.COMMENT, tokenize.NL):
-            kept.append(token.string)
-    return "".join("".join(kept).split())  # Python 3.12 cuts up f-strings: blanks would differ
-
-
-def edited(source: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Those of the names whose formulas in the namespace of a model.py have another fingerprint;
-    before them `upcast` and `compute_dtype`, which copies share, where they are not this file's."""
-
-    def find(name: str) -> Any:
-        outer, _, inner = name.partition(".")
-        return getattr(source.get(outer), inner, None) if inner else source.get(outer)
-
-    helpers = [f.__name__ for f in (upcast, compute_dtype) if source.get(f.__name__, f) is not f]
-    return helpers + [name for name in names if fingerprint(find(name)) != FINGERPRINTS[name]]
-
-
-@functools.cache
-def tell(sentence: str) -> None:
-    """Says it once."""
-    info(sentence)
-
-
-def fast_twin(formula: Callable) -> Callable:
-    """Calls the function of the same name in this file in the formula's place.
-
-    The formula itself is called where it, or what its twin relies on, has been edited or replaced;
-    with `enabled` off; on a device other than a CPU or CUDA; with named arguments; or where the
-    twin returns NotImplemented.
-    """
-    name, inner = formula.__name__, inspect.unwrap(formula)
-    if name not in FINGERPRINTS or name not in globals():
-        raise ValueError(f"ops.py has no twin of {name}: leave out @fast_twin")
-    file, source = inner.__code__.co_filename, inner.__globals__
-    linecache.checkcache(file)
-    LINES[file] = linecache.getlines(file)
-    twin, partners = globals()[name], RELIES_ON.get(name, [])
-    shared = ["upcast", "compute_dtype", *partners]
-
-    def stands() -> bool:
-        known = {other: source[other] for other in shared if other in source} | {name: formula}
-        if changed := edited(known, [name, *partners]):
-            tell(f"model.{changed[0]} is not the one that ops.py copies: the formula runs instead")
-        return not changed
-
-    @functools.wraps(formula)
-    def choose(*args, **kwargs):
-        usable = enabled and not kwargs and args[0].device.type in ("cpu", "cuda")
-        y = twin(*args) if usable and stands() else NotImplemented
-        return formula(*args, **kwargs) if y is NotImplemented else y
-
-    choose.formula = formula
-    CONSTANT.append(stands)
-    return choose
-
-
-def tell_compiler() -> None:
-    """Marks what a graph may take for constant. Only for torch.compile, whose import takes long."""
-    for function in CONSTANT:
-        torch.compiler.assume_constant_result(function)
-
-
-@functools.cache
-def method_names(kind: type) -> frozenset[str]:
-    return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
-
-
-def not_as_copied(model: nn.Module) -> str:
-    """What of this model the Decoder does not copy, as words for a sentence; "" if it copies all.
-
-    It looks at the classes of the modules that the model really has, at the functions that these
-    call, and at what one module may have been given: a method or a configuration of its own, a
-    hook, a bias.
-    """
-    config, kinds = model.config, {}  # kinds: type -> None, a set that keeps its order
-    for module in model.modules():
-        kind = type(module)
-        name, own = kind.__name__, method_names(kind) & vars(module).keys()
-        if module is model:
-            own &= {"trunk", "predict_next", "logits", "rope", "run_block"}
-        elif module._forward_hooks or module._forward_pre_hooks:
-            return f"a hook of one {name}"
-        if own:
-            return f"{min(own)} of one {name}"
-        if kind is nn.Linear and module.bias is not None:
-            return "a bias"
-        if kind is nn.Embedding and module.max_norm is not None:
-            return "max_norm of an embedding"
-        own_config = getattr(module, "config", config)
-        if own_config is not config and own_config != config:
-            return f"config of one {name}"
-        if getattr(module, "eps", 1e-6) not in (1e-6, config.rms_norm_eps):
-            return f"eps of one {name}"
-        kinds[kind] = None
-    names = [name for name in FINGERPRINTS if name not in NOT_DECODED]
-    methods = [name for name in names if name.startswith("DeepSeekV3.")]
-    namespaces = {}
-    for kind in kinds:
-        name = kind.__name__
-        if kind in (nn.Linear, nn.Embedding, nn.ModuleList):
-            continue
-        if kind is type(model):
-            if changed := edited({"DeepSeekV3": kind}, methods):
-                return f"model.{changed[0]}"
-            source = kind.trunk.__globals__
-        elif fingerprint(kind) != FINGERPRINTS.get(name):
-            return f"model.{name}" if name in FINGERPRINTS else f"the class {name} of a module"
-        else:
-            source = kind.forward.__globals__
-        namespaces[id(source)] = source
-    for source in namespaces.values():
-        if changed := edited(source, [name for name in names if name not in methods]):
-            return f"model.{changed[0]}"
-    return ""
-
-
-def edited_forward(model: nn.Module) -> bool:
-    """Whether the model's forward, which has no part in decoding, may give other logits."""
-    return fingerprint(type(model).forward) != FINGERPRINTS["DeepSeekV3.forward"]
-
-
-def state_of(model: nn.Module) -> tuple:
-    """Changes with every edit or patch of the model's code, of whatever module."""
-    source = type(model).trunk.__globals__
-    functions = tuple(codes_of(source.get(name)) for name in FINGERPRINTS if "." not in name)
-    modules = []
-    for module in model.modules():
-        own = [id(x) for x in vars(module).values() if callable(x)]
-        hooks = *module._forward_hooks, *module._forward_pre_hooks
-        modules.append((codes_of(type(module)), *own, hooks))
-    return functions, *modules, str(vars(model.config))
+# ---- Precision -----------------------------------------------------------------------------------
 
 
 def upcast(x: Tensor) -> Tensor:
     """x in the precision of gate, norms, softmax and loss: float64 stays, all else is float32."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-CLEARLY = 1.5  # times as fast as float32: what casts and a lower precision must be worth
-
-
-@functools.cache
-def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype in which this machine multiplies, bfloat16 or float32, and the reason in words.
-
-    On a CPU it is measured, once per process and in some 50 ms: a flag of the processor tells that
-    bfloat16 is known, not that it is fast. One core is timed, as other work disturbs that least.
-    """
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU has units for its products"
-        return torch.float32, "this GPU emulates bfloat16"
-    if device.type != "cpu":
-        return torch.float32, "bfloat16 was never tried there"
-    M, N, K, threads = 1024, 512, 256, torch.get_num_threads()
-    x, w = torch.randn(M, K), torch.randn(N, K)
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    torch.set_num_threads(1)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for _ in range(8):  # in turns
-            for dtype, times in seconds.items():
-                factors = x.to(dtype), w.to(dtype)
-                began = time.perf_counter()
-                F.linear(*factors)
-                times.append(time.perf_counter() - began)
-    torch.set_num_threads(threads)
-    low, high = (2e-9 * M * N * K / min(seconds[d]) for d in (torch.bfloat16, torch.float32))
-    reason = f"products of one core: bfloat16 {low:.0f}, float32 {high:.0f} GFLOP/s"
-    return torch.bfloat16 if low > CLEARLY * high else torch.float32, reason
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -307,21 +56,34 @@ SHORT = 512  # the longest window whose scores are written out
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The fused kernel; on a CPU, written-out bf16 scores of short windows take a third as long."""
+    """PyTorch's fused kernel. On a CPU, in bf16 and short windows, written-out scores take a third
+    of its time."""
     (B, _, T, _), V = q.shape, v.shape[-1]
     if not (isinstance(scale, float) and q.shape[:3] == k.shape[:3] == v.shape[:3]):
-        return NotImplemented
+        return NotImplemented  # a learnt scale, say
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         later = q.new_full((T, T), -math.inf).triu_(1).expand(len(q), T, T)
         p = torch.baddbmm(later, q, k.mT, alpha=scale).softmax(-1)
         return torch.bmm(p, v).unflatten(0, (B, -1))
-    width = max(q.shape[-1], V)  # the fused kernels want heads of one width
+    width = max(q.shape[-1], V)  # the fused kernels want q, k and v of one width
     q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :V]
 
 
 # ---- Experts -------------------------------------------------------------------------------------
+#
+# Under autocast on a CPU each expert gets rows up to the next multiple of MULTIPLE, since oneDNN
+# compiles a kernel for every new number of rows. An extra row repeats the token of its expert's
+# last row, which leaves FP8's scales alone. No slot leads to it: it has no part in any result. The
+# example of model.sort_by_expert, chosen [[2, 0], [2, 1]], with multiples of 2 in place of 64:
+#
+#               expert 0   expert 1   expert 2
+#     rows       0   0      1   1      0   1      the tokens; the second and the fourth are extra
+#     slots                                       [[4, 0], [5, 2]]
+#     counts        2          2          2
+
+MULTIPLE = 64
 
 
 def pads_rows(device: torch.device) -> bool:
@@ -329,28 +91,30 @@ def pads_rows(device: torch.device) -> bool:
 
 
 def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast on a CPU each expert's rows are rounded up to a multiple of 64, since oneDNN
-    compiles a kernel for every new number of rows. The extra ones repeat the expert's last row,
-    which leaves FP8's scales alone; they are no token's, so they have no effect."""
+    """With extra rows, or not at all. The comments go on with the example."""
     if not pads_rows(chosen.device):
         return NotImplemented
-    expert = chosen.flatten()
+    expert = chosen.flatten()  # 2 0 2 1
     counts = torch.zeros(E, dtype=torch.long).scatter_add_(0, expert, torch.ones_like(expert))
-    extra = torch.arange(E).repeat_interleave(-counts % 64)
-    order = torch.cat((expert, extra)).argsort(stable=True)  # an expert's extra rows are its last
+    missing = -counts % MULTIPLE  # 1 1 0
+    extra = torch.arange(E).repeat_interleave(missing)  # 0 1, the experts of the extra rows
+    # Sorted together, an expert's extra rows come after its others, as the sort is stable.
+    order = torch.cat((expert, extra)).argsort(stable=True)  # 1 4 3 5 0 2: 4 and 5 are extra
     row = torch.arange(len(order))
-    slots = torch.empty_like(order).scatter_(0, order, row)[: len(expert)]
-    real = torch.where(order < len(expert), row, 0).cummax(0).values  # this row or one before it
-    return order[real] // chosen.shape[1], slots.view_as(chosen), counts + -counts % 64
+    slots = torch.empty_like(order).scatter_(0, order, row)[: len(expert)]  # 4 0 5 2
+    real = torch.where(order < len(expert), row, 0)  # 0 0 2 0 4 5: the row, 0 where it is extra
+    real = real.cummax(0).values  # 0 0 2 2 4 5: of the last row up to here that is not extra
+    return order[real] // chosen.shape[1], slots.view_as(chosen), counts + missing
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """x[index]; for an index (tokens, K) x[index].sum(1), 5 to 20 times as fast as that."""
+    """x[index] for an index (rows,). For an index (tokens, K) x[index].sum(1), (tokens, D), in one
+    call, which is 5 to 20 times as fast."""
     return F.embedding_bag(index, x, mode="sum") if index.ndim == 2 else x.index_select(0, index)
 
 
 class _Dispatch(torch.autograd.Function):
-    """gather(x, rows), whose gradient is gathered too: from the slots that x's rows went to."""
+    """gather(x, rows). A token's gradient is the sum over its slots: it is gathered, too."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
@@ -369,8 +133,8 @@ def dispatch(x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
 
 
 class _Combine(torch.autograd.Function):
-    """gather(y, slots). Its gradient goes to every row of a token. An expert's extra rows are
-    nobody's: they get the row of zeros that is put behind dy."""
+    """gather(y, slots). A row's gradient is that of its token. Extra rows are in no token's sum:
+    their gradient is 0, taken from a row of zeros behind dy."""
 
     @staticmethod
     def forward(ctx, y: Tensor, rows: Tensor, slots: Tensor, padded: bool) -> Tensor:
@@ -390,6 +154,7 @@ class _Combine(torch.autograd.Function):
 
 
 def combine(y: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """See dispatch."""
     return _Combine.apply(y, rows, slots, pads_rows(y.device))
 
 
@@ -401,6 +166,7 @@ def has_grouped_mm(device: torch.device) -> bool:
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """PyTorch's one call for all experts, where it knows dtype and widths."""
     dtype = compute_dtype(x)
     aligned = all(n * dtype.itemsize % 16 == 0 for n in weight.shape[1:])
     known = dtype == torch.bfloat16 and has_grouped_mm(x.device)
@@ -414,16 +180,17 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 # ---- Output head ---------------------------------------------------------------------------------
 
 CHUNK = 2**27  # logits at once on a GPU: 0.5 GB
-CPU_ROWS = 256  # few enough for a CPU's caches, enough to pay for a pass over dw
+CPU_ROWS = 256  # tokens: few enough for a CPU's caches, enough to pay for a pass over dw
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The gradient of a chunk of rows is formed as soon as its logits are there, so no more
-    than (chunk, vocabulary) exist at once, and backward only scales what forward has computed."""
+    """Cross-entropy by chunks of tokens. The gradients of a chunk are formed as soon as its logits
+    are there, so that no more than (chunk, vocabulary) of them exist at once; backward only
+    multiplies what forward has computed."""
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, need: bool) -> Tensor:
-        real, w = (targets >= 0)[:, None], weight.to(h.dtype)  # (rows, 1)
+        real, w = (targets >= 0)[:, None], weight.to(h.dtype)  # (tokens, 1)
         h = h * real  # so that rows without a target add nothing to dw
         dh, dw = torch.empty_like(h), torch.zeros_like(weight) if need else None
         chunk = min(len(h), CPU_ROWS if h.device.type == "cpu" else CHUNK // len(w))
@@ -434,7 +201,8 @@ class _HeadLoss(torch.autograd.Function):
             low, high = low[: len(x)], high[: len(x)]  # (chunk, vocabulary)
             z, row = high.copy_(torch.mm(x, w.T, out=low)), torch.arange(len(x), device=x.device)
             z_max, z_y = z.amax(-1), z[row, y]
-            p = torch.softmax(z, -1, out=high)  # z_max - log max p = log sum exp z
+            p = torch.softmax(z, -1, out=high)
+            # The loss is log sum exp z - z_y, and max p = exp(z_max) / sum exp z.
             losses.append(z_max - p.amax(-1).log() - z_y)
             if need:  # d loss / d z = softmax(z) - onehot(target)
                 p[row, y] -= 1
@@ -456,6 +224,42 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Never holds all the logits; the formula makes a step 18 % longer in fp32."""
     need = torch.is_grad_enabled()  # evaluation forms no gradient
     return _HeadLoss.apply(h.to(compute_dtype(h)), weight, targets, need)
+
+
+# ---- The fast dtype of this machine --------------------------------------------------------------
+
+CLEARLY = 1.5  # bfloat16 must be so many times as fast, to pay for casts and lost precision
+
+
+@functools.cache
+def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype in which this machine should multiply, bfloat16 or float32, and why, in words.
+
+    On a CPU it is measured, once per process and in some 50 ms: a flag of the processor tells that
+    bfloat16 is known, not that it is fast. One core is timed, as other work disturbs that least.
+    """
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has units for its products"
+        return torch.float32, "this GPU emulates bfloat16"
+    if device.type != "cpu":
+        return torch.float32, "bfloat16 was never tried there"
+    x, w = torch.randn(1024, 256), torch.randn(512, 256)
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for _ in range(8):  # in turns
+            for dtype, times in seconds.items():
+                factors = x.to(dtype), w.to(dtype)
+                began = time.perf_counter()
+                F.linear(*factors)
+                times.append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    work = 2e-9 * len(w) * x.numel()  # 1e9 operations
+    low, high = (work / min(seconds[d]) for d in (torch.bfloat16, torch.float32))
+    reason = f"products of one core: bfloat16 {low:.0f}, float32 {high:.0f} GFLOP/s"
+    return torch.bfloat16 if low > CLEARLY * high else torch.float32, reason
 
 
 # ---- Decoding ------------------------------------------------------------------------------------
@@ -604,7 +408,7 @@ class DecoderBlock:
             y = self.chosen_experts(z)
             return y + self.dense_ffn(z) if self.moe.shared_experts else y
         # More tokens of an MoE layer are sorted by expert, as in training.
-        return self.moe(z[None])[0] if self.moe else self.dense_ffn(z)
+        return self.moe(z[None])[0][0] if self.moe else self.dense_ffn(z)
 
     def dense_ffn(self, z: Tensor) -> Tensor:
         gate, up = product(z, self.gate_up).chunk(2, -1)
@@ -686,6 +490,250 @@ class Decoder:
 
     def logits(self, h: Tensor) -> Tensor:
         return upcast(product(h.flatten(0, 1), self.head)).unflatten(0, h.shape[:2])
+
+
+# ---- Is the formula still the one that was copied? -----------------------------------------------
+#
+# Every copy in this file and in fp8.py was made from one text of its formula. FINGERPRINTS has
+# eight digits of that text. Say that someone writes F.relu(gate) in place of F.silu(gate) in
+# model.swiglu: `fingerprint(model.swiglu)` is then not the one of the table. Three places ask:
+#
+#   a twin     `fast_twin` asks at every call, for the formula and for what the twin relies on. If
+#              one of these is edited, it calls the formula.
+#   --fp8      model.use_fp8 asks for what fp8.py copies (`edited`). In the example it refuses.
+#   decoding   sample.py asks `not_as_copied` for nearly all of model.py, since the Decoder copies
+#              that. In the example the answer is "model.swiglu", and model.py decodes.
+#
+# An edit may also be made while the program runs: a function or class put in the place of another,
+# a method given to one module, a hook. So these look at the functions and modules that are there,
+# not at the file. Who edits a formula and its copy alike runs `python ops.py`, and puts what it
+# prints in the place of the table.
+
+FINGERPRINTS = {
+    "rms_norm": "8bc7d41e",
+    "RMSNorm": "d158059f",
+    "yarn_mscale": "263d83e0",
+    "rope_table": "7b3d8007",
+    "rotate": "bec1206a",
+    "Cache": "ce6db608",
+    "causal_attention": "847902e8",
+    "MLA": "f65772da",
+    "swiglu": "16d73f12",
+    "MLP": "19ef2dbd",
+    "Gate": "93d70a9a",
+    "expert_counts": "c5cc6574",
+    "sort_by_expert": "f1398087",
+    "dispatch": "b4f7e8fa",
+    "combine": "7b97e2c5",
+    "grouped_linear": "67ad773c",
+    "Experts": "f0c2bade",
+    "MoE": "ae1cff9f",
+    "Block": "74be6dd2",
+    "MTP": "fe68f175",
+    "head_loss": "25bcce7d",
+    "DeepSeekV3.__init__": "f854eb75",
+    "DeepSeekV3.run_block": "95f91f4a",
+    "DeepSeekV3.rope": "888221fd",
+    "DeepSeekV3.trunk": "7ebf7911",
+    "DeepSeekV3.predict_next": "e0874a6d",
+    "DeepSeekV3.forward": "1e12bbf1",
+    "DeepSeekV3.logits": "d1423d81",
+}
+# Twins of experts also take for granted how rows and slots belong together, and who uses them.
+ROUTING = ["sort_by_expert", "expert_counts", "Experts", "MoE"]
+RELIES_ON = dict.fromkeys(("sort_by_expert", "dispatch", "combine"), ROUTING)
+# These have no part in decoding (but `edited_forward` looks after forward).
+NOT_DECODED = {"head_loss", "DeepSeekV3.__init__", "DeepSeekV3.forward"}
+QUESTIONS: list[Callable] = []  # the question of each twin, for tell_compiler
+LINES: dict[str, list[str]] = {}  # of files with formulas, as they were when these were imported
+
+
+def codes_of(formula: Any) -> tuple[CodeType, ...]:
+    """The compiled code of a function, or of all methods of a class and of its bases, those put in
+    later included; () where there is none.
+
+    A wrapper counts as itself, not as the function that it wraps: it may change the result.
+    """
+    if not inspect.isclass(formula):
+        inner = getattr(formula, "formula", None)  # under @fast_twin
+        # functools.wraps gives a wrapper of a twin this attribute too, but another __wrapped__.
+        if inner is not None and getattr(formula, "__wrapped__", None) is inner:
+            formula = inner
+        return (formula.__code__,) if inspect.isfunction(formula) else ()
+    stop = nn.Module if issubclass(formula, nn.Module) else object
+    kinds = formula.__mro__[: formula.__mro__.index(stop)]
+    members = (getattr(x, "fget", None) or x for kind in kinds for x in vars(kind).values())
+    return tuple(x.__code__ for x in members if inspect.isfunction(x))
+
+
+def source_tokens(code: CodeType) -> str:
+    """A function's source from `def` on without comments, docstring and layout: its tokens, with ¶,
+    » and « for a line's end, more and less indentation; "" where no source can be read."""
+    lines = LINES.get(code.co_filename) or linecache.getlines(code.co_filename)
+    try:
+        block = inspect.getblock(lines[code.co_firstlineno - 1 :])
+        source = textwrap.dedent("".join(block))
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (SyntaxError, tokenize.TokenError):
+        return ""
+    layout = {tokenize.NEWLINE: "¶", tokenize.INDENT: "»", tokenize.DEDENT: "«"}
+    kept = []
+    for token in tokens:
+        if not kept and token.string != "def":
+            continue  # a decorator; one that changes the function has put another in its place
+        begins = kept and kept[-1] in layout.values()  # a line
+        if begins and token.type in (tokenize.STRING, tokenize.NEWLINE):
+            continue  # a docstring, and the end of its line
+        if token.type in layout:
+            kept.append(layout[token.type])
+        elif token.type not in (tokenize.COMMENT, tokenize.NL):
+            kept.append(token.string)
+    return "".join("".join(kept).split())  # Python 3.12 cuts up f-strings: blanks would differ
+
+
+@functools.cache
+def fingerprint_of(codes: tuple[CodeType, ...]) -> str:
+    text = "".join(map(source_tokens, codes))
+    return hashlib.sha256(text.encode()).hexdigest()[:8] if text else "unknown"
+
+
+def fingerprint(formula: Any) -> str:
+    """Eight digits for the source of a function or class, without comments, docstrings and layout.
+
+    The same under every Python from 3.10 on; "unknown" where there is no source to read.
+    """
+    return fingerprint_of(codes_of(formula))
+
+
+def edited(source: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Those of the names whose formulas are not as copied. `source` is the namespace of a model.py.
+
+    First come `upcast` and `compute_dtype`, if that namespace has others than this file's: copies
+    use these. A name such as "DeepSeekV3.trunk" means a method.
+    """
+
+    def find(name: str) -> Any:
+        outer, _, inner = name.partition(".")
+        return getattr(source.get(outer), inner, None) if inner else source.get(outer)
+
+    helpers = [f.__name__ for f in (upcast, compute_dtype) if source.get(f.__name__, f) is not f]
+    return helpers + [name for name in names if fingerprint(find(name)) != FINGERPRINTS[name]]
+
+
+@functools.cache
+def tell(sentence: str) -> None:
+    """Says it once."""
+    info(sentence)
+
+
+def fast_twin(formula: Callable) -> Callable:
+    """Calls the function of the same name in this file in the formula's place.
+
+    The formula itself is called where it, or what its twin relies on, has been edited or replaced;
+    with `enabled` off; on a device other than a CPU or CUDA; with named arguments; or where the
+    twin returns NotImplemented. Raises ValueError for a formula without a twin.
+    """
+    name, inner = formula.__name__, inspect.unwrap(formula)
+    if name not in FINGERPRINTS or name not in globals():
+        raise ValueError(f"ops.py has no twin of {name}: leave out @fast_twin")
+    twin, asked = globals()[name], [name, *RELIES_ON.get(name, [])]
+    file, source = inner.__code__.co_filename, inner.__globals__
+    linecache.checkcache(file)
+    LINES[file] = linecache.getlines(file)
+
+    def stands() -> bool:
+        if changed := edited(source, asked):
+            tell(f"model.{changed[0]} is not the one that ops.py copies: the formula runs instead")
+        return not changed
+
+    @functools.wraps(formula)
+    def choose(*args, **kwargs):
+        usable = enabled and not kwargs and args[0].device.type in ("cpu", "cuda")
+        y = twin(*args) if usable and stands() else NotImplemented
+        return formula(*args, **kwargs) if y is NotImplemented else y
+
+    choose.formula = formula
+    QUESTIONS.append(stands)
+    return choose
+
+
+def tell_compiler() -> None:
+    """A graph may keep the answers to QUESTIONS. Called for torch.compile only: it imports that."""
+    for question in QUESTIONS:
+        torch.compiler.assume_constant_result(question)
+
+
+def altered(module: nn.Module, model: nn.Module) -> str:
+    """What this one module of the model has that its class has not, if the Decoder would pass over
+    it: a method or a configuration of its own, a hook, a bias. As words for a sentence, or ""."""
+    kind, config = type(module), model.config
+    own = {name for name in vars(module) if callable(getattr(kind, name, None))}
+    if module is model:
+        own &= {"trunk", "predict_next", "logits", "rope", "run_block"}
+    elif module._forward_hooks or module._forward_pre_hooks:
+        return f"a hook of one {kind.__name__}"
+    if own:
+        return f"{min(own)} of one {kind.__name__}"
+    if kind is nn.Linear and module.bias is not None:
+        return "a bias"
+    if kind is nn.Embedding and module.max_norm is not None:
+        return "max_norm of an embedding"
+    own_config = getattr(module, "config", config)
+    if own_config is not config and own_config != config:
+        return f"config of one {kind.__name__}"
+    if getattr(module, "eps", 1e-6) not in (1e-6, config.rms_norm_eps):
+        return f"eps of one {kind.__name__}"
+    return ""
+
+
+def not_as_copied(model: nn.Module) -> str:
+    """What of this model the Decoder does not copy, as words for a sentence; "" if it copies all.
+
+    It looks at the modules that the model really has, at their classes, and at the functions that
+    these classes call.
+    """
+    for module in model.modules():
+        if words := altered(module, model):
+            return words
+    names = [name for name in FINGERPRINTS if name not in NOT_DECODED]
+    methods = [name for name in names if name.startswith("DeepSeekV3.")]
+    namespaces = {}  # of the files that the classes come from: usually model.py alone
+    for kind in dict.fromkeys(map(type, model.modules())):  # every class once
+        name = kind.__name__
+        if kind in (nn.Linear, nn.Embedding, nn.ModuleList):
+            continue
+        if kind is type(model):
+            if changed := edited({"DeepSeekV3": kind}, methods):
+                return f"model.{changed[0]}"
+            source = kind.trunk.__globals__
+        elif fingerprint(kind) != FINGERPRINTS.get(name):
+            return f"model.{name}" if name in FINGERPRINTS else f"the class {name} of a module"
+        else:
+            source = kind.forward.__globals__
+        namespaces[id(source)] = source
+    for source in namespaces.values():
+        if changed := edited(source, [name for name in names if name not in methods]):
+            return f"model.{changed[0]}"
+    return ""
+
+
+def edited_forward(model: nn.Module) -> bool:
+    """Whether DeepSeekV3.forward is edited. Decoding does not call it, but it may give other logits
+    than trunk and logits do: then sample.py compares them."""
+    return fingerprint(type(model).forward) != FINGERPRINTS["DeepSeekV3.forward"]
+
+
+def state_of(model: nn.Module) -> tuple:
+    """Something that changes with every edit of the model's code, whatever has been patched: so
+    sample.py compares each edited state once."""
+    source = type(model).trunk.__globals__
+    functions = tuple(codes_of(source.get(name)) for name in FINGERPRINTS if "." not in name)
+    modules = []
+    for module in model.modules():
+        own = [id(x) for x in vars(module).values() if callable(x)]
+        hooks = *module._forward_hooks, *module._forward_pre_hooks
+        modules.append((codes_of(type(module)), *own, hooks))
+    return functions, *modules, str(vars(model.config))
 
 
 if __name__ == "__main__":  # for who has edited a formula and its copy alike
