@@ -136,8 +136,8 @@ def has_blockwise_fp8(device: torch.device) -> bool:
 
 
 def _hopper_mm(a: Quantized, b: Quantized, block, out_dtype: torch.dtype) -> Tensor:
-    """scaled_mm by cuBLAS. It wants M, N and K in multiples of 128 and, of the L = K/128 scales in
-    each row, those of one column side by side in memory."""
+    """scaled_mm by cuBLAS, which wants M, N and K in multiples of 128, and scales column-major. Each
+    row has L = K/128 of these."""
     M, N, K = a[0].shape[0], b[0].shape[0], a[0].shape[1]
     if 0 in (M, N, K):
         return a[0].new_zeros((M, N), dtype=out_dtype)
@@ -183,8 +183,7 @@ class _FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, up, gain, weight, wq, ws, rows: list[int]):
-        X = quantize(x, TILE, pow2=True)
-        kept = X  # for backward
+        X = kept = quantize(x, TILE, pow2=True)  # kept: for backward
         if up is not None:
             kept = (*kept, *quantize(up, TILE, pow2=True))
             X = quantize(_swiglu(x.float(), up.float(), gain), TILE, pow2=True)

@@ -263,25 +263,31 @@ def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
 
 
 # ---- Decoding ------------------------------------------------------------------------------------
+#
 # A decoding step moves few numbers in many operations, and on a CPU each costs microseconds however
 # small it is. So what stays the same from step to step is computed once, in `Decoder`. n = B * T.
+# From the sizes that follow, measured on two cores, another way to compute the same is faster.
 
-LONG = 2**14  # cached tokens that threads share
-# Where loops and oneDNN's layout are used; with AVX2 the BLAS is faster. Not timed: where both
-# are about as fast, two texts of one seed would differ.
-AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+LONG = 2**14  # cached tokens from which the threads share them out
 ABSORBED = 2**18  # weights that a block may gain so that W^UK and W^UV need no products
 PAIRS = 2**13  # of queries and cached tokens, up to which loops are faster than products
-LARGE, ROWS = 2**16, 16  # weights from which oneDNN pays; rows it packs for, most in a loop
+LARGE = 2**16  # weights of a matrix from which oneDNN's layout pays
+ROWS = 16  # rows of x that this layout is packed for; in a graph, the most for which loops pay
 COPIED = 3 * 2**26  # weights in a layer's experts up to which these are copied into another order
-FEW = 32  # up to so many tokens each reads its experts' weights by itself
+FEW = 32  # tokens up to which each reads its experts' weights by itself
+# Loops and oneDNN's layout are for AVX512; with AVX2 the BLAS is faster. This is not timed: where
+# both are about as fast, two texts of one seed would differ.
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def side_by_side(*weights: Tensor, compiled: bool) -> Tensor:
-    """Weights (out, in) of one input as one: in oneDNN's layout, in which a large one is read at
-    the speed of memory and up to five rows of x take the time of one; else in a plain layout."""
+    """Weights (out, in) that multiply the same x as one matrix, laid out for `product`.
+
+    A large one is laid out for oneDNN. That reads it at the speed of memory, and up to five rows of
+    x take the time of one. Others stay plain tensors.
+    """
     w = weights[0] if len(weights) == 1 else torch.cat(weights)
-    fast = AVX512 and w.device.type == "cpu"  # oneDNN or, compiled, loops: the BLAS uses one core
+    fast = AVX512 and w.device.type == "cpu"  # oneDNN or, in a graph, loops: the BLAS uses one core
     known = w.dtype == torch.float32 or (
         w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
@@ -297,8 +303,8 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     if w.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     if torch.compiler.is_compiling() and x.device.type == "cpu" and AVX512 and len(x) <= ROWS:
-        # Loops that read w once for all rows. x is written before: they would compute it anew for
-        # every row of w.
+        # Sums that the compiler turns into loops, which read w once for all rows of x. x is written
+        # to memory before them, else they would compute it anew for every row of w.
         from torch._inductor.inductor_prims import force_stride_order
 
         x32 = upcast(x)
@@ -322,17 +328,22 @@ def span(start: int | Tensor, length: int) -> slice | Tensor:
 
 
 def attend(q: Tensor, kv: Tensor, C: int, later: Tensor | None) -> Tensor:
-    """softmax(q kv^T + later) kv[..., :C]: q (B, T, H, C+R), kv (B, S, C+R), later (T*H, S)."""
+    """softmax(q kv^T + later) kv[..., :C]: q (B, T, H, C+R), kv (B, S, C+R) -> (B, T*H, C).
+
+    later (T*H, S) is 0 where a query may look and -inf elsewhere; None: each may look at all.
+    """
     T, S, compiling = q.shape[1], kv.shape[1], torch.compiler.is_compiling()
     q, cpu = q.flatten(1, 2), q.device.type == "cpu"  # (B, T*H, C+R)
     if compiling and cpu and AVX512 and q.shape[1] * S <= PAIRS:
+        # Loops, as in `product`.
         p = ((upcast(q)[:, :, None] * kv[:, None]).sum(-1) + later).softmax(-1)
         return (p[..., None] * kv[:, None, :, :C]).sum(2).to(q.dtype)
     if compiling or not cpu or S < LONG:
         score = torch.bmm(q, kv.mT) if later is None else torch.baddbmm(later, q, kv.mT)
         return torch.bmm(upcast(score).softmax(-1).to(q.dtype), kv[..., :C])  # (B, T*H, C)
-    # The old tokens in a piece for every thread, which the fused kernel takes for heads, and a rest
-    # with the new ones. Each part counts by its share of softmax's denominator.
+    # The fused kernel gives every head to a thread. So the old tokens are cut into a piece for each
+    # thread, which it takes for heads; the new tokens, which need the mask, are the rest. Each part
+    # has a softmax of its own, and counts by its share of the whole denominator.
     pieces = torch.get_num_threads()
     old = (S - T) // pieces * pieces
     q, kv, rest = q[:, None], kv[:, :old].unflatten(1, (pieces, -1)), kv[:, None, old:]
@@ -345,49 +356,74 @@ def attend(q: Tensor, kv: Tensor, C: int, later: Tensor | None) -> Tensor:
 
 
 class DecoderBlock:
-    """A block of the model: matrices of one input side by side, norms and scales multiplied in."""
+    """A block of the model for few tokens. Matrices with the same input are one.
+
+    Weights of norms and the scale of softmax are multiplied into the matrices that follow them:
+    W (g * x) = (W * g) x.
+    """
 
     def __init__(self, block, config, compiled: bool):
-        join, latent = functools.partial(side_by_side, compiled=compiled), config.q_lora_rank
-        mla, norm = block.self_attn, block.input_layernorm.weight
-        H, C, N = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
+        norm = block.input_layernorm.weight
         self.eps, self.latent_eps = upcast(norm).new_tensor([config.rms_norm_eps, 1e-6])
-        q = mla.q_b_proj.weight * mla.q_a_layernorm.weight if latent else mla.q_proj.weight * norm
-        q, o = mla.scale * q.unflatten(0, (H, -1)), mla.o_proj.weight.unflatten(1, (H, -1))
+        self.compiled = compiled
+        self.prepare_attention(block.self_attn, norm, config)
+        self.norm = block.post_attention_layernorm.weight
+        self.prepare_ffn(block.mlp)
+
+    def prepare_attention(self, mla, norm: Tensor, config):
+        join = functools.partial(side_by_side, compiled=self.compiled)
+        H, C, N = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
+        if config.q_lora_rank is None:
+            q = mla.q_proj.weight * norm
+        else:
+            q = mla.q_b_proj.weight * mla.q_a_layernorm.weight
+        q = mla.scale * q.unflatten(0, (H, -1))  # (H, N+R, in)
+        o = mla.o_proj.weight.unflatten(1, (H, -1))  # (D, H, V)
         up = mla.kv_b_proj.weight.unflatten(0, (H, -1))
         self.UK, self.UV = up[:, :N], up[:, N:]  # (H, N, C), (H, V, C)
-        # They become part of the matrices around them, a product less each, where these
-        # grow by little: in a small model.
+        # In a small model these two become part of the matrices beside them, which grow by little.
+        # That saves two products.
         more = H * ((C - N) * q.shape[-1] + (C - config.v_head_dim) * len(o))
         self.absorbed = more <= ABSORBED
         if self.absorbed:
             q = torch.cat((torch.einsum("hnc,hni->hci", self.UK, q[:, :N]), q[:, N:]), 1)
             o = torch.einsum("dhv,hvc->dhc", o, self.UV)
-        self.o, q = join(o.flatten(1)), q.flatten(0, 1)
-        self.q = join(q) if latent else None
-        q = mla.q_a_proj.weight * norm if latent else q
+        q, self.o = q.flatten(0, 1), join(o.flatten(1))
+        # qkv multiplies the hidden state. Of its three parts the first is the query or, where
+        # queries have a latent, this latent; then self.q makes the query of it.
+        self.q = None
+        if config.q_lora_rank is not None:
+            self.q, q = join(q), mla.q_a_proj.weight * norm
         self.qkv = join(q, mla.kv_a_proj_with_mqa.weight * norm)
         self.H, self.widths = H, [len(q), C, config.qk_rope_head_dim]
-        self.kv_norm, self.norm = mla.kv_a_layernorm.weight, block.post_attention_layernorm.weight
-        ffn, self.rows, self.compiled = block.mlp, None, compiled
-        self.moe = ffn if hasattr(ffn, "experts") else None
+        self.kv_norm = mla.kv_a_layernorm.weight
+
+    def prepare_ffn(self, mlp):
+        self.moe = mlp if hasattr(mlp, "experts") else None
+        self.turned = None  # the weights of all experts, W^T on W^T: (E*D, 2F), (E*F, D)
+        dense = mlp
         if self.moe:
-            experts = list(self.moe.experts.parameters())
-            if norm.device.type == "cpu" and sum(w.numel() for w in experts) <= COPIED:
-                self.rows = [w.mT.flatten(0, 1) for w in experts]  # (E*D, 2F), (E*F, D)
-            ffn = self.moe.shared_experts if self.rows or compiled else None  # else MoE's own
-        if ffn:
-            self.gate_up = join(ffn.gate_proj.weight, ffn.up_proj.weight)
-            self.down = join(ffn.down_proj.weight)
+            experts = list(mlp.experts.parameters())
+            small = sum(w.numel() for w in experts) <= COPIED
+            if self.norm.device.type == "cpu" and small:
+                self.turned = [w.mT.flatten(0, 1) for w in experts]
+            # Without `chosen_experts` the MoE computes its shared experts itself.
+            dense = mlp.shared_experts if self.turned or self.compiled else None
+        if dense:
+            self.gate_up = side_by_side(
+                dense.gate_proj.weight, dense.up_proj.weight, compiled=self.compiled
+            )
+            self.down = side_by_side(dense.down_proj.weight, compiled=self.compiled)
 
     def __call__(self, x: Tensor, kv: Tensor, place: tuple) -> Tensor:
         """x (n, D), kv (B, size, C+R) -> (n, D)."""
         B, (_, C, R), (slots, S, later, cos, sin, swap) = len(kv), self.widths, place
+        # The query or its latent, the latent of keys and values, the key's rotary part.
         q, c, k = product(normalise(x, self.eps), self.qkv).split(self.widths, -1)
         if self.q is not None:
             q = product(normalise(q, self.latent_eps), self.q)
         c = (normalise(c, self.latent_eps) * self.kv_norm).view(B, -1, C)  # (B, T, C)
-        q = q.view(B, c.shape[1], self.H, -1)
+        q = q.view(B, c.shape[1], self.H, -1)  # (B, T, H, N+R), or C+R if absorbed
         pe = torch.cat((q[..., -R:], k.view(B, -1, 1, R)), 2)  # (B, T, H+1, R)
         pe = torch.addcmul(pe * cos, pe.index_select(-1, swap), sin).to(x.dtype)
         q, q_pe, k = q[..., :-R], pe[:, :, :-1], pe[:, :, -1]
@@ -402,24 +438,30 @@ class DecoderBlock:
 
     def ffn(self, z: Tensor) -> Tensor:
         """z (n, D) -> (n, D)."""
-        # A compiled Decoder's as well: sample.py checks it eagerly, on a prompt's last token.
-        few = len(z) <= FEW and (self.rows or self.compiled)
+        # sample.py calls a compiled Decoder outside a graph, too: to check it on one token.
+        few = len(z) <= FEW and (self.turned or self.compiled)
         if self.moe and (few or torch.compiler.is_compiling()):
             y = self.chosen_experts(z)
             return y + self.dense_ffn(z) if self.moe.shared_experts else y
-        # More tokens of an MoE layer are sorted by expert, as in training.
-        return self.moe(z[None])[0][0] if self.moe else self.dense_ffn(z)
+        if self.moe:  # many tokens are sorted by expert, as in training
+            y, _ = self.moe(z[None])
+            return y[0]
+        return self.dense_ffn(z)
 
     def dense_ffn(self, z: Tensor) -> Tensor:
         gate, up = product(z, self.gate_up).chunk(2, -1)
         return product(F.silu(gate) * up, self.down)
 
     def chosen_experts(self, z: Tensor) -> Tensor:
-        """Every token's K experts: loops over weights in a graph or without `rows`. Else x W^T is a
-        sum of W^T's rows times the numbers of x: `embedding_bag` does it at memory's speed, in one
-        call per projection."""
-        _, (chosen,), (gain,) = self.moe.gate(z[None])  # (n, K), from a sequence as in model.py
-        loops = torch.compiler.is_compiling() or not self.rows
+        """The sum of every token's K experts: z (n, D) -> (n, D).
+
+        In a graph or without `turned` by loops, as in `product`. Else x W^T is a sum of rows of
+        W^T, each times a number of x. That is what `embedding_bag` computes, for all tokens and
+        experts in one call per projection, at the speed of memory.
+        """
+        _, chosen, gain = self.moe.gate(z[None])  # as one text of n tokens, as in model.py
+        chosen, gain = chosen[0], gain[0]  # (n, K)
+        loops = torch.compiler.is_compiling() or not self.turned
 
         def times(x: Tensor, w: Tensor) -> Tensor:  # (n, K, in) -> (n, K, out)
             if loops:
@@ -430,7 +472,7 @@ class DecoderBlock:
             y = torch.embedding_bag(w, index.flatten(), bags, False, 0, False, x.flatten())[0]
             return y.unflatten(0, chosen.shape)
 
-        gate_up, down = self.moe.experts.parameters() if loops else self.rows
+        gate_up, down = self.moe.experts.parameters() if loops else self.turned
         gate, up = times(z[:, None].expand(*chosen.shape, -1), gate_up).chunk(2, -1)  # (n, K, F)
         return times(F.silu(gate) * up * gain.to(z.dtype)[..., None], down).sum(1)
 
@@ -438,8 +480,8 @@ class DecoderBlock:
 class Decoder:
     """trunk, predict_next and logits of a DeepSeekV3, on the same caches, for a few tokens.
 
-    Its matrices lie as eager or as compiled products read them. cache.length is a number or, in a
-    compiled graph, a tensor: then attention reads all of the cache, behind a mask.
+    compiled: its matrices are laid out for products in a graph. There cache.length is a tensor, not
+    a number, and attention reads all of the cache, behind a mask. Raises ValueError for biases.
     """
 
     def __init__(self, model, compiled: bool = False):
@@ -455,7 +497,7 @@ class Decoder:
             norms = torch.cat((m.enorm.weight, m.hnorm.weight))
             block.eh, block.out_norm = join(m.eh_proj.weight * norms), m.norm.weight
         self.eps = self.layers[0].eps
-        # x rotated is x cos + x[swap] sin: swap exchanges the two of a pair, the sign is in sin.
+        # Rotated, x is x cos + x[swap] sin: swap exchanges the two of each pair. sin has the sign.
         pair = -1 if config.rope_interleave else -2
         positions = config.max_position_embeddings + 16  # drafts, or a made-up text, go beyond
         cos, sin = model.rope(self.norm.expand(1, positions, -1), 0)  # (positions, R/2)
@@ -465,7 +507,8 @@ class Decoder:
         self.swap = swap.flip(pair).flatten()
 
     def place(self, T: int, cache) -> tuple:
-        """T new tokens: their slots, how many slots are read, the mask, cos, sin and swap."""
+        """What attention must know of T new tokens: their slots in the cache, how many slots it
+        reads, the mask (or None), cos, sin and swap."""
         later, device, in_graph = None, self.norm.device, not isinstance(cache.length, int)
         at = cache.length if in_graph else cache.claim(T)  # which raises where it is full
         slots, S = span(at, T), cache.size if in_graph else at + T
