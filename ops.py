@@ -400,7 +400,7 @@ class DecoderBlock:
 
     def prepare_ffn(self, mlp):
         self.moe = mlp if hasattr(mlp, "experts") else None
-        self.turned = None  # the weights of all experts, W^T on W^T: (E*D, 2F), (E*F, D)
+        self.turned = None  # W^T of all experts, one below the other: (E*D, 2F), (E*F, D)
         dense = mlp
         if self.moe:
             experts = list(mlp.experts.parameters())
