@@ -136,8 +136,10 @@ def has_blockwise_fp8(device: torch.device) -> bool:
 
 
 def _hopper_mm(a: Quantized, b: Quantized, block, out_dtype: torch.dtype) -> Tensor:
-    """scaled_mm by cuBLAS, which wants M, N and K in multiples of 128, and scales column-major. Each
-    row has L = K/128 of these."""
+    """scaled_mm by cuBLAS. It wants M, N and K in multiples of 128, and scales column-major.
+
+    Every row has L = K/128 scales.
+    """
     M, N, K = a[0].shape[0], b[0].shape[0], a[0].shape[1]
     if 0 in (M, N, K):
         return a[0].new_zeros((M, N), dtype=out_dtype)
