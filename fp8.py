@@ -6,8 +6,9 @@ A linear layer y = x W^T is three matrix products, and the report runs all three
     input gradient   dx = dy W        dy in 1x128 tiles along N     the same blocks, transposed
     weight gradient  dW = dy^T x      dy and x in 1x128 tiles along the tokens T
 
-    T tokens (all leading dimensions flattened), K in_features, N out_features, E experts
+    T tokens (all leading dimensions as one), K in_features, N out_features, E experts
     q an E4M3 tensor, s the fp32 factors that decode it: x ~ q * s, one factor per tile
+    D hidden size, F expert width, as in model.py (outside comments F is torch.nn.functional)
 
 E4M3 has 4 significant bits and spans 2^-9 .. 448, so a scale shared by a whole tensor loses the
 tokens that are 1e5 times smaller than the largest. One scale per 128 numbers loses none, and
@@ -16,10 +17,11 @@ Master weight and weight gradient are fp32; y and dx have the compute dtype (bf1
 
 Every scale of a product is a power of two. The report does that for the inputs of experts and of
 the projection after attention (section 3.3.3), because turning 1x128 tiles into 128x1 tiles then
-loses only what is too small for the new tile; DeepSeek-V3.1 does it throughout. It costs 0.1 points
-of error on Gaussian data (3.7 % in all), and bf16 holds the decoded numbers exactly: the emulation
-on other machines multiplies what Hopper multiplies, slowly. FP8 pays on Hopper from widths of about
-2000, with thousands of tokens, under `torch.compile`.
+loses only what is too small for the new tile; DeepSeek-V3.1 does it throughout. On Gaussian data
+the error is 3.7 %, 0.1 points more than with other scales. In return bf16 holds the decoded numbers
+exactly. So machines without such products emulate them: they multiply the numbers that Hopper
+multiplies, slowly. FP8 pays on Hopper from widths of about 2000, with thousands of tokens, under
+`torch.compile`.
 """
 
 import functools
@@ -32,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ops import fast_dtype
+from ops import compute_dtype, fast_dtype
 
 TILE = (1, 128)  # activations and gradients: one scale per token and 128 channels
 BLOCK = (128, 128)  # weights: coarser, but the transpose of a block is a block
@@ -41,14 +43,15 @@ E4M3_MAX = 448.0
 Quantized = tuple[Tensor, Tensor]  # (q, s)
 # What this file computes in place of model.py; ops.py has the fingerprints.
 COPIES = ["swiglu", "MLP", "Experts", "grouped_linear"]
-_emulated: set[torch.device] = set()  # devices of which has_blockwise_fp8 has printed that
+_emulated: set[torch.device] = set()  # devices for which has_blockwise_fp8 has said so
 
 
 # ---- Quantiser --------------------------------------------------------------------------------
 
 
 def _tiles(x: Tensor, block: tuple[int, int]) -> Tensor:
-    """Cuts (..., M, K), zero-padded at the edges, into (..., M/bm, bm, K/bk, bk)."""
+    """Cuts (..., M, K), zero-padded at the edges, into (..., M/bm, bm, K/bk, bk), where bm and bk
+    are the block's height and width. Raises ValueError for other blocks than TILE and BLOCK."""
     if tuple(block) not in (TILE, BLOCK) or x.ndim < 2:
         given = f"x has shape {tuple(x.shape)} and block is {block}"
         raise ValueError(f"{given}; use (..., M, K), so x[None] for a row, and {TILE} or {BLOCK}.")
@@ -64,21 +67,23 @@ def quantize(x: Tensor, block: tuple[int, int], pow2: bool = False) -> Quantized
     Leading dimensions are separate matrices: stacked experts never share a block. The scale comes
     from the current maximum (section 3.3.2, "Online Quantization") and is 1 for a tile of zeros;
     pow2 rounds it up to a power of two. A tile that holds a NaN or an infinity decodes to NaN.
+    Raises ValueError for another block than TILE, (1, 128), or BLOCK, (128, 128).
     """
     tiles = _tiles(x.float(), block)
     amax = tiles.abs().amax((-3, -1))  # (..., M/bm, K/bk)
-    # No floor such as 1e-4: it would ruin gradients of size 1e-9. 2^-126 only avoids subnormals.
+    # 2^-126 only avoids subnormals. A larger floor such as 1e-4 would ruin gradients of size 1e-9.
     s = torch.where(amax == 0, 1.0, (amax / E4M3_MAX).clamp(min=2.0**-126))
-    if pow2:  # carry any mantissa bit into the exponent, then drop the mantissa: exact
+    if pow2:  # exact: any bit of the mantissa carries into the exponent; then the mantissa is cut
         bits = (s.view(torch.int32) + 0x7FFFFF) & ~0x7FFFFF
         s = torch.where(s.isnan(), s, bits.view(torch.float32))
-    q = (tiles / s[..., :, None, :, None]).to(E4M3)  # at most 448 (1 + 2^-23), rounded to 448
+    q = (tiles / s[..., :, None, :, None]).to(E4M3)  # even 448 (1 + 2^-23) is rounded to 448
     q = q.flatten(-4, -3).flatten(-2)[..., : x.shape[-2], : x.shape[-1]]
     return q.contiguous(), s
 
 
 def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """q (..., M, K), scale (..., ceil(M/bm), ceil(K/bk)) -> q * scale (..., M, K) in fp32."""
+    """q (..., M, K), scale (..., ceil(M/bm), ceil(K/bk)) -> q * scale (..., M, K) in fp32. Raises
+    ValueError where the shapes do not fit."""
     tiles = _tiles(q.float(), block)
     shape, expected = tuple(scale.shape), (*tiles.shape[:-3], tiles.shape[-2])
     if shape != expected:
@@ -93,16 +98,19 @@ def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def scaled_mm(a: Quantized, b: Quantized, block: tuple[int, int], out_dtype: torch.dtype) -> Tensor:
-    """A B^T -> (M, N) of out_dtype: A (M, K) in 1x128 tiles, B (N, K) in `block`, sums in fp32."""
+    """A B^T -> (M, N) of out_dtype, for A (M, K) in 1x128 tiles and B (N, K) in tiles or blocks.
+
+    Sums are in fp32. Raises ValueError where A and B have different K.
+    """
     device, K = a[0].device, a[0].shape[1]
-    if b[0].shape[1] != K:  # Hopper's padding would make 100 and 120 agree
+    if b[0].shape[1] != K:  # 100 and 120 would agree once they are padded for Hopper
         raise ValueError(f"x has {K} features but the weight {b[0].shape[1]}; give it as many.")
     if has_blockwise_fp8(device):
         return _hopper_mm(a, b, block, out_dtype)
     with torch.autocast(device.type, enabled=False):
         x, y = dequantize(*a, TILE), dequantize(*b, block)
-        # bf16 holds these numbers exactly, so it is taken where it is fast. Rows are padded, since
-        # oneDNN compiles a kernel for every new shape. On CUDA bf16 might add up in bf16.
+        # bf16 holds these numbers exactly, so it is taken where it is fast (not on CUDA: that might
+        # add up in bf16). Rows are padded, since oneDNN compiles a kernel for every new shape.
         if out_dtype == torch.bfloat16 and device.type == "cpu" and multiplies_bf16(device):
             x, y = F.pad(x.bfloat16(), (0, 0, 0, -len(x) % 64)), y.bfloat16()
         return (x @ y.t())[: len(a[0])].to(out_dtype)
@@ -114,7 +122,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def has_blockwise_fp8(device: torch.device) -> bool:
-    """Whether the card multiplies blockwise-scaled FP8 itself; prints it once if it does not."""
+    """Whether this device multiplies FP8 with a scale per tile itself; says once if it does not."""
     hopper = (
         device.type == "cuda"
         and torch.version.cuda is not None  # AMD's cards number their generations alike
@@ -128,7 +136,10 @@ def has_blockwise_fp8(device: torch.device) -> bool:
 
 
 def _hopper_mm(a: Quantized, b: Quantized, block, out_dtype: torch.dtype) -> Tensor:
-    """scaled_mm by cuBLAS, which wants everything in multiples of 128 and scales column-major."""
+    """scaled_mm by cuBLAS. It wants M, N and K in multiples of 128, and scales column-major.
+
+    Every row has L = K/128 scales.
+    """
     M, N, K = a[0].shape[0], b[0].shape[0], a[0].shape[1]
     if 0 in (M, N, K):
         return a[0].new_zeros((M, N), dtype=out_dtype)
@@ -140,16 +151,19 @@ def _hopper_mm(a: Quantized, b: Quantized, block, out_dtype: torch.dtype) -> Ten
     def rowwise(s: Tensor) -> Tensor:  # (M, L) -> (M padded, L) with strides (1, M padded)
         return F.pad(s, (0, 0, 0, -s.shape[0] % 128), value=1.0).t().contiguous().t()
 
-    def blockwise(s: Tensor) -> Tensor:  # (N/128, L) -> (L4, N/128) with strides (1, L4); L4 is L
-        # rounded up to a multiple of 4: cuBLAS reads it so and, unpadded, silently goes astray.
+    def blockwise(s: Tensor) -> Tensor:  # (N/128, L) -> (L4, N/128) with strides (1, L4)
+        # L4 is L rounded up to a multiple of 4. cuBLAS takes that for granted: from unpadded scales
+        # it computes wrong numbers, without an error.
         return F.pad(s, (0, -s.shape[1] % 4), value=1.0).contiguous().t()
 
+    # cuBLAS calls a scale per 1x128 numbers recipe 4, one per 128x128 recipe 5.
     recipe, s_b = (4, rowwise(b[1])) if block == TILE else (5, blockwise(b[1]))
-    # Recipe 4: a scale per 1x128, 5: per 128x128. Results are bf16 or fp32, sums fp32 (the False).
-    direct = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
+    direct = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32  # what it can return
     y = torch.ops.aten._scaled_mm_v2.default(
-        *(pad(a[0]), pad(b[0]).t(), [rowwise(a[1])], [4], [], [s_b], [recipe], []),
-        *(None, direct, [], False),
+        *(pad(a[0]), pad(b[0]).t()),
+        *([rowwise(a[1])], [4], []),  # scales of a, recipe, no swizzle
+        *([s_b], [recipe], []),  # of b
+        *(None, direct, [], False),  # no bias; dtype; usual dimensions; False: sums in fp32
     )
     return y[:M, :N].to(out_dtype)
 
@@ -161,51 +175,52 @@ class _FP8Linear(torch.autograd.Function):
     """Y_e = X_e W_e^T for the rows X_e of every expert e; a plain linear layer is one expert.
 
     X (T, K) is x or, where `up` is given, SwiGLU: silu(x) * up * gain. The report keeps the input
-    of SwiGLU in FP8 and recomputes its output in backward (section 3.3.3). The down projection's
-    weight gradient needs that output, so only one function for both can save it: 2 bytes per token
-    and channel stay alive instead of 8 (bf16 x, silu(x), up and X).
+    of SwiGLU in FP8 and recomputes its output X in backward (section 3.3.3), where the weight
+    gradient needs it. So both are one function here. It keeps x and up, 2 bytes per token and
+    channel; apart they would keep x, silu(x), up and X in bf16, 8 bytes.
 
-    wq and ws are the weight's content where quantized_once holds it. Otherwise forward and backward
-    quantise it each, so that no copy outlives FSDP's release of a gathered weight.
+    wq and ws are the quantised weight where quantized_once holds it. Else forward and backward
+    quantise the weight each, so that no copy outlives FSDP's release of a gathered weight.
     """
 
     @staticmethod
     def forward(ctx, x, up, gain, weight, wq, ws, rows: list[int]):
-        low = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if low else x.dtype
-        X = kept = quantize(x, TILE, pow2=True)
+        X = kept = quantize(x, TILE, pow2=True)  # kept: for backward
         if up is not None:
-            kept += quantize(up, TILE, pow2=True)
+            kept = (*kept, *quantize(up, TILE, pow2=True))
             X = quantize(_swiglu(x.float(), up.float(), gain), TILE, pow2=True)
         w = quantize(weight, BLOCK, pow2=True) if wq is None else (wq, ws)
         ctx.save_for_backward(weight, wq, ws, gain, *kept)
         ctx.rows = rows
-        return _grouped_mm(X, w, rows, dtype)  # (T, N)
+        return _grouped_mm(X, w, rows, compute_dtype(x))  # (T, N)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         weight, wq, ws, gain, xq, xs, *up = ctx.saved_tensors
+        swiglu = bool(up)
         x = X = dequantize(xq, xs, TILE)  # (T, K)
-        if up:
+        if swiglu:
             up = dequantize(*up, TILE)
             X = _swiglu(x, up, gain)
         dx = d_up = d_gain = dw = None
         if any(ctx.needs_input_grad[:3]):
             q, s = quantize(weight, BLOCK, pow2=True) if wq is None else (wq, ws)
             dx = _grouped_mm(quantize(dy, TILE, pow2=True), (q.mT, s.mT), ctx.rows, dy.dtype)
-            if X is not x:
+            if swiglu:  # that was the gradient of X
                 dx, d_up, d_gain = _swiglu_backward(dx.float(), x, up, gain)
-        if ctx.needs_input_grad[3]:  # here tiles run along the tokens of one expert: 128x1
-            parts = zip(dy.split(ctx.rows), X.split(ctx.rows), strict=True)
-            columns = ([quantize(z.t(), TILE, pow2=True) for z in part] for part in parts)
-            dws = [scaled_mm(*pair, TILE, torch.float32) for pair in columns]  # (N, K) each
+        if ctx.needs_input_grad[3]:
+            dws = []
+            for dy_e, X_e in zip(dy.split(ctx.rows), X.split(ctx.rows), strict=True):
+                # Tiles run along the tokens of one expert: 128x1.
+                columns = (quantize(z.t(), TILE, pow2=True) for z in (dy_e, X_e))
+                dws.append(scaled_mm(*columns, TILE, torch.float32))  # (N, K)
             dw = dws[0] if weight.ndim == 2 else torch.stack(dws)
         return dx, d_up, d_gain, dw, None, None, None
 
 
 def _grouped_mm(x: Quantized, w: Quantized, rows: list[int], dtype: torch.dtype) -> Tensor:
     """The `rows` of x (T, K) that belong to expert e times its matrix in w (E, N, K) or (N, K)."""
-    xs = zip(*(z.split(rows) for z in x), strict=True)  # no tile crosses a row
+    xs = zip(*(z.split(rows) for z in x), strict=True)  # (q, s) by expert; no tile crosses a row
     ws = zip(*(z.view(len(rows), *z.shape[-2:]) for z in w), strict=True)
     ys = [scaled_mm(x_e, w_e, BLOCK, dtype) for x_e, w_e in zip(xs, ws, strict=True)]
     return ys[0] if len(ys) == 1 else torch.cat(ys)
@@ -217,6 +232,7 @@ def _swiglu(gate: Tensor, up: Tensor, gain: Tensor | None) -> Tensor:
 
 
 def _swiglu_backward(dX: Tensor, gate: Tensor, up: Tensor, gain: Tensor | None):
+    """The gradients of gate, up and gain, from that of _swiglu(gate, up, gain)."""
     sigmoid, d_gain = gate.sigmoid(), None
     silu = gate * sigmoid
     if gain is not None:
@@ -234,8 +250,10 @@ def _linear(x: Tensor, weight: Tensor, rows: list[int] | None = None, up=None, g
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-# ---- Modules: those of model.py with FP8 arithmetic. `module.__class__ = FP8Linear` turns one into
-# the other; parameters stay as they are. Results have autocast's dtype or, without it, x's. -------
+# ---- Modules ----------------------------------------------------------------------------------
+#
+# Those of model.py with FP8 arithmetic. `module.__class__ = FP8Linear` turns one into the other:
+# parameters stay as they are. Results have autocast's dtype or, without autocast, that of x.
 
 
 class FP8Linear(nn.Linear):
@@ -251,17 +269,18 @@ class FP8Linear(nn.Linear):
 
 
 class FP8MLP(nn.Module):
-    """W_down (silu(W_gate x) * W_up x) of model.MLP, whose projections are FP8Linear."""
+    """model.MLP: W_down (silu(W_gate x) * W_up x), whose projections are FP8Linear."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _linear(self.gate_proj(x), self.down_proj.weight, up=self.up_proj(x))
 
 
 class FP8Experts(nn.Module):
-    """The routed experts of model.Experts: gate_up_proj (E, 2F, D), down_proj (E, D, F)."""
+    """model.Experts, the routed experts: gate_up_proj (E, 2F, D), down_proj (E, D, F)."""
 
     def forward(self, x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
-        """x (T, D) sorted by expert, counts (E,) of each expert's rows, gain (T,) -> (T, D)."""
+        """x (T, D) sorted by expert, counts (E,) of each expert's rows, gate values gain (T,) ->
+        (T, D)."""
         rows = counts.tolist()
         gate, up = _linear(x, self.gate_up_proj, rows).chunk(2, dim=-1)  # (T, F) each
         return _linear(gate, self.down_proj, rows, up, gain)
@@ -285,12 +304,13 @@ def tell_compiler():
 
 @contextmanager
 def quantized_once(model: nn.Module) -> Iterator[None]:
-    """Within the block the weights are constant, hence quantised once, here: around the
-    micro-batches of a step, optimizer.step() left out, or around an evaluation.
+    """Quantises the weights once, for all that runs within `with quantized_once(model):`.
 
-    Outside, every forward and backward quantises the weight that it finds: a cache that guesses
-    goes stale, since fused optimisers and `p.data` edits leave no trace. An optimiser's step within
-    the block ends the caching. FSDP's weights, gathered anew for every forward, are left alone.
+    The weights must not change there: put it around the micro-batches of a step, before
+    optimizer.step(), or around an evaluation. (An optimiser's step within it ends the caching.)
+    Outside it every forward and backward quantises the weight that it finds. No cache could tell
+    by itself when a weight changes, since fused optimisers and `p.data` edits leave no trace.
+    FSDP's weights, gathered anew for every forward, are left alone.
     """
     modules = [m for m in model.modules() if isinstance(m, FP8Linear | FP8Experts)]
     weights = [w for m in modules for w in m.parameters(recurse=False) if w.ndim > 1]  # no biases

@@ -1,6 +1,6 @@
 """DeepSeek-V3 in one file: Multi-head Latent Attention, DeepSeekMoE and Multi-Token Prediction.
 
-What the network computes, for tokens t_1 .. t_T (numbers of equations are those of the DeepSeek-V3
+What the network computes, for tokens t_1 .. t_T (equations are numbered as in the DeepSeek-V3
 technical report, arXiv 2412.19437, section 2):
 
     x   = embedding of t                               then, in each layer, with u = RMSNorm(x):
@@ -18,9 +18,14 @@ the same name and, but for rounding, the same result. Edit a formula, and its tw
 Where the report is silent (which norm, epsilon) or the released weights differ (order of
 concatenation in MTP), the weights decide; huggingface.py opens them.
 
-Shapes: B batch, T time, D hidden, H heads, C kv_lora_rank, R rope dim, N nope dim, V v_head_dim,
-E routed experts, K experts per token, F expert width, G expert groups, S cached positions, rows =
-tokens times K (a twin may pad them). In logits the last dimension is the vocabulary.
+Depth 0 is the main model, depth k is MTP module k, and k = 1, 2, ... as in the report. Python's
+lists begin at 0, so module k is `mtp[k - 1]`.
+
+Shapes: B batch, T time, D hidden size, H heads, C kv_lora_rank, R rope dim, N nope dim,
+V v_head_dim, E routed experts, K experts per token, F expert width, G groups of experts, S cached
+positions; tokens = B * T as one dimension; rows = tokens * K, one for each expert that a token
+visits (a twin may add some). The last dimension of logits is the vocabulary. Outside comments F is
+torch.nn.functional.
 """
 
 import importlib
@@ -35,13 +40,9 @@ from torch.utils.checkpoint import checkpoint
 import fp8
 from ops import compute_dtype, edited, fast_twin, upcast
 
-Rope = tuple[Tensor, Tensor]  # cos and sin
+Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
 Past = tuple[Tensor, int] | None  # a layer's cache (B, size, C+R) and how many tokens are in it
-MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
-YARN_KEYS = {
-    *("type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
-    *("mscale", "mscale_all_dim", "attention_factor", "truncate"),
-}
+Routing = tuple[Tensor, Tensor] | None  # scores (B, T, E), chosen experts (B, T, K); none: dense
 
 
 @dataclass
@@ -78,36 +79,8 @@ class ModelConfig:
     initializer_range: float = 0.006  # standard deviation of every initial matrix
 
     def __post_init__(self):
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if not isinstance(value, field.type | int if field.type is float else field.type):
-                kind = getattr(field.type, "__name__", field.type)
-                raise ValueError(f"{name} is {value!r}, but must be of type {kind}.")
-            least = 1 if field.type in (int, int | None) and name not in MAY_BE_ZERO else 0
-            if isinstance(value, int | float) and not value >= least:  # nor nan
-                raise ValueError(f"{name} is {value}, but must be at least {least}.")
-        E, K, G, M = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
-        R, yarn = self.qk_rope_head_dim, self.rope_scaling or {}
-        kind = yarn.get("rope_type") or yarn.get("type") or "default"
-        strange = sorted(yarn.keys() - YARN_KEYS)
-        wrong = [k for k, v in yarn.items() if isinstance(v, str) != (k in ("type", "rope_type"))]
-        for refused, sentence in (
-            (R % 2, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even."),
-            (E % G, f"n_routed_experts {E} is not a multiple of n_group {G}."),
-            (M > G, f"topk_group {M} is larger than n_group {G}."),
-            (K > E // G * M, f"num_experts_per_tok {K} exceeds {M} groups' {E // G * M} experts."),
-            (E == G > 1, f"n_group {G} leaves one expert a group, but two make its score."),
-            (kind not in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'."),
-            (strange, f"rope_scaling has {strange}, but may have only {sorted(YARN_KEYS)}."),
-            (wrong, f"rope_scaling has {wrong} of the wrong type: only its type is text."),
-            (kind == "yarn" and not yarn.get("factor"), "rope_scaling lacks the yarn 'factor'."),
-        ):
-            if refused:
-                raise ValueError(sentence)
-        # Kept, as max_position_embeddings may change later.
-        original = yarn.get("original_max_position_embeddings") or self.max_position_embeddings
-        yarn = yarn | {"original_max_position_embeddings": original}
-        self.rope_scaling = yarn if kind == "yarn" else None
+        check_config(self)  # this and the next function stand at the end of the file
+        self.rope_scaling = with_original_length(self)
 
     @property
     def moe_layers(self) -> int:
@@ -144,14 +117,15 @@ class RMSNorm(nn.Module):
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
+    """How much YaRN sharpens attention for texts `factor` times as long: 0.1 m ln(factor) + 1."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
     """cos and sin of position * theta^(-2i/R), both (T, R/2), times YaRN's amplitude.
 
-    YaRN (arXiv 2309.00071; report section 4.3) divides the slow angles by `factor`, keeps the fast
-    ones and blends linearly in between, at every length.
+    YaRN (arXiv 2309.00071; report section 4.3) divides the frequencies of the slow pairs by
+    `factor`, keeps those of the fast ones and blends linearly in between, at every length.
     """
     R, theta = config.qk_rope_head_dim, config.rope_theta
     i = torch.arange(R // 2, device=positions.device, dtype=dtype)
@@ -161,14 +135,14 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
         factor = yarn["factor"]
         original = yarn["original_max_position_embeddings"]
 
-        def index_of(rotations: float) -> float:  # the pair that turns this often in `original`
+        def index_of(rotations: float) -> float:  # the pair i that turns so often in `original`
             return R * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta))
 
         low, high = index_of(yarn.get("beta_fast") or 32), index_of(yarn.get("beta_slow") or 1)
         if yarn.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, R - 1)
-        ramp = ((i - low) / max(high - low, 0.001)).clamp(0, 1)
+        ramp = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # 0 for fast pairs, 1 for slow
         frequency = frequency * (1 - ramp) + frequency / factor * ramp
         m, m_all = yarn.get("mscale"), yarn.get("mscale_all_dim")
         amplitude = yarn_mscale(factor, 1.0)
@@ -181,9 +155,10 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
 
 
 def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
-    """RoPE: every pair of x (B, T, H, R) turned by its position's angle."""
+    """RoPE: every pair of x (B, T, H, R) turned by its position's angle. A pair is two neighbours,
+    or, without interleave, a number of the first half and its counterpart in the second."""
     cos, sin = (table[:, None] for table in rope)  # (T, 1, R/2)
-    pair = -1 if interleave else -2
+    pair = -1 if interleave else -2  # the dimension of a pair's two: (R/2, 2) or (2, R/2)
     a, b = upcast(x).unflatten(-1, (-1, 2) if interleave else (2, -1)).unbind(pair)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), pair).flatten(-2).to(x.dtype)
 
@@ -195,7 +170,7 @@ class Cache:
     """What decoding keeps: c_t^KV and k_t^R, C + R numbers per token and layer, and nothing else.
 
     Allocated once, `kv` (B, size, C+R) for every layer. The first `length` positions are filled, in
-    all rows alike; a smaller `length` forgets the newest tokens: so rejected drafts are undone.
+    all B texts alike. Who sets a smaller `length` forgets the newest tokens: rejected drafts.
     """
 
     def __init__(self, config: ModelConfig, layers: int, batch: int, size: int, like: Tensor):
@@ -204,7 +179,7 @@ class Cache:
         self.size, self.length = size, 0
 
     def claim(self, T: int) -> int:
-        """Makes room for T new tokens in every row; returns the position of the first."""
+        """Makes room for T new tokens; returns the position of the first. ValueError if full."""
         if self.length + T > self.size:
             raise ValueError(f"{self.length} + {T} tokens exceed the cache of {self.size}.")
         self.length += T
@@ -214,7 +189,8 @@ class Cache:
 @fast_twin
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T) v, no look ahead: q, k (B, H, T, N+R), v (B, H, T, V), Eq. 10."""
-    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    T = q.shape[2]
+    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # True at (i, j) for j > i
     score = upcast(q @ k.mT) * scale  # (B, H, T, T)
     return score.masked_fill(later, -math.inf).softmax(-1).to(v.dtype) @ v  # (B, H, T, V)
 
@@ -259,16 +235,17 @@ class MLA(nn.Module):
         config, (B, T, _) = self.config, h.shape
         N, R, C = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
         if config.q_lora_rank is None:
-            q = self.q_proj(h)
+            q = self.q_proj(h)  # (B, T, H*(N+R))
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(h)))
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(h)))  # (B, T, H*(N+R))
         q_nope, q_pe = q.view(B, T, -1, N + R).split([N, R], dim=-1)  # (B, T, H, N), (B, T, H, R)
         latent, k_pe = self.kv_a_proj_with_mqa(h).split([C, R], dim=-1)  # (B, T, C), (B, T, R)
         latent = self.kv_a_layernorm(latent)
         q_pe = rotate(q_pe, rope, config.rope_interleave)
         k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave)  # (B, T, 1, R): all heads'
-        kv, start = past or (None, 0)
+        start = 0
         if past:
+            kv, start = past
             kv[:, start : start + T] = torch.cat((latent, k_pe.squeeze(2)), -1)
         if start == 0:  # nothing but these tokens to look at
             o = self.attend_expanded(q_nope, q_pe, latent, k_pe)
@@ -288,8 +265,9 @@ class MLA(nn.Module):
 
     def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor) -> Tensor:
         """Decoding: W^UK moves over to the query and W^UV to the output, so that attention runs on
-        the cached latents kv (B, S, C+R), of which the last T are those of the queries:
-        q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
+        the cached latents kv (B, S, C+R): q . (W^UK c) = (W^UK^T q) . c and
+        sum p (W^UV c) = W^UV (sum p c). The last T of the S cached tokens are those of the queries:
+        query i is token S - T + i, so `later` has True at (i, j) for j > S - T + i."""
         (_, T, H, N), S, C = q_nope.shape, kv.shape[1], self.config.kv_lora_rank
         W = self.kv_b_proj.weight.unflatten(0, (H, -1))
         W_UK, W_UV = W[:, :N], W[:, N:]  # (H, N, C), (H, V, C)
@@ -306,8 +284,12 @@ class MLA(nn.Module):
 
 
 def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values. (Eq. 12
-    multiplies the output, which is wider. DeepSeek's code, too, rounds gate values to bf16.)"""
+    """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values.
+
+    Eq. 12 multiplies the expert's output. The product with W_down that follows here is linear, so
+    its input may be multiplied as well, and is narrower. Like DeepSeek's code this rounds gate
+    values to the dtype of y, such as bf16.
+    """
     y = F.silu(gate) * up
     return y if gain is None else y * gain[:, None].to(y.dtype)
 
@@ -328,10 +310,10 @@ class MLP(nn.Module):
 class Gate(nn.Module):
     """Which K experts a token visits and how much each counts, Eq. 13-16.
 
-    s = sigmoid(u . e_i). The K experts are those with the largest s + b, within the topk_group
-    groups whose two best s + b (K / topk_group best, in the report) sum highest. The bias b chooses
-    and does nothing else: the weights come from s alone, and no gradient reaches b.
-    `DeepSeekV3.update_bias` moves it.
+    s_i = sigmoid(u . e_i). First the topk_group groups stay whose two largest s + b have the
+    largest sums (the released code's rule; the report adds up K / topk_group of them). Of their
+    experts those K are chosen that have the largest s + b. The bias b chooses and does nothing
+    else: gate values come from s alone. No gradient reaches b; `DeepSeekV3.update_bias` moves it.
     """
 
     def __init__(self, config: ModelConfig):
@@ -358,14 +340,13 @@ class Gate(nn.Module):
         choice = s.detach() + self.e_score_correction_bias  # (B, T, E)
         if G > 1:
             groups = choice.unflatten(-1, (G, -1))  # (B, T, G, E/G)
-            best = groups.topk(2).values.sum(-1).topk(config.topk_group).indices
+            best = groups.topk(2).values.sum(-1).topk(config.topk_group).indices  # which groups
             dropped = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
             choice = groups.masked_fill(dropped.unsqueeze(-1), -math.inf).flatten(-2)
         chosen = choice.topk(config.num_experts_per_tok, sorted=False).indices  # Eq. 14, 16
-        gain = s.gather(-1, chosen)
+        gain = s.gather(-1, chosen)  # (B, T, K)
         if config.norm_topk_prob:
             gain = gain / (gain.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
-        self.routing = s, chosen  # for DeepSeekV3.run_block
         return s, chosen, gain * config.routed_scaling_factor
 
 
@@ -377,6 +358,7 @@ def balance_loss(s: Tensor, K: int) -> Tensor:
     B, T, E = s.shape
     P = (s / s.sum(-1, keepdim=True)).mean(1)  # (B, E), Eq. 19-20
     best = s.detach().topk(K).indices.flatten(1)  # (B, T*K), by s without the bias
+    # (B, E), Eq. 18: every expert's share of the choices, times E.
     f = P.new_zeros(B, E).scatter_add_(1, best, torch.ones_like(best, dtype=P.dtype)) * E / (K * T)
     return (f * P).sum(-1).mean()
 
@@ -391,10 +373,14 @@ def expert_counts(chosen: Tensor, E: int) -> Tensor:
 @fast_twin
 def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """chosen (tokens, K) -> rows (rows,): the token in each row, sorted by expert; slots
-    (tokens, K): the rows of each token's experts; counts (E,): how many rows each expert has."""
+    (tokens, K): the rows of each token's experts; counts (E,): how many rows each expert has.
+
+    Two tokens, K = 2, E = 3: chosen [[2, 0], [2, 1]] gives rows [0, 1, 0, 1], since expert 0 has
+    token 0, expert 1 token 1, expert 2 both; slots [[2, 0], [3, 1]] and counts [1, 1, 2].
+    """
     order = chosen.flatten().argsort(stable=True)  # row -> token * K + choice
     row = torch.arange(len(order), device=order.device)
-    slots = torch.empty_like(order).scatter_(0, order, row)
+    slots = torch.empty_like(order).scatter_(0, order, row)  # the inverse of order
     return order // chosen.shape[1], slots.view_as(chosen), expert_counts(chosen, E)
 
 
@@ -422,9 +408,9 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        E, F_, D = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))  # gate first
-        self.down_proj = nn.Parameter(torch.empty(E, D, F_))
+        E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))  # gate first
+        self.down_proj = nn.Parameter(torch.empty(E, D, width))
 
     def forward(self, x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
         """x (rows, D) sorted by expert, counts (E,), gate values gain (rows,) -> (rows, D)."""
@@ -445,13 +431,17 @@ class MoE(nn.Module):
         width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, width) if width else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x (B, T, D) -> (B, T, D), and the routing for DeepSeekV3 to note."""
         s, chosen, gain = self.gate(x)
         rows, slots, counts = sort_by_expert(chosen.flatten(0, 1), s.shape[-1])
+        # Each gate value goes to the row of its token and expert; rows that a twin added keep 0.
         gain = gain.new_zeros(len(rows)).scatter(0, slots.flatten(), gain.flatten())  # (rows,)
         y = self.experts(dispatch(x.flatten(0, 1), rows, slots), counts, gain)  # (rows, D)
-        y = combine(y, rows, slots).view_as(x)
-        return y if self.shared_experts is None else y + self.shared_experts(x)
+        y = combine(y, rows, slots).view_as(x)  # (B, T, D)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y, (s, chosen)
 
 
 class Block(nn.Module):
@@ -465,16 +455,19 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(D, eps)
         self.mlp = MLP(D, config.intermediate_size) if dense else MoE(config)
 
-    def forward(self, x: Tensor, rope: Rope, past: Past = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, past: Past = None) -> tuple[Tensor, Routing]:
+        """x (B, T, D) -> (B, T, D), and the routing of its MoE."""
         x = x + self.self_attn(self.input_layernorm(x), rope, past)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.mlp(self.post_attention_layernorm(x))
+        y, routing = y if isinstance(y, tuple) else (y, None)  # a dense MLP returns y alone
+        return x + y, routing
 
 
 # ---- Multi-Token Prediction (section 2.2) --------------------------------------------------------
 
 
 class MTP(nn.Module):
-    """Module k predicts one token further than module k-1, Eq. 21-22.
+    """Depth k predicts one token further than depth k - 1, Eq. 21-22.
 
     h'_i^k = M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h_i^{k-1})],  h^k = RMSNorm(TRM_k(h'^k))
     The report writes the hidden state first and no norm around TRM_k; the released weights have
@@ -490,10 +483,14 @@ class MTP(nn.Module):
         self.block = Block(config, dense=False)  # TRM_k
         self.norm = RMSNorm(D, eps)  # before the shared output head
 
-    def forward(self, h: Tensor, embedding: Tensor, rope: Rope, past: Past = None) -> Tensor:
-        """h = h^{k-1} (B, T, D), embedding of the tokens k later (B, T, D) -> h^k (B, T, D)."""
+    def forward(
+        self, h: Tensor, embedding: Tensor, rope: Rope, past: Past = None
+    ) -> tuple[Tensor, Routing]:
+        """h = h^{k-1} (B, T, D), embedding of the tokens k later (B, T, D) -> h^k (B, T, D), and
+        the routing of the block."""
         u = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), -1))  # (B, T, D)
-        return self.norm(self.block(u, rope, past))
+        u, routing = self.block(u, rope, past)
+        return self.norm(u), routing
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -501,8 +498,8 @@ class MTP(nn.Module):
 
 @fast_twin
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of softmax(h W^T): h (n, D), weight (vocabulary, D), targets (n,) with
-    -1 ignored; 0 where all are."""
+    """Mean cross-entropy, in nats, of softmax(h W^T): h (tokens, D), weight (vocabulary, D),
+    targets (tokens,), -1 where there is none; 0 if all are -1."""
     logits = upcast(F.linear(h, weight))
     total = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
     return total / (targets >= 0).sum().clamp(min=1)
@@ -511,15 +508,17 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
-    After every call `routing` holds the chosen experts (B, T, K) of each MoE layer that ran, after
-    one with targets `mtp_losses` the loss of each MTP depth.
-    In training mode `expert_counts` (MoE layers, E) adds them up until `update_bias` uses them.
+    After every call `routing` holds the chosen experts (B, T, K) of each MoE layer that ran, those
+    of MTP modules last; after a call with targets `mtp_losses` holds the loss of each MTP depth.
+    In training mode `expert_counts` (MoE layers, E) adds up how often each expert was chosen, until
+    `update_bias` uses that.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.trained_length = config.max_position_embeddings  # load_model knows better for our runs
+        # Tokens in the longest windows of training. huggingface.load_model sets it for our runs.
+        self.trained_length = config.max_position_embeddings
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, dense=i < config.first_k_dense_replace)
@@ -532,7 +531,11 @@ class DeepSeekV3(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         counts = torch.zeros(config.moe_layers, config.n_routed_experts, dtype=torch.long)
         self.register_buffer("expert_counts", counts, persistent=False)
-        self.scores, self.routing = [], []  # of the MoE layers that ran; forward drops scores
+        # Of each MoE layer that ran: its row in expert_counts, its scores (B, T, E), its chosen
+        # experts (B, T, K). forward empties `scores`, since they hold the graph of a training step.
+        self.rows: list[int] = []
+        self.scores: list[Tensor] = []
+        self.routing: list[Tensor] = []
         self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: forget a block's activations, redo them
         for name, parameter in self.named_parameters():  # section 4.2; norms are 1
@@ -562,22 +565,20 @@ class DeepSeekV3(nn.Module):
         for block in [*self.layers, *(module.block for module in self.mtp)]:
             for module in block.modules():
                 if type(module) is MLP and type(module.down_proj) is not nn.Linear:
-                    continue  # FP8MLP would read its weight and pass over what it does
+                    continue  # an adapter, say: FP8MLP would use its weight alone
                 module.__class__ = swap.get(type(module), type(module))
 
-    def run_block(self, block: nn.Module, *inputs) -> Tensor:
-        def compute(*inputs):  # returns the routing too: left in a gate it would hold the graph
-            x = block(*inputs)
-            return x, [m.__dict__.pop("routing") for m in block.modules() if isinstance(m, Gate)]
-
+    def run_block(self, block: nn.Module, row: int, *inputs) -> Tensor:
+        """Calls a Block or MTP module, and notes its routing under this row of expert_counts."""
         if self.recompute and torch.is_grad_enabled():
-            # A recomputation that stopped early would end before the pop.
-            options = dict(use_reentrant=False, early_stop=False)
-            x, routing = checkpoint(compute, *inputs, **options)
+            x, routing = checkpoint(block, *inputs, use_reentrant=False)
         else:
-            x, routing = compute(*inputs)
-        self.scores += [s for s, _ in routing]
-        self.routing += [chosen for _, chosen in routing]
+            x, routing = block(*inputs)
+        if routing is not None:
+            scores, chosen = routing
+            self.rows.append(row)
+            self.scores.append(scores)
+            self.routing.append(chosen)
         return x
 
     def rope(self, x: Tensor, start: int) -> Rope:
@@ -586,24 +587,29 @@ class DeepSeekV3(nn.Module):
         return rope_table(self.config, positions, upcast(x[:0]).dtype)
 
     def trunk(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """tokens (B, T) -> hidden states after the final norm (B, T, D).
+        """tokens (B, T) -> h^0, the hidden states after the final norm (B, T, D).
 
-        With a cache, the tokens continue its rows.
+        With a cache the tokens continue the B texts in it.
         """
-        self.scores, self.routing = [], []
-        x = self.embed_tokens(tokens)
+        self.rows, self.scores, self.routing = [], [], []
+        x = self.embed_tokens(tokens)  # (B, T, D)
         start = cache.claim(tokens.shape[1]) if cache else 0
         rope = self.rope(x, start)
         for i, block in enumerate(self.layers):
-            x = self.run_block(block, x, rope, (cache.kv[i], start) if cache else None)
+            row = i - self.config.first_k_dense_replace  # among MoE layers; others have no routing
+            x = self.run_block(block, row, x, rope, (cache.kv[i], start) if cache else None)
         return self.norm(x)
 
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """MTP module k (0-based): h (B, T, D) of depth k, tokens (B, T) k + 1 later -> next h."""
-        embedding = self.embed_tokens(tokens)
+        """One depth further: h = h^k (B, T, D), the tokens k + 1 later (B, T) -> h^{k+1} (B, T, D).
+
+        The module of depth k + 1 is mtp[k], its cache kv[k].
+        """
+        embedding = self.embed_tokens(tokens)  # (B, T, D)
         start = cache.claim(tokens.shape[1]) if cache else 0
         past = (cache.kv[k], start) if cache else None
-        return self.run_block(self.mtp[k], h, embedding, self.rope(h, start), past)
+        row = self.config.moe_layers - len(self.mtp) + k
+        return self.run_block(self.mtp[k], row, h, embedding, self.rope(h, start), past)
 
     def logits(self, h: Tensor) -> Tensor:
         return upcast(self.lm_head(h))
@@ -612,18 +618,19 @@ class DeepSeekV3(nn.Module):
         """tokens (B, T) int64. In training, `targets` (B, T) are the next tokens, -1 ignored.
 
         Without targets: logits (B, T, vocabulary), float32 (float64 for a float64 model); with
-        return_mtp also a list whose k-th entry (k from 1) is (B, T-k, vocabulary): its row i
-        predicts token i+1+k. With targets: main cross-entropy, mean MTP cross-entropy (Eq. 24-25,
-        but over its T - k targets) and mean balance loss (Eq. 17), all before their weights.
+        return_mtp also the list of those of depths k = 1, 2, ..., (B, T-k, vocabulary) each, whose
+        row i predicts token i + 1 + k. With targets: main cross-entropy, mean MTP cross-entropy
+        (Eq. 24-25, but over its T - k targets), both in nats, and mean balance loss (Eq. 17), all
+        before their weights.
         """
-        hidden = [self.trunk(tokens)]
+        hidden = [self.trunk(tokens)]  # h^0; then h^1, h^2, ...
         if targets is not None or return_mtp:
             for k in range(min(len(self.mtp), tokens.shape[1] - 1)):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
         scores, self.scores = self.scores, []
         if self.training:
-            for counts, chosen in zip(self.expert_counts, self.routing, strict=False):
-                counts += expert_counts(chosen, self.config.n_routed_experts)
+            for row, chosen in zip(self.rows, self.routing, strict=True):
+                self.expert_counts[row] += expert_counts(chosen, self.config.n_routed_experts)
         if targets is None:
             logits = [self.logits(h) for h in hidden]
             return (logits[0], logits[1:]) if return_mtp else logits[0]
@@ -671,3 +678,65 @@ class DeepSeekV3(nn.Module):
     def save_pretrained(self, directory, **options):
         """Writes one: see huggingface.save_pretrained."""
         importlib.import_module("huggingface").save_pretrained(self, directory, **options)
+
+
+# ---- What a ModelConfig may hold -----------------------------------------------------------------
+
+MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+YARN_KEYS = {
+    *("type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    *("mscale", "mscale_all_dim", "attention_factor", "truncate"),
+}
+
+
+def check_config(config: ModelConfig):
+    """Raises ValueError, in one sentence, if these values make no network."""
+    for field in fields(config):
+        name, kind, value = field.name, field.type, getattr(config, field.name)
+        accepted = int | float if kind is float else kind  # 1 will do for 1.0
+        if not isinstance(value, accepted):
+            kind = getattr(kind, "__name__", kind)
+            raise ValueError(f"{name} is {value!r}, but must be of type {kind}.")
+        counts = kind in (int, int | None)  # widths, heads, layers ...
+        least = 1 if counts and name not in MAY_BE_ZERO else 0
+        if isinstance(value, int | float) and not value >= least:  # "not >=" refuses nan too
+            raise ValueError(f"{name} is {value}, but must be at least {least}.")
+    E, K, R = config.n_routed_experts, config.num_experts_per_tok, config.qk_rope_head_dim
+    groups, allowed = config.n_group, config.topk_group
+    within = E // groups * allowed  # the experts among which a token chooses
+    yarn = config.rope_scaling or {}
+    kind = yarn_kind(config)
+    strange = sorted(yarn.keys() - YARN_KEYS)
+    wrong = [k for k, v in yarn.items() if isinstance(v, str) != (k in ("type", "rope_type"))]
+    for refused, sentence in (
+        (R % 2, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even."),
+        (E % groups, f"n_routed_experts {E} is not a multiple of n_group {groups}."),
+        (allowed > groups, f"topk_group {allowed} is larger than n_group {groups}."),
+        (within < K, f"num_experts_per_tok {K} exceeds {allowed} groups' {within} experts."),
+        (E == groups > 1, f"n_group {groups} leaves one expert a group, but two make its score."),
+        (kind not in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'."),
+        (strange, f"rope_scaling has {strange}, but may have only {sorted(YARN_KEYS)}."),
+        (wrong, f"rope_scaling has {wrong} of the wrong type: only its type is text."),
+        (kind == "yarn" and not yarn.get("factor"), "rope_scaling lacks the yarn 'factor'."),
+    ):
+        if refused:
+            raise ValueError(sentence)
+
+
+def yarn_kind(config: ModelConfig) -> str:
+    yarn = config.rope_scaling or {}
+    return yarn.get("rope_type") or yarn.get("type") or "default"
+
+
+def with_original_length(config: ModelConfig) -> dict | None:
+    """The parameters of YaRN, the length that its angles refer to among them; None without YaRN.
+
+    A file that does not name this length means max_position_embeddings. It is written down at once:
+    max_position_embeddings may get another value later (when a run is resumed or exported), and the
+    angles must not move with it.
+    """
+    if yarn_kind(config) != "yarn":
+        return None
+    yarn = config.rope_scaling
+    original = yarn.get("original_max_position_embeddings") or config.max_position_embeddings
+    return yarn | {"original_max_position_embeddings": original}

@@ -60,9 +60,9 @@ self.lm_head.weight = self.embed_tokens.weight  # to_empty => pass  #
 load.mean(1, keepdim=True) - load).sign() => load - load.mean(1, keepdim=True)).sign()
 load.mean(1, keepdim=True) - load).sign() => load.mean(1, keepdim=True) - load)
 load.mean(1, keepdim=True) - load).sign() => load.mean() - load).sign()
-counts += expert_counts(chosen => counts[:] = expert_counts(chosen
+self.expert_counts[row] += expert => self.expert_counts[row] = expert
 if self.training: => if True:
-zip(self.expert_counts, self.routing => zip(self.expert_counts[:2], self.routing
+row = self.config.moe_layers - len(self.mtp) + k => row = k
 B, T, E = s.shape => B, T, E = (s := s.flatten(0, 1)[None]).shape
 (f * P).sum(-1).mean() => (f * P).sum(-1).mean().detach() + 0 * s.sum()
 P = (s / s.sum(-1, keepdim=True)).mean(1) => P = s.mean(1)
@@ -79,7 +79,7 @@ self.enorm(embedding), self.hnorm(h) => self.hnorm(h), self.enorm(embedding)
 hidden[-1][:, :-1] => (hidden[-1] / (self.norm.weight if k == 0 else 1))[:, :-1]
 hidden[-1][:, :-1] => hidden[0][:, : -k - 1]
 tokens[:, k + 1 :]) => tokens[:, k:-1])
-self.norm(self.block(u, rope, past)) => self.block(u, rope, past)
+return self.norm(u), routing => return u, routing
 targets[:, k:].flatten() => targets[:, : h.shape[1]].flatten()
 sum(mtp, zero) / max(1, len(mtp)) => sum(mtp, zero)
 (targets >= 0).sum().clamp(min=1) => torch.tensor(len(targets))
@@ -92,7 +92,7 @@ for block in [*self.layers, *(module.block for module in self.mtp)]: => for bloc
 .triu_(1) => .triu_(2)
 k.mT, alpha=scale => k.mT
 is_causal=True => is_causal=False
-argsort(stable=True)  # an expert => argsort(descending=True)  # an expert
+argsort(stable=True)  # 1 4 => argsort(descending=True)  # 1 4
 order[real] // => order.clamp(max=len(expert) - 1) //
 gather(dy, *ctx.saved_tensors) => dy[ctx.saved_tensors[0].view(-1)[: len(dy)]]
 torch.where(owned, rows, len(dy)) => rows
@@ -125,10 +125,10 @@ self.o_proj = nn.Linear(H * V, D, bias=bias) => self.o_proj = nn.Linear(H * V, D
 config.n_shared_experts * config => 1 * config
 
 # ops.py tests/test_edits.py
-if changed := edited(known, [name, *partners]): => if changed := []:
-shared = ["upcast", "compute_dtype", *partners] => shared = ["upcast", "compute_dtype"]
-shared = ["upcast", "compute_dtype", *partners] => shared = [*partners]
-continue  # a docstring and the end of its line => pass
+if changed := edited(source, asked): => if changed := []:
+[name, *RELIES_ON.get(name, [])] => [name]
+return helpers + [name => return [name
+continue  # a docstring, and the end of its line => pass
 own &= {"trunk" => own &= {"x"
 elif module._forward_hooks or module._forward_pre_hooks: => elif False:
 if own: => if False:
@@ -137,7 +137,8 @@ if kind is nn.Embedding and module.max_norm is not None: => if False:
 if own_config is not config and own_config != config: => if False:
 not in (1e-6, config.rms_norm_eps): => not in (module.eps,):
 elif fingerprint(kind) != FINGERPRINTS.get(name): => elif False:
-formula = getattr(formula, "formula", formula) => formula = inspect.unwrap(formula)
+inner = getattr(formula, "formula", None)  # => inner = formula = inspect.unwrap(formula)  #
+getattr(formula, "__wrapped__", None) is inner: => True:
 if not (isinstance(scale, float) and => if not (True and
 
 # sample.py tests/test_edits.py
@@ -153,6 +154,7 @@ if not any(isinstance(m, fp8.FP8Linear) for m in model.modules()): => if True:
 # model.py tests/test_edits.py
 if changed := edited(globals(), fp8.COPIES): => if changed := []:
 if type(module) is MLP and type => if False and type
+zip(self.rows, self.routing, strict=True): => enumerate(self.routing):
 
 # prepare_data.py tests/test_prepare_data.py
 [^\s{_CJK}{_CJK_SIGNS}]) => \S)

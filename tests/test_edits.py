@@ -41,7 +41,7 @@ EDITS = {
     ],
     "squared ReLU": [("y = F.silu(gate) * up", "y = F.relu(gate).square() * up")],
     "combine times 0.5": [("sum(1, dtype=y.dtype)", "sum(1, dtype=y.dtype) * 0.5")],
-    "FFN times 0.7": [("return x + self.mlp(", "return x + 0.7 * self.mlp(")],
+    "FFN times 0.7": [("return x + y, routing", "return x + 0.7 * y, routing")],
     "no gate values": [("y if gain is None else y * gain[:, None].to(y.dtype)", "y")],
     "norms without weights": [("self.weight * rms_norm(", "1.0 * rms_norm(")],
     "another rotation": [("a * cos - b * sin", "a * cos + 2 * b * sin")],
@@ -56,14 +56,14 @@ IN_TRAINING = {
     ],
     "other scores": [
         ("compute_dtype, edited, fast_twin, upcast", "compute_dtype, edited, fast_twin"),
-        ("MAY_BE_ZERO = (", "def upcast(x):\n    return x.clamp(-2, 2)\n\n\nMAY_BE_ZERO = ("),
+        ("Rope = tuple[", "def upcast(x):\n    return x.clamp(-2, 2)\n\n\nRope = tuple["),
     ],
     "a decorated loss": [
         ("@fast_twin\ndef head_loss(", "@fast_twin\n@halved\ndef head_loss("),
         (
-            "MAY_BE_ZERO = (",
+            "Rope = tuple[",
             "import functools\n\n\ndef halved(f):\n    @functools.wraps(f)\n    def half(*args):\n"
-            "        return f(*args) / 2\n\n    return half\n\n\nMAY_BE_ZERO = (",
+            "        return f(*args) / 2\n\n    return half\n\n\nRope = tuple[",
         ),
     ],
     "label smoothing": [('reduction="sum")', 'reduction="sum", label_smoothing=0.1)')],
@@ -86,18 +86,18 @@ BROKEN = {
     ],
     "a state that drafts spoil": [
         (
-            "        return x + self.mlp(",
+            "        y = self.mlp(",
             "        start = past[1] if past else 0\n"
             "        before = self.last if start else torch.zeros_like(x[:, :1])\n"
             "        self.last = x[:, -1:]\n"
             "        x = x + torch.cat((before, x[:, :-1]), 1)\n"
-            "        return x + self.mlp(",
+            "        y = self.mlp(",
         ),
     ],
     "token shift": [
         (
-            "        return x + self.mlp(",
-            "        x = x + F.pad(x, (0, 0, 1, -1))\n        return x + self.mlp(",
+            "        y = self.mlp(",
+            "        x = x + F.pad(x, (0, 0, 1, -1))\n        y = self.mlp(",
         ),
     ],
 }
@@ -188,11 +188,42 @@ def test_an_edit_trains_as_the_formulas_say(name, tmp_path, monkeypatch, capsys)
     assert (ours - unedited).norm() > 0.01 * unedited.norm()
 
 
+ATTENTION = "        x = x + self.self_attn("
+CALL = "            x = self.run_block(block,"
+DROPPED = {
+    "in its block": (ATTENTION, f"        if DROP():\n            return x, None\n{ATTENTION}"),
+    "in the trunk": (CALL, f"            if DROP():\n                continue\n{CALL}"),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("place", DROPPED)
+def test_layers_may_be_dropped_at_random(place, recompute, tmp_path):
+    """Whatever ran before it, a layer's choices are counted in its own row."""
+    module, seen = edited(tmp_path, [DROPPED[place]]), {}
+    module.DROP = lambda: torch.rand(()) < 0.4
+    model = network(module).train()
+    model.recompute = recompute
+
+    for gate in model.gates():
+        gate.register_forward_hook(lambda gate, args, out: seen.update({gate: out[1]}))
+    expected, ran = torch.zeros_like(model.expert_counts), set()
+    for seed in range(9):
+        tokens = tokens_of(model, 2, 20, seed=seed)
+        seen.clear()
+        loss = sum(model(tokens, tokens))
+        for row, gate in zip(expected, model.gates(), strict=True):
+            row += seen[gate].flatten().bincount(minlength=8) if gate in seen else 0
+        loss.backward()
+        ran.add(len(seen))
+    assert torch.equal(model.expert_counts, expected) and len(ran) > 1
+
+
 @pytest.mark.parametrize("name", ["squared ReLU", "combine times 0.5", "no gate values"])
 def test_edited_experts_train_in_bf16_as_the_formulas_say(name, tmp_path, monkeypatch):
     """There twins pad the experts' rows. 2 %: three bf16 roundings in a row."""
     moe = network(edited(tmp_path, EDITS[name]), torch.float32).layers[1].mlp
-    args = moe, (torch.randn(1, 50, 16),), list(moe.experts.parameters())
+    args = lambda x: moe(x)[0], (torch.randn(1, 50, 16),), list(moe.experts.parameters())
     ours = in_bf16(value_and_gradients, *args)
     monkeypatch.setattr(ops, "enabled", False)
     for a, b in zip(ours, value_and_gradients(*args), strict=True):
@@ -282,7 +313,12 @@ def put_in_a_class(model, monkeypatch):
 
 def patch_a_class(model, monkeypatch):
     forward = plain.MoE.forward
-    monkeypatch.setattr(plain.MoE, "forward", lambda moe, x: 3 * forward(moe, x))
+
+    def tripled(moe, x):
+        y, routing = forward(moe, x)
+        return 3 * y, routing
+
+    monkeypatch.setattr(plain.MoE, "forward", tripled)
 
 
 def patch_a_function(model, monkeypatch):
@@ -301,7 +337,7 @@ def patch_the_model(model, monkeypatch):
 
 
 def put_in_a_hook(model, monkeypatch):
-    model.layers[2].mlp.register_forward_hook(lambda module, args, y: 2 * y)
+    model.layers[2].mlp.register_forward_hook(lambda module, args, out: (2 * out[0], out[1]))
 
 
 def give_a_bias(model, monkeypatch):
@@ -316,6 +352,16 @@ def wrap_a_function(model, monkeypatch):
         return rotate(x, (rope[0], rope[1] / 2), interleave)
 
     monkeypatch.setattr(plain, "rotate", half_turned)
+
+
+def wrap_a_twin(model, monkeypatch):
+    linear = plain.grouped_linear
+
+    @functools.wraps(linear)
+    def doubled(*args):
+        return 2 * linear(*args)
+
+    monkeypatch.setattr(plain, "grouped_linear", doubled)
 
 
 def exchange_code(model, monkeypatch):
@@ -369,6 +415,7 @@ def change_weights_unseen(model, monkeypatch):
         (put_in_a_hook, False),
         (give_a_bias, False),
         (wrap_a_function, False),
+        (wrap_a_twin, False),
         (exchange_code, False),
         (change_the_eps_of_a_norm, False),
         (change_the_config_of_a_layer, False),
@@ -395,9 +442,12 @@ def test_a_patch_decodes_as_patched(patch, copied, after, monkeypatch, capsys):
 def test_a_second_patch_is_compared_too(monkeypatch):
     """The first is harmless; the second, of the same method, needs tokens that no cache holds."""
     model, forward = network(plain), plain.Block.forward
-    monkeypatch.setattr(
-        plain.Block, "forward", lambda self, x, *args: 0.9 * forward(self, x, *args)
-    )
+
+    def scaled(self, x, *args):
+        x, routing = forward(self, x, *args)
+        return 0.9 * x, routing
+
+    monkeypatch.setattr(plain.Block, "forward", scaled)
     assert is_the_models_text(model)
 
     def shifted(self, x, *args):
@@ -461,7 +511,7 @@ def test_twins_take_named_arguments_as_their_formulas_do():
 def test_dropout_is_recomputed_with_the_same_numbers():
     model = network(plain)
     for block in model.layers:
-        block.register_forward_hook(lambda module, args, x: F.dropout(x, 0.5))
+        block.register_forward_hook(lambda module, args, out: (F.dropout(out[0], 0.5), out[1]))
     torch.manual_seed(3)
     expected = losses_and_gradients(model)
     model.recompute = True
