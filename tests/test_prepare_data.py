@@ -42,7 +42,13 @@ def prose(seed: int, lines: int) -> str:
 
 
 def make(tmp_path, source, **keys) -> Path:
-    keys = {"name": "d", "out": str(tmp_path / "data"), "vocab_size": 300} | keys
+    """A prepared folder, without a test unless one is asked for."""
+    keys = {
+        "name": "d",
+        "out": str(tmp_path / "data"),
+        "vocab_size": 300,
+        "test_fraction": 0,
+    } | keys
     return pd.prepare(pd.DataConfig(source=str(source), **keys))
 
 
@@ -188,7 +194,7 @@ def test_a_tokenizer_is_trained_on_every_training_document(tmp_path):
     for i in range(12):
         (tmp_path / f"{i}.txt").write_text(f"word{chr(97 + i) * 3} " * 50 + "\n" + prose(i, 5))
     documents = pd.read_paths(str(tmp_path), "text")
-    train, _ = pd.split_documents(documents, 0.1)
+    train, _, _ = pd.split_documents(documents, 0.1)
     folder = make(tmp_path, tmp_path, val_fraction=0.1)
     assert pd.load_tokenizer(folder)._mergeable_ranks == pd.train_bpe(train, 299, pd.PATTERN)
 
@@ -223,7 +229,7 @@ def test_a_large_text_is_sampled_for_the_tokenizer_and_encoded_piece_by_piece(
         assert ids_of(pieces, split) == ids_of(whole, split)
     assert ids_of(pieces, "train").count(299) == 1  # one document
     monkeypatch.setattr(pd, "BPE_SAMPLE", 4000)
-    (train,), _ = pd.split_documents({"a.txt:0": text}, 0.05)
+    (train,), _, _ = pd.split_documents({"a.txt:0": text}, 0.05)
     ranks = pd.load_tokenizer(make(tmp_path, tmp_path / "a.txt", name="sampled"))._mergeable_ranks
     assert ranks == pd.train_bpe(pd.sample_texts([train], 4000), 299, pd.PATTERN)
     assert ranks != pd.load_tokenizer(whole)._mergeable_ranks
@@ -239,13 +245,14 @@ def test_default_corpus_its_round_trip_and_counts(tmp_path, monkeypatch):
     assert 5e6 < sum(len(text.encode()) for text in documents.values()) < 15e6
     left_out = {"test", "tests", "site-packages", "encodings"}
     assert not [name for name in documents if left_out & set(name.split("/"))]
+    size = [len("".join(part).encode()) for part in pd.split_documents(documents, 0.05, 0.05)]
+    assert all(0.045 < held / sum(size) < 0.055 for held in size[1:])
     some = dict(list(documents.items())[::16])  # all of them take seconds
     monkeypatch.setattr(pd, "read_stdlib", lambda: some)
     folder = pd.prepare(pd.DataConfig(out=str(tmp_path)))
     data, encoding = pd.load_dataset(folder), pd.load_tokenizer(folder)
     assert data.vocab_size == encoding.eot_token + 1 == 4096 and 3 < data.val_bytes_per_token < 4
-    train, val = pd.split_documents(some, 0.05)
-    assert 0.045 < len("".join(val).encode()) / len("".join(train + val).encode()) < 0.055
+    train, val, _ = pd.split_documents(some, 0.05, 0.05)
     assert text_of(folder, "val") == "".join(pd.END_OF_TEXT + text for text in val)
     assert ids_of(folder, "train").count(4095) == len(train)
 
@@ -253,8 +260,8 @@ def test_default_corpus_its_round_trip_and_counts(tmp_path, monkeypatch):
 def test_split_takes_whole_documents_by_the_hash_of_their_names():
     """Except copies, and what would overshoot."""
     documents = {f"f{i}": prose(i, 20) for i in range(100)}
-    train, val = pd.split_documents(documents, 0.1)
-    assert sorted(train + val) == sorted(documents.values())
+    train, val, test = pd.split_documents(documents, 0.1)
+    assert test == [] and sorted(train + val) == sorted(documents.values())
     assert 0.08 < sum(map(len, val)) / sum(map(len, train + val)) <= 0.11
     order = sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest())
     assert val == [documents[name] for name in order[: len(val)]]
@@ -262,7 +269,7 @@ def test_split_takes_whole_documents_by_the_hash_of_their_names():
     first, second, *others = order
     documents[first] = documents[others[7]][:-100] + "one line of its own\n"  # nearly a copy
     documents[second] = prose(99, 400)
-    _, val = pd.split_documents(documents, 0.1)
+    _, val, _ = pd.split_documents(documents, 0.1)
     assert documents[first] not in val and documents[second] not in val and len(val) >= 3
 
 
@@ -303,7 +310,7 @@ def lines_of(letter: str, count: int) -> str:
     ],
 )
 def test_split_at_its_thresholds(texts, taken):
-    train, val = pd.split_documents(by_hash(texts), 0.1)
+    train, val, _ = pd.split_documents(by_hash(texts), 0.1)
     whole = [texts[i] for i in taken if i != "end"]
     assert val[: len(whole)] == whole
     ends, largest = val[len(whole) :], max(texts, key=len)
@@ -316,7 +323,8 @@ def test_split_at_its_thresholds(texts, taken):
 @pytest.mark.parametrize("newline", ["\n", ""])
 def test_split_cuts_the_end_off_a_single_file(newline):
     text = "title\n" + prose(1, 300).replace("\n", newline)
-    (train,), (val,) = pd.split_documents({"a": text}, 0.1)
+    (train,), (val,), test = pd.split_documents({"a": text}, 0.1, 0.1)
+    assert test == []
     assert train + val == text and abs(len(val) / len(text) - 0.1) < 0.01
     assert not newline or train.endswith("\n")
 
@@ -330,6 +338,76 @@ def test_tokenizer_never_sees_the_validation_text_and_may_serve_other_folders(tm
         assert bool([token for token in tokens if b"zy" in token]) == seen
     other = make(tmp_path, tmp_path / "a.txt", tokenizer=str(folder), vocab_size=300, name="other")
     assert meta_of(other)["tokenizer_sha256"] == meta_of(folder)["tokenizer_sha256"]
+
+
+# ---- The test text -----------------------------------------------------------------------------
+
+
+def lines_from(number: int, count: int = 10) -> str:
+    """Lines of 10 characters, none like another or like those from another number."""
+    return "".join(f"{number:03d}{i:06d}\n" for i in range(count))
+
+
+def write_by_hash(folder: Path, texts: list[str]) -> Path:
+    """A folder of files whose documents split_documents sees in the order of the texts."""
+    folder.mkdir()
+    names = [f"{i:03d}.txt" for i in range(len(texts))]
+    names.sort(key=lambda name: hashlib.sha256(f"{name}:0".encode()).digest())
+    for name, text in zip(names, texts, strict=True):
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_test_documents_are_whole_and_follow_validation_by_the_hash_of_their_names():
+    texts = [lines_from(i) for i in range(400)]  # of 100 bytes: 20 are a twentieth
+    train, val, test = pd.split_documents(by_hash(texts), 0.1, 0.05)
+    assert (val, test, train) == (texts[:40], texts[40:60], texts[60:])
+    texts[45] = texts[45][:90]  # the 20 lack 10 bytes: one more
+    assert pd.split_documents(by_hash(texts), 0.1, 0.05)[2] == texts[40:61]
+    assert pd.split_documents(by_hash(texts), 0.1)[2] == []
+
+
+def test_no_test_document_is_over_a_tenth_of_the_target_or_a_copy():
+    """Of 20,000 bytes a tenth is for the test; a tenth of that is 200 bytes."""
+    texts = [lines_from(i) for i in range(200)]
+    large, larger = lines_from(500, 20), lines_from(501, 20) + "\n"  # of 200 and 201 bytes
+    texts[20:24] = large, larger[:-1]  # in the place of as many bytes
+    assert pd.split_documents(by_hash(texts), 0.1, 0.1)[2] == texts[20:38]
+    texts[21], texts[-1] = larger, texts[-1][1:]
+    train, _, test = pd.split_documents(by_hash(texts), 0.1, 0.1)
+    assert test == [large, *texts[22:40]] and larger in train
+    texts[22] = texts[120][:60] + texts[22][:40]  # six lines of ten that another text has, too
+    assert pd.split_documents(by_hash(texts), 0.1, 0.1)[2] == [large, *texts[23:41]]
+
+
+def test_the_test_text_is_written_and_no_tokenizer_sees_it(tmp_path):
+    texts = [lines_from(i) for i in range(400)]
+    texts[20:40] = [text[:-10] + "zyxwzyxw\n" for text in texts[20:40]]  # these are the test
+    source = write_by_hash(tmp_path / "texts", texts)
+    folder = make(tmp_path, source, test_fraction=0.05, vocab_size=600)
+    train, val, test = pd.split_documents(pd.read_paths(str(source), "text"), 0.05, 0.05)
+    for split, part in ("train", train), ("val", val), ("test", test):
+        assert text_of(folder, split) == "".join(pd.END_OF_TEXT + text for text in part)
+    assert "zyxw" in text_of(folder, "test") and "zyxw" not in text_of(folder, "train")
+    ranks = pd.load_tokenizer(folder)._mergeable_ranks
+    assert ranks == pd.train_bpe(train, 599, pd.PATTERN) and not [x for x in ranks if b"zy" in x]
+
+
+def test_a_folder_has_a_test_where_its_latest_text_has_one(tmp_path):
+    """A file of one document has none, and the test of a folder that is replaced does not stay."""
+    texts = write_by_hash(tmp_path / "texts", [lines_from(i) for i in range(300)])
+    (tmp_path / "one.txt").write_text(prose(1, 300))
+    for source, fraction, has_test in (
+        (tmp_path / "one.txt", 0.4, False),
+        (texts, 0.05, True),
+        (tmp_path / "one.txt", 0.4, False),
+        (texts, 0.1, True),
+        (texts, 0, False),
+    ):
+        folder = make(tmp_path, source, test_fraction=fraction, overwrite=True)
+        assert (folder / "test.bin").exists() == has_test
+        assert (pd.load_dataset(folder).test is not None) == has_test
+    assert [path.name for path in folder.parent.iterdir()] == ["d"]
 
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -398,13 +476,18 @@ def test_many_tokens_are_cut_into_files_of_one_length(tmp_path, monkeypatch):
         assert np.concatenate(arrays).tolist() == ids and ids_of(cut, "val") == ids_of(one, "val")
 
 
-def test_too_large_a_validation_text_is_refused_before_any_work(tmp_path, monkeypatch):
+def test_too_large_a_validation_or_test_text_is_refused_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(text := lines_of("a", 100))
-    (_,), (val,) = pd.split_documents({"a.txt:0": text}, 0.1)
+    (_,), (val,), _ = pd.split_documents({"a.txt:0": text}, 0.1)
     monkeypatch.setattr(pd, "train_bpe", lambda *args: pytest.fail("this takes hours"))
     monkeypatch.setattr(pd, "TOKENS_PER_FILE", len(val))  # and <|endoftext|>
     with pytest.raises(ValueError, match="101 bytes of validation text, expected at most 100;"):
         make(tmp_path, tmp_path / "a.txt", val_fraction=0.1)
+    source = write_by_hash(tmp_path / "texts", [lines_from(i) for i in range(200)])
+    monkeypatch.setattr(pd, "TOKENS_PER_FILE", 2019)  # of 20 documents and their marks a byte less
+    said = "2,020 bytes of test text, expected at most 2,019; give a lower --test_fraction"
+    with pytest.raises(ValueError, match=said):
+        make(tmp_path, source, test_fraction=0.1)
 
 
 DAMAGES = [  # what the sentence says, and how the folder is damaged
@@ -418,6 +501,9 @@ DAMAGES = [  # what the sentence says, and how the folder is damaged
     ("no whole token file", lambda d: write_shard(d / "val.bin", [])),
     ("no whole token file", lambda d: os.truncate(d / "val.bin", 1500)),
     ("1 tokens with 1 bytes of text", lambda d: write_shard(d / "val.bin", [65])),
+    ("id 300 of 300", lambda d: write_shard(d / "test.bin", [1] * 5000 + [300])),
+    ("no whole token file", lambda d: (d / "test.bin").write_bytes(b"")),
+    ("no whole token file", lambda d: write_shard(d / "test.bin", [])),
     ("2 tokens with 0 bytes of text", lambda d: write_shard(d / "val.bin", [299, 299])),
     ("/meta.json'); make it", lambda d: (d / "meta.json").unlink()),
     ("no whole tokenizer", lambda d: os.truncate(d / "meta.json", 50)),
@@ -756,6 +842,8 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
         (1, "a folder, stdlib, tinystories, fineweb, finewebedu", "tiny_stories"),
         (1, "latin.txt holds 0 characters", "latin.txt"),
         (1, "val_fraction=0.6: expected", "a.txt", "--val_fraction=0.6", "--name=b"),
+        (1, "test_fraction=0.41: expected", "a.txt", "--test_fraction=0.41", "--name=b"),
+        (1, "test_fraction=-0.1: expected", "a.txt", "--test_fraction=-0.1", "--name=b"),
         (1, "name='../x': expected", "a.txt", "--name=../x"),
         (1, "vocab_size=256: expected 257", "a.txt", "--name=b", "--vocab_size=256"),
         (1, "shards=104: expected 1 to 103", "fineweb", "--shards=104"),
