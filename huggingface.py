@@ -13,9 +13,10 @@ import importlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,15 @@ import fp8
 from config import info, parse_args, run_command
 from model import DeepSeekV3, ModelConfig
 from ops import not_as_copied
-from prepare_data import END_OF_TEXT, encoding_from, load_tokenizer, parse_ranks, write_tokenizer
+from prepare_data import (
+    END_OF_TEXT,
+    STAND_INS,
+    Tokenizer,
+    hf_tokenizer,
+    load_tokenizer,
+    stored_tokenizer,
+    write_tokenizer,
+)
 
 # config.json's other keys that matter, each with the only value that model.py computes.
 FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}
@@ -38,15 +47,6 @@ FP8_KEYS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128
 FP8_WEIGHTS = re.compile(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
 # Our stacked experts (E, 2F, D) and (E, D, F) are stored expert by expert, gate and up apart.
 STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-# How Moonlight and Kimi split text (&& is intersection): their release has it in code, not in data.
-_PRE, _END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_U = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_L = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-KIMI_PATTERN = rf"[\p{{Han}}]+|{_PRE}{_U}*{_L}+{_END}|{_PRE}{_U}+{_L}*{_END}|{_REST}"
-# GPT-2's stand-ins, from 256 on, for the bytes in tokenizer.json that cannot be seen.
-_HIDDEN = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
-STAND_INS = {byte: 256 + i for i, byte in enumerate(_HIDDEN)}
 # A checkpoint keeps it, since its weights mean what that code made of them.
 MODEL_SHA256 = hashlib.sha256(Path(__file__).with_name("model.py").read_bytes()).hexdigest()
 
@@ -211,61 +211,6 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
 # ---- Tokenizers ----------------------------------------------------------------------------------
 
 
-@dataclass
-class Tokenizer:
-    """Text to ids, one id to bytes, and the ids that end a text."""
-
-    encode: Callable[[str], list[int]]  # the ids begin with bos, if there is one
-    texts: dict[int, bytes]
-    eos: list[int]
-    bos: int | None = None
-
-    def to_bytes(self, token: int) -> bytes:
-        return self.texts.get(token, b"")  # a vocabulary may be padded
-
-    def decode(self, ids: list[int]) -> str:
-        return b"".join(map(self.to_bytes, ids)).decode(errors="replace")
-
-
-def tokenizer_of(encoding: tiktoken.Encoding, eos: list[int]) -> Tokenizer:
-    texts = {i: text for text, i in encoding._mergeable_ranks.items()}
-    texts |= {i: name.encode() for name, i in encoding._special_tokens.items()}
-    return Tokenizer(encoding.encode_ordinary, texts, eos)
-
-
-def hf_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory, if any: tiktoken.model (Moonlight, Kimi), else
-    tokenizer.json (DeepSeek-V3's splits text in stages, which a tiktoken.Encoding cannot).
-    """
-    told = {}
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        told |= json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
-    eos, bos = told.get("eos_token_id"), told.get("bos_token_id")
-    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    for i in (*eos, bos):
-        if not isinstance(i, int | None):
-            raise ValueError(f"eos_token_id or bos_token_id is {i!r:.100}, expected a number")
-    if (path := folder / "tiktoken.model").exists():
-        special = {x["content"]: int(i) for i, x in told.get("added_tokens_decoder", {}).items()}
-        ranks = parse_ranks(path.read_bytes())
-        return tokenizer_of(encoding_from(ranks, KIMI_PATTERN, special), eos)
-    if not (path := folder / "tokenizer.json").exists():
-        return None
-    import tokenizers
-
-    parsed = tokenizers.Tokenizer.from_file(str(path))
-    special = {i: x.content.encode() for i, x in parsed.get_added_tokens_decoder().items()}
-    byte_of = {char: byte for byte, char in STAND_INS.items()}
-    vocab = {i: x for x, i in parsed.get_vocab(with_added_tokens=False).items() if i not in special}
-    texts = {i: x.translate(byte_of).encode("latin-1") for i, x in vocab.items()}
-    begin = [bos] if told.get("add_bos_token") and bos is not None else []
-
-    def encode(text: str) -> list[int]:
-        return begin + parsed.encode(text, add_special_tokens=False).ids
-
-    return Tokenizer(encode, texts | special, eos, *begin)
-
-
 def tokenizer_json(encoding: tiktoken.Encoding) -> str:
     """The tokenizer in the format of Hugging Face's tokenizers, giving the same ids (but for
     <|endoftext|> in a text, which is the token there, as transformers' users expect).
@@ -320,13 +265,7 @@ def load_model(
     """
     path = Path(ckpt)
     if (path / "config.json").exists():
-        model = from_pretrained(path, dtype, str(device))
-        try:
-            return model, hf_tokenizer(path), path
-        except ImportError:
-            raise
-        except Exception as error:  # tokenizers raises nothing more special
-            raise ValueError(f"the tokenizer of {path} cannot be read ({error!r:.200})") from None
+        return from_pretrained(path, dtype, str(device)), hf_tokenizer(path), path
     saved = load_checkpoint(path)
     if saved.get("model_sha256", MODEL_SHA256) != MODEL_SHA256:
         info(f"model.py has changed since {path} was trained: weights may not fit its formulas")
@@ -342,8 +281,7 @@ def load_model(
         raise ValueError(f"{path}: weights and settings do not match: {error!s:.200}") from None
     windows = saved.get("train_config", {}).get("block_size", model.trained_length)
     model.trained_length = saved.get("trained_length", windows)  # earlier versions had one length
-    encoding = load_tokenizer(path if path.is_dir() else path.parent)
-    return model.eval(), tokenizer_of(encoding, [encoding.eot_token]), path
+    return model.eval(), stored_tokenizer(path if path.is_dir() else path.parent), path
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -375,11 +313,23 @@ def check(directory: Path):
 
 def export(model: DeepSeekV3, source: Path, directory: Path, quantize: bool):
     """Writes the model, and the tokenizer of its run or file, as transformers opens them."""
-    encoding = load_tokenizer(source if source.is_dir() else source.parent)
-    keys = dict.fromkeys(("bos_token_id", "eos_token_id"), encoding.eot_token)
-    keys["max_position_embeddings"] = model.trained_length
+    folder = source if source.is_dir() else source.parent
+    tokenizer, keys = stored_tokenizer(folder), {"max_position_embeddings": model.trained_length}
+    if tokenizer.files:  # of the release that the run began with: it gets back what it had
+        several = len(tokenizer.eos) > 1
+        keys["eos_token_id"] = tokenizer.eos if several else tokenizer.eos[0]
+        keys["bos_token_id"] = tokenizer.bos
+        for file in tokenizer.files:
+            shutil.copyfile(file, directory / file.name)
+    else:
+        keys |= dict.fromkeys(("bos_token_id", "eos_token_id"), *tokenizer.eos)
+        write_our_tokenizer(load_tokenizer(folder), directory)
     model.save_pretrained(directory, quantize=quantize, **keys)
-    write_tokenizer(encoding, directory)  # for prepare_data.py
+
+
+def write_our_tokenizer(encoding: tiktoken.Encoding, directory: Path):
+    """As transformers opens it, and as prepare_data.py does."""
+    write_tokenizer(encoding, directory)
     names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
     names["tokenizer_class"] = "PreTrainedTokenizerFast"
     (directory / "tokenizer_config.json").write_text(json.dumps(names, indent=2))

@@ -11,6 +11,9 @@
 Token files have the layout of llm.c and modded-nanogpt, so their shards open here and ours open
 there: 256 little-endian int32, of which the first three are magic number, version and number of
 tokens, then the ids. Every document begins with <|endoftext|>.
+
+--tokenizer=DIR takes the tokenizer of a released model, too. Then copies of its files take the
+place of tokenizer.tiktoken, and every document ends with the release's own end token.
 """
 
 import base64
@@ -26,9 +29,9 @@ import sysconfig
 import tempfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -67,6 +70,15 @@ PATTERN = "|".join(
         rf"[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}]+(?!{_LETTER})",
     )
 )
+# How Moonlight and Kimi split text (&& is intersection): their release has it in code, not in data.
+_PRE, _END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_U = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_L = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+KIMI_PATTERN = rf"[\p{{Han}}]+|{_PRE}{_U}*{_L}+{_END}|{_PRE}{_U}+{_L}*{_END}|{_REST}"
+# GPT-2's stand-ins, from 256 on, for the bytes in tokenizer.json that cannot be seen.
+_HIDDEN = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
+STAND_INS = {byte: 256 + i for i, byte in enumerate(_HIDDEN)}
 BPE_SAMPLE = 100_000_000  # characters that a new tokenizer is trained on, at most about
 PIECE = 100_000  # characters; longer documents are sampled and encoded piece by piece
 TOKENS_PER_FILE = 1 << 30  # at most; the header counts them in an int32
@@ -80,8 +92,14 @@ NOT_CORPUS = re.compile(
     r"(^|/)((site|dist)-packages|__pycache__|tests?|idle_test|idlelib|lib2to3|turtledemo|ensurepip"
     r"|encodings|pydoc_data|_sysconfigdata[^/]*)(/|$)"
 )
-OURS = r"meta\.json|tokenizer\.tiktoken|(train(_\d+)?|val|test)\.bin"  # what we may replace
-LINE_END = re.compile(r"\n(?=\S)")  # none of PATTERN's pieces goes on after it
+# The files of a release's tokenizer, as globs; one of the first two holds the vocabulary.
+RELEASE_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json")
+RELEASE_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+RELEASE_FILES += ("tokenization_*.py",)  # transformers may run it, we do not
+# What we may replace.
+OURS = r"meta\.json|tokenizer\.tiktoken|(train(_\d+)?|val|test)\.bin|"
+OURS += "|".join(re.escape(name).replace(r"\*", r"\w+") for name in RELEASE_FILES)
+LINE_END = re.compile(r"\n(?=\S)")  # none of PATTERN's or a release's pieces goes on after it
 OTHER_KEY = "; is the text under another --text_key=KEY?"
 AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder is there)"
 
@@ -91,7 +109,7 @@ class DataConfig:
     source: str = "stdlib"  # a name, or a file, folder or glob of text, .jsonl[.gz], .parquet
     name: str = ""  # name of the folder made ("": named after the source)
     out: str = "data"  # the folder that it is made in
-    tokenizer: str = ""  # "": train one; gpt2, cl100k_base, o200k_base; or a folder that has one
+    tokenizer: str = ""  # "": train one; gpt2, cl100k_base, o200k_base; or a folder, run or release
     vocab_size: int = 4096  # tokens of a newly trained tokenizer, <|endoftext|> included
     val_fraction: float = 0.05  # share of the bytes that is kept for validation
     test_fraction: float = 0.05  # share of the bytes, in whole documents, for test.bin (0: none)
@@ -345,14 +363,11 @@ def parse_ranks(content: bytes) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in rows}
 
 
-def load_tokenizer(folder: Path | str) -> tiktoken.Encoding:
-    """The tokenizer stored in a prepared folder or a run. Raises ValueError."""
+@contextmanager
+def refusing_damage(folder: Path | str) -> Iterator[None]:
+    """Raises ValueError where the tokenizer in a folder is missing or damaged."""
     try:
-        meta = json.loads((Path(folder) / "meta.json").read_bytes())
-        content = (Path(folder) / "tokenizer.tiktoken").read_bytes()
-        if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
-            raise ValueError("its sha256 is not that in meta.json")
-        return encoding_from(parse_ranks(content), meta["pattern"], meta["special_tokens"])
+        yield
     except (OSError, ValueError, TypeError, KeyError) as error:
         if not Path(folder).exists() and (old := backup_of(folder)).exists():
             aside = f"{folder} is missing, but a run that was stopped had put it aside"
@@ -360,7 +375,14 @@ def load_tokenizer(folder: Path | str) -> tiktoken.Encoding:
         raise ValueError(f"{folder} has no whole tokenizer ({error!s:.200}); {AGAIN}") from None
 
 
-# ---- Token files --------------------------------------------------------------------------------
+def load_tokenizer(folder: Path | str) -> tiktoken.Encoding:
+    """Our tokenizer, stored in a prepared folder or a run. Raises ValueError."""
+    with refusing_damage(folder):
+        meta = json.loads((Path(folder) / "meta.json").read_bytes())
+        content = (Path(folder) / "tokenizer.tiktoken").read_bytes()
+        if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
+            raise ValueError("its sha256 is not that in meta.json")
+        return encoding_from(parse_ranks(content), meta["pattern"], meta["special_tokens"])
 
 
 def write_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> None:
@@ -376,22 +398,195 @@ def write_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> None:
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
+# ---- Tokenizers of releases ----------------------------------------------------------------------
+#
+# A released model has a tokenizer.json (DeepSeek-V3's splits text in three stages, which no
+# tiktoken.Encoding can) or a tiktoken.model (Moonlight, Kimi). What else is to be known of it is
+# spread over its config files. A prepared folder or a run has copies of the tokenizer's files, so
+# that an export can give them back, and in meta.json all that we need besides the vocabulary.
+
+
+@dataclass
+class Tokenizer:
+    """Texts to ids, one id to bytes, and the ids that begin and end a text: ours, or a release's,
+    which may have several that end a text."""
+
+    encode_batch: Callable[[list[str]], list[list[int]]]
+    texts: dict[int, bytes]
+    special: dict[int, str]  # names of the other tokens: marks in a text, which have no bytes of it
+    eos: list[int]
+    bos: int | None = None
+    files: list[Path] = field(default_factory=list)  # of a release, its vocabulary first
+    rows: int = 0  # of the release's embedding, where they are known
+
+    @property
+    def n_vocab(self) -> int:
+        return 1 + max([*self.texts, *self.special])
+
+    @property
+    def marks(self) -> tuple[list[int], list[int]]:
+        """The ids before and after every document of a token file."""
+        begin = [] if self.bos is None else [self.bos]
+        return (begin, self.eos[:1]) if self.files else (self.eos, [])
+
+    def encode(self, text: str) -> list[int]:
+        """The ids begin with bos, if there is one."""
+        (ids,) = self.encode_batch([text])
+        return ids if self.bos is None else [self.bos, *ids]
+
+    def to_bytes(self, token: int) -> bytes:
+        name = self.special.get(token, "")  # a vocabulary may be padded
+        return self.texts.get(token, name.encode())
+
+    def decode(self, ids: list[int], errors: str = "replace") -> str:
+        return b"".join(map(self.to_bytes, ids)).decode(errors=errors)
+
+
+def tokenizer_of(encoding: tiktoken.Encoding) -> Tokenizer:
+    texts = {i: text for text, i in encoding._mergeable_ranks.items()}
+    special = {i: name for name, i in encoding._special_tokens.items()}
+    return Tokenizer(encoding.encode_ordinary_batch, texts, special, [encoding.eot_token])
+
+
+def read_vocabulary(path: Path, special_tokens: dict[str, int]) -> Tokenizer:
+    """The tokenizer in a tiktoken.model, with these special tokens, or in a tokenizer.json, which
+    has its own. As in transformers, the name of a special token in a text is that token."""
+    if path.name == "tiktoken.model":
+        encoding = encoding_from(parse_ranks(path.read_bytes()), KIMI_PATTERN, special_tokens)
+        texts = {i: text for text, i in encoding._mergeable_ranks.items()}
+        special = {i: name for name, i in special_tokens.items()}
+
+        def encode_batch(batch: list[str]) -> list[list[int]]:
+            return encoding.encode_batch(batch, allowed_special="all")
+
+        return Tokenizer(encode_batch, texts, special, [])
+    import tokenizers
+
+    parsed = tokenizers.Tokenizer.from_file(str(path))
+    special = {i: token.content for i, token in parsed.get_added_tokens_decoder().items()}
+    byte_of = {char: byte for byte, char in STAND_INS.items()}
+    vocab = {i: x for x, i in parsed.get_vocab(with_added_tokens=False).items() if i not in special}
+    texts = {i: x.translate(byte_of).encode("latin-1") for i, x in vocab.items()}
+
+    def encode_batch(batch: list[str]) -> list[list[int]]:
+        return [found.ids for found in parsed.encode_batch(batch, add_special_tokens=False)]
+
+    return Tokenizer(encode_batch, texts, special, [])
+
+
+def read_release(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face directory, if any; its config files tell what begins and
+    ends texts, by number or by name."""
+    told = {}
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        told |= json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
+    eos, bos = told.get("eos_token_id"), told.get("bos_token_id")
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for i in (*eos, bos):
+        if not isinstance(i, int | None):
+            raise ValueError(f"eos_token_id or bos_token_id is {i!r:.100}, expected a number")
+    files = [path for name in RELEASE_FILES for path in sorted(folder.glob(name))]
+    if not files or files[0].name not in RELEASE_FILES[:2]:
+        return None
+
+    added = {x["content"]: int(i) for i, x in told.get("added_tokens_decoder", {}).items()}
+    tokenizer = read_vocabulary(files[0], added)
+    number = {name: i for i, name in tokenizer.special.items()}
+
+    def named(key: str) -> int | None:
+        name = told.get(key)  # a text, or an object that has it as "content"
+        return number.get(name["content"] if isinstance(name, dict) else name)
+
+    if not eos and (end := named("eos_token")) is not None:
+        eos = [end]
+    if told.get("add_bos_token"):
+        tokenizer.bos = named("bos_token") if bos is None else bos
+    tokenizer.eos, tokenizer.files = eos, files
+    tokenizer.rows = told.get("vocab_size") or 0
+    return tokenizer
+
+
+def hf_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face directory, if any. Raises ValueError."""
+    try:
+        return read_release(folder)
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"the tokenizer of {folder} cannot be read ({error!r:.200})") from None
+
+
+def write_release(tokenizer: Tokenizer, folder: Path) -> None:
+    """Copy the files of a release's tokenizer; write meta.json, which stored_tokenizer reads."""
+    for path in tokenizer.files:
+        shutil.copyfile(path, folder / path.name)
+    meta = {
+        "files": [path.name for path in tokenizer.files],
+        "tokenizer_sha256": hashlib.sha256(tokenizer.files[0].read_bytes()).hexdigest(),
+        "special_tokens": {name: i for i, name in tokenizer.special.items()},
+        "eos": tokenizer.eos,
+        "bos": tokenizer.bos,
+        "rows": tokenizer.rows,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that are the tokenizer of a prepared folder or a run."""
+    names = json.loads((folder / "meta.json").read_bytes()).get("files", ["tokenizer.tiktoken"])
+    return [folder / name for name in (*names, "meta.json")]
+
+
+def stored_tokenizer(folder: Path | str) -> Tokenizer:
+    """The tokenizer of a prepared folder or a run, ours or a release's. Raises ValueError."""
+    folder = Path(folder)
+    with refusing_damage(folder):
+        meta = json.loads((folder / "meta.json").read_bytes())
+        if "files" in meta:
+            *files, _ = tokenizer_files(folder)
+            if hashlib.sha256(files[0].read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
+                raise ValueError(f"the sha256 of {files[0].name} is not that in meta.json")
+            tokenizer = read_vocabulary(files[0], meta["special_tokens"])
+            tokenizer.eos, tokenizer.bos = meta["eos"], meta["bos"]
+            tokenizer.files, tokenizer.rows = files, meta["rows"]
+            return tokenizer
+    return tokenizer_of(load_tokenizer(folder))
+
+
+def open_tokenizer(folder: Path | str) -> Tokenizer:
+    """The tokenizer of a prepared folder, a run or a Hugging Face directory. Raises ValueError."""
+    ours = (Path(folder) / "meta.json").exists()
+    release = None if ours else hf_tokenizer(Path(folder))
+    return release or stored_tokenizer(folder)
+
+
+# ---- Token files --------------------------------------------------------------------------------
+
+
 def header(kind: tuple[int, int], count: int) -> bytes:
     words = np.zeros(HEADER_BYTES // 4, "<i4")
     words[:3] = *kind, count
     return words.tobytes()
 
 
-def write_tokens(folder: Path, split: str, texts: list[str], encoding: tiktoken.Encoding) -> None:
-    """Encode the texts, each with <|endoftext|> before it, into the token file <split>.bin.
+def cut_all(texts: list[str]) -> Iterator[tuple[str, bool, bool]]:
+    """The texts in pieces, each with whether it is the first and whether the last of its text."""
+    for text in texts:
+        pieces = list(cut(text, PIECE))
+        for i, piece in enumerate(pieces, 1):
+            yield piece, i == 1, i == len(pieces)
+
+
+def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenizer) -> None:
+    """Encode the texts, each between the tokenizer's marks, into the token file <split>.bin.
 
     More than TOKENS_PER_FILE tokens become <split>_000001.bin and so on, all of one length, give
     or take a token.
     """
-    kind = UINT16 if encoding.n_vocab <= 1 << 16 else UINT32
+    kind = UINT16 if tokenizer.n_vocab <= 1 << 16 else UINT32
     dtype, path, count = DTYPES[kind], folder / f"{split}.bin", 0
-    begin = np.array(encoding.eot_token, dtype).tobytes()
-    pieces = ((i == 0, piece) for text in texts for i, piece in enumerate(cut(text, PIECE)))
+    begin, end = tokenizer.marks
+    pieces = cut_all(texts)
     size = sum(map(len, texts))
     with (
         open(path, "wb+") as file,
@@ -399,10 +594,11 @@ def write_tokens(folder: Path, split: str, texts: list[str], encoding: tiktoken.
     ):
         file.write(bytes(HEADER_BYTES))  # zeros, which no reader accepts, until all is written
         while batch := list(islice(pieces, 256)):
-            encoded = encoding.encode_ordinary_batch([piece for _, piece in batch])
-            for (first, piece), ids in zip(batch, encoded, strict=True):
-                file.write((begin if first else b"") + np.array(ids, dtype).tobytes())
-                count += len(ids) + first
+            encoded = tokenizer.encode_batch([piece for piece, _, _ in batch])
+            for (piece, first, last), ids in zip(batch, encoded, strict=True):
+                ids = begin * first + ids + end * last
+                file.write(np.array(ids, dtype).tobytes())
+                count += len(ids)
                 progress.update(len(piece))
 
         files = -(-count // TOKENS_PER_FILE)
@@ -420,8 +616,8 @@ def write_tokens(folder: Path, split: str, texts: list[str], encoding: tiktoken.
         path.rename(folder / f"{split}_000001.bin")
 
 
-def prepare_text(config: DataConfig, folder: Path) -> tiktoken.Encoding:
-    """Make token files in folder; returns their tokenizer."""
+def prepare_text(config: DataConfig, folder: Path) -> None:
+    """Make token files and their tokenizer in folder."""
     if config.source == "tinystories":  # it brings its own validation file
         files = [f"TinyStoriesV2-GPT4-{split}.txt" for split in ("train", "valid")]
         paths = [download("roneneldan/TinyStories", file) for file in files]
@@ -442,22 +638,42 @@ def prepare_text(config: DataConfig, folder: Path) -> tiktoken.Encoding:
         if (most := sum(len(text.encode()) + 1 for text in texts)) > TOKENS_PER_FILE:
             has = f"{most:,} bytes of {split} text, expected at most {TOKENS_PER_FILE:,}"
             raise ValueError(f"{config.source} has {has}; give a lower --{option}_fraction")
-    if config.tokenizer in ("gpt2", "cl100k_base", "o200k_base"):
-        encoding = tiktoken.get_encoding(config.tokenizer)  # downloaded once
-    elif config.tokenizer:
-        encoding = load_tokenizer(config.tokenizer)
-    else:
-        ranks = train_bpe(sample_texts(train, BPE_SAMPLE), config.vocab_size - 1, PATTERN)
-        encoding = encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)})
-    write_tokens(folder, "train", train, encoding)
-    write_tokens(folder, "val", val, encoding)
+    tokenizer = take_tokenizer(config.tokenizer, folder) or train_tokenizer(config, train, folder)
+    write_tokens(folder, "train", train, tokenizer)
+    write_tokens(folder, "val", val, tokenizer)
     if test:
-        write_tokens(folder, "test", test, encoding)
-    return encoding
+        write_tokens(folder, "test", test, tokenizer)
 
 
-def prepare_shards(config: DataConfig, folder: Path) -> tiktoken.Encoding:
-    """Link token files that others have made into folder; returns their tokenizer."""
+def train_tokenizer(config: DataConfig, texts: list[str], folder: Path) -> Tokenizer:
+    """A new tokenizer for the texts, written to folder."""
+    ranks = train_bpe(sample_texts(texts, BPE_SAMPLE), config.vocab_size - 1, PATTERN)
+    encoding = encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)})
+    write_tokenizer(encoding, folder)
+    return tokenizer_of(encoding)
+
+
+def take_tokenizer(name: str, folder: Path) -> Tokenizer | None:
+    """The tokenizer that --tokenizer names, written to folder; None where none is named."""
+    if not name:
+        return None
+    if name in ("gpt2", "cl100k_base", "o200k_base"):
+        encoding = tiktoken.get_encoding(name)  # downloaded once
+        write_tokenizer(encoding, folder)
+        return tokenizer_of(encoding)
+    tokenizer = open_tokenizer(name)
+    if not tokenizer.files:
+        write_tokenizer(load_tokenizer(name), folder)
+    elif tokenizer.eos and tokenizer.eos[0] < tokenizer.n_vocab:
+        write_release(tokenizer, folder)
+    else:
+        where = "eos_token_id in config.json or eos_token in tokenizer_config.json"
+        raise ValueError(f"{name} names no end token, which separates documents; give it {where}")
+    return tokenizer
+
+
+def prepare_shards(config: DataConfig, folder: Path) -> None:
+    """Link token files that others have made into folder, and write their tokenizer."""
     encoding = tiktoken.get_encoding("gpt2")
     for number in range(config.shards + 1):
         split, name = ("train", f"train_{number:06d}.bin") if number else ("val", "val.bin")
@@ -465,7 +681,7 @@ def prepare_shards(config: DataConfig, folder: Path) -> tiktoken.Encoding:
         (folder / name).symlink_to(path)
         if read_tokens(path, encoding.n_vocab).max() >= encoding.n_vocab:
             raise ValueError(f"{path} holds ids beyond gpt2's {encoding.n_vocab} tokens; delete it")
-    return encoding
+    write_tokenizer(encoding, folder)
 
 
 # ---- The folder ---------------------------------------------------------------------------------
@@ -581,7 +797,7 @@ def prepare(config: DataConfig) -> Path:
         new = Path(scratch) / name
         new.mkdir()
         make = prepare_shards if config.source in SHARDS else prepare_text
-        write_tokenizer(make(config, new), new)
+        make(config, new)
         load_dataset(new)  # checked by reading; Windows moves no folder whose files stay mapped
         for path in (*new.iterdir(), new):
             flush(path)
@@ -644,22 +860,24 @@ class Dataset:
     vocab_size: int
     val_bytes_per_token: float  # <|endoftext|> is one of the tokens and has no bytes
     test: Tokens | None = None  # for the last word alone: experiments/test_text.py
+    rows: int = 0  # of the embedding in the release whose tokenizer this is (0: not known)
 
 
 def load_dataset(folder: Path | str) -> Dataset:
     """Raises FileNotFoundError or ValueError where a file of the folder is missing or damaged."""
-    folder, encoding = Path(folder), load_tokenizer(folder)
+    folder, tokenizer = Path(folder), stored_tokenizer(folder)
+    n_vocab = tokenizer.n_vocab
     shards = sorted(folder.glob("train_*.bin")) or [folder / "train.bin"]
-    train = Tokens([read_tokens(path, encoding.n_vocab) for path in shards])
-    val = read_tokens(folder / "val.bin", encoding.n_vocab)
-    counts = np.bincount(val, minlength=encoding.n_vocab)
-    n_bytes = sum(len(token) * int(counts[i]) for token, i in encoding._mergeable_ranks.items())
+    train = Tokens([read_tokens(path, n_vocab) for path in shards])
+    val = read_tokens(folder / "val.bin", n_vocab)
+    counts = np.bincount(val, minlength=n_vocab)
+    n_bytes = sum(len(text) * int(counts[i]) for i, text in tokenizer.texts.items())
     if len(val) < 2 or n_bytes == 0:  # a loss needs a token to predict, bits per byte a byte
         has = f"{folder / 'val.bin'} has {len(val)} tokens with {n_bytes} bytes of text"
         raise ValueError(f"{has}, too little to measure a loss; {AGAIN}")
     test = folder / "test.bin"
-    test = Tokens([read_tokens(test, encoding.n_vocab)]) if test.exists() else None
-    return Dataset(train, Tokens([val]), encoding.n_vocab, n_bytes / len(val), test)
+    test = Tokens([read_tokens(test, n_vocab)]) if test.exists() else None
+    return Dataset(train, Tokens([val]), n_vocab, n_bytes / len(val), test, tokenizer.rows)
 
 
 def main(argv: list[str]) -> None:

@@ -4,7 +4,7 @@
         ckpt.pt      everything a run needs to go on: weights, optimiser, step, configuration
         best.pt      the weights with the lowest validation loss (once YaRN is on: since then)
         log.jsonl    one JSON object per logged step or evaluation
-        tokenizer.tiktoken, meta.json    what sample.py needs besides
+        tokenizer.tiktoken (or a release's files), meta.json    what sample.py needs besides
         .lock        held by the train.py that writes there
 
 The loss is L_main + lambda * mean_k L_MTP^k + alpha * sum_layers L_Bal (report, sections 2.1.2 and
@@ -407,18 +407,20 @@ def tokenizer_identity(folder: Path) -> dict | None:
 
 def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
     """Raises ValueError unless the tokenizer of weights (a run, a checkpoint in its run's folder,
-    a Hugging Face directory) is that of the data. A foreign one can only be tried on a text."""
+    a Hugging Face directory) is that of the data. A directory's has to have the same tokens and to
+    make the same of a text."""
     folder = source if source.is_dir() else source.parent
     if identity := tokenizer_identity(folder):
         same = identity == tokenizer_identity(data)
     elif tokenizer:
-        ids = prepare_data.load_tokenizer(data).encode_ordinary(__doc__)
-        same = tokenizer.encode(__doc__) == ids
+        other = prepare_data.stored_tokenizer(data)
+        same = (tokenizer.texts, tokenizer.special) == (other.texts, other.special)
+        same = same and tokenizer.encode_batch([__doc__]) == other.encode_batch([__doc__])
     else:  # the directory has none
         same = True
     if not same:
-        other = f"{source} has another tokenizer than {data}"
-        raise ValueError(f"{other}; prepare the data with --tokenizer={folder}.")
+        differ = f"{source} has another tokenizer than {data}"
+        raise ValueError(f"{differ}; prepare the data with --tokenizer={folder}.")
 
 
 def read_data(config: TrainConfig, folder: Path, vocab_size: int) -> prepare_data.Dataset:
@@ -427,10 +429,13 @@ def read_data(config: TrainConfig, folder: Path, vocab_size: int) -> prepare_dat
         make = f"python prepare_data.py SOURCE --name={config.data} --vocab_size={vocab_size}"
         raise FileNotFoundError(f"no data in {folder}; make it with: {make}.")
     data = prepare_data.load_dataset(folder)
-    if not 0 <= vocab_size - data.vocab_size < 128:  # padding to a multiple of 128 is fine
+    # Padding to a multiple of 128 is fine, and so is a release's own: V3 has some 500 rows more.
+    padding = vocab_size - data.vocab_size
+    if padding < 0 or (padding >= 128 and vocab_size != data.rows):
         raise ValueError(
             f"vocab_size is {vocab_size}, but the vocabulary of {folder} has {data.vocab_size} "
-            f"tokens: give train.py --vocab_size={data.vocab_size}, or prepare other data."
+            f"tokens: for a new network give train.py --vocab_size={data.vocab_size}, and for "
+            "given weights prepare the data with --tokenizer=DIR, where the weights are."
         )
     longest = max(config.block_size, config.long_block_size)
     shortest = min(map(len, data.train.arrays))
@@ -1161,12 +1166,12 @@ def run(argv: list[str]):
             if is_first():
                 print(to_json(result))
             return
-        files = folder / "tokenizer.tiktoken", folder / "meta.json"
+        files = prepare_data.tokenizer_files(folder)
         train(model, data, config, machine, saved if config.resume else None, files)
         torch.use_deterministic_algorithms(False)  # sampling has no use for it
         if is_first() and (out / "best.pt").exists():  # else no loss was finite
             tokens = data.val.arrays[0][1:9].tolist()
-            prompt = prepare_data.load_tokenizer(folder).decode(tokens, errors="ignore")
+            prompt = prepare_data.stored_tokenizer(folder).decode(tokens, errors="ignore")
             show_result(config, prompt.strip())
 
 

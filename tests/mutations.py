@@ -104,6 +104,13 @@ dw += low.T @ x => dw = low.T @ x
 scale = grad / n => scale = 1 / n
 high = upcast(torch.empty_like(low)) => high = torch.empty_like(low)
 
+# prepare_data.py tests/test_release.py
+(begin, self.eos[:1]) if self.files else (self.eos, []) => (begin, self.eos)
+yield piece, i == 1, i == len(pieces) => yield piece, i == 1, True
+encoding.encode_batch(batch, allowed_special="all") => encoding.encode_ordinary_batch(batch)
+if told.get("add_bos_token"): => if False:
+tokenizer.rows = told.get("vocab_size") or 0 => tokenizer.rows = 0
+
 # huggingface.py tests/test_huggingface.py
 ("gate_proj", "up_proj") => ("up_proj", "gate_proj")
 fp8.quantize(tensors[name], fp8.BLOCK) => fp8.quantize(tensors[name], fp8.BLOCK, pow2=True)
@@ -161,12 +168,13 @@ zip(self.rows, self.routing, strict=True): => enumerate(self.routing):
 (?=\S)")  # none => ")  # none
 isinstance(value, str): => value:
 if 200 <= len(text) <= 400_000 => if 200 < len(text) <= 400_000
-own = copied <= len(train[name]) / 2 => own = copied < len(train[name]) / 2
-size[name] <= 1.1 * target => size[name] <= 1.11 * target
-if held < target / 2: => if held < target / 3:
+if copied > len(train[name]) / 2: => if copied >= len(train[name]) / 2:
+size[name] <= 1.1 * targets[0] => size[name] <= 1.11 * targets[0]
+if held[0] < targets[0] / 2: => if held[0] < targets[0] / 3:
+size[name] <= 0.1 * targets[1] => size[name] < 0.1 * targets[1]
 if taken * total <= passed * limit: => if taken < limit:
 sample_texts(train, BPE_SAMPLE) => sample_texts(train[::2], BPE_SAMPLE)
-(i == 0, piece) for => (True, piece) for
+yield piece, i == 1, i == len(pieces) => yield piece, True, i == len(pieces)
 files = -(-count // TOKENS_PER_FILE) => files = 1
 os.fsync(file.fileno()) => pass
 if old.exists() and not folder.exists(): => if False:

@@ -870,6 +870,32 @@ def test_a_run_moves_between_one_process_ddp_and_fsdp(start, shared):
         assert_same(moved[key], straight[key], 1e-9)
 
 
+def make_release(run: Path):
+    """release/: the network of a run with a tokenizer as Moonlight's, data/mine: a text for it."""
+    huggingface.main([str(run), "release"])
+    release = Path("release")
+    (release / "tokenizer.tiktoken").rename(release / "tiktoken.model")  # they look alike
+    for name in "meta.json", "tokenizer.json":
+        (release / name).unlink()
+    end = {"511": {"content": "[EOS]"}}
+    told = {"added_tokens_decoder": end, "eos_token": "[EOS]"}
+    (release / "tokenizer_config.json").write_text(json.dumps(told))
+    prepare_data.prepare(prepare_data.DataConfig(TEXT, "mine", tokenizer="release"))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_release_is_trained_on_by_two_processes_as_by_one(parallel, start, shared):
+    make_release(shared("--steps=1"))
+    options = ("--init_from=release", "--data=mine", "--steps=4")
+    finish(start(*options, f"--parallel={parallel}", world=2, out="together"))
+    run(*options, out="alone")
+    assert_same_run(Path("alone"), Path("together"), 1e-9)
+    copies = {"tiktoken.model", "tokenizer_config.json", "meta.json"}
+    files = {path.name for path in Path("together").iterdir()}
+    assert files == {"ckpt.pt", "best.pt", "log.jsonl", ".lock"} | copies
+    assert load_model("together")[1].eos == [511]
+
+
 def on_another_disk():
     if os.environ["RANK"] == "1":
         os.chdir("node")

