@@ -445,7 +445,8 @@ class Tokenizer:
 def tokenizer_of(encoding: tiktoken.Encoding) -> Tokenizer:
     texts = {i: text for text, i in encoding._mergeable_ranks.items()}
     special = {i: name for name, i in encoding._special_tokens.items()}
-    return Tokenizer(encoding.encode_ordinary_batch, texts, special, [encoding.eot_token])
+    eos = [i for i, name in special.items() if name == END_OF_TEXT]
+    return Tokenizer(encoding.encode_ordinary_batch, texts, special, eos)
 
 
 def read_vocabulary(path: Path, special_tokens: dict[str, int]) -> Tokenizer:
