@@ -9,6 +9,7 @@ import base64
 import importlib.util
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -238,3 +239,12 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(tmp_path):
     Path("data/mine/meta.json").unlink()
     with pytest.raises(ValueError, match=r"has no whole tokenizer.*meta\.json"):
         pd.load_dataset("data/mine")
+
+
+def test_the_memory_arithmetic_in_the_docs_prints_what_they_say(capsys):
+    docs = Path(train.__file__).with_name("docs") / "USAGE.md"
+    pattern = r"```sh\npython - <<'END'\n(.*?)END\n```\n\n```\n(.*?)```\n"
+    ((code, printed),) = re.findall(pattern, docs.read_text(encoding="utf-8"), re.DOTALL)
+    config = Path(train.__file__).with_name("config") / "moonlight_16b.py"
+    exec(code.replace("config/moonlight_16b.py", str(config)), {})
+    assert capsys.readouterr().out == printed
