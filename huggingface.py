@@ -1,4 +1,4 @@
-"""Files: the layout of the released models, both ways, their tokenizers, and our own runs.
+"""Files: the layout of the released models, both ways, our tokenizer in it, and our own runs.
 
     python huggingface.py SRC DST [--quantize=True | --check=True]
 
@@ -208,7 +208,7 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     (directory / "config.json").write_text(json.dumps(config | extra, indent=2))
 
 
-# ---- Tokenizers ----------------------------------------------------------------------------------
+# ---- Our tokenizer in that layout ----------------------------------------------------------------
 
 
 def tokenizer_json(encoding: tiktoken.Encoding) -> str:

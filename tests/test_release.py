@@ -239,6 +239,9 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(tmp_path):
     Path("data/mine/meta.json").unlink()
     with pytest.raises(ValueError, match=r"has no whole tokenizer.*meta\.json"):
         pd.load_dataset("data/mine")
+    asked = pd.DataConfig("texts.jsonl", "mine", vocab_size=272, test_fraction=0, overwrite=True)
+    names = {path.name for path in pd.prepare(asked).iterdir()}  # what was the release's is gone
+    assert names == {"train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"}
 
 
 def test_the_memory_arithmetic_in_the_docs_prints_what_they_say(capsys):
