@@ -105,7 +105,7 @@ scale = grad / n => scale = 1 / n
 high = upcast(torch.empty_like(low)) => high = torch.empty_like(low)
 
 # prepare_data.py tests/test_release.py
-(begin, self.eos[:1]) if self.files else (self.eos, []) => (begin, self.eos)
+(begin, self.eos[:1]) if self.files => (begin, []) if self.files
 yield piece, i == 1, i == len(pieces) => yield piece, i == 1, True
 encoding.encode_batch(batch, allowed_special="all") => encoding.encode_ordinary_batch(batch)
 if told.get("add_bos_token"): => if False:
@@ -173,7 +173,7 @@ size[name] <= 1.1 * targets[0] => size[name] <= 1.11 * targets[0]
 if held[0] < targets[0] / 2: => if held[0] < targets[0] / 3:
 size[name] <= 0.1 * targets[1] => size[name] < 0.1 * targets[1]
 if taken * total <= passed * limit: => if taken < limit:
-sample_texts(train, BPE_SAMPLE) => sample_texts(train[::2], BPE_SAMPLE)
+sample_texts(texts, BPE_SAMPLE) => sample_texts(texts[::2], BPE_SAMPLE)
 yield piece, i == 1, i == len(pieces) => yield piece, True, i == len(pieces)
 files = -(-count // TOKENS_PER_FILE) => files = 1
 os.fsync(file.fileno()) => pass
