@@ -60,7 +60,7 @@ class SampleConfig:
     interactive: bool = False  # ask for one prompt after another
     score: str = ""  # a text file: print its nats per token and bits per byte, write no text
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto: cuda where there is one, else cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # bfloat16 where a GPU has it
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: float32 on a CPU
 
 
 @dataclass
@@ -178,13 +178,13 @@ class Text:
         if depth:  # which the first module takes
             self.hidden = F.pad(hidden, (0, 0, 0, size - T))  # (B, size, D)
         self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
-        # So many slots are filled at once that attention's scores take 256 MB behind a long text.
+        # At most so many slots at once: behind a long text attention's scores then take 256 MB.
         self.piece = max(MOST_DRAFTS + depth, 2**26 // (B * size * config.num_attention_heads))
         self.net = model
         # The last slots are left to the first draft. With no text before them all others take
         # little memory together.
         self.fill(T - 1 - depth, piece=T)
-        # Whatever decodes, its trunk, predict_next and logits are called.
+        # Of both kinds of net trunk, predict_next and logits are called.
         self.net = decoder_or_model(model, tokens, hidden, self.cache, compiled)
         self.compiled = compiled and self.net is not model
         # What a graph is made for, and the graphs that CUDA has recorded with this text's tensors.
@@ -350,11 +350,11 @@ def new_graph(text: Text, on_cpu: bool) -> Callable:
 
 
 class Row:
-    """The ids of one text, in which a few tokens in a row are found again at once."""
+    """The ids of one text, and where any MATCH tokens in a row stood last."""
 
     def __init__(self, ids: list[int]):
         self.ids: list[int] = []
-        self.after: dict[tuple, int] = {}  # MATCH tokens -> the place behind them, the latest
+        self.after: dict[tuple, int] = {}  # MATCH tokens -> the place of what followed
         self.extend(ids)
 
     def extend(self, ids: list[int]):
@@ -413,11 +413,11 @@ def generate(
         copies = [rows[b].look_up(speculative) if lookup else [] for b in live]
         copied = all(copies)  # rows share a round: all copy, or none
         # The modules draft if there are any, and two tokens: one alone fills no slot.
-        drafts = speculative if copied or (depth and n > 1) else 0
+        draft_count = speculative if copied or (depth and n > 1) else 0
         if copied:
-            text.tokens[live, n : n + drafts] = torch.tensor(copies, device=tokens.device)
-        random_numbers = uniform(B, drafts, tokens.device, generator)
-        outcome, seconds = text.play(n, drafts, copied, random_numbers)
+            text.tokens[live, n : n + draft_count] = torch.tensor(copies, device=tokens.device)
+        random_numbers = uniform(B, draft_count, tokens.device, generator)
+        outcome, seconds = text.play(n, draft_count, copied, random_numbers)
         # All rows advance by the drafts that every row keeps, and one token. Where a row keeps
         # more, that token is its next draft.
         advance = min(1 + min(outcome[b][0] for b in live), end - n)
@@ -428,7 +428,7 @@ def generate(
             rows[b].extend(ids)
             on_token(b, ids, accepted)
             stats.tokens += len(ids)
-            for position in range(min(drafts, end - n)):
+            for position in range(min(draft_count, end - n)):
                 stats.drafted[position] += 1
                 stats.accepted[position] += position < accepted
         live = [b for b in live if rows[b].ids[-1] not in eos]
