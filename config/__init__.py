@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import runpy
+import shlex
 import sys
 import textwrap
 import typing
@@ -69,8 +70,11 @@ def parse_args(
     flags = ["--" + name for name, field in fields.items() if field.type is bool]
     given, unknown = parser.parse_known_args([a + "=true" if a in flags else a for a in argv])
     if unknown:
-        name = unknown[0].removeprefix("--").split("=")[0]
-        parser.error(f"write --{unknown[0]}" if name in fields else unknown_key(name, fields))
+        word = unknown[0]
+        name = word.removeprefix("--").split("=")[0]
+        if not word.startswith("-") and "=" not in word and "prompt" in fields:
+            parser.error(f"{word!r} stands alone; write --prompt={shlex.quote(word)}")
+        parser.error(f"write --{word}" if name in fields else unknown_key(name, fields))
     values = {name: text for name, text in vars(given).items() if text is not None}
     argument = values.pop("0", None)
     try:

@@ -1,5 +1,6 @@
-"""Unseen code as one HTML page that shows the experts: python experiments/page.py out/small
+"""A text as one HTML page that shows its experts: python experiments/page.py out/small
 
+The text is code that the model has not seen or, with --prompt="def main(", what it writes itself.
 Each token has the colour of its first expert, in the layer that a slider chooses. Hovering shows
 all of its experts with their weights, and the MTP module's draft: a solid line below a token marks
 where the draft, made one token earlier, was what the model itself then took to be likeliest (it
@@ -15,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import sample
 from config import info, parse_args, run_command
-from huggingface import load_model
+from huggingface import Tokenizer, load_model
 from model import DeepSeekV3
 
 PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Experts of unseen code</title>
+<html lang="en"><meta charset="utf-8"><title>Experts of every token</title>
 <style>
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
 body { max-width: 60em; margin: 1em auto 8em; padding: 0 1em; }
@@ -31,13 +33,13 @@ pre span:hover { outline: 1px solid; }
 #tip { position: fixed; bottom: 0; left: 0; right: 0; padding: .6em 1em; min-height: 3.2em;
   background: Canvas; border-top: 1px solid #888; white-space: pre-wrap; }
 </style>
-<h1>Experts of unseen code</h1>
+<h1>Experts of every token</h1>
 <p>Each token has the colour of its first expert (the one with the largest weight).
 <label>MoE layer <input id="layer" type="range" min="1" value="1"> <output id="shown"></output>
 </label><br><span id="legend"></span></p>
 <p><span class="yes">Solid line</span>: the draft of the MTP module, made one token earlier, was the
-model's own choice at this place. <span class="no">Dotted line</span>: it was not. The text is
-given; the model did not write it.</p>
+model's own choice at this place. <span class="no">Dotted line</span>: it was not.
+<span id="origin"></span></p>
 <div id="texts"></div><div id="tip">Point at a token.</div>
 <script type="application/json" id="data">DATA</script>
 <script>
@@ -73,6 +75,7 @@ for (let e = 0; e < data.experts; e++) {
   span.style.background = colour(e);
   document.getElementById("legend").append(span);
 }
+document.getElementById("origin").textContent = data.origin;
 slider.max = data.layers;
 slider.oninput = paint;
 paint();
@@ -86,7 +89,9 @@ class Options:
     out: str = "experts.html"  # the page
     text: str = "model.py"  # a file that the model has not seen
     start: str = "class Gate"  # where in it the page begins
-    length: int = 512  # tokens
+    prompt: str = ""  # in place of that file: what the model writes after this, as sample.py does
+    seed: int = 1337  # of what it writes
+    length: int = 512  # tokens of the page
 
 
 @torch.no_grad()
@@ -116,10 +121,29 @@ def describe(model: DeepSeekV3, ids: list[int], text_of) -> list[dict]:
     return tokens
 
 
-def page(model: DeepSeekV3, texts: list[list[int]], text_of) -> str:
-    found = [describe(model, ids, text_of) for ids in texts]
-    c = model.config
-    data = {"experts": c.n_routed_experts, "layers": c.moe_layers - len(model.mtp), "texts": found}
+def written(model: DeepSeekV3, tokenizer: Tokenizer, options: Options) -> list[int]:
+    """The prompt and what the model writes after it, with sample.py's defaults."""
+    prompt, usual = tokenizer.encode(options.prompt), sample.SampleConfig()
+    text = sample.generate(
+        model, torch.tensor([prompt]), max(0, options.length - len(prompt)),
+        temperature=usual.temperature, top_k=usual.top_k, top_p=usual.top_p,
+        speculative=usual.draft, eos_token_id=tokenizer.eos,
+        generator=torch.Generator().manual_seed(options.seed),
+    )  # fmt: skip
+    return prompt + sample.up_to_eos(text[0, len(prompt) :].tolist(), tokenizer.eos)
+
+
+def page(model: DeepSeekV3, texts: list[list[int]], text_of, prompt: str = "") -> str:
+    """The page. prompt: what the model has written the texts after; "": they are given."""
+    origin = "The text is given; the model did not write it."
+    if prompt:
+        origin = f"The model has written all that follows {prompt!r}."
+    data = {
+        "experts": model.config.n_routed_experts,
+        "layers": model.config.moe_layers - len(model.mtp),
+        "origin": origin,
+        "texts": [describe(model, ids, text_of) for ids in texts],
+    }
     # In a script element "</" would end it.
     return PAGE.replace("DATA", json.dumps(data, separators=(",", ":")).replace("</", "<\\/"))
 
@@ -130,13 +154,20 @@ def main(argv: list[str]):
     model, tokenizer, _ = load_model(ckpt or "out/small", "cpu", torch.float32)
     if tokenizer is None or model.config.first_k_dense_replace >= model.config.num_hidden_layers:
         raise ValueError(f"{ckpt} has no tokenizer or no experts: name another checkpoint.")
-    _, start, text = Path(options.text).read_text("utf-8").partition(options.start)
-    if not start:
-        raise ValueError(f"{options.text} does not have {options.start!r}: give another --start.")
-    ids = tokenizer.encode(start + text)[: options.length]
-    html = page(model, [ids], lambda i: tokenizer.to_bytes(i).decode(errors="replace"))
-    Path(options.out).write_text(html, encoding="utf-8")
-    info(f"{options.out}: {len(html) / 1000:.0f} kB")
+    if options.prompt:
+        ids = written(model, tokenizer, options)
+    else:
+        _, start, text = Path(options.text).read_text("utf-8").partition(options.start)
+        if not start:
+            raise ValueError(f"{options.text} has no {options.start!r}: give another --start.")
+        ids = tokenizer.encode(start + text)[: options.length]
+
+    def text_of(token: int) -> str:
+        return tokenizer.to_bytes(token).decode(errors="replace")
+
+    content = page(model, [ids], text_of, options.prompt)
+    Path(options.out).write_text(content, encoding="utf-8")
+    info(f"{options.out}: {len(content) / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

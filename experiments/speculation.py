@@ -74,7 +74,7 @@ def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat:
             u = sample.uniform(1, G, tokens.device)
             text.filled = n - G - text.depth  # as after a round that has kept all drafts but one
             text.tokens[:, n : n + G] = tokens[:, n : n + G]
-            text.play(n, G, u, given)
+            text.play(n, G, given, u)
 
     kinds = [(0, False), *((G, given) for G in range(1, 5) for given in (False, True))]
     seconds = interleaved({kind: partial(rounds, *kind) for kind in kinds}, options.rounds)
@@ -84,11 +84,12 @@ def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat:
 def speculation(
     model: DeepSeekV3, prompts: list[list[int]], options, compile: bool, temperature: float
 ) -> Table:
-    """Every number of drafts, auto (two while they pay), and drafts looked up in the text."""
+    """Every number of drafts by the module, and two and three that are copied where the text
+    repeats."""
     device, new, stats, texts = model.norm.weight.device, options.new_tokens, {}, {}
     drawing = sample.drawing_device(device)
-    kinds = {str(G): (G, False) for G in range(5)} | {"auto": ("auto", False)}
-    kinds |= {"3 or lookup": (3, True), "auto or lookup": ("auto", True)}
+    kinds = {str(G): (G, False) for G in range(5)}
+    kinds |= {"2 or lookup, the default": (2, True), "3 or lookup": (3, True)}
     seconds = {kind: [] for kind in kinds}
 
     def run(kind: str):

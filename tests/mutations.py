@@ -119,13 +119,19 @@ key=lambda file: file.name == "config.json" => key=lambda file: file.name
 # sample.py tests/test_sample.py
 (p / p.sum(-1, keepdim=True) * 2.0**52).floor().cumsum(-1) => p.cumsum(-1)
 logits = logits.double() / temperature => logits = logits / temperature
-kept = (u[:, :-1] * q_x < p_x) => kept = (u[:, :-1] * q_x <= p_x)
+stays = (u[:, :-1] * q_x < p_x) => stays = (u[:, :-1] * q_x <= p_x)
 before >= top_p => before > top_p
 MATCH = 3 => MATCH = 2
 min(outcome[b][0] for b in live) => min(outcome[b][0] for b in range(B))
-used = min(kept, len(ids)) => used = kept
+accepted = min(kept, len(ids)) => accepted = kept
+start, hidden = n - 2 + step - module, => start, hidden = n - 1 + step - module,
+self.filled = max(0, n - self.depth) => self.filled = n - 1
+for step in range(max(G, self.depth)): => for step in range(G):
+self.fill(n - 1 - slots, self.piece)  # what => pass  # what
+if len(self.ids) >= MATCH: => if len(self.ids) > MATCH:
+copied = all(copies) => copied = any(copies)
+given = given - options => pass
 done - max(1, window // 2) => done - window // 2
-model.scores[-1], model.routing[-1] => model.scores[0], model.routing[0]
 
 # model.py tests/test_huggingface.py
 self.o_proj = nn.Linear(H * V, D, bias=bias) => self.o_proj = nn.Linear(H * V, D, bias=False)
@@ -150,7 +156,7 @@ if not (isinstance(scale, float) and => if not (True and
 
 # sample.py tests/test_edits.py
 compare_forms(model) => pass
-kept.clear()  # an edit => pass  # an edit
+DECODERS[model].clear()  # an edit => pass  # an edit
 COMPARED[model] = state => pass
 if p.ndim > 1: => if False:
 if edit or ops.edited_forward(model): => if edit:

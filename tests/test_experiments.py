@@ -41,6 +41,7 @@ import fp8
 import model
 import ops
 import prepare_data
+import sample
 import train
 from model import DeepSeekV3, ModelConfig
 
@@ -570,6 +571,18 @@ def test_allowed_speed_up_and_repeats():
     assert speculation.repeats([1, 2, 3, 1, 2, 3, 4], n=3) == pytest.approx(1 / 5)
 
 
+@torch.inference_mode()
+def test_table_of_drafts(trained):
+    """Greedily every number of drafts, made by the module or copied, writes the same texts."""
+    options = speculation.SpeculationOptions(rounds=1, new_tokens=12)
+    prompts = [trained.data.val.arrays[0][:20].tolist(), [1, 2, 3, 4] * 5]
+    table = speculation.speculation(trained.net, prompts, options, False, 0.0)
+    assert [row["drafts"] for row in table.rows[:5]] == ["0", "1", "2", "3", "4"]
+    assert [row["same texts"] for row in table.rows] == ["2/2"] * 7
+    assert table.rows[0]["tokens/forward"] == 1
+    assert ["allowed" in row for row in table.rows] == [False, *[True] * 4, False, False]
+
+
 # ---- The page of experts -------------------------------------------------------------------------
 
 IDS, WORDS = [5, 6, 7, 8, 9, 10], ["<b>&", "</script>", "é\n"]
@@ -597,6 +610,28 @@ def test_page_has_every_tokens_experts_and_drafts(html, trained):
     assert [t["draft"] for t in tokens] == [None, None, *drafts[:-1]]
 
 
+def test_page_of_what_the_model_writes(trained, tmp_path, monkeypatch):
+    """The prompt and the text that generate makes of it, to the token that ends it."""
+    words = mock.Mock(encode=lambda text: IDS, to_bytes=lambda i: b"%d" % i, eos=[])
+    monkeypatch.setattr(page, "load_model", lambda *_: (trained.net, words, tmp_path))
+
+    def written(*options) -> dict:
+        page.main([f"--out={tmp_path}/x.html", *options])
+        found = (tmp_path / "x.html").read_text("utf-8")
+        return json.loads(re.search(r'id="data">(.*?)</script>', found, re.DOTALL)[1])
+
+    generator = torch.Generator().manual_seed(3)
+    ids = sample.generate(
+        trained.net, torch.tensor([IDS]), 9, temperature=0.8, top_k=200, generator=generator
+    )[0].tolist()
+    data = written("--prompt=<b>", "--length=15", "--seed=3")
+    assert [int(token["text"]) for token in data["texts"][0]] == ids
+    assert data["origin"] == "The model has written all that follows '<b>'."
+    words.eos = [ids[9]]
+    data = written("--prompt=<b>", "--length=15", "--seed=3")
+    assert [int(token["text"]) for token in data["texts"][0]] == ids[: ids.index(ids[9], 6) + 1]
+
+
 def test_page_works_in_a_browser(html, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
@@ -610,4 +645,5 @@ def test_page_works_in_a_browser(html, tmp_path):
     assert body.count("<span") == 6 and body.count("background") == 6
     assert body.count('class="yes"') + body.count('class="no"') == 4
     assert "&lt;/script&gt;" in body and "&lt;b&gt;&amp;" in body  # text, not markup
+    assert 'id="origin">The text is given' in dom
     assert re.search(r'id="tip">"é\\n" +experts \d: \d\.\d\d, \d: .*\ndraft .*choice', dom)

@@ -28,7 +28,7 @@ from test_model import VARIANTS, in_pieces, tiny, tokens_of
 import ops
 import prepare_data
 import sample
-from config import run_command
+from config import parse_args, run_command
 from huggingface import load_model
 from model import DeepSeekV3
 from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
@@ -144,8 +144,8 @@ def test_greedy_text_is_that_of_whole_forwards(name):
     assert same_text(model, text[:, : LIMIT - 8], 30, speculative=2).note == ""
     stats = same_text(model, text[:, : LIMIT - 7], 30, speculative=3, lookup=False)
     assert f"beyond the {LIMIT - 8} tokens" in stats.note
-    for T, drafts in ((26, "auto"), (LIMIT - 3, 4), (LIMIT, 4)):
-        stats = same_text(model, text, T, speculative=drafts, new=30)
+    for T, options in ((26, {}), (LIMIT - 3, dict(speculative=4)), (LIMIT, dict(speculative=4))):
+        stats = same_text(model, text, T, new=30, **options)
         assert f"context limit of {LIMIT}" in stats.note
     stats = same_text(model, text, LIMIT - 4, speculative=2)  # it ends where the limit is
     assert f"beyond the {LIMIT - 8} tokens" in stats.note
@@ -154,14 +154,14 @@ def test_greedy_text_is_that_of_whole_forwards(name):
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_every_draft_length_is_lossless(depth, capsys):
     """With drafts of the MTP modules, looked up, or both; all by the Decoder."""
-    model, drafts = student(depth), [*range(MOST_DRAFTS + 1), "auto"]
+    model = student(depth)
     cases = ((1, 1, 8), (1, 6, 1), (2, 6, 2), (3, 9, 20), (4, 1, 12), (1, 20, 0), (1, 5, 60))
     for B, T, new in cases:
         text = greedy(model, tokens_of(model, B, T), new)
-        for G, lookup in itertools.product(drafts, [False, True]):
+        for G, lookup in itertools.product(range(MOST_DRAFTS + 1), [False, True]):
             stats = same_text(model, text, T, speculative=G, lookup=lookup)
             assert stats.tokens == B * new
-            if new == 60 and G != "auto":
+            if new == 60:
                 assert (stats.lookups > 0) == (lookup and G > 0)
                 # Every forward gives a token besides its drafts; the last may have no room for it.
                 assert stats.rounds + sum(stats.accepted) in (60, 61)
@@ -171,7 +171,7 @@ def test_every_draft_length_is_lossless(depth, capsys):
 
 
 @pytest.mark.parametrize("depth, attention", [(2, 1), (0, 1e-3)], ids=["drafted", "looked up"])
-@pytest.mark.parametrize("drafts", [0, 3, "auto"])
+@pytest.mark.parametrize("drafts", [0, 2, 3])
 def test_end_of_text_pads_its_row_and_leaves_the_others_alone(drafts, depth, attention):
     """Where drafts are made, and where the rows that go on look theirs up."""
     model = student(depth, attention)
@@ -192,10 +192,10 @@ def test_missing_slots_are_filled_in_pieces():
     """All at once they would take much memory behind a long text."""
     text = sample.Text(student(1), tokens_of(tiny(), 2, 30), 9, 1, False, (0.0, None, None))
     (kv,) = text.mtp_cache.kv
-    expected, text.filled, text.most = kv[:, :28].clone(), 1, 6
+    expected, text.filled, text.piece = kv[:, :28].clone(), 1, 6
     kv[:, 1:] = 0
     with mock.patch.object(text.net, "predict_next", wraps=text.net.predict_next) as predict:
-        text.play(30, 2, torch.rand(2, 5), looked_up=False)
+        text.play(30, 2, False, torch.rand(2, 5))
     assert [call.args[1].shape[1] for call in predict.call_args_list] == [6, 6, 6, 4, 6, 1]
     assert text.filled == 29 and torch.allclose(kv[:, :28], expected, atol=1e-12)
 
@@ -236,7 +236,7 @@ def test_rows_that_have_ended_hold_up_no_other():
 
 
 def test_looked_up_is_what_followed_last():
-    for ids, G, found in (
+    for ids, count, found in (
         ([1, 2, 3, 5, 1, 2, 3, 4, 1, 2, 3], 4, [4, 1, 2, 3]),
         ([8, 9, 9, 9, 9], 3, [9, 9, 9]),  # over its own end too
         ([1, 2, 3, 4, 1, 2, 3], 2, [4, 1]),  # at the very beginning too
@@ -244,7 +244,11 @@ def test_looked_up_is_what_followed_last():
         *(([*range(n)], 4, []) for n in (1, 3, 6)),
         ([200_000, 0xD800, 5, 6] * 2, 3, [200_000, 0xD800, 5]),
     ):
-        assert sample.look_up("".join(map(chr, ids)), G) == found
+        for prompt in range(1, len(ids) + 1):  # the rest comes in pieces
+            row = sample.Row(ids[:prompt])
+            for start in range(prompt, len(ids), 2):
+                row.extend(ids[start : start + 2])
+            assert row.ids == ids and row.look_up(count) == found
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -253,13 +257,31 @@ def test_mtp_modules_catch_up(depth):
     """After any rounds, drafted, rejected or plain, their caches are those after a prompt."""
     model, u, greedily, n = student(depth), torch.zeros(1, 9), (0, None, None), 9
     text = sample.Text(model, tokens_of(model, 1, 9), 99, depth, False, greedily)
-    for G in (4, 0, 0, 0, 0, 0, 0, 3, 2, 4):
-        ((kept, *_),), _ = text.play(n, G, u, False)
+    for G in (4, 0, 0, 0, 0, 0, 0, 3, 1, 1, 2, 4):
+        ((kept, *_),), _ = text.play(n, G, False, u)
         fresh = sample.Text(model, text.tokens[:, :n], 99, depth, False, greedily)
-        fresh.play(n, 4, u, False)
+        fresh.play(n, 4, False, u)
         for ours, theirs in zip(text.mtp_cache.kv, fresh.mtp_cache.kv, strict=True):
             assert G == 0 or torch.allclose(ours[:, : n - depth], theirs[:, : n - depth])
         n += kept + 1
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@torch.inference_mode()
+def test_drafts_are_those_of_whole_forwards(depth, n=12, G=4):
+    """Module k reads the text k + 1 tokens later; the last one goes on with its own output."""
+    model = tiny(num_nextn_predict_layers=depth)
+    tokens = tokens_of(model, 2, n)
+    text = sample.Text(model, tokens, 9, depth, False, (0, None, None))
+    text.draft(n, G, n - 1 - text.filled, torch.zeros(2, 2 * G + 1))
+    hidden = model.trunk(tokens)[:, :-1]  # of slots 0 .. n-2
+    for step in range(G):
+        k = min(step, depth - 1)
+        out = model.predict_next(k, hidden, tokens[:, k + 1 :])
+        tokens = torch.cat((tokens, model.logits(out)[:, -1:].argmax(-1)), 1)
+        last = k == depth - 1
+        hidden = torch.cat((hidden, out[:, -1:]), 1) if last else out
+    assert torch.equal(text.tokens[:, : n + G], tokens)
 
 
 # ---- Compiled rounds -----------------------------------------------------------------------------
@@ -308,7 +330,7 @@ def test_a_gpu_records_a_round_anew_for_every_text(monkeypatch):
     no clock runs. It leaves the tokens as they were."""
     nothing, calls = SimpleNamespace(layers=[], mtp=[]), []
 
-    def play(text, n, G, W, u):
+    def play(text, n, G, slots, u):
         calls.append(text)
         text.tokens[:] = 7
 
@@ -322,7 +344,7 @@ def test_a_gpu_records_a_round_anew_for_every_text(monkeypatch):
                 parts = dict(cache=nothing, mtp_cache=nothing, net=nothing, recorded=set())
                 text = SimpleNamespace(kind=(device,), tokens=tokens, **parts)
             calls.clear()
-            assert sample.compiled(text, torch.tensor(3), 2, 3, torch.zeros(1, 5)) is play
+            assert sample.graph_of(text, torch.tensor(3), 2, 3, torch.zeros(1, 5)) is play
             assert calls == [text] * expected[i]
             assert text.tokens.copy_.call_count == sum(expected[i - i % 2 : i + 1])
         assert all((call.args[0] == 0).all() for call in tokens.copy_.mock_calls)
@@ -330,66 +352,13 @@ def test_a_gpu_records_a_round_anew_for_every_text(monkeypatch):
 
 
 def test_compilation_does_not_count_as_decoding(monkeypatch):
-    """On a clock that is read when it begins and ends. Compiled on a CPU, auto makes no drafts."""
+    """On a clock that is read when a round begins and ends."""
     model, stats = student(1), Stats()
     monkeypatch.setattr(sample.time, "perf_counter", itertools.count().__next__)
     monkeypatch.setattr(torch, "compile", lambda play, **options: play)
     sample.GRAPHS.clear()  # of other tests
     generate(model, tokens_of(model, 1, 5), 40, compile=True, lookup=False, stats=stats)
-    assert stats.seconds == stats.rounds and sum(stats.drafted) == 0
-
-
-# ---- Automatic drafts ----------------------------------------------------------------------------
-
-
-def write_text(cost, kept, found=lambda at: False, new=500) -> tuple[float, list[int]]:
-    """Seconds for `new` tokens, and the drafts of every round. A plain one takes a second, every
-    draft `cost` more; kept(at, G, looked_up) are those it keeps."""
-    pace, seconds, at, drafts = sample.Pace(True), 0.0, 0, []
-    while at < new:
-        looked_up = pace.allows(looked_up=True) and found(at)
-        G = 4 if looked_up else 2 if pace.allows(looked_up=False) else 0
-        tokens = min(1 + kept(at, G, looked_up), new - at)
-        pace.learn(G, looked_up, 1 + cost * G, tokens)
-        seconds, at, drafts = seconds + 1 + cost * G, at + tokens, [*drafts, G]
-    return seconds, drafts
-
-
-@pytest.mark.parametrize("new", [100, 256, 1000])
-@pytest.mark.parametrize("easy", [0, 100])
-def test_auto_is_hardly_slower_than_plain(easy, new):
-    """Where drafts, looked up ones too, are not kept, or no more: by six plain rounds or 3 %."""
-    seconds, drafts = write_text(0.4, lambda at, G, _: G * (at < easy), lambda at: at % 3 == 0, new)
-    assert sum(drafts) > 0 and seconds < max(new + 6, 1.03 * new + 0.5)
-
-
-def test_auto_drafts_and_looks_up_where_that_pays():
-    seconds, drafts = write_text(0.2, lambda at, G, _: min(G, 1))
-    assert drafts[4:] == [2] * len(drafts[4:]) and seconds < 0.75 * 500
-    seconds, _ = write_text(0.2, lambda at, G, looked_up: 3 * looked_up, lambda at: at % 2 == 0)
-    assert seconds < 0.7 * 500
-    seconds, _ = write_text(0.05, lambda at, G, _: 0 if at < 60 else G, new=1000)
-    assert seconds < 700  # also again where the text becomes easier
-    pace = sample.Pace(True)
-    for seconds in [1.0] * 40 + [9.0] * 16:  # a longer text takes longer: the latest count
-        pace.learn(0, False, seconds, 1)
-    pace.learn(2, False, 9.0, 3)
-    assert pace.allows(looked_up=False)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_auto_follows_what_its_rounds_gave(sign, monkeypatch):
-    """By a clock on which a round with drafts takes two plain ones: those never right soon rest."""
-    model, stats, play = student(2), Stats(), sample.Text.play
-    monkeypatch.setattr(sample.Text, "play", lambda *args: (play(*args)[0], 1 + (args[2] > 0)))
-    for module in model.mtp:
-        module.norm.weight.mul_(sign)
-    generate(model, tokens_of(model, 1, 5), 60, temperature=0, lookup=False, stats=stats)
-    assert stats.drafted[0] > 15 if sign > 0 else 0 < stats.drafted[0] < 5
-    assert stats.drafted[1] > 0 and stats.drafted[2] == 0  # two of a module, four looked up
-    model, stats = student(0, attention=1e-3), Stats()
-    generate(model, tokens_of(model, 1, 20), 60, temperature=0, stats=stats)
-    assert stats.drafted[3] >= stats.lookups - 1 > 5  # the last may have no room
+    assert stats.seconds == stats.rounds and sum(stats.drafted) > 0
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -634,22 +603,49 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(command, monkeypatch):
 
 def test_draft_lengths_and_seeds(command):
     options = ("--prompt=def", "--temperature=1e-39")  # as good as 0
-    plain, three, auto = (command(*options, f"--draft={draft}") for draft in ("0", "3", "auto"))
-    assert plain.out == three.out == auto.out
+    plain, two, three = (command(*options, *draft) for draft in (["--draft=0"], [], ["--draft=3"]))
+    assert plain.out == two.out == three.out
     assert "context limit" in plain.err  # 256 tokens do not fit into 64
-    assert "by position" in three.err and "by position" not in plain.err
-    texts = [command("--prompt=", "--draft=2", f"--seed={seed}").out for seed in (1, 1, 2)]
+    by_position = r"by position: \d+/\d+, \d+/\d+"
+    assert re.search(by_position + r"\n", two.err) and re.search(by_position + ",", three.err)
+    assert "by position" not in plain.err
+    texts = [command("--prompt=", f"--seed={seed}").out for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("show", ["drafts", "experts"])
-def test_colours_change_nothing_but_the_colour_and_have_a_legend(command, show):
+def test_colours_change_nothing_but_the_colour_and_have_a_legend(command):
     options = ("--prompt=class", "--temperature=0", "--draft=4", "--num_samples=2")
-    off, on = command(*options), command(*options, f"--show={show}")
+    off, on = command(*options), command(*options, "--show=drafts")
     assert COLOUR.sub("", on.out) == off.out != on.out
-    legend = next(line for line in on.err.splitlines() if "\033" in line)
-    colours, explained = (set(re.findall(r"\033\[[\d;]+m", text)) for text in (on.out, legend))
-    assert colours <= explained and len(colours) >= (3 if show == "experts" else 2)
+    assert "\033[32mgreen\033[0m: drafts that" in on.err and "green" not in off.err
+
+
+def test_accepted_drafts_alone_are_green(capsys, monkeypatch):
+    tokenizer = mock.Mock(eos=[256], encode=list, to_bytes=lambda token: bytes([token]))
+    write = mock.Mock(side_effect=lambda *a, on_token, **k: on_token(0, [*b"abc"], 2))
+    monkeypatch.setattr(sample, "generate", write)
+    sample.complete(tiny(), tokenizer, "", sample.SampleConfig(show="drafts"))
+    assert capsys.readouterr().out == "\033[32ma\033[0m\033[32mb\033[0mc\n"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--temperature=0", "--top_p=0.5", "--seed=3"], "--seed, --top_p (--temperature=0"),
+        (["--draft=0", "--lookup=False", "--show=drafts"], "--lookup, --show (--draft=0"),
+        (["--interactive", "--prompt=x", "--seed=3"], "--prompt (--interactive asks"),
+        (["--score=text", "--draft=2", "--temperature=0", "--top_k=1"], "--draft, --temperature, "),
+        (["--draft=3", "--lookup=False"], "--draft (the model has no MTP module"),
+        (["--draft=3", "--seed=3", "--show=drafts"], ""),
+    ],
+)
+def test_options_without_effect_are_told(options, said, capsys):
+    given = {option.split("=")[0].removeprefix("--") for option in options}
+    _, values = parse_args("", options, sample.SampleConfig)
+    sample.tell_ignored(given, sample.SampleConfig(**values), has_mtp=False)
+    err = capsys.readouterr().err
+    assert err.startswith(f"without effect: {said}") if said else err == ""
+    assert err.count("\n") == bool(said)
 
 
 def test_text_appears_only_in_whole_characters(monkeypatch):
@@ -695,10 +691,16 @@ def test_interactive(command, monkeypatch):
 @pytest.mark.parametrize("options", [["--prompt=class", "--num_samples=2"], ["--interactive"]])
 def test_an_interrupted_text_is_shown_as_far_as_it_came(options, run, capsys, monkeypatch):
     """Then the command ends as an interrupted one; --interactive asks for the next prompt."""
-    learn = mock.Mock(side_effect=[*[None] * 8, KeyboardInterrupt, *[None] * 99])
-    monkeypatch.setattr(sample.Pace, "learn", learn)  # called after every round
+    play, rounds = sample.Text.play, itertools.count()
+
+    def interrupted_play(*args):
+        if next(rounds) == 8:
+            raise KeyboardInterrupt
+        return play(*args)
+
+    monkeypatch.setattr(sample.Text, "play", interrupted_play)
     monkeypatch.setattr(sys, "stdin", io.StringIO("class\nnext"))
-    monkeypatch.setattr(sys, "argv", ["sample.py", str(run), "--draft=0", "--show=", *options])
+    monkeypatch.setattr(sys, "argv", ["sample.py", str(run), "--draft=0", *options])
     interactive = options == ["--interactive"]
     with pytest.raises(SystemExit) if not interactive else contextlib.nullcontext() as caught:
         run_command(sample.main)
@@ -710,18 +712,6 @@ def test_an_interrupted_text_is_shown_as_far_as_it_came(options, run, capsys, mo
         assert "\nnext" in out
     else:
         assert caught.value.code == 130 and texts[1].startswith("class")
-
-
-def test_experts_are_those_of_the_last_layer():
-    """The one with the largest gate value, as the gate itself has it."""
-    model, seen = tiny(), []
-    ids = tokens_of(model, 1, 30)[0].tolist()
-    model.layers[-1].mlp.gate.register_forward_hook(lambda *args: seen.append(args[2]))
-    got = sample.top_experts(model, ids)
-    ((_, chosen, gain),) = seen
-    assert len(model.routing) > 1 and len(set(got)) > 2
-    assert got == chosen[0].gather(1, gain[0].argmax(-1, keepdim=True)).flatten().tolist()
-    assert len({sample.style_of(e) for e in range(32)}) == 32
 
 
 def test_printed_figures(capsys):
@@ -781,6 +771,8 @@ def test_score_gives_half_a_window_before_every_token(run, tmp_path, capsys, mon
         (["--ckpt=", "--prompt=x"], 1, "checkpoint"),
         (["{run}", "--top_k=x"], 2, "top_k"),
         (["{run}", "--draft=9"], 2, "draft"),
+        (["{run}", "a text"], 2, "write --prompt='a text'"),
+        (["{run}", "--ckpt=out/x", "--prompt=x"], 1, "two checkpoints"),
         (["{run}", "--prompt=x", "--device=meta"], 1, "meta"),
         (["{run}", "--dtype=int3"], 2, "int3"),
         (["{run}", "--score=nowhere"], 1, "nowhere"),
