@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -238,21 +239,31 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
+def checkpoint_file(path: str | Path) -> Path:
+    """The file with the weights: of a run's folder best.pt, else ckpt.pt."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
+    return folder / ("best.pt" if (folder / "best.pt").exists() else "ckpt.pt")
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """What train.py saved in a file, or in a run's folder (best.pt, else ckpt.pt).
 
     Tensors stay on the disk until they are used (not on Windows, where a file that is mapped
     cannot be replaced); nothing in the file can run code.
     """
-    file = Path(path)
-    if file.is_dir():
-        file /= "best.pt" if (file / "best.pt").exists() else "ckpt.pt"
+    file = checkpoint_file(path)
     try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()  # a record whose checksum is wrong: torch does not look
         saved = torch.load(file, "cpu", weights_only=True, mmap=os.name == "posix")
         dict(saved["model_config"])  # raises where another program has saved it
-        return saved
     except Exception:  # a missing or damaged file may lead to any
         raise ValueError(f"{file} is missing, damaged, or no checkpoint of train.py") from None
+    if damaged:
+        raise ValueError(f"{file} is damaged: {damaged} in it has another checksum than when saved")
+    return saved
 
 
 def load_model(

@@ -29,6 +29,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ import ops
 import prepare_data
 import sample
 from config import info, parse_args, read_config_file, run_command
-from huggingface import MODEL_SHA256, Tokenizer, load_checkpoint, load_model
+from huggingface import MODEL_SHA256, Tokenizer, checkpoint_file, load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig, expert_counts
 from ops import fast_dtype, has_grouped_mm
 
@@ -99,7 +100,8 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights and optimiser, and recomputes
     deterministic: bool = False  # no sums in varying order: resumes bit for bit on CUDA too
     # the run
-    eval_every: int = 250  # steps between evaluations of the whole validation file
+    eval_every: int = 250  # steps between evaluations
+    eval_tokens: int = 0  # tokens of the validation text in evaluations before the last (0: all)
     eval_batch: int = 16  # windows per evaluation batch and rank
     save_every: int = 250  # steps between checkpoints
     log_every: int = 10  # steps between lines in log.jsonl
@@ -206,7 +208,8 @@ def is_first() -> bool:
 
 
 def on_all(make: Callable[[], Result]) -> Result:
-    """Calls make() on every process. If one refuses, all raise: else they would wait for it."""
+    """Calls make() on every process. If one refuses, all end: else they would wait for it. Process
+    0 raises the refusal, the others exit without a word."""
     if not dist.is_initialized():
         return make()
     result, refusal = None, None
@@ -217,6 +220,8 @@ def on_all(make: Callable[[], Result]) -> Result:
     refusals = [None] * dist.get_world_size()
     dist.all_gather_object(refusals, refusal)
     for rank, error in enumerate(refusals):
+        if error is not None and not is_first():
+            sys.exit(error.code if isinstance(error, SystemExit) else 1)
         if error is not None:
             raise error if rank == 0 else ValueError(f"process {rank}: {error}")
     return result
@@ -391,7 +396,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     return [adamw, Muon(matrices, defaults, getattr(torch, config.dtype))]
 
 
-# ---- Data and evaluation -------------------------------------------------------------------------
+# ---- Data ----------------------------------------------------------------------------------------
 
 
 TOKENIZER_KEYS = ("tokenizer_sha256", "pattern", "special_tokens")  # of meta.json
@@ -434,8 +439,8 @@ def read_data(config: TrainConfig, folder: Path, vocab_size: int) -> prepare_dat
     if padding < 0 or (padding >= 128 and vocab_size != data.rows):
         raise ValueError(
             f"vocab_size is {vocab_size}, but the vocabulary of {folder} has {data.vocab_size} "
-            f"tokens: for a new network give train.py --vocab_size={data.vocab_size}, and for "
-            "given weights prepare the data with --tokenizer=DIR, where the weights are."
+            f"tokens: for a new network write vocab_size = {data.vocab_size} into the config file; "
+            "for given weights prepare the data with --tokenizer=DIR, where the weights are."
         )
     longest = max(config.block_size, config.long_block_size)
     shortest = min(map(len, data.train.arrays))
@@ -500,6 +505,13 @@ def train_windows(data: prepare_data.Dataset, config: TrainConfig, step: int) ->
     return data.train.windows(np.array(starts), T + 1)
 
 
+def micro_batches(windows: np.ndarray, config: TrainConfig, machine: Machine) -> list[np.ndarray]:
+    """This process's share of a step's windows, in grad_accum parts."""
+    parts = np.split(windows, machine.world * config.grad_accum)
+    first = machine.rank * config.grad_accum
+    return parts[first : first + config.grad_accum]
+
+
 def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Windows (B, T + 1) -> tokens (B, T) and the next tokens (B, T)."""
     x, cuda = torch.from_numpy(windows), device.type == "cuda"
@@ -515,10 +527,13 @@ def max_vio(counts: Tensor) -> Tensor:
     return (load.amax(1) / load.mean(1) - 1).mean().nan_to_num()  # 0 where nothing is routed
 
 
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+
 def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) -> Iterator:
-    """This process's share of the validation text, in batches (B, T + 1) of windows side by side,
-    so that every token is predicted once. All processes get the same number of batches: where the
-    text has ended they hold -1."""
+    """This process's share of these tokens, in batches (B, T + 1) of windows side by side, so that
+    every token is predicted once. All processes get the same number of batches: where the text has
+    ended they hold -1."""
     B = math.ceil(config.eval_batch * config.block_size / T)
     batches = range(0, math.ceil((len(tokens) - 1) / T), B * machine.world)
     for first in tqdm(batches, "evaluate", leave=False, disable=machine.rank > 0 or None):
@@ -529,48 +544,86 @@ def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) ->
         yield windows
 
 
+def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Machine) -> dict:
+    """Sums over all windows of these tokens, and over all processes: nats and predicted tokens by
+    depth (0: the main model, k: MTP module k), visits to every expert, visits to groups."""
+    E, G = model.config.n_routed_experts, model.config.n_group
+    sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens
+    visits = torch.zeros(model.config.moe_layers, E, dtype=torch.long, device=machine.device)
+    groups = torch.zeros((), dtype=torch.long, device=machine.device)
+    for windows in validation_windows(tokens, T, config, machine):
+        x, y = to_device(windows, machine.device)
+        with machine.autocast():
+            main, _, _ = model(x.clamp(min=0), y)
+        loss = torch.stack((main, *model.mtp_losses)).cpu()
+        n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
+        sums[:, : len(n)] += torch.stack((loss * n, n))  # one token has no MTP loss
+        for layer, chosen in enumerate(model.routing):
+            # MTP module k (from 1) has k rows fewer, and predicts the last rows' targets.
+            used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
+            visits[layer] += expert_counts(used, E)
+            groups += nn.functional.one_hot(used // (E // G), G).amax(1).sum()
+    nats, n = machine.sum(sums)
+    return {"nats": nats, "tokens": n, "visits": machine.sum(visits), "groups": machine.sum(groups)}
+
+
+def mean_losses(sums: dict) -> list[float]:
+    """By depth, in nats per token."""
+    return (sums["nats"] / sums["tokens"].clamp(min=1)).tolist()
+
+
 @torch.no_grad()
-def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
+def evaluate(
+    model: DeepSeekV3, data, config: TrainConfig, machine: Machine, whole: bool = True
+) -> dict:
     """What the log has of an evaluation: losses and the use of the experts in windows of block_size
-    and, once the model knows them, the loss in long ones."""
-    c, T_long = model.config, config.long_block_size
-    E, G, losses = c.n_routed_experts, c.n_group, {}
-    lengths = [config.block_size, T_long] if T_long == model.trained_length else [config.block_size]
-    counts = torch.zeros(c.moe_layers, E, dtype=torch.long, device=machine.device)
-    nodes = torch.zeros((), dtype=torch.long, device=machine.device)  # visits to groups
+    and, once the model knows them, the loss in long ones.
+
+    The last evaluation reads the whole validation text, those before it (whole=False) its first
+    eval_tokens. Two losses can only be compared on the same text, so a whole evaluation also tells
+    val_loss_part, the loss on that first part. The part is made of whole windows: its windows are
+    the same in both, on any number of processes.
+    """
+    text = data.val.arrays[0]
+
+    def sums_of(T: int) -> tuple[dict, dict]:
+        """Over the first part; over all that is evaluated."""
+        end = T * math.ceil(config.eval_tokens / T)
+        part = add_up(model, text[: end + 1], T, config, machine)
+        if config.eval_tokens and not whole:
+            return part, part
+        rest = add_up(model, text[end:], T, config, machine)
+        return part, {key: part[key] + rest[key] for key in part}
+
     model.eval()
     with fp8.quantized_once(model), torch.compiler.set_stance("force_eager"):  # for so few calls
-        for T in lengths:
-            sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens, by depth
-            for windows in validation_windows(data.val.arrays[0], T, config, machine):
-                x, y = to_device(windows, machine.device)
-                with machine.autocast():
-                    main, _, _ = model(x.clamp(min=0), y)
-                loss = torch.stack((main, *model.mtp_losses)).cpu()
-                n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
-                sums[:, : len(n)] += torch.stack((loss * n, n))  # one token has no MTP loss
-                for layer, chosen in enumerate(model.routing if config.block_size == T else ()):
-                    # MTP module k (from 1) has k rows fewer, and predicts the last rows' targets.
-                    used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
-                    counts[layer] += expert_counts(used, E)
-                    nodes += nn.functional.one_hot(used // (E // G), G).amax(1).sum()
-            nats, n = machine.sum(sums)
-            losses[T] = (nats / n.clamp(min=1)).tolist()
-    (main, *mtp), long = losses[config.block_size], losses.get(T_long)
-    share = machine.sum(counts) / counts.sum(1, keepdim=True).clamp(min=1)
-    visits, nodes = counts.sum().item(), machine.sum(nodes).item()  # 0 without experts
+        part, total = sums_of(config.block_size)
+        long = None
+        if config.long_block_size == model.trained_length:
+            _, long = sums_of(config.long_block_size)
+    main, *mtp = mean_losses(total)
+    share = total["visits"] / total["visits"].sum(1, keepdim=True).clamp(min=1)
+    visits, groups = total["visits"].sum().item(), total["groups"].item()  # 0 without experts
     per_bit = math.log(2) * data.val_bytes_per_token
-    return {
+    result = {
         "val_loss": main,
         "val_bpb": main / per_bit,
         # A depth may be easier than the main model: it lacks the window's first, hardest positions.
         "val_mtp_loss": sum(mtp) / max(1, len(mtp)),
         "val_mtp_losses": mtp,
-        "max_vio_global": max_vio(counts).item(),
-        "nodes_per_token": c.num_experts_per_tok * nodes / max(1, visits),  # a token makes K visits
-        "experts_per_node": visits / max(1, nodes),
+        "max_vio_global": max_vio(total["visits"]).item(),
+        # A token makes num_experts_per_tok visits to experts.
+        "nodes_per_token": model.config.num_experts_per_tok * groups / max(1, visits),
+        "experts_per_node": visits / max(1, groups),
         "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
-    } | ({"val_bpb_long": long[0] / per_bit} if long else {})
+    }
+    if long:
+        result["val_bpb_long"] = mean_losses(long)[0] / per_bit
+    if config.eval_tokens:
+        result["val_tokens"] = int(total["tokens"][0])
+        if whole:
+            result["val_loss_part"] = mean_losses(part)[0]
+    return result
 
 
 # ---- The run and its folder ----------------------------------------------------------------------
@@ -688,8 +741,84 @@ def seconds_waited() -> float:
     return total / 1e9
 
 
+class Clock:
+    """How fast the run is, how long it will last, and whether other programs keep it waiting."""
+
+    def __init__(self):
+        self.began, self.waited_before = time.perf_counter(), seconds_waited()
+        self.steps = 0  # made by this process
+        self.since, self.tokens_before = self.began, 0  # when measuring began; the tokens then
+        self.speed = 0.0  # tokens/s, smoothed
+        self.told_busy = False
+
+    def restart(self, tokens: int):
+        """What has taken time until now, such as an evaluation, does not count."""
+        self.since, self.tokens_before = time.perf_counter(), tokens
+
+    def measure(self, tokens: int) -> float:
+        """Tokens per second since the last measurement, or restart."""
+        since, before = self.since, self.tokens_before
+        self.restart(tokens)
+        speed = (tokens - before) / (self.since - since)
+        self.speed = 0.7 * self.speed + 0.3 * speed if self.speed else speed
+        return speed
+
+    def time_left(self, tokens: int) -> str:
+        """For so many tokens, at the smoothed speed. Nothing in the first ten steps, which may be
+        slow."""
+        left = timedelta(seconds=round(tokens / self.speed))
+        return f", {left} left" if self.steps >= 10 else ""
+
+    def tell_if_busy(self):
+        """Says once that the machine has more work than cores, and what helps."""
+        seconds = time.perf_counter() - self.began
+        if self.told_busy or (self.steps < 10 and seconds < 10):
+            return
+        threads = torch.get_num_threads()
+        waiting = (seconds_waited() - self.waited_before) / seconds
+        if waiting > 0.25:
+            self.told_busy = True
+            fewer = f", or set OMP_NUM_THREADS={threads - 1}" if threads > 1 else ""
+            info(
+                f"the cores are busy: on average {waiting:.1f} of this run's {threads} threads "
+                f"wait for one, and the others for them; stop other programs{fewer}"
+            )
+
+
+class Stop:
+    """Ctrl-C or pre-emption: the run stops after the step, when all is saved."""
+
+    def __init__(self):
+        self.heard = 0.0  # when this process got a signal (0: never)
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        handlers = {x: signal.signal(x, self.on_signal) for x in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        except torch._dynamo.exc.ShortenTraceback:
+            if self.heard:  # the compiler has heard it too, and failed
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def on_signal(self, number, frame):
+        """torchrun sends it twice. A signal more than a second after the first aborts at once."""
+        if self.heard and time.monotonic() > self.heard + 1:
+            raise KeyboardInterrupt
+        if not self.heard and is_first():
+            os.write(2, b"\nstopping after the next step\n")
+        self.heard = self.heard or time.monotonic()
+
+    def agreed(self, machine: Machine) -> bool:
+        """Whether any process has heard a signal, so that all stop together."""
+        return bool(machine.sum(torch.tensor(float(self.heard > 0))))  # a sum on the CPU
+
+
 class Run:
-    """What changes from step to step, and the folder where it is logged, saved and restored."""
+    """How far the run has come, and its folder: what is logged, saved and restored there."""
 
     def __init__(self, model, optimizers, data, config: TrainConfig, machine: Machine):
         # Takes a second, which --help need not wait for.
@@ -698,24 +827,29 @@ class Run:
         self.dcp, self.whole = dcp, dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
         self.model, self.data, self.trained = model, data, (model, optimizers)
         self.config, self.machine, self.out = config, machine, Path(config.out)
+        self.clock = Clock()
         self.step = self.tokens = 0
-        self.evaluated = 0  # the step of the last evaluation that a resumed run finds in its log
         self.saved = 0  # the step of ckpt.pt (0: there is none)
-        self.best_length, self.best_loss = 0, math.inf  # of best.pt: tokens trained for, val_loss
+        self.evaluated = 0  # the step of the last evaluation that a resumed run finds in its log
+        self.at_start: dict | None = None  # the evaluation of weights that the run starts from
+        self.best_length, self.best_loss = 0, math.inf  # of best.pt: tokens trained for, loss
         # Sums since the last line of the log, kept on the device: three losses, MaxVio, steps left
         # out because their gradient was not finite, all steps.
         self.sums = torch.zeros(6, device=machine.device, dtype=model.norm.weight.dtype)
-        self.bad_in_a_row = 0
-        self.signalled = 0.0  # when this process got a signal (0: never)
-        self.stopped = False  # whether all processes have agreed to stop
-        self.clock = time.perf_counter(), 0  # when measuring of the speed began; the tokens then
-        self.steps_here, self.speed = 0, 0.0  # of this process: its steps, tokens/s, smoothed
-        self.began, self.waited_before = time.perf_counter(), seconds_waited()
-        self.told_busy = False
+        self.bad_in_a_row = 0  # gradients that were not finite
+        self.stopped = False  # by a signal
 
     @property
     def last(self) -> bool:
+        """Whether the last step has been made."""
         return self.step >= self.config.steps
+
+    @property
+    def lost(self) -> bool:
+        """Whether bad gradients end the run. Up to four are left out, if a good one follows."""
+        return self.bad_in_a_row >= 5 or (self.last and self.bad_in_a_row > 0)
+
+    # -- Beginning --
 
     def restore(self, saved: dict):
         """Goes back to a checkpoint, which process 0 has read; it tells the others what they need,
@@ -724,14 +858,21 @@ class Run:
         self.step, self.tokens, self.evaluated = found["step"], found["tokens"], found["evaluated"]
         self.best_length, self.best_loss = found["best"]
         self.saved = self.step
-        self.clock = time.perf_counter(), self.tokens
+        self.clock.restart(self.tokens)
         self.sums += found["sums"].to(self.sums)
-        # Every parameter's moments, cut up as it is; the settings stay this run's.
+        # Every parameter's moments, cut up as it is; the settings stay this run's. An optimiser may
+        # keep the very tensors that it is given, so these are copies of what is on the disk.
+        moments = saved.get("optimizer", {})
+        moments = {name: {k: x.clone() for k, x in m.items()} for name, m in moments.items()}
         groups = self.dcp.get_optimizer_state_dict(*self.trained)["param_groups"]
-        state = {"state": saved["optimizer"], "param_groups": groups} if is_first() else {}
+        state = {"state": moments, "param_groups": groups} if is_first() else {}
         several = self.machine.world > 1
         options = self.dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
         self.dcp.set_optimizer_state_dict(*self.trained, state, options=options)
+        saved.clear()  # closes the file, which would take up its disk space after its replacement
+        info(f"resume: from step {self.step} of {self.config.steps}, in {self.out}/ckpt.pt")
+        if self.last:
+            info("nothing is left to train: give more --steps")
 
     def read_folder(self, saved: dict) -> dict:
         """What a run goes on with; the log loses what came after the checkpoint and comes again."""
@@ -748,7 +889,7 @@ class Run:
 
     def read_best(self) -> tuple[int, float]:
         """Length and loss of best.pt, which may be later and better than the checkpoint; (0, inf)
-        where there is none to compare with."""
+        where there is none to compare with: its loss is of another text, part or window."""
         path, nothing = self.out / "best.pt", (0, math.inf)
         if not path.exists():
             return nothing
@@ -757,11 +898,12 @@ class Run:
         except ValueError as error:
             info(f"{error}: the next evaluation makes it anew")
             return nothing
-        then, now = file["train_config"], asdict(self.config)
+        then, now = settings_in(file), asdict(self.config)
         same_text = data_folder(then["data"]).resolve() == data_folder(now["data"]).resolve()
-        if not same_text or then["block_size"] != now["block_size"]:
+        same_part = then["eval_tokens"] == now["eval_tokens"]
+        if not (same_text and same_part and then["block_size"] == now["block_size"]):
             return nothing
-        return file.get("trained_length", then["block_size"]), file["val_loss"]
+        return file.get("trained_length", then["block_size"]), compared_loss(file)
 
     def begin(self, files):
         """A new run takes the folder over: only now that compiler and memory have sufficed."""
@@ -773,6 +915,61 @@ class Run:
                 shutil.copy(file, self.out)
 
         on_first(replace)
+        if self.at_start:
+            self.write_line(0, 0, self.at_start)
+
+    # -- After every step --
+
+    def advance(self, tokens: int, finite: bool):
+        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        self.clock.steps += 1
+
+    def log_step(self, losses: Tensor, vio: Tensor, finite: bool, lr: float, norm: Tensor):
+        """When it is time, a line with the means of losses and MaxVio since the last line."""
+        self.sums[:4] += torch.stack((*losses, vio))
+        self.sums[4] += not finite
+        self.sums[5] += 1
+        if self.last or self.lost or self.step % self.config.log_every == 0:
+            *sums, skipped, steps = self.sums.tolist()
+            main, mtp, balance, vio = (x / steps for x in sums)
+            self.sums.zero_()
+            speed = self.clock.measure(self.tokens)
+            line = {"loss": main, "mtp_loss": mtp, "balance_loss": balance, "max_vio": vio}
+            line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_s": round(speed, 1)}
+            steps_left = self.config.steps - self.step
+            tokens_left = steps_left * self.config.batch_size * self.config.block_size
+            skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
+            self.show(line, self.clock.time_left(tokens_left) + skips)
+            self.write_line(self.step, self.tokens, line)
+        self.clock.tell_if_busy()
+
+    def show(self, values: dict, more: str = ""):
+        numbers = ", ".join(f"{k} {v:.5g}" for k, v in values.items() if isinstance(v, float))
+        info(f"step {self.step}/{self.config.steps}: {numbers}{more}")
+
+    def write_line(self, step: int, tokens: int, values: dict):
+        """A line of log.jsonl."""
+        line = to_json({"step": step, "tokens": tokens} | values) + "\n"
+
+        def append():
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(line)
+
+        on_first(append)
+
+    def give_up(self):
+        """Raises ValueError: where the run can go on, and with what, though gradients were bad."""
+        bad = f"{self.bad_in_a_row} gradients up to step {self.step} are not finite"
+        change = "a lower --lr"
+        if self.bad_in_a_row == 1:
+            bad = f"the gradient of step {self.step}, the last one, is not finite"
+            # The same step would fail again, but where it is not the last it is left out.
+            change = f"--steps={self.step + 1}" if self.saved else change
+        if not self.saved:
+            raise ValueError(f"{bad}; nothing is saved: begin again with --overwrite and {change}.")
+        where = f"{self.out}/ckpt.pt has step {self.saved}"
+        raise ValueError(f"{bad}; {where}: go on from there with --resume and {change}.")
 
     def save(self, name: str, **more):
         """Every rank calls it, since sharded tensors are gathered; the first one writes."""
@@ -808,102 +1005,42 @@ class Run:
             return f"{bad}; go on from step {self.saved}, in {file}, with --resume."
         return f"{bad}, before a checkpoint was saved; begin again with --overwrite."
 
+    def evaluate(self):
+        """When it is time, the validation loss, and best.pt if it is the lowest so far."""
+        due = self.last or self.step % self.config.eval_every == 0
+        if due and not self.stopped and self.evaluated != self.step:
+            result = self.measure()
+            loss = compared_loss(result)  # of all processes together
+            if self.better(loss):
+                self.best_length, self.best_loss = self.model.trained_length, loss
+                self.save("best.pt", **{k: v for k, v in result.items() if k.startswith("val")})
+            self.write_line(self.step, self.tokens, result)  # last: what it has is not made again
+            self.clock.restart(self.tokens)
+
+    def evaluate_start(self):
+        """What the weights are worth that a new run starts from. Its line comes into the log once
+        the folder is this run's."""
+        self.at_start = self.measure()
+        self.clock.restart(self.tokens)
+
+    def measure(self) -> dict:
+        result = evaluate(self.model, self.data, self.config, self.machine, whole=self.last)
+        self.model.train()
+        self.show(result)
+        return result
+
     def better(self, loss: float) -> bool:
-        """Whether weights with this validation loss take the place of best.pt: a finite one, and
-        weights trained for longer windows before a lower loss."""
+        """Whether weights with this loss take the place of best.pt: a finite one, and weights
+        trained for longer windows before a lower loss."""
         if self.model.trained_length != self.best_length:
             return math.isfinite(loss) and self.model.trained_length > self.best_length
         return math.isfinite(loss) and loss < self.best_loss
 
-    def evaluate(self):
-        """The validation loss, when it is time; best.pt, if it is the lowest so far."""
-        due = self.last or self.step % self.config.eval_every == 0
-        if not due or self.stopped or self.evaluated == self.step:
-            return
-        result = evaluate(self.model, self.data, self.config, self.machine)
-        self.model.train()
-        if self.better(result["val_loss"]):  # which is a sum over all processes
-            self.best_length, self.best_loss = self.model.trained_length, result["val_loss"]
-            self.save("best.pt", **{k: v for k, v in result.items() if k.startswith("val")})
-        self.log(result)
-        self.clock = time.perf_counter(), self.tokens
 
-    def log(self, values: dict, more: str = ""):
-        """A line on the screen and in log.jsonl."""
-        numbers = ", ".join(f"{k} {v:.5g}" for k, v in values.items() if isinstance(v, float))
-        info(f"step {self.step}/{self.config.steps}: {numbers}{more}")
-        line = to_json({"step": self.step, "tokens": self.tokens} | values) + "\n"
-
-        def append():
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(line)
-
-        on_first(append)
-
-    def log_step(self, losses: Tensor, vio: Tensor, finite: bool, lr: float, norm: Tensor):
-        """When it is time, a line with the means of losses and MaxVio since the last line; raises
-        if the gradient is lost for good."""
-        c = self.config
-        self.sums[:4] += torch.stack((*losses, vio))
-        self.sums[4] += not finite
-        self.sums[5] += 1
-        self.steps_here += 1
-        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
-        lost = self.bad_in_a_row >= 5 or (self.bad_in_a_row and self.last)
-        if self.last or lost or self.step % c.log_every == 0:
-            *sums, skipped, steps = self.sums.tolist()
-            main, mtp, balance, vio = (x / steps for x in sums)
-            self.sums.zero_()
-            (began, before), self.clock = self.clock, (time.perf_counter(), self.tokens)
-            speed = (self.tokens - before) / (self.clock[0] - began)
-            line = {"loss": main, "mtp_loss": mtp, "balance_loss": balance, "max_vio": vio}
-            line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_s": round(speed, 1)}
-            skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
-            self.log(line, self.time_left(speed) + skips)
-        self.tell_if_busy()
-        if lost:
-            bad = f"{self.bad_in_a_row} gradients up to step {self.step} are not finite"
-            again = "--resume" if self.saved else "--overwrite"
-            raise ValueError(f"{bad}: lower --lr and {again}.")
-
-    def time_left(self, speed: float) -> str:
-        """At the smoothed speed (tokens/s), without evaluations. Nothing in the first ten steps,
-        which may be slow."""
-        self.speed = 0.7 * self.speed + 0.3 * speed if self.speed else speed
-        tokens = (self.config.steps - self.step) * self.config.batch_size * self.config.block_size
-        left = timedelta(seconds=round(tokens / self.speed))
-        return f", {left} left" if self.steps_here >= 10 else ""
-
-    def tell_if_busy(self):
-        """Says once that the machine has more work than cores, and what helps."""
-        seconds = time.perf_counter() - self.began
-        if self.told_busy or (self.steps_here < 10 and seconds < 10):
-            return
-        waiting, threads = (
-            (seconds_waited() - self.waited_before) / seconds,
-            torch.get_num_threads(),
-        )
-        if waiting > 0.25:
-            self.told_busy = True
-            fewer = f", or set OMP_NUM_THREADS={threads - 1}" if threads > 1 else ""
-            info(
-                f"the cores are busy: on average {waiting:.1f} of this run's {threads} threads "
-                f"wait for one, and the others for them; stop other programs{fewer}"
-            )
-
-    def agree_to_stop(self):
-        """All processes learn of a signal to any, and stop together (the sum is on the CPU)."""
-        heard = torch.tensor(float(self.signalled > 0))
-        self.stopped = bool(self.machine.sum(heard))
-
-    def on_signal(self, number, frame):
-        """Ctrl-C or pre-emption. torchrun sends it twice. A signal more than a second after the
-        first aborts at once."""
-        if self.signalled and time.monotonic() > self.signalled + 1:
-            raise KeyboardInterrupt
-        if not self.signalled and self.machine.rank == 0:
-            os.write(2, b"\nstopping after the next step\n")
-        self.signalled = self.signalled or time.monotonic()
+def compared_loss(values: dict) -> float:
+    """The loss by which evaluations are compared, always on the same text: that of the first part,
+    where the last evaluation reads more."""
+    return values.get("val_loss_part", values["val_loss"])
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -927,10 +1064,14 @@ def backward(model: DeepSeekV3, trainer: nn.Module, batches, weights, machine: M
     return losses
 
 
-def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=None, files=()):
-    """Runs `config.steps` optimiser steps, from `saved` (a checkpoint, read by process 0) if given;
-    a new run's folder gets copies of `files`. A signal ends it with a checkpoint and
-    KeyboardInterrupt."""
+def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
+    """The norm of all gradients together, before they are scaled down to config.clip at most."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is cut up
+
+
+def tell_plan(model: DeepSeekV3, config: TrainConfig, machine: Machine):
+    """What is to be trained, and where."""
     total, active, mtp = (f"{n / 1e6:.2f}M" for n in model.parameter_counts().values())
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.why})"
@@ -939,32 +1080,39 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
     if c.moe_layers and c.num_experts_per_tok == 1 and c.norm_topk_prob:
         told = "one expert per token, whose gate value norm_topk_prob makes 1"
         info(f"{told}: the main loss teaches the gate nothing; give --norm_topk_prob=False")
+
+
+def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=None, files=()):
+    """Runs `config.steps` optimiser steps, from `saved` (a checkpoint, read by process 0, which is
+    emptied) if given; a new run's folder gets copies of `files`. A signal ends it with a checkpoint
+    and KeyboardInterrupt."""
+    tell_plan(model, config, machine)
     model.trained_length = max(model.trained_length, config.block_size)
     trainer = wrap(model.train(), config, machine)
     optimizers = make_optimizers(model, config)
-    run = Run(model, optimizers, data, config, machine)
-    if saved is not None:
-        run.restore(saved)
-    if run.last:
-        info(f"{run.out} is at step {run.step} of {config.steps}: nothing is left to train")
-    handlers = {s: signal.signal(s, run.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        run.evaluate()  # of the checkpoint's step, which is saved before it is evaluated
+    run, stop = Run(model, optimizers, data, config, machine), Stop()
+
+    with stop.listen():
+        if saved is not None:
+            run.restore(saved)
+            run.evaluate()  # if the run ended between saving that step and evaluating it
+        elif config.init_from:
+            run.evaluate_start()
+
         while not (run.last or run.stopped):
             step = run.step
             if extended(config, step):
                 extend_context(model, config)
             windows = train_windows(data, config, step)
-            ours = slice(machine.rank * config.grad_accum, (machine.rank + 1) * config.grad_accum)
-            batches = np.split(windows, machine.world * config.grad_accum)[ours]
+            batches = micro_batches(windows, config, machine)
 
             with fp8.quantized_once(model):
                 weights = mtp_weight_at(config, step), config.alpha
                 losses = backward(model, trainer, batches, weights, machine)
 
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            norm = clip_gradients(model, config)
             finite = bool(norm.isfinite())  # here the host waits for the GPU, once a step
+
             lr = lr_at(config, step)
             if finite:  # else the step is left out
                 for optimizer in optimizers:
@@ -978,18 +1126,13 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
 
             if step == 0:
                 run.begin(files)
-            run.step, run.tokens = step + 1, run.tokens + windows[:, 1:].size
+            run.advance(windows[:, 1:].size, finite)
             run.log_step(machine.sum(losses) / machine.world, vio, finite, lr, norm)
-            run.agree_to_stop()
+            if run.lost:
+                on_first(run.give_up)
+            run.stopped = stop.agreed(machine)
             run.checkpoint()
             run.evaluate()
-    except torch._dynamo.exc.ShortenTraceback:
-        if run.signalled:  # which the compiler has heard too
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if run.stopped:
         info(run.where_to_resume())
         raise KeyboardInterrupt  # so that no script takes the run for finished
@@ -998,10 +1141,17 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
 # ---- The command ---------------------------------------------------------------------------------
 
 RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl", "plot.png")  # the last is bench.py's
-# Settings of the command, not of the run.
-OF_THE_COMMAND = {"resume", "overwrite", "init_from", "eval_only", "device", "out"}
 # They have no weights, so they may change, as in the last phase.
 CONTEXT_KEYS = {"rope_scaling", "max_position_embeddings"}
+
+# A setting may be given in several places. Each of these overrules those above it (see `settle`):
+#   the default in TrainConfig or ModelConfig
+#   the config file
+#   the checkpoint that is resumed or evaluated, so that a run keeps its settings though the file
+#       has changed since
+#   the command line
+# A checkpoint has no say in the settings of the command, which differ from one to the next:
+OF_THE_COMMAND = {"resume", "overwrite", "init_from", "eval_only", "device", "out"}
 
 
 def split_configs(values: dict) -> tuple[dict, dict]:
@@ -1011,22 +1161,21 @@ def split_configs(values: dict) -> tuple[dict, dict]:
 
 
 def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
-    """What the command is to do, and the settings in the config file and on the command line.
-
-    Who has the last word on a setting: the command line; then a checkpoint that is resumed or
-    evaluated, so that a run keeps its settings though the file has changed; then the config file;
-    then the default. Checkpoints have no word on OF_THE_COMMAND, which the first result holds.
-    """
+    """What the command is to do (OF_THE_COMMAND), and the settings in the config file and on the
+    command line."""
     about = "Train a DeepSeek-V3: python train.py config/small.py [--key=value]"
     file, given = parse_args(about, argv, TrainConfig, ModelConfig, positional="config")
-    given = {k: v for k, v in given.items() if (k, v) != ("out", "")}  # empty: default
-    in_file = {"out": f"out/{Path(file).stem}"} if file else {}
-    in_file |= read_config_file(file, ModelConfig, TrainConfig) if file else {}
+    if given.get("out") == "":  # the default
+        del given["out"]
+    in_file = {}
+    if file:
+        in_file = {"out": f"out/{Path(file).stem}"}
+        in_file |= read_config_file(file, ModelConfig, TrainConfig)
+        if says := ast.get_docstring(ast.parse(Path(file).read_text(encoding="utf-8"))):
+            first, _, _ = says.partition("\n\n")
+            info(f"{file}: {' '.join(first.split())}")
     here = in_file | given
     command = TrainConfig(**{k: v for k, v in here.items() if k in OF_THE_COMMAND})
-    if file and (says := ast.get_docstring(ast.parse(Path(file).read_text(encoding="utf-8")))):
-        first, _, _ = says.partition("\n\n")
-        info(f"{file}: {' '.join(first.split())}")
     if command.eval_only:
         enough = command.out or command.init_from
     else:
@@ -1052,37 +1201,76 @@ def source_of(command: TrainConfig) -> Path | None:
     return Path(command.out) if command.eval_only else None  # a folder's best.pt is preferred
 
 
-def settle(command: TrainConfig, saved: dict | None, in_file: dict, given: dict):
-    """The configuration, and the network's keys; `saved` is what is resumed or evaluated."""
-    out, values = Path(command.out), in_file | given
-    if saved is not None:
-        values |= resumed(saved, in_file, given)
-    holds_run = any((out / x).exists() for x in RUN_FILES)
+def check_free(command: TrainConfig):
+    """Raises ValueError where a run is in the way."""
+    holds_run = any((Path(command.out) / x).exists() for x in RUN_FILES)
     if holds_run and not (command.resume or command.eval_only or command.overwrite):
-        raise ValueError(f"{out} holds a run: give --resume, --overwrite, or another --out.")
-    network, settings = split_configs(values)
-    if network and saved is None and not command.init_from:
-        default = asdict(ModelConfig())
-        absent = ", ".join(f"{k} {v}" for k, v in default.items() if k not in network)
-        info(f"keys of the network that are not set, with V3's values: {absent or 'none'}")
+        raise ValueError(
+            f"{command.out} holds a run: give --resume, --overwrite, or another --out."
+        )
+
+
+def settings_in(saved: dict) -> dict:
+    """What a checkpoint has a say in; an older one lacks some settings, which were the defaults."""
+    default = asdict(TrainConfig()) | asdict(ModelConfig())
+    values = default | saved["train_config"] | saved["model_config"]
+    return {key: values[key] for key in default if key not in OF_THE_COMMAND}
+
+
+def settle(in_file: dict, saved: dict | None, given: dict) -> tuple[TrainConfig, dict]:
+    """The configuration, and the network's keys; `saved` is what is resumed or evaluated."""
+    stored = settings_in(saved) if saved else {}
+    network, settings = split_configs(in_file | stored | given)
     config = TrainConfig(**settings)
     if saved is None:  # an older run may have what was allowed then
         config.check_order()
+    if stored:
+        tell_changes(in_file, stored, given)
+    elif network and not config.init_from:
+        absent = [key for key in ModelConfig.__dataclass_fields__ if key not in network]
+        told = f"{len(absent)} keys of the network are not set and have V3's values:"
+        info(textwrap.fill(" ".join([told, ", ".join(absent)]), 99, subsequent_indent="    "))
+    tell_unused(config, given)
     return config, network
 
 
-def resumed(saved: dict, in_file: dict, given: dict) -> dict:
-    """The checkpoint's settings under those of the command line; tells what differs."""
-    default = asdict(TrainConfig()) | asdict(ModelConfig())  # of what an older checkpoint lacks
-    stored = default | saved["train_config"] | saved["model_config"]
-    was = {key: stored[key] for key in default if key not in OF_THE_COMMAND}
-    now = was | given
-    for key, value in was.items():
-        if now[key] != value:
-            info(f"{key} is now {now[key]} (was {value})")
-        elif key != "rope_scaling" and in_file.get(key, value) != value:
+def tell_changes(in_file: dict, stored: dict, given: dict):
+    """Says where a checkpoint's setting has been overruled, and where it overrules the file's."""
+    for key, value in stored.items():
+        if given.get(key, value) != value:
+            info(f"{key} is now {given[key]} (was {value})")
+        elif key != "rope_scaling" and in_file.get(key, value) != value and key not in given:
             info(f"{key} stays {value} (the config file has {in_file[key]})")
-    return now
+
+
+def tell_unused(config: TrainConfig, given: dict):
+    """Names options of the command line that do nothing without another one."""
+    needs = {
+        "adamw_lr": (config.optimizer == "muon", "--optimizer=muon"),
+        "long_start": (config.long_block_size, "--long_block_size"),
+        "batch_ramp": (config.batch_start, "--batch_start"),
+        "parallel": (dist.is_initialized(), "torchrun, and more than one process"),
+    }
+    for key, (used, other) in needs.items():
+        if key in given and not used:
+            info(f"--{key} has no effect here: it needs {other}")
+
+
+def tell_start(source: Path, model: DeepSeekV3, config: TrainConfig):
+    """Says what a run starts from, and where it would train that as fast as it was trained."""
+    count = f"{model.parameter_counts()['total'] / 1e6:.2f}M parameters"
+    if (source / "config.json").exists():
+        info(f"start: from {source}, a Hugging Face directory, {count}")
+        return
+    file = checkpoint_file(source)
+    saved = load_checkpoint(file)
+    info(f"start: from {file}, step {saved['step']}, {count}")
+    before = settings_in(saved)["lr"]
+    if config.lr >= before:
+        info(
+            f"lr is {config.lr:g}, but {file} was trained with {before:g} at most: it may forget "
+            f"what it has learnt; try a tenth, --lr={before / 10:g}"
+        )
 
 
 def open_network(config: TrainConfig, asked: dict, source: Path | None, machine: Machine):
@@ -1117,8 +1305,12 @@ def open_network(config: TrainConfig, asked: dict, source: Path | None, machine:
     return model, tokenizer
 
 
-def check_windows(config: TrainConfig, model: DeepSeekV3, machine: Machine):
-    """Raises ValueError where windows do not fit the network or cannot be shared out."""
+def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine):
+    """Raises ValueError where windows do not fit the network or cannot be shared out, and where
+    --compile would only cost time."""
+    if config.compile and machine.device.type == "cpu" and machine.dtype != torch.bfloat16:
+        slow = "compiles for minutes on a CPU and gains nothing"
+        raise ValueError(f"--compile in {config.dtype} {slow}: leave it out.")
     long, limit = config.long_block_size, model.config.max_position_embeddings
     if (longest := max(config.block_size, long)) > limit:
         raise ValueError(f"windows of {longest} tokens exceed max_position_embeddings, {limit}.")
@@ -1144,30 +1336,29 @@ def run(argv: list[str]):
     out, source = Path(command.out), source_of(command)
     # A run that is being trained may be read all the while.
     with nullcontext() if command.eval_only else only_writer(out):
+        on_first(lambda: check_free(command))
         saved = None  # what is resumed or evaluated; process 0 alone has its contents
         if command.resume or (command.eval_only and not command.init_from):
             saved = on_all(lambda: load_checkpoint(source) if is_first() else {})
-        config, asked = on_first(lambda: settle(command, saved, in_file, given))
+        config, asked = on_first(lambda: settle(in_file, saved, given))
         machine = start_machine(config)
         torch.manual_seed(config.seed)
-        model, tokenizer = open_network(config, asked, source, machine)
-        check_windows(config, model, machine)
+        model, tokenizer = on_all(lambda: open_network(config, asked, source, machine))
+        on_all(lambda: check_settings(config, model, machine))
         data, folder = open_data(config, model.config.vocab_size)
         if source:
             on_first(lambda: check_tokenizer(source, tokenizer, folder))
         if config.fp8:
-            model.use_fp8()
-        if config.compile and machine.device.type == "cpu" and machine.dtype != torch.bfloat16:
-            slow = "compiles for minutes on a CPU and gains nothing"
-            raise ValueError(f"--compile in {config.dtype} {slow}: leave it out.")
+            on_all(model.use_fp8)
         if config.eval_only:
             result = evaluate(model, data, config, machine)
             del result["expert_load"]
             if is_first():
                 print(to_json(result))
             return
-        files = prepare_data.tokenizer_files(folder)
-        train(model, data, config, machine, saved if config.resume else None, files)
+        if config.init_from:
+            on_first(lambda: tell_start(source, model, config))
+        train(model, data, config, machine, saved, prepare_data.tokenizer_files(folder))
         torch.use_deterministic_algorithms(False)  # sampling has no use for it
         if is_first() and (out / "best.pt").exists():  # else no loss was finite
             tokens = data.val.arrays[0][1:9].tolist()
@@ -1180,9 +1371,10 @@ def show_result(config: TrainConfig, prompt: str):
     best = load_checkpoint(Path(config.out) / "best.pt")
     had = asdict(config) | best["train_config"]  # which a resumed run may have changed since
     text = f"{best['val_bpb']:.4f} bits/byte in windows of {had['block_size']} tokens"
+    part = f" (on {best['val_tokens']:,} tokens of the text)" if "val_tokens" in best else ""
     if "val_bpb_long" in best:
         text += f", {best['val_bpb_long']:.4f} in windows of {had['long_block_size']}"
-    info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
+    info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}{part}. A sample:\n")
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     try:
         sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])

@@ -29,6 +29,13 @@ def unknown_key(name: str, known: Iterable[str]) -> str:
     return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
 
 
+def kind_of(annotation: Any) -> str:
+    """A field's type in words."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return "one of " + ", ".join(str(x) or "''" for x in typing.get_args(annotation))
+    return inspect.formatannotation(annotation)
+
+
 def as_field(name: str, value: Any, annotation: Any) -> Any:
     """The value as its field's type: 1e6 may be an int, 1 a float. Raises ValueError.
 
@@ -45,7 +52,7 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
         with suppress(OverflowError, ValueError):  # int(inf), int(nan)
             if kind in (bool, int, float) and type(x) in (int, float) and kind(x) == x:
                 return kind(x)
-    raise ValueError(f"{name} is {value!r:.200}, expected {inspect.formatannotation(annotation)}")
+    raise ValueError(f"{name} is {value!r:.200}, expected {kind_of(annotation)}")
 
 
 def parse_args(
@@ -65,8 +72,8 @@ def parse_args(
     for name, field in fields.items():
         comment = re.search(rf"(?m)^    {name}:.*?  # (.*)$", source)
         text = (comment[1] if comment else "") + f" (default: {field.default!r})"
-        kind = inspect.formatannotation(field.type)
-        parser.add_argument("--" + name, metavar=kind, help=text.replace("%", "%%"))
+        help = text.replace("%", "%%")
+        parser.add_argument("--" + name, metavar=kind_of(field.type), help=help)
     flags = ["--" + name for name, field in fields.items() if field.type is bool]
     given, unknown = parser.parse_known_args([a + "=true" if a in flags else a for a in argv])
     if unknown:
@@ -106,7 +113,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        info("interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

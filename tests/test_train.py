@@ -325,10 +325,14 @@ def test_what_keeps_a_run_waiting_is_said_once(share, monkeypatch, capsys):
     assert times == [False] * 4 + [True] * 3
 
 
-def test_times_that_are_left_follow_the_speed_smoothly():
-    run = SimpleNamespace(speed=0.0, step=50, steps_here=10)
-    run.config = train.TrainConfig(steps=100, batch_size=1, block_size=100)
-    times = [train.Run.time_left(run, speed) for speed in (100.0, 50.0, 50.0)]
+def test_times_that_are_left_follow_the_speed_smoothly(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 5.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    clock, times = train.Clock(), []
+    clock.steps = 10
+    for tokens in (100, 200, 300):  # 100, 50 and 50 tokens/s
+        clock.measure(tokens)
+        times.append(clock.time_left(5000))
     assert times == [", 0:00:50 left", ", 0:00:59 left", ", 0:01:07 left"]
 
 
@@ -338,9 +342,10 @@ def test_what_a_config_file_leaves_out_is_named(capsys):
     small = ("--v_head_dim=4", "--qk_nope_head_dim=4", "--steps=1", "--num_experts_per_tok=1")
     train.main(["my.py", "--out=run", *SHORT, *small])
     said = capsys.readouterr().err
-    (line,) = (line for line in said.splitlines() if "with V3's values" in line)
-    assert "num_attention_heads 128, " in line and "norm_topk_prob True" in line
-    assert "hidden_size" not in line and said.index(line) < said.index("model: ")
+    line = said[said.index("8 keys of the network are not set and have V3's values: ") :]
+    line = line[: line.index("model: ")]
+    assert "num_attention_heads, " in line and "norm_topk_prob" in line
+    assert "hidden_size" not in line and all(len(x) < 100 for x in line.splitlines())
     assert "give --norm_topk_prob=False" in said
     assert "my.py: Half a minute on one core" in said  # what the file says of itself
     run("--overwrite", "--num_experts_per_tok=1", "--norm_topk_prob=False", "--steps=1")
@@ -364,6 +369,15 @@ def test_a_damaged_or_older_best_checkpoint_does_not_hinder_a_resumed_run(capsys
     run("--resume", "--steps=6", "--eval_every=6")
     assert "best.pt is missing, damaged" in capsys.readouterr().err
     assert load("run", "best.pt")["step"] == 6
+
+
+@pytest.mark.parametrize("part", ["data.pkl", "data/0"])
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(part, shared):
+    shutil.copytree(shared("--steps=1"), "run")
+    content = bytearray(Path("run/ckpt.pt").read_bytes())
+    content[content.index(f"/{part}".encode()) + 300] ^= 4
+    Path("run/ckpt.pt").write_bytes(content)
+    assert re.match("run/ckpt.pt is (missing, )?damaged", refused("--resume"))
 
 
 def test_the_same_data_by_another_name_are_compared():
@@ -542,8 +556,8 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     # lr * weight_decay = 1 wipes the weight out, and the clipped gradient is far below Adam's eps
     assert after.abs().max() < 1e-2 < before.abs().max()
     state["train_config"] = {"steps": 5}  # an older version's: what it lacks was the default
-    settings = train.resumed(state, {"adamw_lr": 2.0}, {})
-    assert (settings["steps"], settings["adamw_lr"], settings.get("out")) == (5, 1.0, None)
+    settings, _ = train.settle({"adamw_lr": 2.0, "out": "here"}, state, {})
+    assert (settings.steps, settings.adamw_lr, settings.out) == (5, 1.0, "here")
 
 
 def test_a_finished_run_can_go_on_for_longer(shared, capsys):
@@ -681,7 +695,7 @@ def test_another_run_may_stretch_the_context_further(shared):
     second = load("run")
     assert second["model_config"]["rope_scaling"] == yarn and second["trained_length"] == 64
     assert_same(load(first)["model"]["norm.weight"], second["model"]["norm.weight"])
-    assert second["step"] == 1 and log_of("run")[0]["tokens"] == 4 * 64
+    assert second["step"] == 1 and log_of("run")[1]["tokens"] == 4 * 64
     sentence = refused("--init_from=run", *CASES["long"], "--out=shrunk")
     assert "less than the 64 trained before" in sentence
     run("--resume", "--steps=2", "--max_position_embeddings=128")
@@ -766,10 +780,14 @@ def test_evaluation_in_fp8_quantises_each_weight_once_and_leaves_no_trace(traine
     assert all(p.grad is None for p in model.parameters())
 
 
-def give_losses(monkeypatch, *losses: float):
-    """What the next evaluations find."""
-    other = dict(val_mtp_loss=9.0, max_vio_global=0.0)
-    results = [dict(val_loss=loss, val_bpb=loss / 2, **other) for loss in losses]
+def give_losses(monkeypatch, *losses: float | tuple[float, float]):
+    """What the next evaluations find; of a pair, the first is on the part, the other on all."""
+    results = []
+    for loss in losses:
+        part, loss = loss if isinstance(loss, tuple) else (None, loss)
+        results.append(dict(val_loss=loss, val_bpb=loss / 2, val_mtp_loss=9.0, max_vio_global=0.0))
+        if part is not None:
+            results[-1]["val_loss_part"] = part
     monkeypatch.setattr(train, "evaluate", mock.Mock(side_effect=results))
 
 
@@ -801,6 +819,41 @@ def test_the_best_checkpoint_is_one_of_the_last_phase(monkeypatch):
     run(*CASES["long"])
     run("--resume", "--steps=12")
     assert load("run", "best.pt")["step"] == 8
+
+
+def test_weights_that_a_run_starts_from_are_named_and_evaluated(shared, capsys):
+    """And a learning rate is named that may make it forget them."""
+    out = shared("--steps=4", "--dtype=float32")
+    capsys.readouterr()
+    (before,) = (x for x in log_of(out) if "val_loss" in x)
+    options = ("--steps=2", "--dtype=float32", "--eval_every=9")
+    run(*options, f"--init_from={out}", "--lr=4e-3", out="low")
+    said = capsys.readouterr().err
+    assert f"start: from {out}/best.pt, step 4, 0.14M parameters" in said and "forget" not in said
+    first, *_ = log_of("low")
+    assert (first["step"], first["tokens"]) == (0, 0)
+    assert first["val_loss"] == pytest.approx(before["val_loss"], rel=1e-6)
+    assert said.index("step 0/2: val_loss") < said.index("step 1/2: loss")
+    assert load("low", "best.pt")["step"] == 2
+    run("--resume", "--steps=3", out="low")  # the line stays, the evaluation is not repeated
+    said = capsys.readouterr().err
+    assert log_of("low")[0] == first and "step 0/3" not in said
+    assert "resume: from step 2 of 3, in low/ckpt.pt" in said
+    run(*options, f"--init_from={out}/ckpt.pt", out="high")
+    said = capsys.readouterr().err
+    assert "start: from" in said and "try a tenth, --lr=0.0005" in said
+    assert "lr is 0.005, but" in said
+
+
+def test_options_that_do_nothing_are_named(capsys):
+    run("--steps=1", "--adamw_lr=2", "--long_start=0.5", "--batch_ramp=0.5", "--parallel=fsdp")
+    said = capsys.readouterr().err
+    assert re.findall(r"--(\w+) has no effect here: it needs (\S+)", said) == [
+        ("adamw_lr", "--optimizer=muon"), ("long_start", "--long_block_size"),
+        ("batch_ramp", "--batch_start"), ("parallel", "torchrun,"),
+    ]  # fmt: skip
+    run("--overwrite", "--steps=1", "--adamw_lr=2", "--optimizer=muon")
+    assert "has no effect" not in capsys.readouterr().err
 
 
 def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch):
@@ -842,6 +895,62 @@ def test_a_run_that_dies_in_an_evaluation_makes_up_for_it(shared):
     assert_same_run(shared("--eval_batch=8"), Path("run"))
     run("--eval_batch=8", "--resume")  # the last evaluation comes after the last checkpoint too
     assert_same_run(shared("--eval_batch=8"), Path("run"))
+
+
+PART = ("--eval_tokens=100", "--eval_every=2")  # seven windows of 16 tokens, or four of 32
+
+
+def test_evaluations_before_the_last_read_a_fixed_part(shared, data):
+    """Which the last one tells too, from the same pass. The whole is what it is without a part."""
+    out, dataset = shared(*PART, *CASES["long"][1:]), prepare_data.load_dataset(data)
+    lines = [line for line in log_of(out) if "val_loss" in line]
+    rest = len(dataset.val.arrays[0]) - 1
+    assert [line["val_tokens"] for line in lines] == [112] * 3 + [rest]
+    assert ["val_loss_part" in line for line in lines] == [False] * 3 + [True]
+    assert ["val_bpb_long" in line for line in lines] == [False] * 2 + [True] * 2
+    model, config = load_model(out)[0], train.TrainConfig(**load(out)["train_config"])
+    evaluate = functools.partial(train.evaluate, model, dataset, machine=MACHINE)
+    if load(out, "best.pt")["step"] != 8:
+        model.load_state_dict(load(out)["model"])
+    whole = evaluate(config=replace(config, eval_tokens=0))
+    part = evaluate(config=config, whole=False)
+    dataset.val = prepare_data.Tokens([dataset.val.arrays[0][:113]])
+    alone = evaluate(config=replace(config, eval_tokens=0))
+    last = {key: value for key, value in lines[-1].items() if key not in ("step", "tokens")}
+    assert part.pop("val_tokens") == 112
+    assert part["val_loss"] == pytest.approx(last.pop("val_loss_part"), rel=1e-12)
+    assert part.pop("val_bpb_long") != pytest.approx(last["val_bpb_long"], rel=1e-6)
+    assert {**alone, **part} == pytest.approx(alone) and last.pop("val_tokens") == rest
+    assert_same(last, whole, 1e-12)
+    assert "val_tokens" not in whole and "val_loss_part" not in whole
+
+
+def test_best_checkpoint_is_chosen_by_the_loss_of_the_part(monkeypatch, capsys):
+    """A whole file that is harder, or easier, than its part decides nothing; resumed as well."""
+    give_losses(monkeypatch, 3.0, 2.0, (2.5, 1.0))
+    best = load(run("--eval_tokens=99", "--eval_every=2", "--steps=6"), "best.pt")
+    assert (best["step"], best["val_loss"]) == (4, 2.0)  # on the part the last one is worse
+    give_losses(monkeypatch, 2.1, (1.9, 5.0))
+    best = load(run("--resume", "--steps=9", "--eval_every=8"), "best.pt")
+    assert (best["step"], best["val_loss"], best["val_loss_part"]) == (9, 5.0, 1.9)
+    give_losses(monkeypatch, (1.95, 1.0), (1.85, 6.0))
+    assert load(run("--resume", "--steps=10"), "best.pt")["step"] == 9  # 1.9 on the part
+    assert load(run("--resume", "--steps=11"), "best.pt")["step"] == 11
+    give_losses(monkeypatch, 9.0)  # on another part, so that the old loss says nothing
+    assert load(run("--resume", "--steps=12", "--eval_tokens=0"), "best.pt")["val_loss"] == 9.0
+
+
+def test_evaluation_of_a_part_is_the_same_resumed_and_on_two_processes(start, shared):
+    """Resumed where the last evaluation is due before all else."""
+    options = (*PART, "--eval_batch=3")
+    finish(start(*options, world=2, out="together"))
+    assert_same_run(shared(*options), Path("together"), 1e-9)
+    out = Path(shutil.copytree(shared(*options), "run"))
+    log = out / "log.jsonl"
+    before = log.read_bytes()
+    log.write_bytes(b"".join(before.splitlines(keepends=True)[:-1]))
+    run(*options, "--resume")
+    assert log.read_bytes() == before
 
 
 # ---- Several processes ---------------------------------------------------------------------------
@@ -944,31 +1053,33 @@ def test_only_the_first_process_needs_the_folder_of_the_run(options, node, start
 
 def test_what_one_process_refuses_ends_all_with_a_sentence(node, start, data):
     several = dict(world=2, setup=on_another_disk)
-    for said in finish(start("--steps=0", **several), [1, 1]):
-        assert "error: steps is 0" in said
-    said, _ = finish(start("--stepps=9", **several), [2, 2])
-    assert "did you mean steps?" in said
+
+    def refusal(*options: str, codes=(1, 1)) -> str:
+        """The sentence, which process 0 alone says."""
+        said, other = finish(start(*options, **several), [*codes])
+        assert other == "" and "Traceback" not in said
+        return said.splitlines()[-1]
+
+    assert "error: steps is 0" in refusal("--steps=0")
+    assert "did you mean steps?" in refusal("--stepps=9", codes=(2, 2))
+    assert "error: block_size is 7" in refusal("--block_size=7")
     Path("run").mkdir()
     Path("run/log.jsonl").touch()
-    for said in finish(start(**several), [1, 1]):
-        assert "error: run holds a run" in said and "Traceback" not in said
+    assert "error: run holds a run" in refusal()
     Path("run/best.pt").mkdir()  # cannot be replaced
-    for said in finish(start("--overwrite", **several), [1, 1]):
-        assert "run/best.pt" in said.splitlines()[-1] and "Traceback" not in said
+    assert "run/best.pt" in refusal("--overwrite")
     (node / "data/tiny").unlink()
-    for said in finish(start("--overwrite", **several), [1, 1]):
-        assert "error: process 1: no data in data/tiny; make it with" in said
+    missing = refusal("--overwrite")
+    assert "error: process 1: no data in data/tiny; make it with" in missing
     other = prepare_data.DataConfig(
         TEXT, "tiny", str(node / "data"), tokenizer=str(data), val_fraction=0.4
     )
     prepare_data.prepare(other)
-    for said in finish(start("--overwrite", **several), [1, 1]):
-        assert "error: process 1: data/tiny differs from that of process 0" in said
-        assert "Traceback" not in said
+    different = refusal("--overwrite")
+    assert "error: process 1: data/tiny differs from that of process 0" in different
     Path("data/tiny").unlink()  # which process 0 makes
     several["setup"] = on_another_disk_and_without_text
-    for said in finish(start("--overwrite", **several), [1, 1]):
-        assert "error: no text here" in said and "Traceback" not in said
+    assert "error: no text here" in refusal("--overwrite")
 
 
 def expect_no_whole_weight_kept():
@@ -1078,6 +1189,21 @@ def test_sigkill_at_any_moment_loses_nothing(start, shared):
     assert killed > kills / 2 and torn
 
 
+def test_a_resumed_run_keeps_no_old_checkpoint_on_the_disk(monkeypatch):
+    """A file that is mapped takes up its space although it has been replaced."""
+    run("--steps=4")
+    mapped = []
+
+    def look(*arguments):
+        mapped.append("ckpt.pt" in Path("/proc/self/maps").read_text())
+        return windows(*arguments)
+
+    windows = train.train_windows
+    monkeypatch.setattr(train, "train_windows", look)
+    run("--resume")
+    assert mapped == [False] * 4
+
+
 def limit_files_to_60_kb():
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
@@ -1088,10 +1214,10 @@ def test_a_full_disk_leaves_the_old_checkpoint(world, start, shared):
     shutil.copytree(shared("--steps=4"), "run")
     before = {name: Path(f"run/{name}").read_bytes() for name in ("ckpt.pt", "best.pt")}
     setup = limit_files_to_60_kb
-    for said in finish(start("--resume", world=world, setup=setup), [1] * world):
-        error = said.splitlines()[-1]
-        assert re.match(r"error: cannot write \S+ \(.*File too large\); what it held before", error)
-        assert said.count("error") == 1 and "Traceback" not in said
+    said, *others = finish(start("--resume", world=world, setup=setup), [1] * world)
+    error = said.splitlines()[-1]
+    assert re.match(r"error: cannot write \S+ \(.*File too large\); what it held before", error)
+    assert said.count("error") == 1 and "Traceback" not in said and not any(others)
     assert {name: Path(f"run/{name}").read_bytes() for name in before} == before
     assert not list(Path("run").glob("*.tmp"))
 
@@ -1103,12 +1229,13 @@ def test_a_diverging_run_stops_or_has_failed_at_its_end_and_keeps_its_checkpoint
     options = ("--dtype=float32", "--lr=1e30", "--save_every=1", "--eval_every=6")
     sentence = refused("--resume", f"--steps={steps}", f"--log_every={lines}", *options)
     assert log_of("run")[-1]["grad_norm"] is None  # whether a line was due or not
-    found = re.match(rf"{bad} gradients up to step (\d+) .* lower --lr and --resume", sentence)
+    where = "run/ckpt.pt has step (\\d+): go on from there with --resume and a lower --lr"
+    found = re.match(rf"{bad} gradients up to step (\d+) are not finite; {where}", sentence)
     state = load_checkpoint("run/ckpt.pt")
-    assert state["step"] == int(found[1]) - bad
+    assert state["step"] == int(found[1]) - bad == int(found[2])
     assert all(x.isfinite().all() for x in state["model"].values())
     assert Path("run/best.pt").read_bytes() == before and load_model("run")
-    assert "and --overwrite" in refused(*options[:2], "--steps=8", "--out=new")  # nothing is saved
+    assert "begin again with --overwrite" in refused(*options[:2], "--steps=8", "--out=new")
 
 
 @pytest.mark.parametrize(
@@ -1191,6 +1318,24 @@ def test_one_bad_gradient_is_skipped_by_all_processes_and_the_run_goes_on(start)
     assert all(x.isfinite().all() for x in state["model"].values())
 
 
+def test_a_bad_gradient_in_the_last_step_fails_with_a_way_on():
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def third_is_bad():
+        calls = itertools.count(3 if Path("run/ckpt.pt").exists() else 1)
+        bad = torch.tensor(math.inf)
+        stand_in = mock.Mock(side_effect=lambda *x: bad if next(calls) == 3 else clip(*x))
+        return mock.patch.object(torch.nn.utils, "clip_grad_norm_", stand_in)
+
+    with third_is_bad():
+        said = refused("--steps=3", "--save_every=1")
+    assert "the gradient of step 3, the last one, is not finite; run/ckpt.pt has step 2" in said
+    assert said.endswith("with --resume and --steps=4.")
+    with third_is_bad():
+        run("--resume", "--steps=4")
+    assert load("run")["step"] == 4 and load("run")["optimizer"]["norm.weight"]["step"] == 3
+
+
 def test_a_bad_step_changes_neither_weights_nor_biases(monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
     poison_third_gradient()
@@ -1233,7 +1378,7 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
         (["--long_block_size=48", "--long_start=0"], "micro-batches (processes x grad_accum) of"),
         (["--long_block_size=8"], "long_block_size is 8, less than the 16 trained before"),
         (["--vocab_size=511"], "vocab_size is 511, but"),
-        (["--vocab_size=1024"], "vocab_size is 1024, but"),
+        (["--vocab_size=1024"], "write vocab_size = 512 into the config file, or"),
         (["--batch_start=-1"], "batch_start is -1, but must be at least 0"),
         (["--beta2=1"], "less than 1"),
         (["--data=nowhere"], "make it with: python prepare_data.py SOURCE --name=nowhere"),
