@@ -111,10 +111,11 @@ class TrainConfig:
     eval_only: bool = False  # evaluate the run's (or init_from's) weights and stop
 
     def __post_init__(self):
-        ones = "steps batch_size block_size grad_accum eval_batch eval_every save_every log_every"
+        counts = {"steps", "batch_size", "block_size", "grad_accum", "eval_batch"}
+        counts |= {"eval_every", "save_every", "log_every"}
         for name, value in vars(self).items():
-            least = 1 if name in ones.split() else 0
-            if not (isinstance(value, str) or value >= least):  # nor nan
+            least = 1 if name in counts else 0
+            if not isinstance(value, str) and not value >= least:  # which nan is not either
                 raise ValueError(f"{name} is {value}, but must be at least {least}.")
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
@@ -220,10 +221,11 @@ def on_all(make: Callable[[], Result]) -> Result:
     refusals = [None] * dist.get_world_size()
     dist.all_gather_object(refusals, refusal)
     for rank, error in enumerate(refusals):
-        if error is not None and not is_first():
+        if error is None:
+            continue
+        if not is_first():
             sys.exit(error.code if isinstance(error, SystemExit) else 1)
-        if error is not None:
-            raise error if rank == 0 else ValueError(f"process {rank}: {error}")
+        raise error if rank == 0 else ValueError(f"process {rank}: {error}")
     return result
 
 
@@ -821,7 +823,7 @@ class Run:
     """How far the run has come, and its folder: what is logged, saved and restored there."""
 
     def __init__(self, model, optimizers, data, config: TrainConfig, machine: Machine):
-        # Takes a second, which --help need not wait for.
+        # It gathers what FSDP has cut up. To import it takes a second: --help need not wait for it.
         import torch.distributed.checkpoint.state_dict as dcp
 
         self.dcp, self.whole = dcp, dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -1237,9 +1239,10 @@ def settle(in_file: dict, saved: dict | None, given: dict) -> tuple[TrainConfig,
 def tell_changes(in_file: dict, stored: dict, given: dict):
     """Says where a checkpoint's setting has been overruled, and where it overrules the file's."""
     for key, value in stored.items():
-        if given.get(key, value) != value:
-            info(f"{key} is now {given[key]} (was {value})")
-        elif key != "rope_scaling" and in_file.get(key, value) != value and key not in given:
+        if key in given:
+            if given[key] != value:
+                info(f"{key} is now {given[key]} (was {value})")
+        elif in_file.get(key, value) != value and key != "rope_scaling":  # the run has set that
             info(f"{key} stays {value} (the config file has {in_file[key]})")
 
 
