@@ -628,7 +628,7 @@ def evaluate(
     return result
 
 
-# ---- The run and its folder ----------------------------------------------------------------------
+# ---- The folder of a run -------------------------------------------------------------------------
 
 
 @contextmanager
@@ -732,6 +732,9 @@ def cut_log(path: Path, step: int) -> int:
 def to_json(values: dict) -> str:
     """NaN and infinity, for which JSON has no name, become null."""
     return json.dumps(json.loads(json.dumps(values), parse_constant=lambda name: None))
+
+
+# ---- The run -------------------------------------------------------------------------------------
 
 
 def seconds_waited() -> float:
@@ -960,18 +963,21 @@ class Run:
 
         on_first(append)
 
-    def give_up(self):
-        """Raises ValueError: where the run can go on, and with what, though gradients were bad."""
-        bad = f"{self.bad_in_a_row} gradients up to step {self.step} are not finite"
-        change = "a lower --lr"
-        if self.bad_in_a_row == 1:
-            bad = f"the gradient of step {self.step}, the last one, is not finite"
-            # The same step would fail again, but where it is not the last it is left out.
-            change = f"--steps={self.step + 1}" if self.saved else change
+    def way_on(self) -> str:
+        """Where a run that stops here can go on."""
         if not self.saved:
-            raise ValueError(f"{bad}; nothing is saved: begin again with --overwrite and {change}.")
-        where = f"{self.out}/ckpt.pt has step {self.saved}"
-        raise ValueError(f"{bad}; {where}: go on from there with --resume and {change}.")
+            return "nothing is saved: begin again with --overwrite"
+        return f"go on from step {self.saved}, in {self.out}/ckpt.pt, with --resume"
+
+    def give_up(self):
+        """Raises ValueError: the gradients of the last steps were not finite."""
+        n, step = self.bad_in_a_row, self.step
+        if n > 1 or not self.saved:
+            bad = f"{n} gradient(s) up to step {step} are not finite"
+            raise ValueError(f"{bad}; {self.way_on()} and a lower --lr.")
+        # It would be so again if the run went on to the same end; with more steps it is left out.
+        bad = f"the gradient of step {step}, the last one, is not finite"
+        raise ValueError(f"{bad}; {self.way_on()} and --steps={step + 1}.")
 
     def save(self, name: str, **more):
         """Every rank calls it, since sharded tensors are gathered; the first one writes."""
@@ -996,16 +1002,6 @@ class Run:
             moments = self.dcp.get_optimizer_state_dict(*self.trained, options=self.whole)
             self.save("ckpt.pt", optimizer=moments.get("state", {}))  # other ranks get none
             self.saved = self.step
-
-    def where_to_resume(self) -> str:
-        """What a run that was stopped says: where it can go on."""
-        file = f"{self.out}/ckpt.pt"
-        if self.saved == self.step:
-            return f"stopped at step {self.step}; go on from {file} with --resume."
-        bad = f"stopped at step {self.step}, whose gradient was not finite"
-        if self.saved:
-            return f"{bad}; go on from step {self.saved}, in {file}, with --resume."
-        return f"{bad}, before a checkpoint was saved; begin again with --overwrite."
 
     def evaluate(self):
         """When it is time, the validation loss, and best.pt if it is the lowest so far."""
@@ -1097,7 +1093,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
     with stop.listen():
         if saved is not None:
             run.restore(saved)
-            run.evaluate()  # if the run ended between saving that step and evaluating it
+            run.evaluate()  # where the run ended between saving that step and evaluating it
         elif config.init_from:
             run.evaluate_start()
 
@@ -1136,7 +1132,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             run.checkpoint()
             run.evaluate()
     if run.stopped:
-        info(run.where_to_resume())
+        bad = ", whose gradient was not finite" if run.bad_in_a_row else ""
+        info(f"stopped at step {run.step}{bad}; {run.way_on()}.")
         raise KeyboardInterrupt  # so that no script takes the run for finished
 
 

@@ -205,7 +205,7 @@ self.machine, whole=self.last) => self.machine, whole=True)
 in_file | stored | given => stored | in_file | given
 saved.clear() => pass
 {k: x.clone() for => {k: x for
-if self.bad_in_a_row == 1: => if False:
+if n > 1 or not self.saved: => if True:
 if config.lr >= before: => if config.lr > before:
 if key in given and not used: => if key in given:
 run.evaluate_start() => pass

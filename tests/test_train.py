@@ -1157,7 +1157,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start):
         os.kill(ranks[-1].pid, signal.SIGINT)
         time.sleep(0.01)
     said, other = finish(ranks, [130, 130])
-    step = re.search(r"stopped at step (\d+); go on from \S+ckpt.pt with --resume", said)[1]
+    step = re.search(r"stopped at step (\d+); go on from step \1, in \S+ckpt.pt,", said)[1]
     assert load("run")["step"] == int(step) and "Traceback" not in said and "stopped" not in other
 
 
@@ -1229,8 +1229,8 @@ def test_a_diverging_run_stops_or_has_failed_at_its_end_and_keeps_its_checkpoint
     options = ("--dtype=float32", "--lr=1e30", "--save_every=1", "--eval_every=6")
     sentence = refused("--resume", f"--steps={steps}", f"--log_every={lines}", *options)
     assert log_of("run")[-1]["grad_norm"] is None  # whether a line was due or not
-    where = "run/ckpt.pt has step (\\d+): go on from there with --resume and a lower --lr"
-    found = re.match(rf"{bad} gradients up to step (\d+) are not finite; {where}", sentence)
+    on = r"go on from step (\d+), in run/ckpt.pt, with --resume and a lower --lr"
+    found = re.match(rf"{bad} gradient\(s\) up to step (\d+) are not finite; {on}", sentence)
     state = load_checkpoint("run/ckpt.pt")
     assert state["step"] == int(found[1]) - bad == int(found[2])
     assert all(x.isfinite().all() for x in state["model"].values())
@@ -1241,9 +1241,9 @@ def test_a_diverging_run_stops_or_has_failed_at_its_end_and_keeps_its_checkpoint
 @pytest.mark.parametrize(
     ("good", "words"),
     [
-        (2, "; go on from run/ckpt.pt with --resume."),
+        (2, "; go on from step 2, in run/ckpt.pt, with --resume."),
         (1, ", whose gradient was not finite; go on from step 1, in run/ckpt.pt, with --resume."),
-        (0, ", whose gradient was not finite, before a checkpoint was saved; begin again with"),
+        (0, ", whose gradient was not finite; nothing is saved: begin again with --overwrite."),
     ],
 )
 def test_a_stopped_run_says_truly_where_it_can_go_on(good, words, capsys):
@@ -1329,7 +1329,7 @@ def test_a_bad_gradient_in_the_last_step_fails_with_a_way_on():
 
     with third_is_bad():
         said = refused("--steps=3", "--save_every=1")
-    assert "the gradient of step 3, the last one, is not finite; run/ckpt.pt has step 2" in said
+    assert "the gradient of step 3, the last one, is not finite; go on from step 2, in run/" in said
     assert said.endswith("with --resume and --steps=4.")
     with third_is_bad():
         run("--resume", "--steps=4")
