@@ -11,7 +11,7 @@ fast; `Decoder`, a copy of the whole network for decoding; and last, how a copy 
 formula is no longer the one that it copies.
 
 A twin is here if it saves 3 % or more of a training step of config/small.py on two CPU cores, or is
-needed on a GPU; docs/LOG.md has the figures. Letters are those of model.py.
+needed on a GPU; docs/notes/LOG.md has the figures. Letters are those of model.py.
 """
 
 import functools

@@ -13,7 +13,7 @@ batch_size windows of block_size tokens (in the last phase also fewer, longer on
 (seed, step) alone and then cut up over ranks and micro-batches, so any number of processes, and a
 resumed run, see the same data.
 
-On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (docs/USAGE.md).
+On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (docs/REFERENCE.md).
 
 Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
 """

@@ -1,6 +1,6 @@
 """Half an hour on two CPU cores: half as wide again as config/small.py, one layer fewer.
 
-8.3M parameters, and twice as many tokens per step, as Muon's cost is per step (docs/LOG.md).
+8.3M parameters, and twice as many tokens per step, as Muon's cost is per step (docs/notes/LOG.md).
 """
 
 vocab_size = 4096

@@ -1,6 +1,6 @@
 """A quarter of an hour on two CPU cores: a whole DeepSeek-V3 that writes recognisable Python.
 
-The sizes were chosen by measurement (docs/LOG.md): at this budget a narrow network that sees more
+Its sizes were chosen by trials (docs/notes/LOG.md): at this budget a narrow network that sees more
 tokens beats a wide one. With 8 layers drafts pay, as one costs about a quarter of a plain step.
 7 MoE layers of 16 experts in 4 groups, and one MTP module.
 """
@@ -43,7 +43,7 @@ min_lr = 0.02
 mtp_weight_late = 0.3  # the report: 0.1. A few more drafts are kept, for the same loss
 gamma = 0.003  # the report's 0.001 moves a bias by 1 in 1000 steps: too slow for a run this short
 gamma_stop = 1.0  # the biases are updated until the end of the run
-alpha = 0.005  # fifty times the report's: loads are evener; 0.02 harms (docs/LOG.md)
+alpha = 0.005  # fifty times the report's: loads are evener; 0.02 harms (docs/notes/LOG.md)
 eval_every = 200
 eval_tokens = 16384  # the first ones of the validation text; the last evaluation reads all of it
 save_every = 200

@@ -23,7 +23,8 @@ from model import DeepSeekV3
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>Experts of every token</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Experts of every token</title>
 <style>
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
 body { max-width: 60em; margin: 1em auto 8em; padding: 0 1em; }

@@ -32,7 +32,7 @@ from train import TrainConfig, lr_at, split_configs
 
 ROOT = Path(__file__).parent.parent
 TINY, _ = split_configs(read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, TrainConfig))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 LINES = re.compile(r"\[([^\]]*)\]\(([^)\s#]+\.py)#L(\d+)(?:-L(\d+))?\)")
 
@@ -73,6 +73,15 @@ def test_links_lead_somewhere(document):
             slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
             assert fragment in slugs, target
     assert text == with_lines(document), "python tests/test_docs.py writes the line numbers anew"
+
+
+def test_code_names_documents_that_exist():
+    named = 0
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py"), *ROOT.glob("experiments/*.py")]:
+        for path in re.findall(r"docs/[\w/]+\.md", file.read_text(encoding="utf-8")):
+            assert (ROOT / path).exists(), f"{file.name} names {path}"
+            named += 1
+    assert named > 3
 
 
 def test_commands_name_files_and_keys_that_exist():

@@ -245,7 +245,7 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(tmp_path):
 
 
 def test_the_memory_arithmetic_in_the_docs_prints_what_they_say(capsys):
-    docs = Path(train.__file__).with_name("docs") / "USAGE.md"
+    docs = Path(train.__file__).with_name("docs") / "REFERENCE.md"
     pattern = r"```sh\npython - <<'END'\n(.*?)END\n```\n\n```\n(.*?)```\n"
     ((code, printed),) = re.findall(pattern, docs.read_text(encoding="utf-8"), re.DOTALL)
     config = Path(train.__file__).with_name("config") / "moonlight_16b.py"
