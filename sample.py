@@ -699,9 +699,9 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
     if stats.rounds:
         info(f"{stats.tokens} tokens, {stats.tokens / stats.seconds:.1f} tokens/s after the prompt")
     if any(stats.drafted):
-        of = (f"{a}/{d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
-        per_forward = f"{stats.tokens / stats.rounds / rows:.2f} tokens per forward and text"
-        info(f"{per_forward}; drafts that are in the text, by position: {', '.join(of)}")
+        of = (f"{a} of {d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
+        per_call = stats.tokens / stats.rounds / rows
+        info(f"{per_call:.2f} tokens per model call; accepted drafts, by position: {', '.join(of)}")
     size = model.norm.weight.element_size()
     ours, mha = (n * size for n in model.config.cache_numbers())
     info(f"cache: {ours:,} bytes per token; multi-head attention would hold {mha:,}")

@@ -70,7 +70,7 @@ def main(argv: list[str]):
     )  # fmt: skip
     green, tokens = sum(kind == "d" for _, kind in pieces), len(pieces) - 1
     caption = f"{green} of {tokens} tokens were drafted by the MTP module and accepted (green), "
-    caption += f"{tokens / forwards:.2f} tokens per forward of the model"
+    caption += f"{tokens / forwards:.2f} tokens per model call"
     Path(options.out).write_text(picture(pieces, caption), encoding="utf-8")
     info(f"{caption}; wrote {options.out}")
 

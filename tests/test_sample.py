@@ -718,7 +718,7 @@ def test_printed_figures(capsys):
     stats = Stats(seconds=2, tokens=12, rounds=3, drafted=[6, 6, 0, 0], accepted=[4, 2, 0, 0])
     sample.print_stats(tiny(), stats, rows=2)
     said = capsys.readouterr().err
-    for words in ("12 tokens, 6.0 tokens/s", "2.00 tokens per forward and text", ": 4/6, 2/6\n"):
+    for words in ("12 tokens, 6.0 tokens/s", "2.00 tokens per model call", ": 4 of 6, 2 of 6\n"):
         assert words in said
 
 
