@@ -24,6 +24,7 @@ import heapq
 import json
 import os
 import re
+import shlex
 import shutil
 import sysconfig
 import tempfile
@@ -615,6 +616,8 @@ def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenize
         file.write(header(kind, starts[1]))
     if files > 1:
         path.rename(folder / f"{split}_000001.bin")
+    length = sum(len(text.encode()) for text in texts)
+    info(f"{split}: {len(texts):,} documents, {length:,} bytes, {count:,} tokens")
 
 
 def prepare_text(config: DataConfig, folder: Path) -> None:
@@ -805,7 +808,7 @@ def prepare(config: DataConfig) -> Path:
         check_free(folder, config.overwrite)  # again: another program may have made it meanwhile
         move_into_place(new, folder)
     data = load_dataset(folder)
-    info(f"{folder}: {len(data.train) + len(data.val):,} tokens, vocabulary {data.vocab_size:,}")
+    info(f"{folder} is ready, with a vocabulary of {data.vocab_size:,} tokens")
     return folder
 
 
@@ -881,10 +884,25 @@ def load_dataset(folder: Path | str) -> Dataset:
     return Dataset(train, Tokens([val]), n_vocab, n_bytes / len(val), test, tokenizer.rows)
 
 
+def next_command(config: DataConfig, folder: Path, vocab_size: int) -> str:
+    """How to train on the folder: the weights of the tokenizer's own folder, or a new network."""
+    data = folder.name if folder.parent == Path("data") else str(folder)
+    words = [f"--data={data}", f"--out=out/{folder.name}"]
+    weights = ("best.pt", "ckpt.pt", "config.json")
+    if any((Path(config.tokenizer or "data") / name).exists() for name in weights):
+        words = [f"--init_from={config.tokenizer}", *words]
+    else:
+        words = ["config/small.py", *words] + [f"--vocab_size={vocab_size}"] * (vocab_size != 4096)
+    return shlex.join(["python", "train.py", *words])
+
+
 def main(argv: list[str]) -> None:
     description = "Turn text into token files and a tokenizer in data/<name>/."
     source, values = parse_args(description, argv, DataConfig, positional="source")
-    print(prepare(DataConfig(**values | ({"source": source} if source else {}))))
+    config = DataConfig(**values | ({"source": source} if source else {}))
+    folder = prepare(config)
+    print(folder)
+    info(f"next: {next_command(config, folder, load_dataset(folder).vocab_size)}")
 
 
 if __name__ == "__main__":

@@ -836,7 +836,7 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
     Path("data/mine").mkdir(parents=True)
     Path("data/mine/thesis.txt").write_text("precious")
     for code, sentence, *words in [
-        (0, "vocabulary 300", "a.txt", "--vocab_size=300"),
+        (0, "vocabulary of 300 tokens", "a.txt", "--vocab_size=300"),
         (1, "data/a exists; replace it with --overwrite", "a.txt"),
         (1, "data/mine/thesis.txt would be lost", "a.txt", "--name=mine", "--overwrite"),
         (1, "a folder, stdlib, tinystories, fineweb, finewebedu", "tiny_stories"),
@@ -858,3 +858,34 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
         assert not code or done.value.code == code
     assert sorted(path.name for path in Path("data").iterdir()) == ["a", "mine"]
     assert Path("data/mine/thesis.txt").read_text() == "precious"
+
+
+def test_the_end_says_what_was_made_and_what_comes_next(tmp_path, monkeypatch, capsys):
+    """The command it names is one that train.py understands."""
+    monkeypatch.chdir(tmp_path)
+    texts = [prose(i, 40) for i in range(40)]
+    Path("my texts").mkdir()
+    for i, text in enumerate(texts):
+        Path(f"my texts/{i}.txt").write_text(text)
+    pd.main(["my texts", "--vocab_size=300", "--test_fraction=0.4"])
+    printed = capsys.readouterr()
+    folder = Path("data/my texts")
+    assert printed.out == f"{folder}\n"
+    found = re.findall(r"(\w+): ([\d,]+) documents, ([\d,]+) bytes, ([\d,]+) tokens", printed.err)
+    counts = {name: [int(x.replace(",", "")) for x in rest] for name, *rest in found}
+    parts = pd.split_documents(pd.read_paths("my texts", "text"), 0.05, 0.4)
+    for name, part in zip(("train", "val", "test"), parts, strict=True):
+        tokens = len(ids_of(folder, name))
+        assert counts[name] == [len(part), sum(map(len, part)), tokens]
+    said = "next: python train.py config/small.py '--data=my texts' '--out=out/my texts' "
+    assert said + "--vocab_size=300\n" in printed.err
+    config, names = pd.DataConfig(), Path("data/mine")
+    command = "python train.py config/small.py --data=mine --out=out/mine"
+    assert pd.next_command(config, names, 4096) == command
+    Path("release").mkdir()
+    Path("release/config.json").touch()
+    config = pd.DataConfig(tokenizer="release")
+    command = "python train.py --init_from=release --data=mine --out=out/mine"
+    assert pd.next_command(config, names, 129280) == command
+    command = "python train.py --init_from=release --data=else/mine --out=out/mine"
+    assert pd.next_command(config, Path("else/mine"), 129280) == command
