@@ -145,14 +145,15 @@ def cell(values: list[float]) -> str:
     return number(mean) + (f" ± {number(half)}" if half else "")
 
 
-def cells_of(difference: Difference | None) -> list[str]:
-    """The cells of a difference: with its interval, its p-value, over files."""
-    if difference is None:
-        return ["", "", ""]
+def cells_of(difference: Difference) -> dict[str, str]:
+    """The cells of a difference, by the column's heading; "" is the difference itself."""
     half = f" ± {number(difference.half)}" if difference.half else ""
-    p = "" if difference.p is None else number(difference.p) if difference.p >= 1e-4 else "< 0.0001"
-    files = " to ".join(map(signed, difference.files)) if difference.files else ""
-    return [signed(difference.mean) + half, p, files]
+    cells = {"": signed(difference.mean) + half}
+    if difference.p is not None:
+        cells["p (Holm)"] = number(difference.p) if difference.p >= 1e-4 else "< 0.0001"
+    if difference.files:
+        cells["over files"] = " to ".join(map(signed, difference.files))
+    return cells
 
 
 def table(experiment, options) -> str:
@@ -161,14 +162,15 @@ def table(experiment, options) -> str:
     results, columns = collect(experiment, options), experiment.columns
     found, seen = differences(experiment, options, results)
     runs = [x for xs in results.values() for x in xs]
+    compared = {name: cells_of(x) for name, x in found.items()}
+    further = [k for k in ("p (Holm)", "over files") if any(k in x for x in compared.values())]
     heads = ["arm", "seeds", *columns.values(), f"{columns[experiment.against]} against base"]
-    heads += ["p (Holm)"] * any(x.p is not None for x in found.values())
-    heads += ["over files"] * any(x.files is not None for x in found.values())
-    rows = [heads]
+    rows = [heads + further]
     for name, xs in results.items():
-        cells = [cell([x[k] for x in xs if k in x]) for k in columns]
-        cells = [name, str(len(xs)), *cells, *cells_of(found.get(name))]
-        rows += [cells[: len(heads)]] if xs else []
+        if xs:
+            means = [cell([x[k] for x in xs if k in x]) for k in columns]
+            more = [compared.get(name, {}).get(k, "") for k in ("", *further)]
+            rows.append([name, str(len(xs)), *means, *more])
     lines = [f"| {' | '.join(row)} |" for row in rows] if runs else []
     lines[1:1] = ["|" + "---|" * len(rows[0])] if runs else []
     if runs:

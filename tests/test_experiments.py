@@ -256,6 +256,19 @@ def test_differences_are_paired_by_seed_length_code_and_data(tmp_path, options):
     ]
 
 
+def test_one_seed_has_no_p_value_but_an_interval_over_files(tmp_path, options):
+    """Each under its own heading: two files of 8 bytes, on which the arm is 1 and 2 bits worse."""
+    options.results = str(tmp_path)
+    for arm, bits in {"base": [8, 16], "a": [16, 32]}.items():
+        nats = [x * math.log(2) for x in bits]
+        add_results(options, {arm: [sum(bits) / 16]}, test_nats=nats, test_bytes=[8, 8])
+    e = run.Experiment("t", lambda base: {"a": run.Arm()}, {"test_bpb": "bits"})
+    heads, _, base, arm = tables.table(e, options).splitlines()[:4]
+    assert heads == "| arm | seeds | bits | bits against base | over files |"
+    assert base == "| base | 1 | 1.500 |  |  |"
+    assert arm == "| a | 1 | 3.000 | +1.500 | +1.000 to +2.000 |"
+
+
 def test_checks_of_a_setting_make_no_claim_to_correct_for(tmp_path, options):
     """Three claims, two of them nearly alike: the smallest p-value counts three times."""
     options.results = str(tmp_path)
