@@ -3,9 +3,15 @@
 Every arm is trained with the same seeds, and a seed shifts all arms alike: they begin with the same
 weights and see the same data. So a result is taken as arm + seed + residual. The deviation of the
 residuals is pooled over all arms of a table, because three seeds of one arm say little about it (2
-degrees of freedom, so a factor 4.3 in the interval where a dozen have 2.2). This assumes that all
-arms vary alike. A table compares several arms with the base, so one in twenty would differ by
-chance: Holm's correction (1979) raises the p-values until the whole table is wrong in 5 %.
+degrees of freedom, so a factor 4.3 in the interval where a dozen have 2.2).
+
+A table compares several arms with the base, so one in twenty would differ by chance. Holm's
+correction (1979) raises the p-values: if all arms are like the base, the table has a p-value below
+0.05 in at most 5 % of all cases.
+
+Arms may have different numbers of seeds; an arm is compared with the base on the seeds of both. All
+of this assumes that the arms vary alike. If one arm of six varies three times as much as the rest,
+its interval of 95 % holds the truth in 71 %, and the table has a false claim in 16 % (simulated).
 """
 
 import math
@@ -69,16 +75,18 @@ def holm(p: dict[str, float]) -> dict[str, float]:
     return corrected
 
 
-def seen_with(deviation: float, freedom: int, seeds: int) -> float:
-    """The difference that so many pairs of runs would find (p < 0.05, uncorrected) in 80 %."""
+def seen_with(deviation: float, freedom: int, seeds: int, claims: int) -> float:
+    """The difference that so many pairs of runs would find in about 80 % of all cases or more, as
+    one of so many claims. Holm's correction wants the smallest p-value below 0.05 / claims; the
+    others may be larger, so they are found more often."""
     error = deviation * math.sqrt(2 / seeds)
-    return (quantile(0.05, freedom) + quantile(0.4, freedom)) * error  # 0.4: 20 % on one side
+    return (quantile(0.05 / claims, freedom) + quantile(0.4, freedom)) * error  # 20 % on one side
 
 
 def over_documents(nats: np.ndarray, size: np.ndarray, draws: int = 2000) -> tuple[float, float]:
     """The middle 95 % of the bits per byte of as many documents, drawn with replacement
     (bootstrap), from nats and bytes of each (documents,). The nats may also be differences of two
-    models' nats on the same documents."""
+    models' nats on the same documents. Of 40 documents it is a little too narrow, about 92 %."""
     drawn = np.random.default_rng(0).integers(0, len(size), (draws, len(size)))
     means = nats[drawn].sum(1) / size[drawn].sum(1) / math.log(2)
     low, high = np.quantile(means, [0.025, 0.975])

@@ -104,7 +104,7 @@ def differences(experiment, options, results: dict[str, list[dict]]) -> tuple[di
         return {name: Difference(*x) for name, x in own.items()}, ""
     values = {(name, x["seed"]): x[key] for name, xs in results.items() for x in xs if key in x}
     deviation, freedom = residual_deviation(values) if values else (0.0, 0)
-    found, p, arms = {}, {}, experiment.arms(options.base())
+    found, p, arms = {}, {}, experiment.arms(options.base())  # p: of the arms that make a claim
     for name, xs in pairs.items():
         mean = statistics.mean(x["against"] for x in xs)
         error = deviation * math.sqrt(2 / len(xs))
@@ -112,20 +112,26 @@ def differences(experiment, options, results: dict[str, list[dict]]) -> tuple[di
         if error and not arms[name].check:
             p[name] = p_value(mean / error, freedom)
         if "test_nats" in xs[0] and key == "test_bpb":
-            seeds = {x["seed"]: np.array(x["test_nats"]) for x in base[1]}
-            nats = sum(np.array(x["test_nats"]) - seeds[x["seed"]] for x in xs) / len(xs)
-            found[name].files = over_documents(nats, np.array(xs[0]["test_bytes"]))
+            found[name].files = difference_over_files(xs, base[1])
     for name, corrected in holm(p).items():
         found[name].p = corrected
-    if not freedom:
+    if not p:
         return found, ""
-    counts = sorted({len(xs) for xs in pairs.values()})
-    seen = [f"{number(seen_with(deviation, freedom, n))} with {n} seeds" for n in counts]
-    unit = experiment.columns[key]
+    counts = sorted({len(pairs[name]) for name in p})
+    least = [number(seen_with(deviation, freedom, n, len(p))) for n in counts]
+    seen = [f"{x} with {n} seed{'s' * (n > 1)}" for x, n in zip(least, counts, strict=True)]
     return found, (
-        f"Deviation of the residuals {number(deviation)} {unit} ({freedom} degrees of freedom): "
-        f"a difference of {', '.join(seen)} would be found in 80 % of all cases."
+        f"The residuals have a standard deviation of {number(deviation)} "
+        f"{experiment.columns[key]}, with {freedom} degrees of freedom. As one of {len(p)} claims, "
+        f"a difference of {' or '.join(seen)} would be found in about 80 % of all cases or more."
     )
+
+
+def difference_over_files(runs: list[dict], base: list[dict]) -> tuple[float, float]:
+    """95 % of the mean differences over other test files. The base has every run's seed."""
+    of_base = {x["seed"]: np.array(x["test_nats"]) for x in base}
+    nats = sum(np.array(x["test_nats"]) - of_base[x["seed"]] for x in runs) / len(runs)
+    return over_documents(nats, np.array(runs[0]["test_bytes"]))
 
 
 def number(x: float) -> str:
@@ -179,7 +185,7 @@ def table(experiment, options) -> str:
         length = [f"{runs[0]['steps']} steps a run"] if runs[0]["steps"] else []
         lines += ["", f"{', '.join(length + known)}."]
         lines += [seen] if seen else []
-        if any("test_nats" in x for x in next(iter(results.values()))):
+        if any(x.files for x in found.values()):
             lines += [files_of_base(results)]
     if missing := [name for name, xs in results.items() if not xs]:
         lines += ["", f"Not yet run: {', '.join(missing)}."]
@@ -192,7 +198,8 @@ def files_of_base(results: dict[str, list[dict]]) -> str:
     size = np.array(runs[0]["test_bytes"])
     nats = np.mean([x["test_nats"] for x in runs], axis=0)
     low, high = map(number, over_documents(nats, size))
-    return f"Over other files like the {len(size)} of the test text the base has {low} to {high}."
+    files = f"files like the {len(size)} of the test text"
+    return f"Over other {files} the base has {low} to {high} bits/byte."
 
 
 FACTS = ("dtype", "threads", "machine", "torch", "python", "commit")
