@@ -1,9 +1,10 @@
 """Do a few steps of long windows reach further? python experiments/long_context.py
 
 The report trains with windows of 4K tokens, then turns on YaRN and trains 1000 steps each with
-windows of 32K and 128K (section 4.3). Here the windows become four times as long in the last tenth
-or fifth of the run. The loss is measured by position, in windows of that length side by side over
-the validation file; of the base also with YaRN turned on afterwards, without any training.
+windows of 32K and 128K (section 4.3). Here every second step of the last tenth or fifth of the run
+has windows four times as long, and as many tokens as other steps. The loss is measured by position,
+in windows of that length side by side over the test text. The base has never seen such positions,
+so it is also measured with YaRN turned on afterwards, without any training.
 """
 
 import statistics

@@ -209,12 +209,15 @@ def code_id(dtype: str = "float64", fp8: bool = False) -> str:
 
 def change_hash(arm: Arm, measure: Callable | None) -> str:
     """Of the arm's settings, and the code of its stand-ins and of measure (not what these call)."""
-    code = [arm.replace[name] for name in sorted(arm.replace)] + ([measure] if measure else [])
-    code = [getattr(x, "__func__", x) for x in code]  # of a staticmethod
-    code = [y for x in code for y in getattr(x, "__mro__", [x]) if y.__module__ == x.__module__]
-    code = code_hash(*map(inspect.getsource, code))
+    parts = [arm.replace[name] for name in sorted(arm.replace)] + ([measure] if measure else [])
+    texts = []
+    for part in parts:
+        part = getattr(part, "__func__", part)  # of a staticmethod
+        inherited = part.__mro__ if inspect.isclass(part) else [part]
+        texts += [inspect.getsource(x) for x in inherited if x.__module__ == part.__module__]
     low = code_id("bfloat16", fp8=True) if arm.settings.get("fp8") else ""
-    return digest(sorted(arm.settings.items()), arm.longer, sorted(arm.replace), code, low)
+    changed = sorted(arm.settings.items()), arm.longer, sorted(arm.replace)
+    return digest(*changed, code_hash(*texts), low)
 
 
 def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Options):

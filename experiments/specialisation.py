@@ -1,9 +1,10 @@
 """Do experts specialise, and does a balance loss hinder them? python experiments/specialisation.py
 
 The report (section 4.5.3) sees experts specialise more where a bias balances them than where a loss
-forces every sequence to be even. The classes are those of Python's own tokeniser, on validation
-text; the measure is the mutual information of a token's class and the expert it visits, in bits: 0
-if all classes visit alike. The trainings are those of balance.py, so nothing is trained twice.
+forces every sequence to be even; it compares domains of the Pile. The measure is the mutual
+information, in bits, of the expert that a token visits and of one of two things: its class (those
+of Python's own tokeniser, on validation text), or the domain of its text (token_classes.py). It is
+0 if all visit alike. The trainings are those of balance.py, so nothing is trained twice.
 `python experiments/page.py out/small` shows single tokens of unseen code.
 """
 

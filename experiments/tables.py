@@ -66,12 +66,14 @@ def collect(experiment, options) -> dict[str, list[dict]]:
     names = experiment.arms(options.base())
     origins = [origin(x) for x in (own if names else bases)]
     most = max(reversed(origins), key=origins.count, default=None)
+    # base.json has what every base run has; a line "base" of our own file, what we measure besides.
     bases = {x["seed"]: x for x in bases if x["arm"] == "base" and origin(x) == most}
-    found = {("base", seed): x for seed, x in bases.items()}
+    found = {("base", seed): x for seed, x in bases.items()}  # later lines replace earlier ones
     for x in own:
         if origin(x) == most:
-            measured = bases.get(x["seed"], {}) if x["arm"] == "base" else {}
-            found[x["arm"], x["seed"]] = measured | x
+            usual = bases.get(x["seed"], {}) if x["arm"] == "base" else {}
+            found[x["arm"], x["seed"]] = usual | x
+    # "base" gets the name that it has in this experiment.
     label = {"base": f"{experiment.base} (base)" if experiment.base else "base"}
     label |= {name: name for name in names}
     results = {name: [] for name in label.values()}
