@@ -45,7 +45,7 @@ def draw(figure, results):
 
 EXPERIMENT = run.Experiment(
     "specialisation", lambda base: balance.ARMS, COLUMNS, draw, balance.measure,
-    base="bias 0.01", against="mean_bits", results="balance",
+    base="bias 0.01", against="domain_bits", results="balance",
 )  # fmt: skip
 
 if __name__ == "__main__":
