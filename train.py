@@ -1308,9 +1308,6 @@ def open_network(config: TrainConfig, asked: dict, source: Path | None, machine:
 def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine):
     """Raises ValueError where windows do not fit the network or cannot be shared out, and where
     --compile would only cost time."""
-    if config.compile and machine.device.type == "cpu" and machine.dtype != torch.bfloat16:
-        slow = "compiles for minutes on a CPU and gains nothing"
-        raise ValueError(f"--compile in {config.dtype} {slow}: leave it out.")
     long, limit = config.long_block_size, model.config.max_position_embeddings
     if (longest := max(config.block_size, long)) > limit:
         raise ValueError(f"windows of {longest} tokens exceed max_position_embeddings, {limit}.")
@@ -1318,8 +1315,11 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine):
     # smaller the batches of an evaluation, until the Python around them takes all the time.
     if config.block_size < (least := max(8, 1 + model.config.num_nextn_predict_layers)):
         raise ValueError(f"block_size is {config.block_size}, but must be at least {least} here.")
-    if config.eval_only:
+    if config.eval_only:  # compiles nothing and has no steps
         return
+    if config.compile and machine.device.type == "cpu" and machine.dtype != torch.bfloat16:
+        slow = "compiles for minutes on a CPU and gains nothing"
+        raise ValueError(f"--compile in {config.dtype} {slow}: give --compile=False.")
     if 0 < long < (trained := max(model.trained_length, config.block_size)):
         raise ValueError(f"long_block_size is {long}, less than the {trained} trained before.")
     parts = machine.world * config.grad_accum
@@ -1356,7 +1356,7 @@ def run(argv: list[str]):
             if is_first():
                 print(to_json(result))
             return
-        if config.init_from:
+        if config.init_from and not config.resume:  # a config file may name init_from
             on_first(lambda: tell_start(source, model, config))
         train(model, data, config, machine, saved, prepare_data.tokenizer_files(folder))
         torch.use_deterministic_algorithms(False)  # sampling has no use for it

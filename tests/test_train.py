@@ -411,8 +411,12 @@ def test_a_lock_on_a_file_that_its_last_writer_has_removed_is_none(monkeypatch):
         assert os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
-def test_compiling_in_float32_is_refused_on_a_cpu():
-    assert "--compile in float32" in refused("--compile", "--dtype=float32")
+def test_compiling_in_float32_is_refused_on_a_cpu(shared, capsys):
+    """But not where nothing is compiled, as in the evaluation of a run that was, on a GPU."""
+    assert "give --compile=False" in refused("--compile", "--dtype=float32")
+    out = shared("--steps=4", "--dtype=float32")
+    train.main(["--eval_only", f"--out={out}", "--compile"])
+    assert json.loads(capsys.readouterr().out)["val_loss"] > 0
 
 
 # ---- One step, exactly ---------------------------------------------------------------------------
@@ -843,6 +847,16 @@ def test_weights_that_a_run_starts_from_are_named_and_evaluated(shared, capsys):
     said = capsys.readouterr().err
     assert "start: from" in said and "try a tenth, --lr=0.0005" in said
     assert "lr is 0.005, but" in said
+
+
+def test_a_run_is_resumed_though_its_config_file_names_weights_to_start_from(shared, capsys):
+    """Then nothing is said of a start, nor of a learning rate that may spoil what was learnt."""
+    Path("my.py").write_text(f"{Path(TINY).read_text()}init_from = {str(shared('--steps=1'))!r}\n")
+    for options in (["--steps=1"], ["--steps=2", "--resume"]):
+        train.main(["my.py", "--out=run", *SHORT, *options])
+    first, resumed = capsys.readouterr().err.split("resume: from step 1")
+    assert first.count("start: from") == 1 and "try a tenth" in first and "start:" not in resumed
+    assert "step 0/" in first and "step 0/" not in resumed
 
 
 def test_options_that_do_nothing_are_named(capsys):
