@@ -1135,7 +1135,9 @@ def test_a_rank_that_dies_or_raises_ends_the_others_promptly(parallel, raises, s
     setup = raise_at_third_step if raises else None
     options = ("--steps=5000", "--save_every=2", f"--parallel={parallel}")
     ranks = start(*options, world=2, setup=setup)
-    if not raises:
+    if raises:
+        wait_for(lambda: "had enough" in ranks[1].log.read_text())
+    else:
         wait_for(lambda: "step 3/" in ranks[0].log.read_text())
         ranks[1].kill()
     said, culprit = finish(ranks, [1, 1 if raises else -signal.SIGKILL], seconds=20)
