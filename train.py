@@ -115,7 +115,7 @@ class TrainConfig:
         counts |= {"eval_every", "save_every", "log_every"}
         for name, value in vars(self).items():
             least = 1 if name in counts else 0
-            if not isinstance(value, str) and not value >= least:  # which nan is not either
+            if not isinstance(value, str) and (math.isnan(value) or value < least):
                 raise ValueError(f"{name} is {value}, but must be at least {least}.")
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
@@ -127,11 +127,10 @@ class TrainConfig:
         order = ["warmup", "decay_start", "decay_end"]
         order += ["final_start"] if self.decay_end < 1 else []  # else the cosine lasts to the end
         for first, then in itertools.pairwise(order):
-            if (x := getattr(self, first)) > (y := getattr(self, then)):
-                raise ValueError(
-                    f"{first} is {x}, but {then} is {y}: raise {then} to {x} at least, or "
-                    f"lower {first}."
-                )
+            x, y = getattr(self, first), getattr(self, then)
+            if x > y:
+                order = f"{first} is {x}, but {then} is {y}"
+                raise ValueError(f"{order}: raise {then} to {x} at least, or lower {first}.")
 
 
 # ---- Schedules (section 4.2) ---------------------------------------------------------------------
@@ -175,9 +174,12 @@ def block_at(config: TrainConfig, step: int) -> int:
 def extend_context(model: DeepSeekV3, config: TrainConfig):
     """YaRN from the length trained so far to long_block_size (section 4.3), with the softmax
     temperature of the released configuration unless the model has another."""
-    new = {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}
-    new["original_max_position_embeddings"] = model.trained_length
-    yarn = model.config.rope_scaling or new
+    yarn = model.config.rope_scaling or {
+        "type": "yarn",
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": model.trained_length,
+    }
     factor = config.long_block_size / yarn["original_max_position_embeddings"]
     model.config.rope_scaling = yarn | {"factor": factor}
     model.trained_length = config.long_block_size
@@ -185,9 +187,12 @@ def extend_context(model: DeepSeekV3, config: TrainConfig):
 
 def batch_at(config: TrainConfig, step: int) -> int:
     """Windows in this step: multiples of batch_start, growing evenly to batch_size."""
-    start = config.batch_start or config.batch_size
-    stage = int(config.batch_size // start * step / max(1, config.batch_ramp * config.steps))
-    return min(start * (1 + stage), config.batch_size)
+    start = config.batch_start
+    if not start:
+        return config.batch_size
+    stages, ramp = config.batch_size // start, max(1, config.batch_ramp * config.steps)  # steps
+    done = int(stages * step / ramp)
+    return min(start * (1 + done), config.batch_size)
 
 
 # ---- Processes -----------------------------------------------------------------------------------
@@ -220,13 +225,13 @@ def on_all(make: Callable[[], Result]) -> Result:
         refusal = error
     refusals = [None] * dist.get_world_size()
     dist.all_gather_object(refusals, refusal)
-    for rank, error in enumerate(refusals):
-        if error is None:
-            continue
-        if not is_first():
-            sys.exit(error.code if isinstance(error, SystemExit) else 1)
-        raise error if rank == 0 else ValueError(f"process {rank}: {error}")
-    return result
+    refused = [(rank, error) for rank, error in enumerate(refusals) if error is not None]
+    if not refused:
+        return result
+    rank, error = refused[0]
+    if not is_first():
+        sys.exit(error.code if isinstance(error, SystemExit) else 1)
+    raise error if rank == 0 else ValueError(f"process {rank}: {error}")
 
 
 def on_first(make: Callable[[], Result]) -> Result:
@@ -348,21 +353,23 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            lr, momentum, alike = group["lr"], group["momentum"], defaultdict(list)
-            for p in (p for p in group["params"] if p.grad is not None):
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                update = p.grad.lerp(average, momentum)  # Nesterov's
-                alike[p.shape[-2:]].append((p, update.reshape(-1, *p.shape[-2:])))
-            for shape, pairs in alike.items():
-                params, updates = zip(*pairs, strict=True)
-                updates = orthogonal(torch.cat(updates), self.dtype).split(
-                    [len(x) for x in updates]
-                )
+            lr, of_shape = group["lr"], defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    of_shape[p.shape[-2:]].append(p)
+            for shape, params in of_shape.items():
+                stacks = [self.averaged(p, group["momentum"]).reshape(-1, *shape) for p in params]
+                updates = orthogonal(torch.cat(stacks), self.dtype).split([*map(len, stacks)])
                 for p, update in zip(params, updates, strict=True):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(update.view_as(p), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+
+    def averaged(self, p: Tensor, momentum: float) -> Tensor:
+        """The gradient with Nesterov's momentum."""
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(average, momentum)
 
 
 def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -378,14 +385,20 @@ def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
     return y.mT if tall else y
 
 
+NOT_FOR_MUON = ("embed_tokens.weight", "lm_head.weight", "gate.weight")
+
+
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, as in the report; or Muon for the matrices of attention, FFN, experts and
     eh_proj, as in Moonlight (arXiv 2502.16982), and AdamW for the rest, at adamw_lr times lr."""
     matrices, others, vectors = [], [], []
     for name, p in model.named_parameters():
-        apart = name.endswith(("embed_tokens.weight", "lm_head.weight", "gate.weight"))
-        kind = others if apart or config.optimizer == "adamw" else matrices
-        (kind if p.ndim > 1 else vectors).append(p)
+        if p.ndim <= 1:
+            vectors.append(p)
+        elif config.optimizer == "adamw" or name.endswith(NOT_FOR_MUON):
+            others.append(p)
+        else:
+            matrices.append(p)
     decay, scale = config.weight_decay, config.adamw_lr if matrices else 1.0
     groups = [
         {"params": others, "weight_decay": decay, "lr_scale": scale},
@@ -475,15 +488,16 @@ def open_data(config: TrainConfig, vocab_size: int):
             with suppress(FileExistsError):  # another train.py has made it meanwhile
                 prepare_data.prepare(source)
 
-    def compare():
-        if described != first:
-            raise ValueError(f"{folder} differs from that of process 0: copy it from there.")
-
     on_first(make)
     data = on_all(lambda: read_data(config, folder, vocab_size))
     sizes = [*map(len, data.train.arrays), *map(len, data.val.arrays)]
-    described = sizes, tokenizer_identity(folder)
-    first = on_first(lambda: described)
+    own = sizes, tokenizer_identity(folder)
+    first = on_first(lambda: own)
+
+    def compare():
+        if own != first:
+            raise ValueError(f"{folder} differs from that of process 0: copy it from there.")
+
     on_all(compare)
     return data, folder
 
@@ -502,8 +516,8 @@ def train_windows(data: prepare_data.Dataset, config: TrainConfig, step: int) ->
     T, length = block_at(config, step), len(data.train)
     first = step * config.batch_size * config.block_size // T  # windows before this step
     numbers = first + np.arange(batch_at(config, step) * config.block_size // T)
-    epochs = np.divmod(numbers, (length - 1) // T)
-    starts = [epoch_starts(config.seed, e, length, T)[i] for e, i in zip(*epochs, strict=True)]
+    count = (length - 1) // T  # windows of an epoch
+    starts = [epoch_starts(config.seed, i // count, length, T)[i % count] for i in numbers]
     return data.train.windows(np.array(starts), T + 1)
 
 
@@ -865,19 +879,21 @@ class Run:
         self.saved = self.step
         self.clock.restart(self.tokens)
         self.sums += found["sums"].to(self.sums)
-        # Every parameter's moments, cut up as it is; the settings stay this run's. An optimiser may
-        # keep the very tensors that it is given, so these are copies of what is on the disk.
-        moments = saved.get("optimizer", {})
-        moments = {name: {k: x.clone() for k, x in m.items()} for name, m in moments.items()}
+        self.restore_moments(saved.get("optimizer", {}))
+        saved.clear()  # closes the file, which would take up its disk space after its replacement
+        info(f"resume: from step {self.step} of {self.config.steps}, in {self.out}/ckpt.pt")
+        if self.last:
+            info("nothing is left to train: give more --steps")
+
+    def restore_moments(self, stored: dict):
+        """Every parameter's moments, cut up as it is; the optimisers' settings stay this run's."""
+        # An optimiser may keep the very tensors that it is given: these are copies of the disk's.
+        moments = {name: {k: x.clone() for k, x in m.items()} for name, m in stored.items()}
         groups = self.dcp.get_optimizer_state_dict(*self.trained)["param_groups"]
         state = {"state": moments, "param_groups": groups} if is_first() else {}
         several = self.machine.world > 1
         options = self.dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
         self.dcp.set_optimizer_state_dict(*self.trained, state, options=options)
-        saved.clear()  # closes the file, which would take up its disk space after its replacement
-        info(f"resume: from step {self.step} of {self.config.steps}, in {self.out}/ckpt.pt")
-        if self.last:
-            info("nothing is left to train: give more --steps")
 
     def read_folder(self, saved: dict) -> dict:
         """What a run goes on with; the log loses what came after the checkpoint and comes again."""
@@ -937,10 +953,10 @@ class Run:
         self.sums[5] += 1
         if self.last or self.lost or self.step % self.config.log_every == 0:
             *sums, skipped, steps = self.sums.tolist()
-            main, mtp, balance, vio = (x / steps for x in sums)
             self.sums.zero_()
+            names = ("loss", "mtp_loss", "balance_loss", "max_vio")
+            line = {name: x / steps for name, x in zip(names, sums, strict=True)}
             speed = self.clock.measure(self.tokens)
-            line = {"loss": main, "mtp_loss": mtp, "balance_loss": balance, "max_vio": vio}
             line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_s": round(speed, 1)}
             steps_left = self.config.steps - self.step
             tokens_left = steps_left * self.config.batch_size * self.config.block_size
@@ -975,7 +991,7 @@ class Run:
         if n > 1 or not self.saved:
             bad = f"{n} gradient(s) up to step {step} are not finite"
             raise ValueError(f"{bad}; {self.way_on()} and a lower --lr.")
-        # It would be so again if the run went on to the same end; with more steps it is left out.
+        # A run to the same last step would end like this again; one with more steps leaves it out.
         bad = f"the gradient of step {step}, the last one, is not finite"
         raise ValueError(f"{bad}; {self.way_on()} and --steps={step + 1}.")
 
@@ -1030,9 +1046,9 @@ class Run:
     def better(self, loss: float) -> bool:
         """Whether weights with this loss take the place of best.pt: a finite one, and weights
         trained for longer windows before a lower loss."""
-        if self.model.trained_length != self.best_length:
-            return math.isfinite(loss) and self.model.trained_length > self.best_length
-        return math.isfinite(loss) and loss < self.best_loss
+        longer = self.model.trained_length > self.best_length
+        as_long = self.model.trained_length == self.best_length
+        return math.isfinite(loss) and (longer or (as_long and loss < self.best_loss))
 
 
 def compared_loss(values: dict) -> float:
@@ -1175,9 +1191,9 @@ def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
             info(f"{file}: {' '.join(first.split())}")
     here = in_file | given
     command = TrainConfig(**{k: v for k, v in here.items() if k in OF_THE_COMMAND})
-    if command.eval_only:
+    if command.eval_only:  # there must be weights
         enough = command.out or command.init_from
-    else:
+    else:  # there must be a network, and a folder for the run
         enough = file or (command.out and (command.resume or command.init_from))
     if not enough:
         info("usage: name a config file, for example: python train.py config/small.py")
@@ -1273,21 +1289,12 @@ def tell_start(source: Path, model: DeepSeekV3, config: TrainConfig):
         )
 
 
-def open_network(config: TrainConfig, asked: dict, source: Path | None, machine: Machine):
-    """The network, new or from weights that process 0 reads and sends to the others, and the
-    tokenizer of these weights (on process 0)."""
-    sharded = machine.world > 1 and config.parallel == "fsdp" and not config.eval_only
-    place = "cpu" if sharded else machine.device  # FSDP moves the model block by block
-    dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of weights, optimiser
-    if not (source or asked):
-        raise ValueError("the config file has no sizes of the network: take config/small.py's.")
-    if not source:
-        model = DeepSeekV3(ModelConfig(**asked)).to(place, dtype)
-        model.trained_length = 0
-        return model, None
-    none = None, None, None
-    model, tokenizer, _ = on_all(lambda: load_model(source, place, dtype) if is_first() else none)
-    if machine.world > 1:
+def load_for_all(source: Path, place: torch.device | str, dtype: torch.dtype):
+    """The network of these weights, and their tokenizer (None on other processes than 0). Process 0
+    reads them and sends the weights to the others."""
+    read = on_all(lambda: load_model(source, place, dtype) if is_first() else None)
+    model, tokenizer, _ = read or (None, None, None)
+    if dist.is_initialized():
         shape, length = on_first(lambda: (model.config, model.trained_length))
         if not model:
             with torch.device("meta"):
@@ -1296,6 +1303,21 @@ def open_network(config: TrainConfig, asked: dict, source: Path | None, machine:
             model.trained_length = length
         for x in model.state_dict().values():
             dist.broadcast(x, 0)
+    return model, tokenizer
+
+
+def open_network(config: TrainConfig, asked: dict, source: Path | None, machine: Machine):
+    """The network, new or from weights, and the tokenizer of these weights (on process 0)."""
+    sharded = machine.world > 1 and config.parallel == "fsdp" and not config.eval_only
+    place = "cpu" if sharded else machine.device  # FSDP moves the model block by block
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of weights, optimiser
+    if not source:
+        if not asked:
+            raise ValueError("the config file has no sizes of the network: take config/small.py's.")
+        model = DeepSeekV3(ModelConfig(**asked)).to(place, dtype)
+        model.trained_length = 0
+        return model, None
+    model, tokenizer = load_for_all(source, place, dtype)
     for key, value in asked.items():
         have = getattr(model.config, key)
         if key not in CONTEXT_KEYS and value != have:
@@ -1309,18 +1331,21 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine):
     """Raises ValueError where windows do not fit the network or cannot be shared out, and where
     --compile would only cost time."""
     long, limit = config.long_block_size, model.config.max_position_embeddings
-    if (longest := max(config.block_size, long)) > limit:
+    longest = max(config.block_size, long)
+    if longest > limit:
         raise ValueError(f"windows of {longest} tokens exceed max_position_embeddings, {limit}.")
     # MTP module k predicts a window's tokens from the k + 1st on. And the shorter the windows, the
     # smaller the batches of an evaluation, until the Python around them takes all the time.
-    if config.block_size < (least := max(8, 1 + model.config.num_nextn_predict_layers)):
+    least = max(8, 1 + model.config.num_nextn_predict_layers)
+    if config.block_size < least:
         raise ValueError(f"block_size is {config.block_size}, but must be at least {least} here.")
     if config.eval_only:  # compiles nothing and has no steps
         return
     if config.compile and machine.device.type == "cpu" and machine.dtype != torch.bfloat16:
         slow = "compiles for minutes on a CPU and gains nothing"
         raise ValueError(f"--compile in {config.dtype} {slow}: give --compile=False.")
-    if 0 < long < (trained := max(model.trained_length, config.block_size)):
+    trained = max(model.trained_length, config.block_size)
+    if 0 < long < trained:
         raise ValueError(f"long_block_size is {long}, less than the {trained} trained before.")
     parts = machine.world * config.grad_accum
     for step in range(config.steps):

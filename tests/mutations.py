@@ -216,8 +216,9 @@ step >= config.long_start * config.steps => step > config.long_start * config.st
 if extended(config, step) and step % 2 => if extended(config, step)
 late = step >= config.mtp_switch => late = step > config.mtp_switch
 if step < config.gamma_stop * => if step <= config.gamma_stop *
-return math.isfinite(loss) and loss < self.best_loss => return not loss > self.best_loss
-if self.model.trained_length != self.best_length: => if False:
+as_long and loss < self.best_loss => as_long and loss <= self.best_loss
+return math.isfinite(loss) and (longer => return (longer
+longer or (as_long and loss => (loss
 self.bad_in_a_row >= 5 => self.bad_in_a_row >= 6
 if entry["step"] > step: => if entry["step"] >= step:
 fcntl.flock(file, => 0 and fcntl.flock(file,
