@@ -97,9 +97,9 @@ NOT_CORPUS = re.compile(
 RELEASE_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json")
 RELEASE_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 RELEASE_FILES += ("tokenization_*.py",)  # transformers may run it, we do not
-# What we may replace.
-OURS = r"meta\.json|tokenizer\.tiktoken|(train(_\d+)?|val|test)\.bin|"
-OURS += "|".join(re.escape(name).replace(r"\*", r"\w+") for name in RELEASE_FILES)
+# What a prepared folder may hold, and --overwrite may delete.
+OUR_FILES = ("meta.json", "tokenizer.tiktoken", "train.bin", "train_[0-9]*.bin", "val.bin")
+OUR_FILES += ("test.bin", *RELEASE_FILES)
 LINE_END = re.compile(r"\n(?=\S)")  # none of PATTERN's or a release's pieces goes on after it
 OTHER_KEY = "; is the text under another --text_key=KEY?"
 AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder is there)"
@@ -181,15 +181,23 @@ def unreadable(error: OSError) -> OSError:
 
 
 def find_files(source: str) -> list[Path]:
-    """The files of a folder (hidden ones aside), those that match a glob, or the one named."""
-    root, paths = Path(source).expanduser(), []
+    """The files of a folder (hidden ones aside), those that match a glob, or the one named.
+
+    A folder that is met twice, the second time through a link, is read once.
+    """
+    root, paths, seen = Path(source).expanduser(), [], set()
     if root.is_dir():
 
         def refuse(error: OSError):  # os.walk would leave the folder out without a word
             raise unreadable(error)
 
         for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            here = Path(folder).resolve()
+            if here in seen:  # by way of a link, which may even lead to a folder above itself
+                folders.clear()
+                continue
+            seen.add(here)
             paths += [Path(folder) / name for name in names if not name.startswith(".")]
     else:
         pattern = glob.escape(str(root)) if root.exists() else str(root)
@@ -425,10 +433,16 @@ class Tokenizer:
         return 1 + max([*self.texts, *self.special])
 
     @property
-    def marks(self) -> tuple[list[int], list[int]]:
-        """The ids before and after every document of a token file."""
-        begin = [] if self.bos is None else [self.bos]
-        return (begin, self.eos[:1]) if self.files else (self.eos, [])
+    def before(self) -> list[int]:
+        """The ids that begin a document of a token file: <|endoftext|>, or a release's bos."""
+        if self.files:
+            return [] if self.bos is None else [self.bos]
+        return self.eos
+
+    @property
+    def after(self) -> list[int]:
+        """The ids that end a document of a token file."""
+        return self.eos[:1] if self.files else []
 
     def encode(self, text: str) -> list[int]:
         """The ids begin with bos, if there is one."""
@@ -453,18 +467,20 @@ def tokenizer_of(encoding: tiktoken.Encoding) -> Tokenizer:
 def read_vocabulary(path: Path, special_tokens: dict[str, int]) -> Tokenizer:
     """The tokenizer in a tiktoken.model, with these special tokens, or in a tokenizer.json, which
     has its own. As in transformers, the name of a special token in a text is that token."""
-    if path.name == "tiktoken.model":
-        encoding = encoding_from(parse_ranks(path.read_bytes()), KIMI_PATTERN, special_tokens)
-        texts = {i: text for text, i in encoding._mergeable_ranks.items()}
-        special = {i: name for name, i in special_tokens.items()}
+    if path.name == "tokenizer.json":
+        return read_tokenizer_json(path)
+    encoding = encoding_from(parse_ranks(path.read_bytes()), KIMI_PATTERN, special_tokens)
+    tokenizer = tokenizer_of(encoding)
+    tokenizer.encode_batch = lambda texts: encoding.encode_batch(texts, allowed_special="all")
+    return tokenizer
 
-        def encode_batch(batch: list[str]) -> list[list[int]]:
-            return encoding.encode_batch(batch, allowed_special="all")
 
-        return Tokenizer(encode_batch, texts, special, [])
+def read_tokenizer_json(path: Path) -> Tokenizer:
     import tokenizers
 
     parsed = tokenizers.Tokenizer.from_file(str(path))
+    parsed.no_truncation()  # a file may ask for either; both would change the ids of a text
+    parsed.no_padding()
     special = {i: token.content for i, token in parsed.get_added_tokens_decoder().items()}
     byte_of = {char: byte for byte, char in STAND_INS.items()}
     vocab = {i: x for x, i in parsed.get_vocab(with_added_tokens=False).items() if i not in special}
@@ -473,38 +489,38 @@ def read_vocabulary(path: Path, special_tokens: dict[str, int]) -> Tokenizer:
     def encode_batch(batch: list[str]) -> list[list[int]]:
         return [found.ids for found in parsed.encode_batch(batch, add_special_tokens=False)]
 
-    return Tokenizer(encode_batch, texts, special, [])
+    return Tokenizer(encode_batch, texts, special, eos=[])
 
 
 def read_release(folder: Path) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory, if any; its config files tell what begins and
     ends texts, by number or by name."""
-    told = {}
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        told |= json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
-    eos, bos = told.get("eos_token_id"), told.get("bos_token_id")
-    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    for i in (*eos, bos):
-        if not isinstance(i, int | None):
-            raise ValueError(f"eos_token_id or bos_token_id is {i!r:.100}, expected a number")
     files = [path for name in RELEASE_FILES for path in sorted(folder.glob(name))]
     if not files or files[0].name not in RELEASE_FILES[:2]:
         return None
-
+    told = {}  # a later file has the last word, but null is none
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            stated = json.loads((folder / name).read_bytes())
+            told |= {key: value for key, value in stated.items() if value is not None}
     added = {x["content"]: int(i) for i, x in told.get("added_tokens_decoder", {}).items()}
     tokenizer = read_vocabulary(files[0], added)
     number = {name: i for i, name in tokenizer.special.items()}
 
-    def named(key: str) -> int | None:
+    def stated_id(key: str) -> int | list[int] | None:
+        """eos_token_id, which may be a list, or bos_token_id; else that of the token named."""
+        if f"{key}_id" in told:
+            return told[f"{key}_id"]
         name = told.get(key)  # a text, or an object that has it as "content"
         return number.get(name["content"] if isinstance(name, dict) else name)
 
-    if not eos and (end := named("eos_token")) is not None:
-        eos = [end]
-    if told.get("add_bos_token"):
-        tokenizer.bos = named("bos_token") if bos is None else bos
-    tokenizer.eos, tokenizer.files = eos, files
-    tokenizer.rows = told.get("vocab_size") or 0
+    eos, bos = stated_id("eos_token"), stated_id("bos_token")
+    tokenizer.eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    tokenizer.bos = bos if told.get("add_bos_token") else None
+    for i in (*tokenizer.eos, bos):
+        if not isinstance(i, int | None):
+            raise ValueError(f"eos_token_id or bos_token_id is {i!r:.100}, expected a number")
+    tokenizer.files, tokenizer.rows = files, told.get("vocab_size", 0)
     return tokenizer
 
 
@@ -555,13 +571,6 @@ def stored_tokenizer(folder: Path | str) -> Tokenizer:
     return tokenizer_of(load_tokenizer(folder))
 
 
-def open_tokenizer(folder: Path | str) -> Tokenizer:
-    """The tokenizer of a prepared folder, a run or a Hugging Face directory. Raises ValueError."""
-    ours = (Path(folder) / "meta.json").exists()
-    release = None if ours else hf_tokenizer(Path(folder))
-    return release or stored_tokenizer(folder)
-
-
 # ---- Token files --------------------------------------------------------------------------------
 
 
@@ -571,24 +580,25 @@ def header(kind: tuple[int, int], count: int) -> bytes:
     return words.tobytes()
 
 
-def cut_all(texts: list[str]) -> Iterator[tuple[str, bool, bool]]:
-    """The texts in pieces, each with whether it is the first and whether the last of its text."""
+def cut_all(texts: list[str], tokenizer: Tokenizer) -> Iterator[tuple[list, str, list]]:
+    """The texts in pieces, each as (ids before it, piece, ids after it)."""
     for text in texts:
         pieces = list(cut(text, PIECE))
-        for i, piece in enumerate(pieces, 1):
-            yield piece, i == 1, i == len(pieces)
+        for i, piece in enumerate(pieces):
+            before = tokenizer.before if i == 0 else []
+            after = tokenizer.after if i == len(pieces) - 1 else []
+            yield before, piece, after
 
 
 def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenizer) -> None:
-    """Encode the texts, each between the tokenizer's marks, into the token file <split>.bin.
+    """Encode the texts into the token file <split>.bin.
 
     More than TOKENS_PER_FILE tokens become <split>_000001.bin and so on, all of one length, give
     or take a token.
     """
     kind = UINT16 if tokenizer.n_vocab <= 1 << 16 else UINT32
     dtype, path, count = DTYPES[kind], folder / f"{split}.bin", 0
-    begin, end = tokenizer.marks
-    pieces = cut_all(texts)
+    pieces = cut_all(texts, tokenizer)
     size = sum(map(len, texts))
     with (
         open(path, "wb+") as file,
@@ -596,9 +606,9 @@ def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenize
     ):
         file.write(bytes(HEADER_BYTES))  # zeros, which no reader accepts, until all is written
         while batch := list(islice(pieces, 256)):
-            encoded = tokenizer.encode_batch([piece for piece, _, _ in batch])
-            for (piece, first, last), ids in zip(batch, encoded, strict=True):
-                ids = begin * first + ids + end * last
+            encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
+            for (before, piece, after), ids in zip(batch, encoded, strict=True):
+                ids = [*before, *ids, *after]
                 file.write(np.array(ids, dtype).tobytes())
                 count += len(ids)
                 progress.update(len(piece))
@@ -665,14 +675,19 @@ def take_tokenizer(name: str, folder: Path) -> Tokenizer | None:
         encoding = tiktoken.get_encoding(name)  # downloaded once
         write_tokenizer(encoding, folder)
         return tokenizer_of(encoding)
-    tokenizer = open_tokenizer(name)
+    prepared = (Path(name) / "meta.json").exists()  # or a run; else a Hugging Face directory
+    tokenizer = (None if prepared else hf_tokenizer(Path(name))) or stored_tokenizer(name)
     if not tokenizer.files:
         write_tokenizer(load_tokenizer(name), folder)
-    elif tokenizer.eos and tokenizer.eos[0] < tokenizer.n_vocab:
-        write_release(tokenizer, folder)
-    else:
+        return tokenizer
+    if not tokenizer.eos:
         where = "eos_token_id in config.json or eos_token in tokenizer_config.json"
         raise ValueError(f"{name} names no end token, which separates documents; give it {where}")
+    for i in (*tokenizer.before, *tokenizer.after):
+        if i not in tokenizer.texts and i not in tokenizer.special:
+            wrong = f"{name} has bos_token_id or eos_token_id {i}, which its vocabulary lacks"
+            raise ValueError(f"{wrong}; correct it in its config.json or generation_config.json")
+    write_release(tokenizer, folder)
     return tokenizer
 
 
@@ -707,10 +722,17 @@ def backup_of(folder: Path | str) -> Path:
     return Path(f"{Path(folder)}~replaced-by-prepare_data")
 
 
+def named_as(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(path.match(pattern) for pattern in patterns)
+
+
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raises FileExistsError where the folder is not ours to make or replace."""
-    here = list(folder.iterdir()) if os.path.lexists(folder) else []
-    if foreign := [path for path in here if not re.fullmatch(OURS, path.name)]:
+    here = sorted(folder.iterdir()) if os.path.lexists(folder) else []
+    foreign = [path for path in here if not named_as(path, OUR_FILES)]
+    if all(named_as(path, RELEASE_FILES) for path in here):  # not copies, but a release itself
+        foreign = here
+    if foreign:
         raise FileExistsError(f"{foreign[0]} would be lost; choose another --name")
     if here and not overwrite:
         raise FileExistsError(f"{folder} exists; replace it with --overwrite, or name another")
@@ -737,7 +759,7 @@ def remove_prepared(folder: Path) -> None:
             folder.unlink()
             return
         for path in list(folder.iterdir()):
-            if re.fullmatch(OURS, path.name):
+            if named_as(path, OUR_FILES):
                 path.unlink(missing_ok=True)
         folder.rmdir()
 
@@ -790,6 +812,9 @@ def prepare(config: DataConfig) -> Path:
     if config.source in SHARDS and not 1 <= config.shards <= SHARDS[config.source][1]:
         most = SHARDS[config.source][1]
         raise ValueError(f"shards={config.shards}: expected 1 to {most}, as many as there are")
+    if config.source in SHARDS and config.tokenizer not in ("", "gpt2"):
+        given = f"{config.source} is made of gpt2's tokens, but tokenizer={config.tokenizer!r}"
+        raise ValueError(f"{given}; leave --tokenizer out, or give a source of text")
     folder = Path(config.out) / name
     recover(folder)
     for left in sorted(folder.parent.glob(f"{name}~new-*")):
@@ -863,7 +888,7 @@ class Dataset:
     val: Tokens
     vocab_size: int
     val_bytes_per_token: float  # <|endoftext|> is one of the tokens and has no bytes
-    test: Tokens | None = None  # for the last word alone: experiments/test_text.py
+    test: Tokens | None = None  # for the last word alone: experiments/unseen.py
     rows: int = 0  # of the embedding in the release whose tokenizer this is (0: not known)
 
 
