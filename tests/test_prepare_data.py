@@ -508,7 +508,7 @@ DAMAGES = [  # what the sentence says, and how the folder is damaged
     ("/meta.json'); make it", lambda d: (d / "meta.json").unlink()),
     ("no whole tokenizer", lambda d: os.truncate(d / "meta.json", 50)),
     ("('tokenizer_sha256')", lambda d: (d / "meta.json").write_text("{}")),
-    ("sha256 is not", lambda d: os.truncate(d / "tokenizer.tiktoken", 1000)),
+    ("sha256 of tokenizer.tiktoken is not", lambda d: os.truncate(d / "tokenizer.tiktoken", 1000)),
 ]
 
 
