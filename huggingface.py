@@ -332,19 +332,19 @@ def export(model: DeepSeekV3, source: Path, directory: Path, quantize: bool):
             shutil.copyfile(file, directory / file.name)
     else:
         bos = eos
-        write_our_tokenizer(tokenizer.encoding, directory)
+        write_our_tokenizer(tokenizer, directory)
     keys = {"bos_token_id": bos, "eos_token_id": eos}
     keys["max_position_embeddings"] = model.trained_length
     model.save_pretrained(directory, quantize=quantize, **keys)
 
 
-def write_our_tokenizer(encoding: tiktoken.Encoding, directory: Path):
+def write_our_tokenizer(tokenizer: Tokenizer, directory: Path):
     """As transformers opens it, and as prepare_data.py does."""
-    write_tokenizer(encoding, directory)
+    write_tokenizer(tokenizer, directory)
     names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
     names["tokenizer_class"] = "PreTrainedTokenizerFast"
     (directory / "tokenizer_config.json").write_text(json.dumps(names, indent=2))
-    (directory / "tokenizer.json").write_text(tokenizer_json(encoding), encoding="utf-8")
+    (directory / "tokenizer.json").write_text(tokenizer_json(tokenizer.encoding), encoding="utf-8")
 
 
 def main(argv: list[str]):

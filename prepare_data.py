@@ -1,16 +1,16 @@
 """Turn text into token files: python prepare_data.py [SOURCE] [--key=value].
 
     text -> documents -> train / validation / test -> byte-level BPE -> data/<name>/
-        train.bin, val.bin      token ids behind a header of 1024 bytes; train_000001.bin and so
-                                on where there are more than 2^30 training tokens
+        train.bin, val.bin      token ids behind a header of 1024 bytes
         test.bin                whole documents that no choice is made on, if there are many
         tokenizer.tiktoken      one line per token: base64 of its bytes, rank
         meta.json               split pattern, special tokens, hash
 
 Token files have the layout of llm.c and modded-nanogpt: 256 little-endian int32, of which the
-first three are magic number, version and number of tokens, then the ids. Every document begins with
-<|endoftext|>. With --tokenizer=DIR, a released model, copies of its tokenizer's files take the
-place of tokenizer.tiktoken, and every document ends with the release's own end token.
+first three are magic number, version and number of tokens, then the ids. Over 2^30 training tokens
+are train_000001.bin and so on. Every document begins with <|endoftext|>. With --tokenizer=DIR, a
+released model, copies of its tokenizer's files take the place of tokenizer.tiktoken, and every
+document ends with the release's own end token.
 """
 
 import base64
@@ -196,16 +196,13 @@ def split_documents(
 ) -> tuple[list[str], list[str], list[str]]:
     """(training texts, validation texts, test texts), the last two of about these shares of bytes.
 
-    The documents are gone through in the order of the sha256 of their names. Those mostly made of
-    lines that other documents have too stay in training: they would measure memorising.
-
-    Validation takes whole documents until its target is reached, except one that would overshoot
-    it by over a tenth. Where that gives less than half of the target (a single file does), the end
-    of the largest document is cut off at a newline.
-
-    The test takes from the documents that follow, except those of over a tenth of its target, so
-    that no few documents decide its loss. Nothing is cut off for it: a source of few documents has
-    no test.
+    Documents are taken in the order of the sha256 of their names. Those mostly made of lines that
+    other documents have too stay in training: they would measure memorising.
+    Validation takes whole documents up to its target, except one that would overshoot it by over a
+    tenth. If that is less than half of the target, the end of the largest document is cut off at a
+    newline; so it is with a single file.
+    The test takes the documents that follow, except those of over a tenth of its target, so that
+    its loss is not decided by a few. A source of few documents has no test.
     """
     size = {name: len(text.encode()) for name, text in documents.items()}
     val_target = val_fraction * sum(size.values())
@@ -240,9 +237,9 @@ def split_documents(
 # * of several blanks before a number, the last is a piece of its own here, but part of the blanks
 #   there (changing it would change the tokenizer of the default corpus);
 # * U+3040, U+3097 and U+3098, which are no characters, may stay with their neighbours here.
-# Three programs read it (regex, tiktoken, Hugging Face's tokenizers), so it has only what they all
-# have. They know neither unions nor differences of classes alike; hence the negated ones: whatever
-# is no control, number, punctuation, symbol or separator is a letter or a mark upon one.
+# regex, tiktoken and Hugging Face's tokenizers all read it. They agree on negated classes, but not
+# on unions and differences. So letters and marks are what is no control, number, punctuation,
+# symbol or separator.
 _CJK = r"\u4e00-\u9fa5\u3040-\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"  # of the second stage
 _CJK_SIGNS = r"\u309b\u309c\u30a0\u30fb"  # these, too; the third stage cuts them off as marks
 _LETTER = rf"[^\p{{C}}\p{{N}}\p{{P}}\p{{S}}\p{{Z}}{_CJK}]"
@@ -356,29 +353,15 @@ def parse_ranks(content: bytes) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in rows}
 
 
-def write_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> None:
-    """Write tokenizer.tiktoken and meta.json, which load_tokenizer reads."""
-    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-    content = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
-    (folder / "tokenizer.tiktoken").write_bytes(content)
-    meta = {
-        "pattern": encoding._pat_str,
-        "special_tokens": encoding._special_tokens,
-        "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-
-
 @dataclass
 class Tokenizer:
-    """Texts to ids, one id to bytes, and the ids that begin and end a text: ours, or a release's,
-    which may have several that end a text."""
+    """Texts to ids, an id to bytes, and the ids that begin and end a text: ours or a release's."""
 
     encode_batch: Callable[[list[str]], list[list[int]]]
     texts: dict[int, bytes]
     special: dict[int, str]  # names of the other tokens: marks in a text, which have no bytes of it
-    eos: list[int]
-    bos: int | None = None
+    eos: list[int]  # a release may have several
+    bos: int | None = None  # where every text begins with it
     encoding: tiktoken.Encoding | None = None  # not of a tokenizer.json
     files: list[Path] = field(default_factory=list)  # of a release, its vocabulary first
     rows: int = 0  # of the release's embedding, where they are known
@@ -425,7 +408,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 # spread over its config files. A prepared folder or a run has copies of the tokenizer's files, so
 # that an export can give them back, and in meta.json all that we need besides the vocabulary.
 
-# The files of a release's tokenizer, as globs; one of the first two holds the vocabulary.
+# The files of its tokenizer, as globs; one of the first two holds the vocabulary.
 RELEASE_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json")
 RELEASE_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 RELEASE_FILES += ("tokenization_*.py",)  # transformers may run it, we do not
@@ -471,32 +454,33 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
 def read_release(folder: Path) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory, if any; its config files tell what begins and
     ends texts, by number or by name."""
-    files = [path for name in RELEASE_FILES for path in sorted(folder.glob(name))]
-    if not files or files[0].name not in RELEASE_FILES[:2]:
-        return None
     told = {}  # a later file has the last word, but null is none
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if (folder / name).exists():
             stated = json.loads((folder / name).read_bytes())
             told |= {key: value for key, value in stated.items() if value is not None}
+    eos, bos = told.get("eos_token_id", []), told.get("bos_token_id")
+    eos = eos if isinstance(eos, list) else [eos]
+    for i in (*eos, bos):
+        if not isinstance(i, int | None):
+            raise ValueError(f"eos_token_id or bos_token_id is {i!r:.100}, expected a number")
+    files = [path for name in RELEASE_FILES for path in sorted(folder.glob(name))]
+    if not files or files[0].name not in RELEASE_FILES[:2]:
+        return None
+
     added = {x["content"]: int(i) for i, x in told.get("added_tokens_decoder", {}).items()}
     tokenizer = read_vocabulary(files[0], added)
+    tokenizer.files, tokenizer.rows = files, told.get("vocab_size", 0)
     number = {name: i for i, name in tokenizer.special.items()}
 
-    def stated_id(key: str) -> int | list[int] | None:
-        """eos_token_id, which may be a list, or bos_token_id; else that of the token named."""
-        if f"{key}_id" in told:
-            return told[f"{key}_id"]
+    def named(key: str) -> int | None:
         name = told.get(key)  # a text, or an object that has it as "content"
         return number.get(name["content"] if isinstance(name, dict) else name)
 
-    eos, bos = stated_id("eos_token"), stated_id("bos_token")
-    tokenizer.eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    tokenizer.bos = bos if told.get("add_bos_token") else None
-    for i in (*tokenizer.eos, bos):
-        if not isinstance(i, int | None):
-            raise ValueError(f"eos_token_id or bos_token_id is {i!r:.100}, expected a number")
-    tokenizer.files, tokenizer.rows = files, told.get("vocab_size", 0)
+    end = named("eos_token")
+    tokenizer.eos = eos or ([] if end is None else [end])
+    if told.get("add_bos_token"):
+        tokenizer.bos = named("bos_token") if bos is None else bos
     return tokenizer
 
 
@@ -510,18 +494,28 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
         raise ValueError(f"the tokenizer of {folder} cannot be read ({error!r:.200})") from None
 
 
-def write_release(tokenizer: Tokenizer, folder: Path) -> None:
-    """Copy the files of a release's tokenizer; write meta.json, which stored_tokenizer reads."""
-    for path in tokenizer.files:
-        shutil.copyfile(path, folder / path.name)
-    meta = {
-        "files": [path.name for path in tokenizer.files],
-        "tokenizer_sha256": hashlib.sha256(tokenizer.files[0].read_bytes()).hexdigest(),
-        "special_tokens": {name: i for i, name in tokenizer.special.items()},
-        "eos": tokenizer.eos,
-        "bos": tokenizer.bos,
-        "rows": tokenizer.rows,
-    }
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the vocabulary and meta.json, which stored_tokenizer reads; of a release, all files."""
+    if tokenizer.files:
+        for path in tokenizer.files:
+            shutil.copyfile(path, folder / path.name)
+        meta = {
+            "files": [path.name for path in tokenizer.files],
+            "tokenizer_sha256": hashlib.sha256(tokenizer.files[0].read_bytes()).hexdigest(),
+            "special_tokens": {name: i for i, name in tokenizer.special.items()},
+            "eos": tokenizer.eos,
+            "bos": tokenizer.bos,
+            "rows": tokenizer.rows,
+        }
+    else:
+        ranks = sorted(tokenizer.texts.items())
+        content = b"".join(b"%s %d\n" % (base64.b64encode(text), rank) for rank, text in ranks)
+        (folder / "tokenizer.tiktoken").write_bytes(content)
+        meta = {
+            "pattern": tokenizer.encoding._pat_str,
+            "special_tokens": tokenizer.encoding._special_tokens,
+            "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
+        }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -588,51 +582,49 @@ def header(kind: tuple[int, int], count: int) -> bytes:
     return np.array([*kind, count], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")
 
 
-def cut_all(
-    texts: list[str], before: list[int], after: list[int]
-) -> Iterator[tuple[list[int], str, list[int]]]:
-    """The texts in pieces, each with the ids before and after it: of a text's ends, else none."""
+def cut_all(texts: list[str], before: list[int], after: list[int]) -> Iterator[list]:
+    """The texts in pieces, each as [ids before it, piece, ids after it]."""
     for text in texts:
-        pieces = list(cut(text, PIECE))
-        last = len(pieces) - 1
-        for i, piece in enumerate(pieces):
-            yield before if i == 0 else [], piece, after if i == last else []
+        pieces = [[[], piece, []] for piece in cut(text, PIECE)]
+        pieces[0][0], pieces[-1][2] = before, after
+        yield from pieces
+
+
+def encode_all(texts: list[str], tokenizer: Tokenizer, name: str) -> Iterator[list[int]]:
+    """The ids of the texts between the tokenizer's marks, piece by piece."""
+    pieces, total = cut_all(texts, *tokenizer.marks), sum(map(len, texts))
+    with tqdm(desc=name, total=total, unit_scale=True, disable=None, leave=False) as progress:
+        while batch := list(islice(pieces, 256)):  # which are encoded in parallel
+            encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
+            for (before, piece, after), ids in zip(batch, encoded, strict=True):
+                yield [*before, *ids, *after]
+                progress.update(len(piece))
 
 
 def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenizer) -> None:
     """Encode the texts into the token file <split>.bin.
 
     More than TOKENS_PER_FILE tokens become <split>_000001.bin and so on, all of one length, give
-    or take a token.
+    or take a token: the ends are copied out of the one file and cut off it, the last one first.
     """
     kind = UINT16 if tokenizer.n_vocab <= 1 << 16 else UINT32
     dtype, path, count = DTYPES[kind], folder / f"{split}.bin", 0
-    pieces = cut_all(texts, *tokenizer.marks)
-    size = sum(map(len, texts))
-    with (
-        open(path, "wb+") as file,
-        tqdm(desc=path.name, total=size, unit_scale=True, disable=None, leave=False) as progress,
-    ):
+    with open(path, "wb+") as file:
         file.write(bytes(HEADER_BYTES))  # zeros, which no reader accepts, until all is written
-        while batch := list(islice(pieces, 256)):
-            encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
-            for (before, piece, after), ids in zip(batch, encoded, strict=True):
-                ids = [*before, *ids, *after]
-                file.write(np.array(ids, dtype).tobytes())
-                count += len(ids)
-                progress.update(len(piece))
-
-        files = -(-count // TOKENS_PER_FILE)
-        starts = [count * i // files for i in range(files + 1)]  # the last is the end
-        for i in range(files - 1, 0, -1):  # the last first: what is copied can be cut off
-            place = HEADER_BYTES + starts[i] * dtype.itemsize
+        for ids in encode_all(texts, tokenizer, path.name):
+            file.write(np.array(ids, dtype).tobytes())
+            count += len(ids)
+        files = -(-count // TOKENS_PER_FILE)  # rounded up
+        for number in range(files, 1, -1):
+            start = count * (number - 1) // files
+            place = HEADER_BYTES + start * dtype.itemsize
             file.seek(place)
-            with open(folder / f"{split}_{i + 1:06d}.bin", "wb") as shard:
-                shard.write(header(kind, starts[i + 1] - starts[i]))
+            with open(folder / f"{split}_{number:06d}.bin", "wb") as shard:
+                shard.write(header(kind, count * number // files - start))
                 shutil.copyfileobj(file, shard)
             file.truncate(place)
         file.seek(0)
-        file.write(header(kind, starts[1]))
+        file.write(header(kind, count // files))
     if files > 1:
         path.rename(folder / f"{split}_000001.bin")
     length = sum(len(text.encode()) for text in texts)
@@ -651,7 +643,6 @@ def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenize
 # An exception between 2 and 3 takes 2 back. After a kill the next run looks at data/<name>. If it
 # is there, it is whole, because steps 2 and 3 are single renames. If it is not, the folder of step
 # 2 is whole and is moved back. No --name can end like these.
-
 
 # What a prepared folder may hold, and --overwrite may delete.
 OUR_FILES = ("meta.json", "tokenizer.tiktoken", "train.bin", "train_[0-9]*.bin", "val.bin")
@@ -754,8 +745,8 @@ def prepare_text(config: DataConfig, folder: Path) -> None:
         train, val, test = split_documents(documents, config.val_fraction, config.test_fraction)
     for split, texts in ("training", train), ("validation", val):
         if not any(texts):
-            given = f"val_fraction={config.val_fraction}"
-            raise ValueError(f"{config.source} has no text for {split} ({given}); give more")
+            has = f"{config.source} has no text for {split}"
+            raise ValueError(f"{has} (val_fraction={config.val_fraction}); give more")
     # A token has at least a byte, so this is known before hours are spent on the training text.
     for split, texts, option in ("validation", val, "val"), ("test", test, "test"):
         if (most := sum(len(text.encode()) + 1 for text in texts)) > TOKENS_PER_FILE:
@@ -765,10 +756,7 @@ def prepare_text(config: DataConfig, folder: Path) -> None:
         tokenizer = open_tokenizer(config.tokenizer)
     else:
         tokenizer = train_tokenizer(train, config.vocab_size)
-    if tokenizer.files:
-        write_release(tokenizer, folder)
-    else:
-        write_tokenizer(tokenizer.encoding, folder)
+    write_tokenizer(tokenizer, folder)
     write_tokens(folder, "train", train, tokenizer)
     write_tokens(folder, "val", val, tokenizer)
     if test:
@@ -777,14 +765,14 @@ def prepare_text(config: DataConfig, folder: Path) -> None:
 
 def prepare_shards(config: DataConfig, folder: Path) -> None:
     """Link token files that others have made into folder, and write their tokenizer."""
-    encoding = tiktoken.get_encoding("gpt2")
+    tokenizer = open_tokenizer("gpt2")
     for number in range(config.shards + 1):
         split, name = ("train", f"train_{number:06d}.bin") if number else ("val", "val.bin")
         path = download(SHARDS[config.source][0], f"{config.source}_{split}_{number:06d}.bin")
         (folder / name).symlink_to(path)
-        if read_tokens(path, encoding.n_vocab).max() >= encoding.n_vocab:
-            raise ValueError(f"{path} holds ids beyond gpt2's {encoding.n_vocab} tokens; delete it")
-    write_tokenizer(encoding, folder)
+        if read_tokens(path, n_vocab := tokenizer.n_vocab).max() >= n_vocab:
+            raise ValueError(f"{path} holds ids beyond gpt2's {n_vocab} tokens; delete it")
+    write_tokenizer(tokenizer, folder)
 
 
 def prepare(config: DataConfig) -> Path:
