@@ -35,7 +35,6 @@ from prepare_data import (
     STAND_INS,
     Tokenizer,
     hf_tokenizer,
-    load_tokenizer,
     stored_tokenizer,
     write_tokenizer,
 )
@@ -221,7 +220,7 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
     """
     import tokenizers
 
-    ranks = encoding._mergeable_ranks.items()  # the lowest first, as load_tokenizer has them
+    ranks = encoding._mergeable_ranks.items()  # the lowest first, as stored_tokenizer has them
     vocab = {token.decode("latin-1").translate(STAND_INS): rank for token, rank in ranks}
     splits = ((text[:i], text[i:]) for text in vocab for i in range(1, len(text)))
     merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
@@ -325,26 +324,27 @@ def check(directory: Path):
 def export(model: DeepSeekV3, source: Path, directory: Path, quantize: bool):
     """Writes the model, and the tokenizer of its run or file, as transformers opens them."""
     folder = source if source.is_dir() else source.parent
-    tokenizer, keys = stored_tokenizer(folder), {"max_position_embeddings": model.trained_length}
-    if tokenizer.files:  # of the release that the run began with: it gets back what it had
-        several = len(tokenizer.eos) > 1
-        keys["eos_token_id"] = tokenizer.eos if several else tokenizer.eos[0]
-        keys["bos_token_id"] = tokenizer.bos
+    tokenizer = stored_tokenizer(folder)
+    bos, eos = tokenizer.bos, tokenizer.eos  # bos: None where no text begins with it
+    eos = eos[0] if len(eos) == 1 else eos
+    if tokenizer.files:  # copies of the release's that the run began with
         for file in tokenizer.files:
             shutil.copyfile(file, directory / file.name)
     else:
-        keys |= dict.fromkeys(("bos_token_id", "eos_token_id"), *tokenizer.eos)
-        write_our_tokenizer(load_tokenizer(folder), directory)
+        bos = eos
+        write_our_tokenizer(tokenizer, directory)
+    keys = {"bos_token_id": bos, "eos_token_id": eos}
+    keys["max_position_embeddings"] = model.trained_length
     model.save_pretrained(directory, quantize=quantize, **keys)
 
 
-def write_our_tokenizer(encoding: tiktoken.Encoding, directory: Path):
+def write_our_tokenizer(tokenizer: Tokenizer, directory: Path):
     """As transformers opens it, and as prepare_data.py does."""
-    write_tokenizer(encoding, directory)
+    write_tokenizer(tokenizer, directory)
     names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
     names["tokenizer_class"] = "PreTrainedTokenizerFast"
     (directory / "tokenizer_config.json").write_text(json.dumps(names, indent=2))
-    (directory / "tokenizer.json").write_text(tokenizer_json(encoding), encoding="utf-8")
+    (directory / "tokenizer.json").write_text(tokenizer_json(tokenizer.encoding), encoding="utf-8")
 
 
 def main(argv: list[str]):

@@ -1,19 +1,16 @@
 """Turn text into token files: python prepare_data.py [SOURCE] [--key=value].
 
     text -> documents -> train / validation / test -> byte-level BPE -> data/<name>/
-        train.bin, val.bin      token ids behind a header of 1024 bytes; several train_*.bin
-                                where there are more than 2^30 training tokens
-        test.bin                whole documents that no choice is made on; a source of one or a few
-                                documents has none
+        train.bin, val.bin      token ids behind a header of 1024 bytes
+        test.bin                whole documents that no choice is made on, if there are many
         tokenizer.tiktoken      one line per token: base64 of its bytes, rank
         meta.json               split pattern, special tokens, hash
 
-Token files have the layout of llm.c and modded-nanogpt, so their shards open here and ours open
-there: 256 little-endian int32, of which the first three are magic number, version and number of
-tokens, then the ids. Every document begins with <|endoftext|>.
-
---tokenizer=DIR takes the tokenizer of a released model, too. Then copies of its files take the
-place of tokenizer.tiktoken, and every document ends with the release's own end token.
+Token files have the layout of llm.c and modded-nanogpt: 256 little-endian int32, of which the
+first three are magic number, version and number of tokens, then the ids. Over 2^30 training tokens
+are train_000001.bin and so on. Every document begins with <|endoftext|>. With --tokenizer=DIR, a
+released model, copies of its tokenizer's files take the place of tokenizer.tiktoken, and every
+document ends with the release's own end token.
 """
 
 import base64
@@ -31,10 +28,11 @@ import tempfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import regex
@@ -44,48 +42,6 @@ from tqdm import tqdm
 from config import info, parse_args, run_command
 
 END_OF_TEXT = "<|endoftext|>"
-# DeepSeek-V3's tokenizer splits text in three stages: numbers; then runs of Chinese and Japanese;
-# then all that is left, and those runs once more, into words, marks and blanks. PATTERN gives the
-# same pieces in one expression, except that
-# * of several blanks before a number, the last is a piece of its own here, but part of the blanks
-#   there (changing it would change the tokenizer of the default corpus);
-# * U+3040, U+3097 and U+3098, which are no characters, may stay with their neighbours here.
-# Three programs read it (regex, tiktoken, Hugging Face's tokenizers), so it has only what they all
-# have. They know neither unions nor differences of classes alike; hence the negated ones: whatever
-# is no control, number, punctuation, symbol or separator is a letter or a mark upon one.
-_CJK = r"\u4e00-\u9fa5\u3040-\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"  # of the second stage
-_CJK_SIGNS = r"\u309b\u309c\u30a0\u30fb"  # these, too; the third stage cuts them off as marks
-_LETTER = rf"[^\p{{C}}\p{{N}}\p{{P}}\p{{S}}\p{{Z}}{_CJK}]"
-_SIGN = rf"[^\p{{C}}\p{{L}}\p{{M}}\p{{N}}\p{{Z}}{_CJK_SIGNS}]"
-PATTERN = "|".join(
-    (
-        r"\p{N}{1,3}",  # numbers, by three digits
-        rf"[{_CJK}]+|[{_CJK_SIGNS}]+",
-        r"[!-/:-@\[-`{-~][A-Za-z]+",  # a sign of ASCII and a word: .join
-        rf"[^\r\n\p{{L}}\p{{P}}\p{{S}}]?{_LETTER}+",  # a word, often with the blank before it
-        rf" ?{_SIGN}+[\r\n]*",
-        r"\s*[\r\n]+",
-        # Blanks: the last of several is left to what follows, if that is not of the second stage.
-        rf"\s+(?![^\s{_CJK}{_CJK_SIGNS}])|\s+",
-        # What no other takes, control characters for one, or text would be lost.
-        rf"[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}]+(?!{_LETTER})",
-    )
-)
-# How Moonlight and Kimi split text (&& is intersection): their release has it in code, not in data.
-_PRE, _END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_U = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_L = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-KIMI_PATTERN = rf"[\p{{Han}}]+|{_PRE}{_U}*{_L}+{_END}|{_PRE}{_U}+{_L}*{_END}|{_REST}"
-# GPT-2's stand-ins, from 256 on, for the bytes in tokenizer.json that cannot be seen.
-_HIDDEN = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
-STAND_INS = {byte: 256 + i for i, byte in enumerate(_HIDDEN)}
-BPE_SAMPLE = 100_000_000  # characters that a new tokenizer is trained on, at most about
-PIECE = 100_000  # characters; longer documents are sampled and encoded piece by piece
-TOKENS_PER_FILE = 1 << 30  # at most; the header counts them in an int32
-HEADER_BYTES = 1024
-UINT16, UINT32 = (20240520, 1), (20240801, 7)  # magic number and version for ids of either type
-DTYPES = {UINT16: np.dtype("<u2"), UINT32: np.dtype("<u4")}
 # GPT-2 tokens in shards of 100M on Hugging Face: where they lie and how many there are.
 SHARDS = {"fineweb": ("kjj0/fineweb10B-gpt2", 103), "finewebedu": ("kjj0/finewebedu10B-gpt2", 99)}
 # Folders and files of an installation that are tests, generated, or near-copies of one another.
@@ -93,14 +49,6 @@ NOT_CORPUS = re.compile(
     r"(^|/)((site|dist)-packages|__pycache__|tests?|idle_test|idlelib|lib2to3|turtledemo|ensurepip"
     r"|encodings|pydoc_data|_sysconfigdata[^/]*)(/|$)"
 )
-# The files of a release's tokenizer, as globs; one of the first two holds the vocabulary.
-RELEASE_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json")
-RELEASE_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-RELEASE_FILES += ("tokenization_*.py",)  # transformers may run it, we do not
-# What we may replace.
-OURS = r"meta\.json|tokenizer\.tiktoken|(train(_\d+)?|val|test)\.bin|"
-OURS += "|".join(re.escape(name).replace(r"\*", r"\w+") for name in RELEASE_FILES)
-LINE_END = re.compile(r"\n(?=\S)")  # none of PATTERN's or a release's pieces goes on after it
 OTHER_KEY = "; is the text under another --text_key=KEY?"
 AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder is there)"
 
@@ -119,7 +67,7 @@ class DataConfig:
     overwrite: bool = False  # replace a folder made before
 
 
-# ---- Text ---------------------------------------------------------------------------------------
+# ---- Text ----------------------------------------------------------------------------------------
 
 
 def download(repo: str, file: str) -> Path:
@@ -175,25 +123,32 @@ def read_file(path: Path, text_key: str) -> Iterator[str | None]:
         yield from path.read_text(encoding="utf-8").split(END_OF_TEXT)
 
 
-def unreadable(error: OSError) -> OSError:
-    """The refusal of a file or folder that the system does not let us read."""
-    return OSError(f"{error.filename} cannot be read ({error.strerror}); allow it or leave it out")
+def refuse(error: OSError) -> NoReturn:
+    """Names a file or folder that the system does not let us read."""
+    raise OSError(f"{error.filename} cannot be read ({error.strerror}); allow it or leave it out")
+
+
+def walk(root: Path) -> Iterator[Path]:
+    """The files of a folder, hidden ones aside; one met twice, through a link, is read once."""
+    seen = set()
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(folder).resolve()
+        if here in seen:  # a link may even lead to a folder above itself
+            folders.clear()
+            continue
+        seen.add(here)
+        yield from (Path(folder) / name for name in names if not name.startswith("."))
 
 
 def find_files(source: str) -> list[Path]:
-    """The files of a folder (hidden ones aside), those that match a glob, or the one named."""
-    root, paths = Path(source).expanduser(), []
+    """The files of a folder, those that match a glob, or the one named."""
+    root = Path(source).expanduser()
     if root.is_dir():
-
-        def refuse(error: OSError):  # os.walk would leave the folder out without a word
-            raise unreadable(error)
-
-        for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            paths += [Path(folder) / name for name in names if not name.startswith(".")]
+        paths = walk(root)
     else:
         pattern = glob.escape(str(root)) if root.exists() else str(root)
-        paths += map(Path, glob.glob(pattern, recursive=True))
+        paths = map(Path, glob.glob(pattern, recursive=True))
     return sorted(path for path in paths if path.is_file())
 
 
@@ -215,7 +170,7 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
             why = error if type(error) is ValueError else f"{error!r:.200}"
             raise ValueError(f"{path} cannot be read: {why}") from None
         except OSError as error:
-            raise unreadable(error) from None
+            refuse(error)
         texts = [text for text in records if text is not None]
         if nulls := len(records) - len(texts):
             info(f"left out {nulls} empty records of {path}: their {text_key!r} is null")
@@ -233,42 +188,79 @@ def read_stdlib() -> dict[str, str]:
     return {name: text for text, name in names.items() if 200 <= len(text) <= 400_000}
 
 
+# ---- Split ---------------------------------------------------------------------------------------
+
+
 def split_documents(
     documents: dict[str, str], val_fraction: float, test_fraction: float = 0.0
 ) -> tuple[list[str], list[str], list[str]]:
-    """(training texts, validation texts, test texts): the latter two are about these shares of the
-    bytes.
+    """(training texts, validation texts, test texts), the last two of about these shares of bytes.
 
-    Whole documents go to validation in the order of the sha256 of their names, except those that
-    overshoot the target by over a tenth and those mostly made of lines that other documents have
-    too: they would measure memorising. Where that leaves less than half of the target (a
-    single file does), the end of the largest document is cut off at a newline.
-
-    The documents that follow go to the test, except such copies and those of over a tenth of the
-    test's target, so that no few documents decide its loss. Nothing is cut off for it: a source of
-    few documents has no test.
+    Documents are taken in the order of the sha256 of their names. Those mostly made of lines that
+    other documents have too stay in training: they would measure memorising.
+    Validation takes whole documents up to its target, except one that would overshoot it by over a
+    tenth. If that is less than half of the target, the end of the largest document is cut off at a
+    newline; so it is with a single file.
+    The test takes the documents that follow, except those of over a tenth of its target, so that
+    its loss is not decided by a few. A source of few documents has no test.
     """
     size = {name: len(text.encode()) for name, text in documents.items()}
-    targets = [fraction * sum(size.values()) for fraction in (val_fraction, test_fraction)]
+    val_target = val_fraction * sum(size.values())
+    test_target = test_fraction * sum(size.values())
     seen = Counter(line for text in documents.values() for line in set(text.splitlines()))
-    train, val, test, held = dict(documents), {}, {}, [0, 0]  # held: bytes of val and test
+    train, val, test = dict(documents), {}, {}
+    val_bytes = test_bytes = 0
     for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest()):
         copied = sum(len(line) for line in train[name].splitlines() if seen[line] > 1)
         if copied > len(train[name]) / 2:
             continue
-        if held[0] < targets[0] and held[0] + size[name] <= 1.1 * targets[0]:
+        if val_bytes < val_target and val_bytes + size[name] <= 1.1 * val_target:
             val[name] = train.pop(name)
-            held[0] += size[name]
-        elif held[1] < targets[1] and size[name] <= 0.1 * targets[1]:
+            val_bytes += size[name]
+        elif test_bytes < test_target and size[name] <= 0.1 * test_target:
             test[name] = train.pop(name)
-            held[1] += size[name]
-    if held[0] < targets[0] / 2:
+            test_bytes += size[name]
+    if val_bytes < val_target / 2:
         name = max(train, key=size.__getitem__)
-        text, share = train[name], min(0.5, (targets[0] - held[0]) / size[name])
+        text, share = train[name], min(0.5, (val_target - val_bytes) / size[name])
         end = len(text) - round(share * len(text))
         end = text.rfind("\n", end // 2, end) + 1 or end  # none near: in the line
         train[name], val[name + ":end"] = text[:end], text[end:]
     return list(train.values()), list(val.values()), list(test.values())
+
+
+# ---- Our tokenizer -------------------------------------------------------------------------------
+
+# DeepSeek-V3's tokenizer splits text in three stages: numbers; then runs of Chinese and Japanese;
+# then all that is left, and those runs once more, into words, marks and blanks. PATTERN gives the
+# same pieces in one expression, except that
+# * of several blanks before a number, the last is a piece of its own here, but part of the blanks
+#   there (changing it would change the tokenizer of the default corpus);
+# * U+3040, U+3097 and U+3098, which are no characters, may stay with their neighbours here.
+# regex, tiktoken and Hugging Face's tokenizers all read it. They agree on negated classes, but not
+# on unions and differences. So letters and marks are what is no control, number, punctuation,
+# symbol or separator.
+_CJK = r"\u4e00-\u9fa5\u3040-\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"  # of the second stage
+_CJK_SIGNS = r"\u309b\u309c\u30a0\u30fb"  # these, too; the third stage cuts them off as marks
+_LETTER = rf"[^\p{{C}}\p{{N}}\p{{P}}\p{{S}}\p{{Z}}{_CJK}]"
+_SIGN = rf"[^\p{{C}}\p{{L}}\p{{M}}\p{{N}}\p{{Z}}{_CJK_SIGNS}]"
+PATTERN = "|".join(
+    (
+        r"\p{N}{1,3}",  # numbers, by three digits
+        rf"[{_CJK}]+|[{_CJK_SIGNS}]+",
+        r"[!-/:-@\[-`{-~][A-Za-z]+",  # a sign of ASCII and a word: .join
+        rf"[^\r\n\p{{L}}\p{{P}}\p{{S}}]?{_LETTER}+",  # a word, often with the blank before it
+        rf" ?{_SIGN}+[\r\n]*",
+        r"\s*[\r\n]+",
+        # Blanks: the last of several is left to what follows, if that is not of the second stage.
+        rf"\s+(?![^\s{_CJK}{_CJK_SIGNS}])|\s+",
+        # What no other takes, control characters for one, or text would be lost.
+        rf"[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}]+(?!{_LETTER})",
+    )
+)
+LINE_END = re.compile(r"\n(?=\S)")  # none of PATTERN's or a release's pieces goes on after it
+BPE_SAMPLE = 100_000_000  # characters that a new tokenizer is trained on, at most about
+PIECE = 100_000  # characters; longer documents are sampled and encoded piece by piece
 
 
 def cut(text: str, length: int) -> Iterator[str]:
@@ -283,9 +275,6 @@ def cut(text: str, length: int) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-# ---- The tokenizer ------------------------------------------------------------------------------
 
 
 def sample_texts(texts: list[str], limit: int) -> list[str]:
@@ -364,59 +353,16 @@ def parse_ranks(content: bytes) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in rows}
 
 
-@contextmanager
-def refusing_damage(folder: Path | str) -> Iterator[None]:
-    """Raises ValueError where the tokenizer in a folder is missing or damaged."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if not Path(folder).exists() and (old := backup_of(folder)).exists():
-            aside = f"{folder} is missing, but a run that was stopped had put it aside"
-            raise ValueError(f"{aside}: rename {old} to {folder}") from None
-        raise ValueError(f"{folder} has no whole tokenizer ({error!s:.200}); {AGAIN}") from None
-
-
-def load_tokenizer(folder: Path | str) -> tiktoken.Encoding:
-    """Our tokenizer, stored in a prepared folder or a run. Raises ValueError."""
-    with refusing_damage(folder):
-        meta = json.loads((Path(folder) / "meta.json").read_bytes())
-        content = (Path(folder) / "tokenizer.tiktoken").read_bytes()
-        if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
-            raise ValueError("its sha256 is not that in meta.json")
-        return encoding_from(parse_ranks(content), meta["pattern"], meta["special_tokens"])
-
-
-def write_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> None:
-    """Write tokenizer.tiktoken and meta.json, which load_tokenizer reads."""
-    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-    content = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
-    (folder / "tokenizer.tiktoken").write_bytes(content)
-    meta = {
-        "pattern": encoding._pat_str,
-        "special_tokens": encoding._special_tokens,
-        "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-
-
-# ---- Tokenizers of releases ----------------------------------------------------------------------
-#
-# A released model has a tokenizer.json (DeepSeek-V3's splits text in three stages, which no
-# tiktoken.Encoding can) or a tiktoken.model (Moonlight, Kimi). What else is to be known of it is
-# spread over its config files. A prepared folder or a run has copies of the tokenizer's files, so
-# that an export can give them back, and in meta.json all that we need besides the vocabulary.
-
-
 @dataclass
 class Tokenizer:
-    """Texts to ids, one id to bytes, and the ids that begin and end a text: ours, or a release's,
-    which may have several that end a text."""
+    """Texts to ids, an id to bytes, and the ids that begin and end a text: ours or a release's."""
 
     encode_batch: Callable[[list[str]], list[list[int]]]
     texts: dict[int, bytes]
     special: dict[int, str]  # names of the other tokens: marks in a text, which have no bytes of it
-    eos: list[int]
-    bos: int | None = None
+    eos: list[int]  # a release may have several
+    bos: int | None = None  # where every text begins with it
+    encoding: tiktoken.Encoding | None = None  # not of a tokenizer.json
     files: list[Path] = field(default_factory=list)  # of a release, its vocabulary first
     rows: int = 0  # of the release's embedding, where they are known
 
@@ -427,8 +373,9 @@ class Tokenizer:
     @property
     def marks(self) -> tuple[list[int], list[int]]:
         """The ids before and after every document of a token file."""
-        begin = [] if self.bos is None else [self.bos]
-        return (begin, self.eos[:1]) if self.files else (self.eos, [])
+        if not self.files:
+            return self.eos, []
+        return [] if self.bos is None else [self.bos], self.eos[:1]
 
     def encode(self, text: str) -> list[int]:
         """The ids begin with bos, if there is one."""
@@ -436,8 +383,7 @@ class Tokenizer:
         return ids if self.bos is None else [self.bos, *ids]
 
     def to_bytes(self, token: int) -> bytes:
-        name = self.special.get(token, "")  # a vocabulary may be padded
-        return self.texts.get(token, name.encode())
+        return self.texts.get(token) or self.special.get(token, "").encode()  # "": padding
 
     def decode(self, ids: list[int], errors: str = "replace") -> str:
         return b"".join(map(self.to_bytes, ids)).decode(errors=errors)
@@ -447,24 +393,53 @@ def tokenizer_of(encoding: tiktoken.Encoding) -> Tokenizer:
     texts = {i: text for text, i in encoding._mergeable_ranks.items()}
     special = {i: name for name, i in encoding._special_tokens.items()}
     eos = [i for i, name in special.items() if name == END_OF_TEXT]
-    return Tokenizer(encoding.encode_ordinary_batch, texts, special, eos)
+    return Tokenizer(encoding.encode_ordinary_batch, texts, special, eos, encoding=encoding)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    ranks = train_bpe(sample_texts(texts, BPE_SAMPLE), vocab_size - 1, PATTERN)
+    return tokenizer_of(encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)}))
+
+
+# ---- A release's tokenizer -----------------------------------------------------------------------
+#
+# A released model has a tokenizer.json (DeepSeek-V3's splits text in three stages, which no
+# tiktoken.Encoding can) or a tiktoken.model (Moonlight, Kimi). What else is to be known of it is
+# spread over its config files. A prepared folder or a run has copies of the tokenizer's files, so
+# that an export can give them back, and in meta.json all that we need besides the vocabulary.
+
+# The files of its tokenizer, as globs; one of the first two holds the vocabulary.
+RELEASE_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json")
+RELEASE_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+RELEASE_FILES += ("tokenization_*.py",)  # transformers may run it, we do not
+# How Moonlight and Kimi split text (&& is intersection): their release has it in code, not in data.
+_PRE, _END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_U = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_L = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+KIMI_PATTERN = rf"[\p{{Han}}]+|{_PRE}{_U}*{_L}+{_END}|{_PRE}{_U}+{_L}*{_END}|{_REST}"
+# GPT-2's stand-ins, from 256 on, for the bytes in tokenizer.json that cannot be seen.
+_HIDDEN = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
+STAND_INS = {byte: 256 + i for i, byte in enumerate(_HIDDEN)}
 
 
 def read_vocabulary(path: Path, special_tokens: dict[str, int]) -> Tokenizer:
     """The tokenizer in a tiktoken.model, with these special tokens, or in a tokenizer.json, which
     has its own. As in transformers, the name of a special token in a text is that token."""
-    if path.name == "tiktoken.model":
-        encoding = encoding_from(parse_ranks(path.read_bytes()), KIMI_PATTERN, special_tokens)
-        texts = {i: text for text, i in encoding._mergeable_ranks.items()}
-        special = {i: name for name, i in special_tokens.items()}
+    if path.name == "tokenizer.json":
+        return read_tokenizer_json(path)
+    encoding = encoding_from(parse_ranks(path.read_bytes()), KIMI_PATTERN, special_tokens)
+    tokenizer = tokenizer_of(encoding)
+    tokenizer.encode_batch = lambda texts: encoding.encode_batch(texts, allowed_special="all")
+    return tokenizer
 
-        def encode_batch(batch: list[str]) -> list[list[int]]:
-            return encoding.encode_batch(batch, allowed_special="all")
 
-        return Tokenizer(encode_batch, texts, special, [])
+def read_tokenizer_json(path: Path) -> Tokenizer:
     import tokenizers
 
     parsed = tokenizers.Tokenizer.from_file(str(path))
+    parsed.no_truncation()  # a file may ask for either; both would change the ids of a text
+    parsed.no_padding()
     special = {i: token.content for i, token in parsed.get_added_tokens_decoder().items()}
     byte_of = {char: byte for byte, char in STAND_INS.items()}
     vocab = {i: x for x, i in parsed.get_vocab(with_added_tokens=False).items() if i not in special}
@@ -473,17 +448,19 @@ def read_vocabulary(path: Path, special_tokens: dict[str, int]) -> Tokenizer:
     def encode_batch(batch: list[str]) -> list[list[int]]:
         return [found.ids for found in parsed.encode_batch(batch, add_special_tokens=False)]
 
-    return Tokenizer(encode_batch, texts, special, [])
+    return Tokenizer(encode_batch, texts, special, eos=[])
 
 
 def read_release(folder: Path) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory, if any; its config files tell what begins and
     ends texts, by number or by name."""
-    told = {}
+    told = {}  # a later file has the last word, but null is none
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        told |= json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
-    eos, bos = told.get("eos_token_id"), told.get("bos_token_id")
-    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if (folder / name).exists():
+            stated = json.loads((folder / name).read_bytes())
+            told |= {key: value for key, value in stated.items() if value is not None}
+    eos, bos = told.get("eos_token_id", []), told.get("bos_token_id")
+    eos = eos if isinstance(eos, list) else [eos]
     for i in (*eos, bos):
         if not isinstance(i, int | None):
             raise ValueError(f"eos_token_id or bos_token_id is {i!r:.100}, expected a number")
@@ -493,18 +470,17 @@ def read_release(folder: Path) -> Tokenizer | None:
 
     added = {x["content"]: int(i) for i, x in told.get("added_tokens_decoder", {}).items()}
     tokenizer = read_vocabulary(files[0], added)
+    tokenizer.files, tokenizer.rows = files, told.get("vocab_size", 0)
     number = {name: i for i, name in tokenizer.special.items()}
 
     def named(key: str) -> int | None:
         name = told.get(key)  # a text, or an object that has it as "content"
         return number.get(name["content"] if isinstance(name, dict) else name)
 
-    if not eos and (end := named("eos_token")) is not None:
-        eos = [end]
+    end = named("eos_token")
+    tokenizer.eos = eos or ([] if end is None else [end])
     if told.get("add_bos_token"):
         tokenizer.bos = named("bos_token") if bos is None else bos
-    tokenizer.eos, tokenizer.files = eos, files
-    tokenizer.rows = told.get("vocab_size") or 0
     return tokenizer
 
 
@@ -518,18 +494,28 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
         raise ValueError(f"the tokenizer of {folder} cannot be read ({error!r:.200})") from None
 
 
-def write_release(tokenizer: Tokenizer, folder: Path) -> None:
-    """Copy the files of a release's tokenizer; write meta.json, which stored_tokenizer reads."""
-    for path in tokenizer.files:
-        shutil.copyfile(path, folder / path.name)
-    meta = {
-        "files": [path.name for path in tokenizer.files],
-        "tokenizer_sha256": hashlib.sha256(tokenizer.files[0].read_bytes()).hexdigest(),
-        "special_tokens": {name: i for i, name in tokenizer.special.items()},
-        "eos": tokenizer.eos,
-        "bos": tokenizer.bos,
-        "rows": tokenizer.rows,
-    }
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the vocabulary and meta.json, which stored_tokenizer reads; of a release, all files."""
+    if tokenizer.files:
+        for path in tokenizer.files:
+            shutil.copyfile(path, folder / path.name)
+        meta = {
+            "files": [path.name for path in tokenizer.files],
+            "tokenizer_sha256": hashlib.sha256(tokenizer.files[0].read_bytes()).hexdigest(),
+            "special_tokens": {name: i for i, name in tokenizer.special.items()},
+            "eos": tokenizer.eos,
+            "bos": tokenizer.bos,
+            "rows": tokenizer.rows,
+        }
+    else:
+        ranks = sorted(tokenizer.texts.items())
+        content = b"".join(b"%s %d\n" % (base64.b64encode(text), rank) for rank, text in ranks)
+        (folder / "tokenizer.tiktoken").write_bytes(content)
+        meta = {
+            "pattern": tokenizer.encoding._pat_str,
+            "special_tokens": tokenizer.encoding._special_tokens,
+            "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
+        }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -542,153 +528,110 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def stored_tokenizer(folder: Path | str) -> Tokenizer:
     """The tokenizer of a prepared folder or a run, ours or a release's. Raises ValueError."""
     folder = Path(folder)
-    with refusing_damage(folder):
+    try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        if "files" in meta:
-            *files, _ = tokenizer_files(folder)
-            if hashlib.sha256(files[0].read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
-                raise ValueError(f"the sha256 of {files[0].name} is not that in meta.json")
-            tokenizer = read_vocabulary(files[0], meta["special_tokens"])
-            tokenizer.eos, tokenizer.bos = meta["eos"], meta["bos"]
-            tokenizer.files, tokenizer.rows = files, meta["rows"]
-            return tokenizer
-    return tokenizer_of(load_tokenizer(folder))
+        files = [folder / name for name in meta.get("files", ["tokenizer.tiktoken"])]
+        content = files[0].read_bytes()
+        if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
+            raise ValueError(f"the sha256 of {files[0].name} is not that in meta.json")
+        if "files" not in meta:
+            ranks = parse_ranks(content)
+            return tokenizer_of(encoding_from(ranks, meta["pattern"], meta["special_tokens"]))
+        tokenizer = read_vocabulary(files[0], meta["special_tokens"])
+        tokenizer.eos, tokenizer.bos = meta["eos"], meta["bos"]
+        tokenizer.files, tokenizer.rows = files, meta["rows"]
+        return tokenizer
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if not folder.exists() and (old := backup_of(folder)).exists():
+            aside = f"{folder} is missing, but a run that was stopped had put it aside"
+            raise ValueError(f"{aside}: rename {old} to {folder}") from None
+        raise ValueError(f"{folder} has no whole tokenizer ({error!s:.200}); {AGAIN}") from None
 
 
-def open_tokenizer(folder: Path | str) -> Tokenizer:
-    """The tokenizer of a prepared folder, a run or a Hugging Face directory. Raises ValueError."""
-    ours = (Path(folder) / "meta.json").exists()
-    release = None if ours else hf_tokenizer(Path(folder))
-    return release or stored_tokenizer(folder)
+def load_tokenizer(folder: Path | str) -> tiktoken.Encoding | None:
+    """The same as a tiktoken.Encoding, which that in a tokenizer.json is not. Raises ValueError."""
+    return stored_tokenizer(folder).encoding
 
 
-# ---- Token files --------------------------------------------------------------------------------
+def open_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that --tokenizer names. Raises ValueError if its marks cannot be written."""
+    if name in ("gpt2", "cl100k_base", "o200k_base"):
+        return tokenizer_of(tiktoken.get_encoding(name))  # downloaded once
+    prepared = (Path(name) / "meta.json").exists()  # or a run; else a Hugging Face directory
+    tokenizer = (None if prepared else hf_tokenizer(Path(name))) or stored_tokenizer(name)
+    if not tokenizer.eos:
+        where = "eos_token_id in config.json or eos_token in tokenizer_config.json"
+        raise ValueError(f"{name} names no end token, which separates documents; give it {where}")
+    before, after = tokenizer.marks
+    for i in (*before, *after):
+        if i not in tokenizer.texts and i not in tokenizer.special:
+            wrong = f"{name} has bos_token_id or eos_token_id {i}, which its vocabulary lacks"
+            raise ValueError(f"{wrong}; correct it in its config.json or generation_config.json")
+    return tokenizer
+
+
+# ---- Token files ---------------------------------------------------------------------------------
+
+TOKENS_PER_FILE = 1 << 30  # at most; the header counts them in an int32
+HEADER_BYTES = 1024
+UINT16, UINT32 = (20240520, 1), (20240801, 7)  # magic number and version for ids of either type
+DTYPES = {UINT16: np.dtype("<u2"), UINT32: np.dtype("<u4")}
 
 
 def header(kind: tuple[int, int], count: int) -> bytes:
-    words = np.zeros(HEADER_BYTES // 4, "<i4")
-    words[:3] = *kind, count
-    return words.tobytes()
+    return np.array([*kind, count], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")
 
 
-def cut_all(texts: list[str]) -> Iterator[tuple[str, bool, bool]]:
-    """The texts in pieces, each with whether it is the first and whether the last of its text."""
+def cut_all(texts: list[str], before: list[int], after: list[int]) -> Iterator[list]:
+    """The texts in pieces, each as [ids before it, piece, ids after it]."""
     for text in texts:
-        pieces = list(cut(text, PIECE))
-        for i, piece in enumerate(pieces, 1):
-            yield piece, i == 1, i == len(pieces)
+        pieces = [[[], piece, []] for piece in cut(text, PIECE)]
+        pieces[0][0], pieces[-1][2] = before, after
+        yield from pieces
+
+
+def encode_all(texts: list[str], tokenizer: Tokenizer, name: str) -> Iterator[list[int]]:
+    """The ids of the texts between the tokenizer's marks, piece by piece."""
+    pieces, total = cut_all(texts, *tokenizer.marks), sum(map(len, texts))
+    with tqdm(desc=name, total=total, unit_scale=True, disable=None, leave=False) as progress:
+        while batch := list(islice(pieces, 256)):  # which are encoded in parallel
+            encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
+            for (before, piece, after), ids in zip(batch, encoded, strict=True):
+                yield [*before, *ids, *after]
+                progress.update(len(piece))
 
 
 def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenizer) -> None:
-    """Encode the texts, each between the tokenizer's marks, into the token file <split>.bin.
+    """Encode the texts into the token file <split>.bin.
 
     More than TOKENS_PER_FILE tokens become <split>_000001.bin and so on, all of one length, give
-    or take a token.
+    or take a token: the ends are copied out of the one file and cut off it, the last one first.
     """
     kind = UINT16 if tokenizer.n_vocab <= 1 << 16 else UINT32
     dtype, path, count = DTYPES[kind], folder / f"{split}.bin", 0
-    begin, end = tokenizer.marks
-    pieces = cut_all(texts)
-    size = sum(map(len, texts))
-    with (
-        open(path, "wb+") as file,
-        tqdm(desc=path.name, total=size, unit_scale=True, disable=None, leave=False) as progress,
-    ):
+    with open(path, "wb+") as file:
         file.write(bytes(HEADER_BYTES))  # zeros, which no reader accepts, until all is written
-        while batch := list(islice(pieces, 256)):
-            encoded = tokenizer.encode_batch([piece for piece, _, _ in batch])
-            for (piece, first, last), ids in zip(batch, encoded, strict=True):
-                ids = begin * first + ids + end * last
-                file.write(np.array(ids, dtype).tobytes())
-                count += len(ids)
-                progress.update(len(piece))
-
-        files = -(-count // TOKENS_PER_FILE)
-        starts = [count * i // files for i in range(files + 1)]  # the last is the end
-        for i in range(files - 1, 0, -1):  # the last first: what is copied can be cut off
-            place = HEADER_BYTES + starts[i] * dtype.itemsize
+        for ids in encode_all(texts, tokenizer, path.name):
+            file.write(np.array(ids, dtype).tobytes())
+            count += len(ids)
+        files = -(-count // TOKENS_PER_FILE)  # rounded up
+        for number in range(files, 1, -1):
+            start = count * (number - 1) // files
+            place = HEADER_BYTES + start * dtype.itemsize
             file.seek(place)
-            with open(folder / f"{split}_{i + 1:06d}.bin", "wb") as shard:
-                shard.write(header(kind, starts[i + 1] - starts[i]))
+            with open(folder / f"{split}_{number:06d}.bin", "wb") as shard:
+                shard.write(header(kind, count * number // files - start))
                 shutil.copyfileobj(file, shard)
             file.truncate(place)
         file.seek(0)
-        file.write(header(kind, starts[1]))
+        file.write(header(kind, count // files))
     if files > 1:
         path.rename(folder / f"{split}_000001.bin")
     length = sum(len(text.encode()) for text in texts)
     info(f"{split}: {len(texts):,} documents, {length:,} bytes, {count:,} tokens")
 
 
-def prepare_text(config: DataConfig, folder: Path) -> None:
-    """Make token files and their tokenizer in folder."""
-    if config.source == "tinystories":  # it brings its own validation file
-        files = [f"TinyStoriesV2-GPT4-{split}.txt" for split in ("train", "valid")]
-        paths = [download("roneneldan/TinyStories", file) for file in files]
-        train, val = (list(read_file(path, config.text_key)) for path in paths)
-        test = []
-    else:
-        stdlib = config.source == "stdlib"
-        documents = read_stdlib() if stdlib else read_paths(config.source, config.text_key)
-        if (size := sum(map(len, documents.values()))) < 100:
-            raise ValueError(f"{config.source} holds {size} characters, expected 100 or more")
-        train, val, test = split_documents(documents, config.val_fraction, config.test_fraction)
-    for split, texts in ("training", train), ("validation", val):
-        if not any(texts):
-            given = f"val_fraction={config.val_fraction}"
-            raise ValueError(f"{config.source} has no text for {split} ({given}); give more")
-    # A token has at least a byte, so this is known before hours are spent on the training text.
-    for split, texts, option in ("validation", val, "val"), ("test", test, "test"):
-        if (most := sum(len(text.encode()) + 1 for text in texts)) > TOKENS_PER_FILE:
-            has = f"{most:,} bytes of {split} text, expected at most {TOKENS_PER_FILE:,}"
-            raise ValueError(f"{config.source} has {has}; give a lower --{option}_fraction")
-    tokenizer = take_tokenizer(config.tokenizer, folder) or train_tokenizer(config, train, folder)
-    write_tokens(folder, "train", train, tokenizer)
-    write_tokens(folder, "val", val, tokenizer)
-    if test:
-        write_tokens(folder, "test", test, tokenizer)
-
-
-def train_tokenizer(config: DataConfig, texts: list[str], folder: Path) -> Tokenizer:
-    """A new tokenizer for the texts, written to folder."""
-    ranks = train_bpe(sample_texts(texts, BPE_SAMPLE), config.vocab_size - 1, PATTERN)
-    encoding = encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)})
-    write_tokenizer(encoding, folder)
-    return tokenizer_of(encoding)
-
-
-def take_tokenizer(name: str, folder: Path) -> Tokenizer | None:
-    """The tokenizer that --tokenizer names, written to folder; None where none is named."""
-    if not name:
-        return None
-    if name in ("gpt2", "cl100k_base", "o200k_base"):
-        encoding = tiktoken.get_encoding(name)  # downloaded once
-        write_tokenizer(encoding, folder)
-        return tokenizer_of(encoding)
-    tokenizer = open_tokenizer(name)
-    if not tokenizer.files:
-        write_tokenizer(load_tokenizer(name), folder)
-    elif tokenizer.eos and tokenizer.eos[0] < tokenizer.n_vocab:
-        write_release(tokenizer, folder)
-    else:
-        where = "eos_token_id in config.json or eos_token in tokenizer_config.json"
-        raise ValueError(f"{name} names no end token, which separates documents; give it {where}")
-    return tokenizer
-
-
-def prepare_shards(config: DataConfig, folder: Path) -> None:
-    """Link token files that others have made into folder, and write their tokenizer."""
-    encoding = tiktoken.get_encoding("gpt2")
-    for number in range(config.shards + 1):
-        split, name = ("train", f"train_{number:06d}.bin") if number else ("val", "val.bin")
-        path = download(SHARDS[config.source][0], f"{config.source}_{split}_{number:06d}.bin")
-        (folder / name).symlink_to(path)
-        if read_tokens(path, encoding.n_vocab).max() >= encoding.n_vocab:
-            raise ValueError(f"{path} holds ids beyond gpt2's {encoding.n_vocab} tokens; delete it")
-    write_tokenizer(encoding, folder)
-
-
-# ---- The folder ---------------------------------------------------------------------------------
+# ---- The folder ----------------------------------------------------------------------------------
 #
 # data/<name> must be whole whenever a run is stopped, and a folder cannot be exchanged in one step:
 #
@@ -701,16 +644,27 @@ def prepare_shards(config: DataConfig, folder: Path) -> None:
 # is there, it is whole, because steps 2 and 3 are single renames. If it is not, the folder of step
 # 2 is whole and is moved back. No --name can end like these.
 
+# What a prepared folder may hold, and --overwrite may delete.
+OUR_FILES = ("meta.json", "tokenizer.tiktoken", "train.bin", "train_[0-9]*.bin", "val.bin")
+OUR_FILES += ("test.bin", *RELEASE_FILES)
+
 
 def backup_of(folder: Path | str) -> Path:
     """Where a folder lies while another one takes its place."""
     return Path(f"{Path(folder)}~replaced-by-prepare_data")
 
 
+def named_as(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(path.match(pattern) for pattern in patterns)
+
+
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raises FileExistsError where the folder is not ours to make or replace."""
-    here = list(folder.iterdir()) if os.path.lexists(folder) else []
-    if foreign := [path for path in here if not re.fullmatch(OURS, path.name)]:
+    here = sorted(folder.iterdir()) if os.path.lexists(folder) else []
+    foreign = [path for path in here if not named_as(path, OUR_FILES)]
+    if all(named_as(path, RELEASE_FILES) for path in here):  # a release itself, not our copies
+        foreign = here
+    if foreign:
         raise FileExistsError(f"{foreign[0]} would be lost; choose another --name")
     if here and not overwrite:
         raise FileExistsError(f"{folder} exists; replace it with --overwrite, or name another")
@@ -737,7 +691,7 @@ def remove_prepared(folder: Path) -> None:
             folder.unlink()
             return
         for path in list(folder.iterdir()):
-            if re.fullmatch(OURS, path.name):
+            if named_as(path, OUR_FILES):
                 path.unlink(missing_ok=True)
         folder.rmdir()
 
@@ -776,6 +730,51 @@ def recover(folder: Path) -> None:
         info(f"{folder} is back from {old}: the run that was to replace it was stopped")
 
 
+def prepare_text(config: DataConfig, folder: Path) -> None:
+    """Make token files and their tokenizer in folder."""
+    if config.source == "tinystories":  # it brings its own validation file
+        files = [f"TinyStoriesV2-GPT4-{split}.txt" for split in ("train", "valid")]
+        paths = [download("roneneldan/TinyStories", file) for file in files]
+        train, val = (list(read_file(path, config.text_key)) for path in paths)
+        test = []
+    else:
+        stdlib = config.source == "stdlib"
+        documents = read_stdlib() if stdlib else read_paths(config.source, config.text_key)
+        if (size := sum(map(len, documents.values()))) < 100:
+            raise ValueError(f"{config.source} holds {size} characters, expected 100 or more")
+        train, val, test = split_documents(documents, config.val_fraction, config.test_fraction)
+    for split, texts in ("training", train), ("validation", val):
+        if not any(texts):
+            has = f"{config.source} has no text for {split}"
+            raise ValueError(f"{has} (val_fraction={config.val_fraction}); give more")
+    # A token has at least a byte, so this is known before hours are spent on the training text.
+    for split, texts, option in ("validation", val, "val"), ("test", test, "test"):
+        if (most := sum(len(text.encode()) + 1 for text in texts)) > TOKENS_PER_FILE:
+            has = f"{most:,} bytes of {split} text, expected at most {TOKENS_PER_FILE:,}"
+            raise ValueError(f"{config.source} has {has}; give a lower --{option}_fraction")
+    if config.tokenizer:
+        tokenizer = open_tokenizer(config.tokenizer)
+    else:
+        tokenizer = train_tokenizer(train, config.vocab_size)
+    write_tokenizer(tokenizer, folder)
+    write_tokens(folder, "train", train, tokenizer)
+    write_tokens(folder, "val", val, tokenizer)
+    if test:
+        write_tokens(folder, "test", test, tokenizer)
+
+
+def prepare_shards(config: DataConfig, folder: Path) -> None:
+    """Link token files that others have made into folder, and write their tokenizer."""
+    tokenizer = open_tokenizer("gpt2")
+    for number in range(config.shards + 1):
+        split, name = ("train", f"train_{number:06d}.bin") if number else ("val", "val.bin")
+        path = download(SHARDS[config.source][0], f"{config.source}_{split}_{number:06d}.bin")
+        (folder / name).symlink_to(path)
+        if read_tokens(path, n_vocab := tokenizer.n_vocab).max() >= n_vocab:
+            raise ValueError(f"{path} holds ids beyond gpt2's {n_vocab} tokens; delete it")
+    write_tokenizer(tokenizer, folder)
+
+
 def prepare(config: DataConfig) -> Path:
     """Make the folder <out>/<name> and return its path; it appears complete or not at all."""
     name = config.name or Path(config.source).resolve().name.strip(".").split(".")[0]
@@ -787,9 +786,13 @@ def prepare(config: DataConfig) -> Path:
         raise ValueError(f"test_fraction={config.test_fraction}: expected 0 to 0.4")
     if not config.tokenizer and config.vocab_size < 257:
         raise ValueError(f"vocab_size={config.vocab_size}: expected 257 (256 bytes and 1) or more")
-    if config.source in SHARDS and not 1 <= config.shards <= SHARDS[config.source][1]:
+    if config.source in SHARDS:
         most = SHARDS[config.source][1]
-        raise ValueError(f"shards={config.shards}: expected 1 to {most}, as many as there are")
+        if not 1 <= config.shards <= most:
+            raise ValueError(f"shards={config.shards}: expected 1 to {most}, all that there are")
+        if config.tokenizer not in ("", "gpt2"):
+            given = f"{config.source} is made of gpt2's tokens, but tokenizer={config.tokenizer!r}"
+            raise ValueError(f"{given}; leave --tokenizer out, or give a source of text")
     folder = Path(config.out) / name
     recover(folder)
     for left in sorted(folder.parent.glob(f"{name}~new-*")):
@@ -812,7 +815,7 @@ def prepare(config: DataConfig) -> Path:
     return folder
 
 
-# ---- Reading ------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
 
 
 def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
@@ -863,7 +866,7 @@ class Dataset:
     val: Tokens
     vocab_size: int
     val_bytes_per_token: float  # <|endoftext|> is one of the tokens and has no bytes
-    test: Tokens | None = None  # for the last word alone: experiments/test_text.py
+    test: Tokens | None = None  # for the last word alone: experiments/unseen.py
     rows: int = 0  # of the embedding in the release whose tokenizer this is (0: not known)
 
 

@@ -508,7 +508,7 @@ DAMAGES = [  # what the sentence says, and how the folder is damaged
     ("/meta.json'); make it", lambda d: (d / "meta.json").unlink()),
     ("no whole tokenizer", lambda d: os.truncate(d / "meta.json", 50)),
     ("('tokenizer_sha256')", lambda d: (d / "meta.json").write_text("{}")),
-    ("sha256 is not", lambda d: os.truncate(d / "tokenizer.tiktoken", 1000)),
+    ("sha256 of tokenizer.tiktoken is not", lambda d: os.truncate(d / "tokenizer.tiktoken", 1000)),
 ]
 
 
@@ -536,6 +536,17 @@ def test_folders_globs_and_files_of_text(tmp_path, capsys):
     (source / "b.txt").write_bytes(b"one\r\ntwo<|endoftext|>three<|endoftext|>\n")
     documents = pd.read_paths(str(source / "b.txt"), "text")
     assert documents == {"b.txt:0": "one\ntwo", "b.txt:1": "three"}
+
+
+def test_links_are_followed_but_no_folder_is_read_twice(tmp_path):
+    for name in "texts/a.txt", "texts/sub/b.txt", "elsewhere/c.txt":
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(prose(1, 3))
+    for link, target in ("up", ".."), ("again", "sub"), ("sub/round", "."), ("sub/to_a", ".."):
+        (tmp_path / "texts" / link).symlink_to(target)
+    found = [path.resolve() for path in pd.find_files(str(tmp_path / "texts"))]
+    expected = "elsewhere/c.txt", "texts/a.txt", "texts/sub/b.txt"
+    assert sorted(found) == [tmp_path.resolve() / name for name in expected]
 
 
 @pytest.mark.parametrize("closed, function", [("sub", "scandir"), ("sub/a.txt", "open")])
@@ -793,6 +804,18 @@ def test_a_folder_made_meanwhile_is_replaced_only_on_request(book, tmp_path, mon
     assert sorted(path.name for path in folder.parent.iterdir()) == ["book", "d"]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tiktoken.model", "tokenization_a-b.py"])
+def test_a_releases_own_folder_is_not_replaced(tmp_path, name):
+    (tmp_path / "a.txt").write_text(prose(2, 50))
+    (tmp_path / "data/d").mkdir(parents=True)
+    (tmp_path / "data/d" / name).write_text("its only copy")
+    with pytest.raises(FileExistsError, match=f"{name} would be lost"):
+        make(tmp_path, tmp_path / "a.txt", overwrite=True)
+    assert (tmp_path / "data/d" / name).read_text() == "its only copy"
+    (tmp_path / "data/d/val.bin").write_text("")  # now it is one of the copies that we make
+    assert name not in contents(make(tmp_path, tmp_path / "a.txt", overwrite=True))
+
+
 def test_an_empty_folder_and_a_link_are_replaced(book, tmp_path):
     (tmp_path / "a.txt").write_text(prose(2, 50))
     (tmp_path / "data/d").mkdir()
@@ -848,6 +871,7 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
         (1, "vocab_size=256: expected 257", "a.txt", "--name=b", "--vocab_size=256"),
         (1, "shards=104: expected 1 to 103", "fineweb", "--shards=104"),
         (1, "shards=0: expected 1 to 99", "finewebedu", "--shards=0"),
+        (1, "fineweb is made of gpt2's tokens, but", "fineweb", "--tokenizer=data/a"),
         (1, "gpt3 has no whole tokenizer", "a.txt", "--name=b", "--tokenizer=gpt3"),
     ]:
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])

@@ -200,6 +200,52 @@ def test_a_release_is_trained_sampled_and_given_back(kind, capsys):
     train.main(["--out=run", "--resume", "--steps=7", "--data=from_back"])
 
 
+def write_bytes_release(folder: str, **told):
+    """A release's tokenizer without weights: a token for every byte, and two special ones."""
+    Path(folder).mkdir()
+    lines = (b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
+    (Path(folder) / "tiktoken.model").write_bytes(b"".join(lines))
+    added = {"256": {"content": "[BOS]"}, "257": {"content": "[EOS]"}}
+    (Path(folder) / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": added, "add_bos_token": True} | told)
+    )
+
+
+def test_marks_that_the_vocabulary_lacks_are_refused():
+    Path("a.txt").write_text("some lines\n" * 50)
+    good = {"bos_token_id": 256, "eos_token_id": 257}
+    for i, wrong in enumerate([{"bos_token_id": 99_999}, {"eos_token_id": -1}, {}]):
+        write_bytes_release(f"release_{i}", **good | wrong)
+        asked = pd.DataConfig("a.txt", f"d{i}", tokenizer=f"release_{i}")
+        if wrong:
+            (value,) = wrong.values()
+            with pytest.raises(ValueError, match=f"release_{i} has .* {value}, which its vocab"):
+                pd.prepare(asked)
+        else:
+            tokens = pd.load_dataset(pd.prepare(asked)).train.arrays[0]
+            assert (tokens[0], tokens[-1]) == (256, 257)
+
+
+def test_null_in_a_later_file_takes_no_end_token_away():
+    write_bytes_release("release", eos_token_id=None)
+    Path("release/config.json").write_text('{"eos_token_id": 257}')
+    Path("release/generation_config.json").write_text('{"eos_token_id": null}')
+    assert pd.hf_tokenizer(Path("release")).eos == [257]
+
+
+def test_a_tokenizer_json_that_cuts_or_pads_does_neither():
+    byte_tokens = {bytes([i]): i for i in range(256)}
+    encoding = pd.encoding_from(byte_tokens, pd.PATTERN, {pd.END_OF_TEXT: 256})
+    told = json.loads(huggingface.tokenizer_json(encoding))
+    told["truncation"] = {"direction": "Right", "strategy": "LongestFirst"}
+    told["truncation"] |= {"max_length": 3, "stride": 0}
+    told["padding"] = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": 8}
+    told["padding"] |= {"pad_id": 7, "pad_type_id": 0, "pad_token": "x"}
+    Path("tokenizer.json").write_text(json.dumps(told))
+    ids = pd.hf_tokenizer(Path()).encode_batch(["abcde", "f"])
+    assert ids == [[97, 98, 99, 100, 101], [102]]
+
+
 def test_what_does_not_belong_together_is_refused_in_a_sentence(tmp_path):
     make_moonlight(Path("release"))
     write_texts("moonlight")
