@@ -105,11 +105,11 @@ scale = grad / n => scale = 1 / n
 high = upcast(torch.empty_like(low)) => high = torch.empty_like(low)
 
 # prepare_data.py tests/test_release.py
-(begin, self.eos[:1]) if self.files => (begin, []) if self.files
-yield piece, i == 1, i == len(pieces) => yield piece, i == 1, True
-encoding.encode_batch(batch, allowed_special="all") => encoding.encode_ordinary_batch(batch)
+self.bos], self.eos[:1] => self.bos], []
+pieces[0][0], pieces[-1][2] = before, after => pieces[0][0], pieces[0][2] = before, after
+encoding.encode_batch(texts, allowed_special="all") => encoding.encode_ordinary_batch(texts)
 if told.get("add_bos_token"): => if False:
-tokenizer.rows = told.get("vocab_size") or 0 => tokenizer.rows = 0
+= files, told.get("vocab_size", 0) => = files, 0
 
 # huggingface.py tests/test_huggingface.py
 ("gate_proj", "up_proj") => ("up_proj", "gate_proj")
@@ -181,12 +181,12 @@ zip(self.rows, self.routing, strict=True): => enumerate(self.routing):
 isinstance(value, str): => value:
 if 200 <= len(text) <= 400_000 => if 200 < len(text) <= 400_000
 if copied > len(train[name]) / 2: => if copied >= len(train[name]) / 2:
-size[name] <= 1.1 * targets[0] => size[name] <= 1.11 * targets[0]
-if held[0] < targets[0] / 2: => if held[0] < targets[0] / 3:
-size[name] <= 0.1 * targets[1] => size[name] < 0.1 * targets[1]
+size[name] <= 1.1 * val_target => size[name] <= 1.11 * val_target
+if val_bytes < val_target / 2: => if val_bytes < val_target / 3:
+size[name] <= 0.1 * test_target => size[name] < 0.1 * test_target
 if taken * total <= passed * limit: => if taken < limit:
 sample_texts(texts, BPE_SAMPLE) => sample_texts(texts[::2], BPE_SAMPLE)
-yield piece, i == 1, i == len(pieces) => yield piece, True, i == len(pieces)
+pieces[0][0], pieces[-1][2] = before, after => pieces[-1][0], pieces[-1][2] = before, after
 files = -(-count // TOKENS_PER_FILE) => files = 1
 os.fsync(file.fileno()) => pass
 if old.exists() and not folder.exists(): => if False:
