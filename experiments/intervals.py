@@ -2,8 +2,8 @@
 
 Every arm is trained with the same seeds, and a seed shifts all arms alike: they begin with the same
 weights and see the same data. So a result is taken as arm + seed + residual. The deviation of the
-residuals is pooled over all arms of a table, because three seeds of one arm say little about it (2
-degrees of freedom, so a factor 4.3 in the interval where a dozen have 2.2).
+residuals is pooled over all arms, for bits/byte those of all tables, because three seeds of one arm
+say little about it (2 degrees of freedom, so a factor 4.3 in the interval where a dozen have 2.2).
 
 A table compares several arms with the base, so one in twenty would differ by chance. Holm's
 correction (1979) raises the p-values: if all arms are like the base, the table has a p-value below

@@ -54,13 +54,14 @@ def add_result(options, name: str, result: dict):
 # ---- Tables and figures --------------------------------------------------------------------------
 
 
+def origin(x: dict) -> tuple:
+    """Length, code and data of a training: only results that have the same are compared."""
+    return x.get("steps"), x.get("source"), x.get("corpus")
+
+
 def collect(experiment, options) -> dict[str, list[dict]]:
     """By arm, the newest result of every seed; all of one length, code and corpus, those of which
     there are most (the newest of several). `against` is the difference to the base's same seed."""
-
-    def origin(x: dict) -> tuple:
-        return x["steps"], x["source"], x["corpus"]
-
     own = read_results(options, experiment.results or experiment.name)
     bases = own if experiment.compute else read_results(options, "base")
     names = experiment.arms(options.base())
@@ -91,7 +92,7 @@ class Difference:
     """Of an arm to the base, over the seeds that both have."""
 
     mean: float
-    half: float | None  # half of the 95 % interval, from the deviation pooled over the table
+    half: float | None  # half of the 95 % interval, from the pooled deviation
     p: float | None = None  # corrected for the number of arms that make a claim
     files: tuple[float, float] | None = None  # 95 % of the differences over other test files
 
@@ -104,7 +105,7 @@ def differences(experiment, options, results: dict[str, list[dict]]) -> tuple[di
     if experiment.compute:  # no trainings; what varies, and how much, differs from arm to arm
         own = {name: own_interval([x["against"] for x in xs]) for name, xs in pairs.items()}
         return {name: Difference(*x) for name, x in own.items()}, ""
-    values = {(name, x["seed"]): x[key] for name, xs in results.items() for x in xs if key in x}
+    values = pooled(key, options, results)
     deviation, freedom = residual_deviation(values) if values else (0.0, 0)
     found, p, arms = {}, {}, experiment.arms(options.base())  # p: of the arms that make a claim
     for name, xs in pairs.items():
@@ -127,6 +128,21 @@ def differences(experiment, options, results: dict[str, list[dict]]) -> tuple[di
         f"{experiment.columns[key]}, with {freedom} degrees of freedom. As one of {len(p)} claims, "
         f"a difference of {' or '.join(seen)} would be found in about 80 % of all cases or more."
     )
+
+
+def pooled(key: str, options, results: dict[str, list[dict]]) -> dict[tuple[str, int], float]:
+    """{(arm, seed): value} of the trainings that tell how much a value varies: for bits/byte of the
+    test text, which all have, those of all experiments of one length, code and corpus; else those
+    of this table."""
+    if key != "test_bpb":
+        return {(name, x["seed"]): x[key] for name, xs in results.items() for x in xs if key in x}
+    origins = {origin(x) for xs in results.values() for x in xs}  # one, or none
+    found = {}
+    for path in sorted(Path(options.results).glob("*.json")):
+        for x in read_results(options, path.stem):
+            if key in x and origin(x) in origins:
+                found[f"{path.stem} {x['arm']}", x["seed"]] = x[key]
+    return found
 
 
 def difference_over_files(runs: list[dict], base: list[dict]) -> tuple[float, float]:

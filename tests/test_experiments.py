@@ -290,6 +290,27 @@ def test_checks_of_a_setting_make_no_claim_to_correct_for(tmp_path, options):
     assert f"As one of 3 claims, a difference of {least[0]} with 2 seeds or {least[1]} with" in seen
 
 
+def test_how_much_bits_per_byte_vary_is_known_from_all_experiments(tmp_path, options):
+    """Of the same length, code and data; another measure's deviation is its own table's."""
+    options.results = str(tmp_path)
+    add_results(options, {"base": [0.0, 0.1, 0.2], "a": [1.0, 1.2, 1.1]})
+    shared = {"source": "s", "corpus": "c", "steps": 2}
+    for seed, value in enumerate([0.5, 0.7, 0.8]):
+        x = {"arm": "x", "seed": seed, "test_bpb": value, "other": value}
+        tables.add_result(options, "else", x | shared)
+        tables.add_result(options, "else", x | shared | {"corpus": "another", "arm": "y"})
+    e = run.Experiment("t", lambda base: {"a": run.Arm()}, {"test_bpb": "bits"})
+    results = tables.collect(e, options)
+    assert tables.pooled("test_bpb", options, results) == {
+        ("base base", 0): 0.0, ("base base", 1): 0.1, ("base base", 2): 0.2,
+        ("else x", 0): 0.5, ("else x", 1): 0.7, ("else x", 2): 0.8,
+        ("t a", 0): 1.0, ("t a", 1): 1.2, ("t a", 2): 1.1,
+    }  # fmt: skip
+    assert "with 4 degrees of freedom" in tables.differences(e, options, results)[1]
+    own = {"base": [{"seed": 0, "other": 1.0}], "a": [{"seed": 0, "other": 2.0}]}
+    assert tables.pooled("other", options, own) == {("base", 0): 1.0, ("a", 0): 2.0}
+
+
 def test_intervals_are_those_of_the_textbooks():
     known = {1: 12.706, 2: 4.303, 3: 3.182, 9: 2.262, 30: 2.042, 120: 1.980}
     for freedom, t in known.items():
