@@ -606,7 +606,7 @@ def test_draft_lengths_and_seeds(command):
     plain, two, three = (command(*options, *draft) for draft in (["--draft=0"], [], ["--draft=3"]))
     assert plain.out == two.out == three.out
     assert "context limit" in plain.err  # 256 tokens do not fit into 64
-    by_position = r"by position: \d+/\d+, \d+/\d+"
+    by_position = r"by position: \d+ of \d+, \d+ of \d+"
     assert re.search(by_position + r"\n", two.err) and re.search(by_position + ",", three.err)
     assert "by position" not in plain.err
     texts = [command("--prompt=", f"--seed={seed}").out for seed in (1, 1, 2)]
