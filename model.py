@@ -14,7 +14,7 @@ technical report, arXiv 2412.19437, section 2):
 
 Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. Every
 formula stands here in its plain form. `@fast_twin` marks those that ops.py computes faster, with
-the same name and, but for rounding, the same result. Edit a formula, and its twin steps aside.
+the same name and, but for rounding, the same result. Edit a formula, and its twin is not used.
 Where the report is silent (which norm, epsilon) or the released weights differ (order of
 concatenation in MTP), the weights decide; huggingface.py opens them.
 
@@ -42,7 +42,7 @@ from ops import compute_dtype, edited, fast_twin, upcast
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
 Past = tuple[Tensor, int] | None  # a layer's cache (B, size, C+R) and how many tokens are in it
-Routing = tuple[Tensor, Tensor] | None  # scores (B, T, E), chosen experts (B, T, K); none: dense
+Routing = tuple[Tensor, Tensor] | None  # scores (B, T, E), chosen experts (B, T, K); None if dense
 
 
 @dataclass
@@ -135,7 +135,7 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
         factor = yarn["factor"]
         original = yarn["original_max_position_embeddings"]
 
-        def index_of(rotations: float) -> float:  # the pair i that turns so often in `original`
+        def index_of(rotations: float) -> float:  # pair i that turns so often in `original`
             return R * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta))
 
         low, high = index_of(yarn.get("beta_fast") or 32), index_of(yarn.get("beta_slow") or 1)
@@ -170,7 +170,7 @@ class Cache:
     """What decoding keeps: c_t^KV and k_t^R, C + R numbers per token and layer, and nothing else.
 
     Allocated once, `kv` (B, size, C+R) for every layer. The first `length` positions are filled, in
-    all B texts alike. Who sets a smaller `length` forgets the newest tokens: rejected drafts.
+    all B texts alike. A smaller `length` forgets the newest tokens, such as rejected drafts.
     """
 
     def __init__(self, config: ModelConfig, layers: int, batch: int, size: int, like: Tensor):
@@ -286,9 +286,9 @@ class MLA(nn.Module):
 def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
     """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values.
 
-    Eq. 12 multiplies the expert's output. The product with W_down that follows here is linear, so
-    its input may be multiplied as well, and is narrower. Like DeepSeek's code this rounds gate
-    values to the dtype of y, such as bf16.
+    Eq. 12 multiplies the expert's output. W_down, which follows here, is linear, so its input is
+    multiplied instead: that is narrower (F numbers) than the output (D). Like DeepSeek's code this
+    rounds gate values to the dtype of y, such as bf16.
     """
     y = F.silu(gate) * up
     return y if gain is None else y * gain[:, None].to(y.dtype)
@@ -310,10 +310,11 @@ class MLP(nn.Module):
 class Gate(nn.Module):
     """Which K experts a token visits and how much each counts, Eq. 13-16.
 
-    s_i = sigmoid(u . e_i). First the topk_group groups stay whose two largest s + b have the
-    largest sums (the released code's rule; the report adds up K / topk_group of them). Of their
-    experts those K are chosen that have the largest s + b. The bias b chooses and does nothing
-    else: gate values come from s alone. No gradient reaches b; `DeepSeekV3.update_bias` moves it.
+    s_i = sigmoid(u . e_i). A group's score is the sum of its two largest s + b (the released code's
+    rule; the report adds up K / topk_group of them). The topk_group groups with the largest scores
+    stay, and of their experts those K are chosen that have the largest s + b. The bias b chooses
+    and does nothing else: gate values come from s alone. No gradient reaches b;
+    `DeepSeekV3.update_bias` moves it.
     """
 
     def __init__(self, config: ModelConfig):
@@ -537,7 +538,7 @@ class DeepSeekV3(nn.Module):
         self.scores: list[Tensor] = []
         self.routing: list[Tensor] = []
         self.mtp_losses: list[Tensor] = []
-        self.recompute = False  # activation checkpointing: forget a block's activations, redo them
+        self.recompute = False  # activation checkpointing: drop activations, compute them again
         for name, parameter in self.named_parameters():  # section 4.2; norms are 1
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=config.initializer_range)
@@ -731,7 +732,7 @@ def yarn_kind(config: ModelConfig) -> str:
 def with_original_length(config: ModelConfig) -> dict | None:
     """The parameters of YaRN, the length that its angles refer to among them; None without YaRN.
 
-    A file that does not name this length means max_position_embeddings. It is written down at once:
+    If a file does not give this length, it is max_position_embeddings. It is written down at once:
     max_position_embeddings may get another value later (when a run is resumed or exported), and the
     angles must not move with it.
     """

@@ -797,10 +797,14 @@ class Clock:
         waiting = (seconds_waited() - self.waited_before) / seconds
         if waiting > 0.25:
             self.told_busy = True
-            fewer = f", or set OMP_NUM_THREADS={threads - 1}" if threads > 1 else ""
+            if threads == 1:
+                told = f"the core is busy: this run waits for it {waiting:.0%} of the time"
+                info(f"{told}; stop other programs")
+                return
             info(
                 f"the cores are busy: on average {waiting:.1f} of this run's {threads} threads "
-                f"wait for one, and the others for them; stop other programs{fewer}"
+                f"wait for one, and the others for them; stop other programs, or set "
+                f"OMP_NUM_THREADS={threads - 1}"
             )
 
 
@@ -1284,7 +1288,7 @@ def tell_start(source: Path, model: DeepSeekV3, config: TrainConfig):
     before = settings_in(saved)["lr"]
     if config.lr >= before:
         info(
-            f"lr is {config.lr:g}, but {file} was trained with {before:g} at most: it may forget "
+            f"lr is {config.lr:g}, and {file} was trained with {before:g} at most: it may forget "
             f"what it has learnt; try a tenth, --lr={before / 10:g}"
         )
 

@@ -323,6 +323,11 @@ def test_what_keeps_a_run_waiting_is_said_once(share, monkeypatch, capsys):
     assert said.count("the cores are busy") == said.count("OMP_NUM_THREADS=3") == times
     times = [" left" in line for line in said.splitlines() if ": loss " in line]
     assert times == [False] * 4 + [True] * 3
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    run("--steps=12", out="one thread")
+    alone = "the core is busy: this run waits for it 30% of the time; stop other programs\n"
+    said = capsys.readouterr().err
+    assert (alone in said) == (share > 0.25) and "others" not in said
 
 
 def test_times_that_are_left_follow_the_speed_smoothly(monkeypatch):
@@ -846,7 +851,7 @@ def test_weights_that_a_run_starts_from_are_named_and_evaluated(shared, capsys):
     run(*options, f"--init_from={out}/ckpt.pt", out="high")
     said = capsys.readouterr().err
     assert "start: from" in said and "try a tenth, --lr=0.0005" in said
-    assert "lr is 0.005, but" in said
+    assert "lr is 0.005, and" in said
 
 
 def test_a_run_is_resumed_though_its_config_file_names_weights_to_start_from(shared, capsys):
