@@ -113,11 +113,16 @@ def speed_table(title: str, seconds: dict[str, Rounds], tokens: int) -> Table:
     return Table(title, rows)
 
 
+def processor() -> str:
+    """The name of the CPU, as Linux knows it; "" elsewhere."""
+    about = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", about.read_text() if about.exists() else "")
+    return name[1] if name else ""
+
+
 def print_tables(command: str, tables: Iterator[Table], options: Any):
     """Prints each table as soon as it is there, after a line on the machine and torch."""
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = re.search(r"model name\s*: (.*)", cpu)
-    facts = {"cpu": cpu and cpu[1], "torch": torch.__version__, "threads": torch.get_num_threads()}
+    facts = {"cpu": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     facts |= {"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     done = []

@@ -610,8 +610,8 @@ def codes_of(formula: Any) -> tuple[CodeType, ...]:
 
 
 def source_tokens(code: CodeType) -> str:
-    """A function's source from `def` on without comments, docstring and layout: its tokens, with ¶,
-    » and « for a line's end, more and less indentation; "" where no source can be read."""
+    """A function's tokens from `def` on, without comments, docstring and layout. A line's end is ¶,
+    more indentation is », less is «. Returns "" where no source can be read."""
     lines = LINES.get(code.co_filename) or linecache.getlines(code.co_filename)
     try:
         block = inspect.getblock(lines[code.co_firstlineno - 1 :])

@@ -38,14 +38,18 @@ def yarn(block_size: int) -> dict:
 
 def loss_by_position(net: model.DeepSeekV3, trained: run.Trained) -> list[float]:
     """Nats per token in each of PARTS equal parts of the long windows."""
-    T = FACTOR * trained.config.block_size
-    ids = np.asarray(trained.data.test.arrays[0]).astype(np.int64)
-    n = (len(ids) - 1) // T
-    x, y = (torch.from_numpy(ids[i : i + n * T]).view(n, T) for i in (0, 1))
+    return nats_by_position(net, trained.data.test.arrays[0], FACTOR * trained.config.block_size)
+
+
+@torch.no_grad()
+def nats_by_position(net: model.DeepSeekV3, ids: np.ndarray, T: int) -> list[float]:
+    """Nats per token in each of PARTS equal parts of the windows of T tokens, side by side."""
+    n, device = (len(ids) - 1) // T, net.norm.weight.device
+    ids = torch.from_numpy(ids[: n * T + 1].astype(np.int64)).to(device)
+    x, y = ids[:-1].view(n, T), ids[1:].view(n, T)
     losses = []
     for a, b in zip(x.split(4), y.split(4), strict=True):
-        logits = net(a.to(trained.machine.device)).flatten(0, 1)
-        losses.append(cross_entropy(logits, b.flatten().to(logits.device), reduction="none"))
+        losses.append(cross_entropy(net(a).flatten(0, 1), b.flatten(), reduction="none"))
     return torch.cat(losses).view(n, PARTS, -1).mean((0, 2)).tolist()
 
 

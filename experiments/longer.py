@@ -12,14 +12,13 @@ tokens back is another question, and one that a network this small answers with 
 import contextlib
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import run
 import tables
 import torch
-from torch.nn.functional import cross_entropy
+from long_context import PARTS, nats_by_position
 
 import prepare_data
 import sample
@@ -28,7 +27,7 @@ from huggingface import load_checkpoint, load_model
 from model import DeepSeekV3
 
 CONFIG, RUN = "config/small.py", "out/small"
-LENGTH, PARTS = 4096, 16  # tokens of a window; positions are averaged in so many equal parts
+LENGTH = 4096  # tokens of a window
 PHASE = ["--steps=100", "--lr=6e-4", "--block_size=1024", f"--long_block_size={LENGTH}"]
 PHASE += ["--long_start=0", f"--max_position_embeddings={LENGTH}", "--eval_every=100"]
 
@@ -56,30 +55,22 @@ def network(name: str, seed: int) -> DeepSeekV3:
     return model.eval()
 
 
-@torch.no_grad()
 def loss_by_position(model: DeepSeekV3, ids: np.ndarray) -> list[float]:
-    """Nats per token in each of PARTS equal parts of the windows of ids."""
-    n = (len(ids) - 1) // LENGTH
-    x, y = (torch.from_numpy(ids[i : i + n * LENGTH]).view(n, LENGTH) for i in (0, 1))
-    losses = []
-    for a, b in zip(x.split(1), y.split(1), strict=True):
-        losses.append(cross_entropy(model(a).flatten(0, 1), b.flatten(), reduction="none"))
-    return torch.stack(losses).view(n, PARTS, -1).mean((0, 2)).tolist()
+    return nats_by_position(model, ids, LENGTH)
 
 
 def decoding_time(model: DeepSeekV3, prompt: np.ndarray) -> float:
-    """Milliseconds of a token that is decoded after the prompt, reading the prompt excluded."""
-    new = LENGTH // 128
-    text = torch.from_numpy(prompt)[None]
-
-    def seconds(count: int) -> float:
-        began = time.perf_counter()
-        sample.generate(model, text, count, temperature=0.0, speculative=0, lookup=False)
-        return time.perf_counter() - began
-
-    seconds(1)
-    pairs = [(seconds(1), seconds(1 + new)) for _ in range(3)]
-    return statistics.median(1000 * (b - a) / new for a, b in pairs)
+    """Milliseconds of a token that is decoded after the prompt, reading the prompt excluded: the
+    median of three texts."""
+    text, times = torch.from_numpy(prompt)[None], []
+    for _ in range(4):  # the first makes the Decoder
+        stats = sample.Stats()
+        sample.generate(
+            model, text, max(1, LENGTH // 128), temperature=0.0, speculative=0, lookup=False,
+            stats=stats,
+        )  # fmt: skip
+        times.append(1000 * stats.seconds / stats.tokens)
+    return statistics.median(times[1:])
 
 
 def measure(name: str, seed: int) -> dict:

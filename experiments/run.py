@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tables import add_result, digest, read_results, save_figure, table, write_section
 from unseen import bits_per_byte, nats_by_document
 
+import bench
 import prepare_data
 import train
 from config import info, parse_args, read_config_file, run_command
@@ -162,8 +163,9 @@ def figures_of(run: Trained) -> dict[str, Any]:
     half = [x["max_vio"] for x in steps if 2 * x["step"] > run.config.steps]
     count = run.net.parameter_counts()
     del last["step"], last["expert_load"]
-    T, batch = run.config.block_size, run.config.eval_batch
-    nats, size = nats_by_document(run.net, run.data, run.folder, T, batch, run.machine)
+    nats, size = nats_by_document(
+        run.net, run.data, run.folder, run.config.block_size, run.config, run.machine
+    )
     return last | {
         "test_bpb": bits_per_byte(nats, size),
         "test_nats": nats.tolist(), "test_bytes": size.astype(int).tolist(),  # of every document
@@ -272,16 +274,8 @@ def facts() -> dict[str, Any]:
     """What a result depends on besides its identity."""
     return {
         "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),
-        "threads": torch.get_num_threads(), "machine": processor(),
+        "threads": torch.get_num_threads(), "machine": bench.processor() or platform.machine(),
     }  # fmt: skip
-
-
-def processor() -> str:
-    """The name of the CPU, as Linux knows it."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def commit() -> str:

@@ -125,8 +125,9 @@ def differences(experiment, options, results: dict[str, list[dict]]) -> tuple[di
     seen = [f"{x} with {n} seed{'s' * (n > 1)}" for x, n in zip(least, counts, strict=True)]
     return found, (
         f"The residuals have a standard deviation of {number(deviation)} "
-        f"{experiment.columns[key]}, with {freedom} degrees of freedom. As one of {len(p)} claims, "
-        f"a difference of {' or '.join(seen)} would be found in about 80 % of all cases or more."
+        f"{experiment.columns[key]}, with {freedom} degrees of freedom. With {len(p)} claim"
+        f"{'s' * (len(p) > 1)} in the table, a difference of {' or '.join(seen)} would be found "
+        "in about 80 % of all cases or more."
     )
 
 
@@ -233,7 +234,7 @@ def dots(ax, results: dict[str, list[dict]], key: str, label: str):
         values, colour = [x[key] for x in results[name] if key in x], colour_of(results, name)
         mean, half = own_interval(values)
         if key == "against":
-            half = results[name][0].get("half")  # pooled over the table
+            half = results[name][0].get("half")
         ax.plot(values, [y + 0.2] * len(values), "o", color=colour, alpha=0.4, markersize=4)
         ax.errorbar(mean, y - 0.1, xerr=half, fmt="|", color=colour, markersize=12, capsize=3)
     ax.set(xlabel=label, yticks=range(len(names)), ylim=(-0.6, len(names) - 0.4))
