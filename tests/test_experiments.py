@@ -250,9 +250,9 @@ def test_differences_are_paired_by_seed_length_code_and_data(tmp_path, options):
         f"| zero (base) | 3 | 2.000 ± {t:.3f} |  |  |",
         f"| a | 3 | 2.500 ± {t * 1.3125**0.5:.3f} | +0.500 ± {half:.3f} | {p:.3f} |",
         *("", "2 steps a run."),
-        f"The residuals have a standard deviation of {deviation:.3f} bits, with 2 degrees of "
-        f"freedom. With 1 claim in the table, a difference of {seen:.3f} with 3 seeds would be found "
-        "in about 80 % of all cases or more.",
+        f"The residuals have a standard deviation of {deviation:.3f} bits, with 2 "
+        f"degrees of freedom. With 1 claim in the table, a difference of {seen:.3f} with 3 seeds "
+        "would be found in about 80 % of all cases or more.",
         *("", "Not yet run: b."),
     ]
 
