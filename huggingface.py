@@ -9,7 +9,7 @@ where they are needed: safetensors, tokenizers (which brings huggingface_hub), t
 """
 
 import hashlib
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import tiktoken
@@ -27,9 +28,10 @@ import torch
 from torch import Tensor
 
 import fp8
+import model as formulas
 from config import info, parse_args, run_command
 from model import DeepSeekV3, ModelConfig
-from ops import not_as_copied
+from ops import fingerprint, not_as_copied
 from prepare_data import (
     END_OF_TEXT,
     STAND_INS,
@@ -47,8 +49,6 @@ FP8_KEYS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128
 FP8_WEIGHTS = re.compile(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
 # Our stacked experts (E, 2F, D) and (E, D, F) are stored expert by expert, gate and up apart.
 STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-# A checkpoint keeps it, since its weights mean what that code made of them.
-MODEL_SHA256 = hashlib.sha256(Path(__file__).with_name("model.py").read_bytes()).hexdigest()
 
 # ---- Weights -------------------------------------------------------------------------------------
 
@@ -238,6 +238,14 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
+def model_code(source: ModuleType = formulas) -> str:
+    """Digits for the classes and functions of model.py, without comments, docstrings and layout. A
+    checkpoint keeps them: weights mean what the code made of them that they were trained with."""
+    own = {k: x for k, x in vars(source).items() if getattr(x, "__module__", "") == source.__name__}
+    text = " ".join(f"{name} {fingerprint(x)}" for name, x in sorted(own.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def checkpoint_file(path: str | Path) -> Path:
     """The file with the weights: of a run's folder best.pt, else ckpt.pt."""
     folder = Path(path)
@@ -277,7 +285,7 @@ def load_model(
     if (path / "config.json").exists():
         return from_pretrained(path, dtype, str(device)), hf_tokenizer(path), path
     saved = load_checkpoint(path)
-    if saved.get("model_sha256", MODEL_SHA256) != MODEL_SHA256:
+    if saved.get("model_code", code := model_code()) != code:
         info(f"model.py has changed since {path} was trained: weights may not fit its formulas")
     try:
         for name, x in saved["model"].items():
@@ -356,8 +364,10 @@ def main(argv: list[str]):
         info("usage: python huggingface.py SRC DST [--quantize=True or --check=True]; see --help")
         sys.exit(2)
     source, target = paths
-    for package in ("tokenizers", "safetensors", *["transformers"] * config.check):
-        importlib.import_module(package)  # before anything is written
+    needed = ["tokenizers", "safetensors", *["transformers"] * config.check]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        told = f"the export needs {' and '.join(missing)}"
+        raise ModuleNotFoundError(told, name=" ".join(missing))
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} exists: name a new directory")
     model, _, _ = load_model(source)

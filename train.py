@@ -51,7 +51,7 @@ import ops
 import prepare_data
 import sample
 from config import info, parse_args, read_config_file, run_command
-from huggingface import MODEL_SHA256, Tokenizer, checkpoint_file, load_checkpoint, load_model
+from huggingface import Tokenizer, checkpoint_file, load_checkpoint, load_model, model_code
 from model import DeepSeekV3, ModelConfig, expert_counts
 from ops import fast_dtype, has_grouped_mm
 
@@ -904,12 +904,14 @@ class Run:
         kind, moments = self.config.optimizer, saved.get("optimizer")
         if saved["train_config"].get("optimizer") != kind or not isinstance(moments, dict):
             raise ValueError(f"no state of {kind} in {self.out}: use --init_from instead.")
+        best, evaluated = self.read_best(), cut_log(self.out / "log.jsonl", saved["step"])
         return {
             "step": saved["step"],
             "tokens": saved["tokens"],
             "sums": saved.get("sums", torch.zeros(6)),  # an older version's may lack them
-            "evaluated": cut_log(self.out / "log.jsonl", saved["step"]),
-            "best": self.read_best(),
+            "best": best,
+            # Without a best.pt to compare with, this step's evaluation is repeated: it writes one.
+            "evaluated": evaluated if best[0] else 0,
         }
 
     def read_best(self) -> tuple[int, float]:
@@ -921,7 +923,7 @@ class Run:
         try:
             file = load_checkpoint(path)
         except ValueError as error:
-            info(f"{error}: the next evaluation makes it anew")
+            info(f"{error}: the next evaluation writes it anew")
             return nothing
         then, now = settings_in(file), asdict(self.config)
         same_text = data_folder(then["data"]).resolve() == data_folder(now["data"]).resolve()
@@ -1002,7 +1004,7 @@ class Run:
     def save(self, name: str, **more):
         """Every rank calls it, since sharded tensors are gathered; the first one writes."""
         state = {
-            "model_sha256": MODEL_SHA256,
+            "model_code": model_code(),
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
             "model": self.dcp.get_model_state_dict(self.model, options=self.whole),
@@ -1188,13 +1190,15 @@ def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
         del given["out"]
     in_file = {}
     if file:
-        in_file = {"out": f"out/{Path(file).stem}"}
-        in_file |= read_config_file(file, ModelConfig, TrainConfig)
+        in_file = read_config_file(file, ModelConfig, TrainConfig)
+        in_file["out"] = in_file.get("out") or f"out/{Path(file).stem}"
         if says := ast.get_docstring(ast.parse(Path(file).read_text(encoding="utf-8"))):
             first, _, _ = says.partition("\n\n")
             info(f"{file}: {' '.join(first.split())}")
     here = in_file | given
     command = TrainConfig(**{k: v for k, v in here.items() if k in OF_THE_COMMAND})
+    if command.eval_only and not given.get("init_from") and holds_run(Path(command.out)):
+        command.init_from = ""  # the file's: what the run began with
     if command.eval_only:  # there must be weights
         enough = command.out or command.init_from
     else:  # there must be a network, and a folder for the run
@@ -1211,6 +1215,10 @@ def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
     return command, in_file, given
 
 
+def holds_run(out: Path) -> bool:
+    return any((out / name).exists() for name in RUN_FILES)
+
+
 def source_of(command: TrainConfig) -> Path | None:
     """Where the command's weights are; None for a new network."""
     if command.resume:
@@ -1222,8 +1230,8 @@ def source_of(command: TrainConfig) -> Path | None:
 
 def check_free(command: TrainConfig):
     """Raises ValueError where a run is in the way."""
-    holds_run = any((Path(command.out) / x).exists() for x in RUN_FILES)
-    if holds_run and not (command.resume or command.eval_only or command.overwrite):
+    replaced = not (command.resume or command.eval_only)
+    if replaced and holds_run(Path(command.out)) and not command.overwrite:
         raise ValueError(
             f"{command.out} holds a run: give --resume, --overwrite, or another --out."
         )

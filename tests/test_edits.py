@@ -18,6 +18,7 @@ import fp8
 import model as plain
 import ops
 import sample
+from huggingface import model_code
 
 SOURCE = (Path(__file__).parent.parent / "model.py").read_text(encoding="utf-8")
 CONFIG = TINY | dict(max_position_embeddings=200)
@@ -120,6 +121,14 @@ def module_of(folder: Path, text: str) -> ModuleType:
     sys.modules[file.stem] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_checkpoint_knows_whether_formulas_have_changed_and_overlooks_comments(tmp_path):
+    code = [model_code(edited(tmp_path, changes)) for changes in ([], *EDITS.values())]
+    assert len(set(code)) == len(code) and code[0] == model_code()
+    text = "# a comment\n\n" + SOURCE.replace('"""x / sqrt(', '"""The norm: x / sqrt(')
+    text = text.replace("  # (B, T, D)", "  # [batch, time, width]")
+    assert text.count("[batch") > 3 and model_code(module_of(tmp_path, text)) == code[0]
 
 
 def network(module: ModuleType, dtype=torch.float64, **changes) -> nn.Module:

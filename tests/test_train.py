@@ -175,7 +175,7 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 0.0):
     for name in ("ckpt.pt", "best.pt"):
         x, y = load(a, name), load(b, name)
         assert x.pop("train_config") and y.pop("train_config")
-        assert all(x.pop(key) == y.pop(key) for key in ("model_config", "model_sha256"))
+        assert all(x.pop(key) == y.pop(key) for key in ("model_config", "model_code"))
         assert_same(x, y, tolerance)
 
 
@@ -373,6 +373,9 @@ def test_a_damaged_or_older_best_checkpoint_does_not_hinder_a_resumed_run(capsys
     Path("run/best.pt").write_bytes(b"")
     run("--resume", "--steps=6", "--eval_every=6")
     assert "best.pt is missing, damaged" in capsys.readouterr().err
+    assert load("run", "best.pt")["step"] == 6
+    Path("run/best.pt").write_bytes(b"")
+    run("--resume", "--steps=6", "--eval_every=6")  # nothing is left to train
     assert load("run", "best.pt")["step"] == 6
 
 
@@ -862,6 +865,22 @@ def test_a_run_is_resumed_though_its_config_file_names_weights_to_start_from(sha
     first, resumed = capsys.readouterr().err.split("resume: from step 1")
     assert first.count("start: from") == 1 and "try a tenth" in first and "start:" not in resumed
     assert "step 0/" in first and "step 0/" not in resumed
+
+
+def test_evaluating_a_run_whose_config_file_names_weights_to_start_from(shared, capsys):
+    """It is the run that is evaluated, once there is one; until then it is those weights."""
+    Path("my.py").write_text(
+        f"{Path(TINY).read_text()}init_from = {str(shared('--steps=1'))!r}\nout = ''\n"
+    )
+
+    def evaluated(*options):
+        train.main(["my.py", *SHORT, "--eval_only", *options])
+        return json.loads(capsys.readouterr().out)["val_loss"]
+
+    before = evaluated()
+    train.main(["my.py", *SHORT, "--steps=2"])  # into out/my, the default
+    assert evaluated() == log_of("out/my")[-1]["val_loss"] < before
+    assert evaluated(f"--init_from={shared('--steps=1')}") == before
 
 
 def test_options_that_do_nothing_are_named(capsys):
