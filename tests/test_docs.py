@@ -94,7 +94,8 @@ def test_commands_name_files_and_keys_that_exist():
             command = re.search(r"(?:python|torchrun) .*?([\w/]+\.py)\b([^#`|]*)", line)
             if not command or command[1].endswith(("X.py", "NAME.py")):  # any script
                 continue
-            files = (command[1], "model.py", "bench.py")  # the network's keys, all measurements'
+            files = [command[1], "model.py", "bench.py"]  # the network's keys, all measurements'
+            files += ["experiments/run.py"] * command[1].startswith("experiments/")
             source = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
             for key in re.findall(r"--(\w+)", command[2]):
                 assert re.search(rf"(?m)^    {key}: ", source), line
