@@ -177,7 +177,8 @@ class _FP8Linear(torch.autograd.Function):
     X (T, K) is x or, where `up` is given, SwiGLU: silu(x) * up * gain. The report keeps the input
     of SwiGLU in FP8 and recomputes its output X in backward (section 3.3.3), where the weight
     gradient needs it. So both are one function here. It keeps x and up, 2 bytes per token and
-    channel; apart they would keep x, silu(x), up and X in bf16, 8 bytes.
+    channel; apart they would keep x, silu(x), up and X in bf16, 8 bytes. In `forward` X is
+    quantised, (q, s); in `backward` it is decoded.
 
     wq and ws are the quantised weight where quantized_once holds it. Else forward and backward
     quantise the weight each, so that no copy outlives FSDP's release of a gathered weight.
@@ -185,7 +186,7 @@ class _FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, up, gain, weight, wq, ws, rows: list[int]):
-        X = kept = quantize(x, TILE, pow2=True)  # kept: for backward
+        X = kept = quantize(x, TILE, pow2=True)  # kept: what backward decodes, x and up if given
         if up is not None:
             kept = (*kept, *quantize(up, TILE, pow2=True))
             X = quantize(_swiglu(x.float(), up.float(), gain), TILE, pow2=True)

@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ import fp8
 import model as formulas
 from config import info, parse_args, run_command
 from model import DeepSeekV3, ModelConfig
-from ops import fingerprint, not_as_copied
+from ops import codes_of, fingerprint_of, not_as_copied
 from prepare_data import (
     END_OF_TEXT,
     STAND_INS,
@@ -69,13 +70,14 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     for key, value in rope.items():
         if not isinstance(value, str | int | float | None):
             raise ValueError(f"config.json has {key} {value!r:.100}, expected a number or a text.")
-    # Where config.json is silent, transformers' defaults hold; these differ from ours.
+    # All that the file states, on its three levels. Where it is silent, transformers' defaults
+    # hold: they are ours, but for two keys.
     stated = {"max_position_embeddings": 4096, "initializer_range": 0.02} | config | rope
     stated |= config.get("quantization_config") or {}
     for key, value in (FIXED_KEYS | FP8_KEYS | {"partial_rotary_factor": 1}).items():
         if stated.get(key) not in (None, value):
             raise ValueError(f"config.json has {key} {stated[key]!r:.100}, expected {value!r}.")
-    apart = ("rope_theta", "partial_rotary_factor")
+    apart = ("rope_theta", "partial_rotary_factor")  # the other keys of `rope` are YaRN's
     stated["rope_scaling"] = {key: value for key, value in rope.items() if key not in apart}
     known = ModelConfig.__dataclass_fields__
     return ModelConfig(**{key: value for key, value in stated.items() if key in known})
@@ -140,20 +142,22 @@ def from_pretrained(
     with torch.device("meta"):
         model = DeepSeekV3(config).to(dtype or named)
 
-    due, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))  # no memory yet
-    if missing := sorted(due.keys() - stored.keys()):
+    # What config.json promises, and what may be stored once more. The model is on the meta device
+    # as yet, so that these have shapes and no memory.
+    needed, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))
+    if missing := sorted(needed.keys() - stored.keys()):
         some = f"{missing[0]} and {len(missing) - 1} more" if missing[1:] else missing[0]
         raise ValueError(f"{directory} lacks {some}, due by its config.json: is a file missing?")
-    for name in sorted(stored.keys() - due.keys() - copies.keys()):
+    for name in sorted(stored.keys() - needed.keys() - copies.keys()):
         if not name.endswith(("_scale_inv", "rotary_emb.inv_freq")):
             raise ValueError(f"{directory} has {name}, for which its config.json has no place.")
-    for name, expected in due.items():
+    for name, expected in needed.items():
         if (shape := tuple(stored[name].get_slice(name).get_shape())) != expected.shape:
             stated = tuple(expected.shape)
             raise ValueError(f"{name} in {directory} is {shape}, but by its config.json {stated}.")
 
     model.materialize(device)
-    views, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))
+    views, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))  # with memory now
     for name, view in views.items():
         x, scale = stored[name].get_tensor(name), f"{name}_scale_inv"
         if x.dtype == torch.float8_e4m3fn:
@@ -241,9 +245,14 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
 def model_code(source: ModuleType = formulas) -> str:
     """Digits for the classes and functions of model.py, without comments, docstrings and layout. A
     checkpoint keeps them: weights mean what the code made of them that they were trained with."""
-    own = {k: x for k, x in vars(source).items() if getattr(x, "__module__", "") == source.__name__}
-    text = " ".join(f"{name} {fingerprint(x)}" for name, x in sorted(own.items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digits = []
+    for name, x in sorted(vars(source).items()):
+        if getattr(x, "__module__", "") == source.__name__:
+            # Not what Python and torch have written: a dataclass's __repr__, no_grad's wrapper. So
+            # update_bias has no part in it; it does not change what weights mean.
+            codes = (code for code in codes_of(x) if code.co_filename == source.__file__)
+            digits.append(f"{name} {fingerprint_of(tuple(codes))}")
+    return hashlib.sha256(" ".join(digits).encode()).hexdigest()[:16]
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -266,8 +275,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             damaged = archive.testzip()  # a record whose checksum is wrong: torch does not look
         saved = torch.load(file, "cpu", weights_only=True, mmap=os.name == "posix")
         dict(saved["model_config"])  # raises where another program has saved it
-    except Exception:  # a missing or damaged file may lead to any
-        raise ValueError(f"{file} is missing, damaged, or no checkpoint of train.py") from None
+    except Exception as error:  # a missing or damaged file may lead to any
+        told = f"{file} is missing, damaged, or no checkpoint of train.py"
+        raise ValueError(f"{told} ({textwrap.shorten(str(error), 100)})") from None
     if damaged:
         raise ValueError(f"{file} is damaged: {damaged} in it has another checksum than when saved")
     return saved
@@ -285,7 +295,8 @@ def load_model(
     if (path / "config.json").exists():
         return from_pretrained(path, dtype, str(device)), hf_tokenizer(path), path
     saved = load_checkpoint(path)
-    if saved.get("model_code", code := model_code()) != code:
+    code = model_code()
+    if saved.get("model_code", code) != code:  # runs of earlier versions lack it
         info(f"model.py has changed since {path} was trained: weights may not fit its formulas")
     try:
         for name, x in saved["model"].items():
@@ -370,6 +381,8 @@ def main(argv: list[str]):
         raise ModuleNotFoundError(told, name=" ".join(missing))
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} exists: name a new directory")
+    if (source / "config.json").exists() and not (source / "meta.json").exists():
+        raise ValueError(f"{source} is a release already: SRC is a run or a checkpoint file.")
     model, _, _ = load_model(source)
     # Everything is written to a temporary directory first, which is deleted if anything fails. It
     # lies on the target's disk, so that files can be moved: inside the target if that exists (it

@@ -613,16 +613,19 @@ class DeepSeekV3(nn.Module):
         return self.run_block(self.mtp[k], row, h, embedding, self.rope(h, start), past)
 
     def logits(self, h: Tensor) -> Tensor:
+        """h (B, T, D) -> (B, T, vocabulary). Training does not call it: head_loss computes the loss
+        from the same product. Edit both alike."""
         return upcast(self.lm_head(h))
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, return_mtp: bool = False):
-        """tokens (B, T) int64. In training, `targets` (B, T) are the next tokens, -1 ignored.
+        """tokens (B, T) int64 -> logits (B, T, vocabulary), float32 (float64 in a float64 model).
 
-        Without targets: logits (B, T, vocabulary), float32 (float64 for a float64 model); with
-        return_mtp also the list of those of depths k = 1, 2, ..., (B, T-k, vocabulary) each, whose
-        row i predicts token i + 1 + k. With targets: main cross-entropy, mean MTP cross-entropy
-        (Eq. 24-25, but over its T - k targets), both in nats, and mean balance loss (Eq. 17), all
-        before their weights.
+        return_mtp: also a list with the logits of each depth k = 1, 2, ..., (B, T-k, vocabulary).
+        Their row i predicts token i + 1 + k.
+        targets (B, T): the next tokens, -1 where there is none. Then three losses are returned in
+        place of logits, before their weights: the cross-entropy; the mean over depths of the MTP
+        cross-entropies (Eq. 24-25, each a mean over its T - k targets), both in nats; and the mean
+        over layers of the balance loss (Eq. 17).
         """
         hidden = [self.trunk(tokens)]  # h^0; then h^1, h^2, ...
         if targets is not None or return_mtp:
@@ -698,8 +701,8 @@ def check_config(config: ModelConfig):
         if not isinstance(value, accepted):
             kind = getattr(kind, "__name__", kind)
             raise ValueError(f"{name} is {value!r}, but must be of type {kind}.")
-        counts = kind in (int, int | None)  # widths, heads, layers ...
-        least = 1 if counts and name not in MAY_BE_ZERO else 0
+        whole = kind in (int, int | None)  # a width, a number of heads or layers ...
+        least = 1 if whole and name not in MAY_BE_ZERO else 0
         if isinstance(value, int | float) and not value >= least:  # "not >=" refuses nan too
             raise ValueError(f"{name} is {value}, but must be at least {least}.")
     E, K, R = config.n_routed_experts, config.num_experts_per_tok, config.qk_rope_head_dim

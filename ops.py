@@ -199,9 +199,10 @@ class _HeadLoss(torch.autograd.Function):
         high = upcast(torch.empty_like(low))
         for x, y, dx in zip(*(t.split(chunk) for t in (h, targets, dh)), strict=True):
             low, high = low[: len(x)], high[: len(x)]  # (chunk, vocabulary)
-            z, row = high.copy_(torch.mm(x, w.T, out=low)), torch.arange(len(x), device=x.device)
+            z = high.copy_(torch.mm(x, w.T, out=low))  # the logits, in float32
+            row = torch.arange(len(x), device=x.device)
             z_max, z_y = z.amax(-1), z[row, y]
-            p = torch.softmax(z, -1, out=high)
+            p = torch.softmax(z, -1, out=high)  # takes the memory of z, which is not read any more
             # The loss is log sum exp z - z_y, and max p = exp(z_max) / sum exp z.
             losses.append(z_max - p.amax(-1).log() - z_y)
             if need:  # d loss / d z = softmax(z) - onehot(target)
@@ -287,13 +288,16 @@ def side_by_side(*weights: Tensor, compiled: bool) -> Tensor:
     x take the time of one. Others stay plain tensors.
     """
     w = weights[0] if len(weights) == 1 else torch.cat(weights)
-    fast = AVX512 and w.device.type == "cpu"  # oneDNN or, in a graph, loops: the BLAS uses one core
+    # With AVX512 others are faster than the BLAS, which uses one core for few rows: oneDNN, or in a
+    # graph the loops of `product`.
+    fast = AVX512 and w.device.type == "cpu"
     known = w.dtype == torch.float32 or (
         w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
     if fast and known and not compiled and w.numel() >= LARGE:
         return torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), ROWS)
-    # The BLAS reads (in, out) faster, unless w is twice as wide as high or wider.
+    # The BLAS reads columns faster than rows, unless a matrix has twice as many columns as rows.
+    # The loops of `product` want rows.
     turned = 2 * len(w) > w.shape[1] and not (fast and compiled)
     return w.T.contiguous().T if turned else w.contiguous()
 
@@ -510,9 +514,13 @@ class Decoder:
         """What attention must know of T new tokens: their slots in the cache, how many slots it
         reads, the mask (or None), cos, sin and swap."""
         later, device, in_graph = None, self.norm.device, not isinstance(cache.length, int)
-        at = cache.length if in_graph else cache.claim(T)  # which raises where it is full
-        slots, S = span(at, T), cache.size if in_graph else at + T
-        cache.length = at + T
+        if in_graph:  # a graph cannot ask whether there is room: sample.py has made enough
+            at, S = cache.length, cache.size
+            cache.length = at + T
+        else:
+            at = cache.claim(T)  # ValueError where the cache is full
+            S = at + T
+        slots = span(at, T)
         if T > 1 or in_graph:
             last = at + torch.arange(T, device=device)[:, None]  # each token's own slot
             later = torch.where(torch.arange(S, device=device) <= last, 0.0, -math.inf)
@@ -547,10 +555,9 @@ class Decoder:
 #   decoding   sample.py asks `not_as_copied` for nearly all of model.py, since the Decoder copies
 #              that. In the example the answer is "model.swiglu", and model.py decodes.
 #
-# An edit may also be made while the program runs: a function or class put in the place of another,
-# a method given to one module, a hook. So these look at the functions and modules that are there,
-# not at the file. Who edits a formula and its copy alike runs `python ops.py`, and puts what it
-# prints in the place of the table.
+# Edits may also be made while the program runs: another function or class, a method given to one
+# module, a hook. So the check looks at the functions and modules in memory, not at the file. If you
+# edit a formula and its copy alike, run `python ops.py` and replace the table by what it prints.
 
 FINGERPRINTS = {
     "rms_norm": "8bc7d41e",
@@ -592,8 +599,8 @@ LINES: dict[str, list[str]] = {}  # of files with formulas, as they were when th
 
 
 def codes_of(formula: Any) -> tuple[CodeType, ...]:
-    """The compiled code of a function, or of all methods of a class and of its bases, those put in
-    later included; () where there is none.
+    """The compiled code of a function, or of the methods of a class and of its bases, those put in
+    later included (but no static or class methods); () where there is none.
 
     A wrapper counts as itself, not as the function that it wraps: it may change the result.
     """
@@ -707,9 +714,11 @@ def tell_compiler() -> None:
 
 
 def altered(module: nn.Module, model: nn.Module) -> str:
-    """What this one module of the model has that its class has not, if the Decoder would pass over
-    it: a method or a configuration of its own, a hook, a bias. As words for a sentence, or ""."""
+    """How this one module differs from what its class and the configuration say, if the Decoder
+    would not notice: a method or configuration of its own, a hook, a bias. In words for a sentence;
+    "" if it does not differ."""
     kind, config = type(module), model.config
+    # Attributes of the module that hide a method of its class.
     own = {name for name in vars(module) if callable(getattr(kind, name, None))}
     if module is model:
         own &= {"trunk", "predict_next", "logits", "rope", "run_block"}
@@ -717,7 +726,7 @@ def altered(module: nn.Module, model: nn.Module) -> str:
         return f"a hook of one {kind.__name__}"
     if own:
         return f"{min(own)} of one {kind.__name__}"
-    if kind is nn.Linear and module.bias is not None:
+    if kind is nn.Linear and module.bias is not None and not config.attention_bias:
         return "a bias"
     if kind is nn.Embedding and module.max_norm is not None:
         return "max_norm of an embedding"
@@ -757,7 +766,7 @@ def not_as_copied(model: nn.Module) -> str:
     for source in namespaces.values():
         if changed := edited(source, [name for name in names if name not in methods]):
             return f"model.{changed[0]}"
-    return ""
+    return "a bias" if model.config.attention_bias else ""
 
 
 def edited_forward(model: nn.Module) -> bool:

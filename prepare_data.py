@@ -39,7 +39,7 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from config import info, parse_args, run_command
+from config import info, parse_args, run_command, with_home
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2 tokens in shards of 100M on Hugging Face: where they lie and how many there are.
@@ -115,12 +115,15 @@ def read_file(path: Path, text_key: str) -> Iterator[str | None]:
             for value in batch.column(text_key).to_pylist():
                 yield as_text(value, "a record", text_key)
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield parse_record(line, f"line {number}", text_key)
     else:
-        yield from path.read_text(encoding="utf-8").split(END_OF_TEXT)
+        with path.open(encoding="utf-8-sig") as file:  # Windows puts a mark before the text
+            start = file.read(2**16)  # a binary file fails here, before all of it is read
+            yield from (start + file.read()).split(END_OF_TEXT)
 
 
 def refuse(error: OSError) -> NoReturn:
@@ -170,7 +173,8 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
             why = error if type(error) is ValueError else f"{error!r:.200}"
             raise ValueError(f"{path} cannot be read: {why}") from None
         except OSError as error:
-            refuse(error)
+            why = error.strerror or error  # pyarrow's has no more than a message
+            raise OSError(f"{path} cannot be read ({why}); allow it or leave it out") from None
         texts = [text for text in records if text is not None]
         if nulls := len(records) - len(texts):
             info(f"left out {nulls} empty records of {path}: their {text_key!r} is null")
@@ -258,7 +262,8 @@ PATTERN = "|".join(
         rf"[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}]+(?!{_LETTER})",
     )
 )
-LINE_END = re.compile(r"\n(?=\S)")  # none of PATTERN's or a release's pieces goes on after it
+# None of the patterns, ours or a release's, has a piece that goes on after such a line end.
+LINE_END = re.compile(r"\n(?=[^\s/])")
 BPE_SAMPLE = 100_000_000  # characters that a new tokenizer is trained on, at most about
 PIECE = 100_000  # characters; longer documents are sampled and encoded piece by piece
 
@@ -545,11 +550,12 @@ def stored_tokenizer(folder: Path | str) -> Tokenizer:
         if not folder.exists() and (old := backup_of(folder)).exists():
             aside = f"{folder} is missing, but a run that was stopped had put it aside"
             raise ValueError(f"{aside}: rename {old} to {folder}") from None
-        raise ValueError(f"{folder} has no whole tokenizer ({error!s:.200}); {AGAIN}") from None
+        told = f"{folder} has no whole tokenizer ({error!s:.200}); {AGAIN}"
+        raise ValueError(f"{told}; for weights, copy their run's tokenizer and meta.json") from None
 
 
 def load_tokenizer(folder: Path | str) -> tiktoken.Encoding | None:
-    """The same as a tiktoken.Encoding, which that in a tokenizer.json is not. Raises ValueError."""
+    """The tokenizer as a tiktoken.Encoding; None for one in a tokenizer.json. Raises ValueError."""
     return stored_tokenizer(folder).encoding
 
 
@@ -604,8 +610,8 @@ def encode_all(texts: list[str], tokenizer: Tokenizer, name: str) -> Iterator[li
 def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenizer) -> None:
     """Encode the texts into the token file <split>.bin.
 
-    More than TOKENS_PER_FILE tokens become <split>_000001.bin and so on, all of one length, give
-    or take a token: the ends are copied out of the one file and cut off it, the last one first.
+    More than TOKENS_PER_FILE tokens are shared out evenly over <split>_000001.bin and so on. All
+    are first written to one file. Then its last part is copied out and cut off, and so on.
     """
     kind = UINT16 if tokenizer.n_vocab <= 1 << 16 else UINT32
     dtype, path, count = DTYPES[kind], folder / f"{split}.bin", 0
@@ -732,6 +738,7 @@ def recover(folder: Path) -> None:
 
 def prepare_text(config: DataConfig, folder: Path) -> None:
     """Make token files and their tokenizer in folder."""
+    tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else None
     if config.source == "tinystories":  # it brings its own validation file
         files = [f"TinyStoriesV2-GPT4-{split}.txt" for split in ("train", "valid")]
         paths = [download("roneneldan/TinyStories", file) for file in files]
@@ -752,10 +759,7 @@ def prepare_text(config: DataConfig, folder: Path) -> None:
         if (most := sum(len(text.encode()) + 1 for text in texts)) > TOKENS_PER_FILE:
             has = f"{most:,} bytes of {split} text, expected at most {TOKENS_PER_FILE:,}"
             raise ValueError(f"{config.source} has {has}; give a lower --{option}_fraction")
-    if config.tokenizer:
-        tokenizer = open_tokenizer(config.tokenizer)
-    else:
-        tokenizer = train_tokenizer(train, config.vocab_size)
+    tokenizer = tokenizer or train_tokenizer(train, config.vocab_size)
     write_tokenizer(tokenizer, folder)
     write_tokens(folder, "train", train, tokenizer)
     write_tokens(folder, "val", val, tokenizer)
@@ -902,6 +906,9 @@ def next_command(config: DataConfig, folder: Path, vocab_size: int) -> str:
 def main(argv: list[str]) -> None:
     description = "Turn text into token files and a tokenizer in data/<name>/."
     source, values = parse_args(description, argv, DataConfig, positional="source")
+    if source and "source" in values:
+        raise ValueError(f"two sources: {source} and --source={values['source']}; give one")
+    values |= with_home(values, "source", "out", "tokenizer")
     config = DataConfig(**values | ({"source": source} if source else {}))
     folder = prepare(config)
     print(folder)

@@ -32,14 +32,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fp8
 import ops
-from config import info, parse_args, run_command
+from config import info, parse_args, run_command, with_home
 from huggingface import Tokenizer, load_model
 from model import Cache, DeepSeekV3
 from ops import fast_dtype, span
 
 MOST_DRAFTS = 4
 MATCH = 3  # so many last tokens must stand earlier in the text before drafts are copied from there
-COLDEST = 1e-6  # a lower temperature is greedy: logits divided by less would be infinite
+COLDEST = 1e-6  # a lower temperature is greedy: the likeliest token has nearly all probability
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
@@ -187,8 +187,10 @@ class Text:
         # Of both kinds of net trunk, predict_next and logits are called.
         self.net = decoder_or_model(model, tokens, hidden, self.cache, compiled)
         self.compiled = compiled and self.net is not model
-        # What a graph is made for, and the graphs that CUDA has recorded with this text's tensors.
-        self.kind = str(config), like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
+        # What a graph is made for (the network's modules among it), and the graphs that CUDA has
+        # recorded with this text's tensors.
+        network = (str(config), str(model)) if compiled else ()
+        self.kind = *network, like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
         self.recorded = set()
 
     def run_module(self, module: int, hidden: Tensor, start: int | Tensor) -> Tensor:
@@ -275,8 +277,11 @@ class Text:
     def play(self, n: int, G: int, copied: bool, u: Tensor) -> tuple[list[list[int]], float]:
         """A round, eager or as a graph: what `verify` returns, and the seconds it took, without
         compilation. copied: the G drafts are written already."""
-        most = G + self.depth  # slots that a round with G drafts can leave to the next one
-        as_graph = self.compiled and n > most  # a graph fills `most` slots in every round
+        # The modules fill the slots that earlier rounds have left open. A graph fills as many in
+        # every round, the most that a round with G drafts can leave; filled ones are written again.
+        # Near the beginning of a text there are not so many, so its first rounds are eager.
+        most = G + self.depth
+        as_graph = self.compiled and n > most
         slots = None
         if G and not copied:
             slots = most if as_graph else min(n - 1 - self.filled, self.piece)
@@ -330,7 +335,8 @@ def graph_of(text: Text, n: Tensor, G: int, slots: int | None, u: Tensor) -> Cal
 
 def new_graph(text: Text, on_cpu: bool) -> Callable:
     """Text.draft_and_verify, which torch compiles when it is called for the first time."""
-    # As torch.compile keeps graphs with the code of a function, each has its own copy of that.
+    # torch.compile keeps graphs with a function's code object. With a copy of the code for each
+    # graph they stay apart.
     function = types.FunctionType(Text.draft_and_verify.__code__.replace(), globals())
     if on_cpu:
         options = dict(cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
@@ -390,16 +396,21 @@ def generate(
     on_token: Callable[[int, list[int], int], None] = lambda row, ids, accepted: None,
     stats: Stats | None = None,
 ) -> Tensor:
-    """Continues the rows of tokens (B, T) by max_new_tokens each: (B, T + new), prompt included.
+    """Continues every row of tokens (B, T): (B, T + max_new_tokens), the prompt included.
 
-    speculative: drafts in a round, 0 to 4, by the model's MTP modules if it has any. lookup: copy
-    them from the text itself where its last tokens stood before. compile: rounds become graphs. A
-    row that reaches eos_token_id (one or several) is padded with it. At max_position_embeddings
-    decoding stops with a note, so `new` may be smaller. generator: one of drawing_device(the
-    tokens' device); the same state gives the same text. on_token(row, ids, accepted) sees new
-    tokens as they come, the first `accepted` of them drafts. stats is filled in.
+    speculative: drafts in a round, 0 to 4. The MTP modules make them, if there are any.
+    lookup: where the last tokens stood before, drafts are copied from what followed them.
+    compile: rounds become graphs.
+    eos_token_id: one or several; a row that reaches one is filled up with the first of them.
+    generator: on drawing_device(tokens.device); the same state gives the same text.
+    on_token(row, ids, accepted): called with new tokens; the first `accepted` of them were drafts.
+    stats: a Stats to fill in.
+
+    At max_position_embeddings decoding stops early, and stats.note says so.
     """
     check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
+    tokens = tokens.long()
     B, T = tokens.shape
     stats = stats or Stats()
     end = min(T + max_new_tokens, model.config.max_position_embeddings)
@@ -455,6 +466,8 @@ def up_to_eos(ids: list[int], eos: list[int]) -> list[int]:
 
 def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative):
     """Raises ValueError, with one sentence, for a call of `generate` that cannot be served."""
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}, but must have (B, T).")
     (B, T), V, limit = tokens.shape, model.config.vocab_size, model.config.max_position_embeddings
     low, high = (tokens.min().item(), tokens.max().item()) if B * T else (0, 0)
     drafts = speculative in range(MOST_DRAFTS + 1)
@@ -492,7 +505,10 @@ def decoder_or_model(
     """
     logits = model.logits(hidden[:, -1:])  # (B, 1, V)
     if not logits.isfinite().all():
-        raise ValueError("the logits after the prompt are not finite: the weights are damaged")
+        raise ValueError(
+            "the logits after the prompt are not finite: weights are damaged, or an edit of "
+            "model.py makes them so"
+        )
     if not ops.enabled:  # in tests
         return model
     edit = ops.not_as_copied(model)
@@ -518,7 +534,11 @@ def decoder_or_model(
 
 
 def kept_decoder(model: DeepSeekV3, compiled: bool) -> "ops.Decoder":
-    """The model's Decoder of the last text, or a new one if the model has changed since."""
+    """The model's Decoder of the last text, or a new one if the model has changed since.
+
+    An edit through p.data leaves no trace here. decoder_or_model notices it where it changes the
+    logits by more than rounding may, which in bfloat16 is a fifth.
+    """
     made_of = [str(model.config), *map(id, (*model.layers, *model.mtp, *model.modules()))]
     for p in model.parameters():  # tensors of inference mode do not count their versions
         made_of += [p.data_ptr(), None if p.is_inference() else p._version]
@@ -548,13 +568,14 @@ def compare_forms(model: DeepSeekV3):
     They differ if only one of `attend_expanded` (training, prompts) and `attend_absorbed` (all that
     follows) was edited, or if a layer reads tokens that are not in the cache.
     """
-    error = None
+    error, allowed = None, 1e-4
     if sum(p.numel() for p in model.parameters()) <= COPIED_TO_FLOAT64:
         exact = copy_in_float64(model)
-        with contextlib.suppress(RuntimeError):  # a patch may know only the model's own dtype
-            error, allowed = errors_of_forms(exact).max().item(), 1e-4
-    if error is None:
+        with contextlib.suppress(RuntimeError):
+            error = errors_of_forms(exact).max().item()
+    if error is None:  # too large to copy, or a patch knows only the model's own dtype
         try:
+            # Rounding may send some tokens to other experts: the median leaves these out.
             error = errors_of_forms(model).median().item()
         except RuntimeError as cause:
             raise ValueError(
@@ -698,7 +719,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
 def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
     if stats.rounds:
         info(f"{stats.tokens} tokens, {stats.tokens / stats.seconds:.1f} tokens/s after the prompt")
-    if any(stats.drafted):
+    if stats.rounds and any(stats.drafted):
         of = (f"{a} of {d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
         per_call = stats.tokens / stats.rounds / rows
         info(f"{per_call:.2f} tokens per model call; accepted drafts, by position: {', '.join(of)}")
@@ -744,7 +765,7 @@ def tell_ignored(given: set[str], config: SampleConfig, has_mtp: bool):
 def main(argv: list[str]):
     text = "Write text with a trained model: python sample.py out/small [--key=value]"
     ckpt, values = parse_args(text, argv, SampleConfig, positional="ckpt")
-    config = SampleConfig(**values)
+    config = SampleConfig(**values | with_home(values, "ckpt"))
     if ckpt and "ckpt" in values:
         raise ValueError(f"there are two checkpoints, {ckpt} and --ckpt={config.ckpt}: name one")
     device, dtype = usable_device(config.device), config.dtype

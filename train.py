@@ -50,7 +50,7 @@ import fp8
 import ops
 import prepare_data
 import sample
-from config import info, parse_args, read_config_file, run_command
+from config import info, parse_args, read_config_file, run_command, with_home
 from huggingface import Tokenizer, checkpoint_file, load_checkpoint, load_model, model_code
 from model import DeepSeekV3, ModelConfig, expert_counts
 from ops import fast_dtype, has_grouped_mm
@@ -341,9 +341,9 @@ def wrap(model: DeepSeekV3, config: TrainConfig, machine: Machine) -> nn.Module:
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: Muon as in Moonlight (arXiv 2502.16982).
 
-    Parameters are matrices (out, in) or stacks of them (E, out, in), every matrix orthogonalised by
-    itself, in `dtype`, and scaled to the usual size of AdamW's updates, all of one shape at once.
-    Results are those of torch.optim.Muon, which takes hundreds of experts one after another.
+    A parameter is a matrix (out, in) or a stack of matrices (E, out, in). Each matrix is made
+    orthogonal by itself, in `dtype`, and scaled to about the size of AdamW's updates. Matrices of
+    one shape are computed together. torch.optim.Muon gives the same results one by one.
     """
 
     def __init__(self, params, defaults: dict, dtype: torch.dtype):
@@ -418,7 +418,7 @@ TOKENIZER_KEYS = ("tokenizer_sha256", "pattern", "special_tokens")  # of meta.js
 
 
 def tokenizer_identity(folder: Path) -> dict | None:
-    """What makes the tokenizer of a run or of data; None if that is stored in another way."""
+    """The entries of meta.json that tell tokenizers apart; None if the folder has no meta.json."""
     if not (folder / "meta.json").exists():
         return None
     meta = json.loads((folder / "meta.json").read_bytes())
@@ -426,9 +426,11 @@ def tokenizer_identity(folder: Path) -> dict | None:
 
 
 def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
-    """Raises ValueError unless the tokenizer of weights (a run, a checkpoint in its run's folder,
-    a Hugging Face directory) is that of the data. A directory's has to have the same tokens and to
-    make the same of a text."""
+    """Raises ValueError unless the weights in `source` have the tokenizer of the data.
+
+    If the weights have a meta.json, its entries are compared. A Hugging Face directory without one
+    must have the same tokens, and must give a sample text the same ids.
+    """
     folder = source if source.is_dir() else source.parent
     if identity := tokenizer_identity(folder):
         same = identity == tokenizer_identity(data)
@@ -446,10 +448,12 @@ def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
 def read_data(config: TrainConfig, folder: Path, vocab_size: int) -> prepare_data.Dataset:
     """The prepared data. Raises OSError or ValueError where this run cannot use them."""
     if not folder.exists():
-        make = f"python prepare_data.py SOURCE --name={config.data} --vocab_size={vocab_size}"
+        make = f"python prepare_data.py SOURCE --name={folder.name} --vocab_size={vocab_size}"
+        make += f" --out={folder.parent}" if folder.parent != Path("data") else ""
         raise FileNotFoundError(f"no data in {folder}; make it with: {make}.")
     data = prepare_data.load_dataset(folder)
-    # Padding to a multiple of 128 is fine, and so is a release's own: V3 has some 500 rows more.
+    # The embedding may have more rows than there are tokens: fewer than 128 more, or exactly as
+    # many as in the release that the tokenizer is from.
     padding = vocab_size - data.vocab_size
     if padding < 0 or (padding >= 128 and vocab_size != data.rows):
         raise ValueError(
@@ -469,7 +473,8 @@ def data_folder(name: str) -> Path:
     """The folder of prepared data: a path, or a name in data/."""
     path = Path(name)
     put_aside = prepare_data.backup_of(path).exists()  # by a run that was to replace the folder
-    return path if put_aside or (path / "meta.json").exists() else Path("data") / name
+    is_path = len(path.parts) > 1 or put_aside or (path / "meta.json").exists()
+    return path if is_path else Path("data") / name
 
 
 def open_data(config: TrainConfig, vocab_size: int):
@@ -511,8 +516,12 @@ def epoch_starts(seed: int, epoch: int, length: int, T: int) -> np.ndarray:
 
 
 def train_windows(data: prepare_data.Dataset, config: TrainConfig, step: int) -> np.ndarray:
-    """The step's windows (B, T + 1), from (seed, step) alone. Every token comes once per epoch as
-    long as batch and window keep their size; of two sizes that take turns, each sees half."""
+    """The step's windows (B, T + 1). They depend on seed and step alone.
+
+    An epoch is a shuffled list of windows that lie side by side. Windows are numbered through all
+    epochs, and a step takes the next numbers. So every token comes once per epoch while batch and
+    window keep their size. Where two window sizes take turns, each skips the other's numbers.
+    """
     T, length = block_at(config, step), len(data.train)
     first = step * config.batch_size * config.block_size // T  # windows before this step
     numbers = first + np.arange(batch_at(config, step) * config.block_size // T)
@@ -575,7 +584,7 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
         n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
         sums[:, : len(n)] += torch.stack((loss * n, n))  # one token has no MTP loss
         for layer, chosen in enumerate(model.routing):
-            # MTP module k (from 1) has k rows fewer, and predicts the last rows' targets.
+            # MTP module k (from 1) has T - k rows, for the last T - k targets. -1 marks padding.
             used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
             visits[layer] += expert_counts(used, E)
             groups += nn.functional.one_hot(used // (E // G), G).amax(1).sum()
@@ -856,8 +865,8 @@ class Run:
         self.evaluated = 0  # the step of the last evaluation that a resumed run finds in its log
         self.at_start: dict | None = None  # the evaluation of weights that the run starts from
         self.best_length, self.best_loss = 0, math.inf  # of best.pt: tokens trained for, loss
-        # Sums since the last line of the log, kept on the device: three losses, MaxVio, steps left
-        # out because their gradient was not finite, all steps.
+        # Sums over the steps since the last line of the log: loss, MTP loss, balance loss, MaxVio,
+        # steps left out, all steps. They stay on the device, so that no step has to wait for them.
         self.sums = torch.zeros(6, device=machine.device, dtype=model.norm.weight.dtype)
         self.bad_in_a_row = 0  # gradients that were not finite
         self.stopped = False  # by a signal
@@ -900,7 +909,10 @@ class Run:
         self.dcp.set_optimizer_state_dict(*self.trained, state, options=options)
 
     def read_folder(self, saved: dict) -> dict:
-        """What a run goes on with; the log loses what came after the checkpoint and comes again."""
+        """What process 0 finds in the run's folder: step, tokens, sums, best loss, last evaluation.
+
+        Lines of the log that are later than the checkpoint are deleted: the run writes them again.
+        """
         kind, moments = self.config.optimizer, saved.get("optimizer")
         if saved["train_config"].get("optimizer") != kind or not isinstance(moments, dict):
             raise ValueError(f"no state of {kind} in {self.out}: use --init_from instead.")
@@ -909,27 +921,30 @@ class Run:
             "step": saved["step"],
             "tokens": saved["tokens"],
             "sums": saved.get("sums", torch.zeros(6)),  # an older version's may lack them
-            "best": best,
-            # Without a best.pt to compare with, this step's evaluation is repeated: it writes one.
-            "evaluated": evaluated if best[0] else 0,
+            "best": best or (0, math.inf),
+            "evaluated": evaluated if best else 0,  # else it is made again, and writes best.pt
         }
 
-    def read_best(self) -> tuple[int, float]:
-        """Length and loss of best.pt, which may be later and better than the checkpoint; (0, inf)
-        where there is none to compare with: its loss is of another text, part or window."""
-        path, nothing = self.out / "best.pt", (0, math.inf)
+    def read_best(self) -> tuple[int, float] | None:
+        """Trained length and loss of best.pt, which may be newer than the checkpoint; None if there
+        is no whole one. (0, inf) if its loss is of another text, another part of it, or windows of
+        another size: then the next loss takes its place."""
+        path = self.out / "best.pt"
         if not path.exists():
-            return nothing
+            return None
         try:
             file = load_checkpoint(path)
         except ValueError as error:
-            info(f"{error}: the next evaluation writes it anew")
-            return nothing
+            info(f"{error}: an evaluation writes it anew")
+            return None
         then, now = settings_in(file), asdict(self.config)
+        length = len(self.data.val)
         same_text = data_folder(then["data"]).resolve() == data_folder(now["data"]).resolve()
+        same_text = same_text and file.get("val_length", length) == length
         same_part = then["eval_tokens"] == now["eval_tokens"]
         if not (same_text and same_part and then["block_size"] == now["block_size"]):
-            return nothing
+            info(f"{path} has the loss of another text or windows: the next evaluation replaces it")
+            return 0, math.inf
         return file.get("trained_length", then["block_size"]), compared_loss(file)
 
     def begin(self, files):
@@ -939,7 +954,8 @@ class Run:
             for name in RUN_FILES:
                 (self.out / name).unlink(missing_ok=True)
             for file in files:
-                shutil.copy(file, self.out)
+                (self.out / file.name).unlink(missing_ok=True)  # it may be read-only
+                shutil.copyfile(file, self.out / file.name)
 
         on_first(replace)
         if self.at_start:
@@ -1009,6 +1025,7 @@ class Run:
             "train_config": asdict(self.config),
             "model": self.dcp.get_model_state_dict(self.model, options=self.whole),
             "trained_length": self.model.trained_length,
+            "val_length": len(self.data.val),  # best.pt's loss is compared on the same text only
             "step": self.step,
             "tokens": self.tokens,
             "sums": self.sums,
@@ -1034,7 +1051,8 @@ class Run:
             if self.better(loss):
                 self.best_length, self.best_loss = self.model.trained_length, loss
                 self.save("best.pt", **{k: v for k, v in result.items() if k.startswith("val")})
-            self.write_line(self.step, self.tokens, result)  # last: what it has is not made again
+            # After best.pt: a resumed run takes an evaluation that is in the log for finished.
+            self.write_line(self.step, self.tokens, result)
             self.clock.restart(self.tokens)
 
     def evaluate_start(self):
@@ -1050,8 +1068,8 @@ class Run:
         return result
 
     def better(self, loss: float) -> bool:
-        """Whether weights with this loss take the place of best.pt: a finite one, and weights
-        trained for longer windows before a lower loss."""
+        """Whether these weights replace best.pt. Their loss must be finite. Weights trained for
+        longer windows always win; at the same length the lower loss wins."""
         longer = self.model.trained_length > self.best_length
         as_long = self.model.trained_length == self.best_length
         return math.isfinite(loss) and (longer or (as_long and loss < self.best_loss))
@@ -1096,6 +1114,9 @@ def tell_plan(model: DeepSeekV3, config: TrainConfig, machine: Machine):
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.why})"
     info(f"run: {config.steps} steps on {where}")
+    changed = ops.edited(type(model).forward.__globals__, ["DeepSeekV3.logits", "head_loss"])
+    if "DeepSeekV3.logits" in changed and "head_loss" not in changed:
+        info("DeepSeekV3.logits is edited, but losses come from head_loss: edit that alike")
     c = model.config
     if c.moe_layers and c.num_experts_per_tok == 1 and c.norm_topk_prob:
         told = "one expert per token, whose gate value norm_topk_prob makes 1"
@@ -1186,13 +1207,14 @@ def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
     command line."""
     about = "Train a DeepSeek-V3: python train.py config/small.py [--key=value]"
     file, given = parse_args(about, argv, TrainConfig, ModelConfig, positional="config")
+    given |= with_home(given, "out", "data", "init_from")
     if given.get("out") == "":  # the default
         del given["out"]
     in_file = {}
     if file:
         in_file = read_config_file(file, ModelConfig, TrainConfig)
         in_file["out"] = in_file.get("out") or f"out/{Path(file).stem}"
-        if says := ast.get_docstring(ast.parse(Path(file).read_text(encoding="utf-8"))):
+        if says := ast.get_docstring(ast.parse(Path(file).read_bytes())):
             first, _, _ = says.partition("\n\n")
             info(f"{file}: {' '.join(first.split())}")
     here = in_file | given
@@ -1238,14 +1260,16 @@ def check_free(command: TrainConfig):
 
 
 def settings_in(saved: dict) -> dict:
-    """What a checkpoint has a say in; an older one lacks some settings, which were the defaults."""
+    """The settings that a checkpoint decides: all but OF_THE_COMMAND. One that did not exist when
+    it was saved has its default, which is how the run behaved."""
     default = asdict(TrainConfig()) | asdict(ModelConfig())
     values = default | saved["train_config"] | saved["model_config"]
     return {key: values[key] for key in default if key not in OF_THE_COMMAND}
 
 
 def settle(in_file: dict, saved: dict | None, given: dict) -> tuple[TrainConfig, dict]:
-    """The configuration, and the network's keys; `saved` is what is resumed or evaluated."""
+    """Merges the config file, a checkpoint (`saved`, which is resumed or evaluated) and the command
+    line. Returns the training settings, and the network's keys that were given."""
     stored = settings_in(saved) if saved else {}
     network, settings = split_configs(in_file | stored | given)
     config = TrainConfig(**settings)
@@ -1285,7 +1309,8 @@ def tell_unused(config: TrainConfig, given: dict):
 
 
 def tell_start(source: Path, model: DeepSeekV3, config: TrainConfig):
-    """Says what a run starts from, and where it would train that as fast as it was trained."""
+    """Names the weights that a run starts from. Warns if lr is not below the rate that they were
+    trained with."""
     count = f"{model.parameter_counts()['total'] / 1e6:.2f}M parameters"
     if (source / "config.json").exists():
         info(f"start: from {source}, a Hugging Face directory, {count}")
@@ -1334,6 +1359,8 @@ def open_network(config: TrainConfig, asked: dict, source: Path | None, machine:
         have = getattr(model.config, key)
         if key not in CONTEXT_KEYS and value != have:
             raise ValueError(f"{key} is {value} here, but {have} in {source}: it cannot change.")
+        if key == "max_position_embeddings" and value < model.trained_length:
+            info(f"{key} is {value}, but {source} was trained for {model.trained_length} tokens")
         setattr(model.config, key, value)  # all layers share the object
     model.config.__post_init__()  # checks the new values
     return model, tokenizer
@@ -1346,8 +1373,8 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine):
     longest = max(config.block_size, long)
     if longest > limit:
         raise ValueError(f"windows of {longest} tokens exceed max_position_embeddings, {limit}.")
-    # MTP module k predicts a window's tokens from the k + 1st on. And the shorter the windows, the
-    # smaller the batches of an evaluation, until the Python around them takes all the time.
+    # MTP module k needs k + 1 tokens before it has a target. And windows below 8 tokens make the
+    # batches of an evaluation so small that the Python around them takes most of the time.
     least = max(8, 1 + model.config.num_nextn_predict_layers)
     if config.block_size < least:
         raise ValueError(f"block_size is {config.block_size}, but must be at least {least} here.")
@@ -1358,7 +1385,8 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine):
         raise ValueError(f"--compile in {config.dtype} {slow}: give --compile=False.")
     trained = max(model.trained_length, config.block_size)
     if 0 < long < trained:
-        raise ValueError(f"long_block_size is {long}, less than the {trained} trained before.")
+        less = f"long_block_size is {long}, less than the {trained} trained before"
+        raise ValueError(f"{less}: give --long_block_size=0, or {trained} at least.")
     parts = machine.world * config.grad_accum
     for step in range(config.steps):
         tokens, T = batch_at(config, step) * config.block_size, block_at(config, step)
@@ -1427,7 +1455,8 @@ def main(argv: list[str]):
     except RuntimeError as error:
         why = str(error)
         if "out of memory" in why or "can't allocate memory" in why:
-            raise ValueError("out of memory: raise --grad_accum, or give --recompute.") from None
+            told = "out of memory: raise --grad_accum or give --recompute; in an evaluation,"
+            raise ValueError(f"{told} lower --eval_batch; else take a smaller network.") from None
         if isinstance(error, torch._dynamo.exc.ShortenTraceback):  # no C++ compiler, no Triton
             raise ValueError(f"--compile cannot be used here ({why:.200}); leave it out") from error
         raise

@@ -79,8 +79,11 @@ def parse_args(
     if unknown:
         word = unknown[0]
         name = word.removeprefix("--").split("=")[0]
-        if not word.startswith("-") and "=" not in word and "prompt" in fields:
+        alone = not word.startswith("-") and "=" not in word and name not in fields
+        if alone and "prompt" in fields:
             parser.error(f"{word!r} stands alone; write --prompt={shlex.quote(word)}")
+        if alone:
+            parser.error(f"{word!r} is one word too many; put a pattern such as '*.txt' in quotes")
         parser.error(f"write --{word}" if name in fields else unknown_key(name, fields))
     values = {name: text for name, text in vars(given).items() if text is not None}
     argument = values.pop("0", None)
@@ -88,6 +91,12 @@ def parse_args(
         return argument, {n: as_field(n, text, fields[n].type) for n, text in values.items()}
     except ValueError as error:
         parser.error(str(error))
+
+
+def with_home(values: dict[str, Any], *names: str) -> dict[str, str]:
+    """Those of the named values that are given, with ~ as the home folder: a shell leaves ~ after
+    an = as it is."""
+    return {name: os.path.expanduser(values[name]) for name in names if name in values}
 
 
 def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:

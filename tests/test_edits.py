@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType, ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -129,6 +130,19 @@ def test_a_checkpoint_knows_whether_formulas_have_changed_and_overlooks_comments
     text = "# a comment\n\n" + SOURCE.replace('"""x / sqrt(', '"""The norm: x / sqrt(')
     text = text.replace("  # (B, T, D)", "  # [batch, time, width]")
     assert text.count("[batch") > 3 and model_code(module_of(tmp_path, text)) == code[0]
+
+
+def test_that_mark_is_of_model_py_alone(tmp_path):
+    """Not of what another Python or torch has written into its classes."""
+    seen = []
+
+    def listen(codes):
+        seen.extend(codes)
+        return ops.fingerprint_of(codes)
+
+    with mock.patch("huggingface.fingerprint_of", listen):
+        assert model_code() == model_code()
+    assert len(seen) > 40 and {code.co_filename for code in seen} == {plain.__file__}
 
 
 def network(module: ModuleType, dtype=torch.float64, **changes) -> nn.Module:

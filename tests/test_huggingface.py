@@ -595,6 +595,23 @@ def test_the_command_and_its_refusals(words, code, said, run, tmp_path, monkeypa
     assert [path.name for path in Path("full").iterdir()] == ["notes"]
 
 
+def test_a_release_is_no_source_of_an_export(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    words = [str(tmp_path), str(tmp_path / "new"), "--quantize"]
+    check_refusal(f"{tmp_path} is a release already", huggingface.main, words)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_export_of_an_edited_network_is_told(bias, tmp_path, monkeypatch, capsys):
+    """Also where its attention has biases, which transformers knows."""
+    model = test_model.tiny(torch.float32, attention_bias=bias)
+    model.save_pretrained(tmp_path)
+    assert "is not DeepSeek-V3's" not in capsys.readouterr().err
+    monkeypatch.setattr("model.swiglu", lambda gate, up, gain=None: gate * up)
+    model.save_pretrained(tmp_path)
+    assert "model.swiglu is not DeepSeek-V3's" in capsys.readouterr().err
+
+
 def test_a_foreign_tokenizer_opens(run, tmp_path):
     """One of several stages, as DeepSeek-V3's is."""
     spec = json.loads(huggingface.tokenizer_json(prepare_data.load_tokenizer(run)))

@@ -588,6 +588,34 @@ def test_collections_of_documents(tmp_path, kind, capsys):
     assert text_of(folder, "val") == val  # the refused run took nothing away
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    texts = {"a.txt": prose(1, 9), "b.jsonl": json.dumps({"text": prose(2, 9)})}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    found = pd.read_paths(str(tmp_path), "text")
+    assert found == {"a.txt:0": prose(1, 9), "b.jsonl:0": prose(2, 9)}
+
+
+def test_a_large_binary_file_is_not_read_whole(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(prose(1, 9))
+    with open(tmp_path / "video", "wb") as file:
+        file.write(b"\x80" * 9)
+        file.truncate(2**40)  # which takes no space on the disk
+    assert len(pd.read_paths(str(tmp_path), "text")) == 1
+    assert "video: not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    table = pytest.importorskip("pyarrow").table({"text": ["some words " * 99] * 9})
+    pytest.importorskip("pyarrow.parquet").write_table(table, path := tmp_path / "a.parquet")
+    content = bytearray(path.read_bytes())
+    content[4:60] = bytes(56)
+    path.write_bytes(content)
+    with pytest.raises((OSError, ValueError), match=r"a\.parquet cannot be read") as caught:
+        pd.read_paths(str(path), "text")
+    assert "None" not in str(caught.value)
+
+
 def test_a_column_that_is_no_text_is_refused(tmp_path):
     table = pytest.importorskip("pyarrow").table({"n": [5, 6], "body": ["a", "b"]})
     pytest.importorskip("pyarrow.parquet").write_table(table, path := tmp_path / "a.parquet")
@@ -872,7 +900,9 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
         (1, "shards=104: expected 1 to 103", "fineweb", "--shards=104"),
         (1, "shards=0: expected 1 to 99", "finewebedu", "--shards=0"),
         (1, "fineweb is made of gpt2's tokens, but", "fineweb", "--tokenizer=data/a"),
-        (1, "gpt3 has no whole tokenizer", "a.txt", "--name=b", "--tokenizer=gpt3"),
+        (1, "gpt3 has no whole tokenizer", "nowhere", "--name=b", "--tokenizer=gpt3"),
+        (1, "two sources: a.txt and --source=b.txt", "a.txt", "--source=b.txt"),
+        (2, "'b.txt' is one word too many; put a pattern", "a.txt", "b.txt"),
     ]:
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])
         with pytest.raises(SystemExit) if code else nullcontext() as done:

@@ -536,6 +536,7 @@ def test_texts_have_the_exact_distribution(setting, options, B=12, V=3, new=4, c
     "change, word",
     [
         (dict(tokens=torch.zeros(1, 0, dtype=torch.long)), "empty"),
+        (dict(tokens=torch.tensor([1, 2])), r"shape \(2,\), but must have \(B, T\)"),
         (dict(tokens=torch.zeros(1, LIMIT + 1, dtype=torch.long)), "context"),
         (dict(tokens=torch.tensor([[31]])), "31"),
         (dict(tokens=torch.tensor([[-1]])), "-1"),
@@ -554,6 +555,28 @@ def test_impossible_requests_are_refused_in_one_sentence(change, word):
     with pytest.raises(ValueError, match=word) as caught:
         generate(model, **dict(tokens=torch.tensor([[1]]), max_new_tokens=3) | change)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch.compile
+def test_a_wrapped_model_and_short_integers_make_the_same_text():
+    """A model in torch.compile's wrapper is decoded as itself."""
+    model, tokens = tiny(), torch.tensor([[1, 2, 3]])
+    texts = [
+        generate(net, ids, 8, temperature=1.0, generator=torch.Generator().manual_seed(0))
+        for net, ids in ((model, tokens), (torch.compile(model), tokens.int()))
+    ]
+    assert torch.equal(*texts) and texts[1].dtype == torch.long
+
+
+def test_a_graph_belongs_to_the_layers_that_are_there():
+    """Not only to the configuration: a layer may have been taken out of the model."""
+    model, filters = tiny(), (0.0, None, None)
+    kinds = []
+    for _ in range(2):
+        with torch.inference_mode():
+            kinds.append(sample.Text(model, torch.ones(1, 9).long(), 3, 1, True, filters).kind)
+        del model.layers[1]
+    assert kinds[0] != kinds[1]
 
 
 # ---- The command ---------------------------------------------------------------------------------

@@ -817,12 +817,17 @@ def test_best_checkpoint_has_the_lowest_loss_and_may_be_newer_than_the_other(mon
     assert load(run("--resume", "--steps=9", "--block_size=8"), "best.pt")["val_loss"] == 9.0
 
 
-def test_losses_on_another_text_are_not_compared(monkeypatch, data):
+@pytest.mark.parametrize("name", ["other", "again"])
+def test_losses_on_another_text_are_not_compared(monkeypatch, data, name):
+    """Of another name, or made anew with the same. A run that has ended is not evaluated again."""
+    shutil.copytree(data, "data/again")
     give_losses(monkeypatch, 2.0, 3.0, 9.0)
-    run()
-    asked = prepare_data.DataConfig(TEXT, "other", tokenizer=str(data), val_fraction=0.4)
-    prepare_data.prepare(asked)
-    best = load(run("--resume", "--steps=9", "--data=other"), "best.pt")
+    run("--data=again")
+    run("--resume", "--data=again", "--eval_tokens=99")
+    assert load("run", "best.pt")["val_loss"] == 2.0 != 9.0
+    asked = prepare_data.DataConfig(TEXT, name, tokenizer=str(data), val_fraction=0.4)
+    prepare_data.prepare(replace(asked, overwrite=True))
+    best = load(run("--resume", "--steps=9", f"--data={name}"), "best.pt")
     assert (best["step"], best["val_loss"]) == (9, 9.0)
 
 
@@ -1432,6 +1437,8 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
         (["--warmup=0.6"], "warmup is 0.6, but decay_start is 0.5: raise decay_start to 0.6 at"),
         (["--decay_end=0.99"], "decay_end is 0.99, but final_start is 0.9887"),
         (["--data=nowhere", "--out=run/a/b"], "no data in data/nowhere"),
+        (["--data=data/no"], "no data in data/no; make it with: python prepare_data.py SOURCE --"),
+        (["--data=else/no"], "no data in else/no; make it with: python prepare_data.py SOURCE --"),
     ],
 )
 def test_refusals_are_one_sentence(options, words):
@@ -1447,6 +1454,50 @@ def test_a_window_and_the_token_after_it_must_fit_in_the_shortest_file(data, mon
     for sizes in (dict(block_size=33), dict(block_size=16, long_block_size=33)):
         with pytest.raises(ValueError, match="windows of 33 tokens do not fit"):
             train.read_data(train.TrainConfig(**sizes), data, 512)
+
+
+def test_the_home_folder_is_meant_by_its_sign(monkeypatch, data):
+    monkeypatch.setenv("HOME", str(Path("home").resolve()))
+    shutil.copytree(data, "home/texts")
+    run("--steps=1", "--data=~/texts", out="~/a")
+    run("--steps=1", "--init_from=~/a", out="~/b")
+    assert Path("home/b/ckpt.pt").exists() and not Path("~").exists()
+
+
+def test_a_run_is_replaced_though_the_data_are_read_only():
+    """Their copies in the run's folder are not."""
+    shutil.copytree("data/tiny", "data/closed")
+    for file in Path("data/closed").iterdir():
+        file.chmod(0o444)
+    run("--steps=1", "--data=closed")
+    modes = [Path("run", name).stat().st_mode for name in ("meta.json", "tokenizer.tiktoken")]
+    assert all(mode & 0o200 for mode in modes)
+    Path("run/meta.json").chmod(0o444)
+    run("--steps=1", "--data=closed", "--overwrite")
+    assert load("run")["step"] == 1
+
+
+def test_a_config_file_may_begin_with_a_byte_order_mark():
+    Path("my.py").write_bytes(b"\xef\xbb\xbf" + Path(TINY).read_bytes())
+    train.main(["my.py", *SHORT, "--steps=1"])
+    assert load("out/my")["step"] == 1
+
+
+def test_an_edit_of_logits_alone_is_told_when_training(monkeypatch, capsys):
+    """Training computes its loss elsewhere."""
+
+    def logits(self, h):
+        return 30 * torch.tanh(self.lm_head(h).float() / 30)
+
+    monkeypatch.setattr(DeepSeekV3, "logits", logits)
+    run("--steps=1")
+    assert "logits is edited, but losses come from head_loss" in capsys.readouterr().err
+
+
+def test_a_context_shorter_than_the_weights_were_trained_for_is_told(shared, capsys):
+    trained = shared("--steps=1", "--block_size=64")
+    run("--steps=1", f"--init_from={trained}", "--max_position_embeddings=32")
+    assert "max_position_embeddings is 32, but" in capsys.readouterr().err
 
 
 def test_an_existing_run_is_refused_and_kept(shared):
