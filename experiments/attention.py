@@ -112,7 +112,8 @@ def draw(figure, results):
 
 COLUMNS = {"test_bpb": "bits/byte", "cache_bytes": "cache, bytes per token"}
 COLUMNS |= {"parameters": "parameters"}
-EXPERIMENT = run.Experiment("attention", arms, COLUMNS, draw, cache_size, base="MLA")
+PAIRS = (("GQA 2", "MHA"), ("MQA", "MHA"), ("MHA normed", "MHA"))
+EXPERIMENT = run.Experiment("attention", arms, COLUMNS, draw, cache_size, base="MLA", pairs=PAIRS)
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)

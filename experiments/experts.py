@@ -51,6 +51,7 @@ COLUMNS = {
     "test_bpb": "bits/byte",
     "parameters": "parameters",
     "active": "active",
+    "max_vio_global": "MaxVio, validation",
 }
 
 

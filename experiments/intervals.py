@@ -65,12 +65,13 @@ def residual_deviation(values: dict[tuple[str, int], float]) -> tuple[float, int
     return math.sqrt(((y - design @ fit) ** 2).sum() / freedom), freedom
 
 
-def holm(p: dict[str, float]) -> dict[str, float]:
+def holm(p: dict[str, float], claims: int = 0) -> dict[str, float]:
     """The p-values, corrected for there being several: the smallest times their number, the next
-    times one less, and so on, none below the one before it."""
+    times one less, and so on, none below the one before it. claims: their number, where some of
+    them are not known yet."""
     corrected, least = {}, 0.0
     for i, name in enumerate(sorted(p, key=p.__getitem__)):
-        least = min(1.0, max(least, (len(p) - i) * p[name]))
+        least = min(1.0, max(least, (max(claims, len(p)) - i) * p[name]))
         corrected[name] = least
     return corrected
 

@@ -108,6 +108,7 @@ class Experiment:
     against: str = "test_bpb"  # whose difference to the base has a column
     results: str = ""  # the experiment that trains these arms, if it is another one
     compute: Callable[[str, int], dict] | None = None  # (arm, seed): in place of a training
+    pairs: tuple[tuple[str, str], ...] = ()  # of arms that are compared besides each with the base
 
 
 # ---- Training ------------------------------------------------------------------------------------

@@ -89,46 +89,72 @@ def collect(experiment, options) -> dict[str, list[dict]]:
 
 @dataclass
 class Difference:
-    """Of an arm to the base, over the seeds that both have."""
+    """Of an arm to the base, or to another arm, over the seeds that both have."""
 
     mean: float
     half: float | None  # half of the 95 % interval, from the pooled deviation
-    p: float | None = None  # corrected for the number of arms that make a claim
+    alone: float | None = None  # the same, from the deviation of these pairs alone
+    p: float | None = None  # corrected for the number of claims in the table
     files: tuple[float, float] | None = None  # 95 % of the differences over other test files
+    validation: float | None = None  # the mean difference on the validation text
 
 
 def differences(experiment, options, results: dict[str, list[dict]]) -> tuple[dict, str]:
-    """The Difference of every arm, and a sentence on what could have been seen."""
-    key, (base, *others) = experiment.against, results.items()
-    pairs = {name: [x for x in xs if "against" in x] for name, xs in others}
-    pairs = {name: xs for name, xs in pairs.items() if xs}
+    """The Difference of every arm to the base and of every pair of the experiment, and a sentence
+    on what could have been seen."""
+    key, (base, *others) = experiment.against, results
+    compared = {name: (name, base) for name in others}
+    compared |= {f"{one} against {other}": (one, other) for one, other in experiment.pairs}
+    compared = {name: paired(results[x], results[y], key) for name, (x, y) in compared.items()}
+    compared = {name: pairs for name, pairs in compared.items() if pairs}
     if experiment.compute:  # no trainings; what varies, and how much, differs from arm to arm
-        own = {name: own_interval([x["against"] for x in xs]) for name, xs in pairs.items()}
+        own = {name: own_interval(changes(pairs, key)) for name, pairs in compared.items()}
         return {name: Difference(*x) for name, x in own.items()}, ""
     values = pooled(key, options, results)
     deviation, freedom = residual_deviation(values) if values else (0.0, 0)
-    found, p, arms = {}, {}, experiment.arms(options.base())  # p: of the arms that make a claim
-    for name, xs in pairs.items():
-        mean = statistics.mean(x["against"] for x in xs)
-        error = deviation * math.sqrt(2 / len(xs))
-        found[name] = Difference(mean, quantile(0.05, freedom) * error if error else None)
-        if error and not arms[name].check:
+    arms = experiment.arms(options.base())
+    checks = [name for name, arm in arms.items() if arm.check]  # which make no claim
+    claims = len(arms) - len(checks) + len(experiment.pairs)
+    found, p = {}, {}
+    for name, pairs in compared.items():
+        mean, alone = own_interval(changes(pairs, key))
+        error = deviation * math.sqrt(2 / len(pairs))
+        found[name] = Difference(mean, quantile(0.05, freedom) * error if error else None, alone)
+        if error and name not in checks:
             p[name] = p_value(mean / error, freedom)
-        if "test_nats" in xs[0] and key == "test_bpb":
-            found[name].files = difference_over_files(xs, base[1])
-    for name, corrected in holm(p).items():
+        if key == "test_bpb" and "test_nats" in pairs[0][0]:
+            found[name].files = over_files(pairs)
+        if key == "test_bpb" and "val_bpb" in pairs[0][0]:
+            found[name].validation = statistics.mean(changes(pairs, "val_bpb"))
+    for name, corrected in holm(p, claims).items():
         found[name].p = corrected
     if not p:
         return found, ""
-    counts = sorted({len(pairs[name]) for name in p})
-    least = [number(seen_with(deviation, freedom, n, len(p))) for n in counts]
+    counts = sorted({len(compared[name]) for name in p})
+    least = [number(seen_with(deviation, freedom, n, claims)) for n in counts]
     seen = [f"{x} with {n} seed{'s' * (n > 1)}" for x, n in zip(least, counts, strict=True)]
     return found, (
         f"The residuals have a standard deviation of {number(deviation)} "
-        f"{experiment.columns[key]}, with {freedom} degrees of freedom. With {len(p)} claim"
-        f"{'s' * (len(p) > 1)} in the table, a difference of {' or '.join(seen)} would be found "
+        f"{experiment.columns[key]}, with {freedom} degrees of freedom. With {claims} claim"
+        f"{'s' * (claims > 1)} in the table, a difference of {' or '.join(seen)} would be found "
         "in about 80 % of all cases or more."
     )
+
+
+def paired(runs: list[dict], others: list[dict], key: str) -> list[tuple[dict, dict]]:
+    """The results of the same seed, where both have this figure."""
+    of_seed = {x["seed"]: x for x in others if key in x}
+    return [(x, of_seed[x["seed"]]) for x in runs if key in x and x["seed"] in of_seed]
+
+
+def changes(pairs: list[tuple[dict, dict]], key: str) -> list[float]:
+    return [x[key] - y[key] for x, y in pairs]
+
+
+def over_files(pairs: list[tuple[dict, dict]]) -> tuple[float, float]:
+    """95 % of the mean differences over other test files."""
+    nats = np.mean([np.subtract(x["test_nats"], y["test_nats"]) for x, y in pairs], axis=0)
+    return over_documents(nats, np.array(pairs[0][0]["test_bytes"]))
 
 
 def pooled(key: str, options, results: dict[str, list[dict]]) -> dict[tuple[str, int], float]:
@@ -141,16 +167,9 @@ def pooled(key: str, options, results: dict[str, list[dict]]) -> dict[tuple[str,
     found = {}
     for path in sorted(Path(options.results).glob("*.json")):
         for x in read_results(options, path.stem):
-            if key in x and origin(x) in origins:
+            if isinstance(x, dict) and key in x and origin(x) in origins:
                 found[f"{path.stem} {x['arm']}", x["seed"]] = x[key]
     return found
-
-
-def difference_over_files(runs: list[dict], base: list[dict]) -> tuple[float, float]:
-    """95 % of the mean differences over other test files. The base has every run's seed."""
-    of_base = {x["seed"]: np.array(x["test_nats"]) for x in base}
-    nats = sum(np.array(x["test_nats"]) - of_base[x["seed"]] for x in runs) / len(runs)
-    return over_documents(nats, np.array(runs[0]["test_bytes"]))
 
 
 def number(x: float) -> str:
@@ -178,37 +197,57 @@ def cells_of(difference: Difference) -> dict[str, str]:
         cells["p (Holm)"] = number(difference.p) if difference.p >= 1e-4 else "< 0.0001"
     if difference.files:
         cells["over files"] = " to ".join(map(signed, difference.files))
+    if difference.validation is not None:
+        cells["validation text"] = signed(difference.validation)
     return cells
 
 
 def table(experiment, options) -> str:
-    """Markdown: a row for each arm; below it what it could have seen, where the numbers come from
-    and what is missing."""
-    results, columns = collect(experiment, options), experiment.columns
+    """Markdown: a row for each arm; below it further comparisons, what could have been seen, where
+    the numbers come from and what is missing."""
+    results, columns, key = collect(experiment, options), experiment.columns, experiment.against
     found, seen = differences(experiment, options, results)
-    runs = [x for xs in results.values() for x in xs]
+    base, runs = next(iter(results.values())), [x for xs in results.values() for x in xs]
     compared = {name: cells_of(x) for name, x in found.items()}
-    further = [k for k in ("p (Holm)", "over files") if any(k in x for x in compared.values())]
-    heads = ["arm", "seeds", *columns.values(), f"{columns[experiment.against]} against base"]
+    further = ("p (Holm)", "over files", "validation text")
+    further = [k for k in further if any(k in x for x in compared.values())]
+    heads = ["arm", "seeds", *columns.values(), f"{columns[key]} against base"]
     rows = [heads + further]
     for name, xs in results.items():
         if xs:
-            means = [cell([x[k] for x in xs if k in x]) for k in columns]
+            cells = {k: cell([x[k] for x in xs if k in x]) for k in columns}
+            if name in found and not experiment.compute:
+                # The arms may have other seeds than the base: so that rows can be compared.
+                cells[key] = number(mean_of(base, key) + found[name].mean)
             more = [compared.get(name, {}).get(k, "") for k in ("", *further)]
-            rows.append([name, str(len(xs)), *means, *more])
+            rows.append([name, str(len(xs)), *cells.values(), *more])
     lines = [f"| {' | '.join(row)} |" for row in rows] if runs else []
     lines[1:1] = ["|" + "---|" * len(rows[0])] if runs else []
     if runs:
+        lines += [""]
+        if pairs := [name for name in found if name not in results]:
+            lines += [*(f"{name}: {in_words(compared[name])}." for name in pairs), ""]
         known = {k: sorted({str(x[k]) for x in runs if x.get(k)}) for k in FACTS}
         known = [f"{k} {' and '.join(v)}" for k, v in known.items() if v]
         length = [f"{runs[0]['steps']} steps a run"] if runs[0]["steps"] else []
-        lines += ["", f"{', '.join(length + known)}."]
+        lines += [f"{', '.join(length + known)}."]
         lines += [seen] if seen else []
+        own = [f"{k} ± {number(x.alone)}" for k, x in found.items() if x.alone and x.p is not None]
+        lines += [f"Intervals from the pairs of one arm alone: {', '.join(own)}."] if own else []
         if any(x.files for x in found.values()):
             lines += [files_of_base(results)]
     if missing := [name for name, xs in results.items() if not xs]:
         lines += ["", f"Not yet run: {', '.join(missing)}."]
     return "\n".join(lines).strip()
+
+
+def mean_of(runs: list[dict], key: str) -> float:
+    return statistics.mean(x[key] for x in runs if key in x)
+
+
+def in_words(cells: dict[str, str]) -> str:
+    rest = (f"{k} {v}" for k, v in cells.items() if k)
+    return ", ".join([cells[""], *rest])
 
 
 def files_of_base(results: dict[str, list[dict]]) -> str:

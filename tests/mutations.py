@@ -123,6 +123,9 @@ if damaged: => if False:
 if typing.get_origin(annotation) is typing.Literal: => if False:
 
 # sample.py tests/test_sample.py
+(str(config), str(model)) if compiled else () => (str(config),)
+model = getattr(model, "_orig_mod", model) => pass
+tokens = tokens.long() => pass
 (p / p.sum(-1, keepdim=True) * 2.0**52).floor().cumsum(-1) => p.cumsum(-1)
 logits = logits.double() / temperature => logits = logits / temperature
 stays = (u[:, :-1] * q_x < p_x) => stays = (u[:, :-1] * q_x <= p_x)
@@ -151,7 +154,7 @@ continue  # a docstring, and the end of its line => pass
 own &= {"trunk" => own &= {"x"
 elif module._forward_hooks or module._forward_pre_hooks: => elif False:
 if own: => if False:
-if kind is nn.Linear and module.bias is not None: => if False:
+if kind is nn.Linear and module.bias is not None and not config.attention_bias: => if False:
 if kind is nn.Embedding and module.max_norm is not None: => if False:
 if own_config is not config and own_config != config: => if False:
 not in (1e-6, config.rms_norm_eps): => not in (module.eps,):
@@ -159,6 +162,9 @@ elif fingerprint(kind) != FINGERPRINTS.get(name): => elif False:
 inner = getattr(formula, "formula", None)  # => inner = formula = inspect.unwrap(formula)  #
 getattr(formula, "__wrapped__", None) is inner: => True:
 if not (isinstance(scale, float) and => if not (True and
+
+# huggingface.py tests/test_edits.py
+if code.co_filename == source.__file__) => if True)
 
 # sample.py tests/test_edits.py
 compare_forms(model) => pass
@@ -176,8 +182,9 @@ if type(module) is MLP and type => if False and type
 zip(self.rows, self.routing, strict=True): => enumerate(self.routing):
 
 # prepare_data.py tests/test_prepare_data.py
+start = file.read(2**16) => start = file.read()
 [^\s{_CJK}{_CJK_SIGNS}]) => \S)
-(?=\S)")  # none => ")  # none
+(?=[^\s/])") => ")
 isinstance(value, str): => value:
 if 200 <= len(text) <= 400_000 => if 200 < len(text) <= 400_000
 if copied > len(train[name]) / 2: => if copied >= len(train[name]) / 2:
@@ -202,6 +209,13 @@ and then["block_size"] == now["block_size"]): => ):
 return values.get("val_loss_part", values["val_loss"]) => return values["val_loss"]
 end = T * math.ceil(config.eval_tokens / T) => end = config.eval_tokens
 self.machine, whole=self.last) => self.machine, whole=True)
+evaluated if best else 0 => evaluated
+file.get("val_length", length) == length => True
+(self.out / file.name).unlink(missing_ok=True)  # it => pass  # it
+is_path = len(path.parts) > 1 or => is_path =
+given |= with_home(given, "out", "data", "init_from") => pass
+value < model.trained_length: => False:
+if "DeepSeekV3.logits" in changed and => if False and
 in_file | stored | given => stored | in_file | given
 saved.clear() => pass
 {k: x.clone() for => {k: x for

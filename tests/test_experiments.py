@@ -243,18 +243,40 @@ def test_differences_are_paired_by_seed_length_code_and_data(tmp_path, options):
     deviation = (4 / 64 / 2) ** 0.5
     half, t = 4.303 * deviation * (2 / 3) ** 0.5, 4.303 / 3**0.5
     p = 1 - (x := 0.5 / (half / 4.303)) / (x * x + 2) ** 0.5  # the distribution with 2 of freedom
-    seen = (4.303 + 1.061) * half / 4.303
+    p *= 2  # claims: the arm that has not been run is one, too
+    seen = (6.205 + 1.061) * half / 4.303
     lines = tables.table(e, options).splitlines()
     assert lines[0].endswith("| bits | bits against base | p (Holm) |")
     assert lines[2:] == [
         f"| zero (base) | 3 | 2.000 ± {t:.3f} |  |  |",
-        f"| a | 3 | 2.500 ± {t * 1.3125**0.5:.3f} | +0.500 ± {half:.3f} | {p:.3f} |",
+        f"| a | 3 | 2.500 | +0.500 ± {half:.3f} | {p:.3f} |",  # the base's and the difference
         *("", "2 steps a run."),
         f"The residuals have a standard deviation of {deviation:.3f} bits, with 2 "
-        f"degrees of freedom. With 1 claim in the table, a difference of {seen:.3f} with 3 seeds "
+        f"degrees of freedom. With 2 claims in the table, a difference of {seen:.3f} with 3 seeds "
         "would be found in about 80 % of all cases or more.",
+        f"Intervals from the pairs of one arm alone: a ± {t / 4:.3f}.",
         *("", "Not yet run: b."),
     ]
+
+
+def test_two_arms_are_compared_on_the_seeds_that_both_have(tmp_path, options):
+    """Beside the base: the base is not asked, and the pair is one more claim."""
+    options.results = str(tmp_path)
+    values = {"base": [0.0, 9.0, 0.2], "a": [1.0, 1.2, 1.1], "b": [0.5, 0.9]}
+    add_results(options, values)
+    for path in tmp_path.glob("*.json"):
+        kept = [x | {"val_bpb": 2 * x["test_bpb"]} for x in json.loads(path.read_text())]
+        path.write_text(json.dumps(kept))
+    arms = {name: run.Arm() for name in "ab"}
+    e = run.Experiment("t", lambda base: arms, {"test_bpb": "bits"}, pairs=(("a", "b"),))
+    found, seen = tables.differences(e, options, tables.collect(e, options))
+    assert [*found] == ["a", "b", "a against b"] and "With 3 claims" in seen
+    pair = found["a against b"]
+    assert pair.mean == pytest.approx(0.4) and pair.validation == pytest.approx(0.8)
+    assert pair.half == pytest.approx(found["a"].half * (3 / 2) ** 0.5)
+    assert pair.alone == pytest.approx(12.706 * 0.1, rel=1e-3)
+    lines = tables.table(e, options).splitlines()
+    assert [line for line in lines if line.startswith("a against b: +0.400 ± ")]
 
 
 def test_one_seed_has_no_p_value_but_an_interval_over_files(tmp_path, options):
@@ -322,6 +344,7 @@ def test_intervals_are_those_of_the_textbooks():
     assert intervals.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5}) == pytest.approx(
         {"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5}
     )
+    assert intervals.holm({"a": 0.01, "b": 0.02}, 4) == pytest.approx({"a": 0.04, "b": 0.06})
     assert intervals.own_interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5, abs=1e-3))
     # A seed that shifts all arms, and a missing run, leave no residual.
     exact = {(a, s): x + 10 * s for a, x in {"a": 1.0, "b": 3.0}.items() for s in range(4)}
