@@ -211,8 +211,8 @@ end = T * math.ceil(config.eval_tokens / T) => end = config.eval_tokens
 self.machine, whole=self.last) => self.machine, whole=True)
 evaluated if best else 0 => evaluated
 file.get("val_length", length) == length => True
-(self.out / file.name).unlink(missing_ok=True)  # it => pass  # it
 is_path = len(path.parts) > 1 or => is_path =
+shutil.copyfile(file, self.out / file.name) => shutil.copy(file, self.out / file.name)
 given |= with_home(given, "out", "data", "init_from") => pass
 value < model.trained_length: => False:
 if "DeepSeekV3.logits" in changed and => if False and
