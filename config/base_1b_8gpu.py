@@ -17,36 +17,12 @@ Computed, not measured; no GPU has run this yet:
     memory    58 GB per GPU: 54 as in base_1b.py, and 4 for DDP's copy of the gradients
 """
 
-# The network: base_1b.py says why.
-vocab_size = 50304
-hidden_size = 1024
-num_hidden_layers = 12
-num_attention_heads = 8
-q_lora_rank = 384
-kv_lora_rank = 256
-qk_nope_head_dim = 64
-qk_rope_head_dim = 64
-v_head_dim = 128
-intermediate_size = 2688
-moe_intermediate_size = 384
-first_k_dense_replace = 1
-n_routed_experts = 64
-num_experts_per_tok = 6
-n_shared_experts = 1
-n_group = 8
-topk_group = 4
-routed_scaling_factor = 2.446
-max_position_embeddings = 2048
-num_nextn_predict_layers = 1
-initializer_range = 0.016
+# What is not named below is base_1b.py's.
+from config.base_1b import *  # noqa: F403
 
-data = "finewebedu"
 steps = 19_000
-batch_size = 256  # over all GPUs
-block_size = 2048
 grad_accum = 2  # times 8 GPUs: micro-batches of 16 windows, as on one
 parallel = "ddp"
-lr = 6e-4
 warmup = 200 / 19_000  # as many steps as in base_1b.py
 eval_every = 2000
 save_every = 2000
