@@ -226,7 +226,7 @@ def table(experiment, options) -> str:
     if runs:
         lines += [""]
         if pairs := [name for name in found if name not in results]:
-            lines += [*(f"{name}: {in_words(compared[name])}." for name in pairs), ""]
+            lines += [*(f"* {name}: {in_words(compared[name])}." for name in pairs), ""]
         known = {k: sorted({str(x[k]) for x in runs if x.get(k)}) for k in FACTS}
         known = [f"{k} {' and '.join(v)}" for k, v in known.items() if v]
         length = [f"{runs[0]['steps']} steps a run"] if runs[0]["steps"] else []

@@ -276,7 +276,7 @@ def test_two_arms_are_compared_on_the_seeds_that_both_have(tmp_path, options):
     assert pair.half == pytest.approx(found["a"].half * (3 / 2) ** 0.5)
     assert pair.alone == pytest.approx(12.706 * 0.1, rel=1e-3)
     lines = tables.table(e, options).splitlines()
-    assert [line for line in lines if line.startswith("a against b: +0.400 ± ")]
+    assert [line for line in lines if line.startswith("* a against b: +0.400 ± ")]
 
 
 def test_one_seed_has_no_p_value_but_an_interval_over_files(tmp_path, options):
