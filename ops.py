@@ -617,8 +617,8 @@ def codes_of(formula: Any) -> tuple[CodeType, ...]:
 
 
 def source_tokens(code: CodeType) -> str:
-    """A function's tokens from `def` on, without comments, docstring and layout. A line's end is ¶,
-    more indentation is », less is «. Returns "" where no source can be read."""
+    """A function's tokens from `def` on, without comments, docstring and layout. The end of a line
+    is ¶, more indentation is », less is «. Returns "" where no source can be read."""
     lines = LINES.get(code.co_filename) or linecache.getlines(code.co_filename)
     try:
         block = inspect.getblock(lines[code.co_firstlineno - 1 :])

@@ -908,7 +908,7 @@ def main(argv: list[str]) -> None:
     source, values = parse_args(description, argv, DataConfig, positional="source")
     if source and "source" in values:
         raise ValueError(f"two sources: {source} and --source={values['source']}; give one")
-    values |= with_home(values, "source", "out", "tokenizer")
+    values |= with_home(values, "out", "tokenizer")  # find_files does so for the source
     config = DataConfig(**values | ({"source": source} if source else {}))
     folder = prepare(config)
     print(folder)

@@ -807,7 +807,8 @@ class Clock:
         if waiting > 0.25:
             self.told_busy = True
             if threads == 1:
-                told = f"the core is busy: this run waits for it {waiting:.0%} of the time"
+                share = min(1, waiting)  # a helper thread may wait beside it
+                told = f"the core is busy: this run waits for it {share:.0%} of the time"
                 info(f"{told}; stop other programs")
                 return
             info(
@@ -1252,8 +1253,8 @@ def source_of(command: TrainConfig) -> Path | None:
 
 def check_free(command: TrainConfig):
     """Raises ValueError where a run is in the way."""
-    replaced = not (command.resume or command.eval_only)
-    if replaced and holds_run(Path(command.out)) and not command.overwrite:
+    new_run = not (command.resume or command.eval_only)
+    if new_run and holds_run(Path(command.out)) and not command.overwrite:
         raise ValueError(
             f"{command.out} holds a run: give --resume, --overwrite, or another --out."
         )

@@ -458,6 +458,22 @@ def test_page_and_figures_show_what_the_json_files_hold(name, monkeypatch):
         assert f"results {digest}" in svg, f"{again} --plot"
 
 
+def test_claims_and_prose_have_the_differences_of_the_tables(monkeypatch):
+    """Those with three digits, such as 0.016 ± 0.004. The README's claims are the page's."""
+    monkeypatch.chdir(ROOT)
+    known = set()
+    for e in EXPERIMENTS.values():
+        for x in tables.differences(e, run.Options(), tables.collect(e, run.Options()))[0].values():
+            known.add(f"{abs(x.mean):.3f} ± {x.half or 0:.3f}")
+    page, readme = (Path(x).read_text(encoding="utf-8") for x in ("docs/RESULTS.md", "README.md"))
+    claims = re.search(r"(?s)\| the report's claim.*?\n\n", page)[0]
+    assert claims in readme
+    prose = re.sub(r"(?s)<!-- (\w+) -->.*?<!-- end of \1 -->", "", page)
+    written = re.findall(r"\d\.\d{3}\s±\s\d\.\d{3}(?!\d)", prose)
+    stale = {" ".join(x.split()) for x in written} - known
+    assert len(written) > 20 and not stale
+
+
 # ---- Stand-ins -----------------------------------------------------------------------------------
 
 

@@ -121,7 +121,8 @@ STAGES = [  # DeepSeek-V3's, as its tokenizer.json has them
     r"|\s+(?!\S)|\s+",
 ]
 MIXED = (
-    "aZéǅʰ한豈々㐀龦中文ぁアー1٣½²Ⅷ \t\n\r\x0b\x0c\x85\xa0\u2028\u3000.,!'_·。、「・゛€+"
+    "aZéǅʰ한豈々㐀龦中文ぁアー1٣½²Ⅷ \t\n\r\x0b\x0c\x85\xa0\u2028\u3000"
+    ".,!'_·。、「・゛€+"
     "\u3007\uff12\u30a0\u0301\u0903\u3099\x00\x01\x1c\u200d\ufeff\ue000\U00010400👨🏽"
 )
 
