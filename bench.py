@@ -177,7 +177,14 @@ def size_row(file: str | Path) -> dict[str, Any]:
 
 def sizes(options: Options, files: list[str]) -> Iterator[Table]:
     """Parameters, cache, FLOPs and bytes of config/*.py, or of the files named."""
-    rows = [size_row(x) for x in files or sorted(Path("config").glob("[!_]*.py"))]
+    rows = []
+    for file in files or sorted(Path("config").glob("[!_]*.py")):
+        try:
+            rows.append(size_row(file))
+        except ValueError as error:
+            if files:
+                raise
+            info(f"{file} is left out: {error}")
     yield Table("cache per token, all layers; FLOPs and GB with MTP", rows)
 
 
@@ -513,23 +520,13 @@ def bits_per_byte(log: Log) -> float | None:
 
 
 def plot_validation(ax: Any, run: str, log: Log, colour: str) -> None:
-    """A curve with points, and an entry in the legend with the last loss.
-
-    With train.py's eval_tokens, all evaluations but the last read only a part of the text. The
-    curve is of that part, for which the last has val_loss_part. Its loss on the whole text is then
-    a point of its own.
-    """
+    """A curve with points, and an entry in the legend with the last loss."""
     evaluations = [line for line in log if line.get("val_loss") is not None]
     label = run
     if evaluations:
         step, nats, bits = (evaluations[-1][key] for key in ("step", "val_loss", "val_bpb"))
         label += f": val_loss at step {step} is {nats:.3f} nats per token, {bits:.3f} bits per byte"
-    curve = [x | {"val_loss": x.get("val_loss_part", x["val_loss"])} for x in evaluations]
-    of_a_part = [line for line in curve if "val_tokens" in line]
-    of_both = [line for line in evaluations if "val_loss_part" in line]
-    ax.plot(*column(curve, "val_loss"), "o-", color=colour, markersize=5, label=label)
-    ax.plot(*column(of_a_part, "val_loss"), "o", color=colour, mfc="white", markersize=5)
-    ax.plot(*column(of_both, "val_loss"), "o", color=colour, markersize=5)
+    ax.plot(*column(evaluations, "val_loss"), "o-", color=colour, markersize=5, label=label)
 
 
 def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
@@ -540,7 +537,7 @@ def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
             ax.plot(x, y, style, color=f"C{i}", alpha=0.25)
             ax.plot(x, smooth(x, y), style, color=f"C{i}")
         plot_validation(ax, run, log, f"C{i}")
-    title = "solid: loss; dashed: mtp_loss; points: val_loss, hollow if of a part of the text"
+    title = "solid: loss; dashed: mtp_loss; points: val_loss"
     ax.set_title(title, fontsize=8)
     ax.set(xlabel="step", ylabel="nats per token")
     ax.grid(alpha=0.3)

@@ -270,13 +270,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     cannot be replaced); nothing in the file can run code.
     """
     file = checkpoint_file(path)
+    if not file.exists():
+        kinds = "a run's folder, a checkpoint file, or a directory with a config.json"
+        raise FileNotFoundError(f"there is no {file}: name {kinds}.")
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()  # a record whose checksum is wrong: torch does not look
         saved = torch.load(file, "cpu", weights_only=True, mmap=os.name == "posix")
         dict(saved["model_config"])  # raises where another program has saved it
-    except Exception as error:  # a missing or damaged file may lead to any
-        told = f"{file} is missing, damaged, or no checkpoint of train.py"
+    except Exception as error:  # a damaged file may lead to any
+        told = f"{file} is damaged, or no checkpoint of train.py"
         raise ValueError(f"{told} ({textwrap.shorten(str(error), 100)})") from None
     if damaged:
         raise ValueError(f"{file} is damaged: {damaged} in it has another checksum than when saved")

@@ -912,7 +912,10 @@ def main(argv: list[str]) -> None:
     config = DataConfig(**values | ({"source": source} if source else {}))
     folder = prepare(config)
     print(folder)
-    info(f"next: {next_command(config, folder, load_dataset(folder).vocab_size)}")
+    command = next_command(config, folder, load_dataset(folder).vocab_size)
+    info(f"next: {command}")
+    if "--init_from" in command:
+        info('docs/TUTORIAL.md, "Fine-tune", tells which --steps and --lr fit')
 
 
 if __name__ == "__main__":

@@ -71,8 +71,9 @@ class Stats:
     tokens: int = 0  # new ones
     rounds: int = 0  # forwards of the main model after the prompt's
     lookups: int = 0  # rounds whose drafts were copied
-    # By position in a round: drafts with room in the text, and those of them that are in it. (Rows
-    # advance together: what a row keeps beyond the others counts as rejected.)
+    # By position in a round: the drafts that were not beyond the end of the text, and those of them
+    # that the text has. (All rows advance by the same number of tokens. What one row could have
+    # accepted beyond that counts as rejected.)
     drafted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
     accepted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
     note: str = ""  # what its reader should know
@@ -178,13 +179,14 @@ class Text:
         if depth:  # which the first module takes
             self.hidden = F.pad(hidden, (0, 0, 0, size - T))  # (B, size, D)
         self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
-        # At most so many slots at once: behind a long text attention's scores then take 256 MB.
+        # How many slots `fill` takes at once: so few that attention's scores, (B, H, piece, size)
+        # in float32, take about 256 MB at most.
         self.piece = max(MOST_DRAFTS + depth, 2**26 // (B * size * config.num_attention_heads))
         self.net = model
-        # The last slots are left to the first draft. With no text before them all others take
-        # little memory together.
+        # All slots of the prompt but the last ones, which the first round fills. They may come in
+        # one piece: with no cached text before them they need little memory.
         self.fill(T - 1 - depth, piece=T)
-        # Of both kinds of net trunk, predict_next and logits are called.
+        # What follows calls trunk, predict_next and logits of the model, or of its ops.Decoder.
         self.net = decoder_or_model(model, tokens, hidden, self.cache, compiled)
         self.compiled = compiled and self.net is not model
         # What a graph is made for (the network's modules among it), and the graphs that CUDA has
@@ -423,7 +425,7 @@ def generate(
     while live and n < end:
         copies = [rows[b].look_up(speculative) if lookup else [] for b in live]
         copied = all(copies)  # rows share a round: all copy, or none
-        # The modules draft if there are any, and two tokens: one alone fills no slot.
+        # The MTP modules need two tokens: the first module's first slot takes the second token.
         draft_count = speculative if copied or (depth and n > 1) else 0
         if copied:
             text.tokens[live, n : n + draft_count] = torch.tensor(copies, device=tokens.device)
@@ -550,8 +552,8 @@ def kept_decoder(model: DeepSeekV3, compiled: bool) -> "ops.Decoder":
 
 
 def compare_once(model: DeepSeekV3, edit: str):
-    """compare_forms for a model whose code was edited, again only after another edit. `edit` names
-    what the Decoder does not copy; it is told."""
+    """compare_forms for a model whose code was edited, again only after another edit. It says what
+    `edit` names: what was edited, so that the Decoder does not stand for it."""
     state = ops.state_of(model)
     if COMPARED.get(model) == state:
         return
@@ -646,6 +648,8 @@ def score(model: DeepSeekV3, ids: list[int], window: int) -> float:
 
 
 def print_score(model: DeepSeekV3, tokenizer: Tokenizer, path: str):
+    if not Path(path).exists() or Path(path).is_dir():
+        raise ValueError(f"--score is {path}, which is no file: name one file with text")
     document = Path(path).read_bytes()
     ids = tokenizer.encode(document.decode())
     if tokenizer.bos is None:  # else the ids begin with it
@@ -765,7 +769,7 @@ def tell_ignored(given: set[str], config: SampleConfig, has_mtp: bool):
 def main(argv: list[str]):
     text = "Write text with a trained model: python sample.py out/small [--key=value]"
     ckpt, values = parse_args(text, argv, SampleConfig, positional="ckpt")
-    config = SampleConfig(**values | with_home(values, "ckpt"))
+    config = SampleConfig(**values | with_home(values, "ckpt", "score"))
     if ckpt and "ckpt" in values:
         raise ValueError(f"there are two checkpoints, {ckpt} and --ckpt={config.ckpt}: name one")
     device, dtype = usable_device(config.device), config.dtype
@@ -776,7 +780,8 @@ def main(argv: list[str]):
     if tokenizer is None:
         raise ValueError(f"no tokenizer of {path} can be read, so there is no text to write")
     tell_ignored(set(values), config, len(model.mtp) > 0)
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none, and needs none
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     if config.score:
         print_score(model, tokenizer, config.score)
     elif config.interactive:

@@ -2,7 +2,7 @@
 
     data/<name>/ + config/*.py -> out/<name>/
         ckpt.pt      everything a run needs to go on: weights, optimiser, step, configuration
-        best.pt      the weights with the lowest validation loss (once YaRN is on: since then)
+        best.pt      the weights with the lowest validation loss (once YaRN is on, of later steps)
         log.jsonl    one JSON object per logged step or evaluation
         tokenizer.tiktoken (or a release's files), meta.json    what sample.py needs besides
         .lock        held by the train.py that writes there
@@ -55,6 +55,8 @@ from huggingface import Tokenizer, checkpoint_file, load_checkpoint, load_model,
 from model import DeepSeekV3, ModelConfig, expert_counts
 from ops import fast_dtype, has_grouped_mm
 
+PHASES = ("warmup", "decay_start", "decay_end", "final_start")  # of the learning rate, in order
+
 
 @dataclass
 class TrainConfig:
@@ -98,10 +100,9 @@ class TrainConfig:
     compile: bool = False  # torch.compile the blocks
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights and optimiser, and recomputes
-    deterministic: bool = False  # no sums in varying order: resumes bit for bit on CUDA too
+    deterministic: bool = False  # sums in a fixed order: a run resumes bit for bit on CUDA too
     # the run
     eval_every: int = 250  # steps between evaluations
-    eval_tokens: int = 0  # tokens of the validation text in evaluations before the last (0: all)
     eval_batch: int = 16  # windows per evaluation batch and rank
     save_every: int = 250  # steps between checkpoints
     log_every: int = 10  # steps between lines in log.jsonl
@@ -124,13 +125,13 @@ class TrainConfig:
 
     def check_order(self):
         """Raises ValueError where a phase of the learning rate begins before the one it follows."""
-        order = ["warmup", "decay_start", "decay_end"]
-        order += ["final_start"] if self.decay_end < 1 else []  # else the cosine lasts to the end
-        for first, then in itertools.pairwise(order):
+        # A cosine that ends at 1 lasts to the end of the run, without a last phase.
+        phases = PHASES if self.decay_end < 1 else PHASES[:-1]
+        for first, then in itertools.pairwise(phases):
             x, y = getattr(self, first), getattr(self, then)
             if x > y:
-                order = f"{first} is {x}, but {then} is {y}"
-                raise ValueError(f"{order}: raise {then} to {x} at least, or lower {first}.")
+                wrong = f"{first} is {x}, but {then} is {y}"
+                raise ValueError(f"{wrong}: raise {then} to {x} at least, or lower {first}.")
 
 
 # ---- Schedules (section 4.2) ---------------------------------------------------------------------
@@ -190,9 +191,10 @@ def batch_at(config: TrainConfig, step: int) -> int:
     start = config.batch_start
     if not start:
         return config.batch_size
-    stages, ramp = config.batch_size // start, max(1, config.batch_ramp * config.steps)  # steps
-    done = int(stages * step / ramp)
-    return min(start * (1 + done), config.batch_size)
+    stages = config.batch_size // start
+    ramp = max(1, config.batch_ramp * config.steps)  # in steps
+    stage = int(stages * step / ramp)  # from 0 on
+    return min(start * (1 + stage), config.batch_size)
 
 
 # ---- Processes -----------------------------------------------------------------------------------
@@ -289,8 +291,9 @@ def start_device(config: TrainConfig) -> torch.device:
     elif device.type == "cpu" and sys.platform == "linux":
         # glibc returns large blocks to the kernel, whose pages cost a tenth of a step to get anew.
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, of 32 MB
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        if hasattr(libc, "mallopt"):  # musl has none
+            libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, of 32 MB
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     return device
 
 
@@ -598,34 +601,16 @@ def mean_losses(sums: dict) -> list[float]:
 
 
 @torch.no_grad()
-def evaluate(
-    model: DeepSeekV3, data, config: TrainConfig, machine: Machine, whole: bool = True
-) -> dict:
-    """What the log has of an evaluation: losses and the use of the experts in windows of block_size
-    and, once the model knows them, the loss in long ones.
-
-    The last evaluation reads the whole validation text, those before it (whole=False) its first
-    eval_tokens. Two losses can only be compared on the same text, so a whole evaluation also tells
-    val_loss_part, the loss on that first part. The part is made of whole windows: its windows are
-    the same in both, on any number of processes.
-    """
+def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> dict:
+    """What the log has of an evaluation of the whole validation text: losses and the use of the
+    experts in windows of block_size and, once the model knows them, the loss in long ones."""
     text = data.val.arrays[0]
-
-    def sums_of(T: int) -> tuple[dict, dict]:
-        """Over the first part; over all that is evaluated."""
-        end = T * math.ceil(config.eval_tokens / T)
-        part = add_up(model, text[: end + 1], T, config, machine)
-        if config.eval_tokens and not whole:
-            return part, part
-        rest = add_up(model, text[end:], T, config, machine)
-        return part, {key: part[key] + rest[key] for key in part}
-
     model.eval()
     with fp8.quantized_once(model), torch.compiler.set_stance("force_eager"):  # for so few calls
-        part, total = sums_of(config.block_size)
+        total = add_up(model, text, config.block_size, config, machine)
         long = None
         if config.long_block_size == model.trained_length:
-            _, long = sums_of(config.long_block_size)
+            long = add_up(model, text, config.long_block_size, config, machine)
     main, *mtp = mean_losses(total)
     share = total["visits"] / total["visits"].sum(1, keepdim=True).clamp(min=1)
     visits, groups = total["visits"].sum().item(), total["groups"].item()  # 0 without experts
@@ -644,10 +629,6 @@ def evaluate(
     }
     if long:
         result["val_bpb_long"] = mean_losses(long)[0] / per_bit
-    if config.eval_tokens:
-        result["val_tokens"] = int(total["tokens"][0])
-        if whole:
-            result["val_loss_part"] = mean_losses(part)[0]
     return result
 
 
@@ -677,8 +658,8 @@ def only_writer(out: Path) -> Iterator[None]:
 
 
 def lock(path: Path) -> BinaryIO:
-    """The file, open and locked until it is closed; what killed writers have left beside it goes.
-    Raises ValueError where another process has it. Reading a run needs no lock."""
+    """Opens the file and locks it until it is closed. Deletes what killed writers have left beside
+    it. Raises ValueError where another process has the lock. Reading a run needs none."""
     folder = path.parent
     if folder.is_file():
         raise ValueError(f"{folder} is a file: give another --out.")
@@ -728,8 +709,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]):
 
 
 def cut_log(path: Path, step: int) -> int:
-    """Leaves those lines of a log that are whole and not of a later step. Returns the last step
-    that they have an evaluation of (0: none)."""
+    """Deletes a log's damaged lines and those of later steps. Returns the last step of which it
+    still has an evaluation (0: none)."""
     kept, evaluated, damaged = [], 0, 0
     content = path.read_bytes() if path.exists() else b""
     for line in content.splitlines(keepends=True):
@@ -825,14 +806,17 @@ class Stop:
         self.heard = 0.0  # when this process got a signal (0: never)
 
     @contextmanager
-    def listen(self) -> Iterator[None]:
+    def listen(self, way_on: Callable[[], str]) -> Iterator[None]:
+        """way_on() tells where a run that is cut short can go on."""
         handlers = {x: signal.signal(x, self.on_signal) for x in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
-        except torch._dynamo.exc.ShortenTraceback:
-            if self.heard:  # the compiler has heard it too, and failed
-                raise KeyboardInterrupt from None
-            raise
+        except (KeyboardInterrupt, torch._dynamo.exc.ShortenTraceback):
+            if not self.heard:
+                raise
+            # A second signal, or a compiler that has heard the first one too, and failed.
+            info(f"stopped at once; {way_on()}")
+            raise KeyboardInterrupt from None
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -858,12 +842,13 @@ class Run:
         import torch.distributed.checkpoint.state_dict as dcp
 
         self.dcp, self.whole = dcp, dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        self.model, self.data, self.trained = model, data, (model, optimizers)
+        self.model, self.data = model, data
+        self.model_and_optimizers = model, optimizers  # what dcp's functions take
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.clock = Clock()
         self.step = self.tokens = 0
-        self.saved = 0  # the step of ckpt.pt (0: there is none)
-        self.evaluated = 0  # the step of the last evaluation that a resumed run finds in its log
+        self.saved_step = 0  # the step of ckpt.pt (0: there is none)
+        self.evaluated_step = 0  # of the last evaluation that a resumed run finds in its log
         self.at_start: dict | None = None  # the evaluation of weights that the run starts from
         self.best_length, self.best_loss = 0, math.inf  # of best.pt: tokens trained for, loss
         # Sums over the steps since the last line of the log: loss, MTP loss, balance loss, MaxVio,
@@ -887,10 +872,12 @@ class Run:
     def restore(self, saved: dict):
         """Goes back to a checkpoint, which process 0 has read; it tells the others what they need,
         as their decisions have to be the same and their disks may be others."""
+        self.saved_step = saved.get("step", 0)  # which a second Ctrl-C may have to tell meanwhile
         found = on_first(lambda: self.read_folder(saved))
-        self.step, self.tokens, self.evaluated = found["step"], found["tokens"], found["evaluated"]
+        self.step, self.tokens = found["step"], found["tokens"]
+        self.evaluated_step = found["evaluated"]
         self.best_length, self.best_loss = found["best"]
-        self.saved = self.step
+        self.saved_step = self.step
         self.clock.restart(self.tokens)
         self.sums += found["sums"].to(self.sums)
         self.restore_moments(saved.get("optimizer", {}))
@@ -903,11 +890,11 @@ class Run:
         """Every parameter's moments, cut up as it is; the optimisers' settings stay this run's."""
         # An optimiser may keep the very tensors that it is given: these are copies of the disk's.
         moments = {name: {k: x.clone() for k, x in m.items()} for name, m in stored.items()}
-        groups = self.dcp.get_optimizer_state_dict(*self.trained)["param_groups"]
+        groups = self.dcp.get_optimizer_state_dict(*self.model_and_optimizers)["param_groups"]
         state = {"state": moments, "param_groups": groups} if is_first() else {}
         several = self.machine.world > 1
         options = self.dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
-        self.dcp.set_optimizer_state_dict(*self.trained, state, options=options)
+        self.dcp.set_optimizer_state_dict(*self.model_and_optimizers, state, options=options)
 
     def read_folder(self, saved: dict) -> dict:
         """What process 0 finds in the run's folder: step, tokens, sums, best loss, last evaluation.
@@ -928,8 +915,8 @@ class Run:
 
     def read_best(self) -> tuple[int, float] | None:
         """Trained length and loss of best.pt, which may be newer than the checkpoint; None if there
-        is no whole one. (0, inf) if its loss is of another text, another part of it, or windows of
-        another size: then the next loss takes its place."""
+        is no whole one. (0, inf) if its loss is of another text, or of windows of another size:
+        then the next loss takes its place."""
         path = self.out / "best.pt"
         if not path.exists():
             return None
@@ -942,11 +929,12 @@ class Run:
         length = len(self.data.val)
         same_text = data_folder(then["data"]).resolve() == data_folder(now["data"]).resolve()
         same_text = same_text and file.get("val_length", length) == length
-        same_part = then["eval_tokens"] == now["eval_tokens"]
-        if not (same_text and same_part and then["block_size"] == now["block_size"]):
+        of_a_part = "val_tokens" in file and "val_loss_part" not in file  # by an older version
+        same_text = same_text and not of_a_part
+        if not (same_text and then["block_size"] == now["block_size"]):
             info(f"{path} has the loss of another text or windows: the next evaluation replaces it")
             return 0, math.inf
-        return file.get("trained_length", then["block_size"]), compared_loss(file)
+        return file.get("trained_length", then["block_size"]), file["val_loss"]
 
     def begin(self, files):
         """A new run takes the folder over: only now that compiler and memory have sufficed."""
@@ -1004,14 +992,14 @@ class Run:
 
     def way_on(self) -> str:
         """Where a run that stops here can go on."""
-        if not self.saved:
+        if not self.saved_step:
             return "nothing is saved: begin again with --overwrite"
-        return f"go on from step {self.saved}, in {self.out}/ckpt.pt, with --resume"
+        return f"go on from step {self.saved_step}, in {self.out}/ckpt.pt, with --resume"
 
     def give_up(self):
         """Raises ValueError: the gradients of the last steps were not finite."""
         n, step = self.bad_in_a_row, self.step
-        if n > 1 or not self.saved:
+        if n > 1 or not self.saved_step:
             bad = f"{n} gradient(s) up to step {step} are not finite"
             raise ValueError(f"{bad}; {self.way_on()} and a lower --lr.")
         # A run to the same last step would end like this again; one with more steps leaves it out.
@@ -1039,31 +1027,30 @@ class Run:
         times = self.config.save_every, self.config.eval_every
         due = self.last or self.stopped or any(self.step % n == 0 for n in times)
         if due and not self.bad_in_a_row:  # a bad gradient's weights may be spoilt: keep the older
-            moments = self.dcp.get_optimizer_state_dict(*self.trained, options=self.whole)
+            args = self.model_and_optimizers
+            moments = self.dcp.get_optimizer_state_dict(*args, options=self.whole)
             self.save("ckpt.pt", optimizer=moments.get("state", {}))  # other ranks get none
-            self.saved = self.step
+            self.saved_step = self.step
 
     def evaluate(self):
         """When it is time, the validation loss, and best.pt if it is the lowest so far."""
         due = self.last or self.step % self.config.eval_every == 0
-        if due and not self.stopped and self.evaluated != self.step:
+        if due and not self.stopped and self.evaluated_step != self.step:
             result = self.measure()
-            loss = compared_loss(result)  # of all processes together
-            if self.better(loss):
-                self.best_length, self.best_loss = self.model.trained_length, loss
+            if self.better(result["val_loss"]):
+                self.best_length, self.best_loss = self.model.trained_length, result["val_loss"]
                 self.save("best.pt", **{k: v for k, v in result.items() if k.startswith("val")})
             # After best.pt: a resumed run takes an evaluation that is in the log for finished.
             self.write_line(self.step, self.tokens, result)
             self.clock.restart(self.tokens)
 
     def evaluate_start(self):
-        """What the weights are worth that a new run starts from. Its line comes into the log once
-        the folder is this run's."""
+        """Measures the weights that a new run starts from. `begin` writes the line into the log."""
         self.at_start = self.measure()
         self.clock.restart(self.tokens)
 
     def measure(self) -> dict:
-        result = evaluate(self.model, self.data, self.config, self.machine, whole=self.last)
+        result = evaluate(self.model, self.data, self.config, self.machine)
         self.model.train()
         self.show(result)
         return result
@@ -1076,19 +1063,14 @@ class Run:
         return math.isfinite(loss) and (longer or (as_long and loss < self.best_loss))
 
 
-def compared_loss(values: dict) -> float:
-    """The loss by which evaluations are compared, always on the same text: that of the first part,
-    where the last evaluation reads more."""
-    return values.get("val_loss_part", values["val_loss"])
-
-
 # ---- Training ------------------------------------------------------------------------------------
 
 
 def backward(model: DeepSeekV3, trainer: nn.Module, batches, weights, machine: Machine) -> Tensor:
     """Gradients of L_main + lambda L_MTP + alpha sum_layers L_Bal, averaged over the micro-batches
     (B, T + 1); weights are lambda and alpha. Returns the three losses before their weights (3,)."""
-    (mtp_weight, alpha), losses = weights, 0.0
+    mtp_weight, alpha = weights
+    losses = 0.0
     for i, batch in enumerate(batches, 1):
         last = i == len(batches)  # only then gradients are averaged over the processes
         trainer.require_backward_grad_sync = last  # DDP's
@@ -1109,32 +1091,51 @@ def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is cut up
 
 
-def tell_plan(model: DeepSeekV3, config: TrainConfig, machine: Machine):
-    """What is to be trained, and where."""
+# In a trial (docs/notes/LOG.md) 4 and 6 epochs of a small text gave about the same validation loss,
+# and 10 a much higher one. Up to 4 cost little in Muennighoff et al. (arXiv 2305.16264), too.
+FEW_EPOCHS, MANY_EPOCHS = 5, 8
+
+
+def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, resumed: bool):
+    """What is to be trained, where, and on how much text."""
     total, active, mtp = (f"{n / 1e6:.2f}M" for n in model.parameter_counts().values())
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.why})"
     info(f"run: {config.steps} steps on {where}")
-    changed = ops.edited(type(model).forward.__globals__, ["DeepSeekV3.logits", "head_loss"])
-    if "DeepSeekV3.logits" in changed and "head_loss" not in changed:
-        info("DeepSeekV3.logits is edited, but losses come from head_loss: edit that alike")
+    length = len(data.train)
+    read = sum(batch_at(config, step) for step in range(config.steps)) * config.block_size
+    epochs = read / length
+    few = f"{epochs:.1f}" if epochs >= 1 else f"{epochs:.2g}"
+    info(f"text: {length:,} tokens; the run reads {read:,}, which makes {few} epochs")
+    if epochs > MANY_EPOCHS and not resumed:
+        steps = max(1, round(config.steps * FEW_EPOCHS / epochs))
+        told = f"in more than {MANY_EPOCHS} epochs the model learns its text by heart"
+        info(f"{told}; give --steps={steps} for {FEW_EPOCHS}")
     c = model.config
     if c.moe_layers and c.num_experts_per_tok == 1 and c.norm_topk_prob:
         told = "one expert per token, whose gate value norm_topk_prob makes 1"
         info(f"{told}: the main loss teaches the gate nothing; give --norm_topk_prob=False")
 
 
+def tell_if_logits_edited(model: DeepSeekV3):
+    """The loss has a second, faster way to the logits, which must be the same."""
+    changed = ops.edited(type(model).forward.__globals__, ["DeepSeekV3.logits", "head_loss"])
+    if "DeepSeekV3.logits" in changed and "head_loss" not in changed:
+        info("DeepSeekV3.logits is edited, but losses come from head_loss: edit that alike")
+
+
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=None, files=()):
-    """Runs `config.steps` optimiser steps, from `saved` (a checkpoint, read by process 0, which is
-    emptied) if given; a new run's folder gets copies of `files`. A signal ends it with a checkpoint
-    and KeyboardInterrupt."""
-    tell_plan(model, config, machine)
+    """Runs `config.steps` optimiser steps. `saved` is the checkpoint to go on from, which process 0
+    has read; it is emptied. `files` are copied into the folder of a new run. After a signal the run
+    saves a checkpoint and raises KeyboardInterrupt."""
+    tell_plan(model, data, config, machine, resumed=saved is not None)
+    tell_if_logits_edited(model)
     model.trained_length = max(model.trained_length, config.block_size)
     trainer = wrap(model.train(), config, machine)
     optimizers = make_optimizers(model, config)
     run, stop = Run(model, optimizers, data, config, machine), Stop()
 
-    with stop.listen():
+    with stop.listen(run.way_on):
         if saved is not None:
             run.restore(saved)
             run.evaluate()  # where the run ended between saving that step and evaluating it
@@ -1166,7 +1167,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             vio = max_vio(machine.sum(model.expert_counts))
             model.update_bias(gamma_at(config, step) if finite else 0.0)
 
-            if step == 0:
+            if step == 0:  # a whole step has fitted into memory: only now an old run is replaced
                 run.begin(files)
             run.advance(windows[:, 1:].size, finite)
             run.log_step(machine.sum(losses) / machine.world, vio, finite, lr, norm)
@@ -1251,13 +1252,15 @@ def source_of(command: TrainConfig) -> Path | None:
     return Path(command.out) if command.eval_only else None  # a folder's best.pt is preferred
 
 
-def check_free(command: TrainConfig):
-    """Raises ValueError where a run is in the way."""
+def check_out(command: TrainConfig):
+    """Raises ValueError where a run is in the way, or none is there to go on with."""
+    out, saved = command.out, (Path(command.out) / "ckpt.pt").exists()
+    if command.resume and not saved:
+        raise ValueError(f"{out} has no ckpt.pt to go on from: begin without --resume.")
     new_run = not (command.resume or command.eval_only)
-    if new_run and holds_run(Path(command.out)) and not command.overwrite:
-        raise ValueError(
-            f"{command.out} holds a run: give --resume, --overwrite, or another --out."
-        )
+    if new_run and holds_run(Path(out)) and not command.overwrite:
+        resume = "--resume, " if saved else ""
+        raise ValueError(f"{out} holds a run: give {resume}--overwrite, or another --out.")
 
 
 def settings_in(saved: dict) -> dict:
@@ -1274,14 +1277,14 @@ def settle(in_file: dict, saved: dict | None, given: dict) -> tuple[TrainConfig,
     stored = settings_in(saved) if saved else {}
     network, settings = split_configs(in_file | stored | given)
     config = TrainConfig(**settings)
-    if saved is None:  # an older run may have what was allowed then
+    if saved is None or given.keys() & set(PHASES):  # an older run may have what was allowed then
         config.check_order()
     if stored:
         tell_changes(in_file, stored, given)
     elif network and not config.init_from:
         absent = [key for key in ModelConfig.__dataclass_fields__ if key not in network]
-        told = f"{len(absent)} keys of the network are not set and have V3's values:"
-        info(textwrap.fill(" ".join([told, ", ".join(absent)]), 99, subsequent_indent="    "))
+        told = f"keys of the network that are not set, and so as in V3: {', '.join(absent)}"
+        info(textwrap.fill(told, 99, subsequent_indent="    "))
     tell_unused(config, given)
     return config, network
 
@@ -1344,19 +1347,19 @@ def load_for_all(source: Path, place: torch.device | str, dtype: torch.dtype):
     return model, tokenizer
 
 
-def open_network(config: TrainConfig, asked: dict, source: Path | None, machine: Machine):
+def open_network(config: TrainConfig, network: dict, source: Path | None, machine: Machine):
     """The network, new or from weights, and the tokenizer of these weights (on process 0)."""
     sharded = machine.world > 1 and config.parallel == "fsdp" and not config.eval_only
     place = "cpu" if sharded else machine.device  # FSDP moves the model block by block
     dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of weights, optimiser
     if not source:
-        if not asked:
+        if not network:
             raise ValueError("the config file has no sizes of the network: take config/small.py's.")
-        model = DeepSeekV3(ModelConfig(**asked)).to(place, dtype)
+        model = DeepSeekV3(ModelConfig(**network)).to(place, dtype)
         model.trained_length = 0
         return model, None
     model, tokenizer = load_for_all(source, place, dtype)
-    for key, value in asked.items():
+    for key, value in network.items():
         have = getattr(model.config, key)
         if key not in CONTEXT_KEYS and value != have:
             raise ValueError(f"{key} is {value} here, but {have} in {source}: it cannot change.")
@@ -1367,9 +1370,9 @@ def open_network(config: TrainConfig, asked: dict, source: Path | None, machine:
     return model, tokenizer
 
 
-def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine):
-    """Raises ValueError where windows do not fit the network or cannot be shared out, and where
-    --compile would only cost time."""
+def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, first: int):
+    """Raises ValueError where windows do not fit the network or cannot be shared out (from the step
+    `first` on), and where --compile would only cost time."""
     long, limit = config.long_block_size, model.config.max_position_embeddings
     longest = max(config.block_size, long)
     if longest > limit:
@@ -1389,7 +1392,7 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine):
         less = f"long_block_size is {long}, less than the {trained} trained before"
         raise ValueError(f"{less}: give --long_block_size=0, or {trained} at least.")
     parts = machine.world * config.grad_accum
-    for step in range(config.steps):
+    for step in range(first, config.steps):
         tokens, T = batch_at(config, step) * config.block_size, block_at(config, step)
         if tokens % (T * parts):
             uneven = f"the {tokens} tokens of step {step} are no multiple of {parts} micro-batches"
@@ -1402,21 +1405,23 @@ def run(argv: list[str]):
     out, source = Path(command.out), source_of(command)
     # A run that is being trained may be read all the while.
     with nullcontext() if command.eval_only else only_writer(out):
-        on_first(lambda: check_free(command))
+        on_first(lambda: check_out(command))
         saved = None  # what is resumed or evaluated; process 0 alone has its contents
         if command.resume or (command.eval_only and not command.init_from):
             saved = on_all(lambda: load_checkpoint(source) if is_first() else {})
-        config, asked = on_first(lambda: settle(in_file, saved, given))
+        config, network = on_first(lambda: settle(in_file, saved, given))
         machine = start_machine(config)
         torch.manual_seed(config.seed)
-        model, tokenizer = on_all(lambda: open_network(config, asked, source, machine))
-        on_all(lambda: check_settings(config, model, machine))
+        model, tokenizer = on_all(lambda: open_network(config, network, source, machine))
+        first = on_first(lambda: saved["step"] if command.resume else 0)
+        on_all(lambda: check_settings(config, model, machine, first))
         data, folder = open_data(config, model.config.vocab_size)
         if source:
             on_first(lambda: check_tokenizer(source, tokenizer, folder))
         if config.fp8:
             on_all(model.use_fp8)
         if config.eval_only:
+            tell_if_logits_edited(model)
             result = evaluate(model, data, config, machine)
             del result["expert_load"]
             if is_first():
@@ -1437,10 +1442,9 @@ def show_result(config: TrainConfig, prompt: str):
     best = load_checkpoint(Path(config.out) / "best.pt")
     had = asdict(config) | best["train_config"]  # which a resumed run may have changed since
     text = f"{best['val_bpb']:.4f} bits/byte in windows of {had['block_size']} tokens"
-    part = f" (on {best['val_tokens']:,} tokens of the text)" if "val_tokens" in best else ""
     if "val_bpb_long" in best:
         text += f", {best['val_bpb_long']:.4f} in windows of {had['long_block_size']}"
-    info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}{part}. A sample:\n")
+    info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     try:
         sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])

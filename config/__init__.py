@@ -23,9 +23,20 @@ def info(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+# What nanoGPT's options are called here.
+FROM_NANOGPT = {
+    "learning_rate": "lr", "max_iters": "steps", "gradient_accumulation_steps": "grad_accum",
+    "grad_clip": "clip", "eval_interval": "eval_every", "log_interval": "log_every",
+    "dataset": "data", "out_dir": "out", "start": "prompt", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_embd": "hidden_size",
+}  # fmt: skip
+
+
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """The sentence for a key that does not exist."""
-    close = difflib.get_close_matches(name, list(known), 1, 0.75)  # less hints at nonsense
+    known = list(known)
+    close = [FROM_NANOGPT[name]] if FROM_NANOGPT.get(name) in known else []
+    close = close or difflib.get_close_matches(name, known, 1, 0.75)  # less hints at nonsense
     return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
 
 

@@ -44,6 +44,5 @@ mtp_weight_late = 0.3  # the report: 0.1. A few more drafts are kept, for the sa
 gamma = 0.003  # the report's 0.001 moves a bias by 1 in 1000 steps: too slow for a run this short
 gamma_stop = 1.0  # the biases are updated until the end of the run
 alpha = 0.005  # fifty times the report's: loads are evener; 0.02 harms (docs/notes/LOG.md)
-eval_every = 200
-eval_tokens = 16384  # the first ones of the validation text; the last evaluation reads all of it
+eval_every = 600
 save_every = 200

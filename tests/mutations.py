@@ -204,11 +204,10 @@ len(val) < 2 or n_bytes == 0 => len(val) < 2
 
 # train.py tests/test_train.py
 same_text = data_folder(then["data"]).resolve() == => same_text = True or
-same_part = then["eval_tokens"] == => same_part = True or
+and "val_loss_part" not in file => and True
+same_text = same_text and not of_a_part => pass
+self.saved_step = saved.get("step", 0)  # which => pass  # which
 and then["block_size"] == now["block_size"]): => ):
-return values.get("val_loss_part", values["val_loss"]) => return values["val_loss"]
-end = T * math.ceil(config.eval_tokens / T) => end = config.eval_tokens
-self.machine, whole=self.last) => self.machine, whole=True)
 evaluated if best else 0 => evaluated
 file.get("val_length", length) == length => True
 is_path = len(path.parts) > 1 or => is_path =
@@ -219,7 +218,7 @@ if "DeepSeekV3.logits" in changed and => if False and
 in_file | stored | given => stored | in_file | given
 saved.clear() => pass
 {k: x.clone() for => {k: x for
-if n > 1 or not self.saved: => if True:
+if n > 1 or not self.saved_step: => if True:
 if config.lr >= before: => if config.lr > before:
 if key in given and not used: => if key in given:
 run.evaluate_start() => pass

@@ -1,6 +1,7 @@
 """The measurements measure what they say; how fast anything is, no test asks."""
 
 import json
+import shutil
 import sys
 import time
 from functools import partial
@@ -33,6 +34,21 @@ def test_sizes_are_those_of_the_releases(name, total, active, mtp, cache_bytes, 
     assert row["bf16 bytes"] == cache_bytes and row["FP8 GB"] == pytest.approx(fp8_gb, rel=1e-4)
     assert row["bf16 GB"] == pytest.approx(2e-9 * (total + mtp))
     assert name != "v3_671b" or row["MHA bytes"] == 2 * 61 * 128 * (128 + 128)
+
+
+def test_a_config_file_that_cannot_be_used_leaves_the_others_their_rows(
+    tmp_path, monkeypatch, capsys
+):
+    """Unless it was named."""
+    (tmp_path / "config").mkdir()
+    shutil.copy(ROOT / "config/tiny.py", tmp_path / "config")
+    (tmp_path / "config/bad.py").write_text("hidden_size = -1")
+    monkeypatch.chdir(tmp_path)
+    bench.main(["sizes"])
+    shown = capsys.readouterr()
+    assert "tiny" in shown.out and "config/bad.py is left out: " in shown.err
+    with pytest.raises(ValueError, match="hidden_size"):
+        bench.main(["sizes", "config/bad.py"])
 
 
 def test_flops_are_six_per_weight_that_multiplies_and_half_of_attention():
@@ -169,31 +185,21 @@ def plot(tmp_path, monkeypatch):
 
 
 def test_plot_shows_validation_as_points_and_bits_per_byte(plot, capsys):
-    lines = [evaluation(10, 5.0, val_tokens=99), evaluation(20, 4.0, val_tokens=99)]
+    lines = [evaluation(10, 5.0), evaluation(20, 4.0)]
     lines += [evaluation(30, None), evaluation(39, 3.25)]  # one was not finite
     texts, drawn, right = plot(a=lines)
     assert capsys.readouterr().out == "x.svg\n"
     assert "a: val_loss at step 39 is 3.250 nats per token, 1.300 bits per byte" in texts
     assert "a: load of the experts on the validation text at step 39" in texts
     assert {"nats per token", "bits per byte of text", "MoE layers,", "then MTP"} <= {*texts}
-    curve, hollow, both = (call.args[1:] for call in drawn[-3:])
+    curve = drawn[-1].args[1:]
     assert list(curve[0]) == [10, 20, 39] and list(curve[1]) == [5, 4, 3.25]
     assert curve[2] == "o-"  # points, and a line through them
-    assert list(hollow[0]) == [10, 20] and drawn[-2].kwargs["mfc"] == "white"
-    assert not len(both[0])
     to_bits, to_nats = right.kwargs["functions"]
     assert to_bits(5.0) == pytest.approx(2.0) and to_nats(2.0) == pytest.approx(5.0)
     picture = Path("x.svg").read_bytes()
     plot(a=lines)
     assert Path("x.svg").read_bytes() == picture
-
-
-def test_plot_joins_losses_on_the_same_part_of_the_text(plot):
-    last = evaluation(39, 3.25, val_tokens=999, val_loss_part=3.0)
-    texts, drawn, _ = plot(a=[evaluation(20, 4.0, val_tokens=99), last])
-    curve, hollow, both = (list(map(list, call.args[1:3])) for call in drawn[-3:])
-    assert curve == hollow == [[20, 39], [4, 3]] and both == [[39], [3.25]]
-    assert "a: val_loss at step 39 is 3.250 nats per token, 1.300 bits per byte" in texts
 
 
 def test_plot_compares_runs_of_different_tokenizers(plot):

@@ -410,19 +410,14 @@ def test_a_run_opens_with_its_weights_and_tokenizer(run, dtype):
 def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
     path, saved = tmp_path / "ckpt.pt", torch.load(run / "ckpt.pt", weights_only=True)
     config, content = saved["model_config"], (run / "ckpt.pt").read_bytes()
-    check_refusal("is missing, damaged, or no checkpoint of train.py", load_model, tmp_path)
+    check_refusal(f"there is no {tmp_path}/ckpt.pt: name a run's folder", load_model, tmp_path)
     for part in (content[:0], content[:-10], b"hello " * 50):
         path.write_bytes(part)
-        check_refusal(f"{path} is missing, damaged, or no checkpoint", load_model, tmp_path)
+        check_refusal(f"{path} is damaged, or no checkpoint", load_model, tmp_path)
     for bad, sentence in (
-        (
-            saved | {"extra": Path()},
-            "is missing, damaged, or no checkpoint",
-        ),  # to make an object may run code
-        *(
-            (foreign, "is missing, damaged, or no checkpoint")
-            for foreign in ([1, 2], {"model_args": {}})
-        ),
+        (saved | {"extra": Path()}, "is damaged, or no"),  # to make an object may run code
+        ([1, 2], "is damaged, or no checkpoint"),
+        ({"model_args": {}}, "is damaged, or no checkpoint"),
         (saved | {"model_config": config | {"wings": 2}}, "'wings'"),
         (saved | {"model_config": config | {"vocab_size": 77}}, "do not match"),
         ({key: x for key, x in saved.items() if key != "model"}, "do not match"),

@@ -933,7 +933,10 @@ def test_the_end_says_what_was_made_and_what_comes_next(tmp_path, monkeypatch, c
         tokens = len(ids_of(folder, name))
         assert counts[name] == [len(part), sum(map(len, part)), tokens]
     said = "next: python train.py config/small.py '--data=my texts' '--out=out/my texts' "
-    assert said + "--vocab_size=300\n" in printed.err
+    assert said + "--vocab_size=300\n" in printed.err and "Fine-tune" not in printed.err
+    (folder / "ckpt.pt").touch()
+    pd.main(["my texts", "--name=more", f"--tokenizer={folder}"])
+    assert '"Fine-tune", tells which --steps and --lr fit' in capsys.readouterr().err
     config, names = pd.DataConfig(), Path("data/mine")
     command = "python train.py config/small.py --data=mine --out=out/mine"
     assert pd.next_command(config, names, 4096) == command

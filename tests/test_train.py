@@ -347,8 +347,9 @@ def test_what_a_config_file_leaves_out_is_named(capsys):
     small = ("--v_head_dim=4", "--qk_nope_head_dim=4", "--steps=1", "--num_experts_per_tok=1")
     train.main(["my.py", "--out=run", *SHORT, *small])
     said = capsys.readouterr().err
-    line = said[said.index("8 keys of the network are not set and have V3's values: ") :]
+    line = said[said.index("keys of the network that are not set, and so as in V3: ") :]
     line = line[: line.index("model: ")]
+    assert line.count(",") == 1 + 7  # eight keys
     assert "num_attention_heads, " in line and "norm_topk_prob" in line
     assert "hidden_size" not in line and all(len(x) < 100 for x in line.splitlines())
     assert "give --norm_topk_prob=False" in said
@@ -372,11 +373,20 @@ def test_a_damaged_or_older_best_checkpoint_does_not_hinder_a_resumed_run(capsys
     run("--resume", "--steps=5", "--eval_every=9")
     Path("run/best.pt").write_bytes(b"")
     run("--resume", "--steps=6", "--eval_every=6")
-    assert "best.pt is missing, damaged" in capsys.readouterr().err
+    assert "best.pt is damaged" in capsys.readouterr().err
     assert load("run", "best.pt")["step"] == 6
     Path("run/best.pt").write_bytes(b"")
     run("--resume", "--steps=6", "--eval_every=6")  # nothing is left to train
+    best = load("run", "best.pt")
+    assert best["step"] == 6
+    # An older version's loss may be of a part of the text. Then the whole has another.
+    best |= {"val_loss": 0.0, "val_tokens": 99}
+    torch.save(best | {"val_loss_part": 0.0}, "run/best.pt")
+    run("--resume", "--steps=7")
     assert load("run", "best.pt")["step"] == 6
+    torch.save(best, "run/best.pt")
+    run("--resume", "--steps=8")
+    assert load("run", "best.pt")["step"] == 8
 
 
 @pytest.mark.parametrize("part", ["data.pkl", "data/0"])
@@ -385,7 +395,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(part, shared):
     content = bytearray(Path("run/ckpt.pt").read_bytes())
     content[content.index(f"/{part}".encode()) + 300] ^= 4
     Path("run/ckpt.pt").write_bytes(content)
-    assert re.match("run/ckpt.pt is (missing, )?damaged", refused("--resume"))
+    assert re.match("run/ckpt.pt is damaged", refused("--resume"))
 
 
 def test_the_same_data_by_another_name_are_compared():
@@ -792,14 +802,10 @@ def test_evaluation_in_fp8_quantises_each_weight_once_and_leaves_no_trace(traine
     assert all(p.grad is None for p in model.parameters())
 
 
-def give_losses(monkeypatch, *losses: float | tuple[float, float]):
-    """What the next evaluations find; of a pair, the first is on the part, the other on all."""
-    results = []
-    for loss in losses:
-        part, loss = loss if isinstance(loss, tuple) else (None, loss)
-        results.append(dict(val_loss=loss, val_bpb=loss / 2, val_mtp_loss=9.0, max_vio_global=0.0))
-        if part is not None:
-            results[-1]["val_loss_part"] = part
+def give_losses(monkeypatch, *losses: float):
+    """What the next evaluations find."""
+    others = dict(val_mtp_loss=9.0, max_vio_global=0.0)
+    results = [dict(val_loss=loss, val_bpb=loss / 2, **others) for loss in losses]
     monkeypatch.setattr(train, "evaluate", mock.Mock(side_effect=results))
 
 
@@ -823,7 +829,7 @@ def test_losses_on_another_text_are_not_compared(monkeypatch, data, name):
     shutil.copytree(data, "data/again")
     give_losses(monkeypatch, 2.0, 3.0, 9.0)
     run("--data=again")
-    run("--resume", "--data=again", "--eval_tokens=99")
+    run("--resume", "--data=again")
     assert load("run", "best.pt")["val_loss"] == 2.0 != 9.0
     asked = prepare_data.DataConfig(TEXT, name, tokenizer=str(data), val_fraction=0.4)
     prepare_data.prepare(replace(asked, overwrite=True))
@@ -940,54 +946,9 @@ def test_a_run_that_dies_in_an_evaluation_makes_up_for_it(shared):
     assert_same_run(shared("--eval_batch=8"), Path("run"))
 
 
-PART = ("--eval_tokens=100", "--eval_every=2")  # seven windows of 16 tokens, or four of 32
-
-
-def test_evaluations_before_the_last_read_a_fixed_part(shared, data):
-    """Which the last one tells too, from the same pass. The whole is what it is without a part."""
-    out, dataset = shared(*PART, *CASES["long"][1:]), prepare_data.load_dataset(data)
-    lines = [line for line in log_of(out) if "val_loss" in line]
-    rest = len(dataset.val.arrays[0]) - 1
-    assert [line["val_tokens"] for line in lines] == [112] * 3 + [rest]
-    assert ["val_loss_part" in line for line in lines] == [False] * 3 + [True]
-    assert ["val_bpb_long" in line for line in lines] == [False] * 2 + [True] * 2
-    model = load_model(out / "ckpt.pt")[0]
-    config = train.TrainConfig(**load(out)["train_config"])
-    evaluate = functools.partial(train.evaluate, model, dataset, machine=MACHINE)
-    whole = evaluate(config=replace(config, eval_tokens=0))
-    part = evaluate(config=config, whole=False)
-    dataset.val = prepare_data.Tokens([dataset.val.arrays[0][:113]])
-    alone = evaluate(config=replace(config, eval_tokens=0))
-    last = {key: value for key, value in lines[-1].items() if key not in ("step", "tokens")}
-    assert part.pop("val_tokens") == 112
-    assert part["val_loss"] == pytest.approx(last.pop("val_loss_part"), rel=1e-12)
-    assert part.pop("val_bpb_long") != pytest.approx(last["val_bpb_long"], rel=1e-6)
-    assert_same(part, {key: alone[key] for key in part}, 1e-12)
-    assert last.pop("val_tokens") == rest
-    assert_same(last, whole, 1e-12)
-    assert "val_tokens" not in whole and "val_loss_part" not in whole
-
-
-def test_best_checkpoint_is_chosen_by_the_loss_of_the_part(monkeypatch, capsys):
-    """A whole file that is harder, or easier, than its part decides nothing; resumed as well."""
-    give_losses(monkeypatch, 3.0, 2.0, (2.5, 1.0))
-    best = load(run("--eval_tokens=99", "--eval_every=2", "--steps=6"), "best.pt")
-    assert (best["step"], best["val_loss"]) == (4, 2.0)  # on the part the last one is worse
-    give_losses(monkeypatch, 2.1, (1.9, 5.0))
-    best = load(run("--resume", "--steps=9", "--eval_every=8"), "best.pt")
-    assert (best["step"], best["val_loss"], best["val_loss_part"]) == (9, 5.0, 1.9)
-    give_losses(monkeypatch, (1.95, 1.0), (1.85, 6.0))
-    assert load(run("--resume", "--steps=10"), "best.pt")["step"] == 9  # 1.9 on the part
-    assert load(run("--resume", "--steps=11"), "best.pt")["step"] == 11
-    give_losses(monkeypatch, 9.0)  # on another part, so that the old loss says nothing
-    assert load(run("--resume", "--steps=12", "--eval_tokens=0"), "best.pt")["val_loss"] == 9.0
-
-
-def test_evaluation_of_a_part_is_the_same_resumed_and_on_two_processes(start, shared):
-    """Resumed where the last evaluation is due before all else."""
-    options = (*PART, "--eval_batch=3")
-    finish(start(*options, world=2, out="together"))
-    assert_same_run(shared(*options), Path("together"), 1e-9)
+def test_evaluation_that_was_left_out_is_made_first(shared):
+    """To the same digits, where it is due before all else that a resumed run does."""
+    options = ("--eval_every=2", "--eval_batch=3")
     out = Path(shutil.copytree(shared(*options), "run"))
     log = out / "log.jsonl"
     before = log.read_bytes()
@@ -1108,7 +1069,7 @@ def test_what_one_process_refuses_ends_all_with_a_sentence(node, start, data):
     assert "error: block_size is 7" in refusal("--block_size=7")
     Path("run").mkdir()
     Path("run/log.jsonl").touch()
-    assert "error: run holds a run" in refusal()
+    assert "error: run holds a run: give --overwrite, or" in refusal()  # no ckpt.pt to resume
     Path("run/best.pt").mkdir()  # cannot be replaced
     assert "run/best.pt" in refusal("--overwrite")
     (node / "data/tiny").unlink()
@@ -1316,6 +1277,56 @@ def test_a_stopped_run_says_truly_where_it_can_go_on(good, words, capsys):
     run("--resume" if good else "--overwrite", "--steps=1")
 
 
+def test_a_second_signal_tells_where_the_run_can_go_on(capsys, monkeypatch):
+    """It ends the run in the middle of a step."""
+    lr_at, read_best, now = train.lr_at, train.Run.read_best, time.monotonic
+
+    def killed(*arguments, in_step=2):
+        if in_step == 2:
+            signal.raise_signal(signal.SIGINT)
+            monkeypatch.setattr(time, "monotonic", lambda: now() + 2)
+            signal.raise_signal(signal.SIGINT)
+
+    def said(*options: str) -> str:
+        with pytest.raises(KeyboardInterrupt):
+            run("--save_every=1", *options)
+        return capsys.readouterr().err
+
+    words = "stopped at once; go on from step 2, in run/ckpt.pt, with --resume"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "lr_at", lambda c, step: killed(in_step=step) or lr_at(c, step))
+        assert words in said()
+    monkeypatch.setattr(time, "monotonic", now)
+    monkeypatch.setattr(train.Run, "read_best", lambda run: killed() or read_best(run))
+    assert words in said("--resume")  # which has not yet begun to train
+
+
+def test_a_text_that_is_read_too_often_is_told(capsys):
+    values = train.split_configs(read_config_file(TINY, ModelConfig, train.TrainConfig))[0]
+    model = DeepSeekV3(ModelConfig(**values))
+    config = train.TrainConfig(steps=1000, batch_size=4, block_size=16)  # 64,000 tokens
+    for length, told in (8000, False), (7999, True):
+        data = SimpleNamespace(train=range(length))
+        train.tell_plan(model, data, config, MACHINE, resumed=False)
+        said = capsys.readouterr().err
+        assert f"text: {length:,} tokens; the run reads 64,000, which makes 8.0 epochs" in said
+        assert ("give --steps=625 for 5" in said) == told
+    train.tell_plan(model, data, config, MACHINE, resumed=True)  # which has made most of them
+    ramp = replace(config, batch_start=2, batch_ramp=1.0)
+    train.tell_plan(model, data, ramp, MACHINE, resumed=False)
+    resumed, ramp = capsys.readouterr().err.split("model: ")[1:]
+    assert "--steps" not in resumed and "the run reads 48,000, which makes 6.0 epochs" in ramp
+
+
+def test_steps_of_the_past_do_not_have_to_fit_a_resumed_run():
+    """A batch that has grown can be cut into more parts than the first one."""
+    ramp = ("--batch_start=2", "--batch_ramp=0.3")
+    run("--steps=4", *ramp)
+    more = (*ramp, "--steps=8", "--grad_accum=4")
+    assert "the 32 tokens of step 0 are no multiple of 4" in refused("--overwrite", *more)
+    assert load(run("--resume", *more))["step"] == 8
+
+
 def test_a_folder_has_one_writer_and_many_readers(start, capsys):
     (writer,) = start("--steps=5000", "--save_every=1", "--eval_every=1")
     wait_for(lambda: "step 2/" in writer.log.read_text())
@@ -1427,8 +1438,8 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
         (["--batch_start=-1"], "batch_start is -1, but must be at least 0"),
         (["--beta2=1"], "less than 1"),
         (["--data=nowhere"], "make it with: python prepare_data.py SOURCE --name=nowhere"),
-        (["--resume"], "run/ckpt.pt is missing, damaged, or no checkpoint of train.py"),
-        (["--eval_only", "--out="], "out/tiny is missing, damaged, or no"),
+        (["--resume"], "run has no ckpt.pt to go on from: begin without --resume"),
+        (["--eval_only", "--out="], "there is no out/tiny: name a run's folder"),
         (["--out=/dev/null/run"], "/dev/null/run"),
         (["--optimizer=muon", "--parallel=fsdp"], "muon needs whole matrices"),
         (["--block_size=7"], "block_size is 7, but must be at least 8"),
@@ -1491,6 +1502,8 @@ def test_an_edit_of_logits_alone_is_told_when_training(monkeypatch, capsys):
 
     monkeypatch.setattr(DeepSeekV3, "logits", logits)
     run("--steps=1")
+    assert "logits is edited, but losses come from head_loss" in capsys.readouterr().err
+    run("--eval_only")
     assert "logits is edited, but losses come from head_loss" in capsys.readouterr().err
 
 
