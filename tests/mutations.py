@@ -206,6 +206,10 @@ len(val) < 2 or n_bytes == 0 => len(val) < 2
 same_text = data_folder(then["data"]).resolve() == => same_text = True or
 and "val_loss_part" not in file => and True
 same_text = same_text and not of_a_part => pass
+saved is None or given.keys() & set(PHASES) => saved is None
+for step in range(first, config.steps) => for step in range(config.steps)
+epochs > MANY_EPOCHS and not resumed => epochs > MANY_EPOCHS
+if command.resume and not saved: => if False:
 self.saved_step = saved.get("step", 0)  # which => pass  # which
 and then["block_size"] == now["block_size"]): => ):
 evaluated if best else 0 => evaluated

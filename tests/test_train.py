@@ -1318,6 +1318,13 @@ def test_a_text_that_is_read_too_often_is_told(capsys):
     assert "--steps" not in resumed and "the run reads 48,000, which makes 6.0 epochs" in ramp
 
 
+def test_phases_that_are_given_to_a_resumed_run_are_checked():
+    run("--steps=1")
+    said = refused("--resume", "--steps=2", "--decay_start=0.02")
+    assert "warmup is 0.05, but decay_start is 0.02" in said
+    run("--resume", "--steps=2", "--decay_start=0.6")
+
+
 def test_steps_of_the_past_do_not_have_to_fit_a_resumed_run():
     """A batch that has grown can be cut into more parts than the first one."""
     ramp = ("--batch_start=2", "--batch_ramp=0.3")
