@@ -993,7 +993,7 @@ class Run:
     def way_on(self) -> str:
         """Where a run that stops here can go on."""
         if not self.saved_step:
-            return "nothing is saved: begin again with --overwrite"
+            return "nothing is saved: begin again" + " with --overwrite" * holds_run(self.out)
         return f"go on from step {self.saved_step}, in {self.out}/ckpt.pt, with --resume"
 
     def give_up(self):
@@ -1256,7 +1256,8 @@ def check_out(command: TrainConfig):
     """Raises ValueError where a run is in the way, or none is there to go on with."""
     out, saved = command.out, (Path(command.out) / "ckpt.pt").exists()
     if command.resume and not saved:
-        raise ValueError(f"{out} has no ckpt.pt to go on from: begin without --resume.")
+        instead = "give --overwrite instead" if holds_run(Path(out)) else "begin without --resume"
+        raise ValueError(f"{out} has no ckpt.pt to go on from: {instead}.")
     new_run = not (command.resume or command.eval_only)
     if new_run and holds_run(Path(out)) and not command.overwrite:
         resume = "--resume, " if saved else ""

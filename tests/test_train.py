@@ -1070,6 +1070,7 @@ def test_what_one_process_refuses_ends_all_with_a_sentence(node, start, data):
     Path("run").mkdir()
     Path("run/log.jsonl").touch()
     assert "error: run holds a run: give --overwrite, or" in refusal()  # no ckpt.pt to resume
+    assert "no ckpt.pt to go on from: give --overwrite instead." in refusal("--resume")
     Path("run/best.pt").mkdir()  # cannot be replaced
     assert "run/best.pt" in refusal("--overwrite")
     (node / "data/tiny").unlink()
@@ -1299,6 +1300,9 @@ def test_a_second_signal_tells_where_the_run_can_go_on(capsys, monkeypatch):
     monkeypatch.setattr(time, "monotonic", now)
     monkeypatch.setattr(train.Run, "read_best", lambda run: killed() or read_best(run))
     assert words in said("--resume")  # which has not yet begun to train
+    monkeypatch.setattr(time, "monotonic", now)
+    monkeypatch.setattr(train, "lr_at", lambda c, step: killed() or lr_at(c, step))
+    assert "stopped at once; nothing is saved: begin again\n" in said("--out=new")
 
 
 def test_a_text_that_is_read_too_often_is_told(capsys):
