@@ -552,8 +552,8 @@ def kept_decoder(model: DeepSeekV3, compiled: bool) -> "ops.Decoder":
 
 
 def compare_once(model: DeepSeekV3, edit: str):
-    """compare_forms for a model whose code was edited, again only after another edit. It says what
-    `edit` names: what was edited, so that the Decoder does not stand for it."""
+    """Runs compare_forms for a model whose code was edited, and again only after another edit. Says
+    then that the Decoder does not copy `edit`, the name of what was edited ("": it was told)."""
     state = ops.state_of(model)
     if COMPARED.get(model) == state:
         return

@@ -205,6 +205,11 @@ Result = TypeVar("Result")
 def join_processes():
     """Under torchrun, joins the other processes."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # A default argument in this module is the group that exists when it is imported. DDP and
+        # dcp import it. Imported after the group was made, it would keep gloo's threads alive after
+        # destroy_process_group, and they may abort the process while Python ends.
+        import torch.distributed.nn
+
         # gloo beside nccl: flags and files that stay on the CPU never wait for the GPU.
         gpu = torch.cuda.is_available() and dist.is_nccl_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
@@ -1105,8 +1110,8 @@ def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, re
     length = len(data.train)
     read = sum(batch_at(config, step) for step in range(config.steps)) * config.block_size
     epochs = read / length
-    few = f"{epochs:.1f}" if epochs >= 1 else f"{epochs:.2g}"
-    info(f"text: {length:,} tokens; the run reads {read:,}, which makes {few} epochs")
+    shown = f"{epochs:.1f}" if epochs >= 1 else f"{epochs:.2g}"
+    info(f"text: {length:,} tokens; the run reads {read:,}, which makes {shown} epochs")
     if epochs > MANY_EPOCHS and not resumed:
         steps = max(1, round(config.steps * FEW_EPOCHS / epochs))
         told = f"in more than {MANY_EPOCHS} epochs the model learns its text by heart"

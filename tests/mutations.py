@@ -210,6 +210,7 @@ saved is None or given.keys() & set(PHASES) => saved is None
 for step in range(first, config.steps) => for step in range(config.steps)
 epochs > MANY_EPOCHS and not resumed => epochs > MANY_EPOCHS
 if command.resume and not saved: => if False:
+        import torch.distributed.nn => pass
 self.saved_step = saved.get("step", 0)  # which => pass  # which
 and then["block_size"] == now["block_size"]): => ):
 evaluated if best else 0 => evaluated

@@ -1137,6 +1137,25 @@ def test_a_rank_that_dies_or_raises_ends_the_others_promptly(parallel, raises, s
     load_checkpoint("run/ckpt.pt")
 
 
+def tell_threads():
+    """Lists the threads that are left when the processes have parted."""
+    destroy = train.dist.destroy_process_group
+
+    def watched():
+        destroy()
+        names = (file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm"))
+        print("left:", *sorted(names), flush=True)
+
+    train.dist.destroy_process_group = watched
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
+def test_no_thread_of_gloo_outlives_the_training(start):
+    """It could abort its process while Python ends, and torchrun would end the others."""
+    for said in finish(start(world=2, setup=tell_threads)):
+        assert "left: python" in said and "gloo" not in said.split("left:")[1]
+
+
 def test_torchrun_trains_and_is_interrupted_and_resumed(shared):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     argv = [*torchrun, str(ROOT / "train.py"), TINY, "--out=run", *SHORT, "--steps=12"]
@@ -1282,7 +1301,7 @@ def test_a_second_signal_tells_where_the_run_can_go_on(capsys, monkeypatch):
     """It ends the run in the middle of a step."""
     lr_at, read_best, now = train.lr_at, train.Run.read_best, time.monotonic
 
-    def killed(*arguments, in_step=2):
+    def killed(in_step=2):
         if in_step == 2:
             signal.raise_signal(signal.SIGINT)
             monkeypatch.setattr(time, "monotonic", lambda: now() + 2)
