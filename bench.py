@@ -34,10 +34,10 @@ from torch import Tensor, nn
 import fp8
 import sample
 import train
-from config import info, parse_args, read_config_file, run_command
 from huggingface import FP8_WEIGHTS, checkpoint_views
 from model import Cache, DeepSeekV3, ModelConfig
-from ops import Decoder, fast_dtype
+from support.ops import Decoder, fast_dtype
+from support.settings import info, parse_args, read_config_file, run_command
 
 # The 20.8M-parameter model on which we and transformers' DeepseekV3ForCausalLM are compared.
 REFERENCE = dict(

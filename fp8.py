@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ops import compute_dtype, fast_dtype
+from support.ops import compute_dtype, fast_dtype
 
 TILE = (1, 128)  # activations and gradients: one scale per token and 128 channels
 BLOCK = (128, 128)  # weights: coarser, but the transpose of a block is a block

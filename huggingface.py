@@ -30,9 +30,7 @@ from torch import Tensor
 
 import fp8
 import model as formulas
-from config import info, parse_args, run_command
 from model import DeepSeekV3, ModelConfig
-from ops import codes_of, fingerprint_of, not_as_copied
 from prepare_data import (
     END_OF_TEXT,
     STAND_INS,
@@ -41,6 +39,8 @@ from prepare_data import (
     stored_tokenizer,
     write_tokenizer,
 )
+from support.ops import codes_of, fingerprint_of, not_as_copied
+from support.settings import info, parse_args, run_command
 
 # config.json's other keys that matter, each with the only value that model.py computes.
 FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fp8
-from ops import compute_dtype, edited, fast_twin, upcast
+from support.ops import compute_dtype, edited, fast_twin, upcast
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
 Past = tuple[Tensor, int] | None  # a layer's cache (B, size, C+R) and how many tokens are in it

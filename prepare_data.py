@@ -39,7 +39,7 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from config import info, parse_args, run_command, with_home
+from support.settings import info, parse_args, run_command, with_home
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2 tokens in shards of 100M on Hugging Face: where they lie and how many there are.

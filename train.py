@@ -47,13 +47,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fp8
-import ops
 import prepare_data
 import sample
-from config import info, parse_args, read_config_file, run_command, with_home
 from huggingface import Tokenizer, checkpoint_file, load_checkpoint, load_model, model_code
 from model import DeepSeekV3, ModelConfig, expert_counts
-from ops import fast_dtype, has_grouped_mm
+from support import ops
+from support.ops import fast_dtype, has_grouped_mm
+from support.settings import info, parse_args, read_config_file, run_command, with_home
 
 PHASES = ("warmup", "decay_start", "decay_end", "final_start")  # of the learning rate, in order
 

@@ -14,8 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sample
-from config import info, parse_args, run_command
 from huggingface import load_model
+from support.settings import info, parse_args, run_command
 
 
 @dataclass

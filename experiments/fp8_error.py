@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fp8
-from config import parse_args, run_command
+from support.settings import parse_args, run_command
 
 tilewise = fp8.quantize
 

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import sample
-from config import info, parse_args, run_command
 from huggingface import Tokenizer, load_model
 from model import DeepSeekV3
+from support.settings import info, parse_args, run_command
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8">

@@ -47,9 +47,9 @@ from unseen import bits_per_byte, nats_by_document
 import bench
 import prepare_data
 import train
-from config import info, parse_args, read_config_file, run_command
 from huggingface import load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig
+from support.settings import info, parse_args, read_config_file, run_command
 
 ROOT = Path(train.__file__).parent
 # A run so small that it takes two seconds, with every phase of a training in it.

@@ -18,8 +18,8 @@ from schedules import PLANS, measure, simulate
 from tables import COLOURS, INK
 
 import bench
-from config import parse_args, run_command
 from model import DeepSeekV3, Gate
+from support.settings import parse_args, run_command
 
 V3, SMALL = run.ROOT / "config/v3_671b.py", run.ROOT / "config/small.py"
 TOKENS, HOURS = 14.8e12, 2.664e6  # of V3's run; hours of one H800 (section 1)

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sample
 from bench import Options, Table, interleaved, print_tables, ratio
-from config import parse_args, run_command
 from huggingface import load_model
 from model import DeepSeekV3
+from support.settings import parse_args, run_command
 
 
 @dataclass

@@ -25,7 +25,7 @@ from intervals import (
     seen_with,
 )
 
-from config import info
+from support.settings import info
 
 # ---- JSON files ----------------------------------------------------------------------------------
 

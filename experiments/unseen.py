@@ -21,10 +21,10 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from config import parse_args, run_command
 from huggingface import load_checkpoint, load_model
 from model import DeepSeekV3
 from prepare_data import load_dataset, stored_tokenizer
+from support.settings import parse_args, run_command
 
 
 @dataclass

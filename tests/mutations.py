@@ -1,7 +1,7 @@
 """Does a test notice? Plants easy mistakes into a copy of the repository, one at a time.
 
     python tests/mutations.py --help               this text and the sections
-    python tests/mutations.py ops.py               the mistakes in ops.py
+    python tests/mutations.py support/ops.py               the mistakes in ops.py
     python tests/mutations.py tests/test_edits.py  those that these tests must notice
     python tests/mutations.py triu                 those with this text in their line
     python tests/mutations.py                      all of them, which takes hours
@@ -88,7 +88,7 @@ if config.tie_word_embeddings: => if False:
 nn.Linear: fp8.FP8Linear, MLP => MLP
 for block in [*self.layers, *(module.block for module in self.mtp)]: => for block in [self]:
 
-# ops.py tests/test_model.py
+# support/ops.py tests/test_model.py
 .triu_(1) => .triu_(2)
 k.mT, alpha=scale => k.mT
 is_causal=True => is_causal=False
@@ -119,7 +119,7 @@ key=lambda file: file.name == "config.json" => key=lambda file: file.name
 # huggingface.py tests/test_train.py
 if damaged: => if False:
 
-# config/__init__.py tests/test_config.py
+# support/settings.py tests/test_config.py
 if typing.get_origin(annotation) is typing.Literal: => if False:
 
 # sample.py tests/test_sample.py
@@ -146,7 +146,7 @@ done - max(1, window // 2) => done - window // 2
 self.o_proj = nn.Linear(H * V, D, bias=bias) => self.o_proj = nn.Linear(H * V, D, bias=False)
 config.n_shared_experts * config => 1 * config
 
-# ops.py tests/test_edits.py
+# support/ops.py tests/test_edits.py
 if changed := edited(source, asked): => if changed := []:
 [name, *RELIES_ON.get(name, [])] => [name]
 return helpers + [name => return [name

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-import config
+from support import settings as config
 
 
 @dataclass
@@ -120,7 +120,7 @@ def test_run_command_turns_refusals_into_exit_codes(error, code, message, capsys
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    script = "import config; config.run_command(lambda argv: print('x\\n' * 99999))"
+    script = "from support.settings import run_command as r; r(lambda argv: print('x\\n' * 99999))"
     command = f'{sys.executable} -c "{script}" | head -1; exit ${{PIPESTATUS[0]}}'
     root = Path(__file__).parent.parent
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=root)

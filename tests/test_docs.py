@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import drafts
 
 import sample
-from config import read_config_file
 from model import ModelConfig, balance_loss
+from support.settings import read_config_file
 from train import TrainConfig, lr_at, split_configs
 
 ROOT = Path(__file__).parent.parent

@@ -17,9 +17,9 @@ from torch import nn
 
 import fp8
 import model as plain
-import ops
 import sample
 from huggingface import model_code
+from support import ops
 
 SOURCE = (Path(__file__).parent.parent / "model.py").read_text(encoding="utf-8")
 CONFIG = TINY | dict(max_position_embeddings=200)

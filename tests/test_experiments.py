@@ -39,11 +39,11 @@ import unseen
 
 import fp8
 import model
-import ops
 import prepare_data
 import sample
 import train
 from model import DeepSeekV3, ModelConfig
+from support import ops
 
 ROOT = Path(__file__).parent.parent
 MODULES = [importlib.import_module(x.stem) for x in sorted((ROOT / "experiments").glob("*.py"))]

@@ -20,9 +20,9 @@ from torch import nn
 
 import fp8
 import model as plain
-import ops
 from huggingface import checkpoint_views
 from model import Cache, DeepSeekV3, Gate, ModelConfig, RMSNorm
+from support import ops
 
 ATOL = 1e-11
 # No two widths are equal, nor rms_norm_eps and the latent norms' 1e-6: exchanged ones show.

@@ -3,8 +3,8 @@
 from pathlib import Path
 from xml.etree import ElementTree
 
-from config import read_config_file
 from model import ModelConfig
+from support.settings import read_config_file
 from train import TrainConfig, split_configs
 
 ROOT = Path(__file__).parent.parent

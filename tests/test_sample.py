@@ -25,13 +25,13 @@ import torch._inductor.inductor_prims  # before torch.compiler.is_compiling is p
 import torch.nn.functional as F
 from test_model import VARIANTS, in_pieces, tiny, tokens_of
 
-import ops
 import prepare_data
 import sample
-from config import parse_args, run_command
 from huggingface import load_model
 from model import DeepSeekV3
 from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
+from support import ops
+from support.settings import parse_args, run_command
 
 COLOUR = re.compile(r"\033\[[\d;]*m")
 LIMIT = 48  # max_position_embeddings

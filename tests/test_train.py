@@ -38,12 +38,12 @@ import torch.nn.functional as F
 
 import fp8
 import huggingface
-import ops
 import prepare_data
 import train
-from config import read_config_file, run_command
 from huggingface import load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig
+from support import ops
+from support.settings import read_config_file, run_command
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "config" / "tiny.py")

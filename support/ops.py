@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from config import info
+from support.settings import info
 
 enabled = True  # the tests turn the twins off, to compare them with their formulas
 
