@@ -31,7 +31,9 @@ from torch import Tensor
 import fp8
 import model as formulas
 from model import DeepSeekV3, ModelConfig
-from prepare_data import (
+from support.ops import codes_of, fingerprint_of, not_as_copied
+from support.settings import info, parse_args, run_command
+from support.tokenizer import (
     END_OF_TEXT,
     STAND_INS,
     Tokenizer,
@@ -39,8 +41,6 @@ from prepare_data import (
     stored_tokenizer,
     write_tokenizer,
 )
-from support.ops import codes_of, fingerprint_of, not_as_copied
-from support.settings import info, parse_args, run_command
 
 # config.json's other keys that matter, each with the only value that model.py computes.
 FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}

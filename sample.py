@@ -31,11 +31,12 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fp8
-from huggingface import Tokenizer, load_model
+from huggingface import load_model
 from model import Cache, DeepSeekV3
 from support import ops
 from support.ops import fast_dtype, span
 from support.settings import info, parse_args, run_command, with_home
+from support.tokenizer import Tokenizer
 
 MOST_DRAFTS = 4
 MATCH = 3  # so many last tokens must stand earlier in the text before drafts are copied from there

@@ -49,11 +49,13 @@ from tqdm import tqdm
 import fp8
 import prepare_data
 import sample
-from huggingface import Tokenizer, checkpoint_file, load_checkpoint, load_model, model_code
+from huggingface import checkpoint_file, load_checkpoint, load_model, model_code
 from model import DeepSeekV3, ModelConfig, expert_counts
 from support import ops
 from support.ops import fast_dtype, has_grouped_mm
 from support.settings import info, parse_args, read_config_file, run_command, with_home
+from support.tokenizer import Tokenizer, backup_of, stored_tokenizer, tokenizer_files
+from support.tokens import Dataset, load_dataset
 
 PHASES = ("warmup", "decay_start", "decay_end", "final_start")  # of the learning rate, in order
 
@@ -443,7 +445,7 @@ def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
     if identity := tokenizer_identity(folder):
         same = identity == tokenizer_identity(data)
     elif tokenizer:
-        other = prepare_data.stored_tokenizer(data)
+        other = stored_tokenizer(data)
         same = (tokenizer.texts, tokenizer.special) == (other.texts, other.special)
         same = same and tokenizer.encode_batch([__doc__]) == other.encode_batch([__doc__])
     else:  # the directory has none
@@ -453,13 +455,13 @@ def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
         raise ValueError(f"{differ}; prepare the data with --tokenizer={folder}.")
 
 
-def read_data(config: TrainConfig, folder: Path, vocab_size: int) -> prepare_data.Dataset:
+def read_data(config: TrainConfig, folder: Path, vocab_size: int) -> Dataset:
     """The prepared data. Raises OSError or ValueError where this run cannot use them."""
     if not folder.exists():
         make = f"python prepare_data.py SOURCE --name={folder.name} --vocab_size={vocab_size}"
         make += f" --out={folder.parent}" if folder.parent != Path("data") else ""
         raise FileNotFoundError(f"no data in {folder}; make it with: {make}.")
-    data = prepare_data.load_dataset(folder)
+    data = load_dataset(folder)
     # The embedding may have more rows than there are tokens: fewer than 128 more, or exactly as
     # many as in the release that the tokenizer is from.
     padding = vocab_size - data.vocab_size
@@ -480,7 +482,7 @@ def read_data(config: TrainConfig, folder: Path, vocab_size: int) -> prepare_dat
 def data_folder(name: str) -> Path:
     """The folder of prepared data: a path, or a name in data/."""
     path = Path(name)
-    put_aside = prepare_data.backup_of(path).exists()  # by a run that was to replace the folder
+    put_aside = backup_of(path).exists()  # by a run that was to replace the folder
     is_path = len(path.parts) > 1 or put_aside or (path / "meta.json").exists()
     return path if is_path else Path("data") / name
 
@@ -523,7 +525,7 @@ def epoch_starts(seed: int, epoch: int, length: int, T: int) -> np.ndarray:
     return offset + T * rng.permutation(count)
 
 
-def train_windows(data: prepare_data.Dataset, config: TrainConfig, step: int) -> np.ndarray:
+def train_windows(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
     """The step's windows (B, T + 1). They depend on seed and step alone.
 
     An epoch is a shuffled list of windows that lie side by side. Windows are numbered through all
@@ -1435,11 +1437,11 @@ def run(argv: list[str]):
             return
         if config.init_from and not config.resume:  # a config file may name init_from
             on_first(lambda: tell_start(source, model, config))
-        train(model, data, config, machine, saved, prepare_data.tokenizer_files(folder))
+        train(model, data, config, machine, saved, tokenizer_files(folder))
         torch.use_deterministic_algorithms(False)  # sampling has no use for it
         if is_first() and (out / "best.pt").exists():  # else no loss was finite
             tokens = data.val.arrays[0][1:9].tolist()
-            prompt = prepare_data.stored_tokenizer(folder).decode(tokens, errors="ignore")
+            prompt = stored_tokenizer(folder).decode(tokens, errors="ignore")
             show_result(config, prompt.strip())
 
 

@@ -20,11 +20,11 @@ import tables
 import torch
 from long_context import PARTS, nats_by_position
 
-import prepare_data
 import sample
 import train
 from huggingface import load_checkpoint, load_model
 from model import DeepSeekV3
+from support.tokens import load_dataset
 
 CONFIG, RUN = "config/small.py", "out/small"
 LENGTH = 4096  # tokens of a window
@@ -76,7 +76,7 @@ def decoding_time(model: DeepSeekV3, prompt: np.ndarray) -> float:
 def measure(name: str, seed: int) -> dict:
     model = network(name, seed)
     folder = train.data_folder(load_checkpoint(Path(RUN))["train_config"]["data"])
-    data = prepare_data.load_dataset(folder)
+    data = load_dataset(folder)
     ids = data.test.arrays[0].astype(np.int64)
     losses = loss_by_position(model, ids)
     part = PARTS // 4

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import sample
-from huggingface import Tokenizer, load_model
+from huggingface import load_model
 from model import DeepSeekV3
 from support.settings import info, parse_args, run_command
+from support.tokenizer import Tokenizer
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8">

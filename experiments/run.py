@@ -45,11 +45,11 @@ from tables import add_result, digest, read_results, save_figure, table, write_s
 from unseen import bits_per_byte, nats_by_document
 
 import bench
-import prepare_data
 import train
 from huggingface import load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig
 from support.settings import info, parse_args, read_config_file, run_command
+from support.tokens import Dataset, Tokens
 
 ROOT = Path(train.__file__).parent
 # A run so small that it takes two seconds, with every phase of a training in it.
@@ -91,7 +91,7 @@ class Trained:
     """A run that has ended: the model, and what `train.train` was called with."""
 
     net: DeepSeekV3
-    data: prepare_data.Dataset
+    data: Dataset
     folder: Path  # of the data
     config: train.TrainConfig
     machine: train.Machine
@@ -144,9 +144,7 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
         net.trained_length = 0
     data, source = train.open_data(config, net.config.vocab_size)
     if options.quick:
-        data.val, data.test = (
-            prepare_data.Tokens([x.arrays[0][:4096]]) for x in (data.val, data.test)
-        )
+        data.val, data.test = (Tokens([x.arrays[0][:4096]]) for x in (data.val, data.test))
     folder.mkdir(parents=True, exist_ok=True)
     files = source / "tokenizer.tiktoken", source / "meta.json"  # so sample.py opens the folder
     if config.fp8:
@@ -193,7 +191,7 @@ def code_id(dtype: str = "float64", fp8: bool = False) -> str:
     settings = read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, train.TrainConfig)
     settings |= SMALL | {"optimizer": "muon", "alpha": 0.01, "dtype": dtype, "fp8": fp8}
     rng = np.random.default_rng(0)
-    tokens = prepare_data.Tokens([rng.integers(0, 512, 2000).astype(np.uint16)])
+    tokens = Tokens([rng.integers(0, 512, 2000).astype(np.uint16)])
     data = SimpleNamespace(train=tokens, val=tokens, val_bytes_per_token=3.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several add up in another order

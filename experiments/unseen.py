@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from huggingface import load_checkpoint, load_model
 from model import DeepSeekV3
-from prepare_data import load_dataset, stored_tokenizer
 from support.settings import parse_args, run_command
+from support.tokenizer import stored_tokenizer
+from support.tokens import load_dataset
 
 
 @dataclass

@@ -104,12 +104,14 @@ dw += low.T @ x => dw = low.T @ x
 scale = grad / n => scale = 1 / n
 high = upcast(torch.empty_like(low)) => high = torch.empty_like(low)
 
-# prepare_data.py tests/test_release.py
+# support/tokenizer.py tests/test_release.py
 self.bos], self.eos[:1] => self.bos], []
-pieces[0][0], pieces[-1][2] = before, after => pieces[0][0], pieces[0][2] = before, after
 encoding.encode_batch(texts, allowed_special="all") => encoding.encode_ordinary_batch(texts)
 if told.get("add_bos_token"): => if False:
 = files, told.get("vocab_size", 0) => = files, 0
+
+# support/tokens.py tests/test_release.py
+pieces[0][0], pieces[-1][2] = before, after => pieces[0][0], pieces[0][2] = before, after
 
 # huggingface.py tests/test_huggingface.py
 ("gate_proj", "up_proj") => ("up_proj", "gate_proj")
@@ -183,22 +185,26 @@ zip(self.rows, self.routing, strict=True): => enumerate(self.routing):
 
 # prepare_data.py tests/test_prepare_data.py
 start = file.read(2**16) => start = file.read()
-[^\s{_CJK}{_CJK_SIGNS}]) => \S)
-(?=[^\s/])") => ")
 isinstance(value, str): => value:
 if 200 <= len(text) <= 400_000 => if 200 < len(text) <= 400_000
 if copied > len(train[name]) / 2: => if copied >= len(train[name]) / 2:
 size[name] <= 1.1 * val_target => size[name] <= 1.11 * val_target
 if val_bytes < val_target / 2: => if val_bytes < val_target / 3:
 size[name] <= 0.1 * test_target => size[name] < 0.1 * test_target
-if taken * total <= passed * limit: => if taken < limit:
-sample_texts(texts, BPE_SAMPLE) => sample_texts(texts[::2], BPE_SAMPLE)
-pieces[0][0], pieces[-1][2] = before, after => pieces[-1][0], pieces[-1][2] = before, after
-files = -(-count // TOKENS_PER_FILE) => files = 1
 os.fsync(file.fileno()) => pass
 if old.exists() and not folder.exists(): => if False:
 except BaseException:  # Ctrl-C, too => except Exception:
 check_free(folder, config.overwrite)  # again => pass  # again
+
+# support/tokenizer.py tests/test_prepare_data.py
+[^\s{_CJK}{_CJK_SIGNS}]) => \S)
+(?=[^\s/])") => ")
+if taken * total <= passed * limit: => if taken < limit:
+sample_texts(texts, BPE_SAMPLE) => sample_texts(texts[::2], BPE_SAMPLE)
+
+# support/tokens.py tests/test_prepare_data.py
+pieces[0][0], pieces[-1][2] = before, after => pieces[-1][0], pieces[-1][2] = before, after
+files = -(-count // TOKENS_PER_FILE) => files = 1
 min(start - begin_of_file, len(array) - length) => start - begin_of_file
 len(val) < 2 or n_bytes == 0 => len(val) < 2
 

@@ -44,6 +44,8 @@ import sample
 import train
 from model import DeepSeekV3, ModelConfig
 from support import ops
+from support.tokenizer import END_OF_TEXT, load_tokenizer
+from support.tokens import load_dataset
 
 ROOT = Path(__file__).parent.parent
 MODULES = [importlib.import_module(x.stem) for x in sorted((ROOT / "experiments").glob("*.py"))]
@@ -406,10 +408,10 @@ def test_a_run_is_measured_on_its_test_text_in_both_lengths(options, capsys):
     lines = re.findall(
         r"([\d.]+) bits/byte in windows of (\d+) .* (\d+) files of ([\d,]+) bytes", printed
     )
-    data = prepare_data.load_dataset("text")
-    size = len(prepare_data.load_tokenizer("text").decode(data.test.arrays[0]))
+    data = load_dataset("text")
+    size = len(load_tokenizer("text").decode(data.test.arrays[0]))
     files = int((data.test.arrays[0] == data.vocab_size - 1).sum())
-    markers = files * len(prepare_data.END_OF_TEXT)
+    markers = files * len(END_OF_TEXT)
     assert [line[1:] for line in lines] == [
         (T, f"{files}", f"{size - markers:,}") for T in ("16", "32")
     ]
@@ -426,8 +428,8 @@ def test_the_loss_of_documents_is_that_of_all_their_tokens(trained):
         trained.net, trained.data, trained.folder, T, config, trained.machine
     )
     ids = trained.data.test.arrays[0].astype(np.int64)
-    encoding = prepare_data.load_tokenizer(trained.folder)
-    texts = [x for x in encoding.decode(ids.tolist()).split(prepare_data.END_OF_TEXT) if x]
+    encoding = load_tokenizer(trained.folder)
+    texts = [x for x in encoding.decode(ids.tolist()).split(END_OF_TEXT) if x]
     assert len(texts) > 1 and size.tolist() == [len(text.encode()) for text in texts]
     begins = [i for i, x in enumerate(ids) if x == encoding.eot_token]
     by_hand = np.zeros(len(ids))
@@ -544,7 +546,7 @@ def test_norms_of_keys_and_values_are_each_heads_own(options):
 def test_visits_by_domain_are_the_routing_of_their_texts(trained):
     found = token_classes.visits_by_domain(trained, 64)
     texts, long = (token_classes.domain_texts(trained, n) for n in (64, 1 << 14))
-    encoding = prepare_data.load_tokenizer(trained.folder)
+    encoding = load_tokenizer(trained.folder)
     source, english, table = (encoding.decode(ids.tolist()) for ids in texts)
     assert [len(ids) for ids in texts] == [64] * 3 and "assert" in english and "0x" not in source
     text = encoding.decode(long[2].tolist())
@@ -626,7 +628,7 @@ def test_classes_are_those_of_pythons_tokeniser(monkeypatch):
     """<|endoftext|> parts documents, and one that is no Python has none."""
     pieces, end = [*CODE, b"", b"def ("], len(CODE)
     fake = mock.Mock(eot_token=end, decode_tokens_bytes=lambda ids: [pieces[i] for i in ids])
-    monkeypatch.setattr(prepare_data, "load_tokenizer", lambda folder: fake)
+    monkeypatch.setattr(token_classes, "load_tokenizer", lambda folder: fake)
     ids = np.array([*range(end), end, end + 1, end, *range(end)])
     names = [("-", *token_classes.CLASSES)[i + 1] for i in token_classes.classes_of(ids, Path())]
     assert names == [*CODE.values(), "-", "-", "-", *CODE.values()]

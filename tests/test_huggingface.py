@@ -34,9 +34,9 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
 import huggingface
-import prepare_data
 from huggingface import checkpoint_views, config_from_json, load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig
+from support.tokenizer import PATTERN, encoding_from, load_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent.parent
 # Transformers' grouped product wants even widths.
@@ -399,7 +399,7 @@ def run(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 def test_a_run_opens_with_its_weights_and_tokenizer(run, dtype):
     model, tokenizer, path = load_model(run / "ckpt.pt", dtype=dtype)
-    saved, eot = load_checkpoint(run)["model"], prepare_data.load_tokenizer(run).eot_token
+    saved, eot = load_checkpoint(run)["model"], load_tokenizer(run).eot_token
     assert all(torch.equal(x, saved[name].to(x.dtype)) for name, x in model.state_dict().items())
     assert model.norm.weight.dtype == (dtype or torch.float32) and not model.training
     assert path == run / "ckpt.pt" and tokenizer.eos == [eot] and tokenizer.bos is None
@@ -474,9 +474,9 @@ ODD_TEXTS = [
 
 @pytest.mark.parametrize("gap", [0, 3])  # as cl100k_base has one before its special tokens
 def test_exported_tokenizer_gives_the_same_ids(gap):
-    ranks = prepare_data.train_bpe(ODD_TEXTS, 1500, prepare_data.PATTERN)
+    ranks = train_bpe(ODD_TEXTS, 1500, PATTERN)
     special = {"<|x|>": len(ranks) + gap}
-    encoding = prepare_data.encoding_from(ranks, prepare_data.PATTERN, special)
+    encoding = encoding_from(ranks, PATTERN, special)
     exported = tokenizers.Tokenizer.from_str(huggingface.tokenizer_json(encoding))
     for text in ODD_TEXTS:
         ids = encoding.encode_ordinary(text)
@@ -507,7 +507,7 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
     begun = huggingface.hf_tokenizer(target)
     assert begun.encode(TEXT) == [eot, *tokenizer.encode(TEXT)] and begun.bos == eot
     assert begun.eos == [eot, 9]  # generation_config.json knows better
-    kept = prepare_data.load_tokenizer(target)  # prepare_data.py takes an exported model's, too
+    kept = load_tokenizer(target)  # prepare_data.py takes an exported model's, too
     assert kept.encode_ordinary(TEXT) == tokenizer.encode(TEXT)
     for name, bad in (("tokenizer.json", "{"), ("tiktoken.model", "AAAA\n")):
         (target / name).write_text(bad)
@@ -561,7 +561,7 @@ def test_an_interrupted_export_leaves_nothing(error, raised, exists, run, tmp_pa
 
 
 def test_a_model_without_mtp_modules_gets_no_word_about_them(run, tmp_path, capsys):
-    model = ours(depth=0, vocab_size=prepare_data.load_tokenizer(run).n_vocab)
+    model = ours(depth=0, vocab_size=load_tokenizer(run).n_vocab)
     changes = {"model_config": asdict(model.config), "model": model.state_dict()}
     huggingface.main([str(copy_run(run, tmp_path / "run", **changes)), str(tmp_path / "hf")])
     said = capsys.readouterr().err
@@ -609,7 +609,7 @@ def test_the_export_of_an_edited_network_is_told(bias, tmp_path, monkeypatch, ca
 
 def test_a_foreign_tokenizer_opens(run, tmp_path):
     """One of several stages, as DeepSeek-V3's is."""
-    spec = json.loads(huggingface.tokenizer_json(prepare_data.load_tokenizer(run)))
+    spec = json.loads(huggingface.tokenizer_json(load_tokenizer(run)))
     stages = spec["pre_tokenizer"]["pretokenizers"]
     stages.insert(0, stages[0] | {"pattern": {"Regex": "o"}})
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))

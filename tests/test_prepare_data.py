@@ -26,11 +26,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_data as pd
+import support.tokenizer as tk
+import support.tokens as tf
 
 ROOT = Path(pd.__file__).parent
 WORDS = ["the", "cat", "sat", "mat", "and", "12345", "dogs,", "self.value", "==", "None:", "'x'"]
 BYTES = {bytes([b]): b for b in range(256)}
-ONLY_BYTES = pd.encoding_from(BYTES, pd.PATTERN, {pd.END_OF_TEXT: 256})
+ONLY_BYTES = tk.encoding_from(BYTES, tk.PATTERN, {tk.END_OF_TEXT: 256})
 
 
 def prose(seed: int, lines: int) -> str:
@@ -53,12 +55,12 @@ def make(tmp_path, source, **keys) -> Path:
 
 
 def ids_of(folder: Path, split: str) -> list[int]:
-    return getattr(pd.load_dataset(folder), split).arrays[0].tolist()
+    return getattr(tf.load_dataset(folder), split).arrays[0].tolist()
 
 
 def text_of(folder: Path, split: str) -> str:
     """The text of a prepared folder with its document marks, decoded from the ids."""
-    return pd.load_tokenizer(folder).decode(ids_of(folder, split))
+    return tk.load_tokenizer(folder).decode(ids_of(folder, split))
 
 
 def meta_of(folder: Path) -> dict:
@@ -77,7 +79,7 @@ def book(tmp_path) -> Path:
 
 def naive_bpe(texts: list[str], vocab_size: int) -> tuple[dict[bytes, int], list[int]]:
     """Counts everything anew before each merge; also the ids of the texts, merged on the way."""
-    words = [word for text in texts for word in regex.findall(pd.PATTERN, text)]
+    words = [word for text in texts for word in regex.findall(tk.PATTERN, text)]
     parts = [[bytes([b]) for b in word.encode()] for word in words]
     ranks = dict(BYTES)
     while len(ranks) < vocab_size:
@@ -99,8 +101,8 @@ def naive_bpe(texts: list[str], vocab_size: int) -> tuple[dict[bytes, int], list
 @given(st.lists(st.text("aabä 1", max_size=30), max_size=12))
 def test_bpe_has_the_ranks_of_a_naive_trainer_and_tiktoken_merges_in_their_order(texts):
     ranks, ids = naive_bpe(texts, 290)
-    assert pd.train_bpe(texts, 290, pd.PATTERN) == ranks
-    encoding = pd.encoding_from(ranks, pd.PATTERN, {})
+    assert tk.train_bpe(texts, 290, tk.PATTERN) == ranks
+    encoding = tk.encoding_from(ranks, tk.PATTERN, {})
     assert [i for text in texts for i in encoding.encode_ordinary(text)] == ids
 
 
@@ -146,18 +148,18 @@ def test_pattern_splits_as_deepseeks_three_stages():
     reference, blanks = splitter(*STAGES), regex.compile(r"\s\s+(?=\p{N})")
     for text in mixed_texts():
         text = blanks.sub(" ", text)  # of several before a number, the last stands apart here
-        assert regex.findall(pd.PATTERN, text) == reference(text), text[:100]
-    assert regex.findall(pd.PATTERN, "abc中文def") == ["abc", "中文", "def"]
-    assert regex.findall(pd.PATTERN, "x   12") == ["x", "  ", " ", "12"]
+        assert regex.findall(tk.PATTERN, text) == reference(text), text[:100]
+    assert regex.findall(tk.PATTERN, "abc中文def") == ["abc", "中文", "def"]
+    assert regex.findall(tk.PATTERN, "x   12") == ["x", "  ", " ", "12"]
     assert reference("x   12") == ["x", "   ", "12"]
 
 
 def test_three_programs_read_the_pattern_alike():
-    exported, texts = splitter(pd.PATTERN), mixed_texts()
-    pieces = [[piece.encode() for piece in regex.findall(pd.PATTERN, text)] for text in texts]
+    exported, texts = splitter(tk.PATTERN), mixed_texts()
+    pieces = [[piece.encode() for piece in regex.findall(tk.PATTERN, text)] for text in texts]
     longer = {piece for found in pieces for piece in found if len(piece) > 1}
     ranks = BYTES | {piece: 256 + i for i, piece in enumerate(sorted(longer))}
-    encoding = pd.encoding_from(ranks, pd.PATTERN, {})  # it has a token for every piece
+    encoding = tk.encoding_from(ranks, tk.PATTERN, {})  # it has a token for every piece
     for text, found in zip(texts, pieces, strict=True):
         assert encoding.encode_ordinary(text) == [ranks[piece] for piece in found], text[:100]
         assert [piece.encode() for piece in exported(text)] == found, text[:100]
@@ -166,24 +168,24 @@ def test_three_programs_read_the_pattern_alike():
 def test_no_character_is_lost():
     surrogates = range(0xD800, 0xE000)
     text = "a".join(chr(i) for i in range(sys.maxunicode + 1) if i not in surrogates)
-    assert "".join(regex.findall(pd.PATTERN, text)) == text
+    assert "".join(regex.findall(tk.PATTERN, text)) == text
     assert ONLY_BYTES.decode_bytes(ONLY_BYTES.encode_ordinary(text)) == text.encode()
 
 
 def test_a_cut_is_as_late_as_it_can_be():
-    assert list(pd.cut("a\nb\nc\n\n\nd\ne", 7)) == ["a\nb\n", "c\n\n\nd\ne"]
-    assert list(pd.cut("", 7)) == [""] and list(pd.cut("a" * 9, 7)) == ["a" * 7, "aa"]
+    assert list(tk.cut("a\nb\nc\n\n\nd\ne", 7)) == ["a\nb\n", "c\n\n\nd\ne"]
+    assert list(tk.cut("", 7)) == [""] and list(tk.cut("a" * 9, 7)) == ["a" * 7, "aa"]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text("ab1. \n\r中", max_size=40), st.integers(1, 12))
 def test_a_cut_at_a_line_end_changes_no_piece(text, length):
-    parts = list(pd.cut(text, length))
+    parts = list(tk.cut(text, length))
     assert "".join(parts) == text and max(map(len, parts)) <= length
     for before, after in pairwise(parts):
         if len(before) < length:  # it ends with its line
-            joined = regex.findall(pd.PATTERN, before + after)
-            assert joined == regex.findall(pd.PATTERN, before) + regex.findall(pd.PATTERN, after)
+            joined = regex.findall(tk.PATTERN, before + after)
+            assert joined == regex.findall(tk.PATTERN, before) + regex.findall(tk.PATTERN, after)
         else:
             assert before[-1] == "\n" or not re.search(r"\n(?=\S)", before)
 
@@ -197,18 +199,18 @@ def test_a_tokenizer_is_trained_on_every_training_document(tmp_path):
     documents = pd.read_paths(str(tmp_path), "text")
     train, _, _ = pd.split_documents(documents, 0.1)
     folder = make(tmp_path, tmp_path, val_fraction=0.1)
-    assert pd.load_tokenizer(folder)._mergeable_ranks == pd.train_bpe(train, 299, pd.PATTERN)
+    assert tk.load_tokenizer(folder)._mergeable_ranks == tk.train_bpe(train, 299, tk.PATTERN)
 
 
 @pytest.mark.parametrize("long_first", [True, False])
 def test_a_sample_is_bounded_and_spread_over_long_and_short_documents(long_first, monkeypatch):
-    monkeypatch.setattr(pd, "PIECE", 100)
+    monkeypatch.setattr(tk, "PIECE", 100)
     lines = [f"line {i:05d}\n" for i in range(3000)]  # of 11 characters
     long, short = "".join(lines[:2000]), ["".join(lines[i : i + 2]) for i in range(2000, 3000, 2)]
     texts = [long, *short] if long_first else [*short, long]
-    assert pd.sample_texts(texts, 33_000) == texts
+    assert tk.sample_texts(texts, 33_000) == texts
     for limit in 3300, 20_000, 32_999:
-        sample = pd.sample_texts(texts, limit)
+        sample = tk.sample_texts(texts, limit)
         numbers = [int(line[5:]) for line in "".join(sample).splitlines()]
         assert all(line in lines for text in sample for line in text.splitlines(keepends=True))
         assert limit - 100 <= 11 * len(numbers) <= limit + 100 and len({*numbers}) == len(numbers)
@@ -216,7 +218,7 @@ def test_a_sample_is_bounded_and_spread_over_long_and_short_documents(long_first
         for begin in range(0, 3000, 500):  # its share of every part
             part = [i for i in numbers if begin <= i < begin + 500]
             assert abs(len(part) - 500 * share) <= 20
-    assert {len(piece) for piece in pd.sample_texts(["x" * 1000], 500)} == {100}  # no line ends
+    assert {len(piece) for piece in tk.sample_texts(["x" * 1000], 500)} == {100}  # no line ends
 
 
 def test_a_large_text_is_sampled_for_the_tokenizer_and_encoded_piece_by_piece(
@@ -224,16 +226,17 @@ def test_a_large_text_is_sampled_for_the_tokenizer_and_encoded_piece_by_piece(
 ):
     (tmp_path / "a.txt").write_text(text := prose(1, 400))
     whole = make(tmp_path, tmp_path / "a.txt", name="whole")
-    monkeypatch.setattr(pd, "PIECE", 300)
+    monkeypatch.setattr(tk, "PIECE", 300)
+    monkeypatch.setattr(tf, "PIECE", 300)
     pieces = make(tmp_path, tmp_path / "a.txt", name="pieces")
     for split in "train", "val":
         assert ids_of(pieces, split) == ids_of(whole, split)
     assert ids_of(pieces, "train").count(299) == 1  # one document
-    monkeypatch.setattr(pd, "BPE_SAMPLE", 4000)
+    monkeypatch.setattr(tk, "BPE_SAMPLE", 4000)
     (train,), _, _ = pd.split_documents({"a.txt:0": text}, 0.05)
-    ranks = pd.load_tokenizer(make(tmp_path, tmp_path / "a.txt", name="sampled"))._mergeable_ranks
-    assert ranks == pd.train_bpe(pd.sample_texts([train], 4000), 299, pd.PATTERN)
-    assert ranks != pd.load_tokenizer(whole)._mergeable_ranks
+    ranks = tk.load_tokenizer(make(tmp_path, tmp_path / "a.txt", name="sampled"))._mergeable_ranks
+    assert ranks == tk.train_bpe(tk.sample_texts([train], 4000), 299, tk.PATTERN)
+    assert ranks != tk.load_tokenizer(whole)._mergeable_ranks
 
 
 # ---- The default corpus and the split ----------------------------------------------------------
@@ -251,10 +254,10 @@ def test_default_corpus_its_round_trip_and_counts(tmp_path, monkeypatch):
     some = dict(list(documents.items())[::16])  # all of them take seconds
     monkeypatch.setattr(pd, "read_stdlib", lambda: some)
     folder = pd.prepare(pd.DataConfig(out=str(tmp_path)))
-    data, encoding = pd.load_dataset(folder), pd.load_tokenizer(folder)
+    data, encoding = tf.load_dataset(folder), tk.load_tokenizer(folder)
     assert data.vocab_size == encoding.eot_token + 1 == 4096 and 3 < data.val_bytes_per_token < 4
     train, val, _ = pd.split_documents(some, 0.05, 0.05)
-    assert text_of(folder, "val") == "".join(pd.END_OF_TEXT + text for text in val)
+    assert text_of(folder, "val") == "".join(tk.END_OF_TEXT + text for text in val)
     assert ids_of(folder, "train").count(4095) == len(train)
 
 
@@ -335,7 +338,7 @@ def test_tokenizer_never_sees_the_validation_text_and_may_serve_other_folders(tm
         (tmp_path / "a.txt").write_text(prose(1, 200) * (1 if seen else 2) + "zyxwzyxw\n" * ending)
         folder = make(tmp_path, tmp_path / "a.txt", vocab_size=600, overwrite=True)
         assert "zyxwzyxw" in text_of(folder, "val") and ("zyxw" in text_of(folder, "train")) == seen
-        tokens = pd.load_tokenizer(folder)._mergeable_ranks
+        tokens = tk.load_tokenizer(folder)._mergeable_ranks
         assert bool([token for token in tokens if b"zy" in token]) == seen
     other = make(tmp_path, tmp_path / "a.txt", tokenizer=str(folder), vocab_size=300, name="other")
     assert meta_of(other)["tokenizer_sha256"] == meta_of(folder)["tokenizer_sha256"]
@@ -388,10 +391,10 @@ def test_the_test_text_is_written_and_no_tokenizer_sees_it(tmp_path):
     folder = make(tmp_path, source, test_fraction=0.05, vocab_size=600)
     train, val, test = pd.split_documents(pd.read_paths(str(source), "text"), 0.05, 0.05)
     for split, part in ("train", train), ("val", val), ("test", test):
-        assert text_of(folder, split) == "".join(pd.END_OF_TEXT + text for text in part)
+        assert text_of(folder, split) == "".join(tk.END_OF_TEXT + text for text in part)
     assert "zyxw" in text_of(folder, "test") and "zyxw" not in text_of(folder, "train")
-    ranks = pd.load_tokenizer(folder)._mergeable_ranks
-    assert ranks == pd.train_bpe(train, 599, pd.PATTERN) and not [x for x in ranks if b"zy" in x]
+    ranks = tk.load_tokenizer(folder)._mergeable_ranks
+    assert ranks == tk.train_bpe(train, 599, tk.PATTERN) and not [x for x in ranks if b"zy" in x]
 
 
 def test_a_folder_has_a_test_where_its_latest_text_has_one(tmp_path):
@@ -407,7 +410,7 @@ def test_a_folder_has_a_test_where_its_latest_text_has_one(tmp_path):
     ):
         folder = make(tmp_path, source, test_fraction=fraction, overwrite=True)
         assert (folder / "test.bin").exists() == has_test
-        assert (pd.load_dataset(folder).test is not None) == has_test
+        assert (tf.load_dataset(folder).test is not None) == has_test
     assert [path.name for path in folder.parent.iterdir()] == ["d"]
 
 
@@ -415,13 +418,13 @@ def test_a_folder_has_a_test_where_its_latest_text_has_one(tmp_path):
 
 
 def test_files_word_by_word(book):
-    content, encoding = (book / "val.bin").read_bytes(), pd.load_tokenizer(book)
+    content, encoding = (book / "val.bin").read_bytes(), tk.load_tokenizer(book)
     words = np.frombuffer(content, "<i4", 256).tolist()
     assert words[:3] == [20240520, 1, (len(content) - 1024) // 2] and not any(words[3:])
-    text = text_of(book, "val").removeprefix(pd.END_OF_TEXT)
+    text = text_of(book, "val").removeprefix(tk.END_OF_TEXT)
     ids = np.frombuffer(content, "<u2", offset=1024).tolist()
     assert ids == [299, *encoding.encode_ordinary(text)]
-    assert pd.load_dataset(book).val_bytes_per_token == len(text.encode()) / len(ids)
+    assert tf.load_dataset(book).val_bytes_per_token == len(text.encode()) / len(ids)
     lines = (book / "tokenizer.tiktoken").read_text().splitlines()
     assert [int(line.split()[1]) for line in lines] == list(range(299))
     tokens = [base64.b64decode(line.split()[0]) for line in lines]
@@ -429,12 +432,12 @@ def test_files_word_by_word(book):
 
 
 def test_vocabularies_over_65536_are_stored_as_uint32(tmp_path, monkeypatch):
-    large = pd.encoding_from(BYTES, ".", {pd.END_OF_TEXT: 70_000})
+    large = tk.encoding_from(BYTES, ".", {tk.END_OF_TEXT: 70_000})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: large)
     (tmp_path / "a.txt").write_text(prose(1, 50))
     folder = make(tmp_path, tmp_path / "a.txt", tokenizer="cl100k_base")
     assert np.fromfile(folder / "val.bin", "<i4", 2).tolist() == [20240801, 7]
-    data = pd.load_dataset(folder)  # loads without the network
+    data = tf.load_dataset(folder)  # loads without the network
     assert data.vocab_size == 70_001 and data.val.arrays[0].dtype == np.uint32
     assert data.val.arrays[0][0] == 70_000
 
@@ -450,7 +453,7 @@ def test_shards_of_others_open_and_windows_never_span_two(book):
     (book / "train.bin").unlink()
     write_shard(book / "train_000001.bin", list(range(0, 10)))
     write_shard(book / "train_000002.bin", list(range(20, 26)))
-    train = pd.load_dataset(book).train
+    train = tf.load_dataset(book).train
     assert len(train) == 16
     rows = train.windows(np.arange(13), 4)
     assert rows.dtype == np.int64 and rows.shape == (13, 4)
@@ -463,15 +466,15 @@ def test_shards_of_others_open_and_windows_never_span_two(book):
 
 def test_many_tokens_are_cut_into_files_of_one_length(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(prose(1, 200))
-    assert np.iinfo("<i4").max > 1.9 * pd.TOKENS_PER_FILE  # what a header can count
+    assert np.iinfo("<i4").max > 1.9 * tf.TOKENS_PER_FILE  # what a header can count
     one = make(tmp_path, tmp_path / "a.txt", name="one", val_fraction=0.01)
     ids = ids_of(one, "train")
     for limit, files in (len(ids), 1), (len(ids) - 1, 2), (len(ids) // 11, 12):
-        monkeypatch.setattr(pd, "TOKENS_PER_FILE", limit)
+        monkeypatch.setattr(tf, "TOKENS_PER_FILE", limit)
         cut = make(tmp_path, tmp_path / "a.txt", name=f"limit {limit}", val_fraction=0.01)
         names = [f"train_{i + 1:06d}.bin" for i in range(files)] if files > 1 else ["train.bin"]
         assert sorted(path.name for path in cut.glob("train*")) == names
-        arrays = pd.load_dataset(cut).train.arrays
+        arrays = tf.load_dataset(cut).train.arrays
         lengths = [len(array) for array in arrays]
         assert max(lengths) <= limit and max(lengths) - min(lengths) <= 1
         assert np.concatenate(arrays).tolist() == ids and ids_of(cut, "val") == ids_of(one, "val")
@@ -480,7 +483,7 @@ def test_many_tokens_are_cut_into_files_of_one_length(tmp_path, monkeypatch):
 def test_too_large_a_validation_or_test_text_is_refused_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(text := lines_of("a", 100))
     (_,), (val,), _ = pd.split_documents({"a.txt:0": text}, 0.1)
-    monkeypatch.setattr(pd, "train_bpe", lambda *args: pytest.fail("this takes hours"))
+    monkeypatch.setattr(tk, "train_bpe", lambda *args: pytest.fail("this takes hours"))
     monkeypatch.setattr(pd, "TOKENS_PER_FILE", len(val))  # and <|endoftext|>
     with pytest.raises(ValueError, match="101 bytes of validation text, expected at most 100;"):
         make(tmp_path, tmp_path / "a.txt", val_fraction=0.1)
@@ -515,10 +518,10 @@ DAMAGES = [  # what the sentence says, and how the folder is damaged
 
 @pytest.mark.parametrize("sentence, damage", DAMAGES)
 def test_damaged_folders_are_refused(book, sentence, damage):
-    pd.load_dataset(book)
+    tf.load_dataset(book)
     damage(book)
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)) as caught:
-        pd.load_dataset(book)
+        tf.load_dataset(book)
     assert str(book) in str(caught.value)
 
 
@@ -570,7 +573,7 @@ def test_what_the_system_does_not_let_us_read_is_named(tmp_path, monkeypatch, cl
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
 def test_collections_of_documents(tmp_path, kind, capsys):
-    texts = [prose(i, 10) + pd.END_OF_TEXT for i in range(40)]  # in a document it is text
+    texts = [prose(i, 10) + tk.END_OF_TEXT for i in range(40)]  # in a document it is text
     path = tmp_path / f"docs.{kind}"
     if kind == "parquet":
         table = pytest.importorskip("pyarrow").table({"body": [*texts, None]})
@@ -581,7 +584,7 @@ def test_collections_of_documents(tmp_path, kind, capsys):
         (gzip.open if kind.endswith("gz") else open)(path, "wt").write(lines)
     folder = make(tmp_path, path, text_key="body", val_fraction=0.1, name="")
     train, val = text_of(folder, "train"), text_of(folder, "val")
-    assert sorted((train + val).split(pd.END_OF_TEXT)[1::2]) == sorted(t[:-13] for t in texts)
+    assert sorted((train + val).split(tk.END_OF_TEXT)[1::2]) == sorted(t[:-13] for t in texts)
     assert f"left out 1 empty records of {path}: their 'body' is null" in capsys.readouterr().err
     assert folder.name == "docs" and 3 <= ids_of(folder, "val").count(299) <= 4
     with pytest.raises(ValueError, match="text_key"):
@@ -666,7 +669,7 @@ def hub(tmp_path, monkeypatch) -> Path:
 
     fake = SimpleNamespace(hf_hub_download=hf_hub_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-    gpt2 = pd.encoding_from(BYTES, ".", {pd.END_OF_TEXT: 50_256})
+    gpt2 = tk.encoding_from(BYTES, ".", {tk.END_OF_TEXT: 50_256})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: gpt2)
     for repo, _ in [("roneneldan/TinyStories", 0), *pd.SHARDS.values()]:
         (tmp_path / "hub" / repo).mkdir(parents=True)
@@ -679,7 +682,7 @@ def test_tinystories(hub, tmp_path):
         path = hub / "roneneldan/TinyStories" / f"TinyStoriesV2-GPT4-{part}.txt"
         path.write_text("<|endoftext|>\n".join(texts))
     folder = make(tmp_path, "tinystories", name="")
-    assert text_of(folder, "val").split(pd.END_OF_TEXT)[-1] == "\n" + stories[-1]
+    assert text_of(folder, "val").split(tk.END_OF_TEXT)[-1] == "\n" + stories[-1]
     assert [ids_of(folder, split).count(299) for split in ("train", "val")] == [15, 5]
 
 
@@ -700,13 +703,13 @@ def test_shards(hub, tmp_path, source):
     for i, shard in enumerate(["val_000000", "train_000001", "train_000002"]):
         write_shard(hub / repo / f"{source}_{shard}.bin", [50_256, *range(65, 85 + i)])
     folder = make(tmp_path, source, name="", shards=2)
-    data = pd.load_dataset(folder)
+    data = tf.load_dataset(folder)
     assert len(data.train) == 22 + 23 and len(data.val) == 21 and data.vocab_size == 50_257
     assert data.val_bytes_per_token == 20 / 21
     write_shard(hub / repo / f"{source}_train_000002.bin", [1] * 5000 + [50_257] + [1] * 5000)
     with pytest.raises(ValueError, match="holds ids beyond gpt2's 50257 tokens"):
         make(tmp_path, source, name="", shards=2, overwrite=True)
-    assert len(pd.load_dataset(folder).val) == 21  # the folder made before is kept
+    assert len(tf.load_dataset(folder).val) == 21  # the folder made before is kept
 
 
 # ---- Nothing half-made -------------------------------------------------------------------------
@@ -794,7 +797,7 @@ def test_an_interruption_between_the_renames_restores_the_old_folder(
     with pytest.raises(error):
         make(tmp_path, tmp_path / "a.txt", name="book", overwrite=True)
     assert list((tmp_path / "data").iterdir()) == [book] and contents(book) == before
-    assert calls == [pd.backup_of(book), book, book]
+    assert calls == [tk.backup_of(book), book, book]
 
 
 def test_all_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
@@ -814,7 +817,7 @@ def test_all_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
 
 def test_a_folder_made_meanwhile_is_replaced_only_on_request(book, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(prose(2, 50))
-    folder, real = tmp_path / "data" / "d", pd.write_tokenizer
+    folder, real = tmp_path / "data" / "d", tk.write_tokenizer
 
     def meanwhile(encoding, new):
         shutil.copytree(book, folder, dirs_exist_ok=True)
@@ -862,9 +865,9 @@ def test_a_folder_put_aside_is_found_again(book, tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     for data in "book", "data/book", str(book):
-        os.replace(book, aside := pd.backup_of(book))
+        os.replace(book, aside := tk.backup_of(book))
         with pytest.raises(ValueError, match=re.escape(f"aside: rename {aside} to {book}")):
-            pd.load_dataset(book)
+            tf.load_dataset(book)
         config = train.TrainConfig(data=data, block_size=16)
         assert train.open_data(config, 300)[1].resolve() == book
         assert "book is back from" in capsys.readouterr().err

@@ -28,6 +28,16 @@ import prepare_data as pd
 import sample
 import train
 from huggingface import load_model
+from support.tokenizer import (
+    END_OF_TEXT,
+    KIMI_PATTERN,
+    PATTERN,
+    encoding_from,
+    hf_tokenizer,
+    stored_tokenizer,
+    train_bpe,
+)
+from support.tokens import load_dataset
 
 SHORT = ["--batch_size=2", "--block_size=16", "--eval_batch=8", "--eval_every=2"]
 SHORT += ["--dtype=float32"]
@@ -65,7 +75,7 @@ def make_moonlight(folder: Path):
     for layer in model.model.layers[1:]:
         torch.nn.init.uniform_(layer.mlp.gate.e_score_correction_bias, -1, 1)
     model.save_pretrained(folder)
-    ranks = pd.train_bpe([text(i) for i in range(9)], 380, pd.PATTERN)
+    ranks = train_bpe([text(i) for i in range(9)], 380, PATTERN)
     lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
     (folder / "tiktoken.model").write_bytes(b"".join(lines))
     names = {"390": "[BOS]", "391": "[EOS]", "392": MARKS["moonlight"]}
@@ -89,7 +99,7 @@ def expected_ids(kind: str, folder: Path, document: str) -> list[int]:
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     special = {"[BOS]": 390, "[EOS]": 391, MARKS[kind]: 392}
     own = tiktoken.Encoding(
-        "x", pat_str=pd.KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        "x", pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=special
     )
     return [*own.encode(document, allowed_special="all"), 391]
 
@@ -116,7 +126,7 @@ def test_the_text_is_prepared_as_the_release_reads_it(kind, monkeypatch):
     {"deepseek": make_deepseek, "moonlight": make_moonlight}[kind](Path("release"))
     documents = write_texts(kind)
     folder = prepare("mine", "release")
-    data = pd.load_dataset(folder)
+    data = load_dataset(folder)
     assert data.vocab_size == {"deepseek": 129_280, "moonlight": 393}[kind]
     assert data.rows == {"deepseek": 129_792, "moonlight": 400}[kind]
     assert data.val.arrays[0].dtype == (np.uint32 if kind == "deepseek" else np.uint16)
@@ -133,8 +143,10 @@ def test_the_text_is_prepared_as_the_release_reads_it(kind, monkeypatch):
     size = sum(len(document.removeprefix(MARKS[kind]).encode()) for document in parts[1])
     assert data.val_bytes_per_token == pytest.approx(size / len(data.val), rel=1e-12)
 
-    monkeypatch.setattr(pd, "PIECE", 60)  # characters: documents are encoded piece by piece
-    pieces = pd.load_dataset(prepare("pieces", "release"))
+    monkeypatch.setattr(
+        "support.tokens.PIECE", 60
+    )  # characters: documents are encoded piece by piece
+    pieces = load_dataset(prepare("pieces", "release"))
     for split in "train", "val", "test":
         one, other = getattr(pieces, split).arrays[0], getattr(data, split).arrays[0]
         assert one.tolist() == other.tolist()
@@ -161,7 +173,7 @@ def test_a_release_is_trained_sampled_and_given_back(kind, capsys):
     assert losses and all(np.isfinite(losses))
     lines = [line for line in log_of("run") if "val_loss" in line]
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
-    bytes_per_token = pd.load_dataset(folder).val_bytes_per_token
+    bytes_per_token = load_dataset(folder).val_bytes_per_token
     bits = lines[-1]["val_loss"] / np.log(2) / bytes_per_token
     assert lines[-1]["val_bpb"] == pytest.approx(bits)
 
@@ -172,7 +184,7 @@ def test_a_release_is_trained_sampled_and_given_back(kind, capsys):
     assert "differ from those of transformers by" in capsys.readouterr().err
 
     # What came out has the release's files, and is to transformers what it is here.
-    for file in pd.stored_tokenizer("run").files:
+    for file in stored_tokenizer("run").files:
         assert (Path("back") / file.name).read_bytes() == (Path("release") / file.name).read_bytes()
     assert {"tokenizer.tiktoken", "meta.json"}.isdisjoint(x.name for x in Path("back").iterdir())
     model, tokenizer, _ = load_model("run")
@@ -222,7 +234,7 @@ def test_marks_that_the_vocabulary_lacks_are_refused():
             with pytest.raises(ValueError, match=f"release_{i} has .* {value}, which its vocab"):
                 pd.prepare(asked)
         else:
-            tokens = pd.load_dataset(pd.prepare(asked)).train.arrays[0]
+            tokens = load_dataset(pd.prepare(asked)).train.arrays[0]
             assert (tokens[0], tokens[-1]) == (256, 257)
 
 
@@ -230,19 +242,19 @@ def test_null_in_a_later_file_takes_no_end_token_away():
     write_bytes_release("release", eos_token_id=None)
     Path("release/config.json").write_text('{"eos_token_id": 257}')
     Path("release/generation_config.json").write_text('{"eos_token_id": null}')
-    assert pd.hf_tokenizer(Path("release")).eos == [257]
+    assert hf_tokenizer(Path("release")).eos == [257]
 
 
 def test_a_tokenizer_json_that_cuts_or_pads_does_neither():
     byte_tokens = {bytes([i]): i for i in range(256)}
-    encoding = pd.encoding_from(byte_tokens, pd.PATTERN, {pd.END_OF_TEXT: 256})
+    encoding = encoding_from(byte_tokens, PATTERN, {END_OF_TEXT: 256})
     told = json.loads(huggingface.tokenizer_json(encoding))
     told["truncation"] = {"direction": "Right", "strategy": "LongestFirst"}
     told["truncation"] |= {"max_length": 3, "stride": 0}
     told["padding"] = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": 8}
     told["padding"] |= {"pad_id": 7, "pad_type_id": 0, "pad_token": "x"}
     Path("tokenizer.json").write_text(json.dumps(told))
-    ids = pd.hf_tokenizer(Path()).encode_batch(["abcde", "f"])
+    ids = hf_tokenizer(Path()).encode_batch(["abcde", "f"])
     assert ids == [[97, 98, 99, 100, 101], [102]]
 
 
@@ -278,13 +290,13 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(tmp_path):
 
     model = Path("data/mine/tiktoken.model")
     model.write_text(ranks)
-    assert pd.load_dataset("data/mine").vocab_size == 393
+    assert load_dataset("data/mine").vocab_size == 393
     model.write_text(other)
     with pytest.raises(ValueError, match=r"sha256 of tiktoken\.model is not that in meta\.json"):
-        pd.load_dataset("data/mine")
+        load_dataset("data/mine")
     Path("data/mine/meta.json").unlink()
     with pytest.raises(ValueError, match=r"has no whole tokenizer.*meta\.json"):
-        pd.load_dataset("data/mine")
+        load_dataset("data/mine")
     asked = pd.DataConfig("texts.jsonl", "mine", vocab_size=272, test_fraction=0, overwrite=True)
     names = {path.name for path in pd.prepare(asked).iterdir()}  # what was the release's is gone
     assert names == {"train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"}

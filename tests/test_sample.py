@@ -32,6 +32,7 @@ from model import DeepSeekV3
 from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
 from support import ops
 from support.settings import parse_args, run_command
+from support.tokenizer import load_tokenizer
 
 COLOUR = re.compile(r"\033\[[\d;]*m")
 LIMIT = 48  # max_position_embeddings
@@ -590,7 +591,7 @@ def make_run(tmp_path_factory, make_model) -> Path:
     source.write_text(TEXT)
     config = prepare_data.DataConfig(str(source), "run", str(source.parent), vocab_size=300)
     folder = prepare_data.prepare(config)
-    model = make_model(vocab_size=prepare_data.load_tokenizer(folder).n_vocab)
+    model = make_model(vocab_size=load_tokenizer(folder).n_vocab)
     saved = {"model_config": asdict(model.config), "model": model.state_dict()}
     torch.save(saved, folder / "ckpt.pt")
     return folder

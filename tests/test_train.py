@@ -44,6 +44,8 @@ from huggingface import load_checkpoint, load_model
 from model import DeepSeekV3, ModelConfig
 from support import ops
 from support.settings import read_config_file, run_command
+from support.tokenizer import END_OF_TEXT, load_tokenizer
+from support.tokens import Dataset, Tokens, load_dataset
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "config" / "tiny.py")
@@ -221,7 +223,7 @@ def test_the_schedules_of_our_configurations_are_in_order(file):
 
 
 def test_long_windows_of_steps_that_take_turns_come_once_in_an_epoch():
-    data = SimpleNamespace(train=prepare_data.Tokens([np.arange(1000, dtype=np.uint16)]))
+    data = SimpleNamespace(train=Tokens([np.arange(1000, dtype=np.uint16)]))
     config = train.TrainConfig(batch_size=4, block_size=16, long_block_size=32, long_start=0)
     starts = [train.train_windows(data, config, step)[:, 0] for step in range(1, 15, 2)]
     first = train.epoch_starts(config.seed, 0, 1000, 32)  # 31, of which 14 steps of 64 see half
@@ -229,7 +231,7 @@ def test_long_windows_of_steps_that_take_turns_come_once_in_an_epoch():
 
 
 def test_every_token_comes_once_in_an_epoch():
-    data = SimpleNamespace(train=prepare_data.Tokens([np.arange(1000, dtype=np.uint16)]))
+    data = SimpleNamespace(train=Tokens([np.arange(1000, dtype=np.uint16)]))
     config = train.TrainConfig(batch_size=4, block_size=16)
     x = np.concatenate([train.train_windows(data, config, step) for step in range(31)])
     assert x.shape == (31 * 4, 17) and x.max() < 1000 and np.all(np.diff(x) == 1)
@@ -449,7 +451,7 @@ def test_steps_equal_a_plain_training_loop(data):
     )  # fmt: skip
     out = run("--attention_bias", *(f"--{key}={value}" for key, value in options.items()))
     config = train.TrainConfig(**options, batch_size=4, block_size=16)
-    dataset, lines = prepare_data.load_dataset(data), [x for x in log_of(out) if "loss" in x]
+    dataset, lines = load_dataset(data), [x for x in log_of(out) if "loss" in x]
     torch.manual_seed(config.seed)
     model = DeepSeekV3(ModelConfig(**load(out)["model_config"])).double()
     groups = []
@@ -622,9 +624,7 @@ def other_tokenizer(data: Path, changed: str):
     else:
         values["special_tokens"] = {"<|end|>": 511}
     meta.write_text(json.dumps(values))
-    ids = [
-        prepare_data.load_tokenizer(x).encode_ordinary(train.__doc__) for x in (data, ranks.parent)
-    ]
+    ids = [load_tokenizer(x).encode_ordinary(train.__doc__) for x in (data, ranks.parent)]
     assert ids[0] == ids[1]
 
 
@@ -694,7 +694,7 @@ def test_weights_of_a_hugging_face_directory_start_a_run(shared, capsys):
 
 
 def test_the_last_part_of_a_run_extends_the_context(shared, data):
-    out, dataset = shared(*CASES["long"]), prepare_data.load_dataset(data)
+    out, dataset = shared(*CASES["long"]), load_dataset(data)
     config = train.TrainConfig(**load(out)["train_config"])
     shapes = [train.train_windows(dataset, config, step).shape for step in range(8)]
     assert shapes == [(4, 17)] * 5 + [(2, 33), (4, 17), (2, 33)]
@@ -744,9 +744,9 @@ def test_a_line_has_the_means_since_the_last_one(shared):
 
 
 @pytest.fixture
-def trained(shared, data) -> tuple[DeepSeekV3, prepare_data.Dataset, train.TrainConfig]:
-    model, dataset = load_model(shared())[0], prepare_data.load_dataset(data)
-    dataset.val = prepare_data.Tokens([dataset.val.arrays[0][:1000]])  # its last window is ragged
+def trained(shared, data) -> tuple[DeepSeekV3, Dataset, train.TrainConfig]:
+    model, dataset = load_model(shared())[0], load_dataset(data)
+    dataset.val = Tokens([dataset.val.arrays[0][:1000]])  # its last window is ragged
     return model, dataset, train.TrainConfig(block_size=16, eval_batch=32)
 
 
@@ -772,8 +772,8 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
     assert_same(torch.tensor(result.pop("expert_load")), shares, 1e-5)
     assert result.pop("val_mtp_losses") == [result["val_mtp_loss"]]
     tokens_of_file = (data / "val.bin").stat().st_size // 2 - 512
-    whole = prepare_data.load_tokenizer(data).decode(np.fromfile(data / "val.bin", "<u2")[512:])
-    bytes_of_file = len(whole.replace(prepare_data.END_OF_TEXT, "").encode())
+    whole = load_tokenizer(data).decode(np.fromfile(data / "val.bin", "<u2")[512:])
+    bytes_of_file = len(whole.replace(END_OF_TEXT, "").encode())
     assert result == pytest.approx({
         "val_loss": np.mean(nats),
         "val_bpb": np.mean(nats) / math.log(2) * tokens_of_file / bytes_of_file,
@@ -1488,9 +1488,9 @@ def test_refusals_are_one_sentence(options, words):
 
 
 def test_a_window_and_the_token_after_it_must_fit_in_the_shortest_file(data, monkeypatch):
-    dataset = prepare_data.load_dataset(data)
-    dataset.train = prepare_data.Tokens([np.zeros(99), np.zeros(33)])
-    monkeypatch.setattr(prepare_data, "load_dataset", lambda folder: dataset)
+    dataset = load_dataset(data)
+    dataset.train = Tokens([np.zeros(99), np.zeros(33)])
+    monkeypatch.setattr(train, "load_dataset", lambda folder: dataset)
     assert train.read_data(train.TrainConfig(block_size=32), data, 512) is dataset
     for sizes in (dict(block_size=33), dict(block_size=16, long_block_size=33)):
         with pytest.raises(ValueError, match="windows of 33 tokens do not fit"):
@@ -1601,8 +1601,8 @@ def test_from_text_to_text_on_the_command_line():
     done = user("train.py", TINY, "--data=text", "--steps=40", "--block_size=32", "--log_every=2")
     for words in ("M parameters", "bits/byte", "python sample.py out/tiny"):
         assert words in done.stderr
-    tokens = prepare_data.load_dataset("data/text").val.arrays[0][1:9].tolist()
-    prompt = prepare_data.load_tokenizer("out/tiny").decode(tokens).strip()
+    tokens = load_dataset("data/text").val.arrays[0][1:9].tolist()
+    prompt = load_tokenizer("out/tiny").decode(tokens).strip()
     assert done.stdout.startswith(prompt)
     files = {path.name for path in Path("out/tiny").iterdir()}
     copies = {"tokenizer.tiktoken", "meta.json"}

@@ -1,0 +1,145 @@
+"""Token files, and a prepared folder as a Dataset.
+
+Token files have the layout of llm.c and modded-nanogpt: 256 little-endian int32, of which the
+first three are magic number, version and number of tokens, then the ids. Over 2^30 training tokens
+are train_000001.bin and so on.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from support.settings import info
+from support.tokenizer import AGAIN, PIECE, Tokenizer, cut, stored_tokenizer
+
+TOKENS_PER_FILE = 1 << 30  # at most; the header counts them in an int32
+HEADER_BYTES = 1024
+UINT16, UINT32 = (20240520, 1), (20240801, 7)  # magic number and version for ids of either type
+DTYPES = {UINT16: np.dtype("<u2"), UINT32: np.dtype("<u4")}
+
+
+def header(kind: tuple[int, int], count: int) -> bytes:
+    return np.array([*kind, count], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")
+
+
+def cut_all(texts: list[str], before: list[int], after: list[int]) -> Iterator[list]:
+    """The texts in pieces, each as [ids before it, piece, ids after it]."""
+    for text in texts:
+        pieces = [[[], piece, []] for piece in cut(text, PIECE)]
+        pieces[0][0], pieces[-1][2] = before, after
+        yield from pieces
+
+
+def encode_all(texts: list[str], tokenizer: Tokenizer, name: str) -> Iterator[list[int]]:
+    """The ids of the texts between the tokenizer's marks, piece by piece."""
+    pieces, total = cut_all(texts, *tokenizer.marks), sum(map(len, texts))
+    with tqdm(desc=name, total=total, unit_scale=True, disable=None, leave=False) as progress:
+        while batch := list(islice(pieces, 256)):  # which are encoded in parallel
+            encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
+            for (before, piece, after), ids in zip(batch, encoded, strict=True):
+                yield [*before, *ids, *after]
+                progress.update(len(piece))
+
+
+def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenizer) -> None:
+    """Encode the texts into the token file <split>.bin.
+
+    More than TOKENS_PER_FILE tokens are shared out evenly over <split>_000001.bin and so on. All
+    are first written to one file. Then its last part is copied out and cut off, and so on.
+    """
+    kind = UINT16 if tokenizer.n_vocab <= 1 << 16 else UINT32
+    dtype, path, count = DTYPES[kind], folder / f"{split}.bin", 0
+    with open(path, "wb+") as file:
+        file.write(bytes(HEADER_BYTES))  # zeros, which no reader accepts, until all is written
+        for ids in encode_all(texts, tokenizer, path.name):
+            file.write(np.array(ids, dtype).tobytes())
+            count += len(ids)
+        files = -(-count // TOKENS_PER_FILE)  # rounded up
+        for number in range(files, 1, -1):
+            start = count * (number - 1) // files
+            place = HEADER_BYTES + start * dtype.itemsize
+            file.seek(place)
+            with open(folder / f"{split}_{number:06d}.bin", "wb") as shard:
+                shard.write(header(kind, count * number // files - start))
+                shutil.copyfileobj(file, shard)
+            file.truncate(place)
+        file.seek(0)
+        file.write(header(kind, count // files))
+    if files > 1:
+        path.rename(folder / f"{split}_000001.bin")
+    length = sum(len(text.encode()) for text in texts)
+    info(f"{split}: {len(texts):,} documents, {length:,} bytes, {count:,} tokens")
+
+
+def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
+    """The ids of a token file, mapped, not read: (N,) uint16 or uint32."""
+    *kind, count = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
+    dtype = DTYPES.get(tuple(kind))
+    if dtype is None or path.stat().st_size != HEADER_BYTES + count * dtype.itemsize or count < 1:
+        raise ValueError(f"{path} is no whole token file; {AGAIN}")
+    tokens = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
+    # The ends only, as the files of a run can be 20 GB: preparing has seen all.
+    if (highest := max(tokens[:1024].max(), tokens[-1024:].max())) >= vocab_size:
+        raise ValueError(f"{path} holds id {highest} of {vocab_size} tokens; {AGAIN}")
+    return tokens
+
+
+class Tokens:
+    """One split: token files read as if they were one, except that no window spans two."""
+
+    def __init__(self, arrays: list[np.ndarray]):
+        self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """(N, length) int64: the ids from each of N starts on, 0 <= start <= len - length.
+
+        A window that would run over the end of its file is moved back to end with it.
+        """
+        starts, shortest = np.asarray(starts), min(map(len, self.arrays))
+        if length > shortest or starts.min() < 0 or starts.max() > len(self) - length:
+            raise ValueError(f"no windows of {length} tokens in a file of {shortest}; shorten them")
+        rows = np.empty((len(starts), length), np.int64)
+        shards = np.searchsorted(self.ends, starts, side="right")
+        for row, start, shard in zip(rows, starts, shards, strict=True):
+            array = self.arrays[shard]
+            begin_of_file = self.ends[shard] - len(array)
+            first = min(start - begin_of_file, len(array) - length)
+            row[:] = array[first : first + length]
+        return rows
+
+
+@dataclass
+class Dataset:
+    """A prepared folder; len(dataset.train) is its number of tokens."""
+
+    train: Tokens
+    val: Tokens
+    vocab_size: int
+    val_bytes_per_token: float  # <|endoftext|> is one of the tokens and has no bytes
+    test: Tokens | None = None  # for the last word alone: experiments/unseen.py
+    rows: int = 0  # of the embedding in the release whose tokenizer this is (0: not known)
+
+
+def load_dataset(folder: Path | str) -> Dataset:
+    """Raises FileNotFoundError or ValueError where a file of the folder is missing or damaged."""
+    folder, tokenizer = Path(folder), stored_tokenizer(folder)
+    n_vocab = tokenizer.n_vocab
+    shards = sorted(folder.glob("train_*.bin")) or [folder / "train.bin"]
+    train = Tokens([read_tokens(path, n_vocab) for path in shards])
+    val = read_tokens(folder / "val.bin", n_vocab)
+    counts = np.bincount(val, minlength=n_vocab)
+    n_bytes = sum(len(text) * int(counts[i]) for i, text in tokenizer.texts.items())
+    if len(val) < 2 or n_bytes == 0:  # a loss needs a token to predict, bits per byte a byte
+        has = f"{folder / 'val.bin'} has {len(val)} tokens with {n_bytes} bytes of text"
+        raise ValueError(f"{has}, too little to measure a loss; {AGAIN}")
+    test = folder / "test.bin"
+    test = Tokens([read_tokens(test, n_vocab)]) if test.exists() else None
+    return Dataset(train, Tokens([val]), n_vocab, n_bytes / len(val), test, tokenizer.rows)
