@@ -36,7 +36,9 @@ import sample
 import train
 from huggingface import FP8_WEIGHTS, checkpoint_views
 from model import Cache, DeepSeekV3, ModelConfig
+from support import processes
 from support.ops import Decoder, fast_dtype
+from support.processes import Machine
 from support.settings import info, parse_args, read_config_file, run_command
 
 # The 20.8M-parameter model on which we and transformers' DeepseekV3ForCausalLM are compared.
@@ -198,10 +200,10 @@ class TrainOptions(Options):
     fp8: bool = False  # the config's step with FP8 products
 
 
-def training_step(model: nn.Module, config: train.TrainConfig, machine: train.Machine) -> Callable:
+def training_step(model: nn.Module, config: train.TrainConfig, machine: Machine) -> Callable:
     """One optimiser step of our model or of transformers', on new tokens each time."""
     ours, rng, size = isinstance(model, DeepSeekV3), np.random.default_rng(1), config.block_size + 1
-    trainer = train.wrap(model.train(), config, machine) if ours else model.train()
+    trainer = processes.wrap(model.train(), config, machine) if ours else model.train()
     if config.compile and not ours:
         for layer in model.model.layers:
             layer.compile()
@@ -260,7 +262,7 @@ def reference_table(options: TrainOptions) -> Table:
         DeepSeekV3(ModelConfig(**REFERENCE)).save_pretrained(folder)
         for dtype, compiled in product(FORMATS, (False, True)[: 1 + options.compile]):
             config = replace(base, dtype=dtype, compile=compiled)
-            machine = train.start_machine(config)
+            machine = processes.start(config)
             for name, model in models_in(folder, machine.device).items():
                 name = f"{name} {dtype}{' compiled' * compiled}"
                 steps[name] = training_step(model, config, machine)
@@ -277,7 +279,7 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
     model, settings = open_config(file)
     asked = {k: True for k in ("compile", "recompute", "fp8") if getattr(options, k)}
     config = train.TrainConfig(**settings | asked | {"device": options.device, "dtype": dtype})
-    machine = train.start_machine(config)
+    machine = processes.start(config)
     model = DeepSeekV3(model.config).to(machine.device)
     if config.fp8:
         model.use_fp8()
@@ -326,7 +328,7 @@ class DecodeOptions(Options):
 def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
     """Greedy decoding and the cost of a long context. Drafts: experiments/speculation.py."""
     require_transformers("decode")
-    device = sample.usable_device(options.device)
+    device = processes.usable_device(options.device)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         DeepSeekV3(ModelConfig(**REFERENCE)).save_pretrained(folder)
@@ -428,7 +430,7 @@ SHAPES = [(7168, 18432), (16384, 7168), (1536, 24576), (7168, 2048), (512, 32768
 
 def fp8_(options: Options, files: list[str]) -> Iterator[Table]:
     """FP8 products and layers beside bf16, slow shapes included."""
-    device = train.start_machine(train.TrainConfig(device=options.device)).device
+    device = processes.start(train.TrainConfig(device=options.device)).device
     shapes, tokens, how = SHAPES, (4096, 8192, 16384), "compiled"
     if not fp8.has_blockwise_fp8(device):
         shapes, tokens, how = SHAPES[-1:], (256,), "EMULATION, which says nothing of FP8's speed"

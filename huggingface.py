@@ -11,13 +11,10 @@ where they are needed: safetensors, tokenizers (which brings huggingface_hub), t
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import sys
 import tempfile
-import textwrap
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +29,7 @@ import fp8
 import model as formulas
 from model import DeepSeekV3, ModelConfig
 from support.ops import codes_of, fingerprint_of, not_as_copied
+from support.runs import load_checkpoint
 from support.settings import info, parse_args, run_command
 from support.tokenizer import (
     END_OF_TEXT,
@@ -253,37 +251,6 @@ def model_code(source: ModuleType = formulas) -> str:
             codes = (code for code in codes_of(x) if code.co_filename == source.__file__)
             digits.append(f"{name} {fingerprint_of(tuple(codes))}")
     return hashlib.sha256(" ".join(digits).encode()).hexdigest()[:16]
-
-
-def checkpoint_file(path: str | Path) -> Path:
-    """The file with the weights: of a run's folder best.pt, else ckpt.pt."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return folder
-    return folder / ("best.pt" if (folder / "best.pt").exists() else "ckpt.pt")
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What train.py saved in a file, or in a run's folder (best.pt, else ckpt.pt).
-
-    Tensors stay on the disk until they are used (not on Windows, where a file that is mapped
-    cannot be replaced); nothing in the file can run code.
-    """
-    file = checkpoint_file(path)
-    if not file.exists():
-        kinds = "a run's folder, a checkpoint file, or a directory with a config.json"
-        raise FileNotFoundError(f"there is no {file}: name {kinds}.")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()  # a record whose checksum is wrong: torch does not look
-        saved = torch.load(file, "cpu", weights_only=True, mmap=os.name == "posix")
-        dict(saved["model_config"])  # raises where another program has saved it
-    except Exception as error:  # a damaged file may lead to any
-        told = f"{file} is damaged, or no checkpoint of train.py"
-        raise ValueError(f"{told} ({textwrap.shorten(str(error), 100)})") from None
-    if damaged:
-        raise ValueError(f"{file} is damaged: {damaged} in it has another checksum than when saved")
-    return saved
 
 
 def load_model(

@@ -35,6 +35,7 @@ from huggingface import load_model
 from model import Cache, DeepSeekV3
 from support import ops
 from support.ops import fast_dtype, span
+from support.processes import usable_device
 from support.settings import info, parse_args, run_command, with_home
 from support.tokenizer import Tokenizer
 
@@ -666,17 +667,6 @@ def print_score(model: DeepSeekV3, tokenizer: Tokenizer, path: str):
 
 
 # ---- The command ---------------------------------------------------------------------------------
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name, `auto` CUDA if there is one, else the CPU. Raises ValueError."""
-    if name == "auto":  # mps has to be named: PyTorch's results there have been wrong too often
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()  # meta has none
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: try cpu ({error!s:.150})") from None
-    return torch.device(name)
 
 
 def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig):

@@ -22,8 +22,9 @@ from long_context import PARTS, nats_by_position
 
 import sample
 import train
-from huggingface import load_checkpoint, load_model
+from huggingface import load_model
 from model import DeepSeekV3
+from support.runs import load_checkpoint
 from support.tokens import load_dataset
 
 CONFIG, RUN = "config/small.py", "out/small"

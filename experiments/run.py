@@ -46,8 +46,10 @@ from unseen import bits_per_byte, nats_by_document
 
 import bench
 import train
-from huggingface import load_checkpoint, load_model
+from huggingface import load_model
 from model import DeepSeekV3, ModelConfig
+from support import processes
+from support.runs import load_checkpoint
 from support.settings import info, parse_args, read_config_file, run_command
 from support.tokens import Dataset, Tokens
 
@@ -94,7 +96,7 @@ class Trained:
     data: Dataset
     folder: Path  # of the data
     config: train.TrainConfig
-    machine: train.Machine
+    machine: processes.Machine
 
 
 @dataclass
@@ -135,7 +137,7 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
     settings |= {"seed": seed, "out": str(folder)}
     settings |= {"eval_every": settings["steps"], "save_every": max(1, settings["steps"] // 4)}
     config = train.TrainConfig(**train.split_configs(settings)[1])
-    machine, saved = train.start_machine(config), None
+    machine, saved = processes.start(config), None
     if (folder / "ckpt.pt").exists():
         saved = load_checkpoint(folder / "ckpt.pt")
         net, _, _ = load_model(folder / "ckpt.pt", machine.device)
@@ -201,7 +203,7 @@ def code_id(dtype: str = "float64", fp8: bool = False) -> str:
         net.trained_length = 0
         if fp8:
             net.use_fp8()
-        train.train(net, data, config, train.start_machine(config))
+        train.train(net, data, config, processes.start(config))
         log = [json.loads(x) for x in (Path(folder) / "log.jsonl").read_text().splitlines()]
     torch.set_num_threads(threads)
     keys = ("loss", "mtp_loss", "balance_loss", "max_vio", "val_loss", "val_bpb_long")

@@ -24,6 +24,7 @@ import sample
 from bench import Options, Table, interleaved, print_tables, ratio
 from huggingface import load_model
 from model import DeepSeekV3
+from support.processes import usable_device
 from support.settings import parse_args, run_command
 
 
@@ -134,7 +135,7 @@ def speculation(
 
 
 def tables(ckpt: str, options: SpeculationOptions) -> Iterator[Table]:
-    device = sample.usable_device(options.device)
+    device = usable_device(options.device)
     model, tokenizer, _ = load_model(ckpt, device, torch.float32)
     if not len(model.mtp) or tokenizer is None:
         raise ValueError(f"{ckpt} has no MTP module or no tokenizer: name another checkpoint.")

@@ -21,8 +21,11 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from huggingface import load_checkpoint, load_model
+from huggingface import load_model
 from model import DeepSeekV3
+from support import processes
+from support.processes import Machine
+from support.runs import load_checkpoint
 from support.settings import parse_args, run_command
 from support.tokenizer import stored_tokenizer
 from support.tokens import load_dataset
@@ -37,7 +40,7 @@ class UnseenOptions:
 
 @torch.no_grad()
 def nats_by_document(
-    model: DeepSeekV3, data, folder: Path, T: int, config: train.TrainConfig, machine: train.Machine
+    model: DeepSeekV3, data, folder: Path, T: int, config: train.TrainConfig, machine: Machine
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each document of the test text of data, prepared in folder: the sum of its tokens' losses
     in nats, predicted in windows of T tokens side by side, and its bytes. Both (documents,)."""
@@ -77,7 +80,7 @@ def main(argv: list[str]):
     dtype = saved.get("dtype", "auto") if options.dtype == "auto" else options.dtype
     config = train.TrainConfig(device=options.device, dtype=dtype, eval_batch=options.batch)
     config.block_size = saved["block_size"]
-    machine = train.start_machine(config)
+    machine = processes.start(config)
     model, _, _ = load_model(run, machine.device)
     folder = train.data_folder(saved["data"])
     data = load_dataset(folder)

@@ -208,6 +208,11 @@ files = -(-count // TOKENS_PER_FILE) => files = 1
 min(start - begin_of_file, len(array) - length) => start - begin_of_file
 len(val) < 2 or n_bytes == 0 => len(val) < 2
 
+# support/processes.py tests/test_train.py
+        import torch.distributed.nn => pass
+fast, why = on_first(lambda: fast_dtype(device)) => fast, why = fast_dtype(device)
+if config.dtype in ("auto", fast): => if True:
+
 # train.py tests/test_train.py
 same_text = data_folder(then["data"]).resolve() == => same_text = True or
 and "val_loss_part" not in file => and True
@@ -216,7 +221,6 @@ saved is None or given.keys() & set(PHASES) => saved is None
 for step in range(first, config.steps) => for step in range(config.steps)
 epochs > MANY_EPOCHS and not resumed => epochs > MANY_EPOCHS
 if command.resume and not saved: => if False:
-        import torch.distributed.nn => pass
 self.saved_step = saved.get("step", 0)  # which => pass  # which
 and then["block_size"] == now["block_size"]): => ):
 evaluated if best else 0 => evaluated
@@ -247,8 +251,6 @@ self.bad_in_a_row >= 5 => self.bad_in_a_row >= 6
 if entry["step"] > step: => if entry["step"] >= step:
 fcntl.flock(file, => 0 and fcntl.flock(file,
 same = identity == tokenizer_identity(data) => same = True
-fast, why = on_first(lambda: fast_dtype(device)) => fast, why = fast_dtype(device)
-if config.dtype in ("auto", fast): => if True:
 if waiting > 0.25: => if waiting > 0.35:
 """
 

@@ -15,6 +15,7 @@ import torch
 
 import bench
 import train
+from support import processes
 
 ROOT = Path(__file__).parent.parent
 SMALLER = dict(num_hidden_layers=2, vocab_size=512, max_position_embeddings=128)
@@ -106,7 +107,7 @@ def test_training_step_trains_the_whole_model(ours, tmp_path):
         model.save_pretrained(tmp_path / "hf")
         model = bench.models_in(tmp_path / "hf", "cpu")["transformers eager"]
     before = {name: p.clone() for name, p in model.named_parameters()}
-    bench.training_step(model, config, train.start_machine(config))()
+    bench.training_step(model, config, processes.start(config))()
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
     biases = [b for name, b in model.named_buffers() if name.endswith("correction_bias")]
     assert biases and all(b.any() == ours for b in biases)  # transformers does not balance

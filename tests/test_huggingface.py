@@ -34,8 +34,9 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
 import huggingface
-from huggingface import checkpoint_views, config_from_json, load_checkpoint, load_model
+from huggingface import checkpoint_views, config_from_json, load_model
 from model import DeepSeekV3, ModelConfig
+from support.runs import load_checkpoint
 from support.tokenizer import PATTERN, encoding_from, load_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent.parent

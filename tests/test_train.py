@@ -40,9 +40,10 @@ import fp8
 import huggingface
 import prepare_data
 import train
-from huggingface import load_checkpoint, load_model
+from huggingface import load_model
 from model import DeepSeekV3, ModelConfig
-from support import ops
+from support import ops, processes
+from support.runs import load_checkpoint
 from support.settings import read_config_file, run_command
 from support.tokenizer import END_OF_TEXT, load_tokenizer
 from support.tokens import Dataset, Tokens, load_dataset
@@ -54,7 +55,7 @@ SHORT += ["--log_every=1", "--eval_every=4", "--save_every=4"]
 # Schedules that do not depend on the length of the run.
 CONSTANT = ("--warmup=0", "--decay_start=1", "--mtp_switch=1", "--gamma_stop=1")
 SHOW_RESULT = train.show_result
-MACHINE = train.Machine(torch.device("cpu"), torch.float64)
+MACHINE = processes.Machine(torch.device("cpu"), torch.float64)
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["test_train"])  # so that no process needs time for its imports
 TEXT = sysconfig.get_paths()["stdlib"] + "/a*.py"  # some 250 kB
@@ -264,7 +265,7 @@ def test_products_run_in_what_is_measured_to_be_clearly_faster(times, dtype, mon
 
 def test_an_emulated_format_is_never_chosen(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert train.sample.usable_device("auto").type != "mps"  # Apple's has to be named
+    assert processes.usable_device("auto").type != "mps"  # Apple's has to be named
     # Which counts emulation, too, unless it is asked not to.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **asked: not asked)
     for device in ("cuda:0", "mps"):
@@ -288,7 +289,7 @@ def test_a_resumed_run_keeps_its_dtype_unless_asked(monkeypatch, capsys):
         (torch.float32, ["--steps=4", "--resume", "--dtype=auto"], "float32 (measured)"),
         (torch.bfloat16, ["--steps=1", "--overwrite", "--dtype=float32"], "float32 (as asked)"),
     ):
-        monkeypatch.setattr(train, "fast_dtype", lambda device, fast=fast: (fast, "measured"))
+        monkeypatch.setattr(processes, "fast_dtype", lambda device, fast=fast: (fast, "measured"))
         train.main([*short, *options])
         assert f"1 x cpu in {expected}" in capsys.readouterr().err
         dtype = load("run")["train_config"]["dtype"]
@@ -297,7 +298,7 @@ def test_a_resumed_run_keeps_its_dtype_unless_asked(monkeypatch, capsys):
 
 def each_process_measures_another():
     dtype = torch.bfloat16 if os.environ["RANK"] == "0" else torch.float32
-    train.fast_dtype = lambda device: (dtype, "measured")
+    processes.fast_dtype = lambda device: (dtype, "measured")
     backward = train.backward
 
     def in_bf16(*args):
@@ -1139,14 +1140,14 @@ def test_a_rank_that_dies_or_raises_ends_the_others_promptly(parallel, raises, s
 
 def tell_threads():
     """Lists the threads that are left when the processes have parted."""
-    destroy = train.dist.destroy_process_group
+    destroy = processes.dist.destroy_process_group
 
     def watched():
         destroy()
         names = (file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm"))
         print("left:", *sorted(names), flush=True)
 
-    train.dist.destroy_process_group = watched
+    processes.dist.destroy_process_group = watched
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
