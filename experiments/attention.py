@@ -87,8 +87,9 @@ def arms(base: dict) -> dict[str, run.Arm]:
         width = round(total / D / 2 / (H + (form.kv_heads or H)))
         settings = {"qk_nope_head_dim": width - R, "v_head_dim": width}
         found[name] = run.Arm(settings, {"model.MLA": form})
-    # Is the base's learning rate, found with MLA, as good for multi-head attention?
-    for name, arm in ("MLA", run.Arm()), ("MHA", found["MHA"]):
+    # Is the base's learning rate, found with MLA, as good for the others?
+    for name in "MLA", "MHA", "GQA 2":
+        arm = found.get(name, run.Arm())
         for times in 0.67, 1.5:
             settings = arm.settings | {"lr": times * base["lr"]}
             found[f"{name} lr x{times}"] = run.Arm(settings, arm.replace, check=True)

@@ -35,15 +35,22 @@ def arms(base: dict) -> dict[str, run.Arm]:
     dense = {"n_routed_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": width}
     dense |= {"n_shared_experts": 0, "n_group": 1, "topk_group": 1}
     without = {"model.MoE": Dense, "model.DeepSeekV3.update_bias": nothing_to_balance}
+    alone = {"n_shared_experts": 0, "num_experts_per_tok": width // F}
+    scaled = {
+        "routed_scaling_factor": 2.5
+    }  # V3's: what is routed counts for more than what is shared
     arms = {
-        "no shared": run.Arm({"n_shared_experts": 0, "num_experts_per_tok": width // F}),
+        "no shared": run.Arm(alone),
         "4 large": run.Arm(large),
         "dense": run.Arm(dense, without),
         "dense longer": run.Arm(dense, without, longer=1.25),  # the base's seconds, both alone
+        "shared x2.5": run.Arm(scaled, check=True),
+        "no shared x2.5": run.Arm(alone | scaled, check=True),
     }
-    for times in 0.67, 1.5:
-        settings = dense | {"lr": times * base["lr"]}
-        arms[f"dense lr x{times}"] = run.Arm(settings, without, check=True)
+    for name, arm in ("dense", arms["dense"]), ("no shared", arms["no shared"]):
+        for times in 0.67, 1.5:
+            settings = arm.settings | {"lr": times * base["lr"]}
+            arms[f"{name} lr x{times}"] = run.Arm(settings, arm.replace, check=True)
     return arms
 
 
@@ -61,7 +68,8 @@ def draw(figure, results):
     tables.curves(right, results, "loss", "nats per token, training")
 
 
-EXPERIMENT = run.Experiment("experts", arms, COLUMNS, draw, base="16 small, 1 shared")
+PAIRS = (("no shared x2.5", "shared x2.5"),)
+EXPERIMENT = run.Experiment("experts", arms, COLUMNS, draw, base="16 small, 1 shared", pairs=PAIRS)
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)

@@ -15,6 +15,7 @@ import run
 import tables
 import torch
 from torch.nn.functional import cross_entropy
+from unseen import nats_by_document
 
 import model
 
@@ -65,7 +66,19 @@ def measure(trained: run.Trained) -> dict:
         name = key.replace("by_position", "")
         found[f"within{name}"] = sum(losses[:quarter]) / quarter
         found[f"beyond{name}"] = sum(losses[-quarter:]) / quarter
-    return found
+    return found | gain_of_context(trained)
+
+
+def gain_of_context(trained: run.Trained) -> dict:
+    """Nats per token of the whole test text, of one network in short and in long windows (the last
+    window of either may be shorter), and what the long ones gain."""
+    given = trained.net, trained.data, trained.folder
+    short, long = (
+        nats_by_document(*given, T, trained.config, trained.machine)[0].sum()
+        / (len(trained.data.test.arrays[0]) - 1)
+        for T in (trained.config.block_size, FACTOR * trained.config.block_size)
+    )
+    return {"nats_short": short, "nats_long": long, "context_gain": short - long}
 
 
 COLUMNS = {

@@ -26,6 +26,14 @@ ARMS = {
     "off longer": run.Arm({"num_nextn_predict_layers": 0}, longer=1.38),
     "depth 2": run.Arm({"num_nextn_predict_layers": 2}),
 }
+
+
+def arms(base: dict) -> dict[str, run.Arm]:
+    off = ARMS["off"].settings
+    rates = {f"off lr x{x}": off | {"lr": x * base["lr"]} for x in (0.67, 1.5)}
+    return ARMS | {name: run.Arm(settings, check=True) for name, settings in rates.items()}
+
+
 COLUMNS = {
     "test_bpb": "bits/byte", "given_greedy": "accepted on given text, greedy",
     "given_0.8": "at 0.8", "greedy_1": "on own text, greedy", "greedy_repeated": "6-grams repeated",
@@ -86,7 +94,7 @@ def draw(figure, results):
     right.legend(frameon=False, fontsize=8)
 
 
-EXPERIMENT = run.Experiment("mtp", lambda base: ARMS, COLUMNS, draw, acceptance, base="one module")
+EXPERIMENT = run.Experiment("mtp", arms, COLUMNS, draw, acceptance, base="one module")
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)

@@ -67,6 +67,7 @@ class Options:
     plot: bool = False  # no training: table and figure of the results that are there
     quick: bool = False  # a tiny network for 20 steps with seeds 0 and 1: shows that all works
     config: str = "experiments/base.py"  # the base configuration
+    data: str = ""  # another text than the base's, with --results=FOLDER of its own
     results: str = "experiments/results"  # folder of the JSON files
     docs: str = "docs"  # folder of RESULTS.md and figures/
 
@@ -74,6 +75,7 @@ class Options:
         """The settings of the base arm: the file's, with length, dtype and logging."""
         settings = read_config_file(self.config, ModelConfig, train.TrainConfig)
         settings = {"dtype": "float32"} | settings  # never auto: results of two are not compared
+        settings |= {"data": self.data} if self.data else {}
         return settings | {"steps": self.steps, "log_every": max(1, self.steps // 60)}
 
 

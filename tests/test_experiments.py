@@ -509,9 +509,10 @@ def test_arms_of_the_base_configuration_are_as_large_as_they_say(monkeypatch):
 
 def test_learning_rates_are_checked_on_the_arms_themselves():
     base = run.Options(config=str(ROOT / "experiments/base.py")).base()
-    arms = attention.arms(base) | experts.arms(base)
-    checks = {name for name, arm in arms.items() if arm.check}
-    assert checks == {f"{x} lr x{y}" for x in ("MLA", "MHA", "dense") for y in (0.67, 1.5)}
+    arms = attention.arms(base) | experts.arms(base) | mtp.arms(base)
+    checks = {name for name, arm in arms.items() if arm.check and " lr " in name}
+    names = ("MLA", "MHA", "GQA 2", "dense", "no shared", "off")
+    assert checks == {f"{x} lr x{y}" for x in names for y in (0.67, 1.5)}
     for name in checks:
         whose, _, times = name.partition(" lr x")
         arm = arms.get(whose, run.Arm())  # MLA is the base
