@@ -1,0 +1,17 @@
+"""Exercise 6. The balance loss, for each sequence by itself.
+
+f_i = E / (K T) * (how many of the T tokens have expert i among the K largest s)    Eq. 18
+P_i = mean over the T tokens of s_i / (sum over all experts of s_j)                 Eq. 19, 20
+loss = sum_i f_i P_i,  then the mean over the sequences                              Eq. 17
+
+The bias balances the experts over the whole batch. This loss, with a tiny weight, keeps one
+sequence from sending all its tokens to the same experts. It is 1 if the choices are spread evenly.
+f only counts and has no gradient; P has one. The K largest are taken by s, without the bias.
+"""
+
+from torch import Tensor
+
+
+def balance_loss(s: Tensor, K: int) -> Tensor:
+    """s (B, T, E), the scores of a gate -> the loss, a scalar, without its weight alpha."""
+    raise NotImplementedError

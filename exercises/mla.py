@@ -1,0 +1,24 @@
+"""Exercise 2. Multi-head Latent Attention: keys and values of all heads from one latent.
+
+k_t^C = W^UK c_t^KV        v_t^C = W^UV c_t^KV        k_t,i = [k_t,i^C; k_t^R]        Eq. 2, 4, 5
+o_t,i = sum over j <= t of softmax_j(q_t,i . k_j,i * scale) v_j,i^C                   Eq. 10
+
+A token's latent c^KV is short; W^UK and W^UV make every head's key and value from it. The part with
+the position, k^R, is not made from the latent and is the same for all heads. The scale is
+1 / sqrt(N + R), with YaRN times a factor; `self.scale` has it.
+
+Letters: B texts, T tokens, H heads, C numbers in a latent, N and R numbers of a query or key
+without and with position, V numbers in a value.
+"""
+
+from torch import Tensor
+
+
+def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor) -> Tensor:
+    """q_nope (B, T, H, N), q_pe (B, T, H, R), latent (B, T, C), k_pe (B, T, 1, R) -> (B, T, H, V).
+
+    q_pe and k_pe are turned already (RoPE). Use self.scale and self.kv_b_proj, the linear layer
+    from C to H*(N+V): for every head in turn first its N rows of W^UK, then its V rows of W^UV.
+    self.config.v_head_dim is V.
+    """
+    raise NotImplementedError

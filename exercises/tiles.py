@@ -1,0 +1,21 @@
+"""Exercise 10. FP8 with a scale for every tile.
+
+s = max |x| over the tile / 448       q = x / s in E4M3       x is about q s         section 3.3.2
+
+E4M3 has 4 significant bits and ends at 448. With one scale for a whole tensor the small numbers
+beside a large one would be rounded to 0. So every row of 128 numbers (activations) or every block
+of 128 x 128 (weights) has a scale of its own, which puts its largest number at 448.
+"""
+
+import torch  # torch.float8_e4m3fn is E4M3
+from torch import Tensor
+
+
+def quantize(x: Tensor, block: tuple[int, int], pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """x (..., M, K) -> q (..., M, K) in E4M3 and s (..., ceil(M/bm), ceil(K/bk)) in float32.
+
+    block is (bm, bk): (1, 128) or (128, 128). Tiles at the edges are smaller. The scale of a tile
+    of zeros is 1. pow2: every scale is rounded up to a power of two. Leading dimensions are
+    separate matrices. The smallest scale is 2^-126.
+    """
+    raise NotImplementedError
