@@ -1,11 +1,13 @@
 """Files: the layout of the released models, both ways, our tokenizer in it, and our own runs.
 
     python huggingface.py SRC DST [--quantize=True | --check=True]
+    python huggingface.py SRC DST.gguf [--gguf_dtype=F32]
 
-SRC is a run's folder or a checkpoint file; DST, a new directory, opens in transformers and here.
+SRC is a run's folder or a checkpoint file; DST, a new directory, opens in transformers and here,
+and DST.gguf, a file, in llama.cpp.
 Its weights are safetensors, one file or shards, each tensor under its released name. In FP8 the
 decoding factors of W's 128x128 blocks are stored as W_scale_inv. Optional packages are imported
-where they are needed: safetensors, tokenizers (which brings huggingface_hub), transformers.
+where they are needed: safetensors, tokenizers (which brings huggingface_hub), transformers, gguf.
 """
 
 import hashlib
@@ -28,6 +30,7 @@ from torch import Tensor
 import fp8
 import model as formulas
 from model import DeepSeekV3, ModelConfig
+from support.gguf import write_gguf
 from support.ops import codes_of, fingerprint_of, not_as_copied
 from support.runs import load_checkpoint
 from support.settings import info, parse_args, run_command
@@ -290,6 +293,7 @@ def load_model(
 class ConvertConfig:
     quantize: bool = False  # FP8 weights with 128x128 block scales, as released
     check: bool = False  # compare logits with those of transformers (not where weights are FP8)
+    gguf_dtype: str = "F16"  # of the matrices in DST.gguf: F32, F16, BF16 or Q8_0
 
 
 @torch.no_grad()
@@ -336,23 +340,39 @@ def write_our_tokenizer(tokenizer: Tokenizer, directory: Path):
     (directory / "tokenizer.json").write_text(tokenizer_json(tokenizer.encoding), encoding="utf-8")
 
 
+def export_gguf(source: Path, target: Path, dtype: str):
+    """Writes weights and tokenizer as one file for llama.cpp."""
+    model, tokenizer, _ = load_model(source)
+    if edit := not_as_copied(model):
+        info(f"{edit} is not DeepSeek-V3's, so to llama.cpp these weights may be another network")
+    config = asdict(model.config) | {"max_position_embeddings": model.trained_length}
+    write_gguf(target, model.state_dict().items(), config, tokenizer.encoding, dtype)
+    info(f"wrote {target}")
+    if model.mtp:
+        info("left out the MTP modules: llama.cpp decodes without drafts")
+
+
 def main(argv: list[str]):
-    about = "Write DST, a directory in Hugging Face's layout, from SRC, a run or a checkpoint file."
+    about = "Write DST, a directory in Hugging Face's layout or a file for llama.cpp (DST.gguf)."
     paths = [Path(word) for word in argv if not word.startswith("-")]
     options = [word for word in argv if word.startswith("-")]
     config = ConvertConfig(**parse_args(about, options, ConvertConfig, positional="src dst")[1])
-    if len(paths) != 2 or (config.check and config.quantize):
+    to_gguf = [path.suffix for path in paths[1:]] == [".gguf"]
+    if len(paths) != 2 or config.check + config.quantize + to_gguf > 1:
         info("usage: python huggingface.py SRC DST [--quantize=True or --check=True]; see --help")
         sys.exit(2)
     source, target = paths
     needed = ["tokenizers", "safetensors", *["transformers"] * config.check]
+    needed = ["gguf"] if to_gguf else needed
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         told = f"the export needs {' and '.join(missing)}"
         raise ModuleNotFoundError(told, name=" ".join(missing))
-    if target.exists() and any(target.iterdir()):
-        raise FileExistsError(f"{target} exists: name a new directory")
+    if target.exists() and (to_gguf or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists: name a new {'file' if to_gguf else 'directory'}")
     if (source / "config.json").exists() and not (source / "meta.json").exists():
         raise ValueError(f"{source} is a release already: SRC is a run or a checkpoint file.")
+    if to_gguf:
+        return export_gguf(source, target, config.gguf_dtype)
     model, _, _ = load_model(source)
     # Everything is written to a temporary directory first, which is deleted if anything fails. It
     # lies on the target's disk, so that files can be moved: inside the target if that exists (it
