@@ -23,10 +23,9 @@ from support.settings import info
 from support.tokenizer import END_OF_TEXT, PATTERN, STAND_INS
 
 DTYPES = ("F32", "F16", "BF16", "Q8_0")  # of matrices; vectors and the gate's stay in float32
-# How llama.cpp names the way to split a text. It knows none that is quite ours. This one gives
-# other ids for 31 of the standard library's 435 files, 91 of 2.4 million; "deepseek-v3", which
-# splits numbers off first, for 92 files and 1,264 ids.
-PRE_TOKENIZERS = {PATTERN: "llama-bpe", r50k_pat_str: "gpt-2"}
+# How llama.cpp names the way to split a text. It has DeepSeek-V3's, so PATTERN's one difference from
+# that is one here: 1,264 of the standard library's 2.4 million ids.
+PRE_TOKENIZERS = {PATTERN: "deepseek-v3", r50k_pat_str: "gpt-2"}
 # model.py's names and llama.cpp's: outside the layers, and of layer i behind "blk.i.". Two names
 # are two tensors, which model.py has in one.
 NAMES = {
@@ -184,10 +183,10 @@ def add_tokenizer(writer: Any, encoding: tiktoken.Encoding | None, rows: int) ->
     writer.add_bos_token_id(end)
     writer.add_eos_token_id(end)
     writer.add_add_bos_token(False)  # sample.py puts none before a prompt either
-    if pre == "llama-bpe":
+    if pre == "deepseek-v3":
         info(
-            "llama.cpp cuts 'test at the beginning of a line or behind a letter into 't and est, "
-            "where our tokenizer keeps the word whole: a few ids of a text may differ"
+            "of several blanks before a number our tokenizer keeps the last one apart, llama.cpp "
+            "none: the ids of such a text differ, its characters do not"
         )
 
 

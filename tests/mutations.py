@@ -118,6 +118,34 @@ pieces[0][0], pieces[-1][2] = before, after => pieces[0][0], pieces[0][2] = befo
 fp8.quantize(tensors[name], fp8.BLOCK) => fp8.quantize(tensors[name], fp8.BLOCK, pow2=True)
 key=lambda file: file.name == "config.json" => key=lambda file: file.name
 
+# support/gguf.py tests/test_gguf.py
+W[:, :N].mT, W[:, N:] => W[:, -N:].mT, W[:, :-N]
+x.chunk(2, dim=1) => x.chunk(2, dim=1)[::-1]
+unflatten(1, (2, -1)).transpose(1, 2) => unflatten(1, (-1, 2)).transpose(1, 2)
+1 if "kv_a" in kind else H => 1
+r"\.(q|q_b)_proj\.|kv_a_proj_with_mqa" => r"\.q_b_proj\.|kv_a_proj_with_mqa"
+if config["topk_group"] < config["n_group"]: => if config["topk_group"] <= config["n_group"]:
+keys["expert_group_used_count"] = config["topk_group"] => keys["expert_group_used_count"] = 1
+"expert_gating_func": 2, => "expert_gating_func": 1,
+"expert_weights_norm": config["norm_topk_prob"], => "expert_weights_norm": True,
+float(config["routed_scaling_factor"]) => 1.0
+0.1 * yarn["mscale_all_dim"] => yarn["mscale_all_dim"]
+int(yarn["original_max_position_embeddings"]) => config["max_position_embeddings"]
+float(config["rope_theta"]) => 10000.0
+"ffn_gate_inp" in name => False
+dtype == "Q8_0" and x.shape[-1] % 32 => False
+end = encoding._special_tokens[END_OF_TEXT] => end = 0
+{PATTERN: "deepseek-v3", => {PATTERN: "llama-bpe",
+r50k_pat_str: "gpt-2"} => r50k_pat_str: "deepseek-v3"}
+if a in ranks and b in ranks => if len(a) == 1 and b in ranks
+name == "lm_head.weight" and config["tie_word_embeddings"] => False
+unfinished.unlink(missing_ok=True) => pass
+(m and m == m_all) => m_all
+layers in (26, 27) => layers in (27,)
+
+# huggingface.py tests/test_gguf.py
+"max_position_embeddings": model.trained_length} => "max_position_embeddings": 4096}
+
 # huggingface.py tests/test_train.py
 if damaged: => if False:
 
