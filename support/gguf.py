@@ -23,8 +23,8 @@ from support.settings import info
 from support.tokenizer import END_OF_TEXT, PATTERN, STAND_INS
 
 DTYPES = ("F32", "F16", "BF16", "Q8_0")  # of matrices; vectors and the gate's stay in float32
-# How llama.cpp names the way to split a text. It has DeepSeek-V3's, so PATTERN's one difference from
-# that is one here: 1,264 of the standard library's 2.4 million ids.
+# How llama.cpp names the way to split a text. It has DeepSeek-V3's, so that what PATTERN does
+# otherwise is a difference here, too: in 1,264 of the standard library's 2.4 million ids.
 PRE_TOKENIZERS = {PATTERN: "deepseek-v3", r50k_pat_str: "gpt-2"}
 # model.py's names and llama.cpp's: outside the layers, and of layer i behind "blk.i.". Two names
 # are two tensors, which model.py has in one.
