@@ -39,7 +39,10 @@ def draw(figure, results):
 
 
 COLUMNS = {"test_bpb": "bits/byte", "val_loss": "nats per token, validation"}
-EXPERIMENT = run.Experiment("fp8_loss", lambda base: ARMS, COLUMNS, draw, base="no FP8")
+PAIRS = (("gradients in blocks", "tiles"),)
+EXPERIMENT = run.Experiment(
+    "fp8_loss", lambda base: ARMS, COLUMNS, draw, base="no FP8", pairs=PAIRS
+)
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)

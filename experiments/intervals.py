@@ -14,11 +14,13 @@ of this assumes that the arms vary alike. If one arm of six varies three times a
 its interval of 95 % holds the truth in 71 %, and the table has a false claim in 16 % (simulated).
 """
 
+import functools
 import math
 
 import numpy as np
 
 
+@functools.cache
 def student(freedom: int) -> tuple[np.ndarray, np.ndarray]:
     """Student's t distribution: values t >= 0, and how probable a larger |t| is at each.
 
@@ -82,6 +84,14 @@ def seen_with(deviation: float, freedom: int, seeds: int, claims: int) -> float:
     others may be larger, so they are found more often."""
     error = deviation * math.sqrt(2 / seeds)
     return (quantile(0.05 / claims, freedom) + quantile(0.4, freedom)) * error  # 20 % on one side
+
+
+def equal_with(deviation: float, freedom: int, seeds: int, margin: float) -> float:
+    """How probable it is that the whole 95 % interval of so many pairs of runs lies within the
+    margin, either way, if there is no difference."""
+    error = deviation * math.sqrt(2 / seeds)
+    room = margin / error - quantile(0.05, freedom)  # for the mean, in standard errors
+    return 1 - p_value(room, freedom) if room > 0 else 0.0
 
 
 def over_documents(nats: np.ndarray, size: np.ndarray, draws: int = 2000) -> tuple[float, float]:

@@ -86,6 +86,7 @@ COLUMNS = {
     "within": "nats, first quarter of long windows",
     "beyond": "nats, last quarter",
     "beyond_yarn": "last quarter, YaRN without training",
+    "context_gain": "all windows: nats gained over windows of a quarter",
 }
 
 

@@ -95,6 +95,7 @@ class Difference:
     half: float | None  # half of the 95 % interval, from the pooled deviation
     alone: float | None = None  # the same, from the deviation of these pairs alone
     p: float | None = None  # corrected for the number of claims in the table
+    raw: float | None = None  # before the correction
     files: tuple[float, float] | None = None  # 95 % of the differences over other test files
     validation: float | None = None  # the mean difference on the validation text
 
@@ -121,7 +122,7 @@ def differences(experiment, options, results: dict[str, list[dict]]) -> tuple[di
         error = deviation * math.sqrt(2 / len(pairs))
         found[name] = Difference(mean, quantile(0.05, freedom) * error if error else None, alone)
         if error and name not in checks:
-            p[name] = p_value(mean / error, freedom)
+            p[name] = found[name].raw = p_value(mean / error, freedom)
         if key == "test_bpb" and "test_nats" in pairs[0][0]:
             found[name].files = over_files(pairs)
         if key == "test_bpb" and "val_bpb" in pairs[0][0]:
@@ -213,12 +214,15 @@ def table(experiment, options) -> str:
     further = [k for k in further if any(k in x for x in compared.values())]
     heads = ["arm", "seeds", *columns.values(), f"{columns[key]} against base"]
     rows = [heads + further]
+    base = [x for x in base if key in x]
     for name, xs in results.items():
-        if xs:
+        if xs := [x for x in xs if key in x]:
             cells = {k: cell([x[k] for x in xs if k in x]) for k in columns}
             if name in found and not experiment.compute:
                 # The arms may have other seeds than the base: so that rows can be compared.
-                cells[key] = number(mean_of(base, key) + found[name].mean)
+                for k in {key, "test_bpb"} & {*columns}:
+                    mean = statistics.mean(changes(paired(xs, base, k), k))
+                    cells[k] = number(mean_of(base, k) + mean)
             more = [compared.get(name, {}).get(k, "") for k in ("", *further)]
             rows.append([name, str(len(xs)), *cells.values(), *more])
     lines = [f"| {' | '.join(row)} |" for row in rows] if runs else []
@@ -335,9 +339,13 @@ def section(experiment, options) -> str:
 
 
 def write_section(experiment, options):
-    page = Path(options.docs, "RESULTS.md")
+    write_part(Path(options.docs, "RESULTS.md"), experiment.name, section(experiment, options))
+
+
+def write_part(page: Path, name: str, part: str):
+    """Between the two marks of this name, where the page has them."""
     text = page.read_text(encoding="utf-8") if page.exists() else ""
-    begin, end = f"<!-- {experiment.name} -->\n", f"\n<!-- end of {experiment.name} -->"
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
     if begin in text:
         before, after = text[: text.index(begin)], text[text.index(end) :]
-        page.write_text(before + begin + section(experiment, options) + after, encoding="utf-8")
+        page.write_text(before + begin + part + after, encoding="utf-8")

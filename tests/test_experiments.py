@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import attention
 import balance
+import claims
 import experts
 import fp8_error
 import fp8_loss
@@ -36,6 +37,7 @@ import speculation
 import tables
 import token_classes
 import unseen
+import verdicts
 
 import fp8
 import model
@@ -460,20 +462,172 @@ def test_page_and_figures_show_what_the_json_files_hold(name, monkeypatch):
         assert f"results {digest}" in svg, f"{again} --plot"
 
 
-def test_claims_and_prose_have_the_differences_of_the_tables(monkeypatch):
-    """Those with three digits, such as 0.016 ± 0.004. The README's claims are the page's."""
+def test_prose_has_the_differences_of_the_tables(monkeypatch):
+    """Those with three digits, such as 0.016 ± 0.004, of RESULTS and README."""
     monkeypatch.chdir(ROOT)
     known = set()
     for e in EXPERIMENTS.values():
         for x in tables.differences(e, run.Options(), tables.collect(e, run.Options()))[0].values():
             known.add(f"{abs(x.mean):.3f} ± {x.half or 0:.3f}")
-    page, readme = (Path(x).read_text(encoding="utf-8") for x in ("docs/RESULTS.md", "README.md"))
-    claims = re.search(r"(?s)\| the report's claim.*?\n\n", page)[0]
-    assert claims in readme
-    prose = re.sub(r"(?s)<!-- (\w+) -->.*?<!-- end of \1 -->", "", page)
+    pages = (Path(x).read_text(encoding="utf-8") for x in ("docs/RESULTS.md", "README.md"))
+    prose = re.sub(r"(?s)<!-- (\w+) -->.*?<!-- end of \1 -->", "", "".join(pages))
     written = re.findall(r"\d\.\d{3}\s±\s\d\.\d{3}(?!\d)", prose)
     stale = {" ".join(x.split()) for x in written} - known
-    assert len(written) > 20 and not stale
+    assert len(written) > 12 and not stale
+
+
+# ---- Verdicts ------------------------------------------------------------------------------------
+
+SURE = {"mean": 0.02, "half": 0.004, "p": 0.001, "alone": 0.005}
+EQUAL = {"mean": -0.001, "half": 0.002, "p": 0.7, "margin": 0.0035}
+
+
+@pytest.mark.parametrize(
+    "word, kind, numbers",
+    [
+        ("shown", "better", SURE),
+        ("shown", "better", SURE | {"tuned": (0.01, 0.009)}),
+        ("shown", "better", SURE | {"alone": None}),
+        ("seen in a model", "better", SURE | {"simulated": True}),
+        ("contradicts", "better", SURE | {"mean": -0.02}),
+        ("contradicts", "equal", SURE | {"mean": -0.02, "margin": 0.0035}),
+        ("better than claimed", "equal", SURE | {"margin": 0.0035}),
+        ("equal", "equal", EQUAL),
+        ("equal", "equal", EQUAL | {"p": 0.01, "half": 0.0005}),  # little, but surely
+        ("cannot tell", "equal", EQUAL | {"half": 0.0026}),
+        ("cannot tell", "equal", EQUAL | {"mean": 0.0026}),  # the other end of the interval
+        ("cannot tell", "better", EQUAL),  # a margin is for claims of equality
+        ("cannot tell", "better", SURE | {"half": 0.021, "p": 0.06}),
+        ("suggestive", "better", SURE | {"p": 0.06}),
+        ("suggestive", "better", SURE | {"alone": 0.021}),
+        ("suggestive", "better", SURE | {"unlike": True}),
+        ("suggestive", "better", SURE | {"tuned": (0.01, 0.011)}),
+        ("suggestive", "better", SURE | {"tuned": (-0.01, 0.004)}),
+        ("suggestive of the opposite", "better", SURE | {"mean": -0.02, "p": 0.06}),
+        ("suggestive of the opposite", "equal", SURE | {"mean": -0.02, "p": 0.06, "margin": 0.01}),
+        ("cannot tell", "equal", SURE | {"p": 0.06, "margin": 0.01}),  # nothing lost, so far
+        ("cannot tell", "better", {"mean": 0.5}),  # one seed
+        ("not yet run", "better", {"mean": None}),
+    ],
+)
+def test_a_verdict_is_a_function_of_numbers(word, kind, numbers):
+    assert claims.verdict(kind, **numbers) == word
+    assert word in claims.WORDS or word.removesuffix(" of the opposite") in claims.WORDS
+
+
+def test_a_bound_is_reached_missed_or_open():
+    words = [claims.bound(0.85, mean, 0.02) for mean in (0.9, 0.86, 0.84, 0.8, None)]
+    assert words == ["shown", "cannot tell", "cannot tell", "lower here", "not yet run"]
+    assert claims.bound(0.85, 0.9, None) == "cannot tell"
+
+
+def test_claims_name_arms_margins_and_rates_that_exist():
+    assert len({claim.text for claim in claims.CLAIMS}) == len(claims.CLAIMS)
+    base = run.Options(config=str(ROOT / "experiments/base.py")).base()
+    known = {name: {"base", *e.arms(base)} for name, e in verdicts.EXPERIMENTS.items()}
+    for claim in claims.CLAIMS:
+        assert {claim.one, claim.other} - {""} <= known[claim.experiment]
+        assert (claim.kind == "equal") == (claim.margin in claims.MARGINS)
+        rates = known[claim.experiment] | known["attention"]
+        assert {f"{x} lr x{y}" for x in claim.rates for y in claims.RATES} <= rates
+    for name, seeds in claims.SEEDS.items():
+        assert {*seeds} <= known.get(name, {"base"})
+    assert len(verdicts.HEADLINES) == 5
+
+
+@pytest.mark.parametrize("page", ["docs/RESULTS.md", "README.md"])
+def test_pages_have_the_words_that_the_rule_gives(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, part in verdicts.pages()[page].items():
+        shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", text, re.DOTALL)[1]
+        assert shown == part, "python experiments/verdicts.py"
+
+
+@pytest.fixture
+def asked(options, tmp_path, monkeypatch):
+    """A function: the Numbers of a claim on hand-made runs of the arms a, b and their rates."""
+    names = ("a", "b", *(f"{x} lr x{y}" for x in "ab" for y in claims.RATES))
+    arms = {name: run.Arm(check=" lr " in name) for name in names}
+    e = run.Experiment("t", lambda base: arms, {"test_bpb": ""}, pairs=(("b", "a"),))
+    monkeypatch.setattr(verdicts, "EXPERIMENTS", {"t": e, "attention": e})
+    options.results = str(tmp_path)
+
+    def numbers(claim: claims.Claim, values: dict[str, list[float]], **more) -> verdicts.Numbers:
+        for path in tmp_path.glob("*.json"):
+            path.unlink()
+        add_results(options, values, **more)
+        return verdicts.numbers_of(claim, verdicts.read_tables(options))
+
+    return numbers
+
+
+VALUES = {"base": [1.0, 1.1, 1.2], "a": [1.5, 1.6, 1.75], "b": [2.0, 2.1, 2.2]}
+
+
+def test_numbers_above_zero_favour_the_claim(asked):
+    """Base against arm, arm against base, two arms, more instead of less, and one figure alone."""
+    for one, other, mean in ("base", "b", 1), ("b", "base", -1), ("a", "b", 0.4833), ("b", "", 2.1):
+        x = asked(claims.Claim("", "t", one, other), VALUES)
+        assert x.mean == pytest.approx(mean, abs=1e-4) and x.seeds == 3 and x.p < 0.05
+    x = asked(claims.Claim("", "t", "base", "b", less=False), VALUES)
+    assert x.mean == pytest.approx(-1)
+    x = asked(claims.Claim("", "t", "base", "b", kind="equal", margin="fp8"), VALUES)
+    assert x.margin == pytest.approx(0.0025 * 1.1)
+    x = asked(claims.Claim("", "t", "base", "a"), VALUES)
+    assert x.p == pytest.approx(2 * x.raw) and x.half != x.alone > 0  # b against a is the smallest
+    assert asked(claims.Claim("", "t", "a", "b"), {"base": [1.0], "a": [1.0]}).mean is None
+
+
+def test_arms_that_differ_in_something_else_are_told(asked):
+    claim = claims.Claim("", "t", "base", "b", alike="seed")
+    assert not asked(claim, VALUES).unlike
+    assert asked(claim, VALUES | {"b": [2.0, 2.1, 2.2, 2.3]}).unlike  # their means of it: 1, 1.5
+
+
+def test_the_best_rate_is_chosen_by_the_validation_text(asked, monkeypatch):
+    """By seed 0 which rate needs three seeds, and by three which is the best."""
+    claim = claims.Claim("", "t", "a", "b", rates=("a", "b"))
+    rates = {"a lr x0.67": [1.4, 1.7, 1.9], "a lr x1.5": [9.0], "b lr x0.67": [9.0]}
+    rates |= {"b lr x1.5": [1.9, 2.0, 2.0]}
+    add = tables.add_result
+
+    def with_validation(options, name: str, x: dict):  # on the test text the rates are 5 worse
+        bpb = x["test_bpb"]
+        add(options, name, x | {"val_bpb": bpb, "test_bpb": bpb + 5 * (" lr " in x["arm"])})
+
+    monkeypatch.setattr(tables, "add_result", with_validation)
+    x = asked(claim, VALUES | rates)
+    # a keeps its rate although x0.67 begins better; b's x1.5 is better, and worse on the test text.
+    assert x.rates.endswith("(b lr x1.5 against a)") and x.tuned[0] == pytest.approx(5.35)
+    assert x.tuned[1] == pytest.approx(x.half)
+    assert asked(claim, VALUES | rates | {"a lr x0.67": [1.4]}).tuned is None  # needs three
+    assert asked(claim, VALUES | rates | {"a lr x1.5": []}).tuned is None  # seed 0 of both
+
+
+def test_the_seeds_column_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(claims, "SEEDS", {"t": {"a": 8, "base": 5}})
+    claim = claims.Claim("", "t", "base", "a", compared="{other[x]:.1f}")
+    planned = verdicts.planned_seeds
+    assert planned(claim) == 8 and planned(replace(claim, other="b")) == 3
+    assert planned(replace(claim, other="")) == 5
+    x = verdicts.Numbers(0.01234, 0.005, 0.00001, seeds=3, arms={"other": {"x": 0.25}})
+    shown = verdicts.row(claim, x, 8)
+    assert shown[2:] == ["0.2", "+0.0123 ± 0.0050 bits/byte", "< 0.0001", "3 of 8", "shown"]
+    assert verdicts.row(claim, verdicts.Numbers(), 8)[-2:] == ["0 of 8", "not yet run"]
+    x = verdicts.Numbers(0.9, 0.02, seeds=8, arms={"other": {"x": 1}})
+    shown = verdicts.row(replace(claim, kind="bound", low=0.85, unit="kept"), x, 8)
+    assert shown[3:] == ["90.0% ± 2.0% kept", "", "8", "shown"]
+
+
+def test_power_of_an_equality():
+    """At no difference the mean has to lie within the margin less half the interval."""
+    error = 0.0029 * math.sqrt(2 / 8)
+    room = 0.004 / error - intervals.quantile(0.05, 89)
+    rng = np.random.default_rng(0)
+    drawn = (abs(rng.normal(size=100_000)) < room).mean()
+    assert intervals.equal_with(0.0029, 89, 8, 0.004) == pytest.approx(drawn, abs=0.01)
+    assert intervals.equal_with(0.0029, 89, 2, 0.004) == 0
 
 
 # ---- Stand-ins -----------------------------------------------------------------------------------
