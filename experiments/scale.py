@@ -1,9 +1,10 @@
 """DeepSeek-V3's run on paper: python experiments/scale.py [CONFIG]
 
 Nothing is trained and no weight is allocated. Cost, traffic, pipeline and memory follow from the
-shapes in a config file and from what V3's report says of its machines. What the report says of a
-number itself stands in brackets. Without a CONFIG the file is V3's, and results/scale.json and the
-figures of docs/SCALE.md are written anew.
+shapes in a config file and from what V3's report says of its machines. Such a number is called an
+input, and what follows from inputs alone agrees with the report by construction. Brackets hold what
+the makers say of a number that is computed here. Without a CONFIG the file is V3's, and
+results/scale.json and the figures of docs/SCALE.md are written anew.
 """
 
 import json
@@ -14,7 +15,7 @@ from statistics import fmean
 
 import run
 import torch
-from schedules import PLANS, measure, simulate
+from schedules import PLANS, TIMES, measure, simulate
 from tables import COLOURS, INK
 
 import bench
@@ -26,16 +27,21 @@ TOKENS, HOURS = 14.8e12, 2.664e6  # of V3's run; hours of one H800 (section 1)
 CARDS, RANKS, MICROS = 2048, 16, 120  # 128 pipelines, each with 120 of a step's 15,360 windows
 NODES, NODE = 8, 8  # the experts of a layer lie on 8 nodes of 8 cards (section 3.2)
 INFINIBAND, NVLINK = 50e9, 160e9  # bytes per second and card (section 3.2.2)
+MICRO = 4096  # tokens of a micro-batch: one window
+OVERLAPPED = TIMES | {"FB": 2.2}  # an example of what overlapping can gain (F + B are 3)
 PEAK, CARD = bench.PEAK_FLOPS["H800"], 80  # FLOP/s in bf16 (in FP8 twice as many), GB
 Part = dict[str, dict[str, float]]  # a table: by column, numbers by their names
 BARS = {"cost": "dollars", "traffic": "µs", "memory": "GB"}  # what is drawn of a table
 
 
+def without_mtp(file: Path) -> DeepSeekV3:
+    with torch.device("meta"):
+        return DeepSeekV3(replace(bench.open_config(file)[0].config, num_nextn_predict_layers=0))
+
+
 def cost(file: Path) -> dict[str, float]:
     """Of the file's run; of one with V3's tokens if the file does not say how long it trains."""
-    model, settings = bench.open_config(file)
-    with torch.device("meta"):
-        main = DeepSeekV3(replace(model.config, num_nextn_predict_layers=0))  # without MTP
+    (model, settings), main = bench.open_config(file), without_mtp(file)
     T = settings.get("block_size", 4096)
     tokens = settings.get("steps", 0) * settings.get("batch_size", 0) * T or TOKENS
     per_token, count = bench.flops_per_token(main, T), main.parameter_counts()
@@ -43,22 +49,25 @@ def cost(file: Path) -> dict[str, float]:
     flops = tokens * bench.flops_per_token(model, T)
     speed = TOKENS * bench.flops_per_token(bench.open_config(V3)[0], 4096) / HOURS / 3600
     hours = flops / speed / 3600  # of a card as fast as in V3's run
+    alone = TOKENS * bench.flops_per_token(without_mtp(V3), 4096) / HOURS / 3600
     return {
         "GFLOP per token without MTP [250: arXiv 2505.09343]": per_token / 1e9,
-        "tokens [14.8T: section 1]": tokens,
+        "V3's TFLOP/s a card, without MTP [385: Table 4 there]": alone / 1e12,
+        "V3's share of the peak in bf16, without MTP [0.3894: the same]": alone / PEAK,
+        "V3's share, with MTP": speed / PEAK,
+        "tokens (V3: input)": tokens,
         "PFLOP in all": flops / 1e15,
-        "H800 hours [2.664M: Table 1]": hours,
-        "days on 2,048 cards [under two months: section 1]": hours / 24 / CARDS,
-        "V3's share of the peak in bf16": speed / PEAK,
-        "V3's share of the peak in FP8": speed / PEAK / 2,
-        "dollars at 2 an hour [5.328M: Table 1]": 2 * hours,
+        "H800 hours (V3: input)": hours,
+        "days on 2,048 cards (V3: from inputs)": hours / 24 / CARDS,
+        "dollars at 2 an hour (V3: from inputs)": 2 * hours,
         "dollars if dense, as large as the active part": 2 * hours,
         "dollars if dense, as large as the whole": 2 * hours * dense / per_token,
     }
 
 
 def traffic(file: Path) -> Part:
-    """Per token and layer, as model.py's gate chooses by random scores: with the file's numbers,
+    """Per token and layer in a forward pass (the backward sends gradients the same ways, with the
+    same bytes again), as model.py's gate chooses by random scores: with the file's numbers,
     with no limit on nodes, and with as many experts as NVLink reaches in InfiniBand's time.
 
     A token is sent once to each node of its experts, to the card of its own number there, and from
@@ -110,14 +119,20 @@ def memory(file: Path) -> dict[str, float]:
     # of SwiGLU have 8 (section 3.3.3), the rest has 16.
     D, H, visits = c.hidden_size, c.num_attention_heads, c.num_experts_per_tok + c.n_shared_experts
     queries = c.q_lora_rank or H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    kept = 2 * (2 * D + queries + c.kv_lora_rank + c.qk_rope_head_dim)
-    kept += 1.5 * H * c.v_head_dim + visits * (D + 2 * c.moe_intermediate_size)
-    layers = (c.num_hidden_layers + c.num_nextn_predict_layers) / RANKS
+    kept = 2 * (2 * D + queries + c.kv_lora_rank + c.qk_rope_head_dim) + 1.5 * H * c.v_head_dim
+    kept *= c.num_hidden_layers + c.num_nextn_predict_layers
+    kept += c.moe_layers * visits * (D + 2 * c.moe_intermediate_size)
+    dense = c.num_hidden_layers + c.num_nextn_predict_layers - c.moe_layers
+    kept += dense * (D + 2 * c.intermediate_size)
+    # A card receives as many tokens for its experts as it sends: FP8 in, bf16 out, of a forward and
+    # a backward at once.
+    buffers = 2 * MICRO * c.num_experts_per_tok * 3 * D
     training = {
         "GB of weights, bf16": 2 * held,
         "GB of gradients, fp32 [section 3.3.3]": 4 * held,
         "GB of optimiser [4 + 2 + 2 bytes: section 3.3.3]": 8 * once / CARDS,
-        "GB of activations [17 micro-batches: Table 2]": (RANKS + 1) * 4096 * layers * kept / 1e9,
+        "GB of activations [17 micro-batches: Table 2]": (RANKS + 1) * MICRO * kept / RANKS / 1e9,
+        "GB of buffers for the experts' tokens": buffers / 1e9,
     }
     mla, heads = (2 * 131072 * numbers / 1e9 for numbers in c.cache_numbers())
     # One expert of each layer and all else in FP8, embedding and head in bf16.
@@ -125,6 +140,7 @@ def memory(file: Path) -> dict[str, float]:
     return training | {
         "GB in training": sum(training.values()),
         "GB more at the ends: embedding, head": (6 + 8 * RANKS / 2 / CARDS) * size["ends"],
+        "GB more at the ends: logits in fp32": 4 * MICRO * c.vocab_size / 1e9,
         "GB of an H800": CARD,
         "GB of weights in serving": serving,
         "GB of cache for 128K tokens, MLA": mla,
@@ -132,6 +148,16 @@ def memory(file: Path) -> dict[str, float]:
         "KB of cache per token, MLA [70.272: arXiv 2505.09343]": 2 * c.cache_numbers()[0] / 1e3,
         "users of 128K tokens, MLA": (CARD - serving) / mla,
         "users of 128K tokens, multi-head": (CARD - serving) / heads,
+    }
+
+
+def pipeline() -> Part:
+    """Of each schedule; of DualPipe also where an overlapped pair takes less than both alone."""
+    found = {name: measure(simulate(name, RANKS, MICROS)) for name in PLANS}
+    found["DualPipe, F&B 2.2"] = measure(simulate("DualPipe", RANKS, MICROS, OVERLAPPED))
+    idle = "idle [0.103 measured: arXiv 2505.09343, Table 4]"
+    return {
+        name: {idle if k == "idle" else k: v for k, v in x.items()} for name, x in found.items()
     }
 
 
@@ -182,7 +208,7 @@ def main(argv: list[str]):
     results = {
         "cost": {path.stem: cost(path) for path in (file, SMALL)},
         "traffic": traffic(file),
-        "pipeline": {name: measure(simulate(name, RANKS, MICROS)) for name in PLANS},
+        "pipeline": pipeline(),
         "memory": {"a card": memory(file)},
     }
     for name, part in results.items():
