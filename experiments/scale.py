@@ -7,6 +7,7 @@ the makers say of a number that is computed here. Without a CONFIG the file is V
 results/scale.json and the figures of docs/SCALE.md are written anew.
 """
 
+import functools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -34,6 +35,7 @@ Part = dict[str, dict[str, float]]  # a table: by column, numbers by their names
 BARS = {"cost": "dollars", "traffic": "µs", "memory": "GB"}  # what is drawn of a table
 
 
+@functools.cache
 def without_mtp(file: Path) -> DeepSeekV3:
     with torch.device("meta"):
         return DeepSeekV3(replace(bench.open_config(file)[0].config, num_nextn_predict_layers=0))
