@@ -6,11 +6,9 @@
         tokenizer.tiktoken      one line per token: base64 of its bytes, rank
         meta.json               split pattern, special tokens, hash
 
-Token files have the layout of llm.c and modded-nanogpt: 256 little-endian int32, of which the
-first three are magic number, version and number of tokens, then the ids. Over 2^30 training tokens
-are train_000001.bin and so on. Every document begins with <|endoftext|>. With --tokenizer=DIR, a
-released model, copies of its tokenizer's files take the place of tokenizer.tiktoken, and every
-document ends with the release's own end token.
+Every document begins with <|endoftext|>. With --tokenizer=DIR, a released model, copies of its
+tokenizer's files take the place of tokenizer.tiktoken, and every document ends with the release's
+own end token. support/tokenizer.py has the tokenizers, support/tokens.py the token files.
 """
 
 import glob
@@ -19,29 +17,24 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shlex
 import sysconfig
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
 
 from tqdm import tqdm
 
+from support.files import lies_in, put_aside
 from support.settings import info, parse_args, run_command, with_home
-from support.tokenizer import (
-    END_OF_TEXT,
-    RELEASE_FILES,
-    backup_of,
-    open_tokenizer,
-    train_tokenizer,
-    write_tokenizer,
-)
-from support.tokens import TOKENS_PER_FILE, load_dataset, read_tokens, write_tokens
+from support.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer, write_tokenizer
+from support.tokens import TOKENS_PER_FILE, Dataset, load_dataset, read_tokens, write_tokens
 
 # GPT-2 tokens in shards of 100M on Hugging Face: where they lie and how many there are.
 SHARDS = {"fineweb": ("kjj0/fineweb10B-gpt2", 103), "finewebedu": ("kjj0/finewebedu10B-gpt2", 99)}
@@ -64,7 +57,27 @@ class DataConfig:
     test_fraction: float = 0.05  # share of the bytes, in whole documents, for test.bin (0: none)
     text_key: str = "text"  # key (.jsonl) or column (.parquet) that holds the text
     shards: int = 1  # training shards of fineweb and finewebedu (100M tokens, 200 MB each)
-    overwrite: bool = False  # replace a folder made before
+    overwrite: bool = False  # rename a folder made before to NAME.old-1, and so on
+
+    def __post_init__(self):
+        self.name = self.name or Path(self.source).resolve().name.strip(".").split(".")[0]
+        if not re.fullmatch(r"\w[\w .-]*", self.name):  # no path out of the folder `out`
+            raise ValueError(f"name={self.name!r}: expected a plain folder name; give --name=NAME")
+        if not 0 < self.val_fraction <= 0.5:
+            raise ValueError(f"val_fraction={self.val_fraction}: expected above 0, at most 0.5")
+        if not 0 <= self.test_fraction <= 0.4:
+            raise ValueError(f"test_fraction={self.test_fraction}: expected 0 to 0.4")
+        if not self.tokenizer and self.vocab_size < 257:
+            raise ValueError(
+                f"vocab_size={self.vocab_size}: expected 257 (256 bytes and 1) or more"
+            )
+        if self.source in SHARDS:
+            most = SHARDS[self.source][1]
+            if not 1 <= self.shards <= most:
+                raise ValueError(f"shards={self.shards}: expected 1 to {most}, all that there are")
+            if self.tokenizer not in ("", "gpt2"):
+                given = f"{self.source} is made of gpt2's tokens, but tokenizer={self.tokenizer!r}"
+                raise ValueError(f"{given}; leave --tokenizer out, or give a source of text")
 
 
 # ---- Text ----------------------------------------------------------------------------------------
@@ -132,27 +145,40 @@ def refuse(error: OSError) -> NoReturn:
 
 
 def walk(root: Path) -> Iterator[Path]:
-    """The files of a folder, hidden ones aside; one met twice, through a link, is read once."""
-    seen = set()
-    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = Path(folder).resolve()
-        if here in seen:  # a link may even lead to a folder above itself
-            folders.clear()
-            continue
-        seen.add(here)
-        yield from (Path(folder) / name for name in names if not name.startswith("."))
+    """The files of a folder and its links to folders, without what is hidden. No link is entered:
+    what it leads to in the folder is met in its own place."""
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        yield from (Path(folder) / name for name in (*links, *names) if not name.startswith("."))
 
 
 def find_files(source: str) -> list[Path]:
-    """The files of a folder, those that match a glob, or the one named."""
+    """The files of a folder, those that match a glob, or the one named; each is read once.
+
+    Links that lead out of the folder are left out: whoever packed it must not choose what else of
+    this machine becomes text.
+    """
     root = Path(source).expanduser()
+    if root.is_file():
+        return [root]
     if root.is_dir():
         paths = walk(root)
     else:
-        pattern = glob.escape(str(root)) if root.exists() else str(root)
-        paths = map(Path, glob.glob(pattern, recursive=True))
-    return sorted(path for path in paths if path.is_file())
+        paths = map(Path, glob.glob(str(root), recursive=True))
+        root = Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
+    found, out, top = {}, [], root.resolve()
+    for path in paths:
+        if not lies_in(path, root):
+            out.append(path)
+        elif path.is_file():
+            real = path.resolve()
+            through_link = top / path.relative_to(root) != real
+            found[real] = min(found.get(real, (True, path)), (through_link, path))
+    if out:
+        left = f"left out {len(out)} links out of {root}, such as {out[0]}"
+        info(f"{left}; prepare what they lead to as a source of its own")
+    return sorted(path for _, path in found.values())
 
 
 def read_paths(source: str, text_key: str) -> dict[str, str]:
@@ -234,102 +260,10 @@ def split_documents(
 
 
 # ---- The folder ----------------------------------------------------------------------------------
-#
-# data/<name> must be whole whenever a run is stopped, and a folder cannot be exchanged in one step:
-#
-#     1. data/<name>~new-xxxxxxxx/<name> is made, complete and on the disk;
-#     2. data/<name> becomes data/<name>~replaced-by-prepare_data, if it is there (--overwrite);
-#     3. what is new becomes data/<name>;
-#     4. the folder of step 2 is deleted.
-#
-# An exception between 2 and 3 takes 2 back. After a kill the next run looks at data/<name>. If it
-# is there, it is whole, because steps 2 and 3 are single renames. If it is not, the folder of step
-# 2 is whole and is moved back. No --name can end like these.
-
-# What a prepared folder may hold, and --overwrite may delete.
-OUR_FILES = ("meta.json", "tokenizer.tiktoken", "train.bin", "train_[0-9]*.bin", "val.bin")
-OUR_FILES += ("test.bin", *RELEASE_FILES)
 
 
-def named_as(path: Path, patterns: tuple[str, ...]) -> bool:
-    return any(path.match(pattern) for pattern in patterns)
-
-
-def check_free(folder: Path, overwrite: bool) -> None:
-    """Raises FileExistsError where the folder is not ours to make or replace."""
-    here = sorted(folder.iterdir()) if os.path.lexists(folder) else []
-    foreign = [path for path in here if not named_as(path, OUR_FILES)]
-    if all(named_as(path, RELEASE_FILES) for path in here):  # a release itself, not our copies
-        foreign = here
-    if foreign:
-        raise FileExistsError(f"{foreign[0]} would be lost; choose another --name")
-    if here and not overwrite:
-        raise FileExistsError(f"{folder} exists; replace it with --overwrite, or name another")
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the list of a folder's files, is on the disk."""
-    if path.is_dir():
-        with suppress(OSError):  # Windows opens no folders, some network drives flush none
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    elif not path.is_symlink():  # that is a download, in the care of another program
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-
-
-def remove_prepared(folder: Path) -> None:
-    """Delete our files, then the folder. With other files in it it stays; OSError is raised."""
-    with suppress(FileNotFoundError):  # another run may be deleting it, too
-        if folder.is_symlink():
-            folder.unlink()
-            return
-        for path in list(folder.iterdir()):
-            if named_as(path, OUR_FILES):
-                path.unlink(missing_ok=True)
-        folder.rmdir()
-
-
-def move_into_place(new: Path, folder: Path) -> None:
-    """Steps 2 to 4 above."""
-    old = backup_of(folder)
-    try:
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-    except BaseException:  # Ctrl-C, too
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        raise
-    flush(folder.parent)
-    remove_prepared(old)
-
-
-def recover(folder: Path) -> None:
-    """Take step 2 back, or do step 4, where a run was stopped after one of them."""
-    old = backup_of(folder)
-    if not old.exists():
-        return
-    whole = folder if folder.exists() else old
-    try:
-        load_dataset(whole)
-    except (OSError, ValueError) as error:
-        left = f"{old} is left of a run that was stopped"
-        raise ValueError(f"{left}, and {whole} is damaged ({error}); move {whole} away") from None
-    if whole == folder:
-        remove_prepared(old)
-        info(f"{folder} is whole; deleted {old}, which it had replaced when a run was stopped")
-    else:
-        os.replace(old, folder)
-        info(f"{folder} is back from {old}: the run that was to replace it was stopped")
-
-
-def prepare_text(config: DataConfig, folder: Path) -> None:
-    """Make token files and their tokenizer in folder."""
-    tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else None
+def read_parts(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
+    """The texts for training, validation and test. Raises ValueError where they are too few."""
     if config.source == "tinystories":  # it brings its own validation file
         files = [f"TinyStoriesV2-GPT4-{split}.txt" for split in ("train", "valid")]
         paths = [download("roneneldan/TinyStories", file) for file in files]
@@ -350,6 +284,13 @@ def prepare_text(config: DataConfig, folder: Path) -> None:
         if (most := sum(len(text.encode()) + 1 for text in texts)) > TOKENS_PER_FILE:
             has = f"{most:,} bytes of {split} text, expected at most {TOKENS_PER_FILE:,}"
             raise ValueError(f"{config.source} has {has}; give a lower --{option}_fraction")
+    return train, val, test
+
+
+def make_tokens(config: DataConfig, folder: Path) -> None:
+    """Make token files and their tokenizer in folder."""
+    tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else None
+    train, val, test = read_parts(config)
     tokenizer = tokenizer or train_tokenizer(train, config.vocab_size)
     write_tokenizer(tokenizer, folder)
     write_tokens(folder, "train", train, tokenizer)
@@ -358,7 +299,7 @@ def prepare_text(config: DataConfig, folder: Path) -> None:
         write_tokens(folder, "test", test, tokenizer)
 
 
-def prepare_shards(config: DataConfig, folder: Path) -> None:
+def link_shards(config: DataConfig, folder: Path) -> None:
     """Link token files that others have made into folder, and write their tokenizer."""
     tokenizer = open_tokenizer("gpt2")
     for number in range(config.shards + 1):
@@ -370,55 +311,53 @@ def prepare_shards(config: DataConfig, folder: Path) -> None:
     write_tokenizer(tokenizer, folder)
 
 
+def check_free(folder: Path, overwrite: bool) -> None:
+    if os.path.lexists(folder) and not overwrite:
+        hint = "choose another --name, or give --overwrite, which renames the old one"
+        raise FileExistsError(f"{folder} exists; {hint}")
+
+
 def prepare(config: DataConfig) -> Path:
     """Make the folder <out>/<name> and return its path; it appears complete or not at all."""
-    name = config.name or Path(config.source).resolve().name.strip(".").split(".")[0]
-    if not re.fullmatch(r"\w[\w .-]*", name):
-        raise ValueError(f"name={name!r}: expected a plain folder name; give --name=NAME")
-    if not 0 < config.val_fraction <= 0.5:
-        raise ValueError(f"val_fraction={config.val_fraction}: expected more than 0, at most 0.5")
-    if not 0 <= config.test_fraction <= 0.4:
-        raise ValueError(f"test_fraction={config.test_fraction}: expected 0 to 0.4")
-    if not config.tokenizer and config.vocab_size < 257:
-        raise ValueError(f"vocab_size={config.vocab_size}: expected 257 (256 bytes and 1) or more")
-    if config.source in SHARDS:
-        most = SHARDS[config.source][1]
-        if not 1 <= config.shards <= most:
-            raise ValueError(f"shards={config.shards}: expected 1 to {most}, all that there are")
-        if config.tokenizer not in ("", "gpt2"):
-            given = f"{config.source} is made of gpt2's tokens, but tokenizer={config.tokenizer!r}"
-            raise ValueError(f"{given}; leave --tokenizer out, or give a source of text")
-    folder = Path(config.out) / name
-    recover(folder)
-    for left in sorted(folder.parent.glob(f"{name}~new-*")):
-        info(f"{left} is from a run that was stopped, unless one makes {folder} now: delete it")
+    folder = Path(config.out) / config.name
     check_free(folder, config.overwrite)
-
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}~new-") as scratch:
-        new = Path(scratch) / name
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{config.name}.part-") as scratch:
+        new = Path(scratch) / config.name
         new.mkdir()
-        make = prepare_shards if config.source in SHARDS else prepare_text
+        make = link_shards if config.source in SHARDS else make_tokens
         make(config, new)
-        load_dataset(new)  # checked by reading; Windows moves no folder whose files stay mapped
-        for path in (*new.iterdir(), new):
-            flush(path)
+        data = load_dataset(new)  # checked by reading
+        for path in new.iterdir():
+            if not path.is_symlink():  # that is a download, in the care of another program
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
         check_free(folder, config.overwrite)  # again: another program may have made it meanwhile
-        move_into_place(new, folder)
-    data = load_dataset(folder)
+        if os.path.lexists(folder):
+            put_aside(folder)
+        new.rename(folder)
     info(f"{folder} is ready, with a vocabulary of {data.vocab_size:,} tokens")
     return folder
 
 
-def next_command(config: DataConfig, folder: Path, vocab_size: int) -> str:
-    """How to train on the folder: the weights of the tokenizer's own folder, or a new network."""
-    data = folder.name if folder.parent == Path("data") else str(folder)
-    words = [f"--data={data}", f"--out=out/{folder.name}"]
+def next_command(config: DataConfig, folder: Path, data: Dataset) -> str:
+    """How to train on the folder: the weights of the tokenizer's own folder, or a new network.
+
+    A run reads a text five times at most: of a text read ten times a network learns much by heart.
+    """
+    name = folder.name if folder.parent == Path("data") else str(folder)
+    small = runpy.run_path(str(Path(__file__).with_name("config") / "small.py"))
+    steps = max(1, 5 * len(data.train) // (small["batch_size"] * small["block_size"]))
+    words = [f"--data={name}", f"--out=out/{folder.name}", f"--steps={steps}"]
     weights = ("best.pt", "ckpt.pt", "config.json")
-    if any((Path(config.tokenizer or "data") / name).exists() for name in weights):
-        words = [f"--init_from={config.tokenizer}", *words]
+    if any((Path(config.tokenizer or "data") / file).exists() for file in weights):
+        sizes = [f"--{key}={small[key]}" for key in ("batch_size", "block_size")]
+        words = [f"--init_from={config.tokenizer}", *words, *sizes]
     else:
-        words = ["config/small.py", *words] + [f"--vocab_size={vocab_size}"] * (vocab_size != 4096)
+        ours = data.vocab_size == small["vocab_size"]
+        words = ["config/small.py", *words] + [f"--vocab_size={data.vocab_size}"] * (not ours)
+    if steps >= small["steps"]:
+        words.remove(f"--steps={steps}")
     return shlex.join(["python", "train.py", *words])
 
 
@@ -431,10 +370,10 @@ def main(argv: list[str]) -> None:
     config = DataConfig(**values | ({"source": source} if source else {}))
     folder = prepare(config)
     print(folder)
-    command = next_command(config, folder, load_dataset(folder).vocab_size)
+    command = next_command(config, folder, load_dataset(folder))
     info(f"next: {command}")
     if "--init_from" in command:
-        info('docs/TUTORIAL.md, "Fine-tune", tells which --steps and --lr fit')
+        info('docs/TUTORIAL.md, "Fine-tune", tells which --lr fits')
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from support import ops, processes
 from support.processes import Machine, is_first, join_processes, on_all, on_first, wrap
 from support.runs import checkpoint_file, load_checkpoint, write_atomically
 from support.settings import info, parse_args, read_config_file, run_command, with_home
-from support.tokenizer import Tokenizer, backup_of, stored_tokenizer, tokenizer_files
+from support.tokenizer import Tokenizer, stored_tokenizer, tokenizer_files, tokenizer_identity
 from support.tokens import Dataset, load_dataset
 
 PHASES = ("warmup", "decay_start", "decay_end", "final_start")  # of the learning rate, in order
@@ -277,17 +277,6 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
 # ---- Data ----------------------------------------------------------------------------------------
 
 
-TOKENIZER_KEYS = ("tokenizer_sha256", "pattern", "special_tokens")  # of meta.json
-
-
-def tokenizer_identity(folder: Path) -> dict | None:
-    """The entries of meta.json that tell tokenizers apart; None if the folder has no meta.json."""
-    if not (folder / "meta.json").exists():
-        return None
-    meta = json.loads((folder / "meta.json").read_bytes())
-    return {key: meta.get(key) for key in TOKENIZER_KEYS}
-
-
 def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
     """Raises ValueError unless the weights in `source` have the tokenizer of the data.
 
@@ -335,8 +324,7 @@ def read_data(config: TrainConfig, folder: Path, vocab_size: int) -> Dataset:
 def data_folder(name: str) -> Path:
     """The folder of prepared data: a path, or a name in data/."""
     path = Path(name)
-    put_aside = backup_of(path).exists()  # by a run that was to replace the folder
-    is_path = len(path.parts) > 1 or put_aside or (path / "meta.json").exists()
+    is_path = len(path.parts) > 1 or (path / "meta.json").exists()
     return path if is_path else Path("data") / name
 
 
@@ -348,8 +336,6 @@ def open_data(config: TrainConfig, vocab_size: int):
     folder = data_folder(config.data)
 
     def make():
-        if not folder.exists():
-            prepare_data.recover(folder)
         ours = (config.data, vocab_size) in (("stdlib", 4096), ("tiny", 512))
         if ours and not folder.exists():
             source = prepare_data.DataConfig("stdlib", config.data, vocab_size=vocab_size)

@@ -12,16 +12,91 @@ import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import regex
 import tiktoken
 from tqdm import tqdm
 
+from support.files import lies_in, naming, read_json
+
 END_OF_TEXT = "<|endoftext|>"
 AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder is there)"
+MOST_TOKENS = 1 << 24  # ids beyond are no vocabulary's, and a table of their counts would be large
+
+
+@dataclass
+class Tokenizer:
+    """Texts to ids, an id to bytes, and the ids that begin and end a text: ours or a release's.
+
+    Raises ValueError where an id is out of range.
+    """
+
+    encode_batch: Callable[[list[str]], list[list[int]]]
+    texts: dict[int, bytes]
+    special: dict[int, str]  # names of the other tokens: marks in a text, which have no bytes of it
+    eos: list[int]  # a release may have several
+    bos: int | None = None  # where every text begins with it
+    encoding: tiktoken.Encoding | None = None  # not of a tokenizer.json
+    files: list[Path] = field(default_factory=list)  # of a release, its vocabulary first
+    rows: int = 0  # of the release's embedding, where they are known
+
+    def __post_init__(self):
+        ids = [*self.texts, *self.special, self.rows]
+        for i in (min(ids), max(ids), *self.eos, *[self.bos] * (self.bos is not None)):
+            if not isinstance(i, int) or not 0 <= i < MOST_TOKENS:
+                raise ValueError(f"{i!r:.100} is no id of a token: expected 0 to {MOST_TOKENS - 1}")
+
+    @property
+    def n_vocab(self) -> int:
+        return 1 + max([*self.texts, *self.special])
+
+    @property
+    def marks(self) -> tuple[list[int], list[int]]:
+        """The ids before and after every document of a token file."""
+        if not self.files:
+            return self.eos, []
+        return [] if self.bos is None else [self.bos], self.eos[:1]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids begin with bos, if there is one."""
+        (ids,) = self.encode_batch([text])
+        return ids if self.bos is None else [self.bos, *ids]
+
+    def to_bytes(self, token: int) -> bytes:
+        return self.texts.get(token) or self.special.get(token, "").encode()  # "": padding
+
+    def decode(self, ids: list[int], errors: str = "replace") -> str:
+        return b"".join(map(self.to_bytes, ids)).decode(errors=errors)
+
+
+def encoding_from(
+    ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]
+) -> tiktoken.Encoding:
+    """Raises ValueError unless every text can be encoded."""
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"the vocabulary lacks byte {missing[0]}")
+    return tiktoken.Encoding(
+        "nanoV3", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+    )
+
+
+def tokenizer_of(encoding: tiktoken.Encoding) -> Tokenizer:
+    texts = {i: text for text, i in encoding._mergeable_ranks.items()}
+    special = {i: name for name, i in encoding._special_tokens.items()}
+    eos = [i for i, name in special.items() if name == END_OF_TEXT]
+    return Tokenizer(encoding.encode_ordinary_batch, texts, special, eos, encoding=encoding)
+
+
+def parse_ranks(content: bytes) -> dict[bytes, int]:
+    """{token: rank} of a file like tiktoken's, whose own loader would miss changes: it caches."""
+    rows = (line.split() for line in content.splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in rows}
+
 
 # ---- Our tokenizer -------------------------------------------------------------------------------
 
@@ -134,63 +209,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes
     return ranks
 
 
-def encoding_from(
-    ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]
-) -> tiktoken.Encoding:
-    return tiktoken.Encoding(
-        "nanoV3", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
-    )
-
-
-def parse_ranks(content: bytes) -> dict[bytes, int]:
-    """{token: rank} of a file like tiktoken's, whose own loader would miss changes: it caches."""
-    rows = (line.split() for line in content.splitlines())
-    return {base64.b64decode(token): int(rank) for token, rank in rows}
-
-
-@dataclass
-class Tokenizer:
-    """Texts to ids, an id to bytes, and the ids that begin and end a text: ours or a release's."""
-
-    encode_batch: Callable[[list[str]], list[list[int]]]
-    texts: dict[int, bytes]
-    special: dict[int, str]  # names of the other tokens: marks in a text, which have no bytes of it
-    eos: list[int]  # a release may have several
-    bos: int | None = None  # where every text begins with it
-    encoding: tiktoken.Encoding | None = None  # not of a tokenizer.json
-    files: list[Path] = field(default_factory=list)  # of a release, its vocabulary first
-    rows: int = 0  # of the release's embedding, where they are known
-
-    @property
-    def n_vocab(self) -> int:
-        return 1 + max([*self.texts, *self.special])
-
-    @property
-    def marks(self) -> tuple[list[int], list[int]]:
-        """The ids before and after every document of a token file."""
-        if not self.files:
-            return self.eos, []
-        return [] if self.bos is None else [self.bos], self.eos[:1]
-
-    def encode(self, text: str) -> list[int]:
-        """The ids begin with bos, if there is one."""
-        (ids,) = self.encode_batch([text])
-        return ids if self.bos is None else [self.bos, *ids]
-
-    def to_bytes(self, token: int) -> bytes:
-        return self.texts.get(token) or self.special.get(token, "").encode()  # "": padding
-
-    def decode(self, ids: list[int], errors: str = "replace") -> str:
-        return b"".join(map(self.to_bytes, ids)).decode(errors=errors)
-
-
-def tokenizer_of(encoding: tiktoken.Encoding) -> Tokenizer:
-    texts = {i: text for text, i in encoding._mergeable_ranks.items()}
-    special = {i: name for name, i in encoding._special_tokens.items()}
-    eos = [i for i, name in special.items() if name == END_OF_TEXT]
-    return Tokenizer(encoding.encode_ordinary_batch, texts, special, eos, encoding=encoding)
-
-
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     ranks = train_bpe(sample_texts(texts, BPE_SAMPLE), vocab_size - 1, PATTERN)
     return tokenizer_of(encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)}))
@@ -246,37 +264,44 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     return Tokenizer(encode_batch, texts, special, eos=[])
 
 
+def own_files(folder: Path, names: Iterable[str]) -> list[Path]:
+    """The files of these names in a folder. Raises ValueError for a name that is none of a
+    tokenizer's files, and for a link to another folder: what is copied may be given to others."""
+    paths = [folder / name for name in names]
+    for path, name in zip(paths, names, strict=True):
+        if "/" in name or not any(fnmatchcase(name, known) for known in OUR_FILES + RELEASE_FILES):
+            raise ValueError(f"{name!r:.100} is no file of a tokenizer")
+        if not lies_in(path, folder):
+            raise ValueError(f"{path} is a link to {path.resolve()}; put a copy in its place")
+    return paths
+
+
 def read_release(folder: Path) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory, if any; its config files tell what begins and
     ends texts, by number or by name."""
     told = {}  # a later file has the last word, but null is none
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            stated = json.loads((folder / name).read_bytes())
-            told |= {key: value for key, value in stated.items() if value is not None}
-    eos, bos = told.get("eos_token_id", []), told.get("bos_token_id")
-    eos = eos if isinstance(eos, list) else [eos]
-    for i in (*eos, bos):
-        if not isinstance(i, int | None):
-            raise ValueError(f"eos_token_id or bos_token_id is {i!r:.100}, expected a number")
-    files = [path for name in RELEASE_FILES for path in sorted(folder.glob(name))]
-    if not files or files[0].name not in RELEASE_FILES[:2]:
+            told |= {k: value for k, value in read_json(folder / name).items() if value is not None}
+    names = [path.name for name in RELEASE_FILES for path in sorted(folder.glob(name))]
+    if not names or names[0] not in RELEASE_FILES[:2]:
         return None
 
+    files = own_files(folder, names)
     added = {x["content"]: int(i) for i, x in told.get("added_tokens_decoder", {}).items()}
     tokenizer = read_vocabulary(files[0], added)
-    tokenizer.files, tokenizer.rows = files, told.get("vocab_size", 0)
     number = {name: i for i, name in tokenizer.special.items()}
 
     def named(key: str) -> int | None:
         name = told.get(key)  # a text, or an object that has it as "content"
         return number.get(name["content"] if isinstance(name, dict) else name)
 
-    end = named("eos_token")
-    tokenizer.eos = eos or ([] if end is None else [end])
-    if told.get("add_bos_token"):
-        tokenizer.bos = named("bos_token") if bos is None else bos
-    return tokenizer
+    eos = told.get("eos_token_id", [])
+    eos = eos if isinstance(eos, list) else [eos]
+    if not eos and (end := named("eos_token")) is not None:
+        eos = [end]
+    bos = told.get("bos_token_id", named("bos_token")) if told.get("add_bos_token") else None
+    return replace(tokenizer, eos=eos, bos=bos, files=files, rows=told.get("vocab_size", 0))
 
 
 def hf_tokenizer(folder: Path) -> Tokenizer | None:
@@ -289,11 +314,17 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
         raise ValueError(f"the tokenizer of {folder} cannot be read ({error!r:.200})") from None
 
 
+# ---- The tokenizer of a prepared folder or a run -------------------------------------------------
+
+OUR_FILES = ("tokenizer.tiktoken", "meta.json")
+
+
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write the vocabulary and meta.json, which stored_tokenizer reads; of a release, all files."""
     if tokenizer.files:
         for path in tokenizer.files:
-            shutil.copyfile(path, folder / path.name)
+            with naming(folder / path.name):
+                shutil.copyfile(path, folder / path.name)
         meta = {
             "files": [path.name for path in tokenizer.files],
             "tokenizer_sha256": hashlib.sha256(tokenizer.files[0].read_bytes()).hexdigest(),
@@ -305,46 +336,65 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     else:
         ranks = sorted(tokenizer.texts.items())
         content = b"".join(b"%s %d\n" % (base64.b64encode(text), rank) for rank, text in ranks)
-        (folder / "tokenizer.tiktoken").write_bytes(content)
+        with naming(folder / "tokenizer.tiktoken"):
+            (folder / "tokenizer.tiktoken").write_bytes(content)
         meta = {
             "pattern": tokenizer.encoding._pat_str,
             "special_tokens": tokenizer.encoding._special_tokens,
             "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
         }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    with naming(folder / "meta.json"):
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files that are the tokenizer of a prepared folder or a run."""
-    names = json.loads((folder / "meta.json").read_bytes()).get("files", ["tokenizer.tiktoken"])
-    return [folder / name for name in (*names, "meta.json")]
+def tokenizer_files(folder: Path, meta: dict[str, Any] | None = None) -> list[Path]:
+    """The files that are the tokenizer of a prepared folder or a run: vocabulary first, meta.json
+    last. Raises ValueError."""
+    meta = meta or read_json(folder / "meta.json")
+    return own_files(folder, [*meta.get("files", OUR_FILES[:1]), "meta.json"])
 
 
-def backup_of(folder: Path | str) -> Path:
-    """Where a folder lies while another one takes its place."""
-    return Path(f"{Path(folder)}~replaced-by-prepare_data")
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer of a prepared folder or a run into another folder."""
+    for file in tokenizer_files(source):
+        with naming(target / file.name):
+            shutil.copyfile(file, target / file.name)
+
+
+def tokenizer_identity(folder: Path) -> dict[str, Any] | None:
+    """The entries of meta.json that tell tokenizers apart; None if the folder has no meta.json."""
+    if not (folder / "meta.json").exists():
+        return None
+    meta = read_json(folder / "meta.json")
+    return {key: meta.get(key) for key in ("tokenizer_sha256", "pattern", "special_tokens")}
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises ValueError for a pattern that loses text: tiktoken would go on without a word."""
+    text = "Größe of\tline 12, 中文\n"
+    pieces = regex.findall(pattern, text)
+    if "" in pieces or "".join(pieces) != text:
+        raise ValueError(f"the pattern {pattern!r:.100} does not split every text into pieces")
 
 
 def stored_tokenizer(folder: Path | str) -> Tokenizer:
     """The tokenizer of a prepared folder or a run, ours or a release's. Raises ValueError."""
     folder = Path(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        files = [folder / name for name in meta.get("files", ["tokenizer.tiktoken"])]
+        meta = read_json(folder / "meta.json")
+        *files, _ = tokenizer_files(folder, meta)
         content = files[0].read_bytes()
         if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
             raise ValueError(f"the sha256 of {files[0].name} is not that in meta.json")
-        if "files" not in meta:
-            ranks = parse_ranks(content)
-            return tokenizer_of(encoding_from(ranks, meta["pattern"], meta["special_tokens"]))
-        tokenizer = read_vocabulary(files[0], meta["special_tokens"])
-        tokenizer.eos, tokenizer.bos = meta["eos"], meta["bos"]
-        tokenizer.files, tokenizer.rows = files, meta["rows"]
-        return tokenizer
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if not folder.exists() and (old := backup_of(folder)).exists():
-            aside = f"{folder} is missing, but a run that was stopped had put it aside"
-            raise ValueError(f"{aside}: rename {old} to {folder}") from None
+        if "files" in meta:
+            told = {key: meta[key] for key in ("eos", "bos", "rows")}
+            return replace(read_vocabulary(files[0], meta["special_tokens"]), files=files, **told)
+        check_pattern(meta["pattern"])
+        ranks = parse_ranks(content)
+        return tokenizer_of(encoding_from(ranks, meta["pattern"], meta["special_tokens"]))
+    except ImportError:
+        raise
+    except Exception as error:  # a damaged file may lead to any
         told = f"{folder} has no whole tokenizer ({error!s:.200}); {AGAIN}"
         raise ValueError(f"{told}; for weights, copy their run's tokenizer and meta.json") from None
 

@@ -5,6 +5,7 @@ first three are magic number, version and number of tokens, then the ids. Over 2
 are train_000001.bin and so on.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from support.files import naming
 from support.settings import info
 from support.tokenizer import AGAIN, PIECE, Tokenizer, cut, stored_tokenizer
 
@@ -54,7 +56,7 @@ def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenize
     """
     kind = UINT16 if tokenizer.n_vocab <= 1 << 16 else UINT32
     dtype, path, count = DTYPES[kind], folder / f"{split}.bin", 0
-    with open(path, "wb+") as file:
+    with naming(path), open(path, "wb+") as file:
         file.write(bytes(HEADER_BYTES))  # zeros, which no reader accepts, until all is written
         for ids in encode_all(texts, tokenizer, path.name):
             file.write(np.array(ids, dtype).tobytes())
@@ -76,17 +78,29 @@ def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenize
     info(f"{split}: {len(texts):,} documents, {length:,} bytes, {count:,} tokens")
 
 
-def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
-    """The ids of a token file, mapped, not read: (N,) uint16 or uint32."""
+def read_tokens(path: Path, vocab_size: int, whole: bool = False) -> np.ndarray:
+    """The ids of a token file: (N,) uint16 or uint32, mapped, or read if `whole`."""
     *kind, count = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
     dtype = DTYPES.get(tuple(kind))
     if dtype is None or path.stat().st_size != HEADER_BYTES + count * dtype.itemsize or count < 1:
         raise ValueError(f"{path} is no whole token file; {AGAIN}")
-    tokens = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
-    # The ends only, as the files of a run can be 20 GB: preparing has seen all.
-    if (highest := max(tokens[:1024].max(), tokens[-1024:].max())) >= vocab_size:
+    if whole:
+        tokens = np.fromfile(path, dtype, count, offset=HEADER_BYTES)
+        highest = tokens.max()
+    else:
+        tokens = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
+        # The ends only, as the files of a run can be 20 GB: preparing has seen all.
+        highest = max(tokens[:1024].max(), tokens[-1024:].max())
+    if highest >= vocab_size:
         raise ValueError(f"{path} holds id {highest} of {vocab_size} tokens; {AGAIN}")
     return tokens
+
+
+def check_length(tokens: np.ndarray) -> None:
+    """Raises ValueError where a mapped file has lost its end: reading it would kill the process."""
+    path = getattr(tokens, "filename", None)
+    if path and os.path.getsize(path) < tokens.offset + tokens.nbytes:
+        raise ValueError(f"{path} has become shorter since it was opened; {AGAIN}")
 
 
 class Tokens:
@@ -108,6 +122,8 @@ class Tokens:
             raise ValueError(f"no windows of {length} tokens in a file of {shortest}; shorten them")
         rows = np.empty((len(starts), length), np.int64)
         shards = np.searchsorted(self.ends, starts, side="right")
+        for shard in {*shards.tolist()}:
+            check_length(self.arrays[shard])
         for row, start, shard in zip(rows, starts, shards, strict=True):
             array = self.arrays[shard]
             begin_of_file = self.ends[shard] - len(array)
@@ -134,7 +150,7 @@ def load_dataset(folder: Path | str) -> Dataset:
     n_vocab = tokenizer.n_vocab
     shards = sorted(folder.glob("train_*.bin")) or [folder / "train.bin"]
     train = Tokens([read_tokens(path, n_vocab) for path in shards])
-    val = read_tokens(folder / "val.bin", n_vocab)
+    val = read_tokens(folder / "val.bin", n_vocab, whole=True)
     counts = np.bincount(val, minlength=n_vocab)
     n_bytes = sum(len(text) * int(counts[i]) for i, text in tokenizer.texts.items())
     if len(val) < 2 or n_bytes == 0:  # a loss needs a token to predict, bits per byte a byte

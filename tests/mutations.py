@@ -220,17 +220,15 @@ size[name] <= 1.1 * val_target => size[name] <= 1.11 * val_target
 if val_bytes < val_target / 2: => if val_bytes < val_target / 3:
 size[name] <= 0.1 * test_target => size[name] < 0.1 * test_target
 os.fsync(file.fileno()) => pass
-if old.exists() and not folder.exists(): => if False:
-except BaseException:  # Ctrl-C, too => except Exception:
 check_free(folder, config.overwrite)  # again => pass  # again
 
-# support/tokenizer.py tests/test_prepare_data.py
+# support/tokenizer.py tests/test_tokenizer.py
 [^\s{_CJK}{_CJK_SIGNS}]) => \S)
 (?=[^\s/])") => ")
 if taken * total <= passed * limit: => if taken < limit:
 sample_texts(texts, BPE_SAMPLE) => sample_texts(texts[::2], BPE_SAMPLE)
 
-# support/tokens.py tests/test_prepare_data.py
+# support/tokens.py tests/test_tokens.py
 pieces[0][0], pieces[-1][2] = before, after => pieces[-1][0], pieces[-1][2] = before, after
 files = -(-count // TOKENS_PER_FILE) => files = 1
 min(start - begin_of_file, len(array) - length) => start - begin_of_file

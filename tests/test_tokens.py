@@ -1,0 +1,123 @@
+"""support/tokens.py: the layout of token files, windows, a prepared folder, its damages."""
+
+import base64
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from test_prepare_data import BYTES, ids_of, make, prose, text_of, write_shard
+
+import support.tokenizer as tk
+import support.tokens as tf
+
+
+@pytest.fixture
+def book(tmp_path) -> Path:
+    """A small prepared folder."""
+    (tmp_path / "book.txt").write_text(prose(1, 200))
+    return make(tmp_path, tmp_path / "book.txt", name="book")
+
+
+def test_files_word_by_word(book):
+    content, encoding = (book / "val.bin").read_bytes(), tk.load_tokenizer(book)
+    words = np.frombuffer(content, "<i4", 256).tolist()
+    assert words[:3] == [20240520, 1, (len(content) - 1024) // 2] and not any(words[3:])
+    text = text_of(book, "val").removeprefix(tk.END_OF_TEXT)
+    ids = np.frombuffer(content, "<u2", offset=1024).tolist()
+    assert ids == [299, *encoding.encode_ordinary(text)]
+    assert tf.load_dataset(book).val_bytes_per_token == len(text.encode()) / len(ids)
+    lines = (book / "tokenizer.tiktoken").read_text().splitlines()
+    assert [int(line.split()[1]) for line in lines] == list(range(299))
+    tokens = [base64.b64decode(line.split()[0]) for line in lines]
+    assert tokens == [encoding.decode_single_token_bytes(rank) for rank in range(299)]
+
+
+def test_vocabularies_over_65536_are_stored_as_uint32(tmp_path, monkeypatch):
+    large = tk.encoding_from(BYTES, "(?s:.)", {tk.END_OF_TEXT: 70_000})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: large)
+    (tmp_path / "a.txt").write_text(prose(1, 50))
+    folder = make(tmp_path, tmp_path / "a.txt", tokenizer="cl100k_base")
+    assert np.fromfile(folder / "val.bin", "<i4", 2).tolist() == [20240801, 7]
+    data = tf.load_dataset(folder)  # loads without the network
+    assert data.vocab_size == 70_001 and data.val.arrays[0].dtype == np.uint32
+    assert data.val.arrays[0][0] == 70_000
+
+
+def test_shards_of_others_open_and_windows_never_span_two(book):
+    (book / "train.bin").unlink()
+    write_shard(book / "train_000001.bin", list(range(0, 10)))
+    write_shard(book / "train_000002.bin", list(range(20, 26)))
+    train = tf.load_dataset(book).train
+    assert len(train) == 16
+    rows = train.windows(np.arange(13), 4)
+    assert rows.dtype == np.int64 and rows.shape == (13, 4)
+    assert rows[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 6, 6, 6, 20, 21, 22]
+    assert (rows == rows[:, :1] + np.arange(4)).all()
+    for starts, length in ([13], 4), ([-1], 4), ([0], 7):
+        with pytest.raises(ValueError, match="no windows of"):
+            train.windows(np.array(starts), length)
+
+
+def test_many_tokens_are_cut_into_files_of_one_length(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(prose(1, 200))
+    assert np.iinfo("<i4").max > 1.9 * tf.TOKENS_PER_FILE  # what a header can count
+    one = make(tmp_path, tmp_path / "a.txt", name="one", val_fraction=0.01)
+    ids = ids_of(one, "train")
+    for limit, files in (len(ids), 1), (len(ids) - 1, 2), (len(ids) // 11, 12):
+        monkeypatch.setattr(tf, "TOKENS_PER_FILE", limit)
+        cut = make(tmp_path, tmp_path / "a.txt", name=f"limit {limit}", val_fraction=0.01)
+        names = [f"train_{i + 1:06d}.bin" for i in range(files)] if files > 1 else ["train.bin"]
+        assert sorted(path.name for path in cut.glob("train*")) == names
+        arrays = tf.load_dataset(cut).train.arrays
+        lengths = [len(array) for array in arrays]
+        assert max(lengths) <= limit and max(lengths) - min(lengths) <= 1
+        assert np.concatenate(arrays).tolist() == ids and ids_of(cut, "val") == ids_of(one, "val")
+
+
+DAMAGES = [  # what the sentence says, and how the folder is damaged
+    ("No such file", lambda d: (d / "val.bin").unlink()),
+    ("holds id 300 of 300 tokens", lambda d: write_shard(d / "val.bin", [1] * 5000 + [300])),
+    ("id 300 of 300", lambda d: write_shard(d / "val.bin", [1] * 5000 + [300] + [1] * 1023)),
+    ("id 300 of 300", lambda d: write_shard(d / "val.bin", [1] * 1023 + [300] + [1] * 5000)),
+    ("holds id 300 of 300 tokens", lambda d: write_shard(d / "train.bin", [300] + [1] * 5000)),
+    ("no whole token file", lambda d: (d / "val.bin").write_bytes(b"")),
+    ("no whole token file", lambda d: write_shard(d / "val.bin", [1], version=2)),
+    ("no whole token file", lambda d: write_shard(d / "val.bin", [])),
+    ("no whole token file", lambda d: os.truncate(d / "val.bin", 1500)),
+    ("1 tokens with 1 bytes of text", lambda d: write_shard(d / "val.bin", [65])),
+    ("id 300 of 300", lambda d: write_shard(d / "test.bin", [1] * 5000 + [300])),
+    ("no whole token file", lambda d: (d / "test.bin").write_bytes(b"")),
+    ("no whole token file", lambda d: write_shard(d / "test.bin", [])),
+    ("2 tokens with 0 bytes of text", lambda d: write_shard(d / "val.bin", [299, 299])),
+    ("/meta.json'); make it", lambda d: (d / "meta.json").unlink()),
+    ("no whole tokenizer", lambda d: os.truncate(d / "meta.json", 50)),
+    ("('tokenizer_sha256')", lambda d: (d / "meta.json").write_text("{}")),
+    ("sha256 of tokenizer.tiktoken is not", lambda d: os.truncate(d / "tokenizer.tiktoken", 1000)),
+]
+
+
+@pytest.mark.parametrize("sentence, damage", DAMAGES)
+def test_damaged_folders_are_refused(book, sentence, damage):
+    tf.load_dataset(book)
+    damage(book)
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)) as caught:
+        tf.load_dataset(book)
+    assert str(book) in str(caught.value)
+
+
+def test_training_data_cut_short_meanwhile_is_told(book):
+    """A mapped file that lost its end would end the process with SIGBUS, without a word."""
+    train = tf.load_dataset(book).train
+    os.truncate(book / "train.bin", 5000)
+    with pytest.raises(ValueError, match=r"train\.bin has become shorter"):
+        train.windows(np.array([len(train) - 100]), 50)
+
+
+def test_validation_text_cut_short_meanwhile_does_no_harm(book):
+    before = tf.load_dataset(book).val
+    expected = before.arrays[0].tolist()
+    os.truncate(book / "val.bin", 1024)
+    assert before.arrays[0].tolist() == expected
