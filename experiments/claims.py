@@ -24,8 +24,9 @@ WORDS = {
     "contradicts": "the opposite is shown, at this size.",
     "better than claimed": "the claim is that nothing is lost, and a gain is shown.",
     "equal": "the whole 95 % interval lies within the margin that stands beside it.",
-    "suggestive": "the 95 % interval excludes zero, but one of the conditions of *shown* fails; "
-    "*of the opposite*: so far it speaks against the claim.",
+    "suggestive": "the 95 % interval excludes zero, but one of the conditions of *shown* fails, or "
+    "the arms also differ in something else that may be the reason (MaxVio by more than 0.25). *Of "
+    "the opposite*: so far it speaks against the claim.",
     "cannot tell": "none of these. An effect as large as the paper's could have been overlooked.",
     "seen in a model": "*shown*, but by a simulation or on random numbers, not in a training.",
     "lower here": "a bound of the paper was measured and not reached.",

@@ -4,7 +4,9 @@ DeepSeekMoE (arXiv 2401.06066) cuts experts into small ones, of which a token vi
 lets all tokens share one. Every arm's token visits FFNs of the same width in all, so they have the
 same active parameters but for the gate. In all, the four large experts have 18 % more than the
 sixteen small and the shared one. The dense network also has a run for the base's seconds: without
-routing its steps are faster. The MTP module's block changes with the others.
+routing its steps are faster. The MTP module's block changes with the others. How much the shared
+expert counts beside the routed ones hangs on routed_scaling_factor: 1 here, 2.5 in V3, so the pair
+with and without it is trained with both.
 """
 
 import run

@@ -3,12 +3,14 @@
 Nothing is trained. The first part is the error of one product x W^T, averaged over the tokens, when
 the tokens' magnitudes lie further and further apart. E4M3 spans 2^-9 .. 448, so a token that shares
 its scale with others, in a tensor or a 128x128 block, is lost beneath the largest one; with one
-scale for every 128 numbers of its own (report, section 3.3.2) it is not.
+scale for every 128 numbers of its own (report, section 3.3.2) it is not. (One scale for each token
+would do as well here, since whole tokens differ. For gradients that is the report's hypothesis:
+outliers that go with the token, appendix B.2.)
 
 The second part, fp8_accumulation, is the error of the sums alone. Hopper's tensor cores keep some
 14 bits of them: a model of that (add_group) adds up products of K numbers, K from 128 to 16,384.
-The report promotes partial sums to fp32 after every 128 numbers (section 3.3.2); here they are
-promoted never, or after every 512, 128 or 32.
+The report promotes partial sums to fp32 after every 128 numbers (section 3.3.2), which partially
+mitigates the error (3.5.2); here they are promoted never, or after every 512, 128 or 32.
 """
 
 import statistics

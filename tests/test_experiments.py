@@ -620,6 +620,39 @@ def test_the_seeds_column_says_what_is_missing(monkeypatch):
     assert shown[3:] == ["90.0% ± 2.0% kept", "", "8", "shown"]
 
 
+def test_what_a_correction_for_all_tables_changes(monkeypatch):
+    """Forty other comparisons of another table; checks of a setting are none."""
+    arms = {f"arm {i}": run.Arm(check=i >= 40) for i in range(50)}
+    names = {"t": {"a": run.Arm(), "b": run.Arm()}, "u": arms}
+    made = {k: run.Experiment(k, lambda base, x=x: x, {"test_bpb": ""}) for k, x in names.items()}
+    monkeypatch.setattr(verdicts, "EXPERIMENTS", made)
+    sure, less = (tables.Difference(0.2, 0.1, 0.1, 2 * raw, raw) for raw in (1e-4, 0.002))
+    others = {name: tables.Difference(0.0, 0.1, 0.1, 1.0, 0.9) for name in arms}
+    runs = {"base": [{"seed": 0, "test_bpb": 1.0}], "a": [], "b": []}
+    runs["a"] = runs["b"] = [{"seed": 0, "test_bpb": 1.2}]
+    found = {"t": verdicts.Table(runs, {"a": sure, "b": less}, "base")}
+    found["u"] = verdicts.Table({}, others, "base")
+    asked = [claims.Claim(f"than {arm}", "t", "base", arm) for arm in "ab"]
+    monkeypatch.setattr(verdicts, "CLAIMS", asked)
+    text = verdicts.corrected_for_all(found)
+    assert "all 42 comparisons" in text
+    assert text.endswith('these words change: "than b": shown becomes suggestive, p 0.082.')
+    found["u"].differences.clear()
+    assert verdicts.corrected_for_all(found).endswith("no word changes.")
+
+
+def test_the_second_text_is_corrected_for_the_claims_that_are_asked(asked, options, monkeypatch):
+    """Two claims of a table that compares three pairs, in a folder of its own."""
+    headlines = [claims.Claim(f"than {arm}", "t", "base", arm) for arm in "ab"]
+    raw = {claim.text: asked(claim, VALUES | {"a": [1.0, 1.2, 1.2]}).raw for claim in headlines}
+    monkeypatch.setattr(verdicts, "HEADLINES", headlines)
+    monkeypatch.setattr(claims, "PROSE", {"results": options.results, "config": options.config})
+    shown = verdicts.on_prose()
+    assert [cells[4] for cells in shown.values()] == [
+        verdicts.p_in_words(p) for p in intervals.holm(raw).values()
+    ][:: 1 if raw["than a"] < raw["than b"] else -1]
+
+
 def test_power_of_an_equality():
     """At no difference the mean has to lie within the margin less half the interval."""
     error = 0.0029 * math.sqrt(2 / 8)
