@@ -180,7 +180,8 @@ CLAIMS = [
         alike="max_vio_global",
     ),
     Claim(
-        "A shared expert helps (2401.06066)", "experts", "base", "no shared",
+        "A shared expert helps (2401.06066, section 4.4: most benchmarks)",
+        "experts", "base", "no shared",
         "without it, five visited experts, routed_scaling_factor 1", rates=("MLA", "no shared"),
     ),
     Claim(

@@ -5,6 +5,7 @@ read from experiments/results, and the tables are written between the marks of t
 """
 
 import math
+import re
 import statistics
 import sys
 from dataclasses import dataclass, field, replace
@@ -175,7 +176,12 @@ def planned_seeds(claim: Claim) -> int:
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
+    return spaced("\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]]))
+
+
+def spaced(text: str) -> str:
+    """5 % in place of 5%."""
+    return re.sub(r"(?<=\d)%", " %", text)
 
 
 def corrected_for_all(found: dict[str, Table]) -> str:
@@ -229,7 +235,7 @@ def table_of_all(found: dict[str, Table]) -> str:
     return "\n\n".join([
         markdown(HEADS, rows),
         corrected_for_all(found),
-        f"The margins: {'; '.join(margins)}. {power(found)}",
+        spaced(f"The margins: {'; '.join(margins)}. {power(found)}"),
         "Where each arm has the best of three learning rates (by the validation text, three "
         "seeds), the difference on the test text is:",
         "\n".join(rates),
