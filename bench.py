@@ -34,10 +34,10 @@ from torch import Tensor, nn
 import fp8
 import sample
 import train
-from huggingface import FP8_WEIGHTS, checkpoint_views
+from huggingface import FP8_WEIGHTS, checkpoint_views, from_pretrained, save_pretrained
 from model import Cache, DeepSeekV3, ModelConfig
 from support import processes
-from support.ops import Decoder, fast_dtype
+from support.ops import fast_dtype, laid_out
 from support.processes import Machine
 from support.settings import info, parse_args, read_config_file, run_command
 
@@ -245,7 +245,7 @@ def models_in(directory: str, device: torch.device) -> dict[str, nn.Module]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    models = {"ours": DeepSeekV3.from_pretrained(directory, torch.float32, str(device))}
+    models = {"ours": from_pretrained(directory, torch.float32, str(device))}
     load = partial(transformers.DeepseekV3ForCausalLM.from_pretrained, dtype=torch.float32)
     for kind in ("grouped_mm", "eager"):
         models[f"transformers {kind}"] = load(directory, experts_implementation=kind).to(device)
@@ -259,7 +259,7 @@ def reference_table(options: TrainOptions) -> Table:
     """Both formats, ours and theirs."""
     base, steps = train.TrainConfig(batch_size=8, block_size=256, device=options.device), {}
     with tempfile.TemporaryDirectory() as folder:
-        DeepSeekV3(ModelConfig(**REFERENCE)).save_pretrained(folder)
+        save_pretrained(DeepSeekV3(ModelConfig(**REFERENCE)), folder)
         for dtype, compiled in product(FORMATS, (False, True)[: 1 + options.compile]):
             config = replace(base, dtype=dtype, compile=compiled)
             machine = processes.start(config)
@@ -282,7 +282,7 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
     machine = processes.start(config)
     model = DeepSeekV3(model.config).to(machine.device)
     if config.fp8:
-        model.use_fp8()
+        fp8.use_fp8(model)
     n = 8192 if machine.device.type == "cuda" else 2048
     tokens = config.batch_size * config.block_size
     flops, bare = tokens * flops_per_token(model, config.block_size), 2 * n**3
@@ -331,8 +331,8 @@ def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
     device = processes.usable_device(options.device)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        DeepSeekV3(ModelConfig(**REFERENCE)).save_pretrained(folder)
-        low = DeepSeekV3.from_pretrained(folder, torch.bfloat16, str(device))
+        save_pretrained(DeepSeekV3(ModelConfig(**REFERENCE)), folder)
+        low = from_pretrained(folder, torch.bfloat16, str(device))
         models = models_in(folder, device)
     model = models.pop("ours")
     yield plain_table(options, {"ours": model, "ours bf16": low}, models)
@@ -377,13 +377,13 @@ def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Modul
 def our_step_at(model: DeepSeekV3, S: int) -> tuple[list[Tensor], Callable]:
     """A cache of S random latents, and a function that decodes one token after them."""
     cache = Cache(model.config, len(model.layers), 1, S + 1, model.norm.weight)
-    decoder, token = Decoder(model), cache.kv[0].new_zeros(1, 1, dtype=torch.long)
+    token = cache.kv[0].new_zeros(1, 1, dtype=torch.long)
     for kv in cache.kv:
         kv.normal_()
 
     def step():
         cache.length = S
-        decoder.logits(decoder.trunk(token, cache)).argmax()
+        model.logits(model.trunk(token, cache)).argmax()
 
     return cache.kv, step
 
@@ -406,6 +406,12 @@ def their_step_at(hf: nn.Module, S: int) -> Callable:
 
 def context_table(options: DecodeOptions, model: DeepSeekV3, hf: nn.Module) -> Table:
     """Each length beside an empty context: the difference is attention."""
+    with laid_out(model, compiled=False):
+        rows = context_rows(options, model, hf)
+    return Table("one decoding step; attention: what it takes beyond a step after one token", rows)
+
+
+def context_rows(options: DecodeOptions, model: DeepSeekV3, hf: nn.Module) -> list[dict]:
     rows, empty = [], our_step_at(model, 1)[1]
     for S in map(int, options.contexts.split(",")):
         kv, step = our_step_at(model, S)
@@ -419,7 +425,7 @@ def context_table(options: DecodeOptions, model: DeepSeekV3, hf: nn.Module) -> T
             "transformers ms": ms["theirs"], "times ours": ratio(t["theirs"], t["ours"]),
             "reading ms": ms["read"], "attention/reading": ratio(attention, t["read"]),
         })  # fmt: skip
-    return Table("one decoding step; attention: what it takes beyond a step after one token", rows)
+    return rows
 
 
 # ---- fp8 -----------------------------------------------------------------------------------------

@@ -28,21 +28,29 @@ import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from support.ops import compute_dtype, fast_dtype
+import model as formulas
+from support.ops import by_expert, compute_dtype, fast_dtype, fingerprint
 
 TILE = (1, 128)  # activations and gradients: one scale per token and 128 channels
 BLOCK = (128, 128)  # weights: coarser, but the transpose of a block is a block
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 Quantized = tuple[Tensor, Tensor]  # (q, s)
-# What this file computes in place of model.py; ops.py has the fingerprints.
-COPIES = ["swiglu", "MLP", "Experts", "grouped_linear"]
+# What this file computes in place of model.py, and the digits of its source (ops.fast_twin) when
+# the classes below were written.
+COPIED = {
+    "swiglu": "16d73f12",
+    "MLP.forward": "d5b0b9ec",
+    "Experts.forward": "9ac86ddd",
+    "routed_ffn": "4ca9d22e",
+}
 _emulated: set[torch.device] = set()  # devices for which has_blockwise_fp8 has said so
 
 
@@ -279,9 +287,13 @@ class FP8MLP(nn.Module):
 class FP8Experts(nn.Module):
     """model.Experts, the routed experts: gate_up_proj (E, 2F, D), down_proj (E, D, F)."""
 
-    def forward(self, x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
-        """x (T, D) sorted by expert, counts (E,) of each expert's rows, gate values gain (T,) ->
-        (T, D)."""
+    def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
+        """x (T, D), chosen experts and their gate values (T, K) -> (T, D)."""
+        return by_expert(x, chosen, gain, len(self.down_proj), self.ffn)
+
+    def ffn(self, x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
+        """x (rows, D) sorted by expert, counts (E,) of each expert's rows, gate values (rows,) ->
+        (rows, D)."""
         rows = counts.tolist()
         gate, up = _linear(x, self.gate_up_proj, rows).chunk(2, dim=-1)  # (T, F) each
         return _linear(gate, self.down_proj, rows, up, gain)
@@ -297,7 +309,29 @@ def tell_compiler():
     torch.compiler.assume_constant_result(has_blockwise_fp8)
     torch.compiler.assume_constant_result(multiplies_bf16)
     # How many rows each expert has is known only at run time.
-    FP8Experts.forward = torch.compiler.disable(FP8Experts.forward)
+    FP8Experts.ffn = torch.compiler.disable(FP8Experts.ffn)
+
+
+def use_fp8(model: nn.Module):
+    """Section 3.3.1: the products of attention projections and FFNs in FP8. Embedding, head, gate,
+    norms, attention core and eh_proj stay in high precision.
+
+    Raises ValueError where a formula of model.py that this file copies is edited.
+    """
+    for name, digits in COPIED.items():
+        found = fingerprint(attrgetter(name)(formulas))
+        if found != digits:
+            raise ValueError(
+                f"model.{name} is not the one that fp8.py copies: leave out --fp8, or edit the "
+                f"copy in fp8.py alike and write its digits there, {found} in place of {digits}"
+            )
+    tell_compiler()
+    swap = {nn.Linear: FP8Linear, formulas.MLP: FP8MLP, formulas.Experts: FP8Experts}
+    for block in [*model.layers, *(module.block for module in model.mtp)]:
+        for module in block.modules():
+            if type(module) is formulas.MLP and type(module.down_proj) is not nn.Linear:
+                continue  # an adapter, say: FP8MLP would use its weight alone
+            module.__class__ = swap.get(type(module), type(module))
 
 
 # ---- One quantisation of the weights per step -------------------------------------------------

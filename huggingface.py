@@ -10,7 +10,6 @@ decoding factors of W's 128x128 blocks are stored as W_scale_inv. Optional packa
 where they are needed: safetensors, tokenizers (which brings huggingface_hub), transformers, gguf.
 """
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -20,7 +19,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import tiktoken
@@ -28,10 +26,8 @@ import torch
 from torch import Tensor
 
 import fp8
-import model as formulas
 from model import DeepSeekV3, ModelConfig
 from support.gguf import write_gguf
-from support.ops import codes_of, fingerprint_of, not_as_copied
 from support.runs import load_checkpoint
 from support.settings import info, parse_args, run_command
 from support.tokenizer import (
@@ -182,12 +178,6 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     from huggingface_hub import save_torch_state_dict
     from safetensors import SafetensorError
 
-    edit = not_as_copied(model)
-    if edit and not (edit == "a bias" and model.config.attention_bias):
-        info(
-            f"{edit} is not DeepSeek-V3's, so to transformers these weights may be another "
-            "network; python huggingface.py SRC DST --check=True compares"
-        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
@@ -243,19 +233,6 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
-def model_code(source: ModuleType = formulas) -> str:
-    """Digits for the classes and functions of model.py, without comments, docstrings and layout. A
-    checkpoint keeps them: weights mean what the code made of them that they were trained with."""
-    digits = []
-    for name, x in sorted(vars(source).items()):
-        if getattr(x, "__module__", "") == source.__name__:
-            # Not what Python and torch have written: a dataclass's __repr__, no_grad's wrapper. So
-            # update_bias has no part in it; it does not change what weights mean.
-            codes = (code for code in codes_of(x) if code.co_filename == source.__file__)
-            digits.append(f"{name} {fingerprint_of(tuple(codes))}")
-    return hashlib.sha256(" ".join(digits).encode()).hexdigest()[:16]
-
-
 def load_model(
     ckpt: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[DeepSeekV3, Tokenizer | None, Path]:
@@ -268,9 +245,6 @@ def load_model(
     if (path / "config.json").exists():
         return from_pretrained(path, dtype, str(device)), hf_tokenizer(path), path
     saved = load_checkpoint(path)
-    code = model_code()
-    if saved.get("model_code", code) != code:  # runs of earlier versions lack it
-        info(f"model.py has changed since {path} was trained: weights may not fit its formulas")
     try:
         for name, x in saved["model"].items():
             if not x.is_floating_point():  # which torch would convert without a word
@@ -328,7 +302,7 @@ def export(model: DeepSeekV3, source: Path, directory: Path, quantize: bool):
         write_our_tokenizer(tokenizer, directory)
     keys = {"bos_token_id": bos, "eos_token_id": eos}
     keys["max_position_embeddings"] = model.trained_length
-    model.save_pretrained(directory, quantize=quantize, **keys)
+    save_pretrained(model, directory, quantize=quantize, **keys)
 
 
 def write_our_tokenizer(tokenizer: Tokenizer, directory: Path):
@@ -343,8 +317,6 @@ def write_our_tokenizer(tokenizer: Tokenizer, directory: Path):
 def export_gguf(source: Path, target: Path, dtype: str):
     """Writes weights and tokenizer as one file for llama.cpp."""
     model, tokenizer, _ = load_model(source)
-    if edit := not_as_copied(model):
-        info(f"{edit} is not DeepSeek-V3's, so to llama.cpp these weights may be another network")
     config = asdict(model.config) | {"max_position_embeddings": model.trained_length}
     write_gguf(target, model.state_dict().items(), config, tokenizer.encoding, dtype)
     info(f"wrote {target}")

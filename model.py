@@ -12,9 +12,10 @@ technical report, arXiv 2412.19437, section 2):
     L   = L_main + lambda mean_k L_MTP^k + alpha sum L_Bal       train.py minimises, Eq. 17, 24-25
     b  += gamma sign(mean load - load)                          balances the experts, no gradient
 
-Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. Every
-formula stands here in its plain form. `@fast_twin` marks those that ops.py computes faster, with
-the same name and, but for rounding, the same result. Edit a formula, and its twin is not used.
+Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. It is
+the only network here: it trains, reads prompts and writes. Every formula stands here in its plain
+form. `@fast_twin` marks those that support/ops.py computes faster, with the same name and, but for
+rounding, the same result. Edit a formula, and its twin is not used.
 Where the report is silent (which norm, epsilon) or the released weights differ (order of
 concatenation in MTP), the weights decide; huggingface.py opens them.
 
@@ -23,13 +24,12 @@ lists begin at 0, so module k is `mtp[k - 1]`.
 
 Shapes: B batch, T time, D hidden size, H heads, C kv_lora_rank, R rope dim, N nope dim,
 V v_head_dim, E routed experts, K experts per token, F expert width, G groups of experts, S cached
-positions; tokens = B * T as one dimension; rows = tokens * K, one for each expert that a token
-visits (a twin may add some). The last dimension of logits is the vocabulary. Outside comments F is
-torch.nn.functional.
+positions; tokens = B * T as one dimension; rows: the tokens of one expert. The last dimension of
+logits is the vocabulary. Outside comments F is torch.nn.functional.
 """
 
-import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -37,11 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import fp8
-from support.ops import compute_dtype, edited, fast_twin, upcast
+from support.ops import compute_dtype, fast_twin, span, upcast
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
-Past = tuple[Tensor, int] | None  # a layer's cache (B, size, C+R) and how many tokens are in it
+Position = int | Tensor  # in a graph, which serves every position, a tensor without dimensions
+Past = tuple[Tensor, Position] | None  # a layer's cache (B, size, C+R), how many tokens are in it
 Routing = tuple[Tensor, Tensor] | None  # scores (B, T, E), chosen experts (B, T, K); None if dense
 
 
@@ -95,6 +95,7 @@ class ModelConfig:
         return self.num_hidden_layers * ours, self.num_hidden_layers * theirs
 
 
+@fast_twin("8bc7d41e")
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, in float32, rounded to x's dtype."""
     x32 = upcast(x)  # float64 stays, all else is float32
@@ -154,6 +155,7 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     return amplitude * angle.cos(), amplitude * angle.sin()
 
 
+@fast_twin("bec1206a")
 def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
     """RoPE: every pair of x (B, T, H, R) turned by its position's angle. A pair is two neighbours,
     or, without interleave, a number of the first half and its counterpart in the second."""
@@ -178,21 +180,45 @@ class Cache:
         self.kv = [like.new_zeros(batch, size, width) for _ in range(layers)]
         self.size, self.length = size, 0
 
-    def claim(self, T: int) -> int:
-        """Makes room for T new tokens; returns the position of the first. ValueError if full."""
-        if self.length + T > self.size:
+    def claim(self, T: int) -> Position:
+        """Makes room for T new tokens; returns the position of the first. ValueError if full (not
+        in a graph, where nothing can be asked)."""
+        if isinstance(self.length, int) and self.length + T > self.size:
             raise ValueError(f"{self.length} + {T} tokens exceed the cache of {self.size}.")
-        self.length += T
-        return self.length - T
+        start = self.length
+        self.length = start + T
+        return start
 
 
-@fast_twin
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v, no look ahead: q, k (B, H, T, N+R), v (B, H, T, V), Eq. 10."""
-    T = q.shape[2]
-    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # True at (i, j) for j > i
-    score = upcast(q @ k.mT) * scale  # (B, H, T, T)
+def remember(past: Past, new: Tensor) -> Tensor:
+    """Writes new (B, T, C+R) behind what a layer's cache holds. Returns all of it (B, S, C+R); in a
+    graph, whose shapes are fixed, the whole cache, S = size."""
+    (kv, start), T = past, new.shape[1]
+    kv[:, span(start, T)] = new
+    return kv[:, : start + T] if isinstance(start, int) else kv
+
+
+@fast_twin("f19552e4")
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, start: Position | None = None
+) -> Tensor:
+    """softmax(scale q k^T) v, no look ahead, Eq. 10: (B, H, T, V).
+
+    T queries q (B, H, T, W) look at S >= T keys k (B, H, S, W) and values v (B, H, S, V); k and v
+    may have one head for all. Query i is token start + i; None: they are the last, start = S - T.
+    """
+    T, S = q.shape[2], k.shape[2]
+    query = (S - T if start is None else start) + torch.arange(T, device=q.device)[:, None]
+    later = torch.arange(S, device=q.device) > query  # (T, S), True where a key is ahead
+    score = upcast(q @ k.mT) * scale  # (B, H, T, S)
     return score.masked_fill(later, -math.inf).softmax(-1).to(v.dtype) @ v  # (B, H, T, V)
+
+
+@fast_twin("2647dfa2")
+def per_head(x: Tensor, W: Tensor) -> Tensor:
+    """Each head's x (B, T, H, in) times that head's W (H, in, out): (B, T, H, out)."""
+    y = torch.bmm(x.flatten(0, 1).transpose(0, 1), W)  # (H, B*T, out)
+    return y.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
 class MLA(nn.Module):
@@ -245,12 +271,12 @@ class MLA(nn.Module):
         k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave)  # (B, T, 1, R): all heads'
         start = 0
         if past:
-            kv, start = past
-            kv[:, start : start + T] = torch.cat((latent, k_pe.squeeze(2)), -1)
-        if start == 0:  # nothing but these tokens to look at
+            start = past[1]
+            kv = remember(past, torch.cat((latent, k_pe.squeeze(2)), -1))  # (B, S, C+R)
+        if isinstance(start, int) and start == 0:  # nothing but these tokens to look at
             o = self.attend_expanded(q_nope, q_pe, latent, k_pe)
         else:
-            o = self.attend_absorbed(q_nope, q_pe, kv[:, : start + T])
+            o = self.attend_absorbed(q_nope, q_pe, kv, start)
         return self.o_proj(o.flatten(2))
 
     def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor) -> Tensor:
@@ -263,21 +289,19 @@ class MLA(nn.Module):
         o = causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), self.scale)
         return o.transpose(1, 2)  # (B, T, H, V)
 
-    def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor) -> Tensor:
+    def attend_absorbed(
+        self, q_nope: Tensor, q_pe: Tensor, kv: Tensor, start: Position | None = None
+    ) -> Tensor:
         """Decoding: W^UK moves over to the query and W^UV to the output, so that attention runs on
-        the cached latents kv (B, S, C+R): q . (W^UK c) = (W^UK^T q) . c and
-        sum p (W^UV c) = W^UV (sum p c). The last T of the S cached tokens are those of the queries:
-        query i is token S - T + i, so `later` has True at (i, j) for j > S - T + i."""
-        (_, T, H, N), S, C = q_nope.shape, kv.shape[1], self.config.kv_lora_rank
+        the cached latents kv (B, S, C+R), one head for all queries (start: causal_attention):
+        q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
+        (_, _, H, N), C = q_nope.shape, self.config.kv_lora_rank
         W = self.kv_b_proj.weight.unflatten(0, (H, -1))
         W_UK, W_UV = W[:, :N], W[:, N:]  # (H, N, C), (H, V, C)
-        q = torch.einsum("bthn,hnc->bthc", q_nope, W_UK)
-        q = torch.cat((q, q_pe), -1).to(kv.dtype)  # (B, T, H, C+R)
-        score = upcast(torch.einsum("bthc,bsc->bhts", q, kv)) * self.scale  # (B, H, T, S)
-        later = torch.ones(T, S, dtype=torch.bool, device=kv.device).triu(S - T + 1)
-        p = score.masked_fill(later, -math.inf).softmax(-1).to(kv.dtype)
-        o = torch.einsum("bhts,bsc->bthc", p, kv[..., :C])  # (B, T, H, C)
-        return torch.einsum("bthc,hvc->bthv", o.to(q_nope.dtype), W_UV)  # (B, T, H, V)
+        q = torch.cat((per_head(q_nope, W_UK), q_pe), -1).to(kv.dtype)  # (B, T, H, C+R)
+        k, v = kv[:, None], kv[:, None, :, :C]  # (B, 1, S, C+R), (B, 1, S, C)
+        o = causal_attention(q.transpose(1, 2), k, v, self.scale, start)  # (B, H, T, C)
+        return per_head(o.transpose(1, 2).to(q_nope.dtype), W_UV.mT)  # (B, T, H, V)
 
 
 # ---- DeepSeekMoE (section 2.1.2) -----------------------------------------------------------------
@@ -371,37 +395,19 @@ def expert_counts(chosen: Tensor, E: int) -> Tensor:
     return zeros.scatter_add_(0, ids, torch.ones_like(ids))
 
 
-@fast_twin
-def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """chosen (tokens, K) -> rows (rows,): the token in each row, sorted by expert; slots
-    (tokens, K): the rows of each token's experts; counts (E,): how many rows each expert has.
-
-    Two tokens, K = 2, E = 3: chosen [[2, 0], [2, 1]] gives rows [0, 1, 0, 1], since expert 0 has
-    token 0, expert 1 token 1, expert 2 both; slots [[2, 0], [3, 1]] and counts [1, 1, 2].
-    """
-    order = chosen.flatten().argsort(stable=True)  # row -> token * K + choice
-    row = torch.arange(len(order), device=order.device)
-    slots = torch.empty_like(order).scatter_(0, order, row)  # the inverse of order
-    return order // chosen.shape[1], slots.view_as(chosen), expert_counts(chosen, E)
-
-
-@fast_twin
-def dispatch(x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    """Every token's x to the rows of its experts: x (tokens, D) -> (rows, D)."""
-    return x[rows]
-
-
-@fast_twin
-def combine(y: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    """The sum of every token's K rows: y (rows, D) -> (tokens, D)."""
-    return y[slots].sum(1, dtype=y.dtype)
-
-
-@fast_twin
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Each row of x (rows, in), sorted by expert, times its expert's weight (E, out, in)."""
-    parts = zip(x.split(counts.tolist()), weight, strict=True)
-    return torch.cat([F.linear(x_e, w) for x_e, w in parts])  # (rows, out)
+@fast_twin("4ca9d22e")
+def routed_ffn(
+    x: Tensor, chosen: Tensor, gain: Tensor, gate_up: Tensor, down: Tensor, swiglu: Callable
+) -> Tensor:
+    """sum_{i in top K} g_i FFN_i(x) of Eq. 12: x (tokens, D), chosen experts and their gate values
+    (tokens, K), weights (E, 2F, D) and (E, D, F) -> (tokens, D). No token is dropped."""
+    y = torch.zeros_like(x, dtype=compute_dtype(x))
+    for i, (W_gate_up, W_down) in enumerate(zip(gate_up, down, strict=True)):
+        token, choice = (chosen == i).nonzero(as_tuple=True)  # (rows,): who chose expert i
+        gate, up = F.linear(x[token], W_gate_up).chunk(2, -1)  # (rows, F)
+        y_i = F.linear(swiglu(gate, up, gain[token, choice]), W_down)  # (rows, D)
+        y = y.index_add(0, token, y_i)
+    return y
 
 
 class Experts(nn.Module):
@@ -413,17 +419,13 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))  # gate first
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
 
-    def forward(self, x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
-        """x (rows, D) sorted by expert, counts (E,), gate values gain (rows,) -> (rows, D)."""
-        gate, up = grouped_linear(x, self.gate_up_proj, counts).chunk(2, dim=-1)  # (rows, F) each
-        return grouped_linear(swiglu(gate, up, gain), self.down_proj, counts)
+    def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
+        """x (tokens, D), chosen experts, their gate values (tokens, K) -> (tokens, D)."""
+        return routed_ffn(x, chosen, gain, self.gate_up_proj, self.down_proj, swiglu)
 
 
 class MoE(nn.Module):
-    """h' = sum_{i in top K} g_i FFN_i(u) + FFN_shared(u), Eq. 12 (Block adds the residual).
-
-    No token is dropped: rows are sorted by expert, and every expert computes all of its rows.
-    """
+    """h' = sum_{i in top K} g_i FFN_i(u) + FFN_shared(u), Eq. 12 (Block adds the residual)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -435,11 +437,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x (B, T, D) -> (B, T, D), and the routing for DeepSeekV3 to note."""
         s, chosen, gain = self.gate(x)
-        rows, slots, counts = sort_by_expert(chosen.flatten(0, 1), s.shape[-1])
-        # Each gate value goes to the row of its token and expert; rows that a twin added keep 0.
-        gain = gain.new_zeros(len(rows)).scatter(0, slots.flatten(), gain.flatten())  # (rows,)
-        y = self.experts(dispatch(x.flatten(0, 1), rows, slots), counts, gain)  # (rows, D)
-        y = combine(y, rows, slots).view_as(x)  # (B, T, D)
+        y = self.experts(*(z.flatten(0, 1) for z in (x, chosen, gain))).view_as(x)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         return y, (s, chosen)
@@ -497,11 +495,17 @@ class MTP(nn.Module):
 # ---- The model -----------------------------------------------------------------------------------
 
 
-@fast_twin
+@fast_twin("3eddad68")
+def head_logits(h: Tensor, weight: Tensor) -> Tensor:
+    """W_head h in float32, before softmax: h (..., D), weight (vocabulary, D)."""
+    return upcast(F.linear(h, weight))
+
+
+@fast_twin("4d1321e9", head_logits)
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of softmax(h W^T): h (tokens, D), weight (vocabulary, D),
-    targets (tokens,), -1 where there is none; 0 if all are -1."""
-    logits = upcast(F.linear(h, weight))
+    """Mean cross-entropy, in nats, of head_logits: h (tokens, D), weight (vocabulary, D), targets
+    (tokens,), -1 where there is none; 0 if all are -1."""
+    logits = head_logits(h, weight)
     total = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
     return total / (targets >= 0).sum().clamp(min=1)
 
@@ -510,7 +514,8 @@ class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
     After every call `routing` holds the chosen experts (B, T, K) of each MoE layer that ran, those
-    of MTP modules last; after a call with targets `mtp_losses` holds the loss of each MTP depth.
+    of MTP modules last (decoding notes none); after a call with targets `mtp_losses` holds the loss
+    of each MTP depth.
     In training mode `expert_counts` (MoE layers, E) adds up how often each expert was chosen, until
     `update_bias` uses that.
     """
@@ -553,38 +558,23 @@ class DeepSeekV3(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight  # to_empty has untied them
         return self
 
-    def use_fp8(self):
-        """Section 3.3.1: the products of attention projections and FFNs in FP8 (fp8.py). Embedding,
-        head, gate, norms, attention core and eh_proj stay in high precision."""
-        if changed := edited(globals(), fp8.COPIES):
-            raise ValueError(
-                f"model.{changed[0]} is not the one that fp8.py copies: leave out --fp8, or edit "
-                "the copy in fp8.py alike and run python ops.py for the new fingerprint."
-            )
-        fp8.tell_compiler()
-        swap = {nn.Linear: fp8.FP8Linear, MLP: fp8.FP8MLP, Experts: fp8.FP8Experts}
-        for block in [*self.layers, *(module.block for module in self.mtp)]:
-            for module in block.modules():
-                if type(module) is MLP and type(module.down_proj) is not nn.Linear:
-                    continue  # an adapter, say: FP8MLP would use its weight alone
-                module.__class__ = swap.get(type(module), type(module))
-
-    def run_block(self, block: nn.Module, row: int, *inputs) -> Tensor:
-        """Calls a Block or MTP module, and notes its routing under this row of expert_counts."""
+    def run_block(self, block: nn.Module, row: int, past: Past, *inputs) -> Tensor:
+        """Calls a Block or MTP module, and notes its routing under this row of expert_counts (not
+        where it decodes, behind a cache)."""
         if self.recompute and torch.is_grad_enabled():
-            x, routing = checkpoint(block, *inputs, use_reentrant=False)
+            x, routing = checkpoint(block, *inputs, past, use_reentrant=False)
         else:
-            x, routing = block(*inputs)
-        if routing is not None:
+            x, routing = block(*inputs, past)
+        if routing is not None and past is None:
             scores, chosen = routing
             self.rows.append(row)
             self.scores.append(scores)
             self.routing.append(chosen)
         return x
 
-    def rope(self, x: Tensor, start: int) -> Rope:
+    def rope(self, x: Tensor, start: Position) -> Rope:
         """The rotary table of x's positions, start .. start + T - 1."""
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        positions = start + torch.arange(x.shape[1], device=x.device)
         return rope_table(self.config, positions, upcast(x[:0]).dtype)
 
     def trunk(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -598,7 +588,7 @@ class DeepSeekV3(nn.Module):
         rope = self.rope(x, start)
         for i, block in enumerate(self.layers):
             row = i - self.config.first_k_dense_replace  # among MoE layers; others have no routing
-            x = self.run_block(block, row, x, rope, (cache.kv[i], start) if cache else None)
+            x = self.run_block(block, row, (cache.kv[i], start) if cache else None, x, rope)
         return self.norm(x)
 
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -610,12 +600,11 @@ class DeepSeekV3(nn.Module):
         start = cache.claim(tokens.shape[1]) if cache else 0
         past = (cache.kv[k], start) if cache else None
         row = self.config.moe_layers - len(self.mtp) + k
-        return self.run_block(self.mtp[k], row, h, embedding, self.rope(h, start), past)
+        return self.run_block(self.mtp[k], row, past, h, embedding, self.rope(h, start))
 
     def logits(self, h: Tensor) -> Tensor:
-        """h (B, T, D) -> (B, T, vocabulary). Training does not call it: head_loss computes the loss
-        from the same product. Edit both alike."""
-        return upcast(self.lm_head(h))
+        """h (B, T, D) -> (B, T, vocabulary)."""
+        return head_logits(h, self.lm_head.weight)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, return_mtp: bool = False):
         """tokens (B, T) int64 -> logits (B, T, vocabulary), float32 (float64 in a float64 model).
@@ -673,15 +662,6 @@ class DeepSeekV3(nn.Module):
                 count["total"] += x.numel()
                 count["active"] += x.numel() * K // E if ".experts." in name else x.numel()
         return count
-
-    @staticmethod
-    def from_pretrained(directory, dtype: torch.dtype | None = None, device="cpu") -> "DeepSeekV3":
-        """A checkpoint in the Hugging Face layout: see huggingface.from_pretrained."""
-        return importlib.import_module("huggingface").from_pretrained(directory, dtype, device)
-
-    def save_pretrained(self, directory, **options):
-        """Writes one: see huggingface.save_pretrained."""
-        importlib.import_module("huggingface").save_pretrained(self, directory, **options)
 
 
 # ---- What a ModelConfig may hold -----------------------------------------------------------------

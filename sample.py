@@ -14,27 +14,21 @@ D hidden size.
 
 import codecs
 import contextlib
-import copy
 import math
 import sys
 import time
 import types
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import fp8
 from huggingface import load_model
 from model import Cache, DeepSeekV3
-from support import ops
-from support.ops import fast_dtype, span
+from support.ops import fast_dtype, laid_out, span
 from support.processes import usable_device
 from support.settings import info, parse_args, run_command, with_home
 from support.tokenizer import Tokenizer
@@ -55,12 +49,11 @@ class SampleConfig:
     top_k: int | None = 200  # sample among the k likeliest tokens; none: among all
     top_p: float | None = None  # among the fewest tokens that have this much probability
     seed: int = 1337  # the same seed and options give the same text
-    draft: Literal[0, 1, 2, 3, 4] = 2  # tokens that the MTP module, or lookup, drafts in a round
+    speculative: Literal[0, 1, 2, 3, 4] = 2  # drafts in a round, by the MTP module or lookup
     lookup: bool = True  # copy the drafts from the text itself where it repeats
     compile: bool = False  # several times faster; first it compiles for a minute or two
     show: Literal["", "drafts"] = ""  # drafts: those that were accepted are green
     interactive: bool = False  # ask for one prompt after another
-    score: str = ""  # a text file: print its nats per token and bits per byte, write no text
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto: cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: float32 on a CPU
 
@@ -178,19 +171,22 @@ class Text:
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
         self.cache = Cache(config, len(model.layers), B, size, like)
         hidden = model.trunk(tokens, self.cache)  # (B, T, D)
+        if not model.logits(hidden[:, -1:]).isfinite().all():
+            raise ValueError(
+                "the logits after the prompt are not finite: weights are damaged, or an edit of "
+                "model.py makes them so"
+            )
         if depth:  # which the first module takes
             self.hidden = F.pad(hidden, (0, 0, 0, size - T))  # (B, size, D)
         self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
         # How many slots `fill` takes at once: so few that attention's scores, (B, H, piece, size)
         # in float32, take about 256 MB at most.
         self.piece = max(MOST_DRAFTS + depth, 2**26 // (B * size * config.num_attention_heads))
-        self.net = model
+        self.model = model
         # All slots of the prompt but the last ones, which the first round fills. They may come in
         # one piece: with no cached text before them they need little memory.
         self.fill(T - 1 - depth, piece=T)
-        # What follows calls trunk, predict_next and logits of the model, or of its ops.Decoder.
-        self.net = decoder_or_model(model, tokens, hidden, self.cache, compiled)
-        self.compiled = compiled and self.net is not model
+        self.compiled = compiled
         # What a graph is made for (the network's modules among it), and the graphs that CUDA has
         # recorded with this text's tensors.
         network = (str(config), str(model)) if compiled else ()
@@ -206,7 +202,7 @@ class Text:
         """
         tokens = self.tokens[:, span(start + module + 1, hidden.shape[1])]
         self.mtp_cache.length = start
-        return self.net.predict_next(module, hidden, tokens, self.mtp_cache)
+        return self.model.predict_next(module, hidden, tokens, self.mtp_cache)
 
     def fill(self, end: int, piece: int):
         """The MTP modules fill those slots before `end` that are not, `piece` at a time."""
@@ -237,7 +233,7 @@ class Text:
                 start, hidden = n - 2 + step - module, hidden[:, -1:]
             hidden = self.run_module(module, hidden, start)
             if step < G:
-                logits = self.net.logits(hidden[:, -1:]).to(u.device)  # (B, 1, V)
+                logits = self.model.logits(hidden[:, -1:]).to(u.device)  # (B, 1, V)
                 if self.greedy:
                     token = logits.argmax(-1)
                 else:
@@ -255,10 +251,10 @@ class Text:
         """
         read = self.tokens[:, span(n - 1, G + 1)]  # (B, G+1): the newest token and the drafts
         self.cache.length = n - 1
-        hidden = self.net.trunk(read, self.cache)
+        hidden = self.model.trunk(read, self.cache)
         if self.depth:
             self.hidden[:, span(n - 1, G + 1)] = hidden
-        logits = self.net.logits(hidden).to(u.device)  # (B, G+1, V)
+        logits = self.model.logits(hidden).to(u.device)  # (B, G+1, V)
         drafts = read[:, 1:].to(u.device)  # (B, G)
         if q is not None:
             kept, token = accept(probabilities(logits, *self.filters), q, drafts, u[:, G:])
@@ -347,8 +343,9 @@ def new_graph(text: Text, on_cpu: bool) -> Callable:
     else:
         options = {"triton.cudagraphs": True}
         # CUDA graphs are skipped where an input is written to, unless its address is fixed.
-        parts = (text, text.cache, text.mtp_cache, text.net, *text.net.layers, *text.net.mtp)
-        for x in torch.utils._pytree.tree_leaves([vars(part) for part in parts]):
+        parts = [vars(part) for part in (text, text.cache, text.mtp_cache)]
+        parts += [*text.model.parameters(), *text.model.buffers()]
+        for x in torch.utils._pytree.tree_leaves(parts):
             if isinstance(x, Tensor):
                 torch._dynamo.mark_static_address(x)
     # No guards: checking a few hundred tensors would take as long as the step.
@@ -420,37 +417,38 @@ def generate(
     end = min(T + max_new_tokens, model.config.max_position_embeddings)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     depth = len(model.mtp) if speculative else 0
-    text = Text(model, tokens, end - T, depth, compile, (temperature, top_k, top_p))
-    rows = [Row(ids) for ids in tokens.tolist()]
-    live = list(range(B))  # the rows that have not reached eos
-    n = T  # tokens of each of them
-    while live and n < end:
-        copies = [rows[b].look_up(speculative) if lookup else [] for b in live]
-        copied = all(copies)  # rows share a round: all copy, or none
-        # The MTP modules need two tokens: the first module's first slot takes the second token.
-        draft_count = speculative if copied or (depth and n > 1) else 0
-        if copied:
-            text.tokens[live, n : n + draft_count] = torch.tensor(copies, device=tokens.device)
-        random_numbers = uniform(B, draft_count, tokens.device, generator)
-        outcome, seconds = text.play(n, draft_count, copied, random_numbers)
-        # All rows advance by the drafts that every row keeps, and one token. Where a row keeps
-        # more, that token is its next draft.
-        advance = min(1 + min(outcome[b][0] for b in live), end - n)
-        for b in live:
-            kept, *ids = outcome[b]
-            ids = up_to_eos(ids[:advance], eos)
-            accepted = min(kept, len(ids))
-            rows[b].extend(ids)
-            on_token(b, ids, accepted)
-            stats.tokens += len(ids)
-            for position in range(min(draft_count, end - n)):
-                stats.drafted[position] += 1
-                stats.accepted[position] += position < accepted
-        live = [b for b in live if rows[b].ids[-1] not in eos]
-        n += advance
-        stats.seconds += seconds
-        stats.rounds += 1
-        stats.lookups += copied
+    with laid_out(model, compile):
+        text = Text(model, tokens, end - T, depth, compile, (temperature, top_k, top_p))
+        rows = [Row(ids) for ids in tokens.tolist()]
+        live = list(range(B))  # the rows that have not reached eos
+        n = T  # tokens of each of them
+        while live and n < end:
+            copies = [rows[b].look_up(speculative) if lookup else [] for b in live]
+            copied = all(copies)  # rows share a round: all copy, or none
+            # The MTP modules need two tokens: the first module's first slot takes the second token.
+            draft_count = speculative if copied or (depth and n > 1) else 0
+            if copied:
+                text.tokens[live, n : n + draft_count] = torch.tensor(copies, device=tokens.device)
+            random_numbers = uniform(B, draft_count, tokens.device, generator)
+            outcome, seconds = text.play(n, draft_count, copied, random_numbers)
+            # All rows advance by the drafts that every row keeps, and one token. Where a row keeps
+            # more, that token is its next draft.
+            advance = min(1 + min(outcome[b][0] for b in live), end - n)
+            for b in live:
+                kept, *ids = outcome[b]
+                ids = up_to_eos(ids[:advance], eos)
+                accepted = min(kept, len(ids))
+                rows[b].extend(ids)
+                on_token(b, ids, accepted)
+                stats.tokens += len(ids)
+                for position in range(min(draft_count, end - n)):
+                    stats.drafted[position] += 1
+                    stats.accepted[position] += position < accepted
+            live = [b for b in live if rows[b].ids[-1] not in eos]
+            n += advance
+            stats.seconds += seconds
+            stats.rounds += 1
+            stats.lookups += copied
     length, trained = max(len(row.ids) for row in rows), model.trained_length
     if length > trained:
         stats.note = f"the text goes beyond the {trained} tokens the model was trained on"
@@ -489,183 +487,6 @@ def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, spec
             raise ValueError(sentence)
 
 
-# ---- The Decoder, or the model itself ------------------------------------------------------------
-
-DECODERS = weakref.WeakKeyDictionary()  # model -> {compiled: (what it was made of, Decoder)}
-# Fused optimisers change weights without raising their _version.
-register_optimizer_step_post_hook(lambda *_: DECODERS.clear())
-COMPARED = weakref.WeakKeyDictionary()  # edited model -> the edits with which its forms agreed
-COPIED_TO_FLOAT64 = 2**28  # parameters of a model that compare_forms may copy: 2 GB
-
-
-def decoder_or_model(
-    model: DeepSeekV3, tokens: Tensor, hidden: Tensor, cache: Cache, compiled: bool
-) -> "ops.Decoder | DeepSeekV3":
-    """What continues a prompt: the model's ops.Decoder, or the model itself, with a notice, where
-    the Decoder is not a copy of it.
-
-    The cache holds the prompt, tokens (B, T), hidden (B, T, D) are its hidden states. Raises
-    ValueError where weights are damaged or the edited model cannot decode.
-    """
-    logits = model.logits(hidden[:, -1:])  # (B, 1, V)
-    if not logits.isfinite().all():
-        raise ValueError(
-            "the logits after the prompt are not finite: weights are damaged, or an edit of "
-            "model.py makes them so"
-        )
-    if not ops.enabled:  # in tests
-        return model
-    edit = ops.not_as_copied(model)
-    if edit or ops.edited_forward(model):
-        compare_once(model, edit)
-    if edit:
-        DECODERS.pop(model, None)
-        return model
-    if tokens.shape[1] < 8:  # too few to show much: compare on a made-up text
-        tokens = torch.arange(16, device=tokens.device)[None] % model.config.vocab_size
-        cache = Cache(model.config, len(model.layers), 1, 16, model.norm.weight)
-        logits = model.logits(model.trunk(tokens, cache)[:, -1:])
-    rounding = 1e-3 if torch.finfo(model.norm.weight.dtype).bits >= 32 else 0.2
-    for _ in range(2):
-        decoder = kept_decoder(model, compiled)
-        cache.length = tokens.shape[1] - 1
-        difference = decoder.logits(decoder.trunk(tokens[:, -1:], cache)) - logits
-        if difference.norm() <= rounding * logits.norm():
-            return decoder
-        DECODERS[model].clear()  # an edit through p.data has changed weights, but not their version
-    ops.tell("the logits of ops.Decoder are not model.py's, whose formulas decode instead, slower")
-    return model
-
-
-def kept_decoder(model: DeepSeekV3, compiled: bool) -> "ops.Decoder":
-    """The model's Decoder of the last text, or a new one if the model has changed since.
-
-    An edit through p.data leaves no trace here. decoder_or_model notices it where it changes the
-    logits by more than rounding may, which in bfloat16 is a fifth.
-    """
-    made_of = [str(model.config), *map(id, (*model.layers, *model.mtp, *model.modules()))]
-    for p in model.parameters():  # tensors of inference mode do not count their versions
-        made_of += [p.data_ptr(), None if p.is_inference() else p._version]
-    kept = DECODERS.setdefault(model, {})
-    if compiled not in kept or kept[compiled][0] != made_of:
-        kept.pop(compiled, None)  # before there are two
-        kept[compiled] = made_of, ops.Decoder(model, compiled)
-    return kept[compiled][1]
-
-
-def compare_once(model: DeepSeekV3, edit: str):
-    """Runs compare_forms for a model whose code was edited, and again only after another edit. Says
-    then that the Decoder does not copy `edit`, the name of what was edited ("": it was told)."""
-    state = ops.state_of(model)
-    if COMPARED.get(model) == state:
-        return
-    if not any(isinstance(m, fp8.FP8Linear) for m in model.modules()):  # which rounds too much
-        compare_forms(model)
-    COMPARED[model] = state
-    if edit:
-        info(f"{edit} is not what ops.Decoder copies, so model.py decodes, slower")
-
-
-def compare_forms(model: DeepSeekV3):
-    """Raises ValueError if model.py computes other logits with a cache than without one.
-
-    They differ if only one of `attend_expanded` (training, prompts) and `attend_absorbed` (all that
-    follows) was edited, or if a layer reads tokens that are not in the cache.
-    """
-    error, allowed = None, 1e-4
-    if sum(p.numel() for p in model.parameters()) <= COPIED_TO_FLOAT64:
-        exact = copy_in_float64(model)
-        with contextlib.suppress(RuntimeError):
-            error = errors_of_forms(exact).max().item()
-    if error is None:  # too large to copy, or a patch knows only the model's own dtype
-        try:
-            # Rounding may send some tokens to other experts: the median leaves these out.
-            error = errors_of_forms(model).median().item()
-        except RuntimeError as cause:
-            raise ValueError(
-                f"model.py cannot read a text in pieces, as decoding does ({cause})"
-            ) from None
-        allowed = 0.2 if torch.finfo(model.norm.weight.dtype).bits < 32 else 1e-3
-    if not error < allowed:
-        raise ValueError(
-            f"with a cache model.py computes other logits than without ({error:.2g} of their "
-            "size): edit attend_expanded and attend_absorbed alike; and no layer may look at "
-            "tokens that the cache does not hold, or draw random numbers"
-        )
-
-
-def copy_in_float64(model: DeepSeekV3) -> DeepSeekV3:
-    """In float64 hardly anything is rounded, so no token goes to other experts for that. Matrices
-    are drawn anew and large: in a young network a wrong formula hardly shows."""
-    with torch.inference_mode(False), torch.no_grad():
-        exact = copy.deepcopy(model).eval().to("cpu", torch.float64)
-        generator = torch.Generator().manual_seed(0)
-        for p in exact.parameters():
-            if p.ndim > 1:
-                p.normal_(0, 2 * p.shape[-1] ** -0.5, generator=generator)
-    return exact
-
-
-def errors_of_forms(model: DeepSeekV3) -> Tensor:
-    """A made-up text is read whole, and with a cache: a prompt (its first half), up to eight single
-    tokens, two drafts that are rejected, the rest at once. Returns how far the logits after the
-    prompt differ, as a share of their size: (2, tokens after the prompt)."""
-    like, config = model.norm.weight, model.config
-    T = min(256, config.max_position_embeddings)
-    if T == 1:  # nothing follows a prompt
-        return like.new_zeros(1)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (2, T), generator=generator).to(like.device)
-    prompt, singles = T // 2, min(8, T - T // 2)
-    *pieces, rest = tokens.split([prompt, *[1] * singles, T - prompt - singles], 1)
-    cache = Cache(config, len(model.layers), 2, T + 2, like)
-    with torch.autocast(like.device.type, enabled=False):
-        expected = model(tokens)[:, prompt:]  # (2, T - prompt, V)
-        read = [model.logits(model.trunk(piece, cache)) for piece in pieces]
-        model.trunk(tokens[:, :2], cache)
-        cache.length -= 2
-        if rest.shape[1]:
-            read.append(model.logits(model.trunk(rest, cache)))
-    difference = torch.cat(read, 1)[:, prompt:] - expected
-    tiny = torch.finfo(like.dtype).tiny
-    return difference.norm(dim=-1) / expected.norm(dim=-1).clamp(min=tiny)
-
-
-# ---- The loss of a given text --------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def score(model: DeepSeekV3, ids: list[int], window: int) -> float:
-    """Total nats of ids[1:]. Windows overlap by half, and a window counts where it has most
-    context: every token but the first ones sees window/2 (at least 1) to window tokens before."""
-    x = torch.tensor(ids, device=model.norm.weight.device)
-    nats, done = 0.0, 1  # tokens that are counted or, the first, given
-    while done < len(ids):
-        start = max(0, done - max(1, window // 2))
-        piece = x[start : start + window + 1]
-        loss = F.cross_entropy(model(piece[None, :-1])[0], piece[1:], reduction="none")
-        nats += loss[done - start - 1 :].sum().item()
-        done = start + len(piece)
-    return nats
-
-
-def print_score(model: DeepSeekV3, tokenizer: Tokenizer, path: str):
-    if not Path(path).exists() or Path(path).is_dir():
-        raise ValueError(f"--score is {path}, which is no file: name one file with text")
-    document = Path(path).read_bytes()
-    ids = tokenizer.encode(document.decode())
-    if tokenizer.bos is None:  # else the ids begin with it
-        ids = [*tokenizer.eos[:1], *ids]
-    if len(ids) < 2:
-        raise ValueError(f"{path} is empty: name a file with text")
-    window, count = min(model.trained_length, 2048), len(ids) - 1
-    nats = score(model, ids, window)
-    bits = nats / math.log(2) / len(document)
-    print(f"{path}: {count:,} tokens, {nats / count:.4f} nats/token, {bits:.4f} bits/byte")
-    context = f"{max(1, window // 2)} to {window} tokens, at the beginning all that there are"
-    info(f"context: {context if count > window else f'all tokens before, up to {count}'}")
-
-
 # ---- The command ---------------------------------------------------------------------------------
 
 
@@ -695,7 +516,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
         generate(
             model, torch.tensor([ids], device=device).repeat(len(texts), 1), config.max_new_tokens,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-            speculative=config.draft, lookup=config.lookup, compile=config.compile,
+            speculative=config.speculative, lookup=config.lookup, compile=config.compile,
             eos_token_id=tokenizer.eos, on_token=on_token, stats=stats,
             generator=torch.Generator(drawing_device(device)).manual_seed(config.seed),
         )  # fmt: skip
@@ -741,26 +562,10 @@ def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
             config.seed += 1
 
 
-def tell_ignored(given: set[str], config: SampleConfig, has_mtp: bool):
-    """Says which of the given options change nothing, as another option leaves them no work."""
-    writing = set(vars(config)) - {"ckpt", "score", "device", "dtype"}
-    copying_or_mtp = config.lookup or has_mtp
-    for applies, options, reason in (
-        (config.score, writing, "--score writes no text"),
-        (config.interactive, {"prompt"}, "--interactive asks for prompts"),
-        (config.temperature < COLDEST, {"top_k", "top_p", "seed"}, "--temperature=0 draws nothing"),
-        (config.draft == 0, {"lookup", "show"}, "--draft=0 makes no drafts"),
-        (config.draft and not copying_or_mtp, {"draft", "show"}, "the model has no MTP module"),
-    ):
-        if applies and (ignored := sorted(options & given)):
-            info(f"without effect: {', '.join('--' + name for name in ignored)} ({reason})")
-            given = given - options
-
-
 def main(argv: list[str]):
     text = "Write text with a trained model: python sample.py out/small [--key=value]"
     ckpt, values = parse_args(text, argv, SampleConfig, positional="ckpt")
-    config = SampleConfig(**values | with_home(values, "ckpt", "score"))
+    config = SampleConfig(**values | with_home(values, "ckpt"))
     if ckpt and "ckpt" in values:
         raise ValueError(f"there are two checkpoints, {ckpt} and --ckpt={config.ckpt}: name one")
     device, dtype = usable_device(config.device), config.dtype
@@ -770,12 +575,9 @@ def main(argv: list[str]):
     model, tokenizer, path = load_model(ckpt or config.ckpt, device, getattr(torch, dtype))
     if tokenizer is None:
         raise ValueError(f"no tokenizer of {path} can be read, so there is no text to write")
-    tell_ignored(set(values), config, len(model.mtp) > 0)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none, and needs none
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    if config.score:
-        print_score(model, tokenizer, config.score)
-    elif config.interactive:
+    if config.interactive:
         chat(model, tokenizer, config)
     else:
         if "prompt" not in values and sys.stdin and not sys.stdin.isatty():

@@ -47,9 +47,9 @@ from tqdm import tqdm
 import fp8
 import prepare_data
 import sample
-from huggingface import load_model, model_code
+from huggingface import load_model
 from model import DeepSeekV3, ModelConfig, expert_counts
-from support import ops, processes
+from support import processes
 from support.processes import Machine, is_first, join_processes, on_all, on_first, wrap
 from support.runs import checkpoint_file, load_checkpoint, write_atomically
 from support.settings import info, parse_args, read_config_file, run_command, with_home
@@ -840,7 +840,6 @@ class Run:
     def save(self, name: str, **more):
         """Every rank calls it, since sharded tensors are gathered; the first one writes."""
         state = {
-            "model_code": model_code(),
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
             "model": self.dcp.get_model_state_dict(self.model, options=self.whole),
@@ -948,19 +947,11 @@ def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, re
         info(f"{told}: the main loss teaches the gate nothing; give --norm_topk_prob=False")
 
 
-def tell_if_logits_edited(model: DeepSeekV3):
-    """The loss has a second, faster way to the logits, which must be the same."""
-    changed = ops.edited(type(model).forward.__globals__, ["DeepSeekV3.logits", "head_loss"])
-    if "DeepSeekV3.logits" in changed and "head_loss" not in changed:
-        info("DeepSeekV3.logits is edited, but losses come from head_loss: edit that alike")
-
-
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=None, files=()):
     """Runs `config.steps` optimiser steps. `saved` is the checkpoint to go on from, which process 0
     has read; it is emptied. `files` are copied into the folder of a new run. After a signal the run
     saves a checkpoint and raises KeyboardInterrupt."""
     tell_plan(model, data, config, machine, resumed=saved is not None)
-    tell_if_logits_edited(model)
     model.trained_length = max(model.trained_length, config.block_size)
     trainer = wrap(model.train(), config, machine)
     optimizers = make_optimizers(model, config)
@@ -1251,9 +1242,8 @@ def run(argv: list[str]):
         if source:
             on_first(lambda: check_tokenizer(source, tokenizer, folder))
         if config.fp8:
-            on_all(model.use_fp8)
+            on_all(lambda: fp8.use_fp8(model))
         if config.eval_only:
-            tell_if_logits_edited(model)
             result = evaluate(model, data, config, machine)
             del result["expert_load"]
             if is_first():

@@ -37,7 +37,7 @@ SHAPES = {
     "F": "width of an expert",
     "G": "groups of experts (nodes); in sampling, drafts",
     "S": "cached positions",
-    "rows": "tokens x K: one row for each expert that a token visits",
+    "rows": "the tokens that visit one expert",
     "tokens": "B x T: all tokens as one dimension",
     "vocabulary": "tokens that the tokenizer knows",
 }
@@ -307,7 +307,7 @@ One matrix computes both. Only these two are cached.
 
 @
 If there is a cache, it takes them at the positions of these tokens.
-> model.py MLA.forward | start = 0 | kv[:, start
+> model.py MLA.forward | start = 0 | kv = remember
 
 @ Eq. 2, 4, 5
 $ \k_t^C = W^{UK} \c_t^{KV}
@@ -319,7 +319,7 @@ In training, and for a prompt, keys and values are made from the latents.
 @ Eq. 10
 $ \o_{t,i} = \sum_{j=1}^{t} "softmax"_j(\frac{\q_{t,i} \cdot \k_{j,i}}{\sqrt{d_h+d_h^R}})\v_{j,i}^C
 No token looks ahead: the sum ends at t.
-> model.py causal_attention | later = | return
+> model.py causal_attention | query = | return
 
 @
 The scale of Eq. 10, times the square of YaRN's √t.
@@ -334,7 +334,7 @@ $ \q \cdot (W^{UK} \c_j^{KV}) = ((W^{UK})^T \q) \cdot \c_j^{KV}
 $ \sum_j p_j (W^{UV} \c_j^{KV}) = W^{UV} \sum_j p_j \c_j^{KV}
 In decoding, W^UK moves over to the query and W^UV to the output. Attention then runs on the cached
 latents, and no key or value is ever made.
-> model.py MLA.attend_absorbed | T, H, N | return
+> model.py MLA.attend_absorbed | H, N), C | return
 
 ## DeepSeekMoE: the gate
 In place of one wide network behind the attention there are many narrow ones, the experts, and each
@@ -365,20 +365,16 @@ Every token also visits the shared expert.
 
 @ Eq. 12
 $ \h_t' = \u_t + \sum_{i=1}^{N_s} "FFN"_i^{(s)}(\u_t) + \sum_{i=1}^{N_r} g_{i,t}"FFN"_i^{(r)}(\u_t)
-Tokens are copied to one row for each expert that they visit. Rows are sorted by expert, and every
-expert computes its rows at once. None is dropped. The block adds the residual, the first term.
+The gate chooses, routed and shared experts compute. The block adds the residual, the first term.
 > model.py MoE.forward | s, chosen, gain | return
 
 @
-Which token each row has, which rows each token has, how many rows each expert has.
-> model.py sort_by_expert | order = | return
+Each expert computes the rows of those tokens that have chosen it. None is dropped.
+> model.py routed_ffn | y = torch.zeros | return
 
 @ SwiGLU, arXiv 2002.05202
 $ "FFN"(\u) = W_{"down"} ("silu"(W_{"gate"} \u) \odot W_{"up"} \u)
 The gate value multiplies the input of W_down: that gives the same as multiplying its output.
-> model.py Experts.forward | gate, up | return
-
-@
 > model.py swiglu | y = F.silu | return
 
 ## The balance loss of a sequence
@@ -424,6 +420,9 @@ train.py multiplies by λ.
 
 @
 Head and cross-entropy of one depth.
+> model.py head_logits | return | return
+
+@
 > model.py head_loss | logits = | return
 
 ## Drafts: speculative sampling

@@ -13,10 +13,10 @@ The last T of the S cached tokens are those of the queries: query i is token S -
 from torch import Tensor
 
 
-def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor) -> Tensor:
+def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor, start=None) -> Tensor:
     """q_nope (B, T, H, N), q_pe (B, T, H, R), kv (B, S, C+R) with S >= T -> (B, T, H, V).
 
     Use self.scale and self.kv_b_proj.weight, (H*(N+V), C): for every head first its N rows of W^UK,
-    then its V rows of W^UV. self.config.kv_lora_rank is C.
+    then its V rows of W^UV. self.config.kv_lora_rank is C. start is S - T; you need not use it.
     """
     raise NotImplementedError

@@ -275,6 +275,7 @@ EXERCISES = with_texts(
             v3,
             {"attend_absorbed": "MLA.attend_absorbed"},
             absorbed_cases,
+            ("causal_attention",),
         ),
         "gate": Exercise(
             "The gate: bias, groups, gate values", v3, {"forward": "Gate.forward"}, gate_cases
@@ -286,7 +287,7 @@ EXERCISES = with_texts(
             "The balance loss of a sequence", v3, {"balance_loss": "balance_loss"}, balance_cases
         ),
         "experts": Exercise(
-            "Rows to experts and back", v3, {"forward": "MoE.forward"}, expert_cases, ("combine",)
+            "Tokens to experts and back", v3, {"forward": "MoE.forward"}, expert_cases
         ),
         "mtp": Exercise("MTP: shift and loss", v3, {"mtp_loss": "DeepSeekV3.forward"}, mtp_cases),
         "accept": Exercise("Speculative sampling", sample, {"accept": "accept"}, accept_cases),

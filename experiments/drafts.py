@@ -23,7 +23,7 @@ class DraftsOptions:
     out: str = "drafts.svg"  # the picture
     prompt: str = "def "  # and the first seed, as train.py ends
     max_new_tokens: int = 200
-    draft: int = 3  # tokens drafted in a round
+    speculative: int = 3  # tokens drafted in a round
     temperature: float = 0.8
     seed: int = 1
 
@@ -65,7 +65,7 @@ def main(argv: list[str]):
 
     sample.generate(
         model, torch.tensor([tokenizer.encode(options.prompt)]), options.max_new_tokens,
-        temperature=options.temperature, top_k=200, speculative=options.draft, lookup=False,
+        temperature=options.temperature, top_k=200, speculative=options.speculative, lookup=False,
         generator=torch.Generator().manual_seed(options.seed), on_token=on_token,
     )  # fmt: skip
     green, tokens = sum(kind == "d" for _, kind in pieces), len(pieces) - 1

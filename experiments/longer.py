@@ -64,7 +64,7 @@ def decoding_time(model: DeepSeekV3, prompt: np.ndarray) -> float:
     """Milliseconds of a token that is decoded after the prompt, reading the prompt excluded: the
     median of three texts."""
     text, times = torch.from_numpy(prompt)[None], []
-    for _ in range(4):  # the first makes the Decoder
+    for _ in range(4):
         stats = sample.Stats()
         sample.generate(
             model, text, max(1, LENGTH // 128), temperature=0.0, speculative=0, lookup=False,

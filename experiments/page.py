@@ -130,7 +130,7 @@ def written(model: DeepSeekV3, tokenizer: Tokenizer, options: Options) -> list[i
     text = sample.generate(
         model, torch.tensor([prompt]), max(0, options.length - len(prompt)),
         temperature=usual.temperature, top_k=usual.top_k, top_p=usual.top_p,
-        speculative=usual.draft, eos_token_id=tokenizer.eos,
+        speculative=usual.speculative, eos_token_id=tokenizer.eos,
         generator=torch.Generator().manual_seed(options.seed),
     )  # fmt: skip
     return prompt + sample.up_to_eos(text[0, len(prompt) :].tolist(), tokenizer.eos)

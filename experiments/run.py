@@ -46,6 +46,7 @@ from unseen import bits_per_byte, nats_by_document
 
 import bench
 import train
+from fp8 import use_fp8
 from huggingface import load_model
 from model import DeepSeekV3, ModelConfig
 from support import processes
@@ -152,7 +153,7 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
     folder.mkdir(parents=True, exist_ok=True)
     files = source / "tokenizer.tiktoken", source / "meta.json"  # so sample.py opens the folder
     if config.fp8:
-        net.use_fp8()
+        use_fp8(net)
     train.train(net, data, config, machine, saved, files)
     return Trained(net.eval(), data, source, config, machine)
 
@@ -204,7 +205,7 @@ def code_id(dtype: str = "float64", fp8: bool = False) -> str:
         net = new_network(settings, 0).to(torch.float64 if dtype == "float64" else torch.float32)
         net.trained_length = 0
         if fp8:
-            net.use_fp8()
+            use_fp8(net)
         train.train(net, data, config, processes.start(config))
         log = [json.loads(x) for x in (Path(folder) / "log.jsonl").read_text().splitlines()]
     torch.set_num_threads(threads)

@@ -24,6 +24,7 @@ import sample
 from bench import Options, Table, interleaved, print_tables, ratio
 from huggingface import load_model
 from model import DeepSeekV3
+from support.ops import laid_out
 from support.processes import usable_device
 from support.settings import parse_args, run_command
 
@@ -78,7 +79,8 @@ def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat:
             text.play(n, G, given, u)
 
     kinds = [(0, False), *((G, given) for G in range(1, 5) for given in (False, True))]
-    seconds = interleaved({kind: partial(rounds, *kind) for kind in kinds}, options.rounds)
+    with laid_out(model, compile):
+        seconds = interleaved({kind: partial(rounds, *kind) for kind in kinds}, options.rounds)
     return {kind: statistics.median(t) / len(places) for kind, t in seconds.items()}
 
 

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from support import ops
 from support.ops import fast_dtype, has_grouped_mm
 from support.settings import info
 
@@ -144,7 +143,6 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.capture_dynamic_output_shape_ops = True  # rows in ops.sort_by_expert
         torch.compiler.assume_constant_result(has_grouped_mm)  # else a break before every call
-        ops.tell_compiler()
         info("every new shape of a batch is compiled first, which may take minutes")
         for block in blocks:
             block.compile()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import bench
+import huggingface
 import train
 from support import processes
 
@@ -104,7 +105,7 @@ def test_training_step_trains_the_whole_model(ours, tmp_path):
     model = bench.DeepSeekV3(bench.ModelConfig(**bench.REFERENCE | SMALLER))
     config = train.TrainConfig(batch_size=2, block_size=8, device="cpu", dtype="float32")
     if not ours:
-        model.save_pretrained(tmp_path / "hf")
+        huggingface.save_pretrained(model, tmp_path / "hf")
         model = bench.models_in(tmp_path / "hf", "cpu")["transformers eager"]
     before = {name: p.clone() for name, p in model.named_parameters()}
     bench.training_step(model, config, processes.start(config))()

@@ -136,29 +136,31 @@ def test_logits_and_mtp_logits_equal_the_reference(variant):
 
 
 @torch.no_grad()
-def in_pieces(model, nets: list, tokens, as_tensor: bool = False) -> list:
-    """Logits of the main model and of every MTP module on caches: of so many tokens at once by each
-    of the nets, which are the model or its Decoder; that may get positions as tensors."""
+def in_pieces(model, tokens, chunks, as_tensor: bool = False) -> list:
+    """Logits of the main model and of every MTP module on caches, of so many tokens at once; after
+    the first, positions may be tensors, as in a graph."""
     B, depth, like, logits, at = len(tokens), len(model.mtp), model.norm.weight, [], 0
     cache, mtp_cache = (Cache(model.config, n, B, 16, like) for n in (len(model.layers), depth))
-    for net, n in nets:
-        start = torch.tensor(at) if as_tensor and net is not model else at
+    for n in chunks:
+        start = torch.tensor(at) if as_tensor and at else at
         cache.length = start
-        h = [net.trunk(tokens[:, at : at + n], cache)]
+        h = [model.trunk(tokens[:, at : at + n], cache)]
         for k in range(depth):
             mtp_cache.length = start
             later = tokens[:, at + k + 1 : at + k + 1 + n]
-            h.append(net.predict_next(k, h[-1], later, mtp_cache))
-        logits.append([net.logits(x) for x in h])
+            h.append(model.predict_next(k, h[-1], later, mtp_cache))
+        logits.append([model.logits(x) for x in h])
         at += n
     return [torch.cat(pieces, 1) for pieces in zip(*logits, strict=True)]
 
 
+@both_ways
+@pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_tokens_in_chunks_through_caches_equal_the_reference(variant):
+def test_tokens_in_chunks_through_caches_equal_the_reference(variant, as_tensor):
     """Absorbed attention after the first token, in the main model and in the MTP modules."""
     model, tokens, logits, mtp = referenced(variant)
-    ours = in_pieces(model, [(model, n) for n in (1, 3, 1, 2)], tokens)
+    ours = in_pieces(model, tokens, (1, 3, 1, 2), as_tensor)
     close(ours, [x[:, :7] for x in (logits, *mtp)])
 
 
@@ -188,9 +190,8 @@ def test_cache_holds_c_and_r_numbers_a_token_and_nothing_else():
     cache = Cache(model.config, 3, 2, 9, like=model.norm.weight)
     model.trunk(tokens, cache)
     cache.length = 5
-    for net in (model, ops.Decoder(model)):
-        with pytest.raises(ValueError, match=r"^5 \+ 6 tokens exceed the cache of 9\.$"):
-            net.trunk(other[:, :6], cache)
+    with pytest.raises(ValueError, match=r"^5 \+ 6 tokens exceed the cache of 9\.$"):
+        model.trunk(other[:, :6], cache)
     mixed = torch.cat((tokens[:, :5], other[:, 5:]), 1)
     close(cached_logits(model, mixed[:, 5:], [2, 2], cache), model(mixed)[:, 5:])
     tensors = [x for x in (*vars(cache).values(), *cache.kv) if isinstance(x, torch.Tensor)]
@@ -360,44 +361,81 @@ def test_every_parameters_gradient_equals_finite_differences():
 
 
 def test_twins_are_for_cpu_and_cuda_alone(monkeypatch):
-    monkeypatch.setattr(ops, "gather", None)
-    y, slots = torch.ones(8, 3, device="meta"), torch.ones(4, 2, dtype=int, device="meta")
-    assert plain.combine(y, None, slots).shape == (4, 3)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    q = torch.ones(1, 2, 3, 4, device="meta")
+    assert plain.causal_attention(q, q, q, 1.0).shape == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize("targets", [[3, -1, 0, 10, 10, -1, 7], [-1] * 3], ids=["some", "none"])
 def test_head_loss_in_chunks_has_the_value_and_gradients_of_its_formula(targets, monkeypatch):
     h, w = (torch.randn(n, 6).double().requires_grad_() for n in (len(targets), 11))
     args, leaves = (h, w, torch.tensor(targets)), (h, w)
-    expected = value_and_gradients(plain.head_loss.__wrapped__, args, leaves)
+    expected = value_and_gradients(ops.FORMULAS[plain.head_loss], args, leaves)
     for rows in (2, 3, 100):
         monkeypatch.setattr(ops, "CPU_ROWS", rows)
         close(value_and_gradients(ops.head_loss, args, leaves), expected)
 
 
+def by_a_loop(x, w, counts):
+    parts = zip(x.split(counts.tolist()), w, strict=True)
+    return torch.cat([x_e @ w_e.T for x_e, w_e in parts])
+
+
 @pytest.mark.parametrize("width", [8, 6])
 def test_grouped_products_equal_the_loop(width):
-    """Width 8 is one call, in bf16 too; 6 is not aligned; empty experts get zero gradients."""
+    """Width 8 is one call; 6 is not aligned; empty experts get zero gradients."""
     x, w = (torch.randn(shape, requires_grad=True) for shape in ((10, width), (6, 8, width)))
     counts = torch.tensor([3, 0, 4, 0, 0, 3])
-    y = ops.grouped_linear(x, w, counts), in_bf16(ops.grouped_linear, x, w, counts)
-    assert [part is NotImplemented for part in y] == [width == 6] * 2
-    functions = plain.grouped_linear, plain.grouped_linear.__wrapped__
-    ours, theirs = (value_and_gradients(f, (x, w, counts), (x, w)) for f in functions)
+    ours, theirs = (
+        value_and_gradients(f, (x, w, counts), (x, w)) for f in (ops.grouped_linear, by_a_loop)
+    )
     close(ours, theirs, atol=1e-5)
     assert ours[2][counts == 0].eq(0).all()
+    low = in_bf16(ops.grouped_linear, x, w, counts)
+    assert (low - theirs[0]).norm() < 0.01 * theirs[0].norm()
+
+
+def test_experts_equal_the_loop_over_experts():
+    """Value and every gradient, also where an expert has no token, and of few tokens when no
+    gradient can be asked for."""
+    moe, x = tiny().layers[1].mlp, torch.randn(40, 16, dtype=torch.float64, requires_grad=True)
+    _, chosen, gain = moe.gate(x)
+    chosen, gain = chosen % 7, gain.detach().requires_grad_()  # none goes to the last expert
+    weights = moe.experts.gate_up_proj, moe.experts.down_proj
+    args, leaves = (x, chosen, gain, *weights, plain.swiglu), (x, gain, *weights)
+    expected = value_and_gradients(ops.FORMULAS[plain.routed_ffn], args, leaves)
+    close(value_and_gradients(plain.routed_ffn, args, leaves), expected)
+    with torch.inference_mode(), ops.laid_out(moe, compiled=False):
+        for n in (1, 32, 33):
+            few = (z[:n] for z in args[:3])
+            close(plain.routed_ffn(*few, *args[3:]), expected[0][:n])
 
 
 def test_the_examples_of_sorting_by_expert_are_right(monkeypatch):
-    """Those in the docstring of model.sort_by_expert, and above its twin."""
+    """Those above ops.sort_by_expert."""
     chosen = torch.tensor([[2, 0], [2, 1]])
-    rows, slots, counts = plain.sort_by_expert.formula(chosen, 3)
+    rows, slots, counts = ops.sort_by_expert(chosen, 3)
     assert (rows.tolist(), counts.tolist()) == ([0, 1, 0, 1], [1, 1, 2])
     assert slots.tolist() == [[2, 0], [3, 1]]
     monkeypatch.setattr(ops, "MULTIPLE", 2)
     rows, slots, counts = in_bf16(ops.sort_by_expert, chosen, 3)
     assert (rows.tolist(), counts.tolist()) == ([0, 0, 1, 1, 0, 1], [2, 2, 2])
     assert slots.tolist() == [[4, 0], [5, 2]]
+
+
+def test_extra_rows_get_no_gradient():
+    """They are no token's, whatever the experts do with them."""
+    chosen = torch.tensor([[2, 0], [0, 1], [2, 1]])
+
+    def gradient() -> torch.Tensor:
+        rows, slots, _ = ops.sort_by_expert(chosen, 3)
+        y = torch.ones(len(rows), 4, requires_grad=True)
+        ops.combine(y, rows, slots).sum().backward()
+        return y.grad.sum(1)
+
+    expected = torch.zeros(3, 64)
+    expected[:, :2] = 4
+    assert torch.equal(in_bf16(gradient), expected.flatten()) and gradient().tolist() == [4] * 6
 
 
 def test_padding_repeats_the_experts_last_row():
@@ -450,7 +488,7 @@ def test_model_under_bf16_autocast_is_close_and_its_results_are_float32():
     losses = torch.stack(in_bf16(model, tokens, tokens))
     for like in (exact, exact.bfloat16()):
         cache = Cache(model.config, 3, 2, 8, like)
-        with torch.no_grad():
+        with torch.inference_mode():
             logits = in_bf16(cached_logits, model, tokens, [3, 1, 4], cache)
         assert logits.dtype == torch.float32
         assert (logits - exact).norm() < 0.05 * exact.norm()
@@ -539,7 +577,7 @@ def test_use_fp8_switches_projections_mlps_and_experts_and_nothing_else():
     model = tiny(torch.float32, attention_bias=True)
     keys = list(model.state_dict())
     kinds = {name: type(module) for name, module in model.named_modules()}
-    model.use_fp8()
+    fp8.use_fp8(model)
     assert list(model.state_dict()) == keys
     swap = {nn.Linear: fp8.FP8Linear, plain.MLP: fp8.FP8MLP, plain.Experts: fp8.FP8Experts}
     for name, module in model.named_modules():
@@ -561,7 +599,7 @@ def test_fp8_is_close_to_full_precision_and_padding_does_not_change_it(monkeypat
         return [(a - b).norm() / b.norm() for a, b in zip(results, expected, strict=True)]
 
     exact = logits_losses_gradients()
-    model.use_fp8()
+    fp8.use_fp8(model)
     results = logits_losses_gradients()
     logits, *losses = errors(results, exact)[:4]
     assert 0.02 < logits < 0.3 and max(losses) < 0.1

@@ -66,7 +66,7 @@ def make_deepseek(folder: Path):
         token["id"] = vocab.setdefault(token["content"], len(vocab))
     bpe["vocab"] = vocab
     model = ours(depth=1, rope_scaling=YARN, vocab_size=len(vocab) + 512)
-    model.save_pretrained(folder, bos_token_id=0, eos_token_id=1)
+    huggingface.save_pretrained(model, folder, bos_token_id=0, eos_token_id=1)
     (folder / "tokenizer.json").write_text(json.dumps(told))
     told = json.loads(Path(package.origin).with_name("tokenizer_config.json").read_text())
     # As V3's own has it; what we write is to have it, too.
@@ -81,7 +81,7 @@ def make_moonlight(folder: Path):
     model = DeepseekV3ForCausalLM(config)
     for layer in model.model.layers[1:]:
         torch.nn.init.uniform_(layer.mlp.gate.e_score_correction_bias, -1, 1)
-    model.save_pretrained(folder)
+    huggingface.save_pretrained(model, folder)
     ranks = train_bpe([text(i) for i in range(9)], 380, PATTERN)
     lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
     (folder / "tiktoken.model").write_bytes(b"".join(lines))

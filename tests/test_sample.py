@@ -1,5 +1,5 @@
-"""Decoding: the Decoder is the model, speculation changes nothing but the speed, and the command
-does what it says.
+"""Decoding: the model behind a cache is the model, speculation changes nothing but the speed, and
+the command does what it says.
 
 In float64 rounding never decides between two tokens: greedy texts must be exactly those of whole
 forwards. Distributions are compared by chi-square tests with fixed seeds.
@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +27,10 @@ from test_model import VARIANTS, in_pieces, tiny, tokens_of
 
 import prepare_data
 import sample
-from huggingface import load_model
 from model import DeepSeekV3
 from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
 from support import ops
-from support.settings import parse_args, run_command
+from support.settings import run_command
 from support.tokenizer import load_tokenizer
 
 COLOUR = re.compile(r"\033\[[\d;]*m")
@@ -70,42 +69,38 @@ def same_text(model, expected, T, **options) -> Stats:
     return stats
 
 
-# ---- The Decoder ---------------------------------------------------------------------------------
+# ---- Products and attention of few tokens --------------------------------------------------------
 
-# In TINY the absorbed projections are cheaper multiplied out; with a wide latent they stay apart.
-DECODED = VARIANTS | dict(wide_latent=dict(kv_lora_rank=13, q_lora_rank=None))
-del DECODED["attention_bias"]  # decoded by model.py
-SOME = ("base", "wide_latent", "half_split_rope", "no_shared_expert", "two_mtp_modules")
-WAYS = {  # of ops.py's sizes; oneDNN multiplies in float32
-    "eager": (DECODED, {}),
+# Every way to compute that ops.py chooses among by these sizes; oneDNN multiplies in float32.
+SOME = ("base", "attention_bias", "half_split_rope", "no_shared_expert", "two_mtp_modules")
+WAYS = {
+    "eager": (VARIANTS, {}),
     "packed": (SOME, dict(LARGE=1, FEW=3)),
-    "in place": (SOME, dict(LARGE=1, COPIED=0, ABSORBED=-(2**18))),
-    "compiled": (SOME, dict(PAIRS=100, COPIED=0)),
+    "in place": (SOME, dict(LARGE=1, COPIED=0)),
+    "compiled": (SOME, dict(PAIRS=100)),
     "long": ((*SOME, "wide_values"), dict(LONG=8)),
 }
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("way, name", [(way, name) for way in WAYS for name in WAYS[way][0]])
-def test_decoder_equals_the_model(way, name, dtype, tolerance, monkeypatch):
-    """Its logits are those of whole forwards without caches: of one and of several tokens at an
-    offset, of one row and of three; in a graph (run eagerly) too, and with a cache cut in three."""
-    for size, value in (dict(ABSORBED=200) | WAYS[way][1]).items():
+def test_tokens_behind_a_cache_equal_whole_forwards(way, name, dtype, tolerance, monkeypatch):
+    """One and several tokens at an offset, of one row and of three; in a graph (run eagerly) too,
+    and with a cache cut in three."""
+    for size, value in WAYS[way][1].items():
         monkeypatch.setattr(ops, size, value)
-    compiled = way == "compiled"
-    model = tiny(dtype=dtype, **DECODED[name])
-    decoder = ops.Decoder(model, compiled)
-    onednn = ops.AVX512 and dtype == torch.float32 and way in ("packed", "in place")
-    assert decoder.head.is_mkldnn == onednn
+    compiled, model = way == "compiled", tiny(dtype=dtype, **VARIANTS[name])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for B in (1, 3):
         tokens = tokens_of(model, B, 13 + len(model.mtp))
         with torch.no_grad():
             main, mtp = model(tokens, return_mtp=True)
-        with monkeypatch.context() as patch:
+        with torch.inference_mode(), ops.laid_out(model, compiled), monkeypatch.context() as patch:
+            onednn = ops.AVX512 and dtype == torch.float32 and way in ("packed", "in place")
+            copy = getattr(model.lm_head.weight, "_laid_out", None)
+            assert onednn == (copy is not None and copy.is_mkldnn) and compiled == (copy is None)
             patch.setattr(torch.compiler, "is_compiling", lambda: compiled)
-            nets = [(model, 5), *((decoder, n) for n in (1, 2, 4, 1))]
-            ours = in_pieces(model, nets, tokens, as_tensor=compiled)
+            ours = in_pieces(model, tokens, (5, 1, 2, 4, 1), as_tensor=compiled)
         for y, expected in zip(ours, [main, *mtp], strict=True):
             assert y.dtype == dtype
             assert (y - expected[:, :13]).norm() < tolerance * expected.norm()
@@ -115,21 +110,27 @@ def test_decoder_equals_the_model(way, name, dtype, tolerance, monkeypatch):
 def test_products_in_a_graph_are_summed_in_float32(rows):
     x, w = torch.randn(rows, 24).bfloat16(), torch.randn(33, 24).bfloat16()
     product = torch.compile(ops.product, fullgraph=True, dynamic=False, backend="eager")
-    y = product(x, ops.side_by_side(w, compiled=True))
+    y = product(x, w)
     torch.testing.assert_close(y, (x.float() @ w.float().T).bfloat16(), rtol=2**-7, atol=1e-5)
 
 
-def test_a_decoder_is_kept_until_the_model_changes():
-    model, made = tiny(), []
-    norm = model.mtp[0].norm.weight
-    norm.grad, theta = torch.ones_like(norm), partial(setattr, model.config, "rope_theta", 5e3)
-    step = torch.optim.SGD([norm], 0.1, fused=True).step  # which counts no version
-    moved, edit = partial(setattr, norm, "data", norm.data.clone()), model.lm_head.weight.data.neg_
-    for change in (int, int, model.lm_head.weight.detach().neg_, theta, step, moved, edit):
+def test_nothing_that_a_text_was_written_with_is_left_behind():
+    """No copy of a weight, no other class; also where it ends by an error. So no later change of a
+    weight, seen or unseen by torch, can be missed."""
+    model = tiny()
+    before = {name: type(module) for name, module in model.named_modules()}
+
+    def stop(*_):
+        assert any("_laid_out" in vars(p) for p in model.parameters())
+        raise KeyboardInterrupt
+
+    for change in (int, model.lm_head.weight.data.neg_, model.norm.weight.data.neg_):
         change()
         same_text(model, greedy(model, tokens_of(model, 1, 9), 8), 9)
-        made.append(sample.DECODERS[model][False][1])
-    assert made[0] is made[1] and len({*map(id, made)}) == 6
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, tokens_of(model, 1, 9), 8, on_token=stop)
+        assert {name: type(module) for name, module in model.named_modules()} == before
+        assert not any({"_laid_out", "_turned"} & vars(p).keys() for p in model.parameters())
 
 
 # ---- Greedy texts --------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def test_missing_slots_are_filled_in_pieces():
     (kv,) = text.mtp_cache.kv
     expected, text.filled, text.piece = kv[:, :28].clone(), 1, 6
     kv[:, 1:] = 0
-    with mock.patch.object(text.net, "predict_next", wraps=text.net.predict_next) as predict:
+    with mock.patch.object(text.model, "predict_next", wraps=text.model.predict_next) as predict:
         text.play(30, 2, False, torch.rand(2, 5))
     assert [call.args[1].shape[1] for call in predict.call_args_list] == [6, 6, 6, 4, 6, 1]
     assert text.filled == 29 and torch.allclose(kv[:, :28], expected, atol=1e-12)
@@ -329,7 +330,8 @@ def test_compiled_rounds_give_the_same_texts_with_one_graph_each(depth, backend,
 def test_a_gpu_records_a_round_anew_for_every_text(monkeypatch):
     """It compiles once; and a text's first round of a kind, which records, is run beforehand, where
     no clock runs. It leaves the tokens as they were."""
-    nothing, calls = SimpleNamespace(layers=[], mtp=[]), []
+    nothing, calls = SimpleNamespace(), []
+    net = SimpleNamespace(parameters=list, buffers=list)
 
     def play(text, n, G, slots, u):
         calls.append(text)
@@ -342,7 +344,7 @@ def test_a_gpu_records_a_round_anew_for_every_text(monkeypatch):
             if i % 2 == 0:
                 tokens = mock.MagicMock(device=torch.device(device))
                 tokens.clone.return_value = torch.zeros(1, 4)
-                parts = dict(cache=nothing, mtp_cache=nothing, net=nothing, recorded=set())
+                parts = dict(cache=nothing, mtp_cache=nothing, model=net, recorded=set())
                 text = SimpleNamespace(kind=(device,), tokens=tokens, **parts)
             calls.clear()
             assert sample.graph_of(text, torch.tensor(3), 2, 3, torch.zeros(1, 5)) is play
@@ -627,7 +629,9 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(command, monkeypatch):
 
 def test_draft_lengths_and_seeds(command):
     options = ("--prompt=def", "--temperature=1e-39")  # as good as 0
-    plain, two, three = (command(*options, *draft) for draft in (["--draft=0"], [], ["--draft=3"]))
+    plain, two, three = (
+        command(*options, *draft) for draft in (["--speculative=0"], [], ["--speculative=3"])
+    )
     assert plain.out == two.out == three.out
     assert "context limit" in plain.err  # 256 tokens do not fit into 64
     by_position = r"by position: \d+ of \d+, \d+ of \d+"
@@ -638,7 +642,7 @@ def test_draft_lengths_and_seeds(command):
 
 
 def test_colours_change_nothing_but_the_colour_and_have_a_legend(command):
-    options = ("--prompt=class", "--temperature=0", "--draft=4", "--num_samples=2")
+    options = ("--prompt=class", "--temperature=0", "--speculative=4", "--num_samples=2")
     off, on = command(*options), command(*options, "--show=drafts")
     assert COLOUR.sub("", on.out) == off.out != on.out
     assert "\033[32mgreen\033[0m: drafts that" in on.err and "green" not in off.err
@@ -650,26 +654,6 @@ def test_accepted_drafts_alone_are_green(capsys, monkeypatch):
     monkeypatch.setattr(sample, "generate", write)
     sample.complete(tiny(), tokenizer, "", sample.SampleConfig(show="drafts"))
     assert capsys.readouterr().out == "\033[32ma\033[0m\033[32mb\033[0mc\n"
-
-
-@pytest.mark.parametrize(
-    "options, said",
-    [
-        (["--temperature=0", "--top_p=0.5", "--seed=3"], "--seed, --top_p (--temperature=0"),
-        (["--draft=0", "--lookup=False", "--show=drafts"], "--lookup, --show (--draft=0"),
-        (["--interactive", "--prompt=x", "--seed=3"], "--prompt (--interactive asks"),
-        (["--score=text", "--draft=2", "--temperature=0", "--top_k=1"], "--draft, --temperature, "),
-        (["--draft=3", "--lookup=False"], "--draft (the model has no MTP module"),
-        (["--draft=3", "--seed=3", "--show=drafts"], ""),
-    ],
-)
-def test_options_without_effect_are_told(options, said, capsys):
-    given = {option.split("=")[0].removeprefix("--") for option in options}
-    _, values = parse_args("", options, sample.SampleConfig)
-    sample.tell_ignored(given, sample.SampleConfig(**values), has_mtp=False)
-    err = capsys.readouterr().err
-    assert err.startswith(f"without effect: {said}") if said else err == ""
-    assert err.count("\n") == bool(said)
 
 
 def test_text_appears_only_in_whole_characters(monkeypatch):
@@ -707,7 +691,7 @@ def test_interactive(command, monkeypatch):
     assert done.out.startswith("one") and "\ntwo\nlines" in done.out and "three" not in done.out
     assert done.err.count("error: ") == 1 and "context" in done.err
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\none\n"))
-    done = command("--interactive", "--max_new_tokens=20", "--draft=0")
+    done = command("--interactive", "--max_new_tokens=20", "--speculative=0")
     first, second = done.out.rstrip("\n").split("\none")
     assert first.startswith("one") and first != f"one{second}"  # each has a seed of its own
 
@@ -724,7 +708,7 @@ def test_an_interrupted_text_is_shown_as_far_as_it_came(options, run, capsys, mo
 
     monkeypatch.setattr(sample.Text, "play", interrupted_play)
     monkeypatch.setattr(sys, "stdin", io.StringIO("class\nnext"))
-    monkeypatch.setattr(sys, "argv", ["sample.py", str(run), "--draft=0", *options])
+    monkeypatch.setattr(sys, "argv", ["sample.py", str(run), "--speculative=0", *options])
     interactive = options == ["--interactive"]
     with pytest.raises(SystemExit) if not interactive else contextlib.nullcontext() as caught:
         run_command(sample.main)
@@ -746,62 +730,17 @@ def test_printed_figures(capsys):
         assert words in said
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("bos", [None, 7])
-def test_score_gives_half_a_window_before_every_token(run, tmp_path, capsys, monkeypatch, bos):
-    """The text follows the end-of-text token, or the tokenizer's own beginning of a text."""
-    model, tokenizer, path = load_model(run, dtype=torch.float64)
-    ids = [tokenizer.eos[0] if bos is None else bos, *tokenizer.encode(TEXT[:200])]
-    if bos is not None:
-        tokenizer = replace(tokenizer, bos=bos)
-        monkeypatch.setattr(sample, "load_model", lambda *args: (model, tokenizer, path))
-    for window in (1, 2, 3, 8, 9, len(ids) - 1, 500):
-        least = max(1, window // 2)
-        expected, step = 0.0, window + 1 - least
-        for i in range(1, len(ids)):
-            start = step * max(0, math.ceil((i - window) / step))
-            assert min(i, least) <= i - start <= window
-            logits = model(torch.tensor([ids[start:i]]))[0, -1]
-            expected -= logits.log_softmax(-1)[ids[i]].item()
-        assert sample.score(model, ids, window) == pytest.approx(expected, rel=1e-10)
-    (tmp_path / "text").write_text(TEXT[:200])
-    sample.main([str(run), f"--score={tmp_path / 'text'}", "--dtype=float64"])
-    count, total = len(ids) - 1, sample.score(model, ids, 64)
-    bits = total / math.log(2) / len(TEXT[:200].encode())
-    expected = f"{count} tokens, {total / count:.4f} nats/token, {bits:.4f} bits/byte"
-    done = capsys.readouterr()
-    assert expected in done.out
-    for trained, words in (
-        (64, "context: 32 to 64 tokens, at the beginning all that there are"),
-        (1, "context: 1 to 1 tokens"),
-        (count - 1, f"context: {(count - 1) // 2} to {count - 1} tokens"),
-        (count, f"context: all tokens before, up to {count}"),
-    ):
-        if trained != 64:
-            model.trained_length = trained
-            sample.print_score(model, tokenizer, str(tmp_path / "text"))
-            done = capsys.readouterr()
-        assert words in done.err
-    model.trained_length = 5000
-    with mock.patch.object(sample, "score", return_value=1.0) as scored:
-        sample.print_score(model, tokenizer, str(tmp_path / "text"))
-    assert scored.call_args.args[2] == 2048
-
-
 @pytest.mark.parametrize(
     "args, code, words",
     [
         (["nowhere", "--prompt=x"], 1, "nowhere"),
         (["--ckpt=", "--prompt=x"], 1, "checkpoint"),
         (["{run}", "--top_k=x"], 2, "top_k"),
-        (["{run}", "--draft=9"], 2, "draft"),
+        (["{run}", "--speculative=9"], 2, "speculative"),
         (["{run}", "a text"], 2, "write --prompt='a text'"),
         (["{run}", "--ckpt=out/x", "--prompt=x"], 1, "two checkpoints"),
         (["{run}", "--prompt=x", "--device=meta"], 1, "meta"),
         (["{run}", "--dtype=int3"], 2, "int3"),
-        (["{run}", "--score=nowhere"], 1, "--score is nowhere, which is no file"),
-        (["{run}", "--score={run}"], 1, "which is no file"),
-        (["{run}", "--score={run}/ckpt.pt"], 1, "utf-8"),
         (["{run}", "--prompt=x", "--num_samples=0"], 1, "num_samples"),
         (["{run}"], 1, "utf-8"),
         (["{run}", "--prompt=\udcff"], 1, "utf-8"),

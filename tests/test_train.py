@@ -178,7 +178,7 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 0.0):
     for name in ("ckpt.pt", "best.pt"):
         x, y = load(a, name), load(b, name)
         assert x.pop("train_config") and y.pop("train_config")
-        assert all(x.pop(key) == y.pop(key) for key in ("model_config", "model_code"))
+        assert all(x.pop(key) == y.pop(key) for key in ("model_config",))
         assert_same(x, y, tolerance)
 
 
@@ -680,7 +680,7 @@ def test_a_log_is_cut_by_its_steps_and_loses_damaged_lines(capsys):
 
 def test_weights_of_a_hugging_face_directory_start_a_run(shared, capsys):
     out = shared("--steps=4", "--dtype=float32")
-    load_model(out)[0].save_pretrained("released")
+    huggingface.save_pretrained(load_model(out)[0], "released")
     options = (*SHORT, "--dtype=float32", "--eval_only", "--grad_accum=3")  # no use for that
     for source in (f"--out={out}", "--init_from=released"):
         train.main([TINY, *options, source])
@@ -787,7 +787,7 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
 
 def test_evaluation_in_fp8_quantises_each_weight_once_and_leaves_no_trace(trained):
     model, dataset, config = trained
-    model.float().use_fp8()
+    fp8.use_fp8(model.float())
     model.train()
     model(torch.arange(16)[None], torch.arange(16)[None])  # counts that wait for the bias update
     assert model.expert_counts.sum()
@@ -1523,19 +1523,6 @@ def test_a_config_file_may_begin_with_a_byte_order_mark():
     Path("my.py").write_bytes(b"\xef\xbb\xbf" + Path(TINY).read_bytes())
     train.main(["my.py", *SHORT, "--steps=1"])
     assert load("out/my")["step"] == 1
-
-
-def test_an_edit_of_logits_alone_is_told_when_training(monkeypatch, capsys):
-    """Training computes its loss elsewhere."""
-
-    def logits(self, h):
-        return 30 * torch.tanh(self.lm_head(h).float() / 30)
-
-    monkeypatch.setattr(DeepSeekV3, "logits", logits)
-    run("--steps=1")
-    assert "logits is edited, but losses come from head_loss" in capsys.readouterr().err
-    run("--eval_only")
-    assert "logits is edited, but losses come from head_loss" in capsys.readouterr().err
 
 
 def test_a_context_shorter_than_the_weights_were_trained_for_is_told(shared, capsys):
