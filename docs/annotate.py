@@ -52,7 +52,6 @@ LETTERS = {
     r"\k_{t,i}": "the key of head i: content and position, N + R numbers",
     r"\k_{j,i}": "the key of head i at token j",
     r"\v_t^C": "the values of all heads, made from the latent",
-    r"\v_{t,i}^C": "the value of head i, V numbers",
     r"\v_{j,i}^C": "the value of head i at token j",
     r"\c_t^Q": "the latent of the queries",
     r"\q_t^C": "the queries' content of all heads",
@@ -96,7 +95,22 @@ LETTERS = {
     "t_i": "the token at place i",
     "M_k": "the matrix from two vectors to one: eh_proj",
     "P_i^k": "the probabilities that depth k gives to the token at place i",
-    r"\theta": "rope_theta, 10000",
+    r"\theta^{-2i/R}": "rope_theta, 10000, to the power that belongs to pair i",
+    r"\theta_i": "how far pair number i turns from one position to the next",
+    r"\theta_i'": "the same with YaRN",
+    r"\rho_i": "0 for pairs that turn fast, 1 for slow ones",
+    r"\q": "a query's content",
+    r"\u": "the input of an expert",
+    r"\h_t'": "the output of the layer at token t",
+    "p_j": "the probability with which the query looks at token j",
+    "n_h": "how many heads there are: H",
+    'L_{"Bal"}': "the balance loss",
+    'L_{"MTP"}^k': "the loss of depth k",
+    'L_{"MTP"}': "the MTP loss, the mean over depths times its weight",
+    "P_{i+k+1}^k": "the probabilities that depth k gives to the token at i + k + 1",
+    'W_{"gate"}': "the first F rows of an expert's gate_up_proj",
+    'W_{"up"}': "the last F rows of an expert's gate_up_proj",
+    'W_{"down"}': "an expert's down_proj",
     r"\epsilon": "a small number, 1e-6",
 }
 NAMES = {
@@ -121,6 +135,11 @@ NAMES = {
     "gain": "g, the gate values",
     "choice": "s + b, which decides who is chosen",
     "eh_proj": "M_k",
+    "routed_ffn": "the sum over the chosen experts of Eq. 12",
+    "causal_attention": "Eq. 10",
+    "remember": "writes into the cache",
+    "per_head": "each head's vector times that head's matrix",
+    "swiglu": "silu(gate) * up",
     "enorm": "the RMSNorm of the embedding",
     "hnorm": "the RMSNorm of the hidden state",
     "expert_counts": "how often every expert was chosen",
@@ -309,6 +328,9 @@ One matrix computes both. Only these two are cached.
 If there is a cache, it takes them at the positions of these tokens.
 > model.py MLA.forward | start = 0 | kv = remember
 
+@
+> model.py remember | kv, start | return
+
 @ Eq. 2, 4, 5
 $ \k_t^C = W^{UK} \c_t^{KV}
 $ \k_{t,i} = [\k_{t,i}^C ; \k_t^R]
@@ -318,8 +340,8 @@ In training, and for a prompt, keys and values are made from the latents.
 
 @ Eq. 10
 $ \o_{t,i} = \sum_{j=1}^{t} "softmax"_j(\frac{\q_{t,i} \cdot \k_{j,i}}{\sqrt{d_h+d_h^R}})\v_{j,i}^C
-No token looks ahead: the sum ends at t.
-> model.py causal_attention | query = | return
+T queries look at S keys, and none of them ahead: the sum ends at t.
+> model.py causal_attention | T, S = | return
 
 @
 The scale of Eq. 10, times the square of YaRN's √t.

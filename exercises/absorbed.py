@@ -16,7 +16,8 @@ from torch import Tensor
 def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor, start=None) -> Tensor:
     """q_nope (B, T, H, N), q_pe (B, T, H, R), kv (B, S, C+R) with S >= T -> (B, T, H, V).
 
+    (start is S - T or None. Only a compiled graph gives something else; leave it alone.)
     Use self.scale and self.kv_b_proj.weight, (H*(N+V), C): for every head first its N rows of W^UK,
-    then its V rows of W^UV. self.config.kv_lora_rank is C. start is S - T; you need not use it.
+    then its V rows of W^UV. self.config.kv_lora_rank is C.
     """
     raise NotImplementedError

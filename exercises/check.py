@@ -48,8 +48,8 @@ def answers(exercise: Exercise, names: dict | None = None) -> SimpleNamespace:
     for mine, theirs in exercise.answers.items():
         *owner, name = theirs.split(".")
         if names is None:
-            function = getattr(getattr(exercise.module, owner[0]), name) if owner else None
-            function = function or getattr(exercise.module, name)
+            place = getattr(exercise.module, owner[0]) if owner else exercise.module
+            function = inspect.unwrap(getattr(place, name))  # the formula, not its fast twin
         else:
             function = names[name]
         found[mine] = partial(third_loss, function) if mine == "mtp_loss" else function

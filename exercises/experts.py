@@ -1,23 +1,28 @@
-"""Exercise 7. Rows to experts and back.
+"""Exercise 7. Tokens to experts and back.
 
-y = sum over the K chosen experts i of g_i FFN_i(u) + FFN_shared(u)                  Eq. 12
-FFN(u) = W_down (silu(W_gate u) * W_up u)
+y = sum over the K chosen experts i of g_i FFN_i(x)                                  Eq. 12
+FFN_i(x) = W_down,i (silu(W_gate,i x) * W_up,i x)
 
-A token visits K of E experts. So tokens are copied to K rows each, the rows are ordered by expert,
-every expert computes its rows in one product, and the results go back to their tokens, where they
-are added up. No token is dropped. (A loop over the experts is a right answer.)
+A token visits K of E experts. So every expert takes the tokens that have chosen it, as the rows of
+a matrix, and computes them in one product for each of its three matrices. The results go back to
+their tokens, times the gate values, and are added up. No token is dropped.
 """
 
-import torch.nn.functional as F  # F.silu, F.linear
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """x (B, T, D) -> y (B, T, D), and (scores, chosen experts) of the gate.
+def routed_ffn(
+    x: Tensor, chosen: Tensor, gain: Tensor, gate_up: Tensor, down: Tensor, swiglu: Callable
+) -> Tensor:
+    """x (tokens, D), chosen experts (tokens, K) int64, their gate values gain (tokens, K) ->
+    (tokens, D).
 
-    self.gate(x) gives scores s (B, T, E), chosen experts (B, T, K) and gate values (B, T, K).
-    self.experts.gate_up_proj (E, 2F, D): for every expert first W_gate (F, D), then W_up (F, D);
-    self.experts.down_proj (E, D, F): W_down. self.shared_experts: a module, or None if there is no
-    shared expert.
+    gate_up (E, 2F, D): of every expert first W_gate (F, D), then W_up (F, D). down (E, D, F):
+    W_down. swiglu(a, b, g) is silu(a) * b * g, for a and b (rows, F) and gate values g (rows,):
+    W_down is linear, so its input may be multiplied as well as its output.
     """
     raise NotImplementedError

@@ -164,16 +164,21 @@ def balance_cases(f) -> Iterator[Case]:
 
 
 def expert_cases(f) -> Iterator[Case]:
-    for name, T, changes in (
-        ("two texts of seven tokens", 7, {}),
-        ("one token: four experts have no row", 1, {}),
-        ("no shared expert", 7, {"n_shared_experts": 0}),
-        ("two shared experts, which are one MLP", 7, {"n_shared_experts": 2}),
+    experts = filled(v3.Experts(config()))
+    weights = experts.gate_up_proj, experts.down_proj
+    ids = torch.arange(14)
+    for name, chosen in (
+        ("14 tokens, two of six experts each", torch.stack((ids * 5 % 6, (ids * 5 + 1) % 6), 1)),
+        ("one token: four experts have no row", torch.tensor([[4, 1]])),
+        ("every token takes the same two", torch.tensor([[5, 0]]).expand(14, 2)),
+        ("one expert each", (ids % 6)[:, None]),
     ):
-        moe = filled(v3.MoE(config(**changes)))
-        x = random(2 if T > 1 else 1, T, 12, seed=6)
-        weights = moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj
-        yield name, lambda moe=moe, x=x: f.forward(moe, x)[0], (x, *weights)
+        x, gain = random(len(chosen), 12, seed=6), random(*chosen.shape, seed=7)
+
+        def call(x=x, chosen=chosen, gain=gain):
+            return f.routed_ffn(x, chosen, gain, *weights, v3.swiglu)
+
+        yield name, call, (x, gain, *weights)
 
 
 def mtp_cases(f) -> Iterator[Case]:
@@ -287,7 +292,7 @@ EXERCISES = with_texts(
             "The balance loss of a sequence", v3, {"balance_loss": "balance_loss"}, balance_cases
         ),
         "experts": Exercise(
-            "Tokens to experts and back", v3, {"forward": "MoE.forward"}, expert_cases
+            "Tokens to experts and back", v3, {"routed_ffn": "routed_ffn"}, expert_cases
         ),
         "mtp": Exercise("MTP: shift and loss", v3, {"mtp_loss": "DeepSeekV3.forward"}, mtp_cases),
         "accept": Exercise("Speculative sampling", sample, {"accept": "accept"}, accept_cases),
