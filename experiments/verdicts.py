@@ -115,14 +115,14 @@ def numbers_of(claim: Claim, found: dict[str, Table]) -> Numbers:
 
 
 def with_best_rates(x: Numbers, claim: Claim, found: dict[str, Table]):
-    """The difference where both arms have their best learning rate, of three seeds."""
-    runs = {**found[claim.experiment].runs, "MLA": found["attention"].runs["base"]}
-    runs = found["attention"].runs | runs
+    """The difference where both arms have their best learning rate."""
+    attention = found["attention"].runs
+    runs = attention | {"MLA": attention["base"]} | found[claim.experiment].runs
     one, other = (best_rate(name, runs) for name in claim.rates)
     if one and other:
         pairs = tables.paired(runs[other], runs[one], "test_bpb")
-        mean = statistics.mean(b["test_bpb"] - a["test_bpb"] for b, a in pairs if a["seed"] < 3)
-        x.tuned = mean, x.half * math.sqrt(x.seeds / 3)
+        mean = statistics.mean(tables.changes(pairs, "test_bpb"))
+        x.tuned = mean, x.half * math.sqrt(x.seeds / len(pairs))
         x.rates = f"{mean:+.4f} ± {x.tuned[1]:.4f} ({other} against {one})"
 
 
@@ -130,14 +130,11 @@ def best_rate(name: str, runs: dict[str, list[dict]]) -> str:
     """The arm with the best learning rate by the validation text, as claims.RATES has it; none
     where that asks for runs that are not there."""
     arms = [name, *(f"{name} lr x{x}" for x in claims.RATES)]
-    first = {arm: [x["val_bpb"] for x in runs.get(arm, []) if x["seed"] == 0] for arm in arms}
-    if not all(first.values()):
+    values = {arm: {x["seed"]: x["val_bpb"] for x in runs.get(arm, [])} for arm in arms}
+    better = min(arms, key=lambda arm: values[arm].get(0, 0.0))  # what is missing, before all
+    if any(not {0, 1, 2} <= values[arm].keys() for arm in (name, better)):
         return ""
-    better = {name, min(arms, key=first.get)}
-    three = {arm: [x["val_bpb"] for x in runs[arm] if x["seed"] < 3] for arm in better}
-    if any(len(values) < 3 for values in three.values()):
-        return ""
-    return min(three, key=lambda arm: statistics.mean(three[arm]))
+    return min((name, better), key=lambda arm: sum(values[arm][seed] for seed in range(3)))
 
 
 def word_of(claim: Claim, x: Numbers) -> str:

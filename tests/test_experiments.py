@@ -576,6 +576,8 @@ def test_numbers_above_zero_favour_the_claim(asked):
     assert x.margin == pytest.approx(0.0025 * 1.1)
     x = asked(claims.Claim("", "t", "base", "a"), VALUES)
     assert x.p == pytest.approx(2 * x.raw) and x.half != x.alone > 0  # b against a is the smallest
+    x = asked(claims.Claim("", "t", "a", "b"), VALUES)
+    assert x.alone == pytest.approx(intervals.own_interval([0.5, 0.5, 0.45])[1])
     assert asked(claims.Claim("", "t", "a", "b"), {"base": [1.0], "a": [1.0]}).mean is None
 
 
@@ -644,13 +646,14 @@ def test_what_a_correction_for_all_tables_changes(monkeypatch):
 def test_the_second_text_is_corrected_for_the_claims_that_are_asked(asked, options, monkeypatch):
     """Two claims of a table that compares three pairs, in a folder of its own."""
     headlines = [claims.Claim(f"than {arm}", "t", "base", arm) for arm in "ab"]
-    raw = {claim.text: asked(claim, VALUES | {"a": [1.0, 1.2, 1.2]}).raw for claim in headlines}
+    near = {"base": [1.0, 1.1, 1.2], "a": [1.2, 1.1, 1.4], "b": [1.3, 1.2, 1.6]}
+    raw = {claim.text: asked(claim, near).raw for claim in headlines}
     monkeypatch.setattr(verdicts, "HEADLINES", headlines)
     monkeypatch.setattr(claims, "PROSE", {"results": options.results, "config": options.config})
     shown = verdicts.on_prose()
-    assert [cells[4] for cells in shown.values()] == [
-        verdicts.p_in_words(p) for p in intervals.holm(raw).values()
-    ][:: 1 if raw["than a"] < raw["than b"] else -1]
+    corrected = {text: verdicts.p_in_words(p) for text, p in intervals.holm(raw).items()}
+    assert {text: cells[4] for text, cells in shown.items()} == corrected
+    assert corrected["than b"] == verdicts.p_in_words(2 * raw["than b"])
 
 
 def test_power_of_an_equality():
