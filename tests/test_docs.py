@@ -161,7 +161,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
         x, y = tokens[:, :-1], tokens[:, 1:]
         before = sum(model.train()(x, y))
         before.backward()
-        assert all(parameter.grad is not None for parameter in model.parameters())
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         torch.optim.SGD(model.parameters(), lr=0.05).step()
         model.update_bias(0.01)
         assert sum(model(x, y)) < before
@@ -169,7 +169,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
         with torch.inference_mode():
             text = sample.generate(model.eval(), x[:1, :4], 4, temperature=0, speculative=2)
             assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
-        slower = "soft cap" in title
+        slower = "soft cap" in title or "Sparse" in title
         assert ("it runs without its fast twin" in capsys.readouterr().err) == slower
     if "gate" in title:
         s, _, _ = model.gates()[0](torch.randn(5, 48))
@@ -187,6 +187,19 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
         q, v = torch.tensor([[0.0], [1e3]])[None, None], torch.tensor([[1.0], [2.0]])[None, None]
         last = new.causal_attention(q, q, v, 1.0)[0, 0, 1, 0]  # scores 0 and 20
         assert last == pytest.approx(2 - 1 / (1 + math.exp(20)), abs=1e-9)
+    elif "Sparse" in title:  # a short text looks at all its tokens, a longer one at the best four
+        whole, indexer = sample.DeepSeekV3(model.config).eval(), model.layers[0].self_attn.indexer
+        whole.load_state_dict(model.state_dict(), strict=False)
+        monkeypatch.setitem(new.Indexer.forward.__globals__, "INDEX_TOPK", 64)
+        assert torch.allclose(model(x), whole(x), atol=1e-6)
+        monkeypatch.setitem(new.Indexer.forward.__globals__, "INDEX_TOPK", 4)
+        assert not torch.allclose(model(x), whole(x), atol=1e-3)
+        seen = []
+        indexer.register_forward_hook(lambda _, given, among: seen.append(among.tril().sum(-1)))
+        with torch.inference_mode():
+            text = sample.generate(model, x[:1, :8], 8, temperature=0)
+            assert torch.equal(text[0, 8:], model(text)[0, 7:-1].argmax(-1))
+        assert torch.equal(seen[-1][0], torch.arange(1, 17).clamp(max=4))
     elif "attention" in title:
         assert "layers.0.self_attn.qkv_proj.weight" in model.state_dict()
     elif "schedule" in title:
@@ -203,7 +216,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
 
 
 def test_every_change_is_there():
-    assert len(CHANGES) == 8 and HACKING.count("```diff") == 8
+    assert len(CHANGES) == 9 and HACKING.count("```diff") == 9
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(diff in HACKING for diff in re.findall(r"(?s)```diff\n(.*?)```", readme))
 
