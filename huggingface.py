@@ -1,6 +1,6 @@
 """Files: the layout of the released models, both ways, our tokenizer in it, and our own runs.
 
-    python huggingface.py SRC DST [--quantize=True | --check=True]
+    python huggingface.py SRC DST [--quantize=True | --check=True] [--overwrite]
     python huggingface.py SRC DST.gguf [--gguf_dtype=F32]
 
 SRC is a run's folder or a checkpoint file; DST, a new directory, opens in transformers and here,
@@ -15,7 +15,6 @@ import json
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 import fp8
 from model import DeepSeekV3, ModelConfig
+from support.files import check_free, new_folder, put_aside, read_json
 from support.gguf import write_gguf
 from support.runs import load_checkpoint
 from support.settings import info, parse_args, run_command
@@ -39,6 +39,7 @@ from support.tokenizer import (
     write_tokenizer,
 )
 
+FAMILY = ("deepseek_v3", "kimi_k2")  # the values of model_type with V3's network
 # config.json's other keys that matter, each with the only value that model.py computes.
 FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}
 FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
@@ -57,8 +58,14 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     Keys without effect on the network are ignored. Raises ValueError for another architecture
     and for a value that would change the logits in a way that is not implemented.
     """
-    if not isinstance(config, dict):
-        raise ValueError(f"config.json is {config!r:.100}, expected an object with keys.")
+    family, text_part = config.get("model_type"), config.get("text_config")
+    if family not in (None, *FAMILY):
+        if isinstance(text_part, dict):
+            family = f"{family}, whose text part (text_config) is {text_part.get('model_type')}"
+        raise ValueError(
+            f"config.json is of the family {family}, expected {' or '.join(FAMILY)}: V3, V3.1, R1, "
+            "Moonlight, Kimi-K2 or a network of their kind."
+        )
     for key in ("rope_scaling", "rope_parameters", "quantization_config"):
         if not isinstance(config.get(key), dict | None):
             raise ValueError(f"config.json has {key} {config[key]!r:.100}, expected an object.")
@@ -78,6 +85,30 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     stated["rope_scaling"] = {key: value for key, value in rope.items() if key not in apart}
     known = ModelConfig.__dataclass_fields__
     return ModelConfig(**{key: value for key, value in stated.items() if key in known})
+
+
+def check_sizes(config: ModelConfig, tensors: int, where: Path, stacked: bool = False):
+    """Raises ValueError for a network that cannot be the one of so many stored tensors. To build
+    it, if only to compare shapes, might take hours."""
+    for name, value in vars(config).items():
+        if isinstance(value, int) and value >= 2**31:
+            raise ValueError(f"{where} has {name} {value}, expected less than {2**31}.")
+    counts = {"num_hidden_layers": config.num_hidden_layers}
+    counts["num_nextn_predict_layers"] = config.num_nextn_predict_layers
+    if config.moe_layers and not stacked:
+        counts["n_routed_experts"] = config.n_routed_experts
+    for name, value in counts.items():
+        if value > tensors:
+            raise ValueError(f"{where} has {name} {value}, but there are only {tensors} tensors.")
+
+
+def on_meta(config: ModelConfig, where: Path) -> DeepSeekV3:
+    """The network without memory, to compare names and shapes. Raises ValueError."""
+    try:
+        with torch.device("meta"):
+            return DeepSeekV3(config)
+    except (RuntimeError, TypeError) as error:  # sizes whose product no integer holds; True for 1
+        raise ValueError(f"no network has the sizes in {where} ({error!s:.100})") from None
 
 
 def checkpoint_views(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
@@ -120,9 +151,8 @@ def from_pretrained(
     import safetensors
 
     directory, stored = Path(directory), {}
+    raw = read_json(directory / "config.json")
     try:
-        path = directory / "config.json"
-        raw = json.loads(path.read_bytes())
         for path in sorted(directory.glob("model*.safetensors")):
             file = safetensors.safe_open(path, "pt", str(device))
             if twice := stored.keys() & file.keys():
@@ -132,15 +162,14 @@ def from_pretrained(
         raise ValueError(f"{path} cannot be used ({error!s:.200}): fetch all anew.") from None
     config = config_from_json(raw)
     config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
+    check_sizes(config, len(stored), directory / "config.json")
     kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
     named = getattr(torch, str(kind or "bfloat16"), None)
     if named not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"config.json has dtype {kind!r:.100}, expected one such as float32.")
-    with torch.device("meta"):
-        model = DeepSeekV3(config).to(dtype or named)
+    model = on_meta(config, directory / "config.json").to(dtype or named)
 
-    # What config.json promises, and what may be stored once more. The model is on the meta device
-    # as yet, so that these have shapes and no memory.
+    # What config.json promises, and what may be stored once more: shapes as yet, without memory.
     needed, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))
     if missing := sorted(needed.keys() - stored.keys()):
         some = f"{missing[0]} and {len(missing) - 1} more" if missing[1:] else missing[0]
@@ -246,17 +275,26 @@ def load_model(
         return from_pretrained(path, dtype, str(device)), hf_tokenizer(path), path
     saved = load_checkpoint(path)
     try:
-        for name, x in saved["model"].items():
-            if not x.is_floating_point():  # which torch would convert without a word
-                raise TypeError(f"{name} holds {x.dtype}, expected floating point")
-        with torch.device("meta"):
-            model = DeepSeekV3(ModelConfig(**saved["model_config"]))
-        model.to(dtype or saved["model"]["norm.weight"].dtype).materialize(device)
-        model.load_state_dict(saved["model"])
-    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        weights, config = saved["model"], ModelConfig(**saved["model_config"])
+        stored = {name: tuple(x.shape) for name, x in weights.items()}
+        kept = weights["norm.weight"].dtype
+        kinds = {name: x.dtype for name, x in weights.items() if not x.is_floating_point()}
+        length = int(saved.get("trained_length", config.max_position_embeddings))
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: weights and settings do not match: {error!s:.200}") from None
-    windows = saved.get("train_config", {}).get("block_size", model.trained_length)
-    model.trained_length = saved.get("trained_length", windows)  # earlier versions had one length
+    if kinds:  # which torch would convert without a word
+        name, kind = kinds.popitem()
+        raise ValueError(f"{path}: {name} holds {kind}, expected floating point")
+    check_sizes(config, len(stored), path, stacked=True)
+    model = on_meta(config, path).to(dtype or kept)
+    needed = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    for name in sorted(needed.keys() | stored.keys()):
+        have, want = stored.get(name, "missing"), needed.get(name, "no part of this network")
+        if have != want:
+            told = f"{path}: weights and settings do not match"
+            raise ValueError(f"{told}: {name} is {have} in the file, but {want} by its settings")
+    model.materialize(device).load_state_dict(weights)
+    model.trained_length = length
     return model.eval(), stored_tokenizer(path if path.is_dir() else path.parent), path
 
 
@@ -268,6 +306,7 @@ class ConvertConfig:
     quantize: bool = False  # FP8 weights with 128x128 block scales, as released
     check: bool = False  # compare logits with those of transformers (not where weights are FP8)
     gguf_dtype: str = "F16"  # of the matrices in DST.gguf: F32, F16, BF16 or Q8_0
+    overwrite: bool = False  # rename what DST names to DST.old-1, and so on
 
 
 @torch.no_grad()
@@ -318,6 +357,8 @@ def export_gguf(source: Path, target: Path, dtype: str):
     """Writes weights and tokenizer as one file for llama.cpp."""
     model, tokenizer, _ = load_model(source)
     config = asdict(model.config) | {"max_position_embeddings": model.trained_length}
+    if target.exists():
+        put_aside(target)
     write_gguf(target, model.state_dict().items(), config, tokenizer.encoding, dtype)
     info(f"wrote {target}")
     if model.mtp:
@@ -339,25 +380,16 @@ def main(argv: list[str]):
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         told = f"the export needs {' and '.join(missing)}"
         raise ModuleNotFoundError(told, name=" ".join(missing))
-    if target.exists() and (to_gguf or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists: name a new {'file' if to_gguf else 'directory'}")
+    check_free(target, config.overwrite)
     if (source / "config.json").exists() and not (source / "meta.json").exists():
         raise ValueError(f"{source} is a release already: SRC is a run or a checkpoint file.")
     if to_gguf:
         return export_gguf(source, target, config.gguf_dtype)
     model, _, _ = load_model(source)
-    # Everything is written to a temporary directory first, which is deleted if anything fails. It
-    # lies on the target's disk, so that files can be moved: inside the target if that exists (it
-    # may be a mount point), else beside it.
-    place = target if target.exists() else target.absolute().parent
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=place) as scratch:
-        export(model, source, Path(scratch), config.quantize)
+    with new_folder(target, config.overwrite) as folder:
+        export(model, source, folder, config.quantize)
         if config.check:
-            check(Path(scratch))
-        target.mkdir(exist_ok=True)
-        for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == "config.json"):
-            file.rename(target / file.name)  # config.json last: without it target does not open
+            check(folder)
     info(f"wrote {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
     if model.mtp:
         info("transformers will list the MTP modules' tensors as unexpected: it does not use them")

@@ -20,7 +20,6 @@ import re
 import runpy
 import shlex
 import sysconfig
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from support.files import lies_in, put_aside
+from support.files import lies_in, new_folder
 from support.settings import info, parse_args, run_command, with_home
 from support.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer, write_tokenizer
 from support.tokens import TOKENS_PER_FILE, Dataset, load_dataset, read_tokens, write_tokens
@@ -311,31 +310,13 @@ def link_shards(config: DataConfig, folder: Path) -> None:
     write_tokenizer(tokenizer, folder)
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
-    if os.path.lexists(folder) and not overwrite:
-        hint = "choose another --name, or give --overwrite, which renames the old one"
-        raise FileExistsError(f"{folder} exists; {hint}")
-
-
 def prepare(config: DataConfig) -> Path:
     """Make the folder <out>/<name> and return its path; it appears complete or not at all."""
     folder = Path(config.out) / config.name
-    check_free(folder, config.overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{config.name}.part-") as scratch:
-        new = Path(scratch) / config.name
-        new.mkdir()
+    with new_folder(folder, config.overwrite) as new:
         make = link_shards if config.source in SHARDS else make_tokens
         make(config, new)
         data = load_dataset(new)  # checked by reading
-        for path in new.iterdir():
-            if not path.is_symlink():  # that is a download, in the care of another program
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        check_free(folder, config.overwrite)  # again: another program may have made it meanwhile
-        if os.path.lexists(folder):
-            put_aside(folder)
-        new.rename(folder)
     info(f"{folder} is ready, with a vocabulary of {data.vocab_size:,} tokens")
     return folder
 

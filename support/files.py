@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +29,40 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename:
+        if error.filename or error.errno is None:  # it is in the message, or the message is ours
             raise
         raise OSError(f"{path} cannot be written ({error.strerror or error})") from None
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where a folder, file or link is in the way. An empty folder is not."""
+    empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+    if os.path.lexists(folder) and not empty and not overwrite:
+        hint = "choose another name, or give --overwrite, which renames the old one"
+        raise FileExistsError(f"{folder} exists; {hint}")
+
+
+@contextmanager
+def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder` in the end: complete, or not at all.
+
+    With overwrite, a folder that is there is put aside. Raises FileExistsError without.
+    """
+    check_free(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.part-") as scratch:
+        new = Path(scratch) / folder.name
+        new.mkdir()
+        with naming(new):
+            yield new
+        for path in new.iterdir():
+            if not path.is_symlink():  # that is a download, in the care of another program
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+        check_free(folder, overwrite)  # again: another program may have made it meanwhile
+        if overwrite and os.path.lexists(folder):
+            put_aside(folder)
+        new.rename(folder)
 
 
 def lies_in(path: Path, folder: Path) -> bool:

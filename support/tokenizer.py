@@ -46,8 +46,9 @@ class Tokenizer:
     rows: int = 0  # of the release's embedding, where they are known
 
     def __post_init__(self):
-        ids = [*self.texts, *self.special, self.rows]
-        for i in (min(ids), max(ids), *self.eos, *[self.bos] * (self.bos is not None)):
+        ids = [*self.texts, *self.special]
+        bos = [] if self.bos is None else [self.bos]
+        for i in (min(ids), max(ids), *self.eos, *bos, self.rows):
             if not isinstance(i, int) or not 0 <= i < MOST_TOKENS:
                 raise ValueError(f"{i!r:.100} is no id of a token: expected 0 to {MOST_TOKENS - 1}")
 

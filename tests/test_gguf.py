@@ -229,7 +229,7 @@ def test_the_command_keeps_files_and_leaves_no_halves(export, tmp_path, monkeypa
     told = capsys.readouterr().err
     assert "left out the MTP modules" in told and "several blanks before a number" in told
     run = str(tmp_path / "run")
-    with pytest.raises(FileExistsError, match="name a new file"):
+    with pytest.raises(FileExistsError, match="exists; choose another name"):
         huggingface.main([run, str(file)])
     for options in (["--quantize=True"], ["--check=True"]):
         with pytest.raises(SystemExit):

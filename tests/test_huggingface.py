@@ -306,7 +306,11 @@ CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
     ({"quantization_config": {"weight_block_size": [64, 64]}}, "[64, 64]"),
     ({"rope_scaling": None, "rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5, expected 1"),
-    ({"vocab_size": 10**15}, "is (31, 16), but by its config.json (1000000000000000, 16)."),
+    ({"vocab_size": 32}, "is (31, 16), but by its config.json (32, 16)."),
+    (
+        {"vocab_size": 10**15},
+        "has vocab_size 1000000000000000, expected less than 2147483648",
+    ),
     ({"q_lora_rank": None}, "lacks model.layers.0.self_attn.q_proj.weight and 3 more, due by its"),
     ({"n_shared_experts": 0}, "has model.layers.1.mlp.shared_experts.down_proj.weight, for which"),
     ({"torch_dtype": "int64"}, "dtype 'int64', expected"),
@@ -331,6 +335,61 @@ def check_refusal(sentence: str, open_it, *args):
 def test_config_refused(changes, sentence, saved_by_us):
     edit_json(saved_by_us / "config.json", **changes)
     check_refusal(sentence, load_model, saved_by_us)
+
+
+@pytest.mark.parametrize(
+    "changes, family",
+    [
+        ({"model_type": "deepseek_v2"}, "deepseek_v2"),
+        ({"model_type": "deepseek_v32", "index_topk": 2048}, "deepseek_v32"),
+        ({"model_type": "deepseek_v4"}, "deepseek_v4"),
+        ({"model_type": "glm4_moe_lite"}, "glm4_moe_lite"),
+        ({"model_type": "glm_moe_dsa"}, "glm_moe_dsa"),
+        ({"model_type": "kimi_linear"}, "kimi_linear"),
+        (
+            {"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2"}},
+            "kimi_k25, whose text part (text_config) is kimi_k2",
+        ),
+        ({"model_type": ["x"]}, "['x']"),
+    ],
+)
+def test_another_family_is_refused_by_its_name(changes, family, saved_by_us):
+    """Also where it has V3's keys: that it opens does not mean that it is computed rightly."""
+    edit_json(saved_by_us / "config.json", **changes)
+    sentence = f"config.json is of the family {family}, expected deepseek_v3 or kimi_k2: V3, V3.1"
+    check_refusal(sentence, load_model, saved_by_us)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("num_hidden_layers", 10**7),
+        ("num_hidden_layers", 10**12),
+        ("n_routed_experts", 10**7),
+        ("n_routed_experts", 10**12),
+        ("max_position_embeddings", 10**12),
+        ("hidden_size", 10**30),
+        ("rope_theta", 10**30),
+    ],
+)
+def test_sizes_that_no_network_has_are_refused_before_it_is_built(
+    key, value, saved_by_us, monkeypatch
+):
+    """To build one of 10^7 layers takes minutes, even without memory."""
+    monkeypatch.setattr(huggingface, "DeepSeekV3", lambda config: pytest.fail("was built"))
+    edit_json(saved_by_us / "config.json", **{key: value})
+    check_refusal(f"config.json has {key} {value}, ", load_model, saved_by_us)
+
+
+@pytest.mark.parametrize("value", [2**31 - 1, True])
+def test_sizes_that_torch_cannot_build_are_refused(value, saved_by_us):
+    edit_json(saved_by_us / "config.json", hidden_size=value)
+    check_refusal("no network has the sizes in", load_model, saved_by_us)
+
+
+def test_json_nested_too_deeply_is_refused(saved_by_us):
+    (saved_by_us / "config.json").write_text('{"a":' + "[" * 100_000)
+    check_refusal("config.json is nested too deeply", load_model, saved_by_us)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "7", '"deepseek"', "null"])
@@ -385,7 +444,7 @@ def test_files_refused(saved_by_us):
     check_refusal("lacks model.layers.2.", huggingface.from_pretrained, saved_by_us)
     check_refusal("is a file missing?", huggingface.from_pretrained, saved_by_us)
     (saved_by_us / "config.json").write_text("{")
-    check_refusal("config.json cannot be used", huggingface.from_pretrained, saved_by_us)
+    check_refusal("config.json is no JSON", huggingface.from_pretrained, saved_by_us)
 
 
 # ---- Our runs ------------------------------------------------------------------------------------
@@ -420,7 +479,14 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
         ([1, 2], "is damaged, or no checkpoint"),
         ({"model_args": {}}, "is damaged, or no checkpoint"),
         (saved | {"model_config": config | {"wings": 2}}, "'wings'"),
-        (saved | {"model_config": config | {"vocab_size": 77}}, "do not match"),
+        (
+            saved | {"model_config": config | {"vocab_size": 77}},
+            "embed_tokens.weight is (304, 16)",
+        ),
+        (saved | {"model_config": config | {"num_hidden_layers": 10**7}}, "but there are only"),
+        (saved | {"model_config": config | {"n_routed_experts": 10**12}}, "expected less than"),
+        (saved | {"model_config": config | {"n_routed_experts": 10**8}}, "do not match: layers.1"),
+        (saved | {"trained_length": "long"}, "do not match"),
         ({key: x for key, x in saved.items() if key != "model"}, "do not match"),
         (saved | {"model": saved["model"] | {"norm.weight": 1.0}}, "do not match"),
         (saved | {"model": {k: x.long() for k, x in saved["model"].items()}}, "holds torch.int64"),
@@ -514,14 +580,14 @@ def test_check_fails_where_logits_differ(change, run, tmp_path, monkeypatch, cap
     "error, raised", [(KeyboardInterrupt, KeyboardInterrupt), (SafetensorError("full"), OSError)]
 )
 def test_an_interrupted_export_leaves_nothing(error, raised, exists, run, tmp_path, monkeypatch):
-    """At no moment does an unfinished directory open; what is there in the end, anyone may read."""
+    """At no moment is there an unfinished directory; what is there in the end, anyone may read."""
     target = tmp_path / "deep/hf"
     target.parent.mkdir()
     if exists:
         target.mkdir()
 
     def interrupt(*args):
-        assert not (target / "config.json").exists()
+        assert not exists or not [*target.iterdir()]
         raise error
 
     what = huggingface if error is KeyboardInterrupt else huggingface_hub
@@ -530,17 +596,21 @@ def test_an_interrupted_export_leaves_nothing(error, raised, exists, run, tmp_pa
         m.setattr(what, name, interrupt)
         huggingface.main([str(run), str(target)])
     assert [*target.parent.rglob("*")] == [target] * exists
-    moved, rename = [], Path.rename
-
-    def move(source, aim):
-        assert not exists or source.parent.parent == target  # which may be a disk of its own
-        moved.append(source.name)
-        rename(source, aim)
-
-    monkeypatch.setattr(Path, "rename", move)
     huggingface.main([str(run / "ckpt.pt"), str(target)])
-    assert moved[-1] == "config.json" and {x.name for x in target.iterdir()} == {*moved}
+    assert (target / "config.json").exists() and [*target.parent.iterdir()] == [target]
     assert target.stat().st_mode == target.parent.stat().st_mode
+
+
+def test_an_export_is_put_aside_by_the_next_one_with_overwrite(run, tmp_path, capsys):
+    target, aside = tmp_path / "hf", tmp_path / "hf.old-1"
+    huggingface.main([str(run), str(target)])
+    (target / "notes").write_text("mine")
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    check_refusal("hf exists; choose another name, or", huggingface.main, [str(run), str(target)])
+    huggingface.main([str(run), str(target), "--overwrite"])
+    assert f"{target} was there: it is now {aside}" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    assert before.keys() - {path.name for path in target.iterdir()} == {"notes"}
 
 
 def test_a_model_without_mtp_modules_gets_no_word_about_them(run, tmp_path, capsys):
@@ -558,7 +628,7 @@ def test_a_model_without_mtp_modules_gets_no_word_about_them(run, tmp_path, caps
         ([], 2, "usage"),
         (["new", "more"], 2, "usage"),
         (["new", "--check", "--quantize"], 2, "usage"),
-        (["full"], 1, "full exists: name a new directory"),
+        (["full"], 1, "full exists; choose another name, or give --overwrite"),
     ],
 )
 def test_the_command_and_its_refusals(words, code, said, run, tmp_path, monkeypatch, capsys):

@@ -588,7 +588,7 @@ def test_overwrite_puts_the_old_folder_aside_with_every_file_in_it(book, tmp_pat
     (book / "thesis.txt").write_text("precious")
     (book / "best.pt").write_text("weights")
     before = contents(book)
-    with pytest.raises(FileExistsError, match="book exists; choose another --name, or give --ov"):
+    with pytest.raises(FileExistsError, match="book exists; choose another name, or give --ov"):
         make(tmp_path, tmp_path / "a.txt", name="book")
     assert contents(book) == before
     make(tmp_path, tmp_path / "a.txt", name="book", overwrite=True)
@@ -623,7 +623,7 @@ def test_a_folder_made_meanwhile_is_refused_or_put_aside(book, tmp_path, monkeyp
         real(tokenizer, new)
 
     monkeypatch.setattr(pd, "write_tokenizer", meanwhile)
-    with pytest.raises(FileExistsError, match="d exists; choose another --name"):
+    with pytest.raises(FileExistsError, match="d exists; choose another name"):
         make(tmp_path, tmp_path / "a.txt")
     assert contents(folder) == contents(book) and names_in(folder.parent) == ["book", "d"]
     make(tmp_path, tmp_path / "a.txt", overwrite=True)
@@ -680,8 +680,8 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
     Path("data/mine/thesis.txt").write_text("precious")
     for code, sentence, *words in [
         (0, "vocabulary of 300 tokens", "a.txt", "--vocab_size=300"),
-        (1, "data/a exists; choose another --name, or give --overwrite", "a.txt"),
-        (1, "data/mine exists; choose another --name", "a.txt", "--name=mine"),
+        (1, "data/a exists; choose another name, or give --overwrite", "a.txt"),
+        (1, "data/mine exists; choose another name", "a.txt", "--name=mine"),
         (1, "a folder, stdlib, tinystories, fineweb, finewebedu", "tiny_stories"),
         (1, "latin.txt holds 0 characters", "latin.txt"),
         (1, "val_fraction=0.6: expected", "a.txt", "--val_fraction=0.6", "--name=b"),

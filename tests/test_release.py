@@ -257,7 +257,7 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(tmp_path):
             lambda: train_on("--data=own", "--out=new", "--steps=1"),
         ),
         ("endless names no end token", lambda: prepare("endless", "endless")),
-        ("exists; choose another --name", lambda: prepare("mine", "release")),
+        ("exists; choose another name", lambda: prepare("mine", "release")),
     ):
         with pytest.raises((ValueError, OSError)) as caught:
             act()

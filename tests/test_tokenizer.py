@@ -1,6 +1,7 @@
 """support/tokenizer.py: training, how text is split, a release's tokenizers, what is refused."""
 
 import base64
+import hashlib
 import importlib.util
 import json
 import os
@@ -175,7 +176,7 @@ ODD_TEXTS = [
 ]  # fmt: skip
 
 
-def write_bytes_release(folder: str, **told):
+def write_bytes_release(folder: str | Path, **told):
     """A release's tokenizer without weights: a token for every byte, and two special ones."""
     Path(folder).mkdir()
     lines = (b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
@@ -293,3 +294,144 @@ def test_a_tokenizer_json_that_cuts_or_pads_does_neither(tmp_path, monkeypatch):
     Path("tokenizer.json").write_text(json.dumps(told))
     ids = tk.hf_tokenizer(Path()).encode_batch(["abcde", "f"])
     assert ids == [[97, 98, 99, 100, 101], [102]]
+
+
+# ---- What is refused ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with a tokenizer of ours."""
+    (tmp_path / "ours").mkdir()
+    tk.write_tokenizer(tk.tokenizer_of(ONLY_BYTES), tmp_path / "ours")
+    return tmp_path / "ours"
+
+
+@pytest.fixture
+def copies(tmp_path) -> Path:
+    """A folder with copies of a release's files."""
+    write_bytes_release(tmp_path / "release", eos_token_id=257)
+    (tmp_path / "release/chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "copies").mkdir()
+    tk.write_tokenizer(tk.hf_tokenizer(tmp_path / "release"), tmp_path / "copies")
+    return tmp_path / "copies"
+
+
+def edit(path: Path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(ValueError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["SECRET", "../secret", "sub/tokenizer.json", "secret", "tokenization_/../../secret.py"]
+)
+def test_meta_json_names_no_file_outside_the_folder(name, copies, tmp_path):
+    """Whoever made a data folder must not choose what a run and an export copy from here."""
+    (tmp_path / "secret").write_text("mine")
+    (copies / "sub").mkdir()
+    (copies / "sub/tokenizer.json").write_text("{}")
+    name = name.replace("SECRET", str(tmp_path / "secret"))
+    edit(copies / "meta.json", files=["tiktoken.model", name])
+    (tmp_path / "run").mkdir()
+    for call, *more in (tk.stored_tokenizer,), (tk.copy_tokenizer, tmp_path / "run"):
+        assert f"{name!r:.100} is no file of a tokenizer" in refusal(call, copies, *more)
+    assert not [*(tmp_path / "run").iterdir()]
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "meta.json"])
+def test_no_link_to_a_file_outside_the_folder_is_copied(name, copies, tmp_path):
+    """Of a data folder, a run, or a release."""
+    secret, release = tmp_path / "secret", tmp_path / "release"
+    (tmp_path / "run").mkdir()
+    for folder, call, *more in (
+        (copies, tk.stored_tokenizer),
+        (copies, tk.copy_tokenizer, tmp_path / "run"),
+        (release, tk.hf_tokenizer),
+        (release, tk.open_tokenizer),
+    ):
+        if not (folder / name).exists():
+            continue
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        secret.write_bytes(content)
+        (folder / name).symlink_to(secret)
+        assert f"{folder / name} is a link to {secret}; put a copy" in refusal(call, folder, *more)
+        (folder / name).unlink()
+        (folder / name).write_bytes(content)
+        call(folder, *more)
+
+
+def test_a_release_in_the_cache_of_huggingface_hub_opens(copies, tmp_path):
+    """There all files are links to another folder of the cache."""
+    cache = tmp_path / "cache/snapshots/0123"
+    cache.mkdir(parents=True)
+    (tmp_path / "release").rename(tmp_path / "cache/blobs")
+    for path in (tmp_path / "cache/blobs").iterdir():
+        (cache / path.name).symlink_to(Path("../../blobs") / path.name)
+    assert tk.hf_tokenizer(cache).texts == tk.stored_tokenizer(copies).texts
+
+
+@pytest.mark.parametrize("i", [-1, 4 * 10**9, 10**12, 10**30, 1.5, "7", None])
+def test_ids_that_no_vocabulary_has_are_refused(i, folder, copies, tmp_path):
+    edit(folder / "meta.json", special_tokens={"<|endoftext|>": i})
+    assert f"{folder} has no whole tokenizer" in refusal(tk.stored_tokenizer, folder)
+    release = tmp_path / "release"
+    for name in "eos_token_id", "vocab_size":
+        if i is not None:
+            edit(release / "tokenizer_config.json", **{name: i})
+            said = refusal(tk.hf_tokenizer, release)
+            assert said.startswith(f"the tokenizer of {release} cannot be read (")
+            edit(release / "tokenizer_config.json", **{name: 257})
+    for key in "eos", "bos", "rows":
+        kept = json.loads((copies / "meta.json").read_text())
+        if (key, i) != ("bos", None):
+            edit(copies / "meta.json", **{key: [i] if key == "eos" else i})
+            assert f"{copies} has no whole tokenizer" in refusal(tk.stored_tokenizer, copies)
+        edit(copies / "meta.json", **kept)
+
+
+@pytest.mark.parametrize("pattern", ["", "a*", r"\w+", "(", 5, None, "(?=a)|.", "."])
+def test_patterns_that_lose_text_are_refused(pattern, folder):
+    edit(folder / "meta.json", pattern=pattern)
+    assert "has no whole tokenizer" in refusal(tk.stored_tokenizer, folder)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1]", "7", '{"a":' * 100_000, "{", "\0"])
+def test_a_meta_json_that_is_no_object_is_refused(content, folder):
+    (folder / "meta.json").write_text(content)
+    assert "has no whole tokenizer" in refusal(tk.stored_tokenizer, folder)
+    assert str(folder / "meta.json") in refusal(tk.tokenizer_identity, folder)
+
+
+def test_a_vocabulary_without_a_byte_is_refused(folder):
+    lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines(keepends=True)
+    (folder / "tokenizer.tiktoken").write_bytes(content := b"".join(lines[:7] + lines[8:]))
+    edit(folder / "meta.json", tokenizer_sha256=hashlib.sha256(content).hexdigest())
+    assert "the vocabulary lacks byte 7" in refusal(tk.stored_tokenizer, folder)
+
+
+def test_the_identity_tells_tokenizers_apart(folder, copies):
+    one, other = tk.tokenizer_identity(folder), tk.tokenizer_identity(copies)
+    assert one != other and tk.tokenizer_identity(folder.parent) is None
+    for key, value in ("pattern", "x"), ("special_tokens", {"<e>": 256}), ("tokenizer_sha256", "0"):
+        kept = (folder / "meta.json").read_text()
+        edit(folder / "meta.json", **{key: value})
+        assert tk.tokenizer_identity(folder) != one
+        (folder / "meta.json").write_text(kept)
+    edit(folder / "meta.json", note="what else is in it")
+    assert tk.tokenizer_identity(folder) == one
+
+
+def test_copies_are_what_was_copied(folder, copies, tmp_path):
+    for source in folder, copies:
+        (target := tmp_path / f"run of {source.name}").mkdir()
+        tk.copy_tokenizer(source, target)
+        found = {path.name: path.read_bytes() for path in target.iterdir()}
+        assert found == {path.name: path.read_bytes() for path in source.iterdir()}
+        assert tk.tokenizer_identity(target) == tk.tokenizer_identity(source)
