@@ -81,7 +81,7 @@ def make_moonlight(folder: Path):
     model = DeepseekV3ForCausalLM(config)
     for layer in model.model.layers[1:]:
         torch.nn.init.uniform_(layer.mlp.gate.e_score_correction_bias, -1, 1)
-    huggingface.save_pretrained(model, folder)
+    model.save_pretrained(folder)
     ranks = train_bpe([text(i) for i in range(9)], 380, PATTERN)
     lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
     (folder / "tiktoken.model").write_bytes(b"".join(lines))
