@@ -16,10 +16,13 @@ import json
 import math
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -37,9 +40,11 @@ import train
 from huggingface import FP8_WEIGHTS, checkpoint_views, from_pretrained, save_pretrained
 from model import Cache, DeepSeekV3, ModelConfig
 from support import processes
+from support.gguf import write_gguf
 from support.ops import fast_dtype, laid_out
 from support.processes import Machine
 from support.settings import info, parse_args, read_config_file, run_command
+from support.tokenizer import END_OF_TEXT, PATTERN, encoding_from
 
 # The 20.8M-parameter model on which we and transformers' DeepseekV3ForCausalLM are compared.
 REFERENCE = dict(
@@ -354,13 +359,22 @@ def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Modul
         greedy = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
         texts[name] = hf.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
 
+    def llama(name: str, complete: Callable[[Tensor], Tensor]):
+        texts[name] = complete(prompt)
+
     functions = {name: partial(transformers, name, hf) for name, hf in theirs.items()}
     for name, m in models.items():
         functions[name] = partial(ours, name, m, False)
         if options.compile:
             functions[f"{name} compiled"] = partial(ours, f"{name} compiled", m, True)
     memory = torch.ones(2**26, device=device)  # 268 MB, more than a CPU's caches hold
-    t = interleaved({"read": memory.sum, **functions}, options.rounds)
+    with ExitStack() as servers:
+        if device.type == "cpu" and find_spec("xllamacpp") and find_spec("gguf"):
+            functions["ours"]()
+            for dtype in LLAMA_CPP:
+                complete = servers.enter_context(llama_cpp(model, dtype, texts["ours"], new))
+                functions[f"llama.cpp {dtype}"] = partial(llama, f"llama.cpp {dtype}", complete)
+        t = interleaved({"read": memory.sum, **functions}, options.rounds)
     read = [seconds / memory.nbytes for seconds in t.pop("read")]  # per byte
     active = model.parameter_counts()["active"] - model.embed_tokens.weight.numel()
     reading = f"{active / 1e6:.2f}M active weights at {1e-9 / statistics.median(read):.1f} GB/s"
@@ -370,8 +384,65 @@ def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Modul
         name, size = row[""], active * (2 if "bf16" in row[""] else 4)
         row["same text"] = torch.equal(texts[name], texts["ours"])
         if name in steps:
-            row["reading's share"] = ratio(read, steps[name][1:], size)
+            row["reading's share"] = ratio(read, steps[name][-options.rounds :], size)
     return table
+
+
+LLAMA_CPP = {"float32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}  # q8_0: a byte for each weight
+# In a process of its own: beside torch's, its threads are 4 times as slow. In float32 all is:
+# weights, cache and attention. Else the cache has 16 bits, and attention is llama.cpp's choice.
+LLAMA_SERVER = """
+import sys, xllamacpp
+file, dtype, threads = sys.argv[1:]
+params = xllamacpp.CommonParams()
+params.model.path, params.verbosity, params.fit_params = file, -1, False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
+if dtype == "float32":
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()  # which ends with the measurement
+"""
+
+
+@contextmanager
+def llama_cpp(
+    model: DeepSeekV3, dtype: str, text: Tensor, new: int
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """llama.cpp's server on the same weights and threads: prompt (1, T) -> (1, T + new), greedy.
+
+    text: ours; the end token, which llama.cpp must not write here, is none of it.
+    """
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256}  # any will do: ids go in and out
+    end = min({*range(257, model.config.vocab_size)} - {*text.flatten().tolist()})
+    vocabulary = encoding_from(ranks, PATTERN, {END_OF_TEXT: end})
+    wishes = {"n_predict": new, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
+    wishes |= {"cache_prompt": False, "return_tokens": True}
+
+    def complete(prompt: Tensor) -> Tensor:
+        body = json.dumps(wishes | {"prompt": prompt[0].tolist()}).encode()
+        request = urllib.request.Request(f"{address}/completion", body)
+        with urllib.request.urlopen(request) as answer:
+            ids = json.load(answer)["tokens"]
+        return torch.cat((prompt, torch.tensor([ids])), -1)
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        weights, config = model.state_dict().items(), asdict(model.config)
+        write_gguf(file, weights, config, vocabulary, LLAMA_CPP[dtype])
+        command = [
+            sys.executable,
+            "-c",
+            LLAMA_SERVER,
+            str(file),
+            dtype,
+            str(torch.get_num_threads()),
+        ]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        with subprocess.Popen([sys.executable, "-c", LLAMA_SERVER, *settings], **pipes) as server:
+            address = server.stdout.readline().strip()
+            yield complete
 
 
 def our_step_at(model: DeepSeekV3, S: int) -> tuple[list[Tensor], Callable]:

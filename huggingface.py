@@ -32,6 +32,7 @@ from support.runs import load_checkpoint
 from support.settings import info, parse_args, run_command
 from support.tokenizer import (
     END_OF_TEXT,
+    PATTERN,
     STAND_INS,
     Tokenizer,
     hf_tokenizer,
@@ -361,6 +362,11 @@ def export_gguf(source: Path, target: Path, dtype: str):
         put_aside(target)
     write_gguf(target, model.state_dict().items(), config, tokenizer.encoding, dtype)
     info(f"wrote {target}")
+    if tokenizer.encoding._pat_str == PATTERN:
+        info(
+            "of several blanks before a number our tokenizer keeps the last one apart, llama.cpp "
+            "none: the ids of such a text differ, its characters do not"
+        )
     if model.mtp:
         info("left out the MTP modules: llama.cpp decodes without drafts")
 

@@ -19,7 +19,6 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
-from support.settings import info
 from support.tokenizer import END_OF_TEXT, PATTERN, STAND_INS
 
 DTYPES = ("F32", "F16", "BF16", "Q8_0")  # of matrices; vectors and the gate's stay in float32
@@ -165,7 +164,6 @@ def add_tokenizer(writer: Any, encoding: tiktoken.Encoding | None, rows: int) ->
             "llama.cpp has no known name for the way in which this run's tokenizer splits texts: "
             "give a directory as DST, which llama.cpp's convert_hf_to_gguf.py may read."
         )
-    pre = PRE_TOKENIZERS[encoding._pat_str]
     ordered = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
     ranks = {token.decode("latin-1").translate(STAND_INS): rank for token, rank in ordered}
     splits = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
@@ -176,18 +174,13 @@ def add_tokenizer(writer: Any, encoding: tiktoken.Encoding | None, rows: int) ->
         tokens[rank] = (token, normal)
     tokens[end] = (END_OF_TEXT, control)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    writer.add_tokenizer_pre(PRE_TOKENIZERS[encoding._pat_str])
     writer.add_token_list([token for token, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
     writer.add_token_merges([f"{a} {b}" for a, b in splits if a in ranks and b in ranks])
     writer.add_bos_token_id(end)
     writer.add_eos_token_id(end)
     writer.add_add_bos_token(False)  # sample.py puts none before a prompt either
-    if pre == "deepseek-v3":
-        info(
-            "of several blanks before a number our tokenizer keeps the last one apart, llama.cpp "
-            "none: the ids of such a text differ, its characters do not"
-        )
 
 
 def kind_of(name: str, x: Tensor, dtype: str) -> str:
