@@ -18,8 +18,10 @@ import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import huggingface
+from bench import llama_cpp
 from model import DeepSeekV3
 from prepare_data import read_stdlib
+from sample import generate
 from support.gguf import write_gguf
 from support.tokenizer import (
     PATTERN,
@@ -245,3 +247,11 @@ def test_the_command_keeps_files_and_leaves_no_halves(export, tmp_path, monkeypa
     with pytest.raises(OSError, match="no space"):
         huggingface.main([run, str(tmp_path / "y.gguf")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "x.gguf"]
+
+
+@torch.no_grad()
+def test_the_benchmark_has_the_same_text(tmp_path):
+    model = test_model.tiny(torch.float32, **V3)
+    prompt = torch.randint(256, (1, 24))
+    text = generate(model, prompt, 16, temperature=0, speculative=0)
+    assert llama_cpp(model, "float32", text, 16, str(tmp_path))(prompt).equal(text)
