@@ -431,16 +431,9 @@ def llama_cpp(
         file = Path(folder) / "model.gguf"
         weights, config = model.state_dict().items(), asdict(model.config)
         write_gguf(file, weights, config, vocabulary, LLAMA_CPP[dtype])
-        command = [
-            sys.executable,
-            "-c",
-            LLAMA_SERVER,
-            str(file),
-            dtype,
-            str(torch.get_num_threads()),
-        ]
+        words = LLAMA_SERVER, str(file), dtype, str(torch.get_num_threads())
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        with subprocess.Popen([sys.executable, "-c", LLAMA_SERVER, *settings], **pipes) as server:
+        with subprocess.Popen([sys.executable, "-c", *words], **pipes) as server:
             address = server.stdout.readline().strip()
             yield complete
 
