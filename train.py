@@ -15,32 +15,27 @@ resumed run, see the same data.
 
 On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (docs/REFERENCE.md).
 
+What is written where, and how a run goes on after an interruption: support/runs.py. Processes and
+devices: support/processes.py.
+
 Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
 """
 
-import ast
 import functools
+import hashlib
 import itertools
-import json
 import math
-import os
 import shlex
-import shutil
-import signal
 import sys
-import textwrap
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -49,10 +44,10 @@ import prepare_data
 import sample
 from huggingface import load_model
 from model import DeepSeekV3, ModelConfig, expert_counts
-from support import processes
-from support.processes import Machine, is_first, join_processes, on_all, on_first, wrap
-from support.runs import checkpoint_file, load_checkpoint, write_atomically
-from support.settings import info, parse_args, read_config_file, run_command, with_home
+from support import processes, runs, settings
+from support.processes import Machine
+from support.runs import checkpoint_file, load_checkpoint
+from support.settings import info
 from support.tokenizer import Tokenizer, stored_tokenizer, tokenizer_files, tokenizer_identity
 from support.tokens import Dataset, load_dataset
 
@@ -108,7 +103,7 @@ class TrainConfig:
     save_every: int = 250  # steps between checkpoints
     log_every: int = 10  # steps between lines in log.jsonl
     resume: bool = False  # go on from the run's ckpt.pt
-    overwrite: bool = False  # replace an existing run
+    overwrite: bool = False  # begin anew: a run that is there is renamed to NAME.old-1
     init_from: str = ""  # start from the weights of a run, checkpoint or Hugging Face directory
     eval_only: bool = False  # evaluate the run's (or init_from's) weights and stop
 
@@ -123,9 +118,6 @@ class TrainConfig:
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise ValueError("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
-
-    def check_order(self):
-        """Raises ValueError where a phase of the learning rate begins before the one it follows."""
         # A cosine that ends at 1 lasts to the end of the run, without a last phase.
         phases = PHASES if self.decay_end < 1 else PHASES[:-1]
         for first, then in itertools.pairwise(phases):
@@ -328,11 +320,8 @@ def data_folder(name: str) -> Path:
     return path if is_path else Path("data") / name
 
 
-def open_data(config: TrainConfig, vocab_size: int):
-    """The prepared data and its folder; those of our own config files are made if missing.
-
-    Process 0 makes them. Every process reads its own disk's, which have to be the same.
-    """
+def open_data(config: TrainConfig, vocab_size: int) -> tuple[Dataset, Path]:
+    """The prepared data and its folder; those of our own config files are made if missing."""
     folder = data_folder(config.data)
 
     def make():
@@ -342,18 +331,15 @@ def open_data(config: TrainConfig, vocab_size: int):
             with suppress(FileExistsError):  # another train.py has made it meanwhile
                 prepare_data.prepare(source)
 
-    on_first(make)
-    data = on_all(lambda: read_data(config, folder, vocab_size))
-    sizes = [*map(len, data.train.arrays), *map(len, data.val.arrays)]
-    own = sizes, tokenizer_identity(folder)
-    first = on_first(lambda: own)
+    processes.once(make)
+    return read_data(config, folder, vocab_size), folder
 
-    def compare():
-        if own != first:
-            raise ValueError(f"{folder} differs from that of process 0: copy it from there.")
 
-    on_all(compare)
-    return data, folder
+def text_digest(data: Dataset) -> str:
+    """Digits that tell one prepared text from another: of the validation text and all sizes."""
+    digest = hashlib.sha256(repr([*map(len, data.train.arrays)]).encode())
+    digest.update(np.ascontiguousarray(data.val.arrays[0]).data)
+    return digest.hexdigest()
 
 
 @functools.lru_cache(2)
@@ -450,13 +436,14 @@ def mean_losses(sums: dict) -> list[float]:
 def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> dict:
     """What the log has of an evaluation of the whole validation text: losses and the use of the
     experts in windows of block_size and, once the model knows them, the loss in long ones."""
-    text = data.val.arrays[0]
+    text, training = data.val.arrays[0], model.training
     model.eval()
     with fp8.quantized_once(model), torch.compiler.set_stance("force_eager"):  # for so few calls
         total = add_up(model, text, config.block_size, config, machine)
         long = None
         if config.long_block_size == model.trained_length:
             long = add_up(model, text, config.long_block_size, config, machine)
+    model.train(training)
     main, *mtp = mean_losses(total)
     share = total["visits"] / total["visits"].sum(1, keepdim=True).clamp(min=1)
     visits, groups = total["visits"].sum().item(), total["groups"].item()  # 0 without experts
@@ -478,421 +465,6 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     return result
 
 
-# ---- The folder of a run -------------------------------------------------------------------------
-
-
-@contextmanager
-def only_writer(out: Path) -> Iterator[None]:
-    """Makes the run's folder, and keeps every other train.py from writing there meanwhile.
-
-    Process 0 holds a lock on a file in it. The system takes that back however the process ends. If
-    the run ends before it has written anything, the folders made here are removed.
-    """
-    path = out / ".lock"
-    new = [folder for folder in (out, *out.parents) if not folder.exists()]
-    file = on_all(lambda: lock(path) if is_first() else None)
-    try:
-        yield
-    finally:
-        if file:
-            with suppress(OSError):  # another process is there by now; Windows removes no open file
-                if new and [*out.iterdir()] == [path]:
-                    path.unlink()
-                    for folder in new:
-                        folder.rmdir()
-            file.close()
-
-
-def lock(path: Path) -> BinaryIO:
-    """Opens the file and locks it until it is closed. Deletes what killed writers have left beside
-    it. Raises ValueError where another process has the lock. Reading a run needs none."""
-    folder = path.parent
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file: give another --out.")
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")  # noqa: SIM115
-        try:
-            if os.name == "posix":
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except (BlockingIOError, PermissionError):
-            file.close()
-            raise ValueError(
-                f"another train.py is writing to {folder}: wait for its end, or give another --out."
-            ) from None
-        except OSError as error:
-            info(f"{folder} cannot be locked ({error}): let only one train.py write there")
-            return file
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
-        file.close()  # its last writer has removed it since it was opened
-    for name in ("ckpt.pt", "best.pt", "log.jsonl"):
-        for part in folder.glob(f"{name}*.tmp"):
-            part.unlink(missing_ok=True)
-    return file
-
-
-def cut_log(path: Path, step: int) -> int:
-    """Deletes a log's damaged lines and those of later steps. Returns the last step of which it
-    still has an evaluation (0: none)."""
-    kept, evaluated, damaged = [], 0, 0
-    content = path.read_bytes() if path.exists() else b""
-    for line in content.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            continue  # the last one, half written
-        try:
-            entry = json.loads(line)
-            if entry["step"] > step:
-                continue
-        except (ValueError, TypeError, KeyError):  # no JSON, no object, no step
-            damaged += 1
-            continue
-        kept.append(line)
-        if "val_loss" in entry:
-            evaluated = max(evaluated, entry["step"])
-    if damaged:
-        info(f"{path}: left out {damaged} damaged line(s)")
-    if b"".join(kept) != content:
-        write_atomically(path, lambda file: file.writelines(kept))
-    return evaluated
-
-
-def to_json(values: dict) -> str:
-    """NaN and infinity, for which JSON has no name, become null."""
-    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda name: None))
-
-
-# ---- The run -------------------------------------------------------------------------------------
-
-
-def seconds_waited() -> float:
-    """How long this process's threads have waited for a core, in all. Only Linux tells; else 0."""
-    total = 0
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        with suppress(OSError):  # a thread may end meanwhile
-            total += int(path.read_text().split()[1])
-    return total / 1e9
-
-
-class Clock:
-    """How fast the run is, how long it will last, and whether other programs keep it waiting."""
-
-    def __init__(self):
-        self.began, self.waited_before = time.perf_counter(), seconds_waited()
-        self.steps = 0  # made by this process
-        self.since, self.tokens_before = self.began, 0  # when measuring began; the tokens then
-        self.speed = 0.0  # tokens/s, smoothed
-        self.told_busy = False
-
-    def restart(self, tokens: int):
-        """What has taken time until now, such as an evaluation, does not count."""
-        self.since, self.tokens_before = time.perf_counter(), tokens
-
-    def measure(self, tokens: int) -> float:
-        """Tokens per second since the last measurement, or restart."""
-        since, before = self.since, self.tokens_before
-        self.restart(tokens)
-        speed = (tokens - before) / (self.since - since)
-        self.speed = 0.7 * self.speed + 0.3 * speed if self.speed else speed
-        return speed
-
-    def time_left(self, tokens: int) -> str:
-        """For so many tokens, at the smoothed speed. Nothing in the first ten steps, which may be
-        slow."""
-        left = timedelta(seconds=round(tokens / self.speed))
-        return f", {left} left" if self.steps >= 10 else ""
-
-    def tell_if_busy(self):
-        """Says once that the machine has more work than cores, and what helps."""
-        seconds = time.perf_counter() - self.began
-        if self.told_busy or (self.steps < 10 and seconds < 10):
-            return
-        threads = torch.get_num_threads()
-        waiting = (seconds_waited() - self.waited_before) / seconds
-        if waiting > 0.25:
-            self.told_busy = True
-            if threads == 1:
-                share = min(1, waiting)  # a helper thread may wait beside it
-                told = f"the core is busy: this run waits for it {share:.0%} of the time"
-                info(f"{told}; stop other programs")
-                return
-            info(
-                f"the cores are busy: on average {waiting:.1f} of this run's {threads} threads "
-                f"wait for one, and the others for them; stop other programs, or set "
-                f"OMP_NUM_THREADS={threads - 1}"
-            )
-
-
-class Stop:
-    """Ctrl-C or pre-emption: the run stops after the step, when all is saved."""
-
-    def __init__(self):
-        self.heard = 0.0  # when this process got a signal (0: never)
-
-    @contextmanager
-    def listen(self, way_on: Callable[[], str]) -> Iterator[None]:
-        """way_on() tells where a run that is cut short can go on."""
-        handlers = {x: signal.signal(x, self.on_signal) for x in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        except (KeyboardInterrupt, torch._dynamo.exc.ShortenTraceback):
-            if not self.heard:
-                raise
-            # A second signal, or a compiler that has heard the first one too, and failed.
-            info(f"stopped at once; {way_on()}")
-            raise KeyboardInterrupt from None
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    def on_signal(self, number, frame):
-        """torchrun sends it twice. A signal more than a second after the first aborts at once."""
-        if self.heard and time.monotonic() > self.heard + 1:
-            raise KeyboardInterrupt
-        if not self.heard and is_first():
-            os.write(2, b"\nstopping after the next step\n")
-        self.heard = self.heard or time.monotonic()
-
-    def agreed(self, machine: Machine) -> bool:
-        """Whether any process has heard a signal, so that all stop together."""
-        return bool(machine.sum(torch.tensor(float(self.heard > 0))))  # a sum on the CPU
-
-
-class Run:
-    """How far the run has come, and its folder: what is logged, saved and restored there."""
-
-    def __init__(self, model, optimizers, data, config: TrainConfig, machine: Machine):
-        # It gathers what FSDP has cut up. To import it takes a second: --help need not wait for it.
-        import torch.distributed.checkpoint.state_dict as dcp
-
-        self.dcp, self.whole = dcp, dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        self.model, self.data = model, data
-        self.model_and_optimizers = model, optimizers  # what dcp's functions take
-        self.config, self.machine, self.out = config, machine, Path(config.out)
-        self.clock = Clock()
-        self.step = self.tokens = 0
-        self.saved_step = 0  # the step of ckpt.pt (0: there is none)
-        self.evaluated_step = 0  # of the last evaluation that a resumed run finds in its log
-        self.at_start: dict | None = None  # the evaluation of weights that the run starts from
-        self.best_length, self.best_loss = 0, math.inf  # of best.pt: tokens trained for, loss
-        # Sums over the steps since the last line of the log: loss, MTP loss, balance loss, MaxVio,
-        # steps left out, all steps. They stay on the device, so that no step has to wait for them.
-        self.sums = torch.zeros(6, device=machine.device, dtype=model.norm.weight.dtype)
-        self.bad_in_a_row = 0  # gradients that were not finite
-        self.stopped = False  # by a signal
-
-    @property
-    def last(self) -> bool:
-        """Whether the last step has been made."""
-        return self.step >= self.config.steps
-
-    @property
-    def lost(self) -> bool:
-        """Whether bad gradients end the run. Up to four are left out, if a good one follows."""
-        return self.bad_in_a_row >= 5 or (self.last and self.bad_in_a_row > 0)
-
-    # -- Beginning --
-
-    def restore(self, saved: dict):
-        """Goes back to a checkpoint, which process 0 has read; it tells the others what they need,
-        as their decisions have to be the same and their disks may be others."""
-        self.saved_step = saved.get("step", 0)  # which a second Ctrl-C may have to tell meanwhile
-        found = on_first(lambda: self.read_folder(saved))
-        self.step, self.tokens = found["step"], found["tokens"]
-        self.evaluated_step = found["evaluated"]
-        self.best_length, self.best_loss = found["best"]
-        self.saved_step = self.step
-        self.clock.restart(self.tokens)
-        self.sums += found["sums"].to(self.sums)
-        self.restore_moments(saved.get("optimizer", {}))
-        saved.clear()  # closes the file, which would take up its disk space after its replacement
-        info(f"resume: from step {self.step} of {self.config.steps}, in {self.out}/ckpt.pt")
-        if self.last:
-            info("nothing is left to train: give more --steps")
-
-    def restore_moments(self, stored: dict):
-        """Every parameter's moments, cut up as it is; the optimisers' settings stay this run's."""
-        # An optimiser may keep the very tensors that it is given: these are copies of the disk's.
-        moments = {name: {k: x.clone() for k, x in m.items()} for name, m in stored.items()}
-        groups = self.dcp.get_optimizer_state_dict(*self.model_and_optimizers)["param_groups"]
-        state = {"state": moments, "param_groups": groups} if is_first() else {}
-        several = self.machine.world > 1
-        options = self.dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
-        self.dcp.set_optimizer_state_dict(*self.model_and_optimizers, state, options=options)
-
-    def read_folder(self, saved: dict) -> dict:
-        """What process 0 finds in the run's folder: step, tokens, sums, best loss, last evaluation.
-
-        Lines of the log that are later than the checkpoint are deleted: the run writes them again.
-        """
-        kind, moments = self.config.optimizer, saved.get("optimizer")
-        if saved["train_config"].get("optimizer") != kind or not isinstance(moments, dict):
-            raise ValueError(f"no state of {kind} in {self.out}: use --init_from instead.")
-        best, evaluated = self.read_best(), cut_log(self.out / "log.jsonl", saved["step"])
-        return {
-            "step": saved["step"],
-            "tokens": saved["tokens"],
-            "sums": saved.get("sums", torch.zeros(6)),  # an older version's may lack them
-            "best": best or (0, math.inf),
-            "evaluated": evaluated if best else 0,  # else it is made again, and writes best.pt
-        }
-
-    def read_best(self) -> tuple[int, float] | None:
-        """Trained length and loss of best.pt, which may be newer than the checkpoint; None if there
-        is no whole one. (0, inf) if its loss is of another text, or of windows of another size:
-        then the next loss takes its place."""
-        path = self.out / "best.pt"
-        if not path.exists():
-            return None
-        try:
-            file = load_checkpoint(path)
-        except ValueError as error:
-            info(f"{error}: an evaluation writes it anew")
-            return None
-        then, now = settings_in(file), asdict(self.config)
-        length = len(self.data.val)
-        same_text = data_folder(then["data"]).resolve() == data_folder(now["data"]).resolve()
-        same_text = same_text and file.get("val_length", length) == length
-        of_a_part = "val_tokens" in file and "val_loss_part" not in file  # by an older version
-        same_text = same_text and not of_a_part
-        if not (same_text and then["block_size"] == now["block_size"]):
-            info(f"{path} has the loss of another text or windows: the next evaluation replaces it")
-            return 0, math.inf
-        return file.get("trained_length", then["block_size"]), file["val_loss"]
-
-    def begin(self, files):
-        """A new run takes the folder over: only now that compiler and memory have sufficed."""
-
-        def replace():
-            for name in RUN_FILES:
-                (self.out / name).unlink(missing_ok=True)
-            for file in files:
-                (self.out / file.name).unlink(missing_ok=True)  # it may be read-only
-                shutil.copyfile(file, self.out / file.name)
-
-        on_first(replace)
-        if self.at_start:
-            self.write_line(0, 0, self.at_start)
-
-    # -- After every step --
-
-    def advance(self, tokens: int, finite: bool):
-        self.step, self.tokens = self.step + 1, self.tokens + tokens
-        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
-        self.clock.steps += 1
-
-    def log_step(self, losses: Tensor, vio: Tensor, finite: bool, lr: float, norm: Tensor):
-        """When it is time, a line with the means of losses and MaxVio since the last line."""
-        self.sums[:4] += torch.stack((*losses, vio))
-        self.sums[4] += not finite
-        self.sums[5] += 1
-        if self.last or self.lost or self.step % self.config.log_every == 0:
-            *sums, skipped, steps = self.sums.tolist()
-            self.sums.zero_()
-            names = ("loss", "mtp_loss", "balance_loss", "max_vio")
-            line = {name: x / steps for name, x in zip(names, sums, strict=True)}
-            speed = self.clock.measure(self.tokens)
-            line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_s": round(speed, 1)}
-            steps_left = self.config.steps - self.step
-            tokens_left = steps_left * self.config.batch_size * self.config.block_size
-            skips = f", {skipped:.0f} skipped: gradient not finite" if skipped else ""
-            self.show(line, self.clock.time_left(tokens_left) + skips)
-            self.write_line(self.step, self.tokens, line)
-        self.clock.tell_if_busy()
-
-    def show(self, values: dict, more: str = ""):
-        numbers = ", ".join(f"{k} {v:.5g}" for k, v in values.items() if isinstance(v, float))
-        info(f"step {self.step}/{self.config.steps}: {numbers}{more}")
-
-    def write_line(self, step: int, tokens: int, values: dict):
-        """A line of log.jsonl."""
-        line = to_json({"step": step, "tokens": tokens} | values) + "\n"
-
-        def append():
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(line)
-
-        on_first(append)
-
-    def way_on(self) -> str:
-        """Where a run that stops here can go on."""
-        if not self.saved_step:
-            return "nothing is saved: begin again" + " with --overwrite" * holds_run(self.out)
-        return f"go on from step {self.saved_step}, in {self.out}/ckpt.pt, with --resume"
-
-    def give_up(self):
-        """Raises ValueError: the gradients of the last steps were not finite."""
-        n, step = self.bad_in_a_row, self.step
-        if n > 1 or not self.saved_step:
-            bad = f"{n} gradient(s) up to step {step} are not finite"
-            raise ValueError(f"{bad}; {self.way_on()} and a lower --lr.")
-        # A run to the same last step would end like this again; one with more steps leaves it out.
-        bad = f"the gradient of step {step}, the last one, is not finite"
-        raise ValueError(f"{bad}; {self.way_on()} and --steps={step + 1}.")
-
-    def save(self, name: str, **more):
-        """Every rank calls it, since sharded tensors are gathered; the first one writes."""
-        state = {
-            "model_config": asdict(self.model.config),
-            "train_config": asdict(self.config),
-            "model": self.dcp.get_model_state_dict(self.model, options=self.whole),
-            "trained_length": self.model.trained_length,
-            "val_length": len(self.data.val),  # best.pt's loss is compared on the same text only
-            "step": self.step,
-            "tokens": self.tokens,
-            "sums": self.sums,
-        }
-        path = self.out / name
-        on_first(lambda: write_atomically(path, lambda file: torch.save(state | more, file)))
-
-    def checkpoint(self):
-        """ckpt.pt, when it is time, and before an evaluation, in which the run may be killed."""
-        times = self.config.save_every, self.config.eval_every
-        due = self.last or self.stopped or any(self.step % n == 0 for n in times)
-        if due and not self.bad_in_a_row:  # a bad gradient's weights may be spoilt: keep the older
-            args = self.model_and_optimizers
-            moments = self.dcp.get_optimizer_state_dict(*args, options=self.whole)
-            self.save("ckpt.pt", optimizer=moments.get("state", {}))  # other ranks get none
-            self.saved_step = self.step
-
-    def evaluate(self):
-        """When it is time, the validation loss, and best.pt if it is the lowest so far."""
-        due = self.last or self.step % self.config.eval_every == 0
-        if due and not self.stopped and self.evaluated_step != self.step:
-            result = self.measure()
-            if self.better(result["val_loss"]):
-                self.best_length, self.best_loss = self.model.trained_length, result["val_loss"]
-                self.save("best.pt", **{k: v for k, v in result.items() if k.startswith("val")})
-            # After best.pt: a resumed run takes an evaluation that is in the log for finished.
-            self.write_line(self.step, self.tokens, result)
-            self.clock.restart(self.tokens)
-
-    def evaluate_start(self):
-        """Measures the weights that a new run starts from. `begin` writes the line into the log."""
-        self.at_start = self.measure()
-        self.clock.restart(self.tokens)
-
-    def measure(self) -> dict:
-        result = evaluate(self.model, self.data, self.config, self.machine)
-        self.model.train()
-        self.show(result)
-        return result
-
-    def better(self, loss: float) -> bool:
-        """Whether these weights replace best.pt. Their loss must be finite. Weights trained for
-        longer windows always win; at the same length the lower loss wins."""
-        longer = self.model.trained_length > self.best_length
-        as_long = self.model.trained_length == self.best_length
-        return math.isfinite(loss) and (longer or (as_long and loss < self.best_loss))
-
-
 # ---- Training ------------------------------------------------------------------------------------
 
 
@@ -902,10 +474,7 @@ def backward(model: DeepSeekV3, trainer: nn.Module, batches, weights, machine: M
     mtp_weight, alpha = weights
     losses = 0.0
     for i, batch in enumerate(batches, 1):
-        last = i == len(batches)  # only then gradients are averaged over the processes
-        trainer.require_backward_grad_sync = last  # DDP's
-        if hasattr(trainer, "set_requires_gradient_sync"):  # FSDP's
-            trainer.set_requires_gradient_sync(last)
+        processes.sync_gradients(trainer, now=i == len(batches))
         x, y = to_device(batch, machine.device)
         with machine.autocast():
             main, mtp, balance = trainer(x, y)
@@ -926,43 +495,36 @@ def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
 FEW_EPOCHS, MANY_EPOCHS = 5, 8
 
 
-def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, resumed: bool):
+def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, run):
     """What is to be trained, where, and on how much text."""
     total, active, mtp = (f"{n / 1e6:.2f}M" for n in model.parameter_counts().values())
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.why})"
     info(f"run: {config.steps} steps on {where}")
-    length = len(data.train)
-    read = sum(batch_at(config, step) for step in range(config.steps)) * config.block_size
+    steps, length = range(run.step, config.steps), len(data.train)
+    read = run.tokens + sum(batch_at(config, step) for step in steps) * config.block_size
     epochs = read / length
     shown = f"{epochs:.1f}" if epochs >= 1 else f"{epochs:.2g}"
     info(f"text: {length:,} tokens; the run reads {read:,}, which makes {shown} epochs")
-    if epochs > MANY_EPOCHS and not resumed:
-        steps = max(1, round(config.steps * FEW_EPOCHS / epochs))
+    if epochs > MANY_EPOCHS and run.step == 0:
+        fewer = max(1, round(config.steps * FEW_EPOCHS / epochs))
         told = f"in more than {MANY_EPOCHS} epochs the model learns its text by heart"
-        info(f"{told}; give --steps={steps} for {FEW_EPOCHS}")
-    c = model.config
-    if c.moe_layers and c.num_experts_per_tok == 1 and c.norm_topk_prob:
-        told = "one expert per token, whose gate value norm_topk_prob makes 1"
-        info(f"{told}: the main loss teaches the gate nothing; give --norm_topk_prob=False")
+        info(f"{told}; give --steps={fewer} for {FEW_EPOCHS}")
 
 
-def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=None, files=()):
-    """Runs `config.steps` optimiser steps. `saved` is the checkpoint to go on from, which process 0
-    has read; it is emptied. `files` are copied into the folder of a new run. After a signal the run
-    saves a checkpoint and raises KeyboardInterrupt."""
-    tell_plan(model, data, config, machine, resumed=saved is not None)
+def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=()):
+    """Runs config.steps optimiser steps, or with config.resume those that are left, in the folder
+    config.out; a new run's folder gets copies of `files`. After a signal it saves a checkpoint and
+    raises KeyboardInterrupt."""
     model.trained_length = max(model.trained_length, config.block_size)
-    trainer = wrap(model.train(), config, machine)
+    trainer = processes.wrap(model.train(), config, machine)
     optimizers = make_optimizers(model, config)
-    run, stop = Run(model, optimizers, data, config, machine), Stop()
 
-    with stop.listen(run.way_on):
-        if saved is not None:
-            run.restore(saved)
-            run.evaluate()  # where the run ended between saving that step and evaluating it
-        elif config.init_from:
-            run.evaluate_start()
+    with runs.open_run(model, optimizers, config, machine, files, data=text_digest(data)) as run:
+        tell_plan(model, data, config, machine, run)
+        given_weights = run.step == 0 and config.init_from
+        if run.owes_evaluation or given_weights:  # the first comes after its step's checkpoint
+            run.note(evaluate(model, data, config, machine))
 
         while not (run.last or run.stopped):
             step = run.step
@@ -989,34 +551,23 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, saved=
             vio = max_vio(machine.sum(model.expert_counts))
             model.update_bias(gamma_at(config, step) if finite else 0.0)
 
-            if step == 0:  # a whole step has fitted into memory: only now an old run is replaced
-                run.begin(files)
-            run.advance(windows[:, 1:].size, finite)
-            run.log_step(machine.sum(losses) / machine.world, vio, finite, lr, norm)
-            if run.lost:
-                on_first(run.give_up)
-            run.stopped = stop.agreed(machine)
-            run.checkpoint()
-            run.evaluate()
-    if run.stopped:
-        bad = ", whose gradient was not finite" if run.bad_in_a_row else ""
-        info(f"stopped at step {run.step}{bad}; {run.way_on()}.")
-        raise KeyboardInterrupt  # so that no script takes the run for finished
+            main, mtp, balance = machine.sum(losses) / machine.world
+            means = {"loss": main, "mtp_loss": mtp, "balance_loss": balance, "max_vio": vio}
+            run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
+
+            evaluation = run.due(config.eval_every) and not run.stopped
+            if finite and (evaluation or run.stopped or run.due(config.save_every)):
+                run.save()
+            if evaluation:
+                run.note(evaluate(model, data, config, machine))
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
-RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl", "plot.png")  # the last is bench.py's
+ABOUT = "Train a DeepSeek-V3: python train.py config/small.py [--key=value]"
 # They have no weights, so they may change, as in the last phase.
 CONTEXT_KEYS = {"rope_scaling", "max_position_embeddings"}
-
-# A setting may be given in several places. Each of these overrules those above it (see `settle`):
-#   the default in TrainConfig or ModelConfig
-#   the config file
-#   the checkpoint that is resumed or evaluated, so that a run keeps its settings though the file
-#       has changed since
-#   the command line
-# A checkpoint has no say in the settings of the command, which differ from one to the next:
+# What differs from one command to the next, so that a checkpoint has no say in it.
 OF_THE_COMMAND = {"resume", "overwrite", "init_from", "eval_only", "device", "out"}
 
 
@@ -1029,23 +580,17 @@ def split_configs(values: dict) -> tuple[dict, dict]:
 def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
     """What the command is to do (OF_THE_COMMAND), and the settings in the config file and on the
     command line."""
-    about = "Train a DeepSeek-V3: python train.py config/small.py [--key=value]"
-    file, given = parse_args(about, argv, TrainConfig, ModelConfig, positional="config")
-    given |= with_home(given, "out", "data", "init_from")
+    file, in_file, given = settings.read_command(ABOUT, argv, TrainConfig, ModelConfig)
+    given |= settings.with_home(given, "out", "data", "init_from")
+    if file:
+        in_file["out"] = in_file.get("out") or f"out/{Path(file).stem}"
     if given.get("out") == "":  # the default
         del given["out"]
-    in_file = {}
-    if file:
-        in_file = read_config_file(file, ModelConfig, TrainConfig)
-        in_file["out"] = in_file.get("out") or f"out/{Path(file).stem}"
-        if says := ast.get_docstring(ast.parse(Path(file).read_bytes())):
-            first, _, _ = says.partition("\n\n")
-            info(f"{file}: {' '.join(first.split())}")
     here = in_file | given
     command = TrainConfig(**{k: v for k, v in here.items() if k in OF_THE_COMMAND})
-    if command.eval_only and not given.get("init_from") and holds_run(Path(command.out)):
-        command.init_from = ""  # the file's: what the run began with
     if command.eval_only:  # there must be weights
+        if not given.get("init_from") and runs.holds_run(Path(command.out)):
+            command.init_from = ""  # the file's: what the run began with
         enough = command.out or command.init_from
     else:  # there must be a network, and a folder for the run
         enough = file or (command.out and (command.resume or command.init_from))
@@ -1054,15 +599,11 @@ def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
         sys.exit(2)
     if command.resume and (given.get("init_from") or given.get("overwrite")):
         raise ValueError("--resume goes on with a run: leave out --init_from and --overwrite.")
-    if command.init_from and not command.eval_only:
+    if command.init_from and not (command.eval_only or command.resume):
         out, source = Path(command.out).resolve(), Path(command.init_from).resolve()
         if out in (source, source.parent):
-            raise ValueError(f"{command.init_from} would be overwritten: give another --out.")
+            raise ValueError(f"{command.init_from} would be put aside: give another --out.")
     return command, in_file, given
-
-
-def holds_run(out: Path) -> bool:
-    return any((out / name).exists() for name in RUN_FILES)
 
 
 def source_of(command: TrainConfig) -> Path | None:
@@ -1074,120 +615,33 @@ def source_of(command: TrainConfig) -> Path | None:
     return Path(command.out) if command.eval_only else None  # a folder's best.pt is preferred
 
 
-def check_out(command: TrainConfig):
-    """Raises ValueError where a run is in the way, or none is there to go on with."""
-    out, saved = command.out, (Path(command.out) / "ckpt.pt").exists()
-    if command.resume and not saved:
-        instead = "give --overwrite instead" if holds_run(Path(out)) else "begin without --resume"
-        raise ValueError(f"{out} has no ckpt.pt to go on from: {instead}.")
-    new_run = not (command.resume or command.eval_only)
-    if new_run and holds_run(Path(out)) and not command.overwrite:
-        resume = "--resume, " if saved else ""
-        raise ValueError(f"{out} holds a run: give {resume}--overwrite, or another --out.")
-
-
-def settings_in(saved: dict) -> dict:
-    """The settings that a checkpoint decides: all but OF_THE_COMMAND. One that did not exist when
-    it was saved has its default, which is how the run behaved."""
-    default = asdict(TrainConfig()) | asdict(ModelConfig())
-    values = default | saved["train_config"] | saved["model_config"]
-    return {key: values[key] for key in default if key not in OF_THE_COMMAND}
-
-
-def settle(in_file: dict, saved: dict | None, given: dict) -> tuple[TrainConfig, dict]:
-    """Merges the config file, a checkpoint (`saved`, which is resumed or evaluated) and the command
-    line. Returns the training settings, and the network's keys that were given."""
-    stored = settings_in(saved) if saved else {}
-    network, settings = split_configs(in_file | stored | given)
-    config = TrainConfig(**settings)
-    if saved is None or given.keys() & set(PHASES):  # an older run may have what was allowed then
-        config.check_order()
-    if stored:
-        tell_changes(in_file, stored, given)
-    elif network and not config.init_from:
-        absent = [key for key in ModelConfig.__dataclass_fields__ if key not in network]
-        told = f"keys of the network that are not set, and so as in V3: {', '.join(absent)}"
-        info(textwrap.fill(told, 99, subsequent_indent="    "))
-    tell_unused(config, given)
-    return config, network
-
-
-def tell_changes(in_file: dict, stored: dict, given: dict):
-    """Says where a checkpoint's setting has been overruled, and where it overrules the file's."""
-    for key, value in stored.items():
-        if key in given:
-            if given[key] != value:
-                info(f"{key} is now {given[key]} (was {value})")
-        elif in_file.get(key, value) != value and key != "rope_scaling":  # the run has set that
-            info(f"{key} stays {value} (the config file has {in_file[key]})")
-
-
-def tell_unused(config: TrainConfig, given: dict):
-    """Names options of the command line that do nothing without another one."""
-    needs = {
-        "adamw_lr": (config.optimizer == "muon", "--optimizer=muon"),
-        "long_start": (config.long_block_size, "--long_block_size"),
-        "batch_ramp": (config.batch_start, "--batch_start"),
-        "parallel": (dist.is_initialized(), "torchrun, and more than one process"),
-    }
-    for key, (used, other) in needs.items():
-        if key in given and not used:
-            info(f"--{key} has no effect here: it needs {other}")
-
-
-def tell_start(source: Path, model: DeepSeekV3, config: TrainConfig):
-    """Names the weights that a run starts from. Warns if lr is not below the rate that they were
-    trained with."""
-    count = f"{model.parameter_counts()['total'] / 1e6:.2f}M parameters"
-    if (source / "config.json").exists():
-        info(f"start: from {source}, a Hugging Face directory, {count}")
-        return
-    file = checkpoint_file(source)
-    saved = load_checkpoint(file)
-    info(f"start: from {file}, step {saved['step']}, {count}")
-    before = settings_in(saved)["lr"]
-    if config.lr >= before:
-        info(
-            f"lr is {config.lr:g}, and {file} was trained with {before:g} at most: it may forget "
-            f"what it has learnt; try a tenth, --lr={before / 10:g}"
-        )
-
-
-def load_for_all(source: Path, place: torch.device | str, dtype: torch.dtype):
-    """The network of these weights, and their tokenizer (None on other processes than 0). Process 0
-    reads them and sends the weights to the others."""
-    read = on_all(lambda: load_model(source, place, dtype) if is_first() else None)
-    model, tokenizer, _ = read or (None, None, None)
-    if dist.is_initialized():
-        shape, length = on_first(lambda: (model.config, model.trained_length))
-        if not model:
-            with torch.device("meta"):
-                model = DeepSeekV3(shape)
-            model.to(dtype).materialize(place)
-            model.trained_length = length
-        for x in model.state_dict().values():
-            dist.broadcast(x, 0)
-    return model, tokenizer
+def stored_settings(source: Path) -> tuple[dict, int]:
+    """The settings of the run that is resumed or evaluated, and its step."""
+    saved = load_checkpoint(source, whole=False)
+    values = settings.read_stored(saved.get("train_config"), source, TrainConfig)
+    values |= settings.read_stored(saved["model_config"], source, ModelConfig)
+    if type(step := saved.get("step")) is not int:
+        raise ValueError(f"the step in {source} is {step!r:.20}, expected a number.")
+    return {k: v for k, v in values.items() if k not in OF_THE_COMMAND}, step
 
 
 def open_network(config: TrainConfig, network: dict, source: Path | None, machine: Machine):
-    """The network, new or from weights, and the tokenizer of these weights (on process 0)."""
+    """The network, new or from weights, and the tokenizer of these weights."""
     sharded = machine.world > 1 and config.parallel == "fsdp" and not config.eval_only
     place = "cpu" if sharded else machine.device  # FSDP moves the model block by block
     dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of weights, optimiser
     if not source:
-        if not network:
-            raise ValueError("the config file has no sizes of the network: take config/small.py's.")
+        if not {"hidden_size", "num_hidden_layers"} <= network.keys():
+            sizes = "hidden_size, num_hidden_layers and the network's other sizes"
+            raise ValueError(f"the config file has to set {sizes}: take config/small.py's.")
         model = DeepSeekV3(ModelConfig(**network)).to(place, dtype)
         model.trained_length = 0
         return model, None
-    model, tokenizer = load_for_all(source, place, dtype)
+    model, tokenizer, _ = load_model(source, place, dtype)
     for key, value in network.items():
         have = getattr(model.config, key)
         if key not in CONTEXT_KEYS and value != have:
             raise ValueError(f"{key} is {value} here, but {have} in {source}: it cannot change.")
-        if key == "max_position_embeddings" and value < model.trained_length:
-            info(f"{key} is {value}, but {source} was trained for {model.trained_length} tokens")
         setattr(model.config, key, value)  # all layers share the object
     model.config.__post_init__()  # checks the new values
     return model, tokenizer
@@ -1222,56 +676,79 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
             raise ValueError(f"{uneven} (processes x grad_accum) of windows of {T} tokens.")
 
 
+def tell_start(config: TrainConfig, source: Path, stored: dict, step: int):
+    """Says where the weights are from, and what a learning rate or a batch of another size does to
+    them."""
+    if config.resume:
+        # Steps number the windows: those of another size begin elsewhere.
+        again = step * (stored["batch_size"] * stored["block_size"])
+        again -= step * config.batch_size * config.block_size
+        if again:
+            does = f"reads {again:,} tokens once more" if again > 0 else f"skips {-again:,} tokens"
+            info(f"with batches of another size the run {does}")
+    elif (source / "config.json").exists():
+        info(f"start: from {source}, a Hugging Face directory")
+    else:
+        file = checkpoint_file(source)
+        stored, step = stored_settings(file)
+        info(f"start: from {file}, step {step}")
+        if config.lr >= stored["lr"]:
+            info(
+                f"lr is {config.lr:g}, and {file} was trained with {stored['lr']:g} at most: it "
+                f"may forget what it has learnt; try a tenth, --lr={stored['lr'] / 10:g}"
+            )
+
+
 def run(argv: list[str]):
-    join_processes()  # before all else, so that process 0 can decide for all
-    command, in_file, given = on_first(lambda: read_command(argv))
-    out, source = Path(command.out), source_of(command)
-    # A run that is being trained may be read all the while.
-    with nullcontext() if command.eval_only else only_writer(out):
-        on_first(lambda: check_out(command))
-        saved = None  # what is resumed or evaluated; process 0 alone has its contents
-        if command.resume or (command.eval_only and not command.init_from):
-            saved = on_all(lambda: load_checkpoint(source) if is_first() else {})
-        config, network = on_first(lambda: settle(in_file, saved, given))
-        machine = processes.start(config)
-        torch.manual_seed(config.seed)
-        model, tokenizer = on_all(lambda: open_network(config, network, source, machine))
-        first = on_first(lambda: saved["step"] if command.resume else 0)
-        on_all(lambda: check_settings(config, model, machine, first))
-        data, folder = open_data(config, model.config.vocab_size)
-        if source:
-            on_first(lambda: check_tokenizer(source, tokenizer, folder))
-        if config.fp8:
-            on_all(lambda: fp8.use_fp8(model))
-        if config.eval_only:
-            result = evaluate(model, data, config, machine)
-            del result["expert_load"]
-            if is_first():
-                print(to_json(result))
-            return
-        if config.init_from and not config.resume:  # a config file may name init_from
-            on_first(lambda: tell_start(source, model, config))
-        train(model, data, config, machine, saved, tokenizer_files(folder))
-        torch.use_deterministic_algorithms(False)  # sampling has no use for it
-        if is_first() and (out / "best.pt").exists():  # else no loss was finite
-            tokens = data.val.arrays[0][1:9].tolist()
-            prompt = stored_tokenizer(folder).decode(tokens, errors="ignore")
-            show_result(config, prompt.strip())
+    """Settings, machine, network, data, training; in the end a sample."""
+    command, in_file, given = read_command(argv)
+    if not command.eval_only:  # a run that is being trained may be evaluated all the while
+        runs.check_folder(Path(command.out), command.resume, command.overwrite)
+    source, stored, first = source_of(command), {}, 0
+    if command.resume or (command.eval_only and not command.init_from):
+        stored, first = stored_settings(source)
+    network, others = split_configs(settings.merge(in_file, stored, given))
+    config = TrainConfig(**others)
+    machine = processes.start(config)
+    torch.manual_seed(config.seed)
+
+    model, tokenizer = open_network(config, network, source, machine)
+    check_settings(config, model, machine, first)
+    data, folder = open_data(config, model.config.vocab_size)
+    if source:
+        check_tokenizer(source, tokenizer, folder)
+    if config.fp8:
+        fp8.use_fp8(model)
+
+    if config.eval_only:
+        result = evaluate(model, data, config, machine)
+        del result["expert_load"]
+        if machine.rank == 0:
+            print(runs.to_json(result))
+        return
+    if source:
+        tell_start(config, source, stored, first)
+    train(model, data, config, machine, tokenizer_files(folder))
+    torch.use_deterministic_algorithms(False)  # sampling has no use for it
+    if machine.rank == 0:
+        show_result(config, data)
 
 
-def show_result(config: TrainConfig, prompt: str):
+def show_result(config: TrainConfig, data: Dataset):
     """The last lines of a run: its validation loss, a short sample, how to get more."""
     best = load_checkpoint(Path(config.out) / "best.pt")
-    had = asdict(config) | best["train_config"]  # which a resumed run may have changed since
+    had = best["train_config"]  # which a resumed run may have changed since
     text = f"{best['val_bpb']:.4f} bits/byte in windows of {had['block_size']} tokens"
     if "val_bpb_long" in best:
         text += f", {best['val_bpb_long']:.4f} in windows of {had['long_block_size']}"
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
+    tokens = data.val.arrays[0][1:9].tolist()  # the run's own tokenizer: the data may be gone
+    prompt = stored_tokenizer(config.out).decode(tokens, errors="ignore").strip()
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     try:
         sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
     except (ValueError, RuntimeError) as error:  # the run itself has ended well
-        info(f"no sample: {error!s:.200}")
+        info(f"no sample: {settings.short(error)}")
     start = shlex.quote(prompt[:20].partition("\n")[0])
     info(f"\nMore: python sample.py {shlex.quote(config.out)} --prompt={start}")
 
@@ -1285,11 +762,11 @@ def main(argv: list[str]):
             told = "out of memory: raise --grad_accum or give --recompute; in an evaluation,"
             raise ValueError(f"{told} lower --eval_batch; else take a smaller network.") from None
         if isinstance(error, torch._dynamo.exc.ShortenTraceback):  # no C++ compiler, no Triton
-            raise ValueError(f"--compile cannot be used here ({why:.200}); leave it out") from error
+            why = settings.short(why)
+            raise ValueError(f"--compile cannot be used here ({why}); leave it out") from error
         raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    processes.end()
 
 
 if __name__ == "__main__":
-    run_command(main)
+    settings.run_command(main)

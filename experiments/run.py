@@ -52,6 +52,7 @@ from model import DeepSeekV3, ModelConfig
 from support import processes
 from support.runs import load_checkpoint
 from support.settings import info, parse_args, read_config_file, run_command
+from support.tokenizer import tokenizer_files
 from support.tokens import Dataset, Tokens
 
 ROOT = Path(train.__file__).parent
@@ -140,21 +141,22 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
     settings |= {"seed": seed, "out": str(folder)}
     settings |= {"eval_every": settings["steps"], "save_every": max(1, settings["steps"] // 4)}
     config = train.TrainConfig(**train.split_configs(settings)[1])
-    machine, saved = processes.start(config), None
-    if (folder / "ckpt.pt").exists():
-        saved = load_checkpoint(folder / "ckpt.pt")
-        net, _, _ = load_model(folder / "ckpt.pt", machine.device)
+    file = folder / "ckpt.pt"
+    config.resume, config.overwrite = file.exists(), not file.exists()
+    machine = processes.start(config)
+    if config.resume:
+        net, _, _ = load_model(file, machine.device)
     else:
         net = begin_alike(new_network(settings, seed), first).to(machine.device)
         net.trained_length = 0
     data, source = train.open_data(config, net.config.vocab_size)
     if options.quick:
         data.val, data.test = (Tokens([x.arrays[0][:4096]]) for x in (data.val, data.test))
-    folder.mkdir(parents=True, exist_ok=True)
-    files = source / "tokenizer.tiktoken", source / "meta.json"  # so sample.py opens the folder
     if config.fp8:
         use_fp8(net)
-    train.train(net, data, config, machine, saved, files)
+    ended = config.resume and load_checkpoint(file, whole=False)["step"] >= config.steps
+    if not ended:
+        train.train(net, data, config, machine, tokenizer_files(source))
     return Trained(net.eval(), data, source, config, machine)
 
 

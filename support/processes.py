@@ -1,11 +1,16 @@
-"""Processes under torchrun, the device, the dtype of products, and DDP or FSDP around a network."""
+"""Where a training runs: processes under torchrun, device, dtype of products, DDP or FSDP.
+
+Every process reads the same, shared folder, and process 0 writes. Where one refuses or dies,
+torchrun ends the others.
+"""
 
 import ctypes
+import hashlib
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,58 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from support.ops import fast_dtype, has_grouped_mm
-from support.settings import info
-
-Result = TypeVar("Result")
-
-
-def join_processes():
-    """Under torchrun, joins the other processes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # A default argument in this module is the group that exists when it is imported. DDP and
-        # dcp import it. Imported after the group was made, it would keep gloo's threads alive after
-        # destroy_process_group, and they may abort the process while Python ends.
-        import torch.distributed.nn
-
-        # gloo beside nccl: flags and files that stay on the CPU never wait for the GPU.
-        gpu = torch.cuda.is_available() and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-
-
-def is_first() -> bool:
-    """Whether this is process 0."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def on_all(make: Callable[[], Result]) -> Result:
-    """Calls make() on every process. If one refuses, all end: else they would wait for it. Process
-    0 raises the refusal, the others exit without a word."""
-    if not dist.is_initialized():
-        return make()
-    result, refusal = None, None
-    try:
-        result = make()
-    except (ValueError, OSError, ImportError, SystemExit) as error:
-        refusal = error
-    refusals = [None] * dist.get_world_size()
-    dist.all_gather_object(refusals, refusal)
-    refused = [(rank, error) for rank, error in enumerate(refusals) if error is not None]
-    if not refused:
-        return result
-    rank, error = refused[0]
-    if not is_first():
-        sys.exit(error.code if isinstance(error, SystemExit) else 1)
-    raise error if rank == 0 else ValueError(f"process {rank}: {error}")
-
-
-def on_first(make: Callable[[], Result]) -> Result:
-    """Calls make() on process 0 and gives its result to all. No other one touches the folder of
-    a run."""
-    if not dist.is_initialized():
-        return make()
-    result = [on_all(lambda: make() if is_first() else None)]
-    dist.broadcast_object_list(result)
-    return result[0]
+from support.settings import info, short
 
 
 @dataclass
@@ -88,14 +42,61 @@ class Machine:
             dist.all_reduce(x)
         return x
 
+    def check_alike(self, **what: Any):
+        """Raises ValueError, on every process, unless all have the same by each of the names."""
+        digests = {k: hashlib.sha256(repr(x).encode()).hexdigest() for k, x in what.items()}
+        first, *others = of_all(digests)
+        for rank, other in enumerate(others, 1):
+            if differ := [name for name in first if other[name] != first[name]]:
+                told = f"{' and '.join(differ)} of process {rank} differ from those of process 0"
+                raise ValueError(f"{told}: all have to read the same folders, on a shared disk.")
+
 
 def start(config) -> Machine:
-    """Device and dtype of this process. It sets config.dtype, which a checkpoint keeps."""
-    join_processes()
-    device = on_all(lambda: start_device(config))
-    config.dtype, why = choose_dtype(config, device)
+    """Joins the processes of torchrun and opens the device. It sets config.dtype, which a
+    checkpoint keeps. Raises ValueError where the device cannot be used."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        join()
+    device = start_device(config)
+    # A measurement may come out differently: process 0's holds for all.
+    config.dtype, why = of_all(choose_dtype(config, device))[0]
     return Machine(device, getattr(torch, config.dtype), rank, world, why)
+
+
+def join():
+    """Makes the group of torchrun's processes."""
+    if not dist.is_initialized():
+        # A default argument in this module is the group that exists when it is imported. DDP
+        # imports it. Imported after the group was made, it would keep gloo's threads alive after
+        # destroy_process_group, and they may abort the process while Python ends.
+        import torch.distributed.nn
+
+        # gloo beside nccl: flags and objects that stay on the CPU never wait for the GPU.
+        gpu = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+
+
+def of_all(x: Any) -> list:
+    """What each process has for x, by rank."""
+    everything = [x]
+    if dist.is_initialized():
+        everything *= dist.get_world_size()
+        dist.all_gather_object(everything, x)
+    return everything
+
+
+def once(make: Callable[[], object]):
+    """Process 0 calls make(), and the others wait for it."""
+    if os.environ.get("RANK", "0") == "0":
+        make()
+    of_all(None)
+
+
+def end():
+    """Parts the processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start_device(config) -> torch.device:
@@ -118,12 +119,23 @@ def start_device(config) -> torch.device:
     return device
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of that name, `auto` CUDA if there is one, else the CPU. Raises ValueError."""
+    if name == "auto":  # mps has to be named: PyTorch's results there have been wrong too often
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()  # meta has none
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: try cpu ({short(error)})") from None
+    return torch.device(name)
+
+
 def choose_dtype(config, device: torch.device) -> tuple[str, str]:
     """The dtype of products, and the reason in words: what is asked for, or what a resumed run has
-    had; for auto what is fast, as process 0 measures it."""
+    had; for auto what is measured to be fast."""
     if config.dtype != "auto" and not config.resume:
         return config.dtype, "as asked"
-    fast, why = on_first(lambda: fast_dtype(device))
+    fast, why = fast_dtype(device)
     fast = str(fast).removeprefix("torch.")
     if config.dtype in ("auto", fast):
         return fast, why
@@ -158,12 +170,52 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
     return model
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of that name, `auto` CUDA if there is one, else the CPU. Raises ValueError."""
-    if name == "auto":  # mps has to be named: PyTorch's results there have been wrong too often
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()  # meta has none
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: try cpu ({error!s:.150})") from None
-    return torch.device(name)
+def sync_gradients(trainer: nn.Module, now: bool):
+    """Whether the next backward pass averages gradients over the processes. Of several
+    micro-batches only the last one's does."""
+    trainer.require_backward_grad_sync = now  # DDP's
+    if hasattr(trainer, "set_requires_gradient_sync"):  # FSDP's
+        trainer.set_requires_gradient_sync(now)
+
+
+# ---- Tensors that FSDP has cut up ----------------------------------------------------------------
+
+
+def whole(x: Any) -> Any:
+    """x with all its tensors on the CPU, gathered where FSDP has cut them up (every process has to
+    call it; only process 0 gets the contents)."""
+    if isinstance(x, dict):
+        return {key: whole(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return type(x)(map(whole, x))
+    if not isinstance(x, Tensor):
+        return x
+    x = x.detach()
+    x = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return x.cpu() if os.environ.get("RANK", "0") == "0" else None
+
+
+def cut_like(x: Tensor, other: Tensor) -> Tensor:
+    """A copy of x on the device of `other`, and cut up as FSDP has cut that up."""
+    x = x.to(other.device, copy=True)
+    if not hasattr(other, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def random_states(machine: Machine) -> list:
+    """Of every process: the states of torch's generators, the CPU's and the device's."""
+    own = [torch.get_rng_state()]
+    if machine.device.type == "cuda":
+        own.append(torch.cuda.get_rng_state(machine.device))
+    return of_all(own)
+
+
+def set_random_states(states: list, machine: Machine):
+    """A process that the run has not had before gets the states of process 0."""
+    cpu, *rest = states[machine.rank if machine.rank < len(states) else 0]
+    torch.set_rng_state(cpu)
+    if rest and machine.device.type == "cuda":
+        torch.cuda.set_rng_state(rest[0], machine.device)

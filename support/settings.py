@@ -10,7 +10,6 @@ import re
 import runpy
 import shlex
 import sys
-import textwrap
 import typing
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -18,25 +17,25 @@ from typing import Any
 
 
 def info(text: str) -> None:
-    """Print to stderr, as stdout is for results; of several processes, only the first prints."""
+    """Print to stderr, as stdout is for results; of several processes, only the first prints. A
+    terminal that is closed meanwhile does not end the command."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
-# What nanoGPT's options are called here.
-FROM_NANOGPT = {
-    "learning_rate": "lr", "max_iters": "steps", "gradient_accumulation_steps": "grad_accum",
-    "grad_clip": "clip", "eval_interval": "eval_every", "log_interval": "log_every",
-    "dataset": "data", "out_dir": "out", "start": "prompt", "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads", "n_embd": "hidden_size",
-}  # fmt: skip
+def short(text: object, length: int = 200) -> str:
+    """In one line of at most so many characters and " ...", cut between two words."""
+    line = " ".join(str(text).split())
+    if len(line) <= length:
+        return line
+    words, _, _ = line[: length + 1].rpartition(" ")
+    return f"{words or line[:length]} ..."
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """The sentence for a key that does not exist."""
-    known = list(known)
-    close = [FROM_NANOGPT[name]] if FROM_NANOGPT.get(name) in known else []
-    close = close or difflib.get_close_matches(name, known, 1, 0.75)  # less hints at nonsense
+    close = difflib.get_close_matches(name, known, 1, 0.75)  # less hints at nonsense
     return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
 
 
@@ -63,7 +62,7 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
         with suppress(OverflowError, ValueError):  # int(inf), int(nan)
             if kind in (bool, int, float) and type(x) in (int, float) and kind(x) == x:
                 return kind(x)
-    raise ValueError(f"{name} is {value!r:.200}, expected {kind_of(annotation)}")
+    raise ValueError(f"{name} is {short(repr(value))}, expected {kind_of(annotation)}")
 
 
 def parse_args(
@@ -127,8 +126,42 @@ def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     return values
 
 
+def read_command(
+    description: str, argv: list[str], *config_classes: type
+) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
+    """What the command [CONFIG] [--key=value ...] says: the config file or None, its assignments,
+    the values given beside it. Exits with 2 for a wrong word, raises ValueError for the file."""
+    file, given = parse_args(description, argv, *config_classes, positional="config")
+    return file, read_config_file(file, *config_classes) if file else {}, given
+
+
+def read_stored(values: Any, file: str | os.PathLike, *config_classes: type) -> dict[str, Any]:
+    """The settings in a file that a program has written, as their fields' types; keys that are no
+    fields are left out. Raises ValueError for a wrong value."""
+    fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
+    if not isinstance(values, dict):
+        raise ValueError(f"the settings in {file} are {short(repr(values))}, expected a dict")
+    known = {name: x for name, x in values.items() if name in fields}
+    return {n: as_field(f"{n} in {file}", x, fields[n].type) for n, x in known.items()}
+
+
+def merge(in_file: dict[str, Any], stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A setting may be given in several places: in the config file, in the checkpoint of the run
+    that goes on (`stored`), on the command line. Each overrules those before it, so a run keeps its
+    settings though the file has changed since. Says what is now another one than stored, and what
+    in the file has no effect."""
+    for key, value in stored.items():
+        if key in given:
+            if given[key] != value:
+                info(f"{key} is now {given[key]} (was {value})")
+        elif in_file.get(key, value) != value:
+            info(f"{key} stays {value} (the config file has {in_file[key]})")
+    return in_file | stored | given
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main: a refusal becomes a sentence and exit code 1, a bug keeps its trace."""
+    """Run a script's main: a refusal becomes a sentence and exit code 1, a bug keeps its trace. Of
+    several processes each one says why it ends, for it may be the only one."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -139,5 +172,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ModuleNotFoundError) as error:
         hint = f": pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
-        print("error:", textwrap.shorten(str(error), 600) + hint, file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        who = "error:" if rank == "0" else f"error in process {rank}:"
+        print(who, " ".join(str(error).split()) + hint, file=sys.stderr)
         sys.exit(1)

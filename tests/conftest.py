@@ -1,7 +1,11 @@
 """Tests run on one thread: their tensors are tiny, and threads of two processes that share the
 cores (DDP on a CPU) would wait for each other at every barrier. All draw the same numbers."""
 
+import functools
 import os
+import signal
+import socket
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +17,72 @@ def seed():
     import torch  # after the number of threads is known
 
     torch.manual_seed(0)
+
+
+# ---- Of the tests of train.py, support/runs.py and support/processes.py --------------------------
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    import training  # imports of torch come after the number of threads
+
+    out = str(tmp_path_factory.mktemp("data"))
+    config = training.prepare_data.DataConfig(
+        training.TEXT, "tiny", out, vocab_size=512, val_fraction=0.01
+    )
+    return training.prepare_data.prepare(config)
+
+
+@pytest.fixture
+def workplace(data, tmp_path, monkeypatch):
+    """A folder with data alone, no sample after a run, and afterwards the old signal handlers."""
+    import training
+
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/tiny").symlink_to(data)
+    monkeypatch.setenv(
+        "PYTHONPATH", f"{training.ROOT}{os.pathsep}{training.ROOT / 'tests'}", prepend=os.pathsep
+    )
+    monkeypatch.setattr(training.train, "show_result", lambda *arguments: None)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The same, once for all tests that ask for these options; they only read the folder."""
+    import training
+
+    folder = tmp_path_factory.mktemp
+    return functools.cache(lambda *options: training.run(*options, out=folder("shared") / "run"))
+
+
+@pytest.fixture
+def start():
+    """Starts train.py in `world` processes, which have .log (a path); kills what is left."""
+    import training
+
+    everything = []
+
+    def start(*options: str, world: int = 1, out: str = "run", setup=None):
+        argv = [training.TINY, f"--out={out}", *training.SHORT, *options]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        common = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for rank in range(world):
+            log, environment = Path(f"{out}.{rank}.log"), common | {"RANK": str(rank)}
+            process = training.FORKS.Process(
+                target=training.command, args=(argv, log, environment, setup)
+            )
+            process.log = log
+            log.touch()
+            process.start()
+            everything.append(process)
+        return everything[-world:]
+
+    yield start
+    for process in everything:
+        process.kill()

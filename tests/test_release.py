@@ -21,7 +21,7 @@ import transformers
 from safetensors.torch import load_file
 from test_huggingface import TINY, YARN, difference, ours, theirs
 from test_tokenizer import write_bytes_release
-from test_train import log_of
+from training import log_of
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 import huggingface

@@ -1,4 +1,4 @@
-"""config/__init__.py: how words of the command line and config files become values."""
+"""How words of the command line and config files become values, and errors sentences."""
 
 import re
 import subprocess
@@ -57,7 +57,6 @@ def test_values_take_the_type_of_their_field_and_text_stays_text(word, value):
         ("--steps=" + "(" * 9999, "steps is '(((("),
         ("--scaling=" + "-" * 99999 + "1", "expected dict | None"),
         ("--step=1", "unknown key step; did you mean steps?"),
-        ("--learning_rate=1", "unknown key learning_rate; did you mean lr?"),  # nanoGPT's
         ("--batch-size=1", "unknown key batch-size; did you mean batch_size?"),
         ("--n_embd=1", "unknown key n_embd; see --help"),  # no such key here
     ],

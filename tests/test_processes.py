@@ -1,0 +1,281 @@
+"""Any number of processes, DDP or FSDP, train as one does; a device and a dtype that are fast."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training import (
+    CONSTANT,
+    ROOT,
+    SHORT,
+    TINY,
+    assert_alike,
+    assert_same_run,
+    finish,
+    load,
+    make_release,
+    poison_third_gradient,
+    run,
+    wait_for,
+)  # fmt: skip
+
+import train
+from huggingface import load_model
+from support import ops, processes
+from support.runs import load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("workplace")
+
+
+@pytest.mark.parametrize(("times", "dtype"), [(1.4, torch.float32), (1.6, torch.bfloat16)])
+def test_products_run_in_what_is_measured_to_be_clearly_faster(times, dtype, monkeypatch):
+    clock, threads = [0.0], torch.get_num_threads()
+
+    def linear(x, w):
+        assert torch.get_num_threads() == 1
+        clock[0] += 1e-3 / (times if x.dtype == torch.bfloat16 else 1)
+
+    monkeypatch.setattr(ops.F, "linear", linear)
+    monkeypatch.setattr(ops.time, "perf_counter", lambda: clock[0])
+    chosen, why = ops.fast_dtype.__wrapped__(torch.device("cpu"))
+    assert chosen == dtype and f"bfloat16 {268.435 * times:.0f}, float32 268 GFLOP/s" in why
+    assert torch.get_num_threads() == threads
+
+
+def test_an_emulated_format_is_never_chosen(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert processes.usable_device("auto").type != "mps"  # Apple's has to be named
+    # Which counts emulation, too, unless it is asked not to.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **asked: not asked)
+    for device in ("cuda:0", "mps"):
+        assert ops.fast_dtype.__wrapped__(torch.device(device))[0] == torch.float32
+
+
+def test_a_resumed_run_keeps_its_dtype_unless_asked(monkeypatch, capsys):
+    short = [TINY, "--out=run", *(x for x in SHORT if "dtype" not in x)]
+    dtypes = []
+    monkeypatch.setattr(
+        train, "backward", lambda *a, f=train.backward: dtypes.append(a[-1].dtype) or f(*a)
+    )
+    for fast, options, expected in (
+        (torch.bfloat16, ["--steps=1"], "bfloat16 (measured)"),
+        (
+            torch.float32,
+            ["--steps=2", "--resume"],
+            "bfloat16 (as asked or as before; --dtype=auto would take float32",
+        ),
+        (torch.bfloat16, ["--steps=3", "--resume"], "bfloat16 (measured)"),
+        (torch.float32, ["--steps=4", "--resume", "--dtype=auto"], "float32 (measured)"),
+        (torch.bfloat16, ["--steps=1", "--overwrite", "--dtype=float32"], "float32 (as asked)"),
+    ):
+        monkeypatch.setattr(processes, "fast_dtype", lambda device, fast=fast: (fast, "measured"))
+        train.main([*short, *options])
+        assert f"1 x cpu in {expected}" in capsys.readouterr().err
+        dtype = load("run")["train_config"]["dtype"]
+        assert str(dtypes[-1]) == f"torch.{dtype}" and expected.startswith(dtype)
+
+
+def each_process_measures_another():
+    dtype = torch.bfloat16 if os.environ["RANK"] == "0" else torch.float32
+    processes.fast_dtype = lambda device: (dtype, "measured")
+    backward = train.backward
+
+    def in_bf16(*args):
+        assert args[-1].dtype == torch.bfloat16
+        return backward(*args)
+
+    train.backward = in_bf16
+
+
+def test_the_first_process_chooses_the_dtype_for_all(start):
+    """Both train in bfloat16, though the second one measures that float32 is fast."""
+    said = finish(start("--steps=2", "--dtype=auto", world=2, setup=each_process_measures_another))
+    assert "2 x cpu in bfloat16 (measured)" in said[0]
+
+
+@pytest.mark.parametrize(
+    "parallel, accumulate, optimizer",
+    [("ddp", 2, "adamw"), ("fsdp", 2, "adamw"), ("ddp", 1, "muon")],
+)
+def test_two_processes_equal_one(parallel, accumulate, optimizer, start, shared):
+    """All that is logged and saved, with MTP, and experts that a batch leaves without tokens."""
+    options = ("--n_routed_experts=64", f"--optimizer={optimizer}")
+    parts = (f"--parallel={parallel}", f"--grad_accum={accumulate}")
+    finish(start(*options, *parts, world=2, out="together"))
+    assert_same_run(shared(*options), Path("together"), 1e-9)
+
+
+def test_a_run_moves_between_one_process_ddp_and_fsdp(start, shared):
+    run(*CONSTANT, "--steps=2", out="moved")
+    for parallel, steps in (("ddp", 4), ("fsdp", 6)):
+        options = (f"--parallel={parallel}", f"--steps={steps}", "--resume")
+        finish(start(*CONSTANT, *options, world=2, out="moved"))
+    run("--resume", "--steps=8", out="moved")
+    moved, straight = load("moved"), load(shared(*CONSTANT))
+    for key in ("model", "step", "tokens"):
+        assert_alike(moved[key], straight[key], 1e-9)
+    (moved,), (straight,) = moved["optimizers"], straight["optimizers"]
+    assert_alike(moved["state"]["state"], straight["state"]["state"], 1e-9)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_release_is_trained_on_by_two_processes_as_by_one(parallel, start, shared):
+    make_release(shared("--steps=1"))
+    options = ("--init_from=release", "--data=mine", "--steps=4")
+    finish(start(*options, f"--parallel={parallel}", world=2, out="together"))
+    run(*options, out="alone")
+    assert_same_run(Path("alone"), Path("together"), 1e-9)
+    copies = {"tiktoken.model", "tokenizer_config.json", "meta.json"}
+    files = {path.name for path in Path("together").iterdir()}
+    assert files == {"ckpt.pt", "best.pt", "log.jsonl", ".lock"} | copies
+    assert load_model("together")[1].eos == [511]
+
+
+def other_text_in_process_1():
+    if os.environ["RANK"] == "1":
+        load = train.load_dataset
+
+        def other(folder):
+            data = load(folder)
+            data.val.arrays[0] = data.val.arrays[0][:-1]
+            return data
+
+        train.load_dataset = other
+
+
+def other_step_in_process_1():
+    if os.environ["RANK"] == "1":
+        os.chdir("node")
+
+
+def test_processes_that_read_other_files_are_refused_before_anything_is_written(start, data):
+    """Other data, other settings, another checkpoint; and what all refuse is said by all."""
+    ranks = start(world=2, setup=other_text_in_process_1)
+    for rank, said in enumerate(finish(ranks, [1, 1])):
+        who = "error" if rank == 0 else "error in process 1"
+        assert f"{who}: data of process 1 differ from those of process 0: all have" in said
+    assert not Path("run").exists()
+    run("--steps=2")
+    Path("node/data").mkdir(parents=True)
+    Path("node/data/tiny").symlink_to(data)
+    run("--steps=1", out="node/run")
+    ranks = start("--resume", "--steps=3", world=2, setup=other_step_in_process_1)
+    for said in finish(ranks, [1, 1]):
+        assert "step and tokens of process 1 differ" in said
+    assert load("run")["step"] == 2
+    for said in finish(start("--stepps=9", world=2), [2, 2]):
+        assert "did you mean steps?" in said
+
+
+def expect_no_whole_weight_kept():
+    """Weights are cut up, and of a forward pass autograd keeps none of a block's in bf16."""
+    backward = train.backward
+
+    def watched(model, *rest):
+        assert all(p.to_local().numel() < p.numel() for p in model.parameters() if p.ndim > 1)
+        shapes = {tuple(sorted(p.shape)) for p in model.layers.parameters() if p.ndim > 1}
+
+        def keep(x):
+            assert x.dtype != torch.bfloat16 or tuple(sorted(x.shape)) not in shapes, x.shape
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            return backward(model, *rest)
+
+    train.backward = watched
+
+
+def test_fsdp_keeps_no_copy_of_the_weights_for_the_backward_pass(start):
+    options = ("--parallel=fsdp", "--dtype=bfloat16", "--steps=2", "--block_size=20")
+    finish(start(*options, world=2, setup=expect_no_whole_weight_kept))
+
+
+def raise_at_third_step():
+    windows = train.train_windows
+
+    def fail(data, config, step):
+        if step == 3 and os.environ["RANK"] == "1":
+            raise ValueError("this rank has had enough")
+        return windows(data, config, step)
+
+    train.train_windows = fail
+
+
+@pytest.mark.parametrize(("parallel", "raises"), [("fsdp", False), ("ddp", True)])
+def test_a_rank_that_dies_or_raises_ends_the_others_promptly(parallel, raises, start):
+    setup = raise_at_third_step if raises else None
+    options = ("--steps=5000", "--save_every=2", f"--parallel={parallel}")
+    ranks = start(*options, world=2, setup=setup)
+    if raises:
+        wait_for(lambda: "had enough" in ranks[1].log.read_text())
+    else:
+        wait_for(lambda: "step 3/" in ranks[0].log.read_text())
+        ranks[1].kill()
+    said, culprit = finish(ranks, [1, 1 if raises else -signal.SIGKILL], seconds=20)
+    assert "Traceback" in said  # that of torch, of a lost connection; torchrun names the culprit
+    assert culprit.strip() == ("error in process 1: this rank has had enough" if raises else "")
+    load_checkpoint("run/ckpt.pt")
+
+
+def tell_threads():
+    """Lists the threads that are left when the processes have parted."""
+    destroy = processes.dist.destroy_process_group
+
+    def watched():
+        destroy()
+        names = (file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm"))
+        print("left:", *sorted(names), flush=True)
+
+    processes.dist.destroy_process_group = watched
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
+def test_no_thread_of_gloo_outlives_the_training(start):
+    """It could abort its process while Python ends, and torchrun would end the others."""
+    for said in finish(start(world=2, setup=tell_threads)):
+        assert "left: python" in said and "gloo" not in said.split("left:")[1]
+
+
+def test_torchrun_trains_and_is_interrupted_and_resumed(shared):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = [*torchrun, str(ROOT / "train.py"), TINY, "--out=run", *SHORT, "--steps=12"]
+    with open("said", "wb") as file:
+        process = subprocess.Popen(argv, stderr=file)
+    try:
+        wait_for(lambda: "step 3/" in Path("said").read_text())
+        process.send_signal(signal.SIGINT)  # the others have sessions of their own
+        process.wait(60)
+    finally:
+        process.terminate()  # which it passes on
+    assert "stopped at step" in Path("said").read_text(), Path("said").read_text()
+    subprocess.run([*argv, "--resume"], check=True)
+    assert_same_run(shared("--steps=12"), Path("run"), 1e-9)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(start):
+    """The last one gets it, twice as of torchrun."""
+    ranks = start("--steps=5000", world=2)
+    wait_for(lambda: "step 3/" in ranks[0].log.read_text())
+    for _ in range(2):
+        os.kill(ranks[-1].pid, signal.SIGINT)
+        time.sleep(0.01)
+    said, other = finish(ranks, [130, 130])
+    step = re.search(r"stopped at step (\d+); go on from step \1, in \S+ckpt.pt,", said)[1]
+    assert load("run")["step"] == int(step) and "Traceback" not in said and "stopped" not in other
+
+
+def test_one_bad_gradient_is_skipped_by_all_processes_and_the_run_goes_on(start):
+    options = ("--parallel=fsdp", "--eval_every=8", "--save_every=8", "--log_every=2")
+    said, *_ = finish(start(*options, world=2, setup=poison_third_gradient))
+    assert re.search("step 4/8: .*, 1 skipped: gradient not finite", said)
+    state = load("run")
+    (adamw,) = state["optimizers"]
+    assert state["step"] == 8
+    assert {x["step"].item() for x in adamw["state"]["state"].values()} == {7}
+    assert all(x.isfinite().all() for x in state["model"].values())

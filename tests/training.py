@@ -1,0 +1,173 @@
+"""Tools of the tests of train.py, support/runs.py and support/processes.py; fixtures: conftest.py.
+
+Where processes matter they are forked from a server that has imported train.py once.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import huggingface
+import prepare_data
+import train
+from support import processes
+from support.settings import run_command
+from support.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "config" / "tiny.py")
+SHORT = ["--steps=8", "--batch_size=4", "--block_size=16", "--eval_batch=32", "--dtype=float64"]
+SHORT += ["--log_every=1", "--eval_every=4", "--save_every=4"]
+# Schedules that do not depend on the length of the run.
+CONSTANT = ("--warmup=0", "--decay_start=1", "--mtp_switch=1", "--gamma_stop=1")
+SHOW_RESULT = train.show_result  # a run shows no sample in these tests
+MACHINE = processes.Machine(torch.device("cpu"), torch.float64)
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["training"])  # so that no process needs time for its imports
+TEXT = sysconfig.get_paths()["stdlib"] + "/a*.py"  # some 250 kB
+
+
+def run(*options: str, out: Path | str = "run") -> Path:
+    """Trains in this process; returns the run's folder."""
+    train.main([TINY, f"--out={out}", *SHORT, *options])
+    return Path(out)
+
+
+def refused(*options: str) -> str:
+    """The sentence with which training is refused."""
+    with pytest.raises((ValueError, OSError)) as error:
+        run(*options)
+    return str(error.value)
+
+
+def command(argv: list[str], log: Path, environment: dict[str, str], setup):
+    """The life of a forked process: train.py with its output in a file."""
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    sys.argv = ["train.py", *argv]
+    train.show_result = lambda *arguments: None
+    if setup:
+        setup()
+    run_command(train.main)
+
+
+def finish(processes, codes: list[int] | None = None, seconds: float = 100) -> list[str]:
+    """Waits for the end of all processes; returns what they said."""
+    for process in processes:
+        process.join(seconds)
+    said = [process.log.read_text() for process in processes]
+    assert [p.exitcode for p in processes] == (codes or [0] * len(processes)), "\n".join(said)
+    return said
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def log_of(out: Path) -> list[dict]:
+    """log.jsonl without the times."""
+    lines = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+def load(out: Path, name: str = "ckpt.pt") -> dict:
+    return torch.load(Path(out) / name, weights_only=True)
+
+
+def assert_same(a, b, tolerance: float = 0.0):
+    """Equal, numbers within the tolerance (relative, and absolute for what is near 0)."""
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def assert_alike(a, b, tolerance: float = 0.0):
+    """What files have: numbers and tensors as in assert_same, all else equal."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_alike(a[key], b[key], tolerance)
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_alike(x, y, tolerance)
+    elif isinstance(a, torch.Tensor | float):
+        assert_same(a, b, tolerance)
+    else:
+        assert a == b
+
+
+def assert_same_run(a: Path, b: Path, tolerance: float = 0.0):
+    """All that two runs have made but their settings: the log and both checkpoints."""
+    assert_same(log_of(a), log_of(b), tolerance)
+    for name in ("ckpt.pt", "best.pt"):
+        x, y = load(a, name), load(b, name)
+        assert x.pop("train_config") and y.pop("train_config")
+        assert x.pop("run") != y.pop("run") or a.resolve() == b.resolve()
+        assert_same(*(z.pop("random", [torch.zeros(1)])[0] for z in (x, y)))  # process 0's
+        assert_alike(x, y, tolerance)
+
+
+def poison_third_gradient():
+    clip, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def poisoned(parameters, *rest):
+        parameters = list(parameters)
+        if next(calls) == 3:
+            parameters[0].grad.fill_(math.inf)
+        return clip(parameters, *rest)
+
+    torch.nn.utils.clip_grad_norm_ = poisoned
+
+
+def make_release(run: Path):
+    """release/: the network of a run with a tokenizer as Moonlight's, data/mine: a text for it."""
+    huggingface.main([str(run), "release"])
+    release = Path("release")
+    (release / "tokenizer.tiktoken").rename(release / "tiktoken.model")  # they look alike
+    for name in "meta.json", "tokenizer.json":
+        (release / name).unlink()
+    end = {"511": {"content": "[EOS]"}}
+    told = {"added_tokens_decoder": end, "eos_token": "[EOS]"}
+    (release / "tokenizer_config.json").write_text(json.dumps(told))
+    prepare_data.prepare(prepare_data.DataConfig(TEXT, "mine", tokenizer="release"))
+
+
+def other_tokenizer(data: Path, changed: str):
+    """data/other: the same texts with a tokenizer that gives train.py's docstring the same ids."""
+    shutil.copytree(data, "data/other")
+    ranks, meta = Path("data/other/tokenizer.tiktoken"), Path("data/other/meta.json")
+    values = json.loads(meta.read_text())
+    if changed == "token":  # the last one, which no other is made of
+        *lines, _ = ranks.read_bytes().splitlines(keepends=True)
+        ranks.write_bytes(b"".join(lines) + b"//79 %d\n" % len(lines))
+        values["tokenizer_sha256"] = hashlib.sha256(ranks.read_bytes()).hexdigest()
+    elif changed == "pattern":
+        values["pattern"] = "qzqz|" + values["pattern"]
+    else:
+        values["special_tokens"] = {"<|end|>": 511}
+    meta.write_text(json.dumps(values))
+    ids = [load_tokenizer(x).encode_ordinary(train.__doc__) for x in (data, ranks.parent)]
+    assert ids[0] == ids[1]
+
+
+def give_losses(monkeypatch, *losses: float):
+    """What the next evaluations find."""
+    others = dict(val_mtp_loss=9.0, max_vio_global=0.0)
+    results = [dict(val_loss=loss, val_bpb=loss / 2, **others) for loss in losses]
+    monkeypatch.setattr(train, "evaluate", mock.Mock(side_effect=results))
