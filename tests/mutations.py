@@ -146,10 +146,7 @@ layers in (26, 27) => layers in (27,)
 # huggingface.py tests/test_gguf.py
 "max_position_embeddings": model.trained_length} => "max_position_embeddings": 4096}
 
-# huggingface.py tests/test_train.py
-if damaged: => if False:
-
-# support/settings.py tests/test_config.py
+# support/settings.py tests/test_settings.py
 if typing.get_origin(annotation) is typing.Literal: => if False:
 
 # sample.py tests/test_sample.py
@@ -234,35 +231,62 @@ files = -(-count // TOKENS_PER_FILE) => files = 1
 min(start - begin_of_file, len(array) - length) => start - begin_of_file
 len(val) < 2 or n_bytes == 0 => len(val) < 2
 
-# support/processes.py tests/test_train.py
+# support/processes.py tests/test_processes.py
         import torch.distributed.nn => pass
-fast, why = on_first(lambda: fast_dtype(device)) => fast, why = fast_dtype(device)
+of_all(choose_dtype(config, device))[0] => choose_dtype(config, device)
 if config.dtype in ("auto", fast): => if True:
+if differ := [name for name in first if other[name] != first[name]]: => if False:
+trainer.require_backward_grad_sync = now => pass
+dist.all_reduce(x) => pass
+model.recompute = config.recompute or sharded => model.recompute = config.recompute
+x = x.full_tensor() if hasattr(x, "full_tensor") else x => pass
+
+# support/runs.py tests/test_runs.py
+os.fsync(file.fileno()) => pass
+flags | os.O_NOFOLLOW => flags
+damaged = archive.testzip() if whole else None => damaged = None
+fcntl.flock(file, => 0 and fcntl.flock(file,
+if data or (inside and not run and not begun): => if inside and not run and not begun:
+if data or (inside and not run and not begun): => if data:
+while (aside := folder.with_name => if (aside := folder.with_name
+not in ("", self.id): => not in ("", self.id, "", own := ""):
+if not x.isfinite().all(): => if False:
+if stored["names"] != names: => if False:
+isinstance(x, Tensor) and x.ndim and x.shape != p.shape => False
+if not trained <= state.keys() <= {*range(len(params))} => if False
+key not in then or then[key] != x => False
+(x, p) if x.ndim else x.clone() => (x, p) if x.ndim else x
+if n > 1 or not self.saved_step: => if True:
+self.saved_step == step - n and n > 1 => False
+if waiting > 0.25 and => if waiting > 0.35 and
+self.bad_in_a_row >= 5 => self.bad_in_a_row >= 6
+math.isfinite(loss) and self.step > 0 => self.step > 0
+loss < self.best_loss => loss <= self.best_loss
+length > self.best_length or (length == => (length ==
+if saved["measured"] == self.measured(): => if True:
+int(found[1]) <= step and not again => int(found[1]) < step and not again
+and not again => and True
+processes.set_random_states(saved["random"], self.machine) => pass
+if (h := signal.getsignal(x)) != signal.SIG_IGN => if (h := signal.getsignal(x)) is not None
+signal.SIGTERM, signal.SIGHUP) => signal.SIGTERM)
+if run.stop.heard: => if False:
+shutil.copyfile(file, self.out / file.name) => shutil.copy(file, self.out / file.name)
+if self.last and not math.isfinite(loss): => if False:
+
+# support/settings.py tests/test_runs.py
+return in_file | stored | given => return stored | in_file | given
+
+# train.py tests/test_runs.py
+if finite and (evaluation => if (evaluation
+for step in range(first, config.steps) => for step in range(config.steps)
 
 # train.py tests/test_train.py
-same_text = data_folder(then["data"]).resolve() == => same_text = True or
-and "val_loss_part" not in file => and True
-same_text = same_text and not of_a_part => pass
-saved is None or given.keys() & set(PHASES) => saved is None
-for step in range(first, config.steps) => for step in range(config.steps)
-epochs > MANY_EPOCHS and not resumed => epochs > MANY_EPOCHS
-if command.resume and not saved: => if False:
-self.saved_step = saved.get("step", 0)  # which => pass  # which
-and then["block_size"] == now["block_size"]): => ):
-evaluated if best else 0 => evaluated
-file.get("val_length", length) == length => True
+config.clip or math.inf => config.clip or 1.0
+epochs > MANY_EPOCHS and run.step == 0 => epochs > MANY_EPOCHS
 is_path = len(path.parts) > 1 or => is_path =
-shutil.copyfile(file, self.out / file.name) => shutil.copy(file, self.out / file.name)
-given |= with_home(given, "out", "data", "init_from") => pass
-value < model.trained_length: => False:
-if "DeepSeekV3.logits" in changed and => if False and
-in_file | stored | given => stored | in_file | given
-saved.clear() => pass
-{k: x.clone() for => {k: x for
-if n > 1 or not self.saved_step: => if True:
-if config.lr >= before: => if config.lr > before:
-if key in given and not used: => if key in given:
-run.evaluate_start() => pass
+given |= settings.with_home(given, "out", "data", "init_from") => pass
+if config.lr >= stored["lr"]: => if config.lr > stored["lr"]:
+given_weights = run.step == 0 and config.init_from => given_weights = False
 model.trained_length = max(model.trained_length, config.block_size) => model.trained_length = 9
 first = step * config.batch_size * config.block_size // T => first = step * config.batch_size
 batch_at(config, step) * config.block_size // T) => batch_at(config, step))
@@ -270,14 +294,7 @@ step >= config.long_start * config.steps => step > config.long_start * config.st
 if extended(config, step) and step % 2 => if extended(config, step)
 late = step >= config.mtp_switch => late = step > config.mtp_switch
 if step < config.gamma_stop * => if step <= config.gamma_stop *
-as_long and loss < self.best_loss => as_long and loss <= self.best_loss
-return math.isfinite(loss) and (longer => return (longer
-longer or (as_long and loss => (loss
-self.bad_in_a_row >= 5 => self.bad_in_a_row >= 6
-if entry["step"] > step: => if entry["step"] >= step:
-fcntl.flock(file, => 0 and fcntl.flock(file,
 same = identity == tokenizer_identity(data) => same = True
-if waiting > 0.25: => if waiting > 0.35:
 """
 
 
