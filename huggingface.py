@@ -112,6 +112,11 @@ def on_meta(config: ModelConfig, where: Path) -> DeepSeekV3:
         raise ValueError(f"no network has the sizes in {where} ({error!s:.100})") from None
 
 
+def and_more(names: list[str]) -> str:
+    """The first of the names, and how many there are besides."""
+    return f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
+
+
 def checkpoint_views(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint: released names, and views of our memory to read or write."""
     L = model.config.num_hidden_layers
@@ -173,8 +178,8 @@ def from_pretrained(
     # What config.json promises, and what may be stored once more: shapes as yet, without memory.
     needed, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))
     if missing := sorted(needed.keys() - stored.keys()):
-        some = f"{missing[0]} and {len(missing) - 1} more" if missing[1:] else missing[0]
-        raise ValueError(f"{directory} lacks {some}, due by its config.json: is a file missing?")
+        lacks = f"{directory} lacks {and_more(missing)}"
+        raise ValueError(f"{lacks}, due by its config.json: is a file missing?")
     for name in sorted(stored.keys() - needed.keys() - copies.keys()):
         if not name.endswith(("_scale_inv", "rotary_emb.inv_freq")):
             raise ValueError(f"{directory} has {name}, for which its config.json has no place.")
@@ -263,38 +268,54 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
+def parts_of(saved: dict[str, Any], path: Path) -> tuple[ModelConfig, dict[str, Tensor], int]:
+    """Settings, weights and longest trained windows in a checkpoint. Raises ValueError."""
+    try:
+        config, weights = ModelConfig(**saved["model_config"]), saved["model"]
+        for name, x in weights.items():
+            if not x.is_floating_point():  # which torch would convert without a word
+                raise TypeError(f"{name} holds {x.dtype}, expected floating point")
+        if "norm.weight" not in weights:  # whose dtype is that of nearly all
+            raise KeyError("norm.weight")
+        return config, weights, int(saved.get("trained_length", config.max_position_embeddings))
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: weights and settings do not match: {error!s:.200}") from None
+
+
 def load_model(
-    ckpt: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ckpt: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    extend: bool = False,
 ) -> tuple[DeepSeekV3, Tokenizer | None, Path]:
     """The model of a run, file or Hugging Face directory, its tokenizer, and where they lie.
 
     dtype None is the stored one. The tokenizer is None if a Hugging Face directory has none.
-    Raises OSError or ValueError.
+    extend: parameters that a run's weights lack, because model.py has more today, start as
+    initialised, and a line names them. Raises OSError or ValueError.
     """
     path = Path(ckpt)
     if (path / "config.json").exists():
         return from_pretrained(path, dtype, str(device)), hf_tokenizer(path), path
-    saved = load_checkpoint(path)
-    try:
-        weights, config = saved["model"], ModelConfig(**saved["model_config"])
-        stored = {name: tuple(x.shape) for name, x in weights.items()}
-        kept = weights["norm.weight"].dtype
-        kinds = {name: x.dtype for name, x in weights.items() if not x.is_floating_point()}
-        length = int(saved.get("trained_length", config.max_position_embeddings))
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: weights and settings do not match: {error!s:.200}") from None
-    if kinds:  # which torch would convert without a word
-        name, kind = kinds.popitem()
-        raise ValueError(f"{path}: {name} holds {kind}, expected floating point")
-    check_sizes(config, len(stored), path, stacked=True)
-    model = on_meta(config, path).to(dtype or kept)
+    config, weights, length = parts_of(load_checkpoint(path), path)
+    dtype = dtype or weights["norm.weight"].dtype
+    check_sizes(config, len(weights), path, stacked=True)
+    model = on_meta(config, path).to(dtype)
+
+    stored = {name: tuple(x.shape) for name, x in weights.items()}
     needed = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    for name in sorted(needed.keys() | stored.keys()):
+    new = sorted(needed.keys() - stored.keys()) if extend else []
+    for name in sorted((needed.keys() | stored.keys()) - {*new}):
         have, want = stored.get(name, "missing"), needed.get(name, "no part of this network")
         if have != want:
             told = f"{path}: weights and settings do not match"
             raise ValueError(f"{told}: {name} is {have} in the file, but {want} by its settings")
-    model.materialize(device).load_state_dict(weights)
+    if new:
+        info(f"{path} lacks {and_more(new)}: of this network, what is new starts as initialised")
+        model = DeepSeekV3(config).to(device, dtype)
+    else:
+        model.materialize(device)
+    model.load_state_dict(weights, strict=False)
     model.trained_length = length
     return model.eval(), stored_tokenizer(path if path.is_dir() else path.parent), path
 

@@ -496,6 +496,26 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
         check_refusal(sentence, load_model, tmp_path)
 
 
+def test_a_parameter_added_to_a_trained_network_starts_as_initialised_if_asked(
+    run, monkeypatch, capsys
+):
+    class Wider(DeepSeekV3):
+        def __init__(self, config):
+            super().__init__(config)
+            self.gain, self.bias = (torch.nn.Parameter(torch.full((3,), x)) for x in (2.0, 3.0))
+
+    narrow = load_model(run)[0].state_dict()
+    monkeypatch.setattr(huggingface, "DeepSeekV3", Wider)
+    check_refusal("do not match: bias is missing in the file, but (3,) by its", load_model, run)
+    wide = load_model(run, extend=True)[0].state_dict()
+    assert f"{run} lacks bias and 1 more: of this network, what is" in capsys.readouterr().err
+    assert wide.pop("gain").tolist() == [2.0] * 3 and wide.pop("bias").tolist() == [3.0] * 3
+    assert wide.keys() == narrow.keys() and all(torch.equal(wide[k], narrow[k]) for k in narrow)
+    torch.save(load_checkpoint(run) | {"model": narrow | {"old": torch.ones(1)}}, run / "more.pt")
+    said = "old is (1,) in the file, but no part of this network by its settings"
+    check_refusal(said, functools.partial(load_model, extend=True), run / "more.pt")
+
+
 def copy_run(source: Path, target: Path, **changes) -> Path:
     """A run of the same tokenizer and changed contents."""
     target.mkdir(exist_ok=True)
