@@ -124,3 +124,45 @@ def in_two_products(self, q_nope, q_pe, kv, start=None):
 def test_other_right_answers_pass(name, functions):
     wrong, mistakes = check.judge(name, SimpleNamespace(**functions))
     assert not any(wrong.values()) and not mistakes
+
+
+# ---- In the trained network ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Two windows of the text are enough here."""
+    model, tokenizer, windows = check.trained()
+    monkeypatch.setattr(check, "trained", lambda: (model, tokenizer, windows[:2]))
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_the_network_with_its_own_functions_is_itself(name, short):
+    assert "as it should be" in check.effect(name, check.answers(EXERCISES[name]))
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("mla", "there were no scale"),
+        ("absorbed", "W^UV stood before W^UK"),
+        ("bias", "busier"),
+        ("experts", "only the first choice"),
+        ("mtp", "targets are not shifted"),
+        ("accept", "u is not used"),
+    ],
+)
+def test_mistakes_show_in_the_network(name, sentence, short):
+    exercise = EXERCISES[name]
+    (mistake,) = (m for m in exercise.mistakes if sentence in m[2])
+    told = check.effect(name, check.with_mistake(exercise, *mistake[:2]))
+    assert "where the right answer gives" in told
+    assert "as it should be" in check.effect(name, check.answers(exercise))  # put back
+
+
+def test_a_function_that_fails_in_the_network(short):
+    def wrong(s, K):
+        raise RuntimeError("oh")
+
+    told = check.effect("balance", SimpleNamespace(balance_loss=wrong))
+    assert told == "In the trained network it fails: RuntimeError: oh"

@@ -1,13 +1,25 @@
-"""What one learns from: the annotated page is made of the code as it is."""
+"""What one learns from: the annotated page is made of the code as it is, the tour prints what it
+shows, the stored network has its loss.
 
+`python tests/test_learn.py` writes into the tour what its blocks print.
+"""
+
+import contextlib
+import io
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from exercises import check
+from support.runs import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 ANNOTATE = runpy.run_path(str(ROOT / "docs/annotate.py"))
@@ -33,3 +45,69 @@ def test_what_the_page_needs_is_looked_for():
     # Below the docstring, to the end of a statement of several lines.
     lines = ANNOTATE["lines_of"]("model.py", "DeepSeekV3.forward", "main, *mtp", "main, *mtp")
     assert len(lines) == 4
+
+
+# ---- The tour ------------------------------------------------------------------------------------
+
+TOUR = ROOT / "docs/TOUR.md"
+BLOCK = re.compile(r"(?s)```python\n(.*?)```\n\n```\n(.*?)```")
+
+
+def run_tour() -> list[tuple[str, str]]:
+    """What every block of the tour shows, and what it prints."""
+    names, shown = {}, []
+    for code, told in BLOCK.findall(TOUR.read_text(encoding="utf-8")):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, names)
+        shown.append((told, printed.getvalue()))
+    return shown
+
+
+@pytest.fixture
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    yield
+    torch.set_grad_enabled(True)
+
+
+def test_the_tour_prints_what_it_shows(at_root):
+    """Words and whole numbers as they stand; others to a hundredth, since machines round."""
+    number = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
+    shown = run_tour()
+    assert len(shown) == 10
+    for told, printed in shown:
+        assert number.sub("x", told) == number.sub("x", printed)
+        pairs = zip(number.findall(told), number.findall(printed), strict=True)
+        assert all(abs(float(a) - float(b)) < 0.011 for a, b in pairs), printed
+
+
+# ---- The stored network --------------------------------------------------------------------------
+
+
+def test_the_stored_network_opens_and_has_its_loss():
+    about = (ROOT / "weights/small/README.md").read_text(encoding="utf-8")
+    told = float(re.search(r"(\d\.\d{4}) bits per byte on text.txt", about)[1])
+    with torch.no_grad():
+        model = check.trained()[0]
+        loss = check.bits_per_byte(check.mean(lambda x, y: model(x, y)[0]))
+    assert loss == pytest.approx(told, abs=1e-3)
+    saved = load_checkpoint(ROOT / "weights/small")
+    assert (ROOT / "weights/small/best.pt").stat().st_size < 10.1e6
+    assert saved["model"]["norm.weight"].dtype == torch.bfloat16
+    assert saved["model"]["layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    assert model.trained_length == 1024 and model.config.rope_scaling["factor"] == 4
+
+
+def test_sampling_from_the_stored_network():
+    """README's first command, with nothing prepared."""
+    command = [sys.executable, "sample.py", "weights/small", "--prompt=def main("]
+    run = subprocess.run([*command, "--max_new_tokens=8"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("def main(")
+
+
+if __name__ == "__main__":  # writes what the blocks print into the tour
+    os.chdir(ROOT)
+    results = iter(run_tour())
+    text = TOUR.read_text(encoding="utf-8")
+    text = BLOCK.sub(lambda m: f"```python\n{m[1]}```\n\n```\n{next(results)[1]}```", text)
+    TOUR.write_text(text, encoding="utf-8")
