@@ -33,7 +33,7 @@ from tqdm import tqdm
 from support.files import lies_in, new_folder
 from support.settings import info, parse_args, run_command, with_home
 from support.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer, write_tokenizer
-from support.tokens import TOKENS_PER_FILE, Dataset, load_dataset, read_tokens, write_tokens
+from support.tokens import Dataset, load_dataset, read_tokens, write_tokens
 
 # GPT-2 tokens in shards of 100M on Hugging Face: where they lie and how many there are.
 SHARDS = {"fineweb": ("kjj0/fineweb10B-gpt2", 103), "finewebedu": ("kjj0/finewebedu10B-gpt2", 99)}
@@ -278,11 +278,6 @@ def read_parts(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
         if not any(texts):
             has = f"{config.source} has no text for {split}"
             raise ValueError(f"{has} (val_fraction={config.val_fraction}); give more")
-    # A token has at least a byte, so this is known before hours are spent on the training text.
-    for split, texts, option in ("validation", val, "val"), ("test", test, "test"):
-        if (most := sum(len(text.encode()) + 1 for text in texts)) > TOKENS_PER_FILE:
-            has = f"{most:,} bytes of {split} text, expected at most {TOKENS_PER_FILE:,}"
-            raise ValueError(f"{config.source} has {has}; give a lower --{option}_fraction")
     return train, val, test
 
 

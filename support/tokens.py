@@ -148,14 +148,16 @@ def load_dataset(folder: Path | str) -> Dataset:
     """Raises FileNotFoundError or ValueError where a file of the folder is missing or damaged."""
     folder, tokenizer = Path(folder), stored_tokenizer(folder)
     n_vocab = tokenizer.n_vocab
-    shards = sorted(folder.glob("train_*.bin")) or [folder / "train.bin"]
-    train = Tokens([read_tokens(path, n_vocab) for path in shards])
-    val = read_tokens(folder / "val.bin", n_vocab, whole=True)
+
+    def read(split: str, whole: bool = False) -> list[np.ndarray]:
+        paths = sorted(folder.glob(f"{split}_*.bin")) or [folder / f"{split}.bin"]
+        return [read_tokens(path, n_vocab, whole) for path in paths]
+
+    train, val = Tokens(read("train")), np.concatenate(read("val", whole=True))
     counts = np.bincount(val, minlength=n_vocab)
     n_bytes = sum(len(text) * int(counts[i]) for i, text in tokenizer.texts.items())
     if len(val) < 2 or n_bytes == 0:  # a loss needs a token to predict, bits per byte a byte
         has = f"{folder / 'val.bin'} has {len(val)} tokens with {n_bytes} bytes of text"
         raise ValueError(f"{has}, too little to measure a loss; {AGAIN}")
-    test = folder / "test.bin"
-    test = Tokens([read_tokens(test, n_vocab)]) if test.exists() else None
+    test = Tokens(read("test")) if any(folder.glob("test*.bin")) else None
     return Dataset(train, Tokens([val]), n_vocab, n_bytes / len(val), test, tokenizer.rows)

@@ -282,20 +282,6 @@ def write_shard(path: Path, ids: list[int], version: int = 1) -> Path:
     return path
 
 
-def test_too_large_a_validation_or_test_text_is_refused_before_any_work(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text(text := lines_of("a", 100))
-    (_,), (val,), _ = pd.split_documents({"a.txt:0": text}, 0.1)
-    monkeypatch.setattr(tk, "train_bpe", lambda *args: pytest.fail("this takes hours"))
-    monkeypatch.setattr(pd, "TOKENS_PER_FILE", len(val))  # and <|endoftext|>
-    with pytest.raises(ValueError, match="101 bytes of validation text, expected at most 100;"):
-        make(tmp_path, tmp_path / "a.txt", val_fraction=0.1)
-    source = write_by_hash(tmp_path / "texts", [lines_from(i) for i in range(200)])
-    monkeypatch.setattr(pd, "TOKENS_PER_FILE", 2019)  # of 20 documents and their marks a byte less
-    said = "2,020 bytes of test text, expected at most 2,019; give a lower --test_fraction"
-    with pytest.raises(ValueError, match=said):
-        make(tmp_path, source, test_fraction=0.1)
-
-
 # ---- Sources -----------------------------------------------------------------------------------
 
 

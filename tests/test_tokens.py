@@ -64,17 +64,18 @@ def test_shards_of_others_open_and_windows_never_span_two(book):
 def test_many_tokens_are_cut_into_files_of_one_length(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(prose(1, 200))
     assert np.iinfo("<i4").max > 1.9 * tf.TOKENS_PER_FILE  # what a header can count
-    one = make(tmp_path, tmp_path / "a.txt", name="one", val_fraction=0.01)
+    one = make(tmp_path, tmp_path / "a.txt", name="one", val_fraction=0.2)
     ids = ids_of(one, "train")
     for limit, files in (len(ids), 1), (len(ids) - 1, 2), (len(ids) // 11, 12):
         monkeypatch.setattr(tf, "TOKENS_PER_FILE", limit)
-        cut = make(tmp_path, tmp_path / "a.txt", name=f"limit {limit}", val_fraction=0.01)
+        cut = make(tmp_path, tmp_path / "a.txt", name=f"limit {limit}", val_fraction=0.2)
         names = [f"train_{i + 1:06d}.bin" for i in range(files)] if files > 1 else ["train.bin"]
         assert sorted(path.name for path in cut.glob("train*")) == names
         arrays = tf.load_dataset(cut).train.arrays
         lengths = [len(array) for array in arrays]
         assert max(lengths) <= limit and max(lengths) - min(lengths) <= 1
         assert np.concatenate(arrays).tolist() == ids and ids_of(cut, "val") == ids_of(one, "val")
+        assert len([*cut.glob("val*")]) == (3 if files == 12 else 1)
 
 
 DAMAGES = [  # what the sentence says, and how the folder is damaged
