@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from support.ops import compute_dtype, fast_twin, span, upcast
+from support.ops import cast, compute_dtype, fast_twin, linear32, span, upcast
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
 Position = int | Tensor  # in a graph, which serves every position, a tensor without dimensions
@@ -111,7 +111,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.weight * rms_norm(x, self.eps)).to(compute_dtype(x))
+        return cast(self.weight * rms_norm(x, self.eps), compute_dtype(x))
 
 
 # ---- Rotary position embedding (RoPE), with YaRN for long contexts -------------------------------
@@ -214,11 +214,12 @@ def causal_attention(
     return score.masked_fill(later, -math.inf).softmax(-1).to(v.dtype) @ v  # (B, H, T, V)
 
 
-@fast_twin("2647dfa2")
+@fast_twin("9f78de9f")
 def per_head(x: Tensor, W: Tensor) -> Tensor:
     """Each head's x (B, T, H, in) times that head's W (H, in, out): (B, T, H, out)."""
+    B, T, H, _ = x.shape
     y = torch.bmm(x.flatten(0, 1).transpose(0, 1), W)  # (H, B*T, out)
-    return y.transpose(0, 1).unflatten(0, x.shape[:2])
+    return y.transpose(0, 1).view(B, T, H, -1)
 
 
 class MLA(nn.Module):
@@ -267,8 +268,9 @@ class MLA(nn.Module):
         q_nope, q_pe = q.view(B, T, -1, N + R).split([N, R], dim=-1)  # (B, T, H, N), (B, T, H, R)
         latent, k_pe = self.kv_a_proj_with_mqa(h).split([C, R], dim=-1)  # (B, T, C), (B, T, R)
         latent = self.kv_a_layernorm(latent)
-        q_pe = rotate(q_pe, rope, config.rope_interleave)
-        k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave)  # (B, T, 1, R): all heads'
+        pe = torch.cat((q_pe, k_pe.unsqueeze(2)), 2)  # (B, T, H+1, R): one key for all heads
+        pe = rotate(pe, rope, config.rope_interleave)
+        q_pe, k_pe = pe[:, :, :-1], pe[:, :, -1:]
         start = 0
         if past:
             start = past[1]
@@ -296,12 +298,12 @@ class MLA(nn.Module):
         the cached latents kv (B, S, C+R), one head for all queries (start: causal_attention):
         q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
         (_, _, H, N), C = q_nope.shape, self.config.kv_lora_rank
-        W = self.kv_b_proj.weight.unflatten(0, (H, -1))
+        W = self.kv_b_proj.weight.view(H, -1, C)
         W_UK, W_UV = W[:, :N], W[:, N:]  # (H, N, C), (H, V, C)
-        q = torch.cat((per_head(q_nope, W_UK), q_pe), -1).to(kv.dtype)  # (B, T, H, C+R)
+        q = cast(torch.cat((per_head(q_nope, W_UK), q_pe), -1), kv.dtype)  # (B, T, H, C+R)
         k, v = kv[:, None], kv[:, None, :, :C]  # (B, 1, S, C+R), (B, 1, S, C)
         o = causal_attention(q.transpose(1, 2), k, v, self.scale, start)  # (B, H, T, C)
-        return per_head(o.transpose(1, 2).to(q_nope.dtype), W_UV.mT)  # (B, T, H, V)
+        return per_head(cast(o.transpose(1, 2), q_nope.dtype), W_UV.mT)  # (B, T, H, V)
 
 
 # ---- DeepSeekMoE (section 2.1.2) -----------------------------------------------------------------
@@ -315,7 +317,7 @@ def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
     rounds gate values to the dtype of y, such as bf16.
     """
     y = F.silu(gate) * up
-    return y if gain is None else y * gain[:, None].to(y.dtype)
+    return y if gain is None else y * cast(gain, y.dtype)[:, None]
 
 
 class MLP(nn.Module):
@@ -360,8 +362,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) -> scores s (B, T, E), chosen experts (B, T, K), their gate values."""
         config, G = self.config, self.config.n_group
-        with torch.autocast(x.device.type, enabled=False):
-            s = F.linear(upcast(x), upcast(self.weight)).sigmoid()  # (B, T, E), Eq. 15
+        s = linear32(x, self.weight).sigmoid()  # (B, T, E), Eq. 15
         choice = s.detach() + self.e_score_correction_bias  # (B, T, E)
         if G > 1:
             groups = choice.unflatten(-1, (G, -1))  # (B, T, G, E/G)
@@ -395,18 +396,18 @@ def expert_counts(chosen: Tensor, E: int) -> Tensor:
     return zeros.scatter_add_(0, ids, torch.ones_like(ids))
 
 
-@fast_twin("4ca9d22e")
+@fast_twin("4ac6d828")
 def routed_ffn(
     x: Tensor, chosen: Tensor, gain: Tensor, gate_up: Tensor, down: Tensor, swiglu: Callable
 ) -> Tensor:
-    """sum_{i in top K} g_i FFN_i(x) of Eq. 12: x (tokens, D), chosen experts and their gate values
-    (tokens, K), weights (E, 2F, D) and (E, D, F) -> (tokens, D). No token is dropped."""
+    """sum_{i in top K} g_i FFN_i(x) of Eq. 12: x (B, T, D), chosen experts and their gate values
+    (B, T, K), weights (E, 2F, D) and (E, D, F) -> (B, T, D). No token is dropped."""
     y = torch.zeros_like(x, dtype=compute_dtype(x))
     for i, (W_gate_up, W_down) in enumerate(zip(gate_up, down, strict=True)):
-        token, choice = (chosen == i).nonzero(as_tuple=True)  # (rows,): who chose expert i
-        gate, up = F.linear(x[token], W_gate_up).chunk(2, -1)  # (rows, F)
-        y_i = F.linear(swiglu(gate, up, gain[token, choice]), W_down)  # (rows, D)
-        y = y.index_add(0, token, y_i)
+        b, t, choice = (chosen == i).nonzero(as_tuple=True)  # (rows,): the tokens of expert i
+        gate, up = F.linear(x[b, t], W_gate_up).chunk(2, -1)  # (rows, F)
+        y_i = F.linear(swiglu(gate, up, gain[b, t, choice]), W_down)  # (rows, D)
+        y = y.index_put((b, t), y_i, accumulate=True)
     return y
 
 
@@ -420,7 +421,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
 
     def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
-        """x (tokens, D), chosen experts, their gate values (tokens, K) -> (tokens, D)."""
+        """x (B, T, D), chosen experts, their gate values (B, T, K) -> (B, T, D)."""
         return routed_ffn(x, chosen, gain, self.gate_up_proj, self.down_proj, swiglu)
 
 
@@ -437,7 +438,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x (B, T, D) -> (B, T, D), and the routing for DeepSeekV3 to note."""
         s, chosen, gain = self.gate(x)
-        y = self.experts(*(z.flatten(0, 1) for z in (x, chosen, gain))).view_as(x)
+        y = self.experts(x, chosen, gain)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         return y, (s, chosen)

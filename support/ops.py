@@ -90,9 +90,11 @@ def fast_twin(digits: str, *others: Callable) -> Callable:
 
         @functools.wraps(formula)
         def choose(*args, **kwargs):
-            usable = enabled and not kwargs and args[0].device.type in ("cpu", "cuda")
-            y = twin(*args) if usable else NotImplemented
-            return formula(*args, **kwargs) if y is NotImplemented else y
+            if enabled and not kwargs and (args[0].is_cpu or args[0].is_cuda):
+                y = twin(*args)
+                if y is not NotImplemented:
+                    return y
+            return formula(*args, **kwargs)
 
         FORMULAS[choose] = formula
         return choose
@@ -105,13 +107,26 @@ def fast_twin(digits: str, *others: Callable) -> Callable:
 
 def upcast(x: Tensor) -> Tensor:
     """x in the precision of gate, norms, softmax and loss: float64 stays, all else is float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products with x: autocast's where it is on, else x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which takes a microsecond even where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def linear32(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in the precision of the gate, also under autocast."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return F.linear(upcast(x), upcast(weight))
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(upcast(x), upcast(weight))
 
 
 def span(start: int | Tensor, length: int) -> slice | Tensor:
@@ -283,12 +298,13 @@ def routed_ffn(x: Tensor, chosen: Tensor, gain: Tensor, gate_up, down, swiglu) -
         y = visit(x, chosen, gain, gate_up, down, swiglu)
         if y is not NotImplemented:
             return y
+    x, chosen, gain, shape = *(z.flatten(0, 1) for z in (x, chosen, gain)), x.shape
 
     def ffn(x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
         gate, up = grouped_linear(x, gate_up, counts).chunk(2, dim=-1)  # (rows, F) each
         return grouped_linear(swiglu(gate, up, gain), down, counts)
 
-    return by_expert(x, chosen, gain, len(down), ffn)
+    return by_expert(x, chosen, gain, len(down), ffn).view(shape)
 
 
 # ---- Training: output head -----------------------------------------------------------------------
@@ -349,9 +365,10 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 LONG = 2**14  # cached tokens from which the threads share them out
 PAIRS = 2**13  # of queries and cached tokens, up to which loops are faster than products
-LARGE = 2**16  # weights of a matrix from which oneDNN's layout pays
+LARGE = 2**17  # weights of a matrix from which oneDNN's layout pays
 ROWS = 16  # rows of x that this layout is packed for; in a graph, the most for which loops pay
 COPIED = 3 * 2**26  # weights in a layer's experts up to which these are copied into another order
+PAYS = 32  # tokens to be written from which copies are made
 FEW = 32  # tokens up to which each reads its experts' weights by itself
 # Loops and oneDNN's layout are for AVX512; with AVX2 the BLAS is faster. This is not timed: where
 # both are about as fast, two texts of one seed would differ.
@@ -371,11 +388,20 @@ def as_loops(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type == "cpu" and AVX512
 
 
+@functools.cache
+def scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)
+
+
 def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """In one call; in a graph the formula is as good."""
+    """In fewer operations; in a graph the formula is as good."""
     if not writing() or torch.compiler.is_compiling():
         return NotImplemented
-    return F.rms_norm(x, x.shape[-1:], None, eps)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    eps = scalar(eps, dtype, x.device)
+    y = x * torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+    return cast(y, x.dtype)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
@@ -385,8 +411,13 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
     x32 = upcast(x)
     if any(n % 2 for n in (x32.storage_offset(), *x32.stride()[:-1])):  # pairs begin anywhere
         return NotImplemented
-    turned = torch.view_as_complex(x32.unflatten(-1, (-1, 2))) * torch.complex(*rope)[:, None]
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    if turning[0] is not rope:  # all layers turn by the same angles
+        turning[:] = rope, torch.complex(*rope)[:, None]
+    turned = torch.view_as_complex(x32.view(*x.shape[:-1], -1, 2)) * turning[1]
+    return cast(torch.view_as_real(turned).view(x.shape), x.dtype)
+
+
+turning: list = [None, None]  # the rotary table that `rotate` had last, as complex numbers
 
 
 def per_head(x: Tensor, W: Tensor) -> Tensor:
@@ -399,21 +430,29 @@ def attend_latents(q: Tensor, k: Tensor, v: Tensor, scale: float, start) -> Tens
     """causal_attention with one head of keys k (B, S, W) and values v (B, S, V) for all queries."""
     (_, H, T, _), S = q.shape, k.shape[1]
     start = S - T if start is None else start
-    later = None  # (H*T, S): 0 where a query may look, -inf elsewhere; None: each may look at all
-    if T > 1 or not isinstance(start, int):
-        token = torch.arange(S, device=q.device)
-        later = torch.where(token > token[span(start, T), None], -math.inf, 0.0)
-        later = later.to(q.dtype).repeat(H, 1)
-    q, graph = (q * scale).flatten(1, 2), torch.compiler.is_compiling()  # (B, H*T, W)
+    later = None  # each may look at all
+    if not isinstance(start, int):
+        later = mask.__wrapped__(start, T, S, H, q.dtype, q.device)
+    elif T > 1:
+        later = mask(start, T, S, H, q.dtype, q.device)
+    q, graph = (q * scale).reshape(len(q), H * T, -1), torch.compiler.is_compiling()
     if as_loops(q) and q.shape[1] * S <= PAIRS:
         p = ((upcast(q)[:, :, None] * k[:, None]).sum(-1) + later).softmax(-1)
-        o = (p[..., None] * v[:, None]).sum(2).to(q.dtype)
+        o = cast((p[..., None] * v[:, None]).sum(2), q.dtype)
     elif graph or q.device.type != "cpu" or S < LONG or k.data_ptr() != v.data_ptr():
         score = torch.bmm(q, k.mT) if later is None else torch.baddbmm(later, q, k.mT)
-        o = torch.bmm(upcast(score).softmax(-1).to(q.dtype), v)  # (B, H*T, V)
+        o = torch.bmm(cast(upcast(score).softmax(-1), q.dtype), v)  # (B, H*T, V)
     else:
         o = attend_in_pieces(q, k, T, later)[..., : v.shape[-1]]
-    return o.unflatten(1, (H, T))
+    return o.view(len(o), H, T, -1)
+
+
+@functools.lru_cache(1)  # all layers have the same
+def mask(start, T: int, S: int, H: int, dtype, device) -> Tensor:
+    """(H*T, S): 0 where a query may look, -inf elsewhere."""
+    query = start + torch.arange(T, device=device)[:, None]
+    later = torch.arange(S, device=device) > query
+    return torch.where(later, -math.inf, 0.0).to(dtype).repeat(H, 1)
 
 
 def attend_in_pieces(q: Tensor, k: Tensor, T: int, later: Tensor | None) -> Tensor:
@@ -435,29 +474,38 @@ def attend_in_pieces(q: Tensor, k: Tensor, T: int, later: Tensor | None) -> Tens
 
 
 def visit(x: Tensor, chosen: Tensor, gain: Tensor, gate_up, down, swiglu) -> Tensor:
-    """routed_ffn for few tokens, each of which reads the weights of its experts.
+    """routed_ffn for few (n = B * T) tokens, each of which reads the weights of its experts.
 
     In a graph by loops. Else x W^T is a sum of rows of W^T, each times a number of x. That is what
     `embedding_bag` computes, for all tokens and experts in one call per projection, at the speed of
     memory.
     """
     graph = torch.compiler.is_compiling()
-    if not graph and (len(x) > FEW or not hasattr(gate_up, "_turned")):
+    (D, K), n = (x.shape[-1], chosen.shape[-1]), chosen.shape[:2].numel()
+    if not graph and (n > FEW or not hasattr(gate_up, "_turned")):
         return NotImplemented
 
-    def times(x: Tensor, w: Tensor) -> Tensor:  # (tokens, K, in) -> (tokens, K, out)
+    shape, chosen = x.shape, chosen.reshape(-1)  # (n * K,)
+
+    def times(x: Tensor, w: Tensor) -> Tensor:  # (n * K, in) -> (n * K, out)
         if graph:
             return (w[chosen] * x.unsqueeze(-2)).sum(-1)
-        width = x.shape[-1]
-        index = chosen[..., None] * width + torch.arange(width, device=x.device)
-        bags = torch.arange(0, x.numel(), width, device=x.device)
+        rows, bags = places(len(w), x.shape[1])
+        index, bags = rows.index_select(0, chosen).view(-1), bags[: n * K]
         # mode 0 sums; F.embedding_bag takes half as long again.
-        y = torch.embedding_bag(w._turned, index.flatten(), bags, False, 0, False, x.flatten())[0]
-        return y.unflatten(0, chosen.shape)
+        return torch.embedding_bag(w._turned, index, bags, False, 0, False, x.reshape(-1))[0]
 
-    gate, up = times(x[:, None].expand(*chosen.shape, -1), gate_up).chunk(2, -1)  # (tokens, K, F)
-    z = swiglu(*(y.flatten(0, 1) for y in (gate, up, gain)))
-    return times(z.unflatten(0, chosen.shape), down).sum(1)
+    x = x.reshape(n, 1, D).expand(n, K, D).reshape(n * K, D)
+    gate, up = times(x, gate_up).chunk(2, -1)  # (n * K, F)
+    y = times(swiglu(gate, up, gain.reshape(-1)), down)  # (n * K, D)
+    return y.view(*shape[:2], K, D).sum(2)
+
+
+@functools.cache
+def places(E: int, width: int) -> tuple[Tensor, Tensor]:
+    """Of E experts' turned weights, (E * width, out): which rows are an expert's (E, width); and
+    where each of many bags of `width` rows begins."""
+    return torch.arange(E * width).view(E, width), torch.arange(0, FEW * E * width, width)
 
 
 # ---- Copies of weights, while a text is written --------------------------------------------------
@@ -485,10 +533,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = torch.cat([(weight * row).sum(-1)[None] for row in rows.split(1)]).to(x.dtype)
         y = y.view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
-    copy = getattr(weight, "_laid_out", weight)
-    if copy.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
-    return F.linear(x, copy, bias)
+    copy = getattr(weight, "_laid_out", None)
+    if copy is not None:
+        return torch.ops.mkldnn._linear_pointwise.default(x, copy, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def head_logits(h: Tensor, weight: Tensor) -> Tensor:
@@ -497,50 +545,49 @@ def head_logits(h: Tensor, weight: Tensor) -> Tensor:
     return upcast(product(h, weight))
 
 
-def copy_of(w: Tensor) -> Tensor:
-    """A matrix as `product` reads it fastest.
-
-    A large one is laid out for oneDNN. That reads it at the speed of memory, and up to five rows of
-    x take the time of one. The BLAS reads columns faster than rows, unless a matrix has twice as
-    many columns as rows.
-    """
+def copies(w: Tensor) -> bool:
+    """Whether oneDNN's layout pays for this matrix: that reads it at the speed of memory, and up to
+    five rows of x take the time of one. Smaller ones the BLAS multiplies as fast."""
     known = w.dtype == torch.float32 or (
         w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-    if AVX512 and known and w.numel() >= LARGE:
-        return torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), ROWS)
-    return w.T.contiguous().T if 2 * len(w) > w.shape[1] else w
+    return AVX512 and known and w.numel() >= LARGE
 
 
 @contextmanager
-def laid_out(model: nn.Module, compiled: bool) -> Iterator[None]:
-    """Within `with laid_out(model, compiled):` products of few rows are fast on a CPU.
+def laid_out(model: nn.Module, compiled: bool, tokens: int) -> Iterator[None]:
+    """Within `with laid_out(model, compiled, tokens):` the twins for writing so many tokens are on.
 
-    Its matrices have copies there, in another order; in a graph they need none. The weights must
-    not change there; nothing of this is left behind.
+    On a CPU large matrices and the experts have copies there, in another order (in a graph they
+    need none). The weights must not change there; nothing of this is left behind.
     """
+    copied = tokens >= PAYS and not compiled
     global texts
-    linears, weights = [], []
+    linears, weights, modules = [], [], list(model.modules())
     texts += 1
     try:
-        for module in model.modules():
-            own = dict(module.named_parameters(recurse=False))
-            if not own or next(iter(own.values())).device.type != "cpu":
-                continue
-            if type(module) is nn.Linear:
+        for module in modules:
+            own = [w.detach() for w in module.parameters(recurse=False) if w.device.type == "cpu"]
+            stacked = [w for w in own if w.ndim == 3]
+            if type(module) is nn.Linear and own and (compiled or (copied and copies(own[0]))):
                 module.__class__ = LaidOut
                 linears.append(module)
-                if not compiled:
-                    module.weight._laid_out = copy_of(module.weight.detach())
+                if copied:
+                    w = torch.ops.mkldnn._reorder_linear_weight(own[0].contiguous(), ROWS)
+                    module.weight._laid_out = w
                     weights.append(module.weight)
-            stacked = [w for w in own.values() if w.ndim == 3]
-            if not compiled and sum(w.numel() for w in stacked) <= COPIED:
-                for w in stacked:
+            elif stacked and copied and sum(w.numel() for w in stacked) <= COPIED:
+                for w in module.parameters(recurse=False):
                     w._turned = w.detach().mT.flatten(0, 1)  # (E*in, out)
                     weights.append(w)
+            if not compiled:  # what nn.Module.__getattr__ would look for, 300 times a token
+                module.__dict__ |= module._modules | module._parameters
         yield
     finally:
         texts -= 1
+        for module in modules:
+            for name in module._modules | module._parameters:
+                module.__dict__.pop(name, None)
         for module in linears:
             module.__class__ = nn.Linear
         for w in weights:

@@ -95,7 +95,7 @@ def test_tokens_behind_a_cache_equal_whole_forwards(way, name, dtype, tolerance,
         tokens = tokens_of(model, B, 13 + len(model.mtp))
         with torch.no_grad():
             main, mtp = model(tokens, return_mtp=True)
-        with torch.inference_mode(), ops.laid_out(model, compiled), monkeypatch.context() as patch:
+        with torch.inference_mode(), ops.laid_out(model, compiled, 32), monkeypatch.context() as patch:
             onednn = ops.AVX512 and dtype == torch.float32 and way in ("packed", "in place")
             copy = getattr(model.lm_head.weight, "_laid_out", None)
             assert onednn == (copy is not None and copy.is_mkldnn) and compiled == (copy is None)
@@ -128,7 +128,7 @@ def test_nothing_that_a_text_was_written_with_is_left_behind():
         change()
         same_text(model, greedy(model, tokens_of(model, 1, 9), 8), 9)
         with pytest.raises(KeyboardInterrupt):
-            generate(model, tokens_of(model, 1, 9), 8, on_token=stop)
+            generate(model, tokens_of(model, 1, 9), 40, on_token=stop)
         assert {name: type(module) for name, module in model.named_modules()} == before
         assert not any({"_laid_out", "_turned"} & vars(p).keys() for p in model.parameters())
 
