@@ -49,7 +49,7 @@ COPIED = {
     "swiglu": "394a734a",
     "MLP.forward": "d5b0b9ec",
     "Experts.forward": "9ac86ddd",
-    "routed_ffn": "4ac6d828",
+    "routed_ffn": "4ca9d22e",
 }
 _emulated: set[torch.device] = set()  # devices for which has_blockwise_fp8 has said so
 
@@ -288,9 +288,8 @@ class FP8Experts(nn.Module):
     """model.Experts, the routed experts: gate_up_proj (E, 2F, D), down_proj (E, D, F)."""
 
     def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
-        """x (B, T, D), chosen experts and their gate values (B, T, K) -> (B, T, D)."""
-        tokens = (z.flatten(0, 1) for z in (x, chosen, gain))
-        return by_expert(*tokens, len(self.down_proj), self.ffn).view(x.shape)
+        """x (T, D), chosen experts and their gate values (T, K) -> (T, D)."""
+        return by_expert(x, chosen, gain, len(self.down_proj), self.ffn)
 
     def ffn(self, x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
         """x (rows, D) sorted by expert, counts (E,) of each expert's rows, gate values (rows,) ->

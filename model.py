@@ -396,18 +396,18 @@ def expert_counts(chosen: Tensor, E: int) -> Tensor:
     return zeros.scatter_add_(0, ids, torch.ones_like(ids))
 
 
-@fast_twin("4ac6d828")
+@fast_twin("4ca9d22e")
 def routed_ffn(
     x: Tensor, chosen: Tensor, gain: Tensor, gate_up: Tensor, down: Tensor, swiglu: Callable
 ) -> Tensor:
-    """sum_{i in top K} g_i FFN_i(x) of Eq. 12: x (B, T, D), chosen experts and their gate values
-    (B, T, K), weights (E, 2F, D) and (E, D, F) -> (B, T, D). No token is dropped."""
+    """sum_{i in top K} g_i FFN_i(x) of Eq. 12: x (tokens, D), chosen experts and their gate values
+    (tokens, K), weights (E, 2F, D) and (E, D, F) -> (tokens, D). No token is dropped."""
     y = torch.zeros_like(x, dtype=compute_dtype(x))
     for i, (W_gate_up, W_down) in enumerate(zip(gate_up, down, strict=True)):
-        b, t, choice = (chosen == i).nonzero(as_tuple=True)  # (rows,): the tokens of expert i
-        gate, up = F.linear(x[b, t], W_gate_up).chunk(2, -1)  # (rows, F)
-        y_i = F.linear(swiglu(gate, up, gain[b, t, choice]), W_down)  # (rows, D)
-        y = y.index_put((b, t), y_i, accumulate=True)
+        token, choice = (chosen == i).nonzero(as_tuple=True)  # (rows,): who chose expert i
+        gate, up = F.linear(x[token], W_gate_up).chunk(2, -1)  # (rows, F)
+        y_i = F.linear(swiglu(gate, up, gain[token, choice]), W_down)  # (rows, D)
+        y = y.index_add(0, token, y_i)
     return y
 
 
@@ -421,7 +421,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
 
     def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
-        """x (B, T, D), chosen experts, their gate values (B, T, K) -> (B, T, D)."""
+        """x (tokens, D), chosen experts, their gate values (tokens, K) -> (tokens, D)."""
         return routed_ffn(x, chosen, gain, self.gate_up_proj, self.down_proj, swiglu)
 
 
@@ -438,7 +438,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x (B, T, D) -> (B, T, D), and the routing for DeepSeekV3 to note."""
         s, chosen, gain = self.gate(x)
-        y = self.experts(x, chosen, gain)
+        y = self.experts(*(z.flatten(0, 1) for z in (x, chosen, gain))).view_as(x)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         return y, (s, chosen)

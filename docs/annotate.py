@@ -322,7 +322,7 @@ normalised (section 4.2).
 $ \c_t^{KV} = W^{DKV} \h_t
 $ \k_t^R = "RoPE"(W^{KR} \h_t)
 One matrix computes both. Only these two are cached.
-> model.py MLA.forward | latent, k_pe = | k_pe = rotate
+> model.py MLA.forward | latent, k_pe = | q_pe, k_pe = pe
 
 @
 If there is a cache, it takes them at the positions of these tokens.
@@ -364,7 +364,7 @@ token visits K of them. The gate says which, and how much each one counts.
 
 @ Eq. 15
 $ s_{i,t} = "sigmoid"(\u_t \cdot \e_i)
-> model.py Gate.forward | with torch.autocast | sigmoid
+> model.py Gate.forward | s = linear32 | sigmoid
 
 @ Eq. 14, 16
 $ g_{i,t}' = \cases{s_{i,t}}{"if "s_{i,t}+b_i \in "Topk"(\{s_{j,t}+b_j\}, K_r)}{0}{"otherwise"}

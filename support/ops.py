@@ -298,13 +298,12 @@ def routed_ffn(x: Tensor, chosen: Tensor, gain: Tensor, gate_up, down, swiglu) -
         y = visit(x, chosen, gain, gate_up, down, swiglu)
         if y is not NotImplemented:
             return y
-    x, chosen, gain, shape = *(z.flatten(0, 1) for z in (x, chosen, gain)), x.shape
 
     def ffn(x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
         gate, up = grouped_linear(x, gate_up, counts).chunk(2, dim=-1)  # (rows, F) each
         return grouped_linear(swiglu(gate, up, gain), down, counts)
 
-    return by_expert(x, chosen, gain, len(down), ffn).view(shape)
+    return by_expert(x, chosen, gain, len(down), ffn)
 
 
 # ---- Training: output head -----------------------------------------------------------------------
@@ -474,38 +473,38 @@ def attend_in_pieces(q: Tensor, k: Tensor, T: int, later: Tensor | None) -> Tens
 
 
 def visit(x: Tensor, chosen: Tensor, gain: Tensor, gate_up, down, swiglu) -> Tensor:
-    """routed_ffn for few (n = B * T) tokens, each of which reads the weights of its experts.
+    """routed_ffn for few tokens (n), each of which reads the weights of its experts.
 
     In a graph by loops. Else x W^T is a sum of rows of W^T, each times a number of x. That is what
     `embedding_bag` computes, for all tokens and experts in one call per projection, at the speed of
     memory.
     """
     graph = torch.compiler.is_compiling()
-    (D, K), n = (x.shape[-1], chosen.shape[-1]), chosen.shape[:2].numel()
+    (n, K), D = chosen.shape, x.shape[1]
     if not graph and (n > FEW or not hasattr(gate_up, "_turned")):
         return NotImplemented
 
-    shape, chosen = x.shape, chosen.reshape(-1)  # (n * K,)
+    chosen = chosen.reshape(-1)  # (n * K,)
 
     def times(x: Tensor, w: Tensor) -> Tensor:  # (n * K, in) -> (n * K, out)
         if graph:
             return (w[chosen] * x.unsqueeze(-2)).sum(-1)
-        rows, bags = places(len(w), x.shape[1])
+        rows, bags = places(len(w), x.shape[1], FEW)
         index, bags = rows.index_select(0, chosen).view(-1), bags[: n * K]
         # mode 0 sums; F.embedding_bag takes half as long again.
         return torch.embedding_bag(w._turned, index, bags, False, 0, False, x.reshape(-1))[0]
 
-    x = x.reshape(n, 1, D).expand(n, K, D).reshape(n * K, D)
+    x = x.view(n, 1, D).expand(n, K, D).reshape(n * K, D)
     gate, up = times(x, gate_up).chunk(2, -1)  # (n * K, F)
     y = times(swiglu(gate, up, gain.reshape(-1)), down)  # (n * K, D)
-    return y.view(*shape[:2], K, D).sum(2)
+    return y.view(n, K, D).sum(1)
 
 
 @functools.cache
-def places(E: int, width: int) -> tuple[Tensor, Tensor]:
+def places(E: int, width: int, few: int) -> tuple[Tensor, Tensor]:
     """Of E experts' turned weights, (E * width, out): which rows are an expert's (E, width); and
     where each of many bags of `width` rows begins."""
-    return torch.arange(E * width).view(E, width), torch.arange(0, FEW * E * width, width)
+    return torch.arange(E * width).view(E, width), torch.arange(0, few * E * width, width)
 
 
 # ---- Copies of weights, while a text is written --------------------------------------------------

@@ -57,11 +57,11 @@ EDITS = {
     "experts times 0.5": ([(SUMMED, f"0.5 * {SUMMED}")], ["routed_ffn"]),
     "one expert left out": ([("(chosen == i)", "(chosen == max(i, 1))")], ["routed_ffn"]),
     "FFN times 0.7": ([("return x + y, routing", "return x + 0.7 * y, routing")], []),
-    "no gate values": ([("y if gain is None else y * gain[:, None].to(y.dtype)", "y")], []),
+    "no gate values": ([("y if gain is None else y * cast(gain, y.dtype)[:, None]", "y")], []),
     "norms without roots": ([("torch.rsqrt(", "torch.reciprocal(")], ["rms_norm"]),
     "norms without weights": ([("self.weight * rms_norm(", "1.0 * rms_norm(")], []),
     "another rotation": ([("a * cos - b * sin", "a * cos + 2 * b * sin")], ["rotate"]),
-    "a softmax gate": ([("self.weight)).sigmoid()", "self.weight)).softmax(-1)")], []),
+    "a softmax gate": ([("self.weight).sigmoid()", "self.weight).softmax(-1)")], []),
     "a decorated twin": (
         [(TYPES, HALVED), (")\ndef routed_ffn(", ")\n@halved\ndef routed_ffn(")],
         ["routed_ffn"],
