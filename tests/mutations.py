@@ -107,8 +107,8 @@ high = upcast(torch.empty_like(low)) => high = torch.empty_like(low)
 # support/tokenizer.py tests/test_release.py
 self.bos], self.eos[:1] => self.bos], []
 encoding.encode_batch(texts, allowed_special="all") => encoding.encode_ordinary_batch(texts)
-if told.get("add_bos_token"): => if False:
-= files, told.get("vocab_size", 0) => = files, 0
+if told.get("add_bos_token") else None => if False else None
+rows=told.get("vocab_size", 0) => rows=0
 
 # support/tokens.py tests/test_release.py
 pieces[0][0], pieces[-1][2] = before, after => pieces[0][0], pieces[0][2] = before, after
@@ -116,7 +116,13 @@ pieces[0][0], pieces[-1][2] = before, after => pieces[0][0], pieces[0][2] = befo
 # huggingface.py tests/test_huggingface.py
 ("gate_proj", "up_proj") => ("up_proj", "gate_proj")
 fp8.quantize(tensors[name], fp8.BLOCK) => fp8.quantize(tensors[name], fp8.BLOCK, pow2=True)
-key=lambda file: file.name == "config.json" => key=lambda file: file.name
+if family not in (None, *FAMILY): => if False:
+if value > tensors: => if False:
+if isinstance(value, int) and value >= 2**31: => if False:
+if have != want: => if False:
+new = sorted(needed.keys() - stored.keys()) if extend else [] => new = sorted(needed.keys() - stored.keys())
+check_free(target, config.overwrite) => pass
+if not x.is_floating_point(): => if False:
 
 # support/gguf.py tests/test_gguf.py
 W[:, :N].mT, W[:, N:] => W[:, -N:].mT, W[:, :-N]
@@ -190,9 +196,6 @@ inner = getattr(formula, "formula", None)  # => inner = formula = inspect.unwrap
 getattr(formula, "__wrapped__", None) is inner: => True:
 if not (isinstance(scale, float) and => if not (True and
 
-# huggingface.py tests/test_edits.py
-if code.co_filename == source.__file__) => if True)
-
 # sample.py tests/test_edits.py
 compare_forms(model) => pass
 DECODERS[model].clear()  # an edit => pass  # an edit
@@ -216,20 +219,32 @@ if copied > len(train[name]) / 2: => if copied >= len(train[name]) / 2:
 size[name] <= 1.1 * val_target => size[name] <= 1.11 * val_target
 if val_bytes < val_target / 2: => if val_bytes < val_target / 3:
 size[name] <= 0.1 * test_target => size[name] < 0.1 * test_target
-os.fsync(file.fileno()) => pass
-check_free(folder, config.overwrite)  # again => pass  # again
+if not re.fullmatch( => if not re.match(
+if not lies_in(path, root): => if False:
+if steps >= small["steps"]: => if steps > small["steps"]:
+steps = max(1, 5 * len => steps = max(1, 50 * len
 
 # support/tokenizer.py tests/test_tokenizer.py
 [^\s{_CJK}{_CJK_SIGNS}]) => \S)
 (?=[^\s/])") => ")
 if taken * total <= passed * limit: => if taken < limit:
 sample_texts(texts, BPE_SAMPLE) => sample_texts(texts[::2], BPE_SAMPLE)
+if "/" in name or not any( => if not any(
+if not lies_in(path, folder): => if False:
+if not isinstance(i, int) or not 0 <= i < MOST_TOKENS: => if False:
+*self.eos, *bos, self.rows): => *self.eos, *bos):
+check_pattern(meta["pattern"]) => pass
+if missing := [byte for => if missing := [] and [byte for
+("tokenizer_sha256", "pattern", "special_tokens")} => ("tokenizer_sha256", "pattern")}
 
 # support/tokens.py tests/test_tokens.py
 pieces[0][0], pieces[-1][2] = before, after => pieces[-1][0], pieces[-1][2] = before, after
 files = -(-count // TOKENS_PER_FILE) => files = 1
 min(start - begin_of_file, len(array) - length) => start - begin_of_file
 len(val) < 2 or n_bytes == 0 => len(val) < 2
+check_length(self.arrays[shard]) => pass
+np.concatenate(read("val", whole=True)) => np.concatenate(read("val")[:1])
+highest = tokens.max() => highest = 0
 
 # support/processes.py tests/test_processes.py
         import torch.distributed.nn => pass
@@ -279,6 +294,19 @@ return in_file | stored | given => return stored | in_file | given
 # train.py tests/test_runs.py
 if finite and (evaluation => if (evaluation
 for step in range(first, config.steps) => for step in range(config.steps)
+
+# support/files.py tests/test_prepare_data.py
+os.fsync(file.fileno()) => pass
+check_free(folder, overwrite)  # again => pass  # again
+folder.rename(old)  # of => folder.rename(old); [x.unlink() for x in old.glob("thesis*")]  # of
+if error.filename or error.errno is None: => if True:
+with naming(new): => if True:
+
+# support/files.py tests/test_tokenizer.py
+return real.is_relative_to(folder) or => return True or
+or real.is_relative_to(cache / "blobs") => 
+except RecursionError: => except ZeroDivisionError:
+if not isinstance(value, dict): => if False:
 
 # train.py tests/test_train.py
 config.clip or math.inf => config.clip or 1.0
