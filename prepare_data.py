@@ -166,18 +166,16 @@ def find_files(source: str) -> list[Path]:
     else:
         paths = map(Path, glob.glob(str(root), recursive=True))
         root = Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
-    found, out, top = {}, [], root.resolve()
-    for path in paths:
+    found, out = {}, []
+    for path in sorted(paths):
         if not lies_in(path, root):
             out.append(path)
         elif path.is_file():
-            real = path.resolve()
-            through_link = top / path.relative_to(root) != real
-            found[real] = min(found.get(real, (True, path)), (through_link, path))
+            found.setdefault(path.resolve(), path)
     if out:
         left = f"left out {len(out)} links out of {root}, such as {out[0]}"
         info(f"{left}; prepare what they lead to as a source of its own")
-    return sorted(path for _, path in found.values())
+    return list(found.values())
 
 
 def read_paths(source: str, text_key: str) -> dict[str, str]:

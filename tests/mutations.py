@@ -120,7 +120,7 @@ if family not in (None, *FAMILY): => if False:
 if value > tensors: => if False:
 if isinstance(value, int) and value >= 2**31: => if False:
 if have != want: => if False:
-new = sorted(needed.keys() - stored.keys()) if extend else [] => new = sorted(needed.keys() - stored.keys())
+stored.keys()) if extend else [] => stored.keys())
 check_free(target, config.overwrite) => pass
 if not x.is_floating_point(): => if False:
 
@@ -300,6 +300,8 @@ os.fsync(file.fileno()) => pass
 check_free(folder, overwrite)  # again => pass  # again
 folder.rename(old)  # of => folder.rename(old); [x.unlink() for x in old.glob("thesis*")]  # of
 if error.filename or error.errno is None: => if True:
+
+# support/files.py tests/test_huggingface.py
 with naming(new): => if True:
 
 # support/files.py tests/test_tokenizer.py

@@ -621,6 +621,16 @@ def test_an_interrupted_export_leaves_nothing(error, raised, exists, run, tmp_pa
     assert target.stat().st_mode == target.parent.stat().st_mode
 
 
+def test_a_full_disk_is_told_with_the_name_of_the_directory(run, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface, "tokenizer_json", full)
+    words = [str(run), str(tmp_path / "hf")]
+    check_refusal("hf cannot be written (No space left on device)", huggingface.main, words)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_an_export_is_put_aside_by_the_next_one_with_overwrite(run, tmp_path, capsys):
     target, aside = tmp_path / "hf", tmp_path / "hf.old-1"
     huggingface.main([str(run), str(target)])
