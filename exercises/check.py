@@ -42,16 +42,22 @@ TEXT = WEIGHTS / "text.txt"
 # ---- Comparing functions -------------------------------------------------------------------------
 
 
+def place(exercise: Exercise, answer: str) -> tuple[object, str]:
+    """The module or class where an answer stands, and its name there."""
+    *owner, name = answer.split(".")
+    return getattr(exercise.module, owner[0]) if owner else exercise.module, name
+
+
+def formula(exercise: Exercise, answer: str) -> Callable:
+    """The function itself, not its fast twin and not its decorator."""
+    return inspect.unwrap(getattr(*place(exercise, answer)))
+
+
 def answers(exercise: Exercise, names: dict | None = None) -> SimpleNamespace:
     """The right functions under the names that the reader's have; from `names`, if given."""
     found = {}
     for mine, theirs in exercise.answers.items():
-        *owner, name = theirs.split(".")
-        if names is None:
-            place = getattr(exercise.module, owner[0]) if owner else exercise.module
-            function = inspect.unwrap(getattr(place, name))  # the formula, not its fast twin
-        else:
-            function = names[name]
+        function = names[theirs.split(".")[-1]] if names else formula(exercise, theirs)
         found[mine] = partial(third_loss, function) if mine == "mtp_loss" else function
     return SimpleNamespace(**found)
 
@@ -61,19 +67,12 @@ def third_loss(forward: Callable, model, tokens: Tensor, targets: Tensor) -> Ten
     return forward(model, tokens, targets)[1]
 
 
-def source(exercise: Exercise, name: str) -> str:
-    """A function's text, without decorators, as if it stood alone."""
-    function = exercise.module
-    for part in name.split("."):
-        function = getattr(function, part)
-    text = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
-    return text[text.index("def ") :]
-
-
 def with_mistake(exercise: Exercise, old: str, new: str) -> SimpleNamespace | None:
     """The right functions with this text replaced; None where model.py has other text now."""
-    names = [*exercise.helpers, *exercise.answers.values()]
-    text = "\n\n".join(source(exercise, name) for name in names)
+    text = ""
+    for name in (*exercise.helpers, *exercise.answers.values()):
+        source = textwrap.dedent(inspect.getsource(formula(exercise, name)))
+        text += source[source.index("def ") :] + "\n\n"  # without decorators
     if text.count(old) != 1:
         return None
     namespace = dict(vars(exercise.module))
@@ -167,15 +166,14 @@ def installed(exercise: Exercise, functions: SimpleNamespace):
     for mine, theirs in exercise.answers.items():
         if mine == "mtp_loss":
             continue  # which the network does not call
-        *owner, name = theirs.split(".")
-        place = getattr(exercise.module, owner[0]) if owner else exercise.module
-        before.append((place, name, vars(place)[name]))
-        setattr(place, name, getattr(functions, mine))
+        where, name = place(exercise, theirs)
+        before.append((where, name, vars(where)[name]))
+        setattr(where, name, getattr(functions, mine))
     try:
         yield
     finally:
-        for place, name, function in before:
-            setattr(place, name, function)
+        for where, name, function in before:
+            setattr(where, name, function)
 
 
 def mean(loss: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -240,9 +238,8 @@ def balancing(functions) -> tuple[float, str, str]:
         net.expert_counts.zero_()
         net.expert_counts[0] = counts
         functions.update_bias(net, 0.003)
-    text = (
-        f"busiest expert, beyond its share: {told[0]:.0%} at first, {told[-1]:.0%} after 200 steps"
-    )
+    first, last = 1 + told[0], 1 + told[-1]
+    text = f"the busiest expert had {first:.2f} times its share, then {last:.2f} times"
     return told[-1], "MaxVio after 200 updates", text
 
 
@@ -252,26 +249,16 @@ def balance(functions) -> tuple[float, str, str]:
 
 
 def looking_ahead(functions) -> tuple[float, str, str]:
-    model = trained()[0]
-    return (
-        mean(lambda x, y: functions.mtp_loss(model, x, y)),
-        "nats, the loss of the MTP module",
-        "",
-    )
+    loss = partial(functions.mtp_loss, trained()[0])
+    return mean(loss), "nats, the loss of the MTP module", ""
 
 
 def drafting(functions) -> tuple[float, str, str]:
-    model, tokenizer, _ = trained()
-    stats, generator = sample.Stats(), torch.Generator().manual_seed(1)
+    (model, tokenizer, _), stats = trained(), sample.Stats()
     ids = torch.tensor([tokenizer.encode("def main(")])
-    ids = sample.generate(
-        model, ids, 80, speculative=2, lookup=False, generator=generator, stats=stats
-    )
-    return (
-        stats.tokens / stats.rounds,
-        "tokens for each call of the model",
-        tokenizer.decode(ids[0].tolist()),
-    )
+    options = {"lookup": False, "generator": torch.Generator().manual_seed(1), "stats": stats}
+    text = tokenizer.decode(sample.generate(model, ids, 80, **options)[0].tolist())
+    return stats.tokens / stats.rounds, "tokens for each call of the model", text
 
 
 def rounding(functions) -> tuple[float, str, str]:
@@ -362,10 +349,7 @@ def solution(name: str) -> None:
     """The lines that answer, with their numbers."""
     exercise = EXERCISES[name]
     for theirs in exercise.answers.values():
-        function = exercise.module
-        for part in theirs.split("."):
-            function = getattr(function, part)
-        lines, first = inspect.getsourcelines(inspect.unwrap(function))
+        lines, first = inspect.getsourcelines(formula(exercise, theirs))
         print(f"{Path(exercise.module.__file__).name}:{first}, {theirs}")
         print("".join(f"{i:5}  {line}" for i, line in enumerate(lines, first)))
 
