@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import huggingface
 from exercises import check
 from support.runs import load_checkpoint
 
@@ -103,6 +104,28 @@ def test_sampling_from_the_stored_network():
     command = [sys.executable, "sample.py", "weights/small", "--prompt=def main("]
     run = subprocess.run([*command, "--max_new_tokens=8"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.startswith("def main(")
+
+
+# ---- What came after -----------------------------------------------------------------------------
+
+
+def refusal(**config) -> str:
+    with pytest.raises(ValueError) as error:
+        huggingface.config_from_json(config)
+    return str(error.value)
+
+
+def test_what_came_after_is_refused_as_told():
+    page = (ROOT / "docs/AFTER.md").read_text(encoding="utf-8")
+    families = re.findall(r"\| `(\w+)` \|", page)
+    assert {"deepseek_v32", "deepseek_v4", "kimi_k25", "glm_moe_dsa"} < set(families)
+    for family in set(families) - {"kimi_k2"}:
+        assert f"is of the family {family}" in refusal(model_type=family)
+    of_four_bits = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    assert refusal(model_type="kimi_k2", **of_four_bits) in page
+    assert refusal(model_type="deepseek_v32") in page
+    for family in ("deepseek_v3", "kimi_k2"):  # what opens
+        huggingface.config_from_json({"model_type": family})
 
 
 if __name__ == "__main__":  # writes what the blocks print into the tour
