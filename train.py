@@ -618,7 +618,8 @@ def source_of(command: TrainConfig) -> Path | None:
 def stored_settings(source: Path) -> tuple[dict, int]:
     """The settings of the run that is resumed or evaluated, and its step."""
     saved = load_checkpoint(source, whole=False)
-    values = settings.read_stored(saved.get("train_config"), source, TrainConfig)
+    values = vars(TrainConfig())  # where a run does not know a setting it has the default
+    values |= settings.read_stored(saved.get("train_config"), source, TrainConfig)
     values |= settings.read_stored(saved["model_config"], source, ModelConfig)
     if type(step := saved.get("step")) is not int:
         raise ValueError(f"the step in {source} is {step!r:.20}, expected a number.")
@@ -637,7 +638,8 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
         model = DeepSeekV3(ModelConfig(**network)).to(place, dtype)
         model.trained_length = 0
         return model, None
-    model, tokenizer, _ = load_model(source, place, dtype)
+    starts = not (config.resume or config.eval_only)  # a network that may have grown since
+    model, tokenizer, _ = load_model(source, place, dtype, extend=starts)
     for key, value in network.items():
         have = getattr(model.config, key)
         if key not in CONTEXT_KEYS and value != have:

@@ -377,7 +377,8 @@ class Run:
             self.restore_state(saved, file)
             dtype = next(self.model.parameters()).dtype
             for name, (total, steps) in saved["sums"].items():
-                self.sums[name] = total.to(self.machine.device, dtype, copy=True), steps + 0
+                total = total.reshape(()).to(self.machine.device, dtype, copy=True)
+                self.sums[name] = total, +steps
             if saved["measured"] == self.measured():
                 self.best_length, self.best_loss = saved["best_length"], saved["best_loss"] + 0.0
             processes.set_random_states(saved["random"], self.machine)

@@ -97,9 +97,10 @@ def read_tokens(path: Path, vocab_size: int, whole: bool = False) -> np.ndarray:
 
 
 def check_length(tokens: np.ndarray) -> None:
-    """Raises ValueError where a mapped file has lost its end: reading it would kill the process."""
+    """Raises ValueError where a mapped file has lost its end: reading it would kill the process. (A
+    file that is deleted stays whole for whoever has mapped it.)"""
     path = getattr(tokens, "filename", None)
-    if path and os.path.getsize(path) < tokens.offset + tokens.nbytes:
+    if path and os.path.exists(path) and os.path.getsize(path) < tokens.offset + tokens.nbytes:
         raise ValueError(f"{path} has become shorter since it was opened; {AGAIN}")
 
 

@@ -25,8 +25,10 @@ import torch
 from training import (
     CONSTANT,
     SHORT,
+    SHOW_RESULT,
     TEXT,
     TINY,
+    assert_alike,
     assert_same_run,
     finish,
     give_losses,
@@ -40,6 +42,7 @@ from training import (
 import prepare_data
 import train
 from huggingface import load_model
+from model import DeepSeekV3
 from support import runs
 from support.runs import load_checkpoint
 
@@ -494,3 +497,281 @@ def test_times_that_are_left_follow_the_speed_smoothly(monkeypatch):
         clock.measure(tokens)
         times.append(clock.time_left(5000))
     assert times == [", 0:00:50 left", ", 0:00:59 left", ", 0:01:07 left"]
+
+
+# ---- Random numbers and optimisers of one's own --------------------------------------------------
+
+
+def test_random_numbers_drawn_in_training_go_on_where_they_were(monkeypatch):
+    lr_at = train.lr_at
+    monkeypatch.setattr(train, "lr_at", lambda *x: lr_at(*x) * torch.rand(1).item())
+    straight = run(*CONSTANT, "--steps=4", out="straight")
+    run(*CONSTANT, "--steps=2")
+    torch.rand(9)  # another process would not know the state either
+    run(*CONSTANT, "--steps=4", "--resume")
+    lrs = [line["lr"] for line in log_of(straight) if "lr" in line]
+    assert len({*lrs}) == 4 and lrs == [line["lr"] for line in log_of("run") if "lr" in line]
+
+
+class Counting(torch.optim.SGD):
+    """Counts in its group and, as an int, in the state of every parameter."""
+
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            group["k"] += 1
+            for p in group["params"]:
+                self.state[p]["n"] = self.state[p].get("n", 0) + group["k"]
+
+
+def counting(model, config):
+    groups = [{"params": [*model.parameters()], "k": 0, "lr_scale": 1.0, "momentum": 0.9}]
+    return [Counting(groups, config.lr, weight_decay=config.weight_decay)]
+
+
+def test_the_whole_state_of_any_optimiser_goes_on(monkeypatch):
+    """Ints and counters in groups, too. Settings that the command changes are changed."""
+    monkeypatch.setattr(train, "make_optimizers", counting)
+    straight = run(*CONSTANT, "--steps=4", out="straight")
+    run(*CONSTANT, "--steps=2")
+    run(*CONSTANT, "--steps=4", "--resume")
+    for key in ("model", "optimizers", "tokens"):
+        assert_alike(load(straight)[key], load("run")[key])
+    (state,) = (x["state"] for x in load("run")["optimizers"])
+    assert state["param_groups"][0]["k"] == 4 and state["state"][0]["n"] == 1 + 2 + 3 + 4
+    run(*CONSTANT, "--steps=5", "--resume", "--weight_decay=0.25")
+    (group,) = load("run")["optimizers"][0]["state"]["param_groups"]
+    assert (group["k"], group["weight_decay"], group["momentum"]) == (5, 0.25, 0.9)
+
+
+@pytest.mark.parametrize("how", ["no", "more than one"])
+def test_every_parameter_is_in_exactly_one_optimiser(how, monkeypatch):
+    made = train.make_optimizers
+
+    def wrong(model, config):
+        (adamw,) = made(model, config)
+        if how == "no":
+            del adamw.param_groups[1]["params"][0]
+            return [adamw]
+        return [adamw, torch.optim.SGD([model.norm.weight])]
+
+    monkeypatch.setattr(train, "make_optimizers", wrong)
+    assert f"{how} optimiser has the parameter " in refused() and not Path("run").exists()
+
+
+def test_a_new_mean_in_the_log_needs_one_line_and_breaks_no_older_run(monkeypatch):
+    """Its mean is over the steps that had it."""
+    run(*CONSTANT, "--steps=2", "--log_every=4")
+    advance = runs.Run.advance
+
+    def with_one_more(self, tokens, finite, means, **now):
+        return advance(self, tokens, finite, means | {"mine": torch.tensor(2.0)}, **now)
+
+    monkeypatch.setattr(runs.Run, "advance", with_one_more)
+    run(*CONSTANT, "--steps=6", "--log_every=4", "--resume")
+    lines = [line for line in log_of("run") if "loss" in line]
+    assert [line.get("mine") for line in lines] == [None, 2.0, 2.0]
+
+
+# ---- What an attack found ------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_replaces_another():
+    """A power failure leaves the old one or the new one: fsync, then the replacement."""
+    calls, fsync, replace_ = [], os.fsync, os.replace
+
+    def watched_fsync(number):
+        calls.append(("fsync", os.fstat(number).st_ino))
+        fsync(number)
+
+    def watched_replace(part, path):
+        calls.append(("replace", os.stat(part).st_ino))
+        replace_(part, path)
+
+    with (
+        mock.patch.object(os, "fsync", watched_fsync),
+        mock.patch.object(os, "replace", watched_replace),
+    ):
+        run("--steps=1")
+    whole = [calls[i : i + 2] for i in range(0, len(calls), 2)]
+    assert len(whole) == 2  # ckpt.pt, best.pt
+    assert all([a, b] == [("fsync", a[1]), ("replace", a[1])] for a, b in whole)
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "ckpt.pt.tmp", ".lock"])
+def test_nothing_is_written_through_a_link_out_of_the_folder(name, shared):
+    shutil.copytree(shared("--steps=1"), "run")
+    for there in (False, True):
+        Path("run", name).unlink(missing_ok=True)
+        Path("run", name).symlink_to(Path("elsewhere").resolve())
+        if there:
+            Path("elsewhere").write_text("mine")
+        assert re.search(rf"{name}|ckpt.pt", refused("--resume", "--steps=2"))
+        assert Path("elsewhere").exists() == there
+    assert Path("elsewhere").read_text() == "mine"
+
+
+def change(**values):
+    """Changes entries of run/ckpt.pt; those of its first optimiser as optimizer=function."""
+    state = load("run")
+    if edit := values.pop("optimizer", None):
+        edit(state["optimizers"][0])
+    torch.save(state | values, "run/ckpt.pt")
+
+
+MOMENTS = {
+    "another shape": lambda x: x["state"]["state"][0].update(exp_avg=torch.zeros(3, 3)),
+    "one lacks": lambda x: x["state"]["state"].pop(3),
+    "a part lacks": lambda x: x["state"]["state"][3].pop("exp_avg"),
+    "all lack": lambda x: x["state"]["state"].clear(),
+    "one too many": lambda x: x["state"]["state"].update({99: x["state"]["state"][0]}),
+    "other names": lambda x: x["names"].reverse(),
+    "no names": lambda x: x.pop("names"),
+}
+
+
+@pytest.mark.parametrize("edit", MOMENTS.values(), ids=MOMENTS)
+def test_moments_that_do_not_fit_are_refused_and_never_read(edit, shared):
+    shutil.copytree(shared("--steps=1"), "run")
+    change(optimizer=edit)
+    assert re.search("run/ckpt.pt.*: use --init_from", refused("--resume", "--steps=2"))
+
+
+def test_a_checkpoint_of_another_run_is_refused(shared):
+    """Of the same network, or of another; its own, too, if the folder has been exchanged."""
+    shutil.copytree(shared("--steps=1"), "run")
+    run("--steps=1", "--hidden_size=64", out="other")
+    shutil.copyfile("other/ckpt.pt", "run/ckpt.pt")
+    train_on = ("--resume", "--steps=2")
+    with pytest.raises(ValueError, match="is of another run than its folder: use --init_from"):
+        train.main(["--out=run", *train_on])
+    Path("run/.lock").unlink()  # as in a copy of the other files
+    shutil.copyfile(shared("--steps=1") / "ckpt.pt", "run/ckpt.pt")
+    run(*train_on)
+    run("--resume", "--steps=3")
+
+
+ODD = {
+    "tokens": ["many", -1, None],
+    "step": ["one", None, -3],
+    "sums": [3, {"loss": 1.0}, {"loss": (torch.zeros(2), 1)}],
+    "skipped": [None],
+    "train_config": [None, {"lr": "fast"}, {"lr": -1.0}],
+    "random": [[], [[torch.zeros(1)]], None],
+    "best_loss": ["low"],
+    "optimizers": [None, [], [{}]],
+    "run": [None, 7],
+}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_odd_contents_of_a_checkpoint_are_one_sentence(key, shared):
+    whole = shared("--log_every=2", "--steps=2")
+    shutil.copytree(whole, "run")
+    for value in ODD[key]:
+        shutil.copyfile(whole / "ckpt.pt", "run/ckpt.pt")
+        change(**{key: value})
+        assert "run/ckpt.pt" in refused("--resume", "--steps=3") or value == {"lr": -1.0}
+    state = load("run")
+    del state[key]
+    torch.save(state, "run/ckpt.pt")
+    assert "run/ckpt.pt" in refused("--resume", "--steps=3")
+
+
+def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch):
+    """Gradients may be finite all the while, as for a gate's bias."""
+    update, calls = DeepSeekV3.update_bias, itertools.count(1)
+
+    def poisoned(model, gamma):
+        update(model, gamma)
+        if next(calls) == 3:
+            model.layers[1].mlp.gate.e_score_correction_bias[0] = math.nan
+
+    monkeypatch.setattr(DeepSeekV3, "update_bias", poisoned)
+    sentence = refused("--save_every=1")
+    assert "layers.1.mlp.gate.e_score_correction_bias is not finite after step 3" in sentence
+    assert sentence.endswith("go on from step 2, in run/ckpt.pt, with --resume and a lower --lr.")
+    assert load("run")["step"] == 2
+
+
+def test_a_run_whose_last_weights_are_spoilt_has_failed(monkeypatch):
+    """They may be finite, as after --lr=1e37, and so may the loss before them."""
+    give_losses(monkeypatch, math.nan, 2.0, math.nan)
+    sentence = refused("--steps=1")
+    assert "the validation loss after step 1 is not finite; begin again with --over" in sentence
+    assert not Path("run/best.pt").exists()
+    sentence = refused("--steps=2", "--eval_every=1", out="new")
+    assert "step 2 is not finite; begin anew with --init_from=new/best.pt, another" in sentence
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_or_a_closed_terminal_stops_the_run_when_all_is_saved(number, monkeypatch):
+    """A second signal is the system's own."""
+    windows, before = train.train_windows, signal.getsignal(number)
+
+    def closed(data, config, step):
+        if step == 2:
+            monkeypatch.setattr("sys.stderr", open("/dev/full", "w"))  # noqa: SIM115
+            signal.raise_signal(number)
+            assert signal.getsignal(number) == before
+        return windows(data, config, step)
+
+    monkeypatch.setattr(train, "train_windows", closed)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert load("run")["step"] == 3
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch):
+    """As SIGHUP is under nohup."""
+    windows = train.train_windows
+    monkeypatch.setattr(train, "train_windows", lambda *x: signal.raise_signal(1) or windows(*x))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run("--steps=2")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert load("run")["step"] == 2
+
+
+def test_a_batch_of_another_size_is_told_with_what_is_read_twice_or_left_out(capsys):
+    run(*CONSTANT, "--steps=2")
+    run(*CONSTANT, "--resume", "--steps=4", "--batch_size=2")
+    said = capsys.readouterr().err
+    assert "with batches of another size the run reads 64 tokens once more" in said
+    assert "the run reads 192, which" in said  # 2 steps of 64 and 2 of 32
+    run(*CONSTANT, "--resume", "--steps=5", "--batch_size=4")
+    said = capsys.readouterr().err
+    assert "the run skips 128 tokens" in said and "the run reads 256, which" in said
+    run(*CONSTANT, "--resume", "--steps=6")
+    assert "batches of another size" not in capsys.readouterr().err
+
+
+def test_a_full_disk_at_a_line_of_the_log_names_the_file(monkeypatch):
+    opened, full = runs.open_here, OSError(errno.ENOSPC, "No space left on device")
+
+    def open_here(path, mode):
+        if path.name == "log.jsonl" and path.exists() and path.stat().st_size > 400:
+            raise full
+        return opened(path, mode)
+
+    monkeypatch.setattr(runs, "open_here", open_here)
+    sentence = refused("--save_every=1")
+    assert "cannot write to run/log.jsonl ([Errno 28] No space left on device); go on" in sentence
+    assert f"go on from step {load('run')['step']}, in run/ckpt.pt" in sentence
+
+
+def test_a_run_ends_well_though_its_data_are_deleted_meanwhile(monkeypatch, data, capsys):
+    """The closing sample has the run's own tokenizer."""
+    shutil.copytree(data, "data/mine")
+    windows = train.train_windows
+
+    def deleted(dataset, config, step):
+        if step == 1:
+            shutil.rmtree("data/mine")
+        return windows(dataset, config, step)
+
+    monkeypatch.setattr(train, "train_windows", deleted)
+    monkeypatch.setattr(train, "show_result", SHOW_RESULT)
+    run("--data=mine", "--steps=2")
+    assert "best validation loss" in capsys.readouterr().err

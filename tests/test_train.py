@@ -562,3 +562,40 @@ def test_from_text_to_text_on_the_command_line():
     assert losses[0] > losses[-1] and len(losses) == 20
     done = user("sample.py", "--ckpt=out/tiny", "--prompt=import ", "--max_new_tokens=20")
     assert done.stdout.startswith("import ") and len(done.stdout) > 10
+
+
+def test_no_limit_of_the_gradient_norm_is_none():
+    """--clip=0 does not scale; --clip=1 does, as the norms here are larger."""
+    free = run("--clip=0", "--steps=3", out="free")
+    huge = run("--clip=1e9", "--steps=3", out="huge")
+    clipped = run("--clip=1", "--steps=3", out="clipped")
+    assert min(line["grad_norm"] for line in log_of(free) if "loss" in line) > 1.2
+    assert_same(load(free)["model"], load(huge)["model"])
+    last, other = (load(out)["model"]["norm.weight"] for out in (free, clipped))
+    assert not torch.equal(last, other)
+
+
+def test_a_network_may_get_a_parameter_more_than_the_weights_it_starts_from(monkeypatch, capsys):
+    """It starts as initialised, and is named. One that the network lacks is refused."""
+    old = run("--steps=1", out="old")
+    init = DeepSeekV3.__init__
+
+    def with_gain(self, config):
+        init(self, config)
+        self.layers[0].gain = torch.nn.Parameter(torch.full((4,), 3.0))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeepSeekV3, "__init__", with_gain)
+        train.main([TINY, *SHORT, "--steps=1", "--out=more", f"--init_from={old}", "--lr=0"])
+        said = capsys.readouterr().err
+        assert "old lacks layers.0.gain: of this network, what is new starts as initialised" in said
+        more = load("more")["model"]
+        assert more.pop("layers.0.gain").tolist() == [3.0] * 4
+        assert_same(
+            {k: x for k, x in more.items() if "bias" not in k},
+            {k: x for k, x in load(old, "best.pt")["model"].items() if "bias" not in k},
+        )
+        assert "layers.0.gain is missing" in refused("--resume", "--out=old", "--steps=2")
+        with pytest.raises(ValueError, match=r"layers.0.gain is missing"):
+            load_model(old)
+    assert "layers.0.gain is (4,) in the file, but no part" in refused("--init_from=more")

@@ -45,10 +45,10 @@ def run(*options: str, out: Path | str = "run") -> Path:
     return Path(out)
 
 
-def refused(*options: str) -> str:
+def refused(*options: str, out: Path | str = "run") -> str:
     """The sentence with which training is refused."""
     with pytest.raises((ValueError, OSError)) as error:
-        run(*options)
+        run(*options, out=out)
     return str(error.value)
 
 
