@@ -13,14 +13,12 @@ where they are needed: safetensors, tokenizers (which brings huggingface_hub), t
 import importlib.util
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 import torch
 from torch import Tensor
 
@@ -31,13 +29,11 @@ from support.gguf import write_gguf
 from support.runs import load_checkpoint
 from support.settings import info, parse_args, run_command
 from support.tokenizer import (
-    END_OF_TEXT,
     PATTERN,
-    STAND_INS,
     Tokenizer,
+    export_tokenizer,
     hf_tokenizer,
     stored_tokenizer,
-    write_tokenizer,
 )
 
 FAMILY = ("deepseek_v3", "kimi_k2")  # the values of model_type with V3's network
@@ -144,38 +140,25 @@ def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.shared_head.head.weight", model.lm_head.weight
 
 
-@torch.no_grad()
-def from_pretrained(
-    directory: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
-) -> DeepSeekV3:
-    """Opens a checkpoint of the DeepSeek-V3 family in bf16, fp16, fp32 or block-wise FP8, in one
-    file or several.
-
-    dtype None is the one config.json names, bf16 if none or FP8. MTP modules are there if
-    their tensors are. Raises ValueError naming the file, key or tensor that is wrong.
-    """
+def open_files(directory: Path, device: str) -> dict[str, Any]:
+    """{tensor: the open file that has it}; files are mapped, not read. Raises ValueError."""
     import safetensors
 
-    directory, stored = Path(directory), {}
-    raw = read_json(directory / "config.json")
-    try:
-        for path in sorted(directory.glob("model*.safetensors")):
-            file = safetensors.safe_open(path, "pt", str(device))
+    stored = {}
+    for path in sorted(directory.glob("model*.safetensors")):
+        try:
+            file = safetensors.safe_open(path, "pt", device)
             if twice := stored.keys() & file.keys():
                 raise ValueError(f"it repeats {min(twice)}, so one file is of another version")
-            stored |= dict.fromkeys(file.keys(), file)  # which is mapped, not read
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} cannot be used ({error!s:.200}): fetch all anew.") from None
-    config = config_from_json(raw)
-    config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
-    check_sizes(config, len(stored), directory / "config.json")
-    kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
-    named = getattr(torch, str(kind or "bfloat16"), None)
-    if named not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"config.json has dtype {kind!r:.100}, expected one such as float32.")
-    model = on_meta(config, directory / "config.json").to(dtype or named)
+            stored |= dict.fromkeys(file.keys(), file)
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{path} cannot be used ({error!s:.200}): fetch all anew.") from None
+    return stored
 
-    # What config.json promises, and what may be stored once more: shapes as yet, without memory.
+
+def check_tensors(model: DeepSeekV3, stored: dict[str, Any], directory: Path):
+    """Raises ValueError unless the names and shapes are those of the model, which may be without
+    memory. What is stored once more may be missing."""
     needed, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))
     if missing := sorted(needed.keys() - stored.keys()):
         lacks = f"{directory} lacks {and_more(missing)}"
@@ -188,17 +171,50 @@ def from_pretrained(
             stated = tuple(expected.shape)
             raise ValueError(f"{name} in {directory} is {shape}, but by its config.json {stated}.")
 
+
+def read_tensor(name: str, stored: dict[str, Any], directory: Path) -> Tensor:
+    """A stored weight; if it is in FP8, decoded in float32. Raises ValueError."""
+    x, scale = stored[name].get_tensor(name), f"{name}_scale_inv"
+    if not x.is_floating_point():  # int4 or int8, which torch would convert without a word
+        raise ValueError(f"{name} in {directory} holds {x.dtype}, expected floating point.")
+    if x.dtype != torch.float8_e4m3fn:
+        return x
+    if scale not in stored:
+        raise ValueError(f"{name} in {directory} is in FP8, but has no {scale}.")
+    try:
+        return fp8.dequantize(x, stored[scale].get_tensor(scale), fp8.BLOCK)
+    except ValueError as error:
+        raise ValueError(f"{name} in {directory}: {error}") from None
+
+
+@torch.no_grad()
+def from_pretrained(
+    directory: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> DeepSeekV3:
+    """Opens a checkpoint of the DeepSeek-V3 family in bf16, fp16, fp32 or block-wise FP8, in one
+    file or several.
+
+    dtype None is the one config.json names, bf16 if none or FP8. MTP modules are there if
+    their tensors are. Raises ValueError naming the file, key or tensor that is wrong.
+    """
+    directory = Path(directory)
+    raw, stored = read_json(directory / "config.json"), open_files(directory, str(device))
+    config = config_from_json(raw)
+    config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
+    check_sizes(config, len(stored), directory / "config.json")
+    kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
+    named = getattr(torch, str(kind or "bfloat16"), None)
+    if named not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"config.json has dtype {kind!r:.100}, expected one such as float32.")
+    model = on_meta(config, directory / "config.json").to(dtype or named)
+    check_tensors(model, stored, directory)
+
     model.materialize(device)
-    views, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))  # with memory now
-    for name, view in views.items():
-        x, scale = stored[name].get_tensor(name), f"{name}_scale_inv"
-        if x.dtype == torch.float8_e4m3fn:
-            if scale not in stored:
-                raise ValueError(f"{name} in {directory} is in FP8, but has no {scale}.")
-            x = fp8.dequantize(x, stored[scale].get_tensor(scale), fp8.BLOCK)
-        view.copy_(x)
-    for name in copies.keys() & stored.keys():
-        if not torch.equal(stored[name].get_tensor(name).to(copies[name].dtype), copies[name]):
+    for name, view in checkpoint_views(model):
+        view.copy_(read_tensor(name, stored, directory))
+    copies = {name: x for name, x in checkpoint_copies(model) if name in stored}
+    for name, original in copies.items():
+        if not torch.equal(stored[name].get_tensor(name).to(original.dtype), original):
             raise ValueError(f"{name} differs from its original: this is another architecture.")
     return model.eval()
 
@@ -236,33 +252,6 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     except SafetensorError as error:  # a full disk, say
         raise OSError(f"the weights cannot be written to {directory} ({error!s:.200})") from None
     (directory / "config.json").write_text(json.dumps(config | extra, indent=2))
-
-
-# ---- Our tokenizer in that layout ----------------------------------------------------------------
-
-
-def tokenizer_json(encoding: tiktoken.Encoding) -> str:
-    """The tokenizer in the format of Hugging Face's tokenizers, giving the same ids (but for
-    <|endoftext|> in a text, which is the token there, as transformers' users expect).
-
-    tiktoken joins any two neighbours whose concatenation has a rank, lowest rank first; there each
-    pair is listed by itself. So every way to split a token in two becomes a merge, in rank order.
-    """
-    import tokenizers
-
-    ranks = encoding._mergeable_ranks.items()  # the lowest first, as stored_tokenizer has them
-    vocab = {token.decode("latin-1").translate(STAND_INS): rank for token, rank in ranks}
-    splits = ((text[:i], text[i:]) for text in vocab for i in range(1, len(text)))
-    merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
-    vocab |= encoding._special_tokens
-    model = tokenizers.models.BPE(vocab, merges, ignore_merges=True)  # a word may be a token
-    steps, made = tokenizers.pre_tokenizers, tokenizers.Tokenizer(model)
-    split = steps.Split(tokenizers.Regex(encoding._pat_str), "isolated")
-    to_chars = steps.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.pre_tokenizer = steps.Sequence([split, to_chars])
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(list(encoding._special_tokens))
-    return made.to_str()
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -351,28 +340,13 @@ def check(directory: Path):
 
 def export(model: DeepSeekV3, source: Path, directory: Path, quantize: bool):
     """Writes the model, and the tokenizer of its run or file, as transformers opens them."""
-    folder = source if source.is_dir() else source.parent
-    tokenizer = stored_tokenizer(folder)
-    bos, eos = tokenizer.bos, tokenizer.eos  # bos: None where no text begins with it
-    eos = eos[0] if len(eos) == 1 else eos
-    if tokenizer.files:  # copies of the release's that the run began with
-        for file in tokenizer.files:
-            shutil.copyfile(file, directory / file.name)
-    else:
-        bos = eos
-        write_our_tokenizer(tokenizer, directory)
+    tokenizer = stored_tokenizer(source if source.is_dir() else source.parent)
+    export_tokenizer(tokenizer, directory)
+    eos = tokenizer.eos[0] if len(tokenizer.eos) == 1 else tokenizer.eos
+    bos = tokenizer.bos if tokenizer.files else eos  # of a release None where no text begins so
     keys = {"bos_token_id": bos, "eos_token_id": eos}
     keys["max_position_embeddings"] = model.trained_length
     save_pretrained(model, directory, quantize=quantize, **keys)
-
-
-def write_our_tokenizer(tokenizer: Tokenizer, directory: Path):
-    """As transformers opens it, and as prepare_data.py does."""
-    write_tokenizer(tokenizer, directory)
-    names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
-    names["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (directory / "tokenizer_config.json").write_text(json.dumps(names, indent=2))
-    (directory / "tokenizer.json").write_text(tokenizer_json(tokenizer.encoding), encoding="utf-8")
 
 
 def export_gguf(source: Path, target: Path, dtype: str):

@@ -420,3 +420,44 @@ def open_tokenizer(name: str) -> Tokenizer:
             wrong = f"{name} has bos_token_id or eos_token_id {i}, which its vocabulary lacks"
             raise ValueError(f"{wrong}; correct it in its config.json or generation_config.json")
     return tokenizer
+
+
+# ---- The tokenizer of an export ------------------------------------------------------------------
+
+
+def tokenizer_json(encoding: tiktoken.Encoding) -> str:
+    """The tokenizer in the format of Hugging Face's tokenizers, giving the same ids (but for
+    <|endoftext|> in a text, which is the token there, as transformers' users expect).
+
+    tiktoken joins any two neighbours whose concatenation has a rank, lowest rank first; there each
+    pair is listed by itself. So every way to split a token in two becomes a merge, in rank order.
+    """
+    import tokenizers
+
+    ranks = encoding._mergeable_ranks.items()  # the lowest first, as stored_tokenizer has them
+    vocab = {token.decode("latin-1").translate(STAND_INS): rank for token, rank in ranks}
+    splits = ((text[:i], text[i:]) for text in vocab for i in range(1, len(text)))
+    merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
+    vocab |= encoding._special_tokens
+    model = tokenizers.models.BPE(vocab, merges, ignore_merges=True)  # a word may be a token
+    steps, made = tokenizers.pre_tokenizers, tokenizers.Tokenizer(model)
+    split = steps.Split(tokenizers.Regex(encoding._pat_str), "isolated")
+    to_chars = steps.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = steps.Sequence([split, to_chars])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(list(encoding._special_tokens))
+    return made.to_str()
+
+
+def export_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write what transformers opens: a release's own files, or ours in its format and as they are,
+    so that prepare_data.py takes an export, too."""
+    if tokenizer.files:
+        for path in tokenizer.files:
+            shutil.copyfile(path, directory / path.name)
+        return
+    write_tokenizer(tokenizer, directory)
+    names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+    names["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (directory / "tokenizer_config.json").write_text(json.dumps(names, indent=2))
+    (directory / "tokenizer.json").write_text(tokenizer_json(tokenizer.encoding), encoding="utf-8")

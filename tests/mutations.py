@@ -228,7 +228,6 @@ steps = max(1, 5 * len => steps = max(1, 50 * len
 [^\s{_CJK}{_CJK_SIGNS}]) => \S)
 (?=[^\s/])") => ")
 if taken * total <= passed * limit: => if taken < limit:
-sample_texts(texts, BPE_SAMPLE) => sample_texts(texts[::2], BPE_SAMPLE)
 if "/" in name or not any( => if not any(
 if not lies_in(path, folder): => if False:
 if not isinstance(i, int) or not 0 <= i < MOST_TOKENS: => if False:
@@ -238,7 +237,6 @@ if missing := [byte for => if missing := [] and [byte for
 ("tokenizer_sha256", "pattern", "special_tokens")} => ("tokenizer_sha256", "pattern")}
 
 # support/tokens.py tests/test_tokens.py
-pieces[0][0], pieces[-1][2] = before, after => pieces[-1][0], pieces[-1][2] = before, after
 files = -(-count // TOKENS_PER_FILE) => files = 1
 min(start - begin_of_file, len(array) - length) => start - begin_of_file
 len(val) < 2 or n_bytes == 0 => len(val) < 2
@@ -309,6 +307,12 @@ return real.is_relative_to(folder) or => return True or
 or real.is_relative_to(cache / "blobs") => 
 except RecursionError: => except ZeroDivisionError:
 if not isinstance(value, dict): => if False:
+
+# support/tokens.py tests/test_prepare_data.py
+pieces[0][0], pieces[-1][2] = before, after => pieces[-1][0], pieces[-1][2] = before, after
+
+# support/tokenizer.py tests/test_prepare_data.py
+sample_texts(texts, BPE_SAMPLE) => sample_texts(texts[::2], BPE_SAMPLE)
 
 # train.py tests/test_train.py
 config.clip or math.inf => config.clip or 1.0

@@ -33,6 +33,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
 import huggingface
+import support.tokenizer
 from huggingface import checkpoint_views, config_from_json, load_model
 from model import DeepSeekV3, ModelConfig
 from support.runs import load_checkpoint
@@ -408,11 +409,20 @@ EMBED, HEAD = (f"model.layers.3.{x}.weight" for x in ("embed_tokens", "shared_he
         (Q, torch.float8_e4m3fn, f"is in FP8, but has no {Q}_scale_inv"),
         (EMBED, torch.float32, f"{EMBED} differs from its original"),
         (HEAD, torch.float32, f"{HEAD} differs from its original"),
+        (Q, torch.int8, "holds torch.int8, expected floating point"),
     ],
 )
 def test_tensors_refused(name, dtype, sentence, saved_by_us):
     edit_tensors(saved_by_us, lambda x: x.update({name: (x[name] + 1).to(dtype)}))
     check_refusal(sentence, huggingface.from_pretrained, saved_by_us)
+
+
+def test_scales_of_another_shape_are_refused(tmp_path):
+    huggingface.save_pretrained(ours(**LARGE), tmp_path, quantize=True)
+    name = "model.layers.0.mlp.down_proj.weight_scale_inv"  # of (136, 260): 2 by 3 blocks
+    edit_tensors(tmp_path, lambda x: x.update({name: x[name][:1].clone()}))
+    said = f"in {tmp_path}: scale is (1, 3), but q (136, 260) in (128, 128) blocks needs (2, 3)."
+    check_refusal(said, huggingface.from_pretrained, tmp_path)
 
 
 def test_tensors_that_may_be_there_or_not(tmp_path):
@@ -546,7 +556,7 @@ def test_exported_tokenizer_gives_the_same_ids(gap):
     ranks = train_bpe(ODD_TEXTS, 1500, PATTERN)
     special = {"<|x|>": len(ranks) + gap}
     encoding = encoding_from(ranks, PATTERN, special)
-    exported = tokenizers.Tokenizer.from_str(huggingface.tokenizer_json(encoding))
+    exported = tokenizers.Tokenizer.from_str(support.tokenizer.tokenizer_json(encoding))
     for text in ODD_TEXTS:
         ids = encoding.encode_ordinary(text)
         assert exported.encode(text).ids == ids, text[:50]
@@ -610,8 +620,8 @@ def test_an_interrupted_export_leaves_nothing(error, raised, exists, run, tmp_pa
         assert not exists or not [*target.iterdir()]
         raise error
 
-    what = huggingface if error is KeyboardInterrupt else huggingface_hub
-    name = "tokenizer_json" if what is huggingface else "save_torch_state_dict"
+    what = support.tokenizer if error is KeyboardInterrupt else huggingface_hub
+    name = "tokenizer_json" if what is support.tokenizer else "save_torch_state_dict"
     with monkeypatch.context() as m, pytest.raises(raised):
         m.setattr(what, name, interrupt)
         huggingface.main([str(run), str(target)])
@@ -625,7 +635,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_directory(run, tmp_path, monke
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(huggingface, "tokenizer_json", full)
+    monkeypatch.setattr("support.tokenizer.tokenizer_json", full)
     words = [str(run), str(tmp_path / "hf")]
     check_refusal("hf cannot be written (No space left on device)", huggingface.main, words)
     assert not [*tmp_path.iterdir()]

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import support.tokenizer as tk
-from huggingface import tokenizer_json
 from prepare_data import read_stdlib
 
 BYTES = {bytes([b]): b for b in range(256)}
@@ -189,7 +188,7 @@ def write_bytes_release(folder: str | Path, **told):
 
 def test_a_foreign_tokenizer_opens(tmp_path):
     """One of several stages, as DeepSeek-V3's is."""
-    spec = json.loads(tokenizer_json(ONLY_BYTES))
+    spec = json.loads(tk.tokenizer_json(ONLY_BYTES))
     stages = spec["pre_tokenizer"]["pretokenizers"]
     stages.insert(0, stages[0] | {"pattern": {"Regex": "o"}})
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
@@ -286,7 +285,7 @@ def test_a_tokenizer_json_that_cuts_or_pads_does_neither(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     byte_tokens = {bytes([i]): i for i in range(256)}
     encoding = tk.encoding_from(byte_tokens, tk.PATTERN, {tk.END_OF_TEXT: 256})
-    told = json.loads(tokenizer_json(encoding))
+    told = json.loads(tk.tokenizer_json(encoding))
     told["truncation"] = {"direction": "Right", "strategy": "LongestFirst"}
     told["truncation"] |= {"max_length": 3, "stride": 0}
     told["padding"] = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": 8}
