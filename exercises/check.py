@@ -17,6 +17,7 @@ import math
 import runpy
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache, partial
@@ -97,7 +98,9 @@ def run_case(call: Callable, leaves: tuple) -> Outcome:
     except NotImplementedError:
         return "not written yet"
     except Exception as error:  # of the reader's code: any
-        return f"{type(error).__name__}: {textwrap.shorten(str(error), 90)}"
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f"line {x.lineno}: " for x in frames if Path(x.filename).stem in EXERCISES]
+        return f"{''.join(lines[-1:])}{type(error).__name__}: {textwrap.shorten(str(error), 90)}"
 
 
 def outcomes(exercise: Exercise, functions: SimpleNamespace) -> dict[str, Outcome]:

@@ -55,6 +55,23 @@ def test_functions_of_a_notebook_and_errors(monkeypatch, capsys):
     assert "ok  three sequences" in out and "TypeError" in out and "not written" not in out
 
 
+def test_errors_name_the_line(tmp_path, monkeypatch):
+    text = (ROOT / "exercises/balance.py").read_text(encoding="utf-8")
+    (tmp_path / "exercises").mkdir()
+    file, here = (
+        tmp_path / "exercises/balance.py",
+        text.splitlines().index("    raise NotImplementedError"),
+    )
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    file.write_text(text.replace("raise NotImplementedError", "return s.spam"), encoding="utf-8")
+    wrong, _ = check.judge("balance", check.the_readers("balance"))
+    assert all(told.startswith(f"line {here + 1}: AttributeError") for told in wrong.values())
+    for changed, sentence in ((text + "1/0\n", "cannot be run"), ("", "has no function")):
+        file.write_text(changed, encoding="utf-8")
+        with pytest.raises(ValueError, match=sentence):
+            check.the_readers("balance")
+
+
 def test_the_command(capsys):
     assert check.main([]) and capsys.readouterr().out.count("not written yet") == 10
     assert check.main(["gate", "--hint"]) and "topk" in capsys.readouterr().out
@@ -155,9 +172,11 @@ def test_the_network_with_its_own_functions_is_itself(name, short):
 def test_mistakes_show_in_the_network(name, sentence, short):
     exercise = EXERCISES[name]
     (mistake,) = (m for m in exercise.mistakes if sentence in m[2])
+    places = [check.place(exercise, answer) for answer in exercise.answers.values()]
+    before = [vars(where)[name] for where, name in places]
     told = check.effect(name, check.with_mistake(exercise, *mistake[:2]))
     assert "where the right answer gives" in told
-    assert "as it should be" in check.effect(name, check.answers(exercise))  # put back
+    assert [vars(where)[name] for where, name in places] == before  # put back
 
 
 def test_a_function_that_fails_in_the_network(short):
