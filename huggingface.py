@@ -24,7 +24,7 @@ from torch import Tensor
 
 import fp8
 from model import DeepSeekV3, ModelConfig
-from support.files import check_free, new_folder, put_aside, read_json
+from support.files import check_free, naming, new_folder, put_aside, read_json
 from support.gguf import write_gguf
 from support.runs import load_checkpoint
 from support.settings import info, parse_args, run_command
@@ -353,9 +353,15 @@ def export_gguf(source: Path, target: Path, dtype: str):
     """Writes weights and tokenizer as one file for llama.cpp."""
     model, tokenizer, _ = load_model(source)
     config = asdict(model.config) | {"max_position_embeddings": model.trained_length}
-    if target.exists():
-        put_aside(target)
-    write_gguf(target, model.state_dict().items(), config, tokenizer.encoding, dtype)
+    unfinished = target.with_name(f".unfinished-{target.name}")
+    try:
+        with naming(target):
+            write_gguf(unfinished, model.state_dict().items(), config, tokenizer.encoding, dtype)
+        if target.exists():
+            put_aside(target)
+        unfinished.rename(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
     info(f"wrote {target}")
     if tokenizer.encoding._pat_str == PATTERN:
         info(

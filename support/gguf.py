@@ -9,7 +9,6 @@ Shapes as in model.py: H heads, C kv_lora_rank, R rope dim, N nope dim, V v_head
 E experts, F expert width.
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -204,8 +203,7 @@ def write_gguf(
     if dtype not in DTYPES:
         raise ValueError(f"gguf_dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
     check_config(config)
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    writer = gguf.GGUFWriter(unfinished, "deepseek2")
+    writer = gguf.GGUFWriter(path, "deepseek2")
     add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
     for key, value in metadata(config).items():
         add.get(type(value), writer.add_string)(f"deepseek2.{key}", value)
@@ -219,11 +217,7 @@ def write_gguf(
             kind = gguf.GGMLQuantizationType[kind_of(part_name, part, dtype)]
             data = gguf.quantize(part.float().contiguous().numpy(), kind)
             writer.add_tensor(part_name, data, raw_dtype=kind)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

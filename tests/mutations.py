@@ -145,11 +145,12 @@ end = encoding._special_tokens[END_OF_TEXT] => end = 0
 r50k_pat_str: "gpt-2"} => r50k_pat_str: "deepseek-v3"}
 if a in ranks and b in ranks => if len(a) == 1 and b in ranks
 name == "lm_head.weight" and config["tie_word_embeddings"] => False
-unfinished.unlink(missing_ok=True) => pass
 (m and m == m_all) => m_all
 layers in (26, 27) => layers in (27,)
 
 # huggingface.py tests/test_gguf.py
+unfinished.unlink(missing_ok=True) => pass
+write_gguf(unfinished, model => write_gguf(target, model
 "max_position_embeddings": model.trained_length} => "max_position_embeddings": 4096}
 
 # support/settings.py tests/test_settings.py

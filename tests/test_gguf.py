@@ -243,10 +243,14 @@ def test_the_command_keeps_files_and_leaves_no_halves(export, tmp_path, monkeypa
     def full_disk(self):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        huggingface.main([run, str(tmp_path / "y.gguf")])
+    before = file.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full_disk)
+        huggingface.main([run, str(file), "--overwrite"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "x.gguf"]
+    assert file.read_bytes() == before
+    huggingface.main([run, str(file), "--overwrite"])
+    assert (tmp_path / "x.gguf.old-1").read_bytes() == before != file.read_bytes()
 
 
 def test_the_benchmark_has_the_same_text():
