@@ -33,6 +33,7 @@ import fp8
 import sample
 from exercises.known import EXERCISES, Exercise
 from huggingface import load_model
+from support.settings import run_command
 
 Outcome = tuple[list[Tensor], list[Tensor]] | str  # values and gradients; or why there are none
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,17 +137,27 @@ def known(name: str) -> tuple[dict[str, Outcome], list[tuple[str, dict[str, Outc
     return outcomes(exercise, answers(exercise)), mistaken
 
 
+def alike(mine: Outcome, theirs: Outcome, right: Outcome) -> bool:
+    """Whether a mistake gives this. Where its values are wrong, gradients do not matter."""
+    if isinstance(mine, str) or isinstance(theirs, str):
+        return mine == theirs
+    a, b, c = ((values, []) for values, _ in (mine, theirs, right))
+    return not (difference(a, b) if difference(b, c) else difference(mine, theirs))
+
+
 def judge(name: str, functions: SimpleNamespace) -> tuple[dict[str, str], list[str]]:
-    """What is wrong with each case ("" if nothing), and the known mistakes that give the same in
-    all cases where they show; the most telling ones."""
+    """What is wrong with each case ("" if nothing), and which known mistakes give the same results
+    in most of the wrong cases."""
     mine, (right, mistaken) = outcomes(EXERCISES[name], functions), known(name)
-    wrong, found = {case: difference(mine[case], right[case]) for case in right}, []
-    for sentence, theirs in mistaken if any(wrong.values()) else []:
-        shown = [case for case in right if difference(theirs[case], right[case])]
-        if shown and not any(difference(mine[case], theirs[case]) for case in shown):
-            found.append((len(shown), sentence))
+    wrong = {case: difference(mine[case], right[case]) for case in right}
+    cases, found = [case for case in right if wrong[case]], []
+    for sentence, theirs in mistaken:
+        same = sum(alike(mine[case], theirs[case], right[case]) for case in cases)
+        if 2 * same > len(cases):
+            found.append((same, sentence))
     most = max(found, default=(0, ""))[0]
-    return wrong, [sentence for shown, sentence in found if shown == most]
+    where = "" if most == len(cases) else f", in {most} of {len(cases)} cases"
+    return wrong, [sentence + where for same, sentence in found if same == most]
 
 
 # ---- In the trained network ----------------------------------------------------------------------
@@ -378,7 +389,4 @@ def main(argv: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(0 if main(sys.argv[1:]) else 1)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda argv: main(argv) or sys.exit(1))

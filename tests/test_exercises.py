@@ -37,6 +37,24 @@ def test_known_mistakes_are_recognised(name, old, new, sentence):
     assert functions is not None, f"the answer's source has no single {old!r}"
     wrong, told = check.judge(name, functions)
     assert any(wrong.values()) and told == [sentence]
+    assert not any("Error" in words for words in wrong.values()), "a mistake that runs"
+
+
+def test_the_most_of_two_mistakes_is_named():
+    gate = check.answers(EXERCISES["gate"])
+
+    def forward(self, x):  # gate values from s + b, and another mistake in one case
+        s, chosen, gain = gate.forward(self, x)
+        gain = (s + self.e_score_correction_bias).gather(-1, chosen)
+        if self.config.norm_topk_prob:
+            gain = gain / (gain.sum(-1, keepdim=True) + 1e-20)
+        scale = self.config.routed_scaling_factor
+        return s, chosen, gain * (scale if scale > 1 else 3.0)
+
+    wrong, told = check.judge("gate", SimpleNamespace(forward=forward))
+    assert sum(map(bool, wrong.values())) == 5
+    (sentence,) = told
+    assert sentence.startswith("gate values came from s + b") and ", in 4 of 5" in sentence
 
 
 def test_every_exercise_has_a_hint_and_four_mistakes():
