@@ -37,14 +37,13 @@ RMSNorm(C, 1e-6) => RMSNorm(C, config.rms_norm_eps)
 latent = self.kv_a_layernorm(latent) => latent = latent * 1
 config.qk_rope_head_dim) ** => config.v_head_dim) **
 k_pe.expand(-1, -1, H, -1)) => 0 * k_pe.expand(-1, -1, H, -1))
-k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave) => k_pe = k_pe.unsqueeze(2)
+q_pe, k_pe = pe[:, :, :-1], pe[:, :, -1:] => q_pe, k_pe = pe[:, :, :-1], k_pe.unsqueeze(2)
 W[:, :N], W[:, N:] => W[:, -N:], W[:, :-N]
-device=q.device).triu(1) => device=q.device).triu(2)
-.triu(S - T + 1) => .triu(S - T + 2)
-.triu(S - T + 1) => .triu(1)
-if self.length + T > self.size: => if False:
+> query  # (T => > query + 1  # (T
+(S - T if start is None else start) => (0 if start is None else start)
+and self.length + T > self.size: => and False:
 torch.cat((latent, k_pe.squeeze(2)), -1) => torch.cat((2 * latent, k_pe.squeeze(2)), -1)
-if start == 0: => if True:
+if isinstance(start, int) and start == 0: => if True:
 dropped.unsqueeze(-1), -math.inf => dropped.unsqueeze(-1), 0.0
 groups.topk(2).values.sum(-1) => groups.amax(-1)
 gain = s.gather(-1, chosen) => gain = (s + self.e_score_correction_bias).gather(-1, chosen)
@@ -52,9 +51,8 @@ choice = s.detach() + self.e_score_correction_bias => choice = s.detach()
 if config.norm_topk_prob: => if True:
 if config.norm_topk_prob: => if False:
 gain * config.routed_scaling_factor => gain
-upcast(self.weight)).sigmoid() => upcast(self.weight)).softmax(-1)
-with torch.autocast(x.device.type, enabled=False): => if True:
-F.linear(upcast(x), upcast(self.weight)) => upcast(F.linear(x, self.weight.to(x.dtype)))
+linear32(x, self.weight).sigmoid() => linear32(x, self.weight).softmax(-1)
+linear32(x, self.weight) => upcast(F.linear(x, self.weight.to(x.dtype)))
 self.e_score_correction_bias = bias.to(self.weight.device) => pass
 self.lm_head.weight = self.embed_tokens.weight  # to_empty => pass  #
 load.mean(1, keepdim=True) - load).sign() => load - load.mean(1, keepdim=True)).sign()
@@ -68,9 +66,9 @@ B, T, E = s.shape => B, T, E = (s := s.flatten(0, 1)[None]).shape
 P = (s / s.sum(-1, keepdim=True)).mean(1) => P = s.mean(1)
 * E / (K * T) => * E / T
 return s, chosen, gain => return s + self.e_score_correction_bias, chosen, gain
-gate, up = grouped_linear( => up, gate = grouped_linear(
+gate, up = F.linear(x[token], W_gate_up) => up, gate = F.linear(x[token], W_gate_up)
 y + self.shared_experts(x) => y + 2.5 * self.shared_experts(x)
-scatter(0, slots.flatten(), gain.flatten()) => scatter(0, slots.flatten(), gain.mT.flatten())
+gain[token, choice]) => gain[token, 0])
 self.mlp(self.post_attention_layernorm(x)) => self.mlp(self.input_layernorm(x))
 keepdim=True) + eps)).to => keepdim=True))).to
 x32 = upcast(x) => x32 = x
@@ -83,19 +81,19 @@ return self.norm(u), routing => return u, routing
 targets[:, k:].flatten() => targets[:, : h.shape[1]].flatten()
 sum(mtp, zero) / max(1, len(mtp)) => sum(mtp, zero)
 (targets >= 0).sum().clamp(min=1) => torch.tensor(len(targets))
-return upcast(self.lm_head(h)) => return self.lm_head(h)
+return upcast(F.linear(h, weight)) => return F.linear(h, weight)
+self.mtp_losses = [loss.detach() for => self.mtp_losses = [loss for
 if config.tie_word_embeddings: => if False:
-nn.Linear: fp8.FP8Linear, MLP => MLP
-for block in [*self.layers, *(module.block for module in self.mtp)]: => for block in [self]:
 
 # support/ops.py tests/test_model.py
 .triu_(1) => .triu_(2)
 k.mT, alpha=scale => k.mT
 is_causal=True => is_causal=False
 argsort(stable=True)  # 1 4 => argsort(descending=True)  # 1 4
-order[real] // => order.clamp(max=len(expert) - 1) //
+order[real.cummax(0).values] => order.clamp(max=chosen.numel() - 1)
 gather(dy, *ctx.saved_tensors) => dy[ctx.saved_tensors[0].view(-1)[: len(dy)]]
 torch.where(owned, rows, len(dy)) => rows
+scatter(0, slots.flatten(), gain.flatten()) => scatter(0, slots.flatten(), gain.mT.flatten())
 torch.zeros_like(weight) if need => torch.ones_like(weight) if need
 p[row, y] -= 1 => p[:, 0] -= 1
 h = h * real => h = h * 1
@@ -103,6 +101,19 @@ dh.mul_(real) => dh
 dw += low.T @ x => dw = low.T @ x
 scale = grad / n => scale = 1 / n
 high = upcast(torch.empty_like(low)) => high = torch.empty_like(low)
+return y.view(n, K, D).sum(1) => return y.view(K, n, D).sum(0)
+
+# support/ops.py tests/test_sample.py
+later = torch.arange(S, device=device) > query => later = torch.arange(S, device=device) > query + 1
+elif T > 1: => elif T > 2:
+repeat(H, 1) => repeat_interleave(H, 0)
+q, graph = (q * scale) => q, graph = (1.0 * q)
+later = None if later is None else later[:, old:] => later = None
+value=1 / x.shape[-1]).rsqrt_() => value=1).rsqrt_()
+if turning[0] is not rope: => if turning[0] is None:
+module.__class__ = nn.Linear => pass
+w.__dict__.pop("_turned", None) => pass
+module.__dict__.pop(name, None) => pass
 
 # support/tokenizer.py tests/test_release.py
 self.bos], self.eos[:1] => self.bos], []
@@ -173,44 +184,29 @@ for step in range(max(G, self.depth)): => for step in range(G):
 self.fill(n - 1 - slots, self.piece)  # what => pass  # what
 if len(self.ids) >= MATCH: => if len(self.ids) > MATCH:
 copied = all(copies) => copied = any(copies)
-given = given - options => pass
-done - max(1, window // 2) => done - window // 2
 
 # model.py tests/test_huggingface.py
 self.o_proj = nn.Linear(H * V, D, bias=bias) => self.o_proj = nn.Linear(H * V, D, bias=False)
 config.n_shared_experts * config => 1 * config
 
 # support/ops.py tests/test_edits.py
-if changed := edited(source, asked): => if changed := []:
-[name, *RELIES_ON.get(name, [])] => [name]
-return helpers + [name => return [name
+if found != digits: => if False:
+fingerprint(formula, *others) => fingerprint(formula)
+FORMULAS.get(f, f) => inspect.unwrap(f)
 continue  # a docstring, and the end of its line => pass
-own &= {"trunk" => own &= {"x"
-elif module._forward_hooks or module._forward_pre_hooks: => elif False:
-if own: => if False:
-if kind is nn.Linear and module.bias is not None and not config.attention_bias: => if False:
-if kind is nn.Embedding and module.max_norm is not None: => if False:
-if own_config is not config and own_config != config: => if False:
-not in (1e-6, config.rms_norm_eps): => not in (module.eps,):
-elif fingerprint(kind) != FINGERPRINTS.get(name): => elif False:
-inner = getattr(formula, "formula", None)  # => inner = formula = inspect.unwrap(formula)  #
-getattr(formula, "__wrapped__", None) is inner: => True:
-if not (isinstance(scale, float) and => if not (True and
-
-# sample.py tests/test_edits.py
-compare_forms(model) => pass
-DECODERS[model].clear()  # an edit => pass  # an edit
-COMPARED[model] = state => pass
-if p.ndim > 1: => if False:
-if edit or ops.edited_forward(model): => if edit:
-model.trunk(tokens[:, :2], cache) => cache.length += 2
-expected = model(tokens)[:, prompt:] => expected = model.logits(model.trunk(tokens))[:, prompt:]
-if not any(isinstance(m, fp8.FP8Linear) for m in model.modules()): => if True:
+if enabled and not kwargs and => if enabled and
+if not isinstance(scale, float): => if False:
+return texts > 0 and => return True and
 
 # model.py tests/test_edits.py
-if changed := edited(globals(), fp8.COPIES): => if changed := []:
-if type(module) is MLP and type => if False and type
 zip(self.rows, self.routing, strict=True): => enumerate(self.routing):
+
+# fp8.py tests/test_edits.py
+if found != digits: => if False:
+if type(module) is formulas.MLP and type => if False and type
+
+# fp8.py tests/test_fp8.py
+hook.remove() => pass
 
 # prepare_data.py tests/test_prepare_data.py
 start = file.read(2**16) => start = file.read()

@@ -313,6 +313,14 @@ def test_weights_are_quantised_once_and_not_a_bit_changes(monkeypatch):
     assert calls == [(64, 128), (2, 64, 64), (2, 64, 32)] and cached(model) == []
 
 
+def test_nothing_listens_to_optimisers_after_the_block():
+    hooks = torch.optim.optimizer._global_optimizer_post_hooks
+    before = list(hooks)
+    with quantized_once(network()):
+        assert len(hooks) == len(before) + 1
+    assert list(hooks) == before
+
+
 def test_a_step_within_the_block_leaves_no_stale_weight():
     layer = FP8Linear(128, 128)
     before = layer.weight.detach().clone()

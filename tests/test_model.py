@@ -338,6 +338,16 @@ def test_losses_are_cross_entropies_of_hand_built_targets(depth, ignored):
     assert balance_loss.item() == pytest.approx(sum(balance) / len(balance), abs=ATOL)
 
 
+def test_what_is_kept_of_a_training_call_holds_no_graph():
+    """Else the activations of a step would live until the next one."""
+    model = tiny(num_nextn_predict_layers=2).train()
+    tokens = tokens_of(model, 2, 8)
+    model(tokens, tokens)
+    assert len(model.mtp_losses) == 2 and len(model.routing) == 4 and model.scores == []
+    kept = [*model.mtp_losses, *model.routing, model.expert_counts]
+    assert not any(x.requires_grad or x.grad_fn for x in kept)
+
+
 @both_ways
 def test_every_parameters_gradient_equals_finite_differences():
     """The slope of the training loss along a random direction in each parameter. A central
