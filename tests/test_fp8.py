@@ -5,6 +5,7 @@ CPU and as the tensor cores are given them, and the life of a quantised weight."
 import contextlib
 import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -314,7 +315,7 @@ def test_weights_are_quantised_once_and_not_a_bit_changes(monkeypatch):
 
 
 def test_nothing_listens_to_optimisers_after_the_block():
-    hooks = torch.optim.optimizer._global_optimizer_post_hooks
+    hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
     before = list(hooks)
     with quantized_once(network()):
         assert len(hooks) == len(before) + 1
