@@ -116,6 +116,14 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["logits"].shape == (1, 3, 512) and names["further"].shape == (1, 2, 512)
 
 
+def test_the_plain_loop_of_hacking_samples(tmp_path, monkeypatch):
+    model = sample.DeepSeekV3(ModelConfig(**TINY)).eval()
+    tokenizer = type("", (), {"encode": lambda text: [1, 2, 3], "decode": str})
+    monkeypatch.setattr("huggingface.load_model", lambda run: (model, tokenizer, tmp_path))
+    exec(re.search(r"(?s)```python\n(.*?)```", HACKING)[1], names := {})
+    assert names["tokens"].shape == (1, 203) and names["cache"].length == 202
+
+
 def test_picture_of_drafts(tmp_path, monkeypatch):
     model = sample.DeepSeekV3(ModelConfig(**TINY)).eval()
     tokenizer = type("", (), dict(encode=lambda text: [1, 2], to_bytes=lambda i: b"\n\t<"))
