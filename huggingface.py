@@ -27,7 +27,7 @@ from model import DeepSeekV3, ModelConfig
 from support.files import check_free, naming, new_folder, put_aside, read_json
 from support.gguf import write_gguf
 from support.runs import load_checkpoint
-from support.settings import info, parse_args, run_command
+from support.settings import info, parse_args, run_command, short
 from support.tokenizer import (
     PATTERN,
     Tokenizer,
@@ -105,7 +105,7 @@ def on_meta(config: ModelConfig, where: Path) -> DeepSeekV3:
         with torch.device("meta"):
             return DeepSeekV3(config)
     except (RuntimeError, TypeError) as error:  # sizes whose product no integer holds; True for 1
-        raise ValueError(f"no network has the sizes in {where} ({error!s:.100})") from None
+        raise ValueError(f"no network has the sizes in {where} ({short(error, 100)})") from None
 
 
 def and_more(names: list[str]) -> str:
@@ -152,7 +152,7 @@ def open_files(directory: Path, device: str) -> dict[str, Any]:
                 raise ValueError(f"it repeats {min(twice)}, so one file is of another version")
             stored |= dict.fromkeys(file.keys(), file)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{path} cannot be used ({error!s:.200}): fetch all anew.") from None
+            raise ValueError(f"{path} cannot be used ({short(error)}): fetch all anew.") from None
     return stored
 
 
@@ -250,7 +250,7 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     try:
         save_torch_state_dict(tensors, directory)
     except SafetensorError as error:  # a full disk, say
-        raise OSError(f"the weights cannot be written to {directory} ({error!s:.200})") from None
+        raise OSError(f"the weights cannot be written to {directory} ({short(error)})") from None
     (directory / "config.json").write_text(json.dumps(config | extra, indent=2))
 
 
@@ -268,7 +268,7 @@ def parts_of(saved: dict[str, Any], path: Path) -> tuple[ModelConfig, dict[str, 
             raise KeyError("norm.weight")
         return config, weights, int(saved.get("trained_length", config.max_position_embeddings))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: weights and settings do not match: {error!s:.200}") from None
+        raise ValueError(f"{path}: weights and settings do not match: {short(error)}") from None
 
 
 def load_model(

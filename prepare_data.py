@@ -31,7 +31,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from support.files import lies_in, new_folder
-from support.settings import info, parse_args, run_command, with_home
+from support.settings import info, parse_args, run_command, short, with_home
 from support.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer, write_tokenizer
 from support.tokens import Dataset, load_dataset, read_tokens, write_tokens
 
@@ -102,7 +102,7 @@ def parse_record(line: str, where: str, text_key: str) -> str | None:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         why = getattr(error, "msg", error)  # a JSONDecodeError counts lines, but has seen only one
-        raise ValueError(f"{where} is no JSON ({why!s:.100}); correct or delete it") from None
+        raise ValueError(f"{where} is no JSON ({short(why, 100)}); correct or delete it") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where} is {line.strip():.60}, expected an object with {text_key!r}")
     if text_key not in record:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from support.settings import info
+from support.settings import info, short
 
 
 def put_aside(folder: Path) -> Path:
@@ -19,7 +19,7 @@ def put_aside(folder: Path) -> Path:
     while os.path.lexists(old := folder.with_name(f"{folder.name}.old-{number}")):
         number += 1
     folder.rename(old)  # of a link, the link itself
-    info(f"{folder} was there: it is now {old}")
+    info(f"{folder}, which was there, is now {old}")
     return old
 
 
@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error!s:.100})") from None
+        raise ValueError(f"{path} is no JSON ({short(error, 100)})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {value!r:.100}, expected an object with keys")
     return value

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from support import processes
+from support.files import put_aside
 from support.processes import Machine
 from support.settings import info, short
 
@@ -117,16 +118,6 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
     if run and not (resume or overwrite):
         either = "--resume, --overwrite" if (out / "ckpt.pt").exists() else "--overwrite"
         raise ValueError(f"{out} holds a run: give {either}, or another --out.")
-
-
-def put_aside(folder: Path) -> Path:
-    """Renames the folder NAME to NAME.old-1, or -2, and so on. Nothing is deleted."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    info(f"{folder}, which was there, is now {aside}")
-    return aside
 
 
 def lock(folder: Path) -> BinaryIO:

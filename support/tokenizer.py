@@ -23,6 +23,7 @@ import tiktoken
 from tqdm import tqdm
 
 from support.files import lies_in, naming, read_json
+from support.settings import short
 
 END_OF_TEXT = "<|endoftext|>"
 AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder is there)"
@@ -396,7 +397,7 @@ def stored_tokenizer(folder: Path | str) -> Tokenizer:
     except ImportError:
         raise
     except Exception as error:  # a damaged file may lead to any
-        told = f"{folder} has no whole tokenizer ({error!s:.200}); {AGAIN}"
+        told = f"{folder} has no whole tokenizer ({short(error)}); {AGAIN}"
         raise ValueError(f"{told}; for weights, copy their run's tokenizer and meta.json") from None
 
 

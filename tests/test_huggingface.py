@@ -648,7 +648,7 @@ def test_an_export_is_put_aside_by_the_next_one_with_overwrite(run, tmp_path, ca
     before = {path.name: path.read_bytes() for path in target.iterdir()}
     check_refusal("hf exists; choose another name, or", huggingface.main, [str(run), str(target)])
     huggingface.main([str(run), str(target), "--overwrite"])
-    assert f"{target} was there: it is now {aside}" in capsys.readouterr().err
+    assert f"{target}, which was there, is now {aside}" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
     assert before.keys() - {path.name for path in target.iterdir()} == {"notes"}
 

@@ -579,7 +579,7 @@ def test_overwrite_puts_the_old_folder_aside_with_every_file_in_it(book, tmp_pat
         make(tmp_path, tmp_path / "a.txt", name="book")
     assert contents(book) == before
     make(tmp_path, tmp_path / "a.txt", name="book", overwrite=True)
-    assert f"{book} was there: it is now {book}.old-1" in capsys.readouterr().err
+    assert f"{book}, which was there, is now {book}.old-1" in capsys.readouterr().err
     assert contents(Path(f"{book}.old-1")) == before and len(contents(book)) == 4
     second = contents(book)
     make(tmp_path, tmp_path / "book.txt", name="book", overwrite=True)
