@@ -22,7 +22,6 @@ Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
 """
 
 import functools
-import hashlib
 import itertools
 import math
 import shlex
@@ -48,8 +47,8 @@ from support import processes, runs, settings
 from support.processes import Machine
 from support.runs import checkpoint_file, load_checkpoint
 from support.settings import info
-from support.tokenizer import Tokenizer, stored_tokenizer, tokenizer_files, tokenizer_identity
-from support.tokens import Dataset, load_dataset
+from support.tokenizer import check_tokenizer, stored_tokenizer, tokenizer_files
+from support.tokens import Dataset, data_folder, open_folder, text_digest
 
 PHASES = ("warmup", "decay_start", "decay_end", "final_start")  # of the learning rate, in order
 
@@ -269,57 +268,6 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
 # ---- Data ----------------------------------------------------------------------------------------
 
 
-def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
-    """Raises ValueError unless the weights in `source` have the tokenizer of the data.
-
-    If the weights have a meta.json, its entries are compared. A Hugging Face directory without one
-    must have the same tokens, and must give a sample text the same ids.
-    """
-    folder = source if source.is_dir() else source.parent
-    if identity := tokenizer_identity(folder):
-        same = identity == tokenizer_identity(data)
-    elif tokenizer:
-        other = stored_tokenizer(data)
-        same = (tokenizer.texts, tokenizer.special) == (other.texts, other.special)
-        same = same and tokenizer.encode_batch([__doc__]) == other.encode_batch([__doc__])
-    else:  # the directory has none
-        same = True
-    if not same:
-        differ = f"{source} has another tokenizer than {data}"
-        raise ValueError(f"{differ}; prepare the data with --tokenizer={folder}.")
-
-
-def read_data(config: TrainConfig, folder: Path, vocab_size: int) -> Dataset:
-    """The prepared data. Raises OSError or ValueError where this run cannot use them."""
-    if not folder.exists():
-        make = f"python prepare_data.py SOURCE --name={folder.name} --vocab_size={vocab_size}"
-        make += f" --out={folder.parent}" if folder.parent != Path("data") else ""
-        raise FileNotFoundError(f"no data in {folder}; make it with: {make}.")
-    data = load_dataset(folder)
-    # The embedding may have more rows than there are tokens: fewer than 128 more, or exactly as
-    # many as in the release that the tokenizer is from.
-    padding = vocab_size - data.vocab_size
-    if padding < 0 or (padding >= 128 and vocab_size != data.rows):
-        raise ValueError(
-            f"vocab_size is {vocab_size}, but the vocabulary of {folder} has {data.vocab_size} "
-            f"tokens: for a new network write vocab_size = {data.vocab_size} into the config file; "
-            "for given weights prepare the data with --tokenizer=DIR, where the weights are."
-        )
-    longest = max(config.block_size, config.long_block_size)
-    shortest = min(map(len, data.train.arrays))
-    if longest >= shortest:  # a window needs the token after it, too
-        short = f"windows of {longest} tokens do not fit in {folder}, a file of {shortest}"
-        raise ValueError(f"{short}: lower --block_size and --long_block_size, or add text.")
-    return data
-
-
-def data_folder(name: str) -> Path:
-    """The folder of prepared data: a path, or a name in data/."""
-    path = Path(name)
-    is_path = len(path.parts) > 1 or (path / "meta.json").exists()
-    return path if is_path else Path("data") / name
-
-
 def open_data(config: TrainConfig, vocab_size: int) -> tuple[Dataset, Path]:
     """The prepared data and its folder; those of our own config files are made if missing."""
     folder = data_folder(config.data)
@@ -332,14 +280,8 @@ def open_data(config: TrainConfig, vocab_size: int) -> tuple[Dataset, Path]:
                 prepare_data.prepare(source)
 
     processes.once(make)
-    return read_data(config, folder, vocab_size), folder
-
-
-def text_digest(data: Dataset) -> str:
-    """Digits that tell one prepared text from another: of the validation text and all sizes."""
-    digest = hashlib.sha256(repr([*map(len, data.train.arrays)]).encode())
-    digest.update(np.ascontiguousarray(data.val.arrays[0]).data)
-    return digest.hexdigest()
+    longest = max(config.block_size, config.long_block_size)
+    return open_folder(folder, vocab_size, longest), folder
 
 
 @functools.lru_cache(2)
@@ -616,13 +558,10 @@ def source_of(command: TrainConfig) -> Path | None:
 
 
 def stored_settings(source: Path) -> tuple[dict, int]:
-    """The settings of the run that is resumed or evaluated, and its step."""
-    saved = load_checkpoint(source, whole=False)
-    values = vars(TrainConfig())  # where a run does not know a setting it has the default
-    values |= settings.read_stored(saved.get("train_config"), source, TrainConfig)
-    values |= settings.read_stored(saved["model_config"], source, ModelConfig)
-    if type(step := saved.get("step")) is not int:
-        raise ValueError(f"the step in {source} is {step!r:.20}, expected a number.")
+    """The settings of the run that is resumed or evaluated, and its step. A setting that the run
+    did not know has its default."""
+    values, step = runs.stored_settings(source, TrainConfig, ModelConfig)
+    values = vars(TrainConfig()) | values
     return {k: v for k, v in values.items() if k not in OF_THE_COMMAND}, step
 
 

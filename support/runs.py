@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from support import processes
 from support.files import put_aside
 from support.processes import Machine
-from support.settings import info, short
+from support.settings import info, read_stored, short
 
 RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
 
@@ -91,6 +91,18 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     if damaged:
         raise ValueError(f"{file} is damaged: {damaged} in it has another checksum than when saved")
     return saved
+
+
+def stored_settings(file: Path, *config_classes: type) -> tuple[dict[str, Any], int]:
+    """The settings of a run in a checkpoint, as the fields of these dataclasses, and its step.
+    Raises OSError or ValueError."""
+    saved = load_checkpoint(file, whole=False)
+    values = {}
+    for part in (saved.get("train_config"), saved["model_config"]):
+        values |= read_stored(part, file, *config_classes)
+    if type(step := saved.get("step")) is not int:
+        raise ValueError(f"the step in {file} is {short(repr(step))}, expected a number.")
+    return values, step
 
 
 # ---- The folder ----------------------------------------------------------------------------------

@@ -423,6 +423,26 @@ def open_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
+def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
+    """Raises ValueError unless the weights in `source` have the tokenizer of the data.
+
+    If the weights have a meta.json, its entries are compared. A Hugging Face directory without one
+    must have the same tokens, and must give a sample text the same ids.
+    """
+    folder = source if source.is_dir() else source.parent
+    if identity := tokenizer_identity(folder):
+        same = identity == tokenizer_identity(data)
+    elif tokenizer:
+        other = stored_tokenizer(data)
+        same = (tokenizer.texts, tokenizer.special) == (other.texts, other.special)
+        same = same and tokenizer.encode_batch([__doc__]) == other.encode_batch([__doc__])
+    else:  # the directory has none
+        same = True
+    if not same:
+        differ = f"{source} has another tokenizer than {data}"
+        raise ValueError(f"{differ}; prepare the data with --tokenizer={folder}.")
+
+
 # ---- The tokenizer of an export ------------------------------------------------------------------
 
 

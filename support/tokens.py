@@ -5,6 +5,7 @@ first three are magic number, version and number of tokens, then the ids. Over 2
 are train_000001.bin and so on.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -162,3 +163,41 @@ def load_dataset(folder: Path | str) -> Dataset:
         raise ValueError(f"{has}, too little to measure a loss; {AGAIN}")
     test = Tokens(read("test")) if any(folder.glob("test*.bin")) else None
     return Dataset(train, Tokens([val]), n_vocab, n_bytes / len(val), test, tokenizer.rows)
+
+
+def data_folder(name: str) -> Path:
+    """The folder of prepared data: a path, or a name in data/."""
+    path = Path(name)
+    is_path = len(path.parts) > 1 or (path / "meta.json").exists()
+    return path if is_path else Path("data") / name
+
+
+def open_folder(folder: Path, vocab_size: int, longest: int) -> Dataset:
+    """The prepared folder, for a network of this vocabulary and windows of up to `longest` tokens.
+    Raises OSError or ValueError where they do not fit."""
+    if not folder.exists():
+        make = f"python prepare_data.py SOURCE --name={folder.name} --vocab_size={vocab_size}"
+        make += f" --out={folder.parent}" if folder.parent != Path("data") else ""
+        raise FileNotFoundError(f"no data in {folder}; make it with: {make}.")
+    data = load_dataset(folder)
+    # The embedding may have more rows than there are tokens: fewer than 128 more, or exactly as
+    # many as in the release that the tokenizer is from.
+    padding = vocab_size - data.vocab_size
+    if padding < 0 or (padding >= 128 and vocab_size != data.rows):
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but the vocabulary of {folder} has {data.vocab_size} "
+            f"tokens: for a new network write vocab_size = {data.vocab_size} into the config file; "
+            "for given weights prepare the data with --tokenizer=DIR, where the weights are."
+        )
+    shortest = min(map(len, data.train.arrays))
+    if longest >= shortest:  # a window needs the token after it, too
+        short = f"windows of {longest} tokens do not fit in {folder}, a file of {shortest}"
+        raise ValueError(f"{short}: lower --block_size and --long_block_size, or add text.")
+    return data
+
+
+def text_digest(data: Dataset) -> str:
+    """Digits that tell one prepared text from another: of the validation text and all sizes."""
+    digest = hashlib.sha256(repr([*map(len, data.train.arrays)]).encode())
+    digest.update(np.ascontiguousarray(data.val.arrays[0]).data)
+    return digest.hexdigest()

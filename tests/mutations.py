@@ -286,6 +286,12 @@ if self.last and not math.isfinite(loss): => if False:
 # support/settings.py tests/test_runs.py
 return in_file | stored | given => return stored | in_file | given
 
+# support/tokens.py tests/test_train.py
+is_path = len(path.parts) > 1 or => is_path =
+
+# support/tokenizer.py tests/test_train.py
+same = identity == tokenizer_identity(data) => same = True
+
 # train.py tests/test_runs.py
 if finite and (evaluation => if (evaluation
 for step in range(first, config.steps) => for step in range(config.steps)
@@ -314,7 +320,6 @@ sample_texts(texts, BPE_SAMPLE) => sample_texts(texts[::2], BPE_SAMPLE)
 # train.py tests/test_train.py
 config.clip or math.inf => config.clip or 1.0
 epochs > MANY_EPOCHS and run.step == 0 => epochs > MANY_EPOCHS
-is_path = len(path.parts) > 1 or => is_path =
 given |= settings.with_home(given, "out", "data", "init_from") => pass
 if config.lr >= stored["lr"]: => if config.lr > stored["lr"]:
 given_weights = run.step == 0 and config.init_from => given_weights = False
@@ -325,7 +330,6 @@ step >= config.long_start * config.steps => step > config.long_start * config.st
 if extended(config, step) and step % 2 => if extended(config, step)
 late = step >= config.mtp_switch => late = step > config.mtp_switch
 if step < config.gamma_stop * => if step <= config.gamma_stop *
-same = identity == tokenizer_identity(data) => same = True
 """
 
 

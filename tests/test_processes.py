@@ -27,7 +27,7 @@ from training import (
 
 import train
 from huggingface import load_model
-from support import ops, processes
+from support import ops, processes, tokens
 from support.runs import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -139,14 +139,14 @@ def test_a_release_is_trained_on_by_two_processes_as_by_one(parallel, start, sha
 
 def other_text_in_process_1():
     if os.environ["RANK"] == "1":
-        load = train.load_dataset
+        load = tokens.load_dataset
 
         def other(folder):
             data = load(folder)
             data.val.arrays[0] = data.val.arrays[0][:-1]
             return data
 
-        train.load_dataset = other
+        tokens.load_dataset = other
 
 
 def other_step_in_process_1():

@@ -40,6 +40,7 @@ import prepare_data
 import train
 from huggingface import load_model
 from model import DeepSeekV3, ModelConfig
+from support import tokens
 from support.settings import read_config_file
 from support.tokenizer import END_OF_TEXT, load_tokenizer
 from support.tokens import Dataset, Tokens, load_dataset
@@ -488,11 +489,11 @@ def test_compiling_in_float32_is_refused_on_a_cpu(shared, capsys):
 def test_a_window_and_the_token_after_it_must_fit_in_the_shortest_file(data, monkeypatch):
     dataset = load_dataset(data)
     dataset.train = Tokens([np.zeros(99), np.zeros(33)])
-    monkeypatch.setattr(train, "load_dataset", lambda folder: dataset)
-    assert train.read_data(train.TrainConfig(block_size=32), data, 512) is dataset
+    monkeypatch.setattr(tokens, "load_dataset", lambda folder: dataset)
+    assert train.open_data(train.TrainConfig(data=str(data), block_size=32), 512)[0] is dataset
     for sizes in (dict(block_size=33), dict(block_size=16, long_block_size=33)):
         with pytest.raises(ValueError, match="windows of 33 tokens do not fit"):
-            train.read_data(train.TrainConfig(**sizes), data, 512)
+            train.open_data(train.TrainConfig(data=str(data), **sizes), 512)
 
 
 def test_the_home_folder_is_meant_by_its_sign(monkeypatch, data):
@@ -552,8 +553,8 @@ def test_from_text_to_text_on_the_command_line():
     done = user("train.py", TINY, "--data=text", "--steps=40", "--block_size=32", "--log_every=2")
     for words in ("M parameters", "bits/byte", "python sample.py out/tiny"):
         assert words in done.stderr
-    tokens = load_dataset("data/text").val.arrays[0][1:9].tolist()
-    prompt = load_tokenizer("out/tiny").decode(tokens).strip()
+    first = load_dataset("data/text").val.arrays[0][1:9].tolist()
+    prompt = load_tokenizer("out/tiny").decode(first).strip()
     assert done.stdout.startswith(prompt)
     files = {path.name for path in Path("out/tiny").iterdir()}
     copies = {"tokenizer.tiktoken", "meta.json"}

@@ -22,7 +22,7 @@ import torch
 import huggingface
 import prepare_data
 import train
-from support import processes
+from support import processes, tokenizer
 from support.settings import run_command
 from support.tokenizer import load_tokenizer
 
@@ -149,7 +149,7 @@ def make_release(run: Path):
 
 
 def other_tokenizer(data: Path, changed: str):
-    """data/other: the same texts with a tokenizer that gives train.py's docstring the same ids."""
+    """data/other: the same texts; its tokenizer gives the docstring of ours the same ids."""
     shutil.copytree(data, "data/other")
     ranks, meta = Path("data/other/tokenizer.tiktoken"), Path("data/other/meta.json")
     values = json.loads(meta.read_text())
@@ -162,7 +162,7 @@ def other_tokenizer(data: Path, changed: str):
     else:
         values["special_tokens"] = {"<|end|>": 511}
     meta.write_text(json.dumps(values))
-    ids = [load_tokenizer(x).encode_ordinary(train.__doc__) for x in (data, ranks.parent)]
+    ids = [load_tokenizer(x).encode_ordinary(tokenizer.__doc__) for x in (data, ranks.parent)]
     assert ids[0] == ids[1]
 
 
