@@ -330,6 +330,18 @@ step >= config.long_start * config.steps => step > config.long_start * config.st
 if extended(config, step) and step % 2 => if extended(config, step)
 late = step >= config.mtp_switch => late = step > config.mtp_switch
 if step < config.gamma_stop * => if step <= config.gamma_stop *
+
+
+# exercises/check.py tests/test_exercises.py
+(error > 1e-6 * largest) => (error > 1e-1 * largest)
+setattr(where, name, function) => pass
+if 2 * same > len(cases): => if True:
+if text.count(old) != 1: => if text.count(old) != 2:
+torch.zeros_like(x) if g is None else g for => torch.zeros_like(x) for
+
+# docs/annotate.py tests/test_learn.py
+lineno, function.end_lineno => lineno, function.lineno + 3
+if stop is None: => if False:
 """
 
 
