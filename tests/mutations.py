@@ -331,7 +331,6 @@ if extended(config, step) and step % 2 => if extended(config, step)
 late = step >= config.mtp_switch => late = step > config.mtp_switch
 if step < config.gamma_stop * => if step <= config.gamma_stop *
 
-
 # exercises/check.py tests/test_exercises.py
 (error > 1e-6 * largest) => (error > 1e-1 * largest)
 setattr(where, name, function) => pass
