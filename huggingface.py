@@ -306,7 +306,11 @@ def load_model(
         model.materialize(device)
     model.load_state_dict(weights, strict=False)
     model.trained_length = length
-    return model.eval(), stored_tokenizer(path if path.is_dir() else path.parent), path
+    tokenizer = stored_tokenizer(path if path.is_dir() else path.parent)
+    if tokenizer.n_vocab > config.vocab_size:
+        told = f"{path} has weights for {config.vocab_size} tokens, but its tokenizer"
+        raise ValueError(f"{told} has {tokenizer.n_vocab}: copy that of their run.")
+    return model.eval(), tokenizer, path
 
 
 # ---- The command ---------------------------------------------------------------------------------

@@ -133,7 +133,9 @@ if isinstance(value, int) and value >= 2**31: => if False:
 if have != want: => if False:
 stored.keys()) if extend else [] => stored.keys())
 check_free(target, config.overwrite) => pass
-if not x.is_floating_point(): => if False:
+if not x.is_floating_point():  # which => if False:  # which
+if not x.is_floating_point():  # int4 => if False:  # int4
+if tokenizer.n_vocab > config.vocab_size: => if False:
 
 # support/gguf.py tests/test_gguf.py
 W[:, :N].mT, W[:, N:] => W[:, -N:].mT, W[:, :-N]

@@ -535,6 +535,15 @@ def copy_run(source: Path, target: Path, **changes) -> Path:
     return target
 
 
+def test_the_tokenizer_of_another_run_is_refused_where_it_has_more_tokens(run, tmp_path):
+    """One with as many or fewer opens: only train.py compares the tokenizers themselves."""
+    model = ours(vocab_size=299)
+    weights = {"model": model.state_dict(), "model_config": asdict(model.config)}
+    said = "has weights for 299 tokens, but its tokenizer has 300: copy that of their run."
+    check_refusal(said, load_model, copy_run(run, tmp_path, **weights))
+    check_refusal(said, huggingface.main, [str(tmp_path), str(tmp_path / "hf")])
+
+
 @pytest.mark.parametrize("trained, long", [({}, 640), ({"trained_length": 96}, 96)])
 def test_a_run_knows_how_long_its_windows_were_and_so_does_its_export(run, tmp_path, trained, long):
     """Also where YaRN would take its original length from the key that the export changes."""
