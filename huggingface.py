@@ -1,13 +1,14 @@
-"""Files: the layout of the released models, both ways, our tokenizer in it, and our own runs.
+"""The layout of the released models, both ways; opening a run's weights; the export.
 
     python huggingface.py SRC DST [--quantize=True | --check=True] [--overwrite]
-    python huggingface.py SRC DST.gguf [--gguf_dtype=F32]
+    python huggingface.py SRC DST.gguf [--gguf_dtype=F32] [--overwrite]
 
-SRC is a run's folder or a checkpoint file; DST, a new directory, opens in transformers and here,
-and DST.gguf, a file, in llama.cpp.
-Its weights are safetensors, one file or shards, each tensor under its released name. In FP8 the
-decoding factors of W's 128x128 blocks are stored as W_scale_inv. Optional packages are imported
-where they are needed: safetensors, tokenizers (which brings huggingface_hub), transformers, gguf.
+SRC is a run's folder or a checkpoint file. DST, a new directory, opens in transformers and here;
+DST.gguf, a file, opens in llama.cpp.
+Weights of the released layout are safetensors, in one file or shards, each tensor under its
+released name. In FP8 the decoding factors of a weight's blocks of 128x128 are stored beside it, as
+NAME_scale_inv. Optional packages are imported where they are needed: safetensors, tokenizers
+(which brings huggingface_hub), transformers, gguf.
 """
 
 import importlib.util
@@ -71,8 +72,8 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     for key, value in rope.items():
         if not isinstance(value, str | int | float | None):
             raise ValueError(f"config.json has {key} {value!r:.100}, expected a number or a text.")
-    # All that the file states, on its three levels. Where it is silent, transformers' defaults
-    # hold: they are ours, but for two keys.
+    # The keys of the file and of the two objects in it, in one dictionary. A key that is missing
+    # has transformers' default, which is ours except for these two.
     stated = {"max_position_embeddings": 4096, "initializer_range": 0.02} | config | rope
     stated |= config.get("quantization_config") or {}
     for key, value in (FIXED_KEYS | FP8_KEYS | {"partial_rotary_factor": 1}).items():
@@ -85,8 +86,8 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
 
 
 def check_sizes(config: ModelConfig, tensors: int, where: Path, stacked: bool = False):
-    """Raises ValueError for a network that cannot be the one of so many stored tensors. To build
-    it, if only to compare shapes, might take hours."""
+    """Raises ValueError where a network would have far more tensors than are stored: to build one
+    of 10^7 layers takes minutes, even without memory. stacked: a layer's experts are one tensor."""
     for name, value in vars(config).items():
         if isinstance(value, int) and value >= 2**31:
             raise ValueError(f"{where} has {name} {value}, expected less than {2**31}.")
@@ -114,7 +115,8 @@ def and_more(names: list[str]) -> str:
 
 
 def checkpoint_views(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint: released names, and views of our memory to read or write."""
+    """The tensors of a released checkpoint: each one's name there, and the part of our parameters
+    that it is, as a view: to read when saving, to write when opening."""
     L = model.config.num_hidden_layers
     for name, x in model.state_dict().items():
         # MTP module k is stored as layer L + k, and the norm after it as shared_head.norm.
@@ -131,7 +133,8 @@ def checkpoint_views(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
 
 
 def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
-    """What is stored once more: a tied head, and embedding and head with every MTP layer."""
+    """Tensors that a released checkpoint has once more, under other names: a tied head, and
+    embedding and head beside every MTP module."""
     if model.config.tie_word_embeddings:
         yield "lm_head.weight", model.lm_head.weight
     for k in range(len(model.mtp)):
