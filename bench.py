@@ -548,6 +548,7 @@ Log = list[dict[str, Any]]  # the lines of log.jsonl
 @dataclass
 class PlotOptions:
     out: str = ""  # the picture, .svg or .png; empty: RUN/plot.png, of several runs RUN-RUN.png
+    keys: str = ""  # keys of the log, with commas between them, drawn below the losses
 
 
 def read_log(run: str) -> Log:
@@ -621,6 +622,17 @@ def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
         right.set_ylabel("bits per byte of text")
 
 
+def plot_key(ax: Any, key: str, logs: dict[str, Log]) -> None:
+    """Any number in the log: a curve for each run. Raises ValueError where no log has it."""
+    curves = [column(log, key) for log in logs.values()]
+    if not any(len(x) for x, _ in curves):
+        raise ValueError(f"no log of {', '.join(logs)} has the key {key!r}: look into a log.jsonl.")
+    for i, curve in enumerate(curves):
+        ax.plot(*curve, color=f"C{i}")
+    ax.set(xlabel="step", ylabel=key)
+    ax.grid(alpha=0.3)
+
+
 def plot_load(ax: Any, run: str, evaluation: dict[str, Any]) -> None:
     """How busy every expert was in an evaluation: a row for a layer, those of MTP modules last."""
     share = np.array(evaluation["expert_load"])
@@ -659,12 +671,15 @@ def plot(options: PlotOptions, runs: list[str]) -> Path:
     path = Path(options.out) if options.out else picture_beside(runs)
     # Text stays text, and the same logs give the same file.
     with rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "nanoV3"}):
-        heights = [4, *([1.8] * len(loads))]  # inches
+        keys = [key for key in options.keys.split(",") if key]
+        heights = [4, *([1.8] * (len(keys) + len(loads)))]  # inches
         figure = Figure((8, sum(heights)), layout="constrained")
         losses, *below = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
         plot_losses(losses, logs)
         figure.legend(loc="outside upper center", fontsize=8, frameon=False)
-        for ax, (run, evaluation) in zip(below, loads.items(), strict=True):
+        for ax, key in zip(below, keys, strict=False):
+            plot_key(ax, key, logs)
+        for ax, (run, evaluation) in zip(below[len(keys) :], loads.items(), strict=True):
             plot_load(ax, run, evaluation)
         figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path

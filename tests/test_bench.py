@@ -167,7 +167,7 @@ def plot(tmp_path, monkeypatch):
     axes = pytest.importorskip("matplotlib.axes").Axes
     monkeypatch.chdir(tmp_path)
 
-    def plot(**evaluations: list[dict]):
+    def plot(*options: str, **evaluations: list[dict]):
         for run, lines in evaluations.items():
             log = [{"step": s, "loss": 6.0 - s / 20, "mtp_loss": 6.5} for s in range(40)]
             Path(run).mkdir(parents=True, exist_ok=True)
@@ -179,11 +179,21 @@ def plot(tmp_path, monkeypatch):
                 axes, "secondary_yaxis", autospec=True, side_effect=axes.secondary_yaxis
             ) as right,
         ):
-            bench.main(["plot", *evaluations, "--out=x.svg"])
+            bench.main(["plot", *evaluations, "--out=x.svg", *options])
         texts = [x.text for x in ElementTree.parse("x.svg").iter() if x.tag.endswith("}text")]
         return texts, drawn.call_args_list, right.call_args
 
     return plot
+
+
+def test_plot_draws_any_keys_of_the_log(plot):
+    lines = [{"step": 40, "loss": 4.0, "mine": 2.0}, {"step": 41, "loss": 4.0, "mine": 3.0}]
+    texts, drawn, _ = plot("--keys=mine,loss", a=lines, b=[])
+    assert {"mine", "loss"} <= {*texts}
+    curves = [[list(x) for x in call.args[1:3]] for call in drawn[-4:]]  # two keys of two runs
+    assert curves[:2] == [[[40, 41], [2, 3]], [[], []]] and len(curves[3][0]) == 40
+    with pytest.raises(ValueError, match="no log of a, b has the key 'yours'"):
+        plot("--keys=yours", a=lines, b=[])
 
 
 def test_plot_shows_validation_as_points_and_bits_per_byte(plot, capsys):

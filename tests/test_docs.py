@@ -6,6 +6,7 @@ documents: the line, or the lines, where the file defines that name.
 
 import ast
 import functools
+import json
 import math
 import re
 import runpy
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,8 +29,10 @@ import drafts
 
 import fp8
 import sample
-from model import ModelConfig, balance_loss
+from model import DeepSeekV3, ModelConfig, balance_loss
+from support import processes, runs
 from support.settings import read_config_file
+from support.tokens import Tokens
 from train import TrainConfig, lr_at, split_configs
 
 ROOT = Path(__file__).parent.parent
@@ -144,7 +148,7 @@ def test_picture_of_drafts(tmp_path, monkeypatch):
 # ---- The worked changes --------------------------------------------------------------------------
 
 HACKING = (ROOT / "docs/HACKING.md").read_text(encoding="utf-8")
-CHANGES = re.findall(r"(?s)\n## \d\. ([^\n]*)\n.*?```diff\n(.*?)```", HACKING)
+CHANGES = re.findall(r"(?s)\n## \d+\. ([^\n]*)\n.*?```diff\n(.*?)```", HACKING)
 
 
 def changed(diff: str, folder: Path) -> dict[str, SimpleNamespace]:
@@ -215,6 +219,29 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
         other = modules["train.py"].lr_at
         assert other(config, 0) == lr_at(config, 0) == 1.0
         assert other(config, 250) == pytest.approx(0.1 + 0.9 * (1 - 0.5)) != lr_at(config, 250)
+    elif "optimiser" in title:
+        model = DeepSeekV3(ModelConfig(**TINY))
+        optimizers = modules["train.py"].make_optimizers(model, TrainConfig())
+        assert [type(x) for x in optimizers] == [torch.optim.NAdam]
+        runs.names_of(model, optimizers)  # refuses what is in none or in two
+    elif "number" in title:
+        rng = np.random.default_rng(0)
+        tokens = Tokens([rng.integers(0, 512, 2000).astype(np.uint16)])
+        data = SimpleNamespace(train=tokens, val=tokens, val_bytes_per_token=3.0)
+        config = TrainConfig(steps=2, batch_size=2, block_size=16, out=str(tmp_path / "run"))
+        config.device, config.log_every, config.gamma = "cpu", 1, 0.5
+        net = DeepSeekV3(ModelConfig(**TINY))
+        modules["train.py"].train(net, data, config, processes.start(config))
+        lines = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+        first, second = (line["bias"] for line in lines if "loss" in line)
+        assert 0 < first <= 0.5 and first < second <= 1.0
+    elif "parameter" in title:
+        old = DeepSeekV3(model.config).eval()
+        missing, _ = model.eval().load_state_dict(old.state_dict(), strict=False)
+        assert {name.rpartition(".")[2] for name in missing} == {"gain"}
+        # The step above has moved them.
+        model.load_state_dict({name: torch.ones(48) for name in missing}, strict=False)
+        assert torch.allclose(model(x), old(x), atol=1e-6)
     else:  # a configuration
         (file,) = modules
         paths = ROOT / "config/small.py", tmp_path / file
@@ -224,7 +251,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
 
 
 def test_every_change_is_there():
-    assert len(CHANGES) == 9 and HACKING.count("```diff") == 9
+    assert len(CHANGES) == 12 and HACKING.count("```diff") == 12
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(diff in HACKING for diff in re.findall(r"(?s)```diff\n(.*?)```", readme))
 
