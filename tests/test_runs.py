@@ -729,6 +729,8 @@ def test_a_signal_that_is_ignored_stays_so(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         run("--steps=2")
+    except KeyboardInterrupt:
+        pytest.fail("the run has heard it")
     finally:
         signal.signal(signal.SIGHUP, before)
     assert load("run")["step"] == 2
