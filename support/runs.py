@@ -566,7 +566,10 @@ def open_run(
     """
     run, out = Run(model, optimizers, config, machine, about), Path(config.out)
     check_folder(out, config.resume, config.overwrite)
-    machine.check_alike(settings=asdict(config), network=asdict(model.config), **about)
+    tokenizer = [Path(file).read_bytes() for file in files]
+    machine.check_alike(
+        settings=asdict(config), network=asdict(model.config), tokenizer=tokenizer, **about
+    )
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         run.lock = lock(out)
