@@ -254,13 +254,13 @@ model.recompute = config.recompute or sharded => model.recompute = config.recomp
 x = x.full_tensor() if hasattr(x, "full_tensor") else x => pass
 
 # support/runs.py tests/test_runs.py
+weights_only=True, mmap=True => weights_only=False, mmap=True
 os.fsync(file.fileno()) => pass
 flags | os.O_NOFOLLOW => flags
 damaged = archive.testzip() if whole else None => damaged = None
 fcntl.flock(file, => 0 and fcntl.flock(file,
 if data or (inside and not run and not begun): => if inside and not run and not begun:
 if data or (inside and not run and not begun): => if data:
-while (aside := folder.with_name => if (aside := folder.with_name
 not in ("", self.id): => not in ("", self.id, "", own := ""):
 if not x.isfinite().all(): => if False:
 if stored["names"] != names: => if False:

@@ -611,6 +611,23 @@ def test_nothing_is_written_through_a_link_out_of_the_folder(name, shared):
     assert Path("elsewhere").read_text() == "mine"
 
 
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("made by a checkpoint"),)
+
+
+def test_nothing_in_a_checkpoint_can_run_code(shared):
+    shutil.copytree(shared("--steps=1"), "run")
+    for part in ({"model_config": Evil()}, {"random": Evil()}, {"train_config": {"lr": Evil()}}):
+        shutil.copyfile(shared("--steps=1") / "ckpt.pt", "run/ckpt.pt")
+        change(**part)
+        for options in (["--resume"], ["--out=new", "--init_from=run/ckpt.pt"]):
+            assert "is damaged, or no checkpoint of train.py" in refused(*options, "--steps=2")
+        assert not Path("made by a checkpoint").exists()
+
+
 def change(**values):
     """Changes entries of run/ckpt.pt; those of its first optimiser as optimizer=function."""
     state = load("run")
