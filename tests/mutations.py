@@ -132,7 +132,6 @@ if value > tensors: => if False:
 if isinstance(value, int) and value >= 2**31: => if False:
 if have != want: => if False:
 stored.keys()) if extend else [] => stored.keys())
-check_free(target, config.overwrite) => pass
 if not x.is_floating_point():  # which => if False:  # which
 if not x.is_floating_point():  # int4 => if False:  # int4
 if tokenizer.n_vocab > config.vocab_size: => if False:
@@ -162,6 +161,7 @@ name == "lm_head.weight" and config["tie_word_embeddings"] => False
 layers in (26, 27) => layers in (27,)
 
 # huggingface.py tests/test_gguf.py
+check_free(target, config.overwrite) => pass
 unfinished.unlink(missing_ok=True) => pass
 write_gguf(unfinished, model => write_gguf(target, model
 "max_position_embeddings": model.trained_length} => "max_position_embeddings": 4096}
