@@ -169,7 +169,8 @@ def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
 
 
 class Cache:
-    """What decoding keeps: c_t^KV and k_t^R, C + R numbers per token and layer, and nothing else.
+    """What decoding keeps: c_t^KV and k_t^R, C + R numbers per token and layer, and nothing else of
+    the text.
 
     Allocated once, `kv` (B, size, C+R) for every layer. The first `length` positions are filled, in
     all B texts alike. A smaller `length` forgets the newest tokens, such as rejected drafts.
@@ -179,6 +180,9 @@ class Cache:
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.kv = [like.new_zeros(batch, size, width) for _ in range(layers)]
         self.size, self.length = size, 0
+        # cos and sin of all its positions, computed once
+        positions = torch.arange(size, device=like.device)
+        self.rope = rope_table(config, positions, upcast(like[:0]).dtype)
 
     def claim(self, T: int) -> Position:
         """Makes room for T new tokens; returns the position of the first. ValueError if full (not
@@ -573,8 +577,10 @@ class DeepSeekV3(nn.Module):
             self.routing.append(chosen)
         return x
 
-    def rope(self, x: Tensor, start: Position) -> Rope:
-        """The rotary table of x's positions, start .. start + T - 1."""
+    def rope(self, x: Tensor, start: Position, cache: Cache | None = None) -> Rope:
+        """The rotary table of x's positions, start .. start + T - 1; a cache has it."""
+        if cache:
+            return tuple(table[span(start, x.shape[1])] for table in cache.rope)
         positions = start + torch.arange(x.shape[1], device=x.device)
         return rope_table(self.config, positions, upcast(x[:0]).dtype)
 
@@ -586,7 +592,7 @@ class DeepSeekV3(nn.Module):
         self.rows, self.scores, self.routing = [], [], []
         x = self.embed_tokens(tokens)  # (B, T, D)
         start = cache.claim(tokens.shape[1]) if cache else 0
-        rope = self.rope(x, start)
+        rope = self.rope(x, start, cache)
         for i, block in enumerate(self.layers):
             row = i - self.config.first_k_dense_replace  # among MoE layers; others have no routing
             x = self.run_block(block, row, (cache.kv[i], start) if cache else None, x, rope)
@@ -601,7 +607,8 @@ class DeepSeekV3(nn.Module):
         start = cache.claim(tokens.shape[1]) if cache else 0
         past = (cache.kv[k], start) if cache else None
         row = self.config.moe_layers - len(self.mtp) + k
-        return self.run_block(self.mtp[k], row, past, h, embedding, self.rope(h, start))
+        rope = self.rope(h, start, cache)
+        return self.run_block(self.mtp[k], row, past, h, embedding, rope)
 
     def logits(self, h: Tensor) -> Tensor:
         """h (B, T, D) -> (B, T, vocabulary)."""
