@@ -370,7 +370,6 @@ class Run:
                 self.lock.seek(0)
                 if self.lock.read().decode(errors="replace") not in ("", self.id):
                     raise ValueError(f"{file} is of another run than its folder: use --init_from.")
-                self.sign()
             for key in ("step", "tokens", "skipped", "best_length"):
                 if type(saved[key]) is not int or saved[key] < 0:
                     raise TypeError(f"{key} is {saved[key]!r}")
@@ -392,6 +391,7 @@ class Run:
         if self.last:
             info("nothing is left to train: give more --steps")
         if self.machine.rank == 0:
+            self.sign()  # in a copy of the folder the file may be missing
             log = self.out / "log.jsonl"
             open_here(log, "ab").close()  # a link is refused before anything is trained
             cut_log(log, self.step, evaluated=not self.owes_evaluation)
