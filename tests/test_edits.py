@@ -384,6 +384,16 @@ def test_attention_takes_a_learnt_scale_as_its_formula_does(scale):
     assert torch.equal(plain.causal_attention(q, k, v, scale), formula(q, k, v, scale))
 
 
+def test_an_evaluation_computes_as_training_does_to_the_last_bit():
+    """The twins for writing text, which round otherwise, are off outside of it."""
+    model = network(plain, torch.float32)
+    tokens = tokens_of(model, 2, 60)
+    sample.generate(model, tokens, 5)
+    expected = model(tokens)
+    with torch.no_grad():
+        assert torch.equal(model(tokens), expected)
+
+
 def test_twins_take_named_arguments_as_their_formulas_do():
     h, w, y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([1, 2, -1, 0])
     assert torch.allclose(plain.head_loss(h, w, targets=y), plain.head_loss(h, w, y))

@@ -130,6 +130,8 @@ def test_nothing_that_a_text_was_written_with_is_left_behind():
         with pytest.raises(KeyboardInterrupt):
             generate(model, tokens_of(model, 1, 9), 40, on_token=stop)
         assert {name: type(module) for name, module in model.named_modules()} == before
+        for module in model.modules():
+            assert not vars(module).keys() & (module._modules | module._parameters).keys()
         assert not any({"_laid_out", "_turned"} & vars(p).keys() for p in model.parameters())
 
 
