@@ -133,7 +133,7 @@ NAMES = {
     "e_score_correction_bias": "b, one number for each expert",
     "chosen": "the K experts of every token, (B, T, K)",
     "gain": "g, the gate values",
-    "choice": "s + b, which decides who is chosen",
+    "choice": "in the gate s + b, which decides; in routed_ffn which of a token's K choices it is",
     "eh_proj": "M_k",
     "routed_ffn": "the sum over the chosen experts of Eq. 12",
     "causal_attention": "Eq. 10",
@@ -538,8 +538,9 @@ def marked(token: tokenize.TokenInfo) -> str:
         return f"<q>{text}</q>"
     if token.type == tokenize.NAME and keyword.iskeyword(token.string):
         return f"<b>{text}</b>"
-    if token.type == tokenize.NAME and token.string in NAMES | SHAPES and token.string != "F":
-        return tip(text, (NAMES | SHAPES)[token.string])  # (F is torch.nn.functional)
+    letters = {x: SHAPES[x] for x in "BTDHCRNVEKGS"}  # not F, torch.nn.functional
+    if token.type == tokenize.NAME and token.string in NAMES | letters:
+        return tip(text, (NAMES | letters)[token.string])
     return text
 
 
