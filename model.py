@@ -14,8 +14,10 @@ technical report, arXiv 2412.19437, section 2):
 
 Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. It is
 the only network here: it trains, reads prompts and writes. Every formula stands here in its plain
-form. `@fast_twin` marks those that support/ops.py computes faster, with the same name and, but for
-rounding, the same result. Edit a formula, and its twin is not used.
+form. `@fast_twin("digits")` marks those that support/ops.py computes faster, with the same name
+and, but for rounding, the same result. The digits are a hash of the formula's code. After an edit
+they fit no longer, and your formula runs: leave them as they are.
+
 Where the report is silent (which norm, epsilon) or the released weights differ (order of
 concatenation in MTP), the weights decide; huggingface.py opens them.
 
@@ -37,6 +39,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# From support/ops.py: upcast(x) is x in float32 (float64 stays), cast(x, dtype) is x.to(dtype),
+# compute_dtype(x) is autocast's dtype, else x's own, and linear32(x, W) is x W^T in float32, also
+# under autocast. span(start, n) are the positions start .. start + n - 1: a slice, or an index
+# tensor where start is a tensor (in the graphs that sample.py compiles).
 from support.ops import cast, compute_dtype, fast_twin, linear32, span, upcast
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
@@ -601,7 +607,7 @@ class DeepSeekV3(nn.Module):
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """One depth further: h = h^k (B, T, D), the tokens k + 1 later (B, T) -> h^{k+1} (B, T, D).
 
-        The module of depth k + 1 is mtp[k], its cache kv[k].
+        It calls mtp[k], k from 0, which is the module of depth k + 1; its cache is kv[k].
         """
         embedding = self.embed_tokens(tokens)  # (B, T, D)
         start = cache.claim(tokens.shape[1]) if cache else 0

@@ -322,16 +322,16 @@ def next_command(config: DataConfig, folder: Path, data: Dataset) -> str:
     name = folder.name if folder.parent == Path("data") else str(folder)
     small = runpy.run_path(str(Path(__file__).with_name("config") / "small.py"))
     steps = max(1, 5 * len(data.train) // (small["batch_size"] * small["block_size"]))
-    words = [f"--data={name}", f"--out=out/{folder.name}", f"--steps={steps}"]
+    words = [f"--data={name}", f"--out=out/{folder.name}"]
+    words += [f"--steps={min(steps, small['steps'])}"]
     weights = ("best.pt", "ckpt.pt", "config.json")
-    if any((Path(config.tokenizer or "data") / file).exists() for file in weights):
+    if config.tokenizer and any((Path(config.tokenizer) / file).exists() for file in weights):
         sizes = [f"--{key}={small[key]}" for key in ("batch_size", "block_size")]
         words = [f"--init_from={config.tokenizer}", *words, *sizes]
     else:
         ours = data.vocab_size == small["vocab_size"]
+        words = words if steps < small["steps"] else words[:2]  # the file has this many itself
         words = ["config/small.py", *words] + [f"--vocab_size={data.vocab_size}"] * (not ours)
-    if steps >= small["steps"]:
-        words.remove(f"--steps={steps}")
     return shlex.join(["python", "train.py", *words])
 
 

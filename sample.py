@@ -66,9 +66,9 @@ class Stats:
     tokens: int = 0  # new ones
     rounds: int = 0  # forwards of the main model after the prompt's
     lookups: int = 0  # rounds whose drafts were copied
-    # By position in a round: the drafts that were not beyond the end of the text, and those of them
-    # that the text has. (All rows advance by the same number of tokens. What one row could have
-    # accepted beyond that counts as rejected.)
+    # By position in a round: `drafted` counts the drafts that lie before the end of the text,
+    # `accepted` those that became part of it. All rows advance alike, so a draft that one row could
+    # have kept and another could not counts as rejected.
     drafted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
     accepted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
     note: str = ""  # what its reader should know
@@ -150,10 +150,11 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
 class Text:
     """B rows of text, all of n tokens, and what it takes to continue them.
 
-    The newest token is read in the next round, in front of the drafts. So the model's `cache` and
-    `hidden` states are true for tokens 0 .. n-2. What they hold behind those comes from drafts that
-    were rejected, and is written anew before it is read. The same goes for `mtp_cache`, the cache
-    of the MTP modules, whose first `filled` slots are true: made of tokens of the text alone.
+    The newest token, n-1, has not been through the model yet: the next round reads it together with
+    the drafts. So the model's `cache` and `hidden` states are valid for tokens 0 .. n-2. What
+    stands behind those comes from drafts that were rejected, and is written over before it is read.
+    Of `mtp_cache`, the cache of the MTP modules, the first `filled` slots are valid: they were
+    computed from tokens of the text alone.
     """
 
     def __init__(self, model, tokens: Tensor, new: int, depth: int, compiled: bool, filters: tuple):
@@ -217,7 +218,7 @@ class Text:
         were drawn from, q (B, G, V); None if greedy.
 
         In its slot n-2 module 0 drafts token n, then module 1 token n+1, and so on. With that slot
-        each fills those before it that are not true yet, `slots` in all. For more drafts the last
+        each fills those before it that are not valid yet, `slots` in all. For more drafts the last
         module runs again, a slot further each time, on its own output. Two modules, three drafts:
 
             module   fills slots          takes hidden states      takes tokens        drafts token
@@ -246,7 +247,7 @@ class Text:
         """One forward of the model checks the drafts of tokens n .. n+G-1 and writes n .. n+G.
 
         q (B, G, V): what the drafts were drawn from; None: they were copied, or are the likeliest.
-        Returns how many drafts each row keeps, then its tokens, of which kept + 1 are true:
+        Returns how many drafts each row keeps, then its tokens, of which the first kept + 1 count:
         (B, 1 + G+1).
         """
         read = self.tokens[:, span(n - 1, G + 1)]  # (B, G+1): the newest token and the drafts
@@ -431,8 +432,8 @@ def generate(
                 text.tokens[live, n : n + draft_count] = torch.tensor(copies, device=tokens.device)
             random_numbers = uniform(B, draft_count, tokens.device, generator)
             outcome, seconds = text.play(n, draft_count, copied, random_numbers)
-            # All rows advance by the drafts that every row keeps, and one token. Where a row keeps
-            # more, that token is its next draft.
+            # All rows advance by the drafts that every row keeps, and by one token: a new one, or in
+            # a row that keeps more drafts, the next of these.
             advance = min(1 + min(outcome[b][0] for b in live), end - n)
             for b in live:
                 kept, *ids = outcome[b]

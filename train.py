@@ -68,7 +68,7 @@ class TrainConfig:
     batch_start: int = 0  # windows in the first step, growing in multiples of it (0: constant)
     batch_ramp: float = 0.032  # fraction of the run in which it grows (469B of 14.8T tokens)
     # optimiser and schedule; "fraction" is of the run, the report's values are the defaults
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices, learns more per step
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices; AdamW for the rest
     lr: float = 2.2e-4  # peak learning rate
     adamw_lr: float = 1.0  # AdamW's rate beside Muon, as a multiple of lr
     warmup: float = 0.0085  # fraction with rising learning rate
@@ -179,7 +179,7 @@ def extend_context(model: DeepSeekV3, config: TrainConfig):
 
 
 def batch_at(config: TrainConfig, step: int) -> int:
-    """Windows in this step: multiples of batch_start, growing evenly to batch_size."""
+    """Windows in this step: multiples of batch_start, growing evenly; the last is batch_size."""
     start = config.batch_start
     if not start:
         return config.batch_size
@@ -262,6 +262,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     if not matrices:
         return [adamw]
     defaults = {"lr": config.lr, "lr_scale": 1.0, "weight_decay": decay, "momentum": 0.95}
+    # processes.start has put the dtype that was chosen in the place of "auto".
     return [adamw, Muon(matrices, defaults, getattr(torch, config.dtype))]
 
 
@@ -297,7 +298,8 @@ def train_windows(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
 
     An epoch is a shuffled list of windows that lie side by side. Windows are numbered through all
     epochs, and a step takes the next numbers. So every token comes once per epoch while batch and
-    window keep their size. Where two window sizes take turns, each skips the other's numbers.
+    window keep their size. Where two window sizes take turns, each skips the other's numbers;
+    while the batch grows, the numbers between are skipped.
     """
     T, length = block_at(config, step), len(data.train)
     first = step * config.batch_size * config.block_size // T  # windows before this step
@@ -389,10 +391,10 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     main, *mtp = mean_losses(total)
     share = total["visits"] / total["visits"].sum(1, keepdim=True).clamp(min=1)
     visits, groups = total["visits"].sum().item(), total["groups"].item()  # 0 without experts
-    per_bit = math.log(2) * data.val_bytes_per_token
+    nats_per_bpb = math.log(2) * data.val_bytes_per_token
     result = {
         "val_loss": main,
-        "val_bpb": main / per_bit,
+        "val_bpb": main / nats_per_bpb,
         # A depth may be easier than the main model: it lacks the window's first, hardest positions.
         "val_mtp_loss": sum(mtp) / max(1, len(mtp)),
         "val_mtp_losses": mtp,
@@ -403,7 +405,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
         "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
     }
     if long:
-        result["val_bpb_long"] = mean_losses(long)[0] / per_bit
+        result["val_bpb_long"] = mean_losses(long)[0] / nats_per_bpb
     return result
 
 
@@ -420,6 +422,7 @@ def backward(model: DeepSeekV3, trainer: nn.Module, batches, weights, machine: M
         x, y = to_device(batch, machine.device)
         with machine.autocast():
             main, mtp, balance = trainer(x, y)
+        # balance is a mean over layers, Eq. 17 a sum. The three terms: DeepSeekV3.forward.
         loss = main + mtp_weight * mtp + alpha * model.config.moe_layers * balance
         (loss / len(batches)).backward()
         losses += torch.stack((main, mtp, balance)).detach() / len(batches)
@@ -465,7 +468,9 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     with runs.open_run(model, optimizers, config, machine, files, data=text_digest(data)) as run:
         tell_plan(model, data, config, machine, run)
         given_weights = run.step == 0 and config.init_from
-        if run.owes_evaluation or given_weights:  # the first comes after its step's checkpoint
+        # A run may have stopped between a checkpoint and its evaluation. Weights from elsewhere are
+        # measured before they change.
+        if run.owes_evaluation or given_weights:
             run.note(evaluate(model, data, config, machine))
 
         while not (run.last or run.stopped):
@@ -490,9 +495,11 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
                     optimizer.step()
             model.zero_grad(set_to_none=True)
 
-            vio = max_vio(machine.sum(model.expert_counts))
+            machine.sum(model.expert_counts)  # in place: update_bias needs all processes' counts
+            vio = max_vio(model.expert_counts)
             model.update_bias(gamma_at(config, step) if finite else 0.0)
 
+            # Before their weights: "loss" is the main model's cross-entropy alone.
             main, mtp, balance = machine.sum(losses) / machine.world
             means = {"loss": main, "mtp_loss": mtp, "balance_loss": balance, "max_vio": vio}
             run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
@@ -507,7 +514,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
 # ---- The command ---------------------------------------------------------------------------------
 
 ABOUT = "Train a DeepSeek-V3: python train.py config/small.py [--key=value]"
-# They have no weights, so they may change, as in the last phase.
+# Keys without weights of their own: they may differ from the checkpoint's, as where YaRN lengthens
+# the context.
 CONTEXT_KEYS = {"rope_scaling", "max_position_embeddings"}
 # What differs from one command to the next, so that a checkpoint has no say in it.
 OF_THE_COMMAND = {"resume", "overwrite", "init_from", "eval_only", "device", "out"}
@@ -520,8 +528,11 @@ def split_configs(values: dict) -> tuple[dict, dict]:
 
 
 def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
-    """What the command is to do (OF_THE_COMMAND), and the settings in the config file and on the
-    command line."""
+    """What the command is to do, then the settings in the config file and on the command line.
+
+    The first is a TrainConfig of which only OF_THE_COMMAND is filled in: enough to find the
+    checkpoint. `run` makes the whole one from all settings.
+    """
     file, in_file, given = settings.read_command(ABOUT, argv, TrainConfig, ModelConfig)
     given |= settings.with_home(given, "out", "data", "init_from")
     if file:
@@ -650,7 +661,7 @@ def run(argv: list[str]):
         stored, first = stored_settings(source)
     network, others = split_configs(settings.merge(in_file, stored, given))
     config = TrainConfig(**others)
-    machine = processes.start(config)
+    machine = processes.start(config)  # also replaces the dtype "auto" by the one chosen
     torch.manual_seed(config.seed)
 
     model, tokenizer = open_network(config, network, source, machine)
@@ -683,7 +694,8 @@ def show_result(config: TrainConfig, data: Dataset):
     if "val_bpb_long" in best:
         text += f", {best['val_bpb_long']:.4f} in windows of {had['long_block_size']}"
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
-    tokens = data.val.arrays[0][1:9].tolist()  # the run's own tokenizer: the data may be gone
+    tokens = data.val.arrays[0][1:9].tolist()  # after the end-of-text token
+    # The run's own copy of the tokenizer: the data folder's may be gone by now.
     prompt = stored_tokenizer(config.out).decode(tokens, errors="ignore").strip()
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     try:
