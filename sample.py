@@ -432,8 +432,8 @@ def generate(
                 text.tokens[live, n : n + draft_count] = torch.tensor(copies, device=tokens.device)
             random_numbers = uniform(B, draft_count, tokens.device, generator)
             outcome, seconds = text.play(n, draft_count, copied, random_numbers)
-            # All rows advance by the drafts that every row keeps, and by one token: a new one, or in
-            # a row that keeps more drafts, the next of these.
+            # All rows advance by the drafts that every row keeps, and by one token: a new one,
+            # or in a row that keeps more drafts the next of these.
             advance = min(1 + min(outcome[b][0] for b in live), end - n)
             for b in live:
                 kept, *ids = outcome[b]
