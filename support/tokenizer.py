@@ -397,7 +397,7 @@ def stored_tokenizer(folder: Path | str) -> Tokenizer:
     except ImportError:
         raise
     except Exception as error:  # a damaged file may lead to any
-        told = f"{folder} has no whole tokenizer ({short(error)}); {AGAIN}"
+        told = f"{folder} has no whole tokenizer ({short(error, 500)}); {AGAIN}"
         raise ValueError(f"{told}; for weights, copy their run's tokenizer and meta.json") from None
 
 
