@@ -418,7 +418,8 @@ def generate(
     end = min(T + max_new_tokens, model.config.max_position_embeddings)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     depth = len(model.mtp) if speculative else 0
-    with laid_out(model, compile, end - T):
+    # Autocast would multiply the copies of weights by numbers of another dtype.
+    with torch.autocast(tokens.device.type, enabled=False), laid_out(model, compile, end - T):
         text = Text(model, tokens, end - T, depth, compile, (temperature, top_k, top_p))
         rows = [Row(ids) for ids in tokens.tolist()]
         live = list(range(B))  # the rows that have not reached eos

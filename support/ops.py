@@ -410,13 +410,14 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
     x32 = upcast(x)
     if any(n % 2 for n in (x32.storage_offset(), *x32.stride()[:-1])):  # pairs begin anywhere
         return NotImplemented
-    if turning[0] is not rope:  # all layers turn by the same angles
-        turning[:] = rope, torch.complex(*rope)[:, None]
-    turned = torch.view_as_complex(x32.view(*x.shape[:-1], -1, 2)) * turning[1]
+    last = turning[0]
+    if last[0] is not rope:  # all layers turn by the same angles
+        last = turning[0] = rope, torch.complex(*rope)[:, None]
+    turned = torch.view_as_complex(x32.view(*x.shape[:-1], -1, 2)) * last[1]
     return cast(torch.view_as_real(turned).view(x.shape), x.dtype)
 
 
-turning: list = [None, None]  # the rotary table that `rotate` had last, as complex numbers
+turning: list = [(None, None)]  # the rotary table that `rotate` had last, and its complex numbers
 
 
 def per_head(x: Tensor, W: Tensor) -> Tensor:
@@ -510,6 +511,9 @@ def places(E: int, width: int, few: int) -> tuple[Tensor, Tensor]:
 # ---- Copies of weights, while a text is written --------------------------------------------------
 
 
+LINEAR = nn.Linear.forward  # which may be patched later: then it is called, without copies
+
+
 class LaidOut(nn.Linear):
     """nn.Linear as it is within `with laid_out(model)`, where it has a copy of its weight."""
 
@@ -558,7 +562,8 @@ def laid_out(model: nn.Module, compiled: bool, tokens: int) -> Iterator[None]:
     """Within `with laid_out(model, compiled, tokens):` the twins for writing so many tokens are on.
 
     On a CPU large matrices and the experts have copies there, in another order (in a graph they
-    need none). The weights must not change there; nothing of this is left behind.
+    need none). The weights must not change there, and a model writes one text (of any number of
+    rows) at a time; nothing of this is left behind.
     """
     copied = tokens >= PAYS and not compiled
     global texts
@@ -568,7 +573,8 @@ def laid_out(model: nn.Module, compiled: bool, tokens: int) -> Iterator[None]:
         for module in modules:
             own = [w.detach() for w in module.parameters(recurse=False) if w.device.type == "cpu"]
             stacked = [w for w in own if w.ndim == 3]
-            if type(module) is nn.Linear and own and (compiled or (copied and copies(own[0]))):
+            plain = type(module) is nn.Linear and nn.Linear.forward is LINEAR and own
+            if plain and (compiled or (copied and copies(own[0]))):
                 module.__class__ = LaidOut
                 linears.append(module)
                 if copied:

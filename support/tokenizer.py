@@ -313,7 +313,9 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises nothing more special
-        raise ValueError(f"the tokenizer of {folder} cannot be read ({short(error, 500)})") from None
+        raise ValueError(
+            f"the tokenizer of {folder} cannot be read ({short(error, 500)})"
+        ) from None
 
 
 # ---- The tokenizer of a prepared folder or a run -------------------------------------------------

@@ -377,6 +377,28 @@ def test_a_patch_decodes_as_patched(patch, after, monkeypatch):
         assert is_the_models_text(model)
 
 
+def test_a_patch_of_nn_linear_reaches_matrices_that_would_be_copied(monkeypatch):
+    monkeypatch.setattr(ops, "LARGE", 1)
+    model, forward, calls = network(plain, torch.float32), nn.Linear.forward, []
+
+    def counted(self, x):
+        calls.append(self)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    sample.generate(model, tokens_of(model, 1, 20), ops.PAYS + 8, temperature=0, speculative=0)
+    assert len(calls) > ops.PAYS * len(model.layers)
+
+
+def test_a_text_written_under_autocast_is_the_text_without_it(monkeypatch):
+    monkeypatch.setattr(ops, "LARGE", 1)
+    model = network(plain, torch.float32)
+    prompt = tokens_of(model, 1, 20)
+    text = sample.generate(model, prompt, ops.PAYS + 8, temperature=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sample.generate(model, prompt, ops.PAYS + 8, temperature=0), text)
+
+
 @pytest.mark.parametrize("scale", [torch.tensor(0.3), torch.full((2, 1, 1), 0.3)])
 def test_attention_takes_a_learnt_scale_as_its_formula_does(scale):
     q, k, v = torch.randn(3, 1, 2, 5, 4)
