@@ -336,11 +336,11 @@ def graph_of(text: Text, n: Tensor, G: int, slots: int | None, u: Tensor) -> Cal
 
 def new_graph(text: Text, on_cpu: bool) -> Callable:
     """Text.draft_and_verify, which torch compiles when it is called for the first time."""
-    # torch.compile keeps graphs with a function's code object. With a copy of the code for each
-    # graph they stay apart.
+    # torch.compile keeps graphs with a function's code object: each graph has a copy of that.
     function = types.FunctionType(Text.draft_and_verify.__code__.replace(), globals())
     if on_cpu:
         options = dict(cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
+        options["cpp.enable_floating_point_contract_flag"] = "fast"  # a * b + c is one instruction
     else:
         options = {"triton.cudagraphs": True}
         # CUDA graphs are skipped where an input is written to, unless its address is fixed.
