@@ -269,7 +269,10 @@ def parts_of(saved: dict[str, Any], path: Path) -> tuple[ModelConfig, dict[str, 
                 raise TypeError(f"{name} holds {x.dtype}, expected floating point")
         if "norm.weight" not in weights:  # whose dtype is that of nearly all
             raise KeyError("norm.weight")
-        return config, weights, int(saved.get("trained_length", config.max_position_embeddings))
+        length = saved.get("trained_length", config.max_position_embeddings)
+        if type(length) is not int or length < 1:
+            raise TypeError(f"trained_length is {length!r}, expected a number of tokens")
+        return config, weights, length
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: weights and settings do not match: {short(error)}") from None
 

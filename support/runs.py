@@ -17,7 +17,6 @@ import math
 import os
 import re
 import secrets
-import shutil
 import signal
 import time
 import zipfile
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from support import processes
-from support.files import put_aside
+from support.files import naming, put_aside
 from support.processes import Machine
 from support.settings import info, read_stored, short
 
@@ -120,7 +119,9 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
         raise ValueError(f"{out} is a file: give another --out.")
     inside = {path.name for path in out.iterdir()} - {".lock"} if out.exists() else set()
     run, data = holds_run(out), any(name.endswith(".bin") for name in inside)
-    begun = "log.jsonl" in inside  # a run that has ended before its first line is in no way
+    # A run that has ended before its first line is in no way. It is known by its id in .lock.
+    signed = (out / ".lock").is_file() and (out / ".lock").stat().st_size > 0
+    begun = "log.jsonl" in inside and signed
     if data or (inside and not run and not begun):
         kind = "token files, as a folder of data does" if data else "files, but no run"
         raise ValueError(f"{out} holds {kind}: give another --out.")
@@ -191,23 +192,44 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[dict]:
     return [{k: x for k, x in g.items() if k != "params"} for g in optimizer.param_groups]
 
 
+def needed_moments(optimizer: torch.optim.Optimizer, groups: list[dict]) -> set[str]:
+    """What an optimiser of train.py keeps for each parameter, all tensors. Of others: nothing."""
+    if type(optimizer) is torch.optim.AdamW:
+        amsgrad = any(group.get("amsgrad") for group in groups + optimizer.param_groups)
+        return {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
+    return {"momentum_buffer"} if kind_of(optimizer) == "Muon" else set()
+
+
 def check_moments(optimizer: torch.optim.Optimizer, names: list[str], stored: dict, file: Path):
     """Raises ValueError unless the stored state fits. An optimiser does not look: a fused one of
     torch would read and write beyond the memory of a moment of another shape."""
-    if stored["names"] != names:
+    groups, state = stored["state"]["param_groups"], stored["state"]["state"]
+    order = [i for group in groups for i in group["params"]]  # by which torch maps the moments
+    if stored["names"] != names or order != [*range(len(names))]:
         raise ValueError(f"the optimiser in {file} has other parameters: use --init_from instead.")
     params = [p for g in optimizer.param_groups for p in g["params"]]
-    state = stored["state"]["state"]
     kinds = {tuple(sorted(moments)) for moments in state.values()}
     trained = {i for i, p in enumerate(params) if p.requires_grad}
-    if not trained <= state.keys() <= {*range(len(params))} or len(kinds) != 1:
+    needed = needed_moments(optimizer, groups)
+    complete = trained <= state.keys() <= {*order} and len(kinds) == 1
+    if not complete or (needed and kinds != {tuple(sorted(needed))}):
         raise ValueError(f"{file} lacks moments of the optimiser: use --init_from instead.")
     for i, moments in state.items():
         name, p = names[i], params[i]
         for key, x in moments.items():
-            if isinstance(x, Tensor) and x.ndim and x.shape != p.shape:
+            if key in needed and not isinstance(x, Tensor):
+                raise TypeError(f"{key} of {name} is {x!r}")
+            count = key == "step" and isinstance(x, Tensor) and not x.ndim
+            if isinstance(x, Tensor) and not count and x.shape != p.shape:
                 wrong = f"{key} of {name} in {file} is {tuple(x.shape)}, expected {tuple(p.shape)}"
                 raise ValueError(f"{wrong}: use --init_from instead.")
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether both are of one type, of which int and float are one here."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return type(a) is type(b) or {type(a), type(b)} == {int, float}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, made: list[dict], stored: dict):
@@ -222,9 +244,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, made: list[dict], stored
 
     state = stored["state"]["state"].items()
     moments = {i: {k: copied(x, params[i]) for k, x in own.items()} for i, own in state}
-    optimizer.load_state_dict(stored["state"] | {"state": moments})
-    for group, now, then in zip(optimizer.param_groups, made, stored["made"], strict=True):
-        group |= {key: x for key, x in now.items() if key not in then or then[key] != x}
+    try:
+        optimizer.load_state_dict(stored["state"] | {"state": moments})
+        for group, now, then in zip(optimizer.param_groups, made, stored["made"], strict=True):
+            group |= {key: x for key, x in now.items() if key not in then or then[key] != x}
+            if odd := [key for key, x in now.items() if not alike(group[key], x)]:
+                raise TypeError(f"{odd[0]} of the optimiser is {group[odd[0]]!r}")
+    except ValueError as error:  # as for groups of another number; it names no file
+        raise TypeError(error) from None
 
 
 # ---- Clock and signals ---------------------------------------------------------------------------
@@ -352,13 +379,24 @@ class Run:
         self.sign()
         open_here(self.out / "log.jsonl", "ab").close()  # from now on this is a run's folder
         for file in files:
-            shutil.copyfile(file, self.out / file.name)
+            path = self.out / file.name
+            with naming(path), open_here(path, "wb") as copy:
+                copy.write(file.read_bytes())
 
     def sign(self):
         """Writes the run's id into the folder's .lock."""
-        self.lock.truncate(0)
-        self.lock.write(self.id.encode())
-        self.lock.flush()
+        with naming(self.out / ".lock"):
+            self.lock.truncate(0)
+            os.write(self.lock.fileno(), self.id.encode())  # no buffer, which close would try again
+
+    def folder_id(self) -> str:
+        """The id of the run whose folder this is, "" if none is known. A copy may lack .lock."""
+        self.lock.seek(0)
+        best = self.out / "best.pt"
+        signed = self.lock.read().decode(errors="replace")
+        if signed or not best.exists():
+            return signed
+        return load_checkpoint(best, whole=False).get("run", "")
 
     def restore(self):
         """Goes back to ckpt.pt: weights, optimisers, step, sums and random numbers of one file."""
@@ -366,10 +404,10 @@ class Run:
         saved = load_checkpoint(file)
         try:
             self.id = saved["run"]
-            if self.machine.rank == 0:
-                self.lock.seek(0)
-                if self.lock.read().decode(errors="replace") not in ("", self.id):
-                    raise ValueError(f"{file} is of another run than its folder: use --init_from.")
+            if type(self.id) is not str:
+                raise TypeError(f"run is {self.id!r}")
+            if self.machine.rank == 0 and self.folder_id() not in ("", self.id):
+                raise ValueError(f"{file} is of another run than its folder: use --init_from.")
             for key in ("step", "tokens", "skipped", "best_length"):
                 if type(saved[key]) is not int or saved[key] < 0:
                     raise TypeError(f"{key} is {saved[key]!r}")
@@ -379,8 +417,10 @@ class Run:
             self.restore_state(saved, file)
             dtype = next(self.model.parameters()).dtype
             for name, (total, steps) in saved["sums"].items():
+                if type(steps) is not int or steps < 1:
+                    raise TypeError(f"the sum of {name} is over {steps!r} steps")
                 total = total.reshape(()).to(self.machine.device, dtype, copy=True)
-                self.sums[name] = total, +steps
+                self.sums[name] = total, steps
             if saved["measured"] == self.measured():
                 self.best_length, self.best_loss = saved["best_length"], saved["best_loss"] + 0.0
             processes.set_random_states(saved["random"], self.machine)

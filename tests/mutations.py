@@ -261,11 +261,26 @@ damaged = archive.testzip() if whole else None => damaged = None
 fcntl.flock(file, => 0 and fcntl.flock(file,
 if data or (inside and not run and not begun): => if inside and not run and not begun:
 if data or (inside and not run and not begun): => if data:
-not in ("", self.id): => not in ("", self.id, "", own := ""):
+self.folder_id() not in ("", self.id): => False:
+if signed or not best.exists(): => if True:
+if type(self.id) is not str: => if False:
+or steps < 1: => or steps < -9:
+begun = "log.jsonl" in inside and signed => begun = "log.jsonl" in inside
+with naming(self.out / ".lock"): => if True:
+with naming(path), open_here(path, "wb") as copy: => with open_here(path, "wb") as copy:
+with naming(path), open_here(path, "wb") as copy: => with naming(path), open(path, "wb") as copy:
 if not x.isfinite().all(): => if False:
-if stored["names"] != names: => if False:
-isinstance(x, Tensor) and x.ndim and x.shape != p.shape => False
-if not trained <= state.keys() <= {*range(len(params))} => if False
+if stored["names"] != names or => if
+or order != [*range(len(names))]: => :
+count = key == "step" and => count =
+not count and x.shape != p.shape => False
+trained <= state.keys() <= {*order} and => True and
+(needed and kinds != {tuple(sorted(needed))}) => False
+any(group.get("amsgrad") for => any(False for
+key in needed and not isinstance(x, Tensor) => False
+if odd := [key for => if odd := [key for _ in () for
+all(map(alike, a, b)) => True
+except ValueError as error:  # as for groups => except ImportError as error:  # as for groups
 key not in then or then[key] != x => False
 (x, p) if x.ndim else x.clone() => (x, p) if x.ndim else x
 if n > 1 or not self.saved_step: => if True:
@@ -282,7 +297,7 @@ processes.set_random_states(saved["random"], self.machine) => pass
 if (h := signal.getsignal(x)) != signal.SIG_IGN => if (h := signal.getsignal(x)) is not None
 signal.SIGTERM, signal.SIGHUP) => signal.SIGTERM)
 if run.stop.heard: => if False:
-shutil.copyfile(file, self.out / file.name) => shutil.copy(file, self.out / file.name)
+copy.write(file.read_bytes()) => copy.write(file.read_bytes()); path.chmod(0o444)
 if self.last and not math.isfinite(loss): => if False:
 
 # support/settings.py tests/test_runs.py

@@ -497,6 +497,8 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
         (saved | {"model_config": config | {"n_routed_experts": 10**12}}, "expected less than"),
         (saved | {"model_config": config | {"n_routed_experts": 10**8}}, "do not match: layers.1"),
         (saved | {"trained_length": "long"}, "do not match"),
+        (saved | {"trained_length": float("inf")}, "trained_length is inf, expected"),
+        (saved | {"trained_length": -5}, "trained_length is -5, expected"),
         ({key: x for key, x in saved.items() if key != "model"}, "do not match"),
         (saved | {"model": saved["model"] | {"norm.weight": 1.0}}, "do not match"),
         (saved | {"model": {k: x.long() for k, x in saved["model"].items()}}, "holds torch.int64"),

@@ -334,7 +334,10 @@ def test_a_run_that_ended_before_its_first_line_is_in_no_way(shared):
     assert not Path("run.old-1").exists() and load("run")["step"] == 1
 
 
-@pytest.mark.parametrize("kind", ["data", "data with a run", "meta.json", "photo", "file", "link"])
+KINDS = ["data", "data with a run", "meta.json", "photo", "log", "file", "link"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_that_is_no_run_is_refused_and_kept(kind, data, shared):
     """With --overwrite, too: the folder of the data, one with token files, or with any file."""
     if kind.startswith("data"):
@@ -347,6 +350,9 @@ def test_a_folder_that_is_no_run_is_refused_and_kept(kind, data, shared):
         shutil.copyfile(shared("--steps=1") / "ckpt.pt", "mine/ckpt.pt")
     if kind == "link":
         Path("mine/photo").symlink_to("/nowhere")
+    if kind == "log":  # an empty one, which a run may have left, but a run signs its folder
+        Path("mine/log.jsonl").touch()
+        Path("mine/meta.json").write_text("mine")
     if kind in ("meta.json", "photo"):
         Path("mine", kind).write_bytes(b"{}")
 
@@ -611,6 +617,16 @@ def test_nothing_is_written_through_a_link_out_of_the_folder(name, shared):
     assert Path("elsewhere").read_text() == "mine"
 
 
+def test_a_tokenizer_is_not_copied_through_a_link_out_of_the_folder():
+    Path("run").mkdir()
+    Path("run/.lock").write_text("mine")  # as a run leaves it that has ended before its first line
+    Path("run/log.jsonl").touch()
+    Path("elsewhere").write_text("mine")
+    Path("run/meta.json").symlink_to(Path("elsewhere").resolve())
+    assert "run/meta.json" in refused("--steps=1")
+    assert Path("elsewhere").read_text() == "mine"
+
+
 class Evil:
     """Unpickled, it makes a file."""
 
@@ -638,6 +654,16 @@ def change(**values):
 
 MOMENTS = {
     "another shape": lambda x: x["state"]["state"][0].update(exp_avg=torch.zeros(3, 3)),
+    "no dimensions": lambda x: x["state"]["state"][0].update(exp_avg=torch.zeros(())),
+    "no tensors": lambda x: [m.update(exp_avg=3) for m in x["state"]["state"].values()],
+    "another order": lambda x: [g["params"].reverse() for g in x["state"]["param_groups"]],
+    "a part of all lacks": lambda x: [m.pop("exp_avg_sq") for m in x["state"]["state"].values()],
+    "amsgrad": lambda x: x["state"]["param_groups"][0].update(amsgrad=True),
+    "a scale of text": lambda x: x["state"]["param_groups"][0].update(lr_scale="x"),
+    "odd betas": lambda x: x["state"]["param_groups"][0].update(betas="odd"),
+    "betas of text": lambda x: x["state"]["param_groups"][0].update(betas=(0.9, "x")),
+    "no betas": lambda x: x["state"]["param_groups"][0].pop("betas"),
+    "one group": lambda x: x["made"].pop(),
     "one lacks": lambda x: x["state"]["state"].pop(3),
     "a part lacks": lambda x: x["state"]["state"][3].pop("exp_avg"),
     "all lack": lambda x: x["state"]["state"].clear(),
@@ -662,7 +688,10 @@ def test_a_checkpoint_of_another_run_is_refused(shared):
     train_on = ("--resume", "--steps=2")
     with pytest.raises(ValueError, match="is of another run than its folder: use --init_from"):
         train.main(["--out=run", *train_on])
-    Path("run/.lock").unlink()  # as in a copy of the other files
+    run("--steps=1", out="third")  # of the same network
+    Path("run/.lock").unlink()  # as in a copy of the other files: best.pt tells
+    shutil.copyfile("third/ckpt.pt", "run/ckpt.pt")
+    assert "is of another run than its folder: use --init_from" in refused(*train_on)
     shutil.copyfile(shared("--steps=1") / "ckpt.pt", "run/ckpt.pt")
     run(*train_on)
     run("--resume", "--steps=3")
@@ -671,7 +700,8 @@ def test_a_checkpoint_of_another_run_is_refused(shared):
 ODD = {
     "tokens": ["many", -1, None],
     "step": ["one", None, -3],
-    "sums": [3, {"loss": 1.0}, {"loss": (torch.zeros(2), 1)}],
+    "sums": [3, {"loss": 1.0}, {"loss": (torch.zeros(2), 1)}, {"loss": (torch.zeros(1), -1)}],
+    "trained_length": [math.inf, -5, "long"],
     "skipped": [None],
     "train_config": [None, {"lr": "fast"}, {"lr": -1.0}],
     "random": [[], [[torch.zeros(1)]], None],
@@ -692,7 +722,17 @@ def test_odd_contents_of_a_checkpoint_are_one_sentence(key, shared):
     state = load("run")
     del state[key]
     torch.save(state, "run/ckpt.pt")
-    assert "run/ckpt.pt" in refused("--resume", "--steps=3")
+    if key != "trained_length":  # whose default is what the settings allow
+        assert "run/ckpt.pt" in refused("--resume", "--steps=3")
+
+
+def test_odd_contents_are_one_sentence_though_the_folder_is_not_signed(shared):
+    shutil.copytree(shared("--steps=1"), "run", ignore=shutil.ignore_patterns(".lock"))
+    change(run=7)
+    assert "run/ckpt.pt cannot be resumed (TypeError: run is 7)" in refused("--resume", "--steps=2")
+    change(run="mine", sums={"new": (torch.zeros(1), 0)})
+    Path("run/best.pt").unlink()
+    assert "run/ckpt.pt cannot be resumed" in refused("--resume", "--steps=2")
 
 
 def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch):
@@ -778,6 +818,24 @@ def test_a_full_disk_at_a_line_of_the_log_names_the_file(monkeypatch):
     sentence = refused("--save_every=1")
     assert "cannot write to run/log.jsonl ([Errno 28] No space left on device); go on" in sentence
     assert f"go on from step {load('run')['step']}, in run/ckpt.pt" in sentence
+
+
+@pytest.mark.parametrize(("size", "name"), [(0, ".lock"), (20, "tokenizer.tiktoken")])
+def test_a_full_disk_at_the_start_names_the_file(size, name, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(length):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        return "0" * 2 * length
+
+    monkeypatch.setattr(runs.secrets, "token_hex", fill)
+    files = mock.patch.object(train, "tokenizer_files", lambda x: [x / "tokenizer.tiktoken"])
+    try:
+        with files:
+            sentence = refused("--steps=1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sentence == f"run/{name} cannot be written (File too large)"
 
 
 def test_a_run_ends_well_though_its_data_are_deleted_meanwhile(monkeypatch, data, capsys):
