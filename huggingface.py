@@ -13,6 +13,7 @@ NAME_scale_inv. Optional packages are imported where they are needed: safetensor
 
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -367,7 +368,7 @@ def export_gguf(source: Path, target: Path, dtype: str):
     try:
         with naming(target):
             write_gguf(unfinished, model.state_dict().items(), config, tokenizer.encoding, dtype)
-        if target.exists():
+        if os.path.lexists(target):
             put_aside(target)
         unfinished.rename(target)
     finally:

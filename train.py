@@ -306,7 +306,11 @@ def train_windows(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
     numbers = first + np.arange(batch_at(config, step) * config.block_size // T)
     count = (length - 1) // T  # windows of an epoch
     starts = [epoch_starts(config.seed, i // count, length, T)[i % count] for i in numbers]
-    return data.train.windows(np.array(starts), T + 1)
+    windows = data.train.windows(np.array(starts), T + 1)
+    if (highest := windows.max()) >= data.vocab_size:
+        told = f"the data hold id {highest} of {data.vocab_size} tokens"
+        raise ValueError(f"{told}: prepare them again.")
+    return windows
 
 
 def micro_batches(windows: np.ndarray, config: TrainConfig, machine: Machine) -> list[np.ndarray]:
@@ -688,7 +692,10 @@ def run(argv: list[str]):
 
 def show_result(config: TrainConfig, data: Dataset):
     """The last lines of a run: its validation loss, a short sample, how to get more."""
-    best = load_checkpoint(Path(config.out) / "best.pt")
+    file = Path(config.out) / "best.pt"
+    if not file.exists():  # someone has moved it
+        return
+    best = load_checkpoint(file)
     had = best["train_config"]  # which a resumed run may have changed since
     text = f"{best['val_bpb']:.4f} bits/byte in windows of {had['block_size']} tokens"
     if "val_bpb_long" in best:

@@ -136,10 +136,13 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
 def lock(folder: Path) -> BinaryIO:
     """The folder's file .lock, opened and locked until it is closed. The system takes the lock back
     however the process ends. Raises ValueError where another process has it. Readers need none."""
-    file = open_here(folder / ".lock", "ab+")
+    path = folder / ".lock"
+    file = open_here(path, "ab+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise BlockingIOError  # another has put the folder aside since it was opened
+    except (BlockingIOError, FileNotFoundError):
         file.close()
         other = f"another train.py is writing to {folder}"
         raise ValueError(f"{other}: wait for its end, or give another --out.") from None
@@ -212,6 +215,8 @@ def check_moments(optimizer: torch.optim.Optimizer, names: list[str], stored: di
     trained = {i for i, p in enumerate(params) if p.requires_grad}
     needed = needed_moments(optimizer, groups)
     complete = trained <= state.keys() <= {*order} and len(kinds) == 1
+    if not needed and not state:  # as of SGD without momentum, which keeps nothing
+        complete = True
     if not complete or (needed and kinds != {tuple(sorted(needed))}):
         raise ValueError(f"{file} lacks moments of the optimiser: use --init_from instead.")
     for i, moments in state.items():
@@ -219,9 +224,9 @@ def check_moments(optimizer: torch.optim.Optimizer, names: list[str], stored: di
         for key, x in moments.items():
             if key in needed and not isinstance(x, Tensor):
                 raise TypeError(f"{key} of {name} is {x!r}")
-            count = key == "step" and isinstance(x, Tensor) and not x.ndim
-            if isinstance(x, Tensor) and not count and x.shape != p.shape:
-                wrong = f"{key} of {name} in {file} is {tuple(x.shape)}, expected {tuple(p.shape)}"
+            shape = () if key == "step" else tuple(p.shape)
+            if isinstance(x, Tensor) and tuple(x.shape) != shape:
+                wrong = f"{key} of {name} in {file} is {tuple(x.shape)}, expected {shape}"
                 raise ValueError(f"{wrong}: use --init_from instead.")
 
 
@@ -312,9 +317,10 @@ class Stop:
 
     def __init__(self, machine: Machine):
         self.machine, self.heard = machine, False
-        # A signal that is ignored, as under nohup, stays so.
+        # What is ignored, as under nohup, stays so, and what Python did not set up, too.
+        left = (signal.SIG_IGN, None)
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        self.before = {x: h for x in numbers if (h := signal.getsignal(x)) != signal.SIG_IGN}
+        self.before = {x: h for x in numbers if (h := signal.getsignal(x)) not in left}
         for number in self.before:
             signal.signal(number, self.on_signal)
 

@@ -272,8 +272,8 @@ with naming(path), open_here(path, "wb") as copy: => with naming(path), open(pat
 if not x.isfinite().all(): => if False:
 if stored["names"] != names or => if
 or order != [*range(len(names))]: => :
-count = key == "step" and => count =
-not count and x.shape != p.shape => False
+isinstance(x, Tensor) and tuple(x.shape) != shape => isinstance(x, Tensor) and False
+isinstance(x, Tensor) and tuple(x.shape) != shape => x.ndim and tuple(x.shape) != shape
 trained <= state.keys() <= {*order} and => True and
 (needed and kinds != {tuple(sorted(needed))}) => False
 any(group.get("amsgrad") for => any(False for
@@ -294,7 +294,11 @@ if saved["measured"] == self.measured(): => if True:
 int(found[1]) <= step and not again => int(found[1]) < step and not again
 and not again => and True
 processes.set_random_states(saved["random"], self.machine) => pass
-if (h := signal.getsignal(x)) != signal.SIG_IGN => if (h := signal.getsignal(x)) is not None
+left = (signal.SIG_IGN, None) => left = (None,)
+left = (signal.SIG_IGN, None) => left = (signal.SIG_IGN,)
+if not os.path.samestat( => if 0 and os.path.samestat(
+except (BlockingIOError, FileNotFoundError): => except BlockingIOError:
+if not needed and not state: => if False:
 signal.SIGTERM, signal.SIGHUP) => signal.SIGTERM)
 if run.stop.heard: => if False:
 copy.write(file.read_bytes()) => copy.write(file.read_bytes()); path.chmod(0o444)
@@ -335,6 +339,9 @@ pieces[0][0], pieces[-1][2] = before, after => pieces[-1][0], pieces[-1][2] = be
 sample_texts(texts, BPE_SAMPLE) => sample_texts(texts[::2], BPE_SAMPLE)
 
 # train.py tests/test_train.py
+first = machine.rank * config.grad_accum => first = machine.rank
+(highest := windows.max()) >= data.vocab_size => (highest := windows.max()) > data.vocab_size
+if not file.exists():  # someone => if False:  # someone
 config.clip or math.inf => config.clip or 1.0
 epochs > MANY_EPOCHS and run.step == 0 => epochs > MANY_EPOCHS
 given |= settings.with_home(given, "out", "data", "init_from") => pass

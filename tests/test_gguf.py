@@ -251,6 +251,9 @@ def test_the_command_keeps_files_and_leaves_no_halves(export, tmp_path, monkeypa
     assert file.read_bytes() == before
     huggingface.main([run, str(file), "--overwrite"])
     assert (tmp_path / "x.gguf.old-1").read_bytes() == before != file.read_bytes()
+    (tmp_path / "y.gguf").symlink_to(tmp_path / "nowhere")  # a link is put aside, too
+    huggingface.main([run, str(tmp_path / "y.gguf"), "--overwrite"])
+    assert (tmp_path / "y.gguf.old-1").is_symlink() and (tmp_path / "y.gguf").is_file()
 
 
 def test_the_benchmark_has_the_same_text():

@@ -137,7 +137,7 @@ def test_another_network_optimiser_or_tokenizer_is_refused_on_resume(shared):
     assert (out / "ckpt.pt").read_bytes() == before
 
 
-def test_a_run_that_dies_in_an_evaluation_makes_up_for_it(shared):
+def test_a_checkpoint_comes_before_every_evaluation_which_a_resumed_run_makes_up_for(shared):
     def die(windows, device):
         if to_device.call_count == 7:  # after four steps and two of many batches
             raise KeyboardInterrupt
@@ -400,6 +400,22 @@ def test_a_folder_has_one_writer_and_many_readers(start, capsys):
     assert [path.name for path in Path("run").glob("*.tmp")] == ["mine.tmp"]
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_folder_that_is_put_aside_while_it_is_locked_is_refused(anew, monkeypatch):
+    """By another train.py, between our opening of .lock and our lock, which would be of no use."""
+    flock = fcntl.flock
+
+    def late(file, how):
+        Path("run").rename("aside")
+        if anew:
+            Path("run").mkdir()
+            Path("run/.lock").touch()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert "another train.py is writing to run" in refused("--steps=1")
+
+
 def test_without_locks_training_goes_on_with_a_word(monkeypatch, capsys):
     lacking = OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=lacking))
@@ -548,6 +564,17 @@ def test_the_whole_state_of_any_optimiser_goes_on(monkeypatch):
     run(*CONSTANT, "--steps=5", "--resume", "--weight_decay=0.25")
     (group,) = load("run")["optimizers"][0]["state"]["param_groups"]
     assert (group["k"], group["weight_decay"], group["momentum"]) == (5, 0.25, 0.9)
+
+
+def test_an_optimiser_that_keeps_nothing_goes_on(monkeypatch):
+    def plain(model, config):
+        return [torch.optim.SGD([{"params": [*model.parameters()], "lr_scale": 1.0}], config.lr)]
+
+    monkeypatch.setattr(train, "make_optimizers", plain)
+    straight = run(*CONSTANT, "--steps=4", out="straight")
+    run(*CONSTANT, "--steps=2")
+    run(*CONSTANT, "--steps=4", "--resume")
+    assert_alike(load(straight)["model"], load("run")["model"])
 
 
 @pytest.mark.parametrize("how", ["no", "more than one"])
@@ -791,6 +818,11 @@ def test_a_signal_that_is_ignored_stays_so(monkeypatch):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert load("run")["step"] == 2
+
+
+def test_a_signal_whose_handler_python_does_not_know_is_left_alone():
+    with mock.patch.object(signal, "getsignal", lambda number: None):
+        run("--steps=1")
 
 
 def test_a_batch_of_another_size_is_told_with_what_is_read_twice_or_left_out(capsys):

@@ -88,15 +88,34 @@ def test_the_schedules_of_our_configurations_are_in_order(file):
 
 
 def test_long_windows_of_steps_that_take_turns_come_once_in_an_epoch():
-    data = SimpleNamespace(train=Tokens([np.arange(1000, dtype=np.uint16)]))
+    data = SimpleNamespace(train=Tokens([np.arange(1000, dtype=np.uint16)]), vocab_size=1000)
     config = train.TrainConfig(batch_size=4, block_size=16, long_block_size=32, long_start=0)
     starts = [train.train_windows(data, config, step)[:, 0] for step in range(1, 15, 2)]
     first = train.epoch_starts(config.seed, 0, 1000, 32)  # 31, of which 14 steps of 64 see half
     assert np.array_equal(np.array(starts), first[:28].reshape(-1, 4)[:, 2:])
 
 
+@pytest.mark.parametrize(("world", "parts"), [(1, 1), (2, 1), (1, 4), (4, 2)])
+def test_windows_are_the_same_for_any_number_of_processes_and_micro_batches(world, parts):
+    windows, config = np.arange(16 * 9).reshape(16, 9), train.TrainConfig(grad_accum=parts)
+    machines = [replace(MACHINE, rank=rank, world=world) for rank in range(world)]
+    shares = [train.micro_batches(windows, config, machine) for machine in machines]
+    assert {len(share) for share in shares} == {parts}
+    assert np.array_equal(np.concatenate([x for share in shares for x in share]), windows)
+
+
+def test_ids_beyond_the_vocabulary_are_refused_when_they_come():
+    """Opening looks at the ends of a file only."""
+    ids = np.zeros(1000, np.uint16)
+    ids[500] = 999
+    data, config = Tokens([ids]), train.TrainConfig(batch_size=62, block_size=16)  # an epoch
+    assert train.train_windows(SimpleNamespace(train=data, vocab_size=1000), config, 0).any()
+    with pytest.raises(ValueError, match="id 999 of 999 tokens: prepare them again"):
+        train.train_windows(SimpleNamespace(train=data, vocab_size=999), config, 0)
+
+
 def test_every_token_comes_once_in_an_epoch():
-    data = SimpleNamespace(train=Tokens([np.arange(1000, dtype=np.uint16)]))
+    data = SimpleNamespace(train=Tokens([np.arange(1000, dtype=np.uint16)]), vocab_size=1000)
     config = train.TrainConfig(batch_size=4, block_size=16)
     x = np.concatenate([train.train_windows(data, config, step) for step in range(31)])
     assert x.shape == (31 * 4, 17) and x.max() < 1000 and np.all(np.diff(x) == 1)
@@ -182,7 +201,7 @@ def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(shared):
 
 
 @pytest.mark.parametrize("how", ["grad_accum=4", "recompute", "deterministic", "compile"])
-def test_how_a_step_is_computed_changes_nothing(how, shared):
+def test_steps_are_the_same_in_micro_batches_recomputed_or_compiled(how, shared):
     options = ["--dtype=bfloat16"] if how == "compile" else []
     torch._dynamo.utils.counters.clear()  # 3 graphs: dense, MoE, MTP; none for evaluation
     compile = functools.partialmethod(torch.nn.Module.compile, backend="eager")
@@ -465,15 +484,25 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
         (["--optimizer=muon", "--parallel=fsdp"], "muon needs whole matrices"),
         (["--block_size=7"], "block_size is 7, but must be at least 8"),
         (["--num_nextn_predict_layers=16"], "block_size is 16, but must be at least 17"),
-        (["--decay_start=0.9", "--decay_end=0.1"], "decay_start is 0.9, but decay_end is 0.1"),
-        (["--warmup=0.6"], "warmup is 0.6, but decay_start is 0.5: raise decay_start to 0.6 at"),
-        (["--decay_end=0.99"], "decay_end is 0.99, but final_start is 0.9887"),
         (["--data=nowhere", "--out=run/a/b"], "no data in data/nowhere"),
         (["--data=data/no"], "no data in data/no; make it with: python prepare_data.py SOURCE --"),
         (["--data=else/no"], "no data in else/no; make it with: python prepare_data.py SOURCE --"),
     ],
 )
 def test_refusals_are_one_sentence(options, words):
+    assert words in refused(*options)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--decay_start=0.9", "--decay_end=0.1"], "decay_start is 0.9, but decay_end is 0.1"),
+        (["--warmup=0.6"], "warmup is 0.6, but decay_start is 0.5: raise decay_start to 0.6 at"),
+        (["--decay_end=0.99"], "decay_end is 0.99, but final_start is 0.9887"),
+    ],
+)
+def test_phases_of_the_schedule_that_are_out_of_order_are_refused(options, words):
     assert words in refused(*options)
     assert not Path("run").exists()
 
@@ -517,6 +546,14 @@ def test_a_run_whose_sample_fails_has_ended_well(monkeypatch, capsys):
     monkeypatch.setattr(train.sample, "main", fail)
     SHOW_RESULT(train.TrainConfig(out="run", block_size=16), load_dataset("data/tiny"))
     assert "no sample: CUDA out of memory" in capsys.readouterr().err
+
+
+def test_a_run_whose_best_checkpoint_has_gone_ends_without_a_sample(capsys):
+    run("--steps=1")
+    Path("run/best.pt").unlink()
+    capsys.readouterr()
+    SHOW_RESULT(train.TrainConfig(out="run", block_size=16), load_dataset("data/tiny"))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("name", "world"), [("base_1b", 1), ("base_1b_8gpu", 8)])
