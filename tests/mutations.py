@@ -272,8 +272,9 @@ with naming(path), open_here(path, "wb") as copy: => with naming(path), open(pat
 if not x.isfinite().all(): => if False:
 if stored["names"] != names or => if
 or order != [*range(len(names))]: => :
-isinstance(x, Tensor) and tuple(x.shape) != shape => isinstance(x, Tensor) and False
-isinstance(x, Tensor) and tuple(x.shape) != shape => x.ndim and tuple(x.shape) != shape
+tuple(x.shape) != shape and (strict or x.ndim): => False:
+tuple(x.shape) != shape and (strict or x.ndim): => tuple(x.shape) != shape and x.ndim:
+tuple(x.shape) != shape and (strict or x.ndim): => tuple(x.shape) != shape:
 trained <= state.keys() <= {*order} and => True and
 (needed and kinds != {tuple(sorted(needed))}) => False
 any(group.get("amsgrad") for => any(False for

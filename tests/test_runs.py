@@ -566,11 +566,14 @@ def test_the_whole_state_of_any_optimiser_goes_on(monkeypatch):
     assert (group["k"], group["weight_decay"], group["momentum"]) == (5, 0.25, 0.9)
 
 
-def test_an_optimiser_that_keeps_nothing_goes_on(monkeypatch):
-    def plain(model, config):
-        return [torch.optim.SGD([{"params": [*model.parameters()], "lr_scale": 1.0}], config.lr)]
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.NAdam, torch.optim.Adam])
+def test_an_optimiser_of_torch_goes_on_whatever_it_keeps(kind, monkeypatch):
+    """SGD nothing, NAdam a tensor without dimensions more."""
 
-    monkeypatch.setattr(train, "make_optimizers", plain)
+    def other(model, config):
+        return [kind([{"params": [*model.parameters()], "lr_scale": 1.0}], config.lr)]
+
+    monkeypatch.setattr(train, "make_optimizers", other)
     straight = run(*CONSTANT, "--steps=4", out="straight")
     run(*CONSTANT, "--steps=2")
     run(*CONSTANT, "--steps=4", "--resume")
