@@ -199,7 +199,7 @@ def code_id(dtype: str = "float64", fp8: bool = False) -> str:
     settings |= SMALL | {"optimizer": "muon", "alpha": 0.01, "dtype": dtype, "fp8": fp8}
     rng = np.random.default_rng(0)
     tokens = Tokens([rng.integers(0, 512, 2000).astype(np.uint16)])
-    data = SimpleNamespace(train=tokens, val=tokens, val_bytes_per_token=3.0)
+    data = SimpleNamespace(train=tokens, val=tokens, vocab_size=512, val_bytes_per_token=3.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several add up in another order
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):

@@ -227,7 +227,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
     elif "number" in title:
         rng = np.random.default_rng(0)
         tokens = Tokens([rng.integers(0, 512, 2000).astype(np.uint16)])
-        data = SimpleNamespace(train=tokens, val=tokens, val_bytes_per_token=3.0)
+        data = SimpleNamespace(train=tokens, val=tokens, vocab_size=512, val_bytes_per_token=3.0)
         config = TrainConfig(steps=2, batch_size=2, block_size=16, out=str(tmp_path / "run"))
         config.device, config.log_every, config.gamma = "cpu", 1, 0.5
         net = DeepSeekV3(ModelConfig(**TINY))
