@@ -5,8 +5,9 @@
     python exercises/check.py gate --hint       how it can be written
     python exercises/check.py gate --solution   the lines that answer
 
-A function is compared with the network's own in float64 on made-up inputs. Where it gives what a
-known mistake gives, the mistake is named. Then it takes its place in the trained network.
+A function is compared with that of model.py as it is now, in float64 on made-up inputs. Where it
+gives what a known mistake gives, the mistake is named. Then it takes its place in the trained
+network.
 In a notebook: from exercises.check import check; check("gate", forward=my_function)
 """
 

@@ -186,7 +186,7 @@ def open_folder(folder: Path, vocab_size: int, longest: int) -> Dataset:
     if padding < 0 or (padding >= 128 and vocab_size != data.rows):
         raise ValueError(
             f"vocab_size is {vocab_size}, but the vocabulary of {folder} has {data.vocab_size} "
-            f"tokens: for a new network write vocab_size = {data.vocab_size} into the config file; "
+            f"tokens: for a new network set vocab_size to {data.vocab_size}, as by --vocab_size; "
             "for given weights prepare the data with --tokenizer=DIR, where the weights are."
         )
     shortest = min(map(len, data.train.arrays))

@@ -474,7 +474,7 @@ def test_no_configuration_is_a_usage_error(argv, capsys):
         (["--long_block_size=48", "--long_start=0"], "micro-batches (processes x grad_accum) of"),
         (["--long_block_size=8"], "long_block_size is 8, less than the 16 trained before"),
         (["--vocab_size=511"], "vocab_size is 511, but"),
-        (["--vocab_size=1024"], "write vocab_size = 512 into the config file;"),
+        (["--vocab_size=1024"], "set vocab_size to 512, as by --vocab_size;"),
         (["--batch_start=-1"], "batch_start is -1, but must be at least 0"),
         (["--beta2=1"], "less than 1"),
         (["--data=nowhere"], "make it with: python prepare_data.py SOURCE --name=nowhere"),
