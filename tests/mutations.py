@@ -125,6 +125,7 @@ rows=told.get("vocab_size", 0) => rows=0
 pieces[0][0], pieces[-1][2] = before, after => pieces[0][0], pieces[0][2] = before, after
 
 # huggingface.py tests/test_huggingface.py
+type(length) is not int or length < 1: => type(length) is not int:
 ("gate_proj", "up_proj") => ("up_proj", "gate_proj")
 fp8.quantize(tensors[name], fp8.BLOCK) => fp8.quantize(tensors[name], fp8.BLOCK, pow2=True)
 if family not in (None, *FAMILY): => if False:
