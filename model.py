@@ -85,7 +85,7 @@ class ModelConfig:
     initializer_range: float = 0.006  # standard deviation of every initial matrix
 
     def __post_init__(self):
-        check_config(self)  # this and the next function stand at the end of the file
+        check_config(self)  # this and with_original_length stand at the end of the file
         self.rope_scaling = with_original_length(self)
 
     @property
@@ -278,9 +278,10 @@ class MLA(nn.Module):
         q_nope, q_pe = q.view(B, T, -1, N + R).split([N, R], dim=-1)  # (B, T, H, N), (B, T, H, R)
         latent, k_pe = self.kv_a_proj_with_mqa(h).split([C, R], dim=-1)  # (B, T, C), (B, T, R)
         latent = self.kv_a_layernorm(latent)
-        pe = torch.cat((q_pe, k_pe.unsqueeze(2)), 2)  # (B, T, H+1, R): one key for all heads
+        # Queries and the key are rotated together: the H heads' queries, and one key for all heads.
+        pe = torch.cat((q_pe, k_pe.unsqueeze(2)), 2)  # (B, T, H+1, R)
         pe = rotate(pe, rope, config.rope_interleave)
-        q_pe, k_pe = pe[:, :, :-1], pe[:, :, -1:]
+        q_pe, k_pe = pe[:, :, :-1], pe[:, :, -1:]  # (B, T, H, R), (B, T, 1, R)
         start = 0
         if past:
             start = past[1]
@@ -305,7 +306,7 @@ class MLA(nn.Module):
         self, q_nope: Tensor, q_pe: Tensor, kv: Tensor, start: Position | None = None
     ) -> Tensor:
         """Decoding: W^UK moves over to the query and W^UV to the output, so that attention runs on
-        the cached latents kv (B, S, C+R), one head for all queries (start: causal_attention):
+        the cached latents kv (B, S, C+R), one head for all queries (start as in causal_attention):
         q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
         (_, _, H, N), C = q_nope.shape, self.config.kv_lora_rank
         W = self.kv_b_proj.weight.view(H, -1, C)
@@ -570,8 +571,8 @@ class DeepSeekV3(nn.Module):
         return self
 
     def run_block(self, block: nn.Module, row: int, past: Past, *inputs) -> Tensor:
-        """Calls a Block or MTP module, and notes its routing under this row of expert_counts (not
-        where it decodes, behind a cache)."""
+        """Calls block(*inputs, past), a Block or MTP module, and notes its routing under this row
+        of expert_counts (not where it decodes, behind a cache)."""
         if self.recompute and torch.is_grad_enabled():
             x, routing = checkpoint(block, *inputs, past, use_reentrant=False)
         else:
