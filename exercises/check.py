@@ -217,7 +217,8 @@ def greedy(next_logits: Callable[[Tensor, Tensor], Tensor]) -> str:
 def reading(functions) -> tuple[float, str, str]:
     model = trained()[0]
     nats = mean(lambda x, y: model(x, y)[0])
-    return bits_per_byte(nats), "bits/byte", greedy(lambda ids, new: model(ids)[:, -1])
+    text = greedy(lambda ids, new: model(ids)[:, -1])
+    return bits_per_byte(nats), f"bits/byte of {TEXT.name}", text
 
 
 def decoding(functions) -> tuple[float, str, str]:
@@ -234,7 +235,7 @@ def decoding(functions) -> tuple[float, str, str]:
 
     cache, nats = empty(64), mean(loss)
     text = greedy(lambda ids, new: model.logits(model.trunk(new, cache))[:, -1])
-    return bits_per_byte(nats), "bits/byte, read through the cache", text
+    return bits_per_byte(nats), f"bits/byte of {TEXT.name}, read through the cache", text
 
 
 def balancing(functions) -> tuple[float, str, str]:
