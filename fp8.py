@@ -25,7 +25,6 @@ multiplies, slowly. FP8 pays on Hopper from widths of about 2000, with thousands
 """
 
 import functools
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
@@ -37,6 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import model as formulas
 from support.ops import by_expert, compute_dtype, fast_dtype, fingerprint
+from support.settings import info
 
 TILE = (1, 128)  # activations and gradients: one scale per token and 128 channels
 BLOCK = (128, 128)  # weights: coarser, but the transpose of a block is a block
@@ -139,7 +139,7 @@ def has_blockwise_fp8(device: torch.device) -> bool:
     )
     if not hopper and device not in _emulated:
         _emulated.add(device)
-        print(f"fp8: emulated on {device}: exact, slow (Hopper, CUDA 12.9: fast)", file=sys.stderr)
+        info(f"fp8: emulated on {device}: exact, slow (Hopper, CUDA 12.9: fast)")
     return hopper
 
 

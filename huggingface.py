@@ -399,8 +399,8 @@ def main(argv: list[str]):
         told = f"the export needs {' and '.join(missing)}"
         raise ModuleNotFoundError(told, name=" ".join(missing))
     check_free(target, config.overwrite)
-    if (source / "config.json").exists() and not (source / "meta.json").exists():
-        raise ValueError(f"{source} is a release already: SRC is a run or a checkpoint file.")
+    if (source / "config.json").exists():
+        raise ValueError(f"{source} is an export already: SRC is a run or a checkpoint file.")
     if to_gguf:
         return export_gguf(source, target, config.gguf_dtype)
     model, _, _ = load_model(source)

@@ -525,9 +525,9 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
-    After every call `routing` holds the chosen experts (B, T, K) of each MoE layer that ran, those
-    of MTP modules last (decoding notes none); after a call with targets `mtp_losses` holds the loss
-    of each MTP depth.
+    After every call `routing` holds the chosen experts of each MoE layer that ran, (B, T, K), then
+    of the MTP modules k, (B, T-k, K) (decoding notes none); after a call with targets `mtp_losses`
+    holds the loss of each MTP depth.
     In training mode `expert_counts` (MoE layers, E) adds up how often each expert was chosen, until
     `update_bias` uses that.
     """
@@ -694,8 +694,8 @@ def check_config(config: ModelConfig):
         name, kind, value = field.name, field.type, getattr(config, field.name)
         accepted = int | float if kind is float else kind  # 1 will do for 1.0
         if not isinstance(value, accepted):
-            kind = getattr(kind, "__name__", kind)
-            raise ValueError(f"{name} is {value!r}, but must be of type {kind}.")
+            must = getattr(kind, "__name__", kind)
+            raise ValueError(f"{name} is {value!r}, but must be of type {must}.")
         whole = kind in (int, int | None)  # a width, a number of heads or layers ...
         least = 1 if whole and name not in MAY_BE_ZERO else 0
         if isinstance(value, int | float) and not value >= least:  # "not >=" refuses nan too
@@ -704,9 +704,9 @@ def check_config(config: ModelConfig):
     groups, allowed = config.n_group, config.topk_group
     within = E // groups * allowed  # the experts among which a token chooses
     yarn = config.rope_scaling or {}
-    kind = yarn_kind(config)
-    strange = sorted(yarn.keys() - YARN_KEYS)
-    wrong = [k for k, v in yarn.items() if isinstance(v, str) != (k in ("type", "rope_type"))]
+    kind, strange = yarn_kind(config), sorted(yarn.keys() - YARN_KEYS)
+    texts, number = ("type", "rope_type"), int | float | None
+    wrong = [k for k, v in yarn.items() if not isinstance(v, str | None if k in texts else number)]
     for refused, sentence in (
         (R % 2, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even."),
         (E % groups, f"n_routed_experts {E} is not a multiple of n_group {groups}."),
@@ -715,8 +715,9 @@ def check_config(config: ModelConfig):
         (E == groups > 1, f"n_group {groups} leaves one expert a group, but two make its score."),
         (kind not in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'."),
         (strange, f"rope_scaling has {strange}, but may have only {sorted(YARN_KEYS)}."),
-        (wrong, f"rope_scaling has {wrong} of the wrong type: only its type is text."),
-        (kind == "yarn" and not yarn.get("factor"), "rope_scaling lacks the yarn 'factor'."),
+        (wrong, f"rope_scaling has {wrong} of the wrong type: only 'type' is a text."),
+        (kind == "yarn" and not (wrong or (yarn.get("factor") or 0) > 0), "yarn lacks a 'factor'."),
+        (config.rope_theta <= 1, f"rope_theta is {config.rope_theta}, but must be above 1."),
     ):
         if refused:
             raise ValueError(sentence)

@@ -192,7 +192,7 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
         except UnicodeDecodeError:
             info(f"skipped {path}: not UTF-8 text")
             continue
-        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except (ValueError, EOFError, NotImplementedError, gzip.BadGzipFile, zlib.error) as error:
             why = error if type(error) is ValueError else f"{error!r:.200}"
             raise ValueError(f"{path} cannot be read: {why}") from None
         except OSError as error:

@@ -67,8 +67,8 @@ class Stats:
     rounds: int = 0  # forwards of the main model after the prompt's
     lookups: int = 0  # rounds whose drafts were copied
     # By position in a round: `drafted` counts the drafts that lie before the end of the text,
-    # `accepted` those that became part of it. All rows advance alike, so a draft that one row could
-    # have kept and another could not counts as rejected.
+    # `accepted` those that became part of it. All rows advance as far as the slowest: a draft
+    # beyond that counts as rejected, though its own row could have kept it.
     drafted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
     accepted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
     note: str = ""  # what its reader should know
@@ -109,8 +109,8 @@ def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:
-    """From each of the distributions p (B, T, V) one token (B, T): the one in whose part of [0, 1)
-    u (B, T) lies. Such a part is as long as the token's probability.
+    """From each of the distributions p (B, n, V) one token (B, n): the one in whose part of [0, 1)
+    u (B, n) lies. Such a part is as long as the token's probability.
 
     A sum of rounded numbers over a large vocabulary misses the distribution, in float32 by up to
     1e-3; a GPU adds in parallel, where a running sum may even rise at a token of probability 0, or
@@ -118,7 +118,7 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     any order. Then every token has its probability up to 2^-52, and none if that is 0.
     """
     p = p.double()
-    total = (p / p.sum(-1, keepdim=True) * 2.0**52).floor().cumsum(-1)  # (B, T, V)
+    total = (p / p.sum(-1, keepdim=True) * 2.0**52).floor().cumsum(-1)  # (B, n, V)
     token = torch.searchsorted(total, u[..., None] * total[..., -1:], right=True).squeeze(-1)
     return token.clamp(max=p.shape[-1] - 1)  # it is past the end only where p is not finite
 

@@ -395,10 +395,10 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     main, *mtp = mean_losses(total)
     share = total["visits"] / total["visits"].sum(1, keepdim=True).clamp(min=1)
     visits, groups = total["visits"].sum().item(), total["groups"].item()  # 0 without experts
-    nats_per_bpb = math.log(2) * data.val_bytes_per_token
+    one_bpb = math.log(2) * data.val_bytes_per_token  # in nats per token
     result = {
         "val_loss": main,
-        "val_bpb": main / nats_per_bpb,
+        "val_bpb": main / one_bpb,
         # A depth may be easier than the main model: it lacks the window's first, hardest positions.
         "val_mtp_loss": sum(mtp) / max(1, len(mtp)),
         "val_mtp_losses": mtp,
@@ -409,7 +409,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
         "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
     }
     if long:
-        result["val_bpb_long"] = mean_losses(long)[0] / nats_per_bpb
+        result["val_bpb_long"] = mean_losses(long)[0] / one_bpb
     return result
 
 
@@ -547,7 +547,7 @@ def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
     command = TrainConfig(**{k: v for k, v in here.items() if k in OF_THE_COMMAND})
     if command.eval_only:  # there must be weights
         if not given.get("init_from") and runs.holds_run(Path(command.out)):
-            command.init_from = ""  # the file's: what the run began with
+            command.init_from = ""  # the file's: the run began there, and has its own weights
         enough = command.out or command.init_from
     else:  # there must be a network, and a folder for the run
         enough = file or (command.out and (command.resume or command.init_from))

@@ -515,7 +515,7 @@ LINEAR = nn.Linear.forward  # which may be patched later: then it is called, wit
 
 
 class LaidOut(nn.Linear):
-    """nn.Linear as it is within `with laid_out(model)`, where it has a copy of its weight."""
+    """nn.Linear as it is within `with laid_out(model)`: see product."""
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)

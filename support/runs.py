@@ -119,7 +119,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
         raise ValueError(f"{out} is a file: give another --out.")
     inside = {path.name for path in out.iterdir()} - {".lock"} if out.exists() else set()
     run, data = holds_run(out), any(name.endswith(".bin") for name in inside)
-    # A run that has ended before its first line is in no way. It is known by its id in .lock.
+    # What a run left that ended before its first line may be written over: its id is in .lock.
     signed = (out / ".lock").is_file() and (out / ".lock").stat().st_size > 0
     begun = "log.jsonl" in inside and signed
     if data or (inside and not run and not begun):
@@ -335,7 +335,7 @@ class Stop:
             self.end()
 
     def end(self):
-        """The system's own handlers are back: a second Ctrl-C ends the run at once."""
+        """The handlers from before are back: a second Ctrl-C ends the run at once."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -387,9 +387,8 @@ class Run:
         self.sign()
         open_here(self.out / "log.jsonl", "ab").close()  # from now on this is a run's folder
         for file in files:
-            path = self.out / file.name
-            with naming(path), open_here(path, "wb") as copy:
-                copy.write(file.read_bytes())
+            content = file.read_bytes()
+            write_atomically(self.out / file.name, lambda copy, x=content: copy.write(x))
 
     def sign(self):
         """Writes the run's id into the folder's .lock."""

@@ -176,3 +176,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         who = "error:" if rank == "0" else f"error in process {rank}:"
         print(who, " ".join(str(error).split()) + hint, file=sys.stderr)
         sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("out of memory|can't allocate memory|Unable to allocate", str(error)):
+            raise
+        print(f"error: out of memory ({short(error, 100)})", file=sys.stderr)
+        sys.exit(1)

@@ -358,13 +358,6 @@ def tokenizer_files(folder: Path, meta: dict[str, Any] | None = None) -> list[Pa
     return own_files(folder, [*meta.get("files", OUR_FILES[:1]), "meta.json"])
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer of a prepared folder or a run into another folder."""
-    for file in tokenizer_files(source):
-        with naming(target / file.name):
-            shutil.copyfile(file, target / file.name)
-
-
 def tokenizer_identity(folder: Path) -> dict[str, Any] | None:
     """The entries of meta.json that tell tokenizers apart; None if the folder has no meta.json."""
     if not (folder / "meta.json").exists():

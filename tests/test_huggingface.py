@@ -697,4 +697,4 @@ def test_the_command_and_its_refusals(words, code, said, run, tmp_path, monkeypa
 def test_a_release_is_no_source_of_an_export(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     words = [str(tmp_path), str(tmp_path / "new"), "--quantize"]
-    check_refusal(f"{tmp_path} is a release already", huggingface.main, words)
+    check_refusal(f"{tmp_path} is an export already", huggingface.main, words)

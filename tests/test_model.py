@@ -570,6 +570,10 @@ def test_a_tied_head_is_not_counted_again():
         (dict(rope_scaling=YARN | {"beta": 1}), "'beta'"),
         (dict(rope_scaling=YARN | {"factor": "8"}), "'factor'"),
         (dict(rope_scaling={"type": "yarn", "beta_fast": 32}), "'factor'"),
+        (dict(rope_scaling=YARN | {"factor": [8]}), "['factor'] of the wrong type"),
+        (dict(rope_scaling=YARN | {"factor": -8}), "'factor'"),
+        (dict(rope_scaling=YARN | {"factor": math.nan}), "'factor'"),
+        (dict(rope_theta=1), "rope_theta is 1"),
         (dict(hidden_size=16.5), "hidden_size is 16.5"),
         (dict(initializer_range=-0.1), "initializer_range is -0.1"),
     ],
@@ -578,6 +582,11 @@ def test_impossible_configurations_are_refused_with_one_sentence(changes, words)
     with pytest.raises(ValueError) as error:
         ModelConfig(**(TINY | changes))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_of_the_two_names_of_yarn_may_be_empty():
+    rope = YARN | {"type": None, "rope_type": "yarn"}
+    assert ModelConfig(**TINY, rope_scaling=rope).rope_scaling == rope
 
 
 # ---- FP8 -----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import pytest
 
@@ -105,6 +106,12 @@ def test_config_files_are_assignments(tmp_path, monkeypatch):
         (ValueError("no\nway"), 1, "error: no way\n"),
         (ModuleNotFoundError("no x", name="x"), 1, "error: no x: pip install x\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (RuntimeError("CUDA out of memory"), 1, "error: out of memory (CUDA out of memory)\n"),
+        (
+            MemoryError("Unable to allocate 8 TiB"),
+            1,
+            "error: out of memory (Unable to allocate 8 TiB)\n",
+        ),
     ],
 )
 def test_run_command_turns_refusals_into_exit_codes(error, code, message, capsys):
@@ -116,6 +123,8 @@ def test_run_command_turns_refusals_into_exit_codes(error, code, message, capsys
     assert (caught.value.code, capsys.readouterr().err) == (code, message)
     with pytest.raises(TypeError):  # a bug keeps its trace
         config.run_command(lambda argv: len(5))
+    with pytest.raises(RuntimeError):
+        config.run_command(mock.Mock(side_effect=RuntimeError("shapes do not fit")))
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
