@@ -265,7 +265,7 @@ def table_of_readme(found: dict[str, Table]) -> str:
     for claim in HEADLINES:
         text, _, *cells = row(claim, numbers_of(claim, found), planned_seeds(claim))
         *_, again, _, seeds, word = prose[claim.text]
-        second = [f"{again}, {seeds}: {word}" if again else word] if asked else []
+        second = [f"{again}, {seeds} seeds: {word}" if again else word] if asked else []
         rows.append([text, *cells, *second])
     return markdown([HEADS[0], *HEADS[2:], *["on English prose"] * asked], rows)
 
