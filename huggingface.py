@@ -375,10 +375,8 @@ def export_gguf(source: Path, target: Path, dtype: str):
         unfinished.unlink(missing_ok=True)
     info(f"wrote {target}")
     if tokenizer.encoding._pat_str == PATTERN:
-        info(
-            "of several blanks before a number our tokenizer keeps the last one apart, llama.cpp "
-            "none: the ids of such a text differ, its characters do not"
-        )
+        told = "several blanks before a number have other ids in llama.cpp than here"
+        info(f"{told}; their characters are the same")
     if model.mtp:
         info("left out the MTP modules: llama.cpp decodes without drafts")
 
