@@ -707,6 +707,7 @@ def check_config(config: ModelConfig):
     kind, strange = yarn_kind(config), sorted(yarn.keys() - YARN_KEYS)
     texts, number = ("type", "rope_type"), int | float | None
     wrong = [k for k, v in yarn.items() if not isinstance(v, str | None if k in texts else number)]
+    factor = 0 if wrong else yarn.get("factor") or 0
     for refused, sentence in (
         (R % 2, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even."),
         (E % groups, f"n_routed_experts {E} is not a multiple of n_group {groups}."),
@@ -716,7 +717,7 @@ def check_config(config: ModelConfig):
         (kind not in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'."),
         (strange, f"rope_scaling has {strange}, but may have only {sorted(YARN_KEYS)}."),
         (wrong, f"rope_scaling has {wrong} of the wrong type: only 'type' is a text."),
-        (kind == "yarn" and not (wrong or (yarn.get("factor") or 0) > 0), "yarn lacks a 'factor'."),
+        (kind == "yarn" and not factor > 0, "rope_scaling lacks the yarn 'factor', above 0."),
         (config.rope_theta <= 1, f"rope_theta is {config.rope_theta}, but must be above 1."),
     ):
         if refused:

@@ -716,13 +716,12 @@ def show_result(config: TrainConfig, data: Dataset):
 def main(argv: list[str]):
     try:
         run(argv)
-    except RuntimeError as error:
-        why = str(error)
-        if "out of memory" in why or "can't allocate memory" in why:
+    except (RuntimeError, MemoryError) as error:
+        if settings.is_out_of_memory(error):
             told = "out of memory: raise --grad_accum or give --recompute; in an evaluation,"
             raise ValueError(f"{told} lower --eval_batch; else take a smaller network.") from None
         if isinstance(error, torch._dynamo.exc.ShortenTraceback):  # no C++ compiler, no Triton
-            why = settings.short(why)
+            why = settings.short(error)
             raise ValueError(f"--compile cannot be used here ({why}); leave it out") from error
         raise
     processes.end()

@@ -158,8 +158,8 @@ NAMES = {
 SYMBOLS = {
     r"\cdot": "·", r"\le": "≤", r"\in": "∈", r"\sum": "∑", r"\dots": "…", r"\times": "×",
     r"\gamma": "γ", r"\alpha": "α", r"\lambda": "λ", r"\theta": "θ", r"\epsilon": "ε",
-    r"\rho": "ρ", r"\approx": "≈", r"\odot": "⊙", r"\to": "→", r"\ne": "≠", r"\;": "\u2003",
-    r"\{": "{", r"\}": "}",
+    r"\rho": "ρ", r"\approx": "≈", r"\odot": "⊙", r"\to": "→", r"\ne": "≠",
+    r"\;": "\u2003", r"\{": "{", r"\}": "}",
 }  # fmt: skip
 VECTORS = set("hckvqouexg")
 
@@ -291,8 +291,9 @@ The first pairs turn fast, the last ones slowly.
 $ \theta_i' = (1 - \rho_i) \theta_i + \rho_i \frac{\theta_i}{s}
 $ \sqrt{t} = 0.1 " ln " s + 1
 For a context s times as long. Pairs that turn less than once in the trained length get s times
-slower, those that turn more than 32 times stay, and ρ runs from 1 to 0 in between. The report calls
-these two numbers α = 1 and β = 32. The square of √t multiplies the scores (see the scale below).
+slower, those that turn more than 32 times stay, and ρ runs from 1 to 0 in between. The report
+calls these two numbers α = 1 and β = 32. The square of √t multiplies the scores (see the scale
+below).
 > model.py rope_table | def index_of | frequency = frequency * (1 - ramp)
 
 @

@@ -259,15 +259,13 @@ def table_of_texts() -> str:
 
 
 def table_of_readme(found: dict[str, Table]) -> str:
-    """The headline claims; beside them the second text, once one of them was asked there."""
+    """The headline claims, and beside them the second text."""
     rows, prose = [], on_prose()
-    asked = any(word != "not yet run" for *_, word in prose.values())
     for claim in HEADLINES:
         text, _, *cells = row(claim, numbers_of(claim, found), planned_seeds(claim))
         *_, again, _, seeds, word = prose[claim.text]
-        second = [f"{again}, {seeds} seeds: {word}" if again else word] if asked else []
-        rows.append([text, *cells, *second])
-    return markdown([HEADS[0], *HEADS[2:], *["on English prose"] * asked], rows)
+        rows.append([text, *cells, f"{again}, {seeds} seeds: {word}" if again else word])
+    return markdown([HEADS[0], *HEADS[2:], "on English prose"], rows)
 
 
 def pages() -> dict[str, dict[str, str]]:

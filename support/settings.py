@@ -159,9 +159,16 @@ def merge(in_file: dict[str, Any], stored: dict[str, Any], given: dict[str, Any]
     return in_file | stored | given
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, of torch on a CPU, or of numpy."""
+    told = "out of memory|can't allocate memory|Unable to allocate"
+    return isinstance(error, RuntimeError | MemoryError) and bool(re.search(told, str(error)))
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main: a refusal becomes a sentence and exit code 1, a bug keeps its trace. Of
-    several processes each one says why it ends, for it may be the only one."""
+    """Run a script's main: a refusal, or memory that does not suffice, becomes a sentence and exit
+    code 1; a bug keeps its trace. Of several processes each one says why it ends, for it may be the
+    only one."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -170,14 +177,16 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        hint = f": pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+    except Exception as error:
+        if is_out_of_memory(error):
+            why = f"out of memory ({short(error, 100)})"
+        elif isinstance(error, ModuleNotFoundError):
+            why = f"{error}: pip install {error.name}"
+        elif isinstance(error, ValueError | OSError):
+            why = str(error)
+        else:
+            raise
         rank = os.environ.get("RANK", "0")
         who = "error:" if rank == "0" else f"error in process {rank}:"
-        print(who, " ".join(str(error).split()) + hint, file=sys.stderr)
-        sys.exit(1)
-    except (RuntimeError, MemoryError) as error:
-        if not re.search("out of memory|can't allocate memory|Unable to allocate", str(error)):
-            raise
-        print(f"error: out of memory ({short(error, 100)})", file=sys.stderr)
+        print(who, " ".join(why.split()), file=sys.stderr)
         sys.exit(1)

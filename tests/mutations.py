@@ -221,7 +221,7 @@ if val_bytes < val_target / 2: => if val_bytes < val_target / 3:
 size[name] <= 0.1 * test_target => size[name] < 0.1 * test_target
 if not re.fullmatch( => if not re.match(
 if not lies_in(path, root): => if False:
-if steps >= small["steps"]: => if steps > small["steps"]:
+if steps < small["steps"] else => if steps <= small["steps"] else
 steps = max(1, 5 * len => steps = max(1, 50 * len
 
 # support/tokenizer.py tests/test_tokenizer.py
@@ -268,8 +268,6 @@ if type(self.id) is not str: => if False:
 or steps < 1: => or steps < -9:
 begun = "log.jsonl" in inside and signed => begun = "log.jsonl" in inside
 with naming(self.out / ".lock"): => if True:
-with naming(path), open_here(path, "wb") as copy: => with open_here(path, "wb") as copy:
-with naming(path), open_here(path, "wb") as copy: => with naming(path), open(path, "wb") as copy:
 if not x.isfinite().all(): => if False:
 if stored["names"] != names or => if
 or order != [*range(len(names))]: => :
@@ -303,7 +301,7 @@ except (BlockingIOError, FileNotFoundError): => except BlockingIOError:
 if not needed and not state: => if False:
 signal.SIGTERM, signal.SIGHUP) => signal.SIGTERM)
 if run.stop.heard: => if False:
-copy.write(file.read_bytes()) => copy.write(file.read_bytes()); path.chmod(0o444)
+lambda copy, x=content: copy.write(x) => lambda copy, x=content: copy.write(x[1:])
 if self.last and not math.isfinite(loss): => if False:
 
 # support/settings.py tests/test_runs.py

@@ -14,6 +14,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -408,6 +409,14 @@ def test_a_column_that_is_no_text_is_refused(tmp_path):
         with pytest.raises(ValueError, match=re.escape("a.parquet cannot be read: ")) as caught:
             pd.read_paths(str(path), key)
         assert said in str(caught.value) and "--text_key=KEY?" in str(caught.value)
+
+
+def test_a_codec_that_pyarrow_was_built_without_is_one_sentence(tmp_path, monkeypatch):
+    """Its error for it is a NotImplementedError."""
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setattr(pd, "read_file", mock.Mock(side_effect=NotImplementedError("LZO")))
+    with pytest.raises(ValueError, match=r"parquet cannot be read: NotImplementedError\('LZO'\)"):
+        pd.read_paths(str(tmp_path / "a.parquet"), "text")
 
 
 def test_bad_json_lines_and_half_surrogates(tmp_path):
