@@ -43,7 +43,7 @@ from support import processes
 from support.gguf import write_gguf
 from support.ops import fast_dtype, laid_out
 from support.processes import Machine
-from support.settings import info, parse_args, read_config_file, run_command
+from support.settings import Refusal, info, parse_args, read_config_file, run_command
 from support.tokenizer import END_OF_TEXT, PATTERN, encoding_from
 
 # The 20.8M-parameter model on which we and transformers' DeepseekV3ForCausalLM are compared.
@@ -238,7 +238,7 @@ def require_transformers(command: str) -> None:
     """Called before anything is measured, which takes minutes."""
     for package in ("safetensors", "transformers"):
         if find_spec(package) is None:
-            raise ValueError(
+            raise Refusal(
                 f"{package} is not installed, and `bench.py {command}` measures beside "
                 "transformers: pip install transformers safetensors"
             )
@@ -556,10 +556,10 @@ def read_log(run: str) -> Log:
     path = Path(run) / "log.jsonl"
     if not path.is_file():
         hint = "name folders of runs, such as out/small, and the picture with --out=FILE"
-        raise ValueError(f"{run} has no log.jsonl: {hint}.")
+        raise Refusal(f"{run} has no log.jsonl: {hint}.")
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     if not lines:
-        raise ValueError(f"{path} has no line yet: try again after a few steps of training.")
+        raise Refusal(f"{path} has no line yet: try again after a few steps of training.")
     return [json.loads(line) for line in lines]
 
 
@@ -623,10 +623,10 @@ def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
 
 
 def plot_key(ax: Any, key: str, logs: dict[str, Log]) -> None:
-    """Any number in the log: a curve for each run. Raises ValueError where no log has it."""
+    """Any number in the log: a curve for each run. Raises Refusal where no log has it."""
     curves = [column(log, key) for log in logs.values()]
     if not any(len(x) for x, _ in curves):
-        raise ValueError(f"no log of {', '.join(logs)} has the key {key!r}: look into a log.jsonl.")
+        raise Refusal(f"no log of {', '.join(logs)} has the key {key!r}: look into a log.jsonl.")
     for i, curve in enumerate(curves):
         ax.plot(*curve, color=f"C{i}")
     ax.set(xlabel="step", ylabel=key)
@@ -662,7 +662,7 @@ def plot(options: PlotOptions, runs: list[str]) -> Path:
     from matplotlib.figure import Figure
 
     if not runs:
-        raise ValueError("no run is named: python bench.py plot out/small")
+        raise Refusal("no run is named: python bench.py plot out/small")
     logs, loads = {run: read_log(run) for run in runs}, {}
     for run, log in logs.items():
         for line in log:

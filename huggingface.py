@@ -29,7 +29,7 @@ from model import DeepSeekV3, ModelConfig
 from support.files import check_free, naming, new_folder, put_aside, read_json
 from support.gguf import write_gguf
 from support.runs import load_checkpoint
-from support.settings import info, parse_args, run_command, short
+from support.settings import Refusal, info, parse_args, run_command, short
 from support.tokenizer import (
     PATTERN,
     Tokenizer,
@@ -54,32 +54,32 @@ STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)
 def config_from_json(config: dict[str, Any]) -> ModelConfig:
     """From a Hugging Face config.json, in the style of transformers 4 or 5.
 
-    Keys without effect on the network are ignored. Raises ValueError for another architecture
+    Keys without effect on the network are ignored. Raises Refusal for another architecture
     and for a value that would change the logits in a way that is not implemented.
     """
     family, text_part = config.get("model_type"), config.get("text_config")
     if family not in (None, *FAMILY):
         if isinstance(text_part, dict):
             family = f"{family}, whose text part (text_config) is {text_part.get('model_type')}"
-        raise ValueError(
+        raise Refusal(
             f"config.json is of the family {family}, expected {' or '.join(FAMILY)}: V3, V3.1, R1, "
             "Moonlight, Kimi-K2 or a network of their kind."
         )
     for key in ("rope_scaling", "rope_parameters", "quantization_config"):
         if not isinstance(config.get(key), dict | None):
-            raise ValueError(f"config.json has {key} {config[key]!r:.100}, expected an object.")
+            raise Refusal(f"config.json has {key} {config[key]!r:.100}, expected an object.")
     # transformers 5 gathers rope_theta and rope_scaling in one dictionary.
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     for key, value in rope.items():
         if not isinstance(value, str | int | float | None):
-            raise ValueError(f"config.json has {key} {value!r:.100}, expected a number or a text.")
+            raise Refusal(f"config.json has {key} {value!r:.100}, expected a number or a text.")
     # The keys of the file and of the two objects in it, in one dictionary. A key that is missing
     # has transformers' default, which is ours except for these two.
     stated = {"max_position_embeddings": 4096, "initializer_range": 0.02} | config | rope
     stated |= config.get("quantization_config") or {}
     for key, value in (FIXED_KEYS | FP8_KEYS | {"partial_rotary_factor": 1}).items():
         if stated.get(key) not in (None, value):
-            raise ValueError(f"config.json has {key} {stated[key]!r:.100}, expected {value!r}.")
+            raise Refusal(f"config.json has {key} {stated[key]!r:.100}, expected {value!r}.")
     apart = ("rope_theta", "partial_rotary_factor")  # the other keys of `rope` are YaRN's
     stated["rope_scaling"] = {key: value for key, value in rope.items() if key not in apart}
     known = ModelConfig.__dataclass_fields__
@@ -87,27 +87,27 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
 
 
 def check_sizes(config: ModelConfig, tensors: int, where: Path, stacked: bool = False):
-    """Raises ValueError where a network would have far more tensors than are stored: to build one
+    """Raises Refusal where a network would have far more tensors than are stored: to build one
     of 10^7 layers takes minutes, even without memory. stacked: a layer's experts are one tensor."""
     for name, value in vars(config).items():
         if isinstance(value, int) and value >= 2**31:
-            raise ValueError(f"{where} has {name} {value}, expected less than {2**31}.")
+            raise Refusal(f"{where} has {name} {value}, expected less than {2**31}.")
     counts = {"num_hidden_layers": config.num_hidden_layers}
     counts["num_nextn_predict_layers"] = config.num_nextn_predict_layers
     if config.moe_layers and not stacked:
         counts["n_routed_experts"] = config.n_routed_experts
     for name, value in counts.items():
         if value > tensors:
-            raise ValueError(f"{where} has {name} {value}, but there are only {tensors} tensors.")
+            raise Refusal(f"{where} has {name} {value}, but there are only {tensors} tensors.")
 
 
 def on_meta(config: ModelConfig, where: Path) -> DeepSeekV3:
-    """The network without memory, to compare names and shapes. Raises ValueError."""
+    """The network without memory, to compare names and shapes. Raises Refusal."""
     try:
         with torch.device("meta"):
             return DeepSeekV3(config)
     except (RuntimeError, TypeError) as error:  # sizes whose product no integer holds; True for 1
-        raise ValueError(f"no network has the sizes in {where} ({short(error, 100)})") from None
+        raise Refusal(f"no network has the sizes in {where} ({short(error, 100)})") from None
 
 
 def and_more(names: list[str]) -> str:
@@ -145,7 +145,7 @@ def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
 
 
 def open_files(directory: Path, device: str) -> dict[str, Any]:
-    """{tensor: the open file that has it}; files are mapped, not read. Raises ValueError."""
+    """{tensor: the open file that has it}; files are mapped, not read. Raises Refusal."""
     import safetensors
 
     stored = {}
@@ -153,42 +153,42 @@ def open_files(directory: Path, device: str) -> dict[str, Any]:
         try:
             file = safetensors.safe_open(path, "pt", device)
             if twice := stored.keys() & file.keys():
-                raise ValueError(f"it repeats {min(twice)}, so one file is of another version")
+                raise Refusal(f"it repeats {min(twice)}, so one file is of another version")
             stored |= dict.fromkeys(file.keys(), file)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{path} cannot be used ({short(error)}): fetch all anew.") from None
+            raise Refusal(f"{path} cannot be used ({short(error)}): fetch all anew.") from None
     return stored
 
 
 def check_tensors(model: DeepSeekV3, stored: dict[str, Any], directory: Path):
-    """Raises ValueError unless the names and shapes are those of the model, which may be without
+    """Raises Refusal unless the names and shapes are those of the model, which may be without
     memory. What is stored once more may be missing."""
     needed, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))
     if missing := sorted(needed.keys() - stored.keys()):
         lacks = f"{directory} lacks {and_more(missing)}"
-        raise ValueError(f"{lacks}, due by its config.json: is a file missing?")
+        raise Refusal(f"{lacks}, due by its config.json: is a file missing?")
     for name in sorted(stored.keys() - needed.keys() - copies.keys()):
         if not name.endswith(("_scale_inv", "rotary_emb.inv_freq")):
-            raise ValueError(f"{directory} has {name}, for which its config.json has no place.")
+            raise Refusal(f"{directory} has {name}, for which its config.json has no place.")
     for name, expected in needed.items():
         if (shape := tuple(stored[name].get_slice(name).get_shape())) != expected.shape:
             stated = tuple(expected.shape)
-            raise ValueError(f"{name} in {directory} is {shape}, but by its config.json {stated}.")
+            raise Refusal(f"{name} in {directory} is {shape}, but by its config.json {stated}.")
 
 
 def read_tensor(name: str, stored: dict[str, Any], directory: Path) -> Tensor:
-    """A stored weight; if it is in FP8, decoded in float32. Raises ValueError."""
+    """A stored weight; if it is in FP8, decoded in float32. Raises Refusal."""
     x, scale = stored[name].get_tensor(name), f"{name}_scale_inv"
     if not x.is_floating_point():  # int4 or int8, which torch would convert without a word
-        raise ValueError(f"{name} in {directory} holds {x.dtype}, expected floating point.")
+        raise Refusal(f"{name} in {directory} holds {x.dtype}, expected floating point.")
     if x.dtype != torch.float8_e4m3fn:
         return x
     if scale not in stored:
-        raise ValueError(f"{name} in {directory} is in FP8, but has no {scale}.")
+        raise Refusal(f"{name} in {directory} is in FP8, but has no {scale}.")
     try:
         return fp8.dequantize(x, stored[scale].get_tensor(scale), fp8.BLOCK)
     except ValueError as error:
-        raise ValueError(f"{name} in {directory}: {error}") from None
+        raise Refusal(f"{name} in {directory}: {error}") from None
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def from_pretrained(
     file or several.
 
     dtype None is the one config.json names, bf16 if none or FP8. MTP modules are there if
-    their tensors are. Raises ValueError naming the file, key or tensor that is wrong.
+    their tensors are. Raises Refusal naming the file, key or tensor that is wrong.
     """
     directory = Path(directory)
     raw, stored = read_json(directory / "config.json"), open_files(directory, str(device))
@@ -209,7 +209,7 @@ def from_pretrained(
     kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
     named = getattr(torch, str(kind or "bfloat16"), None)
     if named not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"config.json has dtype {kind!r:.100}, expected one such as float32.")
+        raise Refusal(f"config.json has dtype {kind!r:.100}, expected one such as float32.")
     model = on_meta(config, directory / "config.json").to(dtype or named)
     check_tensors(model, stored, directory)
 
@@ -219,7 +219,7 @@ def from_pretrained(
     copies = {name: x for name, x in checkpoint_copies(model) if name in stored}
     for name, original in copies.items():
         if not torch.equal(stored[name].get_tensor(name).to(original.dtype), original):
-            raise ValueError(f"{name} differs from its original: this is another architecture.")
+            raise Refusal(f"{name} differs from its original: this is another architecture.")
     return model.eval()
 
 
@@ -262,7 +262,7 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
 
 
 def parts_of(saved: dict[str, Any], path: Path) -> tuple[ModelConfig, dict[str, Tensor], int]:
-    """Settings, weights and longest trained windows in a checkpoint. Raises ValueError."""
+    """Settings, weights and longest trained windows in a checkpoint. Raises Refusal."""
     try:
         config, weights = ModelConfig(**saved["model_config"]), saved["model"]
         for name, x in weights.items():
@@ -275,7 +275,7 @@ def parts_of(saved: dict[str, Any], path: Path) -> tuple[ModelConfig, dict[str, 
             raise TypeError(f"trained_length is {length!r}, expected a number of tokens")
         return config, weights, length
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: weights and settings do not match: {short(error)}") from None
+        raise Refusal(f"{path}: weights and settings do not match: {short(error)}") from None
 
 
 def load_model(
@@ -288,7 +288,7 @@ def load_model(
 
     dtype None is the stored one. The tokenizer is None if a Hugging Face directory has none.
     extend: parameters that a run's weights lack, because model.py has more today, start as
-    initialised, and a line names them. Raises OSError or ValueError.
+    initialised, and a line names them. Raises OSError or Refusal.
     """
     path = Path(ckpt)
     if (path / "config.json").exists():
@@ -305,7 +305,7 @@ def load_model(
         have, want = stored.get(name, "missing"), needed.get(name, "no part of this network")
         if have != want:
             told = f"{path}: weights and settings do not match"
-            raise ValueError(f"{told}: {name} is {have} in the file, but {want} by its settings")
+            raise Refusal(f"{told}: {name} is {have} in the file, but {want} by its settings")
     if new:
         info(f"{path} lacks {and_more(new)}: of this network, what is new starts as initialised")
         model = DeepSeekV3(config).to(device, dtype)
@@ -316,7 +316,7 @@ def load_model(
     tokenizer = stored_tokenizer(path if path.is_dir() else path.parent)
     if tokenizer.n_vocab > config.vocab_size:
         told = f"{path} has weights for {config.vocab_size} tokens, but its tokenizer"
-        raise ValueError(f"{told} has {tokenizer.n_vocab}: copy that of their run.")
+        raise Refusal(f"{told} has {tokenizer.n_vocab}: copy that of their run.")
     return model.eval(), tokenizer, path
 
 
@@ -333,7 +333,7 @@ class ConvertConfig:
 
 @torch.no_grad()
 def check(directory: Path):
-    """Compares logits with those of transformers, in float32. Raises ValueError."""
+    """Compares logits with those of transformers, in float32. Raises Refusal."""
     import transformers
 
     transformers.logging.set_verbosity_error()  # it would list the MTP modules, which it ignores
@@ -346,7 +346,7 @@ def check(directory: Path):
     info(f"logits differ from those of transformers by {error:.1e} of the largest")
     if not error < 1e-3:
         why = "this is more than rounding: model.py is not DeepSeek-V3 any more"
-        raise ValueError(f"{why}; nothing was written")
+        raise Refusal(f"{why}; nothing was written")
 
 
 def export(model: DeepSeekV3, source: Path, directory: Path, quantize: bool):
@@ -398,7 +398,7 @@ def main(argv: list[str]):
         raise ModuleNotFoundError(told, name=" ".join(missing))
     check_free(target, config.overwrite)
     if (source / "config.json").exists():
-        raise ValueError(f"{source} is an export already: SRC is a run or a checkpoint file.")
+        raise Refusal(f"{source} is an export already: SRC is a run or a checkpoint file.")
     if to_gguf:
         return export_gguf(source, target, config.gguf_dtype)
     model, _, _ = load_model(source)

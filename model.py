@@ -44,6 +44,7 @@ from torch.utils.checkpoint import checkpoint
 # under autocast. span(start, n) are the positions start .. start + n - 1: a slice, or an index
 # tensor where start is a tensor (in the graphs that sample.py compiles).
 from support.ops import cast, compute_dtype, fast_twin, linear32, span, upcast
+from support.settings import Refusal
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
 Position = int | Tensor  # in a graph, which serves every position, a tensor without dimensions
@@ -689,17 +690,17 @@ YARN_KEYS = {
 
 
 def check_config(config: ModelConfig):
-    """Raises ValueError, in one sentence, if these values make no network."""
+    """Raises Refusal, in one sentence, if these values make no network."""
     for field in fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
         accepted = int | float if kind is float else kind  # 1 will do for 1.0
         if not isinstance(value, accepted):
             must = getattr(kind, "__name__", kind)
-            raise ValueError(f"{name} is {value!r}, but must be of type {must}.")
+            raise Refusal(f"{name} is {value!r}, but must be of type {must}.")
         whole = kind in (int, int | None)  # a width, a number of heads or layers ...
         least = 1 if whole and name not in MAY_BE_ZERO else 0
         if isinstance(value, int | float) and not value >= least:  # "not >=" refuses nan too
-            raise ValueError(f"{name} is {value}, but must be at least {least}.")
+            raise Refusal(f"{name} is {value}, but must be at least {least}.")
     E, K, R = config.n_routed_experts, config.num_experts_per_tok, config.qk_rope_head_dim
     groups, allowed = config.n_group, config.topk_group
     within = E // groups * allowed  # the experts among which a token chooses
@@ -721,7 +722,7 @@ def check_config(config: ModelConfig):
         (config.rope_theta <= 1, f"rope_theta is {config.rope_theta}, but must be above 1."),
     ):
         if refused:
-            raise ValueError(sentence)
+            raise Refusal(sentence)
 
 
 def yarn_kind(config: ModelConfig) -> str:

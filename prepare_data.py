@@ -31,7 +31,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from support.files import lies_in, new_folder
-from support.settings import info, parse_args, run_command, short, with_home
+from support.settings import Refusal, info, parse_args, run_command, short, with_home
 from support.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer, write_tokenizer
 from support.tokens import Dataset, load_dataset, read_tokens, write_tokens
 
@@ -61,22 +61,20 @@ class DataConfig:
     def __post_init__(self):
         self.name = self.name or Path(self.source).resolve().name.strip(".").split(".")[0]
         if not re.fullmatch(r"\w[\w .-]*", self.name):  # no path out of the folder `out`
-            raise ValueError(f"name={self.name!r}: expected a plain folder name; give --name=NAME")
+            raise Refusal(f"name={self.name!r}: expected a plain folder name; give --name=NAME")
         if not 0 < self.val_fraction <= 0.5:
-            raise ValueError(f"val_fraction={self.val_fraction}: expected above 0, at most 0.5")
+            raise Refusal(f"val_fraction={self.val_fraction}: expected above 0, at most 0.5")
         if not 0 <= self.test_fraction <= 0.4:
-            raise ValueError(f"test_fraction={self.test_fraction}: expected 0 to 0.4")
+            raise Refusal(f"test_fraction={self.test_fraction}: expected 0 to 0.4")
         if not self.tokenizer and self.vocab_size < 257:
-            raise ValueError(
-                f"vocab_size={self.vocab_size}: expected 257 (256 bytes and 1) or more"
-            )
+            raise Refusal(f"vocab_size={self.vocab_size}: expected 257 (256 bytes and 1) or more")
         if self.source in SHARDS:
             most = SHARDS[self.source][1]
             if not 1 <= self.shards <= most:
-                raise ValueError(f"shards={self.shards}: expected 1 to {most}, all that there are")
+                raise Refusal(f"shards={self.shards}: expected 1 to {most}, all that there are")
             if self.tokenizer not in ("", "gpt2"):
                 given = f"{self.source} is made of gpt2's tokens, but tokenizer={self.tokenizer!r}"
-                raise ValueError(f"{given}; leave --tokenizer out, or give a source of text")
+                raise Refusal(f"{given}; leave --tokenizer out, or give a source of text")
 
 
 # ---- Text ----------------------------------------------------------------------------------------
@@ -93,7 +91,7 @@ def as_text(value: object, where: str, text_key: str) -> str | None:
     """The value of a record, which must be text or null."""
     if value is None or isinstance(value, str):
         return value
-    raise ValueError(f"{where} has {value!r:.60} as {text_key!r}, expected text or null{OTHER_KEY}")
+    raise Refusal(f"{where} has {value!r:.60} as {text_key!r}, expected text or null{OTHER_KEY}")
 
 
 def parse_record(line: str, where: str, text_key: str) -> str | None:
@@ -102,11 +100,11 @@ def parse_record(line: str, where: str, text_key: str) -> str | None:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         why = getattr(error, "msg", error)  # a JSONDecodeError counts lines, but has seen only one
-        raise ValueError(f"{where} is no JSON ({short(why, 100)}); correct or delete it") from None
+        raise Refusal(f"{where} is no JSON ({short(why, 100)}); correct or delete it") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{where} is {line.strip():.60}, expected an object with {text_key!r}")
+        raise Refusal(f"{where} is {line.strip():.60}, expected an object with {text_key!r}")
     if text_key not in record:
-        raise ValueError(f"{where} has keys {list(record)!r:.100}, not {text_key!r}{OTHER_KEY}")
+        raise Refusal(f"{where} has keys {list(record)!r:.100}, not {text_key!r}{OTHER_KEY}")
     text = as_text(record[text_key], where, text_key)
     # JSON can spell half a surrogate pair, which UTF-8 cannot.
     return text and text.encode("utf-8", "replace").decode()
@@ -122,7 +120,7 @@ def read_file(path: Path, text_key: str) -> Iterator[str | None]:
 
         file = ParquetFile(path)
         if text_key not in (columns := file.schema_arrow.names):
-            raise ValueError(f"it has columns {columns!r:.100}, not {text_key!r}{OTHER_KEY}")
+            raise Refusal(f"it has columns {columns!r:.100}, not {text_key!r}{OTHER_KEY}")
         for batch in file.iter_batches(columns=[text_key]):
             for value in batch.column(text_key).to_pylist():
                 yield as_text(value, "a record", text_key)
@@ -193,8 +191,8 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
             info(f"skipped {path}: not UTF-8 text")
             continue
         except (ValueError, EOFError, NotImplementedError, gzip.BadGzipFile, zlib.error) as error:
-            why = error if type(error) is ValueError else f"{error!r:.200}"
-            raise ValueError(f"{path} cannot be read: {why}") from None
+            why = error if type(error) is Refusal else f"{error!r:.200}"
+            raise Refusal(f"{path} cannot be read: {why}") from None
         except OSError as error:
             why = error.strerror or error  # pyarrow's has no more than a message
             raise OSError(f"{path} cannot be read ({why}); allow it or leave it out") from None
@@ -260,7 +258,7 @@ def split_documents(
 
 
 def read_parts(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
-    """The texts for training, validation and test. Raises ValueError where they are too few."""
+    """The texts for training, validation and test. Raises Refusal where they are too few."""
     if config.source == "tinystories":  # it brings its own validation file
         files = [f"TinyStoriesV2-GPT4-{split}.txt" for split in ("train", "valid")]
         paths = [download("roneneldan/TinyStories", file) for file in files]
@@ -270,12 +268,12 @@ def read_parts(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
         stdlib = config.source == "stdlib"
         documents = read_stdlib() if stdlib else read_paths(config.source, config.text_key)
         if (size := sum(map(len, documents.values()))) < 100:
-            raise ValueError(f"{config.source} holds {size} characters, expected 100 or more")
+            raise Refusal(f"{config.source} holds {size} characters, expected 100 or more")
         train, val, test = split_documents(documents, config.val_fraction, config.test_fraction)
     for split, texts in ("training", train), ("validation", val):
         if not any(texts):
             has = f"{config.source} has no text for {split}"
-            raise ValueError(f"{has} (val_fraction={config.val_fraction}); give more")
+            raise Refusal(f"{has} (val_fraction={config.val_fraction}); give more")
     return train, val, test
 
 
@@ -299,7 +297,7 @@ def link_shards(config: DataConfig, folder: Path) -> None:
         path = download(SHARDS[config.source][0], f"{config.source}_{split}_{number:06d}.bin")
         (folder / name).symlink_to(path)
         if read_tokens(path, n_vocab := tokenizer.n_vocab).max() >= n_vocab:
-            raise ValueError(f"{path} holds ids beyond gpt2's {n_vocab} tokens; delete it")
+            raise Refusal(f"{path} holds ids beyond gpt2's {n_vocab} tokens; delete it")
     write_tokenizer(tokenizer, folder)
 
 
@@ -339,7 +337,7 @@ def main(argv: list[str]) -> None:
     description = "Turn text into token files and a tokenizer in data/<name>/."
     source, values = parse_args(description, argv, DataConfig, positional="source")
     if source and "source" in values:
-        raise ValueError(f"two sources: {source} and --source={values['source']}; give one")
+        raise Refusal(f"two sources: {source} and --source={values['source']}; give one")
     values |= with_home(values, "out", "tokenizer")  # find_files does so for the source
     config = DataConfig(**values | ({"source": source} if source else {}))
     folder = prepare(config)

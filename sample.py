@@ -30,7 +30,7 @@ from huggingface import load_model
 from model import Cache, DeepSeekV3
 from support.ops import fast_dtype, laid_out, span
 from support.processes import usable_device
-from support.settings import info, parse_args, run_command, with_home
+from support.settings import Refusal, info, parse_args, run_command, with_home
 from support.tokenizer import Tokenizer
 
 MOST_DRAFTS = 4
@@ -173,7 +173,7 @@ class Text:
         self.cache = Cache(config, len(model.layers), B, size, like)
         hidden = model.trunk(tokens, self.cache)  # (B, T, D)
         if not model.logits(hidden[:, -1:]).isfinite().all():
-            raise ValueError(
+            raise Refusal(
                 "the logits after the prompt are not finite: weights are damaged, or an edit of "
                 "model.py makes them so"
             )
@@ -326,7 +326,7 @@ def graph_of(text: Text, n: Tensor, G: int, slots: int | None, u: Tensor) -> Cal
             text.tokens.copy_(tokens)  # the round writes over drafts that were copied
     except torch._dynamo.exc.ShortenTraceback as error:
         reason = str(error)[:200]
-        raise ValueError(f"--compile cannot be used here ({reason}); leave it out") from None
+        raise Refusal(f"--compile cannot be used here ({reason}); leave it out") from None
     text.recorded.add((G, slots))
     if key not in GRAPHS:
         GRAPHS[key] = graph
@@ -469,9 +469,9 @@ def up_to_eos(ids: list[int], eos: list[int]) -> list[int]:
 
 
 def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative):
-    """Raises ValueError, with one sentence, for a call of `generate` that cannot be served."""
+    """Raises Refusal, with one sentence, for a call of `generate` that cannot be served."""
     if tokens.ndim != 2:
-        raise ValueError(f"tokens have shape {tuple(tokens.shape)}, but must have (B, T).")
+        raise Refusal(f"tokens have shape {tuple(tokens.shape)}, but must have (B, T).")
     (B, T), V, limit = tokens.shape, model.config.vocab_size, model.config.max_position_embeddings
     low, high = (tokens.min().item(), tokens.max().item()) if B * T else (0, 0)
     drafts = speculative in range(MOST_DRAFTS + 1)
@@ -486,7 +486,7 @@ def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, spec
         (drafts, f"the number of drafts is {speculative!r}, but must be 0 to {MOST_DRAFTS}"),
     ):
         if not ok:
-            raise ValueError(sentence)
+            raise Refusal(sentence)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -569,14 +569,14 @@ def main(argv: list[str]):
     ckpt, values = parse_args(text, argv, SampleConfig, positional="ckpt")
     config = SampleConfig(**values | with_home(values, "ckpt"))
     if ckpt and "ckpt" in values:
-        raise ValueError(f"there are two checkpoints, {ckpt} and --ckpt={config.ckpt}: name one")
+        raise Refusal(f"there are two checkpoints, {ckpt} and --ckpt={config.ckpt}: name one")
     device, dtype = usable_device(config.device), config.dtype
     if dtype == "auto":  # a CPU decodes single tokens no faster in bfloat16
         fast = device.type == "cuda" and fast_dtype(device)[0] == torch.bfloat16
         dtype = "bfloat16" if fast else "float32"
     model, tokenizer, path = load_model(ckpt or config.ckpt, device, getattr(torch, dtype))
     if tokenizer is None:
-        raise ValueError(f"no tokenizer of {path} can be read, so there is no text to write")
+        raise Refusal(f"no tokenizer of {path} can be read, so there is no text to write")
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none, and needs none
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     if config.interactive:

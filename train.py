@@ -46,7 +46,7 @@ from model import DeepSeekV3, ModelConfig, expert_counts
 from support import processes, runs, settings
 from support.processes import Machine
 from support.runs import checkpoint_file, load_checkpoint
-from support.settings import info
+from support.settings import Refusal, info
 from support.tokenizer import check_tokenizer, stored_tokenizer, tokenizer_files
 from support.tokens import Dataset, data_folder, open_folder, text_digest
 
@@ -112,18 +112,18 @@ class TrainConfig:
         for name, value in vars(self).items():
             least = 1 if name in counts else 0
             if not isinstance(value, str) and (math.isnan(value) or value < least):
-                raise ValueError(f"{name} is {value}, but must be at least {least}.")
+                raise Refusal(f"{name} is {value}, but must be at least {least}.")
         if max(self.beta1, self.beta2) >= 1:
-            raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
+            raise Refusal(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
         if self.optimizer == "muon" and self.parallel == "fsdp":
-            raise ValueError("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
+            raise Refusal("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
         # A cosine that ends at 1 lasts to the end of the run, without a last phase.
         phases = PHASES if self.decay_end < 1 else PHASES[:-1]
         for first, then in itertools.pairwise(phases):
             x, y = getattr(self, first), getattr(self, then)
             if x > y:
                 wrong = f"{first} is {x}, but {then} is {y}"
-                raise ValueError(f"{wrong}: raise {then} to {x} at least, or lower {first}.")
+                raise Refusal(f"{wrong}: raise {then} to {x} at least, or lower {first}.")
 
 
 # ---- Schedules (section 4.2) ---------------------------------------------------------------------
@@ -309,7 +309,7 @@ def train_windows(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
     windows = data.train.windows(np.array(starts), T + 1)
     if (highest := windows.max()) >= data.vocab_size:
         told = f"the data hold id {highest} of {data.vocab_size} tokens"
-        raise ValueError(f"{told}: prepare them again.")
+        raise Refusal(f"{told}: prepare them again.")
     return windows
 
 
@@ -555,11 +555,11 @@ def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
     if command.resume and (given.get("init_from") or given.get("overwrite")):
-        raise ValueError("--resume goes on with a run: leave out --init_from and --overwrite.")
+        raise Refusal("--resume goes on with a run: leave out --init_from and --overwrite.")
     if command.init_from and not (command.eval_only or command.resume):
         out, source = Path(command.out).resolve(), Path(command.init_from).resolve()
         if out in (source, source.parent):
-            raise ValueError(f"{command.init_from} would be put aside: give another --out.")
+            raise Refusal(f"{command.init_from} would be put aside: give another --out.")
     return command, in_file, given
 
 
@@ -588,7 +588,7 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
     if not source:
         if not {"hidden_size", "num_hidden_layers"} <= network.keys():
             sizes = "hidden_size, num_hidden_layers and the network's other sizes"
-            raise ValueError(f"the config file has to set {sizes}: take config/small.py's.")
+            raise Refusal(f"the config file has to set {sizes}: take config/small.py's.")
         model = DeepSeekV3(ModelConfig(**network)).to(place, dtype)
         model.trained_length = 0
         return model, None
@@ -597,39 +597,39 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
     for key, value in network.items():
         have = getattr(model.config, key)
         if key not in CONTEXT_KEYS and value != have:
-            raise ValueError(f"{key} is {value} here, but {have} in {source}: it cannot change.")
+            raise Refusal(f"{key} is {value} here, but {have} in {source}: it cannot change.")
         setattr(model.config, key, value)  # all layers share the object
     model.config.__post_init__()  # checks the new values
     return model, tokenizer
 
 
 def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, first: int):
-    """Raises ValueError where windows do not fit the network or cannot be shared out (from the step
+    """Raises Refusal where windows do not fit the network or cannot be shared out (from the step
     `first` on), and where --compile would only cost time."""
     long, limit = config.long_block_size, model.config.max_position_embeddings
     longest = max(config.block_size, long)
     if longest > limit:
-        raise ValueError(f"windows of {longest} tokens exceed max_position_embeddings, {limit}.")
+        raise Refusal(f"windows of {longest} tokens exceed max_position_embeddings, {limit}.")
     # MTP module k needs k + 1 tokens before it has a target. And windows below 8 tokens make the
     # batches of an evaluation so small that the Python around them takes most of the time.
     least = max(8, 1 + model.config.num_nextn_predict_layers)
     if config.block_size < least:
-        raise ValueError(f"block_size is {config.block_size}, but must be at least {least} here.")
+        raise Refusal(f"block_size is {config.block_size}, but must be at least {least} here.")
     if config.eval_only:  # compiles nothing and has no steps
         return
     if config.compile and machine.device.type == "cpu" and machine.dtype != torch.bfloat16:
         slow = "compiles for minutes on a CPU and gains nothing"
-        raise ValueError(f"--compile in {config.dtype} {slow}: give --compile=False.")
+        raise Refusal(f"--compile in {config.dtype} {slow}: give --compile=False.")
     trained = max(model.trained_length, config.block_size)
     if 0 < long < trained:
         less = f"long_block_size is {long}, less than the {trained} trained before"
-        raise ValueError(f"{less}: give --long_block_size=0, or {trained} at least.")
+        raise Refusal(f"{less}: give --long_block_size=0, or {trained} at least.")
     parts = machine.world * config.grad_accum
     for step in range(first, config.steps):
         tokens, T = batch_at(config, step) * config.block_size, block_at(config, step)
         if tokens % (T * parts):
             uneven = f"the {tokens} tokens of step {step} are no multiple of {parts} micro-batches"
-            raise ValueError(f"{uneven} (processes x grad_accum) of windows of {T} tokens.")
+            raise Refusal(f"{uneven} (processes x grad_accum) of windows of {T} tokens.")
 
 
 def tell_start(config: TrainConfig, source: Path, stored: dict, step: int):
@@ -719,10 +719,10 @@ def main(argv: list[str]):
     except (RuntimeError, MemoryError) as error:
         if settings.is_out_of_memory(error):
             told = "out of memory: raise --grad_accum or give --recompute; in an evaluation,"
-            raise ValueError(f"{told} lower --eval_batch; else take a smaller network.") from None
+            raise Refusal(f"{told} lower --eval_batch; else take a smaller network.") from None
         if isinstance(error, torch._dynamo.exc.ShortenTraceback):  # no C++ compiler, no Triton
             why = settings.short(error)
-            raise ValueError(f"--compile cannot be used here ({why}); leave it out") from error
+            raise Refusal(f"--compile cannot be used here ({why}); leave it out") from error
         raise
     processes.end()
 

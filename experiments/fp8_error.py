@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import fp8
-from support.settings import parse_args, run_command
+from support.settings import Refusal, parse_args, run_command
 
 tilewise = fp8.quantize
 
@@ -162,7 +162,7 @@ def main(argv: list[str]):
     named = [name for name in values.get("arms", "").split(",") if name]
     known = dict.fromkeys(name for _, arms in PARTS for name in arms)
     if unknown := [name for name in named if name not in known]:
-        raise ValueError(f"there is no arm {unknown[0]!r}; choose from {', '.join(known)}.")
+        raise Refusal(f"there is no arm {unknown[0]!r}; choose from {', '.join(known)}.")
     for experiment, arms in PARTS:
         own = [name for name in named if name in arms]
         if own or not named:

@@ -19,7 +19,7 @@ import torch
 import sample
 from huggingface import load_model
 from model import DeepSeekV3
-from support.settings import info, parse_args, run_command
+from support.settings import Refusal, info, parse_args, run_command
 from support.tokenizer import Tokenizer
 
 PAGE = """<!doctype html>
@@ -156,13 +156,13 @@ def main(argv: list[str]):
     options = Options(**values)
     model, tokenizer, _ = load_model(ckpt or "out/small", "cpu", torch.float32)
     if tokenizer is None or model.config.first_k_dense_replace >= model.config.num_hidden_layers:
-        raise ValueError(f"{ckpt} has no tokenizer or no experts: name another checkpoint.")
+        raise Refusal(f"{ckpt} has no tokenizer or no experts: name another checkpoint.")
     if options.prompt:
         ids = written(model, tokenizer, options)
     else:
         _, start, text = Path(options.text).read_text("utf-8").partition(options.start)
         if not start:
-            raise ValueError(f"{options.text} has no {options.start!r}: give another --start.")
+            raise Refusal(f"{options.text} has no {options.start!r}: give another --start.")
         ids = tokenizer.encode(start + text)[: options.length]
 
     def text_of(token: int) -> str:

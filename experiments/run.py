@@ -51,7 +51,7 @@ from huggingface import load_model
 from model import DeepSeekV3, ModelConfig
 from support import processes
 from support.runs import load_checkpoint
-from support.settings import info, parse_args, read_config_file, run_command
+from support.settings import Refusal, info, parse_args, read_config_file, run_command
 from support.tokenizer import tokenizer_files
 from support.tokens import Dataset, Tokens
 
@@ -305,7 +305,7 @@ def main(argv: list[str], experiment: Experiment):
     arms = {"base": Arm()} | experiment.arms(options.base())
     chosen = options.arms.split(",") if options.arms else list(arms)
     if unknown := [name for name in chosen if name not in arms]:
-        raise ValueError(f"there is no arm {unknown[0]!r}; choose from {', '.join(arms)}.")
+        raise Refusal(f"there is no arm {unknown[0]!r}; choose from {', '.join(arms)}.")
     trainer = replace(experiment, name=experiment.results or experiment.name)
     # All arms with one seed, then with the next, so that pairs come early.
     turns = [(int(seed), name) for seed in options.seeds.split(",") for name in chosen]

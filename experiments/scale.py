@@ -21,7 +21,7 @@ from tables import COLOURS, INK
 
 import bench
 from model import DeepSeekV3, Gate
-from support.settings import parse_args, run_command
+from support.settings import Refusal, parse_args, run_command
 
 V3, SMALL = run.ROOT / "config/v3_671b.py", run.ROOT / "config/small.py"
 TOKENS, HOURS = 14.8e12, 2.664e6  # of V3's run; hours of one H800 (section 1)
@@ -78,7 +78,7 @@ def traffic(file: Path) -> Part:
     config, ways, found = bench.open_config(file)[0].config, NODES * NODE, {}
     E = config.n_routed_experts * (config.first_k_dense_replace < config.num_hidden_layers)
     if E == 0 or E % ways:
-        raise ValueError(
+        raise Refusal(
             f"{file} has {E} routed experts in a layer, and {NODES} nodes of {NODE} cards take a "
             f"multiple of {ways}: name another config file, such as config/{V3.name}."
         )

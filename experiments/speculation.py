@@ -26,7 +26,7 @@ from huggingface import load_model
 from model import DeepSeekV3
 from support.ops import laid_out
 from support.processes import usable_device
-from support.settings import parse_args, run_command
+from support.settings import Refusal, parse_args, run_command
 
 
 @dataclass
@@ -140,7 +140,7 @@ def tables(ckpt: str, options: SpeculationOptions) -> Iterator[Table]:
     device = usable_device(options.device)
     model, tokenizer, _ = load_model(ckpt, device, torch.float32)
     if not len(model.mtp) or tokenizer is None:
-        raise ValueError(f"{ckpt} has no MTP module or no tokenizer: name another checkpoint.")
+        raise Refusal(f"{ckpt} has no MTP module or no tokenizer: name another checkpoint.")
     prompts = unseen_prompts(tokenizer.encode, options.prompts, 100)
     with torch.inference_mode():
         for compile in (False, True)[: 1 + options.compile]:

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from support.settings import info, short
+from support.settings import Refusal, info, short
 
 
 def put_aside(folder: Path) -> Path:
     """Renames a folder to NAME.old-1, or the first such name that is free, and says so."""
     if folder.name in ("", ".."):
-        raise ValueError(f"{folder} cannot be renamed: give the folder's name")
+        raise Refusal(f"{folder} cannot be renamed: give the folder's name")
     number = 1
     while os.path.lexists(old := folder.with_name(f"{folder.name}.old-{number}")):
         number += 1
@@ -76,13 +76,13 @@ def lies_in(path: Path, folder: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises ValueError for anything else, OSError."""
+    """The object that a JSON file holds. Raises Refusal for anything else, OSError."""
     try:
         value = json.loads(path.read_bytes())
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
+        raise Refusal(f"{path} is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({short(error, 100)})") from None
+        raise Refusal(f"{path} is no JSON ({short(error, 100)})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {value!r:.100}, expected an object with keys")
+        raise Refusal(f"{path} holds {value!r:.100}, expected an object with keys")
     return value

@@ -18,6 +18,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
+from support.settings import Refusal
 from support.tokenizer import END_OF_TEXT, PATTERN, STAND_INS
 
 DTYPES = ("F32", "F16", "BF16", "Q8_0")  # of matrices; vectors and the gate's stay in float32
@@ -57,7 +58,7 @@ INSTEAD = "give a directory as DST: transformers computes it"
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Raises ValueError where llama.cpp would compute another network, mostly without a word."""
+    """Raises Refusal where llama.cpp would compute another network, mostly without a word."""
     yarn, eps, q = config["rope_scaling"] or {}, config["rms_norm_eps"], config["q_lora_rank"]
     m, m_all, factor = (yarn.get(key) for key in ("mscale", "mscale_all_dim", "attention_factor"))
     fast, slow = yarn.get("beta_fast") or 32, yarn.get("beta_slow") or 1
@@ -77,7 +78,7 @@ def check_config(config: dict[str, Any]) -> None:
     )  # fmt: skip
     for refused, has, theirs in refusals:
         if refused:
-            raise ValueError(f"the network has {has}, but llama.cpp {theirs}: {INSTEAD}.")
+            raise Refusal(f"the network has {has}, but llama.cpp {theirs}: {INSTEAD}.")
 
 
 def metadata(config: dict[str, Any]) -> dict[str, int | float | bool | str]:
@@ -131,13 +132,13 @@ def as_neighbours(x: Tensor, heads: int, R: int) -> Tensor:
 
 
 def parts_of(name: str, x: Tensor, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """A parameter of model.py as llama.cpp's one tensor or two. Raises ValueError for others."""
+    """A parameter of model.py as llama.cpp's one tensor or two. Raises Refusal for others."""
     H, N, R = (config[k] for k in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"))
     found = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
     prefix, kind = (f"blk.{found[1]}.", found[2]) if found else ("", name)
     names = (LAYER_NAMES if found else NAMES).get(kind)
     if names is None:
-        raise ValueError(f"{name} is no weight of DeepSeek-V3, so llama.cpp has no place for it.")
+        raise Refusal(f"{name} is no weight of DeepSeek-V3, so llama.cpp has no place for it.")
     parts = [x]
     if kind == "self_attn.kv_b_proj.weight":
         W = x.unflatten(0, (H, -1))  # (H, N+V, C)
@@ -159,7 +160,7 @@ def add_tokenizer(writer: Any, encoding: tiktoken.Encoding | None, rows: int) ->
     import gguf
 
     if encoding is None or encoding._pat_str not in PRE_TOKENIZERS:
-        raise ValueError(
+        raise Refusal(
             "llama.cpp has no known name for the way in which this run's tokenizer splits texts: "
             "give a directory as DST, which llama.cpp's convert_hf_to_gguf.py may read."
         )
@@ -197,11 +198,11 @@ def write_gguf(
     dtype: str = "F16",
 ) -> None:
     """Writes path. tensors: model.py's names and parameters; config: config.json's keys, of which
-    max_position_embeddings is the longest text. Raises ValueError before anything is written."""
+    max_position_embeddings is the longest text. Raises Refusal before anything is written."""
     import gguf
 
     if dtype not in DTYPES:
-        raise ValueError(f"gguf_dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
+        raise Refusal(f"gguf_dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
     check_config(config)
     writer = gguf.GGUFWriter(path, "deepseek2")
     add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from support.ops import fast_dtype, has_grouped_mm
-from support.settings import info, short
+from support.settings import Refusal, info, short
 
 
 @dataclass
@@ -43,18 +43,18 @@ class Machine:
         return x
 
     def check_alike(self, **what: Any):
-        """Raises ValueError, on every process, unless all have the same by each of the names."""
+        """Raises Refusal, on every process, unless all have the same by each of the names."""
         digests = {k: hashlib.sha256(repr(x).encode()).hexdigest() for k, x in what.items()}
         first, *others = of_all(digests)
         for rank, other in enumerate(others, 1):
             if differ := [name for name in first if other[name] != first[name]]:
                 told = f"{' and '.join(differ)} of process {rank} differ from those of process 0"
-                raise ValueError(f"{told}: all have to read the same folders, on a shared disk.")
+                raise Refusal(f"{told}: all have to read the same folders, on a shared disk.")
 
 
 def start(config) -> Machine:
     """Joins the processes of torchrun and opens the device. It sets config.dtype, which a
-    checkpoint keeps. Raises ValueError where the device cannot be used."""
+    checkpoint keeps. Raises Refusal where the device cannot be used."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         join()
@@ -100,7 +100,7 @@ def end():
 
 
 def start_device(config) -> torch.device:
-    """The device that is asked for, set up. Raises ValueError where it cannot be used."""
+    """The device that is asked for, set up. Raises Refusal where it cannot be used."""
     name = config.device
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -120,13 +120,13 @@ def start_device(config) -> torch.device:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name, `auto` CUDA if there is one, else the CPU. Raises ValueError."""
+    """The device of that name, `auto` CUDA if there is one, else the CPU. Raises Refusal."""
     if name == "auto":  # mps has to be named: PyTorch's results there have been wrong too often
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()  # meta has none
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: try cpu ({short(error)})") from None
+        raise Refusal(f"device {name!r} cannot be used here: try cpu ({short(error)})") from None
     return torch.device(name)
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from support import processes
 from support.files import naming, put_aside
 from support.processes import Machine
-from support.settings import info, read_stored, short
+from support.settings import Refusal, info, read_stored, short
 
 RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
 
@@ -86,21 +86,21 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
         dict(saved["model_config"])  # raises where another program has saved it
     except Exception as error:  # a damaged file may lead to any
         told = f"{file} is damaged, or no checkpoint of train.py"
-        raise ValueError(f"{told} ({short(error, 100)})") from None
+        raise Refusal(f"{told} ({short(error, 100)})") from None
     if damaged:
-        raise ValueError(f"{file} is damaged: {damaged} in it has another checksum than when saved")
+        raise Refusal(f"{file} is damaged: {damaged} in it has another checksum than when saved")
     return saved
 
 
 def stored_settings(file: Path, *config_classes: type) -> tuple[dict[str, Any], int]:
     """The settings of a run in a checkpoint, as the fields of these dataclasses, and its step.
-    Raises OSError or ValueError."""
+    Raises OSError or Refusal."""
     saved = load_checkpoint(file, whole=False)
     values = {}
     for part in (saved.get("train_config"), saved["model_config"]):
         values |= read_stored(part, file, *config_classes)
     if type(step := saved.get("step")) is not int:
-        raise ValueError(f"the step in {file} is {short(repr(step))}, expected a number.")
+        raise Refusal(f"the step in {file} is {short(repr(step))}, expected a number.")
     return values, step
 
 
@@ -113,10 +113,10 @@ def holds_run(out: Path) -> bool:
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool):
-    """Raises ValueError unless a run may write there: one to go on with is there, or nothing is, or
+    """Raises Refusal unless a run may write there: one to go on with is there, or nothing is, or
     a run that may be put aside. Changes nothing."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: give another --out.")
+        raise Refusal(f"{out} is a file: give another --out.")
     inside = {path.name for path in out.iterdir()} - {".lock"} if out.exists() else set()
     run, data = holds_run(out), any(name.endswith(".bin") for name in inside)
     # What a run left that ended before its first line may be written over: its id is in .lock.
@@ -124,18 +124,18 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
     begun = "log.jsonl" in inside and signed
     if data or (inside and not run and not begun):
         kind = "token files, as a folder of data does" if data else "files, but no run"
-        raise ValueError(f"{out} holds {kind}: give another --out.")
+        raise Refusal(f"{out} holds {kind}: give another --out.")
     if resume and not (out / "ckpt.pt").exists():
         instead = "give --overwrite instead" if run else "begin without --resume"
-        raise ValueError(f"{out} has no ckpt.pt to go on from: {instead}.")
+        raise Refusal(f"{out} has no ckpt.pt to go on from: {instead}.")
     if run and not (resume or overwrite):
         either = "--resume, --overwrite" if (out / "ckpt.pt").exists() else "--overwrite"
-        raise ValueError(f"{out} holds a run: give {either}, or another --out.")
+        raise Refusal(f"{out} holds a run: give {either}, or another --out.")
 
 
 def lock(folder: Path) -> BinaryIO:
     """The folder's file .lock, opened and locked until it is closed. The system takes the lock back
-    however the process ends. Raises ValueError where another process has it. Readers need none."""
+    however the process ends. Raises Refusal where another process has it. Readers need none."""
     path = folder / ".lock"
     file = open_here(path, "ab+")
     try:
@@ -145,7 +145,7 @@ def lock(folder: Path) -> BinaryIO:
     except (BlockingIOError, FileNotFoundError):
         file.close()
         other = f"another train.py is writing to {folder}"
-        raise ValueError(f"{other}: wait for its end, or give another --out.") from None
+        raise Refusal(f"{other}: wait for its end, or give another --out.") from None
     except OSError as error:  # some network drives have no locks
         info(f"{folder} cannot be locked ({error}): let only one train.py write there")
     return file
@@ -174,7 +174,7 @@ def to_json(values: dict) -> str:
 
 
 def names_of(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[list[str]]:
-    """The parameters of each optimiser, by name, in its own order. Raises ValueError unless each
+    """The parameters of each optimiser, by name, in its own order. Raises Refusal unless each
     parameter of the model that asks for a gradient is in exactly one of them."""
     name = {id(p): name for name, p in model.named_parameters()}
     names = [[name[id(p)] for g in x.param_groups for p in g["params"]] for x in optimizers]
@@ -182,7 +182,7 @@ def names_of(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> l
     for n, p in model.named_parameters():
         if p.requires_grad and having.count(n) != 1:
             has = "no optimiser has" if n not in having else "more than one optimiser has"
-            raise ValueError(f"{has} the parameter {n}: change make_optimizers in train.py.")
+            raise Refusal(f"{has} the parameter {n}: change make_optimizers in train.py.")
     return names
 
 
@@ -204,12 +204,12 @@ def needed_moments(optimizer: torch.optim.Optimizer, groups: list[dict]) -> set[
 
 
 def check_moments(optimizer: torch.optim.Optimizer, names: list[str], stored: dict, file: Path):
-    """Raises ValueError unless the stored state fits. An optimiser does not look: a fused one of
+    """Raises Refusal unless the stored state fits. An optimiser does not look: a fused one of
     torch would read and write beyond the memory of a moment of another shape."""
     groups, state = stored["state"]["param_groups"], stored["state"]["state"]
     order = [i for group in groups for i in group["params"]]  # by which torch maps the moments
     if stored["names"] != names or order != [*range(len(names))]:
-        raise ValueError(f"the optimiser in {file} has other parameters: use --init_from instead.")
+        raise Refusal(f"the optimiser in {file} has other parameters: use --init_from instead.")
     params = [p for g in optimizer.param_groups for p in g["params"]]
     kinds = {tuple(sorted(moments)) for moments in state.values()}
     trained = {i for i, p in enumerate(params) if p.requires_grad}
@@ -218,7 +218,7 @@ def check_moments(optimizer: torch.optim.Optimizer, names: list[str], stored: di
     if not needed and not state:  # as of SGD without momentum, which keeps nothing
         complete = True
     if not complete or (needed and kinds != {tuple(sorted(needed))}):
-        raise ValueError(f"{file} lacks moments of the optimiser: use --init_from instead.")
+        raise Refusal(f"{file} lacks moments of the optimiser: use --init_from instead.")
     # Others may count by tensors without dimensions, as NAdam does in mu_product.
     strict = needed or any(group.get("fused") for group in groups + optimizer.param_groups)
     for i, moments in state.items():
@@ -229,7 +229,7 @@ def check_moments(optimizer: torch.optim.Optimizer, names: list[str], stored: di
             shape = () if key == "step" else tuple(p.shape)
             if isinstance(x, Tensor) and tuple(x.shape) != shape and (strict or x.ndim):
                 wrong = f"{key} of {name} in {file} is {tuple(x.shape)}, expected {shape}"
-                raise ValueError(f"{wrong}: use --init_from instead.")
+                raise Refusal(f"{wrong}: use --init_from instead.")
 
 
 def alike(a: Any, b: Any) -> bool:
@@ -414,7 +414,7 @@ class Run:
             if type(self.id) is not str:
                 raise TypeError(f"run is {self.id!r}")
             if self.machine.rank == 0 and self.folder_id() not in ("", self.id):
-                raise ValueError(f"{file} is of another run than its folder: use --init_from.")
+                raise Refusal(f"{file} is of another run than its folder: use --init_from.")
             for key in ("step", "tokens", "skipped", "best_length"):
                 if type(saved[key]) is not int or saved[key] < 0:
                     raise TypeError(f"{key} is {saved[key]!r}")
@@ -433,7 +433,7 @@ class Run:
             processes.set_random_states(saved["random"], self.machine)
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             told = f"{type(error).__name__}: {short(error, 100)}"
-            raise ValueError(f"{file} cannot be resumed ({told}): use --init_from.") from None
+            raise Refusal(f"{file} cannot be resumed ({told}): use --init_from.") from None
         info(f"resume: from step {self.step} of {self.config.steps}, in {file}")
         if self.last:
             info("nothing is left to train: give more --steps")
@@ -447,13 +447,13 @@ class Run:
         """Weights and optimisers."""
         own = self.model.state_dict()
         if {n: x.shape for n, x in saved["model"].items()} != {n: x.shape for n, x in own.items()}:
-            raise ValueError(f"{file} has weights of another network.")
+            raise Refusal(f"{file} has weights of another network.")
         with torch.no_grad():
             for name, x in own.items():
                 x.copy_(processes.cut_like(saved["model"][name], x))
         kind, stored = self.config.optimizer, saved["optimizers"]
         if [x["kind"] for x in stored] != [kind_of(x) for x in self.optimizers]:
-            raise ValueError(f"no state of {kind} in {file}: use --init_from instead.")
+            raise Refusal(f"no state of {kind} in {file}: use --init_from instead.")
         for parts in zip(self.optimizers, self.names, stored, strict=True):
             check_moments(*parts, file)
         for parts in zip(self.optimizers, self.made, stored, strict=True):
@@ -532,7 +532,7 @@ class Run:
             for n, x in state["model"].items():
                 if not x.isfinite().all():
                     bad = f"{n} is not finite after step {self.step}, and was not saved"
-                    raise ValueError(f"{bad}; {self.way_on()} and a lower --lr.")
+                    raise Refusal(f"{bad}; {self.way_on()} and a lower --lr.")
             write_atomically(path, lambda file: torch.save(state | self.about | more, file))
 
     def save(self):
@@ -570,7 +570,7 @@ class Run:
         self.clock.restart(self.tokens)
         if self.last and not math.isfinite(loss):
             bad = f"the validation loss after step {self.step} is not finite"
-            raise ValueError(f"{bad}; {self.begin_again()}.")
+            raise Refusal(f"{bad}; {self.begin_again()}.")
 
     # -- Ends --
 
@@ -588,16 +588,16 @@ class Run:
         return "begin again with --overwrite and a lower --lr"
 
     def give_up(self):
-        """Raises ValueError: the gradients of the last steps were not finite."""
+        """Raises Refusal: the gradients of the last steps were not finite."""
         n, step = self.bad_in_a_row, self.step
         bad = f"{n} gradient(s) up to step {step} are not finite"
         if self.saved_step and self.saved_step == step - n and n > 1:
-            raise ValueError(f"{bad}; {self.begin_again()}.")
+            raise Refusal(f"{bad}; {self.begin_again()}.")
         if n > 1 or not self.saved_step:
-            raise ValueError(f"{bad}; {self.way_on()} and a lower --lr.")
+            raise Refusal(f"{bad}; {self.way_on()} and a lower --lr.")
         # A run to the same last step would end like this again; one with more steps leaves it out.
         bad = f"the gradient of step {step}, the last one, is not finite"
-        raise ValueError(f"{bad}; {self.way_on()} and --steps={step + 1}.")
+        raise Refusal(f"{bad}; {self.way_on()} and --steps={step + 1}.")
 
 
 @contextmanager
@@ -609,7 +609,7 @@ def open_run(
     it. Checkpoints have what is in `about`, too; about["data"] tells validation texts apart.
 
     SIGINT, SIGTERM and SIGHUP set run.stopped at the end of the step; if it is set in the end,
-    KeyboardInterrupt is raised. Raises ValueError where the folder cannot be used.
+    KeyboardInterrupt is raised. Raises Refusal where the folder cannot be used.
     """
     run, out = Run(model, optimizers, config, machine, about), Path(config.out)
     check_folder(out, config.resume, config.overwrite)

@@ -16,6 +16,10 @@ from contextlib import suppress
 from typing import Any
 
 
+class Refusal(ValueError):
+    """What a user has given cannot be used: a command ends with this sentence and exit code 1."""
+
+
 def info(text: str) -> None:
     """Print to stderr, as stdout is for results; of several processes, only the first prints. A
     terminal that is closed meanwhile does not end the command."""
@@ -47,7 +51,7 @@ def kind_of(annotation: Any) -> str:
 
 
 def as_field(name: str, value: Any, annotation: Any) -> Any:
-    """The value as its field's type: 1e6 may be an int, 1 a float. Raises ValueError.
+    """The value as its field's type: 1e6 may be an int, 1 a float. Raises Refusal.
 
     Text, which is all that a command line has, may spell a literal of Python, true, false and none
     in any case, but in a field for text it stays as it is: a prompt may look like anything.
@@ -62,7 +66,7 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
         with suppress(OverflowError, ValueError):  # int(inf), int(nan)
             if kind in (bool, int, float) and type(x) in (int, float) and kind(x) == x:
                 return kind(x)
-    raise ValueError(f"{name} is {short(repr(value))}, expected {kind_of(annotation)}")
+    raise Refusal(f"{name} is {short(repr(value))}, expected {kind_of(annotation)}")
 
 
 def parse_args(
@@ -112,16 +116,16 @@ def with_home(values: dict[str, Any], *names: str) -> dict[str, str]:
 def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     """The assignments of a config file, checked against the fields of the dataclasses."""
     if not os.path.isfile(path):
-        raise ValueError(f"there is no config file {path}: name one, as config/small.py")
+        raise Refusal(f"there is no config file {path}: name one, as config/small.py")
     try:
         values = runpy.run_path(path)
     except Exception as error:
-        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from None
+        raise Refusal(f"{path} cannot be run: {type(error).__name__}: {error}") from None
     fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
     values = {name: x for name, x in values.items() if not name.startswith("_")}
     for name, value in values.items():
         if name not in fields:
-            raise ValueError(f"{path}: {unknown_key(name, fields)}")
+            raise Refusal(f"{path}: {unknown_key(name, fields)}")
         values[name] = as_field(f"{path}: {name}", value, fields[name].type)
     return values
 
@@ -137,10 +141,10 @@ def read_command(
 
 def read_stored(values: Any, file: str | os.PathLike, *config_classes: type) -> dict[str, Any]:
     """The settings in a file that a program has written, as their fields' types; keys that are no
-    fields are left out. Raises ValueError for a wrong value."""
+    fields are left out. Raises Refusal for a wrong value."""
     fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
     if not isinstance(values, dict):
-        raise ValueError(f"the settings in {file} are {short(repr(values))}, expected a dict")
+        raise Refusal(f"the settings in {file} are {short(repr(values))}, expected a dict")
     known = {name: x for name, x in values.items() if name in fields}
     return {n: as_field(f"{n} in {file}", x, fields[n].type) for n, x in known.items()}
 

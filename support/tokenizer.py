@@ -23,7 +23,7 @@ import tiktoken
 from tqdm import tqdm
 
 from support.files import lies_in, naming, read_json
-from support.settings import short
+from support.settings import Refusal, short
 
 END_OF_TEXT = "<|endoftext|>"
 AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder is there)"
@@ -34,7 +34,7 @@ MOST_TOKENS = 1 << 24  # ids beyond are no vocabulary's, and a table of their co
 class Tokenizer:
     """Texts to ids, an id to bytes, and the ids that begin and end a text: ours or a release's.
 
-    Raises ValueError where an id is out of range.
+    Raises Refusal where an id is out of range.
     """
 
     encode_batch: Callable[[list[str]], list[list[int]]]
@@ -51,7 +51,7 @@ class Tokenizer:
         bos = [] if self.bos is None else [self.bos]
         for i in (min(ids), max(ids), *self.eos, *bos, self.rows):
             if not isinstance(i, int) or not 0 <= i < MOST_TOKENS:
-                raise ValueError(f"{i!r:.100} is no id of a token: expected 0 to {MOST_TOKENS - 1}")
+                raise Refusal(f"{i!r:.100} is no id of a token: expected 0 to {MOST_TOKENS - 1}")
 
     @property
     def n_vocab(self) -> int:
@@ -79,9 +79,9 @@ class Tokenizer:
 def encoding_from(
     ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]
 ) -> tiktoken.Encoding:
-    """Raises ValueError unless every text can be encoded."""
+    """Raises Refusal unless every text can be encoded."""
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise ValueError(f"the vocabulary lacks byte {missing[0]}")
+        raise Refusal(f"the vocabulary lacks byte {missing[0]}")
     return tiktoken.Encoding(
         "nanoV3", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
     )
@@ -267,14 +267,14 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def own_files(folder: Path, names: Iterable[str]) -> list[Path]:
-    """The files of these names in a folder. Raises ValueError for a name that is none of a
+    """The files of these names in a folder. Raises Refusal for a name that is none of a
     tokenizer's files, and for a link to another folder: what is copied may be given to others."""
     paths = [folder / name for name in names]
     for path, name in zip(paths, names, strict=True):
         if "/" in name or not any(fnmatchcase(name, known) for known in OUR_FILES + RELEASE_FILES):
-            raise ValueError(f"{name!r:.100} is no file of a tokenizer")
+            raise Refusal(f"{name!r:.100} is no file of a tokenizer")
         if not lies_in(path, folder):
-            raise ValueError(f"{path} is a link to {path.resolve()}; put a copy in its place")
+            raise Refusal(f"{path} is a link to {path.resolve()}; put a copy in its place")
     return paths
 
 
@@ -307,15 +307,13 @@ def read_release(folder: Path) -> Tokenizer | None:
 
 
 def hf_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory, if any. Raises ValueError."""
+    """The tokenizer of a Hugging Face directory, if any. Raises Refusal."""
     try:
         return read_release(folder)
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises nothing more special
-        raise ValueError(
-            f"the tokenizer of {folder} cannot be read ({short(error, 500)})"
-        ) from None
+        raise Refusal(f"the tokenizer of {folder} cannot be read ({short(error, 500)})") from None
 
 
 # ---- The tokenizer of a prepared folder or a run -------------------------------------------------
@@ -353,7 +351,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 def tokenizer_files(folder: Path, meta: dict[str, Any] | None = None) -> list[Path]:
     """The files that are the tokenizer of a prepared folder or a run: vocabulary first, meta.json
-    last. Raises ValueError."""
+    last. Raises Refusal."""
     meta = meta or read_json(folder / "meta.json")
     return own_files(folder, [*meta.get("files", OUR_FILES[:1]), "meta.json"])
 
@@ -367,22 +365,22 @@ def tokenizer_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def check_pattern(pattern: str) -> None:
-    """Raises ValueError for a pattern that loses text: tiktoken would go on without a word."""
+    """Raises Refusal for a pattern that loses text: tiktoken would go on without a word."""
     text = "Größe of\tline 12, 中文\n"
     pieces = regex.findall(pattern, text)
     if "" in pieces or "".join(pieces) != text:
-        raise ValueError(f"the pattern {pattern!r:.100} does not split every text into pieces")
+        raise Refusal(f"the pattern {pattern!r:.100} does not split every text into pieces")
 
 
 def stored_tokenizer(folder: Path | str) -> Tokenizer:
-    """The tokenizer of a prepared folder or a run, ours or a release's. Raises ValueError."""
+    """The tokenizer of a prepared folder or a run, ours or a release's. Raises Refusal."""
     folder = Path(folder)
     try:
         meta = read_json(folder / "meta.json")
         *files, _ = tokenizer_files(folder, meta)
         content = files[0].read_bytes()
         if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
-            raise ValueError(f"the sha256 of {files[0].name} is not that in meta.json")
+            raise Refusal(f"the sha256 of {files[0].name} is not that in meta.json")
         if "files" in meta:
             told = {key: meta[key] for key in ("eos", "bos", "rows")}
             return replace(read_vocabulary(files[0], meta["special_tokens"]), files=files, **told)
@@ -393,33 +391,33 @@ def stored_tokenizer(folder: Path | str) -> Tokenizer:
         raise
     except Exception as error:  # a damaged file may lead to any
         told = f"{folder} has no whole tokenizer ({short(error, 500)}); {AGAIN}"
-        raise ValueError(f"{told}; for weights, copy their run's tokenizer and meta.json") from None
+        raise Refusal(f"{told}; for weights, copy their run's tokenizer and meta.json") from None
 
 
 def load_tokenizer(folder: Path | str) -> tiktoken.Encoding | None:
-    """The tokenizer as a tiktoken.Encoding; None for one in a tokenizer.json. Raises ValueError."""
+    """The tokenizer as a tiktoken.Encoding; None for one in a tokenizer.json. Raises Refusal."""
     return stored_tokenizer(folder).encoding
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that --tokenizer names. Raises ValueError if its marks cannot be written."""
+    """The tokenizer that --tokenizer names. Raises Refusal if its marks cannot be written."""
     if name in ("gpt2", "cl100k_base", "o200k_base"):
         return tokenizer_of(tiktoken.get_encoding(name))  # downloaded once
     prepared = (Path(name) / "meta.json").exists()  # or a run; else a Hugging Face directory
     tokenizer = (None if prepared else hf_tokenizer(Path(name))) or stored_tokenizer(name)
     if not tokenizer.eos:
         where = "eos_token_id in config.json or eos_token in tokenizer_config.json"
-        raise ValueError(f"{name} names no end token, which separates documents; give it {where}")
+        raise Refusal(f"{name} names no end token, which separates documents; give it {where}")
     before, after = tokenizer.marks
     for i in (*before, *after):
         if i not in tokenizer.texts and i not in tokenizer.special:
             wrong = f"{name} has bos_token_id or eos_token_id {i}, which its vocabulary lacks"
-            raise ValueError(f"{wrong}; correct it in its config.json or generation_config.json")
+            raise Refusal(f"{wrong}; correct it in its config.json or generation_config.json")
     return tokenizer
 
 
 def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
-    """Raises ValueError unless the weights in `source` have the tokenizer of the data.
+    """Raises Refusal unless the weights in `source` have the tokenizer of the data.
 
     If the weights have a meta.json, its entries are compared. A Hugging Face directory without one
     must have the same tokens, and must give a sample text the same ids.
@@ -435,7 +433,7 @@ def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
         same = True
     if not same:
         differ = f"{source} has another tokenizer than {data}"
-        raise ValueError(f"{differ}; prepare the data with --tokenizer={folder}.")
+        raise Refusal(f"{differ}; prepare the data with --tokenizer={folder}.")
 
 
 # ---- The tokenizer of an export ------------------------------------------------------------------

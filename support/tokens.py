@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from support.files import naming
-from support.settings import info
+from support.settings import Refusal, info
 from support.tokenizer import AGAIN, PIECE, Tokenizer, cut, stored_tokenizer
 
 TOKENS_PER_FILE = 1 << 30  # at most; the header counts them in an int32
@@ -84,7 +84,7 @@ def read_tokens(path: Path, vocab_size: int, whole: bool = False) -> np.ndarray:
     *kind, count = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
     dtype = DTYPES.get(tuple(kind))
     if dtype is None or path.stat().st_size != HEADER_BYTES + count * dtype.itemsize or count < 1:
-        raise ValueError(f"{path} is no whole token file; {AGAIN}")
+        raise Refusal(f"{path} is no whole token file; {AGAIN}")
     if whole:
         tokens = np.fromfile(path, dtype, count, offset=HEADER_BYTES)
         highest = tokens.max()
@@ -93,16 +93,16 @@ def read_tokens(path: Path, vocab_size: int, whole: bool = False) -> np.ndarray:
         # The ends only, as the files of a run can be 20 GB: preparing has seen all.
         highest = max(tokens[:1024].max(), tokens[-1024:].max())
     if highest >= vocab_size:
-        raise ValueError(f"{path} holds id {highest} of {vocab_size} tokens; {AGAIN}")
+        raise Refusal(f"{path} holds id {highest} of {vocab_size} tokens; {AGAIN}")
     return tokens
 
 
 def check_length(tokens: np.ndarray) -> None:
-    """Raises ValueError where a mapped file has lost its end: reading it would kill the process. (A
+    """Raises Refusal where a mapped file has lost its end: reading it would kill the process. (A
     file that is deleted stays whole for whoever has mapped it.)"""
     path = getattr(tokens, "filename", None)
     if path and os.path.exists(path) and os.path.getsize(path) < tokens.offset + tokens.nbytes:
-        raise ValueError(f"{path} has become shorter since it was opened; {AGAIN}")
+        raise Refusal(f"{path} has become shorter since it was opened; {AGAIN}")
 
 
 class Tokens:
@@ -121,7 +121,7 @@ class Tokens:
         """
         starts, shortest = np.asarray(starts), min(map(len, self.arrays))
         if length > shortest or starts.min() < 0 or starts.max() > len(self) - length:
-            raise ValueError(f"no windows of {length} tokens in a file of {shortest}; shorten them")
+            raise Refusal(f"no windows of {length} tokens in a file of {shortest}; shorten them")
         rows = np.empty((len(starts), length), np.int64)
         shards = np.searchsorted(self.ends, starts, side="right")
         for shard in {*shards.tolist()}:
@@ -160,7 +160,7 @@ def load_dataset(folder: Path | str) -> Dataset:
     n_bytes = sum(len(text) * int(counts[i]) for i, text in tokenizer.texts.items())
     if len(val) < 2 or n_bytes == 0:  # a loss needs a token to predict, bits per byte a byte
         has = f"{folder / 'val.bin'} has {len(val)} tokens with {n_bytes} bytes of text"
-        raise ValueError(f"{has}, too little to measure a loss; {AGAIN}")
+        raise Refusal(f"{has}, too little to measure a loss; {AGAIN}")
     test = Tokens(read("test")) if any(folder.glob("test*.bin")) else None
     return Dataset(train, Tokens([val]), n_vocab, n_bytes / len(val), test, tokenizer.rows)
 
@@ -174,7 +174,7 @@ def data_folder(name: str) -> Path:
 
 def open_folder(folder: Path, vocab_size: int, longest: int) -> Dataset:
     """The prepared folder, for a network of this vocabulary and windows of up to `longest` tokens.
-    Raises OSError or ValueError where they do not fit."""
+    Raises OSError or Refusal where they do not fit."""
     if not folder.exists():
         make = f"python prepare_data.py SOURCE --name={folder.name} --vocab_size={vocab_size}"
         make += f" --out={folder.parent}" if folder.parent != Path("data") else ""
@@ -184,7 +184,7 @@ def open_folder(folder: Path, vocab_size: int, longest: int) -> Dataset:
     # many as in the release that the tokenizer is from.
     padding = vocab_size - data.vocab_size
     if padding < 0 or (padding >= 128 and vocab_size != data.rows):
-        raise ValueError(
+        raise Refusal(
             f"vocab_size is {vocab_size}, but the vocabulary of {folder} has {data.vocab_size} "
             f"tokens: for a new network set vocab_size to {data.vocab_size}, as by --vocab_size; "
             "for given weights prepare the data with --tokenizer=DIR, where the weights are."
@@ -192,7 +192,7 @@ def open_folder(folder: Path, vocab_size: int, longest: int) -> Dataset:
     shortest = min(map(len, data.train.arrays))
     if longest >= shortest:  # a window needs the token after it, too
         short = f"windows of {longest} tokens do not fit in {folder}, a file of {shortest}"
-        raise ValueError(f"{short}: lower --block_size and --long_block_size, or add text.")
+        raise Refusal(f"{short}: lower --block_size and --long_block_size, or add text.")
     return data
 
 
