@@ -440,16 +440,16 @@ def llama_cpp(
 
 def our_step_at(model: DeepSeekV3, S: int) -> tuple[list[Tensor], Callable]:
     """A cache of S random latents, and a function that decodes one token after them."""
-    cache = Cache(model.config, len(model.layers), 1, S + 1, model.norm.weight)
-    token = cache.kv[0].new_zeros(1, 1, dtype=torch.long)
-    for kv in cache.kv:
+    cache = Cache(model.config, model.layers, 1, S + 1, model.norm.weight)
+    token = cache.kept[0].new_zeros(1, 1, dtype=torch.long)
+    for kv in cache.kept:
         kv.normal_()
 
     def step():
         cache.length = S
         model.logits(model.trunk(token, cache)).argmax()
 
-    return cache.kv, step
+    return cache.kept, step
 
 
 def their_step_at(hf: nn.Module, S: int) -> Callable:

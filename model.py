@@ -48,7 +48,7 @@ from support.settings import Refusal
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
 Position = int | Tensor  # in a graph, which serves every position, a tensor without dimensions
-Past = tuple[Tensor, Position] | None  # a layer's cache (B, size, C+R), how many tokens are in it
+Past = tuple[Tensor, Position] | None  # what a layer keeps, how many tokens it has read
 Routing = tuple[Tensor, Tensor] | None  # scores (B, T, E), chosen experts (B, T, K); None if dense
 
 
@@ -176,16 +176,18 @@ def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
 
 
 class Cache:
-    """What decoding keeps: c_t^KV and k_t^R, C + R numbers per token and layer, and nothing else of
-    the text.
+    """What decoding keeps of B texts: `kept`, of every layer what its attention says (`new_cache`).
 
-    Allocated once, `kv` (B, size, C+R) for every layer. The first `length` positions are filled, in
-    all B texts alike. A smaller `length` forgets the newest tokens, such as rejected drafts.
+    Allocated once, for `size` tokens. The first `length` have been read, in all texts alike. A
+    smaller `length` forgets the newest of them. Decoding does so whenever a draft is rejected, and
+    then reads on from there.
     """
 
-    def __init__(self, config: ModelConfig, layers: int, batch: int, size: int, like: Tensor):
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.kv = [like.new_zeros(batch, size, width) for _ in range(layers)]
+    def __init__(
+        self, config: ModelConfig, layers: nn.ModuleList, batch: int, size: int, like: Tensor
+    ):
+        """layers: a model's `layers`, or its `mtp`; like: a tensor of the dtype and device."""
+        self.kept = [layer.new_cache(batch, size, like) for layer in layers]
         self.size, self.length = size, 0
         # cos and sin of all its positions, computed once
         positions = torch.arange(size, device=like.device)
@@ -202,8 +204,8 @@ class Cache:
 
 
 def remember(past: Past, new: Tensor) -> Tensor:
-    """Writes new (B, T, C+R) behind what a layer's cache holds. Returns all of it (B, S, C+R); in a
-    graph, whose shapes are fixed, the whole cache, S = size."""
+    """Writes new (B, T, C+R) behind what a layer keeps. Returns all of it (B, S, C+R); in a graph,
+    whose shapes are fixed, also the empty rest, S = size."""
     (kv, start), T = past, new.shape[1]
     kv[:, span(start, T)] = new
     return kv[:, : start + T] if isinstance(start, int) else kv
@@ -268,8 +270,13 @@ class MLA(nn.Module):
         mscale = yarn_mscale(yarn.get("factor", 1), yarn.get("mscale_all_dim") or 0)
         return (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5 * mscale**2
 
+    def new_cache(self, batch: int, size: int, like: Tensor) -> Tensor:
+        """c_t^KV and k_t^R are kept, C + R numbers per token, and nothing else of the text."""
+        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        return like.new_zeros(batch, size, width)
+
     def forward(self, h: Tensor, rope: Rope, past: Past = None) -> Tensor:
-        """h (B, T, D) -> (B, T, D). past: this layer's cache (B, size, C+R), tokens in it."""
+        """h (B, T, D) -> (B, T, D). past: what `new_cache` made, how many tokens it has read."""
         config, (B, T, _) = self.config, h.shape
         N, R, C = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
         if config.q_lora_rank is None:
@@ -467,6 +474,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(D, eps)
         self.mlp = MLP(D, config.intermediate_size) if dense else MoE(config)
 
+    def new_cache(self, batch: int, size: int, like: Tensor) -> Tensor:
+        return self.self_attn.new_cache(batch, size, like)
+
     def forward(self, x: Tensor, rope: Rope, past: Past = None) -> tuple[Tensor, Routing]:
         """x (B, T, D) -> (B, T, D), and the routing of its MoE."""
         x = x + self.self_attn(self.input_layernorm(x), rope, past)
@@ -494,6 +504,9 @@ class MTP(nn.Module):
         self.eh_proj = nn.Linear(2 * D, D, bias=False)  # M_k
         self.block = Block(config, dense=False)  # TRM_k
         self.norm = RMSNorm(D, eps)  # before the shared output head
+
+    def new_cache(self, batch: int, size: int, like: Tensor) -> Tensor:
+        return self.block.new_cache(batch, size, like)
 
     def forward(
         self, h: Tensor, embedding: Tensor, rope: Rope, past: Past = None
@@ -603,17 +616,17 @@ class DeepSeekV3(nn.Module):
         rope = self.rope(x, start, cache)
         for i, block in enumerate(self.layers):
             row = i - self.config.first_k_dense_replace  # among MoE layers; others have no routing
-            x = self.run_block(block, row, (cache.kv[i], start) if cache else None, x, rope)
+            x = self.run_block(block, row, (cache.kept[i], start) if cache else None, x, rope)
         return self.norm(x)
 
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """One depth further: h = h^k (B, T, D), the tokens k + 1 later (B, T) -> h^{k+1} (B, T, D).
 
-        It calls mtp[k], k from 0, which is the module of depth k + 1; its cache is kv[k].
+        It calls mtp[k], k from 0, which is the module of depth k + 1; what it keeps is kept[k].
         """
         embedding = self.embed_tokens(tokens)  # (B, T, D)
         start = cache.claim(tokens.shape[1]) if cache else 0
-        past = (cache.kv[k], start) if cache else None
+        past = (cache.kept[k], start) if cache else None
         row = self.config.moe_layers - len(self.mtp) + k
         rope = self.rope(h, start, cache)
         return self.run_block(self.mtp[k], row, past, h, embedding, rope)

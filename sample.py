@@ -170,7 +170,7 @@ class Text:
         size = T + new + MOST_DRAFTS + depth + 1
         size = max(256, 1 << (size - 1).bit_length()) if compiled else size
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
-        self.cache = Cache(config, len(model.layers), B, size, like)
+        self.cache = Cache(config, model.layers, B, size, like)
         hidden = model.trunk(tokens, self.cache)  # (B, T, D)
         if not model.logits(hidden[:, -1:]).isfinite().all():
             raise Refusal(
@@ -179,7 +179,7 @@ class Text:
             )
         if depth:  # which the first module takes
             self.hidden = F.pad(hidden, (0, 0, 0, size - T))  # (B, size, D)
-        self.mtp_cache, self.filled = Cache(config, depth, B, size, like), 0
+        self.mtp_cache, self.filled = Cache(config, model.mtp[:depth], B, size, like), 0
         # How many slots `fill` takes at once: so few that attention's scores, (B, H, piece, size)
         # in float32, take about 256 MB at most.
         self.piece = max(MOST_DRAFTS + depth, 2**26 // (B * size * config.num_attention_heads))

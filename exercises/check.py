@@ -226,7 +226,7 @@ def decoding(functions) -> tuple[float, str, str]:
     model = trained()[0]
 
     def empty(size):
-        return sample.Cache(model.config, len(model.layers), 1, size, model.norm.weight)
+        return sample.Cache(model.config, model.layers, 1, size, model.norm.weight)
 
     def loss(x, y):
         cache, pieces = empty(256), (x[:, :64], *x[:, 64:].split(32, 1))

@@ -140,7 +140,7 @@ def in_pieces(model, tokens, chunks, as_tensor: bool = False) -> list:
     """Logits of the main model and of every MTP module on caches, of so many tokens at once; after
     the first, positions may be tensors, as in a graph."""
     B, depth, like, logits, at = len(tokens), len(model.mtp), model.norm.weight, [], 0
-    cache, mtp_cache = (Cache(model.config, n, B, 16, like) for n in (len(model.layers), depth))
+    cache, mtp_cache = (Cache(model.config, x, B, 16, like) for x in (model.layers, model.mtp))
     for n in chunks:
         start = torch.tensor(at) if as_tensor and at else at
         cache.length = start
@@ -187,14 +187,14 @@ def test_cache_holds_c_and_r_numbers_a_token_and_nothing_else():
     """C + R numbers per token and layer, new ones in place of forgotten; overflow is refused."""
     model = tiny()
     tokens, other = tokens_of(model, 2, 9), tokens_of(model, 2, 9, seed=2)
-    cache = Cache(model.config, 3, 2, 9, like=model.norm.weight)
+    cache = Cache(model.config, model.layers, 2, 9, like=model.norm.weight)
     model.trunk(tokens, cache)
     cache.length = 5
     with pytest.raises(ValueError, match=r"^5 \+ 6 tokens exceed the cache of 9\.$"):
         model.trunk(other[:, :6], cache)
     mixed = torch.cat((tokens[:, :5], other[:, 5:]), 1)
     close(cached_logits(model, mixed[:, 5:], [2, 2], cache), model(mixed)[:, 5:])
-    tensors = [x for x in (*vars(cache).values(), *cache.kv) if isinstance(x, torch.Tensor)]
+    tensors = [x for x in (*vars(cache).values(), *cache.kept) if isinstance(x, torch.Tensor)]
     assert cache.length == 9 and [x.shape for x in tensors] == [(2, 9, 7 + 8)] * 3
 
 
@@ -497,7 +497,7 @@ def test_model_under_bf16_autocast_is_close_and_its_results_are_float32():
     exact, exact_losses = model(tokens).detach(), torch.stack(model(tokens, tokens))
     losses = torch.stack(in_bf16(model, tokens, tokens))
     for like in (exact, exact.bfloat16()):
-        cache = Cache(model.config, 3, 2, 8, like)
+        cache = Cache(model.config, model.layers, 2, 8, like)
         with torch.inference_mode():
             logits = in_bf16(cached_logits, model, tokens, [3, 1, 4], cache)
         assert logits.dtype == torch.float32

@@ -207,7 +207,7 @@ def test_end_of_text_pads_its_row_and_leaves_the_others_alone(drafts, depth, att
 def test_missing_slots_are_filled_in_pieces():
     """All at once they would take much memory behind a long text."""
     text = sample.Text(student(1), tokens_of(tiny(), 2, 30), 9, 1, False, (0.0, None, None))
-    (kv,) = text.mtp_cache.kv
+    (kv,) = text.mtp_cache.kept
     expected, text.filled, text.piece = kv[:, :28].clone(), 1, 6
     kv[:, 1:] = 0
     with mock.patch.object(text.model, "predict_next", wraps=text.model.predict_next) as predict:
@@ -277,7 +277,7 @@ def test_mtp_modules_catch_up(depth):
         ((kept, *_),), _ = text.play(n, G, False, u)
         fresh = sample.Text(model, text.tokens[:, :n], 99, depth, False, greedily)
         fresh.play(n, 4, False, u)
-        for ours, theirs in zip(text.mtp_cache.kv, fresh.mtp_cache.kv, strict=True):
+        for ours, theirs in zip(text.mtp_cache.kept, fresh.mtp_cache.kept, strict=True):
             assert G == 0 or torch.allclose(ours[:, : n - depth], theirs[:, : n - depth])
         n += kept + 1
 
