@@ -217,9 +217,10 @@ def training_step(model: nn.Module, config: train.TrainConfig, machine: Machine)
     def step():
         windows = rng.integers(model.config.vocab_size, size=(config.batch_size, size))
         if ours:
-            parts, weights = np.split(windows, config.grad_accum), (config.mtp_weight, config.alpha)
+            parts = np.split(windows, config.grad_accum)
+            weight_of = train.loss_weights(model, config, step=0)
             with fp8.quantized_once(model):
-                train.backward(model, trainer, parts, weights, machine)
+                train.backward(trainer, parts, weight_of, machine)
             model.update_bias(config.gamma)
         else:
             x, _ = train.to_device(windows, machine.device)

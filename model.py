@@ -640,10 +640,8 @@ class DeepSeekV3(nn.Module):
 
         return_mtp: also a list with the logits of each depth k = 1, 2, ..., (B, T-k, vocabulary).
         Their row i predicts token i + 1 + k.
-        targets (B, T): the next tokens, -1 where there is none. Then three losses are returned in
-        place of logits, before their weights: the cross-entropy; the mean over depths of the MTP
-        cross-entropies (Eq. 24-25, each a mean over its T - k targets), both in nats; and the mean
-        over layers of the balance loss (Eq. 17).
+        targets (B, T): the next tokens, -1 where there is none. Then the losses are returned in
+        place of logits, by name. train.py gives each its weight, adds them up, and logs each.
         """
         hidden = [self.trunk(tokens)]  # h^0; then h^1, h^2, ...
         if targets is not None or return_mtp:
@@ -663,7 +661,11 @@ class DeepSeekV3(nn.Module):
         self.mtp_losses = [loss.detach() for loss in mtp]
         balance = [balance_loss(s, self.config.num_experts_per_tok) for s in scores]
         zero = main.new_zeros(())
-        return main, sum(mtp, zero) / max(1, len(mtp)), sum(balance, zero) / max(1, len(balance))
+        return {
+            "loss": main,  # cross-entropy of the next token, in nats
+            "mtp_loss": sum(mtp, zero) / max(1, len(mtp)),  # mean over depths, Eq. 24-25, in nats
+            "balance_loss": sum(balance, zero) / max(1, len(balance)),  # mean over layers, Eq. 17
+        }
 
     def gates(self) -> list[Gate]:
         """The gates of the MoE layers in order, those of the MTP modules last."""

@@ -362,7 +362,7 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
     for windows in validation_windows(tokens, T, config, machine):
         x, y = to_device(windows, machine.device)
         with machine.autocast():
-            main, _, _ = model(x.clamp(min=0), y)
+            main = model(x.clamp(min=0), y)["loss"]
         loss = torch.stack((main, *model.mtp_losses)).cpu()
         n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
         sums[:, : len(n)] += torch.stack((loss * n, n))  # one token has no MTP loss
@@ -416,21 +416,32 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def backward(model: DeepSeekV3, trainer: nn.Module, batches, weights, machine: Machine) -> Tensor:
-    """Gradients of L_main + lambda L_MTP + alpha sum_layers L_Bal, averaged over the micro-batches
-    (B, T + 1); weights are lambda and alpha. Returns the three losses before their weights (3,)."""
-    mtp_weight, alpha = weights
-    losses = 0.0
+def loss_weights(model: DeepSeekV3, config: TrainConfig, step: int) -> dict[str, float]:
+    """What each loss that the model returns counts in the sum that training minimises, Eq. 17 and
+    24: L_main + lambda L_MTP + alpha sum_layers L_Bal."""
+    return {
+        "loss": 1.0,
+        "mtp_loss": mtp_weight_at(config, step),
+        "balance_loss": config.alpha * model.config.moe_layers,  # times layers: it is their mean
+    }
+
+
+def backward(
+    trainer: nn.Module, batches: list[np.ndarray], weight_of: dict[str, float], machine: Machine
+) -> dict[str, Tensor]:
+    """Adds up the gradients of the weighted losses, averaged over the micro-batches (B, T + 1).
+    Returns these averages, each loss by name and before its weight."""
+    means = defaultdict(float)
     for i, batch in enumerate(batches, 1):
         processes.sync_gradients(trainer, now=i == len(batches))
         x, y = to_device(batch, machine.device)
         with machine.autocast():
-            main, mtp, balance = trainer(x, y)
-        # balance is a mean over layers, Eq. 17 a sum. The three terms: DeepSeekV3.forward.
-        loss = main + mtp_weight * mtp + alpha * model.config.moe_layers * balance
-        (loss / len(batches)).backward()
-        losses += torch.stack((main, mtp, balance)).detach() / len(batches)
-    return losses
+            losses = trainer(x, y)
+        total = sum(weight_of[name] * loss for name, loss in losses.items())
+        (total / len(batches)).backward()
+        for name, loss in losses.items():
+            means[name] += loss.detach() / len(batches)
+    return means
 
 
 def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
@@ -485,8 +496,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             batches = micro_batches(windows, config, machine)
 
             with fp8.quantized_once(model):
-                weights = mtp_weight_at(config, step), config.alpha
-                losses = backward(model, trainer, batches, weights, machine)
+                losses = backward(trainer, batches, loss_weights(model, config, step), machine)
 
             norm = clip_gradients(model, config)
             finite = bool(norm.isfinite())  # here the host waits for the GPU, once a step
@@ -503,9 +513,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             vio = max_vio(model.expert_counts)
             model.update_bias(gamma_at(config, step) if finite else 0.0)
 
-            # Before their weights: "loss" is the main model's cross-entropy alone.
-            main, mtp, balance = machine.sum(losses) / machine.world
-            means = {"loss": main, "mtp_loss": mtp, "balance_loss": balance, "max_vio": vio}
+            total = machine.sum(torch.stack([*losses.values()]))  # over processes
+            means = dict(zip(losses, total / machine.world, strict=True)) | {"max_vio": vio}
             run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
 
             evaluation = run.due(config.eval_every) and not run.stopped

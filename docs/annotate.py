@@ -439,7 +439,7 @@ $ L_{"MTP"}^k = - \frac{1}{T} \sum_{i=2+k}^{T+1} "log " P_i^k [t_i]
 $ L_{"MTP"} = \frac{\lambda}{D} \sum_{k=1}^{D} L_{"MTP"}^k
 D is the number of modules here. The code takes the mean over the T - k targets that there are, and
 train.py multiplies by λ.
-> model.py DeepSeekV3.forward | main, *mtp = | return main
+> model.py DeepSeekV3.forward | main, *mtp = | return {
 
 @
 Head and cross-entropy of one depth.

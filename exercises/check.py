@@ -61,13 +61,13 @@ def answers(exercise: Exercise, names: dict | None = None) -> SimpleNamespace:
     found = {}
     for mine, theirs in exercise.answers.items():
         function = names[theirs.split(".")[-1]] if names else formula(exercise, theirs)
-        found[mine] = partial(third_loss, function) if mine == "mtp_loss" else function
+        found[mine] = partial(loss_of_mtp, function) if mine == "mtp_loss" else function
     return SimpleNamespace(**found)
 
 
-def third_loss(forward: Callable, model, tokens: Tensor, targets: Tensor) -> Tensor:
-    """model.py computes the MTP loss inside forward: main loss, MTP loss, balance loss."""
-    return forward(model, tokens, targets)[1]
+def loss_of_mtp(forward: Callable, model, tokens: Tensor, targets: Tensor) -> Tensor:
+    """model.py computes the MTP loss inside forward, beside others."""
+    return forward(model, tokens, targets)["mtp_loss"]
 
 
 def with_mistake(exercise: Exercise, old: str, new: str) -> SimpleNamespace | None:
@@ -216,7 +216,7 @@ def greedy(next_logits: Callable[[Tensor, Tensor], Tensor]) -> str:
 
 def reading(functions) -> tuple[float, str, str]:
     model = trained()[0]
-    nats = mean(lambda x, y: model(x, y)[0])
+    nats = mean(lambda x, y: model(x, y)["loss"])
     text = greedy(lambda ids, new: model(ids)[:, -1])
     return bits_per_byte(nats), f"bits/byte of {TEXT.name}", text
 
@@ -261,7 +261,7 @@ def balancing(functions) -> tuple[float, str, str]:
 
 def balance(functions) -> tuple[float, str, str]:
     model = trained()[0]
-    return mean(lambda x, y: model(x, y)[2]), "balance loss (1 is even)", ""
+    return mean(lambda x, y: model(x, y)["balance_loss"]), "balance loss (1 is even)", ""
 
 
 def looking_ahead(functions) -> tuple[float, str, str]:
@@ -284,7 +284,7 @@ def rounding(functions) -> tuple[float, str, str]:
         if "_proj" in name and weight.ndim > 1 and "eh_proj" not in name:
             q, s = functions.quantize(weight.data, fp8.BLOCK)
             weight.data = fp8.dequantize(q, s, fp8.BLOCK)
-    return bits_per_byte(mean(lambda x, y: net(x, y)[0])), "bits/byte with weights in FP8", ""
+    return bits_per_byte(mean(lambda x, y: net(x, y)["loss"])), "bits/byte with weights in FP8", ""
 
 
 EFFECTS = {

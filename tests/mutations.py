@@ -353,6 +353,11 @@ batch_at(config, step) * config.block_size // T) => batch_at(config, step))
 step >= config.long_start * config.steps => step > config.long_start * config.steps
 if extended(config, step) and step % 2 => if extended(config, step)
 late = step >= config.mtp_switch => late = step > config.mtp_switch
+"loss": 1.0, => "loss": 2.0,
+weight_of[name] * loss for => loss for
+config.alpha * model.config.moe_layers, => config.alpha,
+loss.detach() / len(batches) => loss.detach()
+(total / len(batches)).backward() => total.backward()
 if step < config.gamma_stop * => if step <= config.gamma_stop *
 
 # exercises/check.py tests/test_exercises.py

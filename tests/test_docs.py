@@ -171,12 +171,12 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
         # A step by gradient descent lowers the loss; decoding gives what whole forwards give.
         tokens = torch.randint(512, (2, 24), generator=torch.Generator().manual_seed(1))
         x, y = tokens[:, :-1], tokens[:, 1:]
-        before = sum(model.train()(x, y))
+        before = sum(model.train()(x, y).values())
         before.backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         torch.optim.SGD(model.parameters(), lr=0.05).step()
         model.update_bias(0.01)
-        assert sum(model(x, y)) < before
+        assert sum(model(x, y).values()) < before
         monkeypatch.setattr(sample, "Cache", new.Cache)
         with torch.inference_mode():
             text = sample.generate(model.eval(), x[:1, :4], 4, temperature=0, speculative=2)
@@ -186,7 +186,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
     if "gate" in title:
         s, _, _ = model.gates()[0](torch.randn(5, 48))
         assert torch.allclose(s.sum(-1), torch.ones(5))
-    elif "loss" in title:
+    elif "balance loss" in title:
         s = torch.rand(2, 6, 8)
         assert new.balance_loss(s, 2) == balance_loss(s.flatten(0, 1)[None], 2)
         assert new.balance_loss(s, 2) != balance_loss(s, 2)
@@ -224,15 +224,35 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
         optimizers = modules["train.py"].make_optimizers(model, TrainConfig())
         assert [type(x) for x in optimizers] == [torch.optim.NAdam]
         runs.names_of(model, optimizers)  # refuses what is in none or in two
-    elif "number" in title:
+    elif "term" in title:
+        weights = modules["train.py"].loss_weights(model, TrainConfig(), 0)
+        machine = processes.Machine(torch.device("cpu"), torch.float32)
+        model.train().zero_grad()
+        losses = modules["train.py"].backward(model, [tokens.numpy()], weights, machine)
+        old = DeepSeekV3(model.config).train()
+        old.load_state_dict(model.state_dict())
+        plain, z = old(x, y), old(x).logsumexp(-1).square().mean()
+        assert losses == pytest.approx(
+            {name: loss.item() for name, loss in plain.items()} | {"z_loss": z.item()}
+        )
+        (sum(weights[name] * loss for name, loss in plain.items()) + 1e-4 * z).backward()
+        for p, q in zip(model.parameters(), old.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        # The log has it, and a number for which HACKING has a line.
+        line = re.search(r"(?m)^    (means\[.*)$", HACKING)[1]
+        source, call = (tmp_path / "train.py").read_text(), "            run.advance("
+        assert source.count(call) == 1
+        (tmp_path / "train.py").write_text(source.replace(call, f"            {line}\n{call}"))
+        edited = SimpleNamespace(**runpy.run_path(str(tmp_path / "train.py")))
         rng = np.random.default_rng(0)
         tokens = Tokens([rng.integers(0, 512, 2000).astype(np.uint16)])
         data = SimpleNamespace(train=tokens, val=tokens, vocab_size=512, val_bytes_per_token=3.0)
         config = TrainConfig(steps=2, batch_size=2, block_size=16, out=str(tmp_path / "run"))
         config.device, config.log_every, config.gamma = "cpu", 1, 0.5
-        net = DeepSeekV3(ModelConfig(**TINY))
-        modules["train.py"].train(net, data, config, processes.start(config))
-        lines = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+        net = new.DeepSeekV3(new.ModelConfig(**TINY))
+        edited.train(net, data, config, processes.start(config))
+        lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+        assert [30 < line["z_loss"] < 50 for line in lines if "loss" in line] == [True, True]
         first, second = (line["bias"] for line in lines if "loss" in line)
         assert 0 < first <= 3 * 0.5 and 0 < second <= 3 * 1.0  # a sum over three gates
     elif "parameter" in title:

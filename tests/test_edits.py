@@ -107,7 +107,7 @@ def network(module: ModuleType, dtype=torch.float64, **changes) -> nn.Module:
 def losses_and_gradients(model: nn.Module) -> torch.Tensor:
     tokens = tokens_of(model, 2, 60)
     model.zero_grad()
-    losses = torch.stack(model.train()(tokens, tokens))
+    losses = torch.stack([*model.train()(tokens, tokens).values()])
     losses.sum().backward()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     return torch.cat((losses.detach(), *(x.flatten() for x in grads)))
@@ -219,7 +219,7 @@ def test_layers_may_be_dropped_at_random(place, recompute, tmp_path):
     for seed in range(9):
         tokens = tokens_of(model, 2, 20, seed=seed)
         seen.clear()
-        loss = sum(model(tokens, tokens))
+        loss = sum(model(tokens, tokens).values())
         for row, gate in zip(expected, model.gates(), strict=True):
             row += seen[gate].flatten().bincount(minlength=8) if gate in seen else 0
         loss.backward()

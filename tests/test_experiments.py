@@ -864,7 +864,7 @@ def test_loss_by_position_is_the_models(trained):
     found = long_context.measure(trained)
     T, ids = 64, torch.from_numpy(trained.data.test.arrays[0].astype(int))
     n = (len(ids) - 1) // T
-    main, *_ = trained.net(ids[: n * T].view(n, T), ids[1 : n * T + 1].view(n, T))
+    main = trained.net(ids[: n * T].view(n, T), ids[1 : n * T + 1].view(n, T))["loss"]
     assert np.mean(found["by_position"]) == pytest.approx(main.item(), rel=1e-5)
     assert found["by_position"] != found["by_position_yarn"]
     assert found["beyond"] == pytest.approx(np.mean(found["by_position"][-4:]))

@@ -90,7 +90,7 @@ def test_the_stored_network_opens_and_has_its_loss():
     told = float(re.search(r"(\d\.\d{4}) bits per byte on text.txt", about)[1])
     with torch.no_grad():
         model = check.trained()[0]
-        loss = check.bits_per_byte(check.mean(lambda x, y: model(x, y)[0]))
+        loss = check.bits_per_byte(check.mean(lambda x, y: model(x, y)["loss"]))
     assert loss == pytest.approx(told, abs=1e-3)
     saved = load_checkpoint(ROOT / "weights/small")
     assert (ROOT / "weights/small/best.pt").stat().st_size < 10.1e6

@@ -298,7 +298,7 @@ def test_recomputing_activations_changes_neither_gradients_nor_counts():
     results, calls = [], []
     model.gates()[0].register_forward_hook(lambda *_: calls.append(model.recompute))
     for model.recompute in (False, True):
-        losses = model(tokens, targets)
+        losses = [*model(tokens, targets).values()]
         gradients = torch.autograd.grad(sum(losses), list(model.parameters()))
         results.append([*(x.detach() for x in losses), *gradients, model.expert_counts.clone()])
         model.expert_counts.zero_()
@@ -330,7 +330,7 @@ def test_losses_are_cross_entropies_of_hand_built_targets(depth, ignored):
         means.append(sum(losses) / len(losses))
     for gate in model.gates():
         gate.register_forward_hook(lambda g, x, _: scores.append((x[0] @ g.weight.T).sigmoid()))
-    main, mtp_loss, balance_loss = model(tokens, targets)
+    main, mtp_loss, balance_loss = model(tokens, targets).values()
     close(main, means[0])
     close(mtp_loss, sum(means[1:], torch.zeros_like(main)) / max(1, depth))
     balance = [sum(reference.balance(row.tolist(), 3) for row in s) / 2 for s in scores]
@@ -355,13 +355,14 @@ def test_every_parameters_gradient_equals_finite_differences():
     changes = dict(attention_bias=True, tie_word_embeddings=True, num_nextn_predict_layers=2)
     model = tiny(num_hidden_layers=1, **changes).train()  # one dense, two with experts
     tokens, targets = tokens_of(model, 2, 8), tokens_of(model, 2, 8, seed=2)
-    gradients, d = torch.autograd.grad(sum(model(tokens, targets)), list(model.parameters())), 1e-5
+    loss, d = lambda: sum(model(tokens, targets).values()), 1e-5
+    gradients = torch.autograd.grad(loss(), list(model.parameters()))
     for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
         direction, ends = torch.randn_like(p) / p.numel() ** 0.5, []
         with torch.no_grad():
             for step in (d, -2 * d):
                 p += step * direction
-                ends.append(sum(model(tokens, targets)))
+                ends.append(loss())
             p += d * direction
         slope = (ends[0] - ends[1]) / (2 * d)
         assert abs((gradient * direction).sum() - slope) < 1e-6 * max(1, abs(slope)), name
@@ -494,8 +495,8 @@ def test_model_under_bf16_autocast_is_close_and_its_results_are_float32():
     """8 bits through 4 layers: 1 to 2 % whatever the seed. Caches in float32 and in bf16."""
     model = calm().train()
     tokens = tokens_of(model, 2, 8)
-    exact, exact_losses = model(tokens).detach(), torch.stack(model(tokens, tokens))
-    losses = torch.stack(in_bf16(model, tokens, tokens))
+    exact, exact_losses = model(tokens).detach(), torch.stack([*model(tokens, tokens).values()])
+    losses = torch.stack([*in_bf16(model, tokens, tokens).values()])
     for like in (exact, exact.bfloat16()):
         cache = Cache(model.config, model.layers, 2, 8, like)
         with torch.inference_mode():
@@ -506,7 +507,7 @@ def test_model_under_bf16_autocast_is_close_and_its_results_are_float32():
     torch.testing.assert_close(losses, exact_losses, rtol=0.05, atol=0)
     assert {p.grad.dtype for p in model.parameters()} == {losses.dtype} == {torch.float32}
     logits, mtp = model.bfloat16()(tokens, return_mtp=True)
-    assert {x.dtype for x in (logits, *mtp, *model(tokens, tokens))} == {torch.float32}
+    assert {x.dtype for x in (logits, *mtp, *model(tokens, tokens).values())} == {torch.float32}
 
 
 @both_ways
@@ -611,7 +612,7 @@ def test_fp8_is_close_to_full_precision_and_padding_does_not_change_it(monkeypat
     tokens = tokens_of(model, 2, 8)
 
     def logits_losses_gradients():
-        logits, losses = in_bf16(model, tokens).detach(), in_bf16(model, tokens, tokens)
+        logits, losses = in_bf16(model, tokens).detach(), in_bf16(model, tokens, tokens).values()
         return [logits, *losses, *torch.autograd.grad(sum(losses), list(model.parameters()))]
 
     def errors(results, expected):

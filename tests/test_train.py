@@ -148,7 +148,7 @@ def test_steps_equal_a_plain_training_loop(data):
     norms = []
     for t in range(4):
         x = torch.from_numpy(train.train_windows(dataset, config, t))
-        main, mtp, balance = model(x[:, :-1], x[:, 1:])
+        main, mtp, balance = model(x[:, :-1], x[:, 1:]).values()
         moe_layers = 3  # two in the main model, one in the MTP module
         loss = main + (0.4 if t < 2 else 0.2) * mtp + 0.3 * moe_layers * balance
         adamw.zero_grad()
