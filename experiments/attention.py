@@ -88,12 +88,8 @@ def arms(base: dict) -> dict[str, run.Arm]:
         settings = {"qk_nope_head_dim": width - R, "v_head_dim": width}
         found[name] = run.Arm(settings, {"model.MLA": form})
     # Is the base's learning rate, found with MLA, as good for the others?
-    for name in "MLA", "MHA", "GQA 2":
-        arm = found.get(name, run.Arm())
-        for times in 0.67, 1.5:
-            settings = arm.settings | {"lr": times * base["lr"]}
-            found[f"{name} lr x{times}"] = run.Arm(settings, arm.replace, check=True)
-    return found
+    asked = {"MLA": run.Arm()} | {name: found[name] for name in ("MHA", "GQA 2")}
+    return found | run.at_rates(asked, base)
 
 
 def cache_size(trained: run.Trained) -> dict:

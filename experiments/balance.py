@@ -33,6 +33,12 @@ ARMS = {  # the base has gamma 0.01 and, as in the report, alpha 0.0001
     "batch loss 0.01": run.Arm(WITHOUT_BIAS | {"alpha": 0.01}, AS_ONE),
     "nothing": run.Arm(WITHOUT_BIAS | {"alpha": 0.0}),
 }
+
+
+def arms(base: dict) -> dict[str, run.Arm]:
+    return ARMS | run.at_rates({"loss 0.01": ARMS["loss 0.01"]}, base)
+
+
 COLUMNS = {
     "test_bpb": "bits/byte",
     "max_vio_batch": "MaxVio, batch",
@@ -54,7 +60,7 @@ def measure(trained: run.Trained) -> dict:
     return expert_visits(trained) | visits_by_domain(trained)
 
 
-EXPERIMENT = run.Experiment("balance", lambda base: ARMS, COLUMNS, draw, measure, base="bias 0.01")
+EXPERIMENT = run.Experiment("balance", arms, COLUMNS, draw, measure, base="bias 0.01")
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)

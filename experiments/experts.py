@@ -49,11 +49,7 @@ def arms(base: dict) -> dict[str, run.Arm]:
         "shared x2.5": run.Arm(scaled, check=True),
         "no shared x2.5": run.Arm(alone | scaled, check=True),
     }
-    for name, arm in ("dense", arms["dense"]), ("no shared", arms["no shared"]):
-        for times in 0.67, 1.5:
-            settings = arm.settings | {"lr": times * base["lr"]}
-            arms[f"{name} lr x{times}"] = run.Arm(settings, arm.replace, check=True)
-    return arms
+    return arms | run.at_rates({name: arms[name] for name in ("dense", "no shared")}, base)
 
 
 COLUMNS = {

@@ -29,9 +29,7 @@ ARMS = {
 
 
 def arms(base: dict) -> dict[str, run.Arm]:
-    off = ARMS["off"].settings
-    rates = {f"off lr x{x}": off | {"lr": x * base["lr"]} for x in (0.67, 1.5)}
-    return ARMS | {name: run.Arm(settings, check=True) for name, settings in rates.items()}
+    return ARMS | run.at_rates({"off": ARMS["off"]}, base)
 
 
 COLUMNS = {

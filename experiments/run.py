@@ -56,6 +56,12 @@ from support.tokenizer import tokenizer_files
 from support.tokens import Dataset, Tokens
 
 ROOT = Path(train.__file__).parent
+RATES = (
+    0.3,
+    0.45,
+    0.67,
+    1.5,
+)  # times the base's learning rate: plan.py says who is trained with which
 # A run so small that it takes two seconds, with every phase of a training in it.
 SMALL = {"out": "", "steps": 10, "batch_size": 4, "block_size": 16, "long_block_size": 32}
 SMALL |= {"long_start": 0.8, "eval_every": 10, "log_every": 1, "device": "cpu"}
@@ -90,6 +96,15 @@ class Arm:
     replace: dict[str, Any] = field(default_factory=dict)
     longer: float = 1.0  # times as many steps as the base
     check: bool = False  # a check of a setting, no claim: outside Holm's correction (tables.py)
+
+
+def at_rates(arms: dict[str, Arm], base: dict[str, Any]) -> dict[str, Arm]:
+    """The same arms with other learning rates, a check of a setting: "dense lr x0.67"."""
+    return {
+        f"{name} lr x{times}": replace(arm, settings=arm.settings | {"lr": times * base["lr"]},
+                                       check=True)
+        for name, arm in arms.items() for times in RATES
+    }  # fmt: skip
 
 
 @dataclass
@@ -228,8 +243,9 @@ def change_hash(arm: Arm, measure: Callable | None) -> str:
     return digest(*changed, code_hash(*texts), low)
 
 
-def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Options):
-    """Makes the results of an arm and seed that are not there yet."""
+def missing(experiment: Experiment, name: str, arm: Arm, seed: int, options: Options):
+    """What is not there yet of an arm and seed, as [(file, what is measured, identity)], and the
+    folder in which it trains."""
     base = options.base()
     data = train.TrainConfig(data=base["data"], block_size=base["block_size"])
     _, data = train.open_data(data, base["vocab_size"])
@@ -242,23 +258,28 @@ def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
     parts = [(experiment.name, experiment.measure)]
     if name == "base":
         parts = [("base", None), *(parts if experiment.measure else [])]
-    missing = []
+    found = []
     for file, measure in parts:
         identity = {"arm": name, **common, "change": change_hash(arm, measure)}
         if not any(identity.items() <= x.items() for x in read_results(options, file)):
-            missing.append((file, measure, identity))
-    if not missing:
-        return
+            found.append((file, measure, identity))
     where = "base" if name == "base" else f"{experiment.name}-{name.replace(' ', '-')}"
     folder = Path("out/quick" if options.quick else "out/experiments")
-    folder /= f"{where}-{seed}-{digest(common, change_hash(arm, None))[:8]}"
+    return found, folder / f"{where}-{seed}-{digest(common, change_hash(arm, None))[:8]}"
+
+
+def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Options):
+    """Makes the results of an arm and seed that are not there yet."""
+    todo, folder = missing(experiment, name, arm, seed, options)
+    if not todo:
+        return
     info(f"\n{experiment.name}: {name}, seed {seed}, {options.steps} steps, in {folder}")
-    first = new_network(base, seed)  # before anything stands in for its parts
+    first = new_network(options.base(), seed)  # before anything stands in for its parts
     with contextlib.ExitStack() as stack:
         for target, stand_in in arm.replace.items():
             stack.enter_context(mock.patch(target, stand_in))
         run = train_arm(arm, options, seed, folder, first)
-        for file, measure, identity in missing:
+        for file, measure, identity in todo:
             values = {} if name == "base" and file != "base" else figures_of(run)
             with torch.no_grad():
                 values |= measure(run) if measure else {}

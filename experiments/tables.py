@@ -84,7 +84,9 @@ def collect(experiment, options) -> dict[str, list[dict]]:
             x = x | {"against": x[experiment.against] - base[experiment.against]}
         if name in label:
             results[label[name]].append(x)
-    return results
+    # Which learning rates an arm is trained with depends on the results: plan.py.
+    return {name: xs for name, xs in results.items() if xs or name not in names
+            or not names[name].check}  # fmt: skip
 
 
 @dataclass
@@ -106,7 +108,7 @@ def differences(experiment, options, results: dict[str, list[dict]]) -> tuple[di
     key, (base, *others) = experiment.against, results
     compared = {name: (name, base) for name in others}
     compared |= {f"{one} against {other}": (one, other) for one, other in experiment.pairs}
-    compared = {name: paired(results[x], results[y], key) for name, (x, y) in compared.items()}
+    compared = {k: paired(*(results.get(x, []) for x in arms), key) for k, arms in compared.items()}
     compared = {name: pairs for name, pairs in compared.items() if pairs}
     if experiment.compute:  # no trainings; what varies, and how much, differs from arm to arm
         own = {name: own_interval(changes(pairs, key)) for name, pairs in compared.items()}

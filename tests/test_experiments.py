@@ -705,7 +705,7 @@ def test_learning_rates_are_checked_on_the_arms_themselves():
     arms = attention.arms(base) | experts.arms(base) | mtp.arms(base)
     checks = {name for name, arm in arms.items() if arm.check and " lr " in name}
     names = ("MLA", "MHA", "GQA 2", "dense", "no shared", "off")
-    assert checks == {f"{x} lr x{y}" for x in names for y in (0.67, 1.5)}
+    assert checks == {f"{x} lr x{y}" for x in names for y in run.RATES}
     for name in checks:
         whose, _, times = name.partition(" lr x")
         arm = arms.get(whose, run.Arm())  # MLA is the base
