@@ -188,7 +188,7 @@ def sizes(options: Options, files: list[str]) -> Iterator[Table]:
     for file in files or sorted(Path("config").glob("[!_]*.py")):
         try:
             rows.append(size_row(file))
-        except ValueError as error:
+        except Refusal as error:
             if files:
                 raise
             info(f"{file} is left out: {error}")

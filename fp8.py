@@ -59,7 +59,7 @@ _emulated: set[torch.device] = set()  # devices for which has_blockwise_fp8 has 
 
 def _tiles(x: Tensor, block: tuple[int, int]) -> Tensor:
     """Cuts (..., M, K), zero-padded at the edges, into (..., M/bm, bm, K/bk, bk), where bm and bk
-    are the block's height and width. Raises Refusal for other blocks than TILE and BLOCK."""
+    are the block's height and width. Raises ValueError for other blocks than TILE and BLOCK."""
     if tuple(block) not in (TILE, BLOCK) or x.ndim < 2:
         given = f"x has shape {tuple(x.shape)} and block is {block}"
         raise ValueError(f"{given}; use (..., M, K), so x[None] for a row, and {TILE} or {BLOCK}.")
@@ -75,7 +75,7 @@ def quantize(x: Tensor, block: tuple[int, int], pow2: bool = False) -> Quantized
     Leading dimensions are separate matrices: stacked experts never share a block. The scale comes
     from the current maximum (section 3.3.2, "Online Quantization") and is 1 for a tile of zeros;
     pow2 rounds it up to a power of two. A tile that holds a NaN or an infinity decodes to NaN.
-    Raises Refusal for another block than TILE, (1, 128), or BLOCK, (128, 128).
+    Raises ValueError for another block than TILE, (1, 128), or BLOCK, (128, 128).
     """
     tiles = _tiles(x.float(), block)
     amax = tiles.abs().amax((-3, -1))  # (..., M/bm, K/bk)
@@ -108,7 +108,7 @@ def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
 def scaled_mm(a: Quantized, b: Quantized, block: tuple[int, int], out_dtype: torch.dtype) -> Tensor:
     """A B^T -> (M, N) of out_dtype, for A (M, K) in 1x128 tiles and B (N, K) in tiles or blocks.
 
-    Sums are in fp32. Raises Refusal where A and B have different K.
+    Sums are in fp32. Raises ValueError where A and B have different K.
     """
     device, K = a[0].device, a[0].shape[1]
     if b[0].shape[1] != K:  # 100 and 120 would agree once they are padded for Hopper

@@ -106,7 +106,9 @@ def on_meta(config: ModelConfig, where: Path) -> DeepSeekV3:
     try:
         with torch.device("meta"):
             return DeepSeekV3(config)
-    except (RuntimeError, TypeError) as error:  # sizes whose product no integer holds; True for 1
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
         raise Refusal(f"no network has the sizes in {where} ({short(error, 100)})") from None
 
 
@@ -254,7 +256,7 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     try:
         save_torch_state_dict(tensors, directory)
     except SafetensorError as error:  # a full disk, say
-        raise OSError(f"the weights cannot be written to {directory} ({short(error)})") from None
+        raise Refusal(f"the weights cannot be written to {directory} ({short(error)})") from None
     (directory / "config.json").write_text(json.dumps(config | extra, indent=2))
 
 
@@ -394,8 +396,8 @@ def main(argv: list[str]):
     needed = ["tokenizers", "safetensors", *["transformers"] * config.check]
     needed = ["gguf"] if to_gguf else needed
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        told = f"the export needs {' and '.join(missing)}"
-        raise ModuleNotFoundError(told, name=" ".join(missing))
+        needs = f"the export needs {' and '.join(missing)}"
+        raise Refusal(f"{needs}: pip install {' '.join(missing)}")
     check_free(target, config.overwrite)
     if (source / "config.json").exists():
         raise Refusal(f"{source} is an export already: SRC is a run or a checkpoint file.")

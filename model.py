@@ -708,8 +708,8 @@ def check_config(config: ModelConfig):
     """Raises Refusal, in one sentence, if these values make no network."""
     for field in fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
-        accepted = int | float if kind is float else kind  # 1 will do for 1.0
-        if not isinstance(value, accepted):
+        accepted = int | float if kind is float else kind  # 1 will do for 1.0, but not True for 1
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             must = getattr(kind, "__name__", kind)
             raise Refusal(f"{name} is {value!r}, but must be of type {must}.")
         whole = kind in (int, int | None)  # a width, a number of heads or layers ...

@@ -84,7 +84,10 @@ def download(repo: str, file: str) -> Path:
     """A file of a dataset on Hugging Face, fetched once into the cache of huggingface_hub."""
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(repo, file, repo_type="dataset")).resolve()
+    try:
+        return Path(hf_hub_download(repo, file, repo_type="dataset")).resolve()
+    except Exception as error:  # of the network, of the server, of the disk: any
+        raise Refusal(f"{file} of {repo} cannot be downloaded ({short(error)})") from None
 
 
 def as_text(value: object, where: str, text_key: str) -> str | None:
@@ -138,7 +141,7 @@ def read_file(path: Path, text_key: str) -> Iterator[str | None]:
 
 def refuse(error: OSError) -> NoReturn:
     """Names a file or folder that the system does not let us read."""
-    raise OSError(f"{error.filename} cannot be read ({error.strerror}); allow it or leave it out")
+    raise Refusal(f"{error.filename} cannot be read ({error.strerror}); allow it or leave it out")
 
 
 def walk(root: Path) -> Iterator[Path]:
@@ -181,7 +184,7 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
     paths = find_files(source)
     if not paths:
         names = f"files, a folder, stdlib, tinystories, {', '.join(SHARDS)}"
-        raise FileNotFoundError(f"no text at {source!r}: expected {names}")
+        raise Refusal(f"no text at {source!r}: expected {names}")
     top = os.path.commonpath([path.parent for path in paths])
     documents = {}
     for path in tqdm(paths, desc="reading", unit=" files", disable=None, leave=False):
@@ -195,7 +198,7 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
             raise Refusal(f"{path} cannot be read: {why}") from None
         except OSError as error:
             why = error.strerror or error  # pyarrow's has no more than a message
-            raise OSError(f"{path} cannot be read ({why}); allow it or leave it out") from None
+            raise Refusal(f"{path} cannot be read ({why}); allow it or leave it out") from None
         texts = [text for text in records if text is not None]
         if nulls := len(records) - len(texts):
             info(f"left out {nulls} empty records of {path}: their {text_key!r} is null")

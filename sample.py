@@ -29,7 +29,7 @@ from torch import Tensor
 from huggingface import load_model
 from model import Cache, DeepSeekV3
 from support.ops import fast_dtype, laid_out, span
-from support.processes import usable_device
+from support.processes import compiling, usable_device
 from support.settings import Refusal, info, parse_args, run_command, with_home
 from support.tokenizer import Tokenizer
 
@@ -319,14 +319,11 @@ def graph_of(text: Text, n: Tensor, G: int, slots: int | None, u: Tensor) -> Cal
         graph = GRAPHS[key]
         if not on_cpu and (G, slots) not in text.recorded:
             trials = 1
-    try:
+    with compiling():
         for _ in range(trials):
             tokens = text.tokens.clone()
             graph(text, n, G, slots, u)
             text.tokens.copy_(tokens)  # the round writes over drafts that were copied
-    except torch._dynamo.exc.ShortenTraceback as error:
-        reason = str(error)[:200]
-        raise Refusal(f"--compile cannot be used here ({reason}); leave it out") from None
     text.recorded.add((G, slots))
     if key not in GRAPHS:
         GRAPHS[key] = graph
@@ -498,7 +495,10 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
     After Ctrl-C it still shows what there is of them, then raises KeyboardInterrupt.
     """
     device, stats, colour = model.norm.weight.device, Stats(), config.show == "drafts"
-    prompt.encode()  # raises ValueError where it is no text
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise Refusal(f"the prompt is no text ({error})") from None
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
     texts = [prompt] * config.num_samples  # what is not yet printed
     # A character appears once all its bytes are there.
@@ -559,7 +559,7 @@ def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
                 complete(model, tokenizer, line.replace("\\n", "\n"), config)
             except KeyboardInterrupt:
                 info("text interrupted")
-            except ValueError as error:
+            except Refusal as error:
                 info(f"error: {error}")
             config.seed += 1
 
@@ -584,7 +584,10 @@ def main(argv: list[str]):
     else:
         if "prompt" not in values and sys.stdin and not sys.stdin.isatty():
             info("reading the prompt from standard input to its end (--prompt=TEXT does not wait)")
-            config.prompt = sys.stdin.buffer.read().decode()
+            try:
+                config.prompt = sys.stdin.buffer.read().decode()
+            except UnicodeDecodeError as error:
+                raise Refusal(f"what standard input holds is no text ({error})") from None
         complete(model, tokenizer, config.prompt, config)
 
 

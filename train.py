@@ -26,9 +26,9 @@ import itertools
 import math
 import shlex
 import sys
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -277,8 +277,11 @@ def open_data(config: TrainConfig, vocab_size: int) -> tuple[Dataset, Path]:
         ours = (config.data, vocab_size) in (("stdlib", 4096), ("tiny", 512))
         if ours and not folder.exists():
             source = prepare_data.DataConfig("stdlib", config.data, vocab_size=vocab_size)
-            with suppress(FileExistsError):  # another train.py has made it meanwhile
+            try:
                 prepare_data.prepare(source)
+            except (Refusal, OSError):
+                if not folder.exists():  # else another train.py has made it meanwhile
+                    raise
 
     processes.once(make)
     longest = max(config.block_size, config.long_block_size)
@@ -716,23 +719,23 @@ def show_result(config: TrainConfig, data: Dataset):
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     try:
         sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
-    except (ValueError, RuntimeError) as error:  # the run itself has ended well
-        info(f"no sample: {settings.short(error)}")
+    except Exception as error:  # the run itself has ended well
+        if (why := settings.sentence_of(error)) is None:
+            traceback.print_exc()
+        info(f"no sample: {settings.short(why or error)}")
     start = shlex.quote(prompt[:20].partition("\n")[0])
     info(f"\nMore: python sample.py {shlex.quote(config.out)} --prompt={start}")
 
 
 def main(argv: list[str]):
     try:
-        run(argv)
+        with processes.compiling():
+            run(argv)
     except (RuntimeError, MemoryError) as error:
-        if settings.is_out_of_memory(error):
-            told = "out of memory: raise --grad_accum or give --recompute; in an evaluation,"
-            raise Refusal(f"{told} lower --eval_batch; else take a smaller network.") from None
-        if isinstance(error, torch._dynamo.exc.ShortenTraceback):  # no C++ compiler, no Triton
-            why = settings.short(error)
-            raise Refusal(f"--compile cannot be used here ({why}); leave it out") from error
-        raise
+        if not settings.is_out_of_memory(error):
+            raise
+        told = "out of memory: raise --grad_accum or give --recompute; in an evaluation,"
+        raise Refusal(f"{told} lower --eval_batch; else take a smaller network.") from None
     processes.end()
 
 

@@ -34,7 +34,7 @@ import fp8
 import sample
 from exercises.known import EXERCISES, Exercise
 from huggingface import load_model
-from support.settings import run_command
+from support.settings import Refusal, run_command
 
 Outcome = tuple[list[Tensor], list[Tensor]] | str  # values and gradients; or why there are none
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,18 +317,16 @@ def effect(name: str, functions: SimpleNamespace) -> str:
 
 
 def the_readers(name: str) -> SimpleNamespace:
-    """The functions in exercises/NAME.py. Raises ValueError in one sentence."""
+    """The functions in exercises/NAME.py. Raises Refusal in one sentence."""
     file = ROOT / f"exercises/{name}.py"
     try:
         names = runpy.run_path(str(file))
         return SimpleNamespace(**{key: names[key] for key in EXERCISES[name].answers})
     except KeyError as error:
-        raise ValueError(
-            f"{file} has no function {error}: it begins with def {error}(..."
-        ) from None
+        raise Refusal(f"{file} has no function {error}: it begins with def {error}(...") from None
     except Exception as error:
         told = textwrap.shorten(f"{type(error).__name__}: {error}", 100)
-        raise ValueError(f"{file} cannot be run ({told}): mend it and try again.") from None
+        raise Refusal(f"{file} cannot be run ({told}): mend it and try again.") from None
 
 
 def check(name: str, **functions: Callable) -> bool:
@@ -355,7 +353,7 @@ def overview() -> None:
             wrong = list(judge(name, the_readers(name))[0].values())
             done = f"{sum(map(bool, wrong))} of {len(wrong)} cases differ" if any(wrong) else "done"
             done = "not written yet" if "not written yet" in wrong else done
-        except ValueError as error:
+        except Refusal as error:
             done = str(error)
         print(f"{name:9} {exercise.title:46} {done}")
     print("\npython exercises/check.py NAME checks one; its text and its blank: exercises/NAME.py")

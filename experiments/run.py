@@ -329,7 +329,10 @@ def main(argv: list[str], experiment: Experiment):
         raise Refusal(f"there is no arm {unknown[0]!r}; choose from {', '.join(arms)}.")
     trainer = replace(experiment, name=experiment.results or experiment.name)
     # All arms with one seed, then with the next, so that pairs come early.
-    turns = [(int(seed), name) for seed in options.seeds.split(",") for name in chosen]
+    seeds = options.seeds.split(",")
+    if odd := [seed for seed in seeds if not seed.strip().isdecimal()]:
+        raise Refusal(f"seeds is {options.seeds!r}, but {odd[0]!r} is no number: give --seeds=0,1")
+    turns = [(int(seed), name) for seed in seeds for name in chosen]
     for seed, name in turns if not options.plot else []:
         if experiment.compute:
             compute_arm(experiment, name, seed, options)

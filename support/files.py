@@ -29,24 +29,24 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename or error.errno is None:  # it is in the message, or the message is ours
+        if error.filename or error.errno is None:  # it is in the message, or is not the system's
             raise
-        raise OSError(f"{path} cannot be written ({error.strerror or error})") from None
+        raise Refusal(f"{path} cannot be written ({error.strerror or error})") from None
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Raises FileExistsError where a folder, file or link is in the way. An empty folder is not."""
+    """Raises Refusal where a folder, file or link is in the way. An empty folder is not."""
     empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
     if os.path.lexists(folder) and not empty and not overwrite:
         hint = "choose another name, or give --overwrite, which renames the old one"
-        raise FileExistsError(f"{folder} exists; {hint}")
+        raise Refusal(f"{folder} exists; {hint}")
 
 
 @contextmanager
 def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill, which becomes `folder` in the end: complete, or not at all.
 
-    With overwrite, a folder that is there is put aside. Raises FileExistsError without.
+    With overwrite, a folder that is there is put aside. Raises Refusal without.
     """
     check_free(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)

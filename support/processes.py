@@ -8,7 +8,8 @@ import ctypes
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +169,25 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
         # Buffers are broadcast at a step's first forward alone, when all expert counts are 0.
         return DistributedDataParallel(model)
     return model
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Within `with compiling():` a failure of torch.compile becomes a Refusal that names the line
+    of Python it came to: a compiler is missing, or this line cannot be compiled. An error that the
+    code has without --compile, too, stays what it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        known = torch._dynamo.exc  # imported no sooner, as that takes seconds
+        if not isinstance(error, known.TorchDynamoException):
+            raise
+        if isinstance(error, known.TorchRuntimeError):  # of a product whose shapes do not fit, say
+            raise
+        stack = getattr(error, "real_stack", None)
+        at = f" at {stack[-1].filename}:{stack[-1].lineno}, in {stack[-1].name}" if stack else ""
+        why = short(error)
+        raise Refusal(f"--compile cannot be used here ({why}{at}); leave it out") from error
 
 
 def sync_gradients(trainer: nn.Module, now: bool):

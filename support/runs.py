@@ -58,7 +58,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]):
         with suppress(OSError):
             part.unlink()
         cause = error.__context__ or error  # torch raises its own on top of the disk's
-        raise OSError(f"cannot write {path} ({cause}); what it held before is intact.") from None
+        raise Refusal(f"cannot write {path} ({cause}); what it held before is intact.") from None
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -78,7 +78,7 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     file = checkpoint_file(path)
     if not file.exists():
         kinds = "a run's folder, a checkpoint file, or a directory with a config.json"
-        raise FileNotFoundError(f"there is no {file}: name {kinds}.")
+        raise Refusal(f"there is no {file}: name {kinds}.")
     try:
         with zipfile.ZipFile(file) as archive:  # torch does not look at the records' checksums
             damaged = archive.testzip() if whole else None
@@ -508,7 +508,7 @@ class Run:
                 with open_here(path, "ab") as file:
                     file.write(line.encode())
             except OSError as error:
-                raise OSError(f"cannot write to {path} ({error}); {self.way_on()}.") from None
+                raise Refusal(f"cannot write to {path} ({error}); {self.way_on()}.") from None
 
     # -- Checkpoints --
 

@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -17,7 +18,8 @@ from typing import Any
 
 
 class Refusal(ValueError):
-    """What a user has given cannot be used: a command ends with this sentence and exit code 1."""
+    """What a user has given cannot be used. The message is one sentence: what it is, what was
+    expected, what to do. A command ends with it, without a trace, and with exit code 1."""
 
 
 def info(text: str) -> None:
@@ -103,7 +105,7 @@ def parse_args(
     argument = values.pop("0", None)
     try:
         return argument, {n: as_field(n, text, fields[n].type) for n, text in values.items()}
-    except ValueError as error:
+    except Refusal as error:
         parser.error(str(error))
 
 
@@ -134,7 +136,7 @@ def read_command(
     description: str, argv: list[str], *config_classes: type
 ) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
     """What the command [CONFIG] [--key=value ...] says: the config file or None, its assignments,
-    the values given beside it. Exits with 2 for a wrong word, raises ValueError for the file."""
+    the values given beside it. Exits with 2 for a wrong word, raises Refusal for the file."""
     file, given = parse_args(description, argv, *config_classes, positional="config")
     return file, read_config_file(file, *config_classes) if file else {}, given
 
@@ -163,16 +165,38 @@ def merge(in_file: dict[str, Any], stored: dict[str, Any], given: dict[str, Any]
     return in_file | stored | given
 
 
+# Packages that training and sampling do without. That another cannot be found is a bug.
+OPTIONAL = ("gguf", "huggingface_hub", "matplotlib", "pyarrow", "safetensors", "tensorboard")
+OPTIONAL += ("tokenizers", "transformers", "wandb")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, of torch on a CPU, or of numpy."""
-    told = "out of memory|can't allocate memory|Unable to allocate"
-    return isinstance(error, RuntimeError | MemoryError) and bool(re.search(told, str(error)))
+    """Of a GPU, of torch on a CPU, of numpy or of Python, whose own error has no words."""
+    told = "out of memory|(can't|Cannot) allocate memory"
+    by_torch = isinstance(error, RuntimeError) and re.search(told, str(error))
+    by_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or bool(by_torch or by_system)
+
+
+def sentence_of(error: Exception) -> str | None:
+    """The sentence in which an error ends a command: of a refusal; of a file that the system
+    refuses by name; of lack of memory, of space or of an optional package. None for all else: that
+    is a bug, which keeps its trace."""
+    if isinstance(error, Refusal):
+        return str(error)
+    if is_out_of_memory(error):
+        return "out of memory" + (f" ({short(error, 100)})" if str(error) else "")
+    if isinstance(error, OSError):
+        named = error.errno is not None and error.filename is not None
+        return str(error) if named or error.errno == errno.ENOSPC else None
+    if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
+        return f"{error}: pip install {error.name}"
+    return None
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main: a refusal, or memory that does not suffice, becomes a sentence and exit
-    code 1; a bug keeps its trace. Of several processes each one says why it ends, for it may be the
-    only one."""
+    """Run a script's main: an error that has a sentence ends with it and with exit code 1, another
+    with its trace. Of several processes each one says why it ends, for it may be the only one."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -182,13 +206,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:  # the reader, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if is_out_of_memory(error):
-            why = f"out of memory ({short(error, 100)})"
-        elif isinstance(error, ModuleNotFoundError):
-            why = f"{error}: pip install {error.name}"
-        elif isinstance(error, ValueError | OSError):
-            why = str(error)
-        else:
+        if (why := sentence_of(error)) is None:
             raise
         rank = os.environ.get("RANK", "0")
         who = "error:" if rank == "0" else f"error in process {rank}:"

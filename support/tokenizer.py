@@ -402,7 +402,10 @@ def load_tokenizer(folder: Path | str) -> tiktoken.Encoding | None:
 def open_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that --tokenizer names. Raises Refusal if its marks cannot be written."""
     if name in ("gpt2", "cl100k_base", "o200k_base"):
-        return tokenizer_of(tiktoken.get_encoding(name))  # downloaded once
+        try:
+            return tokenizer_of(tiktoken.get_encoding(name))  # downloaded once
+        except Exception as error:  # of the network, say
+            raise Refusal(f"the tokenizer {name} cannot be fetched ({short(error)})") from None
     prepared = (Path(name) / "meta.json").exists()  # or a run; else a Hugging Face directory
     tokenizer = (None if prepared else hf_tokenizer(Path(name))) or stored_tokenizer(name)
     if not tokenizer.eos:

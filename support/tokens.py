@@ -147,7 +147,7 @@ class Dataset:
 
 
 def load_dataset(folder: Path | str) -> Dataset:
-    """Raises FileNotFoundError or ValueError where a file of the folder is missing or damaged."""
+    """Raises OSError or Refusal where a file of the folder is missing or damaged."""
     folder, tokenizer = Path(folder), stored_tokenizer(folder)
     n_vocab = tokenizer.n_vocab
 
@@ -178,7 +178,7 @@ def open_folder(folder: Path, vocab_size: int, longest: int) -> Dataset:
     if not folder.exists():
         make = f"python prepare_data.py SOURCE --name={folder.name} --vocab_size={vocab_size}"
         make += f" --out={folder.parent}" if folder.parent != Path("data") else ""
-        raise FileNotFoundError(f"no data in {folder}; make it with: {make}.")
+        raise Refusal(f"no data in {folder}; make it with: {make}.")
     data = load_dataset(folder)
     # The embedding may have more rows than there are tokens: fewer than 128 more, or exactly as
     # many as in the release that the tokenizer is from.

@@ -17,6 +17,7 @@ import bench
 import huggingface
 import train
 from support import processes
+from support.settings import Refusal
 
 ROOT = Path(__file__).parent.parent
 SMALLER = dict(num_hidden_layers=2, vocab_size=512, max_position_embeddings=128)
@@ -49,7 +50,7 @@ def test_a_config_file_that_cannot_be_used_leaves_the_others_their_rows(
     bench.main(["sizes"])
     shown = capsys.readouterr()
     assert "tiny" in shown.out and "config/bad.py is left out: " in shown.err
-    with pytest.raises(ValueError, match="hidden_size"):
+    with pytest.raises(Refusal, match="hidden_size"):
         bench.main(["sizes", "config/bad.py"])
 
 
@@ -134,7 +135,7 @@ def test_fp8_table_says_that_it_emulates(monkeypatch):
 def test_missing_transformers_is_said_before_anything_is_measured(argv, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if not installed
     monkeypatch.setattr(bench, "interleaved", mock.Mock(side_effect=AssertionError("measured")))
-    with pytest.raises(ValueError, match=r"transformers is not installed.*: pip install transf"):
+    with pytest.raises(Refusal, match=r"transformers is not installed.*: pip install transf"):
         bench.main(argv)
 
 
@@ -192,7 +193,7 @@ def test_plot_draws_any_keys_of_the_log(plot):
     assert {"mine", "loss"} <= {*texts}
     curves = [[list(x) for x in call.args[1:3]] for call in drawn[-4:]]  # two keys of two runs
     assert curves[:2] == [[[40, 41], [2, 3]], [[], []]] and len(curves[3][0]) == 40
-    with pytest.raises(ValueError, match="no log of a, b has the key 'yours'"):
+    with pytest.raises(Refusal, match="no log of a, b has the key 'yours'"):
         plot("--keys=yours", a=lines, b=[])
 
 
@@ -252,7 +253,7 @@ def test_plot_says_what_it_needs(plot, capsys):
         (["a", "x.svg"], r"x\.svg has no log.jsonl: name folders of runs.* with --out=FILE"),
         (["a", "new"], r"log\.jsonl has no line yet"),
     ):
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(Refusal, match=sentence):
             bench.main(["plot", *argv])
     with pytest.raises(SystemExit):
         bench.main(["plot", "--help"])

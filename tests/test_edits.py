@@ -17,7 +17,8 @@ from torch import nn
 import fp8
 import model as plain
 import sample
-from support import ops
+from support import ops, processes
+from support.settings import Refusal
 
 SOURCE = (Path(__file__).parent.parent / "model.py").read_text(encoding="utf-8")
 CONFIG = TINY | dict(max_position_embeddings=200)
@@ -430,3 +431,30 @@ def test_dropout_is_recomputed_with_the_same_numbers():
     model.recompute = True
     torch.manual_seed(3)
     assert torch.equal(losses_and_gradients(model), expected)
+
+
+# ---- What cannot be compiled ---------------------------------------------------------------------
+
+
+def branches_by_data(x):
+    return x if x.sum() > 0 else -x
+
+
+def does_not_fit(x):
+    return x.view(3)
+
+
+def test_what_cannot_be_compiled_is_refused_with_its_line_and_a_bug_keeps_its_trace():
+    def compiled(function):
+        with processes.compiling():
+            torch.compile(function, fullgraph=True, backend="eager")(torch.ones(4))
+
+    with pytest.raises(Refusal, match=r"--compile cannot be used here .*branching.*") as got:
+        compiled(branches_by_data)
+    line = branches_by_data.__code__.co_firstlineno + 1
+    assert f" at {__file__}:{line}, in branches_by_data); leave it out" in str(got.value)
+    with pytest.raises(RuntimeError, match=r"shape '.3.' is invalid") as got:
+        compiled(does_not_fit)
+    assert not isinstance(got.value, Refusal) and "in does_not_fit" in str(got.value)
+    with pytest.raises(ValueError, match="mine"), processes.compiling():
+        raise ValueError("mine")

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from exercises import check
 from exercises.known import EXERCISES
 from sample import draw
+from support.settings import Refusal
 
 ROOT = Path(__file__).parent.parent
 MISTAKES = [(name, *mistake) for name, e in EXERCISES.items() for mistake in e.mistakes]
@@ -86,7 +87,7 @@ def test_errors_name_the_line(tmp_path, monkeypatch):
     assert all(told.startswith(f"line {here + 1}: AttributeError") for told in wrong.values())
     for changed, sentence in ((text + "1/0\n", "cannot be run"), ("", "has no function")):
         file.write_text(changed, encoding="utf-8")
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(Refusal, match=sentence):
             check.the_readers("balance")
 
 

@@ -46,6 +46,7 @@ import sample
 import train
 from model import DeepSeekV3, ModelConfig
 from support import ops
+from support.settings import Refusal
 from support.tokenizer import END_OF_TEXT, load_tokenizer
 from support.tokens import load_dataset
 
@@ -166,7 +167,7 @@ def test_what_makes_a_new_result(options, monkeypatch):
     assert run.code_hash("a = 1  # why") == run.code_hash("a  =  1") != run.code_hash("a = 2")
     monkeypatch.setattr(run, "code_id", lambda *dtype, **fp8: "other code")
     assert runs() == 1
-    with pytest.raises(ValueError, match="no arm 'x'; choose from base, a"):
+    with pytest.raises(Refusal, match="no arm 'x'; choose from base, a"):
         runs(arms="x")
 
 
@@ -418,7 +419,7 @@ def test_a_run_is_measured_on_its_test_text_in_both_lengths(options, capsys):
         (T, f"{files}", f"{size - markers:,}") for T in ("16", "32")
     ]
     (Path("text") / "test.bin").rename("kept")
-    with pytest.raises(ValueError, match=r"has no test.bin: make it anew"):
+    with pytest.raises(Refusal, match=r"has no test.bin: make it anew"):
         unseen.main(["out/seen"])
     Path("kept").rename(Path("text") / "test.bin")
 

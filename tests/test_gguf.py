@@ -23,6 +23,7 @@ from model import DeepSeekV3
 from prepare_data import read_stdlib
 from sample import generate
 from support.gguf import write_gguf
+from support.settings import Refusal
 from support.tokenizer import (
     PATTERN,
     encoding_from,
@@ -205,7 +206,7 @@ def test_texts_become_the_same_ids(pattern, tmp_path):
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(changes, word, export, tmp_path):
-    with pytest.raises(ValueError, match=word) as error:
+    with pytest.raises(Refusal, match=word) as error:
         export(**changes)
     assert "give a directory as DST" in str(error.value)
     assert not list(tmp_path.glob("*.gguf"))
@@ -213,7 +214,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(changes, word, export
 
 def refused(tmp_path: Path, tensors: dict, encoding, dtype: str = "F32") -> str:
     config = asdict(test_model.tiny(torch.float32, **V3).config)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(Refusal) as error:
         write_gguf(tmp_path / "x.gguf", tensors.items(), config, encoding, dtype)
     assert not list(tmp_path.iterdir())
     return str(error.value)
@@ -234,7 +235,7 @@ def test_the_command_keeps_files_and_leaves_no_halves(export, tmp_path, monkeypa
     told = capsys.readouterr().err
     assert "left out the MTP modules" in told and "several blanks before a number" in told
     run = str(tmp_path / "run")
-    with pytest.raises(FileExistsError, match="exists; choose another name"):
+    with pytest.raises(Refusal, match="exists; choose another name"):
         huggingface.main([run, str(file)])
     for options in (["--quantize=True"], ["--check=True"]):
         with pytest.raises(SystemExit):

@@ -23,6 +23,7 @@ import model as plain
 from huggingface import checkpoint_views
 from model import Cache, DeepSeekV3, Gate, ModelConfig, RMSNorm
 from support import ops
+from support.settings import Refusal
 
 ATOL = 1e-11
 # No two widths are equal, nor rms_norm_eps and the latent norms' 1e-6: exchanged ones show.
@@ -580,7 +581,7 @@ def test_a_tied_head_is_not_counted_again():
     ],
 )
 def test_impossible_configurations_are_refused_with_one_sentence(changes, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(Refusal) as error:
         ModelConfig(**(TINY | changes))
     assert words in str(error.value) and "\n" not in str(error.value)
 

@@ -23,6 +23,7 @@ import tiktoken
 import prepare_data as pd
 import support.tokenizer as tk
 import support.tokens as tf
+from support.settings import Refusal
 
 ROOT = Path(pd.__file__).parent
 WORDS = ["the", "cat", "sat", "mat", "and", "12345", "dogs,", "self.value", "==", "None:", "'x'"]
@@ -349,7 +350,7 @@ def test_what_the_system_does_not_let_us_read_is_named(tmp_path, monkeypatch, cl
 
     monkeypatch.setattr(module, function, deny)
     said = f"{path} cannot be read (Permission denied); allow it or leave it out"
-    with pytest.raises(OSError, match=re.escape(said)):
+    with pytest.raises(Refusal, match=re.escape(said)):
         make(tmp_path, tmp_path)
 
 
@@ -369,7 +370,7 @@ def test_collections_of_documents(tmp_path, kind, capsys):
     assert sorted((train + val).split(tk.END_OF_TEXT)[1::2]) == sorted(t[:-13] for t in texts)
     assert f"left out 1 empty records of {path}: their 'body' is null" in capsys.readouterr().err
     assert folder.name == "docs" and 3 <= ids_of(folder, "val").count(299) <= 4
-    with pytest.raises(ValueError, match="text_key"):
+    with pytest.raises(Refusal, match="text_key"):
         make(tmp_path, path, overwrite=True, name="")
     assert text_of(folder, "val") == val  # the refused run took nothing away
 
@@ -397,7 +398,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[4:60] = bytes(56)
     path.write_bytes(content)
-    with pytest.raises((OSError, ValueError), match=r"a\.parquet cannot be read") as caught:
+    with pytest.raises(Refusal, match=r"a\.parquet cannot be read") as caught:
         pd.read_paths(str(path), "text")
     assert "None" not in str(caught.value)
 
@@ -406,7 +407,7 @@ def test_a_column_that_is_no_text_is_refused(tmp_path):
     table = pytest.importorskip("pyarrow").table({"n": [5, 6], "body": ["a", "b"]})
     pytest.importorskip("pyarrow.parquet").write_table(table, path := tmp_path / "a.parquet")
     for key, said in ("n", "a record has 5 as 'n', expected text"), ("x", "columns ['n', 'body']"):
-        with pytest.raises(ValueError, match=re.escape("a.parquet cannot be read: ")) as caught:
+        with pytest.raises(Refusal, match=re.escape("a.parquet cannot be read: ")) as caught:
             pd.read_paths(str(path), key)
         assert said in str(caught.value) and "--text_key=KEY?" in str(caught.value)
 
@@ -415,7 +416,7 @@ def test_a_codec_that_pyarrow_was_built_without_is_one_sentence(tmp_path, monkey
     """Its error for it is a NotImplementedError."""
     (tmp_path / "a.parquet").touch()
     monkeypatch.setattr(pd, "read_file", mock.Mock(side_effect=NotImplementedError("LZO")))
-    with pytest.raises(ValueError, match=r"parquet cannot be read: NotImplementedError\('LZO'\)"):
+    with pytest.raises(Refusal, match=r"parquet cannot be read: NotImplementedError\('LZO'\)"):
         pd.read_paths(str(tmp_path / "a.parquet"), "text")
 
 
@@ -430,7 +431,7 @@ def test_bad_json_lines_and_half_surrogates(tmp_path):
         ("[" * 100_000, "is no JSON ("),
     ]:
         path.write_text('{"text": "fine"}\n\n' + line + "\n")
-        with pytest.raises(ValueError, match=r"a\.jsonl cannot be read: line 3 ") as caught:
+        with pytest.raises(Refusal, match=r"a\.jsonl cannot be read: line 3 ") as caught:
             pd.read_paths(str(path), "text")
         assert said in str(caught.value)
     path.write_text(r'{"text": "a\ud800b"}')
@@ -442,7 +443,7 @@ def test_bad_json_lines_and_half_surrogates(tmp_path):
         (whole[:10] + b"\xff" * 99 + whole[99:], "error"),
     ]:
         (tmp_path / "b.jsonl.gz").write_bytes(content)
-        with pytest.raises(ValueError, match=rf"gz cannot be read: {error}\("):
+        with pytest.raises(Refusal, match=rf"gz cannot be read: {error}\("):
             pd.read_paths(str(tmp_path / "b.jsonl.gz"), "text")
 
 
@@ -478,12 +479,12 @@ def test_tinystories(hub, tmp_path):
 
 def test_a_part_without_text_is_refused(hub, tmp_path):
     (tmp_path / "a.txt").write_text(prose(1, 50))
-    with pytest.raises(ValueError, match=r"no text for validation \(val_fraction=1e-06\)"):
+    with pytest.raises(Refusal, match=r"no text for validation \(val_fraction=1e-06\)"):
         make(tmp_path, tmp_path / "a.txt", val_fraction=1e-6)
     for part, text in ("train", ""), ("valid", prose(2, 5)):
         path = hub / "roneneldan/TinyStories" / f"TinyStoriesV2-GPT4-{part}.txt"
         path.write_text(text)
-    with pytest.raises(ValueError, match="tinystories has no text for training"):
+    with pytest.raises(Refusal, match="tinystories has no text for training"):
         make(tmp_path, "tinystories")
 
 
@@ -497,7 +498,7 @@ def test_shards(hub, tmp_path, source):
     assert len(data.train) == 22 + 23 and len(data.val) == 21 and data.vocab_size == 50_257
     assert data.val_bytes_per_token == 20 / 21
     write_shard(hub / repo / f"{source}_train_000002.bin", [1] * 5000 + [50_257] + [1] * 5000)
-    with pytest.raises(ValueError, match="holds ids beyond gpt2's 50257 tokens"):
+    with pytest.raises(Refusal, match="holds ids beyond gpt2's 50257 tokens"):
         make(tmp_path, source, name="", shards=2, overwrite=True)
     assert len(tf.load_dataset(folder).val) == 21  # the folder made before is kept
 
@@ -584,7 +585,7 @@ def test_overwrite_puts_the_old_folder_aside_with_every_file_in_it(book, tmp_pat
     (book / "thesis.txt").write_text("precious")
     (book / "best.pt").write_text("weights")
     before = contents(book)
-    with pytest.raises(FileExistsError, match="book exists; choose another name, or give --ov"):
+    with pytest.raises(Refusal, match="book exists; choose another name, or give --ov"):
         make(tmp_path, tmp_path / "a.txt", name="book")
     assert contents(book) == before
     make(tmp_path, tmp_path / "a.txt", name="book", overwrite=True)
@@ -603,7 +604,7 @@ def test_a_link_is_put_aside_and_what_it_leads_to_stays(book, tmp_path):
     (tmp_path / "data/dangling").symlink_to("nowhere")
     before = contents(book)
     for name in "link", "dangling":
-        with pytest.raises(FileExistsError):
+        with pytest.raises(Refusal):
             make(tmp_path, tmp_path / "a.txt", name=name)
         made = make(tmp_path, tmp_path / "a.txt", name=name, overwrite=True)
         assert not made.is_symlink() and Path(f"{made}.old-1").is_symlink()
@@ -619,7 +620,7 @@ def test_a_folder_made_meanwhile_is_refused_or_put_aside(book, tmp_path, monkeyp
         real(tokenizer, new)
 
     monkeypatch.setattr(pd, "write_tokenizer", meanwhile)
-    with pytest.raises(FileExistsError, match="d exists; choose another name"):
+    with pytest.raises(Refusal, match="d exists; choose another name"):
         make(tmp_path, tmp_path / "a.txt")
     assert contents(folder) == contents(book) and names_in(folder.parent) == ["book", "d"]
     make(tmp_path, tmp_path / "a.txt", overwrite=True)
@@ -628,7 +629,7 @@ def test_a_folder_made_meanwhile_is_refused_or_put_aside(book, tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", ["a/b", "d/../y", "../x", "/x", "..", ".x", "a\n", "a\0", "*"])
 def test_no_name_leads_out_of_the_folder_of_data(name, tmp_path):
-    with pytest.raises(ValueError, match="expected a plain folder name; give --name=NAME"):
+    with pytest.raises(Refusal, match="expected a plain folder name; give --name=NAME"):
         make(tmp_path, tmp_path / "a.txt", name=name)
     assert not [*tmp_path.iterdir()]
 
@@ -660,7 +661,7 @@ def test_a_full_disk_is_told_with_the_files_name(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(io, "open", opened)
     monkeypatch.setattr("builtins.open", opened)
-    with pytest.raises(OSError, match=f"{name} cannot be written .No space left on device.$"):
+    with pytest.raises(Refusal, match=f"{name} cannot be written .No space left on device.$"):
         make(tmp_path, tmp_path / "a.txt")
     assert not [*(tmp_path / "data").iterdir()]
 

@@ -29,6 +29,7 @@ import train
 from huggingface import load_model
 from support import ops, processes, tokens
 from support.runs import load_checkpoint
+from support.settings import Refusal
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -201,7 +202,7 @@ def raise_at_third_step():
 
     def fail(data, config, step):
         if step == 3 and os.environ["RANK"] == "1":
-            raise ValueError("this rank has had enough")
+            raise Refusal("this rank has had enough")
         return windows(data, config, step)
 
     train.train_windows = fail

@@ -29,6 +29,7 @@ import prepare_data as pd
 import sample
 import train
 from huggingface import load_model
+from support.settings import Refusal
 from support.tokenizer import (
     KIMI_PATTERN,
     PATTERN,
@@ -226,7 +227,7 @@ def test_marks_that_the_vocabulary_lacks_are_refused():
         asked = pd.DataConfig("a.txt", f"d{i}", tokenizer=f"release_{i}")
         if wrong:
             (value,) = wrong.values()
-            with pytest.raises(ValueError, match=f"release_{i} .*{value}"):
+            with pytest.raises(Refusal, match=f"release_{i} .*{value}"):
                 pd.prepare(asked)
         else:
             tokens = load_dataset(pd.prepare(asked)).train.arrays[0]
@@ -259,7 +260,7 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(tmp_path):
         ("endless names no end token", lambda: prepare("endless", "endless")),
         ("exists; choose another name", lambda: prepare("mine", "release")),
     ):
-        with pytest.raises((ValueError, OSError)) as caught:
+        with pytest.raises(Refusal) as caught:
             act()
         assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
@@ -267,10 +268,10 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(tmp_path):
     model.write_text(ranks)
     assert load_dataset("data/mine").vocab_size == 393
     model.write_text(other)
-    with pytest.raises(ValueError, match=r"sha256 of tiktoken\.model is not that in meta\.json"):
+    with pytest.raises(Refusal, match=r"sha256 of tiktoken\.model is not that in meta\.json"):
         load_dataset("data/mine")
     Path("data/mine/meta.json").unlink()
-    with pytest.raises(ValueError, match=r"has no whole tokenizer.*meta\.json"):
+    with pytest.raises(Refusal, match=r"has no whole tokenizer.*meta\.json"):
         load_dataset("data/mine")
     asked = pd.DataConfig("texts.jsonl", "mine", vocab_size=272, test_fraction=0, overwrite=True)
     names = {path.name for path in pd.prepare(asked).iterdir()}  # what was the release's is gone

@@ -30,7 +30,7 @@ import sample
 from model import DeepSeekV3
 from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
 from support import ops
-from support.settings import run_command
+from support.settings import Refusal, run_command
 from support.tokenizer import load_tokenizer
 
 COLOUR = re.compile(r"\033\[[\d;]*m")
@@ -569,7 +569,7 @@ def test_impossible_requests_are_refused_in_one_sentence(change, word):
     model = tiny(max_position_embeddings=LIMIT)
     if word == "not finite":
         model.requires_grad_(False).norm.weight[3] = math.nan
-    with pytest.raises(ValueError, match=word) as caught:
+    with pytest.raises(Refusal, match=word) as caught:
         generate(model, **dict(tokens=torch.tensor([[1]]), max_new_tokens=3) | change)
     assert "\n" not in str(caught.value)
 
@@ -780,6 +780,6 @@ def test_a_gpu_decodes_in_the_dtype_of_its_products(dtype, monkeypatch):
     monkeypatch.setattr(sample, "usable_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr(sample, "fast_dtype", lambda device: (dtype, "as measured"))
     monkeypatch.setattr(sample, "load_model", lambda *args: asked.append(args[2]) or (None,) * 3)
-    with pytest.raises(ValueError, match="no tokenizer"):
+    with pytest.raises(Refusal, match="no tokenizer"):
         sample.main(["out/x"])
     assert asked == [dtype]

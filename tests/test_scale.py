@@ -17,6 +17,7 @@ import scale
 import schedules
 
 import bench
+from support.settings import Refusal
 
 ROOT = Path(__file__).parent.parent
 V3 = ROOT / "config/v3_671b.py"
@@ -205,11 +206,11 @@ def test_other_networks_fit(name, capsys, monkeypatch, tmp_path):
 
 
 def test_networks_that_do_not_fit_get_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"small\.py has 16 routed experts in a layer.* of 64:"):
+    with pytest.raises(Refusal, match=r"small\.py has 16 routed experts in a layer.* of 64:"):
         scale.main([str(ROOT / "config/small.py")])
     dense = tmp_path / "dense.py"
     dense.write_text(V3.read_text() + "first_k_dense_replace = 61\n")
-    with pytest.raises(ValueError, match=r"dense\.py has 0 routed experts in a layer, .*v3_671b"):
+    with pytest.raises(Refusal, match=r"dense\.py has 0 routed experts in a layer, .*v3_671b"):
         scale.main([str(dense)])
 
 
@@ -302,5 +303,5 @@ def test_each_part_of_fp8_error_takes_the_arms_that_it_has(arms, expected, monke
 
 
 def test_an_arm_that_neither_part_of_fp8_error_has_is_refused():
-    with pytest.raises(ValueError, match=r"no arm 'tile'; choose from base, tiles, .*, every 32"):
+    with pytest.raises(Refusal, match=r"no arm 'tile'; choose from base, tiles, .*, every 32"):
         fp8_error.main(["--arms=tiles,tile"])

@@ -1,8 +1,10 @@
 """How words of the command line and config files become values, and errors sentences."""
 
 import re
+import runpy
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,7 +90,7 @@ def test_config_files_are_assignments(tmp_path, monkeypatch):
     values = config.read_config_file("config/a.py", Config)
     assert values == {"steps": 1000, "lr": 2.0, "scaling": {"a": 1}}
     assert type(values["steps"]) is int and type(values["lr"]) is float
-    with pytest.raises(ValueError, match=r"there is no config file b\.py"):
+    with pytest.raises(config.Refusal, match=r"there is no config file b\.py"):
         config.read_config_file("b.py", Config)
     for content, sentence in {
         "batchsize = 4": "my.py: unknown key batchsize; did you mean batch_size?",
@@ -96,15 +98,19 @@ def test_config_files_are_assignments(tmp_path, monkeypatch):
         "steps = True": "my.py: steps is True, expected int",
     }.items():
         Path("my.py").write_text(content)
-        with pytest.raises(ValueError, match=re.escape(sentence)):
+        with pytest.raises(config.Refusal, match=re.escape(sentence)):
             config.read_config_file("my.py", Config)
 
 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (ValueError("no\nway"), 1, "error: no way\n"),
-        (ModuleNotFoundError("no x", name="x"), 1, "error: no x: pip install x\n"),
+        (config.Refusal("no\nway"), 1, "error: no way\n"),
+        (
+            ModuleNotFoundError("no gguf", name="gguf"),
+            1,
+            "error: no gguf: pip install gguf\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (RuntimeError("CUDA out of memory"), 1, "error: out of memory (CUDA out of memory)\n"),
         (
@@ -112,19 +118,44 @@ def test_config_files_are_assignments(tmp_path, monkeypatch):
             1,
             "error: out of memory (Unable to allocate 8 TiB)\n",
         ),
+        (MemoryError(), 1, "error: out of memory\n"),
+        (
+            FileNotFoundError(2, "No such file", "x.py"),
+            1,
+            "error: [Errno 2] No such file: 'x.py'\n",
+        ),
+        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+        (OSError(12, "Cannot allocate"), 1, "error: out of memory ([Errno 12] Cannot allocate)\n"),
     ],
 )
 def test_run_command_turns_refusals_into_exit_codes(error, code, message, capsys):
-    def main(argv):
-        raise error
-
     with pytest.raises(SystemExit) as caught:
-        config.run_command(main)
+        config.run_command(mock.Mock(side_effect=error))
     assert (caught.value.code, capsys.readouterr().err) == (code, message)
-    with pytest.raises(TypeError):  # a bug keeps its trace
-        config.run_command(lambda argv: len(5))
-    with pytest.raises(RuntimeError):
-        config.run_command(mock.Mock(side_effect=RuntimeError("shapes do not fit")))
+
+
+@pytest.mark.parametrize(
+    "line, error",
+    [
+        ("a, b = 1, 2, 3", "ValueError: too many values to unpack (expected 2"),
+        ("[*zip([1], [], strict=True)]", "ValueError: zip() argument 2 is shorter"),
+        ("torch.ones(4).view(3)", "RuntimeError: shape '[3]' is invalid for input of size 4"),
+        ("int('five')", "ValueError: invalid literal for int()"),
+        ("raise OSError('mine')", "OSError: mine"),
+        ("import support.opps", "ModuleNotFoundError: No module named 'support.opps'"),
+        ("{}['key']", "KeyError: 'key'"),
+    ],
+)
+def test_a_bug_keeps_its_trace_which_ends_with_its_line(line, error, tmp_path):
+    script = tmp_path / "hack.py"
+    script.write_text(f"import torch\n\n\ndef main(argv):\n    {line}\n")
+    main = runpy.run_path(str(script))["main"]
+    with pytest.raises(Exception) as caught:
+        config.run_command(main)
+    told = "".join(traceback.format_exception(caught.value))
+    *_, where, theirs, last = (x.strip() for x in told.splitlines() if set(x) - set(" ^~"))
+    assert where == f'File "{script}", line 5, in main' and theirs == line
+    assert last.startswith(error)
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

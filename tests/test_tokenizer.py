@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import support.tokenizer as tk
 from prepare_data import read_stdlib
+from support.settings import Refusal
 
 BYTES = {bytes([b]): b for b in range(256)}
 ONLY_BYTES = tk.encoding_from(BYTES, tk.PATTERN, {tk.END_OF_TEXT: 256})
@@ -321,7 +322,7 @@ def edit(path: Path, **changes):
 
 
 def refusal(call, *arguments) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(Refusal) as caught:
         call(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)

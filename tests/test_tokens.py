@@ -12,6 +12,7 @@ from test_prepare_data import BYTES, ids_of, make, prose, text_of, write_shard
 
 import support.tokenizer as tk
 import support.tokens as tf
+from support.settings import Refusal
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_shards_of_others_open_and_windows_never_span_two(book):
     assert rows[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 6, 6, 6, 20, 21, 22]
     assert (rows == rows[:, :1] + np.arange(4)).all()
     for starts, length in ([13], 4), ([-1], 4), ([0], 7):
-        with pytest.raises(ValueError, match="no windows of"):
+        with pytest.raises(Refusal, match="no windows of"):
             train.windows(np.array(starts), length)
 
 
@@ -104,7 +105,7 @@ DAMAGES = [  # what the sentence says, and how the folder is damaged
 def test_damaged_folders_are_refused(book, sentence, damage):
     tf.load_dataset(book)
     damage(book)
-    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)) as caught:
+    with pytest.raises((Refusal, FileNotFoundError), match=re.escape(sentence)) as caught:
         tf.load_dataset(book)
     assert str(book) in str(caught.value)
 
@@ -113,7 +114,7 @@ def test_training_data_cut_short_meanwhile_is_told(book):
     """A mapped file that lost its end would end the process with SIGBUS, without a word."""
     train = tf.load_dataset(book).train
     os.truncate(book / "train.bin", 5000)
-    with pytest.raises(ValueError, match=r"train\.bin has become shorter"):
+    with pytest.raises(Refusal, match=r"train\.bin has become shorter"):
         train.windows(np.array([len(train) - 100]), 50)
 
 

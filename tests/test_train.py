@@ -540,12 +540,17 @@ def test_a_config_file_may_begin_with_a_byte_order_mark():
 
 
 def test_a_run_whose_sample_fails_has_ended_well(monkeypatch, capsys):
-    """With FSDP the whole model may not fit on one device."""
+    """With FSDP the whole model may not fit on one device; an edit may train and not decode."""
     run("--steps=4")
-    fail = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
-    monkeypatch.setattr(train.sample, "main", fail)
-    SHOW_RESULT(train.TrainConfig(out="run", block_size=16), load_dataset("data/tiny"))
-    assert "no sample: CUDA out of memory" in capsys.readouterr().err
+    for error, words in (
+        (torch.OutOfMemoryError("CUDA out of memory"), "no sample: out of memory (CUDA out of m"),
+        (ValueError("not enough values"), "no sample: not enough values"),
+    ):
+        monkeypatch.setattr(train.sample, "main", mock.Mock(side_effect=error))
+        SHOW_RESULT(train.TrainConfig(out="run", block_size=16), load_dataset("data/tiny"))
+        told = capsys.readouterr().err
+        assert words in told
+        assert ("Traceback" in told) == (type(error) is ValueError)
 
 
 def test_a_run_whose_best_checkpoint_has_gone_ends_without_a_sample(capsys):

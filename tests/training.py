@@ -23,7 +23,7 @@ import huggingface
 import prepare_data
 import train
 from support import processes, tokenizer
-from support.settings import run_command
+from support.settings import Refusal, run_command, sentence_of
 from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -47,9 +47,9 @@ def run(*options: str, out: Path | str = "run") -> Path:
 
 def refused(*options: str, out: Path | str = "run") -> str:
     """The sentence with which training is refused."""
-    with pytest.raises((ValueError, OSError)) as error:
+    with pytest.raises((Refusal, OSError)) as error:
         run(*options, out=out)
-    return str(error.value)
+    return sentence_of(error.value)
 
 
 def command(argv: list[str], log: Path, environment: dict[str, str], setup):
