@@ -617,7 +617,7 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
 
 def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, first: int):
     """Raises Refusal where windows do not fit the network or cannot be shared out (from the step
-    `first` on), and where --compile would only cost time."""
+    `first` on). Says where --compile only costs time."""
     long, limit = config.long_block_size, model.config.max_position_embeddings
     longest = max(config.block_size, long)
     if longest > limit:
@@ -630,8 +630,7 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
     if config.eval_only:  # compiles nothing and has no steps
         return
     if config.compile and machine.device.type == "cpu" and machine.dtype != torch.bfloat16:
-        slow = "compiles for minutes on a CPU and gains nothing"
-        raise Refusal(f"--compile in {config.dtype} {slow}: give --compile=False.")
+        info(f"--compile in {config.dtype} compiles for minutes on a CPU and gains nothing")
     trained = max(model.trained_length, config.block_size)
     if 0 < long < trained:
         less = f"long_block_size is {long}, less than the {trained} trained before"
