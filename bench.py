@@ -519,7 +519,7 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
     if fp8.has_blockwise_fp8(device):  # compiling fuses the quantiser
         plain, layer = torch.compile(plain), torch.compile(layer)
     a, w = x.detach(), plain.weight.detach()
-    qa, qw = fp8.quantize(a, fp8.TILE, pow2=True), fp8.quantize(w, fp8.BLOCK, pow2=True)
+    qa, qw = fp8.quantize(a, fp8.TILE, pow2=True), fp8.quantize(w[None], fp8.BLOCK, pow2=True)
 
     def both(module: nn.Module):
         x.grad = module.weight.grad = None
@@ -527,7 +527,7 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
 
     t = interleaved({
         "bf16": lambda: a @ w.T,
-        "fp8": lambda: fp8.scaled_mm(qa, qw, fp8.BLOCK, torch.bfloat16),
+        "fp8": lambda: fp8.multiply(qa, qw, [M], torch.bfloat16),
         "bf16 layer": lambda: both(plain), "fp8 layer": lambda: both(layer),
     }, rounds)  # fmt: skip
     s = {name: statistics.median(values) for name, values in t.items()}

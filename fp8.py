@@ -39,6 +39,7 @@ from support.ops import by_expert, compute_dtype, fast_dtype, fingerprint
 from support.settings import Refusal, info
 
 TILE = (1, 128)  # activations and gradients: one scale per token and 128 channels
+COLUMN = (128, 1)  # the same two for the weight gradient, whose sums run over the tokens
 BLOCK = (128, 128)  # weights: coarser, but the transpose of a block is a block
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -59,10 +60,11 @@ _emulated: set[torch.device] = set()  # devices for which has_blockwise_fp8 has 
 
 def _tiles(x: Tensor, block: tuple[int, int]) -> Tensor:
     """Cuts (..., M, K), zero-padded at the edges, into (..., M/bm, bm, K/bk, bk), where bm and bk
-    are the block's height and width. Raises ValueError for other blocks than TILE and BLOCK."""
-    if tuple(block) not in (TILE, BLOCK) or x.ndim < 2:
+    are the block's height and width. Raises ValueError for other blocks than the three."""
+    if tuple(block) not in (TILE, COLUMN, BLOCK) or x.ndim < 2:
         given = f"x has shape {tuple(x.shape)} and block is {block}"
-        raise ValueError(f"{given}; use (..., M, K), so x[None] for a row, and {TILE} or {BLOCK}.")
+        takes = f"(..., M, K), so x[None] for a row, and {TILE}, {COLUMN} or {BLOCK}"
+        raise ValueError(f"{given}; use {takes}.")
     (bm, bk), (M, K) = block, x.shape[-2:]
     if M % bm or K % bk:
         x = F.pad(x, (0, -K % bk, 0, -M % bm))
@@ -75,7 +77,7 @@ def quantize(x: Tensor, block: tuple[int, int], pow2: bool = False) -> Quantized
     Leading dimensions are separate matrices: stacked experts never share a block. The scale comes
     from the current maximum (section 3.3.2, "Online Quantization") and is 1 for a tile of zeros;
     pow2 rounds it up to a power of two. A tile that holds a NaN or an infinity decodes to NaN.
-    Raises ValueError for another block than TILE, (1, 128), or BLOCK, (128, 128).
+    Raises ValueError for another block than TILE, (1, 128), COLUMN, (128, 1), or BLOCK, (128, 128).
     """
     tiles = _tiles(x.float(), block)
     amax = tiles.abs().amax((-3, -1))  # (..., M/bm, K/bk)
@@ -89,39 +91,135 @@ def quantize(x: Tensor, block: tuple[int, int], pow2: bool = False) -> Quantized
     return q.contiguous(), s
 
 
-def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """q (..., M, K), scale (..., ceil(M/bm), ceil(K/bk)) -> q * scale (..., M, K) in fp32. Raises
-    ValueError where the shapes do not fit."""
-    tiles = _tiles(q.float(), block)
+def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int], dtype=torch.float32) -> Tensor:
+    """q (..., M, K), scale (..., ceil(M/bm), ceil(K/bk)) -> q * scale (..., M, K). bf16, too, holds
+    it exactly if scales are powers of two. Raises ValueError where the shapes do not fit."""
+    tiles = _tiles(_decoded(q, dtype), block)
     shape, expected = tuple(scale.shape), (*tiles.shape[:-3], tiles.shape[-2])
     if shape != expected:
         raise ValueError(
             f"scale is {shape}, but q {tuple(q.shape)} in {block} blocks needs {expected}."
         )
-    x = tiles * scale.float()[..., :, None, :, None]
+    x = tiles * scale.to(dtype)[..., :, None, :, None]
     return x.flatten(-4, -3).flatten(-2)[..., : q.shape[-2], : q.shape[-1]]
 
 
-# ---- Product: one meaning, two ways to multiply -----------------------------------------------
+def _decoded(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """q.to(dtype), on a CPU by a table of the 256 codes, in a fifth of the time."""
+    if q.device.type != "cpu" or q.dtype != E4M3:
+        return q.to(dtype)
+    table = torch.arange(256, dtype=torch.uint8).view(E4M3).to(dtype)
+    return table.index_select(0, q.reshape(-1).view(torch.uint8).int()).view(q.shape)
 
 
-def scaled_mm(a: Quantized, b: Quantized, block: tuple[int, int], out_dtype: torch.dtype) -> Tensor:
-    """A B^T -> (M, N) of out_dtype, for A (M, K) in 1x128 tiles and B (N, K) in tiles or blocks.
+# ---- Products: one meaning, two ways to multiply ----------------------------------------------
+#
+# Experts are multiplied one by one: expert e has the next rows[e] rows of x (T, K), a multiple of
+# 128, so that no tile, also along the tokens, belongs to two experts. A linear layer is one expert
+# with any number of rows.
 
-    Sums are in fp32. Raises ValueError where A and B have different K.
+
+def multiply(x: Quantized, w: Quantized, rows: list[int], dtype: torch.dtype) -> Tensor:
+    """x (T, K) in tiles, w (E, N, K) in blocks -> (T, N): every x_e W_e^T, in dtype.
+
+    Sums are in fp32. Raises ValueError where x and W have different K.
     """
-    device, K = a[0].device, a[0].shape[1]
-    if b[0].shape[1] != K:  # 100 and 120 would agree once they are padded for Hopper
-        raise ValueError(f"x has {K} features but the weight {b[0].shape[1]}; give it as many.")
+    device, K, wide = x[0].device, x[0].shape[1], w[0].shape[2]
+    if wide != K:  # 100 and 120 would agree once they are padded for Hopper
+        raise ValueError(f"x has {K} features but the weight {wide}; give it as many.")
     if has_blockwise_fp8(device):
-        return _hopper_mm(a, b, block, out_dtype)
+        return _hopper_multiply(x, w, rows, dtype)
+    # bf16 holds these numbers exactly, so it is taken where it is fast (not on CUDA: that might
+    # add up in bf16).
+    fast = dtype == torch.bfloat16 and device.type == "cpu" and multiplies_bf16(device)
+    exact = torch.bfloat16 if fast else torch.float32
+    x, w = dequantize(*x, TILE, exact), dequantize(*w, BLOCK, exact)
     with torch.autocast(device.type, enabled=False):
-        x, y = dequantize(*a, TILE), dequantize(*b, block)
-        # bf16 holds these numbers exactly, so it is taken where it is fast (not on CUDA: that might
-        # add up in bf16). Rows are padded, since oneDNN compiles a kernel for every new shape.
-        if out_dtype == torch.bfloat16 and device.type == "cpu" and multiplies_bf16(device):
-            x, y = F.pad(x.bfloat16(), (0, 0, 0, -len(x) % 64)), y.bfloat16()
-        return (x @ y.t())[: len(a[0])].to(out_dtype)
+        y = [x_e @ w_e.t() for x_e, w_e in zip(x.split(rows), w, strict=True)]
+    return torch.cat(y).to(dtype)
+
+
+def weight_gradient(dy: Quantized, x: Quantized, rows: list[int]) -> Tensor:
+    """dy (T, N), x (T, K), both in columns -> (E, N, K) in fp32: every dy_e^T x_e."""
+    device = dy[0].device
+    if has_blockwise_fp8(device):
+        return _hopper_weight_gradient(dy, x, rows)
+    dy, x = dequantize(*dy, COLUMN), dequantize(*x, COLUMN)
+    with torch.autocast(device.type, enabled=False):
+        pairs = zip(dy.split(rows), x.split(rows), strict=True)
+        return torch.stack([dy_e.t() @ x_e for dy_e, x_e in pairs])
+
+
+def _whole(q: Tensor, s: Tensor, block: tuple[int, int]) -> Quantized:
+    """Both sides up to multiples of 128, by zeros; row-major, also where q was transposed."""
+    right, below = -q.shape[-1] % 128, -q.shape[-2] % 128
+    if right or below:  # as bytes, since padding is not written for float8; 0 is 0.0
+        q = F.pad(q.view(torch.uint8), (0, right, 0, below)).view(E4M3)
+        alone = [n == 1 for n in block]  # a row or a column that has its own scale
+        s = F.pad(s, (0, right * alone[1], 0, below * alone[0]), value=1.0)
+    return q.contiguous(), s
+
+
+def _hopper_multiply(x: Quantized, w: Quantized, rows: list[int], dtype: torch.dtype) -> Tensor:
+    """multiply by cuBLAS, which wants all sizes in multiples of 128.
+
+    A row of x and of W has L = K/128 scales. Those of x_e lie column by column, (L, rows) in
+    memory; those of W_e row by row, L rounded up to a multiple of 4. cuBLAS takes that for granted:
+    from unpadded scales it computes wrong numbers, without an error.
+    """
+    T, N = len(x[0]), w[0].shape[1]
+    (xq, xs), (wq, ws) = _whole(*x, TILE), _whole(*w, BLOCK)
+    rows, L = rows if len(rows) > 1 else [len(xq)], xs.shape[1]
+    xs = xs.view(-1, 128, L).mT.reshape(-1, 128)  # (T/128 * L, 128), an expert's tile by tile
+    if len(rows) > 1:  # column by column
+        of_expert = torch.arange(sum(rows) // 128 * L).view(-1, L).split([n // 128 for n in rows])
+        order = torch.cat([z.t().flatten() for z in of_expert])
+        xs = xs.index_select(0, order.to(xs.device, non_blocking=True))
+    else:
+        xs = xs.view(-1, L, 128).transpose(0, 1)
+    xs, ws = xs.flatten(), F.pad(ws, (0, -L % 4), value=1.0).contiguous()
+    y, begin = xq.new_empty(len(xq), wq.shape[1], dtype=_direct(dtype)), 0
+    for wq_e, ws_e, n in zip(wq, ws, rows, strict=True):
+        at, begin = slice(begin, begin + n), begin + n
+        s = xs[at.start * L : at.stop * L].view(L, n).t()
+        y = _hopper_mm(xq[at], s, wq_e.t(), ws_e.t(), BY_BLOCK, y, at)
+    return y[:T, :N].to(dtype)
+
+
+def _hopper_weight_gradient(dy: Quantized, x: Quantized, rows: list[int]) -> Tensor:
+    """weight_gradient by cuBLAS: as rows of dy^T times columns of x."""
+    N, K = dy[0].shape[1], x[0].shape[1]
+    (dq, ds), (xq, xs) = _whole(*dy, COLUMN), _whole(*x, COLUMN)
+    rows = rows if len(rows) > 1 else [len(xq)]
+    dq, xq = dq.t().contiguous(), xq.t().contiguous()  # (N, T), (K, T)
+    dw, begin = ds.new_empty(len(rows), len(dq), len(xq)), 0
+    for e, n in enumerate(rows):
+        at, begin = slice(begin, begin + n), begin + n
+        tiles = slice(at.start // 128, at.stop // 128)
+        scales = ds[tiles].t(), xs[tiles].t()
+        dw = _hopper_mm(dq[:, at], scales[0], xq[:, at].t(), scales[1], BY_TILE, dw, e)
+    return dw.view(len(rows), len(dq), len(xq))[:, :N, :K]
+
+
+BY_TILE, BY_BLOCK = 4, 5  # cuBLAS's numbers for a scale per 1x128 numbers, and per 128x128
+
+
+def _direct(dtype: torch.dtype) -> torch.dtype:  # what cuBLAS can return
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _hopper_mm(a: Tensor, s_a: Tensor, b: Tensor, s_b: Tensor, recipe: int, y: Tensor, at):
+    """A B for A (M, K) with a scale per tile, and B (K, N) with a scale as recipe says: written to
+    y[at], or returned, which compilers prefer, where it is all of y."""
+    if 0 in a.shape or 0 in b.shape:
+        y[at] = 0
+        return y
+    rest = [s_a], [BY_TILE], [], [s_b], [recipe], [], None, y.dtype, [], False
+    product = torch.ops.aten._scaled_mm_v2
+    if a.shape[0] * b.shape[1] == y.numel():
+        return product.default(a, b, *rest)
+    product.out(a, b, *rest, out=y[at])
+    return y
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -143,40 +241,7 @@ def has_blockwise_fp8(device: torch.device) -> bool:
     return hopper
 
 
-def _hopper_mm(a: Quantized, b: Quantized, block, out_dtype: torch.dtype) -> Tensor:
-    """scaled_mm by cuBLAS. It wants M, N and K in multiples of 128, and scales column-major.
-
-    Every row has L = K/128 scales.
-    """
-    M, N, K = a[0].shape[0], b[0].shape[0], a[0].shape[1]
-    if 0 in (M, N, K):
-        return a[0].new_zeros((M, N), dtype=out_dtype)
-
-    def pad(q: Tensor) -> Tensor:  # as bytes, since padding is not written for float8; 0 is 0.0
-        padding = (0, -q.shape[1] % 128, 0, -q.shape[0] % 128)
-        return F.pad(q.view(torch.uint8), padding).view(E4M3) if any(padding) else q.contiguous()
-
-    def rowwise(s: Tensor) -> Tensor:  # (M, L) -> (M padded, L) with strides (1, M padded)
-        return F.pad(s, (0, 0, 0, -s.shape[0] % 128), value=1.0).t().contiguous().t()
-
-    def blockwise(s: Tensor) -> Tensor:  # (N/128, L) -> (L4, N/128) with strides (1, L4)
-        # L4 is L rounded up to a multiple of 4. cuBLAS takes that for granted: from unpadded scales
-        # it computes wrong numbers, without an error.
-        return F.pad(s, (0, -s.shape[1] % 4), value=1.0).contiguous().t()
-
-    # cuBLAS calls a scale per 1x128 numbers recipe 4, one per 128x128 recipe 5.
-    recipe, s_b = (4, rowwise(b[1])) if block == TILE else (5, blockwise(b[1]))
-    direct = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32  # what it can return
-    y = torch.ops.aten._scaled_mm_v2.default(
-        *(pad(a[0]), pad(b[0]).t()),
-        *([rowwise(a[1])], [4], []),  # scales of a, recipe, no swizzle
-        *([s_b], [recipe], []),  # of b
-        *(None, direct, [], False),  # no bias; dtype; usual dimensions; False: sums in fp32
-    )
-    return y[:M, :N].to(out_dtype)
-
-
-# ---- The three products of a linear layer, alone or per expert --------------------------------
+# ---- A linear layer, alone or per expert ------------------------------------------------------
 
 
 class _FP8Linear(torch.autograd.Function):
@@ -198,10 +263,9 @@ class _FP8Linear(torch.autograd.Function):
         if up is not None:
             kept = (*kept, *quantize(up, TILE, pow2=True))
             X = quantize(_swiglu(x.float(), up.float(), gain), TILE, pow2=True)
-        w = quantize(weight, BLOCK, pow2=True) if wq is None else (wq, ws)
         ctx.save_for_backward(weight, wq, ws, gain, *kept)
         ctx.rows = rows
-        return _grouped_mm(X, w, rows, compute_dtype(x))  # (T, N)
+        return multiply(X, _stacked(weight, wq, ws), rows, compute_dtype(x))  # (T, N)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -213,26 +277,20 @@ class _FP8Linear(torch.autograd.Function):
             X = _swiglu(x, up, gain)
         dx = d_up = d_gain = dw = None
         if any(ctx.needs_input_grad[:3]):
-            q, s = quantize(weight, BLOCK, pow2=True) if wq is None else (wq, ws)
-            dx = _grouped_mm(quantize(dy, TILE, pow2=True), (q.mT, s.mT), ctx.rows, dy.dtype)
+            q, s = _stacked(weight, wq, ws)
+            dx = multiply(quantize(dy, TILE, pow2=True), (q.mT, s.mT), ctx.rows, dy.dtype)
             if swiglu:  # that was the gradient of X
                 dx, d_up, d_gain = _swiglu_backward(dx.float(), x, up, gain)
         if ctx.needs_input_grad[3]:
-            dws = []
-            for dy_e, X_e in zip(dy.split(ctx.rows), X.split(ctx.rows), strict=True):
-                # Tiles run along the tokens of one expert: 128x1.
-                columns = (quantize(z.t(), TILE, pow2=True) for z in (dy_e, X_e))
-                dws.append(scaled_mm(*columns, TILE, torch.float32))  # (N, K)
-            dw = dws[0] if weight.ndim == 2 else torch.stack(dws)
+            columns = (quantize(z, COLUMN, pow2=True) for z in (dy, X))
+            dw = weight_gradient(*columns, ctx.rows).view_as(weight)
         return dx, d_up, d_gain, dw, None, None, None
 
 
-def _grouped_mm(x: Quantized, w: Quantized, rows: list[int], dtype: torch.dtype) -> Tensor:
-    """The `rows` of x (T, K) that belong to expert e times its matrix in w (E, N, K) or (N, K)."""
-    xs = zip(*(z.split(rows) for z in x), strict=True)  # (q, s) by expert; no tile crosses a row
-    ws = zip(*(z.view(len(rows), *z.shape[-2:]) for z in w), strict=True)
-    ys = [scaled_mm(x_e, w_e, BLOCK, dtype) for x_e, w_e in zip(xs, ws, strict=True)]
-    return ys[0] if len(ys) == 1 else torch.cat(ys)
+def _stacked(weight: Tensor, q: Tensor | None, s: Tensor | None) -> Quantized:
+    """The weight, quantised here if it is not yet, as (E, N, K) also where E is 1."""
+    w = quantize(weight, BLOCK, pow2=True) if q is None else (q, s)
+    return w if weight.ndim == 3 else (w[0][None], w[1][None])
 
 
 def _swiglu(gate: Tensor, up: Tensor, gain: Tensor | None) -> Tensor:
@@ -289,7 +347,7 @@ class FP8Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
         """x (T, D), chosen experts and their gate values (T, K) -> (T, D)."""
-        return by_expert(x, chosen, gain, len(self.down_proj), self.ffn)
+        return by_expert(x, chosen, gain, len(self.down_proj), self.ffn, multiple=128)
 
     def ffn(self, x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
         """x (rows, D) sorted by expert, counts (E,) of each expert's rows, gate values (rows,) ->

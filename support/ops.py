@@ -183,20 +183,31 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start=None) 
 MULTIPLE = 64
 
 
-def pads_rows(device: torch.device) -> bool:
-    return device.type == "cpu" and torch.is_autocast_enabled("cpu")
+def rows_multiple(device: torch.device) -> int:
+    return MULTIPLE if device.type == "cpu" and torch.is_autocast_enabled("cpu") else 1
 
 
-def sort_by_expert(chosen: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+def sizes_wait(device: torch.device) -> bool:
+    """Whether the host would wait for a size that depends on numbers."""
+    return device.type != "cpu"
+
+
+def sort_by_expert(chosen: Tensor, E: int, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """chosen (tokens, K) -> rows (rows,), slots (tokens, K), counts (E,). The comments go on with
     the example."""
     expert = chosen.flatten()  # 2 0 2 1
     counts = torch.zeros(E, dtype=torch.long, device=expert.device)
     counts = counts.scatter_add_(0, expert, torch.ones_like(expert))  # 1 1 2
-    padded = pads_rows(expert.device)
+    padded = multiple > 1
     if padded:
-        missing = -counts % MULTIPLE  # 1 1 0
-        extra = torch.arange(E).repeat_interleave(missing)  # 0 1, the experts of the extra rows
+        missing, size = -counts % multiple, None  # 1 1 0
+        if sizes_wait(expert.device):
+            # As many as there can be, so that no size waits for the counts. The last expert has
+            # those that nobody needs.
+            size = E * multiple - len(expert) % multiple
+            missing[-1] += size - missing.sum()
+        extra = torch.arange(E, device=expert.device)  # 0 1, the experts of the extra rows
+        extra = extra.repeat_interleave(missing, output_size=size)
         expert, counts = torch.cat((expert, extra)), counts + missing
     # Sorted together, an expert's extra rows come after its others, as the sort is stable.
     order = expert.argsort(stable=True)  # 1 4 3 5 0 2: 4 and 5 are extra
@@ -255,9 +266,10 @@ class _Combine(torch.autograd.Function):
         return gather(dy, rows), None, None, None
 
 
-def combine(y: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    """The sum of every token's K rows: y (rows, D) -> (tokens, D); see dispatch."""
-    return _Combine.apply(y, rows, slots, pads_rows(y.device))
+def combine(y: Tensor, rows: Tensor, slots: Tensor, padded: bool) -> Tensor:
+    """The sum of every token's K rows: y (rows, D) -> (tokens, D); see dispatch. padded: there are
+    extra rows."""
+    return _Combine.apply(y, rows, slots, padded)
 
 
 def has_grouped_mm(device: torch.device) -> bool:
@@ -281,15 +293,19 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([F.linear(x_e, w) for x_e, w in parts])  # (rows, out)
 
 
-def by_expert(x: Tensor, chosen: Tensor, gain: Tensor, E: int, ffn: Callable) -> Tensor:
+def by_expert(
+    x: Tensor, chosen: Tensor, gain: Tensor, E: int, ffn: Callable, multiple: int | None = None
+) -> Tensor:
     """The sum of every token's experts: x (tokens, D), chosen and gain (tokens, K) -> (tokens, D).
 
-    ffn(x (rows, D), counts (E,), gain (rows,)) -> (rows, D) computes all experts' rows.
+    ffn(x (rows, D), counts (E,), gain (rows,)) -> (rows, D) computes all experts' rows. Each has a
+    multiple of so many; None: of what suits the device.
     """
-    rows, slots, counts = sort_by_expert(chosen, E)
+    multiple = multiple or rows_multiple(x.device)
+    rows, slots, counts = sort_by_expert(chosen, E, multiple)
     # Each gate value goes to the row of its token and expert; extra rows keep 0.
     gain = gain.new_zeros(len(rows)).scatter(0, slots.flatten(), gain.flatten())  # (rows,)
-    return combine(ffn(dispatch(x, rows, slots), counts, gain), rows, slots)
+    return combine(ffn(dispatch(x, rows, slots), counts, gain), rows, slots, multiple > 1)
 
 
 def routed_ffn(x: Tensor, chosen: Tensor, gain: Tensor, gate_up, down, swiglu) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fp8
-from fp8 import BLOCK, TILE, FP8Linear, dequantize, quantize, quantized_once
+from fp8 import BLOCK, COLUMN, TILE, FP8Linear, dequantize, quantize, quantized_once
 
 BF16 = torch.bfloat16
 both_kinds = pytest.mark.parametrize("pow2", [False, True])
@@ -95,7 +95,7 @@ def reference_products(x, w, dy):
 
 
 @both_kinds
-@pytest.mark.parametrize("block", [TILE, BLOCK])
+@pytest.mark.parametrize("block", [TILE, COLUMN, BLOCK])
 def test_quantize_equals_reference(block, pow2):
     """Of any shape, any size (no floor on amax hides in between), at the ends of E4M3."""
     shapes = (130, 100), (2, 129, 257), (1, 1), (0, 64)
@@ -108,16 +108,19 @@ def test_quantize_equals_reference(block, pow2):
         assert q.dtype == fp8.E4M3 and s.dtype == decoded.dtype == torch.float32
         torch.testing.assert_close(decoded.double(), reference(x, block, pow2), rtol=2e-7, atol=0)
         if pow2:
-            assert torch.equal(decoded, decoded.bfloat16().float())  # exact in bf16
+            assert torch.equal(decoded, dequantize(q, s, block, BF16).float())  # exact in bf16
             assert (torch.frexp(s).mantissa == 0.5).all()
     subnormal = torch.full((1, 128), 1e-43)  # a 448th of it is 0
     assert dequantize(*quantize(subnormal, block, pow2), block).isfinite().all()
     for bad in (math.nan, math.inf, -math.inf):
         x = torch.randn(256, 256)
         x[3, 5] = bad
-        decoded = dequantize(*quantize(x, block, pow2), block)
-        assert decoded[3, :128].isnan().all()  # the whole tile: its scale is lost
-        assert decoded[:, 128:].isfinite().all() and decoded[128:].isfinite().all()
+        lost = dequantize(*quantize(x, block, pow2), block).isnan()
+        rows, columns = (
+            slice(i, i + 1) if n == 1 else slice(128) for i, n in ((3, block[0]), (5, block[1]))
+        )
+        assert lost[rows, columns].all()  # the whole tile: its scale is lost
+        assert lost.sum() == lost[rows, columns].numel()
 
 
 @both_kinds
@@ -134,7 +137,7 @@ def test_requantisation_is_exact_for_powers_of_two_only(pow2):
 def test_errors_name_what_to_do():
     x = torch.randn(4, 128)
     for call, words in [
-        (lambda: quantize(x, (1, 64)), r"block is \(1, 64\); use .*\(1, 128\) or \(128, 128\)"),
+        (lambda: quantize(x, (1, 64)), r"block is \(1, 64\); use .*\(1, 128\), .* or \(128, 128\)"),
         (lambda: quantize(x[0], TILE), r"shape \(128,\).*x\[None\]"),
         (lambda: dequantize(x, torch.ones(4, 2), TILE), r"\(4, 2\).*needs \(4, 1\)"),
         (lambda: FP8Linear(100, 64)(x), "128 features but the weight 100"),
@@ -156,13 +159,16 @@ class TensorCores(TorchDispatchMode):
     """Stands in for _scaled_mm_v2: checks what cuBLAS demands, reads the scales as it does."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is not torch.ops.aten._scaled_mm_v2.default:
+        if func.overloadpacket is not torch.ops.aten._scaled_mm_v2:
             return func(*args, **(kwargs or {}))
         a, b, (sa,), (ra,), swizzle_a, (sb,), (rb,), swizzle_b, bias, dtype, *rest = args
         (M, K), N, L = a.shape, b.shape[1], a.shape[1] // 128
         assert a.dtype == b.dtype == fp8.E4M3 and dtype in (BF16, torch.float32)
         assert M % 128 == N % 128 == K % 128 == 0
-        assert a.stride() == (K, 1) and b.stride() == (1, K)
+        assert a.stride(1) == b.stride(0) == 1  # rows of a and columns of b; they may lie apart
+        assert all(
+            x.data_ptr() % 16 == n % 16 == 0 for x, n in ((a, a.stride(0)), (b, b.stride(1)))
+        )
         assert (swizzle_a, swizzle_b, bias) == ([], [], None)
         assert rest in ([], [[]], [[], False])  # no fast accumulation; torch trims defaults
         assert ra == 4 and sa.shape == (M, L) and (L == 1 or sa.stride() == (1, M))
@@ -177,7 +183,11 @@ class TensorCores(TorchDispatchMode):
         for i in range(L):  # the order of the hardware: partial products, then scales
             at = slice(128 * i, 128 * i + 128)
             y = y + a[:, at].float() @ b[at].float() * sa[:, i, None] * per_row[:, i]
-        return y.to(dtype)
+        if func is torch.ops.aten._scaled_mm_v2.default:
+            return y.to(dtype)
+        out = kwargs["out"]
+        assert out.dtype == dtype and out.is_contiguous()
+        return out.copy_(y)
 
 
 @pytest.mark.parametrize("machine", ["cpu", "operands", pytest.param("cuda", marks=hopper)])
@@ -237,21 +247,26 @@ def test_any_shape_a_bias_and_no_gradient_of_a_frozen_weight(monkeypatch):
             assert (y.shape, dx.shape, dw.shape) == ((T, N), (T, K), (N, K))
 
 
+@pytest.mark.parametrize("machine", ["cpu", "operands"])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-@pytest.mark.parametrize("counts", [[0, 5, 130, 0, 1, 0], [0, 0]])
-def test_each_expert_is_a_linear_layer(counts, dtype):
-    """Alone, and after a SwiGLU."""
-    T, weight = sum(counts), nn.Parameter(torch.randn(len(counts), 96, 200) * 0.05)
-    x, up = torch.randn(2, T, 200).to(dtype).requires_grad_()
+@pytest.mark.parametrize("counts", [[0, 128, 384, 0, 128, 0], [0, 0]])
+def test_each_expert_is_a_linear_layer(counts, dtype, machine, monkeypatch):
+    """Alone, and after a SwiGLU. Behind the experts' rows there may be others."""
+    monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device: machine != "cpu")
+    cores = TensorCores() if machine == "operands" else contextlib.nullcontext()
+    T, weight = sum(counts), nn.Parameter(torch.randn(len(counts), 96, 700) * 0.05)
+    x, up = torch.randn(2, T, 700).to(dtype).requires_grad_()
     dy, gain = torch.randn(T, 96).to(dtype), torch.rand(T, requires_grad=True)
     for inputs in ([x], [x, up, gain]):
-        y = fp8._linear(x, weight, counts, *inputs[1:])
-        *grads, dw = torch.autograd.grad(y, [*inputs, weight], dy)
+        with cores:
+            y = fp8._linear(x, weight, counts, *inputs[1:])
+            *grads, dw = torch.autograd.grad(y, [*inputs, weight], dy)
         by_expert = zip(*(z.split(counts) for z in (dy, y, *inputs, *grads)), strict=True)
         for w, dw_e, (dy_e, y_e, *parts) in zip(weight, dw, by_expert, strict=True):
             leaves = [z.detach().requires_grad_() for z in (*parts[: len(inputs)], w)]
-            want = fp8._linear(leaves[0], leaves[-1], None, *leaves[1:-1])
-            grads_e = torch.autograd.grad(want, leaves, dy_e)
+            with cores:
+                want = fp8._linear(leaves[0], leaves[-1], None, *leaves[1:-1])
+                grads_e = torch.autograd.grad(want, leaves, dy_e)
             assert same((y_e, *parts[len(inputs) :], dw_e), (want, *grads_e))
             assert len(dy_e) or not dw_e.any()
 

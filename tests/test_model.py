@@ -423,14 +423,13 @@ def test_experts_equal_the_loop_over_experts():
             close(plain.routed_ffn(*few, *args[3:]), expected[0][:n])
 
 
-def test_the_examples_of_sorting_by_expert_are_right(monkeypatch):
+def test_the_examples_of_sorting_by_expert_are_right():
     """Those above ops.sort_by_expert."""
     chosen = torch.tensor([[2, 0], [2, 1]])
     rows, slots, counts = ops.sort_by_expert(chosen, 3)
     assert (rows.tolist(), counts.tolist()) == ([0, 1, 0, 1], [1, 1, 2])
     assert slots.tolist() == [[2, 0], [3, 1]]
-    monkeypatch.setattr(ops, "MULTIPLE", 2)
-    rows, slots, counts = in_bf16(ops.sort_by_expert, chosen, 3)
+    rows, slots, counts = ops.sort_by_expert(chosen, 3, 2)
     assert (rows.tolist(), counts.tolist()) == ([0, 0, 1, 1, 0, 1], [2, 2, 2])
     assert slots.tolist() == [[4, 0], [5, 2]]
 
@@ -439,24 +438,36 @@ def test_extra_rows_get_no_gradient():
     """They are no token's, whatever the experts do with them."""
     chosen = torch.tensor([[2, 0], [0, 1], [2, 1]])
 
-    def gradient() -> torch.Tensor:
-        rows, slots, _ = ops.sort_by_expert(chosen, 3)
+    def gradient(multiple: int) -> torch.Tensor:
+        rows, slots, _ = ops.sort_by_expert(chosen, 3, multiple)
         y = torch.ones(len(rows), 4, requires_grad=True)
-        ops.combine(y, rows, slots).sum().backward()
+        ops.combine(y, rows, slots, multiple > 1).sum().backward()
         return y.grad.sum(1)
 
     expected = torch.zeros(3, 64)
     expected[:, :2] = 4
-    assert torch.equal(in_bf16(gradient), expected.flatten()) and gradient().tolist() == [4] * 6
+    assert torch.equal(gradient(64), expected.flatten()) and gradient(1).tolist() == [4] * 6
 
 
 def test_padding_repeats_the_experts_last_row():
     """What FP8 scales and weight gradients see of the padding is a row that is there anyway."""
     chosen = torch.tensor([[2, 0], [0, 5], [2, 5], [0, 2], [5, 2]])
-    rows, _, counts = in_bf16(ops.sort_by_expert, chosen, 6)
+    rows, _, counts = ops.sort_by_expert(chosen, 6, 64)
     assert counts.tolist() == [64, 0, 64, 0, 0, 64]
     for part, tokens in zip(rows.split(64), ([0, 1, 3], [0, 2, 3, 4], [1, 2, 4]), strict=True):
         assert part.tolist() == tokens + tokens[-1:] * (64 - len(tokens))
+
+
+@pytest.mark.parametrize("tokens", [5, 8, 1])
+def test_no_size_on_a_gpu_waits_for_the_counts(tokens, monkeypatch):
+    """There is room for the worst case, which the last expert fills."""
+    chosen = torch.rand(tokens, 6).topk(2).indices
+    rows, slots, counts = ops.sort_by_expert(chosen, 6, 8)
+    monkeypatch.setattr(ops, "sizes_wait", lambda device: True)
+    more, same, all_counts = ops.sort_by_expert(chosen, 6, 8)
+    assert len(more) == 6 * 8 + 2 * tokens // 8 * 8 == all_counts.sum()
+    assert torch.equal(same, slots) and torch.equal(more[: len(rows)], rows)
+    assert torch.equal(all_counts[:-1], counts[:-1]) and not (all_counts % 8).any()
 
 
 # ---- Experts -------------------------------------------------------------------------------------
@@ -625,5 +636,5 @@ def test_fp8_is_close_to_full_precision_and_padding_does_not_change_it(monkeypat
     logits, *losses = errors(results, exact)[:4]
     assert 0.02 < logits < 0.3 and max(losses) < 0.1
     assert all(x.isfinite().all() and x.norm() > 0 for x in results)
-    monkeypatch.setattr(ops, "pads_rows", lambda device: False)
+    monkeypatch.setattr(ops, "sizes_wait", lambda device: True)
     assert max(errors(logits_losses_gradients(), results)) < 1e-5
