@@ -16,13 +16,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import swap_tensors
 
 import fp8
 from model import DeepSeekV3, ModelConfig
@@ -110,6 +112,35 @@ def on_meta(config: ModelConfig, where: Path) -> DeepSeekV3:
         if "overflow" not in str(error):
             raise
         raise Refusal(f"no network has the sizes in {where} ({short(error, 100)})") from None
+
+
+class NoMemory(TorchFunctionMode):
+    """Within it torch.empty makes tensors without memory: matrices, which a constructor goes on to
+    fill with random numbers, cost neither memory nor time. All else is made as usual."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return function(*args, **kwargs | ({"device": "meta"} if function is torch.empty else {}))
+
+
+def to_fill(
+    config: ModelConfig, stored: Collection[str], device: str | torch.device, dtype: torch.dtype
+) -> DeepSeekV3:
+    """A network for a file with the tensors `stored`: these have memory, but need not have values.
+    All others, such as buffers that are not saved, are as the constructor makes them."""
+    with NoMemory():
+        model = DeepSeekV3(config)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    empty = {name: x for name, x in tensors.items() if x.is_meta}
+    if empty.keys() - stored:  # values that only a whole constructor makes
+        return DeepSeekV3(config).to(device, dtype)
+    for x in empty.values():
+        kind = dtype if x.is_floating_point() else x.dtype
+        y = torch.empty_like(x, dtype=kind, device=device)
+        is_parameter = isinstance(x, nn.Parameter)
+        # In place, so that what two modules share stays shared.
+        swap_tensors(x, nn.Parameter(y, x.requires_grad) if is_parameter else y)
+    return model.to(device, dtype)
 
 
 def and_more(names: list[str]) -> str:
@@ -212,10 +243,10 @@ def from_pretrained(
     named = getattr(torch, str(kind or "bfloat16"), None)
     if named not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise Refusal(f"config.json has dtype {kind!r:.100}, expected one such as float32.")
-    model = on_meta(config, directory / "config.json").to(dtype or named)
-    check_tensors(model, stored, directory)
+    shapes = on_meta(config, directory / "config.json")
+    check_tensors(shapes, stored, directory)
 
-    model.materialize(device)
+    model = to_fill(config, shapes.state_dict().keys(), device, dtype or named)
     for name, view in checkpoint_views(model):
         view.copy_(read_tensor(name, stored, directory))
     copies = {name: x for name, x in checkpoint_copies(model) if name in stored}
@@ -298,10 +329,8 @@ def load_model(
     config, weights, length = parts_of(load_checkpoint(path), path)
     dtype = dtype or weights["norm.weight"].dtype
     check_sizes(config, len(weights), path, stacked=True)
-    model = on_meta(config, path).to(dtype)
-
     stored = {name: tuple(x.shape) for name, x in weights.items()}
-    needed = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    needed = {name: tuple(x.shape) for name, x in on_meta(config, path).state_dict().items()}
     new = sorted(needed.keys() - stored.keys()) if extend else []
     for name in sorted((needed.keys() | stored.keys()) - {*new}):
         have, want = stored.get(name, "missing"), needed.get(name, "no part of this network")
@@ -310,9 +339,7 @@ def load_model(
             raise Refusal(f"{told}: {name} is {have} in the file, but {want} by its settings")
     if new:
         info(f"{path} lacks {and_more(new)}: of this network, what is new starts as initialised")
-        model = DeepSeekV3(config).to(device, dtype)
-    else:
-        model.materialize(device)
+    model = to_fill(config, stored, device, dtype)
     model.load_state_dict(weights, strict=False)
     model.trained_length = length
     tokenizer = stored_tokenizer(path if path.is_dir() else path.parent)

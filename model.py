@@ -373,8 +373,6 @@ class Gate(nn.Module):
         """A cast of the model (model.bfloat16()) leaves the bias in float32."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        if bias.is_meta:  # to_empty() gives memory, not values
-            bias = torch.empty_like(bias, device=self.weight.device)
         self.e_score_correction_bias = bias.to(self.weight.device)
         return self
 
@@ -408,7 +406,7 @@ def balance_loss(s: Tensor, K: int) -> Tensor:
     return (f * P).sum(-1).mean()
 
 
-def expert_counts(chosen: Tensor, E: int) -> Tensor:
+def count_chosen(chosen: Tensor, E: int) -> Tensor:
     """How often each of the E experts is among the chosen (any shape): (E,) int64."""
     ids = chosen.flatten()
     zeros = torch.zeros(E, dtype=torch.long, device=ids.device)
@@ -542,8 +540,8 @@ class DeepSeekV3(nn.Module):
     After every call `routing` holds the chosen experts of each MoE layer that ran, (B, T, K), then
     of the MTP modules k, (B, T-k, K) (decoding notes none); after a call with targets `mtp_losses`
     holds the loss of each MTP depth.
-    In training mode `expert_counts` (MoE layers, E) adds up how often each expert was chosen, until
-    `update_bias` uses that.
+    In training mode `expert_counts` (gates, E) adds up how often each expert was chosen, until
+    `update_bias` uses that. A gate has one row there, however many layers use it.
     """
 
     def __init__(self, config: ModelConfig):
@@ -561,39 +559,34 @@ class DeepSeekV3(nn.Module):
         self.mtp = nn.ModuleList(MTP(config) for _ in range(config.num_nextn_predict_layers))
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        counts = torch.zeros(config.moe_layers, config.n_routed_experts, dtype=torch.long)
+        counts = torch.zeros(len(self.gates()), config.n_routed_experts, dtype=torch.long)
         self.register_buffer("expert_counts", counts, persistent=False)
-        # Of each MoE layer that ran: its row in expert_counts, its scores (B, T, E), its chosen
-        # experts (B, T, K). forward empties `scores`, since they hold the graph of a training step.
-        self.rows: list[int] = []
+        # Of each MoE layer that ran: its gate, its scores (B, T, E), its chosen experts (B, T, K).
+        # forward empties `scores`, since they hold the graph of a training step.
+        self.routed_by: list[Gate] = []
         self.scores: list[Tensor] = []
         self.routing: list[Tensor] = []
         self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: drop activations, compute them again
-        for name, parameter in self.named_parameters():  # section 4.2; norms are 1
-            if parameter.ndim >= 2:
-                nn.init.normal_(parameter, std=config.initializer_range)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        # Section 4.2. Other parameters start as their modules make them: the norms' are 1.
+        for name, parameter in self.named_parameters():
+            owner = self.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, nn.Linear | nn.Embedding | Gate | Experts):
+                if name.endswith("bias"):
+                    nn.init.zeros_(parameter)
+                else:
+                    nn.init.normal_(parameter, std=config.initializer_range)
 
-    def materialize(self, device: str | torch.device) -> "DeepSeekV3":
-        """Memory, with undefined weights, for a model built on the meta device."""
-        self.to_empty(device=device)
-        self.expert_counts.zero_()
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight  # to_empty has untied them
-        return self
-
-    def run_block(self, block: nn.Module, row: int, past: Past, *inputs) -> Tensor:
-        """Calls block(*inputs, past), a Block or MTP module, and notes its routing under this row
-        of expert_counts (not where it decodes, behind a cache)."""
+    def run_block(self, block: nn.Module, past: Past, *inputs) -> Tensor:
+        """Calls block(*inputs, past), a Block or MTP module, and notes its gate and its routing
+        (not where it decodes, behind a cache)."""
         if self.recompute and torch.is_grad_enabled():
             x, routing = checkpoint(block, *inputs, past, use_reentrant=False)
         else:
             x, routing = block(*inputs, past)
         if routing is not None and past is None:
             scores, chosen = routing
-            self.rows.append(row)
+            self.routed_by.append(next(m for m in block.modules() if isinstance(m, Gate)))
             self.scores.append(scores)
             self.routing.append(chosen)
         return x
@@ -610,13 +603,12 @@ class DeepSeekV3(nn.Module):
 
         With a cache the tokens continue the B texts in it.
         """
-        self.rows, self.scores, self.routing = [], [], []
+        self.routed_by, self.scores, self.routing = [], [], []
         x = self.embed_tokens(tokens)  # (B, T, D)
         start = cache.claim(tokens.shape[1]) if cache else 0
         rope = self.rope(x, start, cache)
         for i, block in enumerate(self.layers):
-            row = i - self.config.first_k_dense_replace  # among MoE layers; others have no routing
-            x = self.run_block(block, row, (cache.kept[i], start) if cache else None, x, rope)
+            x = self.run_block(block, (cache.kept[i], start) if cache else None, x, rope)
         return self.norm(x)
 
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -627,9 +619,8 @@ class DeepSeekV3(nn.Module):
         embedding = self.embed_tokens(tokens)  # (B, T, D)
         start = cache.claim(tokens.shape[1]) if cache else 0
         past = (cache.kept[k], start) if cache else None
-        row = self.config.moe_layers - len(self.mtp) + k
         rope = self.rope(h, start, cache)
-        return self.run_block(self.mtp[k], row, past, h, embedding, rope)
+        return self.run_block(self.mtp[k], past, h, embedding, rope)
 
     def logits(self, h: Tensor) -> Tensor:
         """h (B, T, D) -> (B, T, vocabulary)."""
@@ -649,8 +640,8 @@ class DeepSeekV3(nn.Module):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
         scores, self.scores = self.scores, []
         if self.training:
-            for row, chosen in zip(self.rows, self.routing, strict=True):
-                self.expert_counts[row] += expert_counts(chosen, self.config.n_routed_experts)
+            for row, chosen in zip(self.rows(), self.routing, strict=True):
+                self.expert_counts[row] += count_chosen(chosen, self.config.n_routed_experts)
         if targets is None:
             logits = [self.logits(h) for h in hidden]
             return (logits[0], logits[1:]) if return_mtp else logits[0]
@@ -671,14 +662,19 @@ class DeepSeekV3(nn.Module):
         """The gates of the MoE layers in order, those of the MTP modules last."""
         return [module for module in self.modules() if isinstance(module, Gate)]
 
+    def rows(self) -> list[int]:
+        """The row in expert_counts of each entry of `routing`: its gate's place among the gates."""
+        place = {gate: row for row, gate in enumerate(self.gates())}
+        return [place[gate] for gate in self.routed_by]
+
     @torch.no_grad()
     def update_bias(self, gamma: float | Tensor):
         """b_i += gamma * sign(mean load - load of i), from the counts since the last call: the
         balancing without an auxiliary loss (section 2.1.2; arXiv 2408.15664, Algorithm 1)."""
         load = self.expert_counts.float()
         step = gamma * (load.mean(1, keepdim=True) - load).sign()
-        for gate, change in zip(self.gates(), step, strict=True):
-            gate.e_score_correction_bias += change
+        for row, gate in enumerate(self.gates()):
+            gate.e_score_correction_bias += step[row]
         self.expert_counts.zero_()
 
     def parameter_counts(self) -> dict[str, int]:

@@ -42,7 +42,7 @@ import fp8
 import prepare_data
 import sample
 from huggingface import load_model
-from model import DeepSeekV3, ModelConfig, expert_counts
+from model import DeepSeekV3, ModelConfig, count_chosen
 from support import processes, runs, settings
 from support.processes import Machine
 from support.runs import checkpoint_file, load_checkpoint
@@ -335,7 +335,7 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor
 def max_vio(counts: Tensor) -> Tensor:
     """(max - mean) / mean of the loads (layers, E), averaged over layers (2408.15664, Eq. 4)."""
     load = counts.float()
-    return (load.amax(1) / load.mean(1) - 1).mean().nan_to_num()  # 0 where nothing is routed
+    return (load.amax(1) / load.mean(1) - 1).nanmean().nan_to_num()  # 0 where nothing is routed
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
     depth (0: the main model, k: MTP module k), visits to every expert, visits to groups."""
     E, G = model.config.n_routed_experts, model.config.n_group
     sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens
-    visits = torch.zeros(model.config.moe_layers, E, dtype=torch.long, device=machine.device)
+    visits = torch.zeros_like(model.expert_counts)
     groups = torch.zeros((), dtype=torch.long, device=machine.device)
     for windows in validation_windows(tokens, T, config, machine):
         x, y = to_device(windows, machine.device)
@@ -369,10 +369,10 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
         loss = torch.stack((main, *model.mtp_losses)).cpu()
         n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
         sums[:, : len(n)] += torch.stack((loss * n, n))  # one token has no MTP loss
-        for layer, chosen in enumerate(model.routing):
+        for row, chosen in zip(model.rows(), model.routing, strict=True):
             # MTP module k (from 1) has T - k rows, for the last T - k targets. -1 marks padding.
             used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
-            visits[layer] += expert_counts(used, E)
+            visits[row] += count_chosen(used, E)
             groups += nn.functional.one_hot(used // (E // G), G).amax(1).sum()
     nats, n = machine.sum(sums)
     return {"nats": nats, "tokens": n, "visits": machine.sum(visits), "groups": machine.sum(groups)}

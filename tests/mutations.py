@@ -54,13 +54,14 @@ gain * config.routed_scaling_factor => gain
 linear32(x, self.weight).sigmoid() => linear32(x, self.weight).softmax(-1)
 linear32(x, self.weight) => upcast(F.linear(x, self.weight.to(x.dtype)))
 self.e_score_correction_bias = bias.to(self.weight.device) => pass
-self.lm_head.weight = self.embed_tokens.weight  # to_empty => pass  #
+isinstance(owner, nn.Linear | nn.Embedding | Gate | Experts) => parameter.ndim > 1
+isinstance(owner, nn.Linear | nn.Embedding | Gate | Experts) => isinstance(owner, nn.Linear | Gate | Experts)
+if name.endswith("bias"): => if False:
 load.mean(1, keepdim=True) - load).sign() => load - load.mean(1, keepdim=True)).sign()
 load.mean(1, keepdim=True) - load).sign() => load.mean(1, keepdim=True) - load)
 load.mean(1, keepdim=True) - load).sign() => load.mean() - load).sign()
-self.expert_counts[row] += expert => self.expert_counts[row] = expert
+self.expert_counts[row] += count => self.expert_counts[row] = count
 if self.training: => if True:
-row = self.config.moe_layers - len(self.mtp) + k => row = k
 B, T, E = s.shape => B, T, E = (s := s.flatten(0, 1)[None]).shape
 (f * P).sum(-1).mean() => (f * P).sum(-1).mean().detach() + 0 * s.sum()
 P = (s / s.sum(-1, keepdim=True)).mean(1) => P = s.mean(1)
@@ -125,6 +126,12 @@ rows=told.get("vocab_size", 0) => rows=0
 pieces[0][0], pieces[-1][2] = before, after => pieces[0][0], pieces[0][2] = before, after
 
 # huggingface.py tests/test_huggingface.py
+if function is torch.empty else {} => if False else {}
+if empty.keys() - stored: => if False:
+if empty.keys() - stored: => if True:
+kind = dtype if x.is_floating_point() else x.dtype => kind = dtype
+swap_tensors(x, nn.Parameter(y, x.requires_grad) => setattr(x, "data", nn.Parameter(y, x.requires_grad)
+return model.to(device, dtype) => return model
 type(length) is not int or length < 1: => type(length) is not int:
 ("gate_proj", "up_proj") => ("up_proj", "gate_proj")
 fp8.quantize(tensors[name], fp8.BLOCK) => fp8.quantize(tensors[name], fp8.BLOCK, pow2=True)
@@ -202,7 +209,10 @@ if not isinstance(scale, float): => if False:
 return texts > 0 and => return True and
 
 # model.py tests/test_edits.py
-zip(self.rows, self.routing, strict=True): => enumerate(self.routing):
+zip(self.rows(), self.routing, strict=True): => enumerate(self.routing):
+
+# train.py tests/test_edits.py
+- 1).nanmean().nan_to_num() => - 1).mean().nan_to_num()
 
 # fp8.py tests/test_edits.py
 if found != digits: => if False:

@@ -17,6 +17,7 @@ from torch import nn
 import fp8
 import model as plain
 import sample
+import train
 from support import ops, processes
 from support.settings import Refusal
 
@@ -226,6 +227,33 @@ def test_layers_may_be_dropped_at_random(place, recompute, tmp_path):
         loss.backward()
         ran.add(len(seen))
     assert torch.equal(model.expert_counts, expected) and len(ran) > 1
+
+
+@pytest.mark.parametrize("shared_in", ["the file", "Python"])
+def test_a_gate_has_one_row_however_many_layers_use_it(shared_in, tmp_path):
+    """The last block serves as the MTP module's, too, and the first MoE layer has the last one's
+    FFN: what remains is one gate."""
+    sharing = "{m}.mtp[0].block, {m}.layers[1].mlp = {m}.layers[2], {m}.layers[2].mlp"
+    tie = "        if config.tie_word_embeddings:\n"
+    source = SOURCE.replace(tie, f"        {sharing.format(m='self')}\n{tie}", 1)
+    model = network(module_of(tmp_path, source if shared_in == "the file" else SOURCE)).train()
+    if shared_in == "Python":
+        exec(sharing.format(m="model"))
+    (gate,), expected = model.gates(), torch.zeros(8, dtype=torch.long)
+    assert len(model.mtp) == 1 and len(model.layers) == 3
+    calls = []
+    gate.register_forward_hook(lambda gate, args, out: calls.append(out[1]))
+    tokens = tokens_of(model, 2, 20)
+    sum(model(tokens, tokens).values()).backward()
+    assert len(calls) == 3 and model.rows() == [0, 0, 0]
+    expected = sum(x.flatten().bincount(minlength=8) for x in calls)
+    assert torch.equal(model.expert_counts[0], expected) and not model.expert_counts[1:].any()
+    load = expected.double()
+    assert train.max_vio(model.expert_counts).item() == pytest.approx(load.max() / load.mean() - 1)
+    model.update_bias(0.5)
+    signs = (load.mean() - load).sign()
+    assert torch.equal(gate.e_score_correction_bias, 0.5 * signs.float()) and signs.any()
+    assert not model.expert_counts.any()
 
 
 # ---- FP8 -----------------------------------------------------------------------------------------

@@ -535,6 +535,43 @@ def test_a_parameter_added_to_a_trained_network_starts_as_initialised_if_asked(
     check_refusal(said, functools.partial(load_model, extend=True), run / "more.pt")
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "filled later"])
+def test_what_no_file_has_is_as_the_constructor_made_it(late, run, tmp_path, monkeypatch):
+    """Buffers that are not saved, however they got their values; what is tied stays tied."""
+
+    def make(values: list) -> torch.Tensor:
+        x = torch.tensor(values)
+        return torch.empty(x.shape, dtype=x.dtype).copy_(x) if late else x
+
+    class Decaying(DeepSeekV3):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("decay", make([0.9, 0.5]), persistent=False)
+            self.register_buffer("order", make([3, 1]), persistent=False)
+            self.attribute = torch.arange(4)
+
+    directory = tmp_path / "hf"
+    huggingface.save_pretrained(ours(tie_word_embeddings=True), directory)
+    monkeypatch.setattr(huggingface, "DeepSeekV3", Decaying)
+    tied = huggingface.from_pretrained(directory, torch.bfloat16)
+    assert tied.lm_head.weight is tied.embed_tokens.weight
+    for model, dtype in (load_model(run)[0], torch.float32), (tied, torch.bfloat16):
+        assert model.decay.dtype == model.norm.weight.dtype == dtype
+        assert torch.equal(model.decay, torch.tensor([0.9, 0.5], dtype=dtype))
+        assert model.order.tolist() == [3, 1] and model.attribute.tolist() == [0, 1, 2, 3]
+        assert model.expert_counts.shape == (3, 8) and not model.expert_counts.any()
+        assert model.gates()[0].e_score_correction_bias.dtype == torch.float32
+        assert not any(x.is_meta for x in (*model.parameters(), *model.buffers()))
+
+
+def test_a_network_to_be_filled_takes_no_second_memory():
+    """The whole V3 would take 2.7 TB: all its matrices, and nothing else, wait for the file's."""
+    with huggingface.NoMemory():
+        v3 = DeepSeekV3(ModelConfig())
+    for name, x in (*v3.named_parameters(), *v3.named_buffers()):
+        assert x.is_meta == (x.ndim > 1 and name != "expert_counts"), name
+
+
 def copy_run(source: Path, target: Path, **changes) -> Path:
     """A run of the same tokenizer and changed contents."""
     target.mkdir(exist_ok=True)

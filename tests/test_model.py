@@ -235,15 +235,29 @@ def test_bias_is_no_parameter_and_stays_float32_and_unrounded_in_every_cast():
         assert biases(model).dtype == torch.float32 and torch.equal(biases(model), before)
 
 
-def test_model_made_on_the_meta_device_materialises_whole():
-    """Bias in float32, embedding and head one matrix, counts zero, as without the detour."""
-    with torch.device("meta"):
-        model = DeepSeekV3(ModelConfig(**TINY, tie_word_embeddings=True))
-    model = model.bfloat16().materialize("cpu")
-    assert biases(model).dtype == torch.float32
-    assert model.lm_head.weight is model.embed_tokens.weight
-    assert model.lm_head.weight.dtype == torch.bfloat16
-    assert model.expert_counts.shape == (3, 8) and not model.expert_counts.any()
+def test_what_the_report_initialises_is_initialised_and_nothing_else(monkeypatch):
+    """Every linear layer, embedding, gate and expert, the hacker's own linear layers too; biases
+    are 0. Another parameter stays as its module made it, whatever its shape."""
+
+    class Mixed(plain.Block):
+        def __init__(self, config, dense):
+            super().__init__(config, dense)
+            self.mix, self.extra = nn.Parameter(torch.eye(3)), nn.Linear(8, 8)
+            self.turn = nn.Conv1d(8, 8, 3)
+            self.turned = self.turn.weight.detach().clone()
+
+    monkeypatch.setattr(plain, "Block", Mixed)
+    keys = {"attention_bias": True, "initializer_range": 0.5}
+    model = DeepSeekV3(ModelConfig(**TINY | keys))
+    for block in (*model.layers, model.mtp[0].block):
+        assert torch.equal(block.mix, torch.eye(3)) and torch.equal(block.turn.weight, block.turned)
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert (p == 1).all()
+        elif name.endswith("bias") and ".turn." not in name:
+            assert (p == 0).all(), name
+        elif ".turn." not in name and not name.endswith(".mix"):
+            assert 0.3 < p.std() < 0.7 and abs(p.mean()) < 0.3, name
 
 
 @torch.no_grad()
