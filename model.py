@@ -102,15 +102,17 @@ class ModelConfig:
         return self.num_hidden_layers * ours, self.num_hidden_layers * theirs
 
 
-@fast_twin("8bc7d41e")
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32, rounded to x's dtype."""
+@fast_twin("c2f8c7ad")
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps), the mean over the last dimension. It is computed in
+    float32 and rounded to x's dtype before the weight; under autocast the result has its dtype."""
     x32 = upcast(x)  # float64 stays, all else is float32
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    y = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return cast(weight * y, compute_dtype(x))
 
 
 class RMSNorm(nn.Module):
-    """g * rms_norm(x), under autocast in autocast's dtype."""
+    """rms_norm with a weight for each dimension, 1 at first."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -118,7 +120,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(self.weight * rms_norm(x, self.eps), compute_dtype(x))
+        return rms_norm(x, self.weight, self.eps)
 
 
 # ---- Rotary position embedding (RoPE), with YaRN for long contexts -------------------------------

@@ -272,7 +272,7 @@ mean of its squares, and multiplies each number by a weight g that is learnt.
 
 @ arXiv 1910.07467
 $ y = g \odot \frac{x}{\sqrt{"mean"(x^2) + \epsilon}}
-Computed in float32, whatever the dtype of x. The module multiplies by g.
+Computed in float32, whatever the dtype of x.
 > model.py rms_norm | x32 = | return
 
 @

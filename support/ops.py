@@ -16,6 +16,7 @@ two CPU cores, or is needed on a GPU; docs/notes/LOG.md has the figures. Letters
 
 import functools
 import hashlib
+import importlib.util
 import inspect
 import io
 import linecache
@@ -129,6 +130,31 @@ def linear32(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(upcast(x), upcast(weight))
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether x is on CUDA; a function of its own for bench.py, which counts kernels without."""
+    return x.is_cuda
+
+
+def fused(function: Callable) -> Callable:
+    """The function, on a GPU compiled to one kernel or two in place of one for each operation."""
+
+    @functools.wraps(function)
+    def choose(*args, **kwargs):
+        if on_gpu(args[0]) and not torch.compiler.is_compiling():  # a graph fuses it anyway
+            return compiled(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return choose
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    if not importlib.util.find_spec("triton"):  # as on Windows
+        return function
+    torch._dynamo.config.recompile_limit = 64  # a graph for each dtype and kind of block
+    return torch.compile(function, dynamic=True)
+
+
 def span(start: int | Tensor, length: int) -> slice | Tensor:
     """Positions from start on: a slice, or in a graph that serves every start a tensor."""
     if isinstance(start, int):
@@ -151,7 +177,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start=None) 
         return attend_latents(q, k[:, 0], v[:, 0], scale, start)
     if not (q.shape[:3] == k.shape[:3] == v.shape[:3]):
         return NotImplemented
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT:
+    if not on_gpu(q) and q.dtype == torch.bfloat16 and T <= SHORT:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         later = q.new_full((T, T), -math.inf).triu_(1).expand(len(q), T, T)
         p = torch.baddbmm(later, q, k.mT, alpha=scale).softmax(-1)
@@ -183,13 +209,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start=None) 
 MULTIPLE = 64
 
 
-def rows_multiple(device: torch.device) -> int:
-    return MULTIPLE if device.type == "cpu" and torch.is_autocast_enabled("cpu") else 1
-
-
-def sizes_wait(device: torch.device) -> bool:
-    """Whether the host would wait for a size that depends on numbers."""
-    return device.type != "cpu"
+def rows_multiple(x: Tensor) -> int:
+    return MULTIPLE if not on_gpu(x) and torch.is_autocast_enabled("cpu") else 1
 
 
 def sort_by_expert(chosen: Tensor, E: int, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,7 +222,7 @@ def sort_by_expert(chosen: Tensor, E: int, multiple: int = 1) -> tuple[Tensor, T
     padded = multiple > 1
     if padded:
         missing, size = -counts % multiple, None  # 1 1 0
-        if sizes_wait(expert.device):
+        if on_gpu(expert):
             # As many as there can be, so that no size waits for the counts. The last expert has
             # those that nobody needs.
             size = E * multiple - len(expert) % multiple
@@ -286,7 +307,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     aligned = all(n * dtype.itemsize % 16 == 0 for n in weight.shape[1:])
     known = dtype == torch.bfloat16 and has_grouped_mm(x.device)
     if dtype == torch.float32:  # refused on CUDA and in graphs
-        known = not (x.is_cuda or torch.compiler.is_compiling())
+        known = not (on_gpu(x) or torch.compiler.is_compiling())
     if aligned and known:
         return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=counts.cumsum(0).int())
     parts = zip(x.split(counts.tolist()), weight, strict=True)
@@ -301,7 +322,7 @@ def by_expert(
     ffn(x (rows, D), counts (E,), gain (rows,)) -> (rows, D) computes all experts' rows. Each has a
     multiple of so many; None: of what suits the device.
     """
-    multiple = multiple or rows_multiple(x.device)
+    multiple = multiple or rows_multiple(x)
     rows, slots, counts = sort_by_expert(chosen, E, multiple)
     # Each gate value goes to the row of its token and expert; extra rows keep 0.
     gain = gain.new_zeros(len(rows)).scatter(0, slots.flatten(), gain.flatten())  # (rows,)
@@ -324,8 +345,18 @@ def routed_ffn(x: Tensor, chosen: Tensor, gain: Tensor, gate_up, down, swiglu) -
 
 # ---- Training: output head -----------------------------------------------------------------------
 
-CHUNK = 2**27  # logits at once on a GPU: 0.5 GB
+CHUNK = 2**28  # logits at once on a GPU: 0.5 GB in bf16, and as much for their gradients
 CPU_ROWS = 256  # tokens: few enough for a CPU's caches, enough to pay for a pass over dw
+
+
+@fused
+def loss_and_gradient(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits z (chunk, vocabulary), targets y (chunk,) -> the losses (chunk,), -log softmax(z)_y,
+    and their gradients by z, softmax(z) - onehot(y), in z's dtype. For GPUs: it runs in passes."""
+    z32, y = upcast(z), y.clamp(min=0)[:, None]
+    log_sum = z32.logsumexp(-1, keepdim=True)
+    hit = torch.arange(z.shape[1], device=z.device) == y
+    return (log_sum - z32.gather(1, y))[:, 0], ((z32 - log_sum).exp() - hit.float()).to(z.dtype)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -338,22 +369,29 @@ class _HeadLoss(torch.autograd.Function):
         real, w = (targets >= 0)[:, None], weight.to(h.dtype)  # (tokens, 1)
         h = h * real  # so that rows without a target add nothing to dw
         dh, dw = torch.empty_like(h), torch.zeros_like(weight) if need else None
-        chunk = min(len(h), CPU_ROWS if h.device.type == "cpu" else CHUNK // len(w))
+        chunk = min(len(h), CHUNK // len(w) if on_gpu(h) else CPU_ROWS)
         # Two buffers for all chunks: on a CPU fresh ones would cost a third of the time.
         low, losses = h.new_empty(chunk, len(w)), []
-        high = upcast(torch.empty_like(low))
+        high = low if on_gpu(h) else upcast(torch.empty_like(low))
         for x, y, dx in zip(*(t.split(chunk) for t in (h, targets, dh)), strict=True):
             low, high = low[: len(x)], high[: len(x)]  # (chunk, vocabulary)
-            z = high.copy_(torch.mm(x, w.T, out=low))  # the logits, in float32
-            row = torch.arange(len(x), device=x.device)
-            z_max, z_y = z.amax(-1), z[row, y]
-            p = torch.softmax(z, -1, out=high)  # takes the memory of z, which is not read any more
-            # The loss is log sum exp z - z_y, and max p = exp(z_max) / sum exp z.
-            losses.append(z_max - p.amax(-1).log() - z_y)
-            if need:  # d loss / d z = softmax(z) - onehot(target)
-                p[row, y] -= 1
-                torch.mm(low.copy_(p), w, out=dx)
-                dw += low.T @ x
+            torch.mm(x, w.T, out=low)  # the logits
+            if on_gpu(h):
+                loss, p = loss_and_gradient(low, y)
+                losses.append(loss)
+            else:
+                z = high.copy_(low)  # in float32
+                row = torch.arange(len(x), device=x.device)
+                z_max, z_y = z.amax(-1), z[row, y]
+                p = torch.softmax(z, -1, out=high)  # takes the memory of z, not read any more
+                # The loss is log sum exp z - z_y, and max p = exp(z_max) / sum exp z.
+                losses.append(z_max - p.amax(-1).log() - z_y)
+                if need:  # d loss / d z = softmax(z) - onehot(target)
+                    p[row, y] -= 1
+                    p = low.copy_(p)
+            if need:
+                torch.mm(p, w, out=dx)
+                dw += p.T @ x
         n = real.sum().clamp(min=1)
         ctx.save_for_backward(dh.mul_(real), dw, n)
         return (torch.cat(losses) * real.squeeze(1)).sum() / n
@@ -408,20 +446,31 @@ def scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=dtype, device=device)
 
 
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """In fewer operations; in a graph the formula is as good."""
-    if not writing() or torch.compiler.is_compiling():
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """In fewer operations; in a graph the formula is as good. In training on a GPU, where its ten
+    kernels move 28 % of a step's bytes, by PyTorch's own."""
+    if torch.compiler.is_compiling():
         return NotImplemented
+    if not writing():
+        if not on_gpu(x):
+            return NotImplemented
+        return cast(fused_norm(upcast(x), weight, eps), compute_dtype(x))
     dtype = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     eps = scalar(eps, dtype, x.device)
     y = x * torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
-    return cast(y, x.dtype)
+    return cast(weight * cast(y, x.dtype), compute_dtype(x))
+
+
+def fused_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """One kernel forward, two backward, where x and the weight have one dtype."""
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
-    """A pair turned by an angle is a product of complex numbers."""
-    if not (writing() and interleave) or torch.compiler.is_compiling():
+    """A pair turned by an angle is a product of complex numbers. In training on a CPU the formula
+    is as fast."""
+    if not ((writing() or on_gpu(x)) and interleave) or torch.compiler.is_compiling():
         return NotImplemented
     x32 = upcast(x)
     if any(n % 2 for n in (x32.storage_offset(), *x32.stride()[:-1])):  # pairs begin anywhere

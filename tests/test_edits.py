@@ -61,7 +61,7 @@ EDITS = {
     "FFN times 0.7": ([("return x + y, routing", "return x + 0.7 * y, routing")], []),
     "no gate values": ([("y if gain is None else y * cast(gain, y.dtype)[:, None]", "y")], []),
     "norms without roots": ([("torch.rsqrt(", "torch.reciprocal(")], ["rms_norm"]),
-    "norms without weights": ([("self.weight * rms_norm(", "1.0 * rms_norm(")], []),
+    "norms without weights": ([("cast(weight * y,", "cast(1.0 * y,")], ["rms_norm"]),
     "another rotation": ([("a * cos - b * sin", "a * cos + 2 * b * sin")], ["rotate"]),
     "a softmax gate": ([("self.weight).sigmoid()", "self.weight).softmax(-1)")], []),
     "a decorated twin": (

@@ -477,7 +477,7 @@ def test_no_size_on_a_gpu_waits_for_the_counts(tokens, monkeypatch):
     """There is room for the worst case, which the last expert fills."""
     chosen = torch.rand(tokens, 6).topk(2).indices
     rows, slots, counts = ops.sort_by_expert(chosen, 6, 8)
-    monkeypatch.setattr(ops, "sizes_wait", lambda device: True)
+    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
     more, same, all_counts = ops.sort_by_expert(chosen, 6, 8)
     assert len(more) == 6 * 8 + 2 * tokens // 8 * 8 == all_counts.sum()
     assert torch.equal(same, slots) and torch.equal(more[: len(rows)], rows)
@@ -650,5 +650,5 @@ def test_fp8_is_close_to_full_precision_and_padding_does_not_change_it(monkeypat
     logits, *losses = errors(results, exact)[:4]
     assert 0.02 < logits < 0.3 and max(losses) < 0.1
     assert all(x.isfinite().all() and x.norm() > 0 for x in results)
-    monkeypatch.setattr(ops, "sizes_wait", lambda device: True)
+    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
     assert max(errors(logits_losses_gradients(), results)) < 1e-5
