@@ -55,9 +55,13 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=[True, False], ids=["twins", "plain"])
+@pytest.fixture(params=["twins", "a GPU's twins", "plain"])
 def twins(request, monkeypatch):
-    monkeypatch.setattr(ops, "enabled", request.param)
+    """A GPU's: what would be compiled there is not."""
+    monkeypatch.setattr(ops, "enabled", request.param != "plain")
+    if request.param == "a GPU's twins":
+        monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+        monkeypatch.setattr(ops, "compiled", lambda function: function)
 
 
 both_ways = pytest.mark.usefixtures("twins")
@@ -650,5 +654,6 @@ def test_fp8_is_close_to_full_precision_and_padding_does_not_change_it(monkeypat
     logits, *losses = errors(results, exact)[:4]
     assert 0.02 < logits < 0.3 and max(losses) < 0.1
     assert all(x.isfinite().all() and x.norm() > 0 for x in results)
-    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+    twice = lambda *args, multiple: ops.by_expert(*args, multiple=2 * multiple)
+    monkeypatch.setattr(fp8, "by_expert", twice)
     assert max(errors(logits_losses_gradients(), results)) < 1e-5
