@@ -177,12 +177,16 @@ def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
 # ---- Multi-head Latent Attention (section 2.1.1) -------------------------------------------------
 
 
+MOST_NEW = 8  # behind a prompt decoding reads at most so many tokens at once, and forgets as many
+
+
 class Cache:
     """What decoding keeps of B texts: `kept`, of every layer what its attention says (`new_cache`).
 
     Allocated once, for `size` tokens. The first `length` have been read, in all texts alike. A
-    smaller `length` forgets the newest of them. Decoding does so whenever a draft is rejected, and
-    then reads on from there.
+    smaller `length` forgets the newest of them, MOST_NEW at most. That is how decoding rolls back:
+    drafts that are rejected are forgotten, then it reads on. Every layer must bear that, also with
+    positions as tensors; sample.check_cache finds out whether it does.
     """
 
     def __init__(

@@ -195,6 +195,20 @@ self.fill(n - 1 - slots, self.piece)  # what => pass  # what
 if len(self.ids) >= MATCH: => if len(self.ids) > MATCH:
 copied = all(copies) => copied = any(copies)
 
+# sample.py tests/test_cache.py
+for n in (0, *range(MOST_NEW, 0, -1)) => for n in (0, *range(MOST_NEW - 1, 0, -1))
+(0, shape[1] // 2), (False, True) => (0,), (False, True)
+(0, shape[1] // 2), (False, True) => (0, shape[1] // 2), (False,)
+p.add_(shake.to(device), alpha=config.initializer_range) => pass
+x[B:, start + kept : start + read] => x[:B, start + kept : start + read]
+tokens.device) if tensor and start else start => tokens.device) if not start else start
+off > 1e-8 * => off > 1e8 *
+.nan_to_num(math.inf) =>
+layers = model.mtp if k else model.layers => layers = model.layers
+inputs[k][:, :-1], tokens[:, k:] => inputs[k][:, 1:], tokens[:, k:]
+torch.float64).eval() => torch.float64)
+copy.deepcopy(getattr(model, "_orig_mod", model)) => getattr(model, "_orig_mod", model)
+
 # model.py tests/test_huggingface.py
 self.o_proj = nn.Linear(H * V, D, bias=bias) => self.o_proj = nn.Linear(H * V, D, bias=False)
 config.n_shared_experts * config => 1 * config

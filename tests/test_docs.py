@@ -167,7 +167,8 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
     modules = changed(diff, tmp_path)
     if "model.py" in modules:
         new = modules["model.py"]
-        model = new.DeepSeekV3(new.ModelConfig(**TINY | {"initializer_range": 0.1}))
+        sizes = {"initializer_range": 0.1, "num_hidden_layers": 4 if "hybrid" in title else 3}
+        model = new.DeepSeekV3(new.ModelConfig(**TINY | sizes))
         # A step by gradient descent lowers the loss; decoding gives what whole forwards give.
         tokens = torch.randint(512, (2, 24), generator=torch.Generator().manual_seed(1))
         x, y = tokens[:, :-1], tokens[:, 1:]
@@ -181,6 +182,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
         with torch.inference_mode():
             text = sample.generate(model.eval(), x[:1, :4], 4, temperature=0, speculative=2)
             assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
+        assert not sample.check_cache(model, 24).wrong
         slower = "soft cap" in title or "Sparse" in title
         assert ("it runs without its fast twin" in capsys.readouterr().err) == slower
     if "gate" in title:
@@ -212,6 +214,24 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
             text = sample.generate(model, x[:1, :8], 8, temperature=0)
             assert torch.equal(text[0, 8:], model(text)[0, 7:-1].argmax(-1))
         assert torch.equal(seen[-1][0], torch.arange(1, 17).clamp(max=4))
+    elif "hybrid" in title:
+        linear, *_, mla = (block.self_attn for block in model.double().layers)
+        assert type(linear) is new.LinearAttention and type(mla) is new.MLA
+        h, o = torch.randn(1, 20, 48).double(), []
+        x = linear.qkva_proj(h).view(20, 2, 49)  # of two heads, a token after the other
+        S = torch.zeros(2, 16, 16).double()
+        for q, k, v, a in zip(*x.split([16, 16, 16, 1], -1), strict=True):
+            S = a[..., None].sigmoid() ** (1 / 16) * S + k[..., None] * v[:, None]
+            o.append(linear.norm((q[..., None] * S).sum(1)).flatten())
+        assert torch.allclose(linear(h, None), linear.o_proj(torch.stack(o)), atol=1e-12)
+        graph, at = torch.compile(linear, fullgraph=True, backend="eager"), torch.tensor(15)
+        with torch.no_grad():
+            kept = linear.new_cache(1, 99, h)
+            pieces = linear(h[:, :15], None, (kept, 0)), graph(h[:, 15:], None, (kept, at))
+            assert torch.allclose(torch.cat(pieces, 1), linear(h, None), atol=1e-12)
+        monkeypatch.setitem(new.LinearAttention.new_cache.__globals__, "MOST_NEW", 7)
+        wrong = sample.check_cache(model, 24).wrong  # of one state less
+        assert len(wrong) == 4 and all("main model, drafts rejected" in way for way in wrong)
     elif "attention" in title:
         assert "layers.0.self_attn.qkv_proj.weight" in model.state_dict()
     elif "schedule" in title:
@@ -271,7 +291,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
 
 
 def test_every_change_is_there():
-    assert len(CHANGES) == 12 and HACKING.count("```diff") == 12
+    assert len(CHANGES) == 13 and HACKING.count("```diff") == 13
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(diff in HACKING for diff in re.findall(r"(?s)```diff\n(.*?)```", readme))
 
