@@ -55,7 +55,7 @@ linear32(x, self.weight).sigmoid() => linear32(x, self.weight).softmax(-1)
 linear32(x, self.weight) => upcast(F.linear(x, self.weight.to(x.dtype)))
 self.e_score_correction_bias = bias.to(self.weight.device) => pass
 isinstance(owner, nn.Linear | nn.Embedding | Gate | Experts) => parameter.ndim > 1
-isinstance(owner, nn.Linear | nn.Embedding | Gate | Experts) => isinstance(owner, nn.Linear | Gate | Experts)
+nn.Linear | nn.Embedding | Gate | Experts) => nn.Linear | Gate | Experts)
 if name.endswith("bias"): => if False:
 load.mean(1, keepdim=True) - load).sign() => load - load.mean(1, keepdim=True)).sign()
 load.mean(1, keepdim=True) - load).sign() => load.mean(1, keepdim=True) - load)
@@ -130,7 +130,7 @@ if function is torch.empty else {} => if False else {}
 if empty.keys() - stored: => if False:
 if empty.keys() - stored: => if True:
 kind = dtype if x.is_floating_point() else x.dtype => kind = dtype
-swap_tensors(x, nn.Parameter(y, x.requires_grad) => setattr(x, "data", nn.Parameter(y, x.requires_grad)
+swap_tensors(x, nn.Parameter(y, => swap_tensors(x.clone(), nn.Parameter(y,
 return model.to(device, dtype) => return model
 type(length) is not int or length < 1: => type(length) is not int:
 ("gate_proj", "up_proj") => ("up_proj", "gate_proj")
