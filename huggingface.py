@@ -177,6 +177,64 @@ def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.shared_head.head.weight", model.lm_head.weight
 
 
+def layout(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a release with this config.json, whatever model.py says.
+    What it has once more is left out. Letters are model.py's; Q is q_lora_rank."""
+    D, H, C = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    E, L, Q = config.n_routed_experts, config.num_hidden_layers, config.q_lora_rank
+
+    def ffn(name: str, width: int) -> dict[str, tuple[int, ...]]:
+        down = {f"{name}.down_proj.weight": (D, width)}
+        return down | {f"{name}.{part}_proj.weight": (width, D) for part in ("gate", "up")}
+
+    attention = {
+        "kv_a_proj_with_mqa.weight": (C + R, D),
+        "kv_a_layernorm.weight": (C,),
+        "kv_b_proj.weight": (H * (N + V), C),
+        "o_proj.weight": (D, H * V),
+    }
+    if Q is None:
+        attention["q_proj.weight"] = (H * (N + R), D)
+    else:
+        attention |= {"q_a_proj.weight": (Q, D), "q_a_layernorm.weight": (Q,)}
+        attention["q_b_proj.weight"] = (H * (N + R), Q)
+    if config.attention_bias:
+        attention |= {"kv_a_proj_with_mqa.bias": (C + R,), "o_proj.bias": (D,)}
+        attention |= {} if Q is None else {"q_a_proj.bias": (Q,)}
+    block = {f"self_attn.{name}": shape for name, shape in attention.items()}
+    block |= {"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,)}
+    dense = block | ffn("mlp", config.intermediate_size)
+    moe = block | {"mlp.gate.weight": (E, D), "mlp.gate.e_score_correction_bias": (E,)}
+    for e in range(E):
+        moe |= ffn(f"mlp.experts.{e}", config.moe_intermediate_size)
+    if config.n_shared_experts:
+        width = config.n_shared_experts * config.moe_intermediate_size
+        moe |= ffn("mlp.shared_experts", width)
+    mtp = moe | {f"{name}.weight": (D,) for name in ("enorm", "hnorm", "shared_head.norm")}
+    mtp["eh_proj.weight"] = (D, 2 * D)
+
+    tensors = {"model.embed_tokens.weight": (config.vocab_size, D), "model.norm.weight": (D,)}
+    if not config.tie_word_embeddings:
+        tensors["lm_head.weight"] = (config.vocab_size, D)
+    for i in range(L + config.num_nextn_predict_layers):
+        kind = mtp if i >= L else dense if i < config.first_k_dense_replace else moe
+        tensors |= {f"model.layers.{i}.{name}": shape for name, shape in kind.items()}
+    return tensors
+
+
+def check_layout(model: DeepSeekV3):
+    """Raises Refusal unless the network has the tensors of DeepSeek-V3, by name and shape: readers
+    of the layout would make another network of them, mostly without a word."""
+    ours = {name: tuple(x.shape) for name, x in checkpoint_views(model)}
+    released = layout(model.config)
+    for name in sorted(ours.keys() | released.keys()):
+        have, due = ours.get(name, "missing"), released.get(name, "no part of it")
+        if have != due:
+            told = f"{name} is {have} in this network, but {due} in DeepSeek-V3's layout"
+            raise Refusal(f"{told}: other programs would compute another network.")
+
+
 def open_files(directory: Path, device: str) -> dict[str, Any]:
     """{tensor: the open file that has it}; files are mapped, not read. Raises Refusal."""
     import safetensors
@@ -261,11 +319,13 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     """Writes the checkpoint in the layout of the released ones, for transformers and others.
 
     quantize: FP8 weights with 128x128 block scales, as released. extra: further keys of
-    config.json, which is written last: without it the directory does not open.
+    config.json, which is written last: without it the directory does not open. Raises Refusal for
+    a network with other parameters than DeepSeek-V3's.
     """
     from huggingface_hub import save_torch_state_dict
     from safetensors import SafetensorError
 
+    check_layout(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
@@ -362,15 +422,19 @@ class ConvertConfig:
 
 @torch.no_grad()
 def check(directory: Path):
-    """Compares logits with those of transformers, in float32. Raises Refusal."""
+    """Compares logits with those of transformers, in float32, of random tokens with the end of a
+    text among them. Raises Refusal."""
     import transformers
 
     transformers.logging.set_verbosity_error()  # it would list the MTP modules, which it ignores
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, experts_implementation="eager"
     )
-    tokens = torch.arange(32)[None]
-    logits, expected = from_pretrained(directory, torch.float32)(tokens), theirs(tokens).logits
+    model, generator = from_pretrained(directory, torch.float32), torch.Generator().manual_seed(0)
+    length, eos = min(128, model.config.max_position_embeddings), theirs.config.eos_token_id
+    tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    tokens[:, length // 3] = eos[0] if isinstance(eos, list) else eos
+    logits, expected = model(tokens), theirs(tokens).logits
     error = ((logits - expected).abs().max() / expected.abs().max()).item()
     info(f"logits differ from those of transformers by {error:.1e} of the largest")
     if not error < 1e-3:
@@ -392,6 +456,7 @@ def export(model: DeepSeekV3, source: Path, directory: Path, quantize: bool):
 def export_gguf(source: Path, target: Path, dtype: str):
     """Writes weights and tokenizer as one file for llama.cpp."""
     model, tokenizer, _ = load_model(source)
+    check_layout(model)
     config = asdict(model.config) | {"max_position_embeddings": model.trained_length}
     unfinished = target.with_name(f".unfinished-{target.name}")
     try:

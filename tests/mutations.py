@@ -132,6 +132,11 @@ if empty.keys() - stored: => if True:
 kind = dtype if x.is_floating_point() else x.dtype => kind = dtype
 swap_tensors(x, nn.Parameter(y, => swap_tensors(x.clone(), nn.Parameter(y,
 return model.to(device, dtype) => return model
+    if have != due: => if name not in released:
+    if have != due: => if name not in ours:
+length, eos = min(128, => length, eos = min(64,
+tokens[:, length // 3] = => _ =
+i < config.first_k_dense_replace else moe => i < config.first_k_dense_replace + 1 else moe
 type(length) is not int or length < 1: => type(length) is not int:
 ("gate_proj", "up_proj") => ("up_proj", "gate_proj")
 fp8.quantize(tensors[name], fp8.BLOCK) => fp8.quantize(tensors[name], fp8.BLOCK, pow2=True)

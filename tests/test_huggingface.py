@@ -8,6 +8,7 @@ correction biases so different, that a mistake moves the logits by whole units.
 
 import contextlib
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
 import huggingface
+import model as model_py
 import support.tokenizer
 from huggingface import checkpoint_views, config_from_json, load_model
 from model import DeepSeekV3, ModelConfig
@@ -206,6 +208,56 @@ def test_the_whole_v3_has_the_tensors_and_the_size_of_the_release():
     scales = [-(-rows // 128) * -(-columns // 128) for rows, columns in scaled]
     assert len(tensors) + len(scales) == 91_991
     assert sum(x.numel() for x in tensors.values()) + sum(scales) == 684_531_386_000
+
+
+@pytest.mark.parametrize("name", [*test_model.VARIANTS, *VARIANTS, "V3", "all dense"])
+def test_the_layout_is_that_of_the_network(name):
+    """It is written apart from model.py, so that an edit of model.py does not change it."""
+    variants = test_model.VARIANTS | VARIANTS | {"all dense": {"first_k_dense_replace": 9}}
+    config = ModelConfig() if name == "V3" else ModelConfig(**TINY | variants[name])
+    with torch.device("meta"):
+        views = checkpoint_views(DeepSeekV3(config))
+    assert huggingface.layout(config) == {name: tuple(x.shape) for name, x in views}
+
+
+class ConvolvedMLA(model_py.MLA):
+    def __init__(self, config):
+        super().__init__(config)
+        self.q_conv = torch.nn.Conv1d(8, 8, 4, bias=False)
+
+
+class NullGate(model_py.Gate):
+    """Its shapes are others, not its names: two more ids, of experts that do nothing."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.weight = torch.nn.Parameter(torch.empty(config.n_routed_experts + 2, 16))
+
+
+class Bare(model_py.MTP):
+    def __init__(self, config):
+        super().__init__(config)
+        del self.hnorm
+
+
+@pytest.mark.parametrize("kind, told", [
+    (ConvolvedMLA, r"model.layers.0.self_attn.q_conv.weight is \(8, 8, 4\) in this network, but "),
+    (NullGate, r"model.layers.1.mlp.gate.weight is \(10, 16\) in this network, but \(8, 16\) in "),
+    (Bare, r"model.layers.3.hnorm.weight is missing in this network, but \(16,\) in "),
+])  # fmt: skip
+def test_a_network_with_other_parameters_is_not_exported(kind, told, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_py, kind.__base__.__name__, kind)
+    model = ours(vocab_size=load_tokenizer(run).n_vocab)
+    with pytest.raises(Refusal, match=told):
+        huggingface.save_pretrained(model, tmp_path / "hf")
+    edited = copy_run(
+        run, tmp_path / "run", model=model.state_dict(), model_config=asdict(model.config)
+    )
+    for target in ("hf", "x.gguf"):
+        if target == "hf" or importlib.util.find_spec("gguf"):
+            with pytest.raises(Refusal, match=told):
+                huggingface.main([str(edited), str(tmp_path / target)])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -648,7 +700,7 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
         check_refusal(f"the tokenizer of {target} cannot be read", load_model, target)
 
 
-@pytest.mark.parametrize("change", [lambda w: w[3].mul_(1.02), lambda w: w.fill_(torch.nan)])
+@pytest.mark.parametrize("change", [lambda w: w[3].mul_(1.01), lambda w: w.fill_(torch.nan)])
 def test_check_fails_where_logits_differ(change, run, tmp_path, monkeypatch, capsys):
     """By little or not a number; and then nothing has been written."""
     model, target = load_model(run)[0], tmp_path / "hf"
@@ -658,6 +710,23 @@ def test_check_fails_where_logits_differ(change, run, tmp_path, monkeypatch, cap
     assert not [*tmp_path.iterdir()]
     said = re.search(r"transformers by (\S+) of", capsys.readouterr().err)
     assert said[1] == "nan" or 1e-3 < float(said[1]) < 1e-2
+
+
+@pytest.mark.parametrize("where", ["behind the end of a text", "far from the beginning"])
+def test_check_sees_what_only_some_texts_show(where, run, tmp_path, monkeypatch):
+    """As a mask at the borders of documents does, or a window of attention."""
+    model, tokenizer, _ = load_model(run)
+    (eot,) = tokenizer.eos
+    model.register_forward_hook(lambda model, given, logits: logits + changed(*given)[..., None])
+
+    def changed(tokens):
+        ended = (tokens == eot).cumsum(-1) > 0
+        return ended if "end" in where else torch.arange(tokens.shape[1])[None] > 99
+
+    monkeypatch.setattr(huggingface, "from_pretrained", lambda *args: model)
+    check_refusal(
+        "more than rounding", huggingface.main, [str(run), str(tmp_path / "hf"), "--check"]
+    )
 
 
 @pytest.mark.parametrize("exists", [False, True])
