@@ -2,22 +2,22 @@
 
 Every arm is trained with the same seeds, and a seed shifts all arms alike: they begin with the same
 weights and see the same data. So a result is taken as arm + seed + residual. The deviation of the
-residuals is pooled over all arms, for bits/byte those of all tables, because three seeds of one arm
-say little about it (2 degrees of freedom, so a factor 4.3 in the interval where a dozen have 2.2).
+residuals is pooled over many arms, for bits/byte those of all tables: three seeds of one arm say
+little about it (2 degrees of freedom, so a factor 4.3 in the interval where a dozen have 2.2). Arms
+whose networks have other shapes than the base's vary more, so they have a deviation of their own
+(tables.py). If one arm of six varies three times as much as the rest of its class, its interval of
+95 % holds the truth in 71 % (simulated). So the interval from its pairs alone counts, too.
 
-A table compares several arms with the base, so one in twenty would differ by chance. Holm's
-correction (1979) raises the p-values: if all arms are like the base, the table has a p-value below
-0.05 in at most 5 % of all cases.
-
-Arms may have different numbers of seeds; an arm is compared with the base on the seeds of both. All
-of this assumes that the arms vary alike. If one arm of six varies three times as much as the rest,
-its interval of 95 % holds the truth in 71 %, and the table has a false claim in 16 % (simulated).
+Many questions are asked, so one in twenty would have an answer by chance. Holm's correction (1979)
+raises the p-values: if nothing differs, one of them is below 0.05 in at most 5 % of all cases.
 """
 
 import functools
 import math
 
 import numpy as np
+
+Spread = tuple[float, int]  # a standard deviation or error, and its degrees of freedom
 
 
 @functools.cache
@@ -53,9 +53,11 @@ def own_interval(values: list[float]) -> tuple[float, float | None]:
     return mean, quantile(0.05, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
-def residual_deviation(values: dict[tuple[str, int], float]) -> tuple[float, int]:
+def residual_deviation(values: dict[tuple[str, int], float]) -> Spread:
     """Standard deviation and degrees of freedom of what is left of {(arm, seed): value} after the
     best fit of a number for every arm and one for every seed; (0, 0) where nothing is left."""
+    if not values:
+        return 0.0, 0
     arms, seeds = (sorted(set(x)) for x in zip(*values, strict=True))
     design = np.array([[*(arm == a for a in arms), *(seed == s for s in seeds)]
                        for arm, seed in values], float)  # fmt: skip
@@ -78,19 +80,36 @@ def holm(p: dict[str, float], claims: int = 0) -> dict[str, float]:
     return corrected
 
 
-def seen_with(deviation: float, freedom: int, seeds: int, claims: int) -> float:
-    """The difference that so many pairs of runs would find in about 80 % of all cases or more, as
-    one of so many claims. Holm's correction wants the smallest p-value below 0.05 / claims; the
-    others may be larger, so they are found more often."""
-    error = deviation * math.sqrt(2 / seeds)
-    return (quantile(0.05 / claims, freedom) + quantile(0.4, freedom)) * error  # 20 % on one side
+def standard_error(one: Spread, other: Spread, pairs: int) -> Spread:
+    """Of the mean difference of so many pairs, and its degrees of freedom: two arms of one class,
+    or of two (Welch, Satterthwaite). (0, 0) where nothing is known."""
+    if one == other:
+        return one[0] * math.sqrt(2 / pairs), one[1]
+    if not (one[1] and other[1]):
+        return 0.0, 0
+    a, b = one[0] ** 2, other[0] ** 2
+    return math.sqrt((a + b) / pairs), int((a + b) ** 2 / (a * a / one[1] + b * b / other[1]))
 
 
-def equal_with(deviation: float, freedom: int, seeds: int, margin: float) -> float:
-    """How probable it is that the whole 95 % interval of so many pairs of runs lies within the
-    margin, either way, if there is no difference."""
-    error = deviation * math.sqrt(2 / seeds)
-    room = margin / error - quantile(0.05, freedom)  # for the mean, in standard errors
+def seen_with(error: float, freedom: int, tests: int) -> float:
+    """The difference that would be found in about 80 % of all cases or more, as one of so many
+    tests. Holm's correction wants the smallest p-value below 0.05 / tests; the others may be
+    larger, so they are found more often."""
+    return (quantile(0.05 / tests, freedom) + quantile(0.4, freedom)) * error  # 20 % on one side
+
+
+def p_of_equality(mean: float, error: float, freedom: int, margin: float) -> float:
+    """How probable such a mean is where the true difference is as large as the margin: twice the
+    larger of the two one-sided p-values, so it is below 0.05 exactly where the 95 % interval lies
+    within the margin."""
+    room = (margin - abs(mean)) / error
+    return p_value(room, freedom) if room > 0 else 1.0
+
+
+def equal_with(error: float, freedom: int, margin: float, tests: int = 1) -> float:
+    """How probable it is that an equality is found, as one of so many tests, at the strictest step
+    of Holm's correction, if there is no difference."""
+    room = margin / error - quantile(0.05 / tests, freedom)  # for the mean, in standard errors
     return 1 - p_value(room, freedom) if room > 0 else 0.0
 
 

@@ -83,9 +83,11 @@ def arm_at(network: str, times: float) -> str:
 def validation(network: str, times: float) -> float | None:
     """Its bits per byte of the validation text, the mean over CHOOSING_SEEDS; none if one lacks."""
     arm = arm_at(network, times)
-    lines = tables.read_results(run.Options(), "base" if arm == "base" else CHOSEN[network])
-    steps = run.Options.steps
-    found = {x["seed"]: x["val_bpb"] for x in lines if x["arm"] == arm and x["steps"] == steps}
+    options = run.Options()
+    lines = tables.read_results(options, "base" if arm == "base" else CHOSEN[network])
+    usual = tables.usual_origin(tables.read_results(options, "base"))
+    found = {x["seed"]: x["val_bpb"] for x in lines
+             if x["arm"] == arm and tables.origin(x) == usual}  # fmt: skip
     if not {*CHOOSING_SEEDS} <= found.keys():
         return None
     return statistics.mean(found[seed] for seed in CHOOSING_SEEDS)
@@ -123,6 +125,21 @@ def confirming(network: str, seed: int) -> Run | None:
     return Run(experiment, arm_at(network, rate), seed, CONFIRMATION) if rate else None
 
 
+def seeds_of(network: str) -> range:
+    return MORE.get(network, FRESH)
+
+
+def fresh_runs(network: str) -> list[dict]:
+    """Its results on the fresh seeds that are there."""
+    if not (one := confirming(network, 0)):
+        return []
+    lines = tables.read_results(one.options, "base" if one.arm == "base" else one.experiment)
+    usual = tables.usual_origin(lines)
+    newest = {x["seed"]: x for x in lines if x["arm"] == one.arm
+              and x["seed"] in seeds_of(network) and tables.origin(x) == usual}  # fmt: skip
+    return [newest[seed] for seed in sorted(newest)]
+
+
 def clock() -> Run:
     """The dense network for the seconds that the base takes for 2,400 steps."""
     return Run("experts", "dense longer", 0, "experiments/results/2400", 2400)
@@ -136,9 +153,9 @@ def planned() -> Iterator[Run | None]:
     networks = ["MLA", "loss 0.01", *(x for x in CHOSEN if x != "MLA")]
     for seed in range(8, 24):
         for network in networks:
-            if seed in MORE.get(network, FRESH):
+            if seed in seeds_of(network):
                 yield confirming(network, seed)
-    for seed in MORE["tiles"]:
+    for seed in seeds_of("tiles"):
         yield confirming("tiles", seed)
 
 

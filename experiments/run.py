@@ -95,14 +95,14 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     replace: dict[str, Any] = field(default_factory=dict)
     longer: float = 1.0  # times as many steps as the base
-    check: bool = False  # a check of a setting, no claim: outside Holm's correction (tables.py)
+    rate: bool = False  # the same arm with another learning rate: in no table and no figure
 
 
 def at_rates(arms: dict[str, Arm], base: dict[str, Any]) -> dict[str, Arm]:
-    """The same arms with other learning rates, a check of a setting: "dense lr x0.67"."""
+    """The same arms with other learning rates: "dense lr x0.67"."""
     return {
         f"{name} lr x{times}": replace(arm, settings=arm.settings | {"lr": times * base["lr"]},
-                                       check=True)
+                                       rate=True)
         for name, arm in arms.items() for times in RATES
     }  # fmt: skip
 

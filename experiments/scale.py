@@ -67,6 +67,20 @@ def cost(file: Path) -> dict[str, float]:
     }
 
 
+def token_bytes(D: int) -> float:
+    """Out in FP8 with its scales (four bytes for 128 numbers), back in bf16."""
+    return D + D / 32 + 2 * D
+
+
+def bytes_sent(chosen: list[list[int]], E: int, nodes: int, node: int, sent: float):
+    """From the experts of every token: how many nodes it visits, its bytes between nodes and those
+    within nodes of so many cards, all as means. A token may begin at any card."""
+    visited = fmean(len({expert * nodes // E for expert in experts}) for experts in chosen)
+    cards = fmean(len({expert * nodes * node // E for expert in experts}) for experts in chosen)
+    between = visited * sent * (nodes - 1) / nodes  # one of the nodes is the token's own
+    return visited, between, cards * sent * (node - 1) / node  # a card has the token's number
+
+
 def traffic(file: Path) -> Part:
     """Per token and layer in a forward pass (the backward sends gradients the same ways, with the
     same bytes again), as model.py's gate chooses by random scores: with the file's numbers,
@@ -82,7 +96,7 @@ def traffic(file: Path) -> Part:
             f"{file} has {E} routed experts in a layer, and {NODES} nodes of {NODE} cards take a "
             f"multiple of {ways}: name another config file, such as config/{V3.name}."
         )
-    sent = 3 * config.hidden_size + config.hidden_size / 32  # FP8 with its scales out, bf16 back
+    sent = token_bytes(config.hidden_size)
     reach = round(NVLINK / INFINIBAND * NODES * config.topk_group / config.n_group)
     cases = {"limit": config, "no limit": replace(config, n_group=1, topk_group=1)}
     cases[f"limit, {reach} experts"] = replace(config, num_experts_per_tok=reach)
@@ -92,10 +106,7 @@ def traffic(file: Path) -> Part:
         gate = Gate(replace(c, hidden_size=E))
         gate.weight.data = torch.eye(E)
         chosen = gate(tokens)[1][0].tolist()  # by token, its experts
-        nodes = fmean(len({expert * NODES // E for expert in experts}) for experts in chosen)
-        cards = fmean(len({expert * ways // E for expert in experts}) for experts in chosen)
-        between = nodes * sent * (NODES - 1) / NODES  # one of the nodes is the token's own
-        within = cards * sent * (NODE - 1) / NODE  # one of a node's cards has the token's number
+        nodes, between, within = bytes_sent(chosen, E, NODES, NODE, sent)
         found[name] = {
             "nodes [at most 4: section 2.1.2]": nodes,
             "experts per node [up to 3.2: section 3.2.2]": c.num_experts_per_tok / nodes,

@@ -2,28 +2,18 @@
 
 `experiment` and `options` are run.py's. Tables have means with 95 % intervals over the seeds.
 "against base" is the mean difference to the base runs of the same seeds, length, code and data; its
-interval, p-value and what else is said of it are those of intervals.py.
+interval is that of intervals.py. verdicts.py asks more of differences that a claim is about.
 """
 
 import hashlib
 import json
-import math
 import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from intervals import (
-    holm,
-    over_documents,
-    own_interval,
-    p_value,
-    quantile,
-    residual_deviation,
-    seen_with,
-)
+from intervals import Spread, own_interval, p_value, quantile, residual_deviation, standard_error
 
 from support.settings import info
 
@@ -59,14 +49,21 @@ def origin(x: dict) -> tuple:
     return x.get("steps"), x.get("source"), x.get("corpus")
 
 
-def collect(experiment, options) -> dict[str, list[dict]]:
+def usual_origin(lines: list[dict]) -> tuple | None:
+    """That of most results; the newest of several."""
+    origins = [origin(x) for x in lines]
+    return max(reversed(origins), key=origins.count, default=None)
+
+
+def collect(experiment, options, rates: bool = False) -> dict[str, list[dict]]:
     """By arm, the newest result of every seed; all of one length, code and corpus, those of which
-    there are most (the newest of several). `against` is the difference to the base's same seed."""
+    there are most (the newest of several). `against` is the difference to the base's same seed.
+    Arms with other learning rates only if asked for: which are trained depends on the results."""
     own = read_results(options, experiment.results or experiment.name)
     bases = own if experiment.compute else read_results(options, "base")
-    names = experiment.arms(options.base())
-    origins = [origin(x) for x in (own if names else bases)]
-    most = max(reversed(origins), key=origins.count, default=None)
+    arms = experiment.arms(options.base())
+    names = [name for name, arm in arms.items() if rates or not arm.rate]
+    most = usual_origin(own if names else bases)
     # base.json has what every base run has; a line "base" of our own file, what we measure besides.
     bases = {x["seed"]: x for x in bases if x["arm"] == "base" and origin(x) == most}
     found = {("base", seed): x for seed, x in bases.items()}  # later lines replace earlier ones
@@ -84,9 +81,7 @@ def collect(experiment, options) -> dict[str, list[dict]]:
             x = x | {"against": x[experiment.against] - base[experiment.against]}
         if name in label:
             results[label[name]].append(x)
-    # Which learning rates an arm is trained with depends on the results: plan.py.
-    return {name: xs for name, xs in results.items() if xs or name not in names
-            or not names[name].check}  # fmt: skip
+    return results
 
 
 @dataclass
@@ -94,54 +89,67 @@ class Difference:
     """Of an arm to the base, or to another arm, over the seeds that both have."""
 
     mean: float
-    half: float | None  # half of the 95 % interval, from the pooled deviation
+    half: float | None  # half of the 95 % interval, from the pooled deviations
     alone: float | None = None  # the same, from the deviation of these pairs alone
-    p: float | None = None  # corrected for the number of claims in the table
-    raw: float | None = None  # before the correction
-    files: tuple[float, float] | None = None  # 95 % of the differences over other test files
-    validation: float | None = None  # the mean difference on the validation text
+    p: float | None = None  # that there is none; not corrected
+    pairs: int = 0
+    error: Spread = (0.0, 0)  # standard error of the mean, degrees of freedom
 
 
-def differences(experiment, options, results: dict[str, list[dict]]) -> tuple[dict, str]:
-    """The Difference of every arm to the base and of every pair of the experiment, and a sentence
-    on what could have been seen."""
+@dataclass
+class Spreads:
+    """How much a figure varies: the deviation of the residuals, by two classes of networks."""
+
+    base: tuple  # what marks the class of the base
+    like_base: Spread
+    others: Spread
+
+    def of(self, x: dict) -> Spread:
+        return self.like_base if shape(x) == self.base else self.others
+
+
+def shape(x: dict) -> tuple:
+    """Two networks are of one class if a token passes as many parameters of attention and FFN in
+    both, and they have as many MTP modules."""
+    return x.get("active"), len(x.get("val_mtp_losses", []))
+
+
+def spreads(key: str, options, results: dict[str, list[dict]]) -> Spreads:
+    """Of bits/byte by class, of other figures without classes. The first arm is the base."""
+    base = next((shape(xs[0]) for xs in results.values() if xs), ())
+    runs = pooled(key, options, results)
+    like = {k: x[key] for k, x in runs.items() if shape(x) == base or key not in TEXTS}
+    others = {k: x[key] for k, x in runs.items() if k not in like}
+    found = Spreads(base, residual_deviation(like), residual_deviation(others))
+    return found if key in TEXTS else Spreads(base, found.like_base, found.like_base)
+
+
+def compare(one: list[dict], other: list[dict], key: str, varies: Spreads) -> Difference | None:
+    """How much larger the figure is in the first, in runs of the same seed."""
+    if not (pairs := paired(one, other, key)):
+        return None
+    mean, alone = own_interval(changes(pairs, key))
+    error, freedom = standard_error(*map(varies.of, pairs[0]), len(pairs))
+    if not error:
+        return Difference(mean, None, alone, pairs=len(pairs))
+    half, p = quantile(0.05, freedom) * error, p_value(mean / error, freedom)
+    return Difference(mean, half, alone, p, len(pairs), (error, freedom))
+
+
+def differences(experiment, options, results: dict[str, list[dict]]) -> dict[str, Difference]:
+    """Of every arm to the base, and of every pair of the experiment."""
     key, (base, *others) = experiment.against, results
-    compared = {name: (name, base) for name in others}
-    compared |= {f"{one} against {other}": (one, other) for one, other in experiment.pairs}
-    compared = {k: paired(*(results.get(x, []) for x in arms), key) for k, arms in compared.items()}
-    compared = {name: pairs for name, pairs in compared.items() if pairs}
-    if experiment.compute:  # no trainings; what varies, and how much, differs from arm to arm
-        own = {name: own_interval(changes(pairs, key)) for name, pairs in compared.items()}
-        return {name: Difference(*x) for name, x in own.items()}, ""
-    values = pooled(key, options, results)
-    deviation, freedom = residual_deviation(values) if values else (0.0, 0)
-    arms = experiment.arms(options.base())
-    checks = [name for name, arm in arms.items() if arm.check]  # which make no claim
-    claims = len(arms) - len(checks) + len(experiment.pairs)
-    found, p = {}, {}
-    for name, pairs in compared.items():
-        mean, alone = own_interval(changes(pairs, key))
-        error = deviation * math.sqrt(2 / len(pairs))
-        found[name] = Difference(mean, quantile(0.05, freedom) * error if error else None, alone)
-        if error and name not in checks:
-            p[name] = found[name].raw = p_value(mean / error, freedom)
-        if key == "test_bpb" and "test_nats" in pairs[0][0]:
-            found[name].files = over_files(pairs)
-        if key == "test_bpb" and "val_bpb" in pairs[0][0]:
-            found[name].validation = statistics.mean(changes(pairs, "val_bpb"))
-    for name, corrected in holm(p, claims).items():
-        found[name].p = corrected
-    if not p:
-        return found, ""
-    counts = sorted({len(compared[name]) for name in p})
-    least = [number(seen_with(deviation, freedom, n, claims)) for n in counts]
-    seen = [f"{x} with {n} seed{'s' * (n > 1)}" for x, n in zip(least, counts, strict=True)]
-    return found, (
-        f"The residuals have a standard deviation of {number(deviation)} "
-        f"{experiment.columns[key]}, with {freedom} degrees of freedom. With {claims} claim"
-        f"{'s' * (claims > 1)} in the table, a difference of {' or '.join(seen)} would be found "
-        "in about 80 % of all cases or more."
-    )
+    asked = {name: (name, base) for name in others}
+    asked |= {f"{one} against {other}": (one, other) for one, other in experiment.pairs}
+    varies = spreads(key, options, results)
+    found = {}
+    for name, arms in asked.items():
+        one, other = (results.get(arm, []) for arm in arms)
+        if not experiment.compute:
+            found[name] = compare(one, other, key, varies)
+        elif pairs := paired(one, other, key):  # no trainings: each arm varies in its own way
+            found[name] = Difference(*own_interval(changes(pairs, key)), pairs=len(pairs))
+    return {name: x for name, x in found.items() if x}
 
 
 def paired(runs: list[dict], others: list[dict], key: str) -> list[tuple[dict, dict]]:
@@ -154,24 +162,21 @@ def changes(pairs: list[tuple[dict, dict]], key: str) -> list[float]:
     return [x[key] - y[key] for x, y in pairs]
 
 
-def over_files(pairs: list[tuple[dict, dict]]) -> tuple[float, float]:
-    """95 % of the mean differences over other test files."""
-    nats = np.mean([np.subtract(x["test_nats"], y["test_nats"]) for x, y in pairs], axis=0)
-    return over_documents(nats, np.array(pairs[0][0]["test_bytes"]))
+TEXTS = "test_bpb", "val_bpb"  # bits per byte of the test text, and of the validation text
 
 
-def pooled(key: str, options, results: dict[str, list[dict]]) -> dict[tuple[str, int], float]:
-    """{(arm, seed): value} of the trainings that tell how much a value varies: for bits/byte of the
-    test text, which all have, those of all experiments of one length, code and corpus; else those
-    of this table."""
-    if key != "test_bpb":
-        return {(name, x["seed"]): x[key] for name, xs in results.items() for x in xs if key in x}
+def pooled(key: str, options, results: dict[str, list[dict]]) -> dict[tuple[str, int], dict]:
+    """{(arm, seed): result} of the trainings that tell how much a figure varies: for bits/byte,
+    which all have, those of all experiments of one length, code and corpus; else those of this
+    table."""
+    if key not in TEXTS:
+        return {(name, x["seed"]): x for name, xs in results.items() for x in xs if key in x}
     origins = {origin(x) for xs in results.values() for x in xs}  # one, or none
     found = {}
     for path in sorted(Path(options.results).glob("*.json")):
         for x in read_results(options, path.stem):
             if isinstance(x, dict) and key in x and origin(x) in origins:
-                found[f"{path.stem} {x['arm']}", x["seed"]] = x[key]
+                found[f"{path.stem} {x['arm']}", x["seed"]] = x
     return found
 
 
@@ -192,30 +197,17 @@ def cell(values: list[float]) -> str:
     return number(mean) + (f" ± {number(half)}" if half else "")
 
 
-def cells_of(difference: Difference) -> dict[str, str]:
-    """The cells of a difference, by the column's heading; "" is the difference itself."""
-    half = f" ± {number(difference.half)}" if difference.half else ""
-    cells = {"": signed(difference.mean) + half}
-    if difference.p is not None:
-        cells["p (Holm)"] = number(difference.p) if difference.p >= 1e-4 else "< 0.0001"
-    if difference.files:
-        cells["over files"] = " to ".join(map(signed, difference.files))
-    if difference.validation is not None:
-        cells["validation text"] = signed(difference.validation)
-    return cells
+def in_words(x: Difference) -> str:
+    return signed(x.mean) + (f" ± {number(x.half)}" if x.half else "")
 
 
 def table(experiment, options) -> str:
-    """Markdown: a row for each arm; below it further comparisons, what could have been seen, where
-    the numbers come from and what is missing."""
+    """Markdown: a row for each arm; below it further comparisons, where the numbers come from and
+    what is missing."""
     results, columns, key = collect(experiment, options), experiment.columns, experiment.against
-    found, seen = differences(experiment, options, results)
+    found = differences(experiment, options, results)
     base, runs = next(iter(results.values())), [x for xs in results.values() for x in xs]
-    compared = {name: cells_of(x) for name, x in found.items()}
-    further = ("p (Holm)", "over files", "validation text")
-    further = [k for k in further if any(k in x for x in compared.values())]
-    heads = ["arm", "seeds", *columns.values(), f"{columns[key]} against base"]
-    rows = [heads + further]
+    rows = [["arm", "seeds", *columns.values(), f"{columns[key]} against base"]]
     base = [x for x in base if key in x]
     for name, xs in results.items():
         if xs := [x for x in xs if key in x]:
@@ -225,23 +217,20 @@ def table(experiment, options) -> str:
                 for k in {key, "test_bpb"} & {*columns}:
                     mean = statistics.mean(changes(paired(xs, base, k), k))
                     cells[k] = number(mean_of(base, k) + mean)
-            more = [compared.get(name, {}).get(k, "") for k in ("", *further)]
-            rows.append([name, str(len(xs)), *cells.values(), *more])
+            against = in_words(found[name]) if name in found else ""
+            rows.append([name, str(len(xs)), *cells.values(), against])
     lines = [f"| {' | '.join(row)} |" for row in rows] if runs else []
     lines[1:1] = ["|" + "---|" * len(rows[0])] if runs else []
     if runs:
         lines += [""]
         if pairs := [name for name in found if name not in results]:
-            lines += [*(f"* {name}: {in_words(compared[name])}." for name in pairs), ""]
+            lines += [*(f"* {name}: {in_words(found[name])}." for name in pairs), ""]
         known = {k: sorted({str(x[k]) for x in runs if x.get(k)}) for k in FACTS}
         known = [f"{k} {' and '.join(v)}" for k, v in known.items() if v]
         length = [f"{runs[0]['steps']} steps a run"] if runs[0]["steps"] else []
         lines += [f"{', '.join(length + known)}."]
-        lines += [seen] if seen else []
         own = [f"{k} ± {number(x.alone)}" for k, x in found.items() if x.alone and x.p is not None]
         lines += [f"Intervals from the pairs of one arm alone: {', '.join(own)}."] if own else []
-        if any(x.files for x in found.values()):
-            lines += [files_of_base(results)]
     if missing := [name for name, xs in results.items() if not xs]:
         lines += ["", f"Not yet run: {', '.join(missing)}."]
     return "\n".join(lines).strip()
@@ -251,22 +240,7 @@ def mean_of(runs: list[dict], key: str) -> float:
     return statistics.mean(x[key] for x in runs if key in x)
 
 
-def in_words(cells: dict[str, str]) -> str:
-    rest = (f"{k} {v}" for k, v in cells.items() if k)
-    return ", ".join([cells[""], *rest])
-
-
-def files_of_base(results: dict[str, list[dict]]) -> str:
-    """A sentence on how much the base's figure depends on the files of the test text."""
-    runs = next(iter(results.values()))
-    size = np.array(runs[0]["test_bytes"])
-    nats = np.mean([x["test_nats"] for x in runs], axis=0)
-    low, high = map(number, over_documents(nats, size))
-    files = f"files like the {len(size)} of the test text"
-    return f"Over other {files} the base has {low} to {high} bits/byte."
-
-
-FACTS = ("dtype", "threads", "machine", "torch", "python", "commit")
+FACTS = ("dtype", "threads", "machine", "torch", "python")
 INK = "#7d8590"  # grey that can be read on white and on black
 COLOURS = ["#7d8590", "#2f81f7", "#db6d28", "#2da44e", "#bf4b8a", "#a475f9", "#b08800", "#1b9e9e"]
 COLOURS += ["#e5534b", "#57606a"]
@@ -320,7 +294,7 @@ def save_figure(experiment, options) -> Path | None:
     grey |= {"svg.fonttype": "none", "svg.hashsalt": "nanoV3"}
     with matplotlib.rc_context(grey):
         figure = Figure((8, 3), layout="constrained")
-        found, _ = differences(experiment, options, results)
+        found = differences(experiment, options, results)
         experiment.draw(figure, {
             name: [x | {"half": found[name].half if name in found else None} for x in xs]
             for name, xs in results.items() if xs
