@@ -112,7 +112,7 @@ def numbers_from(
         x.arms["ratio"] = x.arms["other"]["cache_bytes"] / x.arms["one"]["cache_bytes"]
     if claim.kind == "bound":
         return x
-    if varies:
+    if varies and claim.other:
         pooled = tables.compare(other, one, key, varies)
         x.half, x.alone, x.p, error = pooled.half, pooled.alone, pooled.p, pooled.error
     elif x.half:
