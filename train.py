@@ -21,6 +21,7 @@ devices: support/processes.py.
 Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
 """
 
+import bisect
 import functools
 import itertools
 import math
@@ -44,8 +45,8 @@ import sample
 from huggingface import load_model
 from model import DeepSeekV3, ModelConfig, count_chosen
 from support import processes, runs, settings
-from support.processes import Machine
-from support.runs import checkpoint_file, load_checkpoint
+from support.processes import Machine, RandomNumbers
+from support.runs import Progress, checkpoint_file, load_checkpoint
 from support.settings import Refusal, info
 from support.tokenizer import check_tokenizer, stored_tokenizer, tokenizer_files
 from support.tokens import Dataset, data_folder, open_folder, text_digest
@@ -187,6 +188,15 @@ def batch_at(config: TrainConfig, step: int) -> int:
     ramp = max(1, config.batch_ramp * config.steps)  # in steps
     stage = int(stages * step / ramp)  # from 0 on
     return min(start * (1 + stage), config.batch_size)
+
+
+def stages_from(config: TrainConfig, step: int) -> Iterator[tuple[range, int]]:
+    """The steps from this one on with batches of one size, and that size, for every size."""
+    while step < config.steps:
+        size = batch_at(config, step)
+        grown = bisect.bisect(range(config.steps), size, key=lambda x: batch_at(config, x))
+        yield range(step, grown), size
+        step = grown
 
 
 # ---- Optimiser -----------------------------------------------------------------------------------
@@ -458,18 +468,18 @@ def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
 FEW_EPOCHS, MANY_EPOCHS = 5, 8
 
 
-def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, run):
+def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, progress: Progress):
     """What is to be trained, where, and on how much text."""
     total, active, mtp = (f"{n / 1e6:.2f}M" for n in model.parameter_counts().values())
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.why})"
     info(f"run: {config.steps} steps on {where}")
-    steps, length = range(run.step, config.steps), len(data.train)
-    read = run.tokens + sum(batch_at(config, step) for step in steps) * config.block_size
+    windows = sum(len(steps) * size for steps, size in stages_from(config, progress.step))
+    read, length = progress.tokens + windows * config.block_size, len(data.train)
     epochs = read / length
     shown = f"{epochs:.1f}" if epochs >= 1 else f"{epochs:.2g}"
     info(f"text: {length:,} tokens; the run reads {read:,}, which makes {shown} epochs")
-    if epochs > MANY_EPOCHS and run.step == 0:
+    if epochs > MANY_EPOCHS and progress.step == 0:
         fewer = max(1, round(config.steps * FEW_EPOCHS / epochs))
         told = f"in more than {MANY_EPOCHS} epochs the model learns its text by heart"
         info(f"{told}; give --steps={fewer} for {FEW_EPOCHS}")
@@ -482,17 +492,21 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     model.trained_length = max(model.trained_length, config.block_size)
     trainer = processes.wrap(model.train(), config, machine)
     optimizers = make_optimizers(model, config)
+    progress = Progress(measured=(text_digest(data), config.block_size))
+    # All that a checkpoint keeps. Whatever has state_dict and load_state_dict is one entry more.
+    states = {"model": model, "progress": progress, "random": RandomNumbers(machine)}
+    states |= runs.by_name(model, optimizers)
 
-    with runs.open_run(model, optimizers, config, machine, files, data=text_digest(data)) as run:
-        tell_plan(model, data, config, machine, run)
-        given_weights = run.step == 0 and config.init_from
+    with runs.open_run(states, config, machine, files) as run:
+        tell_plan(model, data, config, machine, progress)
+        given_weights = progress.step == 0 and config.init_from
         # A run may have stopped between a checkpoint and its evaluation. Weights from elsewhere are
         # measured before they change.
-        if run.owes_evaluation or given_weights:
+        if progress.owes_evaluation or given_weights:
             run.note(evaluate(model, data, config, machine))
 
         while not (run.last or run.stopped):
-            step = run.step
+            step = progress.step
             if extended(config, step):
                 extend_context(model, config)
             windows = train_windows(data, config, step)
@@ -543,11 +557,11 @@ def split_configs(values: dict) -> tuple[dict, dict]:
     return model, {k: v for k, v in values.items() if k not in model}
 
 
-def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
-    """What the command is to do, then the settings in the config file and on the command line.
+def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
+    """All settings by name, where the weights are (None: a new network), and the first step.
 
-    The first is a TrainConfig of which only OF_THE_COMMAND is filled in: enough to find the
-    checkpoint. `run` makes the whole one from all settings.
+    The command line overrules the checkpoint of a run that goes on or is evaluated, and that
+    overrules the config file.
     """
     file, in_file, given = settings.read_command(ABOUT, argv, TrainConfig, ModelConfig)
     given |= settings.with_home(given, "out", "data", "init_from")
@@ -555,41 +569,38 @@ def read_command(argv: list[str]) -> tuple[TrainConfig, dict, dict]:
         in_file["out"] = in_file.get("out") or f"out/{Path(file).stem}"
     if given.get("out") == "":  # the default
         del given["out"]
-    here = in_file | given
-    command = TrainConfig(**{k: v for k, v in here.items() if k in OF_THE_COMMAND})
-    if command.eval_only:  # there must be weights
-        if not given.get("init_from") and runs.holds_run(Path(command.out)):
-            command.init_from = ""  # the file's: the run began there, and has its own weights
-        enough = command.out or command.init_from
-    else:  # there must be a network, and a folder for the run
-        enough = file or (command.out and (command.resume or command.init_from))
-    if not enough:
+    asked = vars(TrainConfig()) | in_file | given
+    out, start = Path(asked["out"]), asked["init_from"]
+    resume, evaluates = asked["resume"], asked["eval_only"]
+
+    if resume:
+        source = out / "ckpt.pt"
+    elif evaluates and not given.get("init_from") and (not start or runs.holds_run(out)):
+        source = out  # the run's own weights, though it may have begun with those of its file
+    else:
+        source = Path(start) if start else None
+    if not (asked["out"] or (evaluates and start)) or not (file or source):
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
-    if command.resume and (given.get("init_from") or given.get("overwrite")):
+    if resume and (given.get("init_from") or given.get("overwrite")):
         raise Refusal("--resume goes on with a run: leave out --init_from and --overwrite.")
-    if command.init_from and not (command.eval_only or command.resume):
-        out, source = Path(command.out).resolve(), Path(command.init_from).resolve()
-        if out in (source, source.parent):
-            raise Refusal(f"{command.init_from} would be put aside: give another --out.")
-    return command, in_file, given
+    if not evaluates:  # a run that is being trained may be evaluated all the while
+        runs.check_folder(out, resume, asked["overwrite"])
+        if start and not resume and out.resolve() in (source.resolve(), source.resolve().parent):
+            raise Refusal(f"{start} would be put aside: give another --out.")
 
-
-def source_of(command: TrainConfig) -> Path | None:
-    """Where the command's weights are; None for a new network."""
-    if command.resume:
-        return Path(command.out) / "ckpt.pt"
-    if command.init_from:
-        return Path(command.init_from)
-    return Path(command.out) if command.eval_only else None  # a folder's best.pt is preferred
-
-
-def stored_settings(source: Path) -> tuple[dict, int]:
-    """The settings of the run that is resumed or evaluated, and its step. A setting that the run
-    did not know has its default."""
-    values, step = runs.stored_settings(source, TrainConfig, ModelConfig)
-    values = vars(TrainConfig()) | values
-    return {k: v for k, v in values.items() if k not in OF_THE_COMMAND}, step
+    stored, first = {}, 0
+    if resume or source == out:  # what such a run did not know yet has its default
+        stored, first = runs.settings_in(checkpoint_file(source), TrainConfig, ModelConfig)
+        stored = vars(TrainConfig()) | stored
+        stored = {k: v for k, v in stored.items() if k not in OF_THE_COMMAND}
+    values = settings.merge(in_file, stored, given)
+    if resume:  # steps number the windows: those of another size begin elsewhere
+        then, now = (x["batch_size"] * x["block_size"] for x in (stored, values))
+        if again := first * (then - now):
+            does = f"reads {again:,} tokens once more" if again > 0 else f"skips {-again:,} tokens"
+            info(f"with batches of another size the run {does}")
+    return values, source, first
 
 
 def open_network(config: TrainConfig, network: dict, source: Path | None, machine: Machine):
@@ -617,7 +628,7 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
 
 def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, first: int):
     """Raises Refusal where windows do not fit the network or cannot be shared out (from the step
-    `first` on). Says where --compile only costs time."""
+    `first` on). Says what only costs time."""
     long, limit = config.long_block_size, model.config.max_position_embeddings
     longest = max(config.block_size, long)
     if longest > limit:
@@ -636,45 +647,31 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
         less = f"long_block_size is {long}, less than the {trained} trained before"
         raise Refusal(f"{less}: give --long_block_size=0, or {trained} at least.")
     parts = machine.world * config.grad_accum
-    for step in range(first, config.steps):
-        tokens, T = batch_at(config, step) * config.block_size, block_at(config, step)
-        if tokens % (T * parts):
-            uneven = f"the {tokens} tokens of step {step} are no multiple of {parts} micro-batches"
-            raise Refusal(f"{uneven} (processes x grad_accum) of windows of {T} tokens.")
+    for steps, size in stages_from(config, first):
+        for step in (steps[0], *steps[-2:]):  # both lengths of windows, where they take turns
+            tokens, T = size * config.block_size, block_at(config, step)
+            if tokens % (T * parts):
+                uneven = f"the {tokens} tokens of step {step} are no multiple of {parts}"
+                each = f"micro-batches (processes x grad_accum) of windows of {T} tokens"
+                raise Refusal(f"{uneven} {each}.")
 
 
-def tell_start(config: TrainConfig, source: Path, stored: dict, step: int):
-    """Says where the weights are from, and what a learning rate or a batch of another size does to
-    them."""
-    if config.resume:
-        # Steps number the windows: those of another size begin elsewhere.
-        again = step * (stored["batch_size"] * stored["block_size"])
-        again -= step * config.batch_size * config.block_size
-        if again:
-            does = f"reads {again:,} tokens once more" if again > 0 else f"skips {-again:,} tokens"
-            info(f"with batches of another size the run {does}")
-    elif (source / "config.json").exists():
-        info(f"start: from {source}, a Hugging Face directory")
-    else:
-        file = checkpoint_file(source)
-        stored, step = stored_settings(file)
-        info(f"start: from {file}, step {step}")
-        if config.lr >= stored["lr"]:
-            info(
-                f"lr is {config.lr:g}, and {file} was trained with {stored['lr']:g} at most: it "
-                f"may forget what it has learnt; try a tenth, --lr={stored['lr'] / 10:g}"
-            )
+def tell_source(config: TrainConfig, source: Path):
+    """Says where the weights are from, and whether the learning rate may spoil them."""
+    if (source / "config.json").exists():
+        return info(f"start: from {source}, a Hugging Face directory")
+    file = checkpoint_file(source)
+    stored, step = runs.settings_in(file, TrainConfig)
+    info(f"start: from {file}, step {step}")
+    if "lr" in stored and config.lr >= stored["lr"]:
+        told = f"lr is {config.lr:g}, and {file} was trained with {stored['lr']:g} at most"
+        info(f"{told}: it may forget what it has learnt; try a tenth, --lr={stored['lr'] / 10:g}")
 
 
 def run(argv: list[str]):
     """Settings, machine, network, data, training; in the end a sample."""
-    command, in_file, given = read_command(argv)
-    if not command.eval_only:  # a run that is being trained may be evaluated all the while
-        runs.check_folder(Path(command.out), command.resume, command.overwrite)
-    source, stored, first = source_of(command), {}, 0
-    if command.resume or (command.eval_only and not command.init_from):
-        stored, first = stored_settings(source)
-    network, others = split_configs(settings.merge(in_file, stored, given))
+    values, source, first = read_settings(argv)
+    network, others = split_configs(values)
     config = TrainConfig(**others)
     machine = processes.start(config)  # also replaces the dtype "auto" by the one chosen
     torch.manual_seed(config.seed)
@@ -693,8 +690,8 @@ def run(argv: list[str]):
         if machine.rank == 0:
             print(runs.to_json(result))
         return
-    if source:
-        tell_start(config, source, stored, first)
+    if source and not config.resume:
+        tell_source(config, source)
     train(model, data, config, machine, tokenizer_files(folder))
     torch.use_deterministic_algorithms(False)  # sampling has no use for it
     if machine.rank == 0:

@@ -3,10 +3,10 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from support.settings import Refusal, info, short
 
@@ -63,6 +63,24 @@ def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         if overwrite and os.path.lexists(folder):
             put_aside(folder)
         new.rename(folder)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """A file that is either the old one or the new one, whatever happens in between. Only one
+    process at a time may write it. Raises Refusal."""
+    part = path.with_name(f"{path.name}.tmp")
+    try:
+        part.unlink(missing_ok=True)  # left by a process that was killed
+        with open(part, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            part.unlink()
+        cause = error.__context__ or error  # torch raises its own on top of the disk's
+        raise Refusal(f"cannot write {path} ({cause}); what it held before is intact.") from None
 
 
 def lies_in(path: Path, folder: Path) -> bool:

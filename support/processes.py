@@ -198,12 +198,12 @@ def sync_gradients(trainer: nn.Module, now: bool):
         trainer.set_requires_gradient_sync(now)
 
 
-# ---- Tensors that FSDP has cut up ----------------------------------------------------------------
+# ---- States ------------------------------------------------------------------------------------
 
 
 def whole(x: Any) -> Any:
-    """x with all its tensors on the CPU, gathered where FSDP has cut them up (every process has to
-    call it; only process 0 gets the contents)."""
+    """x, a state, with all its tensors on the CPU, gathered where FSDP has cut them up (every
+    process has to call it; only process 0 gets the contents)."""
     if isinstance(x, dict):
         return {key: whole(value) for key, value in x.items()}
     if isinstance(x, list | tuple):
@@ -215,27 +215,43 @@ def whole(x: Any) -> Any:
     return x.cpu() if os.environ.get("RANK", "0") == "0" else None
 
 
-def cut_like(x: Tensor, other: Tensor) -> Tensor:
-    """A copy of x on the device of `other`, and cut up as FSDP has cut that up."""
-    x = x.to(other.device, copy=True)
-    if not hasattr(other, "full_tensor"):
+def cut_like(x: Any, own: Any) -> Any:
+    """The way back: a copy of x, a state in a file, where each tensor has the device, the layout
+    and FSDP's cuts of the one that `own`, the state as it is now, has in its place."""
+    if isinstance(x, dict):
+        now = own if isinstance(own, dict) else {}
+        return {key: cut_like(value, now.get(key)) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        now = own if isinstance(own, list | tuple) and len(own) == len(x) else [None] * len(x)
+        return type(x)(map(cut_like, x, now))
+    if not isinstance(x, Tensor):
         return x
+    if not isinstance(own, Tensor) or own.shape != x.shape:
+        return x.clone()  # the file may be mapped
+    if not hasattr(own, "full_tensor"):
+        return torch.empty_like(own, dtype=x.dtype).copy_(x)
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(x, other.device_mesh, other.placements, src_data_rank=None)
+    x = x.to(own.device)
+    return distribute_tensor(x, own.device_mesh, own.placements, src_data_rank=None)
 
 
-def random_states(machine: Machine) -> list:
-    """Of every process: the states of torch's generators, the CPU's and the device's."""
-    own = [torch.get_rng_state()]
-    if machine.device.type == "cuda":
-        own.append(torch.cuda.get_rng_state(machine.device))
-    return of_all(own)
+class RandomNumbers:
+    """torch's generators, the CPU's and the device's, of every process: a thing with a state."""
 
+    def __init__(self, machine: Machine):
+        self.machine, self.cuda = machine, machine.device.type == "cuda"
 
-def set_random_states(states: list, machine: Machine):
-    """A process that the run has not had before gets the states of process 0."""
-    cpu, *rest = states[machine.rank if machine.rank < len(states) else 0]
-    torch.set_rng_state(cpu)
-    if rest and machine.device.type == "cuda":
-        torch.cuda.set_rng_state(rest[0], machine.device)
+    def state_dict(self) -> dict[str, list]:
+        own = [torch.get_rng_state()]
+        if self.cuda:
+            own.append(torch.cuda.get_rng_state(self.machine.device))
+        return {"by_rank": of_all(own)}
+
+    def load_state_dict(self, state: dict[str, list]):
+        """A process that the run has not had before gets the states of process 0."""
+        ranks, rank = state["by_rank"], self.machine.rank
+        cpu, *rest = ranks[rank if rank < len(ranks) else 0]
+        torch.set_rng_state(cpu)
+        if rest and self.cuda:
+            torch.cuda.set_rng_state(rest[0], self.machine.device)

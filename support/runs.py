@@ -1,6 +1,10 @@
-"""The folder of a run: its lock, checkpoints, log, and what it takes to go on bit for bit.
+"""The folder of a run: its checkpoints, log, lock and clock, and how a run ends.
 
-    with open_run(model, optimizers, config, machine, files) as run:
+A checkpoint is {name: thing.state_dict()} for the things that a run has. train() names them in one
+place, and this file knows no more of them.
+
+    states = {"model": model, "progress": Progress(...), ...} | by_name(model, optimizers)
+    with open_run(states, config, machine, files) as run:
         ...                               a step
         run.advance(tokens, finite, means, lr=lr, grad_norm=norm)
         if run.due(config.save_every):
@@ -11,19 +15,20 @@
 One process at a time writes there. Files are written whole, or they stay what they were.
 """
 
-import fcntl
 import json
 import math
 import os
 import re
-import secrets
 import signal
+import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,34 +36,18 @@ import torch
 from torch import Tensor, nn
 
 from support import processes
-from support.files import naming, put_aside
+from support.files import put_aside, write_whole
 from support.processes import Machine
 from support.settings import Refusal, info, read_stored, short
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
 
-# ---- Files ---------------------------------------------------------------------------------------
-
-
-def open_here(path: Path, mode: str) -> BinaryIO:
-    """Opens a file to write to. Raises OSError for a link, which may lead out of the folder."""
-    return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]):
-    """A file that is either the old one or the new one, whatever happens in between."""
-    part = path.with_name(f"{path.name}.tmp")
-    try:
-        with open_here(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            part.unlink()
-        cause = error.__context__ or error  # torch raises its own on top of the disk's
-        raise Refusal(f"cannot write {path} ({cause}); what it held before is intact.") from None
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -92,19 +81,109 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     return saved
 
 
-def stored_settings(file: Path, *config_classes: type) -> tuple[dict[str, Any], int]:
+def settings_in(file: Path, *config_classes: type) -> tuple[dict[str, Any], int]:
     """The settings of a run in a checkpoint, as the fields of these dataclasses, and its step.
-    Raises OSError or Refusal."""
-    saved = load_checkpoint(file, whole=False)
-    values = {}
+    Raises Refusal."""
+    saved, values = load_checkpoint(file, whole=False), {}
     for part in (saved.get("train_config"), saved["model_config"]):
         values |= read_stored(part, file, *config_classes)
-    if type(step := saved.get("step")) is not int:
-        raise Refusal(f"the step in {file} is {short(repr(step))}, expected a number.")
-    return values, step
+    return values, saved["step"]
+
+
+class Named:
+    """An optimiser whose state goes by the names of its parameters; torch's goes by numbers."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, names: list[list[str]]):
+        self.optimizer, self.names = optimizer, names  # of each group's parameters
+        self.made = self.options()  # lr, weight decay and so on
+
+    def options(self) -> list[dict[str, Any]]:
+        """Of each group."""
+        groups = self.optimizer.param_groups
+        return [{key: x for key, x in group.items() if key != "params"} for group in groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the options it has those that are not what they were made, such as a counter. So a
+        run that goes on takes all others from its settings, which may have changed."""
+        state, names = self.optimizer.state_dict(), [*chain(*self.names)]
+        groups = []
+        for own, now, made in zip(self.names, self.options(), self.made, strict=True):
+            moved = {key: x for key, x in now.items() if key not in made or x != made[key]}
+            groups.append(moved | {"params": own})
+        moments = {names[i]: x for i, x in state["state"].items()}
+        return state | {"state": moments, "param_groups": groups}
+
+    def load_state_dict(self, stored: dict[str, Any]):
+        if [group["params"] for group in stored["param_groups"]] != self.names:
+            raise Refusal("its optimiser has other parameters, or in other groups")
+        state, names = self.optimizer.state_dict(), [*chain(*self.names)]
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        groups = [
+            now | moved | {"params": now["params"]}
+            for now, moved in zip(state["param_groups"], stored["param_groups"], strict=True)
+        ]
+        fused, moments = any(group.get("fused") for group in groups), {}
+        for name, own in stored["state"].items():
+            i = names.index(name)
+            for key, x in own.items():
+                shape = () if key == "step" else tuple(params[i].shape)
+                # Nobody else looks: a fused optimiser would write beyond a moment's memory.
+                if fused and isinstance(x, Tensor) and tuple(x.shape) != shape:
+                    raise Refusal(f"{key} of {name} is {tuple(x.shape)}, expected {shape}")
+            moments[i] = {key: processes.cut_like(x, params[i]) for key, x in own.items()}
+        self.optimizer.load_state_dict(stored | {"state": moments, "param_groups": groups})
+
+
+def by_name(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Named]:
+    """The optimisers as states of a run. Raises Refusal unless each parameter of the model that
+    asks for a gradient is in exactly one of them."""
+    name = {id(p): name for name, p in model.named_parameters()}
+    names = [[[name.get(id(p)) for p in g["params"]] for g in x.param_groups] for x in optimizers]
+    times = Counter(name for groups in names for group in groups for name in group)
+    if None in times:
+        told = "an optimiser has a weight that is not in the model"
+        raise Refusal(f"{told}: make it an nn.Parameter of one of the model's modules.")
+    for n, p in model.named_parameters():
+        if p.requires_grad and times[n] != 1:
+            has = "more than one optimiser has" if times[n] else "no optimiser has"
+            raise Refusal(f"{has} the parameter {n}: change make_optimizers in train.py.")
+    pairs = enumerate(zip(optimizers, names, strict=True))
+    return {f"{type(x).__name__} {i}": Named(x, own) for i, (x, own) in pairs}
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    measured: tuple  # what a validation loss depends on besides the weights: text, window
+    step: int = 0
+    tokens: int = 0  # trained on
+    # By name: the sum since the last line of the log, on the device, so that no step has to wait
+    # for it; and of how many steps it is.
+    sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    skipped: int = 0  # steps since that line whose gradient was not finite
+    owes_evaluation: bool = False  # after this step, which has only been saved
+    best_length: int = 0  # of best.pt: tokens of the windows trained for
+    best_loss: float = math.inf  # of best.pt
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]):
+        now = self.measured
+        vars(self).update(state)
+        if self.measured != now:  # only like losses are compared
+            self.measured, self.best_length, self.best_loss = now, 0, math.inf
+            info("the text or block_size is another one now, so best.pt will be chosen anew")
 
 
 # ---- The folder ----------------------------------------------------------------------------------
+
+
+def open_here(path: Path, mode: str) -> BinaryIO:
+    """Opens a file to write to, but no link, which in a stranger's folder may lead out of it."""
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | no_link, 0o666))
 
 
 def holds_run(out: Path) -> bool:
@@ -118,17 +197,15 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
     if out.exists() and not out.is_dir():
         raise Refusal(f"{out} is a file: give another --out.")
     inside = {path.name for path in out.iterdir()} - {".lock"} if out.exists() else set()
-    run, data = holds_run(out), any(name.endswith(".bin") for name in inside)
-    # What a run left that ended before its first line may be written over: its id is in .lock.
-    signed = (out / ".lock").is_file() and (out / ".lock").stat().st_size > 0
-    begun = "log.jsonl" in inside and signed
-    if data or (inside and not run and not begun):
+    trained, data = holds_run(out), any(name.endswith(".bin") for name in inside)
+    begun = "log.jsonl" in inside and (out / ".lock").exists()  # and ended before its first line
+    if data or (inside and not trained and not begun):
         kind = "token files, as a folder of data does" if data else "files, but no run"
         raise Refusal(f"{out} holds {kind}: give another --out.")
     if resume and not (out / "ckpt.pt").exists():
-        instead = "give --overwrite instead" if run else "begin without --resume"
+        instead = "give --overwrite instead" if trained else "begin without --resume"
         raise Refusal(f"{out} has no ckpt.pt to go on from: {instead}.")
-    if run and not (resume or overwrite):
+    if trained and not (resume or overwrite):
         either = "--resume, --overwrite" if (out / "ckpt.pt").exists() else "--overwrite"
         raise Refusal(f"{out} holds a run: give {either}, or another --out.")
 
@@ -137,8 +214,10 @@ def lock(folder: Path) -> BinaryIO:
     """The folder's file .lock, opened and locked until it is closed. The system takes the lock back
     however the process ends. Raises Refusal where another process has it. Readers need none."""
     path = folder / ".lock"
-    file = open_here(path, "ab+")
+    file = open_here(path, "ab")
     try:
+        if fcntl is None:
+            raise OSError("this system has no such locks")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             raise BlockingIOError  # another has put the folder aside since it was opened
@@ -146,7 +225,7 @@ def lock(folder: Path) -> BinaryIO:
         file.close()
         other = f"another train.py is writing to {folder}"
         raise Refusal(f"{other}: wait for its end, or give another --out.") from None
-    except OSError as error:  # some network drives have no locks
+    except OSError as error:  # of some network drives, too
         info(f"{folder} cannot be locked ({error}): let only one train.py write there")
     return file
 
@@ -162,103 +241,12 @@ def cut_log(path: Path, step: int, evaluated: bool):
         return bool(found) and int(found[1]) <= step and not again
 
     if not all(map(kept, lines)):
-        write_atomically(path, lambda file: file.writelines(filter(kept, lines)))
+        write_whole(path, lambda file: file.writelines(filter(kept, lines)))
 
 
 def to_json(values: dict) -> str:
     """NaN and infinity, for which JSON has no name, become null."""
     return json.dumps(json.loads(json.dumps(values), parse_constant=lambda name: None))
-
-
-# ---- The optimisers' state -----------------------------------------------------------------------
-
-
-def names_of(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[list[str]]:
-    """The parameters of each optimiser, by name, in its own order. Raises Refusal unless each
-    parameter of the model that asks for a gradient is in exactly one of them."""
-    name = {id(p): name for name, p in model.named_parameters()}
-    names = [[name[id(p)] for g in x.param_groups for p in g["params"]] for x in optimizers]
-    having = [n for some in names for n in some]
-    for n, p in model.named_parameters():
-        if p.requires_grad and having.count(n) != 1:
-            has = "no optimiser has" if n not in having else "more than one optimiser has"
-            raise Refusal(f"{has} the parameter {n}: change make_optimizers in train.py.")
-    return names
-
-
-def kind_of(optimizer: torch.optim.Optimizer) -> str:
-    return type(optimizer).__name__
-
-
-def options_of(optimizer: torch.optim.Optimizer) -> list[dict]:
-    """The settings of its groups: learning rate, weight decay and so on."""
-    return [{k: x for k, x in g.items() if k != "params"} for g in optimizer.param_groups]
-
-
-def needed_moments(optimizer: torch.optim.Optimizer, groups: list[dict]) -> set[str]:
-    """What an optimiser of train.py keeps for each parameter, all tensors. Of others: nothing."""
-    if type(optimizer) is torch.optim.AdamW:
-        amsgrad = any(group.get("amsgrad") for group in groups + optimizer.param_groups)
-        return {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
-    return {"momentum_buffer"} if kind_of(optimizer) == "Muon" else set()
-
-
-def check_moments(optimizer: torch.optim.Optimizer, names: list[str], stored: dict, file: Path):
-    """Raises Refusal unless the stored state fits. An optimiser does not look: a fused one of
-    torch would read and write beyond the memory of a moment of another shape."""
-    groups, state = stored["state"]["param_groups"], stored["state"]["state"]
-    order = [i for group in groups for i in group["params"]]  # by which torch maps the moments
-    if stored["names"] != names or order != [*range(len(names))]:
-        raise Refusal(f"the optimiser in {file} has other parameters: use --init_from instead.")
-    params = [p for g in optimizer.param_groups for p in g["params"]]
-    kinds = {tuple(sorted(moments)) for moments in state.values()}
-    trained = {i for i, p in enumerate(params) if p.requires_grad}
-    needed = needed_moments(optimizer, groups)
-    complete = trained <= state.keys() <= {*order} and len(kinds) == 1
-    if not needed and not state:  # as of SGD without momentum, which keeps nothing
-        complete = True
-    if not complete or (needed and kinds != {tuple(sorted(needed))}):
-        raise Refusal(f"{file} lacks moments of the optimiser: use --init_from instead.")
-    # Others may count by tensors without dimensions, as NAdam does in mu_product.
-    strict = needed or any(group.get("fused") for group in groups + optimizer.param_groups)
-    for i, moments in state.items():
-        name, p = names[i], params[i]
-        for key, x in moments.items():
-            if key in needed and not isinstance(x, Tensor):
-                raise TypeError(f"{key} of {name} is {x!r}")
-            shape = () if key == "step" else tuple(p.shape)
-            if isinstance(x, Tensor) and tuple(x.shape) != shape and (strict or x.ndim):
-                wrong = f"{key} of {name} in {file} is {tuple(x.shape)}, expected {shape}"
-                raise Refusal(f"{wrong}: use --init_from instead.")
-
-
-def alike(a: Any, b: Any) -> bool:
-    """Whether both are of one type, of which int and float are one here."""
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return type(a) is type(b) or {type(a), type(b)} == {int, float}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, made: list[dict], stored: dict):
-    """The state as it was, counters in its groups too. A setting that was made otherwise then than
-    it is now (`made`), as by another --weight_decay, stays as it is now."""
-    params = [p for g in optimizer.param_groups for p in g["params"]]
-
-    def copied(x: Any, p: Tensor) -> Any:  # of what the file has, which may be mapped
-        if not isinstance(x, Tensor):
-            return x
-        return processes.cut_like(x, p) if x.ndim else x.clone()
-
-    state = stored["state"]["state"].items()
-    moments = {i: {k: copied(x, params[i]) for k, x in own.items()} for i, own in state}
-    try:
-        optimizer.load_state_dict(stored["state"] | {"state": moments})
-        for group, now, then in zip(optimizer.param_groups, made, stored["made"], strict=True):
-            group |= {key: x for key, x in now.items() if key not in then or then[key] != x}
-            if odd := [key for key, x in now.items() if not alike(group[key], x)]:
-                raise TypeError(f"{odd[0]} of the optimiser is {group[odd[0]]!r}")
-    except ValueError as error:  # as for groups of another number; it names no file
-        raise TypeError(error) from None
 
 
 # ---- Clock and signals ---------------------------------------------------------------------------
@@ -321,7 +309,8 @@ class Stop:
         self.machine, self.heard = machine, False
         # What is ignored, as under nohup, stays so, and what Python did not set up, too.
         left = (signal.SIG_IGN, None)
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         self.before = {x: h for x in numbers if (h := signal.getsignal(x)) not in left}
         for number in self.before:
             signal.signal(number, self.on_signal)
@@ -329,8 +318,8 @@ class Stop:
     def on_signal(self, number, frame):
         self.heard = True
         if self.machine.rank == 0:
-            with suppress(OSError):  # of a terminal that is closed
-                os.write(2, b"\nstopping after this step\n")
+            with suppress(OSError, ValueError):  # of a terminal that is closed
+                os.write(sys.stderr.fileno(), b"\nstopping after this step\n")
         if self.machine.world == 1:  # torchrun sends every signal twice
             self.end()
 
@@ -348,132 +337,69 @@ class Stop:
 
 
 class Run:
-    """How far a training has come, and what is written into its folder. `open_run` makes it."""
+    """What a training writes into its folder, and when. `open_run` makes it."""
 
-    def __init__(self, model: nn.Module, optimizers: list, config, machine: Machine, about: dict):
-        self.model, self.optimizers = model, optimizers
-        self.config, self.machine, self.out, self.about = config, machine, Path(config.out), about
-        self.names = names_of(model, optimizers)
-        self.made = [options_of(x) for x in optimizers]
-        self.id = ""  # in .lock and the checkpoints, so that they are known to belong together
-        self.step = self.tokens = 0
+    def __init__(self, states: dict[str, Any], config, machine: Machine):
+        self.states, self.model, self.progress = states, states["model"], states["progress"]
+        self.config, self.machine, self.out = config, machine, Path(config.out)
         self.saved_step = 0  # the step of ckpt.pt (0: there is none)
-        self.best_length, self.best_loss = 0, math.inf  # of best.pt: tokens trained for, loss
-        # By name: the sum since the last line of the log, on the device, so that no step has to
-        # wait for it; and of how many steps it is.
-        self.sums: dict[str, tuple[Tensor, int]] = {}
-        self.skipped = 0  # steps since the last line whose gradient was not finite
-        self.bad_in_a_row = 0  # such steps up to now
+        self.bad_in_a_row = 0  # steps up to now whose gradient was not finite
         self.stopped = False  # by a signal
-        self.owes_evaluation = False  # a resumed run, that of the step that it goes on from
 
     @property
     def last(self) -> bool:
         """Whether the last step has been made."""
-        return self.step >= self.config.steps
+        return self.progress.step >= self.config.steps
 
     def due(self, every: int) -> bool:
         """Whether something that comes every so many steps comes after this one; the last step has
         everything."""
-        return self.last or self.step % every == 0
+        return self.last or self.progress.step % every == 0
 
     # -- Beginning --
 
     def begin(self, files: Iterable[Path]):
         """A new run, whose folder gets copies of these files, the tokenizer's."""
-        if self.machine.rank > 0:
-            return
-        self.id = secrets.token_hex(8)
-        self.sign()
-        open_here(self.out / "log.jsonl", "ab").close()  # from now on this is a run's folder
-        for file in files:
-            content = file.read_bytes()
-            write_atomically(self.out / file.name, lambda copy, x=content: copy.write(x))
-
-    def sign(self):
-        """Writes the run's id into the folder's .lock."""
-        with naming(self.out / ".lock"):
-            self.lock.truncate(0)
-            os.write(self.lock.fileno(), self.id.encode())  # no buffer, which close would try again
-
-    def folder_id(self) -> str:
-        """The id of the run whose folder this is, "" if none is known. A copy may lack .lock."""
-        self.lock.seek(0)
-        best = self.out / "best.pt"
-        signed = self.lock.read().decode(errors="replace")
-        if signed or not best.exists():
-            return signed
-        return load_checkpoint(best, whole=False).get("run", "")
+        if self.machine.rank == 0:
+            open_here(self.out / "log.jsonl", "ab").close()  # from now on this is a run's folder
+            for file in files:
+                content = file.read_bytes()
+                write_whole(self.out / file.name, lambda copy, x=content: copy.write(x))
 
     def restore(self):
-        """Goes back to ckpt.pt: weights, optimisers, step, sums and random numbers of one file."""
+        """Goes back to ckpt.pt: every state is what it was."""
         file = self.out / "ckpt.pt"
         saved = load_checkpoint(file)
         try:
-            self.id = saved["run"]
-            if type(self.id) is not str:
-                raise TypeError(f"run is {self.id!r}")
-            if self.machine.rank == 0 and self.folder_id() not in ("", self.id):
-                raise Refusal(f"{file} is of another run than its folder: use --init_from.")
-            for key in ("step", "tokens", "skipped", "best_length"):
-                if type(saved[key]) is not int or saved[key] < 0:
-                    raise TypeError(f"{key} is {saved[key]!r}")
-            self.step = self.saved_step = saved["step"]
-            self.tokens, self.skipped = saved["tokens"], saved["skipped"]
-            self.owes_evaluation = bool(saved["owes_evaluation"])
-            self.restore_state(saved, file)
-            dtype = next(self.model.parameters()).dtype
-            for name, (total, steps) in saved["sums"].items():
-                if type(steps) is not int or steps < 1:
-                    raise TypeError(f"the sum of {name} is over {steps!r} steps")
-                total = total.reshape(()).to(self.machine.device, dtype, copy=True)
-                self.sums[name] = total, steps
-            if saved["measured"] == self.measured():
-                self.best_length, self.best_loss = saved["best_length"], saved["best_loss"] + 0.0
-            processes.set_random_states(saved["random"], self.machine)
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            told = f"{type(error).__name__}: {short(error, 100)}"
-            raise Refusal(f"{file} cannot be resumed ({told}): use --init_from.") from None
-        info(f"resume: from step {self.step} of {self.config.steps}, in {file}")
+            if lacking := self.states.keys() - saved.keys():
+                raise Refusal(f"it has no state of {min(lacking)}")
+            for name, thing in self.states.items():
+                thing.load_state_dict(processes.cut_like(saved[name], thing.state_dict()))
+        except Refusal as error:
+            raise Refusal(f"{file} cannot be resumed: {error}; use --init_from.") from None
+        self.saved_step = self.progress.step
+        info(f"resume: from step {self.saved_step} of {self.config.steps}, in {file}")
         if self.last:
             info("nothing is left to train: give more --steps")
         if self.machine.rank == 0:
-            self.sign()  # in a copy of the folder the file may be missing
             log = self.out / "log.jsonl"
-            open_here(log, "ab").close()  # a link is refused before anything is trained
-            cut_log(log, self.step, evaluated=not self.owes_evaluation)
-
-    def restore_state(self, saved: dict, file: Path):
-        """Weights and optimisers."""
-        own = self.model.state_dict()
-        if {n: x.shape for n, x in saved["model"].items()} != {n: x.shape for n, x in own.items()}:
-            raise Refusal(f"{file} has weights of another network.")
-        with torch.no_grad():
-            for name, x in own.items():
-                x.copy_(processes.cut_like(saved["model"][name], x))
-        kind, stored = self.config.optimizer, saved["optimizers"]
-        if [x["kind"] for x in stored] != [kind_of(x) for x in self.optimizers]:
-            raise Refusal(f"no state of {kind} in {file}: use --init_from instead.")
-        for parts in zip(self.optimizers, self.names, stored, strict=True):
-            check_moments(*parts, file)
-        for parts in zip(self.optimizers, self.made, stored, strict=True):
-            restore_optimizer(*parts)
+            open_here(log, "ab").close()  # what cannot be written ends the run now, not later
+            cut_log(log, self.saved_step, evaluated=not self.progress.owes_evaluation)
 
     # -- Steps --
 
     def advance(self, tokens: int, finite: bool, means: dict[str, Tensor], **now: Any):
         """After every step: counts it, and writes a line when it is time, with the means of these
         numbers since the last line, by name, and with what is true now."""
-        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        progress = self.progress
+        progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
+        progress.skipped += not finite
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
-        self.skipped += not finite
         self.clock.steps += 1
         dtype = next(self.model.parameters()).dtype
         for name, x in means.items():
-            if name not in self.sums:
-                self.sums[name] = x.new_zeros((), dtype=dtype), 0
-            total, steps = self.sums[name]
-            self.sums[name] = total + x, steps + 1
+            total, steps = progress.sums.get(name, (x.new_zeros((), dtype=dtype), 0))
+            progress.sums[name] = total + x, steps + 1
         # Up to four steps are left out, if a good one follows.
         lost = self.bad_in_a_row >= 5 or (self.last and self.bad_in_a_row > 0)
         if lost or self.due(self.config.log_every):
@@ -484,75 +410,41 @@ class Run:
         self.stopped = self.stop.agreed()
 
     def write_means(self, now: dict):
-        totals = torch.stack([total for total, _ in self.sums.values()]).tolist()
-        steps = [steps for _, steps in self.sums.values()]
-        line = {name: x / n for name, x, n in zip(self.sums, totals, steps, strict=True)}
-        line |= {name: float(x) for name, x in now.items()}
-        line["tokens_per_s"] = round(self.clock.measure(self.tokens), 1)
-        left = (self.config.steps - self.step) * self.config.batch_size * self.config.block_size
-        skips = f", {self.skipped} skipped: gradient not finite" if self.skipped else ""
+        progress = self.progress
+        totals = torch.stack([x.to(self.machine.device) for x, _ in progress.sums.values()])
+        steps = [steps for _, steps in progress.sums.values()]
+        numbers = zip(progress.sums, totals.tolist(), steps, strict=True)
+        line = {name: x / n for name, x, n in numbers} | {k: float(x) for k, x in now.items()}
+        line["tokens_per_s"] = round(self.clock.measure(progress.tokens), 1)
+        left = (self.config.steps - progress.step) * self.config.batch_size * self.config.block_size
+        skips = f", {progress.skipped} skipped: gradient not finite" if progress.skipped else ""
         self.show(line, self.clock.time_left(left) + skips)
         self.write_line(line)
-        self.sums, self.skipped = {}, 0
+        progress.sums, progress.skipped = {}, 0
 
     def show(self, values: dict, more: str = ""):
         numbers = ", ".join(f"{k} {v:.5g}" for k, v in values.items() if isinstance(v, float))
-        info(f"step {self.step}/{self.config.steps}: {numbers}{more}")
+        info(f"step {self.progress.step}/{self.config.steps}: {numbers}{more}")
 
     def write_line(self, values: dict):
         """A line of log.jsonl."""
         if self.machine.rank == 0:
+            self.check_place()
             path = self.out / "log.jsonl"
-            line = to_json({"step": self.step, "tokens": self.tokens} | values) + "\n"
+            counts = {"step": self.progress.step, "tokens": self.progress.tokens}
             try:
                 with open_here(path, "ab") as file:
-                    file.write(line.encode())
+                    file.write(f"{to_json(counts | values)}\n".encode())
             except OSError as error:
                 raise Refusal(f"cannot write to {path} ({error}); {self.way_on()}.") from None
 
     # -- Checkpoints --
 
-    def measured(self) -> list:
-        """What a validation loss depends on besides the weights: only like ones are compared."""
-        return [self.config.block_size, self.about.get("data", "")]
-
-    def write(self, name: str, **more: Any):
-        """Every process calls it, as FSDP's tensors are gathered; process 0 writes."""
-        state = {
-            "run": self.id,
-            "model": processes.whole(self.model.state_dict()),
-            "model_config": asdict(self.model.config),
-            "train_config": asdict(self.config),
-            "trained_length": self.model.trained_length,
-            "step": self.step,
-            "tokens": self.tokens,
-        }
-        if self.machine.rank == 0:
-            path = self.out / name
-            for n, x in state["model"].items():
-                if not x.isfinite().all():
-                    bad = f"{n} is not finite after step {self.step}, and was not saved"
-                    raise Refusal(f"{bad}; {self.way_on()} and a lower --lr.")
-            write_atomically(path, lambda file: torch.save(state | self.about | more, file))
-
     def save(self):
         """ckpt.pt, from which the run can go on."""
-        optimizers = []
-        for x, names, made in zip(self.optimizers, self.names, self.made, strict=True):
-            state = processes.whole(x.state_dict())
-            optimizers.append({"kind": kind_of(x), "names": names, "made": made, "state": state})
-        self.write(
-            "ckpt.pt",
-            optimizers=optimizers,
-            sums=processes.whole(self.sums),
-            skipped=self.skipped,
-            owes_evaluation=self.due(self.config.eval_every),  # which comes after it
-            best_length=self.best_length,
-            best_loss=self.best_loss,
-            measured=self.measured(),
-            random=processes.random_states(self.machine),
-        )
-        self.saved_step = self.step
+        self.progress.owes_evaluation = self.due(self.config.eval_every)  # which comes after it
+        self.write("ckpt.pt", self.states)
+        self.saved_step = self.progress.step
 
     def note(self, result: dict):
         """An evaluation: a line of log.jsonl, and best.pt if these weights are the best so far.
@@ -561,16 +453,47 @@ class Run:
         that a run starts from, at step 0, have files of their own.)
         """
         self.show(result)
+        best = self.progress
         loss, length = result["val_loss"], self.model.trained_length
-        better = length > self.best_length or (length == self.best_length and loss < self.best_loss)
-        if better and math.isfinite(loss) and self.step > 0:
-            self.best_length, self.best_loss = length, loss
-            self.write("best.pt", **{k: v for k, v in result.items() if k.startswith("val")})
+        better = length > best.best_length or (length == best.best_length and loss < best.best_loss)
+        if better and math.isfinite(loss) and best.step > 0:
+            best.best_length, best.best_loss = length, loss
+            losses = {k: x for k, x in result.items() if k.startswith("val")}
+            self.write("best.pt", {"model": self.model}, **losses)
         self.write_line(result)
-        self.clock.restart(self.tokens)
+        self.clock.restart(best.tokens)
         if self.last and not math.isfinite(loss):
-            bad = f"the validation loss after step {self.step} is not finite"
+            bad = f"the validation loss after step {best.step} is not finite"
             raise Refusal(f"{bad}; {self.begin_again()}.")
+
+    def write(self, name: str, states: dict[str, Any], **more: Any):
+        """Every process calls it, as FSDP's tensors are gathered; process 0 writes."""
+        saved = {key: processes.whole(thing.state_dict()) for key, thing in states.items()}
+        if self.machine.rank > 0:
+            return
+        for n, x in saved["model"].items():
+            if not x.isfinite().all():
+                bad = f"{n} is not finite after step {self.progress.step}, and was not saved"
+                raise Refusal(f"{bad}; {self.way_on()} and a lower --lr.")
+        saved |= {
+            "model_config": asdict(self.model.config),
+            "train_config": asdict(self.config),
+            "trained_length": self.model.trained_length,
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+        }
+        self.check_place()
+        write_whole(self.out / name, lambda file: torch.save(saved | more, file))
+
+    def check_place(self):
+        """Raises Refusal where the folder is not the one that was locked: someone has renamed it,
+        and perhaps another run has begun under its name."""
+        with suppress(OSError):
+            own = os.fstat(self.lock.fileno())
+            if os.path.samestat(own, os.stat(self.out / ".lock")):
+                return
+        told = f"{self.out} has been renamed, or lost its .lock, while a run was writing to it"
+        raise Refusal(f"{told}: go on in the renamed folder, with --resume and its --out.")
 
     # -- Ends --
 
@@ -583,13 +506,13 @@ class Run:
     def begin_again(self) -> str:
         """Where to begin if the weights of ckpt.pt are spoilt."""
         best = self.out / "best.pt"
-        if math.isfinite(self.best_loss) and best.exists():
+        if math.isfinite(self.progress.best_loss) and best.exists():
             return f"begin anew with --init_from={best}, another --out and a lower --lr"
         return "begin again with --overwrite and a lower --lr"
 
     def give_up(self):
         """Raises Refusal: the gradients of the last steps were not finite."""
-        n, step = self.bad_in_a_row, self.step
+        n, step = self.bad_in_a_row, self.progress.step
         bad = f"{n} gradient(s) up to step {step} are not finite"
         if self.saved_step and self.saved_step == step - n and n > 1:
             raise Refusal(f"{bad}; {self.begin_again()}.")
@@ -601,21 +524,21 @@ class Run:
 
 
 @contextmanager
-def open_run(
-    model: nn.Module, optimizers: list, config, machine: Machine, files=(), **about: Any
-) -> Iterator[Run]:
+def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iterator[Run]:
     """The run in the folder config.out: a new one, with copies of `files` (a run that is there is
-    put aside if config.overwrite), or with config.resume the one that is there, as its ckpt.pt has
-    it. Checkpoints have what is in `about`, too; about["data"] tells validation texts apart.
+    put aside if config.overwrite), or with config.resume the one that is there, every state as
+    its ckpt.pt has it. `states` are its things by name, a Progress and the model among them.
 
     SIGINT, SIGTERM and SIGHUP set run.stopped at the end of the step; if it is set in the end,
     KeyboardInterrupt is raised. Raises Refusal where the folder cannot be used.
     """
-    run, out = Run(model, optimizers, config, machine, about), Path(config.out)
+    run, out = Run(states, config, machine), Path(config.out)
     check_folder(out, config.resume, config.overwrite)
-    tokenizer = [Path(file).read_bytes() for file in files]
     machine.check_alike(
-        settings=asdict(config), network=asdict(model.config), tokenizer=tokenizer, **about
+        settings=asdict(config),
+        network=asdict(run.model.config),
+        tokenizer=[Path(file).read_bytes() for file in files],
+        data=run.progress.measured,
     )
     if machine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -632,8 +555,8 @@ def open_run(
             run.restore()
         else:
             run.begin(files)
-        machine.check_alike(step=run.step, tokens=run.tokens)
-        run.clock = Clock(run.tokens)
+        machine.check_alike(step=run.progress.step, tokens=run.progress.tokens)
+        run.clock = Clock(run.progress.tokens)
         try:
             yield run
         except RuntimeError:
@@ -642,7 +565,7 @@ def open_run(
             raise
         if run.stopped:
             bad = ", whose gradient was not finite" if run.bad_in_a_row else ""
-            info(f"stopped at step {run.step}{bad}; {run.way_on()}.")
+            info(f"stopped at step {run.progress.step}{bad}; {run.way_on()}.")
             raise KeyboardInterrupt  # so that no script takes the run for finished
     finally:
         run.stop.end()

@@ -13,6 +13,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -21,6 +22,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
@@ -239,11 +241,8 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
         other = modules["train.py"].lr_at
         assert other(config, 0) == lr_at(config, 0) == 1.0
         assert other(config, 250) == pytest.approx(0.1 + 0.9 * (1 - 0.5)) != lr_at(config, 250)
-    elif "optimiser" in title:
-        model = DeepSeekV3(ModelConfig(**TINY))
-        optimizers = modules["train.py"].make_optimizers(model, TrainConfig())
-        assert [type(x) for x in optimizers] == [torch.optim.NAdam]
-        runs.names_of(model, optimizers)  # refuses what is in none or in two
+    elif "average" in title:
+        goes_on(modules["train.py"], tmp_path)
     elif "term" in title:
         weights = modules["train.py"].loss_weights(model, TrainConfig(), 0)
         machine = processes.Machine(torch.device("cpu"), torch.float32)
@@ -288,6 +287,37 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
         small, mine = (read_config_file(str(path), ModelConfig, TrainConfig) for path in paths)
         data = {"data": "mine", "vocab_size": 2048}
         assert mine == small | (data if "data" in title else {"num_nextn_predict_layers": 2})
+
+
+def goes_on(train: SimpleNamespace, folder: Path):
+    """The average of the weights is what its formula says, and the same after an interruption."""
+    rng, weights = np.random.default_rng(0), []
+    tokens = Tokens([rng.integers(0, 512, 2000).astype(np.uint16)])
+    data = SimpleNamespace(train=tokens, val=tokens, vocab_size=512, val_bytes_per_token=3.0)
+    config = train.TrainConfig(steps=4, batch_size=2, block_size=16, warmup=0.0)
+    config.device, config.decay_start, config.decay_end = "cpu", 1.0, 1.0
+
+    def run(name: str, steps: int, resume: bool = False):
+        torch.manual_seed(0)
+        net = DeepSeekV3(ModelConfig(**TINY))
+        again = replace(config, out=str(folder / name), steps=steps, resume=resume)
+        hook = register_optimizer_step_post_hook(
+            lambda *_: weights.append(net.lm_head.weight.detach().clone())
+        )
+        first = net.lm_head.weight.detach().clone()
+        train.train(net, data, again, processes.start(again))
+        hook.remove()
+        return first, runs.load_checkpoint(folder / name / "ckpt.pt")
+
+    first, straight = run("straight", 4)
+    for w in weights:
+        first.lerp_(w, 1e-3)
+    torch.testing.assert_close(straight["average"]["lm_head.weight"], first)
+    run("cut", 2)
+    _, kept = run("cut", 4, resume=True)
+    for name, x in straight["average"].items():
+        assert torch.equal(kept["average"][name], x)
+        assert not torch.equal(kept["model"][name], x)
 
 
 def test_every_change_is_there():

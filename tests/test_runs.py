@@ -129,7 +129,7 @@ def test_another_network_optimiser_or_tokenizer_is_refused_on_resume(shared):
     out = Path(shutil.copytree(shared("--steps=1"), "run"))
     before = (out / "ckpt.pt").read_bytes()
     assert "hidden_size is 64 here, but 48 in run" in refused("--resume", "--hidden_size=64")
-    assert "no state of muon in run" in refused("--resume", "--optimizer=muon")
+    assert "no state of Muon 1" in refused("--resume", "--optimizer=muon")
     prepare_data.prepare(prepare_data.DataConfig(TEXT, "other", vocab_size=512, val_fraction=0.4))
     for options in (["--resume"], ["--out=new", "--init_from=run"]):
         sentence = refused("--data=other", *options)
@@ -278,14 +278,14 @@ def test_the_best_checkpoint_is_one_of_the_last_phase(monkeypatch):
 
 def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch):
     """Not an equal one; once YaRN is on the first that is a number, then lower ones."""
-    write, saved = runs.write_atomically, []
+    write, saved = runs.write_whole, []
 
     def watched(path, *rest):
         write(path, *rest)
         if path.suffix == ".pt":
             saved.append((path.stem, load(path.parent, path.name)["step"]))
 
-    monkeypatch.setattr(runs, "write_atomically", watched)
+    monkeypatch.setattr(runs, "write_whole", watched)
     give_losses(monkeypatch, 2.0, 2.0, 1.0, math.nan, 5.0, 6.0, 5.0, 4.0)
     options = ("--steps=16", "--eval_every=2", "--save_every=3")
     run(*options, "--long_block_size=32", "--long_start=0.375")
@@ -350,7 +350,7 @@ def test_a_folder_that_is_no_run_is_refused_and_kept(kind, data, shared):
         shutil.copyfile(shared("--steps=1") / "ckpt.pt", "mine/ckpt.pt")
     if kind == "link":
         Path("mine/photo").symlink_to("/nowhere")
-    if kind == "log":  # an empty one, which a run may have left, but a run signs its folder
+    if kind == "log":  # an empty one, which a run may have left, but beside its .lock
         Path("mine/log.jsonl").touch()
         Path("mine/meta.json").write_text("mine")
     if kind in ("meta.json", "photo"):
@@ -459,8 +459,8 @@ def test_a_bad_gradient_in_the_last_step_fails_with_a_way_on():
     assert said.endswith("with --resume and --steps=4.")
     with third_is_bad():
         run("--resume", "--steps=4")
-    (adamw,) = load("run")["optimizers"]
-    assert load("run")["step"] == 4 and adamw["state"]["state"][0]["step"] == 3
+    steps = {x["step"].item() for x in load("run")["AdamW 0"]["state"].values()}
+    assert load("run")["step"] == 4 and steps == {3}
 
 
 @pytest.mark.parametrize(
@@ -557,12 +557,15 @@ def test_the_whole_state_of_any_optimiser_goes_on(monkeypatch):
     straight = run(*CONSTANT, "--steps=4", out="straight")
     run(*CONSTANT, "--steps=2")
     run(*CONSTANT, "--steps=4", "--resume")
-    for key in ("model", "optimizers", "tokens"):
+    for key in ("model", "Counting 0", "tokens"):
         assert_alike(load(straight)[key], load("run")[key])
-    (state,) = (x["state"] for x in load("run")["optimizers"])
-    assert state["param_groups"][0]["k"] == 4 and state["state"][0]["n"] == 1 + 2 + 3 + 4
+    state = load("run")["Counting 0"]
+    assert state["param_groups"][0]["k"] == 4
+    assert state["state"]["norm.weight"]["n"] == 1 + 2 + 3 + 4
+    made = []
+    monkeypatch.setattr(train, "make_optimizers", lambda *x: made.extend(counting(*x)) or made)
     run(*CONSTANT, "--steps=5", "--resume", "--weight_decay=0.25")
-    (group,) = load("run")["optimizers"][0]["state"]["param_groups"]
+    (group,) = made[0].param_groups
     assert (group["k"], group["weight_decay"], group["momentum"]) == (5, 0.25, 0.9)
 
 
@@ -635,27 +638,17 @@ def test_a_checkpoint_is_on_the_disk_before_it_replaces_another():
     assert all([a, b] == [("fsync", a[1]), ("replace", a[1])] for a, b in whole)
 
 
-@pytest.mark.parametrize("name", ["log.jsonl", "ckpt.pt.tmp", ".lock"])
-def test_nothing_is_written_through_a_link_out_of_the_folder(name, shared):
+@pytest.mark.parametrize("name", ["log.jsonl", ".lock"])
+def test_nothing_is_written_through_a_link_out_of_a_strangers_folder(name, shared):
     shutil.copytree(shared("--steps=1"), "run")
+    Path("run", name).unlink()
+    Path("run", name).symlink_to(Path("elsewhere").resolve())
     for there in (False, True):
-        Path("run", name).unlink(missing_ok=True)
-        Path("run", name).symlink_to(Path("elsewhere").resolve())
-        if there:
-            Path("elsewhere").write_text("mine")
-        assert re.search(rf"{name}|ckpt.pt", refused("--resume", "--steps=2"))
+        with pytest.raises(OSError, match=name):
+            run("--resume", "--steps=2")
         assert Path("elsewhere").exists() == there
+        Path("elsewhere").write_text("mine")
     assert Path("elsewhere").read_text() == "mine"
-
-
-def test_a_tokenizer_is_not_copied_through_a_link_out_of_the_folder():
-    Path("run").mkdir()
-    Path("run/.lock").write_text("mine")  # as a run leaves it that has ended before its first line
-    Path("run/log.jsonl").touch()
-    Path("elsewhere").write_text("mine")
-    Path("run/meta.json").symlink_to(Path("elsewhere").resolve())
-    run("--steps=1")
-    assert Path("elsewhere").read_text() == "mine" and not Path("run/meta.json").is_symlink()
 
 
 class Evil:
@@ -668,102 +661,53 @@ class Evil:
 def test_nothing_in_a_checkpoint_can_run_code(shared):
     shutil.copytree(shared("--steps=1"), "run")
     for part in ({"model_config": Evil()}, {"random": Evil()}, {"train_config": {"lr": Evil()}}):
-        shutil.copyfile(shared("--steps=1") / "ckpt.pt", "run/ckpt.pt")
-        change(**part)
+        torch.save(load(shared("--steps=1")) | part, "run/ckpt.pt")
         for options in (["--resume"], ["--out=new", "--init_from=run/ckpt.pt"]):
             assert "is damaged, or no checkpoint of train.py" in refused(*options, "--steps=2")
         assert not Path("made by a checkpoint").exists()
 
 
-def change(**values):
-    """Changes entries of run/ckpt.pt; those of its first optimiser as optimizer=function."""
-    state = load("run")
-    if edit := values.pop("optimizer", None):
-        edit(state["optimizers"][0])
-    torch.save(state | values, "run/ckpt.pt")
-
-
 MOMENTS = {
-    "another shape": lambda x: x["state"]["state"][0].update(exp_avg=torch.zeros(3, 3)),
-    "no dimensions": lambda x: x["state"]["state"][0].update(exp_avg=torch.zeros(())),
-    "no tensors": lambda x: [m.update(exp_avg=3) for m in x["state"]["state"].values()],
-    "another order": lambda x: [g["params"].reverse() for g in x["state"]["param_groups"]],
-    "a part of all lacks": lambda x: [m.pop("exp_avg_sq") for m in x["state"]["state"].values()],
-    "amsgrad": lambda x: x["state"]["param_groups"][0].update(amsgrad=True),
-    "a scale of text": lambda x: x["state"]["param_groups"][0].update(lr_scale="x"),
-    "odd betas": lambda x: x["state"]["param_groups"][0].update(betas="odd"),
-    "betas of text": lambda x: x["state"]["param_groups"][0].update(betas=(0.9, "x")),
-    "no betas": lambda x: x["state"]["param_groups"][0].pop("betas"),
-    "one group": lambda x: x["made"].pop(),
-    "one lacks": lambda x: x["state"]["state"].pop(3),
-    "a part lacks": lambda x: x["state"]["state"][3].pop("exp_avg"),
-    "all lack": lambda x: x["state"]["state"].clear(),
-    "one too many": lambda x: x["state"]["state"].update({99: x["state"]["state"][0]}),
-    "other names": lambda x: x["names"].reverse(),
-    "no names": lambda x: x.pop("names"),
+    "another shape": lambda x: x["state"]["norm.weight"].update(exp_avg=torch.zeros(3, 3)),
+    "no dimensions": lambda x: x["state"]["norm.weight"].update(exp_avg=torch.zeros(())),
+    "an empty step": lambda x: x["state"]["norm.weight"].update(step=torch.zeros(0)),
+    "other names": lambda x: x["param_groups"][0]["params"].reverse(),
 }
 
 
 @pytest.mark.parametrize("edit", MOMENTS.values(), ids=MOMENTS)
-def test_moments_that_do_not_fit_are_refused_and_never_read(edit, shared):
+def test_a_fused_optimiser_gets_no_moment_of_another_shape(edit, shared):
+    """It would read and write beyond its memory."""
     shutil.copytree(shared("--steps=1"), "run")
-    change(optimizer=edit)
-    assert re.search("run/ckpt.pt.*: use --init_from", refused("--resume", "--steps=2"))
+    saved = load("run")
+    edit(saved["AdamW 0"])
+    torch.save(saved, "run/ckpt.pt")
+    said = refused("--resume", "--steps=2")
+    assert re.fullmatch("run/ckpt.pt cannot be resumed: .*; use --init_from.", said)
 
 
-def test_a_checkpoint_of_another_run_is_refused(shared):
-    """Of the same network, or of another; its own, too, if the folder has been exchanged."""
+def test_moments_lie_in_memory_as_their_weights_do(shared):
+    """Those of a stranger may lie otherwise, and a fused optimiser does not look."""
+    shutil.copytree(shared("--steps=4"), "run")
+    saved = load("run")
+    moments = saved["AdamW 0"]["state"]["lm_head.weight"]
+    moments["exp_avg"] = moments["exp_avg"].T.contiguous().T
+    torch.save(saved, "run/ckpt.pt")
+    assert not load("run")["AdamW 0"]["state"]["lm_head.weight"]["exp_avg"].is_contiguous()
+    run("--resume", *CONSTANT, "--steps=5")
+    shutil.copytree(shared("--steps=4"), "straight")
+    run("--resume", *CONSTANT, "--steps=5", out="straight")
+    assert_same_run(Path("straight"), Path("run"))
+
+
+def test_a_state_that_the_checkpoint_lacks_is_named(shared):
+    """As in the checkpoints of older versions."""
     shutil.copytree(shared("--steps=1"), "run")
-    run("--steps=1", "--hidden_size=64", out="other")
-    shutil.copyfile("other/ckpt.pt", "run/ckpt.pt")
-    train_on = ("--resume", "--steps=2")
-    with pytest.raises(ValueError, match="is of another run than its folder: use --init_from"):
-        train.main(["--out=run", *train_on])
-    run("--steps=1", out="third")  # of the same network
-    Path("run/.lock").unlink()  # as in a copy of the other files: best.pt tells
-    shutil.copyfile("third/ckpt.pt", "run/ckpt.pt")
-    assert "is of another run than its folder: use --init_from" in refused(*train_on)
-    shutil.copyfile(shared("--steps=1") / "ckpt.pt", "run/ckpt.pt")
-    run(*train_on)
-    run("--resume", "--steps=3")
-
-
-ODD = {
-    "tokens": ["many", -1, None],
-    "step": ["one", None, -3],
-    "sums": [3, {"loss": 1.0}, {"loss": (torch.zeros(2), 1)}, {"loss": (torch.zeros(1), -1)}],
-    "trained_length": [math.inf, -5, "long"],
-    "skipped": [None],
-    "train_config": [None, {"lr": "fast"}, {"lr": -1.0}],
-    "random": [[], [[torch.zeros(1)]], None],
-    "best_loss": ["low"],
-    "optimizers": [None, [], [{}]],
-    "run": [None, 7],
-}
-
-
-@pytest.mark.parametrize("key", ODD)
-def test_odd_contents_of_a_checkpoint_are_one_sentence(key, shared):
-    whole = shared("--log_every=2", "--steps=2")
-    shutil.copytree(whole, "run")
-    for value in ODD[key]:
-        shutil.copyfile(whole / "ckpt.pt", "run/ckpt.pt")
-        change(**{key: value})
-        assert "run/ckpt.pt" in refused("--resume", "--steps=3") or value == {"lr": -1.0}
-    state = load("run")
-    del state[key]
-    torch.save(state, "run/ckpt.pt")
-    if key != "trained_length":  # whose default is what the settings allow
-        assert "run/ckpt.pt" in refused("--resume", "--steps=3")
-
-
-def test_odd_contents_are_one_sentence_though_the_folder_is_not_signed(shared):
-    shutil.copytree(shared("--steps=1"), "run", ignore=shutil.ignore_patterns(".lock"))
-    change(run=7)
-    assert "run/ckpt.pt cannot be resumed (TypeError: run is 7)" in refused("--resume", "--steps=2")
-    change(run="mine", sums={"new": (torch.zeros(1), 0)})
-    Path("run/best.pt").unlink()
-    assert "run/ckpt.pt cannot be resumed" in refused("--resume", "--steps=2")
+    saved = load("run")
+    del saved["progress"]
+    torch.save(saved, "run/ckpt.pt")
+    said = "run/ckpt.pt cannot be resumed: it has no state of progress; use --init_from."
+    assert refused("--resume", "--steps=2") == said
 
 
 def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch):
@@ -856,22 +800,43 @@ def test_a_full_disk_at_a_line_of_the_log_names_the_file(monkeypatch):
     assert f"go on from step {load('run')['step']}, in run/ckpt.pt" in sentence
 
 
-@pytest.mark.parametrize(("size", "name"), [(0, "run/.lock"), (20, "run/tokenizer.tiktoken")])
-def test_a_full_disk_at_the_start_names_the_file(size, name, monkeypatch):
+def test_a_full_disk_at_the_start_names_the_file(monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    begin = runs.Run.begin
 
-    def fill(length):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        return "0" * 2 * length
+    def fill(self, files):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        begin(self, files)
 
-    monkeypatch.setattr(runs.secrets, "token_hex", fill)
-    files = mock.patch.object(train, "tokenizer_files", lambda x: [x / "tokenizer.tiktoken"])
+    monkeypatch.setattr(runs.Run, "begin", fill)
     try:
-        with files:
-            sentence = refused("--steps=1")
+        sentence = refused("--steps=1")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert name in sentence and "File too large" in sentence
+    assert "run/tokenizer.tiktoken" in sentence and "File too large" in sentence
+
+
+def test_a_renamed_folder_is_noticed_before_anything_is_written(monkeypatch):
+    """Another run may have begun under its name by then."""
+    windows = train.train_windows
+
+    def renamed(data, config, step):
+        if config.out == "run" and step == 2:
+            Path("run").rename("moved")
+            run("--steps=1", "--seed=2")
+            Path("other").mkdir()
+            for file in Path("run").iterdir():
+                shutil.copy(file, "other")
+        return windows(data, config, step)
+
+    monkeypatch.setattr(train, "train_windows", renamed)
+    sentence = refused("--save_every=1")
+    assert "run has been renamed" in sentence and "--resume" in sentence
+    assert load("moved")["step"] == 2 and load("run")["step"] == 1
+    for file in Path("other").iterdir():
+        assert file.read_bytes() == Path("run", file.name).read_bytes()
+    monkeypatch.setattr(train, "train_windows", windows)
+    assert load(run("--resume", out="moved"))["step"] == 8
 
 
 def test_a_run_ends_well_though_its_data_are_deleted_meanwhile(monkeypatch, data, capsys):

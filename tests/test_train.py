@@ -46,6 +46,7 @@ from support.tokenizer import END_OF_TEXT, load_tokenizer
 from support.tokens import Dataset, Tokens, load_dataset
 
 pytestmark = pytest.mark.usefixtures("workplace")
+TINY_NETWORK, _ = train.split_configs(read_config_file(TINY, ModelConfig, train.TrainConfig))
 LONG = ["--dtype=float32", "--long_block_size=32", "--long_start=0.5", "--log_every=3"]
 
 
@@ -407,8 +408,7 @@ def test_evaluating_a_run_whose_config_file_names_weights_to_start_from(shared, 
 
 
 def test_a_text_that_is_read_too_often_is_told(capsys):
-    values = train.split_configs(read_config_file(TINY, ModelConfig, train.TrainConfig))[0]
-    model = DeepSeekV3(ModelConfig(**values))
+    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
     config = train.TrainConfig(steps=1000, batch_size=4, block_size=16)  # 64,000 tokens
     new, resumed = SimpleNamespace(step=0, tokens=0), SimpleNamespace(step=500, tokens=48_000)
     for length, told in (8000, False), (7999, True):
@@ -507,14 +507,15 @@ def test_phases_of_the_schedule_that_are_out_of_order_are_refused(options, words
     assert not Path("run").exists()
 
 
-def test_that_compiling_in_float32_gains_nothing_on_a_cpu_is_told(monkeypatch, capsys):
-    """But not where nothing is compiled, as in the evaluation of a run that was, on a GPU."""
-    monkeypatch.setattr(train.nn.Module, "compile", lambda block: None)
-    run("--compile", "--dtype=float32", "--steps=1")
-    assert "--compile in float32 compiles for minutes" in capsys.readouterr().err
-    train.main(["--eval_only", "--out=run", "--compile"])
-    captured = capsys.readouterr()
-    assert json.loads(captured.out)["val_loss"] > 0 and "minutes" not in captured.err
+def test_what_compiling_costs_in_float32_on_a_cpu_is_told(capsys):
+    config = train.TrainConfig(compile=True, dtype="float32", block_size=16)
+    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
+    machine = replace(MACHINE, dtype=torch.float32)
+    train.check_settings(config, model, machine, 0)
+    assert "--compile in float32 compiles for minutes on a CPU" in capsys.readouterr().err
+    train.check_settings(replace(config, eval_only=True), model, machine, 0)  # compiles nothing
+    train.check_settings(config, model, replace(machine, dtype=torch.bfloat16), 0)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_window_and_the_token_after_it_must_fit_in_the_shortest_file(data, monkeypatch):
