@@ -102,7 +102,7 @@ class ModelConfig:
         return self.num_hidden_layers * ours, self.num_hidden_layers * theirs
 
 
-@fast_twin("c2f8c7ad")
+@fast_twin("3f2465eb")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps), the mean over the last dimension. It is computed in
     float32 and rounded to x's dtype before the weight; under autocast the result has its dtype."""
@@ -164,7 +164,7 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     return amplitude * angle.cos(), amplitude * angle.sin()
 
 
-@fast_twin("bec1206a")
+@fast_twin("1ac15d87")
 def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
     """RoPE: every pair of x (B, T, H, R) turned by its position's angle. A pair is two neighbours,
     or, without interleave, a number of the first half and its counterpart in the second."""
@@ -217,7 +217,7 @@ def remember(past: Past, new: Tensor) -> Tensor:
     return kv[:, : start + T] if isinstance(start, int) else kv
 
 
-@fast_twin("f19552e4")
+@fast_twin("7aaec727")
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, start: Position | None = None
 ) -> Tensor:
@@ -233,7 +233,7 @@ def causal_attention(
     return score.masked_fill(later, -math.inf).softmax(-1).to(v.dtype) @ v  # (B, H, T, V)
 
 
-@fast_twin("9f78de9f")
+@fast_twin("75305785")
 def per_head(x: Tensor, W: Tensor) -> Tensor:
     """Each head's x (B, T, H, in) times that head's W (H, in, out): (B, T, H, out)."""
     B, T, H, _ = x.shape
@@ -419,7 +419,7 @@ def count_chosen(chosen: Tensor, E: int) -> Tensor:
     return zeros.scatter_add_(0, ids, torch.ones_like(ids))
 
 
-@fast_twin("4ca9d22e")
+@fast_twin("e6cc3e80")
 def routed_ffn(
     x: Tensor, chosen: Tensor, gain: Tensor, gate_up: Tensor, down: Tensor, swiglu: Callable
 ) -> Tensor:
@@ -525,13 +525,13 @@ class MTP(nn.Module):
 # ---- The model -----------------------------------------------------------------------------------
 
 
-@fast_twin("3eddad68")
+@fast_twin("54dd1679")
 def head_logits(h: Tensor, weight: Tensor) -> Tensor:
     """W_head h in float32, before softmax: h (..., D), weight (vocabulary, D)."""
     return upcast(F.linear(h, weight))
 
 
-@fast_twin("4d1321e9", head_logits)
+@fast_twin("e06f18b4", head_logits)
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, of head_logits: h (tokens, D), weight (vocabulary, D), targets
     (tokens,), -1 where there is none; 0 if all are -1."""

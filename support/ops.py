@@ -15,15 +15,9 @@ two CPU cores, or is needed on a GPU; docs/notes/LOG.md has the figures. Letters
 """
 
 import functools
-import hashlib
 import importlib.util
-import inspect
-import io
-import linecache
 import math
-import textwrap
 import time
-import tokenize
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -32,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from support.digits import digits_of, function_source
 from support.settings import info
 
 # ---- The mark ------------------------------------------------------------------------------------
@@ -40,37 +35,9 @@ enabled = True  # the tests turn the twins off, to compare them with their formu
 FORMULAS: dict[Callable, Callable] = {}  # a marked function -> its formula
 
 
-def source_tokens(function: Callable) -> str:
-    """A function's tokens from `def` on, without comments, docstring and layout. The end of a line
-    is ¶, more indentation is », less is «. Returns "" where no source can be read."""
-    code = function.__code__
-    linecache.checkcache(code.co_filename)
-    try:
-        block = inspect.getblock(linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :])
-        source = textwrap.dedent("".join(block))
-        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    except (SyntaxError, tokenize.TokenError):
-        return ""
-    layout = {tokenize.NEWLINE: "¶", tokenize.INDENT: "»", tokenize.DEDENT: "«"}
-    kept = []
-    for token in tokens:
-        if not kept and token.string != "def":
-            continue  # a decorator; one that changes the function has put another in its place
-        begins = kept and kept[-1] in layout.values()  # a line
-        if begins and token.type in (tokenize.STRING, tokenize.NEWLINE):
-            continue  # a docstring, and the end of its line
-        if token.type in layout:
-            kept.append(layout[token.type])
-        elif token.type not in (tokenize.COMMENT, tokenize.NL):
-            kept.append(token.string)
-    return "".join("".join(kept).split())  # Python 3.12 cuts up f-strings: blanks would differ
-
-
 def fingerprint(*functions: Callable) -> str:
-    """Eight digits for the source of these functions together, the same under every Python from
-    3.10 on; comments, docstrings and layout do not count."""
-    text = "".join(source_tokens(FORMULAS.get(f, f)) for f in functions)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    """Eight digits of the source of these functions together: see support/digits.py."""
+    return digits_of(*(function_source(FORMULAS.get(f, f)) for f in functions))
 
 
 def fast_twin(digits: str, *others: Callable) -> Callable:

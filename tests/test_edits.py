@@ -3,6 +3,7 @@ the unedited one has a fast twin in ops.py or a copy in fp8.py."""
 
 import functools
 import importlib.util
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import model as plain
 import sample
 import train
 from support import ops, processes
+from support.digits import digits_of, file_source
 from support.settings import Refusal
 
 SOURCE = (Path(__file__).parent.parent / "model.py").read_text(encoding="utf-8")
@@ -138,16 +140,77 @@ def test_the_digits_are_those_of_todays_formulas(tmp_path, capsys):
     assert len(marked) == SOURCE.count("\n@fast_twin(") >= 6
 
 
-def test_a_fingerprint_is_of_the_code_alone(tmp_path):
-    text = 'def f(x):\n    "doc"\n    # why\n    if x:\n        y = {"a": f"{x} b"}\n    return y\n'
-    same = '@mark\ndef f( x ):\n  if x:\n    y = {"a":  # c\n  f"{x} b"}\n\n  return y\n'
-    edits = [('"a"', '"b"'), ("    return", "        return"), ("{x}", "{y}"), (" b", "b")]
-    found = [
-        ops.fingerprint(module_of(tmp_path, "mark = lambda f: f\n" + source).f)
-        for source in (text, same, *(text.replace(*edit) for edit in edits))
-    ]
-    assert found[0] == found[1] == "c24a9e27"  # under every Python from 3.10 on
-    assert len(set(found[:5])) == 4
+CODE = """
+def f(x, gain=1):
+    "doc"
+    total = 0
+    for i, y in enumerate(x):
+        total = total + (gain * y if (found := i) else 2)
+
+    def inner(u):
+        nonlocal total
+        v = u + total
+        return v
+
+    parts = [inner(y) for y in x]
+    key = lambda z: z.name
+    with open("a") as file:
+        import math as m
+    return f"{total} b", sorted(parts, key=key), m, file, found
+"""
+WITHOUT_EFFECT = {
+    "layout": ("gain * y if (found := i) else 2)", "gain*y if (found:=i)\n  else (2))"),
+    "comments": ('    "doc"\n', "    # why\n\n"),
+    "type hints": ("def f(x, gain=1):", "def f(x: list, gain: int = 1) -> tuple:"),
+    "a decorator": ("def f(", "@mark\ndef f("),
+    "all its locals": (r"\b(total|i|found|inner|v|parts|z|file|m)\b", r"its_\1"),
+    "a variable of a loop": (r"\by(?= in enum|\b if)", "w"),
+    "a variable of a comprehension": ("inner(y) for y in", "inner(w) for w in"),
+    "one that is called as a keyword": ("key = lambda z: z.name", "by = lambda z: z.name"),
+}
+WITH_EFFECT = {
+    "a text": ('"a"', '"b"'),
+    "a blank in a text": (" b", "b"),
+    "a number": ("else 2", "else 3"),
+    "a parameter's name": ("gain", "weight"),
+    "the parameter of an inner function": (r"\bu\b", "w"),
+    "a default": ("gain=1", "gain=2"),
+    "an attribute": ("z.name", "z.title"),
+    "another local": ("v = u + total", "v = u + gain"),
+    "a local for another": ("m, file, found", "file, m, found"),
+    "a keyword": ("sorted(parts, key=", "sorted(parts, by="),
+    "a global": ("enumerate", "zip"),
+    "indentation": ("    parts = ", "        parts = "),
+}
+
+
+def test_a_fingerprint_is_of_what_has_an_effect(tmp_path):
+    def digits(text: str) -> str:
+        return ops.fingerprint(module_of(tmp_path, "mark = lambda f: f\n" + text).f)
+
+    def changed(old: str, new: str) -> str:
+        text = re.sub(old, new, CODE) if old.startswith(r"\b") else CODE.replace(old, new)
+        assert text != CODE
+        return digits(text.replace("key=key", "key=by") if "by = " in new else text)
+
+    found = digits(CODE)
+    assert found == "6174a33e"  # under every Python from 3.10 on
+    assert {name: changed(*edit) for name, edit in WITHOUT_EFFECT.items()} == dict.fromkeys(
+        WITHOUT_EFFECT, found
+    )
+    others = {name: changed(*edit) for name, edit in WITH_EFFECT.items()}
+    assert len({found, *others.values()}) == 1 + len(others), others
+
+
+def test_digits_of_a_file_count_its_names_but_not_its_locals(tmp_path):
+    file = tmp_path / "a.py"
+
+    def digits(*edit: str) -> str:
+        file.write_text(CODE.replace(*edit) if edit else CODE)
+        return digits_of(file_source(file))
+
+    assert digits() == digits("parts", "pieces") == digits('"doc"', '"other"')
+    assert len({digits(), digits("f(x", "g(x"), digits("\ndef", "\n@staticmethod\ndef")}) == 3
 
 
 # ---- Files of model.py that were edited ----------------------------------------------------------
