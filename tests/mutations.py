@@ -221,11 +221,22 @@ config.n_shared_experts * config => 1 * config
 # support/ops.py tests/test_edits.py
 if found != digits: => if False:
 fingerprint(formula, *others) => fingerprint(formula)
-FORMULAS.get(f, f) => inspect.unwrap(f)
-continue  # a docstring, and the end of its line => pass
+FORMULAS.get(f, f) => functools.reduce(lambda g, _: getattr(g, "__wrapped__", g), range(9), f)
 if enabled and not kwargs and => if enabled and
 if not isinstance(scale, float): => if False:
 return texts > 0 and => return True and
+
+# support/digits.py tests/test_edits.py
+outer |= {*node.names} => pass
+names |= {getattr(node, field)} - {None} => pass
+self.visit(first.iter)  # outside => pass
+x.annotation = None => pass
+"kind", "returns", => "kind",
+if not is_docstring(y) => if True
+names_bound(node.body) | names => names_bound(node.body)
+names_bound(x.target for x in node.generators) => {}
+dict.fromkeys(x.arg for x in own) => {}
+tree.decorator_list = [] => pass
 
 # model.py tests/test_edits.py
 zip(self.rows(), self.routing, strict=True): => enumerate(self.routing):
