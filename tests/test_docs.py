@@ -105,7 +105,7 @@ def test_commands_name_files_and_keys_that_exist():
             files += ["experiments/run.py"] * command[1].startswith("experiments/")
             source = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
             for key in re.findall(r"--(\w+)", command[2]):
-                assert re.search(rf"(?m)^    {key}: ", source), line
+                assert re.search(rf"(?m)^\+?    {key}: ", source + text), line  # "+": of a diff
             for config in re.findall(r"config/\w+\.py", command[2]):
                 assert (ROOT / config).exists() or f"+++ b/{config}" in text, line
             commands += 1
@@ -170,6 +170,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
     if "model.py" in modules:
         new = modules["model.py"]
         sizes = {"initializer_range": 0.1, "num_hidden_layers": 4 if "hybrid" in title else 3}
+        sizes |= {"attention_sink": True} if "sink" in title else {}
         model = new.DeepSeekV3(new.ModelConfig(**TINY | sizes))
         # A step by gradient descent lowers the loss; decoding gives what whole forwards give.
         tokens = torch.randint(512, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -185,7 +186,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
             text = sample.generate(model.eval(), x[:1, :4], 4, temperature=0, speculative=2)
             assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
         assert not sample.check_cache(model, 24).wrong
-        slower = "soft cap" in title or "Sparse" in title
+        slower = any(word in title for word in ("soft cap", "Sparse", "sink"))
         assert ("it runs without its fast twin" in capsys.readouterr().err) == slower
     if "gate" in title:
         s, _, _ = model.gates()[0](torch.randn(5, 48))
@@ -216,6 +217,23 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
             text = sample.generate(model, x[:1, :8], 8, temperature=0)
             assert torch.equal(text[0, 8:], model(text)[0, 7:-1].argmax(-1))
         assert torch.equal(seen[-1][0], torch.arange(1, 17).clamp(max=4))
+    elif "sink" in title:  # as an older token whose value is 0 and whose score is the sink's
+        q, k, v = (torch.randn(2, 3, 5, n, dtype=torch.double) for n in (4, 4, 6))
+        sink = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.double)
+        score = (q @ k.mT * 0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+        p = torch.cat((sink.view(3, 1, 1).expand(2, 3, 5, 1), score), -1).softmax(-1)
+        found = new.causal_attention(q, k, v, 0.5, None, sink)
+        assert torch.allclose(found, p[..., 1:] @ v, atol=1e-12)
+        # It grows: without the key the network is today's, and with a low sink nearly.
+        del sizes["attention_sink"]
+        old = DeepSeekV3(ModelConfig(**TINY | sizes)).eval()
+        missing, _ = model.load_state_dict(old.state_dict(), strict=False)
+        assert {name.rpartition(".")[2] for name in missing} == {"sink"} and len(missing) == 4
+        grown = model(x)
+        model.load_state_dict({name: torch.full((2,), -99.0) for name in missing}, strict=False)
+        assert torch.allclose(model(x), old(x), atol=1e-6) and not torch.allclose(
+            grown, old(x), atol=1e-5
+        )
     elif "hybrid" in title:
         linear, *_, mla = (block.self_attn for block in model.double().layers)
         assert type(linear) is new.LinearAttention and type(mla) is new.MLA
@@ -274,13 +292,6 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
         assert [30 < line["z_loss"] < 50 for line in lines if "loss" in line] == [True, True]
         first, second = (line["bias"] for line in lines if "loss" in line)
         assert 0 < first <= 3 * 0.5 and 0 < second <= 3 * 1.0  # a sum over three gates
-    elif "parameter" in title:
-        old = DeepSeekV3(model.config).eval()
-        missing, _ = model.eval().load_state_dict(old.state_dict(), strict=False)
-        assert {name.rpartition(".")[2] for name in missing} == {"gain"}
-        # The step above has moved them.
-        model.load_state_dict({name: torch.ones(48) for name in missing}, strict=False)
-        assert torch.allclose(model(x), old(x), atol=1e-6)
     else:  # a configuration
         (file,) = modules
         paths = ROOT / "config/small.py", tmp_path / file

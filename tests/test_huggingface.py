@@ -605,9 +605,12 @@ def test_what_no_file_has_is_as_the_constructor_made_it(late, run, tmp_path, mon
     directory = tmp_path / "hf"
     huggingface.save_pretrained(ours(tie_word_embeddings=True), directory)
     monkeypatch.setattr(huggingface, "DeepSeekV3", Decaying)
-    tied = huggingface.from_pretrained(directory, torch.bfloat16)
+    before = torch.get_rng_state()
+    tied, opened = huggingface.from_pretrained(directory, torch.bfloat16), load_model(run)[0]
+    # Nothing is drawn in vain.
+    assert torch.equal(before, torch.get_rng_state()) == (not late)
     assert tied.lm_head.weight is tied.embed_tokens.weight
-    for model, dtype in (load_model(run)[0], torch.float32), (tied, torch.bfloat16):
+    for model, dtype in (opened, torch.float32), (tied, torch.bfloat16):
         assert model.decay.dtype == model.norm.weight.dtype == dtype
         assert torch.equal(model.decay, torch.tensor([0.9, 0.5], dtype=dtype))
         assert model.order.tolist() == [3, 1] and model.attribute.tolist() == [0, 1, 2, 3]
