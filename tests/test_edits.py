@@ -1,10 +1,12 @@
 """What you edit is what runs: an edited formula of model.py trains and decodes as edited, although
 the unedited one has a fast twin in ops.py or a copy in fp8.py."""
 
+import ast
 import functools
 import importlib.util
 import re
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType, ModuleType
@@ -26,14 +28,142 @@ from support.settings import Refusal
 SOURCE = (Path(__file__).parent.parent / "model.py").read_text(encoding="utf-8")
 CONFIG = TINY | dict(max_position_embeddings=200)
 
-# Pairs of an old text and a new one, and the twins that are not used any more.
-SCORE = "score = upcast(q @ k.mT) * scale"
-SUMMED = "F.linear(swiglu(gate, up, gain[token, choice]), W_down)"
-MARKED = f'@fast_twin("{ops.fingerprint(plain.rms_norm)}")\ndef rms_norm('
-TYPES = "Rope = tuple[Tensor"
-HALVED = f"""import functools
-
-
+# By function (or Class.method) of model.py: what stands in its place, under its mark, and may call
+# it as `unedited`. With each edit, the twins that are not used any more.
+EDITS = {
+    "soft cap on the scores": (
+        "causal_attention",
+        """
+        def causal_attention(q, k, v, scale, start=None):
+            T, S = q.shape[2], k.shape[2]
+            query = (S - T if start is None else start) + torch.arange(T)[:, None]
+            score = 0.1 * (upcast(q @ k.mT) * scale / 0.1).tanh()
+            return score.masked_fill(torch.arange(S) > query, -math.inf).softmax(-1) @ v
+        """,
+        ["causal_attention"],
+    ),
+    "window of 40 tokens": (
+        "causal_attention",
+        """
+        def causal_attention(q, k, v, scale, start=None):
+            T, S = q.shape[2], k.shape[2]
+            ahead = torch.arange(S) - torch.arange(T)[:, None] - (S - T if start is None else start)
+            score = upcast(q @ k.mT) * scale
+            return score.masked_fill((ahead > 0) | (ahead <= -40), -math.inf).softmax(-1) @ v
+        """,
+        ["causal_attention"],
+    ),
+    "half the softmax scale": (
+        "causal_attention",
+        """
+        def causal_attention(q, k, v, scale, start=None):
+            return unedited(q, k, v, scale / 2, start)
+        """,
+        ["causal_attention"],
+    ),
+    "a soft cap on the logits": (
+        "head_logits",
+        """
+        def head_logits(h, weight):
+            return 3 * (unedited(h, weight) / 3).tanh()
+        """,
+        ["head_logits", "head_loss"],
+    ),
+    "squared ReLU": (
+        "swiglu",
+        """
+        def swiglu(gate, up, gain=None):
+            y = F.relu(gate).square() * up
+            return y if gain is None else y * cast(gain, y.dtype)[:, None]
+        """,
+        [],
+    ),
+    "experts times 0.5": (
+        "routed_ffn",
+        """
+        def routed_ffn(x, chosen, gain, gate_up, down, swiglu):
+            return 0.5 * unedited(x, chosen, gain, gate_up, down, swiglu)
+        """,
+        ["routed_ffn"],
+    ),
+    "one expert left out": (
+        "routed_ffn",
+        """
+        def routed_ffn(x, chosen, gain, gate_up, down, swiglu):
+            return unedited(x, chosen, gain * (chosen > 0), gate_up, down, swiglu)
+        """,
+        ["routed_ffn"],
+    ),
+    "a block times 0.7": (
+        "Block.forward",
+        """
+        def forward(self, x, rope, past=None):
+            y, routing = self.unedited(x, rope, past)
+            return 0.7 * y, routing
+        """,
+        [],
+    ),
+    "no gate values": (
+        "swiglu",
+        """
+        def swiglu(gate, up, gain=None):
+            return unedited(gate, up)
+        """,
+        [],
+    ),
+    "norms without signs": (
+        "rms_norm",
+        """
+        def rms_norm(x, weight, eps):
+            return unedited(x, weight, eps).abs()
+        """,
+        ["rms_norm"],
+    ),
+    "norms without weights": (
+        "RMSNorm.forward",
+        """
+        def forward(self, x):
+            return rms_norm(x, torch.ones_like(self.weight), self.eps)
+        """,
+        [],
+    ),
+    "another rotation": (
+        "rotate",
+        """
+        def rotate(x, rope, interleave):
+            return unedited(x, (rope[0], 2 * rope[1]), interleave)
+        """,
+        ["rotate"],
+    ),
+    "gate values by a softmax": (
+        "Gate.forward",
+        """
+        def forward(self, x):
+            s, chosen, gain = self.unedited(x)
+            return s, chosen, gain.softmax(-1)
+        """,
+        [],
+    ),
+    "label smoothing": (
+        "head_loss",
+        """
+        def head_loss(h, weight, targets):
+            return F.cross_entropy(head_logits(h, weight), targets, label_smoothing=0.1)
+        """,
+        ["head_loss"],
+    ),
+    "MTP's embedding reversed": (
+        "MTP.forward",
+        """
+        def forward(self, h, embedding, rope, past=None):
+            return self.unedited(h, embedding.flip(-1), rope, past)
+        """,
+        [],
+    ),
+    "a decorated twin": ("routed_ffn", "below its mark", ["routed_ffn"]),
+    "a twin decorated": ("rms_norm", "above its mark", []),
+}
+HALVED = """
 def halved(f):
     @functools.wraps(f)
     def half(*args):
@@ -42,50 +172,37 @@ def halved(f):
     return half
 
 
-{TYPES}"""
-EDITS = {
-    "soft cap on the scores": (
-        [(SCORE, f"{SCORE}\n    score = 0.1 * (score / 0.1).tanh()")],
-        ["causal_attention"],
-    ),
-    "window of 40 tokens": (
-        [("> query  # (T", "> query; later |= later.logical_not().tril(-40 + S - T)  # (T")],
-        ["causal_attention"],
-    ),
-    "half the softmax scale": ([(SCORE, f"{SCORE} / 2")], ["causal_attention"]),
-    "a soft cap on the logits": (
-        [("upcast(F.linear(h, weight))", "3 * (upcast(F.linear(h, weight)) / 3).tanh()")],
-        ["head_logits", "head_loss"],
-    ),
-    "squared ReLU": ([("y = F.silu(gate) * up", "y = F.relu(gate).square() * up")], []),
-    "experts times 0.5": ([(SUMMED, f"0.5 * {SUMMED}")], ["routed_ffn"]),
-    "one expert left out": ([("(chosen == i)", "(chosen == max(i, 1))")], ["routed_ffn"]),
-    "FFN times 0.7": ([("return x + y, routing", "return x + 0.7 * y, routing")], []),
-    "no gate values": ([("y if gain is None else y * cast(gain, y.dtype)[:, None]", "y")], []),
-    "norms without roots": ([("torch.rsqrt(", "torch.reciprocal(")], ["rms_norm"]),
-    "norms without weights": ([("cast(weight * y,", "cast(1.0 * y,")], ["rms_norm"]),
-    "another rotation": ([("a * cos - b * sin", "a * cos + 2 * b * sin")], ["rotate"]),
-    "a softmax gate": ([("self.weight).sigmoid()", "self.weight).softmax(-1)")], []),
-    "a decorated twin": (
-        [(TYPES, HALVED), (")\ndef routed_ffn(", ")\n@halved\ndef routed_ffn(")],
-        ["routed_ffn"],
-    ),
-    "a twin decorated": ([(TYPES, HALVED), (MARKED, f"@halved\n{MARKED}")], []),
-    "label smoothing": (
-        [('reduction="sum")', 'reduction="sum", label_smoothing=0.1)')],
-        ["head_loss"],
-    ),
-    "MTP's embedding doubled": ([("self.enorm(embedding),", "2 * self.enorm(embedding),")], []),
-}  # fmt: skip
+"""
+
+
+def rewritten(name: str, new: str, source: str = SOURCE) -> str:
+    """model.py with `new` in place of a function or method, whatever the text of that is today."""
+    nodes = {node.name: node for node in ast.parse(source).body if hasattr(node, "name")}
+    outer, _, method = name.partition(".")
+    node, lines = nodes[outer], source.splitlines(keepends=True)
+    indent = " " * 4 if method else ""
+    if method:
+        node = next(x for x in node.body if getattr(x, "name", "") == method)
+    begin = min([node.lineno, *(x.lineno for x in node.decorator_list)])
+    marks = lines[begin - 1 : node.lineno - 1]
+    old = "".join(lines[node.lineno - 1 : node.end_lineno])
+    if new == "below its mark":
+        text = "".join(marks) + "@halved\n" + old
+    elif new == "above its mark":
+        text = "@halved\n" + "".join(marks) + old
+    else:
+        unedited = old.replace(f"def {node.name}(", "def unedited(", 1)
+        text = unedited + "\n\n" + "".join(marks) + textwrap.indent(textwrap.dedent(new), indent)
+    text = "".join(lines[: begin - 1]) + text
+    text += "".join(lines[node.end_lineno :])
+    first = "\n@dataclass\nclass ModelConfig"
+    assert text.count(first) == 1
+    return text.replace(first, f"\nimport functools\n\n{HALVED}{first.lstrip()}")
 
 
 def edited(folder: Path, name: str) -> ModuleType:
-    """model.py with these changes, as a module of its own."""
-    text = SOURCE
-    for old, new in EDITS[name][0]:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return module_of(folder, text)
+    """model.py with this edit, as a module of its own."""
+    return module_of(folder, rewritten(*EDITS[name][:2]))
 
 
 def module_of(folder: Path, text: str) -> ModuleType:
@@ -224,8 +341,8 @@ def test_digits_of_a_file_count_its_names_but_not_its_locals(tmp_path):
 def test_an_edit_trains_as_the_formulas_say(name, tmp_path, monkeypatch, capsys):
     model = network(edited(tmp_path, name))
     said = capsys.readouterr().err
-    assert said.count("\n") == said.count("it runs without its fast twin") == len(EDITS[name][1])
-    assert all(twin in said for twin in EDITS[name][1])
+    assert said.count("\n") == said.count("it runs without its fast twin") == len(EDITS[name][2])
+    assert all(twin in said for twin in EDITS[name][2])
     ours, unedited = losses_and_gradients(model), losses_and_gradients(network(plain))
     monkeypatch.setattr(ops, "enabled", False)
     assert (ours - losses_and_gradients(model)).norm() < 1e-10 * ours.norm()
@@ -237,7 +354,7 @@ def test_an_edit_decodes_as_the_formulas_say(name, tmp_path):
     """One token at a time, and several with drafts."""
     model = network(edited(tmp_path, name))
     same = torch.equal(model(tokens := tokens_of(model, 1, 80)), network(plain)(tokens))
-    assert same == (name in ("label smoothing", "MTP's embedding doubled"))
+    assert same == (name in ("label smoothing", "MTP's embedding reversed"))
     for drafts in (0, 3):
         assert is_the_models_text(model, speculative=drafts)
 
@@ -253,7 +370,7 @@ def test_edited_experts_train_in_bf16_as_the_formulas_say(name, tmp_path, monkey
         assert (a - b).norm() < 0.02 * b.norm()
 
 
-@pytest.mark.parametrize("name", ["squared ReLU", "FFN times 0.7"])
+@pytest.mark.parametrize("name", ["squared ReLU", "a block times 0.7"])
 def test_an_edit_around_the_experts_leaves_their_products_padded(name, tmp_path, monkeypatch):
     """For every new number of rows oneDNN would compile, which makes bf16 training 2.7 times as
     slow."""
@@ -264,11 +381,22 @@ def test_an_edit_around_the_experts_leaves_their_products_padded(name, tmp_path,
     assert len(rows) == 2 and not any(n % ops.MULTIPLE for n in rows)
 
 
-ATTENTION = "        x = x + self.self_attn("
-CALL = "            x = self.run_block(block,"
 DROPPED = {
-    "in its block": (ATTENTION, f"        if DROP():\n            return x, None\n{ATTENTION}"),
-    "in the trunk": (CALL, f"            if DROP():\n                continue\n{CALL}"),
+    "in its block": (
+        "Block.forward",
+        """
+        def forward(self, x, rope, past=None):
+            return (x, None) if DROP() else self.unedited(x, rope, past)
+        """,
+    ),
+    "in the trunk": (
+        "DeepSeekV3.run_block",
+        """
+        def run_block(self, block, past, *inputs):
+            dropped = isinstance(block, Block) and DROP()
+            return inputs[0] if dropped else self.unedited(block, past, *inputs)
+        """,
+    ),
 }
 
 
@@ -276,8 +404,7 @@ DROPPED = {
 @pytest.mark.parametrize("place", DROPPED)
 def test_layers_may_be_dropped_at_random(place, recompute, tmp_path):
     """Whatever ran before it, a layer's choices are counted in its own row."""
-    assert SOURCE.count(DROPPED[place][0]) == 1
-    module, seen = module_of(tmp_path, SOURCE.replace(*DROPPED[place])), {}
+    module, seen = module_of(tmp_path, rewritten(*DROPPED[place])), {}
     module.DROP = lambda: torch.rand(()) < 0.4
     model = network(module).train()
     model.recompute = recompute
@@ -301,8 +428,10 @@ def test_a_gate_has_one_row_however_many_layers_use_it(shared_in, tmp_path):
     """The last block serves as the MTP module's, too, and the first MoE layer has the last one's
     FFN: what remains is one gate."""
     sharing = "{m}.mtp[0].block, {m}.layers[1].mlp = {m}.layers[2], {m}.layers[2].mlp"
-    tie = "        if config.tie_word_embeddings:\n"
-    source = SOURCE.replace(tie, f"        {sharing.format(m='self')}\n{tie}", 1)
+    new = (
+        f"def __init__(self, config):\n    self.unedited(config)\n    {sharing.format(m='self')}\n"
+    )
+    source = rewritten("DeepSeekV3.__init__", new)
     model = network(module_of(tmp_path, source if shared_in == "the file" else SOURCE)).train()
     if shared_in == "Python":
         exec(sharing.format(m="model"))
@@ -326,23 +455,26 @@ def test_a_gate_has_one_row_however_many_layers_use_it(shared_in, tmp_path):
 # ---- FP8 -----------------------------------------------------------------------------------------
 
 
+DOUBLED = "def forward(self, {0}):\n    return 2 * self.unedited({0})\n"
+
+
 @pytest.mark.parametrize(
-    "old, new, formula",
+    "formula, new",
     [
-        (*EDITS["squared ReLU"][0][0], "swiglu"),
-        ("return self.down_proj(swiglu(", "return 2 * self.down_proj(swiglu(", "MLP.forward"),
-        ("return routed_ffn(", "return 2 * routed_ffn(", "Experts.forward"),
-        (*EDITS["experts times 0.5"][0][0], "routed_ffn"),
-        ("y = F.silu(gate) * up", "y = F.silu(gate) * up  # no edit", None),
+        EDITS["squared ReLU"][:2],
+        ("MLP.forward", DOUBLED.format("x")),
+        ("Experts.forward", DOUBLED.format("x, chosen, gain")),
+        EDITS["experts times 0.5"][:2],
+        (None, None),
     ],
+    ids=lambda x: x if x in (None, "swiglu", "routed_ffn") else "",
 )
-def test_fp8_is_refused_where_its_formulas_are_edited(old, new, formula, tmp_path, monkeypatch):
-    assert SOURCE.count(old) == 1
-    module = module_of(tmp_path, SOURCE.replace(old, new))
+def test_fp8_is_refused_where_its_formulas_are_edited(formula, new, tmp_path, monkeypatch):
+    module = module_of(tmp_path, rewritten(formula, new) if formula else SOURCE + "\n# no edit\n")
     model = network(module, torch.float32)
     monkeypatch.setattr(fp8, "formulas", module)
     if formula:
-        with pytest.raises(ValueError, match=rf"model\.{formula} is not the one that fp8\.py"):
+        with pytest.raises(Refusal, match=rf"model\.{formula} is not the one that fp8\.py"):
             fp8.use_fp8(model)
     else:
         fp8.use_fp8(model)
