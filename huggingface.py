@@ -30,7 +30,7 @@ import fp8
 from model import DeepSeekV3, ModelConfig
 from support.files import check_free, naming, new_folder, put_aside, read_json
 from support.gguf import write_gguf
-from support.runs import load_checkpoint
+from support.runs import code_of, load_checkpoint
 from support.settings import Refusal, info, parse_args, run_command, short
 from support.tokenizer import (
     PATTERN,
@@ -386,7 +386,11 @@ def load_model(
     path = Path(ckpt)
     if (path / "config.json").exists():
         return from_pretrained(path, dtype, str(device)), hf_tokenizer(path), path
-    config, weights, length = parts_of(load_checkpoint(path), path)
+    saved = load_checkpoint(path)
+    config, weights, length = parts_of(saved, path)
+    if "code" in saved and saved["code"] != code_of(ModelConfig):
+        told = f"{path} was saved with another model.py than this one"
+        info(f"{told}: where a formula is another, its weights mean something else")
     dtype = dtype or weights["norm.weight"].dtype
     check_sizes(config, len(weights), path, stacked=True)
     stored = {name: tuple(x.shape) for name, x in weights.items()}

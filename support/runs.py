@@ -15,6 +15,7 @@ place, and this file knows no more of them.
 One process at a time writes there. Files are written whole, or they stay what they were.
 """
 
+import functools
 import json
 import math
 import os
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from support import processes
+from support.digits import digits_of, file_source
 from support.files import put_aside, write_whole
 from support.processes import Machine
 from support.settings import Refusal, info, read_stored, short
@@ -79,6 +81,13 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     if damaged:
         raise Refusal(f"{file} is damaged: {damaged} in it has another checksum than when saved")
     return saved
+
+
+@functools.cache  # this process goes on with the code that it has read, whatever is edited later
+def code_of(config_class: type) -> str:
+    """The digits of the file that defines a network and this class of its settings: model.py. See
+    support/digits.py."""
+    return digits_of(file_source(Path(config_class.__post_init__.__code__.co_filename)))
 
 
 def settings_in(file: Path, *config_classes: type) -> tuple[dict[str, Any], int]:
@@ -342,6 +351,7 @@ class Run:
     def __init__(self, states: dict[str, Any], config, machine: Machine):
         self.states, self.model, self.progress = states, states["model"], states["progress"]
         self.config, self.machine, self.out = config, machine, Path(config.out)
+        self.code = code_of(type(self.model.config))
         self.saved_step = 0  # the step of ckpt.pt (0: there is none)
         self.bad_in_a_row = 0  # steps up to now whose gradient was not finite
         self.stopped = False  # by a signal
@@ -478,6 +488,7 @@ class Run:
         saved |= {
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
+            "code": self.code,
             "trained_length": self.model.trained_length,
             "step": self.progress.step,
             "tokens": self.progress.tokens,

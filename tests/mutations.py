@@ -125,6 +125,9 @@ rows=told.get("vocab_size", 0) => rows=0
 # support/tokens.py tests/test_release.py
 pieces[0][0], pieces[-1][2] = before, after => pieces[0][0], pieces[0][2] = before, after
 
+# huggingface.py tests/test_edits.py
+"code" in saved and saved["code"] != code_of(ModelConfig) => "code" not in saved
+
 # huggingface.py tests/test_huggingface.py
 if function is torch.empty else {} => if False else {}
 if empty.keys() - stored: => if False:
@@ -295,6 +298,7 @@ model.recompute = config.recompute or sharded => model.recompute = config.recomp
 x = x.full_tensor() if hasattr(x, "full_tensor") else x => pass
 
 # support/runs.py tests/test_runs.py
+@functools.cache  # this process => # this process
 weights_only=True, mmap=True => weights_only=False, mmap=True
 os.fsync(file.fileno()) => pass
 flags | os.O_NOFOLLOW => flags

@@ -5,6 +5,7 @@ import ast
 import functools
 import importlib.util
 import re
+import shutil
 import sys
 import textwrap
 from dataclasses import replace
@@ -18,11 +19,13 @@ from test_model import TINY, in_bf16, tokens_of, value_and_gradients
 from torch import nn
 
 import fp8
+import huggingface
 import model as plain
 import sample
 import train
 from support import ops, processes
 from support.digits import digits_of, file_source
+from support.runs import code_of, load_checkpoint
 from support.settings import Refusal
 
 SOURCE = (Path(__file__).parent.parent / "model.py").read_text(encoding="utf-8")
@@ -450,6 +453,36 @@ def test_a_gate_has_one_row_however_many_layers_use_it(shared_in, tmp_path):
     signs = (load.mean() - load).sign()
     assert torch.equal(gate.e_score_correction_bias, 0.5 * signs.float()) and signs.any()
     assert not model.expert_counts.any()
+
+
+EDITED = {
+    "nothing": ("", "", False),
+    "a comment": ("# Section 4.2. Other", "# Other", False),
+    "a local name": (r"\bangle\b", "angles", False),
+    "a formula": (r"F\.silu\(gate\)", "F.relu(gate)", True),
+    "a default": ("rope_theta: float = 10000", "rope_theta: float = 500", True),
+    "a method": (r"return x \+ y, routing", "return x - y, routing", True),
+}
+
+
+@pytest.mark.parametrize("what", EDITED)
+def test_a_checkpoint_of_another_model_py_is_opened_with_a_line(
+    what, tmp_path, monkeypatch, capsys
+):
+    """And without one where an edit has no effect, or where the file is from before."""
+    old, new, told = EDITED[what]
+    weights = Path(__file__).parent.parent / "weights/small"
+    file = shutil.copytree(weights, tmp_path / "run") / "ckpt.pt"
+    torch.save(load_checkpoint(weights) | {"code": code_of(plain.ModelConfig)}, file)
+    text = re.sub(old, new, SOURCE) if old else SOURCE
+    assert (text == SOURCE) == (what == "nothing")
+    module = module_of(tmp_path, text)
+    monkeypatch.setattr(huggingface, "ModelConfig", module.ModelConfig)
+    monkeypatch.setattr(huggingface, "DeepSeekV3", module.DeepSeekV3)
+    capsys.readouterr()
+    for path, says in ((file, told), (weights, False)):
+        huggingface.load_model(path)
+        assert ("was saved with another model.py" in capsys.readouterr().err) == says
 
 
 # ---- FP8 -----------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from training import (
 import prepare_data
 import train
 from huggingface import load_model
-from model import DeepSeekV3
+from model import DeepSeekV3, ModelConfig
 from support import runs
 from support.runs import load_checkpoint
 
@@ -698,6 +698,19 @@ def test_moments_lie_in_memory_as_their_weights_do(shared):
     shutil.copytree(shared("--steps=4"), "straight")
     run("--resume", *CONSTANT, "--steps=5", out="straight")
     assert_same_run(Path("straight"), Path("run"))
+
+
+def test_a_checkpoint_has_the_digits_of_model_py_as_the_run_began(shared, monkeypatch, capsys):
+    """A file that is edited meanwhile is not what this process computes."""
+    assert runs.code_of(ModelConfig) == load(shared())["code"]
+    load_model(shared())
+    assert "another model.py" not in capsys.readouterr().err
+    monkeypatch.setattr(runs, "file_source", lambda path: "edited")
+    assert runs.code_of(ModelConfig) == load(shared())["code"]
+    runs.code_of.cache_clear()  # another process
+    load_model(shared())
+    assert "another model.py" in capsys.readouterr().err
+    runs.code_of.cache_clear()
 
 
 def test_a_state_that_the_checkpoint_lacks_is_named(shared):
