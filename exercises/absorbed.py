@@ -1,4 +1,4 @@
-"""Exercise 3. Attention on the cached latents: why the cache can be so small.
+"""Exercise 4. Attention on the cached latents: why the cache can be so small.
 
 q . (W^UK c) = (W^UK^T q) . c                 sum_j p_j (W^UV c_j) = W^UV (sum_j p_j c_j)
 

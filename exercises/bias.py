@@ -1,4 +1,4 @@
-"""Exercise 5. The update of the bias: balance without a loss.
+"""Exercise 6. The update of the bias: balance without a loss.
 
 b_i += gamma * sign(mean load - load of expert i)          section 2.1.2; arXiv 2408.15664
 

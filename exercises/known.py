@@ -1,15 +1,13 @@
-"""What check.py knows of every exercise: the answer, made-up inputs, hints, and known mistakes.
+"""What check.py knows of every exercise: made-up inputs, the trained network's part, hints.
 
-The answers are model.py's own functions (and those of sample.py and fp8.py). A known mistake is a
-change of the answer's source. Many of them are mistakes that tests/mutations.py plants, too, to see
-whether the tests notice. They stand in hints.txt with the hints.
+Most inputs are in float64. There rounding is so small that it is never taken for a mistake, and a
+mistake never for rounding.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +16,42 @@ import fp8
 import model as v3
 import sample
 
-Case = tuple[str, Callable, tuple]  # its name, what to call, the leaves to differentiate by
-
 TINY = {
     "vocab_size": 32, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3,
-    "q_lora_rank": 5, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2,
+    "q_lora_rank": 5, "kv_lora_rank": 7, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2,
     "v_head_dim": 5, "intermediate_size": 8, "moe_intermediate_size": 4,
     "first_k_dense_replace": 1, "n_routed_experts": 6, "num_experts_per_tok": 2,
     "n_group": 1, "topk_group": 1, "max_position_embeddings": 64, "initializer_range": 0.5,
 }  # fmt: skip
-YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale_all_dim": 1.0}}
+YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}}
+
+
+@dataclass
+class Case:
+    """One call of a function, and what is compared."""
+
+    name: str
+    function: str
+    args: tuple  # tensors that require a gradient are differentiated by
+    results: tuple[str, ...]  # their names, with the layout
+    learnt: dict[str, Tensor] = field(default_factory=dict)  # parameters to differentiate by
+    # The results from what the function returns; and, from these, what is compared: the order of
+    # the chosen is free, say.
+    read: Callable = lambda returned: returned if isinstance(returned, tuple) else (returned,)
+    compared: Callable = lambda *results: results
+    may_change: bool = False  # what it is given
+    dtype: torch.dtype | None = None  # of floating-point arguments, where it is not their own
+    too_many: str = ""  # what a reader does who multiplies three times as often as needed
 
 
 @dataclass
 class Exercise:
     title: str
-    module: ModuleType  # where the answer stands
-    answers: dict[str, str]  # the reader's function: the answer's name there, NAME or Class.NAME
-    cases: Callable[[SimpleNamespace], Iterator[Case]]  # of the functions to try
-    helpers: tuple[str, ...] = ()  # functions there that mistakes may change, too
+    module: ModuleType  # where the network's function stands
+    functions: dict[str, str]  # the reader's function: its name there, NAME or Class.NAME
+    cases: Callable[[], Iterator[Case]]
+    unit: str = ""  # what the first dimensions of a result number: texts, tokens ...
+    dims: int = 0  # and how many these dimensions are
     hint: str = ""
     mistakes: list[tuple[str, str, str]] = field(default_factory=list)  # old text, new text, words
 
@@ -63,158 +78,246 @@ def filled(module: nn.Module) -> nn.Module:
 # ---- Made-up inputs ------------------------------------------------------------------------------
 
 
-def rope_cases(f) -> Iterator[Case]:
-    x, small, zeros = random(2, 3, 8), random(4, 8, size=1e-3), torch.zeros(2, 8).double()
-    low = random(64, 32, size=30.0).detach().bfloat16()
-    norm = partial(f.rms_norm, eps=1e-6)
-    yield "rms_norm: usual numbers", partial(norm, x), (x,)
-    yield "rms_norm: numbers of size 0.001 (eps counts)", partial(norm, small), (small,)
-    yield "rms_norm: a row of zeros", partial(norm, zeros), ()
-    yield "rms_norm: bfloat16 comes back, float32 inside", partial(norm, low), ()
-    q, rope = (
-        random(2, 5, 3, 6),
-        v3.rope_table(config(qk_rope_head_dim=6), torch.arange(5), x.dtype),
-    )
-    first = [table[:1] for table in rope]
-    yield "rotate: pairs are neighbours", partial(f.rotate, q, rope, True), (q,)
-    yield "rotate: pairs are halves (interleave=False)", partial(f.rotate, q, rope, False), (q,)
-    yield "rotate: position 0 changes nothing", partial(f.rotate, q[:, :1], first, True), (q,)
-    yield "rotate: bfloat16 comes back", partial(f.rotate, q.detach().bfloat16(), rope, True), ()
-
-
-def mla_cases(f) -> Iterator[Case]:
-    for name, T, changes in (
-        ("five tokens, three heads", 5, {}),
-        ("one token", 1, {}),
-        ("YaRN: a factor in self.scale", 4, YARN),
-        ("values wider than keys", 4, {"v_head_dim": 9}),
+def rope_cases() -> Iterator[Case]:
+    for name, x, dtype in (
+        ("usual numbers", random(2, 3, 8), None),
+        ("numbers of size 0.001 (eps counts)", random(4, 8, size=1e-3), None),
+        ("a row of zeros", torch.zeros(2, 8).double(), None),
+        ("one dimension", random(5, seed=1), None),
+        ("float32", random(4, 8, seed=2).detach(), torch.float32),
+        ("bfloat16 comes back, float32 inside", random(64, 32, size=30.0).detach(), torch.bfloat16),
     ):
-        mla = filled(v3.MLA(config(**changes)))  # N = 4, R = 2, C = 6
+        yield Case(f"rms_norm: {name}", "rms_norm", (x, 1e-6), ("y (..., D)",), dtype=dtype)
+    q, angle = random(2, 5, 3, 6), random(5, 3, seed=1, size=2.0).detach()
+    rope, low = (angle.cos(), angle.sin()), q.detach()
+    for name, x, rope, interleave, dtype in (
+        ("pairs are neighbours", q, rope, True, None),
+        ("pairs are halves (interleave=False)", q, rope, False, None),
+        ("angle 0 changes nothing", q, (torch.ones(5, 3), torch.zeros(5, 3)), True, None),
+        ("as many tokens as heads", q[:, :3], [table[:3] for table in rope], True, None),
+        ("bfloat16 comes back, float32 inside", low, rope, True, torch.bfloat16),
+    ):
+        results = ("y (B, T, H, R)",)
+        yield Case(f"rotate: {name}", "rotate", (x, rope, interleave), results, dtype=dtype)
+
+
+def yarn_cases() -> Iterator[Case]:
+    for name, positions, dtype, changes in (
+        ("no YaRN", torch.arange(9), torch.float64, {"rope_scaling": None}),
+        ("YaRN, factor 4", torch.arange(9), torch.float64, {}),
+        ("positions from 1000 on", torch.arange(1000, 1009), torch.float64, {}),
+        ("factor 40, theta 500,000", torch.arange(9), torch.float64, {"rope_theta": 5e5}),
+        ("a window of 8 tokens: no pair is fast", torch.arange(9), torch.float64, {"L": 8}),
+        ("a window of a million: no pair is slow", torch.arange(9), torch.float64, {"L": 2**20}),
+        ("two numbers a head", torch.arange(9), torch.float64, {"qk_rope_head_dim": 2}),
+        ("float32", torch.arange(9), torch.float32, {}),
+    ):
+        yarn = YARN["rope_scaling"] | {"original_max_position_embeddings": changes.pop("L", 256)}
+        yarn["factor"] = 40.0 if "40" in name else 4.0
+        fields = {"qk_rope_head_dim": 16, "rope_scaling": yarn} | changes
+        results = ("cos (T, R/2)", "sin (T, R/2)")
+        yield Case(name, "rope_table", (config(**fields), positions, dtype), results)
+
+
+def mla_cases() -> Iterator[Case]:
+    for name, T, dtype, changes in (
+        ("five tokens, three heads", 5, None, {}),
+        ("as many tokens as heads", 3, None, {}),
+        ("one token", 1, None, {}),
+        ("YaRN: a factor in self.scale", 4, None, YARN),
+        ("values wider than keys", 4, None, {"v_head_dim": 9}),
+        ("values as wide as keys without position", 4, None, {"v_head_dim": 4}),
+        ("float32", 5, torch.float32, {}),
+    ):
+        mla = filled(v3.MLA(config(**changes)))  # N = 4, R = 2, C = 7
         q = random(2, T, 3, 4), random(2, T, 3, 2, seed=1)
-        x = *q, random(2, T, 6, seed=2), random(2, T, 1, 2, seed=3)
-        yield name, partial(f.attend_expanded, mla, *x), (*x, mla.kv_b_proj.weight)
+        x = *q, random(2, T, 7, seed=2), random(2, T, 1, 2, seed=3)
+        learnt = {"kv_b_proj.weight": mla.kv_b_proj.weight}
+        yield Case(name, "attend_expanded", (mla, *x), ("o (B, T, H, V)",), learnt, dtype=dtype)
 
 
-def absorbed_cases(f) -> Iterator[Case]:
-    for name, T, S, changes in (
-        ("one new token, six in the cache", 1, 7, {}),
-        ("three new tokens, four in the cache", 3, 7, {}),
-        ("nothing in the cache before", 4, 4, {}),
-        ("YaRN: a factor in self.scale", 2, 5, YARN),
+def absorbed_cases() -> Iterator[Case]:
+    wide = {"num_attention_heads": 4, "qk_nope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 8}
+    for name, T, S, dtype, changes in (
+        ("one new token, six in the cache", 1, 7, None, {}),
+        ("three new tokens, four in the cache", 3, 7, None, {}),
+        ("nothing in the cache before", 4, 4, None, {}),
+        ("YaRN: a factor in self.scale", 2, 5, None, YARN),
+        ("latents as wide as keys", 2, 5, None, {"kv_lora_rank": 4}),
+        ("float32", 3, 7, torch.float32, {}),
+        ("200 in the cache: multiplications are counted", 1, 201, None, wide),
     ):
         mla = filled(v3.MLA(config(**changes)))
-        x = random(2, T, 3, 4), random(2, T, 3, 2, seed=1), random(2, S, 8, seed=2)
-        yield name, partial(f.attend_absorbed, mla, *x), (*x, mla.kv_b_proj.weight)
+        H, N, R, C = (getattr(mla.config, key) for key in (
+            "num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank"
+        ))  # fmt: skip
+        x = random(2, T, H, N), random(2, T, H, R, seed=1), random(2, S, C + R, seed=2)
+        learnt, results = {"kv_b_proj.weight": mla.kv_b_proj.weight}, ("o (B, T, H, V)",)
+        case = Case(name, "attend_absorbed", (mla, *x), results, learnt, dtype=dtype)
+        if S > 100:
+            case.too_many = "keys or values of the old tokens are made anew"
+        yield case
 
 
-def gate_cases(f) -> Iterator[Case]:
-    def by_expert(gate, x):  # since the order of the chosen is free
-        s, chosen, gain = f.forward(gate, x)
-        return s, torch.zeros_like(s).scatter(-1, chosen, gain)
+def gate_cases() -> Iterator[Case]:
+    def sorted_by_expert(s, chosen, gain):  # since the order of the chosen is free
+        order = chosen.argsort(-1)
+        return s, chosen.gather(-1, order), gain.gather(-1, order)
 
     groups = {"n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
-    for name, spread, shift, changes in (
-        ("one group, no bias", 0.0, 0, {}),
-        ("one group, a bias that decides", 0.5, 0, {}),
-        ("four groups, of which two stay", 0.5, 0, groups),
-        ("four groups, all biases far below 0", 0.5, -3, groups),
-        ("norm_topk_prob is False", 0.5, 0, {"norm_topk_prob": False}),
-        ("routed_scaling_factor is 1", 0.5, 0, {"routed_scaling_factor": 1.0}),
+    for name, spread, shift, dtype, changes in (
+        ("one group, no bias", 0.0, 0, None, {}),
+        ("one group, a bias that decides", 0.5, 0, None, {}),
+        ("four groups, of which two stay", 0.5, 0, None, groups),
+        ("four groups, all biases far below 0", 0.5, -3, None, groups),
+        ("four groups, one stays", 0.5, 0, None, groups | {"topk_group": 1}),
+        ("norm_topk_prob is False", 0.5, 0, None, {"norm_topk_prob": False}),
+        ("routed_scaling_factor is 1", 0.5, 0, None, {"routed_scaling_factor": 1.0}),
+        ("float32", 0.5, 0, torch.float32, groups),
     ):
         gate, x = filled(v3.Gate(config(**changes))), random(2, 20, 12, seed=5)
         bias = random(gate.config.n_routed_experts, seed=4).detach() * spread + shift
         gate.e_score_correction_bias = bias
-        yield name, partial(by_expert, gate, x), (x, gate.weight)
+        results = ("scores (B, T, E)", "chosen experts (B, T, K)", "gate values (B, T, K)")
+        learnt = {"weight": gate.weight}
+        case = Case(name, "forward", (gate, x), results, learnt, dtype=dtype)
+        case.compared = sorted_by_expert
+        yield case
 
 
-def bias_cases(f) -> Iterator[Case]:
-    def moved(counts, gamma):
-        net = v3.DeepSeekV3(config())  # one layer with experts, and that of the MTP module
-        for gate in net.gates():
-            gate.e_score_correction_bias.fill_(0.25)
-        net.expert_counts.copy_(torch.tensor(counts))
-        f.update_bias(net, gamma)
-        return *(gate.e_score_correction_bias for gate in net.gates()), net.expert_counts
-
+def bias_cases() -> Iterator[Case]:
     uneven, even = [5, 1, 3, 3, 0, 6], [2, 2, 2, 2, 2, 2]
-    totals = [[50, 10, 30, 30, 0, 60], [1, 0, 0, 0, 1, 4]]
-    yield "uneven loads", partial(moved, [uneven, even], 0.01), ()
-    yield "all as busy as the mean: nothing moves", partial(moved, [even, even], 0.01), ()
-    yield "layers with different totals", partial(moved, totals, 0.01), ()
-    yield "gamma is 0", partial(moved, [uneven, uneven], 0.0), ()
-
-
-def balance_cases(f) -> Iterator[Case]:
-    s = random(3, 6, 8).detach().sigmoid().requires_grad_()
-    same = torch.tensor([0.9, 0.8, 0.1, 0.1]).double().repeat(2, 5, 1).requires_grad_()
-    yield "three sequences, two experts a token", partial(f.balance_loss, s, 2), (s,)
-    yield "one expert a token", partial(f.balance_loss, s, 1), (s,)
-    yield "all experts: the loss is 1", partial(f.balance_loss, s, 8), (s,)
-    yield "every token takes the same two", partial(f.balance_loss, same, 2), (same,)
-
-
-def expert_cases(f) -> Iterator[Case]:
-    experts, ids = filled(v3.Experts(config())), torch.arange(14)
-    weights = experts.gate_up_proj, experts.down_proj
-    for name, chosen in (
-        ("14 tokens, two of six experts each", torch.stack((ids * 5 % 6, (ids * 5 + 1) % 6), 1)),
-        ("one token: four experts have no row", torch.tensor([[4, 1]])),
-        ("every token takes the same two", torch.tensor([[5, 0]]).expand(14, 2)),
-        ("one expert each", (ids % 6)[:, None]),
+    for name, counts, gamma in (
+        ("uneven loads", [uneven, even], 0.01),
+        ("all as busy as the mean: nothing moves", [even, even], 0.01),
+        ("layers with different totals", [[50, 10, 30, 30, 0, 60], [1, 0, 0, 0, 1, 4]], 0.01),
+        ("a mean that is no whole number", [[9, 4, 3, 3, 2, 2], [0, 0, 1, 1, 5, 7]], 0.01),
+        ("loads close to the mean", [[1000, 1001, 999, 1000, 1000, 1001], uneven], 0.01),
+        ("gamma is 0", [uneven, uneven], 0.0),
     ):
+        net = v3.DeepSeekV3(config())  # one layer with experts, and that of the MTP module
+        biases = [gate.e_score_correction_bias.fill_(0.25) for gate in net.gates()]
+        net.expert_counts.copy_(torch.tensor(counts))
+
+        def after(returned, net=net, biases=biases):
+            return *biases, net.expert_counts
+
+        results = ("bias of layer 1 (E,)", "bias of layer 2 (E,)", "expert_counts (layers, E)")
+        yield Case(name, "update_bias", (net, gamma), results, read=after, may_change=True)
+
+
+def balance_cases() -> Iterator[Case]:
+    s = random(3, 8, 6).detach().sigmoid().requires_grad_()
+    same = torch.tensor([0.9, 0.8, 0.1, 0.1]).double().repeat(2, 4, 1).requires_grad_()
+    for name, s, K in (
+        ("three sequences, two experts a token", s, 2),
+        ("one expert a token", s, 1),
+        ("all experts: the loss is 1", s, 6),
+        ("one sequence", s[:1].detach().requires_grad_(), 2),
+        ("every token takes the same two", same, 2),
+    ):
+        yield Case(name, "balance_loss", (s, K), ("loss",))
+
+
+def expert_cases() -> Iterator[Case]:
+    ids, many = torch.arange(14), {"n_routed_experts": 16}
+    counted = "experts compute tokens that did not choose them"
+    for name, chosen, changes, dtype, too_many in (
+        ("14 tokens, two of six experts each", two(ids, 6), {}, None, ""),
+        ("one token: four experts have no row", torch.tensor([[4, 1]]), {}, None, ""),
+        ("every token takes the same two", torch.tensor([[5, 0]]).expand(14, 2), {}, None, ""),
+        ("one expert each", (ids % 6)[:, None], {}, None, ""),
+        ("three of six", torch.stack((ids % 6, (ids + 3) % 6, (ids + 1) % 6), 1), {}, None, ""),
+        ("float32", two(ids, 6), {}, torch.float32, ""),
+        ("1,100 tokens to one of 16 experts", torch.full((1100, 1), 9), many, None, ""),
+        ("600 tokens: work is counted", two(torch.arange(600), 16), many, None, counted),
+    ):
+        experts = filled(v3.Experts(config(**changes)))
         x, gain = random(len(chosen), 12, seed=6), random(*chosen.shape, seed=7)
-        call = partial(f.routed_ffn, x, chosen, gain, *weights, v3.swiglu)
-        yield name, call, (x, gain, *weights)
+        weights = experts.gate_up_proj, experts.down_proj
+        args = x, chosen.contiguous(), gain, *(w.detach().requires_grad_() for w in weights)
+        case = Case(name, "routed_ffn", (*args, v3.swiglu), ("y (tokens, D)",), dtype=dtype)
+        case.too_many = too_many
+        yield case
 
 
-def mtp_cases(f) -> Iterator[Case]:
+def two(ids: Tensor, E: int) -> Tensor:
+    """Two different experts for each token."""
+    return torch.stack((ids * 5 % E, (ids * 5 + 1) % E), 1)
+
+
+def mtp_cases() -> Iterator[Case]:
+    def refuse(*_, **__):
+        raise RuntimeError("model(...) has the answer inside: use model.trunk and the modules")
+
     for name, T, depth, unknown in (
         ("one module", 8, 1, []),
         ("two modules", 8, 2, []),
+        ("three modules", 8, 3, []),
         ("targets that are not there (-1)", 8, 2, [2, 3, 7]),
         ("a text too short for the second module", 2, 2, []),
     ):
         net = filled(v3.DeepSeekV3(config(num_nextn_predict_layers=depth))).eval()
+        net.forward = refuse
         tokens = torch.arange(2 * T).reshape(2, T) * 7 % 32
         targets = tokens.roll(-1, 1)
         targets[:, unknown] = -1
-        leaves = net.embed_tokens.weight, net.lm_head.weight, net.mtp[0].eh_proj.weight
-        yield name, partial(f.mtp_loss, net, tokens, targets), leaves
+        learnt = {
+            "embed_tokens.weight": net.embed_tokens.weight,
+            "lm_head.weight": net.lm_head.weight,
+            "mtp[0].eh_proj.weight": net.mtp[0].eh_proj.weight,
+        }
+        yield Case(name, "mtp_loss", (net, tokens, targets), ("loss",), learnt)
 
 
-def accept_cases(f) -> Iterator[Case]:
+def accept_cases() -> Iterator[Case]:
+    results = ("drafts that stay (B,)", "token after them (B, 1)")
     generator = torch.Generator().manual_seed(7)
     for name, G in (("one draft, 200 texts", 1), ("three drafts, 200 texts", 3)):
         p, q = random(200, G + 1, 6, seed=8).softmax(-1), random(200, G, 6, seed=9).softmax(-1)
         drafts = torch.rand(200, G, 6, generator=generator).argmax(-1)
         u = torch.rand(200, G + 1, dtype=torch.float64, generator=generator)
-        yield name, partial(f.accept, p.detach(), q.detach(), drafts, u), ()
+        yield Case(name, "accept", (p.detach(), q.detach(), drafts, u), results)
+    less = 1 - 1e-9
     for name, p, q, drafts, u in (
         ("the drafts come from p itself: all stay", [0.5, 0.5, 0.2], [0.5, 0.5], [0, 1], 0.99),
         ("the model rules the first draft out, u is 0", [0, 1, 0.5], [0.5, 0.5], [0, 1], 0),
         ("the first draft goes, the second would stay", [0.9, 0.9, 0.5], [0.2, 0.5], [1, 0], 0.6),
+        ("drafts of which q is sure", [0.3, 0.6, 0.5], [1.0, 1.0], [0, 0], 0.5),
+        ("nothing is left of p - q", [0.5, 0.5, 0.5], [0.5, 0.5], [0, 1], less),
     ):  # of a vocabulary of two, the probability of token 0
         p, q = (torch.tensor([[[x, 1 - x] for x in z]]).double() for z in (p, q))
-        u = torch.tensor([[u, u, 0.5]]).double()
-        yield name, partial(f.accept, p, q, torch.tensor([drafts]), u), ()
+        if u == less:  # rounding can do that, in larger steps in float32
+            p = p * (1 - 1e-6)
+        u = torch.tensor([[u, u, 0.25]]).double()
+        yield Case(name, "accept", (p, q, torch.tensor([drafts]), u), results)
 
 
-def tile_cases(f) -> Iterator[Case]:
-    def decoded(x, block, pow2):
-        q, s = f.quantize(x.detach().float(), block, pow2)
-        return q.float(), s.log2()  # so that the smallest scales count as well
-
-    row, square, sizes = (1, 128), (128, 128), 10.0 ** torch.arange(-9, 10, 3)[:, None]
+def tile_cases() -> Iterator[Case]:
+    row, square, sizes = (1, 128), (128, 128), 10.0 ** torch.tensor([-42, -36, -20, -14, -9, 0, 30])
+    spread = 10.0 ** torch.arange(4)[:, None, None, None]
     for name, x, block, pow2 in (
         ("rows of 128", random(4, 256), row, False),
         ("rows that do not divide by 128", random(3, 200), row, False),
         ("blocks of 128 x 128, smaller at the edges", random(150, 200), square, False),
         ("a tile of zeros", torch.zeros(2, 128), row, False),
-        ("rows of sizes from 1e-9 to 1e9", sizes * random(7, 128), row, False),
+        ("rows of sizes from 1e-42 to 1e30", sizes[:, None] * random(7, 128), row, False),
         ("powers of two", random(4, 256), row, True),
         ("two matrices", random(2, 130, 130), square, False),
+        ("two times two matrices", spread.view(2, 2, 1, 1) * random(2, 2, 3, 130), row, False),
     ):
-        yield name, partial(decoded, x, block, pow2), ()
+        x = x.detach().float()
+
+        def compared(q, s, x=x, block=block):
+            """Where x / s lies between two numbers of E4M3, either may be taken."""
+            scale, q = fp8.dequantize(torch.ones_like(q), s, block), q.float()
+            exact = x.double() / scale
+            step = torch.exp2(exact.abs().clamp(min=2.0**-6).log2().floor() - 3)
+            off = (q - exact).abs() / step
+            return torch.where(off < 0.5001, exact, q), s.double().log2()
+
+        results = ("q (..., M, K)", "s (..., M/bm, K/bk), as log2")
+        yield Case(name, "quantize", (x, block, pow2), results, compared=compared)
 
 
 # ---- The exercises -------------------------------------------------------------------------------
@@ -234,22 +337,29 @@ def with_texts(exercises: dict[str, Exercise]) -> dict[str, Exercise]:
     return exercises
 
 
-def names(*answers: str) -> dict[str, str]:
-    return {name.split(".")[-1]: name for name in answers}
+def names(*functions: str) -> dict[str, str]:
+    return {name.split(".")[-1]: name for name in functions}
 
 
 EXERCISES = with_texts({
-    "rope": Exercise("RMSNorm and RoPE", v3, names("rms_norm", "rotate"), rope_cases),
+    "rope": Exercise("RMSNorm and RoPE", v3, names("rms_norm", "rotate"), rope_cases,
+                     "vectors", -1),
+    "yarn": Exercise("The rotary table, with YaRN", v3, names("rope_table"), yarn_cases,
+                     "positions", 1),
     "mla": Exercise("Attention with keys and values from latents", v3,
-                    names("MLA.attend_expanded"), mla_cases, ("causal_attention",)),
+                    names("MLA.attend_expanded"), mla_cases, "tokens", 2),
     "absorbed": Exercise("Attention on the cached latents", v3,
-                         names("MLA.attend_absorbed"), absorbed_cases, ("causal_attention",)),
-    "gate": Exercise("The gate: bias, groups, gate values", v3, names("Gate.forward"), gate_cases),
-    "bias": Exercise("The update of the bias", v3, names("DeepSeekV3.update_bias"), bias_cases),
-    "balance": Exercise("The balance loss of a sequence", v3, names("balance_loss"), balance_cases),
-    "experts": Exercise("Tokens to experts and back", v3, names("routed_ffn"), expert_cases),
+                         names("MLA.attend_absorbed"), absorbed_cases, "tokens", 2),
+    "gate": Exercise("The gate: bias, groups, gate values", v3, names("Gate.forward"),
+                     gate_cases, "tokens", 2),
+    "bias": Exercise("The update of the bias", v3, names("DeepSeekV3.update_bias"), bias_cases,
+                     "numbers", 9),
+    "balance": Exercise("The balance loss of a sequence", v3, names("balance_loss"),
+                        balance_cases),
+    "experts": Exercise("Tokens to experts and back", v3, names("routed_ffn"), expert_cases,
+                        "tokens", 1),
     "mtp": Exercise("MTP: shift and loss", v3, {"mtp_loss": "DeepSeekV3.forward"}, mtp_cases),
-    "accept": Exercise("Speculative sampling", sample, names("accept"), accept_cases),
+    "accept": Exercise("Speculative sampling", sample, names("accept"), accept_cases, "texts", 1),
     "tiles": Exercise("FP8 with a scale for every tile", fp8, names("quantize"), tile_cases,
-                      ("_tiles",)),
+                      "numbers", 9),
 })  # fmt: skip

@@ -1,4 +1,4 @@
-"""Exercise 2. Multi-head Latent Attention: keys and values of all heads from one latent.
+"""Exercise 3. Multi-head Latent Attention: keys and values of all heads from one latent.
 
 k_t^C = W^UK c_t^KV        v_t^C = W^UV c_t^KV        k_t,i = [k_t,i^C; k_t^R]        Eq. 2, 4, 5
 o_t,i = sum over j <= t of softmax_j(q_t,i . k_j,i * scale) v_j,i^C                   Eq. 10

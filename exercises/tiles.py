@@ -1,4 +1,4 @@
-"""Exercise 10. FP8 with a scale for every tile.
+"""Exercise 11. FP8 with a scale for every tile.
 
 s = max |x| over the tile / 448       q = x / s in E4M3       x is about q s         section 3.3.2
 
