@@ -5,7 +5,7 @@ q . (W^UK c) = (W^UK^T q) . c                 sum_j p_j (W^UV c_j) = W^UV (sum_j
 In decoding, keys and values of all old tokens would have to be made anew for every token. Instead
 W^UK goes over to the query and W^UV to the output. Then attention needs only what the cache holds:
 for every token the C numbers of its latent and the R numbers of its turned key. The result is that
-of exercise 2.
+of exercise 3. Keys and values of the old tokens are never made: multiplications are counted.
 
 The last T of the S cached tokens are those of the queries: query i is token S - T + i.
 """

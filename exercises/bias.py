@@ -4,7 +4,7 @@ b_i += gamma * sign(mean load - load of expert i)          section 2.1.2; arXiv 
 
 After every step each layer with experts compares how often its experts were chosen. The bias of an
 expert that was busier than the mean falls by gamma, that of an idler one rises by gamma. The gate
-adds it to the score when it chooses (exercise 4). No gradient is needed.
+adds it to the score when it chooses (exercise 5). No gradient is needed.
 """
 
 import torch

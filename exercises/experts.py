@@ -5,7 +5,8 @@ FFN_i(x) = W_down,i (silu(W_gate,i x) * W_up,i x)
 
 A token visits K of E experts. So every expert takes the tokens that have chosen it, as the rows of
 a matrix, and computes them in one product for each of its three matrices. The results go back to
-their tokens, times the gate values, and are added up. No token is dropped.
+their tokens, times the gate values, and are added up. No token is dropped, and no expert computes a
+token that did not choose it.
 """
 
 from collections.abc import Callable

@@ -35,11 +35,9 @@ class Case:
     args: tuple  # tensors that require a gradient are differentiated by
     results: tuple[str, ...]  # their names, with the layout
     learnt: dict[str, Tensor] = field(default_factory=dict)  # parameters to differentiate by
-    # The results from what the function returns; and, from these, what is compared: the order of
-    # the chosen is free, say.
-    read: Callable = lambda returned: returned if isinstance(returned, tuple) else (returned,)
+    # What is compared, from the results: the order of the chosen is free, say.
     compared: Callable = lambda *results: results
-    may_change: bool = False  # what it is given
+    changes: Callable | None = None  # where it changes what it is given: reads the results there
     dtype: torch.dtype | None = None  # of floating-point arguments, where it is not their own
     too_many: str = ""  # what a reader does who multiplies three times as often as needed
 
@@ -89,13 +87,13 @@ def rope_cases() -> Iterator[Case]:
     ):
         yield Case(f"rms_norm: {name}", "rms_norm", (x, 1e-6), ("y (..., D)",), dtype=dtype)
     q, angle = random(2, 5, 3, 6), random(5, 3, seed=1, size=2.0).detach()
-    rope, low = (angle.cos(), angle.sin()), q.detach()
+    table, low = (angle.cos(), angle.sin()), q.detach()
     for name, x, rope, interleave, dtype in (
-        ("pairs are neighbours", q, rope, True, None),
-        ("pairs are halves (interleave=False)", q, rope, False, None),
+        ("pairs are neighbours", q, table, True, None),
+        ("pairs are halves (interleave=False)", q, table, False, None),
         ("angle 0 changes nothing", q, (torch.ones(5, 3), torch.zeros(5, 3)), True, None),
-        ("as many tokens as heads", q[:, :3], [table[:3] for table in rope], True, None),
-        ("bfloat16 comes back, float32 inside", low, rope, True, torch.bfloat16),
+        ("as many tokens as heads", q[:, :3], [x[:3] for x in table], True, None),
+        ("bfloat16 comes back, float32 inside", low, table, True, torch.bfloat16),
     ):
         results = ("y (B, T, H, R)",)
         yield Case(f"rotate: {name}", "rotate", (x, rope, interleave), results, dtype=dtype)
@@ -199,21 +197,21 @@ def bias_cases() -> Iterator[Case]:
         biases = [gate.e_score_correction_bias.fill_(0.25) for gate in net.gates()]
         net.expert_counts.copy_(torch.tensor(counts))
 
-        def after(returned, net=net, biases=biases):
+        def after(net=net, biases=biases):
             return *biases, net.expert_counts
 
         results = ("bias of layer 1 (E,)", "bias of layer 2 (E,)", "expert_counts (layers, E)")
-        yield Case(name, "update_bias", (net, gamma), results, read=after, may_change=True)
+        yield Case(name, "update_bias", (net, gamma), results, changes=after)
 
 
 def balance_cases() -> Iterator[Case]:
-    s = random(3, 8, 6).detach().sigmoid().requires_grad_()
+    three = random(3, 8, 6).detach().sigmoid().requires_grad_()
     same = torch.tensor([0.9, 0.8, 0.1, 0.1]).double().repeat(2, 4, 1).requires_grad_()
     for name, s, K in (
-        ("three sequences, two experts a token", s, 2),
-        ("one expert a token", s, 1),
-        ("all experts: the loss is 1", s, 6),
-        ("one sequence", s[:1].detach().requires_grad_(), 2),
+        ("three sequences, two experts a token", three, 2),
+        ("one expert a token", three, 1),
+        ("all experts: the loss is 1", three, 6),
+        ("one sequence", three[:1].detach().requires_grad_(), 2),
         ("every token takes the same two", same, 2),
     ):
         yield Case(name, "balance_loss", (s, K), ("loss",))
@@ -257,7 +255,8 @@ def mtp_cases() -> Iterator[Case]:
         ("targets that are not there (-1)", 8, 2, [2, 3, 7]),
         ("a text too short for the second module", 2, 2, []),
     ):
-        net = filled(v3.DeepSeekV3(config(num_nextn_predict_layers=depth))).eval()
+        fields = {"num_hidden_layers": 1, "num_nextn_predict_layers": depth}
+        net = filled(v3.DeepSeekV3(config(**fields))).eval()
         net.forward = refuse
         tokens = torch.arange(2 * T).reshape(2, T) * 7 % 32
         targets = tokens.roll(-1, 1)

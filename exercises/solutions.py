@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from model import head_loss, swiglu
+from model import head_loss
 from sample import draw
 from support.ops import upcast
 
@@ -102,7 +102,7 @@ def update_bias(self, gamma):
 
 
 def balance_loss(s, K):
-    B, T, E = s.shape
+    _, T, E = s.shape
     P = (s / s.sum(-1, keepdim=True)).mean(1)  # (B, E)
     best = s.topk(K).indices.flatten(1)  # (B, T*K)
     counts = torch.stack([torch.bincount(ids, minlength=E) for ids in best])
