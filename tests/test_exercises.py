@@ -17,11 +17,7 @@ import answers
 
 from exercises import check, network, solutions
 from exercises.known import EXERCISES
-<<<<<<< HEAD
-from sample import draw
 from support.settings import Refusal
-=======
->>>>>>> 3759a5f (Exercises accept what is right in any form and nothing else: 95 right and 80 wrong answers as tests, 203 mistakes by name, the trained network as the last check)
 
 ROOT = Path(__file__).parent.parent
 
