@@ -85,7 +85,12 @@ def rope_cases() -> Iterator[Case]:
         ("float32", random(4, 8, seed=2).detach(), torch.float32),
         ("bfloat16 comes back, float32 inside", random(64, 32, size=30.0).detach(), torch.bfloat16),
     ):
-        yield Case(f"rms_norm: {name}", "rms_norm", (x, 1e-6), ("y (..., D)",), dtype=dtype)
+        # Powers of two, by which numbers of bfloat16 are multiplied exactly.
+        weight = torch.exp2(random(x.shape[-1], seed=3).detach().round())
+        weight.requires_grad_(dtype is None)
+        case = Case(f"rms_norm: {name}", "rms_norm", (x, weight, 1e-6), ("y (..., D)",))
+        case.dtype = dtype
+        yield case
     q, angle = random(2, 5, 3, 6), random(5, 3, seed=1, size=2.0).detach()
     table, low = (angle.cos(), angle.sin()), q.detach()
     for name, x, rope, interleave, dtype in (

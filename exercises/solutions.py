@@ -14,10 +14,11 @@ from sample import draw
 from support.ops import upcast
 
 
-def rms_norm(x, eps):
+def rms_norm(x, weight, eps):
     x32 = upcast(x)
     mean = x32.square().mean(-1, keepdim=True)
-    return (x32 / (mean + eps).sqrt()).to(x.dtype)
+    y = (x32 / (mean + eps).sqrt()).to(x.dtype)
+    return weight * y
 
 
 def rotate(x, rope, interleave):

@@ -46,6 +46,14 @@ NAMES = {
 # ---- rope ----------------------------------------------------------------------------------------
 
 
+def weighted(norm):
+    def rms_norm(x, weight, eps):
+        y = norm(x, eps)
+        return weight * y if isinstance(y, torch.Tensor) else y
+
+    return rms_norm
+
+
 def norm_by_rsqrt(x, eps):
     h = upcast(x)
     return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -184,7 +192,7 @@ for norm, rotation in (
     (norm_by_product, rotate_in_loops),
     (norm_of_double, rotate_by_index),
 ):
-    right("rope", rms_norm=norm, rotate=rotation)
+    right("rope", rms_norm=weighted(norm), rotate=rotation)
 
 
 def norm_in_float32(x, eps):
@@ -243,7 +251,7 @@ for says, norm, rotation in (
     ("is of type tuple", lambda x, eps: (norm_by_rsqrt(x, eps),), good_rotation),
     ("unexpected keyword", lambda x, eps: F.rms_norm(x, x.shape[-1:], epsilon=eps), good_rotation),
 ):  # fmt: skip
-    wrong("rope", says, rms_norm=norm, rotate=rotation)
+    wrong("rope", says, rms_norm=weighted(norm), rotate=rotation)
 
 
 # ---- yarn ----------------------------------------------------------------------------------------
