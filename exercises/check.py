@@ -37,7 +37,7 @@ from support.settings import Refusal, run_command
 ROOT = Path(__file__).resolve().parent.parent
 # What rounding may change, in parts of a case's largest number: in float64, and in other dtypes.
 EXACT, ROUNDED = 1e-10, 1e-5
-CLEAR = 100  # a mistake is named if it changes that many times as much
+CLEAR = 10  # a mistake is named if it changes that many times as much
 
 
 # ---- One call ------------------------------------------------------------------------------------

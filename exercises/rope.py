@@ -5,8 +5,9 @@ RoPE          pair number i of the token at position t is turned by the angle t 
               (a, b) -> (a cos - b sin, a sin + b cos)
 
 RMSNorm gives a vector's numbers a mean square of about 1, eps keeps zeros from dividing by zero,
-and then each of the D numbers has a weight, which is learnt. RoPE turns queries and keys, so that their product depends on the distance of
-the two tokens, not on where they stand. (The angles are computed already: `rope` has them.)
+and then each of the D numbers has a weight, which is learnt. RoPE turns queries and keys, so that
+their product depends on the distance of the two tokens, not on where they stand. (The angles are
+computed already: `rope` has them.)
 """
 
 from torch import Tensor
