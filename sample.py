@@ -19,7 +19,6 @@ import itertools
 import math
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,14 +29,18 @@ from torch import Tensor
 
 from huggingface import load_model
 from model import MOST_NEW, Cache, DeepSeekV3
+from support.graphs import graph_of, what_runs
 from support.ops import fast_dtype, laid_out, span
-from support.processes import compiling, usable_device
+from support.processes import usable_device
 from support.settings import Refusal, info, parse_args, run_command, with_home
 from support.tokenizer import Tokenizer
 
 MOST_DRAFTS = 4
 MATCH = 3  # so many last tokens must stand earlier in the text before drafts are copied from there
 COLDEST = 1e-6  # a lower temperature is greedy: the likeliest token has nearly all probability
+NOT_FINITE = (
+    "the model's logits are not finite: weights are damaged, or an edit of model.py makes them so"
+)
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
@@ -75,6 +78,13 @@ class Stats:
     accepted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
     note: str = ""  # what its reader should know
 
+    def count(self, new: int, accepted: int, drafted: int):
+        """A row's part of a round: its new tokens, how many of these were drafts, all drafts."""
+        self.tokens += new
+        for position in range(drafted):
+            self.drafted[position] += 1
+            self.accepted[position] += position < accepted
+
 
 # ---- Sampling ------------------------------------------------------------------------------------
 
@@ -95,8 +105,11 @@ def uniform(B: int, G: int, device: torch.device, generator=None) -> Tensor:
 def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor:
     """Temperature, then top-k, then top-p: logits (..., V) -> probabilities (..., V) in float64.
 
-    Tokens that tie with the k-th likeliest all stay, as in transformers.
+    At temperature 0 the likeliest token has all probability. Tokens that tie with the k-th
+    likeliest all stay, as in transformers.
     """
+    if not isinstance(temperature, Tensor) and temperature < COLDEST:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
     logits = logits.double() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[..., -1:]
@@ -152,106 +165,92 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
 class Text:
     """B rows of text, all of n tokens, and what it takes to continue them.
 
-    The newest token, n-1, has not been through the model yet: the next round reads it together with
-    the drafts. So the model's `cache` and `hidden` states are valid for tokens 0 .. n-2. What
-    stands behind those comes from drafts that were rejected, and is written over before it is read.
-    Of `mtp_cache`, the cache of the MTP modules, the first `filled` slots are valid: they were
-    computed from tokens of the text alone.
+    The model has read all of them but the newest, token n-1: the next round reads it together with
+    the drafts. What `cache`, `hidden` and `mtp_cache` hold behind the text comes from drafts that
+    were rejected. It is written over before it is read, so it is forgotten by length alone.
     """
 
-    def __init__(self, model, tokens: Tensor, new: int, depth: int, compiled: bool, filters: tuple):
-        """Reads the prompt, tokens (B, T). `new`: tokens that there must be room for; depth: MTP
-        modules that draft, all of the model's or 0; filters: temperature, top_k, top_p."""
+    def __init__(self, model, tokens: Tensor, new: int, G: int, compiled: bool, filters: tuple):
+        """Reads the prompt, tokens (B, T), but for its last token. `new`: tokens that there must be
+        room for; G: drafts in a round; filters: temperature, top_k, top_p."""
         (B, T), config, like = tokens.shape, model.config, model.norm.weight
-        temperature, top_k, top_p = filters
-        self.greedy, self.depth = temperature < COLDEST, depth
-        # A tensor, so that a graph serves every temperature.
-        where = drawing_device(tokens.device)
-        self.filters = torch.tensor(temperature, dtype=torch.float64, device=where), top_k, top_p
+        self.model, self.compiled, self.drafts = model, compiled, G
+        self.depth = min(G, len(model.mtp))  # the MTP modules that draft
+        temperature, *others = filters
+        drawn = temperature >= COLDEST
+        if drawn:  # a tensor, so that a graph serves every temperature
+            where = drawing_device(tokens.device)
+            temperature = torch.tensor(temperature, dtype=torch.float64, device=where)
+        self.filters = temperature, *others
         # The last round may go beyond `new`. A graph serves one size: compiled, there are few.
-        size = T + new + MOST_DRAFTS + depth + 1
+        size = T + new + MOST_DRAFTS
         size = max(256, 1 << (size - 1).bit_length()) if compiled else size
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
         self.cache = Cache(config, model.layers, B, size, like)
-        hidden = model.trunk(tokens, self.cache)  # (B, T, D)
-        if not model.logits(hidden[:, -1:]).isfinite().all():
-            raise Refusal(
-                "the logits after the prompt are not finite: weights are damaged, or an edit of "
-                "model.py makes them so"
-            )
-        if depth:  # which the first module takes
-            self.hidden = F.pad(hidden, (0, 0, 0, size - T))  # (B, size, D)
-        self.mtp_cache, self.filled = Cache(config, model.mtp[:depth], B, size, like), 0
-        # How many slots `fill` takes at once: so few that attention's scores, (B, H, piece, size)
-        # in float32, take about 256 MB at most.
-        self.piece = max(MOST_DRAFTS + depth, 2**26 // (B * size * config.num_attention_heads))
-        self.model = model
-        # All slots of the prompt but the last ones, which the first round fills. They may come in
-        # one piece: with no cached text before them they need little memory.
-        self.fill(T - 1 - depth, piece=T)
-        self.compiled = compiled
-        # What a graph is made for (the network's modules among it), and the graphs that CUDA has
-        # recorded with this text's tensors.
-        network = (str(config), str(model)) if compiled else ()
-        self.kind = *network, like.dtype, like.device, B, size, depth, self.greedy, top_k, top_p
-        self.recorded = set()
+        self.mtp_cache = Cache(config, model.mtp[: self.depth], B, size, like)
+        self.hidden = like.new_zeros(B, size if self.depth else 0, config.hidden_size)
+        if T > 1:
+            hidden = model.trunk(tokens[:, :-1], self.cache)  # (B, T-1, D)
+            self.hidden[:, : T - 1] = hidden[:, : self.hidden.shape[1]]
+            for k in range(self.depth):
+                hidden = self.one_further(k, hidden, 0)
+        self.graphs = {}  # by the kind of a round: whether drafts are copied, and how many
+        if compiled:
+            sizes = B, size, G, like.dtype, like.device
+            self.kind = drawn, *others, *sizes, what_runs(Text, model)
 
-    def run_module(self, module: int, hidden: Tensor, start: int | Tensor) -> Tensor:
-        """An MTP module (from 0) fills its slots from `start` on, one for each of the hidden states
-        (B, slots, D). Returns its own hidden states, of the same shape.
+    def one_further(self, k: int, hidden: Tensor, start: int | Tensor) -> Tensor:
+        """An MTP module reads the positions from `start` on: their hidden states at depth k, h^k
+        (B, positions, D), become those at depth k + 1.
 
-        Slot i of module k takes token i+k+1 and the hidden state of slot i of module k-1, module 0
-        that of the main model at token i. What comes out predicts token i+k+2.
+        At position i it takes h^k_i and token i+k+1. What comes out predicts token i+k+2.
         """
-        tokens = self.tokens[:, span(start + module + 1, hidden.shape[1])]
+        tokens = self.tokens[:, span(start + k + 1, hidden.shape[1])]
         self.mtp_cache.length = start
-        return self.model.predict_next(module, hidden, tokens, self.mtp_cache)
+        return self.model.predict_next(k, hidden, tokens, self.mtp_cache)
 
-    def fill(self, end: int, piece: int):
-        """The MTP modules fill those slots before `end` that are not, `piece` at a time."""
-        while self.depth and self.filled < end:
-            start, self.filled = self.filled, min(self.filled + piece, end)
-            hidden = self.hidden[:, start : self.filled]
-            for module in range(self.depth):
-                hidden = self.run_module(module, hidden, start)
+    def draft(self, n: int | Tensor, copies: Tensor | None, u: Tensor) -> Tensor:
+        """Writes drafts of tokens n .. n+G-1: the copies (B, G), or, if None, what the MTP modules
+        make. Returns the distributions that they come from, q (B, G, V).
 
-    def draft(self, n: int | Tensor, G: int, slots: int, u: Tensor) -> Tensor | None:
-        """The MTP modules write drafts of tokens n .. n+G-1. Returns the distributions that these
-        were drawn from, q (B, G, V); None if greedy.
+        In every round the modules read as many positions as a round can add, up to n-2; those that
+        they have read before give the same again. There module 1 drafts token n, then module 2
+        token n+1, and so on. For more drafts the last module goes on, one position further each
+        time, from its own output. With two modules, at most three drafts (so 5 positions):
 
-        In its slot n-2 module 0 drafts token n, then module 1 token n+1, and so on. With that slot
-        each fills those before it that are not valid yet, `slots` in all. For more drafts the last
-        module runs again, a slot further each time, on its own output. Two modules, three drafts:
-
-            module   fills slots          takes hidden states      takes tokens        drafts token
-            0        n-1-slots .. n-2     of the main model        n-slots .. n-1      n
-            1        n-1-slots .. n-2     of module 0              n-slots+1 .. n      n+1
-            1        n-1                  its own, of slot n-2     n+1                 n+2
+            module   reads positions   takes their states   and the tokens    drafts token
+            1        n-6 .. n-2        of the model         n-5 .. n-1        n
+            2        n-6 .. n-2        of module 1          n-4 .. n          n+1
+            2        n-1               its own, of n-2      n+1               n+2
         """
-        start, q = n - 1 - slots, []
-        hidden = self.hidden[:, span(start, slots)]
-        for step in range(max(G, self.depth)):  # modules without a draft have slots to fill, too
-            module = min(step, self.depth - 1)
-            if step > module:
-                start, hidden = n - 2 + step - module, hidden[:, -1:]
-            hidden = self.run_module(module, hidden, start)
-            if step < G:
+        if copies is not None:
+            self.tokens[:, span(n, copies.shape[1])] = copies
+        count = self.drafts + self.depth
+        count = min(count, n - 1) if isinstance(n, int) else count  # the beginning has fewer
+        start, q = n - 1 - count, []
+        hidden = self.hidden[:, span(start, count)]
+        steps = self.drafts if copies is None else self.depth
+        for step in range(steps if count else 0):
+            k = min(step, self.depth - 1)
+            if step > k:
+                start, hidden = n - 2 + step - k, hidden[:, -1:]
+            hidden = self.one_further(k, hidden, start)
+            if copies is None:
                 logits = self.model.logits(hidden[:, -1:]).to(u.device)  # (B, 1, V)
-                if self.greedy:
-                    token = logits.argmax(-1)
-                else:
-                    q.append(probabilities(logits, *self.filters))
-                    token = draw(q[step], u[:, step : step + 1])
+                q.append(probabilities(logits, *self.filters))
+                token = draw(q[step], u[:, step : step + 1])
                 self.tokens[:, span(n + step, 1)] = token.to(hidden.device)
-        return torch.cat(q, 1) if q else None
+        if copies is None:
+            return torch.cat(q, 1)
+        return F.one_hot(copies, self.model.config.vocab_size).to(u)
 
-    def verify(self, n: int | Tensor, G: int, q: Tensor | None, u: Tensor) -> Tensor:
+    def verify(self, n: int | Tensor, q: Tensor, u: Tensor) -> Tensor:
         """One forward of the model checks the drafts of tokens n .. n+G-1 and writes n .. n+G.
 
-        q (B, G, V): what the drafts were drawn from; None: they were copied, or are the likeliest.
-        Returns how many drafts each row keeps, then its tokens, of which the first kept + 1 count:
-        (B, 1 + G+1).
+        q (B, G, V): what the drafts come from. Returns how many of them each row keeps (-1 where
+        the logits are not finite), then its tokens, of which the first kept + 1 count: (B, 1+G+1).
         """
+        G = q.shape[1]
         read = self.tokens[:, span(n - 1, G + 1)]  # (B, G+1): the newest token and the drafts
         self.cache.length = n - 1
         hidden = self.model.trunk(read, self.cache)
@@ -259,98 +258,32 @@ class Text:
             self.hidden[:, span(n - 1, G + 1)] = hidden
         logits = self.model.logits(hidden).to(u.device)  # (B, G+1, V)
         drafts = read[:, 1:].to(u.device)  # (B, G)
-        if q is not None:
-            kept, token = accept(probabilities(logits, *self.filters), q, drafts, u[:, G:])
-            out = F.pad(drafts, (0, 1)).scatter(1, kept[:, None], token)  # (B, G+1)
-        else:  # a draft stays where it is the model's own choice
-            if self.greedy:
-                out = logits.argmax(-1)  # (B, G+1)
-            else:
-                out = draw(probabilities(logits, *self.filters), u[:, G:])
-            kept = (out[:, :-1] == drafts).long().cumprod(1).sum(1)  # (B,)
+        kept, token = accept(probabilities(logits, *self.filters), q, drafts, u[:, G:])
+        out = F.pad(drafts, (0, 1)).scatter(1, kept[:, None], token)  # (B, G+1)
         self.tokens[:, span(n, G + 1)] = out.to(hidden.device)
+        kept = torch.where(logits.isfinite().all(), kept, -1)
         return torch.cat((kept[:, None], out), 1)
 
-    def draft_and_verify(self, n: int | Tensor, G: int, slots: int | None, u: Tensor) -> Tensor:
-        """A round; returns what `verify` does. slots: as in `draft`; None: no module drafts, since
-        the G drafts are written already, or G is 0."""
-        q = None if slots is None else self.draft(n, G, slots, u)
-        return self.verify(n, G, q, u)
+    def round(self, n: int | Tensor, copies: Tensor | None, u: Tensor) -> Tensor:
+        """`draft`, then `verify`; played again, it gives the same again."""
+        return self.verify(n, self.draft(n, copies, u), u)
 
-    def play(self, n: int, G: int, copied: bool, u: Tensor) -> tuple[list[list[int]], float]:
+    def play(self, n: int, copies: Tensor | None, u: Tensor) -> tuple[list[list[int]], float]:
         """A round, eager or as a graph: what `verify` returns, and the seconds it took, without
-        compilation. copied: the G drafts are written already."""
-        # The modules fill the slots that earlier rounds have left open. A graph fills as many in
-        # every round, the most that a round with G drafts can leave; filled ones are written again.
-        # Near the beginning of a text there are not so many, so its first rounds are eager.
-        most = G + self.depth
-        as_graph = self.compiled and n > most
-        slots = None
-        if G and not copied:
-            slots = most if as_graph else min(n - 1 - self.filled, self.piece)
-        position = torch.tensor(n, device=self.tokens.device) if as_graph else n
-        run = graph_of(self, position, G, slots, u) if as_graph else Text.draft_and_verify
+        compilation. The first rounds of a text, which read fewer positions, are eager."""
+        position, run = n, Text.round
+        copies = copies if copies is None else copies.to(self.tokens.device)
+        if self.compiled and n > self.drafts + self.depth:
+            position = torch.tensor(n, device=self.tokens.device)
+            kind = copies is None, u.shape
+            if kind not in self.graphs:
+                args, on_cpu = (self, position, copies, u), self.tokens.device.type == "cpu"
+                parts = self.model, *map(vars, (self, self.cache, self.mtp_cache))
+                self.graphs[kind] = graph_of(Text.round, args, self.kind + kind, parts, on_cpu)
+            run = self.graphs[kind]
         began = time.perf_counter()
-        if slots is not None:
-            self.fill(n - 1 - slots, self.piece)  # what rounds without modules have left
-            # In slot n-1-depth the last module takes token n-1, behind it drafts.
-            self.filled = max(0, n - self.depth)
-        outcome = run(self, position, G, slots, u).tolist()
+        outcome = run(self, position, copies, u).tolist()
         return outcome, time.perf_counter() - began
-
-
-# ---- Rounds as graphs ----------------------------------------------------------------------------
-
-GRAPHS = {}  # compiled rounds; they serve every text of their kind, of whatever model
-
-
-def graph_of(text: Text, n: Tensor, G: int, slots: int | None, u: Tensor) -> Callable:
-    """Text.draft_and_verify as one graph for every n, compiled here if it is the first of its kind.
-
-    A CUDA graph is a round recorded with the addresses of one text's tensors. Before it replays
-    one, torch compares the addresses; where they are others, it records another, without compiling
-    (mark_static_address, cudagraph_trees.py). So a text's first round of a kind is run here once
-    more than needed, where no clock counts the recording. Recordings stay as long as the process.
-    """
-    key, on_cpu = (*text.kind, G, slots), text.tokens.device.type == "cpu"
-    began, trials = time.perf_counter(), 0
-    if key not in GRAPHS:
-        info("compiling a round of decoding, which may take a minute")
-        graph, trials = new_graph(text, on_cpu), 3  # a GPU records in the second
-    else:
-        graph = GRAPHS[key]
-        if not on_cpu and (G, slots) not in text.recorded:
-            trials = 1
-    with compiling():
-        for _ in range(trials):
-            tokens = text.tokens.clone()
-            graph(text, n, G, slots, u)
-            text.tokens.copy_(tokens)  # the round writes over drafts that were copied
-    text.recorded.add((G, slots))
-    if key not in GRAPHS:
-        GRAPHS[key] = graph
-        info(f"compiled in {time.perf_counter() - began:.0f} s")
-    return graph
-
-
-def new_graph(text: Text, on_cpu: bool) -> Callable:
-    """Text.draft_and_verify, which torch compiles when it is called for the first time."""
-    # torch.compile keeps graphs with a function's code object: each graph has a copy of that.
-    function = types.FunctionType(Text.draft_and_verify.__code__.replace(), globals())
-    if on_cpu:
-        options = dict(cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
-        options["cpp.enable_floating_point_contract_flag"] = "fast"  # a * b + c is one instruction
-    else:
-        options = {"triton.cudagraphs": True}
-        # CUDA graphs are skipped where an input is written to, unless its address is fixed.
-        parts = [vars(part) for part in (text, text.cache, text.mtp_cache)]
-        parts += [*text.model.parameters(), *text.model.buffers()]
-        for x in torch.utils._pytree.tree_leaves(parts):
-            if isinstance(x, Tensor):
-                torch._dynamo.mark_static_address(x)
-    # No guards: checking a few hundred tensors would take as long as the step.
-    options |= {"guard_filter_fn": lambda guards: [False] * len(guards)}
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 # ---- Whole texts ---------------------------------------------------------------------------------
@@ -378,6 +311,13 @@ class Row:
             return []
         found = self.ids[place : place + count]
         return (found * count)[:count]  # at the end of the text what is copied goes on into itself
+
+
+def copied_drafts(rows: list[Row], live: list[int], G: int) -> Tensor | None:
+    """G drafts for each row (B, G), copied from its own text; None if a live row has none to copy.
+    Rows share a round: all copy, or none."""
+    found = [row.look_up(G) if b in live else [0] * G for b, row in enumerate(rows)]
+    return torch.tensor(found) if all(found) else None
 
 
 @torch.inference_mode()
@@ -416,40 +356,36 @@ def generate(
     stats = stats or Stats()
     end = min(T + max_new_tokens, model.config.max_position_embeddings)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    depth = len(model.mtp) if speculative else 0
     # Autocast would multiply the copies of weights by numbers of another dtype.
     with torch.autocast(tokens.device.type, enabled=False), laid_out(model, compile, end - T):
-        text = Text(model, tokens, end - T, depth, compile, (temperature, top_k, top_p))
+        text = Text(model, tokens, end - T, speculative, compile, (temperature, top_k, top_p))
         rows = [Row(ids) for ids in tokens.tolist()]
         live = list(range(B))  # the rows that have not reached eos
         n = T  # tokens of each of them
         while live and n < end:
-            copies = [rows[b].look_up(speculative) if lookup else [] for b in live]
-            copied = all(copies)  # rows share a round: all copy, or none
-            # The MTP modules need two tokens: the first module's first slot takes the second token.
-            draft_count = speculative if copied or (depth and n > 1) else 0
-            if copied:
-                text.tokens[live, n : n + draft_count] = torch.tensor(copies, device=tokens.device)
-            random_numbers = uniform(B, draft_count, tokens.device, generator)
-            outcome, seconds = text.play(n, draft_count, copied, random_numbers)
+            copies = copied_drafts(rows, live, speculative) if lookup else None
+            stats.lookups += copies is not None
+            # MTP modules draft behind two tokens or more: the first position takes the second one.
+            if copies is None and not (text.depth and n > 1):
+                copies = torch.zeros(B, 0, dtype=torch.long)  # no drafts
+            G = speculative if copies is None else copies.shape[1]
+            outcome, seconds = text.play(n, copies, uniform(B, G, tokens.device, generator))
             # All rows advance by the drafts that every row keeps, and by one token: a new one,
             # or in a row that keeps more drafts the next of these.
             advance = min(1 + min(outcome[b][0] for b in live), end - n)
+            if not advance:
+                raise Refusal(NOT_FINITE)
             for b in live:
                 kept, *ids = outcome[b]
                 ids = up_to_eos(ids[:advance], eos)
                 accepted = min(kept, len(ids))
                 rows[b].extend(ids)
                 on_token(b, ids, accepted)
-                stats.tokens += len(ids)
-                for position in range(min(draft_count, end - n)):
-                    stats.drafted[position] += 1
-                    stats.accepted[position] += position < accepted
+                stats.count(len(ids), accepted, min(G, end - n))
             live = [b for b in live if rows[b].ids[-1] not in eos]
             n += advance
             stats.seconds += seconds
             stats.rounds += 1
-            stats.lookups += copied
     length, trained = max(len(row.ids) for row in rows), model.trained_length
     if length > trained:
         stats.note = f"the text goes beyond the {trained} tokens the model was trained on"

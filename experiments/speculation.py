@@ -67,16 +67,14 @@ def allowed(shares: list[float], draft: float, verify: float) -> float:
 def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat: float) -> dict:
     """Seconds of a round without drafts (0, False), and with G drafts that the MTP module makes
     (G, False) or that are there already (G, True), at several places of tokens (1, T)."""
-    T = tokens.shape[1]
-    text = sample.Text(model, tokens, 0, len(model.mtp), compile, (heat, None, None))
+    T, filters = tokens.shape[1], (heat, None, None)
+    texts = [sample.Text(model, tokens, 0, G, compile, filters) for G in range(5)]
     places = range(T // 2, T - 8, 8)
 
     def rounds(G: int, given: bool):
         for n in places:
-            u = sample.uniform(1, G, tokens.device)
-            text.filled = n - G - text.depth  # as after a round that has kept all drafts but one
-            text.tokens[:, n : n + G] = tokens[:, n : n + G]
-            text.play(n, G, given, u)
+            copies = tokens[:, n : n + G] if given or G == 0 else None
+            texts[G].play(n, copies, sample.uniform(1, G, tokens.device))
 
     kinds = [(0, False), *((G, given) for G in range(1, 5) for given in (False, True))]
     with laid_out(model, compile, 999):

@@ -186,7 +186,7 @@ write_gguf(unfinished, model => write_gguf(target, model
 if typing.get_origin(annotation) is typing.Literal: => if False:
 
 # sample.py tests/test_sample.py
-(str(config), str(model)) if compiled else () => (str(config),)
+self.depth = min(G, len(model.mtp)) => self.depth = len(model.mtp)
 model = getattr(model, "_orig_mod", model) => pass
 tokens = tokens.long() => pass
 (p / p.sum(-1, keepdim=True) * 2.0**52).floor().cumsum(-1) => p.cumsum(-1)
@@ -196,12 +196,16 @@ before >= top_p => before > top_p
 MATCH = 3 => MATCH = 2
 min(outcome[b][0] for b in live) => min(outcome[b][0] for b in range(B))
 accepted = min(kept, len(ids)) => accepted = kept
-start, hidden = n - 2 + step - module, => start, hidden = n - 1 + step - module,
-self.filled = max(0, n - self.depth) => self.filled = n - 1
-for step in range(max(G, self.depth)): => for step in range(G):
-self.fill(n - 1 - slots, self.piece)  # what => pass  # what
+start, hidden = n - 2 + step - k, => start, hidden = n - 1 + step - k,
+count = self.drafts + self.depth => count = self.drafts + self.depth - 1
+copies is None else self.depth => copies is None else 0
+hidden = model.trunk(tokens[:, :-1], self.cache) => hidden = model.trunk(tokens, self.cache)[:, :-1]
+rest = (p_after - q_after).clamp(min=0) => rest = p_after
+self.cache.length = n - 1 => pass
+vocab_size).to(u) => vocab_size).to(u) / 2
+kept = torch.where(logits.isfinite().all(), kept, -1) => pass
 if len(self.ids) >= MATCH: => if len(self.ids) > MATCH:
-copied = all(copies) => copied = any(copies)
+if all(found) else None => if any(found) else None
 
 # sample.py tests/test_cache.py
 for n in (0, *range(MOST_NEW, 0, -1)) => for n in (0, *range(MOST_NEW - 1, 0, -1))

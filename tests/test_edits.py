@@ -23,7 +23,7 @@ import huggingface
 import model as plain
 import sample
 import train
-from support import ops, processes
+from support import graphs, ops, processes
 from support.digits import digits_of, file_source
 from support.runs import code_of, load_checkpoint
 from support.settings import Refusal
@@ -608,25 +608,39 @@ def change_weights_unseen(model, monkeypatch):
     model.lm_head.weight.data.neg_()
 
 
+def use_another_number(model, monkeypatch):
+    """In a closure, whose code stays what it is."""
+
+    def times(factor):
+        return lambda x, eps: factor * norm(x, eps)
+
+    norm = plain.rms_norm
+    monkeypatch.setattr(plain, "rms_norm", times(1.5))
+    assert is_the_models_text(model, **COMPILED)
+    monkeypatch.setattr(plain, "rms_norm", times(3.0))
+
+
+PATCHES = [
+    put_in_a_class,
+    patch_a_class,
+    patch_an_instance,
+    adapt_a_projection,
+    patch_the_model,
+    put_in_a_hook,
+    give_a_bias,
+    wrap_a_twin,
+    change_the_eps_of_a_norm,
+    change_the_config_of_a_layer,
+    renormalise_the_embedding,
+    put_in_a_layer,
+    change_weights_unseen,
+]
+COMPILED = dict(compile=True, speculative=0, new=20)
+FAST_GRAPHS = {}  # of all patches: that of the unpatched network is made once
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["at once", "after a text"])
-@pytest.mark.parametrize(
-    "patch",
-    [
-        put_in_a_class,
-        patch_a_class,
-        patch_an_instance,
-        adapt_a_projection,
-        patch_the_model,
-        put_in_a_hook,
-        give_a_bias,
-        wrap_a_twin,
-        change_the_eps_of_a_norm,
-        change_the_config_of_a_layer,
-        renormalise_the_embedding,
-        put_in_a_layer,
-        change_weights_unseen,
-    ],
-)
+@pytest.mark.parametrize("patch", PATCHES)
 def test_a_patch_decodes_as_patched(patch, after, monkeypatch):
     model = network(plain)
     before = model(tokens_of(model, 1, 20))
@@ -636,6 +650,39 @@ def test_a_patch_decodes_as_patched(patch, after, monkeypatch):
     assert not torch.equal(model(tokens_of(model, 1, 20)), before)
     for _ in range(2):
         assert is_the_models_text(model)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Graphs that run operation by operation, which need no C++."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(graphs, "GRAPHS", FAST_GRAPHS)
+
+
+@pytest.mark.parametrize("patch", [*PATCHES, use_another_number])
+def test_a_patch_decodes_as_patched_in_a_graph(patch, compiled, monkeypatch):
+    """A text before it leaves a graph behind; where only weights change it serves the next text."""
+    model = network(plain)
+    assert is_the_models_text(model, **COMPILED)
+    patch(model, monkeypatch)
+    known = len(graphs.GRAPHS)
+    assert is_the_models_text(model, **COMPILED) and is_the_models_text(model, **COMPILED)
+    assert len(graphs.GRAPHS) == known + (patch is not change_weights_unseen)
+
+
+def test_a_reloaded_file_decodes_as_edited_in_a_graph(compiled, tmp_path, monkeypatch):
+    """By a network made before the reload, and by one made after it. A file that is the same makes
+    no graph."""
+    edit, known = EDITS["squared ReLU"][0][0], len(graphs.GRAPHS)
+    module = module_of(tmp_path, SOURCE)
+    model = network(module)
+    for text, more in ((SOURCE, 1), (SOURCE, 1), (SOURCE.replace(*edit), 2)):
+        Path(module.__file__).write_text(text, encoding="utf-8")
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.reload(module)
+        assert is_the_models_text(model, **COMPILED) and len(graphs.GRAPHS) == known + more
+    assert is_the_models_text(network(module), **COMPILED)
 
 
 def test_a_patch_of_nn_linear_reaches_matrices_that_would_be_copied(monkeypatch):

@@ -1,0 +1,156 @@
+"""A function as one graph, which torch compiles, for all calls of one kind (`--compile`).
+
+A compiled graph has the code in it that ran when it was made. torch would look at every call
+whether that code is still the same; for the few hundred tensors and modules of a network this takes
+as long as the step. So here nobody looks: the caller names a kind, and `what_runs`, which is part
+of it, is looked up once per text.
+"""
+
+import functools
+import sys
+import time
+import types
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from support.processes import compiling
+from support.settings import info
+
+GRAPHS: dict[tuple, Callable] = {}  # by kind; they serve as long as the process lives
+
+
+def graph_of(function: Callable, args: tuple, kind: tuple, parts: Any, on_cpu: bool) -> Callable:
+    """`function` as the graph of this kind, compiled here with these args if it is the first.
+
+    Calling it again must give the same again, as it is run here beforehand, where no clock counts
+    that. A CUDA graph is recorded with the addresses of tensors: those of `parts` (modules,
+    dictionaries, tensors) stay where they are. Before torch replays a recording it compares the
+    addresses; where they are others, it makes one more, without compiling (mark_static_address,
+    cudagraph_trees.py). Ask once for each set of tensors.
+    """
+    graph, trials, began = GRAPHS.get(kind), 0 if on_cpu else 1, time.perf_counter()
+    if graph is None:
+        info("compiling a round of decoding, which may take a minute")
+        graph, trials = new_graph(function, on_cpu), 3  # a GPU records in the second
+    if not on_cpu:
+        # CUDA graphs are skipped where an input is written to, unless its address is fixed.
+        for x in tensors(parts):
+            torch._dynamo.mark_static_address(x)
+    with compiling():
+        for _ in range(trials):
+            graph(*args)
+    if kind not in GRAPHS:
+        GRAPHS[kind] = graph
+        info(f"compiled in {time.perf_counter() - began:.0f} s")
+    return graph
+
+
+def new_graph(function: Callable, on_cpu: bool) -> Callable:
+    """The function, which torch compiles when it is called for the first time."""
+    # torch.compile keeps graphs with a function's code object: each graph has a copy of that.
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__)
+    if on_cpu:
+        options = dict(cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
+        options["cpp.enable_floating_point_contract_flag"] = "fast"  # a * b + c is one instruction
+    else:
+        options = {"triton.cudagraphs": True}
+    options |= {"guard_filter_fn": lambda guards: [False] * len(guards)}  # see above
+    return torch.compile(copy, fullgraph=True, dynamic=False, options=options)
+
+
+def tensors(parts: Any) -> list[Tensor]:
+    """All tensors in lists, tuples, dictionaries and modules."""
+    leaves = []
+    for part in torch.utils._pytree.tree_leaves(parts):
+        if isinstance(part, nn.Module):
+            leaves += [*part.parameters(), *part.buffers()]
+        elif isinstance(part, Tensor):
+            leaves.append(part)
+    return leaves
+
+
+# ---- What a graph has in it ----------------------------------------------------------------------
+
+PLAIN = int | float | str | bytes | None | torch.dtype | torch.device | types.CodeType
+
+
+def what_runs(*roots: Any) -> tuple:
+    """The code and the plain numbers of these classes and modules, and of all that they call.
+
+    Where this tuple is another, something was edited, patched, wrapped, hooked or set to another
+    value, and a graph would do what was done before. Code is compared as code: an equal function,
+    read a second time, is no other. Weights count by shape and dtype alone: a graph has none in it.
+    The functions of torch and of Python itself are followed no further.
+    """
+    found, seen, todo = [], {}, list(roots)
+    while todo:
+        x = todo.pop()
+        if isinstance(x, PLAIN):  # True is not 1, and nan is nan
+            found.append((type(x), repr(x) if isinstance(x, float) else x))
+        elif isinstance(x, Tensor):
+            found.append((x.shape, x.dtype, x.device))
+        elif id(x) in seen:
+            found.append(seen[id(x)][0])
+        else:
+            seen[id(x)] = len(seen), x  # x stays alive, so that no other gets its id
+            todo += parts_of(x)
+    return tuple(found)
+
+
+def foreign(module: str) -> bool:
+    """Whether a module belongs to torch or to Python itself."""
+    package = module.split(".")[0]
+    return package == "torch" or package in sys.stdlib_module_names
+
+
+def parts_of(x: Any) -> list:
+    """What tells x from others: plain values, and things that have parts themselves."""
+    if isinstance(x, list | tuple):
+        return [item for item in x if not isinstance(item, Tensor)]  # results, not weights
+    if isinstance(x, dict):
+        return [*map(str, x), *x.values()]
+    if isinstance(x, types.MethodType):
+        return [x.__func__]
+    if isinstance(x, functools.partial):
+        return [x.func, x.args, x.keywords]
+    if isinstance(x, property):
+        return [x.fget]
+    if isinstance(x, staticmethod | classmethod):
+        return [x.__func__]
+    if isinstance(x, types.FunctionType):
+        cells = [cell.cell_contents for cell in x.__closure__ or () if cell != types.CellType()]
+        called = [] if foreign(x.__globals__.get("__name__", "")) else called_by(x)
+        return [x.__code__, x.__defaults__, x.__kwdefaults__, *cells, *called]
+    if isinstance(x, type):
+        if x is nn.Module or x.__module__ == "builtins":
+            return []
+        if foreign(x.__module__):
+            return [vars(x).get("forward"), *x.__bases__]
+        callables = types.FunctionType | property | staticmethod | classmethod
+        kept = {k: v for k, v in vars(x).items() if isinstance(v, callables | int | float)}
+        return [x.__qualname__, kept, *x.__bases__]
+    if isinstance(x, nn.Module) or (is_dataclass(x) and not foreign(type(x).__module__)):
+        return [type(x), vars(x)]
+    return [getattr(x, "__name__", None)]  # a function in C, say
+
+
+def called_by(f: types.FunctionType) -> list:
+    """What the names in a function mean, among its globals and in the modules that are there."""
+    names, codes = set(), [f.__code__]
+    for code in codes:
+        names |= set(code.co_names)
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]  # functions in it
+    modules = [x for x in map(f.__globals__.get, names) if type(x) is types.ModuleType]
+    spaces, found = [f.__globals__, *map(vars, sorted(modules, key=repr))], []
+    for space in spaces:
+        for name in sorted(names & space.keys()):
+            value = space[name]
+            if isinstance(value, types.FunctionType | type | bool | int | float | str):
+                found += name, value
+            elif not isinstance(value, types.ModuleType):
+                found += name, getattr(value, "__name__", None)  # a function in C, say
+    return found
