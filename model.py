@@ -646,7 +646,7 @@ class DeepSeekV3(nn.Module):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
         scores, self.scores = self.scores, []
         if self.training:
-            for row, chosen in zip(self.rows(), self.routing, strict=True):
+            for row, chosen in zip(self.count_rows(), self.routing, strict=True):
                 self.expert_counts[row] += count_chosen(chosen, self.config.n_routed_experts)
         if targets is None:
             logits = [self.logits(h) for h in hidden]
@@ -668,7 +668,7 @@ class DeepSeekV3(nn.Module):
         """The gates of the MoE layers in order, those of the MTP modules last."""
         return [module for module in self.modules() if isinstance(module, Gate)]
 
-    def rows(self) -> list[int]:
+    def count_rows(self) -> list[int]:
         """The row in expert_counts of each entry of `routing`: its gate's place among the gates."""
         place = {gate: row for row, gate in enumerate(self.gates())}
         return [place[gate] for gate in self.routed_by]

@@ -379,7 +379,7 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
         loss = torch.stack((main, *model.mtp_losses)).cpu()
         n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
         sums[:, : len(n)] += torch.stack((loss * n, n))  # one token has no MTP loss
-        for row, chosen in zip(model.rows(), model.routing, strict=True):
+        for row, chosen in zip(model.count_rows(), model.routing, strict=True):
             # MTP module k (from 1) has T - k rows, for the last T - k targets. -1 marks padding.
             used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
             visits[row] += count_chosen(used, E)

@@ -246,7 +246,7 @@ dict.fromkeys(x.arg for x in own) => {}
 tree.decorator_list = [] => pass
 
 # model.py tests/test_edits.py
-zip(self.rows(), self.routing, strict=True): => enumerate(self.routing):
+zip(self.count_rows(), self.routing, strict=True): => enumerate(self.routing):
 
 # train.py tests/test_edits.py
 - 1).nanmean().nan_to_num() => - 1).mean().nan_to_num()

@@ -444,7 +444,7 @@ def test_a_gate_has_one_row_however_many_layers_use_it(shared_in, tmp_path):
     gate.register_forward_hook(lambda gate, args, out: calls.append(out[1]))
     tokens = tokens_of(model, 2, 20)
     sum(model(tokens, tokens).values()).backward()
-    assert len(calls) == 3 and model.rows() == [0, 0, 0]
+    assert len(calls) == 3 and model.count_rows() == [0, 0, 0]
     expected = sum(x.flatten().bincount(minlength=8) for x in calls)
     assert torch.equal(model.expert_counts[0], expected) and not model.expert_counts[1:].any()
     load = expected.double()
