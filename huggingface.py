@@ -13,11 +13,10 @@ NAME_scale_inv. Optional packages are imported where they are needed: safetensor
 
 import importlib.util
 import json
-import os
 import re
 import sys
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch.utils import swap_tensors
 
 import fp8
 from model import DeepSeekV3, ModelConfig
-from support.files import check_free, naming, new_folder, put_aside, read_json
+from support.files import check_free, new_folder, new_path, read_json
 from support.gguf import write_gguf
 from support.runs import code_of, load_checkpoint
 from support.settings import Refusal, info, parse_args, run_command, short
@@ -311,6 +310,7 @@ def from_pretrained(
     for name, original in copies.items():
         if not torch.equal(stored[name].get_tensor(name).to(original.dtype), original):
             raise Refusal(f"{name} differs from its original: this is another architecture.")
+    model.trained_length = config.max_position_embeddings
     return model.eval()
 
 
@@ -413,6 +413,30 @@ def load_model(
     return model.eval(), tokenizer, path
 
 
+def with_settings(model: DeepSeekV3, settings: dict[str, Any], source: Path) -> DeepSeekV3:
+    """The network with other settings and the weights that it has. What is new starts as
+    initialised, what has no place is left out, and a line names either. Raises Refusal where a
+    weight would change its shape."""
+    config = replace(model.config, **settings)
+    changed = [key for key, x in vars(config).items() if x != vars(model.config)[key]]
+    if not changed:
+        return model
+    weights, needed = model.state_dict(), on_meta(config, source).state_dict()
+    for name in weights.keys() & needed.keys():
+        if (have := tuple(weights[name].shape)) != (want := tuple(needed[name].shape)):
+            told = " and ".join(f"{key} {vars(config)[key]}" for key in changed)
+            raise Refusal(f"{name} in {source} is {have}, but {want} with {told}: it cannot change")
+    if new := sorted(needed.keys() - weights.keys()):
+        info(f"{source} lacks {and_more(new)}: what is new starts as initialised")
+    if old := sorted(weights.keys() - needed.keys()):
+        info(f"{source} has {and_more(old)}, for which this network has no place: left out")
+    like = model.norm.weight
+    other = to_fill(config, weights.keys(), like.device, like.dtype)
+    other.load_state_dict(weights, strict=False)
+    other.trained_length = model.trained_length
+    return other.eval()
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 
@@ -457,20 +481,13 @@ def export(model: DeepSeekV3, source: Path, directory: Path, quantize: bool):
     save_pretrained(model, directory, quantize=quantize, **keys)
 
 
-def export_gguf(source: Path, target: Path, dtype: str):
+def export_gguf(source: Path, target: Path, dtype: str, overwrite: bool):
     """Writes weights and tokenizer as one file for llama.cpp."""
     model, tokenizer, _ = load_model(source)
     check_layout(model)
     config = asdict(model.config) | {"max_position_embeddings": model.trained_length}
-    unfinished = target.with_name(f".unfinished-{target.name}")
-    try:
-        with naming(target):
-            write_gguf(unfinished, model.state_dict().items(), config, tokenizer.encoding, dtype)
-        if os.path.lexists(target):
-            put_aside(target)
-        unfinished.rename(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with new_path(target, overwrite) as file:
+        write_gguf(file, model.state_dict().items(), config, tokenizer.encoding, dtype)
     info(f"wrote {target}")
     if tokenizer.encoding._pat_str == PATTERN:
         told = "several blanks before a number have other ids in llama.cpp than here"
@@ -498,7 +515,7 @@ def main(argv: list[str]):
     if (source / "config.json").exists():
         raise Refusal(f"{source} is an export already: SRC is a run or a checkpoint file.")
     if to_gguf:
-        return export_gguf(source, target, config.gguf_dtype)
+        return export_gguf(source, target, config.gguf_dtype, config.overwrite)
     model, _, _ = load_model(source)
     with new_folder(target, config.overwrite) as folder:
         export(model, source, folder, config.quantize)

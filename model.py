@@ -553,8 +553,7 @@ class DeepSeekV3(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # Tokens in the longest windows of training. huggingface.load_model sets it for our runs.
-        self.trained_length = config.max_position_embeddings
+        self.trained_length = 0  # tokens in the longest windows of training, up to now
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, dense=i < config.first_k_dense_replace)

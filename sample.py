@@ -387,7 +387,7 @@ def generate(
             stats.seconds += seconds
             stats.rounds += 1
     length, trained = max(len(row.ids) for row in rows), model.trained_length
-    if length > trained:
+    if length > trained > 0:
         stats.note = f"the text goes beyond the {trained} tokens the model was trained on"
     if length == end < T + max_new_tokens:
         stats.note = f"stopped at the context limit of {end} tokens (max_position_embeddings)"

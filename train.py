@@ -42,7 +42,7 @@ from tqdm import tqdm
 import fp8
 import prepare_data
 import sample
-from huggingface import load_model
+from huggingface import load_model, with_settings
 from model import DeepSeekV3, ModelConfig, count_chosen
 from support import processes, runs, settings
 from support.processes import Machine, RandomNumbers
@@ -319,11 +319,7 @@ def train_windows(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
     numbers = first + np.arange(batch_at(config, step) * config.block_size // T)
     count = (length - 1) // T  # windows of an epoch
     starts = [epoch_starts(config.seed, i // count, length, T)[i % count] for i in numbers]
-    windows = data.train.windows(np.array(starts), T + 1)
-    if (highest := windows.max()) >= data.vocab_size:
-        told = f"the data hold id {highest} of {data.vocab_size} tokens"
-        raise Refusal(f"{told}: prepare them again.")
-    return windows
+    return data.train.windows(np.array(starts), T + 1)
 
 
 def micro_batches(windows: np.ndarray, config: TrainConfig, machine: Machine) -> list[np.ndarray]:
@@ -544,9 +540,6 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
 # ---- The command ---------------------------------------------------------------------------------
 
 ABOUT = "Train a DeepSeek-V3: python train.py config/small.py [--key=value]"
-# Keys without weights of their own: they may differ from the checkpoint's, as where YaRN lengthens
-# the context.
-CONTEXT_KEYS = {"rope_scaling", "max_position_embeddings"}
 # What differs from one command to the next, so that a checkpoint has no say in it.
 OF_THE_COMMAND = {"resume", "overwrite", "init_from", "eval_only", "device", "out"}
 
@@ -612,17 +605,13 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
         if not {"hidden_size", "num_hidden_layers"} <= network.keys():
             sizes = "hidden_size, num_hidden_layers and the network's other sizes"
             raise Refusal(f"the config file has to set {sizes}: take config/small.py's.")
-        model = DeepSeekV3(ModelConfig(**network)).to(place, dtype)
-        model.trained_length = 0
-        return model, None
+        return DeepSeekV3(ModelConfig(**network)).to(place, dtype), None
     starts = not (config.resume or config.eval_only)  # a network that may have grown since
-    model, tokenizer, _ = load_model(source, place, dtype, extend=starts)
-    for key, value in network.items():
-        have = getattr(model.config, key)
-        if key not in CONTEXT_KEYS and value != have:
-            raise Refusal(f"{key} is {value} here, but {have} in {source}: it cannot change.")
-        setattr(model.config, key, value)  # all layers share the object
-    model.config.__post_init__()  # checks the new values
+    stored, tokenizer, _ = load_model(source, place, dtype, extend=starts)
+    model = with_settings(stored, network, source)
+    for key, value in vars(stored.config).items():
+        if starts and (now := vars(model.config)[key]) != value:
+            info(f"{key} is now {now} (was {value} in {source})")
     return model, tokenizer
 
 

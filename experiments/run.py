@@ -163,7 +163,6 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
         net, _, _ = load_model(file, machine.device)
     else:
         net = begin_alike(new_network(settings, seed), first).to(machine.device)
-        net.trained_length = 0
     data, source = train.open_data(config, net.config.vocab_size)
     if options.quick:
         data.val, data.test = (Tokens([x.arrays[0][:4096]]) for x in (data.val, data.test))
@@ -220,7 +219,6 @@ def code_id(dtype: str = "float64", fp8: bool = False) -> str:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         config = train.TrainConfig(**train.split_configs(settings | {"out": folder})[1])
         net = new_network(settings, 0).to(torch.float64 if dtype == "float64" else torch.float32)
-        net.trained_length = 0
         if fp8:
             use_fp8(net)
         train.train(net, data, config, processes.start(config))

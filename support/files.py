@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,26 +45,53 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` in the end: complete, or not at all.
+def interruptible() -> Iterator[None]:
+    """SIGTERM and a closed terminal do what Ctrl-C does, so that nothing unfinished stays."""
 
-    With overwrite, a folder that is there is put aside. Raises Refusal without.
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, x) for x in ("SIGTERM", "SIGHUP") if hasattr(signal, x)]
+    in_main = threading.current_thread() is threading.main_thread()  # else no handler may be set
+    ours = [x for x in numbers if in_main and signal.getsignal(x) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def new_path(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Where to make a file or a folder that becomes `path` in the end: complete, or not at all.
+
+    With overwrite, what is there is put aside. Raises Refusal without.
     """
-    check_free(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.part-") as scratch:
-        new = Path(scratch) / folder.name
-        new.mkdir()
+    check_free(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.part-")
+    with interruptible(), scratch as own:
+        new = Path(own) / path.name
         with naming(new):
             yield new
-        for path in new.iterdir():
-            if not path.is_symlink():  # that is a download, in the care of another program
-                with open(path, "rb+") as file:
+        for part in [new] if new.is_file() else new.iterdir():
+            if not part.is_symlink():  # that is a download, in the care of another program
+                with open(part, "rb+") as file:
                     os.fsync(file.fileno())
-        check_free(folder, overwrite)  # again: another program may have made it meanwhile
-        if overwrite and os.path.lexists(folder):
-            put_aside(folder)
-        new.rename(folder)
+        check_free(path, overwrite)  # again: another program may have made it meanwhile
+        if overwrite and os.path.lexists(path):
+            put_aside(path)
+        new.rename(path)
+
+
+@contextmanager
+def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """The same for a folder, which is made, to be filled."""
+    with new_path(folder, overwrite) as new:
+        new.mkdir()
+        yield new
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -5,6 +5,7 @@ per token (base64 of its bytes, rank), or copies of a release's files; and meta.
 """
 
 import base64
+import functools
 import hashlib
 import heapq
 import json
@@ -30,6 +31,22 @@ AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder i
 MOST_TOKENS = 1 << 24  # ids beyond are no vocabulary's, and a table of their counts would be large
 
 
+def without_panic(encode: Callable) -> Callable:
+    """The same function, where a panic of tiktoken's is a Refusal. A panic, such as that of a
+    pattern that tries too many ways to split a text, is no Exception."""
+
+    def refusing(texts: list[str]) -> list[list[int]]:
+        try:
+            return encode(texts)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            told = "the tokenizer's pattern cannot split this text"
+            raise Refusal(f"{told} ({short(error, 100)}); take another tokenizer") from None
+
+    return refusing
+
+
 @dataclass
 class Tokenizer:
     """Texts to ids, an id to bytes, and the ids that begin and end a text: ours or a release's.
@@ -52,6 +69,7 @@ class Tokenizer:
         for i in (min(ids), max(ids), *self.eos, *bos, self.rows):
             if not isinstance(i, int) or not 0 <= i < MOST_TOKENS:
                 raise Refusal(f"{i!r:.100} is no id of a token: expected 0 to {MOST_TOKENS - 1}")
+        self.encode_batch = without_panic(self.encode_batch)
 
     @property
     def n_vocab(self) -> int:
@@ -96,8 +114,11 @@ def tokenizer_of(encoding: tiktoken.Encoding) -> Tokenizer:
 
 def parse_ranks(content: bytes) -> dict[bytes, int]:
     """{token: rank} of a file like tiktoken's, whose own loader would miss changes: it caches."""
-    rows = (line.split() for line in content.splitlines())
-    return {base64.b64decode(token): int(rank) for token, rank in rows}
+    rows = [line.split() for line in content.splitlines()]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+    if len({*ranks.values()}) < len(rows):  # tiktoken would panic
+        raise Refusal("a token or a rank occurs twice")
+    return ranks
 
 
 # ---- Our tokenizer -------------------------------------------------------------------------------
@@ -244,9 +265,8 @@ def read_vocabulary(path: Path, special_tokens: dict[str, int]) -> Tokenizer:
     if path.name == "tokenizer.json":
         return read_tokenizer_json(path)
     encoding = encoding_from(parse_ranks(path.read_bytes()), KIMI_PATTERN, special_tokens)
-    tokenizer = tokenizer_of(encoding)
-    tokenizer.encode_batch = lambda texts: encoding.encode_batch(texts, allowed_special="all")
-    return tokenizer
+    encode = functools.partial(encoding.encode_batch, allowed_special="all")
+    return replace(tokenizer_of(encoding), encode_batch=encode)
 
 
 def read_tokenizer_json(path: Path) -> Tokenizer:

@@ -118,7 +118,7 @@ module.__dict__.pop(name, None) => pass
 
 # support/tokenizer.py tests/test_release.py
 self.bos], self.eos[:1] => self.bos], []
-encoding.encode_batch(texts, allowed_special="all") => encoding.encode_ordinary_batch(texts)
+allowed_special="all") => allowed_special=set(), disallowed_special=())
 if told.get("add_bos_token") else None => if False else None
 rows=told.get("vocab_size", 0) => rows=0
 

@@ -105,16 +105,6 @@ def test_windows_are_the_same_for_any_number_of_processes_and_micro_batches(worl
     assert np.array_equal(np.concatenate([x for share in shares for x in share]), windows)
 
 
-def test_ids_beyond_the_vocabulary_are_refused_when_they_come():
-    """Opening looks at the ends of a file only."""
-    ids = np.zeros(1000, np.uint16)
-    ids[500] = 999
-    data, config = Tokens([ids]), train.TrainConfig(batch_size=62, block_size=16)  # an epoch
-    assert train.train_windows(SimpleNamespace(train=data, vocab_size=1000), config, 0).any()
-    with pytest.raises(ValueError, match="id 999 of 999 tokens: prepare them again"):
-        train.train_windows(SimpleNamespace(train=data, vocab_size=999), config, 0)
-
-
 def test_every_token_comes_once_in_an_epoch():
     data = SimpleNamespace(train=Tokens([np.arange(1000, dtype=np.uint16)]), vocab_size=1000)
     config = train.TrainConfig(batch_size=4, block_size=16)
