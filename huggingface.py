@@ -371,6 +371,24 @@ def parts_of(saved: dict[str, Any], path: Path) -> tuple[ModelConfig, dict[str, 
         raise Refusal(f"{path}: weights and settings do not match: {short(error)}") from None
 
 
+def compare(
+    stored: dict[str, Tensor], needed: dict[str, Tensor], source: Path, told: str, extend: bool
+):
+    """Raises Refusal, which begins as told, where a weight has another shape than is needed, is
+    missing, or has no place. With extend the last two are only named, in a line each."""
+    for name in sorted(needed.keys() | stored.keys()):
+        have = tuple(stored[name].shape) if name in stored else "missing"
+        want = tuple(needed[name].shape) if name in needed else "no part of this network"
+        if have != want and not (extend and (name not in stored or name not in needed)):
+            raise Refusal(f"{told}: {name} is {have} in the file, but {want} by the settings")
+    if new := sorted(needed.keys() - stored.keys()):
+        info(f"{source} lacks {and_more(new)}: of this network, what is new starts as initialised")
+    if old := sorted(stored.keys() - needed.keys()):
+        info(
+            f"{source} has {and_more(old)}: this network has no place for them, and leaves them out"
+        )
+
+
 def load_model(
     ckpt: str | Path,
     device: str | torch.device = "cpu",
@@ -381,7 +399,7 @@ def load_model(
 
     dtype None is the stored one. The tokenizer is None if a Hugging Face directory has none.
     extend: parameters that a run's weights lack, because model.py has more today, start as
-    initialised, and a line names them. Raises OSError or Refusal.
+    initialised, what it has no place for is left out, and a line names either. Raises Refusal.
     """
     path = Path(ckpt)
     if (path / "config.json").exists():
@@ -393,17 +411,9 @@ def load_model(
         info(f"{told}: where a formula is another, its weights mean something else")
     dtype = dtype or weights["norm.weight"].dtype
     check_sizes(config, len(weights), path, stacked=True)
-    stored = {name: tuple(x.shape) for name, x in weights.items()}
-    needed = {name: tuple(x.shape) for name, x in on_meta(config, path).state_dict().items()}
-    new = sorted(needed.keys() - stored.keys()) if extend else []
-    for name in sorted((needed.keys() | stored.keys()) - {*new}):
-        have, want = stored.get(name, "missing"), needed.get(name, "no part of this network")
-        if have != want:
-            told = f"{path}: weights and settings do not match"
-            raise Refusal(f"{told}: {name} is {have} in the file, but {want} by its settings")
-    if new:
-        info(f"{path} lacks {and_more(new)}: of this network, what is new starts as initialised")
-    model = to_fill(config, stored, device, dtype)
+    needed, told = on_meta(config, path).state_dict(), f"{path}: weights and settings do not match"
+    compare(weights, needed, path, told, extend)
+    model = to_fill(config, weights, device, dtype)
     model.load_state_dict(weights, strict=False)
     model.trained_length = length
     tokenizer = stored_tokenizer(path if path.is_dir() else path.parent)
@@ -414,23 +424,17 @@ def load_model(
 
 
 def with_settings(model: DeepSeekV3, settings: dict[str, Any], source: Path) -> DeepSeekV3:
-    """The network with other settings and the weights that it has. What is new starts as
-    initialised, what has no place is left out, and a line names either. Raises Refusal where a
-    weight would change its shape."""
+    """The network with other settings and the weights that it has, as far as it needs them; what
+    is new starts as initialised. Raises Refusal where a weight would change its shape."""
     config = replace(model.config, **settings)
     changed = [key for key, x in vars(config).items() if x != vars(model.config)[key]]
     if not changed:
         return model
-    weights, needed = model.state_dict(), on_meta(config, source).state_dict()
-    for name in weights.keys() & needed.keys():
-        if (have := tuple(weights[name].shape)) != (want := tuple(needed[name].shape)):
-            told = " and ".join(f"{key} {vars(config)[key]}" for key in changed)
-            raise Refusal(f"{name} in {source} is {have}, but {want} with {told}: it cannot change")
-    if new := sorted(needed.keys() - weights.keys()):
-        info(f"{source} lacks {and_more(new)}: what is new starts as initialised")
-    if old := sorted(weights.keys() - needed.keys()):
-        info(f"{source} has {and_more(old)}, for which this network has no place: left out")
-    like = model.norm.weight
+    told = " and ".join(f"{key} {vars(config)[key]}" for key in changed)
+    weights, like = model.state_dict(), model.norm.weight
+    compare(
+        weights, on_meta(config, source).state_dict(), source, f"{source} cannot get {told}", True
+    )
     other = to_fill(config, weights.keys(), like.device, like.dtype)
     other.load_state_dict(weights, strict=False)
     other.trained_length = model.trained_length

@@ -15,6 +15,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -577,14 +578,18 @@ def test_a_parameter_added_to_a_trained_network_starts_as_initialised_if_asked(
 
     narrow = load_model(run)[0].state_dict()
     monkeypatch.setattr(huggingface, "DeepSeekV3", Wider)
-    check_refusal("do not match: bias is missing in the file, but (3,) by its", load_model, run)
+    check_refusal("do not match: bias is missing in the file, but (3,) by the", load_model, run)
     wide = load_model(run, extend=True)[0].state_dict()
     assert f"{run} lacks bias and 1 more: of this network, what is" in capsys.readouterr().err
     assert wide.pop("gain").tolist() == [2.0] * 3 and wide.pop("bias").tolist() == [3.0] * 3
     assert wide.keys() == narrow.keys() and all(torch.equal(wide[k], narrow[k]) for k in narrow)
     torch.save(load_checkpoint(run) | {"model": narrow | {"old": torch.ones(1)}}, run / "more.pt")
-    said = "old is (1,) in the file, but no part of this network by its settings"
-    check_refusal(said, functools.partial(load_model, extend=True), run / "more.pt")
+    said = "old is (1,) in the file, but no part of this network by the settings"
+    monkeypatch.undo()
+    check_refusal(said, load_model, run / "more.pt")
+    kept = load_model(run / "more.pt", extend=True)[0].state_dict()
+    assert "has old: this network has no place for them" in capsys.readouterr().err
+    assert kept.keys() == narrow.keys()
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "filled later"])
@@ -756,6 +761,21 @@ def test_an_interrupted_export_leaves_nothing(error, raised, exists, run, tmp_pa
     huggingface.main([str(run / "ckpt.pt"), str(target)])
     assert (target / "config.json").exists() and [*target.parent.iterdir()] == [target]
     assert target.stat().st_mode == target.parent.stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["hf", "x.gguf"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_either(number, name, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "export", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(huggingface, "write_gguf", lambda *_: signal.raise_signal(number))
+    before = signal.signal(number, signal.SIG_DFL)  # started in the background it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            huggingface.main([str(run), str(tmp_path / name)])
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_full_disk_is_told_with_the_name_of_the_directory(run, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ import tiktoken
 import prepare_data as pd
 import support.tokenizer as tk
 import support.tokens as tf
+from support import files
 from support.settings import Refusal
 
 ROOT = Path(pd.__file__).parent
@@ -609,6 +610,14 @@ def test_a_link_is_put_aside_and_what_it_leads_to_stays(book, tmp_path):
         made = make(tmp_path, tmp_path / "a.txt", name=name, overwrite=True)
         assert not made.is_symlink() and Path(f"{made}.old-1").is_symlink()
     assert contents(book) == before != contents(made)
+
+
+def test_a_link_to_nowhere_is_no_free_name(tmp_path):
+    """What is put aside would take its place."""
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book.old-1").symlink_to(tmp_path / "nowhere")
+    assert files.put_aside(tmp_path / "book") == tmp_path / "book.old-2"
+    assert (tmp_path / "book.old-1").is_symlink() and (tmp_path / "book.old-2").is_dir()
 
 
 def test_a_folder_made_meanwhile_is_refused_or_put_aside(book, tmp_path, monkeypatch):

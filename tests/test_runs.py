@@ -128,7 +128,7 @@ def test_steps_of_the_past_do_not_have_to_fit_a_resumed_run():
 def test_another_network_optimiser_or_tokenizer_is_refused_on_resume(shared):
     out = Path(shutil.copytree(shared("--steps=1"), "run"))
     before = (out / "ckpt.pt").read_bytes()
-    assert "hidden_size is 64 here, but 48 in run" in refused("--resume", "--hidden_size=64")
+    assert "run/ckpt.pt cannot get hidden_size 64" in refused("--resume", "--hidden_size=64")
     assert "no state of Muon 1" in refused("--resume", "--optimizer=muon")
     prepare_data.prepare(prepare_data.DataConfig(TEXT, "other", vocab_size=512, val_fraction=0.4))
     for options in (["--resume"], ["--out=new", "--init_from=run"]):
@@ -292,6 +292,20 @@ def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch):
     assert [step for name, step in saved if name == "best"] == [2, 6, 10, 16]
     steps = [step for name, step in saved if name == "ckpt"]
     assert steps == [2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16]
+
+
+def test_a_text_that_has_changed_since_is_told(data, capsys):
+    """Prepared anew with the same name, validation text and length: in one id of the training."""
+    shutil.copytree(data, "data/mine")
+    run("--data=mine", "--steps=1")
+    run("--data=mine", "--steps=2", "--resume")
+    told = "the text or block_size is another one now"
+    assert told not in capsys.readouterr().err
+    with open("data/mine/train.bin", "r+b") as file:
+        file.seek(1024 + 2 * 50_000)
+        file.write(b"\1\0")
+    run("--data=mine", "--steps=3", "--resume")
+    assert told in capsys.readouterr().err
 
 
 def test_the_same_data_by_another_name_are_compared(monkeypatch):

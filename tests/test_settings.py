@@ -1,5 +1,6 @@
 """How words of the command line and config files become values, and errors sentences."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -164,3 +165,24 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     root = Path(__file__).parent.parent
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=root)
     assert (done.returncode, done.stdout, done.stderr) == (0, "x\n", "")
+
+
+STREAMS = """
+import os, sys
+from support.settings import info, run_command
+def main(argv):
+    own = open('mine', 'w')  # the first file that is opened
+    info('a notice'); print('a text'); os.write(2, b'another')
+    own.write('mine')
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_closed_streams_lead_nowhere_and_not_into_the_next_file(closed, tmp_path):
+    """As a daemon may start a command."""
+    (tmp_path / "command.py").write_text(STREAMS)
+    shell = ["sh", "-c", f"exec {sys.executable} command.py {closed}"]
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(shell, cwd=tmp_path, env=os.environ | {"PYTHONPATH": root})
+    assert done.returncode == 0 and (tmp_path / "mine").read_text() == "mine"

@@ -429,3 +429,37 @@ def test_all_files_of_a_tokenizer_are_named(folder, copies):
     """They are what a run and an export copy."""
     for source in folder, copies:
         assert sorted(tk.tokenizer_files(source)) == sorted(source.iterdir())
+
+
+def test_a_panic_of_tiktoken_is_a_sentence(tmp_path):
+    """It is no Exception: a rank that two tokens have, a pattern that tries too many ways."""
+    tk.write_tokenizer(tk.tokenizer_of(ONLY_BYTES), tmp_path)
+    vocabulary, meta = tmp_path / "tokenizer.tiktoken", tmp_path / "meta.json"
+    told, content = json.loads(meta.read_text()), vocabulary.read_bytes()
+
+    def write(ranks: bytes, **changes):
+        vocabulary.write_bytes(ranks)
+        digest = hashlib.sha256(ranks).hexdigest()
+        meta.write_text(json.dumps(told | {"tokenizer_sha256": digest} | changes))
+
+    for line in (b"YWI= 7\n", b"YQ== 256\n"):  # the rank 7, the token a
+        write(content + line)
+        with pytest.raises(Refusal, match="a token or a rank occurs twice"):
+            tk.stored_tokenizer(tmp_path)
+    write(content, pattern=r"(?:a|a)+(?!c)c|[\s\S]")
+    with pytest.raises(Refusal, match=r"pattern cannot split this text .*Backtrack"):
+        tk.stored_tokenizer(tmp_path).encode("a" * 50)
+
+
+def test_no_marks_are_added_to_the_ids_of_a_text(tmp_path):
+    """A tokenizer.json may ask for them, as for the beginning and end of a sentence."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer.from_str(tk.tokenizer_json(ONLY_BYTES))
+    end = (tk.END_OF_TEXT, 256)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{end[0]} $A {end[0]}", special_tokens=[end]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert made.encode("ab").ids == [256, 97, 98, 256]
+    assert tk.hf_tokenizer(tmp_path).encode_batch(["ab"]) == [[97, 98]]

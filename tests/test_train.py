@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import math
 import re
@@ -612,7 +613,7 @@ def test_no_limit_of_the_gradient_norm_is_none():
 
 
 def test_a_network_may_get_a_parameter_more_than_the_weights_it_starts_from(monkeypatch, capsys):
-    """It starts as initialised, and is named. One that the network lacks is refused."""
+    """It starts as initialised. One that the network lacks is left out. A line names either."""
     old = run("--steps=1", out="old")
     init = DeepSeekV3.__init__
 
@@ -634,4 +635,82 @@ def test_a_network_may_get_a_parameter_more_than_the_weights_it_starts_from(monk
         assert "layers.0.gain is missing" in refused("--resume", "--out=old", "--steps=2")
         with pytest.raises(ValueError, match=r"layers.0.gain is missing"):
             load_model(old)
-    assert "layers.0.gain is (4,) in the file, but no part" in refused("--init_from=more")
+    run("--init_from=more", "--steps=1", out="less")
+    assert "more has layers.0.gain: this network has no place" in capsys.readouterr().err
+    assert "layers.0.gain" not in load("less")["model"]
+
+
+def test_what_changes_no_weight_may_change_with_the_weights(shared, capsys):
+    """Also from a Hugging Face directory; a module may be added or left out."""
+    out = shared("--steps=4", "--dtype=float32")
+    huggingface.main([str(out), "released"])
+    for source in (str(out), "released"):
+        start = (f"--init_from={source}", "--steps=1", "--lr=0", "--dtype=float32")
+        options = ("--num_experts_per_tok=3", "--rms_norm_eps=0.5", "--initializer_range=0.1")
+        capsys.readouterr()
+        run(*start, *options, "--num_nextn_predict_layers=0", out=f"{Path(source).name}.changed")
+        said = capsys.readouterr().err
+        assert f"num_experts_per_tok is now 3 (was 2 in {source})" in said
+        assert "rms_norm_eps is now 0.5 (was 1e-06" in said
+        assert "initializer_range is now 0.1" in said
+        assert re.search(f"{source} has mtp.0.* more: this network has no place for them", said)
+        sentence = refused(*start, "--hidden_size=64", out="other")
+        assert re.match(
+            f"{source} cannot get hidden_size 64.* is .*48.* in the file, but", sentence
+        )
+    new, *_ = load_model("run.changed")
+    old, *_ = load_model(out)
+    assert (new.config.num_experts_per_tok, new.norm.eps, len(new.mtp)) == (3, 0.5, 0)
+    assert new.trained_length == old.trained_length == 16
+    assert_same(new.lm_head.weight, old.lm_head.weight)
+    run("--init_from=run.changed", "--steps=1", "--dtype=float32", out="grown")
+    assert "lacks mtp.0" in capsys.readouterr().err
+    assert len(load_model("grown")[0].mtp) == 1
+
+
+def test_a_new_network_has_trained_on_nothing(data):
+    """Also one made in Python: then YaRN stretches from what it is trained for."""
+    config = train.TrainConfig(
+        steps=2, batch_size=2, block_size=16, long_block_size=32, long_start=0, out="run"
+    )
+    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
+    assert model.trained_length == 0
+    train.train(model, load_dataset(data), config, MACHINE)
+    assert model.trained_length == 32 and model.config.rope_scaling["factor"] == 2
+
+
+def test_each_group_of_an_optimiser_has_its_multiple_of_the_learning_rate(monkeypatch):
+    made, make = [], train.make_optimizers
+    monkeypatch.setattr(train, "make_optimizers", lambda *x: made.extend(make(*x)) or made)
+    run("--optimizer=muon", "--adamw_lr=0.25", "--steps=1")
+    adamw, muon = made
+    (lr,) = (line["lr"] for line in log_of("run") if "loss" in line)
+    assert [group["lr"] for group in adamw.param_groups] == [0.25 * lr] * 2
+    assert [group["lr"] for group in muon.param_groups] == [lr]
+
+
+def test_an_evaluation_keeps_nothing_for_a_backward_pass(trained):
+    model, dataset, config = trained
+    enabled = []
+    model.norm.register_forward_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
+    train.evaluate(model, dataset, config, MACHINE)
+    assert enabled and not any(enabled)
+
+
+def test_a_run_of_any_length_is_planned_at_once(capsys):
+    """Without a look at every step: 10^15 would take years."""
+    config = train.TrainConfig(steps=10**15, batch_size=8, batch_start=2, batch_ramp=0.5)
+    config = replace(config, block_size=16, long_block_size=32, long_start=0.9)
+    stages = [*train.stages_from(config, 0)]
+    assert [size for _, size in stages] == [2, 4, 6, 8]
+    assert stages[0][0].start == 0 and stages[-1][0].stop == config.steps
+    for (before, size), (after, _) in itertools.pairwise(stages):
+        assert before.stop == after.start and train.batch_at(config, after.start - 1) == size
+    short = replace(config, steps=1000)
+    sizes = [size for steps, size in train.stages_from(short, 7) for _ in steps]
+    assert sizes == [train.batch_at(short, step) for step in range(7, 1000)]
+    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
+    train.check_settings(config, model, MACHINE, 0)
+    data, progress = SimpleNamespace(train=range(10**6)), SimpleNamespace(step=0, tokens=0)
+    train.tell_plan(model, data, config, MACHINE, progress)
+    assert "the run reads 104,000,000,000,000,000, which" in capsys.readouterr().err
