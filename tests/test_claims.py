@@ -1,0 +1,531 @@
+"""Intervals, tables, the rule that gives a verdict, the plan of the fresh seeds, and the pages."""
+
+import importlib
+import inspect
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+
+import claims
+import evidence
+import fp8_error
+import intervals
+import plan
+import run
+import tables
+import verdicts
+
+ROOT = Path(__file__).parent.parent
+MODULES = [importlib.import_module(x.stem) for x in sorted((ROOT / "experiments").glob("*.py"))]
+EXPERIMENTS = {x.__name__: x.EXPERIMENT for x in MODULES if hasattr(x, "EXPERIMENT")}
+EXPERIMENTS["fp8_accumulation"] = fp8_error.ACCUMULATION
+
+
+@pytest.fixture
+def options(tmp_path) -> run.Options:
+    return run.Options(config=str(ROOT / "config/tiny.py"), results=str(tmp_path))
+
+
+# ---- Tables and figures --------------------------------------------------------------------------
+
+
+def add_results(options, values: dict[str, list[float]], **more):
+    """The results of arms of the experiment t, seed by seed."""
+    for arm, ys in values.items():
+        for seed, y in enumerate(ys):
+            x = {"arm": arm, "seed": seed, "source": "s", "corpus": "c", "steps": 2, "test_bpb": y}
+            tables.add_result(options, "base" if arm == "base" else "t", x | more)
+
+
+def test_differences_are_paired_by_seed_length_code_and_data(options):
+    add_results(options, {"a": [7.0, 7.0, 7.0]})  # made again below: the newest counts
+    for other in {"source": "other"}, {"corpus": "other"}, {"steps": 3}:
+        add_results(options, {"base": [9.0] * 3, "a": [0.0] * 3}, **other)
+    add_results(options, {"base": [1.0, 2.0, 3.0], "a": [1.5, 2.25, 3.75]})
+    e = run.Experiment(
+        "t", lambda base: {"a": run.Arm(), "b": run.Arm()}, {"test_bpb": "bits"}, base="zero"
+    )
+    assert [x["against"] for x in tables.collect(e, options)["a"]] == [0.5, 0.25, 0.75]
+    # Arms differ by 0.5 on average, and each pair by 0, -0.25, 0.25 from that; so the residuals are
+    # half of these, their squares add up to 2 (1/64 + 1/64), and 6 - 2 - 3 + 1 = 2 are free.
+    deviation = (4 / 64 / 2) ** 0.5
+    half, t = 4.303 * deviation * (2 / 3) ** 0.5, 4.303 / 3**0.5
+    lines = tables.table(e, options).splitlines()
+    assert lines[0].endswith("| bits | bits against base |")
+    assert lines[2:] == [
+        f"| zero (base) | 3 | 2.000 ± {t:.3f} |  |",
+        f"| a | 3 | 2.500 | +0.500 ± {half:.3f} |",  # the base's and the difference
+        *("", "2 steps a run."),
+        f"Intervals from the pairs of one arm alone: a ± {t / 4:.3f}.",
+        *("", "Not yet run: b."),
+    ]
+    p = 1 - (x := 0.5 / (half / 4.303)) / (x * x + 2) ** 0.5  # the distribution with 2 of freedom
+    found = tables.differences(e, options, tables.collect(e, options))
+    assert found["a"].p == pytest.approx(p, rel=1e-3) and [*found] == ["a"]
+
+
+def test_two_arms_are_compared_on_the_seeds_that_both_have(options):
+    """Beside the base: the base is not asked."""
+    add_results(options, {"base": [0.0, 9.0, 0.2], "a": [1.0, 1.2, 1.1], "b": [0.5, 0.9]})
+    arms = {name: run.Arm() for name in "ab"}
+    e = run.Experiment("t", lambda base: arms, {"test_bpb": "bits"}, pairs=(("a", "b"),))
+    found = tables.differences(e, options, tables.collect(e, options))
+    assert [*found] == ["a", "b", "a against b"]
+    pair = found["a against b"]
+    assert pair.mean == pytest.approx(0.4) and pair.pairs == 2
+    assert pair.half == pytest.approx(found["a"].half * (3 / 2) ** 0.5)
+    assert pair.alone == pytest.approx(12.706 * 0.1, rel=1e-3)
+    lines = tables.table(e, options).splitlines()
+    assert [line for line in lines if line.startswith("* a against b: +0.400 ± ")]
+    none = tables.Spreads((), (0.0, 0), (0.0, 0))
+    one = tables.compare(*([{"seed": 0, "y": y}] for y in (3.0, 1.0)), "y", none)
+    assert (one.mean, one.half, one.alone, one.p) == (2, None, None, None)  # one seed
+
+
+def test_other_learning_rates_are_in_no_table(options):
+    add_results(options, {"base": [1.0, 1.2], "a": [1.5, 1.6], "a lr x0.3": [2.0, 2.5]})
+    arms = {"a": run.Arm()} | run.at_rates({"a": run.Arm()}, {"lr": 1.0})
+    e = run.Experiment("t", lambda base: arms, {"test_bpb": "bits"})
+    assert [*tables.collect(e, options)] == ["base", "a"]
+    assert len(tables.collect(e, options, rates=True)["a lr x0.3"]) == 2
+    assert "lr" not in tables.table(e, options)
+
+
+def test_how_much_bits_per_byte_vary_is_known_from_all_experiments(options):
+    """Of the same length, code and data, by two classes of networks; another measure's deviation
+    is its own table's."""
+    add_results(options, {"base": [0.0, 0.1, 0.2], "a": [1.0, 1.2, 1.1]})
+    shared, other = {"source": "s", "corpus": "c", "steps": 2}, {"corpus": "another", "arm": "z"}
+    values = {"x": [0.5, 0.7, 0.8], "u": [1.0, 2.0, 4.0], "v": [1.0, 1.0, 1.0]}
+    for arm, ys in values.items():
+        more = {"active": 7} if arm in "uv" else {}  # u and v have other shapes
+        for seed, y in enumerate(ys):
+            x = {"arm": arm, "seed": seed, "test_bpb": y, "other": y} | more | shared
+            tables.add_result(options, "else", x)
+            tables.add_result(options, "else", x | other)
+    e = run.Experiment("t", lambda base: {"a": run.Arm()}, {"test_bpb": "bits"})
+    results = tables.collect(e, options)
+    found = {k: x["test_bpb"] for k, x in tables.pooled("test_bpb", options, results).items()}
+    like = {("base base", i): y for i, y in enumerate([0.0, 0.1, 0.2])}
+    like |= {("t a", i): y for i, y in enumerate([1.0, 1.2, 1.1])}
+    like |= {("else x", i): y for i, y in enumerate(values["x"])}
+    others = {(f"else {arm}", i): y for arm in "uv" for i, y in enumerate(values[arm])}
+    assert found == like | others
+    varies = tables.spreads("test_bpb", options, results)
+    for spread, values, freedom in (varies.like_base, like, 4), (varies.others, others, 2):
+        assert spread == (pytest.approx(intervals.residual_deviation(values)[0]), freedom)
+    assert varies.of({"active": 7}) == varies.others != varies.of({}) == varies.like_base
+    assert varies.of({"val_mtp_losses": [1.0]}) == varies.others  # one more module
+    own = {"base": [{"seed": 0, "other": 1.0}], "a": [{"seed": 0, "other": 2.0}]}
+    assert {*tables.pooled("other", options, own)} == {("base", 0), ("a", 0)}
+
+
+def test_intervals_are_those_of_the_textbooks():
+    known = {1: 12.706, 2: 4.303, 3: 3.182, 9: 2.262, 30: 2.042, 120: 1.980}
+    for freedom, t in known.items():
+        assert intervals.quantile(0.05, freedom) == pytest.approx(t, abs=1e-3)
+        assert intervals.p_value(-t, freedom) == pytest.approx(0.05, abs=1e-4)
+    assert intervals.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5}) == pytest.approx(
+        {"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5}
+    )
+    assert intervals.holm({"a": 0.01, "b": 0.02}, 4) == pytest.approx({"a": 0.04, "b": 0.06})
+    assert intervals.own_interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5, abs=1e-3))
+    # A seed that shifts all arms, and a missing run, leave no residual.
+    exact = {(a, s): x + 10 * s for a, x in {"a": 1.0, "b": 3.0}.items() for s in range(4)}
+    del exact["b", 2]
+    deviation, freedom = intervals.residual_deviation(exact)
+    assert deviation == pytest.approx(0, abs=1e-9) and freedom == 7 - 2 - 4 + 1
+    assert intervals.residual_deviation({}) == (0.0, 0)
+    # 1.96 + 0.84 standard errors, of many degrees of freedom
+    assert intervals.seen_with(1.0, 1000, 1) == pytest.approx(2.80, abs=0.01)
+
+
+def test_two_classes_of_arms_vary_as_welch_says():
+    """A t of their mean difference, drawn at random, is as often beyond the quantile as it says."""
+    assert intervals.standard_error((3.0, 9), (3.0, 9), 8) == (1.5, 9)  # one estimate, used twice
+    assert intervals.standard_error((3.0, 9), (4.0, 0), 8) == (0.0, 0)
+    error, freedom = intervals.standard_error((3.0, 10), (4.0, 5), 25)
+    assert error == 1.0 and freedom == int(25**2 / (81 / 10 + 256 / 5))
+    rng, beyond, draws = np.random.default_rng(0), 0, 4000
+    for _ in range(draws):
+        ones, others = rng.normal(0, 1, 6), rng.normal(0, 2, 9)
+        spreads = (ones.std(ddof=1), 5), (others.std(ddof=1), 8)
+        error, freedom = intervals.standard_error(*spreads, 4)
+        mean = rng.normal(0, 1, 4).mean() - rng.normal(0, 2, 4).mean()
+        beyond += abs(mean / error) > intervals.quantile(0.05, freedom)
+    assert beyond / draws == pytest.approx(0.05, abs=0.012)
+
+
+def test_p_of_an_equality_is_small_where_the_interval_lies_within_the_margin():
+    for mean in (0.0, 0.3, -0.8, 1.1):
+        half = intervals.quantile(0.05, 12) * 0.2
+        p = intervals.p_of_equality(mean, 0.2, 12, 1.0)
+        assert (p < 0.05) == (abs(mean) + half < 1.0)
+    assert intervals.p_of_equality(1.1, 0.2, 12, 1.0) == 1.0
+    assert intervals.p_of_equality(1.0 - half, 0.2, 12, 1.0) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_a_difference_that_is_said_to_be_found_is_found():
+    """Of 400 tables drawn at random, of 4 arms without any difference and one with this one, all
+    with 8 seeds but the last with 3: in 80 % its p-value stays below 0.05 after the correction by
+    the number of arms, and its interval holds the difference in 95 %."""
+    rng, draws, seeds = np.random.default_rng(0), 400, 8
+    cells = [(arm, seed) for arm in range(6) for seed in range(3 if arm == 5 else seeds)]
+    names = [(str(arm), seed) for arm, seed in cells]
+    freedom = intervals.residual_deviation(dict.fromkeys(names, 0.0))[1]
+    assert freedom == 43 - 6 - 8 + 1
+    true = intervals.seen_with(math.sqrt(2 / 3), freedom, 5)
+    strict, usual = (intervals.quantile(p, freedom) for p in (0.05 / 5, 0.05))
+    found = held = 0
+    for _ in range(draws):
+        shift = 3 * rng.normal(size=seeds)
+        y = {c: rng.normal() + shift[c[1]] + true * (c[0] == "5") for c in names}
+        error = intervals.residual_deviation(y)[0] * math.sqrt(2 / 3)
+        mean = np.mean([y["5", seed] - y["0", seed] for seed in range(3)])
+        found += abs(mean) > strict * error
+        held += abs(mean - true) < usual * error
+    assert found / draws == pytest.approx(0.8, abs=0.05)
+    assert held / draws == pytest.approx(0.95, abs=0.03)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_page_and_figures_show_what_the_json_files_hold(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    e, options = EXPERIMENTS[name], run.Options()
+    again = f"python experiments/{Path(inspect.getfile(e.arms)).name}"
+    text = Path("docs/RESULTS.md").read_text(encoding="utf-8")
+    shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", text, re.DOTALL)
+    assert shown[1] == tables.section(e, options), f"{again} --plot"
+    assert again in text
+    if f"figures/{name}.svg" in text:
+        svg = Path(f"docs/figures/{name}.svg").read_text(encoding="utf-8")
+        digest = tables.digest(json.dumps(tables.collect(e, options)))
+        assert f"results {digest}" in svg, f"{again} --plot"
+
+
+def test_prose_has_the_differences_of_the_tables(monkeypatch):
+    """Those with three digits, such as 0.016 ± 0.004, of RESULTS and README."""
+    monkeypatch.chdir(ROOT)
+    found = []
+    for options in run.Options(), run.Options(**claims.PROSE):
+        for e in evidence.EXPERIMENTS.values():
+            differences = tables.differences(e, options, tables.collect(e, options))
+            found += [(x.mean, x.half or 0) for x in differences.values()]
+    known = {f"{abs(mean):.3f} ± {half:.3f}" for mean, half in found}
+    pages = (Path(x).read_text(encoding="utf-8") for x in ("docs/RESULTS.md", "README.md"))
+    prose = re.sub(r"(?s)<!-- (\w+) -->.*?<!-- end of \1 -->", "", "".join(pages))
+    written = re.findall(r"\d\.\d{3}\s±\s\d\.\d{3}(?!\d)", prose)
+    stale = {" ".join(x.split()) for x in written} - known
+    assert len(written) > 12 and not stale
+
+
+# ---- Verdicts ------------------------------------------------------------------------------------
+
+SURE = {"mean": 0.02, "half": 0.004, "p": 0.001, "alone": 0.005}
+EQUAL = {"mean": -0.001, "half": 0.002, "p": 0.7, "alone": 0.0024, "margin": 0.0035}
+EQUAL |= {"p_equal": 0.01}
+
+
+@pytest.mark.parametrize(
+    "kind, numbers, word, opposite",
+    [
+        ("better", SURE, "shown", "contradicts"),
+        ("better", SURE | {"tuned": (0.01, 0.009)}, "shown", "contradicts"),
+        ("better", SURE | {"alone": None}, "shown", "contradicts"),
+        ("better", SURE | {"simulated": True}, "seen in a model", "contradicts"),
+        ("equal", SURE | {"margin": 0.0035, "p_equal": 1}, "differs: better", "differs: worse"),
+        ("equal", EQUAL, "equal", "equal"),
+        ("equal", EQUAL | {"p": 0.01, "half": 0.0005, "alone": 0.0005}, "equal", "equal"),
+        ("equal", EQUAL | {"p_equal": 0.06}, "suggestive", "suggestive"),
+        ("equal", EQUAL | {"alone": 0.0026}, "suggestive", "suggestive"),
+        ("equal", EQUAL | {"tuned": (0.002, 0.002)}, "suggestive", "suggestive"),
+        ("equal", EQUAL | {"elsewhere": False}, "cannot tell", "cannot tell"),
+        ("equal", EQUAL | {"half": 0.0026}, "cannot tell", "cannot tell"),
+        ("equal", EQUAL | {"mean": 0.0026}, *2 * ["suggestive of a difference"]),
+        ("better", EQUAL, "cannot tell", "cannot tell"),  # a margin is for claims of equality
+        ("better", SURE | {"half": 0.021, "p": 0.06}, "cannot tell", "cannot tell"),
+        ("better", SURE | {"p": 0.06}, "suggestive", "suggestive of the opposite"),
+        ("better", SURE | {"alone": 0.021}, "suggestive", "suggestive of the opposite"),
+        ("better", SURE | {"unlike": True}, "suggestive", "suggestive of the opposite"),
+        ("better", SURE | {"tuned": (0.01, 0.011)}, "suggestive", "suggestive of the opposite"),
+        ("better", SURE | {"tuned": (-0.01, 0.004)}, "suggestive", "suggestive of the opposite"),
+        ("equal", SURE | {"p": 0.06, "margin": 0.01}, *2 * ["suggestive of a difference"]),
+        ("better", {"mean": 0.5}, "cannot tell", "cannot tell"),  # one seed
+    ],
+)
+def test_a_verdict_is_a_function_of_numbers(kind, numbers, word, opposite):
+    """The same conditions in both directions."""
+    assert claims.verdict(kind, **numbers) == word
+    tuned = numbers.get("tuned")
+    turned = {"mean": -numbers["mean"], "tuned": tuned and (-tuned[0], tuned[1])}
+    assert claims.verdict(kind, **numbers | turned) == opposite
+    assert {word, opposite} <= claims.WORDS.keys()
+    assert claims.verdict(kind, None) == "not yet run"
+
+
+def test_a_bound_is_reached_missed_or_open():
+    words = [claims.bound(0.85, mean, 0.02) for mean in (0.9, 0.86, 0.84, 0.8, None)]
+    assert words == ["shown", "cannot tell", "cannot tell", "lower here", "not yet run"]
+    assert claims.bound(0.85, 0.9, None) == "cannot tell"
+
+
+def test_claims_name_arms_margins_and_rates_that_exist():
+    assert len({claim.text for claim in claims.CLAIMS}) == len(claims.CLAIMS)
+    base = run.Options(config=str(ROOT / "experiments/base.py")).base()
+    known = {name: {"base", *e.arms(base)} for name, e in evidence.EXPERIMENTS.items()}
+    for claim in claims.CLAIMS:
+        assert {claim.one, claim.other} - {""} <= known[claim.experiment]
+        assert (claim.kind == "equal") == (claim.margin in claims.MARGINS)
+        assert {*claim.networks} <= {*plan.CHOSEN, *plan.LIKE_BASE} and claim.short
+    for name, seeds in claims.SEEDS.items():
+        assert {*seeds} <= known.get(name, {"base"})
+    for network, experiment in (plan.CHOSEN | plan.LIKE_BASE).items():
+        arms = {plan.arm_at(network, times) for times in (*plan.SMALLER, plan.SMALLEST)}
+        assert arms <= known[experiment] or network in plan.LIKE_BASE
+        assert plan.arm_at(network, 1) in known[experiment]
+    assert len(verdicts.HEADLINES) == 6 and len(evidence.ON_FRESH_SEEDS) == 8
+    assert len(evidence.p_values(evidence.ON_FRESH_SEEDS)) == 10  # as PLAN.md has it
+
+
+@pytest.mark.parametrize("page", ["docs/RESULTS.md", "README.md"])
+def test_pages_have_the_words_that_the_rule_gives(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, part in verdicts.pages()[page].items():
+        shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", text, re.DOTALL)[1]
+        assert shown == part, "python experiments/verdicts.py"
+
+
+@pytest.fixture
+def asked(options, tmp_path, monkeypatch):
+    """A function: the Numbers of a claim on hand-made runs of the arms a and b."""
+    arms = {name: run.Arm() for name in "ab"}
+    e = run.Experiment("t", lambda base: arms, {"test_bpb": ""}, pairs=(("b", "a"),))
+    monkeypatch.setattr(evidence, "EXPERIMENTS", {"t": e})
+    options.results = str(tmp_path)
+
+    def numbers(claim: claims.Claim, values: dict[str, list[float]], **more) -> evidence.Numbers:
+        for path in tmp_path.glob("*.json"):
+            path.unlink()
+        add_results(options, values, **more)
+        return evidence.numbers_of(claim, evidence.read_tables(options))
+
+    return numbers
+
+
+VALUES = {"base": [1.0, 1.1, 1.2], "a": [1.5, 1.6, 1.75], "b": [2.0, 2.1, 2.2]}
+
+
+def test_numbers_above_zero_favour_the_claim(asked):
+    """Base against arm, arm against base, two arms, more instead of less, and one figure alone."""
+    for one, other, mean in ("base", "b", 1), ("b", "base", -1), ("a", "b", 0.4833), ("b", "", 2.1):
+        x = asked(claims.Claim("", "t", one, other), VALUES)
+        assert x.mean == pytest.approx(mean, abs=1e-4) and x.pairs == 3 and x.p < 0.05
+    x = asked(claims.Claim("", "t", "base", "b", less=False), VALUES)
+    assert x.mean == pytest.approx(-1)
+    x = asked(claims.Claim("", "t", "base", "b", kind="equal", margin="fp8"), VALUES)
+    assert x.margin == pytest.approx(0.0025 * 1.1) and x.p_equal == 1
+    x = asked(claims.Claim("", "t", "base", "a"), VALUES)
+    assert x.half != x.alone > 0
+    x = asked(claims.Claim("", "t", "base", "a", other_measure="far"), VALUES, far=1.75)
+    assert x.mean == pytest.approx(1.75 - 1.1) and x.half == pytest.approx(
+        intervals.own_interval(VALUES["base"])[1]
+    )
+    x = asked(claims.Claim("", "t", "a", "b"), VALUES)
+    assert x.alone == pytest.approx(intervals.own_interval([0.5, 0.5, 0.45])[1])
+    assert asked(claims.Claim("", "t", "a", "b"), {"base": [1.0], "a": [1.0]}).mean is None
+
+
+def test_arms_that_differ_in_something_else_are_told(asked):
+    claim = claims.Claim("", "t", "base", "b", alike="seed")
+    assert not asked(claim, VALUES).unlike
+    assert asked(claim, VALUES | {"b": [2.0, 2.1, 2.2, 2.3]}).unlike  # their means of it: 1, 1.5
+
+
+def test_all_tests_of_a_page_are_one_family(asked, options):
+    """An equality counts twice, a bound not at all, and a claim without runs counts, too."""
+    kinds = {"a": "better", "b": "equal", "c": "better", "": "bound"}
+    family = [claims.Claim(f"than {arm}", "t", "base", arm, kind=kind,
+                           margin="loss" if kind == "equal" else "")
+              for arm, kind in kinds.items()]  # fmt: skip
+    near = {"base": [1.0, 1.1, 1.2], "a": [1.2, 1.1, 1.4], "b": [1.3, 1.2, 1.6]}
+    asked(family[0], near)
+    numbers = evidence.all_numbers(family, evidence.read_tables(options))
+    tests = [("than a", "p"), ("than b", "p"), ("than b", "p_equal"), ("than c", "p")]
+    assert evidence.p_values(family) == tests
+    raw = {(text, test): getattr(numbers[text], test) for text, test in tests[:3]}
+    p = evidence.corrected(family, numbers)
+    assert p == intervals.holm(raw, 4) and p["than b", "p"] == 4 * raw["than b", "p"]
+    words = evidence.words_of(family, numbers)
+    assert words["than c"] == "not yet run" and words["than a"] == "cannot tell"
+
+
+def test_an_equality_on_two_texts_needs_both():
+    x, second = evidence.Numbers(p_equal=0.01), evidence.Numbers(0.002, 0.001, p_equal=0.2)
+    second.margin = 0.0025
+    evidence.with_second_text(x, second)
+    assert x.p_equal == 0.2 and not x.elsewhere
+    second.margin = 0.0035
+    evidence.with_second_text(x, second)
+    assert x.elsewhere
+
+
+def test_the_seeds_column_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(claims, "SEEDS", {"t": {"a": 8, "base": 5}})
+    claim, planned = claims.Claim("", "t", "base", "a"), verdicts.planned_seeds
+    assert planned(claim) == 8 and planned(replace(claim, other="b")) == 3
+    assert planned(replace(claim, other="")) == 5
+    x = evidence.Numbers(0.01234, 0.005, 0.00001, pairs=3)
+    assert verdicts.seeds_cell(x, 8) == "3 of 8" and verdicts.seeds_cell(x, 3) == "3"
+    assert verdicts.measured(claim, x) == "+0.0123 ± 0.0050 bits/byte"
+    bound = replace(claim, kind="bound", unit="kept")
+    assert verdicts.measured(bound, evidence.Numbers(0.9, 0.02)) == "90.0% ± 2.0% kept"
+    assert verdicts.measured(claim, evidence.Numbers()) == ""
+
+
+def test_what_a_difference_is_worth_in_steps(monkeypatch):
+    """From arms that differ in nothing but their length: e times the steps gain 0.2 here."""
+    arms = {"a": run.Arm(), "a longer": run.Arm(longer=math.e)}
+    e = run.Experiment("t", lambda base: arms, {})
+    monkeypatch.setattr(evidence, "EXPERIMENTS", {"t": e})
+    monkeypatch.setattr(evidence, "LONGER", (("t", "a", "a longer"),))
+    runs = {"a": [1.0, 1.1, 9.0], "a longer": [0.8, 0.9]}  # seeds of both count
+    runs = {k: [{"seed": i, "test_bpb": y} for i, y in enumerate(v)] for k, v in runs.items()}
+    slope = evidence.bits_of_e_times_the_steps({"t": evidence.Table(runs, None)})
+    assert slope == pytest.approx(0.2)
+    claim = claims.Claim("", "t", "a")
+    assert verdicts.worth(claim, evidence.Numbers(0.2 * math.log(1.05)), slope) == "+5.0%"
+    assert verdicts.worth(claim, evidence.Numbers(0.2 * math.log(0.9)), slope) == "-10.0%"
+    assert verdicts.worth(replace(claim, unit="nats"), evidence.Numbers(1.0), slope) == ""
+
+
+def test_earlier_runs_are_all_there():
+    """Those that the history of this repository has: 69 and 72 trainings."""
+    folder = ROOT / claims.EARLIER["results"]
+    runs = [x for path in folder.glob("*.json") for x in json.loads(path.read_text())]
+    steps = [x["steps"] for x in runs if "val_bpb" in x]
+    assert (steps.count(600), steps.count(200), len(steps)) == (69, 72, 141)
+
+
+def test_power_of_an_equality():
+    """At no difference the mean has to lie within the margin less half the interval."""
+    error = 0.0029 * math.sqrt(2 / 8)
+    rng = np.random.default_rng(0)
+    means = abs(rng.normal(size=100_000))
+    for tests, margin in (1, 0.004), (10, 0.0055):
+        room = margin / error - intervals.quantile(0.05 / tests, 89)
+        found = intervals.equal_with(error, 89, margin, tests)
+        assert found == pytest.approx((means < room).mean(), abs=0.01)
+    assert intervals.equal_with(0.0029, 89, 0.004) == 0
+
+
+# ---- The plan ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planning(tmp_path, monkeypatch):
+    """A function that writes validation losses of a network's rates, and the plan on them."""
+    options = run.Options(results=str(tmp_path))
+    monkeypatch.setattr(run.Options, "results", str(tmp_path))
+    monkeypatch.setattr(run.Options.__init__, "__defaults__", tuple(vars(options).values()))
+    monkeypatch.setattr(plan, "CONFIRMATION", str(tmp_path / "fresh"))
+
+    def write(network: str, values: dict[float, list[float]], results: str = "", **more):
+        for times, ys in values.items():
+            arm = plan.arm_at(network, times)
+            file = "base" if arm == "base" else (plan.CHOSEN | plan.LIKE_BASE)[network]
+            for seed, y in enumerate(ys, more.get("first", 0)):
+                x = {"arm": arm, "seed": seed, "steps": 600, "source": "s", "corpus": "c"}
+                x |= {"val_bpb": y, "test_bpb": y + 0.001 * (seed % 3)}
+                tables.add_result(replace(options, results=results or str(tmp_path)), file, x)
+
+    return write
+
+
+def test_the_rate_is_that_of_the_least_mean_on_the_validation_text(planning):
+    """Known when all runs are there; the smallest is tried where the next one wins."""
+    same = [2.0, 2.0, 2.0]
+    planning("MLA", {1: same, 0.67: [1.0, 1.0, 3.9], 0.45: [2.0, 2.0]})
+    assert plan.best_rate("MLA") is None
+    planning("MLA", {0.45: [2.0, 2.0, 2.1]})
+    assert plan.best_rate("MLA") == 0.67 and plan.rates_of("MLA") == (1, 0.67, 0.45)
+    planning("dense", {1: same, 0.67: same, 0.45: [1.9, 1.9, 1.9]})
+    assert plan.rates_of("dense")[-1] == 0.3 and plan.best_rate("dense") is None
+    planning("dense", {0.3: [1.9, 1.9, 2.0]})
+    assert plan.best_rate("dense") == 0.45
+    planning("MHA", {1: [1.0, 1.0, 1.0], 0.67: same, 0.45: same})
+    assert plan.best_rate("MHA") == 1
+    arms = [plan.confirming(x, 8).arm for x in ("MLA", "loss 0.01", "tiles", "dense", "MHA")]
+    assert arms == [f"{x} lr x0.67" for x in ("MLA", "loss 0.01", "tiles")] + [
+        "dense lr x0.45", "MHA"]  # fmt: skip
+    assert plan.confirming("GQA 2", 8) is None
+
+
+def test_the_plan_is_in_order(planning):
+    """Rates, the clock, then seed by seed all arms; what waits for a rate has its place."""
+    runs = [*plan.planned()]
+    assert len(runs) == 6 * 2 * 3 + 1 + 7 * 8 + 3 * 8 + 12
+    assert [x.seed for x in runs[:6]] == [0, 1, 2] * 2 and runs[36] == plan.clock()
+    assert all(x is None for x in runs[37:])
+    for network in plan.CHOSEN:
+        planning(network, {x: [3.0 - x] * 3 for x in (1, 0.67, 0.45)})
+    fresh = [*plan.planned()][37:]
+    assert {x.arm for x in fresh[:7]} == {"base", *plan.CHOSEN, "loss 0.01"} - {"MLA"}
+    assert [x.seed for x in fresh] == [s for s in range(8, 16) for _ in range(7)] + [
+        s for s in range(16, 24) for _ in range(3)] + [*range(8, 20)]  # fmt: skip
+    assert {x.results for x in fresh} == {plan.CONFIRMATION}
+
+
+def test_two_processes_never_train_the_same_run(tmp_path, monkeypatch):
+    """One takes the first that is free; what another has ended meanwhile is not made again."""
+    done, trained = set(), []
+
+    class Run:
+        def __init__(self, name):
+            self.name = name
+
+        def missing(self):
+            return ([] if self.name in done else ["x"]), tmp_path / self.name
+
+        def train(self):
+            trained.append(self.name)
+            done.add(self.name)
+
+    runs = [Run(name) for name in "abc"]
+    monkeypatch.setattr(plan, "planned", lambda: iter([runs[0], None, *runs[1:]]))
+    done.add("a")
+    with plan.taken(tmp_path / "b") as mine, plan.taken(tmp_path / "b") as again:
+        assert mine and not again
+        assert plan.train_next() and trained == ["c"]
+        assert not plan.train_next()
+    assert plan.train_next() and trained == ["c", "b"]
+
+
+def test_fresh_seeds_give_a_word_when_all_their_runs_are_there(planning, monkeypatch):
+    claim = claims.Claim("it", "attention", "base", "MHA", networks=("MLA", "MHA"))
+    monkeypatch.setattr(evidence, "ON_FRESH_SEEDS", [claim])
+    monkeypatch.setattr(plan, "MORE", {"MLA": range(8, 24)})
+    for network in plan.CHOSEN:
+        planning(network, {x: [3.0 - x] * 3 for x in (1, 0.67, 0.45)})
+    ys = [1.0, 1.1, 1.05, 1.2, 1.15, 1.0, 1.1, 1.3]
+    fresh = {"results": plan.CONFIRMATION, "first": 8}
+    planning("MLA", {1: ys}, **fresh)
+    planning("MHA", {1: [y + 0.1 for y in ys[:7]]}, **fresh)
+    x = evidence.on_fresh_seeds()["it"]
+    assert (x.there, x.planned, x.word, x.numbers.mean) == (15, 16, "", None)
+    assert verdicts.fresh_cell(claim, x) == "not yet confirmed: 15 of 16 runs"
+    assert verdicts.fresh_cell(claim, None) == "none planned"
+    planning("MHA", {1: [y + 0.1 + 0.01 * (i % 2) for i, y in enumerate(ys)]}, **fresh)
+    x = evidence.on_fresh_seeds()["it"]
+    assert x.word == "shown" and x.numbers.pairs == 8
+    assert verdicts.fresh_cell(claim, x).startswith("+0.1050 ± 0.00")
+    planning("MLA", {1: [y + 9 for y in ys]}, results=plan.CONFIRMATION, first=16)
+    assert evidence.on_fresh_seeds()["it"].numbers.mean == x.numbers.mean  # MHA has no such seeds
