@@ -459,6 +459,8 @@ def test_the_rate_is_that_of_the_least_mean_on_the_validation_text(planning):
     assert plan.best_rate("MLA") == 0.67 and plan.rates_of("MLA") == (1, 0.67, 0.45)
     planning("dense", {1: same, 0.67: same, 0.45: [1.9, 1.9, 1.9]})
     assert plan.rates_of("dense")[-1] == 0.3 and plan.best_rate("dense") is None
+    last = [*plan.choosing()][-3:]  # after what all networks need
+    assert [(x.arm, x.seed) for x in last] == [("dense lr x0.3", seed) for seed in range(3)]
     planning("dense", {0.3: [1.9, 1.9, 2.0]})
     assert plan.best_rate("dense") == 0.45
     planning("MHA", {1: [1.0, 1.0, 1.0], 0.67: same, 0.45: same})
@@ -467,6 +469,22 @@ def test_the_rate_is_that_of_the_least_mean_on_the_validation_text(planning):
     assert arms == [f"{x} lr x0.67" for x in ("MLA", "loss 0.01", "tiles")] + [
         "dense lr x0.45", "MHA"]  # fmt: skip
     assert plan.confirming("GQA 2", 8) is None
+
+
+def test_the_first_seeds_are_compared_at_each_networks_own_rate(planning, monkeypatch):
+    """Chosen by the validation text, compared on the test text."""
+    arms = {"MHA": run.Arm()} | run.at_rates({"MLA": run.Arm(), "MHA": run.Arm()}, {"lr": 1.0})
+    e = run.Experiment("attention", lambda base: arms, {"test_bpb": ""})
+    monkeypatch.setattr(evidence, "EXPERIMENTS", {"attention": e})
+    claim = claims.Claim("", "attention", "base", "MHA", networks=("MLA", "MHA"))
+    planning("MLA", {1: [1.0, 1.1, 1.2], 0.67: [0.9, 1.0, 1.2], 0.45: [2.0] * 3})
+    planning("MHA", {1: [1.5, 1.4, 1.8], 0.67: [1.8] * 3})
+    assert evidence.numbers_of(claim, evidence.read_tables(run.Options())).tuned is None
+    planning("MHA", {0.45: [1.9] * 3})
+    x = evidence.numbers_of(claim, evidence.read_tables(run.Options()))
+    assert x.mean == pytest.approx((0.5 + 0.3 + 0.6) / 3)
+    assert x.tuned[0] == pytest.approx((0.6 + 0.4 + 0.6) / 3)  # MLA has 0.67
+    assert x.tuned[1] == pytest.approx(x.half)
 
 
 def test_the_plan_is_in_order(planning):
