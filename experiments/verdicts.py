@@ -187,7 +187,9 @@ class Verdicts:
         return (
             f"The residuals of arms whose shapes are the base's have a standard deviation of "
             f"{like[0]:.4f} bits/byte ({like[1]} degrees of freedom), those of the others "
-            f"{others[0]:.4f} ({others[1]}).\n\n" + markdown(heads, rows)
+            f"{others[0]:.4f} ({others[1]}). At the strictest step of Holm's correction for the "
+            "tests on fresh seeds, so many pairs find this difference in 80 % of all cases, or an "
+            "equality in so many where there is no difference:\n\n" + markdown(heads, rows)
         )
 
     def margins(self) -> str:

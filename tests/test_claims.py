@@ -211,20 +211,12 @@ def test_page_and_figures_show_what_the_json_files_hold(name, monkeypatch):
         assert f"results {digest}" in svg, f"{again} --plot"
 
 
-def test_prose_has_the_differences_of_the_tables(monkeypatch):
-    """Those with three digits, such as 0.016 ± 0.004, of RESULTS and README."""
-    monkeypatch.chdir(ROOT)
-    found = []
-    for options in run.Options(), run.Options(**claims.PROSE):
-        for e in evidence.EXPERIMENTS.values():
-            differences = tables.differences(e, options, tables.collect(e, options))
-            found += [(x.mean, x.half or 0) for x in differences.values()]
-    known = {f"{abs(mean):.3f} ± {half:.3f}" for mean, half in found}
-    pages = (Path(x).read_text(encoding="utf-8") for x in ("docs/RESULTS.md", "README.md"))
-    prose = re.sub(r"(?s)<!-- (\w+) -->.*?<!-- end of \1 -->", "", "".join(pages))
-    written = re.findall(r"\d\.\d{3}\s±\s\d\.\d{3}(?!\d)", prose)
-    stale = {" ".join(x.split()) for x in written} - known
-    assert len(written) > 12 and not stale
+def test_differences_stand_in_tables_alone():
+    """Which are computed: the sentences around them say none, so that they cannot be stale."""
+    for page in "docs/RESULTS.md", "README.md":
+        text = (ROOT / page).read_text(encoding="utf-8")
+        prose = re.sub(r"(?s)<!-- (\w+) -->.*?<!-- end of \1 -->", "", text)
+        assert len(prose) < len(text) and not re.findall(r"\d\s±\s\d", prose)
 
 
 # ---- Verdicts ------------------------------------------------------------------------------------
