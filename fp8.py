@@ -387,8 +387,10 @@ def use_fp8(model: nn.Module):
     swap = {nn.Linear: FP8Linear, formulas.MLP: FP8MLP, formulas.Experts: FP8Experts}
     for block in [*model.layers, *(module.block for module in model.mtp)]:
         for module in block.modules():
-            if type(module) is formulas.MLP and type(module.down_proj) is not nn.Linear:
-                continue  # an adapter, say: FP8MLP would use its weight alone
+            if type(module) is formulas.MLP:
+                down = module.down_proj
+                if type(down) is not nn.Linear or down.bias is not None:
+                    continue  # an adapter, say: FP8MLP would use its weight alone
             module.__class__ = swap.get(type(module), type(module))
 
 

@@ -424,7 +424,8 @@ def routed_ffn(
     x: Tensor, chosen: Tensor, gain: Tensor, gate_up: Tensor, down: Tensor, swiglu: Callable
 ) -> Tensor:
     """sum_{i in top K} g_i FFN_i(x) of Eq. 12: x (tokens, D), chosen experts and their gate values
-    (tokens, K), weights (E, 2F, D) and (E, D, F) -> (tokens, D). No token is dropped."""
+    (tokens, K), weights (E, 2F, D) and (E, D, F) -> (tokens, D). No token is dropped; a choice that
+    is none of the E experts adds nothing. swiglu is handed over: the twin calls yours, too."""
     y = torch.zeros_like(x, dtype=compute_dtype(x))
     for i, (W_gate_up, W_down) in enumerate(zip(gate_up, down, strict=True)):
         token, choice = (chosen == i).nonzero(as_tuple=True)  # (rows,): who chose expert i

@@ -7,8 +7,9 @@ edited runs itself, everywhere, and a line on stderr says so; where a twin retur
 the formula runs, too. So model.py may be read and edited without a look at this file.
 
 The file's order: the mark; precision; twins for training (attention, experts, output head); twins
-for writing text (norm and rotation also for training on a GPU), where few numbers are moved by many operations; copies of weights, which these
-multiply by and which live as long as a text is written; the dtype in which this machine is fast.
+for writing text (norm and rotation also for training on a GPU), where few numbers are moved by many
+operations; copies of weights, which these multiply by and which live as long as a text is written;
+the dtype in which this machine is fast.
 
 A twin is here if it saves 3 % or more of a training step of config/small.py or of its writing on
 two CPU cores, or is needed on a GPU; docs/notes/LOG.md has the figures. Letters are model.py's.
@@ -281,6 +282,13 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([F.linear(x_e, w) for x_e, w in parts])  # (rows, out)
 
 
+def among_experts(chosen: Tensor, gain: Tensor, E: int) -> tuple[Tensor, Tensor]:
+    """A choice that is none of the experts 0 .. E-1 adds nothing to the formula's sum, as a null
+    expert. Here it goes to one of them, with the gate value 0: no size waits for the choices."""
+    expert = chosen.remainder(E)
+    return expert, torch.where(expert == chosen, gain, 0)
+
+
 def by_expert(
     x: Tensor, chosen: Tensor, gain: Tensor, E: int, ffn: Callable, multiple: int | None = None
 ) -> Tensor:
@@ -290,6 +298,7 @@ def by_expert(
     multiple of so many; None: of what suits the device.
     """
     multiple = multiple or rows_multiple(x)
+    chosen, gain = among_experts(chosen, gain, E)
     rows, slots, counts = sort_by_expert(chosen, E, multiple)
     # Each gate value goes to the row of its token and expert; extra rows keep 0.
     gain = gain.new_zeros(len(rows)).scatter(0, slots.flatten(), gain.flatten())  # (rows,)
@@ -387,7 +396,7 @@ LONG = 2**14  # cached tokens from which the threads share them out
 PAIRS = 2**13  # of queries and cached tokens, up to which loops are faster than products
 LARGE = 2**17  # weights of a matrix from which oneDNN's layout pays
 ROWS = 16  # rows of x that this layout is packed for; in a graph, the most for which loops pay
-COPIED = 3 * 2**26  # weights in a layer's experts up to which these are copied into another order
+MOST = 3 * 2**26  # weights in a layer's experts up to which these are copied into another order
 PAYS = 32  # tokens to be written from which copies are made
 FEW = 32  # tokens up to which each reads its experts' weights by itself
 # Loops and oneDNN's layout are for AVX512; with AVX2 the BLAS is faster. This is not timed: where
@@ -395,11 +404,11 @@ FEW = 32  # tokens up to which each reads its experts' weights by itself
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-texts = 0  # that are being written, each within `laid_out`
+open_texts = 0  # how many are being written now, each within `laid_out`
 
 
 def writing() -> bool:
-    return texts > 0 and not torch.is_grad_enabled()
+    return open_texts > 0 and not torch.is_grad_enabled()
 
 
 def as_loops(x: Tensor) -> bool:
@@ -517,7 +526,9 @@ def visit(x: Tensor, chosen: Tensor, gain: Tensor, gate_up, down, swiglu) -> Ten
     if not graph and (n > FEW or not hasattr(gate_up, "_turned")):
         return NotImplemented
 
-    chosen = chosen.reshape(-1)  # (n * K,)
+    chosen, gain = chosen.reshape(-1), gain.reshape(-1)  # (n * K,)
+    if graph:
+        chosen, gain = among_experts(chosen, gain, len(down))
 
     def times(x: Tensor, w: Tensor) -> Tensor:  # (n * K, in) -> (n * K, out)
         if graph:
@@ -528,8 +539,11 @@ def visit(x: Tensor, chosen: Tensor, gain: Tensor, gate_up, down, swiglu) -> Ten
         return torch.embedding_bag(w._turned, index, bags, False, 0, False, x.reshape(-1))[0]
 
     x = x.view(n, 1, D).expand(n, K, D).reshape(n * K, D)
-    gate, up = times(x, gate_up).chunk(2, -1)  # (n * K, F)
-    y = times(swiglu(gate, up, gain.reshape(-1)), down)  # (n * K, D)
+    try:
+        gate, up = times(x, gate_up).chunk(2, -1)  # (n * K, F)
+    except IndexError:  # a choice is none of the experts: by_expert knows that
+        return NotImplemented
+    y = times(swiglu(gate, up, gain), down)  # (n * K, D)
     return y.view(n, K, D).sum(1)
 
 
@@ -543,6 +557,7 @@ def places(E: int, width: int, few: int) -> tuple[Tensor, Tensor]:
 # ---- Copies of weights, while a text is written --------------------------------------------------
 
 
+STACKED = ("gate_up_proj", "down_proj")  # the weights of model.Experts; no others are copied so
 LINEAR = nn.Linear.forward  # which may be patched later: then it is called, without copies
 
 
@@ -594,34 +609,36 @@ def laid_out(model: nn.Module, compiled: bool, tokens: int) -> Iterator[None]:
     """Within `with laid_out(model, compiled, tokens):` the twins for writing so many tokens are on.
 
     On a CPU large matrices and the experts have copies there, in another order (in a graph they
-    need none). The weights must not change there, and a model writes one text (of any number of
-    rows) at a time; nothing of this is left behind.
+    need none). Modules other than nn.Linear and those with the experts' weights are left alone. The
+    weights must not change there, and a model writes one text (of any number of rows) at a time;
+    nothing of this is left behind.
     """
     copied = tokens >= PAYS and not compiled
-    global texts
+    global open_texts
     linears, weights, modules = [], [], list(model.modules())
-    texts += 1
+    open_texts += 1
     try:
         for module in modules:
-            own = [w.detach() for w in module.parameters(recurse=False) if w.device.type == "cpu"]
-            stacked = [w for w in own if w.ndim == 3]
-            plain = type(module) is nn.Linear and nn.Linear.forward is LINEAR and own
-            if plain and (compiled or (copied and copies(own[0]))):
+            own = {n: w for n, w in module._parameters.items() if w is not None and w.is_cpu}
+            plain = type(module) is nn.Linear and nn.Linear.forward is LINEAR and "weight" in own
+            stacked = [own[name] for name in STACKED if name in own and own[name].ndim == 3]
+            if plain and (compiled or (copied and copies(own["weight"]))):
                 module.__class__ = LaidOut
                 linears.append(module)
                 if copied:
-                    w = torch.ops.mkldnn._reorder_linear_weight(own[0].contiguous(), ROWS)
+                    w = own["weight"].detach().contiguous()
+                    w = torch.ops.mkldnn._reorder_linear_weight(w, ROWS)
                     module.weight._laid_out = w
                     weights.append(module.weight)
-            elif stacked and copied and sum(w.numel() for w in stacked) <= COPIED:
-                for w in module.parameters(recurse=False):
+            elif copied and len(stacked) == 2 and sum(w.numel() for w in stacked) <= MOST:
+                for w in stacked:
                     w._turned = w.detach().mT.flatten(0, 1)  # (E*in, out)
                     weights.append(w)
             if not compiled:  # what nn.Module.__getattr__ would look for, 300 times a token
                 module.__dict__ |= module._modules | module._parameters
         yield
     finally:
-        texts -= 1
+        open_texts -= 1
         for module in modules:
             for name in module._modules | module._parameters:
                 module.__dict__.pop(name, None)

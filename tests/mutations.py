@@ -231,7 +231,7 @@ fingerprint(formula, *others) => fingerprint(formula)
 FORMULAS.get(f, f) => functools.reduce(lambda g, _: getattr(g, "__wrapped__", g), range(9), f)
 if enabled and not kwargs and => if enabled and
 if not isinstance(scale, float): => if False:
-return texts > 0 and => return True and
+return open_texts > 0 and => return True and
 
 # support/digits.py tests/test_edits.py
 outer |= {*node.names} => pass

@@ -522,11 +522,20 @@ def test_an_fp8_network_decodes_by_its_own_products():
     assert text.shape == (1, 25) and list(map(type, model.modules())) == kinds
 
 
-def test_fp8_leaves_an_mlp_alone_whose_projection_is_of_another_class():
+def adapt(projection: nn.Linear):
+    projection.__class__ = type("Adapted", (nn.Linear,), {})
+
+
+def shift(projection: nn.Linear):
+    projection.bias = nn.Parameter(torch.ones(16))
+
+
+@pytest.mark.parametrize("change", [adapt, shift])
+def test_fp8_leaves_an_mlp_alone_whose_projection_does_more(change):
     """FP8MLP would multiply by its weight and pass over what else it does."""
     model = network(plain, torch.float32)
     mlp = model.layers[0].mlp
-    mlp.down_proj.__class__ = type("Adapted", (nn.Linear,), {})
+    change(mlp.down_proj)
     fp8.use_fp8(model)
     assert type(mlp) is plain.MLP and type(mlp.gate_proj) is fp8.FP8Linear
 
@@ -600,6 +609,21 @@ def renormalise_the_embedding(model, monkeypatch):
     model.embed_tokens.max_norm = 0.5
 
 
+class Convolved(nn.Module):
+    """A module that nobody foresaw: a weight of three dimensions, and a bias."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp, self.mix = mlp, nn.Conv1d(16, 16, 1).double()
+
+    def forward(self, x):
+        return self.mlp(self.mix(x.mT).mT)
+
+
+def put_in_a_convolution(model, monkeypatch):
+    model.layers[0].mlp = Convolved(model.layers[0].mlp)
+
+
 def put_in_a_layer(model, monkeypatch):
     model.layers.append(model.layers[2])
 
@@ -632,6 +656,7 @@ PATCHES = [
     change_the_eps_of_a_norm,
     change_the_config_of_a_layer,
     renormalise_the_embedding,
+    put_in_a_convolution,
     put_in_a_layer,
     change_weights_unseen,
 ]

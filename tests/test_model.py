@@ -425,12 +425,14 @@ def test_grouped_products_equal_the_loop(width):
     assert (low - theirs[0]).norm() < 0.01 * theirs[0].norm()
 
 
-def test_experts_equal_the_loop_over_experts():
-    """Value and every gradient, also where an expert has no token, and of few tokens when no
-    gradient can be asked for."""
+@pytest.mark.parametrize("null", [False, True])
+def test_experts_equal_the_loop_over_experts(null):
+    """Value and every gradient, also where an expert has no token, where a choice is none of the
+    experts, and of few tokens when no gradient can be asked for."""
     moe, x = tiny().layers[1].mlp, torch.randn(40, 16, dtype=torch.float64, requires_grad=True)
     _, chosen, gain = moe.gate(x)
-    chosen, gain = chosen % 7, gain.detach().requires_grad_()  # none goes to the last expert
+    chosen = 2 * chosen - 1 if null else chosen % 7  # -1 to 13; or none goes to the last expert
+    gain = gain.detach().requires_grad_()
     weights = moe.experts.gate_up_proj, moe.experts.down_proj
     args, leaves = (x, chosen, gain, *weights, plain.swiglu), (x, gain, *weights)
     expected = value_and_gradients(ops.FORMULAS[plain.routed_ffn], args, leaves)
