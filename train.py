@@ -657,7 +657,7 @@ def tell_source(config: TrainConfig, source: Path):
         info(f"{told}: it may forget what it has learnt; try a tenth, --lr={stored['lr'] / 10:g}")
 
 
-def run(argv: list[str]):
+def command(argv: list[str]):
     """Settings, machine, network, data, training; in the end a sample."""
     values, source, first = read_settings(argv)
     network, others = split_configs(values)
@@ -715,7 +715,7 @@ def show_result(config: TrainConfig, data: Dataset):
 def main(argv: list[str]):
     try:
         with processes.compiling():
-            run(argv)
+            command(argv)
     except (RuntimeError, MemoryError) as error:
         if not settings.is_out_of_memory(error):
             raise

@@ -183,7 +183,7 @@ def add_tokenizer(writer: Any, encoding: tiktoken.Encoding | None, rows: int) ->
     writer.add_add_bos_token(False)  # sample.py puts none before a prompt either
 
 
-def kind_of(name: str, x: Tensor, dtype: str) -> str:
+def stored_type(name: str, x: Tensor, dtype: str) -> str:
     """How a tensor is stored: Q8_0 wants rows of whole blocks of 32 numbers."""
     if x.ndim == 1 or "ffn_gate_inp" in name:
         return "F32"
@@ -215,7 +215,7 @@ def write_gguf(
         if name.startswith("mtp.") or (name == "lm_head.weight" and config["tie_word_embeddings"]):
             continue
         for part_name, part in parts_of(name, x, config):
-            kind = gguf.GGMLQuantizationType[kind_of(part_name, part, dtype)]
+            kind = gguf.GGMLQuantizationType[stored_type(part_name, part, dtype)]
             data = gguf.quantize(part.float().contiguous().numpy(), kind)
             writer.add_tensor(part_name, data, raw_dtype=kind)
     writer.write_header_to_file()

@@ -45,7 +45,7 @@ def unknown_key(name: str, known: Iterable[str]) -> str:
     return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
 
 
-def kind_of(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
     """A field's type in words."""
     if typing.get_origin(annotation) is typing.Literal:
         return "one of " + ", ".join(str(x) or "''" for x in typing.get_args(annotation))
@@ -68,7 +68,7 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
         with suppress(OverflowError, ValueError):  # int(inf), int(nan)
             if kind in (bool, int, float) and type(x) in (int, float) and kind(x) == x:
                 return kind(x)
-    raise Refusal(f"{name} is {short(repr(value))}, expected {kind_of(annotation)}")
+    raise Refusal(f"{name} is {short(repr(value))}, expected {type_name(annotation)}")
 
 
 def parse_args(
@@ -89,7 +89,7 @@ def parse_args(
         comment = re.search(rf"(?m)^    {name}:.*?  # (.*)$", source)
         text = (comment[1] if comment else "") + f" (default: {field.default!r})"
         help = text.replace("%", "%%")
-        parser.add_argument("--" + name, metavar=kind_of(field.type), help=help)
+        parser.add_argument("--" + name, metavar=type_name(field.type), help=help)
     flags = ["--" + name for name, field in fields.items() if field.type is bool]
     given, unknown = parser.parse_known_args([a + "=true" if a in flags else a for a in argv])
     if unknown:

@@ -125,11 +125,9 @@ def test_steps_of_the_past_do_not_have_to_fit_a_resumed_run():
     assert load(run("--resume", *more))["step"] == 8
 
 
-def test_another_network_optimiser_or_tokenizer_is_refused_on_resume(shared):
+def test_another_tokenizer_is_refused_on_resume(shared):
     out = Path(shutil.copytree(shared("--steps=1"), "run"))
     before = (out / "ckpt.pt").read_bytes()
-    assert "run/ckpt.pt cannot get hidden_size 64" in refused("--resume", "--hidden_size=64")
-    assert "no state of Muon 1" in refused("--resume", "--optimizer=muon")
     prepare_data.prepare(prepare_data.DataConfig(TEXT, "other", vocab_size=512, val_fraction=0.4))
     for options in (["--resume"], ["--out=new", "--init_from=run"]):
         sentence = refused("--data=other", *options)
@@ -320,9 +318,6 @@ def test_an_existing_run_is_refused_and_with_overwrite_put_aside_whole(shared, c
     for name in ("plot.png", "photo.png"):  # foreign files, too
         Path("run", name).touch()
     before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
-    assert "run holds a run: give --resume, --overwrite, or another --out" in refused()
-    assert all(refused("--overwrite", x) for x in ("--data=nowhere", "--beta1=1", "--resume"))
-    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
     run("--steps=2", "--overwrite")
     assert {path.name: path.read_bytes() for path in Path("run.old-1").iterdir()} == before
     assert "run, which was there, is now run.old-1\n" in capsys.readouterr().err
@@ -379,13 +374,6 @@ def test_a_folder_that_is_no_run_is_refused_and_kept(kind, data, shared):
     for options in ([], ["--overwrite"], ["--data=mine", "--overwrite"], ["--resume"]):
         assert re.search("mine (holds|is a file|has no ckpt)", refused("--out=mine", *options))
         assert content() == before and not Path("mine.old-1").exists()
-
-
-def test_weights_that_a_run_starts_from_are_not_put_aside():
-    run("--steps=1")
-    for source in ("run", "run/ckpt.pt"):
-        assert "would be put aside" in refused("--overwrite", f"--init_from={source}")
-    assert Path("run/ckpt.pt").exists()
 
 
 def test_copies_of_read_only_data_can_be_written_to():

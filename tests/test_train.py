@@ -442,62 +442,6 @@ def test_the_tokenizer_of_a_hugging_face_directory_is_tried_on_a_text(shared):
     assert "another tokenizer" in refused(*options, "--data=other", "--out=other")
 
 
-@pytest.mark.parametrize("argv", [["--out=run"], ["--resume"]])
-def test_no_configuration_is_a_usage_error(argv, capsys):
-    with pytest.raises(SystemExit) as exit:
-        train.main(argv)
-    assert exit.value.code == 2 and "name a config file" in capsys.readouterr().err
-    Path("empty.py").write_text("steps = 1\n")
-    with pytest.raises(ValueError, match="has to set hidden_size, num_hidden_layers and"):
-        train.main(["empty.py"])
-    Path("my.py").write_text("hidden_size = 64\n")
-    with pytest.raises(ValueError, match="has to set hidden_size, num_hidden_layers and"):
-        train.main(["my.py"])
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--steps=0"], "steps is 0, but must be at least 1"),
-        (["--grad_accum=3"], "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
-        (["--block_size=257"], "windows of 257 tokens exceed max_position_embeddings, 256"),
-        (["--block_size=900000", "--max_position_embeddings=900000"], "do not fit in data/tiny"),
-        (["--long_block_size=48", "--long_start=0"], "micro-batches (processes x grad_accum) of"),
-        (["--long_block_size=8"], "long_block_size is 8, less than the 16 trained before"),
-        (["--vocab_size=511"], "vocab_size is 511, but"),
-        (["--vocab_size=1024"], "set vocab_size to 512, as by --vocab_size;"),
-        (["--batch_start=-1"], "batch_start is -1, but must be at least 0"),
-        (["--beta2=1"], "less than 1"),
-        (["--data=nowhere"], "make it with: python prepare_data.py SOURCE --name=nowhere"),
-        (["--resume"], "run has no ckpt.pt to go on from: begin without --resume"),
-        (["--eval_only", "--out="], "there is no out/tiny: name a run's folder"),
-        (["--out=/dev/null/run"], "/dev/null/run"),
-        (["--optimizer=muon", "--parallel=fsdp"], "muon needs whole matrices"),
-        (["--block_size=7"], "block_size is 7, but must be at least 8"),
-        (["--num_nextn_predict_layers=16"], "block_size is 16, but must be at least 17"),
-        (["--data=nowhere", "--out=run/a/b"], "no data in data/nowhere"),
-        (["--data=data/no"], "no data in data/no; make it with: python prepare_data.py SOURCE --"),
-        (["--data=else/no"], "no data in else/no; make it with: python prepare_data.py SOURCE --"),
-    ],
-)
-def test_refusals_are_one_sentence(options, words):
-    assert words in refused(*options)
-    assert not Path("run").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--decay_start=0.9", "--decay_end=0.1"], "decay_start is 0.9, but decay_end is 0.1"),
-        (["--warmup=0.6"], "warmup is 0.6, but decay_start is 0.5: raise decay_start to 0.6 at"),
-        (["--decay_end=0.99"], "decay_end is 0.99, but final_start is 0.9887"),
-    ],
-)
-def test_phases_of_the_schedule_that_are_out_of_order_are_refused(options, words):
-    assert words in refused(*options)
-    assert not Path("run").exists()
-
-
 def test_what_compiling_costs_in_float32_on_a_cpu_is_told(capsys):
     config = train.TrainConfig(compile=True, dtype="float32", block_size=16)
     model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
