@@ -134,8 +134,7 @@ def to_fill(
     if empty.keys() - stored:  # values that only a whole constructor makes
         return DeepSeekV3(config).to(device, dtype)
     for x in empty.values():
-        kind = dtype if x.is_floating_point() else x.dtype
-        y = torch.empty_like(x, dtype=kind, device=device)
+        y = torch.empty_like(x, dtype=dtype, device=device)  # no file may hold integers
         is_parameter = isinstance(x, nn.Parameter)
         # In place, so that what two modules share stays shared.
         swap_tensors(x, nn.Parameter(y, x.requires_grad) if is_parameter else y)
@@ -228,7 +227,7 @@ def check_layout(model: DeepSeekV3):
     ours = {name: tuple(x.shape) for name, x in checkpoint_views(model)}
     released = layout(model.config)
     for name in sorted(ours.keys() | released.keys()):
-        have, due = ours.get(name, "missing"), released.get(name, "no part of it")
+        have, due = ours.get(name, "missing"), released.get(name, "missing")
         if have != due:
             told = f"{name} is {have} in this network, but {due} in DeepSeek-V3's layout"
             raise Refusal(f"{told}: other programs would compute another network.")

@@ -132,7 +132,6 @@ pieces[0][0], pieces[-1][2] = before, after => pieces[0][0], pieces[0][2] = befo
 if function is torch.empty else {} => if False else {}
 if empty.keys() - stored: => if False:
 if empty.keys() - stored: => if True:
-kind = dtype if x.is_floating_point() else x.dtype => kind = dtype
 swap_tensors(x, nn.Parameter(y, => swap_tensors(x.clone(), nn.Parameter(y,
 return model.to(device, dtype) => return model
     if have != due: => if name not in released:
