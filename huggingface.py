@@ -133,11 +133,9 @@ def to_fill(
     empty = {name: x for name, x in tensors.items() if x.is_meta}
     if empty.keys() - stored:  # values that only a whole constructor makes
         return DeepSeekV3(config).to(device, dtype)
-    for x in empty.values():
-        y = torch.empty_like(x, dtype=dtype, device=device)  # no file may hold integers
-        is_parameter = isinstance(x, nn.Parameter)
-        # In place, so that what two modules share stays shared.
-        swap_tensors(x, nn.Parameter(y, x.requires_grad) if is_parameter else y)
+    for x in empty.values():  # in place: what two modules share stays shared
+        y = torch.empty_like(x, dtype=dtype, device=device)
+        swap_tensors(x, nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y)
     return model.to(device, dtype)
 
 
