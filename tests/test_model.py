@@ -656,6 +656,9 @@ def test_fp8_is_close_to_full_precision_and_padding_does_not_change_it(monkeypat
     logits, *losses = errors(results, exact)[:4]
     assert 0.02 < logits < 0.3 and max(losses) < 0.1
     assert all(x.isfinite().all() and x.norm() > 0 for x in results)
-    twice = lambda *args, multiple: ops.by_expert(*args, multiple=2 * multiple)
+
+    def twice(*args, multiple):
+        return ops.by_expert(*args, multiple=2 * multiple)
+
     monkeypatch.setattr(fp8, "by_expert", twice)
     assert max(errors(logits_losses_gradients(), results)) < 1e-5
