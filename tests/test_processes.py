@@ -278,3 +278,32 @@ def test_one_bad_gradient_is_skipped_by_all_processes_and_the_run_goes_on(start)
     assert state["step"] == 8
     assert {x["step"].item() for x in state["AdamW 0"]["state"].values()} == {7}
     assert all(x.isfinite().all() for x in state["model"].values())
+
+
+AS_ON_WINDOWS = """
+import os, signal, sys
+
+sys.path.insert(0, sys.argv[1])
+for name in ("fcntl", "resource", "readline"):
+    sys.modules[name] = None
+del signal.SIGHUP, os.O_NOFOLLOW
+import huggingface, prepare_data, sample, train
+
+prepare_data.main([sys.argv[2], "--name=own", "--vocab_size=512"])
+options = ["--data=own", "--steps=2", "--batch_size=4", "--block_size=16", "--dtype=float32"]
+for more in ("--eval_every=1", "--resume", "--overwrite"):
+    train.main([os.path.join(sys.argv[1], "config", "tiny.py"), "--out=run", *options, more])
+    options[1] = "--steps=3"
+sample.main(["run", "--prompt=def", "--max_new_tokens=3"])
+huggingface.main(["run", "hf"])
+"""
+
+
+def test_all_commands_work_without_what_windows_lacks():
+    """Locks of files, SIGHUP, and opening a file without following links."""
+    done = subprocess.run(
+        [sys.executable, "-c", AS_ON_WINDOWS, ROOT, train.__file__], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "run cannot be locked (this system has no such locks): let only one" in done.stderr
+    assert Path("run.old-1").is_dir() and Path("hf/config.json").exists()

@@ -103,6 +103,21 @@ def test_config_files_are_assignments(tmp_path, monkeypatch):
             config.read_config_file("my.py", Config)
 
 
+def test_a_config_file_begins_with_ours_though_another_package_is_named_so(tmp_path):
+    (tmp_path / "config").mkdir()
+    for name in ("__init__.py", "small.py"):
+        (tmp_path / "config" / name).write_text("lr = 5.0")
+    (tmp_path / "mine.py").write_text("from config.small import *\nsteps = 7\n")
+    root = str(Path(__file__).parent.parent)  # which Python puts first for a script that lies there
+    script = f"import sys; sys.path[0] = {root!r}; import runpy; print(runpy.run_path('mine.py'))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        **dict(capture_output=True, text=True, cwd=tmp_path),
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert "'steps': 7" in done.stdout and "'lr': 5.0" not in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
