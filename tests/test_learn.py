@@ -1,11 +1,13 @@
 """What one learns from: the annotated page is made of the code as it is, the tour prints what it
-shows, the stored network has its loss.
+shows, the notebook is the tour, the stored network has its loss.
 
-`python tests/test_learn.py` writes into the tour what its blocks print.
+`python tests/test_learn.py` writes into the tour what its blocks print, and makes the notebook.
 """
 
+import code
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
@@ -55,11 +57,14 @@ BLOCK = re.compile(r"(?s)```python\n(.*?)```\n\n```\n(.*?)```")
 
 
 def run_tour() -> list[tuple[str, str]]:
-    """What every block of the tour shows, and what it prints."""
-    names, shown = {}, []
-    for code, told in BLOCK.findall(TOUR.read_text(encoding="utf-8")):
+    """What every block of the tour shows, and what it prints where it is pasted line by line into
+    `python`, which also prints the value of an expression."""
+    console, shown = code.InteractiveConsole({}), []
+    for block, told in BLOCK.findall(TOUR.read_text(encoding="utf-8")):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(code, names)
+            for line in [*block.splitlines(), ""]:
+                more = console.push(line)
+            assert not more, block
         shown.append((told, printed.getvalue()))
     return shown
 
@@ -80,6 +85,49 @@ def test_the_tour_prints_what_it_shows(at_root):
         assert number.sub("x", told) == number.sub("x", printed)
         pairs = zip(number.findall(told), number.findall(printed), strict=True)
         assert all(abs(float(a) - float(b)) < 0.011 for a, b in pairs), printed
+
+
+NOTEBOOK = ROOT / "docs/tour.ipynb"
+# Jupyter runs a notebook in its own folder.
+AT_ROOT = """import os
+import sys
+
+os.chdir(next(folder for folder in (".", "..") if os.path.exists(f"{folder}/model.py")))
+sys.path.insert(0, os.getcwd())
+"""
+
+
+def notebook() -> str:
+    """The tour as a notebook, with the outputs that stand in it."""
+
+    def cell(kind: str, text: str, **more) -> dict:
+        lines = text.strip().splitlines(keepends=True)
+        named = {"cell_type": kind, "id": f"cell-{len(cells)}", "metadata": {}}
+        return named | {"source": lines} | more
+
+    cells = []
+    start, *pieces = BLOCK.split(TOUR.read_text("utf-8"))
+    cells.append(cell("markdown", start))
+    cells.append(cell("code", AT_ROOT, execution_count=None, outputs=[]))
+    for n, (block, told, text) in enumerate(zip(*[iter(pieces)] * 3, strict=True), 1):
+        stream = {"output_type": "stream", "name": "stdout", "text": told.splitlines(keepends=True)}
+        cells.append(cell("code", block, execution_count=n, outputs=[stream]))
+        cells.append(cell("markdown", text))
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    pages = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(pages, indent=1, ensure_ascii=False) + "\n"
+
+
+def test_the_notebook_is_the_tour(monkeypatch, at_root):
+    assert NOTEBOOK.read_text("utf-8") == notebook(), "python tests/test_learn.py makes it"
+    cells = json.loads(notebook())["cells"]
+    assert sum(cell["cell_type"] == "code" for cell in cells) == 1 + 10
+    monkeypatch.syspath_prepend("")
+    for folder in (ROOT / "docs", ROOT):  # its first cell finds model.py
+        monkeypatch.chdir(folder)
+        exec("".join(cells[1]["source"]), {})
+        assert os.path.samefile(os.getcwd(), ROOT)
 
 
 # ---- The stored network --------------------------------------------------------------------------
@@ -134,3 +182,4 @@ if __name__ == "__main__":  # writes what the blocks print into the tour
     text = TOUR.read_text(encoding="utf-8")
     text = BLOCK.sub(lambda m: f"```python\n{m[1]}```\n\n```\n{next(results)[1]}```", text)
     TOUR.write_text(text, encoding="utf-8")
+    NOTEBOOK.write_text(notebook(), encoding="utf-8")
