@@ -195,6 +195,12 @@ def group(tokens: list[str]) -> tuple[str, str, list[str]]:
     return body, tokens[0], rest
 
 
+def bracketed(tokens: list[str]) -> list[str]:
+    """What stands between the bracket that comes first and the one that closes it."""
+    depth = [(token == "(") - (token == ")") for token in tokens]
+    return tokens[1 : list(itertools.accumulate(depth)).index(0)]
+
+
 def scripted(tokens: list[str]) -> tuple[str, list[str]]:
     """An atom with its scripts, and what they mean."""
     base, written = tokens[0], tokens[0]
@@ -241,7 +247,11 @@ def atom(tokens: list[str]) -> tuple[str, list[str]]:
             left, _, rest = group(rest)
             right, _, rest = group(rest)
             rows += f"<mtr><mtd>{left}</mtd><mtd>{right}</mtd></mtr>"
-        return f'<mrow><mo>{{</mo><mtable columnalign="left">{rows}</mtable></mrow>', rest
+        return f'<mrow class="cases"><mtable columnalign="left">{rows}</mtable></mrow>', rest
+    if token == "(" and r"\frac" in (inside := bracketed(tokens)):
+        # Most machines have no font whose brackets grow: the style draws them.
+        body, _ = sequence(inside, "")
+        return f'<mrow class="tall">{body}</mrow>', tokens[len(inside) + 2 :]
     if token in SYMBOLS:
         symbol = SYMBOLS[token]
         tag = "mi" if symbol.isalpha() else "mtext" if token == r"\;" else "mo"
@@ -275,9 +285,6 @@ $ y = g \odot \frac{x}{\sqrt{"mean"(x^2) + \epsilon}}
 Computed in float32, whatever the dtype of x.
 > model.py rms_norm | x32 = | return
 
-@
-> model.py RMSNorm.forward | return | return
-
 ## Positions: RoPE and YaRN
 Queries and keys are cut into pairs of numbers. A pair is turned by an angle that grows with the
 position. So the product of a query and a key depends on the distance of their tokens.
@@ -297,6 +304,7 @@ below).
 > model.py rope_table | def index_of | frequency = frequency * (1 - ramp)
 
 @
+$ \sqrt{t} , " where " s > 1
 > model.py yarn_mscale | return | return
 
 @
@@ -330,6 +338,7 @@ If there is a cache, it takes them at the positions of these tokens.
 > model.py MLA.forward | start = 0 | kv = remember
 
 @
+It writes them behind what is there, and gives all that is there.
 > model.py remember | kv, start | return
 
 @ Eq. 2, 4, 5
@@ -442,10 +451,11 @@ train.py multiplies by λ.
 > model.py DeepSeekV3.forward | main, *mtp = | return {
 
 @
-Head and cross-entropy of one depth.
+The head: a score for every token.
 > model.py head_logits | return | return
 
 @
+The cross-entropy of one depth, over the targets that there are.
 > model.py head_loss | logits = | return
 
 ## Drafts: speculative sampling
@@ -552,8 +562,10 @@ def tip(text: str, meaning: str) -> str:
 def code(file: str, name: str, first: str, last: str) -> str:
     lines = lines_of(file, name, first, last)
     shown = [coloured(file)[i - 1] for i in lines]
-    indent = min(len(x) - len(x.lstrip(" ")) for x in shown if x.strip())
-    rows = "\n".join(f"<s>{i}</s>{x[indent:]}" for i, x in zip(lines, shown, strict=True))
+    deep = [len(x) - len(x.lstrip(" ")) for x in shown]
+    least, rows = min(n for n, x in zip(deep, shown, strict=True) if x.strip()), ""
+    for i, n, x in zip(lines, deep, shown, strict=True):
+        rows += f'<span class="line" style="--i:{max(0, n - least)}"><s>{i}</s>{x[least:]}</span>'
     place = f"{file}, <code>{name}</code>, line {lines[0]}"
     return f'<div class="code"><p>{place}</p><pre>{rows}</pre></div>'
 
@@ -576,13 +588,18 @@ nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; } a { color: var(--mark);
 .number { color: var(--soft); font-size: .85rem; margin: 0; } .note { margin: .3rem 0; }
 .eq { margin: .45rem 0; overflow-x: auto; overflow-y: hidden; padding: .15rem 0; }
 math { font-size: 1.15rem; }
+mrow.tall { border: solid; border-width: 0 .07em; border-radius: .45em / 50%; padding: 0 .3em; }
+mrow.cases { border-left: .07em solid; padding-left: .4em; }
 mi.v { font-weight: bold; font-family: Georgia, "Times New Roman", "DejaVu Serif", serif; }
 .code { background: var(--box); border-radius: .4rem; overflow: hidden; }
 .code p { margin: 0; padding: .3rem .7rem; color: var(--soft); font-size: .8rem; }
-pre { margin: 0; padding: 0 .7rem .6rem; overflow-x: auto; font: .84rem/1.5 ui-monospace,
-  SFMono-Regular, Menlo, Consolas, monospace; }
-s { display: inline-block; width: 2.6rem; color: var(--soft); text-decoration: none;
-  user-select: none; opacity: .7; }
+pre { margin: 0; padding: 0 .7rem .6rem; --number: 2.6rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; font: .84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas,
+  monospace; }
+.line { --in: calc(var(--number) + (var(--i) + 4) * 1ch); display: block; padding-left: var(--in);
+  text-indent: calc(-1 * var(--in)); }
+s { display: inline-block; width: var(--number); color: var(--soft); text-decoration: none;
+  text-indent: 0; user-select: none; opacity: .7; }
 pre b { color: var(--key); font-weight: normal; } pre i { color: var(--soft); font-style: normal; }
 pre q { color: var(--text); } pre q::before, pre q::after { content: none; }
 [data-t] { cursor: help; } span[data-t] { border-bottom: 1px dotted var(--soft); }
@@ -593,7 +610,9 @@ pre q { color: var(--text); } pre q::before, pre q::after { content: none; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; margin: .5rem 0; }
 dd { margin: 0; } summary { cursor: pointer; color: var(--mark); }
 @media (max-width: 56rem) { .row { grid-template-columns: minmax(0, 1fr); gap: .5rem; }
-  body { padding: .6rem .8rem 5rem; } pre { font-size: .74rem; } s { width: 2.1rem; } }
+  body { padding: .6rem .8rem 5rem; } pre { font-size: .74rem; --number: 2.1rem; }
+  math { font-size: 1.05rem; } }
+@media (max-width: 30rem) { math { font-size: .9rem; } }
 @media print { .row { break-inside: avoid; } }
 """
 SCRIPT = """
@@ -627,6 +646,10 @@ def row(text: str) -> str:
         elif kind != "@":
             note += line + " "
     left += f'<p class="note">{html.escape(note)}</p>' if note else ""
+    if not left:
+        raise ValueError(
+            f"a row has nothing at its left: mend docs/annotate.py's SECTIONS ({text})"
+        )
     return f'<div class="row"><div>{left}</div>{right}</div>'
 
 
@@ -646,9 +669,9 @@ def page() -> str:
 <title>DeepSeek-V3: the report's equations beside the code</title>
 <style>{STYLE}</style></head><body>
 <header><h1>DeepSeek-V3: the report's equations beside the code</h1>
-<p>At the left the equations of the <a href="https://arxiv.org/abs/2412.19437">technical report</a>,
-with its numbers, or of the paper that is named. At the right the lines of this repository that
-compute them. Rest the mouse on a letter or a name, or tap it, to see what it means. Written by
+<p>At the left, on a phone above, the equations of the <a href="https://arxiv.org/abs/2412.19437">technical report</a>,
+with its numbers, or of the paper that is named. At the right, or below, the lines of this
+repository that compute them. Rest the mouse on a letter or a name, or tap it, to see what it means. Written by
 <code>python docs/annotate.py</code>.</p>
 <details><summary>Letters in shapes</summary><dl>{letters}</dl></details>
 <nav>{links}</nav></header>

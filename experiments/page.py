@@ -1,10 +1,11 @@
 """A text as one HTML page that shows its experts: python experiments/page.py out/small
 
 The text is code that the model has not seen or, with --prompt="def main(", what it writes itself.
-Each token has the colour of its first expert, in the layer that a slider chooses. Hovering shows
-all of its experts with their weights, and the MTP module's draft: a solid line below a token marks
-where the draft, made one token earlier, was what the model itself then took to be likeliest (it
-would have been accepted), a dotted line where it was not. The page needs no other file.
+Each token has the colour of its first expert, in the layer that a slider chooses. Hovering, or a
+tap, shows all of its experts with their weights, and the MTP module's draft: a solid line below a
+token marks where the draft, made one token earlier, was what the model itself then took to be
+likeliest (it would have been accepted), a dotted line where it was not. The page needs no other
+file.
 """
 
 import json
@@ -29,7 +30,7 @@ PAGE = """<!doctype html>
 <style>
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
 body { max-width: 60em; margin: 1em auto 8em; padding: 0 1em; }
-pre { white-space: pre-wrap; font: 13px/1.9 ui-monospace, monospace; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.9 ui-monospace, monospace; }
 pre span { border-bottom: 2px solid transparent; border-radius: 2px; }
 pre span:hover { outline: 1px solid; }
 .yes { border-bottom: 2px solid; } .no { border-bottom: 2px dotted #888; }
@@ -43,7 +44,7 @@ pre span:hover { outline: 1px solid; }
 <p><span class="yes">Solid line</span>: the draft of the MTP module, made one token earlier, was the
 model's own choice at this place. <span class="no">Dotted line</span>: it was not.
 <span id="origin"></span></p>
-<div id="texts"></div><div id="tip">Point at a token.</div>
+<div id="texts"></div><div id="tip">Point at a token, or tap it.</div>
 <script type="application/json" id="data">DATA</script>
 <script>
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -66,7 +67,7 @@ for (const text of data.texts) {
     const span = document.createElement("span");
     span.textContent = token.text;
     if (token.draft !== null) span.className = token.draft === token.choice ? "yes" : "no";
-    span.onmouseenter = () => show(token);
+    span.onmouseenter = span.onclick = () => show(token);
     spans.push([span, token]);
     pre.append(span);
   }

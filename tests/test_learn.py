@@ -45,6 +45,8 @@ def test_what_the_page_needs_is_looked_for():
         ANNOTATE["lines_of"]("model.py", "rms_norm", "spam", "return")
     with pytest.raises(ValueError, match="has no eggs"):
         ANNOTATE["lines_of"]("model.py", "eggs", "x", "return")
+    with pytest.raises(ValueError, match="nothing at its left"):
+        ANNOTATE["row"]("@\n> model.py rms_norm | x32 | return")
     # Below the docstring, to the end of a statement of several lines.
     lines = ANNOTATE["lines_of"]("model.py", "DeepSeekV3.forward", "main, *mtp", "main, *mtp")
     assert len(lines) == 4
