@@ -669,9 +669,10 @@ def page() -> str:
 <title>DeepSeek-V3: the report's equations beside the code</title>
 <style>{STYLE}</style></head><body>
 <header><h1>DeepSeek-V3: the report's equations beside the code</h1>
-<p>At the left, on a phone above, the equations of the <a href="https://arxiv.org/abs/2412.19437">technical report</a>,
-with its numbers, or of the paper that is named. At the right, or below, the lines of this
-repository that compute them. Rest the mouse on a letter or a name, or tap it, to see what it means. Written by
+<p>At the left, on a phone above, the equations of the
+<a href="https://arxiv.org/abs/2412.19437">technical report</a>, with its numbers, or of the paper
+that is named. At the right, or below, the lines of this repository that compute them. Rest the
+mouse on a letter or a name, or tap it, to see what it means. Written by
 <code>python docs/annotate.py</code>.</p>
 <details><summary>Letters in shapes</summary><dl>{letters}</dl></details>
 <nav>{links}</nav></header>
