@@ -584,8 +584,10 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
         of = (f"{a} of {d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
         per_call = stats.tokens / stats.rounds / rows
         info(f"{per_call:.2f} tokens per model call; accepted drafts, by position: {', '.join(of)}")
-    size = model.norm.weight.element_size()
-    ours, mha = (n * size for n in model.config.cache_numbers())
+    like = model.norm.weight
+    one, two = (Cache(model.config, model.layers, 1, size, like) for size in (1, 2))
+    ours = sum(b.nbytes - a.nbytes for a, b in zip(one.kept, two.kept, strict=True))
+    mha = model.config.cache_numbers()[1] * like.element_size()
     info(f"cache: {ours:,} bytes per token; multi-head attention would hold {mha:,}")
     if stats.note:
         info(f"note: {stats.note}")

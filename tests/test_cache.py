@@ -8,7 +8,7 @@ from torch import nn
 
 import model as plain
 from model import MOST_NEW
-from sample import check_cache
+from sample import Stats, check_cache, print_stats
 from support import ops
 
 ONE, SEVERAL, REJECTED = "one token at a time", "several tokens at a time", "drafts rejected"
@@ -73,6 +73,12 @@ def test_a_ring_that_is_too_short_is_found():
         REJECTED,
     }
     assert f"main model, {ONE}: wrong from position 11 on" in wrong[0]
+
+
+def test_the_line_about_the_cache_counts_what_the_layers_keep(capsys):
+    """Here two of three have latents of 15 numbers per token, in float64; a ring does not grow."""
+    print_stats(smeared(1, 2), Stats(), 1)
+    assert "cache: 240 bytes per token;" in capsys.readouterr().err
 
 
 def test_a_layer_that_starts_with_nothing_is_looked_at():
