@@ -228,7 +228,7 @@ class Text:
         count = self.drafts + self.depth
         count = min(count, n - 1) if isinstance(n, int) else count  # the beginning has fewer
         start, q = n - 1 - count, []
-        hidden = self.hidden[:, span(start, count)]
+        hidden = self.hidden[:, span(start, count)] if self.depth else None
         steps = self.drafts if copies is None else self.depth
         for step in range(steps if count else 0):
             k = min(step, self.depth - 1)

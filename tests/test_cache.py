@@ -1,14 +1,17 @@
 """check_cache: right networks pass, and what reads otherwise in pieces is found and named."""
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import VARIANTS, tiny
+from test_model import VARIANTS, tiny, tokens_of
 from torch import nn
 
 import model as plain
 from model import MOST_NEW
-from sample import Stats, check_cache, print_stats
+from sample import Stats, check_cache, generate, print_stats
 from support import ops
 
 ONE, SEVERAL, REJECTED = "one token at a time", "several tokens at a time", "drafts rejected"
@@ -155,3 +158,32 @@ def test_a_module_is_told_from_the_model_and_nan_is_wrong():
         lambda module, args, out: out * (torch.nan if len(args) > 2 and args[2] else 1)
     )
     assert any(x.startswith("main model") and "by up to inf" in x for x in found(model))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_decoding_reads_and_forgets_no_more_than_is_checked(depth, monkeypatch):
+    """In graphs, too: positions as tensors, a round may be played twice."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    model = tiny(num_nextn_predict_layers=depth, vocab_size=5)  # it repeats itself: copied drafts
+    ends, trunk, predict_next = {}, model.trunk, model.predict_next
+    most = [0, 0]
+
+    def told(reader, T, cache):
+        start, before = int(cache.length), ends.get((reader, cache))
+        if before is not None:
+            most[:] = max(most[0], T), max(most[1], before - start)
+        ends[reader, cache] = start + T
+
+    def spied_trunk(tokens, cache=None):
+        told("main", tokens.shape[1], cache)
+        return trunk(tokens, cache)
+
+    def spied_predict(k, h, tokens, cache=None):
+        told(k, tokens.shape[1], cache)
+        return predict_next(k, h, tokens, cache)
+
+    model.trunk, model.predict_next = spied_trunk, spied_predict
+    for drafts, compile, T in itertools.product((0, 1, 4), (False, True), (1, 12)):
+        write = partial(generate, model, tokens_of(model, 2, T), 16, temperature=0)
+        write(speculative=drafts, compile=compile)
+    assert 5 <= most[0] <= MOST_NEW and 4 <= most[1] <= MOST_NEW, most

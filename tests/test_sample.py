@@ -75,7 +75,7 @@ SOME = ("base", "attention_bias", "half_split_rope", "no_shared_expert", "two_mt
 WAYS = {
     "eager": (VARIANTS, {}),
     "packed": (SOME, dict(LARGE=1, FEW=3)),
-    "in place": (SOME, dict(LARGE=1, COPIED=0)),
+    "in place": (SOME, dict(LARGE=1, FEW=0)),
     "compiled": (SOME, dict(PAIRS=100)),
     "long": ((*SOME, "wide_values"), dict(LONG=8)),
 }
