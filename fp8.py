@@ -29,13 +29,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import model as formulas
-from support.ops import by_expert, compute_dtype, fast_dtype, fingerprint
+from support.ops import (
+    by_expert,
+    compute_dtype,
+    fast_dtype,
+    fingerprint,
+    fused,
+    on_gpu,
+    swiglu32,
+    swiglu_gradients,
+)
 from support.settings import Refusal, info
 
 TILE = (1, 128)  # activations and gradients: one scale per token and 128 channels
@@ -71,6 +81,7 @@ def _tiles(x: Tensor, block: tuple[int, int]) -> Tensor:
     return x.reshape(*x.shape[:-2], -(-M // bm), bm, -(-K // bk), bk)
 
 
+@fused
 def quantize(x: Tensor, block: tuple[int, int], pow2: bool = False) -> Quantized:
     """x (..., M, K) -> q (..., M, K) in E4M3 and s (..., ceil(M/bm), ceil(K/bk)) in fp32, x ~ q s.
 
@@ -91,6 +102,7 @@ def quantize(x: Tensor, block: tuple[int, int], pow2: bool = False) -> Quantized
     return q.contiguous(), s
 
 
+@fused
 def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int], dtype=torch.float32) -> Tensor:
     """q (..., M, K), scale (..., ceil(M/bm), ceil(K/bk)) -> q * scale (..., M, K). bf16, too, holds
     it exactly if scales are powers of two. Raises ValueError where the shapes do not fit."""
@@ -151,13 +163,13 @@ def weight_gradient(dy: Quantized, x: Quantized, rows: list[int]) -> Tensor:
 
 
 def _whole(q: Tensor, s: Tensor, block: tuple[int, int]) -> Quantized:
-    """Both sides up to multiples of 128, by zeros; row-major, also where q was transposed."""
+    """Both sides up to multiples of 128, by zeros."""
     right, below = -q.shape[-1] % 128, -q.shape[-2] % 128
     if right or below:  # as bytes, since padding is not written for float8; 0 is 0.0
         q = F.pad(q.view(torch.uint8), (0, right, 0, below)).view(E4M3)
         alone = [n == 1 for n in block]  # a row or a column that has its own scale
         s = F.pad(s, (0, right * alone[1], 0, below * alone[0]), value=1.0)
-    return q.contiguous(), s
+    return q, s
 
 
 def _hopper_multiply(x: Quantized, w: Quantized, rows: list[int], dtype: torch.dtype) -> Tensor:
@@ -169,15 +181,17 @@ def _hopper_multiply(x: Quantized, w: Quantized, rows: list[int], dtype: torch.d
     """
     T, N = len(x[0]), w[0].shape[1]
     (xq, xs), (wq, ws) = _whole(*x, TILE), _whole(*w, BLOCK)
+    wq = wq.contiguous()  # it may be a transposed weight
     rows, L = rows if len(rows) > 1 else [len(xq)], xs.shape[1]
     xs = xs.view(-1, 128, L).mT.reshape(-1, 128)  # (T/128 * L, 128), an expert's tile by tile
     if len(rows) > 1:  # column by column
-        of_expert = torch.arange(sum(rows) // 128 * L).view(-1, L).split([n // 128 for n in rows])
-        order = torch.cat([z.t().flatten() for z in of_expert])
-        xs = xs.index_select(0, order.to(xs.device, non_blocking=True))
+        place = np.arange(len(xs)).reshape(-1, L)
+        ends = np.cumsum(rows) // 128
+        order = np.concatenate([z.T.ravel() for z in np.split(place, ends[:-1])])
+        xs = xs.index_select(0, torch.from_numpy(order).to(xs.device))
     else:
         xs = xs.view(-1, L, 128).transpose(0, 1)
-    xs, ws = xs.flatten(), F.pad(ws, (0, -L % 4), value=1.0).contiguous()
+    xs, ws = xs.flatten(), (F.pad(ws, (0, -L % 4), value=1.0) if L % 4 else ws).contiguous()
     y, begin = xq.new_empty(len(xq), wq.shape[1], dtype=_direct(dtype)), 0
     for wq_e, ws_e, n in zip(wq, ws, rows, strict=True):
         at, begin = slice(begin, begin + n), begin + n
@@ -191,7 +205,7 @@ def _hopper_weight_gradient(dy: Quantized, x: Quantized, rows: list[int]) -> Ten
     N, K = dy[0].shape[1], x[0].shape[1]
     (dq, ds), (xq, xs) = _whole(*dy, COLUMN), _whole(*x, COLUMN)
     rows = rows if len(rows) > 1 else [len(xq)]
-    dq, xq = dq.t().contiguous(), xq.t().contiguous()  # (N, T), (K, T)
+    dq, xq = dq.t().contiguous(), xq.t().contiguous()  # (N, T), (K, T); see _by_column
     dw, begin = ds.new_empty(len(rows), len(dq), len(xq)), 0
     for e, n in enumerate(rows):
         at, begin = slice(begin, begin + n), begin + n
@@ -262,50 +276,66 @@ class _FP8Linear(torch.autograd.Function):
         X = kept = quantize(x, TILE, pow2=True)  # kept: what backward decodes, x and up if given
         if up is not None:
             kept = (*kept, *quantize(up, TILE, pow2=True))
-            X = quantize(_swiglu(x.float(), up.float(), gain), TILE, pow2=True)
+            X = _quantized_swiglu(x, up, gain)
         ctx.save_for_backward(weight, wq, ws, gain, *kept)
         ctx.rows = rows
         return multiply(X, _stacked(weight, wq, ws), rows, compute_dtype(x))  # (T, N)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        weight, wq, ws, gain, xq, xs, *up = ctx.saved_tensors
-        swiglu = bool(up)
-        x = X = dequantize(xq, xs, TILE)  # (T, K)
-        if swiglu:
-            up = dequantize(*up, TILE)
-            X = _swiglu(x, up, gain)
+        weight, wq, ws, gain, *kept = ctx.saved_tensors
+        need_dx, need_dw = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3]
         dx = d_up = d_gain = dw = None
-        if any(ctx.needs_input_grad[:3]):
+        tiles, columns = _both_ways(dy, need_dx, need_dw)
+        if need_dx:
             q, s = _stacked(weight, wq, ws)
-            dx = multiply(quantize(dy, TILE, pow2=True), (q.mT, s.mT), ctx.rows, dy.dtype)
-            if swiglu:  # that was the gradient of X
-                dx, d_up, d_gain = _swiglu_backward(dx.float(), x, up, gain)
-        if ctx.needs_input_grad[3]:
-            columns = (quantize(z, COLUMN, pow2=True) for z in (dy, X))
-            dw = weight_gradient(*columns, ctx.rows).view_as(weight)
+            dx = multiply(tiles, (q.mT, s.mT), ctx.rows, dy.dtype)
+            if len(kept) > 2:  # that was the gradient of X
+                dx, d_up, d_gain = _gradients_of_swiglu(dx, *kept, gain)
+        if need_dw:
+            X = _columns(*kept, gain=gain)
+            dw = weight_gradient(columns, X, ctx.rows).view_as(weight)
         return dx, d_up, d_gain, dw, None, None, None
+
+
+@fused
+def _both_ways(dy: Tensor, tiles: bool, columns: bool) -> tuple[Quantized | None, Quantized | None]:
+    """dy, read once, in tiles and in columns, as far as they are needed."""
+    return quantize(dy, TILE, pow2=True) if tiles else None, _by_column(dy) if columns else None
+
+
+def _by_column(x: Tensor) -> Quantized:
+    """Quantised along the tokens. Hopper multiplies it transposed, so it is written that way."""
+    q, s = quantize(x, COLUMN, pow2=True)
+    return (q.t().contiguous().t() if on_gpu(x) else q), s
+
+
+@fused
+def _quantized_swiglu(x: Tensor, up: Tensor, gain: Tensor | None) -> Quantized:
+    return quantize(swiglu32(x, up, gain), TILE, pow2=True)
+
+
+@fused
+def _gradients_of_swiglu(dX: Tensor, xq, xs, upq, ups, gain: Tensor | None):
+    """Of x, up and gain, from the gradient of X."""
+    x, up = dequantize(xq, xs, TILE), dequantize(upq, ups, TILE)
+    dx, d_up, d_gain = swiglu_gradients(dX, x, up, gain)
+    return dx.to(dX.dtype), d_up.to(dX.dtype), d_gain
+
+
+@fused
+def _columns(xq: Tensor, xs: Tensor, upq=None, ups=None, gain=None) -> Quantized:
+    """X from what forward has kept, quantised along the tokens."""
+    X = dequantize(xq, xs, TILE)  # (T, K)
+    if upq is not None:
+        X = swiglu32(X, dequantize(upq, ups, TILE), gain)
+    return _by_column(X)
 
 
 def _stacked(weight: Tensor, q: Tensor | None, s: Tensor | None) -> Quantized:
     """The weight, quantised here if it is not yet, as (E, N, K) also where E is 1."""
     w = quantize(weight, BLOCK, pow2=True) if q is None else (q, s)
     return w if weight.ndim == 3 else (w[0][None], w[1][None])
-
-
-def _swiglu(gate: Tensor, up: Tensor, gain: Tensor | None) -> Tensor:
-    X = F.silu(gate) * up
-    return X if gain is None else X * gain[:, None]
-
-
-def _swiglu_backward(dX: Tensor, gate: Tensor, up: Tensor, gain: Tensor | None):
-    """The gradients of gate, up and gain, from that of _swiglu(gate, up, gain)."""
-    sigmoid, d_gain = gate.sigmoid(), None
-    silu = gate * sigmoid
-    if gain is not None:
-        d_gain = (dX * silu * up).sum(-1)  # (T,)
-        dX = dX * gain[:, None]
-    return dX * up * (sigmoid + silu * (1 - sigmoid)), dX * silu, d_gain
 
 
 def _linear(x: Tensor, weight: Tensor, rows: list[int] | None = None, up=None, gain=None) -> Tensor:
@@ -352,9 +382,14 @@ class FP8Experts(nn.Module):
     def ffn(self, x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
         """x (rows, D) sorted by expert, counts (E,) of each expert's rows, gate values (rows,) ->
         (rows, D)."""
-        rows = counts.tolist()
+        rows = rows_of(counts, x)
         gate, up = _linear(x, self.gate_up_proj, rows).chunk(2, dim=-1)  # (T, F) each
         return _linear(gate, self.down_proj, rows, up, gain)
+
+
+def rows_of(counts: Tensor, x: Tensor) -> list[int]:
+    """How many rows of x each expert has: the one number in a layer that the host waits for."""
+    return counts.tolist()
 
 
 @functools.cache

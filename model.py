@@ -295,7 +295,7 @@ class MLA(nn.Module):
         # Queries and the key are rotated together: the H heads' queries, and one key for all heads.
         pe = torch.cat((q_pe, k_pe.unsqueeze(2)), 2)  # (B, T, H+1, R)
         pe = rotate(pe, rope, config.rope_interleave)
-        q_pe, k_pe = pe[:, :, :-1], pe[:, :, -1:]  # (B, T, H, R), (B, T, 1, R)
+        q_pe, k_pe = pe.split([pe.shape[2] - 1, 1], 2)  # (B, T, H, R), (B, T, 1, R)
         start = 0
         if past:
             start = past[1]
@@ -334,6 +334,7 @@ class MLA(nn.Module):
 # ---- DeepSeekMoE (section 2.1.2) -----------------------------------------------------------------
 
 
+@fast_twin("ba8bfa06")
 def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
     """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values.
 

@@ -289,6 +289,55 @@ def among_experts(chosen: Tensor, gain: Tensor, E: int) -> tuple[Tensor, Tensor]
     return expert, torch.where(expert == chosen, gain, 0)
 
 
+@fused
+def swiglu32(gate: Tensor, up: Tensor, gain: Tensor | None) -> Tensor:
+    """model.swiglu, in float32."""
+    y = F.silu(upcast(gate)) * upcast(up)
+    return y if gain is None else y * gain[:, None]
+
+
+@fused
+def swiglu_gradients(dy: Tensor, gate: Tensor, up: Tensor, gain: Tensor | None) -> tuple:
+    """The gradients of gate, up and gain, in float32, from that of swiglu32(gate, up, gain)."""
+    dy, gate, up = upcast(dy), upcast(gate), upcast(up)
+    sigmoid, d_gain = gate.sigmoid(), None
+    silu = gate * sigmoid
+    if gain is not None:
+        d_gain = (dy * silu * up).sum(-1)  # (rows,)
+        dy = dy * gain[:, None]
+    return dy * up * (sigmoid + silu * (1 - sigmoid)), dy * silu, d_gain
+
+
+@fused
+def _low_swiglu(gate: Tensor, up: Tensor, gain: Tensor | None) -> Tensor:
+    return swiglu32(gate, up, gain).to(gate.dtype)
+
+
+@fused
+def _low_gradients(dy: Tensor, gate: Tensor, up: Tensor, gain: Tensor | None) -> tuple:
+    d_gate, d_up, d_gain = swiglu_gradients(dy, gate, up, gain)
+    return d_gate.to(gate.dtype), d_up.to(up.dtype), d_gain
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, gain: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up, gain)
+        return _low_swiglu(gate, up, gain)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        return _low_gradients(dy, *ctx.saved_tensors)
+
+
+def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
+    """In training on a GPU one kernel forward and one backward, in place of nine."""
+    if writing() or not on_gpu(gate) or torch.compiler.is_compiling():
+        return NotImplemented
+    return _SwiGLU.apply(gate, up, gain)
+
+
 def by_expert(
     x: Tensor, chosen: Tensor, gain: Tensor, E: int, ffn: Callable, multiple: int | None = None
 ) -> Tensor:

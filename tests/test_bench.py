@@ -16,7 +16,7 @@ import torch
 import bench
 import huggingface
 import train
-from support import processes
+from support import counting, processes
 from support.settings import Refusal
 
 ROOT = Path(__file__).parent.parent
@@ -260,3 +260,36 @@ def test_plot_says_what_it_needs(plot, capsys):
     help = capsys.readouterr().out
     assert "plot RUN [RUN ...] [--key=value ...]\n" in help
     assert "--out str" in help and "--rounds" not in help
+
+
+# ---- A card that is not there --------------------------------------------------------------------
+
+
+def test_kernels_bytes_and_memory_are_counted():
+    with counting.on_a_card() as count, count:
+        x, w = torch.empty(4, 8), torch.empty(8, 2, requires_grad=True)
+        y = (x @ w).t().relu() + x[0, :1].expand(2, 4)  # the row that is expanded is read once
+        del y
+        w.detach().sum().item()
+    assert count.kernels == {"mm": 1, "relu": 1, "add": 1, "sum": 1}
+    assert count.bytes == {"mm": 4 * 56, "relu": 4 * 16, "add": 4 * 17, "sum": 4 * 17}
+    assert count.waits == {"item": 1}
+    assert count.peak == 4 * (32 + 16 + 2 * 8)  # x, w, and two results of 8 numbers at once
+
+
+@pytest.mark.parametrize("use_fp8, kernels, megabytes", [(False, 799, 66.6), (True, 1796, 148)])
+def test_a_step_on_a_gpu_needs_no_more_than_it_did(use_fp8, kernels, megabytes):
+    """If a change needs more: see with `bench.py count --largest=20` what it is."""
+    count, _ = bench.counted(ROOT / "config/tiny.py", use_fp8)
+    assert count.kernels.total() <= 1.01 * kernels
+    assert count.bytes.total() <= 1.01e6 * megabytes
+    assert count.peak > 16 * 144_472  # weights, gradients, AdamW's two moments
+    # Three products: of 4 blocks' 5 projections, 4 dense or shared MLPs, 7 experts that have rows.
+    assert count.kernels["_scaled_mm_v2"] == use_fp8 * 3 * (4 * 5 + 4 * 3 + 3 * 7 * 2)
+    assert count.waits.total() == use_fp8 * 3  # for each MoE layer's rows
+
+
+def test_count_prints_shares_of_the_peak(capsys):
+    bench.main(["count", str(ROOT / "config/tiny.py"), "--largest=2"])
+    shown = capsys.readouterr().out
+    assert "COUNTED, not measured" in shown and "tiny bf16" in shown and "of bf16's peak" in shown

@@ -79,7 +79,7 @@ EDITS = {
             y = F.relu(gate).square() * up
             return y if gain is None else y * cast(gain, y.dtype)[:, None]
         """,
-        [],
+        ["swiglu"],
     ),
     "experts times 0.5": (
         "routed_ffn",
@@ -112,7 +112,7 @@ EDITS = {
         def swiglu(gate, up, gain=None):
             return unedited(gate, up)
         """,
-        [],
+        ["swiglu"],
     ),
     "norms without signs": (
         "rms_norm",

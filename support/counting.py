@@ -1,0 +1,156 @@
+"""Kernels, bytes, waits and memory of a computation on a GPU that is not there.
+
+Fake tensors have shapes and dtypes, but no numbers, so that a step of a large network takes seconds
+on any machine. They claim to be on the CPU; `on_a_card` lets ops.py take the way of a Hopper GPU.
+
+    kernel    a call of a PyTorch operation that is no view. Where the code fuses (ops.fused), the
+              whole function is one; PyTorch's fused norm is one forward, two backward.
+    bytes     its inputs and outputs, each once, whatever is read again or stays in a cache
+    wait      where the host needs a number that the GPU computes (where a size depends on it, as
+              in nonzero(), fake tensors raise an error)
+    peak      of all tensors alive at once; what the allocator loses between them comes on top
+
+This cannot know how fast a kernel is, nor how much of it runs beside others. It gives limits.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from support import ops
+
+NO_KERNEL = {
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "device",
+    "detach_",
+    "lift_fresh",
+}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm_v2"}
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    return list({id(x): x for x in tree_leaves(values) if isinstance(x, Tensor)}.values())
+
+
+def bytes_of(x: Tensor) -> int:
+    """What has to be read: an expanded dimension counts once."""
+    n = x.element_size()
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        n *= size if stride or size == 0 else 1
+    return n
+
+
+class Count(TorchDispatchMode):
+    """Counts all that runs within `with count:`, by operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.bytes, self.waits = Counter(), Counter(), Counter()
+        self.fp8_flops, self.live, self.peak, self.paused = 0, 0, 0, False
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if func is torch.ops.aten._local_scalar_dense.default:  # x.item()
+            self.waits["item"] += 1
+            return 1  # any number
+        if func is torch.ops.aten._scaled_mm_v2.out:  # which has no rule for fake tensors
+            torch.ops.aten._scaled_mm_v2.default(*args)  # but this, which checks all layouts
+            out = kwargs["out"]
+        else:
+            out = func(*args, **kwargs)
+        if self.paused:
+            return out
+        if name == "_scaled_mm_v2":
+            self.fp8_flops += 2 * args[0].numel() * args[1].shape[1]
+        if not (func.is_view or name in NO_KERNEL):
+            self.note(name, (args, kwargs, out))
+        return out
+
+    def note(self, name: str, values: Any):
+        """A kernel that reads and writes the tensors in values."""
+        self.kernels[name] += 1
+        self.bytes[name] += sum(map(bytes_of, tensors_in(values)))
+        for x in tensors_in(values):
+            self.follow(x)
+
+    def follow(self, x: Tensor):
+        """Counts x's memory until it is freed."""
+        memory = x.untyped_storage()
+        if memory not in self.known:
+            self.known.add(memory)
+            self.live += memory.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(memory, self.free, memory.nbytes())
+
+    def free(self, size: int):
+        self.live -= size
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    def as_one(self, function: Callable) -> Callable:
+        """The function as one kernel. No gradient runs through it."""
+
+        def call(*args, **kwargs):
+            with self.pause():
+                out = function(*args, **kwargs)
+            if not self.paused:
+                self.note(function.__name__, (args, kwargs, out))
+            return out
+
+        return call
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """F.rms_norm as on CUDA, forward and backward."""
+        return Norm.apply(x, weight, self)
+
+
+class Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, count: Count) -> Tensor:
+        with count.pause():
+            y, length = torch.empty_like(x), x[..., 0].clone()
+        ctx.save_for_backward(x, weight, length)
+        ctx.count = count
+        count.note("_fused_rms_norm", (x, weight, y, length))
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight, length = ctx.saved_tensors
+        with ctx.count.pause():
+            dx, dw = torch.empty_like(x), torch.empty_like(weight)
+        for read, written in (((dy, x, weight, length), dx), ((dy, x, length), dw)):
+            ctx.count.note("_fused_rms_norm_backward", (read, written))
+        return dx, dw, None
+
+
+@contextmanager
+def on_a_card() -> Iterator[Count]:
+    """Within it tensors are fake, the code takes a Hopper GPU's way, and the count is its value."""
+    count, yes = Count(), lambda *_: True
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mock.patch.multiple(ops, on_gpu=yes, has_grouped_mm=yes, compiled=count.as_one),
+        mock.patch.object(ops, "fused_norm", count.norm),
+    ):
+        yield count
