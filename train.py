@@ -563,37 +563,42 @@ def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
     if given.get("out") == "":  # the default
         del given["out"]
     asked = vars(TrainConfig()) | in_file | given
-    out, start = Path(asked["out"]), asked["init_from"]
-    resume, evaluates = asked["resume"], asked["eval_only"]
+    out, start, evaluates = Path(asked["out"]), asked["init_from"], asked["eval_only"]
 
-    if resume:
-        source = out / "ckpt.pt"
-    elif evaluates and not given.get("init_from") and (not start or runs.holds_run(out)):
-        source = out  # the run's own weights, though it may have begun with those of its file
-    else:
-        source = Path(start) if start else None
-    if not (asked["out"] or (evaluates and start)) or not (file or source):
+    begun = not given.get("init_from") and runs.holds_run(out)  # its file's init_from is history
+    own = asked["resume"] or (evaluates and (begun or not start))  # the weights are those in out
+    source = out if own else Path(start) if start else None
+    if not (file or source) or not (asked["out"] or (evaluates and start)):
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
-    if resume and (given.get("init_from") or given.get("overwrite")):
-        raise Refusal("--resume goes on with a run: leave out --init_from and --overwrite.")
-    if not evaluates:  # a run that is being trained may be evaluated all the while
-        runs.check_folder(out, resume, asked["overwrite"])
-        if start and not resume and out.resolve() in (source.resolve(), source.resolve().parent):
-            raise Refusal(f"{start} would be put aside: give another --out.")
+    check_paths(asked, given)
 
     stored, first = {}, 0
-    if resume or source == out:  # what such a run did not know yet has its default
-        stored, first = runs.settings_in(checkpoint_file(source), TrainConfig, ModelConfig)
-        stored = vars(TrainConfig()) | stored
+    if own:
+        source = out / "ckpt.pt" if asked["resume"] else checkpoint_file(out)
+        stored, first = runs.settings_in(source, TrainConfig, ModelConfig)
+        stored = vars(TrainConfig()) | stored  # what the run did not know yet has its default
         stored = {k: v for k, v in stored.items() if k not in OF_THE_COMMAND}
     values = settings.merge(in_file, stored, given)
-    if resume:  # steps number the windows: those of another size begin elsewhere
+    if asked["resume"]:  # steps number the windows: those of another size begin elsewhere
         then, now = (x["batch_size"] * x["block_size"] for x in (stored, values))
         if again := first * (then - now):
             does = f"reads {again:,} tokens once more" if again > 0 else f"skips {-again:,} tokens"
             info(f"with batches of another size the run {does}")
     return values, source, first
+
+
+def check_paths(asked: dict, given: dict):
+    """Raises Refusal where a run may not write to its folder, or would put its source aside."""
+    out, start = Path(asked["out"]), asked["init_from"]
+    if asked["resume"] and (given.get("init_from") or given.get("overwrite")):
+        raise Refusal("--resume goes on with a run: leave out --init_from and --overwrite.")
+    if asked["eval_only"]:  # writes nothing, so a run that is being trained may be evaluated
+        return
+    runs.check_folder(out, asked["resume"], asked["overwrite"])
+    source = Path(start).resolve()
+    if start and not asked["resume"] and out.resolve() in (source, source.parent):
+        raise Refusal(f"{start} would be put aside: give another --out.")
 
 
 def open_network(config: TrainConfig, network: dict, source: Path | None, machine: Machine):
@@ -607,11 +612,11 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
             raise Refusal(f"the config file has to set {sizes}: take config/small.py's.")
         return DeepSeekV3(ModelConfig(**network)).to(place, dtype), None
     starts = not (config.resume or config.eval_only)  # a network that may have grown since
-    stored, tokenizer, _ = load_model(source, place, dtype, extend=starts)
-    model = with_settings(stored, network, source)
-    for key, value in vars(stored.config).items():
-        if starts and (now := vars(model.config)[key]) != value:
-            info(f"{key} is now {now} (was {value} in {source})")
+    opened, tokenizer, _ = load_model(source, place, dtype, extend=starts)
+    model = with_settings(opened, network, source)
+    for key, was in vars(opened.config).items():
+        if starts and (now := vars(model.config)[key]) != was:  # else settings.merge has said it
+            info(f"{key} is now {now} (was {was} in {source})")
     return model, tokenizer
 
 
