@@ -29,7 +29,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,62 +101,57 @@ def settings_in(file: Path, *config_classes: type) -> tuple[dict[str, Any], int]
 class Named:
     """An optimiser whose state goes by the names of its parameters; torch's goes by numbers."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, names: list[list[str]]):
-        self.optimizer, self.names = optimizer, names  # of each group's parameters
-        self.made = self.options()  # lr, weight decay and so on
-
-    def options(self) -> list[dict[str, Any]]:
-        """Of each group."""
-        groups = self.optimizer.param_groups
-        return [{key: x for key, x in group.items() if key != "params"} for group in groups]
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module):
+        name = {id(p): name for name, p in model.named_parameters()}
+        self.optimizer = optimizer
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.names = [name.get(id(p)) for p in self.params]
+        self.made = [dict(group) for group in optimizer.param_groups]  # lr, weight decay and so on
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the options it has those that are not what they were made, such as a counter. So a
-        run that goes on takes all others from its settings, which may have changed."""
-        state, names = self.optimizer.state_dict(), [*chain(*self.names)]
-        groups = []
-        for own, now, made in zip(self.names, self.options(), self.made, strict=True):
-            moved = {key: x for key, x in now.items() if key not in made or x != made[key]}
-            groups.append(moved | {"params": own})
-        moments = {names[i]: x for i, x in state["state"].items()}
-        return state | {"state": moments, "param_groups": groups}
+        """Of a group's options it has those that are not what they were made, such as a counter. So
+        a run that goes on takes all others from its settings, which may have changed."""
+        state = self.optimizer.state_dict()
+        moments = {self.names[i]: x for i, x in state["state"].items()}
+        groups = [
+            {k: x for k, x in now.items() if k != "params" and (k not in made or x != made[k])}
+            for now, made in zip(state["param_groups"], self.made, strict=True)
+        ]
+        return state | {"names": self.names, "state": moments, "param_groups": groups}
 
     def load_state_dict(self, stored: dict[str, Any]):
-        if [group["params"] for group in stored["param_groups"]] != self.names:
+        state, groups = self.optimizer.state_dict(), stored["param_groups"]
+        if stored["names"] != self.names or len(groups) != len(self.made):
             raise Refusal("its optimiser has other parameters, or in other groups")
-        state, names = self.optimizer.state_dict(), [*chain(*self.names)]
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
         groups = [
             now | moved | {"params": now["params"]}
-            for now, moved in zip(state["param_groups"], stored["param_groups"], strict=True)
+            for now, moved in zip(state["param_groups"], groups, strict=True)
         ]
         fused, moments = any(group.get("fused") for group in groups), {}
         for name, own in stored["state"].items():
-            i = names.index(name)
+            i = self.names.index(name)
             for key, x in own.items():
-                shape = () if key == "step" else tuple(params[i].shape)
+                shape = () if key == "step" else tuple(self.params[i].shape)
                 # Nobody else looks: a fused optimiser would write beyond a moment's memory.
                 if fused and isinstance(x, Tensor) and tuple(x.shape) != shape:
                     raise Refusal(f"{key} of {name} is {tuple(x.shape)}, expected {shape}")
-            moments[i] = {key: processes.cut_like(x, params[i]) for key, x in own.items()}
+            moments[i] = {key: processes.cut_like(x, self.params[i]) for key, x in own.items()}
         self.optimizer.load_state_dict(stored | {"state": moments, "param_groups": groups})
 
 
 def by_name(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Named]:
     """The optimisers as states of a run. Raises Refusal unless each parameter of the model that
     asks for a gradient is in exactly one of them."""
-    name = {id(p): name for name, p in model.named_parameters()}
-    names = [[[name.get(id(p)) for p in g["params"]] for g in x.param_groups] for x in optimizers]
-    times = Counter(name for groups in names for group in groups for name in group)
+    states = {f"{type(x).__name__} {i}": Named(x, model) for i, x in enumerate(optimizers)}
+    times = Counter(name for x in states.values() for name in x.names)
     if None in times:
         told = "an optimiser has a weight that is not in the model"
         raise Refusal(f"{told}: make it an nn.Parameter of one of the model's modules.")
-    for n, p in model.named_parameters():
-        if p.requires_grad and times[n] != 1:
-            has = "more than one optimiser has" if times[n] else "no optimiser has"
-            raise Refusal(f"{has} the parameter {n}: change make_optimizers in train.py.")
-    pairs = enumerate(zip(optimizers, names, strict=True))
-    return {f"{type(x).__name__} {i}": Named(x, own) for i, (x, own) in pairs}
+    for name, p in model.named_parameters():
+        if p.requires_grad and times[name] != 1:
+            has = "more than one optimiser has" if times[name] else "no optimiser has"
+            raise Refusal(f"{has} the parameter {name}: change make_optimizers in train.py.")
+    return states
 
 
 @dataclass

@@ -586,19 +586,26 @@ def test_an_optimiser_of_torch_goes_on_whatever_it_keeps(kind, monkeypatch):
     assert_alike(load(straight)["model"], load("run")["model"])
 
 
-@pytest.mark.parametrize("how", ["no", "more than one"])
-def test_every_parameter_is_in_exactly_one_optimiser(how, monkeypatch):
+WRONG = {
+    "no optimiser has the parameter ": [],
+    "more than one optimiser has the parameter norm.weight": ["norm.weight"],
+    "an optimiser has a weight that is not in the model": [None],
+}
+
+
+@pytest.mark.parametrize(("sentence", "more"), WRONG.items())
+def test_every_parameter_is_in_exactly_one_optimiser(sentence, more, monkeypatch):
     made = train.make_optimizers
 
     def wrong(model, config):
-        (adamw,) = made(model, config)
-        if how == "no":
+        (adamw,), own = made(model, config), dict(model.named_parameters())
+        if not more:
             del adamw.param_groups[1]["params"][0]
-            return [adamw]
-        return [adamw, torch.optim.SGD([model.norm.weight])]
+        new = [own[name] if name else torch.nn.Parameter(torch.ones(3)) for name in more]
+        return [adamw, *(torch.optim.SGD([p]) for p in new)]
 
     monkeypatch.setattr(train, "make_optimizers", wrong)
-    assert f"{how} optimiser has the parameter " in refused() and not Path("run").exists()
+    assert sentence in refused() and not Path("run").exists()
 
 
 def test_a_new_mean_in_the_log_needs_one_line_and_breaks_no_older_run(monkeypatch):
@@ -673,7 +680,8 @@ MOMENTS = {
     "another shape": lambda x: x["state"]["norm.weight"].update(exp_avg=torch.zeros(3, 3)),
     "no dimensions": lambda x: x["state"]["norm.weight"].update(exp_avg=torch.zeros(())),
     "an empty step": lambda x: x["state"]["norm.weight"].update(step=torch.zeros(0)),
-    "other names": lambda x: x["param_groups"][0]["params"].reverse(),
+    "other names": lambda x: x["names"].reverse(),
+    "another group": lambda x: x["param_groups"].pop(),
 }
 
 
