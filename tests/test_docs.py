@@ -186,7 +186,7 @@ def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
             text = sample.generate(model.eval(), x[:1, :4], 4, temperature=0, speculative=2)
             assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
         assert not sample.check_cache(model, 24).wrong
-        slower = any(word in title for word in ("soft cap", "Sparse", "sink"))
+        slower = any(word in title for word in ("soft cap", "Sparse", "sink", "ReLU"))
         assert ("it runs without its fast twin" in capsys.readouterr().err) == slower
     if "gate" in title:
         s, _, _ = model.gates()[0](torch.randn(5, 48))
