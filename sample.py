@@ -585,10 +585,10 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
         per_call = stats.tokens / stats.rounds / rows
         info(f"{per_call:.2f} tokens per model call; accepted drafts, by position: {', '.join(of)}")
     like = model.norm.weight
-    one, two = (Cache(model.config, model.layers, 1, size, like) for size in (1, 2))
-    ours = sum(b.nbytes - a.nbytes for a, b in zip(one.kept, two.kept, strict=True))
+    caches = (Cache(model.config, model.layers, 1, size, like).kept for size in (1, 2))
+    one, two = (sum(x.nbytes for x in torch.utils._pytree.tree_leaves(kept)) for kept in caches)
     mha = model.config.cache_numbers()[1] * like.element_size()
-    info(f"cache: {ours:,} bytes per token; multi-head attention would hold {mha:,}")
+    info(f"cache: {two - one:,} bytes per token; multi-head attention would hold {mha:,}")
     if stats.note:
         info(f"note: {stats.note}")
 
