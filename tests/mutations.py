@@ -37,7 +37,7 @@ RMSNorm(C, 1e-6) => RMSNorm(C, config.rms_norm_eps)
 latent = self.kv_a_layernorm(latent) => latent = latent * 1
 config.qk_rope_head_dim) ** => config.v_head_dim) **
 k_pe.expand(-1, -1, H, -1)) => 0 * k_pe.expand(-1, -1, H, -1))
-q_pe, k_pe = pe[:, :, :-1], pe[:, :, -1:] => q_pe, k_pe = pe[:, :, :-1], k_pe.unsqueeze(2)
+q_pe, k_pe = pe.split([pe.shape[2] - 1, 1], 2) => q_pe, k_pe = pe[:, :, :-1], k_pe.unsqueeze(2)
 W[:, :N], W[:, N:] => W[:, -N:], W[:, :-N]
 > query  # (T => > query + 1  # (T
 (S - T if start is None else start) => (0 if start is None else start)
