@@ -19,6 +19,18 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """As in a program that was started at a terminal: a shell lets those in the background of a
+    script ignore some signals."""
+    usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL}
+    usual |= {"SIGHUP": signal.SIG_DFL}
+    before = {x: signal.signal(getattr(signal, x), usual[x]) for x in usual if hasattr(signal, x)}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
 # ---- Of the tests of train.py, support/runs.py and support/processes.py --------------------------
 
 
