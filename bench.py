@@ -45,7 +45,7 @@ from support import processes
 from support.counting import PRODUCTS, Count, on_a_card
 from support.gguf import write_gguf
 from support.ops import fast_dtype, laid_out
-from support.processes import Machine
+from support.processes import Machine, flops_per_token, peak_flops
 from support.settings import Refusal, info, parse_args, read_config_file, run_command
 from support.tokenizer import END_OF_TEXT, PATTERN, encoding_from
 
@@ -145,19 +145,6 @@ def print_tables(command: str, tables: Iterator[Table], options: Any):
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
-
-
-def flops_per_token(model: DeepSeekV3, T: int) -> float:
-    """Forward and backward, MTP modules included: 6 per weight that multiplies a token, and the
-    causal half of attention."""
-    c, depths = model.config, 1 + len(model.mtp)
-    weights = depths * c.vocab_size * c.hidden_size  # the output head
-    for name, x in model.named_parameters():
-        if not name.startswith(("embed_tokens", "lm_head")):
-            routed = ".experts." in name
-            weights += x.numel() * (c.num_experts_per_tok / c.n_routed_experts if routed else 1)
-    per_pair = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
-    return 6 * weights + 6 * (c.num_hidden_layers + len(model.mtp)) * per_pair * T / 2
 
 
 def open_config(file: str | Path) -> tuple[DeepSeekV3, dict[str, Any]]:
@@ -280,15 +267,14 @@ def reference_table(options: TrainOptions) -> Table:
     return speed_table(title, interleaved(steps, options.rounds), 8 * 256)
 
 
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}
-
-
 def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
     """A configuration's own step beside square products of its dtype: as fast as a machine gets."""
     model, settings = open_config(file)
     asked = {k: True for k in ("compile", "recompute", "fp8") if getattr(options, k)}
     config = train.TrainConfig(**settings | asked | {"device": options.device, "dtype": dtype})
     machine = processes.start(config)
+    if machine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # another format's is not this one's
     model = DeepSeekV3(model.config).to(machine.device)
     if config.fp8:
         fp8.use_fp8(model)
@@ -299,8 +285,7 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
     step = training_step(model, config, machine)
     t = interleaved({"product": lambda: a @ a, "step": step}, options.rounds)
     seconds, memory = statistics.median(t["step"]), torch.cuda.max_memory_allocated()
-    card = torch.cuda.get_device_name() if machine.device.type == "cuda" else ""
-    peak = next((x for name, x in PEAK_FLOPS.items() if name in card), None)  # of bf16, dense
+    peak = peak_flops(machine.device)
     return {
         "": Path(file).stem, "dtype": dtype, "auto": machine.dtype == fast_dtype(machine.device)[0],
         "tokens": tokens,
@@ -316,7 +301,9 @@ def train_(options: TrainOptions, files: list[str]) -> Iterator[Table]:
     file = files[0] if files else "config/small.py"
     if not files:
         require_transformers("train")
-    rows = [config_row(file, dtype, options) for dtype in FORMATS]  # first, for their peak of GB
+    gpu = processes.usable_device(options.device).type == "cuda"
+    formats = FORMATS[1:] if gpu and files else FORMATS  # float32 takes a large network minutes
+    rows = [config_row(file, dtype, options) for dtype in formats]  # first, for their peak of GB
     yield Table("train.py's step, by the model's own FLOPs", rows)
     if not files:
         yield reference_table(options)
@@ -579,10 +566,18 @@ def count_(options: CountOptions, files: list[str]) -> Iterator[Table]:
 SHAPES = [(7168, 18432), (16384, 7168), (1536, 24576), (7168, 2048), (512, 32768), (7168, 576)]
 
 
-def fp8_(options: Options, files: list[str]) -> Iterator[Table]:
+@dataclass
+class FP8Options(Options):
+    shapes: str = "all"  # as 7168x18432,512x32768: in and out features; each compiles two layers
+    tokens: str = "8192"  # rows of x, with commas between them
+
+
+def fp8_(options: FP8Options, files: list[str]) -> Iterator[Table]:
     """FP8 products and layers beside bf16, slow shapes included."""
     device = processes.start(train.TrainConfig(device=options.device)).device
-    shapes, tokens, how = SHAPES, (4096, 8192, 16384), "compiled"
+    shapes, tokens, how = SHAPES, [*map(int, options.tokens.split(","))], "compiled"
+    if options.shapes != "all":
+        shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     if not fp8.has_blockwise_fp8(device):
         shapes, tokens, how = SHAPES[-1:], (256,), "EMULATION, which says nothing of FP8's speed"
     rows = [fp8_row(*shape, M, device, options.rounds) for shape in shapes for M in tokens]
@@ -772,7 +767,7 @@ COMMANDS = {  # function, options, its files in the usage, how many they may be
     "sizes": (sizes, Options, "[CONFIG ...]", 999),
     "train": (train_, TrainOptions, "[CONFIG]", 1),
     "decode": (decode, DecodeOptions, "", 0),
-    "fp8": (fp8_, Options, "", 0),
+    "fp8": (fp8_, FP8Options, "", 0),
     "count": (count_, CountOptions, "[CONFIG]", 1),
     "plot": (plot, PlotOptions, "RUN [RUN ...]", 999),
 }

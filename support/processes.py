@@ -157,8 +157,9 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
         torch._dynamo.config.capture_dynamic_output_shape_ops = True  # rows in ops.sort_by_expert
         torch.compiler.assume_constant_result(has_grouped_mm)  # else a break before every call
         info("every new shape of a batch is compiled first, which may take minutes")
+        torch._dynamo.config.optimize_ddp = False  # it would cut graphs in pieces; blocks are such
         for block in blocks:
-            block.compile()
+            block.compile(dynamic=False)  # a graph for each length of windows
     if sharded:
         from torch.distributed.fsdp import fully_shard
 
@@ -167,7 +168,7 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
             fully_shard(module, mesh=mesh)
     elif machine.world > 1:
         # Buffers are broadcast at a step's first forward alone, when all expert counts are 0.
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy
     return model
 
 
@@ -191,11 +192,36 @@ def compiling() -> Iterator[None]:
 
 
 def sync_gradients(trainer: nn.Module, now: bool):
-    """Whether the next backward pass averages gradients over the processes. Of several
-    micro-batches only the last one's does."""
+    """Whether the next backward pass averages gradients over the processes. DDP does so in the last
+    of several micro-batches alone. FSDP does in each: else every card would hold all gradients."""
     trainer.require_backward_grad_sync = now  # DDP's
-    if hasattr(trainer, "set_requires_gradient_sync"):  # FSDP's
-        trainer.set_requires_gradient_sync(now)
+
+
+# ---- The share of a card's peak ------------------------------------------------------------------
+
+# bf16 products, dense, operations a second, by NVIDIA's data sheets: of the A100 (2021), the H100
+# (2022; SXM and PCIe) and the H200 (2023), which give twice as many with sparsity. The H800 is the
+# H100 with slower links.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of bf16 products; None where it is not known."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
+
+
+def flops_per_token(model: nn.Module, T: int) -> float:
+    """In a training step with windows of T tokens. Forward and backward, MTP modules included: 6
+    per weight that multiplies a token, and the causal half of attention."""
+    c, depths = model.config, 1 + len(model.mtp)
+    weights = depths * c.vocab_size * c.hidden_size  # the output head
+    for name, x in model.named_parameters():
+        if not name.startswith(("embed_tokens", "lm_head")):
+            routed = ".experts." in name
+            weights += x.numel() * (c.num_experts_per_tok / c.n_routed_experts if routed else 1)
+    per_pair = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    return 6 * weights + 6 * (c.num_hidden_layers + len(model.mtp)) * per_pair * T / 2
 
 
 # ---- States ------------------------------------------------------------------------------------

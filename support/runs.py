@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from support import processes
 from support.digits import digits_of, file_source
 from support.files import put_aside, write_whole
-from support.processes import Machine
+from support.processes import Machine, flops_per_token, peak_flops
 from support.settings import Refusal, info, read_stored, short
 
 try:
@@ -408,7 +408,7 @@ class Run:
         lost = self.bad_in_a_row >= 5 or (self.last and self.bad_in_a_row > 0)
         if lost or self.due(self.config.log_every):
             self.write_means(now)
-        self.clock.tell_if_busy()
+            self.clock.tell_if_busy()  # not in every step: it reads a file for each thread
         if lost:
             self.give_up()
         self.stopped = self.stop.agreed()
@@ -419,7 +419,10 @@ class Run:
         steps = [steps for _, steps in progress.sums.values()]
         numbers = zip(progress.sums, totals.tolist(), steps, strict=True)
         line = {name: x / n for name, x, n in numbers} | {k: float(x) for k, x in now.items()}
-        line["tokens_per_s"] = round(self.clock.measure(progress.tokens), 1)
+        line["tokens_per_s"] = speed = round(self.clock.measure(progress.tokens), 1)
+        if peak := peak_flops(self.machine.device):
+            work = speed * flops_per_token(self.model, self.config.block_size)
+            line["mfu"] = work / (peak * self.machine.world)  # as nanoGPT's: of bf16's peak
         left = (self.config.steps - progress.step) * self.config.batch_size * self.config.block_size
         skips = f", {progress.skipped} skipped: gradient not finite" if progress.skipped else ""
         self.show(line, self.clock.time_left(left) + skips)

@@ -126,7 +126,7 @@ def test_decoding_is_compared_on_one_text_and_at_every_context():
 
 def test_fp8_table_says_that_it_emulates(monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", [(128, 130)])
-    (table,) = bench.fp8_(bench.Options(rounds=1, device="cpu"), [])
+    (table,) = bench.fp8_(bench.FP8Options(rounds=1, device="cpu"), [])
     assert "EMULATION" in table.title and table.rows[0]["in -> out"] == "128 -> 130"
     assert all(table.rows[0][key] > 0 for key in ("bf16 TFLOP/s", "FP8 TFLOP/s", "FP8 layer ms"))
 

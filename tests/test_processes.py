@@ -1,5 +1,6 @@
 """Any number of processes, DDP or FSDP, train as one does; a device and a dtype that are fast."""
 
+import json
 import os
 import re
 import signal
@@ -27,7 +28,7 @@ from training import (
 
 import train
 from huggingface import load_model
-from support import ops, processes, tokens
+from support import ops, processes, runs, tokens
 from support.runs import load_checkpoint
 from support.settings import Refusal
 
@@ -80,6 +81,22 @@ def test_a_resumed_run_keeps_its_dtype_unless_asked(monkeypatch, capsys):
         assert f"1 x cpu in {expected}" in capsys.readouterr().err
         dtype = load("run")["train_config"]["dtype"]
         assert str(dtypes[-1]) == f"torch.{dtype}" and expected.startswith(dtype)
+
+
+def test_the_share_of_a_known_cards_peak_is_in_the_log(monkeypatch):
+    """With PaLM's FLOPs of a token, as nanoGPT's mfu."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
+    assert processes.peak_flops(torch.device("cuda")) == 756e12
+    assert processes.peak_flops(torch.device("cpu")) is None
+    known, now = [None, 1e12], ["--steps=1", "--log_every=1", "--overwrite"]
+    monkeypatch.setattr(runs, "peak_flops", lambda device: known[0])
+    assert "mfu" not in json.loads((run(*now) / "log.jsonl").read_text().splitlines()[0])
+    known.pop(0)
+    path = run(*now)
+    line = json.loads((path / "log.jsonl").read_text().splitlines()[0])
+    model, T = load_model(path / "ckpt.pt", "cpu")[0], load(path)["train_config"]["block_size"]
+    work = line["tokens_per_s"] * processes.flops_per_token(model, T)
+    assert line["mfu"] == pytest.approx(work / 1e12)
 
 
 def each_process_measures_another():
@@ -194,6 +211,25 @@ def expect_no_whole_weight_kept():
 def test_fsdp_keeps_no_copy_of_the_weights_for_the_backward_pass(start):
     options = ("--parallel=fsdp", "--dtype=bfloat16", "--steps=2", "--block_size=20")
     finish(start(*options, world=2, setup=expect_no_whole_weight_kept))
+
+
+def expect_gradients_cut_up():
+    sync = processes.sync_gradients
+
+    def watched(trainer, now):
+        if now:  # the second of two micro-batches begins: the first has left its gradients
+            gradients = [p.grad.to_local() for p in trainer.parameters()]
+            held, whole = (sum(x.numel() for x in y) for y in (gradients, trainer.parameters()))
+            assert 0.4 * whole < held < 0.6 * whole
+        sync(trainer, now)
+
+    processes.sync_gradients = watched
+
+
+def test_fsdp_adds_up_gradients_that_are_cut_up(start):
+    """test_two_processes_equal_one: the sums are right."""
+    options = ("--parallel=fsdp", "--grad_accum=2", "--steps=2")
+    finish(start(*options, world=2, setup=expect_gradients_cut_up))
 
 
 def raise_at_third_step():

@@ -84,7 +84,8 @@ def wait_for(condition):
 def log_of(out: Path) -> list[dict]:
     """log.jsonl without the times."""
     lines = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+    times = {"tokens_per_s", "mfu"}
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
 
 
 def load(out: Path, name: str = "ckpt.pt") -> dict:
