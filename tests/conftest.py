@@ -63,6 +63,18 @@ def workplace(data, tmp_path, monkeypatch):
     assert {number: signal.getsignal(number) for number in before} == before
 
 
+@pytest.fixture
+def faults(monkeypatch):
+    """A full disk, a link, a signal, or whatever happens at some step: see training.Faults."""
+    import resource
+
+    import training
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield training.Faults(monkeypatch)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """The same, once for all tests that ask for these options; they only read the folder."""

@@ -145,8 +145,8 @@ fp8.quantize(tensors[name], fp8.BLOCK) => fp8.quantize(tensors[name], fp8.BLOCK,
 if family not in (None, *FAMILY): => if False:
 if value > tensors: => if False:
 if isinstance(value, int) and value >= 2**31: => if False:
-if have != want: => if False:
-stored.keys()) if extend else [] => stored.keys())
+if have != want and not (extend => if False and not (extend
+not (extend and (name => not (True and (name
 if not x.is_floating_point():  # which => if False:  # which
 if not x.is_floating_point():  # int4 => if False:  # int4
 if tokenizer.n_vocab > config.vocab_size: => if False:
@@ -177,8 +177,7 @@ layers in (26, 27) => layers in (27,)
 
 # huggingface.py tests/test_gguf.py
 check_free(target, config.overwrite) => pass
-unfinished.unlink(missing_ok=True) => pass
-write_gguf(unfinished, model => write_gguf(target, model
+write_gguf(file, model => write_gguf(target, model
 "max_position_embeddings": model.trained_length} => "max_position_embeddings": 4096}
 
 # support/settings.py tests/test_settings.py
@@ -286,7 +285,6 @@ if missing := [byte for => if missing := [] and [byte for
 files = -(-count // TOKENS_PER_FILE) => files = 1
 min(start - begin_of_file, len(array) - length) => start - begin_of_file
 len(val) < 2 or n_bytes == 0 => len(val) < 2
-check_length(self.arrays[shard]) => pass
 np.concatenate(read("val", whole=True)) => np.concatenate(read("val")[:1])
 highest = tokens.max() => highest = 0
 
@@ -303,53 +301,75 @@ x = x.full_tensor() if hasattr(x, "full_tensor") else x => pass
 # support/runs.py tests/test_runs.py
 @functools.cache  # this process => # this process
 weights_only=True, mmap=True => weights_only=False, mmap=True
-os.fsync(file.fileno()) => pass
-flags | os.O_NOFOLLOW => flags
 damaged = archive.testzip() if whole else None => damaged = None
+name = {id(p): name for => name = {id(p): "x" for
+(k not in made or x != made[k]) => k != "k"
+if stored["names"] != self.names or => if
+ or len(groups) != len(self.made): => :
+now | moved | {"params": now["params"]} => now
+if fused and isinstance(x, Tensor) and => if False and
+shape = () if key == "step" else => shape = tuple(x.shape) if key == "step" else
+processes.cut_like(x, self.params[i]) for => x for
+if None in times: => if False:
+if p.requires_grad and times[name] != 1: => if times[name] == 0:
+if p.requires_grad and times[name] != 1: => if times[name] > 1:
+if self.measured != now: => if False:
+getattr(os, "O_NOFOLLOW", 0)  # Windows => 0  # Windows
+if data or (inside and not trained and not begun): => if inside and not trained and not begun:
+if data or (inside and not trained and not begun): => if data:
+begun = "log.jsonl" in inside and (out / ".lock").exists() => begun = "log.jsonl" in inside
 fcntl.flock(file, => 0 and fcntl.flock(file,
-if data or (inside and not run and not begun): => if inside and not run and not begun:
-if data or (inside and not run and not begun): => if data:
-self.folder_id() not in ("", self.id): => False:
-if signed or not best.exists(): => if True:
-if type(self.id) is not str: => if False:
-or steps < 1: => or steps < -9:
-begun = "log.jsonl" in inside and signed => begun = "log.jsonl" in inside
-with naming(self.out / ".lock"): => if True:
-if not x.isfinite().all(): => if False:
-if stored["names"] != names or => if
-or order != [*range(len(names))]: => :
-tuple(x.shape) != shape and (strict or x.ndim): => False:
-tuple(x.shape) != shape and (strict or x.ndim): => tuple(x.shape) != shape and x.ndim:
-tuple(x.shape) != shape and (strict or x.ndim): => tuple(x.shape) != shape:
-trained <= state.keys() <= {*order} and => True and
-(needed and kinds != {tuple(sorted(needed))}) => False
-any(group.get("amsgrad") for => any(False for
-key in needed and not isinstance(x, Tensor) => False
-if odd := [key for => if odd := [key for _ in () for
-all(map(alike, a, b)) => True
-except ValueError as error:  # as for groups => except ImportError as error:  # as for groups
-key not in then or then[key] != x => False
-(x, p) if x.ndim else x.clone() => (x, p) if x.ndim else x
-if n > 1 or not self.saved_step: => if True:
-self.saved_step == step - n and n > 1 => False
-if waiting > 0.25 and => if waiting > 0.35 and
-self.bad_in_a_row >= 5 => self.bad_in_a_row >= 6
-math.isfinite(loss) and self.step > 0 => self.step > 0
-loss < self.best_loss => loss <= self.best_loss
-length > self.best_length or (length == => (length ==
-if saved["measured"] == self.measured(): => if True:
+if not os.path.samestat(os.fstat => if 0 and os.path.samestat(os.fstat
+except (BlockingIOError, FileNotFoundError): => except BlockingIOError:
 int(found[1]) <= step and not again => int(found[1]) < step and not again
 and not again => and True
-processes.set_random_states(saved["random"], self.machine) => pass
+if waiting > 0.25 and => if waiting > 0.35 and
 left = (signal.SIG_IGN, None) => left = (None,)
 left = (signal.SIG_IGN, None) => left = (signal.SIG_IGN,)
-if not os.path.samestat( => if 0 and os.path.samestat(
-except (BlockingIOError, FileNotFoundError): => except BlockingIOError:
-if not needed and not state: => if False:
-signal.SIGTERM, signal.SIGHUP) => signal.SIGTERM)
-if run.stop.heard: => if False:
+("SIGINT", "SIGTERM", "SIGHUP") => ("SIGINT", "SIGTERM")
 lambda copy, x=content: copy.write(x) => lambda copy, x=content: copy.write(x[1:])
+if lacking := self.states.keys() - saved.keys(): => if lacking := set():
+thing.load_state_dict(processes.cut_like(saved[name], thing.state_dict())) => pass
+evaluated=not self.progress.owes_evaluation => evaluated=True
+self.bad_in_a_row >= 5 => self.bad_in_a_row >= 6
+loss < best.best_loss => loss <= best.best_loss
+length > best.best_length or (length == => (length ==
+math.isfinite(loss) and best.step > 0 => best.step > 0
 if self.last and not math.isfinite(loss): => if False:
+if not x.isfinite().all(): => if False:
+if os.path.samestat(own, os.stat(self.out / ".lock")): => if True:
+self.saved_step == step - n and n > 1 => False
+if n > 1 or not self.saved_step: => if True:
+if run.stop.heard: => if False:
+
+# support/processes.py tests/test_runs.py
+torch.empty_like(own, dtype=x.dtype).copy_(x) => x.clone()
+return x.clone()  # the file may be mapped => return x
+torch.set_rng_state(cpu) => pass
+
+# support/files.py tests/test_runs.py
+part.unlink(missing_ok=True)  # left by => pass  # left by
+open(part, "xb") => open(part, "wb")
+file.flush() => file.flush(); file = open(os.devnull)
+
+# support/settings.py tests/test_settings.py
+os.open(os.devnull, os.O_RDWR) => pass
+if getattr(sys, name) is None: => if False:
+
+# train.py tests/test_refusals.py
+check_paths(asked, given) => pass
+if start and not asked["resume"] and => if False and
+
+# support/files.py tests/test_huggingface.py
+ours = [x for x in numbers if => ours = [x for x in numbers if False and
+
+# support/tokenizer.py tests/test_tokenizer.py
+if len({*ranks.values()}) < len(rows): => if False:
+self.encode_batch = without_panic(self.encode_batch) => pass
+add_special_tokens=False => add_special_tokens=True
+
+# support/files.py tests/test_prepare_data.py
+os.path.lexists(old := => os.path.exists(old :=
 
 # support/settings.py tests/test_runs.py
 return in_file | stored | given => return stored | in_file | given
@@ -362,11 +382,11 @@ same = identity == tokenizer_identity(data) => same = True
 
 # train.py tests/test_runs.py
 if finite and (evaluation => if (evaluation
-for step in range(first, config.steps) => for step in range(config.steps)
+stages_from(config, first): => stages_from(config, 0):
 
 # support/files.py tests/test_prepare_data.py
-os.fsync(file.fileno()) => pass
-check_free(folder, overwrite)  # again => pass  # again
+                    os.fsync(file.fileno()) => pass
+check_free(path, overwrite)  # again => pass  # again
 folder.rename(old)  # of => folder.rename(old); [x.unlink() for x in old.glob("thesis*")]  # of
 if error.filename or error.errno is None: => if True:
 
@@ -387,13 +407,15 @@ sample_texts(texts, BPE_SAMPLE) => sample_texts(texts[::2], BPE_SAMPLE)
 
 # train.py tests/test_train.py
 first = machine.rank * config.grad_accum => first = machine.rank
-(highest := windows.max()) >= data.vocab_size => (highest := windows.max()) > data.vocab_size
+group["lr"] = lr * group["lr_scale"] => group["lr"] = lr
+model.eval() => model.eval(); torch.set_grad_enabled(True)
+for step in (steps[0], *steps[-2:]): => for step in steps[:1]:
 if not file.exists():  # someone => if False:  # someone
 config.clip or math.inf => config.clip or 1.0
-epochs > MANY_EPOCHS and run.step == 0 => epochs > MANY_EPOCHS
+epochs > MANY_EPOCHS and progress.step == 0 => epochs > MANY_EPOCHS
 given |= settings.with_home(given, "out", "data", "init_from") => pass
-if config.lr >= stored["lr"]: => if config.lr > stored["lr"]:
-given_weights = run.step == 0 and config.init_from => given_weights = False
+config.lr >= stored["lr"]: => config.lr > stored["lr"]:
+given_weights = progress.step == 0 and config.init_from => given_weights = False
 model.trained_length = max(model.trained_length, config.block_size) => model.trained_length = 9
 first = step * config.batch_size * config.block_size // T => first = step * config.batch_size
 batch_at(config, step) * config.block_size // T) => batch_at(config, step))

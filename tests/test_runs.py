@@ -64,14 +64,10 @@ if os.environ.get("COMPILE"):
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(options, shared, capsys):
-    def stop(data, config, step):
-        if step == 4:  # the fifth, between two lines of the log where these come every third step
-            os.kill(os.getpid(), signal.SIGTERM)
-        return mock.DEFAULT
-
-    train_windows = mock.Mock(wraps=train.train_windows, side_effect=stop)
-    with mock.patch.object(train, "train_windows", train_windows), pytest.raises(KeyboardInterrupt):
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(options, shared, faults, capsys):
+    # In the fifth step, between two lines of the log where these come every third step.
+    faults.signal(signal.SIGTERM, step=4)
+    with pytest.raises(KeyboardInterrupt):
         run(*options)
     said = capsys.readouterr().err
     assert "stopped at step 5" in said and "--resume" in said
@@ -648,10 +644,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_replaces_another():
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", ".lock"])
-def test_nothing_is_written_through_a_link_out_of_a_strangers_folder(name, shared):
+def test_nothing_is_written_through_a_link_out_of_a_strangers_folder(name, shared, faults):
     shutil.copytree(shared("--steps=1"), "run")
-    Path("run", name).unlink()
-    Path("run", name).symlink_to(Path("elsewhere").resolve())
+    faults.link(Path("run", name))
     for there in (False, True):
         with pytest.raises(OSError, match=name):
             run("--resume", "--steps=2")
@@ -760,27 +755,24 @@ def test_a_run_whose_last_weights_are_spoilt_has_failed(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_or_a_closed_terminal_stops_the_run_when_all_is_saved(number, monkeypatch):
+def test_a_signal_or_a_closed_terminal_stops_the_run_when_all_is_saved(number, faults, monkeypatch):
     """A second signal is the system's own."""
-    windows, before = train.train_windows, signal.getsignal(number)
+    before = signal.getsignal(number)
 
-    def closed(data, config, step):
-        if step == 2:
-            monkeypatch.setattr("sys.stderr", open("/dev/full", "w"))  # noqa: SIM115
-            signal.raise_signal(number)
-            assert signal.getsignal(number) == before
-        return windows(data, config, step)
+    def close():
+        monkeypatch.setattr("sys.stderr", open("/dev/full", "w"))  # noqa: SIM115
+        signal.raise_signal(number)
+        assert signal.getsignal(number) == before
 
-    monkeypatch.setattr(train, "train_windows", closed)
+    faults.at_step(2, close)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert load("run")["step"] == 3
 
 
-def test_a_signal_that_is_ignored_stays_so(monkeypatch):
+def test_a_signal_that_is_ignored_stays_so(faults):
     """As SIGHUP is under nohup."""
-    windows = train.train_windows
-    monkeypatch.setattr(train, "train_windows", lambda *x: signal.raise_signal(1) or windows(*x))
+    faults.signal(signal.SIGHUP, step=0)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         run("--steps=2")
@@ -809,70 +801,40 @@ def test_a_batch_of_another_size_is_told_with_what_is_read_twice_or_left_out(cap
     assert "batches of another size" not in capsys.readouterr().err
 
 
-def test_a_full_disk_at_a_line_of_the_log_names_the_file(monkeypatch):
-    opened, full = runs.open_here, OSError(errno.ENOSPC, "No space left on device")
-
-    def open_here(path, mode):
-        if path.name == "log.jsonl" and path.exists() and path.stat().st_size > 400:
-            raise full
-        return opened(path, mode)
-
-    monkeypatch.setattr(runs, "open_here", open_here)
+def test_a_full_disk_at_a_line_of_the_log_names_the_file(faults):
+    faults.at_step(4, lambda: faults.full_disk(Path("run/log.jsonl").stat().st_size))
     sentence = refused("--save_every=1")
-    assert "cannot write to run/log.jsonl ([Errno 28] No space left on device); go on" in sentence
-    assert f"go on from step {load('run')['step']}, in run/ckpt.pt" in sentence
+    assert "cannot write to run/log.jsonl ([Errno 27] File too large); go on from" in sentence
+    assert "go on from step 4, in run/ckpt.pt" in sentence and load("run")["step"] == 4
 
 
-def test_a_full_disk_at_the_start_names_the_file(monkeypatch):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    begin = runs.Run.begin
-
-    def fill(self, files):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
-        begin(self, files)
-
-    monkeypatch.setattr(runs.Run, "begin", fill)
-    try:
-        sentence = refused("--steps=1")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def test_a_full_disk_at_the_start_names_the_file(faults):
+    faults.full_disk(20)
+    sentence = refused("--steps=1")
     assert "run/tokenizer.tiktoken" in sentence and "File too large" in sentence
 
 
-def test_a_renamed_folder_is_noticed_before_anything_is_written(monkeypatch):
+def test_a_renamed_folder_is_noticed_before_anything_is_written(faults):
     """Another run may have begun under its name by then."""
-    windows = train.train_windows
 
-    def renamed(data, config, step):
-        if config.out == "run" and step == 2:
-            Path("run").rename("moved")
-            run("--steps=1", "--seed=2")
-            Path("other").mkdir()
-            for file in Path("run").iterdir():
-                shutil.copy(file, "other")
-        return windows(data, config, step)
+    def rename():
+        Path("run").rename("moved")
+        run("--steps=1", "--seed=2")
+        shutil.copytree("run", "other")
 
-    monkeypatch.setattr(train, "train_windows", renamed)
+    faults.at_step(2, rename)
     sentence = refused("--save_every=1")
     assert "run has been renamed" in sentence and "--resume" in sentence
     assert load("moved")["step"] == 2 and load("run")["step"] == 1
     for file in Path("other").iterdir():
         assert file.read_bytes() == Path("run", file.name).read_bytes()
-    monkeypatch.setattr(train, "train_windows", windows)
     assert load(run("--resume", out="moved"))["step"] == 8
 
 
-def test_a_run_ends_well_though_its_data_are_deleted_meanwhile(monkeypatch, data, capsys):
+def test_a_run_ends_well_though_its_data_are_deleted_meanwhile(faults, monkeypatch, data, capsys):
     """The closing sample has the run's own tokenizer."""
     shutil.copytree(data, "data/mine")
-    windows = train.train_windows
-
-    def deleted(dataset, config, step):
-        if step == 1:
-            shutil.rmtree("data/mine")
-        return windows(dataset, config, step)
-
-    monkeypatch.setattr(train, "train_windows", deleted)
+    faults.at_step(1, lambda: shutil.rmtree("data/mine"))
     monkeypatch.setattr(train, "show_result", SHOW_RESULT)
     run("--data=mine", "--steps=2")
     assert "best validation loss" in capsys.readouterr().err

@@ -9,7 +9,9 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import sys
 import sysconfig
 import time
@@ -133,6 +135,37 @@ def poison_third_gradient():
         return clip(parameters, *rest)
 
     torch.nn.utils.clip_grad_norm_ = poisoned
+
+
+class Faults:
+    """What goes wrong while a run is trained in this process. The fixture `faults` undoes it."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+
+    def at_step(self, step: int, act):
+        """Calls act() when this step, counted from 0, begins."""
+        windows = train.train_windows
+
+        def stand_in(data, config, now):
+            if now == step:
+                self.monkeypatch.setattr(train, "train_windows", windows)
+                act()
+            return windows(data, config, now)
+
+        self.monkeypatch.setattr(train, "train_windows", stand_in)
+
+    def signal(self, number: int, step: int):
+        self.at_step(step, lambda: signal.raise_signal(number))
+
+    def full_disk(self, size: int = 0):
+        """From now on no file grows beyond so many bytes."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def link(self, path: Path, target: str = "elsewhere"):
+        """The path leads out of its folder."""
+        path.unlink(missing_ok=True)
+        path.symlink_to(Path(target).resolve())
 
 
 def make_release(run: Path):
