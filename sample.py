@@ -36,6 +36,7 @@ from support.settings import Refusal, info, parse_args, run_command, with_home
 from support.tokenizer import Tokenizer
 
 MOST_DRAFTS = 4
+MOST_TEXTS = 10_000  # that are decoded together; far more take minutes and then all memory
 MATCH = 3  # so many last tokens must stand earlier in the text before drafts are copied from there
 COLDEST = 1e-6  # a lower temperature is greedy: the likeliest token has nearly all probability
 NOT_FINITE = (
@@ -615,6 +616,8 @@ def main(argv: list[str]):
     config = SampleConfig(**values | with_home(values, "ckpt"))
     if ckpt and "ckpt" in values:
         raise Refusal(f"there are two checkpoints, {ckpt} and --ckpt={config.ckpt}: name one")
+    if config.num_samples > MOST_TEXTS:
+        raise Refusal(f"num_samples is {config.num_samples}, but must be at most {MOST_TEXTS}")
     device, dtype = usable_device(config.device), config.dtype
     if dtype == "auto":  # a CPU decodes single tokens no faster in bfloat16
         fast = device.type == "cuda" and fast_dtype(device)[0] == torch.bfloat16

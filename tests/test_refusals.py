@@ -11,11 +11,12 @@ from unittest import mock
 import pytest
 from training import SHORT, TINY
 
+import sample
 import train
 from support.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("workplace")
-COMMANDS = {"train.py": train.main}
+COMMANDS = {"train.py": train.main, "sample.py": sample.main}
 NEW = f"train.py {TINY} {' '.join(SHORT)} --out=new"  # a new run
 RUN = f"train.py {TINY} {' '.join(SHORT)} --out=run"  # in a folder that holds a run of one step
 ON = f"{RUN} --steps=2 --resume"
@@ -74,6 +75,8 @@ REFUSALS = [
     (f"{ON} --beta1=1", 1, "must be less than 1"),
     (f"{ON} --long_block_size=8", 1, "long_block_size is 8, less than the 16 trained before"),
     (f"{NEW} --init_from=run --moe_intermediate_size=9", 1, "run cannot get moe_intermediate_size"),
+    # Texts.
+    ("sample.py run --num_samples=100000000", 1, "is 100000000, but must be at most 10000"),
 ]
 
 
