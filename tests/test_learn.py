@@ -26,6 +26,7 @@ from support.runs import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 ANNOTATE = runpy.run_path(str(ROOT / "docs/annotate.py"))
+NOTEBOOK = runpy.run_path(str(ROOT / "docs/notebook.py"))
 
 
 def test_the_annotated_page_is_not_older_than_the_code():
@@ -55,7 +56,7 @@ def test_what_the_page_needs_is_looked_for():
 # ---- The tour ------------------------------------------------------------------------------------
 
 TOUR = ROOT / "docs/TOUR.md"
-BLOCK = re.compile(r"(?s)```python\n(.*?)```\n\n```\n(.*?)```")
+BLOCK = NOTEBOOK["BLOCK"]
 
 
 def run_tour() -> list[tuple[str, str]]:
@@ -89,41 +90,10 @@ def test_the_tour_prints_what_it_shows(at_root):
         assert all(abs(float(a) - float(b)) < 0.011 for a, b in pairs), printed
 
 
-NOTEBOOK = ROOT / "docs/tour.ipynb"
-# Jupyter runs a notebook in its own folder.
-AT_ROOT = """import os
-import sys
-
-os.chdir(next(folder for folder in (".", "..") if os.path.exists(f"{folder}/model.py")))
-sys.path.insert(0, os.getcwd())
-"""
-
-
-def notebook() -> str:
-    """The tour as a notebook, with the outputs that stand in it."""
-
-    def cell(kind: str, text: str, **more) -> dict:
-        lines = text.strip().splitlines(keepends=True)
-        named = {"cell_type": kind, "id": f"cell-{len(cells)}", "metadata": {}}
-        return named | {"source": lines} | more
-
-    cells = []
-    start, *pieces = BLOCK.split(TOUR.read_text("utf-8"))
-    cells.append(cell("markdown", start))
-    cells.append(cell("code", AT_ROOT, execution_count=None, outputs=[]))
-    for n, (block, told, text) in enumerate(zip(*[iter(pieces)] * 3, strict=True), 1):
-        stream = {"output_type": "stream", "name": "stdout", "text": told.splitlines(keepends=True)}
-        cells.append(cell("code", block, execution_count=n, outputs=[stream]))
-        cells.append(cell("markdown", text))
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    pages = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
-    return json.dumps(pages, indent=1, ensure_ascii=False) + "\n"
-
-
 def test_the_notebook_is_the_tour(monkeypatch, at_root):
-    assert NOTEBOOK.read_text("utf-8") == notebook(), "python tests/test_learn.py makes it"
-    cells = json.loads(notebook())["cells"]
+    text = (ROOT / "docs/tour.ipynb").read_text("utf-8")
+    assert text == NOTEBOOK["notebook"](), "python docs/notebook.py makes it"
+    cells = json.loads(text)["cells"]
     assert sum(cell["cell_type"] == "code" for cell in cells) == 1 + 10
     monkeypatch.syspath_prepend("")
     for folder in (ROOT / "docs", ROOT):  # its first cell finds model.py
@@ -184,4 +154,4 @@ if __name__ == "__main__":  # writes what the blocks print into the tour
     text = TOUR.read_text(encoding="utf-8")
     text = BLOCK.sub(lambda m: f"```python\n{m[1]}```\n\n```\n{next(results)[1]}```", text)
     TOUR.write_text(text, encoding="utf-8")
-    NOTEBOOK.write_text(notebook(), encoding="utf-8")
+    (ROOT / "docs/tour.ipynb").write_text(NOTEBOOK["notebook"](), encoding="utf-8")
