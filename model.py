@@ -621,7 +621,7 @@ class DeepSeekV3(nn.Module):
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """One depth further: h = h^k (B, T, D), the tokens k + 1 later (B, T) -> h^{k+1} (B, T, D).
 
-        It calls mtp[k], k from 0, which is the module of depth k + 1; what it keeps is kept[k].
+        Module k + 1 does that, mtp[k] in Python's list; what it keeps is kept[k].
         """
         embedding = self.embed_tokens(tokens)  # (B, T, D)
         start = cache.claim(tokens.shape[1]) if cache else 0

@@ -39,9 +39,6 @@ MOST_DRAFTS = 4
 MOST_TEXTS = 10_000  # that are decoded together; far more take minutes and then all memory
 MATCH = 3  # so many last tokens must stand earlier in the text before drafts are copied from there
 COLDEST = 1e-6  # a lower temperature is greedy: the likeliest token has nearly all probability
-NOT_FINITE = (
-    "the model's logits are not finite: weights are damaged, or an edit of model.py makes them so"
-)
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
@@ -85,6 +82,11 @@ class Stats:
         for position in range(drafted):
             self.drafted[position] += 1
             self.accepted[position] += position < accepted
+
+    def count_round(self, seconds: float, copied: bool):
+        self.seconds += seconds
+        self.rounds += 1
+        self.lookups += copied
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -248,8 +250,8 @@ class Text:
     def verify(self, n: int | Tensor, q: Tensor, u: Tensor) -> Tensor:
         """One forward of the model checks the drafts of tokens n .. n+G-1 and writes n .. n+G.
 
-        q (B, G, V): what the drafts come from. Returns how many of them each row keeps (-1 where
-        the logits are not finite), then its tokens, of which the first kept + 1 count: (B, 1+G+1).
+        q (B, G, V): what the drafts come from. Returns how many of them each row keeps (-1 if
+        logits are not finite), then its tokens, of which the first kept + 1 count: (B, 1+G+1).
         """
         G = q.shape[1]
         read = self.tokens[:, span(n - 1, G + 1)]  # (B, G+1): the newest token and the drafts
@@ -284,7 +286,13 @@ class Text:
             run = self.graphs[kind]
         began = time.perf_counter()
         outcome = run(self, position, copies, u).tolist()
-        return outcome, time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        if outcome[0][0] < 0:
+            raise Refusal(
+                "the model's logits are not finite: weights are damaged, or an edit of model.py "
+                "makes them so"
+            )
+        return outcome, seconds
 
 
 # ---- Whole texts ---------------------------------------------------------------------------------
@@ -314,11 +322,13 @@ class Row:
         return (found * count)[:count]  # at the end of the text what is copied goes on into itself
 
 
-def copied_drafts(rows: list[Row], live: list[int], G: int) -> Tensor | None:
-    """G drafts for each row (B, G), copied from its own text; None if a live row has none to copy.
-    Rows share a round: all copy, or none."""
+def copied_drafts(rows: list[Row], live: list[int], G: int, made: bool) -> Tensor | None:
+    """G drafts for each row (B, G), copied from its own text, if every live row has some to copy.
+    Else None, where drafts can be made, or none at all (B, 0). All rows of a round do the same."""
     found = [row.look_up(G) if b in live else [0] * G for b, row in enumerate(rows)]
-    return torch.tensor(found) if all(found) else None
+    if all(found):
+        return torch.tensor(found)
+    return None if made else torch.zeros(len(rows), 0, dtype=torch.long)
 
 
 @torch.inference_mode()
@@ -352,48 +362,44 @@ def generate(
     """
     check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
-    tokens = tokens.long()
+    tokens, stats = tokens.long(), stats or Stats()
     B, T = tokens.shape
-    stats = stats or Stats()
     end = min(T + max_new_tokens, model.config.max_position_embeddings)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     # Autocast would multiply the copies of weights by numbers of another dtype.
     with torch.autocast(tokens.device.type, enabled=False), laid_out(model, compile, end - T):
         text = Text(model, tokens, end - T, speculative, compile, (temperature, top_k, top_p))
         rows = [Row(ids) for ids in tokens.tolist()]
-        live = list(range(B))  # the rows that have not reached eos
-        n = T  # tokens of each of them
+        live, n = list(range(B)), T  # the rows that have not reached eos; tokens of each of them
         while live and n < end:
-            copies = copied_drafts(rows, live, speculative) if lookup else None
-            stats.lookups += copies is not None
             # MTP modules draft behind two tokens or more: the first position takes the second one.
-            if copies is None and not (text.depth and n > 1):
-                copies = torch.zeros(B, 0, dtype=torch.long)  # no drafts
+            made = text.depth > 0 and n > 1
+            copies = copied_drafts(rows, live, speculative if lookup else 0, made)
             G = speculative if copies is None else copies.shape[1]
             outcome, seconds = text.play(n, copies, uniform(B, G, tokens.device, generator))
-            # All rows advance by the drafts that every row keeps, and by one token: a new one,
-            # or in a row that keeps more drafts the next of these.
+            # All advance by the drafts that all keep and a token more: new, or the next draft.
             advance = min(1 + min(outcome[b][0] for b in live), end - n)
-            if not advance:
-                raise Refusal(NOT_FINITE)
             for b in live:
-                kept, *ids = outcome[b]
-                ids = up_to_eos(ids[:advance], eos)
+                kept, ids = outcome[b][0], up_to_eos(outcome[b][1 : 1 + advance], eos)
                 accepted = min(kept, len(ids))
                 rows[b].extend(ids)
                 on_token(b, ids, accepted)
                 stats.count(len(ids), accepted, min(G, end - n))
             live = [b for b in live if rows[b].ids[-1] not in eos]
             n += advance
-            stats.seconds += seconds
-            stats.rounds += 1
-    length, trained = max(len(row.ids) for row in rows), model.trained_length
-    if length > trained > 0:
-        stats.note = f"the text goes beyond the {trained} tokens the model was trained on"
-    if length == end < T + max_new_tokens:
-        stats.note = f"stopped at the context limit of {end} tokens (max_position_embeddings)"
+            stats.count_round(seconds, copied=copies is not None and G > 0)
+    stats.note = note(max(len(row.ids) for row in rows), end, T + max_new_tokens, model)
     padded = [row.ids + eos[:1] * (end - len(row.ids)) for row in rows]
     return torch.tensor(padded, device=tokens.device)
+
+
+def note(length: int, end: int, wanted: int, model: DeepSeekV3) -> str:
+    """What the reader of a text of so many tokens should know."""
+    if length == end < wanted:
+        return f"stopped at the context limit of {end} tokens (max_position_embeddings)"
+    if length > model.trained_length > 0:
+        return f"the text goes beyond the {model.trained_length} tokens the model was trained on"
+    return ""
 
 
 def up_to_eos(ids: list[int], eos: list[int]) -> list[int]:
