@@ -203,7 +203,7 @@ self.cache.length = n - 1 => pass
 vocab_size).to(u) => vocab_size).to(u) / 2
 kept = torch.where(logits.isfinite().all(), kept, -1) => pass
 if len(self.ids) >= MATCH: => if len(self.ids) > MATCH:
-if all(found) else None => if any(found) else None
+if all(found): => if any(found):
 
 # sample.py tests/test_cache.py
 for n in (0, *range(MOST_NEW, 0, -1)) => for n in (0, *range(MOST_NEW - 1, 0, -1))
