@@ -289,8 +289,8 @@ class Clock:
     def time_left(self, tokens: int) -> str:
         """For so many tokens, at the smoothed speed. Nothing in the first ten steps, which may be
         slow."""
-        left = timedelta(seconds=round(tokens / self.speed))
-        return f", {left} left" if self.steps >= 10 else ""
+        seconds = min(round(tokens / self.speed), 10**13)  # a timedelta holds little more
+        return f", {timedelta(seconds=seconds)} left" if self.steps >= 10 else ""
 
     def tell_if_busy(self):
         """Says once, after ten steps or seconds, that the machine has more work than cores."""
@@ -298,11 +298,10 @@ class Clock:
         waiting = (seconds_waited() - self.waited_before) / seconds  # threads, on average
         if waiting > 0.25 and not self.told_busy and (self.steps >= 10 or seconds >= 10):
             self.told_busy = True
-            told = (
-                f"the cores are busy: {waiting:.1f} of this run's threads wait for one on average"
-            )
+            told = f"the cores are busy: {waiting:.1f} of this run's threads wait for one"
             fewer = torch.get_num_threads() - 1
-            info(f"{told}; stop other programs" + f", or set OMP_NUM_THREADS={fewer}" * (fewer > 0))
+            instead = f", or set OMP_NUM_THREADS={fewer}" * (fewer > 0)
+            info(f"{told} on average; stop other programs{instead}")
 
 
 class Stop:

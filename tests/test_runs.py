@@ -517,6 +517,7 @@ def test_times_that_are_left_follow_the_speed_smoothly(monkeypatch):
         clock.measure(tokens)
         times.append(clock.time_left(5000))
     assert times == [", 0:00:50 left", ", 0:00:59 left", ", 0:01:07 left"]
+    assert "days" in clock.time_left(10**18)
 
 
 # ---- Random numbers and optimisers of one's own --------------------------------------------------
