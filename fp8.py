@@ -54,6 +54,7 @@ BLOCK = (128, 128)  # weights: coarser, but the transpose of a block is a block
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 Quantized = tuple[Tensor, Tensor]  # (q, s)
+Rows = list[int] | Tensor  # of each expert; a tensor (E,) on the CPU in a graph that is compiled
 # What this file computes in place of model.py, and the digits of its source (ops.fast_twin) when
 # the classes below were written.
 COPIED = {
@@ -131,11 +132,13 @@ def _decoded(q: Tensor, dtype: torch.dtype) -> Tensor:
 # with any number of rows.
 
 
-def multiply(x: Quantized, w: Quantized, rows: list[int], dtype: torch.dtype) -> Tensor:
+def multiply(x: Quantized, w: Quantized, rows: Rows, dtype: torch.dtype) -> Tensor:
     """x (T, K) in tiles, w (E, N, K) in blocks -> (T, N): every x_e W_e^T, in dtype.
 
     Sums are in fp32. Raises ValueError where x and W have different K.
     """
+    if isinstance(rows, Tensor):
+        return _multiply(*x, *w, rows, dtype)
     device, K, wide = x[0].device, x[0].shape[1], w[0].shape[2]
     if wide != K:  # 100 and 120 would agree once they are padded for Hopper
         raise ValueError(f"x has {K} features but the weight {wide}; give it as many.")
@@ -151,8 +154,10 @@ def multiply(x: Quantized, w: Quantized, rows: list[int], dtype: torch.dtype) ->
     return torch.cat(y).to(dtype)
 
 
-def weight_gradient(dy: Quantized, x: Quantized, rows: list[int]) -> Tensor:
+def weight_gradient(dy: Quantized, x: Quantized, rows: Rows) -> Tensor:
     """dy (T, N), x (T, K), both in columns -> (E, N, K) in fp32: every dy_e^T x_e."""
+    if isinstance(rows, Tensor):
+        return _weight_gradient(*dy, *x, rows)
     device = dy[0].device
     if has_blockwise_fp8(device):
         return _hopper_weight_gradient(dy, x, rows)
@@ -160,6 +165,32 @@ def weight_gradient(dy: Quantized, x: Quantized, rows: list[int]) -> Tensor:
     with torch.autocast(device.type, enabled=False):
         pairs = zip(dy.split(rows), x.split(rows), strict=True)
         return torch.stack([dy_e.t() @ x_e for dy_e, x_e in pairs])
+
+
+# In a graph that is compiled no number is known: there rows is a tensor, and these are one operation
+# each, whose inside the compiler does not see.
+
+
+@torch.library.custom_op("nanov3::multiply", mutates_args=())
+def _multiply(
+    xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, rows: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return multiply((xq, xs), (wq, ws), rows.tolist(), dtype).contiguous()
+
+
+@torch.library.custom_op("nanov3::weight_gradient", mutates_args=())
+def _weight_gradient(dq: Tensor, ds: Tensor, xq: Tensor, xs: Tensor, rows: Tensor) -> Tensor:
+    return weight_gradient((dq, ds), (xq, xs), rows.tolist()).contiguous()
+
+
+@_multiply.register_fake
+def _(xq, xs, wq, ws, rows, dtype):
+    return xq.new_empty(len(xq), wq.shape[1], dtype=dtype)
+
+
+@_weight_gradient.register_fake
+def _(dq, ds, xq, xs, rows):
+    return ds.new_empty(len(rows), dq.shape[1], xq.shape[1])
 
 
 def _whole(q: Tensor, s: Tensor, block: tuple[int, int]) -> Quantized:
@@ -272,7 +303,7 @@ class _FP8Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, up, gain, weight, wq, ws, rows: list[int]):
+    def forward(ctx, x, up, gain, weight, wq, ws, rows: Rows):
         X = kept = quantize(x, TILE, pow2=True)  # kept: what backward decodes, x and up if given
         if up is not None:
             kept = (*kept, *quantize(up, TILE, pow2=True))
@@ -338,12 +369,12 @@ def _stacked(weight: Tensor, q: Tensor | None, s: Tensor | None) -> Quantized:
     return w if weight.ndim == 3 else (w[0][None], w[1][None])
 
 
-def _linear(x: Tensor, weight: Tensor, rows: list[int] | None = None, up=None, gain=None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, rows: Rows | None = None, up=None, gain=None) -> Tensor:
     """x (..., K) -> (..., N), or (T, K) -> (T, N) with `rows` of each expert; see _FP8Linear."""
     flat = x.reshape(-1, x.shape[-1])  # (T, K)
     up = None if up is None else up.reshape(flat.shape)
     wq, ws = getattr(weight, "_fp8", (None, None))
-    y = _FP8Linear.apply(flat, up, gain, weight, wq, ws, rows or [len(flat)])
+    y = _FP8Linear.apply(flat, up, gain, weight, wq, ws, [len(flat)] if rows is None else rows)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -387,9 +418,10 @@ class FP8Experts(nn.Module):
         return _linear(gate, self.down_proj, rows, up, gain)
 
 
-def rows_of(counts: Tensor, x: Tensor) -> list[int]:
-    """How many rows of x each expert has: the one number in a layer that the host waits for."""
-    return counts.tolist()
+def rows_of(counts: Tensor, x: Tensor) -> Rows:
+    """How many rows of x each expert has: in a layer the one thing that the host waits for."""
+    rows = counts.cpu()
+    return rows if torch.compiler.is_compiling() else rows.tolist()
 
 
 @functools.cache
@@ -401,8 +433,6 @@ def tell_compiler():
     lowerings.pop(torch.ops.aten._scaled_mm_v2.default, None)
     torch.compiler.assume_constant_result(has_blockwise_fp8)
     torch.compiler.assume_constant_result(multiplies_bf16)
-    # How many rows each expert has is known only at run time.
-    FP8Experts.ffn = torch.compiler.disable(FP8Experts.ffn)
 
 
 def use_fp8(model: nn.Module):

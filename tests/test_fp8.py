@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8
 from fp8 import BLOCK, COLUMN, TILE, FP8Linear, dequantize, quantize, quantized_once
+from support import ops
 
 BF16 = torch.bfloat16
 both_kinds = pytest.mark.parametrize("pow2", [False, True])
@@ -371,6 +373,28 @@ def test_compiles_into_one_graph():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     # Inductor's own form of the product would hand Hopper the scales in another order.
     assert torch.ops.aten._scaled_mm_v2.default not in torch._inductor.lowering.lowerings
+
+
+def test_experts_compile_into_one_graph_that_serves_all_counts(monkeypatch):
+    """As on a GPU, where no size depends on how many rows an expert has."""
+    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+    monkeypatch.setattr(ops, "compiled", lambda function: function)
+    fp8.tell_compiler()
+    model = Experts(4, 64, 32)
+    model.forward = partial(fp8.FP8Experts.forward, model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager", dynamic=False)
+    for experts in (4, 2, 1):  # that are chosen
+        x, gain = torch.randn(40, 64), torch.rand(40, 1)
+        chosen, results = torch.randint(experts, (40, 1)), []
+        for function in (model.forward, compiled):
+            inputs = [x.clone().requires_grad_(), gain.clone().requires_grad_()]
+            with torch.autocast("cpu", BF16):
+                y = function(inputs[0], chosen, inputs[1])
+            results.append([y, *torch.autograd.grad(y.sum(), [*inputs, *model.parameters()])])
+        assert same(*results)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
