@@ -10,14 +10,13 @@ gamma 0.001, alpha 0.0001 and the weights of the MTP loss are train.py's default
 Computed, not measured; no GPU has run this yet, which is also why compile is off:
     run       10,000 steps of 524,288 tokens: 5.2B, 22 per active parameter
     FLOPs     1.64 GFLOP per token with MTP, 8.6e18 in all
-    time      hardly less than 9 hours, or 5.5 with --compile: beside its products (54 ms at the
-              peak of 989 TFLOP/s) a micro-batch moves 0.49 TB, or 0.23 (146 or 69 ms at 3.35 TB/s),
-              so 27 or 44 % of the peak is the limit; the four evaluations on 100M tokens
-              add two to three minutes each
-    memory    17 GB weights, gradients and AdamW (16 bytes a parameter, MTP included)
-            + 28 GB activations of a micro-batch (0.85 MB a token x 16 windows x 2048 tokens)
-            +  6 GB weights in bf16, gradient of the head, buffers = 51 GB; a step with fake tensors
-              comes to 54, 43 with --fp8, 23 with --recompute, which is not needed
+    time      hardly less than 5.3 hours: a micro-batch's products take 54 ms at the peak of 989
+              TFLOP/s, and beside them it moves 0.22 TB, 64 ms at 3.35 TB/s (python bench.py count).
+              So 46 % of the peak is the limit; the four evaluations on 100M tokens add two to
+              three minutes each
+    memory    17 GB weights, gradients and AdamW (16 bytes a parameter, MTP included), with
+              activations of 16 windows x 2048 tokens, weights in bf16 and buffers 42 GB, by the
+              same count; with --fp8 34
 """
 
 # Every matrix is a multiple of 128 wide and high, for FP8 tiles and grouped products, save the
