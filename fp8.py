@@ -167,8 +167,8 @@ def weight_gradient(dy: Quantized, x: Quantized, rows: Rows) -> Tensor:
         return torch.stack([dy_e.t() @ x_e for dy_e, x_e in pairs])
 
 
-# In a graph that is compiled no number is known: there rows is a tensor, and these are one operation
-# each, whose inside the compiler does not see.
+# In a graph that is compiled no number is known: there rows is a tensor, and each of these is one
+# operation, whose inside the compiler does not see.
 
 
 @torch.library.custom_op("nanov3::multiply", mutates_args=())
