@@ -1,7 +1,7 @@
 """The documents say what is there: links, lines, commands, and changes that apply and train.
 
-`python tests/test_docs.py` writes the line numbers anew, of every link [`name`](file.py#L12) in the
-documents: the line, or the lines, where the file defines that name.
+`python tests/test_docs.py` writes the line numbers anew: of every link [`name`](file.py#L12) in the
+documents, which is the line, or the lines, where the file defines that name; and of every diff.
 """
 
 import ast
@@ -42,6 +42,8 @@ TINY, _ = split_configs(read_config_file(str(ROOT / "config/tiny.py"), ModelConf
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 LINES = re.compile(r"\[([^\]]*)\]\(([^)\s#]+\.py)#L(\d+)(?:-L(\d+))?\)")
+PATCHED = re.compile(r"--- a/(.+)\n\+\+\+ .*\n((?:(?!--- )[-+@ ].*\n|\n)+)")  # a file and its hunks
+HUNK = re.compile(r"@@ -.+? @@(.*)\n((?:[-+ ].*\n|\n)+)")
 
 
 @functools.cache
@@ -56,8 +58,8 @@ def definitions(file: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def with_lines(document: Path) -> str:
-    """The document's text, its links to lines where they should be."""
+def numbered(document: Path) -> str:
+    """The document's text, the line numbers of its links and diffs as they should be."""
 
     def right(link: re.Match) -> str:
         label, file, _, last = link.groups()
@@ -65,7 +67,34 @@ def with_lines(document: Path) -> str:
         begin, end = definitions(document.parent / file)[name]
         return f"[{label}]({file}#L{begin}{f'-L{end}' if last else ''})"
 
-    return LINES.sub(right, document.read_text(encoding="utf-8"))
+    text = LINES.sub(right, document.read_text(encoding="utf-8"))
+    return re.sub(r"(?s)(?<=```diff\n).*?(?=```)", lambda m: PATCHED.sub(with_hunks, m[0]), text)
+
+
+def with_hunks(patched: re.Match) -> str:
+    """What a diff does to one file, each hunk with its first line and number of lines: in the
+    source, and after the change. `git apply` also takes hunks that are elsewhere. A hunk whose
+    lines are not in the source keeps its numbers."""
+    source = (ROOT / patched[1]).read_text(encoding="utf-8").splitlines()
+    at, grown = 0, 0  # where the last hunk ended; how many lines were added so far
+
+    def right(hunk: re.Match) -> str:
+        nonlocal at, grown
+        old, new = sides(hunk[2])
+        places = (i for i in range(at, len(source)) if source[i : i + len(old)] == old)
+        if (begin := next(places, None)) is None:
+            return hunk[0]
+        head = f"@@ -{begin + 1},{len(old)} +{begin + 1 + grown},{len(new)} @@{hunk[1]}\n"
+        at, grown = begin + len(old), grown + len(new) - len(old)
+        return head + hunk[2]
+
+    return patched[0].removesuffix(patched[2]) + HUNK.sub(right, patched[2])
+
+
+def sides(hunk: str) -> tuple[list[str], list[str]]:
+    """The lines of a hunk before and after the change."""
+    lines = hunk.splitlines()
+    return tuple([x[1:] for x in lines if x[:1] != left_out] for left_out in "+-")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -79,7 +108,11 @@ def test_links_lead_somewhere(document):
             heads = re.findall(r"(?m)^#+ (.*)$", file.read_text(encoding="utf-8"))
             slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
             assert fragment in slugs, target
-    assert text == with_lines(document), "python tests/test_docs.py writes the line numbers anew"
+
+
+def test_line_numbers_are_those_of_the_source():
+    old = [x.name for x in DOCUMENTS if x.read_text(encoding="utf-8") != numbered(x)]
+    assert not old, f"line numbers in {', '.join(old)}: python tests/test_docs.py writes them anew"
 
 
 def test_code_names_documents_that_exist():
@@ -160,6 +193,12 @@ def changed(diff: str, folder: Path) -> dict[str, SimpleNamespace]:
     for file in files:
         if (ROOT / file).exists():
             shutil.copy(ROOT / file, folder / file)
+    for file, hunks in PATCHED.findall(diff):
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for _, hunk in HUNK.findall(hunks):
+            before = "\n".join(sides(hunk)[0])
+            told = f"in {file} these lines are others now: write them so in this diff of HACKING.md"
+            assert f"{before}\n" in source, f"{told}\n{before}"
     subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=folder, check=True)
     return {file: SimpleNamespace(**runpy.run_path(str(folder / file))) for file in files}
 
@@ -341,4 +380,4 @@ def test_every_change_is_there():
 
 if __name__ == "__main__":
     for document in DOCUMENTS:
-        document.write_text(with_lines(document), encoding="utf-8")
+        document.write_text(numbered(document), encoding="utf-8")
