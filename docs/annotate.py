@@ -5,7 +5,8 @@
 The lines are taken from model.py, sample.py and fp8.py as they are: by the function they stand in
 and by a piece of the first and of the last line. If such a piece is not there any more, this stops
 and names it. Equations are written in a small language like TeX's and become MathML, which browsers
-typeset themselves. The page needs no network; its one script shows what letters mean.
+typeset themselves. The page needs no network; its one script shows what letters mean. It has the
+digits of the functions that it shows, by which a test sees that their code is another now.
 """
 
 import ast
@@ -18,6 +19,10 @@ import re
 import sys
 import tokenize
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support.digits import digits_of, source_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -503,13 +508,22 @@ def functions(file: str) -> dict[str, ast.FunctionDef]:
     return found
 
 
+def function_of(file: str, name: str) -> ast.FunctionDef:
+    if name not in functions(file):
+        raise ValueError(f"{file} has no {name}, which docs/annotate.py shows: mend its SECTIONS")
+    return functions(file)[name]
+
+
+def digits(file: str, name: str) -> str:
+    """Of the function's code: its comments and the names of its local variables do not count."""
+    return digits_of(source_of(function_of(file, name), decorators=False))
+
+
 def lines_of(file: str, name: str, first: str, last: str) -> range:
     """The lines of a function, below its docstring, from the one with `first` to the end of the
     statement with `last`. Raises ValueError in one sentence."""
     text = (ROOT / file).read_text(encoding="utf-8").splitlines()
-    if name not in functions(file):
-        raise ValueError(f"{file} has no {name}, which docs/annotate.py shows: mend its SECTIONS")
-    function = functions(file)[name]
+    function = function_of(file, name)
     begin, end = function.body[ast.get_docstring(function) is not None].lineno, function.end_lineno
     start = next((i for i in range(begin, end + 1) if first in text[i - 1]), end + 1)
     stop = next((i for i in range(start, end + 1) if last in text[i - 1]), None)
@@ -567,7 +581,8 @@ def code(file: str, name: str, first: str, last: str) -> str:
     for i, n, x in zip(lines, deep, shown, strict=True):
         rows += f'<span class="line" style="--i:{max(0, n - least)}"><s>{i}</s>{x[least:]}</span>'
     place = f"{file}, <code>{name}</code>, line {lines[0]}"
-    return f'<div class="code"><p>{place}</p><pre>{rows}</pre></div>'
+    kept = f'class="code" data-digits="{digits(file, name)}"'
+    return f"<div {kept}><p>{place}</p><pre>{rows}</pre></div>"
 
 
 # ---- The page ------------------------------------------------------------------------------------
