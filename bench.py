@@ -461,7 +461,7 @@ def their_step_at(hf: nn.Module, S: int) -> Callable:
 
 def context_table(options: DecodeOptions, model: DeepSeekV3, hf: nn.Module) -> Table:
     """Each length beside an empty context: the difference is attention."""
-    with laid_out(model, False, 999):
+    with laid_out(model):
         rows = context_rows(options, model, hf)
     return Table("one decoding step; attention: what it takes beyond a step after one token", rows)
 

@@ -77,7 +77,7 @@ def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat:
             texts[G].play(n, copies, sample.uniform(1, G, tokens.device))
 
     kinds = [(0, False), *((G, given) for G in range(1, 5) for given in (False, True))]
-    with laid_out(model, compile, 999):
+    with laid_out(model, compile):
         seconds = interleaved({kind: partial(rounds, *kind) for kind in kinds}, options.rounds)
     return {kind: statistics.median(t) / len(places) for kind, t in seconds.items()}
 

@@ -654,13 +654,13 @@ def copies(w: Tensor) -> bool:
 
 
 @contextmanager
-def laid_out(model: nn.Module, compiled: bool, tokens: int) -> Iterator[None]:
-    """Within `with laid_out(model, compiled, tokens):` the twins for writing so many tokens are on.
+def laid_out(model: nn.Module, compiled: bool = False, tokens: int = PAYS) -> Iterator[None]:
+    """Within `with laid_out(model):` the twins for writing text are on.
 
-    On a CPU large matrices and the experts have copies there, in another order (in a graph they
-    need none). Modules other than nn.Linear and those with the experts' weights are left alone. The
-    weights must not change there, and a model writes one text (of any number of rows) at a time;
-    nothing of this is left behind.
+    tokens: how many will be written. From PAYS on large matrices and the experts have copies there,
+    on a CPU, in another order (in a graph they need none). Modules other than nn.Linear and those
+    with the experts' weights are left alone. The weights must not change there, and a model writes
+    one text (of any number of rows) at a time; nothing of this is left behind.
     """
     copied = tokens >= PAYS and not compiled
     global open_texts

@@ -437,7 +437,7 @@ def test_experts_equal_the_loop_over_experts(null):
     args, leaves = (x, chosen, gain, *weights, plain.swiglu), (x, gain, *weights)
     expected = value_and_gradients(ops.FORMULAS[plain.routed_ffn], args, leaves)
     close(value_and_gradients(plain.routed_ffn, args, leaves), expected)
-    with torch.inference_mode(), ops.laid_out(moe, False, 32):
+    with torch.inference_mode(), ops.laid_out(moe):
         for n in (1, 32, 33):
             few = (z[:n] for z in args[:3])
             close(plain.routed_ffn(*few, *args[3:]), expected[0][:n])

@@ -94,7 +94,7 @@ def test_tokens_behind_a_cache_equal_whole_forwards(way, name, dtype, tolerance,
         tokens = tokens_of(model, B, 13 + len(model.mtp))
         with torch.no_grad():
             main, mtp = model(tokens, return_mtp=True)
-        text = ops.laid_out(model, compiled, 32)
+        text = ops.laid_out(model, compiled)
         with torch.inference_mode(), text, monkeypatch.context() as patch:
             onednn = ops.AVX512 and dtype == torch.float32 and way in ("packed", "in place")
             assert hasattr(model.lm_head.weight, "_laid_out") == onednn
