@@ -657,8 +657,8 @@ def copies(w: Tensor) -> bool:
 def laid_out(model: nn.Module, compiled: bool = False, tokens: int = PAYS) -> Iterator[None]:
     """Within `with laid_out(model):` the twins for writing text are on.
 
-    tokens: how many will be written. From PAYS on large matrices and the experts have copies there,
-    on a CPU, in another order (in a graph they need none). Modules other than nn.Linear and those
+    tokens: how many will be written. From PAYS on, large matrices and the experts have copies,
+    on a CPU, in another order (a graph needs none). Modules other than nn.Linear and those
     with the experts' weights are left alone. The weights must not change there, and a model writes
     one text (of any number of rows) at a time; nothing of this is left behind.
     """
