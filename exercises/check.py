@@ -179,7 +179,7 @@ def difference(mine: Outcome, right: Outcome, case: Case, exercise: Exercise) ->
     for name, y in right.gradients.items():
         x = mine.gradients[name]
         if (bad := apart(x, y, tolerance(right, y, case))).any():
-            off = f"off by up to {(x - y).abs().max():.2g}, the largest is {y.abs().max():.2g}"
+            off = f"off by up to {(x - y).abs().max():.3g}, the largest is {y.abs().max():.3g}"
             return f"the gradient by {name} is wrong in {bad.sum()} of {bad.numel()} numbers: {off}"
     times = mine.multiplications / max(1, right.multiplications)
     if case.too_many and times > 3:
@@ -201,7 +201,7 @@ def differing(x: Tensor, y: Tensor, right: Outcome, case: Case, exercise: Exerci
     if not y.is_floating_point():
         return told
     off = (x - y).abs().max().item()
-    told += f", by up to {off:.2g} (the largest is {y.abs().max():.2g})"
+    told += f", by up to {off:.3g} (the largest is {y.abs().max():.3g})"
     if y.dtype == torch.float64 and not case.dtype and off < 1e-6 * y.abs().max():
         return f"{told}: so little comes from float32, where float64 must stay, or an epsilon"
     ordered = (z.flatten().sort().values for z in (x, y))
@@ -359,6 +359,7 @@ def main(argv: list[str]) -> bool:
     asked = parser.parse_args(argv)
     if (asked.hint or asked.solution) and not asked.name:
         parser.error("name an exercise, as in: python exercises/check.py gate --hint")
+    torch.set_num_threads(1)  # is as fast for so little, and waits for no other program
     if not asked.name:
         overview()
     elif asked.hint:

@@ -196,8 +196,9 @@ def drafting(functions) -> Effect:
     h = model.trunk(ids)
     ahead = model.predict_next(0, h[:, :-1], ids[:, 1:])
     p, q = (model.logits(x)[0, -1].softmax(-1) for x in (h, ahead))
-    tokens = (p + q).topk(6).indices  # a vocabulary of these alone
-    p, q = p[tokens] / p[tokens].sum(), q[tokens] / q[tokens].sum()
+    # A vocabulary of six tokens; drafts at temperature 1/2, so that a wrong rule shows clearly.
+    tokens = (p + q).topk(6).indices
+    p, q = p[tokens] / p[tokens].sum(), q[tokens] ** 2 / (q[tokens] ** 2).sum()
     u = torch.rand(rows, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     drafts = sample.draw(q.expand(rows, 1, -1), u[:, :1])
     kept, after = functions.accept(p.repeat(rows, 2, 1), q.repeat(rows, 1, 1), drafts, u[:, 1:])
@@ -289,7 +290,7 @@ def effect(name: str, functions: SimpleNamespace, wrong: bool = False) -> tuple[
     differ = [key for key, (x, largest) in off.items() if not x <= due.within * largest]
     told = "In the trained network: " + mine.headline
     if differ and mine.headline == due.headline:
-        told += f"; but the {differ[0]} differ, by up to {off[differ[0]][0]:.2g}."
+        told += f"; but the {differ[0]} differ, by up to {off[differ[0]][0]:.3g}."
     elif differ:
         told += f".\nThe right answer: {due.headline}."
     elif wrong:

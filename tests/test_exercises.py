@@ -143,7 +143,8 @@ def test_errors_name_the_line(tmp_path, monkeypatch):
             check.the_readers("balance")
 
 
-def test_the_command(capsys):
+def test_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     assert check.main([]) and capsys.readouterr().out.count("not written yet") == len(EXERCISES)
     assert check.main(["gate", "--hint"]) and "topk" in capsys.readouterr().out
     assert check.main(["gate", "--solution"]) and "model.py:" in capsys.readouterr().out
