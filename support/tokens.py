@@ -78,20 +78,15 @@ def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenize
     info(f"{split}: {len(texts):,} documents, {length:,} bytes, {count:,} tokens")
 
 
-def read_tokens(path: Path, vocab_size: int, whole: bool = False) -> np.ndarray:
-    """The ids of a token file: (N,) uint16 or uint32, mapped, or read if `whole`."""
+def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
+    """The ids of a token file: (N,) uint16 or uint32, mapped."""
     *kind, count = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
     dtype = DTYPES.get(tuple(kind))
     if dtype is None or path.stat().st_size != HEADER_BYTES + count * dtype.itemsize or count < 1:
         raise Refusal(f"{path} is no whole token file; {AGAIN}")
-    if whole:
-        tokens = np.fromfile(path, dtype, count, offset=HEADER_BYTES)
-        highest = tokens.max()
-    else:
-        tokens = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
-        # The ends only, as the files of a run can be 20 GB: preparing has seen all.
-        highest = max(tokens[:1024].max(), tokens[-1024:].max())
-    if highest >= vocab_size:
+    tokens = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
+    # The ends only, as the files of a run can be 20 GB: preparing has seen all.
+    if (highest := max(tokens[:1024].max(), tokens[-1024:].max())) >= vocab_size:
         raise Refusal(f"{path} holds id {highest} of {vocab_size} tokens; {AGAIN}")
     return tokens
 
@@ -140,16 +135,13 @@ def load_dataset(folder: Path | str) -> Dataset:
     folder, tokenizer = Path(folder), stored_tokenizer(folder)
     n_vocab = tokenizer.n_vocab
 
-    def read(split: str, whole: bool = False) -> list[np.ndarray]:
+    def read(split: str) -> list[np.ndarray]:
         paths = sorted(folder.glob(f"{split}_*.bin")) or [folder / f"{split}.bin"]
-        return [read_tokens(path, n_vocab, whole) for path in paths]
+        return [read_tokens(path, n_vocab) for path in paths]
 
-    train, val = Tokens(read("train")), np.concatenate(read("val", whole=True))
+    train, val = Tokens(read("train")), np.concatenate(read("val"))
     counts = np.bincount(val, minlength=n_vocab)
     n_bytes = sum(len(text) * int(counts[i]) for i, text in tokenizer.texts.items())
-    if len(val) < 2 or n_bytes == 0:  # a loss needs a token to predict, bits per byte a byte
-        has = f"{folder / 'val.bin'} has {len(val)} tokens with {n_bytes} bytes of text"
-        raise Refusal(f"{has}, too little to measure a loss; {AGAIN}")
     test = Tokens(read("test")) if any(folder.glob("test*.bin")) else None
     return Dataset(train, Tokens([val]), n_vocab, n_bytes / len(val), test, tokenizer.rows)
 

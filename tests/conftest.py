@@ -31,6 +31,15 @@ def signals():
         signal.signal(getattr(signal, name), handler)
 
 
+@pytest.fixture
+def book(tmp_path) -> Path:
+    """A small prepared folder."""
+    from test_prepare_data import make, prose
+
+    (tmp_path / "book.txt").write_text(prose(1, 200))
+    return make(tmp_path, tmp_path / "book.txt", name="book")
+
+
 # ---- Of the tests of train.py, support/runs.py and support/processes.py --------------------------
 
 

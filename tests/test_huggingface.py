@@ -6,19 +6,16 @@ in float64 numpy, tests/reference.py, arbitrate in test_model.py.) Weights are d
 correction biases so different, that a mistake moves the logits by whole units.
 """
 
-import contextlib
 import functools
 import importlib.util
 import json
 import logging
 import os
 import re
-import runpy
 import shutil
-import signal
-import sys
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -286,9 +283,7 @@ def test_saving_opens_whole_or_not_at_all_and_removes_nothing_else(saved_by_us, 
         with pytest.raises(ZeroDivisionError):
             huggingface.save_pretrained(model, saved_by_us)
     check_refusal("config.json", huggingface.from_pretrained, saved_by_us)
-    huggingface.save_pretrained(
-        model, saved_by_us
-    )  # one file now: the shards and their index must be gone
+    huggingface.save_pretrained(model, saved_by_us)  # one file now: no shards and no index
     files = {"config.json", "model.safetensors", "notes.md"}
     assert {path.name for path in saved_by_us.iterdir()} == files
     assert torch.equal(huggingface.from_pretrained(saved_by_us).norm.weight, model.norm.weight)
@@ -350,7 +345,7 @@ def split(directory: Path, second):
 
 # ---- Refusals ------------------------------------------------------------------------------------
 
-CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
+UNUSABLE_CONFIGS = [  # changes of config.json, and what the sentence must name
     ({"architectures": ["DeepseekV2ForCausalLM"]}, "architectures ['DeepseekV2ForCausalLM'], exp"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu', expected 'silu'"),
     ({"scoring_func": "softmax"}, "scoring_func 'softmax', expected 'sigmoid'"),
@@ -362,20 +357,22 @@ CONFIG_REFUSALS = [  # changes of config.json, and what the sentence must name
     ({"rope_scaling": None, "rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5, expected 1"),
     ({"vocab_size": 32}, "is (31, 16), but by its config.json (32, 16)."),
-    (
-        {"vocab_size": 10**15},
-        "has vocab_size 1000000000000000, expected less than 2147483648",
-    ),
     ({"q_lora_rank": None}, "lacks model.layers.0.self_attn.q_proj.weight and 3 more, due by its"),
     ({"n_shared_experts": 0}, "has model.layers.1.mlp.shared_experts.down_proj.weight, for which"),
     ({"torch_dtype": "int64"}, "dtype 'int64', expected"),
-    ({"torch_dtype": ["float32"]}, "dtype ['float32'], expected"),
-    ({"rope_scaling": [YARN]}, "config.json has rope_scaling [{'type': 'yarn'"),
-    ({"rope_scaling": "yarn"}, "rope_scaling 'yarn', expected an object"),
-    ({"rope_scaling": None, "rope_parameters": 4}, "rope_parameters 4, expected an object"),
-    ({"rope_scaling": YARN | {"factor": [40]}}, "factor [40], expected a number or a text"),
-    ({"quantization_config": ["fp8"]}, "quantization_config ['fp8'], expected an object"),
     ({"hidden_size": "16"}, "hidden_size is '16', but must be of type int"),
+    # Another family may have V3's keys: that it opens does not mean that it is computed rightly.
+    *(
+        (
+            {"model_type": x},
+            f"config.json is of the family {x}, expected deepseek_v3 or kimi_k2: V3",
+        )
+        for x in ("deepseek_v2", "deepseek_v32", "glm4_moe_lite", "kimi_linear")
+    ),
+    (
+        {"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2"}},
+        "of the family kimi_k25, whose text part (text_config) is kimi_k2, expected deepseek_v3 or",
+    ),
 ]
 
 
@@ -386,77 +383,10 @@ def check_refusal(sentence: str, open_it, *args):
     assert sentence in text and len(text) < 600, text  # run_command makes one line of it
 
 
-@pytest.mark.parametrize("changes, sentence", CONFIG_REFUSALS)
-def test_config_refused(changes, sentence, saved_by_us):
+@pytest.mark.parametrize("changes, sentence", UNUSABLE_CONFIGS)
+def test_a_config_of_another_network_is_refused(changes, sentence, saved_by_us):
     edit_json(saved_by_us / "config.json", **changes)
     check_refusal(sentence, load_model, saved_by_us)
-
-
-@pytest.mark.parametrize(
-    "changes, family",
-    [
-        ({"model_type": "deepseek_v2"}, "deepseek_v2"),
-        ({"model_type": "deepseek_v32", "index_topk": 2048}, "deepseek_v32"),
-        ({"model_type": "deepseek_v4"}, "deepseek_v4"),
-        ({"model_type": "glm4_moe_lite"}, "glm4_moe_lite"),
-        ({"model_type": "glm_moe_dsa"}, "glm_moe_dsa"),
-        ({"model_type": "kimi_linear"}, "kimi_linear"),
-        (
-            {"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2"}},
-            "kimi_k25, whose text part (text_config) is kimi_k2",
-        ),
-        ({"model_type": ["x"]}, "['x']"),
-    ],
-)
-def test_another_family_is_refused_by_its_name(changes, family, saved_by_us):
-    """Also where it has V3's keys: that it opens does not mean that it is computed rightly."""
-    edit_json(saved_by_us / "config.json", **changes)
-    sentence = f"config.json is of the family {family}, expected deepseek_v3 or kimi_k2: V3, V3.1"
-    check_refusal(sentence, load_model, saved_by_us)
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("num_hidden_layers", 10**7),
-        ("num_hidden_layers", 10**12),
-        ("n_routed_experts", 10**7),
-        ("n_routed_experts", 10**12),
-        ("max_position_embeddings", 10**12),
-        ("hidden_size", 10**30),
-        ("rope_theta", 10**30),
-    ],
-)
-def test_sizes_that_no_network_has_are_refused_before_it_is_built(
-    key, value, saved_by_us, monkeypatch
-):
-    """To build one of 10^7 layers takes minutes, even without memory."""
-    monkeypatch.setattr(huggingface, "DeepSeekV3", lambda config: pytest.fail("was built"))
-    edit_json(saved_by_us / "config.json", **{key: value})
-    check_refusal(f"config.json has {key} {value}, ", load_model, saved_by_us)
-
-
-@pytest.mark.parametrize(
-    "value, sentence",
-    [
-        (2**31 - 1, "no network has the sizes in"),
-        (True, "hidden_size is True, but must be of type int"),
-    ],
-)
-def test_sizes_that_torch_cannot_build_are_refused(value, sentence, saved_by_us):
-    edit_json(saved_by_us / "config.json", hidden_size=value)
-    check_refusal(sentence, load_model, saved_by_us)
-
-
-def test_json_nested_too_deeply_is_refused(saved_by_us):
-    (saved_by_us / "config.json").write_text('{"a":' + "[" * 100_000)
-    check_refusal("config.json is nested too deeply", load_model, saved_by_us)
-
-
-@pytest.mark.parametrize("text", ["[1, 2]", "7", '"deepseek"', "null"])
-def test_a_config_that_is_no_object_is_refused(text, saved_by_us):
-    (saved_by_us / "config.json").write_text(text)
-    check_refusal("expected an object with keys", load_model, saved_by_us)
 
 
 Q = "model.layers.1.self_attn.q_b_proj.weight"
@@ -539,29 +469,16 @@ def test_a_run_opens_with_its_weights_and_tokenizer(run, dtype):
 
 def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
     path, saved = tmp_path / "ckpt.pt", torch.load(run / "ckpt.pt", weights_only=True)
-    config, content = saved["model_config"], (run / "ckpt.pt").read_bytes()
+    config = saved["model_config"]
     check_refusal(f"there is no {tmp_path}/ckpt.pt: name a run's folder", load_model, tmp_path)
-    for part in (content[:0], content[:-10], b"hello " * 50):
-        path.write_bytes(part)
-        check_refusal(f"{path} is damaged, or no checkpoint", load_model, tmp_path)
+    path.write_bytes(b"hello " * 50)
+    check_refusal(f"{path} is damaged, or no checkpoint", load_model, tmp_path)
     for bad, sentence in (
         (saved | {"extra": Path()}, "is damaged, or no"),  # to make an object may run code
-        ([1, 2], "is damaged, or no checkpoint"),
-        ({"model_args": {}}, "is damaged, or no checkpoint"),
-        (saved | {"model_config": config | {"wings": 2}}, "'wings'"),
-        (
-            saved | {"model_config": config | {"vocab_size": 77}},
-            "embed_tokens.weight is (304, 16)",
-        ),
-        (saved | {"model_config": config | {"num_hidden_layers": 10**7}}, "but there are only"),
-        (saved | {"model_config": config | {"n_routed_experts": 10**12}}, "expected less than"),
-        (saved | {"model_config": config | {"n_routed_experts": 10**8}}, "do not match: layers.1"),
-        (saved | {"trained_length": "long"}, "do not match"),
-        (saved | {"trained_length": float("inf")}, "trained_length is inf, expected"),
-        (saved | {"trained_length": -5}, "trained_length is -5, expected"),
-        ({key: x for key, x in saved.items() if key != "model"}, "do not match"),
-        (saved | {"model": saved["model"] | {"norm.weight": 1.0}}, "do not match"),
-        (saved | {"model": {k: x.long() for k, x in saved["model"].items()}}, "holds torch.int64"),
+        ({"model_args": {}}, "is damaged, or no checkpoint"),  # another program's
+        (saved | {"model_config": config | {"wings": 2}}, "do not match: ModelConfig"),
+        (saved | {"model_config": config | {"vocab_size": 77}}, "embed_tokens.weight is (304, 16)"),
+        ({key: x for key, x in saved.items() if key != "model"}, "do not match: 'model'"),
         (saved, "meta.json"),  # the tokenizer is missing
     ):
         torch.save(bad, path)
@@ -732,72 +649,22 @@ def test_check_sees_what_only_some_texts_show(where, run, tmp_path, monkeypatch)
         return ended if "end" in where else torch.arange(tokens.shape[1])[None] > 99
 
     monkeypatch.setattr(huggingface, "from_pretrained", lambda *args: model)
-    check_refusal(
-        "more than rounding", huggingface.main, [str(run), str(tmp_path / "hf"), "--check"]
-    )
+    words = [str(run), str(tmp_path / "hf"), "--check"]
+    check_refusal("more than rounding", huggingface.main, words)
 
 
-@pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize(
-    "error, raised", [(KeyboardInterrupt, KeyboardInterrupt), (SafetensorError("full"), Refusal)]
-)
-def test_an_interrupted_export_leaves_nothing(error, raised, exists, run, tmp_path, monkeypatch):
-    """At no moment is there an unfinished directory; what is there in the end, anyone may read."""
-    target = tmp_path / "deep/hf"
-    target.parent.mkdir()
-    if exists:
-        target.mkdir()
-
-    def interrupt(*args):
-        assert not exists or not [*target.iterdir()]
-        raise error
-
-    what = support.tokenizer if error is KeyboardInterrupt else huggingface_hub
-    name = "tokenizer_json" if what is support.tokenizer else "save_torch_state_dict"
-    with monkeypatch.context() as m, pytest.raises(raised):
-        m.setattr(what, name, interrupt)
-        huggingface.main([str(run), str(target)])
-    assert [*target.parent.rglob("*")] == [target] * exists
-    huggingface.main([str(run / "ckpt.pt"), str(target)])
-    assert (target / "config.json").exists() and [*target.parent.iterdir()] == [target]
-    assert target.stat().st_mode == target.parent.stat().st_mode
+def test_weights_that_cannot_be_written_leave_nothing(run, tmp_path, monkeypatch):
+    full = mock.Mock(side_effect=SafetensorError("no space"))
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", full)
+    words = [str(run), str(tmp_path / "deep/hf")]
+    check_refusal("cannot be written to", huggingface.main, words)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "deep"]
 
 
-@pytest.mark.parametrize("name", ["hf", "x.gguf"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_nothing_either(number, name, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "export", lambda *_: signal.raise_signal(number))
-    monkeypatch.setattr(huggingface, "write_gguf", lambda *_: signal.raise_signal(number))
-    before = signal.signal(number, signal.SIG_DFL)  # started in the background it is ignored
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            huggingface.main([str(run), str(tmp_path / name)])
-        assert signal.getsignal(number) == signal.SIG_DFL
-    finally:
-        signal.signal(number, before)
-    assert not [*tmp_path.iterdir()]
-
-
-def test_a_full_disk_is_told_with_the_name_of_the_directory(run, tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("support.tokenizer.tokenizer_json", full)
-    words = [str(run), str(tmp_path / "hf")]
-    check_refusal("hf cannot be written (No space left on device)", huggingface.main, words)
-    assert not [*tmp_path.iterdir()]
-
-
-def test_an_export_is_put_aside_by_the_next_one_with_overwrite(run, tmp_path, capsys):
-    target, aside = tmp_path / "hf", tmp_path / "hf.old-1"
-    huggingface.main([str(run), str(target)])
-    (target / "notes").write_text("mine")
-    before = {path.name: path.read_bytes() for path in target.iterdir()}
-    check_refusal("hf exists; choose another name, or", huggingface.main, [str(run), str(target)])
-    huggingface.main([str(run), str(target), "--overwrite"])
-    assert f"{target}, which was there, is now {aside}" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
-    assert before.keys() - {path.name for path in target.iterdir()} == {"notes"}
+def test_the_command_writes_fp8_weights_if_asked(run, tmp_path, capsys):
+    huggingface.main([str(run), str(tmp_path / "new"), "--quantize=True"])
+    assert f"wrote {tmp_path}/new: config.json" in capsys.readouterr().err
+    assert "quantization_config" in (tmp_path / "new/config.json").read_text()
 
 
 def test_a_model_without_mtp_modules_gets_no_word_about_them(run, tmp_path, capsys):
@@ -806,31 +673,3 @@ def test_a_model_without_mtp_modules_gets_no_word_about_them(run, tmp_path, caps
     huggingface.main([str(copy_run(run, tmp_path / "run", **changes)), str(tmp_path / "hf")])
     said = capsys.readouterr().err
     assert "wrote" in said and "MTP" not in said
-
-
-@pytest.mark.parametrize(
-    "words, code, said",
-    [
-        (["new", "--quantize=True"], 0, "wrote new: config.json"),
-        ([], 2, "usage"),
-        (["new", "more"], 2, "usage"),
-        (["new", "--check", "--quantize"], 2, "usage"),
-        (["full"], 1, "full exists; choose another name, or give --overwrite"),
-    ],
-)
-def test_the_command_and_its_refusals(words, code, said, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("full/notes").mkdir(parents=True)
-    monkeypatch.setattr(sys, "argv", ["huggingface.py", str(run), *words])
-    with pytest.raises(SystemExit) if code else contextlib.nullcontext() as done:
-        runpy.run_path(str(ROOT / "huggingface.py"), run_name="__main__")
-    out, err = capsys.readouterr()
-    assert said in err and out == "" and (not code or done.value.code == code)
-    assert code or "quantization_config" in Path("new/config.json").read_text()
-    assert [path.name for path in Path("full").iterdir()] == ["notes"]
-
-
-def test_a_release_is_no_source_of_an_export(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    words = [str(tmp_path), str(tmp_path / "new"), "--quantize"]
-    check_refusal(f"{tmp_path} is an export already", huggingface.main, words)

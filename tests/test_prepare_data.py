@@ -7,14 +7,9 @@ import json
 import os
 import random
 import re
-import runpy
-import shutil
-import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +18,6 @@ import tiktoken
 import prepare_data as pd
 import support.tokenizer as tk
 import support.tokens as tf
-from support import files
 from support.settings import Refusal
 
 ROOT = Path(pd.__file__).parent
@@ -39,15 +33,30 @@ def prose(seed: int, lines: int) -> str:
     )
 
 
+def lines_of(name: str, count: int = 10) -> str:
+    """Lines of 10 characters, none like another or like those of another name."""
+    return "".join(f"{name:>03}{i:06d}\n" for i in range(count))
+
+
+def by_hash(texts: list[str], ending: str = "") -> dict[str, str]:
+    """{name: text}, with names in whose order split_documents sees the texts."""
+    names = [f"{i:03d}{ending}" for i in range(len(texts))]
+    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+    return dict(zip(names, texts, strict=True))
+
+
 def make(tmp_path, source, **keys) -> Path:
     """A prepared folder, without a test unless one is asked for."""
-    keys = {
-        "name": "d",
-        "out": str(tmp_path / "data"),
-        "vocab_size": 300,
-        "test_fraction": 0,
-    } | keys
+    keys = {"name": "d", "vocab_size": 300, "test_fraction": 0} | keys
+    keys = {"out": str(tmp_path / "data")} | keys
     return pd.prepare(pd.DataConfig(source=str(source), **keys))
+
+
+def write_shard(path: Path, ids: list[int], version: int = 1) -> Path:
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, version, len(ids)
+    path.write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
+    return path
 
 
 def ids_of(folder: Path, split: str) -> list[int]:
@@ -63,23 +72,7 @@ def meta_of(folder: Path) -> dict:
     return json.loads((folder / "meta.json").read_text())
 
 
-@pytest.fixture
-def book(tmp_path) -> Path:
-    """A small prepared folder."""
-    (tmp_path / "book.txt").write_text(prose(1, 200))
-    return make(tmp_path, tmp_path / "book.txt", name="book")
-
-
 # ---- What a tokenizer is trained on ------------------------------------------------------------
-
-
-def test_a_tokenizer_is_trained_on_every_training_document(tmp_path):
-    for i in range(12):
-        (tmp_path / f"{i}.txt").write_text(f"word{chr(97 + i) * 3} " * 50 + "\n" + prose(i, 5))
-    documents = pd.read_paths(str(tmp_path), "text")
-    train, _, _ = pd.split_documents(documents, 0.1)
-    folder = make(tmp_path, tmp_path, val_fraction=0.1)
-    assert tk.load_tokenizer(folder)._mergeable_ranks == tk.train_bpe(train, 299, tk.PATTERN)
 
 
 def test_a_large_text_is_sampled_for_the_tokenizer_and_encoded_piece_by_piece(
@@ -149,17 +142,6 @@ def test_default_corpus_leaves_out_copies_tests_and_extremes(tmp_path, monkeypat
     assert list(pd.read_stdlib()) == ["b.py", "c.py", "lib/f.py"]
 
 
-def by_hash(texts: list[str]) -> dict[str, str]:
-    """{name: text}, with names in whose order split_documents sees the texts."""
-    names = sorted(map(str, range(len(texts))), key=lambda x: hashlib.sha256(x.encode()).digest())
-    return dict(zip(names, texts, strict=True))
-
-
-def lines_of(letter: str, count: int) -> str:
-    """Lines of 10 characters, none like another."""
-    return "".join(f"{letter}{i:08d}\n" for i in range(count))
-
-
 @pytest.mark.parametrize(
     "texts, taken",
     [  # of 1000 bytes, a tenth is the target; the texts taken, else the end of the largest
@@ -208,23 +190,16 @@ def test_tokenizer_never_sees_the_validation_text_and_may_serve_other_folders(tm
 # ---- The test text -----------------------------------------------------------------------------
 
 
-def lines_from(number: int, count: int = 10) -> str:
-    """Lines of 10 characters, none like another or like those from another number."""
-    return "".join(f"{number:03d}{i:06d}\n" for i in range(count))
-
-
-def write_by_hash(folder: Path, texts: list[str]) -> Path:
+def write_texts(folder: Path, texts: list[str]) -> Path:
     """A folder of files whose documents split_documents sees in the order of the texts."""
     folder.mkdir()
-    names = [f"{i:03d}.txt" for i in range(len(texts))]
-    names.sort(key=lambda name: hashlib.sha256(f"{name}:0".encode()).digest())
-    for name, text in zip(names, texts, strict=True):
-        (folder / name).write_text(text)
+    for name, text in by_hash(texts, ".txt:0").items():
+        (folder / name.removesuffix(":0")).write_text(text)
     return folder
 
 
 def test_test_documents_are_whole_and_follow_validation_by_the_hash_of_their_names():
-    texts = [lines_from(i) for i in range(400)]  # of 100 bytes: 20 are a twentieth
+    texts = [lines_of(str(i)) for i in range(400)]  # of 100 bytes: 20 are a twentieth
     train, val, test = pd.split_documents(by_hash(texts), 0.1, 0.05)
     assert (val, test, train) == (texts[:40], texts[40:60], texts[60:])
     texts[45] = texts[45][:90]  # the 20 lack 10 bytes: one more
@@ -234,8 +209,8 @@ def test_test_documents_are_whole_and_follow_validation_by_the_hash_of_their_nam
 
 def test_no_test_document_is_over_a_tenth_of_the_target_or_a_copy():
     """Of 20,000 bytes a tenth is for the test; a tenth of that is 200 bytes."""
-    texts = [lines_from(i) for i in range(200)]
-    large, larger = lines_from(500, 20), lines_from(501, 20) + "\n"  # of 200 and 201 bytes
+    texts = [lines_of(str(i)) for i in range(200)]
+    large, larger = lines_of("a", 20), lines_of("b", 20) + "\n"  # of 200 and 201 bytes
     texts[20:24] = large, larger[:-1]  # in the place of as many bytes
     assert pd.split_documents(by_hash(texts), 0.1, 0.1)[2] == texts[20:38]
     texts[21], texts[-1] = larger, texts[-1][1:]
@@ -246,9 +221,9 @@ def test_no_test_document_is_over_a_tenth_of_the_target_or_a_copy():
 
 
 def test_the_test_text_is_written_and_no_tokenizer_sees_it(tmp_path):
-    texts = [lines_from(i) for i in range(400)]
+    texts = [lines_of(str(i)) for i in range(400)]
     texts[20:40] = [text[:-10] + "zyxwzyxw\n" for text in texts[20:40]]  # these are the test
-    source = write_by_hash(tmp_path / "texts", texts)
+    source = write_texts(tmp_path / "texts", texts)
     folder = make(tmp_path, source, test_fraction=0.05, vocab_size=600)
     train, val, test = pd.split_documents(pd.read_paths(str(source), "text"), 0.05, 0.05)
     for split, part in ("train", train), ("val", val), ("test", test):
@@ -260,7 +235,7 @@ def test_the_test_text_is_written_and_no_tokenizer_sees_it(tmp_path):
 
 def test_a_folder_has_a_test_where_its_latest_text_has_one(tmp_path):
     """A file of one document has none, and the test of a folder that is replaced does not stay."""
-    texts = write_by_hash(tmp_path / "texts", [lines_from(i) for i in range(300)])
+    texts = write_texts(tmp_path / "texts", [lines_of(str(i)) for i in range(300)])
     (tmp_path / "one.txt").write_text(prose(1, 300))
     for source, fraction, has_test in (
         (tmp_path / "one.txt", 0.4, False),
@@ -273,16 +248,6 @@ def test_a_folder_has_a_test_where_its_latest_text_has_one(tmp_path):
         assert (folder / "test.bin").exists() == has_test
         assert (tf.load_dataset(folder).test is not None) == has_test
     assert len([*folder.parent.iterdir()]) == 5  # the other four were put aside
-
-
-# ---- Files -------------------------------------------------------------------------------------
-
-
-def write_shard(path: Path, ids: list[int], version: int = 1) -> Path:
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, version, len(ids)
-    path.write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
-    return path
 
 
 # ---- Sources -----------------------------------------------------------------------------------
@@ -371,9 +336,50 @@ def test_collections_of_documents(tmp_path, kind, capsys):
     assert sorted((train + val).split(tk.END_OF_TEXT)[1::2]) == sorted(t[:-13] for t in texts)
     assert f"left out 1 empty records of {path}: their 'body' is null" in capsys.readouterr().err
     assert folder.name == "docs" and 3 <= ids_of(folder, "val").count(299) <= 4
-    with pytest.raises(Refusal, match="text_key"):
-        make(tmp_path, path, overwrite=True, name="")
-    assert text_of(folder, "val") == val  # the refused run took nothing away
+
+
+def test_half_of_a_surrogate_pair_becomes_a_question_mark(tmp_path):
+    """JSON can spell it, UTF-8 cannot."""
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud800b"}')
+    assert pd.read_paths(str(tmp_path), "text") == {"a.jsonl:0": "a?b"}
+
+
+FINE, ZIPPED = '{"text": "fine"}\n\n', gzip.compress(random.Random(0).randbytes(999).hex().encode())
+UNREADABLE = [  # a file, what is in it, and what the sentence says besides the file's name
+    ("a.jsonl", FINE + '{"text": 5}', "line 3 has 5 as 'text', expected text or null; is the text"),
+    ("a.jsonl", FINE + '["text"]', """line 3 is ["text"], expected an object with 'text'"""),
+    ("a.jsonl", FINE + '{"text": "a"', "line 3 is no JSON (Expecting ',' delimiter); correct or"),
+    ("a.jsonl", FINE + '{"t": "a"}', "line 3 has keys ['t'], not 'text'; is the text under anoth"),
+    ("a.jsonl.gz", ZIPPED[:-9], "EOFError("),
+    ("a.jsonl.gz", b"not compressed", "BadGzipFile("),
+    ("a.jsonl.gz", ZIPPED[:10] + b"\xff" * 99 + ZIPPED[99:], "error("),
+    ("a.parquet", {"text": [5, 6]}, "a record has 5 as 'text', expected text or null; is the text"),
+    ("a.parquet", {"n": ["a"], "m": [1]}, "it has columns ['n', 'm'], not 'text'; is the text und"),
+]
+
+
+@pytest.mark.parametrize("name, content, said", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(name, content, said, tmp_path):
+    path = tmp_path / name
+    if isinstance(content, dict):
+        table = pytest.importorskip("pyarrow").table(content)
+        pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(Refusal, match=re.escape(f"{path} cannot be read")) as caught:
+        pd.read_paths(str(path), "text")
+    assert said in str(caught.value)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    """pyarrow's OSError has a message alone."""
+    table = pytest.importorskip("pyarrow").table({"text": ["some words " * 99] * 9})
+    pytest.importorskip("pyarrow.parquet").write_table(table, path := tmp_path / "a.parquet")
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(56) + content[60:])
+    with pytest.raises(Refusal, match=r"a\.parquet cannot be read") as caught:
+        pd.read_paths(str(path), "text")
+    assert "None" not in str(caught.value)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -391,61 +397,6 @@ def test_a_large_binary_file_is_not_read_whole(tmp_path, capsys):
         file.truncate(2**40)  # which takes no space on the disk
     assert len(pd.read_paths(str(tmp_path), "text")) == 1
     assert "video: not UTF-8 text" in capsys.readouterr().err
-
-
-def test_a_damaged_parquet_file_is_named(tmp_path):
-    table = pytest.importorskip("pyarrow").table({"text": ["some words " * 99] * 9})
-    pytest.importorskip("pyarrow.parquet").write_table(table, path := tmp_path / "a.parquet")
-    content = bytearray(path.read_bytes())
-    content[4:60] = bytes(56)
-    path.write_bytes(content)
-    with pytest.raises(Refusal, match=r"a\.parquet cannot be read") as caught:
-        pd.read_paths(str(path), "text")
-    assert "None" not in str(caught.value)
-
-
-def test_a_column_that_is_no_text_is_refused(tmp_path):
-    table = pytest.importorskip("pyarrow").table({"n": [5, 6], "body": ["a", "b"]})
-    pytest.importorskip("pyarrow.parquet").write_table(table, path := tmp_path / "a.parquet")
-    for key, said in ("n", "a record has 5 as 'n', expected text"), ("x", "columns ['n', 'body']"):
-        with pytest.raises(Refusal, match=re.escape("a.parquet cannot be read: ")) as caught:
-            pd.read_paths(str(path), key)
-        assert said in str(caught.value) and "--text_key=KEY?" in str(caught.value)
-
-
-def test_a_codec_that_pyarrow_was_built_without_is_one_sentence(tmp_path, monkeypatch):
-    """Its error for it is a NotImplementedError."""
-    (tmp_path / "a.parquet").touch()
-    monkeypatch.setattr(pd, "read_file", mock.Mock(side_effect=NotImplementedError("LZO")))
-    with pytest.raises(Refusal, match=r"parquet cannot be read: NotImplementedError\('LZO'\)"):
-        pd.read_paths(str(tmp_path / "a.parquet"), "text")
-
-
-def test_bad_json_lines_and_half_surrogates(tmp_path):
-    path = tmp_path / "a.jsonl"
-    for line, said in [
-        ('{"text": 5}', "has 5 as 'text', expected text or null; is the text under another --text"),
-        ('{"text": ["a"]}', "has ['a'] as 'text', expected text or null"),
-        ('["text"]', """is ["text"], expected an object with 'text'"""),
-        ('{"text": "a"', "is no JSON (Expecting ',' delimiter); correct or delete it"),
-        ('{"t": "a"}', "has keys ['t'], not 'text'; is the text under another --text_key=KEY?"),
-        ("[" * 100_000, "is no JSON ("),
-    ]:
-        path.write_text('{"text": "fine"}\n\n' + line + "\n")
-        with pytest.raises(Refusal, match=r"a\.jsonl cannot be read: line 3 ") as caught:
-            pd.read_paths(str(path), "text")
-        assert said in str(caught.value)
-    path.write_text(r'{"text": "a\ud800b"}')
-    assert pd.read_paths(str(path), "text") == {"a.jsonl:0": "a?b"}
-    whole = gzip.compress(random.Random(0).randbytes(999).hex().encode())
-    for content, error in [
-        (whole[:-9], "EOFError"),
-        (b"not compressed", "BadGzipFile"),
-        (whole[:10] + b"\xff" * 99 + whole[99:], "error"),
-    ]:
-        (tmp_path / "b.jsonl.gz").write_bytes(content)
-        with pytest.raises(Refusal, match=rf"gz cannot be read: {error}\("):
-            pd.read_paths(str(tmp_path / "b.jsonl.gz"), "text")
 
 
 # ---- Downloads, from a hub that is a folder -----------------------------------------------------
@@ -504,146 +455,26 @@ def test_shards(hub, tmp_path, source):
     assert len(tf.load_dataset(folder).val) == 21  # the folder made before is kept
 
 
-# ---- Nothing half-made, nothing lost ------------------------------------------------------------
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+# ---- Nothing half-made, nothing lost: see also test_files.py -------------------------------------
 
 
 def test_an_interruption_keeps_the_old_folder_and_leaves_no_new_one(book, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text(prose(2, 100))
-    before = contents(book)
+    before = {path.name: path.read_bytes() for path in book.iterdir()}
 
     def fail(folder):  # at the last moment: all files are there
         assert {path.name for path in folder.iterdir()} == before.keys()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pd, "load_dataset", fail)
+    (tmp_path / "a.txt").write_text(prose(2, 100))
     for name in ("book", "new"):
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path, tmp_path / "a.txt", overwrite=True, name=name)
-    assert names_in(tmp_path / "data") == ["book"] and contents(book) == before
+    assert {path.name: path.read_bytes() for path in book.iterdir()} == before
+    assert [path.name for path in book.parent.iterdir()] == ["book"]
 
 
-STOPPED = """
-import os, sys
-import prepare_data as pd
-
-source, out, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
-
-def stop(event, args):  # before the first, second or third time
-    global steps
-    if event in ("os.rename", "os.remove", "os.rmdir"):
-        steps -= 1
-        if steps < 0:
-            os._exit(9)  # nothing is cleaned up, as after kill -9
-
-sys.addaudithook(stop)
-pd.prepare(pd.DataConfig(source, "book", out, vocab_size=300, test_fraction=0, overwrite=True))
-"""
-
-
-def test_killed_at_any_step_every_folder_is_whole_or_a_part(book, tmp_path):
-    """Between the two renames the old folder has its new name, and there is no new one."""
-    (tmp_path / "a.txt").write_text(prose(2, 50))
-    old, new = contents(book), contents(make(tmp_path, tmp_path / "a.txt", name="new"))
-    for steps, expected in enumerate(
-        [{"book": old}, {"book.old-1": old}, {"book": new, "book.old-1": old}]
-    ):
-        out = tmp_path / f"data {steps}"
-        shutil.copytree(book, out / "book")
-        command = [sys.executable, "-c", STOPPED, tmp_path / "a.txt", out, str(steps)]
-        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 9
-        found = {path.name: path for path in out.iterdir()}
-        (part,) = (name for name in found if name.startswith("book.part-"))
-        del found[part]
-        assert {name: contents(path) for name, path in found.items()} == expected
-        make(tmp_path, tmp_path / "a.txt", name="book", out=str(out), overwrite=True)
-        assert contents(out / "book") == new
-
-
-def test_all_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text(prose(2, 50))
-    flushed, real = set(), Path.rename
-    monkeypatch.setattr(os, "fsync", lambda file: flushed.add(os.fstat(file).st_ino))
-
-    def rename(source, target):
-        assert {path.stat().st_ino for path in source.iterdir()} <= flushed
-        return real(source, target)
-
-    monkeypatch.setattr(Path, "rename", rename)
-    assert len(names_in(make(tmp_path, tmp_path / "a.txt"))) == len(flushed) == 4
-
-
-def test_overwrite_puts_the_old_folder_aside_with_every_file_in_it(book, tmp_path, capsys):
-    """Those that are not ours, too: nothing is deleted."""
-    (tmp_path / "a.txt").write_text(prose(2, 50))
-    (book / "thesis.txt").write_text("precious")
-    (book / "best.pt").write_text("weights")
-    before = contents(book)
-    with pytest.raises(Refusal, match="book exists; choose another name, or give --ov"):
-        make(tmp_path, tmp_path / "a.txt", name="book")
-    assert contents(book) == before
-    make(tmp_path, tmp_path / "a.txt", name="book", overwrite=True)
-    assert f"{book}, which was there, is now {book}.old-1" in capsys.readouterr().err
-    assert contents(Path(f"{book}.old-1")) == before and len(contents(book)) == 4
-    second = contents(book)
-    make(tmp_path, tmp_path / "book.txt", name="book", overwrite=True)
-    assert contents(Path(f"{book}.old-1")) == before
-    assert contents(Path(f"{book}.old-2")) == second != contents(book)
-    assert names_in(book.parent) == ["book", "book.old-1", "book.old-2"]
-
-
-def test_a_link_is_put_aside_and_what_it_leads_to_stays(book, tmp_path):
-    (tmp_path / "a.txt").write_text(prose(2, 50))
-    (tmp_path / "data/link").symlink_to(book)
-    (tmp_path / "data/dangling").symlink_to("nowhere")
-    before = contents(book)
-    for name in "link", "dangling":
-        with pytest.raises(Refusal):
-            make(tmp_path, tmp_path / "a.txt", name=name)
-        made = make(tmp_path, tmp_path / "a.txt", name=name, overwrite=True)
-        assert not made.is_symlink() and Path(f"{made}.old-1").is_symlink()
-    assert contents(book) == before != contents(made)
-
-
-def test_a_link_to_nowhere_is_no_free_name(tmp_path):
-    """What is put aside would take its place."""
-    (tmp_path / "book").mkdir()
-    (tmp_path / "book.old-1").symlink_to(tmp_path / "nowhere")
-    assert files.put_aside(tmp_path / "book") == tmp_path / "book.old-2"
-    assert (tmp_path / "book.old-1").is_symlink() and (tmp_path / "book.old-2").is_dir()
-
-
-def test_a_folder_made_meanwhile_is_refused_or_put_aside(book, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text(prose(2, 50))
-    folder, real = tmp_path / "data" / "d", pd.write_tokenizer
-
-    def meanwhile(tokenizer, new):
-        shutil.copytree(book, folder, dirs_exist_ok=True)
-        real(tokenizer, new)
-
-    monkeypatch.setattr(pd, "write_tokenizer", meanwhile)
-    with pytest.raises(Refusal, match="d exists; choose another name"):
-        make(tmp_path, tmp_path / "a.txt")
-    assert contents(folder) == contents(book) and names_in(folder.parent) == ["book", "d"]
-    make(tmp_path, tmp_path / "a.txt", overwrite=True)
-    assert contents(folder) != contents(book) == contents(folder.with_name("d.old-1"))
-
-
-@pytest.mark.parametrize("name", ["a/b", "d/../y", "../x", "/x", "..", ".x", "a\n", "a\0", "*"])
-def test_no_name_leads_out_of_the_folder_of_data(name, tmp_path):
-    with pytest.raises(Refusal, match="expected a plain folder name; give --name=NAME"):
-        make(tmp_path, tmp_path / "a.txt", name=name)
-    assert not [*tmp_path.iterdir()]
-
-
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"])
+@pytest.mark.parametrize("name", ["val.bin", "tokenizer.tiktoken", "meta.json"])
 def test_a_full_disk_is_told_with_the_files_name(name, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(prose(2, 50))
     real = io.open
@@ -676,40 +507,6 @@ def test_a_full_disk_is_told_with_the_files_name(name, tmp_path, monkeypatch):
 
 
 # ---- The command -------------------------------------------------------------------------------
-
-
-def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text(prose(1, 100))
-    Path("latin.txt").write_bytes("Müller ".encode("latin-1") * 50)
-    Path("data/mine").mkdir(parents=True)
-    Path("data/mine/thesis.txt").write_text("precious")
-    for code, sentence, *words in [
-        (0, "vocabulary of 300 tokens", "a.txt", "--vocab_size=300"),
-        (1, "data/a exists; choose another name, or give --overwrite", "a.txt"),
-        (1, "data/mine exists; choose another name", "a.txt", "--name=mine"),
-        (1, "a folder, stdlib, tinystories, fineweb, finewebedu", "tiny_stories"),
-        (1, "latin.txt holds 0 characters", "latin.txt"),
-        (1, "val_fraction=0.6: expected", "a.txt", "--val_fraction=0.6", "--name=b"),
-        (1, "test_fraction=0.41: expected", "a.txt", "--test_fraction=0.41", "--name=b"),
-        (1, "test_fraction=-0.1: expected", "a.txt", "--test_fraction=-0.1", "--name=b"),
-        (1, "name='../x': expected", "a.txt", "--name=../x"),
-        (1, "vocab_size=256: expected 257", "a.txt", "--name=b", "--vocab_size=256"),
-        (1, "shards=104: expected 1 to 103", "fineweb", "--shards=104"),
-        (1, "shards=0: expected 1 to 99", "finewebedu", "--shards=0"),
-        (1, "fineweb is made of gpt2's tokens, but", "fineweb", "--tokenizer=data/a"),
-        (1, "gpt3 has no whole tokenizer", "nowhere", "--name=b", "--tokenizer=gpt3"),
-        (1, "two sources: a.txt and --source=b.txt", "a.txt", "--source=b.txt"),
-        (2, "'b.txt' is one word too many; put a pattern", "a.txt", "b.txt"),
-    ]:
-        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])
-        with pytest.raises(SystemExit) if code else nullcontext() as done:
-            runpy.run_path(pd.__file__, run_name="__main__")
-        out, err = capsys.readouterr()
-        assert sentence in err and out == ("" if code else "data/a\n"), (words, err)
-        assert not code or done.value.code == code
-    assert names_in(Path("data")) == ["a", "mine"]
-    assert Path("data/mine/thesis.txt").read_text() == "precious"
 
 
 def test_the_end_says_how_much_was_made(tmp_path, monkeypatch, capsys):
