@@ -100,9 +100,9 @@ torch.zeros_like(weight) if need => torch.ones_like(weight) if need
 p[row, y] -= 1 => p[:, 0] -= 1
 h = h * real => h = h * 1
 dh.mul_(real) => dh
-dw += low.T @ x => dw = low.T @ x
+dw += p.T @ x => dw = p.T @ x
 scale = grad / n => scale = 1 / n
-high = upcast(torch.empty_like(low)) => high = torch.empty_like(low)
+high = low if on_gpu(h) else upcast(torch.empty_like(low)) => high = low
 return y.view(n, K, D).sum(1) => return y.view(K, n, D).sum(0)
 
 # support/ops.py tests/test_sample.py
@@ -248,7 +248,7 @@ zip(self.count_rows(), self.routing, strict=True): => enumerate(self.routing):
 
 # fp8.py tests/test_edits.py
 if found != digits: => if False:
-if type(module) is formulas.MLP and type => if False and type
+if type(down) is not nn.Linear or down.bias is not None: => if False:
 
 # fp8.py tests/test_fp8.py
 hook.remove() => pass
@@ -377,7 +377,7 @@ ours = [x for x in numbers if => ours = [x for x in numbers if False and
 os.path.lexists(old := => os.path.exists(old :=
 if os.path.lexists(folder) and => if os.path.exists(folder) and
 not empty and not overwrite => not overwrite
-                    os.fsync(file.fileno()) => pass
+if not part.is_symlink():  # that => if False:  # that
 check_free(path, overwrite)  # again => pass  # again
 folder.rename(old)  # of => folder.rename(old); [x.unlink() for x in old.glob("thesis*")]  # of
 if error.filename or error.errno is None: => if True:

@@ -1,28 +1,53 @@
 """What ends a command: one table of (command, exit code, sentence). Nothing is written before.
 
-More commands are more rows. Refusals that need damage or another process: tests/test_runs.py.
+More commands are more rows. Refusals that need damage or another process are in the tests of
+the file that refuses, such as tests/test_runs.py.
 """
 
+import io
+import shlex
 import shutil
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from training import SHORT, TINY
 
+import bench
+import huggingface
+import prepare_data
 import sample
 import train
 from support.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("workplace")
-COMMANDS = {"train.py": train.main, "sample.py": sample.main}
+COMMANDS = {"prepare_data.py": prepare_data, "train.py": train, "sample.py": sample}
+COMMANDS |= {"huggingface.py": huggingface, "bench.py": bench}
 NEW = f"train.py {TINY} {' '.join(SHORT)} --out=new"  # a new run
 RUN = f"train.py {TINY} {' '.join(SHORT)} --out=run"  # in a folder that holds a run of one step
 ON = f"{RUN} --steps=2 --resume"
 
 REFUSALS = [
-    # What the command says.
+    # prepare_data.py
+    ("prepare_data.py a.txt b.txt", 2, "'b.txt' is one word too many; put a pattern such as"),
+    ("prepare_data.py a.txt --source=b.txt", 1, "two sources: a.txt and --source=b.txt"),
+    ("prepare_data.py tiny_stories", 1, "a folder, stdlib, tinystories, fineweb, finewebedu"),
+    ("prepare_data.py latin.txt", 1, "latin.txt holds 0 characters, expected 100 or more"),
+    ("prepare_data.py a.txt --name=tiny", 1, "data/tiny exists; choose another name, or give --ov"),
+    ("prepare_data.py a.txt --out=. --name=photos", 1, "photos exists; choose another name"),
+    ("prepare_data.py a.txt --name=../x", 1, "name='../x': expected a plain folder name"),
+    ("prepare_data.py a.txt --name=a/b", 1, "name='a/b': expected a plain folder name"),
+    ("prepare_data.py a.txt --name=.x", 1, "name='.x': expected a plain folder name"),
+    ("prepare_data.py a.txt --val_fraction=0.6", 1, "val_fraction=0.6: expected above 0"),
+    ("prepare_data.py a.txt --val_fraction=0", 1, "val_fraction=0.0: expected above 0"),
+    ("prepare_data.py a.txt --test_fraction=0.41", 1, "test_fraction=0.41: expected 0 to 0.4"),
+    ("prepare_data.py a.txt --test_fraction=-0.1", 1, "test_fraction=-0.1: expected 0 to 0.4"),
+    ("prepare_data.py a.txt --vocab_size=256", 1, "vocab_size=256: expected 257"),
+    ("prepare_data.py a.txt --tokenizer=gpt3", 1, "gpt3 has no whole tokenizer"),
+    ("prepare_data.py fineweb --shards=104", 1, "shards=104: expected 1 to 103"),
+    ("prepare_data.py finewebedu --shards=0", 1, "shards=0: expected 1 to 99"),
+    ("prepare_data.py fineweb --tokenizer=run", 1, "fineweb is made of gpt2's tokens, but"),
+    # train.py: what the command says.
     ("train.py", 2, "name a config file, for example: python train.py config/small.py"),
     ("train.py --out=run", 2, "name a config file"),
     ("train.py --resume", 2, "name a config file"),
@@ -75,31 +100,72 @@ REFUSALS = [
     (f"{ON} --beta1=1", 1, "must be less than 1"),
     (f"{ON} --long_block_size=8", 1, "long_block_size is 8, less than the 16 trained before"),
     (f"{NEW} --init_from=run --moe_intermediate_size=9", 1, "run cannot get moe_intermediate_size"),
-    # Texts.
+    # sample.py
+    ("sample.py run 'a text'", 2, "write --prompt='a text'"),
+    ("sample.py run --top_k=x", 2, "top_k is 'x', expected int"),
+    ("sample.py run --speculative=9", 2, "speculative is '9', expected one of"),
+    ("sample.py run --dtype=int3", 2, "dtype is 'int3', expected one of"),
+    ("sample.py run --ckpt=out/x --prompt=x", 1, "there are two checkpoints, run and --ckpt=out/x"),
+    ("sample.py --ckpt= --prompt=x", 1, "name a run's folder, a checkpoint file, or a directory"),
+    ("sample.py nowhere --prompt=x", 1, "there is no nowhere: name a run's folder, a checkpoint"),
+    ("sample.py run --prompt=x --device=meta", 1, "meta"),
+    ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
     ("sample.py run --num_samples=100000000", 1, "is 100000000, but must be at most 10000"),
+    ("sample.py run", 1, "what standard input holds is no text"),
+    ("sample.py run --prompt=\udcff", 1, "utf-8"),
+    # huggingface.py
+    ("huggingface.py run", 2, "usage: python huggingface.py SRC DST"),
+    ("huggingface.py run new more", 2, "usage"),
+    ("huggingface.py run new --check --quantize", 2, "usage"),
+    ("huggingface.py run new.gguf --check", 2, "usage"),
+    ("huggingface.py run new.gguf --quantize", 2, "usage"),
+    ("huggingface.py run photos", 1, "photos exists; choose another name, or give --overwrite"),
+    ("huggingface.py nowhere new", 1, "there is no nowhere: name a run's folder"),
+    ("huggingface.py release new", 1, "release is an export already: SRC is a run or a checkpoint"),
+    # bench.py
+    ("bench.py", 2, "usage: python bench.py"),
+    ("bench.py trian", 2, "usage: python bench.py"),
+    ("bench.py decode x", 2, "'x' stands alone"),
+    ("bench.py sizes --nonsense=1", 2, "unknown key nonsense"),
+    ("bench.py plot", 1, "no run is named: python bench.py plot out/small"),
+    ("bench.py plot run a.txt", 1, "a.txt has no log.jsonl: name folders of runs"),
+    ("bench.py plot run begun", 1, "begun/log.jsonl has no line yet"),
 ]
 
 
+FILES = {
+    "file": b"",
+    "photos/me.png": b"",
+    "empty.py": b"",
+    "sizes.py": b"hidden_size = 64\n",
+    "a.txt": b"some lines\n" * 50,
+    "latin.txt": "Müller ".encode("latin-1") * 50,
+    "begun/log.jsonl": b'{"step"',
+    "release/config.json": b"{}",
+}
+
+
 def everything() -> dict[str, bytes]:
-    """What is in this folder, the data aside."""
-    files = (path for path in Path().rglob("*") if path.is_file() and path.parts[0] != "data")
-    return {str(path): path.read_bytes() for path in files}
+    """What is in this folder; of the data, whose folder is a link, the name."""
+    files = (path for path in Path().rglob("*") if not path.is_dir() or path.is_symlink())
+    return {str(path): b"" if path.is_symlink() else path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize(("command", "code", "sentence"), REFUSALS)
 def test_a_command_that_cannot_be_followed_ends_with_one_sentence(
-    command, code, sentence, shared, capsys
+    command, code, sentence, shared, capsys, monkeypatch
 ):
     shutil.copytree(shared("--steps=1"), "run")
-    Path("photos").mkdir()
-    for name in ("file", "photos/me.png", "empty.py"):
-        Path(name).touch()
-    Path("sizes.py").write_text("hidden_size = 64\n")
-    before, (script, *argv) = everything(), command.split()
+    for name, content in FILES.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(content)
+    before, argv = everything(), shlex.split(command)
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))  # no text
     capsys.readouterr()
-    with mock.patch.object(sys, "argv", [script, *argv]), pytest.raises(SystemExit) as end:
-        run_command(COMMANDS[script])
-    said = capsys.readouterr().err
-    assert end.value.code == code and sentence in said.splitlines()[-1], said
-    assert said.count("error:") == (code == 1 or "unknown" in sentence) and "Traceback" not in said
-    assert everything() == before
+    with pytest.raises(SystemExit) as end:
+        run_command(COMMANDS[argv[0]].main)
+    out, said = capsys.readouterr()
+    assert end.value.code == code and sentence in said.splitlines()[-1] and not out, said
+    assert said.count("error:") == 1 or (code == 2 and not said.count("error:"))
+    assert "Traceback" not in said and everything() == before

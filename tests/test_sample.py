@@ -748,33 +748,6 @@ def test_printed_figures(capsys):
         assert words in said
 
 
-@pytest.mark.parametrize(
-    "args, code, words",
-    [
-        (["nowhere", "--prompt=x"], 1, "nowhere"),
-        (["--ckpt=", "--prompt=x"], 1, "checkpoint"),
-        (["{run}", "--top_k=x"], 2, "top_k"),
-        (["{run}", "--speculative=9"], 2, "speculative"),
-        (["{run}", "a text"], 2, "write --prompt='a text'"),
-        (["{run}", "--ckpt=out/x", "--prompt=x"], 1, "two checkpoints"),
-        (["{run}", "--prompt=x", "--device=meta"], 1, "meta"),
-        (["{run}", "--dtype=int3"], 2, "int3"),
-        (["{run}", "--prompt=x", "--num_samples=0"], 1, "num_samples"),
-        (["{run}"], 1, "utf-8"),
-        (["{run}", "--prompt=\udcff"], 1, "utf-8"),
-    ],
-)
-def test_what_cannot_be_done_is_refused(run, args, code, words, monkeypatch, capsys):
-    """In one sentence; bytes that are no text too, on standard input."""
-    monkeypatch.setattr(sys, "argv", ["sample.py", *(a.replace("{run}", str(run)) for a in args)])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
-    with pytest.raises(SystemExit) as caught:
-        run_command(sample.main)
-    captured = capsys.readouterr()
-    assert caught.value.code == code and words in captured.err and captured.out == ""
-    assert "Traceback" not in captured.err
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_gpu_decodes_in_the_dtype_of_its_products(dtype, monkeypatch):
     asked = []
