@@ -320,13 +320,17 @@ def test_what_the_system_does_not_let_us_read_is_named(tmp_path, monkeypatch, cl
         make(tmp_path, tmp_path)
 
 
+def write_parquet(path: Path, **columns: list):
+    table = pytest.importorskip("pyarrow").table(columns)
+    pytest.importorskip("pyarrow.parquet").write_table(table, path)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
 def test_collections_of_documents(tmp_path, kind, capsys):
     texts = [prose(i, 10) + tk.END_OF_TEXT for i in range(40)]  # in a document it is text
     path = tmp_path / f"docs.{kind}"
     if kind == "parquet":
-        table = pytest.importorskip("pyarrow").table({"body": [*texts, None]})
-        pytest.importorskip("pyarrow.parquet").write_table(table, path)
+        write_parquet(path, body=[*texts, None])
     else:
         lines = (json.dumps({"body": text}) + "\n" for text in [*texts, None])
         lines = "\n".join(lines)  # and blank ones
@@ -362,8 +366,7 @@ UNREADABLE = [  # a file, what is in it, and what the sentence says besides the 
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(name, content, said, tmp_path):
     path = tmp_path / name
     if isinstance(content, dict):
-        table = pytest.importorskip("pyarrow").table(content)
-        pytest.importorskip("pyarrow.parquet").write_table(table, path)
+        write_parquet(path, **content)
     else:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(Refusal, match=re.escape(f"{path} cannot be read")) as caught:
@@ -373,8 +376,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(name, content, said
 
 def test_a_damaged_parquet_file_is_named(tmp_path):
     """pyarrow's OSError has a message alone."""
-    table = pytest.importorskip("pyarrow").table({"text": ["some words " * 99] * 9})
-    pytest.importorskip("pyarrow.parquet").write_table(table, path := tmp_path / "a.parquet")
+    write_parquet(path := tmp_path / "a.parquet", text=["some words " * 99] * 9)
     content = path.read_bytes()
     path.write_bytes(content[:4] + bytes(56) + content[60:])
     with pytest.raises(Refusal, match=r"a\.parquet cannot be read") as caught:
@@ -474,34 +476,11 @@ def test_an_interruption_keeps_the_old_folder_and_leaves_no_new_one(book, tmp_pa
     assert [path.name for path in book.parent.iterdir()] == ["book"]
 
 
-@pytest.mark.parametrize("name", ["val.bin", "tokenizer.tiktoken", "meta.json"])
-def test_a_full_disk_is_told_with_the_files_name(name, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text(prose(2, 50))
-    real = io.open
-
-    class Full:  # a file on a disk without space
-        def __init__(self, file):
-            self.file = file
-
-        def __getattr__(self, what):
-            return getattr(self.file, what)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self.file.close()
-
-        def write(self, content):
-            raise OSError(28, "No space left on device")
-
-    def opened(path, mode="r", *args, **keys):
-        file = real(path, mode, *args, **keys)
-        return Full(file) if "w" in mode and Path(path).name == name else file
-
-    monkeypatch.setattr(io, "open", opened)
-    monkeypatch.setattr("builtins.open", opened)
-    with pytest.raises(Refusal, match=f"{name} cannot be written .No space left on device.$"):
+@pytest.mark.parametrize("size, name", [(0, "tokenizer.tiktoken"), (20_000, "train.bin")])
+def test_a_full_disk_is_told_with_the_files_name(size, name, tmp_path, faults):
+    (tmp_path / "a.txt").write_text(prose(2, 1000))
+    faults.full_disk(size)
+    with pytest.raises(Refusal, match=f"{name} cannot be written .File too large.$"):
         make(tmp_path, tmp_path / "a.txt")
     assert not [*(tmp_path / "data").iterdir()]
 

@@ -30,16 +30,12 @@ import sample
 import train
 from huggingface import load_model
 from support.settings import Refusal
-from support.tokenizer import (
-    KIMI_PATTERN,
-    PATTERN,
-    stored_tokenizer,
-    train_bpe,
-)
+from support.tokenizer import KIMI_PATTERN, PATTERN, stored_tokenizer, train_bpe
 from support.tokens import load_dataset
 
 SHORT = ["--batch_size=2", "--block_size=16", "--eval_batch=8", "--eval_every=2"]
 SHORT += ["--dtype=float32"]
+ON = ["--init_from=release", *SHORT]
 MARKS = {"deepseek": "<｜User｜>", "moonlight": "<|im_user|>"}  # noqa: RUF001
 PROMPT = "Größe of line 17 is"
 
@@ -106,9 +102,8 @@ def expected_ids(kind: str, folder: Path, document: str) -> list[int]:
     lines = map(bytes.split, (folder / "tiktoken.model").read_bytes().splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     special = {"[BOS]": 390, "[EOS]": 391, MARKS[kind]: 392}
-    own = tiktoken.Encoding(
-        "x", pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=special
-    )
+    keys = dict(pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    own = tiktoken.Encoding("x", **keys)
     return [*own.encode(document, allowed_special="all"), 391]
 
 
@@ -123,10 +118,6 @@ def write_texts(kind: str) -> list[str]:
     lines = (json.dumps({"text": document}) for document in documents)
     Path("texts.jsonl").write_text("\n".join(lines))
     return documents
-
-
-def train_on(*options: str):
-    train.main(["--init_from=release", "--data=mine", *SHORT, *options])
 
 
 @pytest.mark.parametrize("kind", ["deepseek", "moonlight"])
@@ -150,9 +141,7 @@ def test_the_text_is_prepared_as_the_release_reads_it(kind, monkeypatch):
     size = sum(len(document.removeprefix(MARKS[kind]).encode()) for document in parts[1])
     assert data.val_bytes_per_token == pytest.approx(size / len(data.val), rel=1e-12)
 
-    monkeypatch.setattr(
-        "support.tokens.PIECE", 60
-    )  # characters: documents are encoded piece by piece
+    monkeypatch.setattr("support.tokens.PIECE", 60)  # characters; a piece at a time is encoded
     pieces = load_dataset(prepare("pieces", "release"))
     for split in "train", "val", "test":
         one, other = getattr(pieces, split).arrays[0], getattr(data, split).arrays[0]
@@ -166,7 +155,7 @@ def test_a_release_is_trained_sampled_and_given_back(kind, capsys):
     folder = prepare("mine", "release")
 
     # At a learning rate of 0 all comes back as it was: gates, correction biases, MTP, YaRN.
-    train_on("--out=same", "--steps=1", "--lr=0", "--gamma=0")
+    train.main([*ON, "--data=mine", "--out=same", "--steps=1", "--lr=0", "--gamma=0"])
     huggingface.main(["same", "unchanged"])
     before, after = (load_file(f"{x}/model.safetensors") for x in ("release", "unchanged"))
     assert before.keys() == after.keys() and any("correction_bias" in name for name in before)
@@ -175,7 +164,7 @@ def test_a_release_is_trained_sampled_and_given_back(kind, capsys):
     opened = [load_model(x)[0].config for x in ("release", "unchanged")]
     assert opened[0] == opened[1] and bool(opened[0].rope_scaling) == (kind == "deepseek")
 
-    train_on("--out=run", "--steps=6", "--lr=0.01", "--warmup=0")
+    train.main([*ON, "--data=mine", "--out=run", "--steps=6", "--lr=0.01", "--warmup=0"])
     losses = [line["loss"] for line in log_of("run") if "loss" in line]
     assert losses and all(np.isfinite(losses))
     lines = [line for line in log_of("run") if "val_loss" in line]
@@ -219,63 +208,33 @@ def test_a_release_is_trained_sampled_and_given_back(kind, capsys):
     train.main(["--out=run", "--resume", "--steps=7", "--data=from_back"])
 
 
-def test_marks_that_the_vocabulary_lacks_are_refused():
-    Path("a.txt").write_text("some lines\n" * 50)
-    good = {"bos_token_id": 256, "eos_token_id": 257}
-    for i, wrong in enumerate([{"bos_token_id": 99_999}, {"eos_token_id": -1}, {}]):
-        write_bytes_release(f"release_{i}", **good | wrong)
-        asked = pd.DataConfig("a.txt", f"d{i}", tokenizer=f"release_{i}")
-        if wrong:
-            (value,) = wrong.values()
-            with pytest.raises(Refusal, match=f"release_{i} .*{value}"):
-                pd.prepare(asked)
-        else:
-            tokens = load_dataset(pd.prepare(asked)).train.arrays[0]
-            assert (tokens[0], tokens[-1]) == (256, 257)
+@pytest.mark.parametrize("key, i", [("bos_token_id", 99_999), ("eos_token_id", -1)])
+def test_marks_that_the_vocabulary_lacks_are_refused(key, i):
+    write_bytes_release("release", **{"bos_token_id": 256, "eos_token_id": 257} | {key: i})
+    with pytest.raises(Refusal, match=f"release has .*{i}, which its vocabulary lacks"):
+        prepare("mine", "release")
 
 
-def test_what_does_not_belong_together_is_refused_in_a_sentence(tmp_path):
+def test_the_tokenizer_of_other_weights_is_refused():
     make_moonlight(Path("release"))
     write_texts("moonlight")
     prepare("mine", "release")
     pd.prepare(pd.DataConfig("texts.jsonl", "own", vocab_size=272))
     shutil.copytree("release", "other")
-    ranks = Path("other/tiktoken.model").read_text()
-    *lines, last = ranks.splitlines()
-    other = "\n".join([*lines, f"//79/w== {last.split()[1]}"])  # of which no text has the token
-    Path("other/tiktoken.model").write_text(other)
+    *lines, last = Path("other/tiktoken.model").read_text().splitlines()
+    lines.append(f"//79/w== {last.split()[1]}")  # of which no text has the token
+    Path("other/tiktoken.model").write_text("\n".join(lines))
     prepare("others", "other")
-    told = json.loads(Path("release/tokenizer_config.json").read_text())
-    shutil.copytree("release", "endless")
-    Path("endless/tokenizer_config.json").write_text(json.dumps(told | {"eos_token": "[PAD]"}))
-    for sentence, act in (
-        (
-            "release has another tokenizer than data/others",
-            lambda: train_on("--data=others", "--out=new", "--steps=1"),
-        ),
-        (
-            "has 272 tokens: for a new network",
-            lambda: train_on("--data=own", "--out=new", "--steps=1"),
-        ),
-        ("endless names no end token", lambda: prepare("endless", "endless")),
-        ("exists; choose another name", lambda: prepare("mine", "release")),
+    for data, sentence in (
+        ("others", "release has another tokenizer than data/others"),
+        ("own", "has 272 tokens: for a new network"),
     ):
-        with pytest.raises(Refusal) as caught:
-            act()
-        assert sentence in str(caught.value) and "\n" not in str(caught.value)
-
-    model = Path("data/mine/tiktoken.model")
-    model.write_text(ranks)
-    assert load_dataset("data/mine").vocab_size == 393
-    model.write_text(other)
-    with pytest.raises(Refusal, match=r"sha256 of tiktoken\.model is not that in meta\.json"):
-        load_dataset("data/mine")
-    Path("data/mine/meta.json").unlink()
-    with pytest.raises(Refusal, match=r"has no whole tokenizer.*meta\.json"):
-        load_dataset("data/mine")
-    asked = pd.DataConfig("texts.jsonl", "mine", vocab_size=272, test_fraction=0, overwrite=True)
-    names = {path.name for path in pd.prepare(asked).iterdir()}  # what was the release's is gone
-    assert names == {"train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"}
+        with pytest.raises(Refusal, match=sentence):
+            train.main([*ON, f"--data={data}", "--out=new", "--steps=1"])
+    told = json.loads(Path("release/tokenizer_config.json").read_text())
+    Path("other/tokenizer_config.json").write_text(json.dumps(told | {"eos_token": "[PAD]"}))
+    with pytest.raises(Refusal, match="other names no end token"):
+        prepare("endless", "other")
 
 
 def test_the_memory_arithmetic_in_the_docs_prints_what_they_say(capsys):
