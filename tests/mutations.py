@@ -183,7 +183,7 @@ if typing.get_origin(annotation) is typing.Literal: => if False:
 # sample.py tests/test_sample.py
 self.depth = min(G, len(model.mtp)) => self.depth = len(model.mtp)
 model = getattr(model, "_orig_mod", model) => pass
-tokens = tokens.long() => pass
+tokens, stats = tokens.long(), stats or Stats() => stats = stats or Stats()
 (p / p.sum(-1, keepdim=True) * 2.0**52).floor().cumsum(-1) => p.cumsum(-1)
 logits = logits.double() / temperature => logits = logits / temperature
 stays = (u[:, :-1] * q_x < p_x) => stays = (u[:, :-1] * q_x <= p_x)
