@@ -348,7 +348,6 @@ torch.set_rng_state(cpu) => pass
 
 # support/files.py tests/test_runs.py
 part.unlink(missing_ok=True)  # left by => pass  # left by
-open(part, "xb") => open(part, "wb")
 file.flush() => file.flush(); file = open(os.devnull)
 
 # support/settings.py tests/test_settings.py
