@@ -509,6 +509,7 @@ def counted(file: str, use_fp8: bool, recompute: bool = False) -> tuple[Count, f
         parts[0], parts[-1] = parts[0] + parts[-1], 0
         return [128 * n for n in parts]
 
+    fp8.tell_compiler()  # of has_blockwise_fp8, before another stands in for it
     yes = lambda _: True  # noqa: E731
     fakes = mock.patch.multiple(fp8, has_blockwise_fp8=yes, on_gpu=yes, rows_of=rows_of)
     with on_a_card() as count, fakes, torch.device("cpu"):
