@@ -400,6 +400,11 @@ class Gate(nn.Module):
         return s, chosen, gain * config.routed_scaling_factor
 
 
+def gates_in(module: nn.Module) -> list[Gate]:
+    """The gates among its parts, in order: by their bias, so that a class of your own counts."""
+    return [part for part in module.modules() if hasattr(part, "e_score_correction_bias")]
+
+
 def balance_loss(s: Tensor, K: int) -> Tensor:
     """The complementary sequence-wise balance loss, Eq. 17-20, without its weight alpha.
 
@@ -593,7 +598,7 @@ class DeepSeekV3(nn.Module):
             x, routing = block(*inputs, past)
         if routing is not None and past is None:
             scores, chosen = routing
-            self.routed_by.append(next(m for m in block.modules() if isinstance(m, Gate)))
+            self.routed_by.append(gates_in(block)[0])
             self.scores.append(scores)
             self.routing.append(chosen)
         return x
@@ -667,7 +672,7 @@ class DeepSeekV3(nn.Module):
 
     def gates(self) -> list[Gate]:
         """The gates of the MoE layers in order, those of the MTP modules last."""
-        return [module for module in self.modules() if isinstance(module, Gate)]
+        return gates_in(self)
 
     def count_rows(self) -> list[int]:
         """The row in expert_counts of each entry of `routing`: its gate's place among the gates."""

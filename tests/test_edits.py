@@ -696,17 +696,18 @@ def test_a_patch_decodes_as_patched_in_a_graph(patch, compiled, monkeypatch):
 
 
 def test_a_reloaded_file_decodes_as_edited_in_a_graph(compiled, tmp_path, monkeypatch):
-    """By a network made after the reload. A file that is the same makes no graph."""
+    """Also by a network from before the reload. A file that is the same makes no graph."""
     edit, known = rewritten(*EDITS["squared ReLU"][:2]), len(graphs.GRAPHS)
     module = module_of(tmp_path, SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    old = network(module)
     for text, more in ((SOURCE, 1), (SOURCE, 1), (edit, 2)):
         Path(module.__file__).write_text(text, encoding="utf-8")
         shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
-        monkeypatch.syspath_prepend(tmp_path)
         importlib.reload(module)
-        assert (
-            is_the_models_text(network(module), **COMPILED) and len(graphs.GRAPHS) == known + more
-        )
+        assert is_the_models_text(network(module), **COMPILED)
+        assert len(graphs.GRAPHS) == known + more
+    assert is_the_models_text(old, **COMPILED)
 
 
 def test_a_patch_of_nn_linear_reaches_matrices_that_would_be_copied(monkeypatch):
