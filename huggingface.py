@@ -246,10 +246,7 @@ def read_tensor(name: str, stored: dict[str, Any], directory: Path) -> Tensor:
         return x
     if scale not in stored:
         raise Refusal(f"{name} in {directory} is in FP8, but has no {scale}.")
-    try:
-        return fp8.dequantize(x, stored[scale].get_tensor(scale), fp8.BLOCK)
-    except ValueError as error:
-        raise Refusal(f"{name} in {directory}: {error}") from None
+    return fp8.dequantize(x, stored[scale].get_tensor(scale), fp8.BLOCK)
 
 
 @torch.no_grad()

@@ -59,13 +59,6 @@ def test_bpe_has_the_ranks_of_a_naive_trainer_and_tiktoken_merges_in_their_order
     assert [i for text in texts for i in encoding.encode_ordinary(text)] == ids
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.text())
-def test_any_unicode_makes_the_round_trip(text):
-    ids = ONLY_BYTES.encode_ordinary(text)
-    assert ONLY_BYTES.decode_bytes(ids) == text.encode() and 256 not in ids
-
-
 # ---- How text is split into pieces ---------------------------------------------------------------
 
 
