@@ -148,7 +148,7 @@ def test_default_corpus_leaves_out_copies_tests_and_extremes(tmp_path, monkeypat
     "texts, taken",
     [  # of 1000 bytes, a tenth is the target; the texts taken, else the end of the largest
         ([lines_of("a", 11), lines_of("b", 89)], [0]),  # a tenth over the target is not too much
-        ([lines_of("a", 10) + "a" * 11, lines_of("b", 87) + "b" * 9], []),  # a byte more is
+        ([lines_of("a", 10) + "a" * 11, lines_of("b", 88) + "b" * 9], []),  # a byte more is
         ([lines_of("a", 10), lines_of("b", 1), lines_of("c", 89)], [0]),  # it is reached
         ([lines_of("a", 5), lines_of("b", 95)], [0]),  # half of it is enough
         ([lines_of("a", 4) + "x" * 9, lines_of("b", 95) + "x"], [0, "end"]),  # a byte less is not
