@@ -16,6 +16,7 @@ One process at a time writes there. Files are written whole, or they stay what t
 """
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -39,7 +40,7 @@ from support import processes
 from support.digits import digits_of, file_source
 from support.files import put_aside, write_whole
 from support.processes import Machine, flops_per_token, peak_flops
-from support.settings import Refusal, info, read_stored, short
+from support.settings import Refusal, info, short
 
 try:
     import fcntl
@@ -86,16 +87,16 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
 def code_of(config_class: type) -> str:
     """The digits of the file that defines a network and this class of its settings: model.py. See
     support/digits.py."""
-    return digits_of(file_source(Path(config_class.__post_init__.__code__.co_filename)))
+    return digits_of(file_source(Path(inspect.getfile(config_class))))
 
 
 def settings_in(file: Path, *config_classes: type) -> tuple[dict[str, Any], int]:
-    """The settings of a run in a checkpoint, as the fields of these dataclasses, and its step.
-    Raises Refusal."""
-    saved, values = load_checkpoint(file, whole=False), {}
-    for part in (saved.get("train_config"), saved["model_config"]):
-        values |= read_stored(part, file, *config_classes)
-    return values, saved["step"]
+    """The settings of a run in a checkpoint, those that are fields of these dataclasses, and its
+    step. Raises Refusal."""
+    saved = load_checkpoint(file, whole=False)
+    fields = {name for kind in config_classes for name in kind.__dataclass_fields__}
+    stored = saved["train_config"] | saved["model_config"]
+    return {name: x for name, x in stored.items() if name in fields}, saved["step"]
 
 
 class Named:
@@ -348,6 +349,7 @@ class Run:
         self.saved_step = 0  # the step of ckpt.pt (0: there is none)
         self.bad_in_a_row = 0  # steps up to now whose gradient was not finite
         self.stopped = False  # by a signal
+        # open_run adds lock (in process 0 alone), stop and clock.
 
     @property
     def last(self) -> bool:
@@ -520,14 +522,9 @@ class Run:
     def give_up(self):
         """Raises Refusal: the gradients of the last steps were not finite."""
         n, step = self.bad_in_a_row, self.progress.step
-        bad = f"{n} gradient(s) up to step {step} are not finite"
-        if self.saved_step and self.saved_step == step - n and n > 1:
-            raise Refusal(f"{bad}; {self.begin_again()}.")
-        if n > 1 or not self.saved_step:
-            raise Refusal(f"{bad}; {self.way_on()} and a lower --lr.")
-        # A run to the same last step would end like this again; one with more steps leaves it out.
-        bad = f"the gradient of step {step}, the last one, is not finite"
-        raise Refusal(f"{bad}; {self.way_on()} and --steps={step + 1}.")
+        spoilt = self.saved_step == step - n  # the weights of ckpt.pt gave all of them
+        way = self.begin_again() if spoilt else f"{self.way_on()} and a lower --lr"
+        raise Refusal(f"{n} gradient(s) up to step {step} are not finite; {way}.")
 
 
 @contextmanager

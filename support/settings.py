@@ -141,16 +141,6 @@ def read_command(
     return file, read_config_file(file, *config_classes) if file else {}, given
 
 
-def read_stored(values: Any, file: str | os.PathLike, *config_classes: type) -> dict[str, Any]:
-    """The settings in a file that a program has written, as their fields' types; keys that are no
-    fields are left out. Raises Refusal for a wrong value."""
-    fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
-    if not isinstance(values, dict):
-        raise Refusal(f"the settings in {file} are {short(repr(values))}, expected a dict")
-    known = {name: x for name, x in values.items() if name in fields}
-    return {n: as_field(f"{n} in {file}", x, fields[n].type) for n, x in known.items()}
-
-
 def merge(in_file: dict[str, Any], stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A setting may be given in several places: in the config file, in the checkpoint of the run
     that goes on (`stored`), on the command line. Each overrules those before it, so a run keeps its
