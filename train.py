@@ -563,22 +563,18 @@ def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
     if given.get("out") == "":  # the default
         del given["out"]
     asked = vars(TrainConfig()) | in_file | given
-    out, start, evaluates = Path(asked["out"]), asked["init_from"], asked["eval_only"]
-
-    begun = not given.get("init_from") and runs.holds_run(out)  # its file's init_from is history
-    own = asked["resume"] or (evaluates and (begun or not start))  # the weights are those in out
-    source = out if own else Path(start) if start else None
-    if not (file or source) or not (asked["out"] or (evaluates and start)):
+    source, own = find_weights(asked, given)
+    nowhere = not asked["out"] and not (asked["eval_only"] and asked["init_from"])
+    if nowhere or not (file or source):
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
     check_paths(asked, given)
+    if not own:
+        return in_file | given, source, 0
 
-    stored, first = {}, 0
-    if own:
-        source = out / "ckpt.pt" if asked["resume"] else checkpoint_file(out)
-        stored, first = runs.settings_in(source, TrainConfig, ModelConfig)
-        stored = vars(TrainConfig()) | stored  # what the run did not know yet has its default
-        stored = {k: v for k, v in stored.items() if k not in OF_THE_COMMAND}
+    stored, first = runs.settings_in(source, TrainConfig, ModelConfig)
+    stored = vars(TrainConfig()) | stored  # what the run did not know yet has its default
+    stored = {k: v for k, v in stored.items() if k not in OF_THE_COMMAND}
     values = settings.merge(in_file, stored, given)
     if asked["resume"]:  # steps number the windows: those of another size begin elsewhere
         then, now = (x["batch_size"] * x["block_size"] for x in (stored, values))
@@ -586,6 +582,19 @@ def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
             does = f"reads {again:,} tokens once more" if again > 0 else f"skips {-again:,} tokens"
             info(f"with batches of another size the run {does}")
     return values, source, first
+
+
+def find_weights(asked: dict, given: dict) -> tuple[Path | None, bool]:
+    """Where the weights are (None: a new network), and whether they are those of the run in `out`,
+    which go on or are evaluated. Once there is a run, what its config file has as init_from is
+    history: only the command line can name other weights to evaluate."""
+    out, start = Path(asked["out"]), asked["init_from"]
+    if asked["resume"]:
+        return out / "ckpt.pt", True
+    begun = runs.holds_run(out) and not given.get("init_from")
+    if asked["eval_only"] and (begun or not start):
+        return checkpoint_file(out), True
+    return Path(start) if start else None, False
 
 
 def check_paths(asked: dict, given: dict):
