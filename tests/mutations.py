@@ -261,7 +261,6 @@ if copied > len(train[name]) / 2: => if copied >= len(train[name]) / 2:
 size[name] <= 1.1 * val_target => size[name] <= 1.11 * val_target
 if val_bytes < val_target / 2: => if val_bytes < val_target / 3:
 size[name] <= 0.1 * test_target => size[name] < 0.1 * test_target
-if not re.fullmatch( => if not re.match(
 if not lies_in(path, root): => if False:
 if steps < small["steps"] else => if steps <= small["steps"] else
 steps = max(1, 5 * len => steps = max(1, 50 * len
@@ -353,6 +352,14 @@ file.flush() => file.flush(); file = open(os.devnull)
 # support/settings.py tests/test_settings.py
 os.open(os.devnull, os.O_RDWR) => pass
 if getattr(sys, name) is None: => if False:
+
+# prepare_data.py tests/test_refusals.py
+if not re.fullmatch( => if not re.match(
+if not 0 < self.val_fraction <= 0.5: => if not 0 <= self.val_fraction <= 0.5:
+
+# huggingface.py tests/test_refusals.py
+config.check + config.quantize + to_gguf > 1: => False:
+if (source / "config.json").exists(): => if False:
 
 # train.py tests/test_refusals.py
 check_paths(asked, given) => pass

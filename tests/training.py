@@ -138,7 +138,7 @@ def poison_third_gradient():
 
 
 class Faults:
-    """What goes wrong while a run is trained in this process. The fixture `faults` undoes it."""
+    """What goes wrong while a run is trained in this process. conftest.py undoes it."""
 
     def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
