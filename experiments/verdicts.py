@@ -138,7 +138,7 @@ class Verdicts:
         return markdown(HEADS, [self.row(claim) for claim in self.sorted])
 
     def table_of_readme(self) -> str:
-        """The headline claims, without what was compared in words."""
+        """The headline claims alone."""
         rows = [self.row(claim) for claim in self.sorted if claim.headline]
         return markdown(HEADS, rows)
 
