@@ -16,7 +16,6 @@ One process at a time writes there. Files are written whole, or they stay what t
 """
 
 import functools
-import inspect
 import json
 import math
 import os
@@ -87,7 +86,7 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
 def code_of(config_class: type) -> str:
     """The digits of the file that defines a network and this class of its settings: model.py. See
     support/digits.py."""
-    return digits_of(file_source(Path(inspect.getfile(config_class))))
+    return digits_of(file_source(Path(config_class.__post_init__.__code__.co_filename)))
 
 
 def settings_in(file: Path, *config_classes: type) -> tuple[dict[str, Any], int]:

@@ -336,8 +336,7 @@ math.isfinite(loss) and best.step > 0 => best.step > 0
 if self.last and not math.isfinite(loss): => if False:
 if not x.isfinite().all(): => if False:
 if os.path.samestat(own, os.stat(self.out / ".lock")): => if True:
-self.saved_step == step - n and n > 1 => False
-if n > 1 or not self.saved_step: => if True:
+spoilt = self.saved_step == step - n => spoilt = False
 if run.stop.heard: => if False:
 
 # support/processes.py tests/test_runs.py
