@@ -82,11 +82,13 @@ def with_hunks(patched: re.Match) -> str:
         nonlocal at, grown
         old, new = sides(hunk[2])
         places = (i for i in range(at, len(source)) if source[i : i + len(old)] == old)
-        if (begin := next(places, None)) is None:
+        begin, before = next(places, None), grown
+        grown += len(new) - len(old)
+        if begin is None:
             return hunk[0]
-        head = f"@@ -{begin + 1},{len(old)} +{begin + 1 + grown},{len(new)} @@{hunk[1]}\n"
-        at, grown = begin + len(old), grown + len(new) - len(old)
-        return head + hunk[2]
+        at = begin + len(old)
+        numbers = f"-{begin + 1},{len(old)} +{begin + 1 + before},{len(new)}"
+        return f"@@ {numbers} @@{hunk[1]}\n{hunk[2]}"
 
     return patched[0].removesuffix(patched[2]) + HUNK.sub(right, patched[2])
 
@@ -197,8 +199,9 @@ def changed(diff: str, folder: Path) -> dict[str, SimpleNamespace]:
         source = (ROOT / file).read_text(encoding="utf-8")
         for _, hunk in HUNK.findall(hunks):
             before = "\n".join(sides(hunk)[0])
-            told = f"in {file} these lines are others now: write them so in this diff of HACKING.md"
-            assert f"{before}\n" in source, f"{told}\n{before}"
+            if f"{before}\n" not in source:
+                told = f"{file} has these lines no more, mend them in this diff of docs/HACKING.md:"
+                pytest.fail(f"{told}\n{before}", pytrace=False)
     subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=folder, check=True)
     return {file: SimpleNamespace(**runpy.run_path(str(folder / file))) for file in files}
 
