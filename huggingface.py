@@ -16,7 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,15 @@ FAMILY = ("deepseek_v3", "kimi_k2")  # the values of model_type with V3's networ
 # config.json's other keys that matter, each with the only value that model.py computes.
 FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}
 FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+# ... and those that ModelConfig has as fields. A network with more of them is no V3.
+KEYS = {
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank"),
+    *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size"),
+    *("moe_intermediate_size", "first_k_dense_replace", "n_routed_experts", "n_shared_experts"),
+    *("num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
+    *("rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_interleave"),
+    *("attention_bias", "tie_word_embeddings", "num_nextn_predict_layers", "initializer_range"),
+}
 FP8_KEYS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 # Stored in FP8 are the projections of attention and FFN, not gate, norms or eh_proj.
 FP8_WEIGHTS = re.compile(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
@@ -194,8 +203,13 @@ def layout(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_layout(model: DeepSeekV3):
-    """Raises Refusal unless the network has the tensors of DeepSeek-V3, by name and shape: readers
-    of the layout would make another network of them, mostly without a word."""
+    """Raises Refusal unless the network has the keys of DeepSeek-V3, and its tensors by name and
+    shape: readers of the layout would make another network of them, mostly without a word."""
+    for field in fields(model.config):
+        value = getattr(model.config, field.name)
+        if field.name not in KEYS and value != field.default:
+            told = f"{field.name} is {value} in this network, a key that DeepSeek-V3 does not have"
+            raise Refusal(f"{told}: other programs would compute another network.")
     ours = {name: tuple(x.shape) for name, x in checkpoint_views(model)}
     released = layout(model.config)
     for name in sorted(ours.keys() | released.keys()):

@@ -595,7 +595,9 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
     caches = (Cache(model.config, model.layers, 1, size, like).kept for size in (1, 2))
     one, two = (sum(x.nbytes for x in torch.utils._pytree.tree_leaves(kept)) for kept in caches)
     mha = model.config.cache_numbers()[1] * like.element_size()
-    info(f"cache: {two - one:,} bytes per token; multi-head attention would hold {mha:,}")
+    fixed = 2 * one - two  # what does not grow, such as a recurrent state
+    also = f" and {fixed:,} per text" if fixed else ""
+    info(f"cache: {two - one:,} bytes per token{also}; multi-head attention would hold {mha:,}")
     if stats.note:
         info(f"note: {stats.note}")
 

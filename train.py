@@ -733,8 +733,9 @@ def main(argv: list[str]):
     except (RuntimeError, MemoryError) as error:
         if not settings.is_out_of_memory(error):
             raise
-        told = "out of memory: raise --grad_accum or give --recompute; in an evaluation,"
-        raise Refusal(f"{told} lower --eval_batch; else take a smaller network.") from None
+        ways = "raise --grad_accum or give --recompute; in an evaluation, lower --eval_batch"
+        told = f"out of memory{settings.place_of(error)}: {ways}; else take a smaller network."
+        raise Refusal(f"{told} ({settings.short(error, 100)})") from None
     processes.end()
 
 

@@ -11,9 +11,11 @@ import re
 import runpy
 import shlex
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 
@@ -168,6 +170,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(by_torch or by_system)
 
 
+def place_of(error: BaseException) -> str:
+    """Of an error's trace the last line in this repository, as " at FILE:LINE, in FUNCTION"; "" if
+    there is none."""
+    root = Path(__file__).parent.parent
+    lines = [x for x in traceback.extract_tb(error.__traceback__) if x.filename != __file__]
+    own = [x for x in lines if Path(x.filename).parent in (root, *root.glob("[a-z]*"))]
+    return f" at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name}" if own else ""
+
+
 def sentence_of(error: Exception) -> str | None:
     """The sentence in which an error ends a command: of a refusal; of a file that the system
     refuses by name; of lack of memory, of space or of an optional package. None for all else: that
@@ -175,7 +186,7 @@ def sentence_of(error: Exception) -> str | None:
     if isinstance(error, Refusal):
         return str(error)
     if is_out_of_memory(error):
-        return "out of memory" + (f" ({short(error, 100)})" if str(error) else "")
+        return f"out of memory{place_of(error)}" + (f" ({short(error, 100)})" * bool(str(error)))
     if isinstance(error, OSError):
         named = error.errno is not None and error.filename is not None
         return str(error) if named or error.errno == errno.ENOSPC else None

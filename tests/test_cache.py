@@ -83,7 +83,7 @@ def test_the_line_about_the_cache_counts_what_the_layers_keep(capsys):
     model = smeared(1, 2)
     model.layers[2].self_attn = Summed(1, 1, model.layers[2].self_attn)
     print_stats(model, Stats(), 1)
-    assert "cache: 120 bytes per token;" in capsys.readouterr().err
+    assert "cache: 120 bytes per token and 384 per text;" in capsys.readouterr().err
 
 
 def test_a_layer_that_starts_with_nothing_is_looked_at():

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from unittest import mock
 
@@ -256,6 +256,21 @@ def test_a_network_with_other_parameters_is_not_exported(kind, told, run, tmp_pa
             with pytest.raises(Refusal, match=told):
                 huggingface.main([str(edited), str(tmp_path / target)])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@dataclass
+class Windowed(ModelConfig):
+    window: int = 0  # it changes no parameter
+
+
+def test_a_network_with_a_key_of_its_own_is_exported_where_that_is_off(tmp_path):
+    config = Windowed(**TINY, window=16)
+    model = DeepSeekV3(config)
+    with pytest.raises(Refusal, match="window is 16 in this network, a key that DeepSeek-V3 does"):
+        huggingface.save_pretrained(model, tmp_path / "hf")
+    config.window = 0
+    huggingface.save_pretrained(model, tmp_path / "hf")
+    assert {field.name for field in fields(ModelConfig)} == huggingface.KEYS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -244,8 +244,8 @@ def test_what_the_report_initialises_is_initialised_and_nothing_else(monkeypatch
     are 0. Another parameter stays as its module made it, whatever its shape."""
 
     class Mixed(plain.Block):
-        def __init__(self, config, dense):
-            super().__init__(config, dense)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             self.mix, self.extra = nn.Parameter(torch.eye(3)), nn.Linear(8, 8)
             self.turn = nn.Conv1d(8, 8, 3)
             self.turned = self.turn.weight.detach().clone()

@@ -12,6 +12,7 @@ from typing import Literal
 from unittest import mock
 
 import pytest
+import torch
 
 from support import settings as config
 
@@ -133,6 +134,18 @@ def test_run_command_turns_refusals_into_exit_codes(error, code, message, capsys
     with pytest.raises(SystemExit) as caught:
         config.run_command(mock.Mock(side_effect=error))
     assert (caught.value.code, capsys.readouterr().err) == (code, message)
+
+
+def test_lack_of_memory_names_the_line_that_asked_for_it(capsys):
+    """It may be a shape that a hacker did not mean."""
+
+    def too_large(argv):
+        torch.empty(2**60)
+
+    with pytest.raises(SystemExit):
+        config.run_command(too_large)
+    told = rf"error: out of memory at {re.escape(__file__)}:\d+, in too_large \(.*"
+    assert re.fullmatch(told, capsys.readouterr().err.strip())
 
 
 @pytest.mark.parametrize(
