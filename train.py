@@ -620,12 +620,13 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
             sizes = "hidden_size, num_hidden_layers and the network's other sizes"
             raise Refusal(f"the config file has to set {sizes}: take config/small.py's.")
         return DeepSeekV3(ModelConfig(**network)).to(place, dtype), None
-    starts = not (config.resume or config.eval_only)  # a network that may have grown since
-    opened, tokenizer, _ = load_model(source, place, dtype, extend=starts)
+    new_run = not (config.resume or config.eval_only)
+    opened, tokenizer, _ = load_model(source, place, dtype, extend=new_run)
     model = with_settings(opened, network, source)
-    for key, was in vars(opened.config).items():
-        if starts and (now := vars(model.config)[key]) != was:  # else settings.merge has said it
-            info(f"{key} is now {now} (was {was} in {source})")
+    if new_run:  # else settings.merge has told it
+        for key, was in vars(opened.config).items():
+            if (now := vars(model.config)[key]) != was:
+                info(f"{key} is now {now} (was {was} in {source})")
     return model, tokenizer
 
 

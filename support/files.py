@@ -96,7 +96,7 @@ def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """A file that is either the old one or the new one, whatever happens in between. Only one
-    process at a time may write it. Raises Refusal."""
+    process at a time may write it. Raises Refusal for what the disk refuses."""
     part = path.with_name(f"{path.name}.tmp")
     try:
         part.unlink(missing_ok=True)  # left by a process that was killed
@@ -105,10 +105,13 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         with suppress(OSError):
             part.unlink()
-        cause = error.__context__ or error  # torch raises its own on top of the disk's
+        # torch.save raises an error of its own on top of the disk's.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):
+            raise
         raise Refusal(f"cannot write {path} ({cause}); what it held before is intact.") from None
 
 

@@ -109,8 +109,9 @@ class Named:
         self.made = [dict(group) for group in optimizer.param_groups]  # lr, weight decay and so on
 
     def state_dict(self) -> dict[str, Any]:
-        """Of a group's options it has those that are not what they were made, such as a counter. So
-        a run that goes on takes all others from its settings, which may have changed."""
+        """An option of a group is left out if it is what it was made, such as the weight decay: a
+        run that goes on takes it from its settings, which may have changed. What the optimiser has
+        changed, such as a counter, is kept."""
         state = self.optimizer.state_dict()
         moments = {self.names[i]: x for i, x in state["state"].items()}
         groups = [
@@ -201,8 +202,8 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
         raise Refusal(f"{out} is a file: give another --out.")
     inside = {path.name for path in out.iterdir()} - {".lock"} if out.exists() else set()
     trained, data = holds_run(out), any(name.endswith(".bin") for name in inside)
-    begun = "log.jsonl" in inside and (out / ".lock").exists()  # and ended before its first line
-    if data or (inside and not trained and not begun):
+    early = "log.jsonl" in inside and (out / ".lock").exists()  # a run without a line yet
+    if data or (inside and not trained and not early):
         kind = "token files, as a folder of data does" if data else "files, but no run"
         raise Refusal(f"{out} holds {kind}: give another --out.")
     if resume and not (out / "ckpt.pt").exists():
@@ -402,8 +403,8 @@ class Run:
         self.clock.steps += 1
         dtype = next(self.model.parameters()).dtype
         for name, x in means.items():
-            total, steps = progress.sums.get(name, (x.new_zeros((), dtype=dtype), 0))
-            progress.sums[name] = total + x, steps + 1
+            total, steps = progress.sums.get(name, (0.0, 0))
+            progress.sums[name] = total + x.to(dtype), steps + 1
         # Up to four steps are left out, if a good one follows.
         lost = self.bad_in_a_row >= 5 or (self.last and self.bad_in_a_row > 0)
         if lost or self.due(self.config.log_every):

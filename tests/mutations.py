@@ -313,9 +313,9 @@ if p.requires_grad and times[name] != 1: => if times[name] == 0:
 if p.requires_grad and times[name] != 1: => if times[name] > 1:
 if self.measured != now: => if False:
 getattr(os, "O_NOFOLLOW", 0)  # Windows => 0  # Windows
-if data or (inside and not trained and not begun): => if inside and not trained and not begun:
-if data or (inside and not trained and not begun): => if data:
-begun = "log.jsonl" in inside and (out / ".lock").exists() => begun = "log.jsonl" in inside
+if data or (inside and not trained and not early): => if inside and not trained and not early:
+if data or (inside and not trained and not early): => if data:
+early = "log.jsonl" in inside and (out / ".lock").exists() => early = "log.jsonl" in inside
 fcntl.flock(file, => 0 and fcntl.flock(file,
 if not os.path.samestat(os.fstat => if 0 and os.path.samestat(os.fstat
 except (BlockingIOError, FileNotFoundError): => except BlockingIOError:

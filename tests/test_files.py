@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -175,6 +176,14 @@ def test_what_is_made_meanwhile_is_refused_or_put_aside(name, tmp_path):
     assert made == ({"file.gguf": "new"} if name == "file.gguf" else NEW)
     make(tmp_path / f"more_{name}", True, last=lambda: make(tmp_path / f"more_{name}"))
     assert (tmp_path / f"more_{name}.old-1").exists() and len(contents(tmp_path)) == 3 * len(made)
+
+
+def test_a_bug_in_what_writes_a_file_keeps_its_trace_and_the_old_file(tmp_path):
+    (tmp_path / "a").write_text("old")
+    for bug in (RuntimeError("shapes do not fit"), KeyError("x")):
+        with pytest.raises(type(bug), match=str(bug)):
+            files.write_whole(tmp_path / "a", mock.Mock(side_effect=bug))
+        assert contents(tmp_path) == {"a": "old"}
 
 
 def test_nothing_is_renamed_where_the_name_is_not_known(tmp_path, monkeypatch):
