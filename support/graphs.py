@@ -11,7 +11,6 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -79,12 +78,13 @@ PLAIN = int | float | str | bytes | None | torch.dtype | torch.device | types.Co
 
 
 def what_runs(*roots: Any) -> tuple:
-    """The code and the plain numbers of these classes and modules, and of all that they call.
+    """The code of these classes and modules and of all that they call, and what it is set to: plain
+    values, in objects and collections, too.
 
     Where this tuple is another, something was edited, patched, wrapped, hooked or set to another
     value, and a graph would do what was done before. Code is compared as code: an equal function,
     read a second time, is no other. Weights count by shape and dtype alone: a graph has none in it.
-    The functions of torch and of Python itself are followed no further.
+    What belongs to torch and to Python itself is followed no further.
     """
     found, seen, todo = [], {}, list(roots)
     while todo:
@@ -111,10 +111,12 @@ def parts_of(x: Any) -> list:
     """What tells x from others: plain values, and things that have parts themselves."""
     if isinstance(x, list | tuple):
         return [item for item in x if not isinstance(item, Tensor)]  # results, not weights
+    if isinstance(x, set | frozenset):
+        return sorted(map(repr, x))
     if isinstance(x, dict):
         return [*map(str, x), *x.values()]
     if isinstance(x, types.MethodType):
-        return [x.__func__]
+        return [x.__self__, x.__func__]
     if isinstance(x, functools.partial):
         return [x.func, x.args, x.keywords]
     if isinstance(x, property):
@@ -130,27 +132,34 @@ def parts_of(x: Any) -> list:
             return []
         if foreign(x.__module__):
             return [vars(x).get("forward"), *x.__bases__]
-        callables = types.FunctionType | property | staticmethod | classmethod
-        kept = {k: v for k, v in vars(x).items() if isinstance(v, callables | int | float)}
-        return [x.__qualname__, kept, *x.__bases__]
-    if isinstance(x, nn.Module) or (is_dataclass(x) and not foreign(type(x).__module__)):
+        own = {k: v for k, v in vars(x).items() if callable(v) or not k.startswith("__")}
+        return [x.__qualname__, own, *x.__bases__]
+    if isinstance(x, nn.Module):
         return [type(x), vars(x)]
-    return [getattr(x, "__name__", None)]  # a function in C, say
+    if isinstance(x, types.SimpleNamespace) or not foreign(type(x).__module__):
+        return [type(x), getattr(x, "__dict__", None)]
+    # A function with a cache around it; or one in C, say.
+    return [getattr(x, "__wrapped__", None), getattr(x, "__name__", None)]
 
 
 def called_by(f: types.FunctionType) -> list:
     """What the names in a function mean, among its globals and in the modules that are there."""
+    if f.__globals__ is globals():  # what makes graphs is in none, and GRAPHS grows
+        return []
     names, codes = set(), [f.__code__]
     for code in codes:
         names |= set(code.co_names)
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]  # functions in it
-    modules = [x for x in map(f.__globals__.get, names) if type(x) is types.ModuleType]
-    spaces, found = [f.__globals__, *map(vars, sorted(modules, key=repr))], []
+    spaces, found = [f.__globals__], []
     for space in spaces:
+        own = not foreign(space.get("__name__", ""))
         for name in sorted(names & space.keys()):
             value = space[name]
-            if isinstance(value, types.FunctionType | type | bool | int | float | str):
+            if type(value) is types.ModuleType:
+                if own and all(vars(value) is not x for x in spaces):
+                    spaces.append(vars(value))
+            elif own or isinstance(value, types.FunctionType | type | bool | int | float | str):
                 found += name, value
-            elif not isinstance(value, types.ModuleType):
+            else:
                 found += name, getattr(value, "__name__", None)  # a function in C, say
     return found

@@ -500,14 +500,14 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
     x32 = upcast(x)
     if any(n % 2 for n in (x32.storage_offset(), *x32.stride()[:-1])):  # pairs begin anywhere
         return NotImplemented
-    last = turning[0]
-    if last[0] is not rope:  # all layers turn by the same angles
-        last = turning[0] = rope, torch.complex(*rope)[:, None]
-    turned = torch.view_as_complex(x32.view(*x.shape[:-1], -1, 2)) * last[1]
-    return cast(torch.view_as_real(turned).view(x.shape), x.dtype)
+    turned = torch.view_as_complex(x32.unflatten(-1, (-1, 2))) * complex_table(*rope)
+    return cast(torch.view_as_real(turned).flatten(-2), x.dtype)
 
 
-turning: list = [(None, None)]  # the rotary table that `rotate` had last, and its complex numbers
+@functools.lru_cache(1)  # all layers turn by the same angles
+def complex_table(cos: Tensor, sin: Tensor) -> Tensor:
+    """cos + i sin (T, 1, R/2)."""
+    return torch.complex(cos, sin)[:, None]
 
 
 def per_head(x: Tensor, W: Tensor) -> Tensor:

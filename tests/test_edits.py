@@ -10,7 +10,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType, ModuleType
+from types import MethodType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -656,6 +656,14 @@ def use_another_number(model, monkeypatch):
     monkeypatch.setattr(plain, "rms_norm", times(3.0))
 
 
+def change_an_object(model, monkeypatch):
+    """Which no module has: a function knows it."""
+    settings, norm = SimpleNamespace(factor=1.5), plain.rms_norm
+    monkeypatch.setattr(plain, "rms_norm", lambda *args: settings.factor * norm(*args))
+    assert is_the_models_text(model, **COMPILED)
+    settings.factor = 3.0
+
+
 PATCHES = [
     put_in_a_class,
     patch_a_class,
@@ -696,7 +704,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(graphs, "GRAPHS", FAST_GRAPHS)
 
 
-@pytest.mark.parametrize("patch", [*PATCHES, use_another_number])
+@pytest.mark.parametrize("patch", [*PATCHES, use_another_number, change_an_object])
 def test_a_patch_decodes_as_patched_in_a_graph(patch, compiled, monkeypatch):
     """A text before it leaves a graph behind; where only weights change it serves the next text."""
     model = network(plain)
@@ -705,6 +713,60 @@ def test_a_patch_decodes_as_patched_in_a_graph(patch, compiled, monkeypatch):
     known = len(graphs.GRAPHS)
     assert is_the_models_text(model, **COMPILED) and is_the_models_text(model, **COMPILED)
     assert len(graphs.GRAPHS) == known + (patch is not change_weights_unseen)
+
+
+SETTINGS = """
+import functools
+from types import ModuleType, SimpleNamespace
+
+class Cap:
+    kind = "soft"
+    widths = (1, 2)
+
+    def __init__(self):
+        self.value = 20
+
+    def at(self):
+        return self.value
+
+table, names, function = {"cap": [20]}, {"a"}, {"cap": lambda: 20}
+cap, method, settings = Cap(), Cap().at, SimpleNamespace(cap=20)
+package = ModuleType("package")
+package.inner = ModuleType("package.inner")
+package.inner.cap = 20
+
+@functools.lru_cache
+def cached():
+    return 20
+
+def root():
+    return table, names, function, cap, method, settings, package.inner.cap, cached, Cap
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "table['cap'][0] = 30",
+        "names.add('b')",
+        "function['cap'] = lambda: 30",
+        "cap.value = 30",
+        "method.__self__.value = 30",
+        "settings.cap = 30",
+        "package.inner.cap = 30",
+        "cached = functools.lru_cache(lambda: 30)",
+        "Cap.kind = 'hard'",
+        "Cap.widths = (1, 3)",
+        "Cap.at = functools.partial(Cap.at, 1)",
+    ],
+)
+def test_a_graph_depends_on_what_its_code_is_set_to(change):
+    namespace = {"__name__": "edited"}
+    exec(SETTINGS, namespace)
+    before = graphs.what_runs(namespace["root"])
+    assert graphs.what_runs(namespace["root"]) == before
+    exec(change, namespace)
+    assert graphs.what_runs(namespace["root"]) != before
 
 
 def test_a_reloaded_file_decodes_as_edited_in_a_graph(compiled, tmp_path, monkeypatch):
