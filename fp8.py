@@ -414,7 +414,7 @@ class FP8Experts(nn.Module):
         """x (rows, D) sorted by expert, counts (E,) of each expert's rows, gate values (rows,) ->
         (rows, D)."""
         rows = rows_of(counts, x)
-        gate, up = _linear(x, self.gate_up_proj, rows).chunk(2, dim=-1)  # (T, F) each
+        gate, up = _linear(x, self.gate_up_proj, rows).chunk(2, dim=-1)  # (rows, F) each
         return _linear(gate, self.down_proj, rows, up, gain)
 
 

@@ -245,7 +245,7 @@ class Text:
                 self.tokens[:, span(n + step, 1)] = token.to(hidden.device)
         if copies is None:
             return torch.cat(q, 1)
-        return F.one_hot(copies, self.model.config.vocab_size).to(u)
+        return F.one_hot(copies.to(u.device), self.model.config.vocab_size).to(u.dtype)
 
     def verify(self, n: int | Tensor, q: Tensor, u: Tensor) -> Tensor:
         """One forward of the model checks the drafts of tokens n .. n+G-1 and writes n .. n+G.

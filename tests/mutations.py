@@ -88,6 +88,10 @@ self.mtp_losses = [loss.detach() for => self.mtp_losses = [loss for
 if config.tie_word_embeddings: => if False:
 
 # support/ops.py tests/test_model.py
+if not on_gpu(x) or weight.shape != x.shape[-1:]: => if not on_gpu(x):
+if last != 1 or any( => if any(
+v.shape[:3]) or isinstance(start, Tensor) or start: => v.shape[:3]):
+torch.promote_types(gate.dtype, up.dtype) => gate.dtype
 .triu_(1) => .triu_(2)
 k.mT, alpha=scale => k.mT
 is_causal=True => is_causal=False
@@ -197,7 +201,7 @@ copies is None else self.depth => copies is None else 0
 hidden = model.trunk(tokens[:, :-1], self.cache) => hidden = model.trunk(tokens, self.cache)[:, :-1]
 rest = (p_after - q_after).clamp(min=0) => rest = p_after
 self.cache.length = n - 1 => pass
-vocab_size).to(u) => vocab_size).to(u) / 2
+vocab_size).to(u.dtype) => vocab_size).to(u.dtype) / 2
 kept = torch.where(logits.isfinite().all(), kept, -1) => pass
 if len(self.ids) >= MATCH: => if len(self.ids) > MATCH:
 if all(found): => if any(found):
@@ -227,6 +231,14 @@ FORMULAS.get(f, f) => functools.reduce(lambda g, _: getattr(g, "__wrapped__", g)
 if enabled and not kwargs and => if enabled and
 if not isinstance(scale, float): => if False:
 return open_texts > 0 and => return True and
+
+# support/graphs.py tests/test_edits.py
+return [x.__self__, x.__func__] => return [x.__func__]
+return sorted(map(repr, x)) => return []
+isinstance(x, types.SimpleNamespace) or not foreign( => not foreign(
+[getattr(x, "__wrapped__", None), => [
+spaces.append(vars(value)) => pass
+if f.__globals__ is globals(): => if False:
 
 # support/digits.py tests/test_edits.py
 outer |= {*node.names} => pass

@@ -443,6 +443,24 @@ def test_experts_equal_the_loop_over_experts(null):
             close(plain.routed_ffn(*few, *args[3:]), expected[0][:n])
 
 
+@both_ways
+def test_twins_take_what_their_formulas_take():
+    """As an edit may hand it over: a weight for each head's norm, or one for all; pairs that are no
+    neighbours in memory; factors of two dtypes; queries that look at all."""
+    x = torch.randn(2, 5, 3, 16, dtype=torch.float64)
+    rope = torch.rand(2, 5, 4, dtype=torch.float64).unbind()
+    for function, *args in (
+        (plain.rms_norm, x, torch.randn(3, 16).double(), 1e-3),
+        (plain.rms_norm, x, torch.randn(1).double(), 1e-3),
+        (plain.rotate, x[..., ::2], rope, True),
+        (plain.swiglu, x.float(), x),
+        (plain.causal_attention, x, x, x, 0.3, 4),
+    ):
+        y, expected = function(*args), ops.FORMULAS[function](*args)
+        assert y.dtype == expected.dtype
+        close(y, expected, atol=1e-5 if function is plain.swiglu else ATOL)
+
+
 def test_the_examples_of_sorting_by_expert_are_right():
     """Those above ops.sort_by_expert."""
     chosen = torch.tensor([[2, 0], [2, 1]])
