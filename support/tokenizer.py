@@ -260,7 +260,10 @@ def read_vocabulary(path: Path, special_tokens: dict[str, int]) -> Tokenizer:
 def read_tokenizer_json(path: Path) -> Tokenizer:
     import tokenizers
 
-    parsed = tokenizers.Tokenizer.from_file(str(path))
+    try:
+        parsed = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise Refusal(f"{path.name} is damaged, or unknown ({short(error, 300)})") from None
     parsed.no_truncation()  # a file may ask for either; both would change the ids of a text
     parsed.no_padding()
     special = {i: token.content for i, token in parsed.get_added_tokens_decoder().items()}
@@ -318,9 +321,7 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory, if any. Raises Refusal."""
     try:
         return read_release(folder)
-    except ImportError:
-        raise
-    except Exception as error:  # tokenizers raises nothing more special
+    except (OSError, ValueError, KeyError) as error:
         raise Refusal(f"the tokenizer of {folder} cannot be read ({short(error, 500)})") from None
 
 
@@ -386,9 +387,7 @@ def stored_tokenizer(folder: Path | str) -> Tokenizer:
             return replace(read_vocabulary(files[0], meta["special_tokens"]), files=files, **told)
         ranks = parse_ranks(content)
         return tokenizer_of(encoding_from(ranks, meta["pattern"], meta["special_tokens"]))
-    except ImportError:
-        raise
-    except Exception as error:  # a damaged file may lead to any
+    except (OSError, ValueError, KeyError) as error:  # a file is missing, or cut short
         told = f"{folder} has no whole tokenizer ({short(error, 500)}); {AGAIN}"
         raise Refusal(f"{told}; for weights, copy their run's tokenizer and meta.json") from None
 

@@ -392,3 +392,10 @@ def test_a_pattern_that_tries_too_many_ways_is_a_sentence(folder):
     edit(folder / "meta.json", pattern=r"(?:a|a)+(?!c)c|[\s\S]")
     said = refusal(tk.stored_tokenizer(folder).encode, "a" * 50)
     assert "pattern cannot split this text" in said and "Backtrack" in said
+
+
+def test_a_bug_in_reading_a_tokenizer_keeps_its_trace(book, monkeypatch):
+    """Only what a damaged file leads to is a refusal."""
+    monkeypatch.setattr(tk, "parse_ranks", lambda content: content.no_such_method())
+    with pytest.raises(AttributeError, match="no_such_method"):
+        tk.stored_tokenizer(book)
