@@ -68,6 +68,7 @@ def numbered(document: Path) -> str:
         return f"[{label}]({file}#L{begin}{f'-L{end}' if last else ''})"
 
     text = LINES.sub(right, document.read_text(encoding="utf-8"))
+    text = re.sub(r"(?m)^@@ -0,0 \+\d+,", "@@ -0,0 +1,", text)  # of a new file
     return re.sub(r"(?s)(?<=```diff\n).*?(?=```)", lambda m: PATCHED.sub(with_hunks, m[0]), text)
 
 
