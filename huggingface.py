@@ -90,12 +90,6 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**{key: value for key, value in stated.items() if key in known})
 
 
-def on_meta(config: ModelConfig) -> DeepSeekV3:
-    """The network without memory, to compare names and shapes."""
-    with torch.device("meta"):
-        return DeepSeekV3(config)
-
-
 class NoMemory(TorchFunctionMode):
     """Within it torch.empty makes tensors without memory: matrices, which a constructor goes on to
     fill with random numbers, cost neither memory nor time. All else is made as usual."""
@@ -105,16 +99,26 @@ class NoMemory(TorchFunctionMode):
         return function(*args, **kwargs | ({"device": "meta"} if function is torch.empty else {}))
 
 
+def outline(config: ModelConfig) -> DeepSeekV3:
+    """The network, mostly without memory: names and shapes, and what its constructor makes else."""
+    try:
+        with NoMemory():
+            return DeepSeekV3(config)
+    except (RuntimeError, NotImplementedError):  # an edited one that computes with such tensors
+        return DeepSeekV3(config)
+
+
 def to_fill(
     config: ModelConfig, stored: Collection[str], device: str | torch.device, dtype: torch.dtype
 ) -> DeepSeekV3:
     """A network for a file with the tensors `stored`: these have memory, but need not have values.
     All others, such as buffers that are not saved, are as the constructor makes them."""
-    with NoMemory():
-        model = DeepSeekV3(config)
+    model = outline(config)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     empty = {name: x for name, x in tensors.items() if x.is_meta}
-    if empty.keys() - stored:  # values that only a whole constructor makes
+    attributes = [x for module in model.modules() for x in vars(module).values()]
+    unsaved = any(isinstance(x, Tensor) and x.is_meta for x in attributes)
+    if unsaved or empty.keys() - stored:  # values that only a whole constructor makes
         return DeepSeekV3(config).to(device, dtype)
     for x in empty.values():  # in place: what two modules share stays shared
         y = torch.empty_like(x, dtype=dtype, device=device)
@@ -281,7 +285,7 @@ def from_pretrained(
     named = getattr(torch, str(kind or "bfloat16"), None)
     if named not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise Refusal(f"config.json has dtype {kind!r:.100}, expected one such as float32.")
-    shapes = on_meta(config)
+    shapes = outline(config)
     check_tensors(shapes, stored, directory)
 
     model = to_fill(config, shapes.state_dict().keys(), device, dtype or named)
@@ -377,7 +381,7 @@ def load_model(
     if "code" in saved and saved["code"] != code_of(ModelConfig):
         other = f"{path} was saved with another model.py than this one"
         info(f"{other}: where a formula is another, its weights mean something else")
-    compare(weights, on_meta(config).state_dict(), path, told, extend)
+    compare(weights, outline(config).state_dict(), path, told, extend)
     model = to_fill(config, weights, device, dtype or weights["norm.weight"].dtype)
     model.load_state_dict(weights, strict=False)
     model.trained_length = saved.get("trained_length", config.max_position_embeddings)
@@ -388,17 +392,20 @@ def load_model(
     return model.eval(), tokenizer, path
 
 
-def with_settings(model: DeepSeekV3, settings: dict[str, Any], source: Path) -> DeepSeekV3:
-    """The network with other settings and the weights that it has, as far as it needs them; what
-    is new starts as initialised. Raises Refusal where a weight would change its shape."""
+def with_settings(
+    model: DeepSeekV3, settings: dict[str, Any], source: Path, extend: bool
+) -> DeepSeekV3:
+    """The network with other settings and the weights that it has, with extend as far as it needs
+    them: what is new starts as initialised. Raises Refusal where a weight would change its shape,
+    or without extend where one is missing or has no place."""
     config = replace(model.config, **settings)
     changed = [key for key, x in vars(config).items() if x != vars(model.config)[key]]
     if not changed:
         return model
     told = " and ".join(f"{key} {vars(config)[key]}" for key in changed)
     weights, like = model.state_dict(), model.norm.weight
-    needed = on_meta(config).state_dict()
-    compare(weights, needed, source, f"{source} cannot get {told}", extend=True)
+    needed = outline(config).state_dict()
+    compare(weights, needed, source, f"{source} cannot get {told}", extend)
     other = to_fill(config, weights.keys(), like.device, like.dtype)
     other.load_state_dict(weights, strict=False)
     other.trained_length = model.trained_length

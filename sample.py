@@ -477,7 +477,11 @@ def check_cache(model: DeepSeekV3, length: int = 256) -> CacheCheck:
         p.add_(shake.to(device), alpha=config.initializer_range)
     # Two texts, and two more from which the drafts come that are rejected.
     shape = 4, min(length, config.max_position_embeddings)
-    tokens = torch.randint(config.vocab_size, shape, generator=generator).to(device)
+    tokens = torch.randint(config.vocab_size, shape, generator=generator)
+    # Special tokens are an end of the vocabulary, and rare in texts at random: every eighth here.
+    special = torch.randint(2, shape, generator=generator) * (config.vocab_size - 1)
+    rare = torch.randint(8, shape, generator=generator) == 0
+    tokens = torch.where(rare, special, tokens).to(device)
     logits, mtp_logits = model(tokens[:2], return_mtp=True)
     inputs = [tokens, model.trunk(tokens)]  # what the main model takes, then what every module
     for k in range(1, len(mtp_logits)):

@@ -622,7 +622,7 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
         return DeepSeekV3(ModelConfig(**network)).to(place, dtype), None
     new_run = not (config.resume or config.eval_only)
     opened, tokenizer, _ = load_model(source, place, dtype, extend=new_run)
-    model = with_settings(opened, network, source)
+    model = with_settings(opened, network, source, extend=not config.resume)
     if new_run:  # else settings.merge has told it
         for key, was in vars(opened.config).items():
             if (now := vars(model.config)[key]) != was:

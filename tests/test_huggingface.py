@@ -513,20 +513,21 @@ def test_a_parameter_added_to_a_trained_network_starts_as_initialised_if_asked(
     assert kept.keys() == narrow.keys()
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["at once", "filled later"])
+@pytest.mark.parametrize("late", ["", "buffer", "attribute", "number"])
 def test_what_no_file_has_is_as_the_constructor_made_it(late, run, tmp_path, monkeypatch):
-    """Buffers that are not saved, however they got their values; what is tied stays tied."""
+    """Buffers and attributes, however they got their values; what is tied stays tied."""
 
-    def make(values: list) -> torch.Tensor:
+    def make(what: str, values: list) -> torch.Tensor:
         x = torch.tensor(values)
-        return torch.empty(x.shape, dtype=x.dtype).copy_(x) if late else x
+        return torch.empty(x.shape, dtype=x.dtype).copy_(x) if late == what else x
 
     class Decaying(DeepSeekV3):
         def __init__(self, config):
             super().__init__(config)
-            self.register_buffer("decay", make([0.9, 0.5]), persistent=False)
-            self.register_buffer("order", make([3, 1]), persistent=False)
-            self.attribute = torch.arange(4)
+            self.register_buffer("decay", make("buffer", [0.9, 0.5]), persistent=False)
+            self.register_buffer("order", make("buffer", [3, 1]), persistent=False)
+            self.attribute = make("attribute", [0, 1, 2, 3])
+            self.number = float(make("number", [0.5]))
 
     directory = tmp_path / "hf"
     huggingface.save_pretrained(ours(tie_word_embeddings=True), directory)
@@ -540,6 +541,7 @@ def test_what_no_file_has_is_as_the_constructor_made_it(late, run, tmp_path, mon
         assert model.decay.dtype == model.norm.weight.dtype == dtype
         assert torch.equal(model.decay, torch.tensor([0.9, 0.5], dtype=dtype))
         assert model.order.tolist() == [3, 1] and model.attribute.tolist() == [0, 1, 2, 3]
+        assert model.number == 0.5
         assert model.expert_counts.shape == (3, 8) and not model.expert_counts.any()
         assert model.gates()[0].e_score_correction_bias.dtype == torch.float32
         assert not any(x.is_meta for x in (*model.parameters(), *model.buffers()))

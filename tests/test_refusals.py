@@ -96,6 +96,12 @@ REFUSALS = [
     (f"{ON} --overwrite", 1, "--resume goes on with a run: leave out --init_from and --overwrite."),
     (f"{ON} --init_from=run", 1, "--resume goes on with a run: leave out"),
     (f"{ON} --hidden_size=64", 1, "run/ckpt.pt cannot get hidden_size 64"),
+    (
+        f"{ON} --attention_bias=True",
+        1,
+        "run/ckpt.pt cannot get attention_bias True: layers.0.",
+    ),
+    (f"{ON} --num_nextn_predict_layers=2", 1, "cannot get num_nextn_predict_layers 2: mtp.1."),
     (f"{ON} --optimizer=muon", 1, "run/ckpt.pt cannot be resumed: it has no state of Muon 1; use"),
     (f"{ON} --beta1=1", 1, "must be less than 1"),
     (f"{ON} --long_block_size=8", 1, "long_block_size is 8, less than the 16 trained before"),
