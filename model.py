@@ -177,7 +177,7 @@ def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
 # ---- Multi-head Latent Attention (section 2.1.1) -------------------------------------------------
 
 
-MOST_NEW = 8  # behind a prompt decoding reads at most so many tokens at once, and forgets as many
+MOST_NEW = 8  # after the prompt decoding reads at most 8 tokens at once, and forgets at most 8
 
 
 class Cache:
@@ -210,8 +210,8 @@ class Cache:
 
 
 def remember(past: Past, new: Tensor) -> Tensor:
-    """Writes new (B, T, C+R) behind what a layer keeps. Returns all of it (B, S, C+R); in a graph,
-    whose shapes are fixed, also the empty rest, S = size."""
+    """Writes new (B, T, C+R) behind the tokens that a layer keeps, and returns all (B, S, C+R). In
+    a graph, whose shapes are fixed, S is the cache's size: the empty rest is there, too."""
     (kv, start), T = past, new.shape[1]
     kv[:, span(start, T)] = new
     return kv[:, : start + T] if isinstance(start, int) else kv

@@ -323,8 +323,9 @@ class Row:
 
 
 def copied_drafts(rows: list[Row], live: list[int], G: int, made: bool) -> Tensor | None:
-    """G drafts for each row (B, G), copied from its own text, if every live row has some to copy.
-    Else None, where drafts can be made, or none at all (B, 0). All rows of a round do the same."""
+    """G drafts for each row (B, G), copied from its own text, if every live row has some to copy:
+    all rows of a round do the same. If not: None where the MTP modules can draft (`made`), else no
+    drafts (B, 0)."""
     found = [row.look_up(G) if b in live else [0] * G for b, row in enumerate(rows)]
     if all(found):
         return torch.tensor(found)
@@ -465,7 +466,8 @@ def check_cache(model: DeepSeekV3, length: int = 256) -> CacheCheck:
 
     A copy of the model reads, in float64. There rounding leaves 12 digits or more, and a mistake
     few: a logit is wrong if it is off by 1e-8 of the logits' spread, their standard deviation. All
-    weights of the copy are shaken a little, so that what was initialised as 0 counts, too.
+    weights of the copy are shaken a little, so that what was initialised as 0 counts, too. FP8
+    rounds more than that, so call it without use_fp8.
     length: tokens of the text, more than twice the longest window of a layer.
     """
     model = copy.deepcopy(getattr(model, "_orig_mod", model))
