@@ -27,9 +27,9 @@ from torch.utils import swap_tensors
 
 import fp8
 from model import DeepSeekV3, ModelConfig
+from support.checkpoints import code_of, load_checkpoint
 from support.files import check_free, new_folder, new_path, read_json
 from support.gguf import write_gguf
-from support.runs import code_of, load_checkpoint
 from support.settings import Refusal, info, parse_args, run_command, short
 from support.tokenizer import (
     PATTERN,

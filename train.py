@@ -15,8 +15,8 @@ resumed run, see the same data.
 
 On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (docs/REFERENCE.md).
 
-What is written where, and how a run goes on after an interruption: support/runs.py. Processes and
-devices: support/processes.py.
+What is written where, and when: support/runs.py. How a run goes on after an interruption:
+support/checkpoints.py. Processes and devices: support/processes.py.
 
 Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
 """
@@ -44,9 +44,9 @@ import prepare_data
 import sample
 from huggingface import load_model, with_settings
 from model import DeepSeekV3, ModelConfig, count_chosen
-from support import processes, runs, settings
-from support.processes import Machine, RandomNumbers
-from support.runs import Progress, checkpoint_file, load_checkpoint
+from support import checkpoints, processes, runs, settings
+from support.checkpoints import Progress, RandomNumbers, checkpoint_file, load_checkpoint
+from support.processes import Machine
 from support.settings import Refusal, info
 from support.tokenizer import check_tokenizer, stored_tokenizer, tokenizer_files
 from support.tokens import Dataset, data_folder, open_folder, text_digest
@@ -491,7 +491,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     progress = Progress(measured=(text_digest(data), config.block_size))
     # All that a checkpoint keeps. Whatever has state_dict and load_state_dict is one entry more.
     states = {"model": model, "progress": progress, "random": RandomNumbers(machine)}
-    states |= runs.by_name(model, optimizers)
+    states |= checkpoints.by_name(model, optimizers)
 
     with runs.open_run(states, config, machine, files) as run:
         tell_plan(model, data, config, machine, progress)
@@ -572,7 +572,7 @@ def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
     if not own:
         return in_file | given, source, 0
 
-    stored, first = runs.settings_in(source, TrainConfig, ModelConfig)
+    stored, first = checkpoints.settings_in(source, TrainConfig, ModelConfig)
     stored = vars(TrainConfig()) | stored  # what the run did not know yet has its default
     stored = {k: v for k, v in stored.items() if k not in OF_THE_COMMAND}
     values = settings.merge(in_file, stored, given)
@@ -665,7 +665,7 @@ def tell_source(config: TrainConfig, source: Path):
     if (source / "config.json").exists():
         return info(f"start: from {source}, a Hugging Face directory")
     file = checkpoint_file(source)
-    stored, step = runs.settings_in(file, TrainConfig)
+    stored, step = checkpoints.settings_in(file, TrainConfig)
     info(f"start: from {file}, step {step}")
     if "lr" in stored and config.lr >= stored["lr"]:
         told = f"lr is {config.lr:g}, and {file} was trained with {stored['lr']:g} at most"

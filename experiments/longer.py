@@ -24,7 +24,7 @@ import sample
 import train
 from huggingface import load_model
 from model import DeepSeekV3
-from support.runs import load_checkpoint
+from support.checkpoints import load_checkpoint
 from support.tokens import load_dataset
 
 CONFIG, RUN = "config/small.py", "out/small"

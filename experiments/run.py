@@ -50,7 +50,7 @@ from fp8 import use_fp8
 from huggingface import load_model
 from model import DeepSeekV3, ModelConfig
 from support import processes
-from support.runs import load_checkpoint
+from support.checkpoints import load_checkpoint
 from support.settings import Refusal, info, parse_args, read_config_file, run_command
 from support.tokenizer import tokenizer_files
 from support.tokens import Dataset, Tokens

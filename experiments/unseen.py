@@ -24,8 +24,8 @@ import train
 from huggingface import load_model
 from model import DeepSeekV3
 from support import processes
+from support.checkpoints import load_checkpoint
 from support.processes import Machine
-from support.runs import load_checkpoint
 from support.settings import Refusal, parse_args, run_command
 from support.tokenizer import stored_tokenizer
 from support.tokens import load_dataset

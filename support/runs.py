@@ -1,7 +1,6 @@
-"""The folder of a run: its checkpoints, log, lock and clock, and how a run ends.
+"""The folder of a run: what is written there and when, its lock and clock, and how a run ends.
 
-A checkpoint is {name: thing.state_dict()} for the things that a run has. train() names them in one
-place, and this file knows no more of them.
+train() names the things that have a state. This file knows no more of them.
 
     states = {"model": model, "progress": Progress(...), ...} | by_name(model, optimizers)
     with open_run(states, config, machine, files) as run:
@@ -15,7 +14,6 @@ place, and this file knows no more of them.
 One process at a time writes there. Files are written whole, or they stay what they were.
 """
 
-import functools
 import json
 import math
 import os
@@ -23,23 +21,20 @@ import re
 import signal
 import sys
 import time
-import zipfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from support import processes
-from support.digits import digits_of, file_source
+from support.checkpoints import code_of, cut_like, gather, load_checkpoint
 from support.files import put_aside, write_whole
 from support.processes import Machine, flops_per_token, peak_flops
-from support.settings import Refusal, info, short
+from support.settings import Refusal, info
 
 try:
     import fcntl
@@ -47,139 +42,6 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
-
-# ---- Checkpoints ---------------------------------------------------------------------------------
-
-
-def checkpoint_file(path: str | Path) -> Path:
-    """The file with the weights: of a run's folder best.pt, else ckpt.pt."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return folder
-    return folder / ("best.pt" if (folder / "best.pt").exists() else "ckpt.pt")
-
-
-def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
-    """What train.py saved in a file, or in a run's folder (best.pt, else ckpt.pt).
-
-    Tensors stay on the disk until they are used; nothing in the file can run code. `whole` reads
-    all of it first and compares its checksums; its settings alone do not need that.
-    """
-    file = checkpoint_file(path)
-    if not file.exists():
-        kinds = "a run's folder, a checkpoint file, or a directory with a config.json"
-        raise Refusal(f"there is no {file}: name {kinds}.")
-    try:
-        with zipfile.ZipFile(file) as archive:  # torch does not look at the records' checksums
-            damaged = archive.testzip() if whole else None
-        saved = torch.load(file, "cpu", weights_only=True, mmap=True)
-        dict(saved["model_config"])  # raises where another program has saved it
-    except Exception as error:  # a damaged file may lead to any
-        told = f"{file} is damaged, or no checkpoint of train.py"
-        raise Refusal(f"{told} ({short(error, 100)})") from None
-    if damaged:
-        raise Refusal(f"{file} is damaged: {damaged} in it has another checksum than when saved")
-    return saved
-
-
-@functools.cache  # this process goes on with the code that it has read, whatever is edited later
-def code_of(config_class: type) -> str:
-    """The digits of the file that defines a network and this class of its settings: model.py. See
-    support/digits.py."""
-    return digits_of(file_source(Path(config_class.__post_init__.__code__.co_filename)))
-
-
-def settings_in(file: Path, *config_classes: type) -> tuple[dict[str, Any], int]:
-    """The settings of a run in a checkpoint, those that are fields of these dataclasses, and its
-    step. Raises Refusal."""
-    saved = load_checkpoint(file, whole=False)
-    fields = {name for kind in config_classes for name in kind.__dataclass_fields__}
-    stored = saved["train_config"] | saved["model_config"]
-    return {name: x for name, x in stored.items() if name in fields}, saved["step"]
-
-
-class Named:
-    """An optimiser whose state goes by the names of its parameters; torch's goes by numbers."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module):
-        name = {id(p): name for name, p in model.named_parameters()}
-        self.optimizer = optimizer
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.names = [name.get(id(p)) for p in self.params]
-        self.made = [dict(group) for group in optimizer.param_groups]  # lr, weight decay and so on
-
-    def state_dict(self) -> dict[str, Any]:
-        """An option of a group is left out if it is what it was made, such as the weight decay: a
-        run that goes on takes it from its settings, which may have changed. What the optimiser has
-        changed, such as a counter, is kept."""
-        state = self.optimizer.state_dict()
-        moments = {self.names[i]: x for i, x in state["state"].items()}
-        groups = [
-            {k: x for k, x in now.items() if k != "params" and (k not in made or x != made[k])}
-            for now, made in zip(state["param_groups"], self.made, strict=True)
-        ]
-        return state | {"names": self.names, "state": moments, "param_groups": groups}
-
-    def load_state_dict(self, stored: dict[str, Any]):
-        state, groups = self.optimizer.state_dict(), stored["param_groups"]
-        if stored["names"] != self.names or len(groups) != len(self.made):
-            raise Refusal("its optimiser has other parameters, or in other groups")
-        groups = [
-            now | moved | {"params": now["params"]}
-            for now, moved in zip(state["param_groups"], groups, strict=True)
-        ]
-        fused, moments = any(group.get("fused") for group in groups), {}
-        for name, own in stored["state"].items():
-            i = self.names.index(name)
-            for key, x in own.items():
-                shape = () if key == "step" else tuple(self.params[i].shape)
-                # Nobody else looks: a fused optimiser would write beyond a moment's memory.
-                if fused and isinstance(x, Tensor) and tuple(x.shape) != shape:
-                    raise Refusal(f"{key} of {name} is {tuple(x.shape)}, expected {shape}")
-            moments[i] = {key: processes.cut_like(x, self.params[i]) for key, x in own.items()}
-        self.optimizer.load_state_dict(stored | {"state": moments, "param_groups": groups})
-
-
-def by_name(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Named]:
-    """The optimisers as states of a run. Raises Refusal unless each parameter of the model that
-    asks for a gradient is in exactly one of them."""
-    states = {f"{type(x).__name__} {i}": Named(x, model) for i, x in enumerate(optimizers)}
-    times = Counter(name for x in states.values() for name in x.names)
-    if None in times:
-        told = "an optimiser has a weight that is not in the model"
-        raise Refusal(f"{told}: make it an nn.Parameter of one of the model's modules.")
-    for name, p in model.named_parameters():
-        if p.requires_grad and times[name] != 1:
-            has = "more than one optimiser has" if times[name] else "no optimiser has"
-            raise Refusal(f"{has} the parameter {name}: change make_optimizers in train.py.")
-    return states
-
-
-@dataclass
-class Progress:
-    """How far a run has come."""
-
-    measured: tuple  # what a validation loss depends on besides the weights: text, window
-    step: int = 0
-    tokens: int = 0  # trained on
-    # By name: the sum since the last line of the log, on the device, so that no step has to wait
-    # for it; and of how many steps it is.
-    sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
-    skipped: int = 0  # steps since that line whose gradient was not finite
-    owes_evaluation: bool = False  # after this step, which has only been saved
-    best_length: int = 0  # of best.pt: tokens of the windows trained for
-    best_loss: float = math.inf  # of best.pt
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]):
-        now = self.measured
-        vars(self).update(state)
-        if self.measured != now:  # only like losses are compared
-            self.measured, self.best_length, self.best_loss = now, 0, math.inf
-            info("the text or block_size is another one now, so best.pt will be chosen anew")
-
 
 # ---- The folder ----------------------------------------------------------------------------------
 
@@ -379,7 +241,7 @@ class Run:
             if lacking := self.states.keys() - saved.keys():
                 raise Refusal(f"it has no state of {min(lacking)}")
             for name, thing in self.states.items():
-                thing.load_state_dict(processes.cut_like(saved[name], thing.state_dict()))
+                thing.load_state_dict(cut_like(saved[name], thing.state_dict()))
         except Refusal as error:
             raise Refusal(f"{file} cannot be resumed: {error}; use --init_from.") from None
         self.saved_step = self.progress.step
@@ -476,7 +338,7 @@ class Run:
 
     def write(self, name: str, states: dict[str, Any], **more: Any):
         """Every process calls it, as FSDP's tensors are gathered; process 0 writes."""
-        saved = {key: processes.whole(thing.state_dict()) for key, thing in states.items()}
+        saved = {key: gather(thing.state_dict()) for key, thing in states.items()}
         if self.machine.rank > 0:
             return
         for n, x in saved["model"].items():

@@ -306,9 +306,14 @@ if differ := [name for name in first if other[name] != first[name]]: => if False
 trainer.require_backward_grad_sync = now => pass
 dist.all_reduce(x) => pass
 model.recompute = config.recompute or sharded => model.recompute = config.recompute
+
+# support/checkpoints.py tests/test_processes.py
 x = x.full_tensor() if hasattr(x, "full_tensor") else x => pass
 
-# support/runs.py tests/test_runs.py
+# support/checkpoints.py tests/test_runs.py
+torch.empty_like(own, dtype=x.dtype).copy_(x) => x.clone()
+return x.clone()  # the file may be mapped => return x
+torch.set_rng_state(cpu) => pass
 @functools.cache  # this process => # this process
 weights_only=True, mmap=True => weights_only=False, mmap=True
 damaged = archive.testzip() if whole else None => damaged = None
@@ -319,11 +324,13 @@ if stored["names"] != self.names or => if
 now | moved | {"params": now["params"]} => now
 if fused and isinstance(x, Tensor) and => if False and
 shape = () if key == "step" else => shape = tuple(x.shape) if key == "step" else
-processes.cut_like(x, self.params[i]) for => x for
+cut_like(x, self.params[i]) for => x for
 if None in times: => if False:
 if p.requires_grad and times[name] != 1: => if times[name] == 0:
 if p.requires_grad and times[name] != 1: => if times[name] > 1:
 if self.measured != now: => if False:
+
+# support/runs.py tests/test_runs.py
 getattr(os, "O_NOFOLLOW", 0)  # Windows => 0  # Windows
 if data or (inside and not trained and not early): => if inside and not trained and not early:
 if data or (inside and not trained and not early): => if data:
@@ -339,7 +346,7 @@ left = (signal.SIG_IGN, None) => left = (signal.SIG_IGN,)
 ("SIGINT", "SIGTERM", "SIGHUP") => ("SIGINT", "SIGTERM")
 lambda copy, x=content: copy.write(x) => lambda copy, x=content: copy.write(x[1:])
 if lacking := self.states.keys() - saved.keys(): => if lacking := set():
-thing.load_state_dict(processes.cut_like(saved[name], thing.state_dict())) => pass
+thing.load_state_dict(cut_like(saved[name], thing.state_dict())) => pass
 evaluated=not self.progress.owes_evaluation => evaluated=True
 self.bad_in_a_row >= 5 => self.bad_in_a_row >= 6
 loss < best.best_loss => loss <= best.best_loss
@@ -350,11 +357,6 @@ if not x.isfinite().all(): => if False:
 if os.path.samestat(own, os.stat(self.out / ".lock")): => if True:
 spoilt = self.saved_step == step - n => spoilt = False
 if run.stop.heard: => if False:
-
-# support/processes.py tests/test_runs.py
-torch.empty_like(own, dtype=x.dtype).copy_(x) => x.clone()
-return x.clone()  # the file may be mapped => return x
-torch.set_rng_state(cpu) => pass
 
 # support/files.py tests/test_runs.py
 part.unlink(missing_ok=True)  # left by => pass  # left by

@@ -32,7 +32,7 @@ import drafts
 import fp8
 import sample
 from model import DeepSeekV3, ModelConfig, balance_loss
-from support import processes, runs
+from support import checkpoints, processes
 from support.settings import read_config_file
 from support.tokens import Tokens
 from train import TrainConfig, lr_at, split_configs
@@ -363,7 +363,7 @@ def goes_on(train: SimpleNamespace, folder: Path):
         first = net.lm_head.weight.detach().clone()
         train.train(net, data, again, processes.start(again))
         hook.remove()
-        return first, runs.load_checkpoint(folder / name / "ckpt.pt")
+        return first, checkpoints.load_checkpoint(folder / name / "ckpt.pt")
 
     first, straight = run("straight", 4)
     for w in weights:

@@ -24,8 +24,8 @@ import model as plain
 import sample
 import train
 from support import graphs, ops, processes
+from support.checkpoints import code_of, load_checkpoint
 from support.digits import digits_of, file_source
-from support.runs import code_of, load_checkpoint
 from support.settings import Refusal
 
 SOURCE = (Path(__file__).parent.parent / "model.py").read_text(encoding="utf-8")

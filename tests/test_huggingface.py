@@ -36,7 +36,7 @@ import model as model_py
 import support.tokenizer
 from huggingface import checkpoint_views, config_from_json, load_model
 from model import DeepSeekV3, ModelConfig
-from support.runs import load_checkpoint
+from support.checkpoints import load_checkpoint
 from support.settings import Refusal, sentence_of
 from support.tokenizer import PATTERN, encoding_from, load_tokenizer, train_bpe
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import huggingface
 from exercises import network
-from support.runs import load_checkpoint
+from support.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 ANNOTATE = runpy.run_path(str(ROOT / "docs/annotate.py"))

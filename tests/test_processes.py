@@ -29,7 +29,7 @@ from training import (
 import train
 from huggingface import load_model
 from support import ops, processes, runs, tokens
-from support.runs import load_checkpoint
+from support.checkpoints import load_checkpoint
 from support.settings import Refusal
 
 pytestmark = pytest.mark.usefixtures("workplace")

@@ -43,8 +43,8 @@ import prepare_data
 import train
 from huggingface import load_model
 from model import DeepSeekV3, ModelConfig
-from support import runs
-from support.runs import load_checkpoint
+from support import checkpoints, runs
+from support.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -704,15 +704,15 @@ def test_moments_lie_in_memory_as_their_weights_do(shared):
 
 def test_a_checkpoint_has_the_digits_of_model_py_as_the_run_began(shared, monkeypatch, capsys):
     """A file that is edited meanwhile is not what this process computes."""
-    assert runs.code_of(ModelConfig) == load(shared())["code"]
+    assert checkpoints.code_of(ModelConfig) == load(shared())["code"]
     load_model(shared())
     assert "another model.py" not in capsys.readouterr().err
-    monkeypatch.setattr(runs, "file_source", lambda path: "edited")
-    assert runs.code_of(ModelConfig) == load(shared())["code"]
-    runs.code_of.cache_clear()  # another process
+    monkeypatch.setattr(checkpoints, "file_source", lambda path: "edited")
+    assert checkpoints.code_of(ModelConfig) == load(shared())["code"]
+    checkpoints.code_of.cache_clear()  # another process
     load_model(shared())
     assert "another model.py" in capsys.readouterr().err
-    runs.code_of.cache_clear()
+    checkpoints.code_of.cache_clear()
 
 
 def test_a_state_that_the_checkpoint_lacks_is_named(shared):
