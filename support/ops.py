@@ -108,9 +108,10 @@ def fused(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def choose(*args, **kwargs):
-        if on_gpu(args[0]) and not torch.compiler.is_compiling():  # a graph fuses it anyway
-            return compiled(function)(*args, **kwargs)
-        return function(*args, **kwargs)
+        if torch.compiler.is_compiling():  # a graph fuses it anyway
+            return function(*args, **kwargs)
+        tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        return (compiled(function) if on_gpu(tensor) else function)(*args, **kwargs)
 
     return choose
 

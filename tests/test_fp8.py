@@ -105,7 +105,7 @@ def test_quantize_equals_reference(block, pow2):
     inputs += [torch.randn(8, 128).clamp(-3, 3) * size for size in (1e-30, 1e-9, 1e38)]
     inputs += [torch.full((1, 128), x) for x in (0.0, 224.0, 448.0, 448.1)]
     for x in inputs:
-        q, s = quantize(x, block, pow2)
+        q, s = quantize(block=block, x=x, pow2=pow2)  # names of arguments are the interface's
         decoded = dequantize(q, s, block)  # checks the shape of s
         assert q.dtype == fp8.E4M3 and s.dtype == decoded.dtype == torch.float32
         torch.testing.assert_close(decoded.double(), reference(x, block, pow2), rtol=2e-7, atol=0)
