@@ -65,11 +65,11 @@ def code_of(config_class: type) -> str:
 
 def settings_in(file: Path, *config_classes: type) -> tuple[dict[str, Any], int]:
     """The settings of a run in a checkpoint, those that are fields of these dataclasses, and its
-    step. Raises Refusal."""
+    step; a file of weights alone has neither. Raises Refusal."""
     saved = load_checkpoint(file, whole=False)
     fields = {name for kind in config_classes for name in kind.__dataclass_fields__}
-    stored = saved["train_config"] | saved["model_config"]
-    return {name: x for name, x in stored.items() if name in fields}, saved["step"]
+    stored = saved.get("train_config", {}) | saved["model_config"]
+    return {name: x for name, x in stored.items() if name in fields}, saved.get("step", 0)
 
 
 # ---- The tensors of a state ----------------------------------------------------------------------

@@ -715,6 +715,16 @@ def test_a_checkpoint_has_the_digits_of_model_py_as_the_run_began(shared, monkey
     checkpoints.code_of.cache_clear()
 
 
+def test_a_run_starts_from_a_file_of_weights_alone(shared, capsys):
+    """As one makes it in Python; its settings are those of the network."""
+    saved, start = load(shared("--steps=1")), shutil.copytree(shared("--steps=1"), "weights")
+    for name in ("best.pt", "ckpt.pt"):
+        Path(start, name).unlink()
+    torch.save({key: saved[key] for key in ("model", "model_config")}, "weights/mine.pt")
+    run("--init_from=weights/mine.pt", "--steps=1")
+    assert "start: from weights/mine.pt, step 0" in capsys.readouterr().err
+
+
 def test_a_state_that_the_checkpoint_lacks_is_named(shared):
     """As in the checkpoints of older versions."""
     shutil.copytree(shared("--steps=1"), "run")
