@@ -135,8 +135,8 @@ pieces[0][0], pieces[-1][2] = before, after => pieces[0][0], pieces[0][2] = befo
 
 # huggingface.py tests/test_huggingface.py
 if function is torch.empty else {} => if False else {}
-if empty.keys() - stored: => if False:
-if empty.keys() - stored: => if True:
+if unsaved or empty.keys() - stored: => if unsaved:
+if unsaved or empty.keys() - stored: => if True:
 swap_tensors(x, nn.Parameter(y, => swap_tensors(x.clone(), nn.Parameter(y,
 return model.to(device, dtype) => return model
     if have != due: => if name not in released:
