@@ -29,7 +29,7 @@ from torch import Tensor
 
 from huggingface import load_model
 from model import MOST_NEW, Cache, DeepSeekV3
-from support.graphs import graph_of, what_runs
+from support.graphs import graph_of, move, what_runs
 from support.ops import fast_dtype, laid_out, span
 from support.processes import usable_device
 from support.settings import Refusal, info, parse_args, run_command, with_home
@@ -112,7 +112,8 @@ def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor
     likeliest all stay, as in transformers.
     """
     if not isinstance(temperature, Tensor) and temperature < COLDEST:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+        likeliest = logits.argmax(-1, keepdim=True)  # (..., 1)
+        return torch.zeros_like(logits, dtype=torch.float64).scatter(-1, likeliest, 1.0)
     logits = logits.double() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[..., -1:]
@@ -149,6 +150,8 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
     every token is distributed as p, whatever q is. p (B, G+1, V) of the model, q (B, G, V) of the
     drafts (B, G), u (B, G+1) uniform in [0, 1).
     """
+    if not drafts.shape[1]:  # the rule below, in one step
+        return drafts.new_zeros(len(p)), draw(p, u)
     p_x = p[:, :-1].gather(2, drafts[..., None]).squeeze(2)  # (B, G)
     q_x = q.gather(2, drafts[..., None]).squeeze(2)  # (B, G)
     stays = (u[:, :-1] * q_x < p_x).long()  # (B, G)
@@ -262,9 +265,9 @@ class Text:
         logits = self.model.logits(hidden).to(u.device)  # (B, G+1, V)
         drafts = read[:, 1:].to(u.device)  # (B, G)
         kept, token = accept(probabilities(logits, *self.filters), q, drafts, u[:, G:])
-        out = F.pad(drafts, (0, 1)).scatter(1, kept[:, None], token)  # (B, G+1)
+        out = torch.cat((drafts, token), 1).scatter(1, kept[:, None], token)  # (B, G+1)
         self.tokens[:, span(n, G + 1)] = out.to(hidden.device)
-        kept = torch.where(logits.isfinite().all(), kept, -1)
+        kept = torch.where(logits.sum().abs() < math.inf, kept, -1)
         return torch.cat((kept[:, None], out), 1)
 
     def round(self, n: int | Tensor, copies: Tensor | None, u: Tensor) -> Tensor:
@@ -348,6 +351,7 @@ def generate(
     generator: torch.Generator | None = None,
     on_token: Callable[[int, list[int], int], None] = lambda row, ids, accepted: None,
     stats: Stats | None = None,
+    buffers: dict | None = None,
 ) -> Tensor:
     """Continues every row of tokens (B, T): (B, T + max_new_tokens), the prompt included.
 
@@ -358,6 +362,7 @@ def generate(
     generator: on drawing_device(tokens.device); the same state gives the same text.
     on_token(row, ids, accepted): called with new tokens; the first `accepted` of them were drafts.
     stats: a Stats to fill in.
+    buffers: {} at first; compiled texts that come one after the other leave their tensors there.
 
     At max_position_embeddings decoding stops early, and stats.note says so.
     """
@@ -370,6 +375,8 @@ def generate(
     # Autocast would multiply the copies of weights by numbers of another dtype.
     with torch.autocast(tokens.device.type, enabled=False), laid_out(model, compile, end - T):
         text = Text(model, tokens, end - T, speculative, compile, (temperature, top_k, top_p))
+        if compile and buffers is not None:
+            move((text, text.cache, text.mtp_cache), buffers)
         rows = [Row(ids) for ids in tokens.tolist()]
         live, n = list(range(B)), T  # the rows that have not reached eos; tokens of each of them
         while live and n < end:
@@ -545,7 +552,9 @@ def pieces(way: str, prompt: int, length: int) -> Iterator[tuple[int, int, int]]
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig):
+def complete(
+    model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig, buffers=None
+):
     """Writes num_samples continuations of the prompt to stdout, the first as it comes.
 
     After Ctrl-C it still shows what there is of them, then raises KeyboardInterrupt.
@@ -575,7 +584,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
             model, torch.tensor([ids], device=device).repeat(len(texts), 1), config.max_new_tokens,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             speculative=config.speculative, lookup=config.lookup, compile=config.compile,
-            eos_token_id=tokenizer.eos, on_token=on_token, stats=stats,
+            eos_token_id=tokenizer.eos, on_token=on_token, stats=stats, buffers=buffers,
             generator=torch.Generator(drawing_device(device)).manual_seed(config.seed),
         )  # fmt: skip
     except KeyboardInterrupt:  # what there is of the text is shown
@@ -613,10 +622,11 @@ def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, gives input() line editing and a history
     info("a prompt per line, \\n for a line break; Ctrl-C ends a text, an empty line or Ctrl-D all")
+    buffers = {}
     with contextlib.suppress(EOFError):
         while line := input("> " if sys.stdout.isatty() else ""):
             try:
-                complete(model, tokenizer, line.replace("\\n", "\n"), config)
+                complete(model, tokenizer, line.replace("\\n", "\n"), config, buffers)
             except KeyboardInterrupt:
                 info("text interrupted")
             except Refusal as error:

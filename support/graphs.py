@@ -72,6 +72,16 @@ def tensors(parts: Any) -> list[Tensor]:
     return leaves
 
 
+def move(objects: tuple, buffers: dict):
+    """Moves the tensors that these objects have to where those of the same sizes were in an earlier
+    call, which `buffers` knows. A CUDA graph that was recorded there is not recorded again."""
+    tree = torch.utils._pytree
+    new = [x for x in tree.tree_leaves([*map(vars, objects)]) if isinstance(x, Tensor)]
+    old = iter(buffers.setdefault(tuple((x.shape, x.dtype, x.device) for x in new), new))
+    for x in objects:
+        vars(x).update(tree.tree_map_only(Tensor, lambda new: next(old).copy_(new), vars(x)))
+
+
 # ---- What a graph has in it ----------------------------------------------------------------------
 
 PLAIN = int | float | str | bytes | None | torch.dtype | torch.device | types.CodeType

@@ -202,7 +202,12 @@ hidden = model.trunk(tokens[:, :-1], self.cache) => hidden = model.trunk(tokens,
 rest = (p_after - q_after).clamp(min=0) => rest = p_after
 self.cache.length = n - 1 => pass
 vocab_size).to(u.dtype) => vocab_size).to(u.dtype) / 2
-kept = torch.where(logits.isfinite().all(), kept, -1) => pass
+kept = torch.where(logits.sum().abs() < math.inf, kept, -1) => pass
+u[:, step : step + 1] => u[:, :1]
+q, drafts, u[:, G:]) => q, drafts, u[:, : G + 1])
+keepdim=True) > 0, rest, p_after) => keepdim=True) >= 0, rest, p_after)
+if b in live else [0] * G => if b in live else row.look_up(G)
+move((text, text.cache, text.mtp_cache), buffers) => pass
 if len(self.ids) >= MATCH: => if len(self.ids) > MATCH:
 if all(found): => if any(found):
 

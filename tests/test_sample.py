@@ -254,6 +254,13 @@ def test_looked_up_is_what_followed_last():
             assert row.ids == ids and row.look_up(count) == found
 
 
+def test_copied_are_drafts_if_every_row_that_goes_on_has_some():
+    rows = [sample.Row([1, 2, 3, 9, 1, 2, 3]), sample.Row([5, 6, 7])]
+    assert sample.copied_drafts(rows, [0], 2, True).tolist() == [[9, 1], [0, 0]]
+    assert sample.copied_drafts(rows, [0, 1], 2, True) is None
+    assert sample.copied_drafts(rows, [0, 1], 2, False).shape == (2, 0)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @torch.inference_mode()
 def test_rejected_drafts_are_forgotten(depth, n=9, G=4):
@@ -482,6 +489,14 @@ def test_where_all_the_mass_lies_on_one_token_it_is_drawn(u, dtype, V=300):
         assert kept.tolist() == [0] and after.tolist() == [[token]]
 
 
+def test_where_rounding_leaves_nothing_of_p_minus_q_p_is_drawn_from():
+    q = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    p = q - torch.tensor([0, 0, 2**-55], dtype=torch.float64)
+    u = torch.tensor([[1 - 2**-53, 0.6]], dtype=torch.float64)
+    kept, after = accept(p.expand(1, 2, 3), q.expand(1, 1, 3), torch.tensor([[2]]), u)
+    assert kept.tolist() == [0] and after.tolist() == [[1]]
+
+
 def test_tokens_are_drawn_in_float64_which_apples_gpus_lack():
     for name, where in (("mps", "cpu"), ("cuda", "cuda"), ("cpu", "cpu")):
         assert sample.drawing_device(torch.device(name)) == torch.device(where)
@@ -531,6 +546,30 @@ def test_what_is_accepted_has_the_exact_distribution(kind, N=1_000_000, V=3):
 
 
 @pytest.mark.parametrize(
+    "depth, G, copied", [(0, 0, False), (1, 2, False), (2, 4, False), (1, 3, True)]
+)
+@torch.inference_mode()
+def test_every_token_of_a_round_has_the_exact_distribution(depth, G, copied, B=8_000, V=3, n=8):
+    """After each of the tokens before it: drafts that stay, and the token behind them. Every row
+    counts for itself, so that a draft is seldom given up for another row's sake."""
+    model = tiny(vocab_size=V, num_hidden_layers=1, num_nextn_predict_layers=depth)
+    prompt, generator = tokens_of(model, 1, n), torch.Generator().manual_seed(7)
+    text = sample.Text(model, prompt.expand(B, -1), 1, G, False, (3.0, None, None))
+    copies = torch.randint(V, (2, G), generator=generator).repeat(B // 2, 1)
+    copies = copies if copied or not G else None
+    outcome, _ = text.play(n, copies, sample.uniform(B, G, prompt.device, generator))
+    kept, new = torch.tensor(outcome).split([1, G + 1], 1)  # (B, 1), (B, G+1)
+    assert {*kept.flatten().tolist()} == {*range(G + 1)}
+    for i in range(G + 1):
+        before = torch.tensor(list(itertools.product(range(V), repeat=i))).long()  # (V^i, i)
+        p = probabilities(model(torch.cat((prompt.expand(V**i, -1), before), 1))[:, -1], 3.0)
+        here = new[kept[:, 0] >= i]
+        number = (here[:, : i + 1] * V ** torch.arange(i, -1, -1)).sum(1)
+        counts = number.bincount(minlength=V ** (i + 1)).view(V**i, V)
+        assert p_value(counts, counts.sum(1, keepdim=True) * p) > 1e-3
+
+
+@pytest.mark.parametrize(
     "setting, options",
     [
         (dict(temperature=1.5, top_k=2), dict(speculative=0)),
@@ -539,7 +578,7 @@ def test_what_is_accepted_has_the_exact_distribution(kind, N=1_000_000, V=3):
         (dict(temperature=0.7), dict(speculative=4, lookup=True)),
     ],
 )
-def test_texts_have_the_exact_distribution(setting, options, B=12, V=3, new=4, calls=200):
+def test_texts_have_the_exact_distribution(setting, options, B=12, V=3, new=4, calls=100):
     """Whole texts, a few rows in lockstep at a time, against the distribution of all there are. The
     drafts are made, copied or both; by one module, or four by two modules."""
     depth = 2 if options["speculative"] == 4 else 1
@@ -712,6 +751,26 @@ def test_interactive(command, monkeypatch):
     done = command("--interactive", "--max_new_tokens=20", "--speculative=0")
     first, second = done.out.rstrip("\n").split("\none")
     assert first.startswith("one") and first != f"one{second}"  # each has a seed of its own
+
+
+def test_an_interactive_session_writes_in_the_same_tensors(command, monkeypatch):
+    """So a GPU records no graph again. The texts are those in new tensors."""
+    monkeypatch.setattr(torch, "compile", lambda play, **options: play)
+    monkeypatch.setattr(graphs, "GRAPHS", {})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def\nclass\n"))
+    graph_of, seen = sample.graph_of, []
+
+    def seen_graph_of(function, args, kind, parts, on_cpu):
+        seen.append(graphs.tensors(parts))  # they stay alive: no others get their addresses
+        return graph_of(function, args, kind, parts, on_cpu)
+
+    monkeypatch.setattr(sample, "graph_of", seen_graph_of)
+    options = "--compile", "--max_new_tokens=20", "--lookup=False"
+    together = command("--interactive", *options).out
+    first, second = ([x.data_ptr() for x in those] for those in seen)
+    assert first == second
+    alone = [["--prompt=def", "--seed=1337"], ["--prompt=class", "--seed=1338"]]
+    assert together == "".join(command(*x, *options).out for x in alone)
 
 
 @pytest.mark.parametrize("options", [["--prompt=class", "--num_samples=2"], ["--interactive"]])
