@@ -482,7 +482,7 @@ def test_a_run_whose_sample_fails_has_ended_well(monkeypatch, capsys):
     """With FSDP the whole model may not fit on one device; an edit may train and not decode."""
     run("--steps=4")
     for error, words in (
-        (torch.OutOfMemoryError("CUDA out of memory"), "no sample: out of memory (CUDA out of m"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "no sample: out of memory at "),
         (ValueError("not enough values"), "no sample: not enough values"),
     ):
         monkeypatch.setattr(train.sample, "main", mock.Mock(side_effect=error))
