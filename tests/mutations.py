@@ -208,6 +208,8 @@ q, drafts, u[:, G:]) => q, drafts, u[:, : G + 1])
 keepdim=True) > 0, rest, p_after) => keepdim=True) >= 0, rest, p_after)
 if b in live else [0] * G => if b in live else row.look_up(G)
 move((text, text.cache, text.mtp_cache), buffers) => pass
+self.kind = drawn, *others => self.kind = True, *others
+kind = copies is None, u.shape => kind = (u.shape,)
 if len(self.ids) >= MATCH: => if len(self.ids) > MATCH:
 if all(found): => if any(found):
 

@@ -340,7 +340,8 @@ def test_compiled_rounds_give_the_same_texts_with_one_graph_each(depth, backend,
     torch._dynamo.reset()
     graphs.GRAPHS.clear()  # of other tests
     model, counted = student(depth, vocab_size=5), torch._dynamo.utils.counters["stats"]
-    greedily, sampled = dict(temperature=0, lookup=False), dict(temperature=0.8, top_k=5)
+    sampled = dict(temperature=0.8, top_k=5)
+    greedily = sampled | dict(temperature=0, lookup=False)
 
     def check(graphs: int, T=5, speculative=1, **options) -> Stats:
         before, runs, texts = counted["unique_graphs"], (Stats(), Stats()), []
