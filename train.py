@@ -398,7 +398,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     with fp8.quantized_once(model), torch.compiler.set_stance("force_eager"):  # for so few calls
         total = add_up(model, text, config.block_size, config, machine)
         long = None
-        if config.long_block_size == model.trained_length:
+        if 0 < config.long_block_size == model.trained_length:  # a fresh network has 0
             long = add_up(model, text, config.long_block_size, config, machine)
     model.train(training)
     main, *mtp = mean_losses(total)
