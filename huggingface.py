@@ -374,9 +374,13 @@ def load_model(
         return from_pretrained(path, dtype, str(device)), hf_tokenizer(path), path
     saved = load_checkpoint(path)
     told = f"{path}: weights and settings do not match"
+    if strange := sorted(saved["model_config"].keys() - ModelConfig.__dataclass_fields__.keys()):
+        raise Refusal(
+            f"{path} has {and_more(strange)}, which only another model.py knows: use that."
+        )
     try:
         config, weights = ModelConfig(**saved["model_config"]), saved["model"]
-    except (TypeError, KeyError, ValueError) as error:  # another model.py may have other keys
+    except (TypeError, KeyError, ValueError) as error:
         raise Refusal(f"{told}: {short(error)}") from None
     if "code" in saved and saved["code"] != code_of(ModelConfig):
         other = f"{path} was saved with another model.py than this one"

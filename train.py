@@ -719,6 +719,8 @@ def show_result(config: TrainConfig, data: Dataset):
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     try:
         sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
+    except BrokenPipeError:  # whoever reads the sample, such as head, has seen enough
+        raise
     except Exception as error:  # the run itself has ended well
         if (why := settings.sentence_of(error)) is None:
             traceback.print_exc()

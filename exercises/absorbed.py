@@ -10,6 +10,7 @@ of exercise 3. Keys and values of the old tokens are never made: multiplications
 The last T of the S cached tokens are those of the queries: query i is token S - T + i.
 """
 
+import torch
 from torch import Tensor
 
 

@@ -9,6 +9,7 @@ too much, drafts are rejected in that measure; where it has too little, max(0, p
 it. So every token is distributed as p, whatever q is. All after a rejected draft is thrown away.
 """
 
+import torch
 from torch import Tensor
 
 from sample import draw

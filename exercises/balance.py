@@ -9,6 +9,7 @@ sequence from sending all its tokens to the same experts. It is 1 if the choices
 f only counts and has no gradient; P has one. The K largest are taken by s, without the bias.
 """
 
+import torch
 from torch import Tensor
 
 

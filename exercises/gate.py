@@ -9,6 +9,7 @@ of a cluster) a group's score is the sum of its two largest s + b; the `topk_gro
 and the experts of the others cannot be chosen, whatever their biases are.
 """
 
+import torch
 from torch import Tensor
 
 from support.ops import upcast  # float64 stays, all else becomes float32

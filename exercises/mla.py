@@ -11,6 +11,7 @@ Letters: B texts, T tokens, H heads, C numbers in a latent, N and R numbers of a
 without and with position, V numbers in a value.
 """
 
+import torch
 from torch import Tensor
 
 

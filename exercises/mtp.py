@@ -9,6 +9,7 @@ positions fewer than the model. The next token of position i is targets[:, i], a
 later is targets[:, i + k]. (Eq. 24 divides by T. The code takes the mean over the targets.)
 """
 
+import torch
 from torch import Tensor
 
 from model import head_loss

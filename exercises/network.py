@@ -87,7 +87,8 @@ def reads(logits: list[Tensor], next_logits, how: str = "") -> Effect:
     for _ in range(LENGTH):
         new = next_logits(ids, new).argmax(-1, keepdim=True)
         ids = torch.cat((ids, new), 1)
-    headline = f"{bits_per_byte(logits):.3f} bits/byte of {TEXT.name}{how}"
+    begins = f"the first {sum(z.shape[1] for z in logits)} tokens of {TEXT.name}"
+    headline = f"{bits_per_byte(logits):.3f} bits/byte of {begins}{how}"
     return Effect(headline, {"logits": torch.cat(logits, 1)}, trained()[1].decode(ids[0].tolist()))
 
 

@@ -10,6 +10,7 @@ their product depends on the distance of the two tokens, not on where they stand
 computed already: `rope` has them.)
 """
 
+import torch
 from torch import Tensor
 
 from support.ops import upcast  # float64 stays, all else becomes float32

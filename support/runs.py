@@ -161,7 +161,7 @@ class Clock:
         waiting = (seconds_waited() - self.waited_before) / seconds  # threads, on average
         if waiting > 0.25 and not self.told_busy and (self.steps >= 10 or seconds >= 10):
             self.told_busy = True
-            told = f"the cores are busy: {waiting:.1f} of this run's threads wait for one"
+            told = f"the cores are busy: {waiting:.1f} of this run's threads wait for a core"
             fewer = torch.get_num_threads() - 1
             instead = f", or set OMP_NUM_THREADS={fewer}" * (fewer > 0)
             info(f"{told} on average; stop other programs{instead}")

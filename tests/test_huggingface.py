@@ -505,6 +505,9 @@ def test_a_parameter_added_to_a_trained_network_starts_as_initialised_if_asked(
     assert wide.pop("gain").tolist() == [2.0] * 3 and wide.pop("bias").tolist() == [3.0] * 3
     assert wide.keys() == narrow.keys() and all(torch.equal(wide[k], narrow[k]) for k in narrow)
     torch.save(load_checkpoint(run) | {"model": narrow | {"old": torch.ones(1)}}, run / "more.pt")
+    config = load_checkpoint(run)["model_config"] | {"sink": True, "window": 4}
+    torch.save(load_checkpoint(run) | {"model_config": config}, run / "keys.pt")
+    check_refusal("keys.pt has sink and 1 more, which only another", load_model, run / "keys.pt")
     said = "old is (1,) in the file, but no part of this network by the settings"
     monkeypatch.undo()
     check_refusal(said, load_model, run / "more.pt")
