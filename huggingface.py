@@ -375,9 +375,8 @@ def load_model(
     saved = load_checkpoint(path)
     told = f"{path}: weights and settings do not match"
     if strange := sorted(saved["model_config"].keys() - ModelConfig.__dataclass_fields__.keys()):
-        raise Refusal(
-            f"{path} has {and_more(strange)}, which only another model.py knows: use that."
-        )
+        keys = and_more(strange)
+        raise Refusal(f"{path} has {keys}, which only another model.py knows: open it with that.")
     try:
         config, weights = ModelConfig(**saved["model_config"]), saved["model"]
     except (TypeError, KeyError, ValueError) as error:
