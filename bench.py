@@ -42,7 +42,7 @@ import train
 from huggingface import FP8_WEIGHTS, checkpoint_views, from_pretrained, save_pretrained
 from model import Cache, DeepSeekV3, ModelConfig
 from support import processes
-from support.counting import PRODUCTS, Count, on_a_card
+from support.counting import PRODUCTS, Count, as_compiled, on_a_card
 from support.gguf import write_gguf
 from support.ops import fast_dtype, laid_out
 from support.processes import Machine, flops_per_token, peak_flops
@@ -492,17 +492,22 @@ BANDWIDTH, BF16_PEAK, FP8_PEAK = 3.35e12, 989e12, 1979e12
 @dataclass
 class CountOptions(Options):
     fp8: bool = False  # FP8 products, too
+    compile: bool = False  # compiled blocks, too; takes a minute, with FP8 far longer
     recompute: bool = False  # with activation checkpointing
     largest: int = 0  # a second table: so many operations, the largest by bytes
 
 
-def counted(file: str, use_fp8: bool, recompute: bool = False) -> tuple[Count, float]:
+def counted(
+    file: str, use_fp8: bool, recompute: bool = False, compile: bool = False
+) -> tuple[Count, float]:
     """What forward and backward of a micro-batch need, and their FLOPs."""
     network, settings = open_config(file)
     config = train.TrainConfig(**settings)
     windows, T = config.batch_size // config.grad_accum, config.block_size
 
-    def rows_of(counts: Tensor, x: Tensor) -> list[int]:  # uneven, as a network's are
+    def rows_of(counts: Tensor, x: Tensor) -> fp8.Rows:  # uneven, as a network's are
+        if torch.compiler.is_compiling():
+            return counts.cpu()
         count.waits["rows of FP8's experts"] += 1
         tiles, E = len(x) // 128, len(counts)
         parts = [tiles * (i + 1) // E - tiles * i // E for i in range(E)]
@@ -517,6 +522,9 @@ def counted(file: str, use_fp8: bool, recompute: bool = False) -> tuple[Count, f
         model.recompute = recompute
         if use_fp8:
             fp8.use_fp8(model)
+        if compile:
+            for block in (*model.layers, *model.mtp):
+                block.compile(backend=as_compiled(count), dynamic=False)
         machine = Machine(torch.device("cpu"), torch.bfloat16)
         x, y = torch.zeros(2, windows, T, dtype=torch.long)
         with fp8.quantized_once(model) if use_fp8 else nullcontext(), count:
@@ -549,10 +557,13 @@ def count_(options: CountOptions, files: list[str]) -> Iterator[Table]:
     on fake tensors as an H100 would run them. How fast its kernels are, only a card can tell."""
     file = files[0] if files else "config/base_1b.py"
     rows, largest = [], []
-    for use_fp8 in (False, True)[: 1 + options.fp8]:
-        count, flops = counted(file, use_fp8, options.recompute)
-        name = f"{Path(file).stem} {'FP8' if use_fp8 else 'bf16'}"
+    kinds = product((False, True)[: 1 + options.fp8], (False, True)[: 1 + options.compile])
+    for use_fp8, compile in kinds:
+        count, flops = counted(file, use_fp8, options.recompute, compile)
+        name = f"{Path(file).stem} {'FP8' if use_fp8 else 'bf16'}{' compiled' * compile}"
         rows.append(count_row(name, count, flops))
+        if compile:
+            rows[-1]["waits"] = None  # those within a graph are not seen
         for operation, moved in count.bytes.most_common(options.largest):
             n = count.kernels[operation]
             largest.append({"": f"{name} {operation}", "kernels": n, "GB": moved / 1e9})

@@ -11,8 +11,13 @@ on any machine. They claim to be on the CPU; `on_a_card` lets ops.py take the wa
     peak      of all tensors alive at once; what the allocator loses between them comes on top
 
 This cannot know how fast a kernel is, nor how much of it runs beside others. It gives limits.
+
+Blocks that are compiled count as what Inductor's scheduler makes of their graphs. It decides as for
+a CPU: on a GPU a kernel may be cut in two, or two be one. What is alive only within a graph is not
+in the peak, nor is a wait within it seen, nor what FP8's products for all experts do beside them.
 """
 
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,7 +43,8 @@ NO_KERNEL = {
     "detach_",
     "lift_fresh",
 }
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm_v2"}
+FOR_ALL_EXPERTS = {"multiply", "weight_gradient"}  # fp8.py's operations in a compiled graph
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm_v2"} | FOR_ALL_EXPERTS
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
@@ -61,6 +67,10 @@ class Count(TorchDispatchMode):
         self.kernels, self.bytes, self.waits = Counter(), Counter(), Counter()
         self.fp8_flops, self.live, self.peak, self.paused = 0, 0, 0, False
         self.known = weakref.WeakSet()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # else nothing is compiled within it
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
@@ -154,3 +164,77 @@ def on_a_card() -> Iterator[Count]:
         mock.patch.object(ops, "fused_norm", count.norm),
     ):
         yield count
+
+
+# ---- What torch.compile would make of it ---------------------------------------------------------
+
+
+def scheduled(graph_module: torch.fx.GraphModule, inputs: list[Tensor]) -> list[tuple[str, int]]:
+    """The kernels, name and bytes, that Inductor makes of a graph: it lowers and fuses as for a
+    CPU, and no code is written. FP8's operations for all experts are one product for each."""
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
+    from torch._inductor.virtualized import V
+
+    view_to_reshape(graph_module)
+    fake_mode = torch._guards.detect_fake_mode(inputs)
+    graph, kernels = GraphLowering(graph_module, inputs, fake_mode.shape_env), []
+    debug = V.set_debug_handler(DebugContext())
+    with V.set_graph_handler(graph), V.set_fake_mode(fake_mode), debug:
+        graph.run(*inputs)
+        graph._update_scheduler()
+        for node in graph.scheduler.nodes:
+            if isinstance(node, NopKernelSchedulerNode):
+                continue
+            name = "fused"
+            if isinstance(node, ExternKernelSchedulerNode):
+                operation = getattr(node.node, "op_overload", None)
+                name = operation and operation.overloadpacket.__name__
+                name = name or (node.node.python_kernel_name or "extern").rpartition(".")[2]
+            kernels.append((name, node.get_read_write_buffers_sizes()))
+            if name in FOR_ALL_EXPERTS:
+                (experts,) = node.node.inputs[4].get_size()  # of `rows`
+                kernels += [(name, 0)] * (int(experts) - 1)
+    return kernels
+
+
+def fp8_flops(graph_module: torch.fx.GraphModule) -> int:
+    """Of its products in FP8."""
+    flops, other = 0, {"_scaled_mm_v2": 1} | dict.fromkeys(FOR_ALL_EXPERTS, 2)
+    for node in graph_module.graph.nodes:
+        if found := other.get(getattr(node.target, "_opname", "")):
+            a, b = (node.args[i].meta["val"] for i in (0, found))
+            flops += 2 * a.numel() * b.shape[1]
+    return flops
+
+
+def as_compiled(count: Count) -> Callable:
+    """A backend for torch.compile: a graph runs as it is, and counts as Inductor's kernels."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def compiler(graph_module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        flops, original = fp8_flops(graph_module), copy.deepcopy(graph_module)
+        with count.pause():
+            kernels = scheduled(graph_module, inputs)
+
+        def run(*args):
+            with count.pause():
+                out = original(*args)
+            for name, moved in kernels:
+                count.kernels[name] += 1
+                count.bytes[name] += moved
+            count.fp8_flops += flops
+            for x in tensors_in(out):
+                count.follow(x)
+            return out
+
+        return make_boxed_func(run)
+
+    table = select_decomp_table()
+    cut = min_cut_rematerialization_partition
+    return aot_autograd(fw_compiler=compiler, partition_fn=cut, decompositions=table)

@@ -272,6 +272,35 @@ def test_a_step_on_a_gpu_needs_no_more_than_it_did(use_fp8, kernels, megabytes):
     assert count.waits.total() == use_fp8 * 3  # for each MoE layer's rows
 
 
+def test_a_compiled_graph_counts_as_inductors_kernels():
+    with counting.on_a_card() as count, count:
+        x = torch.empty(4, 8, requires_grad=True)
+        w = torch.empty(8, 2, requires_grad=True)
+        f = torch.compile(
+            lambda x, w: (x @ w).sin().exp() * 3, backend=counting.as_compiled(count), dynamic=False
+        )
+        y = f(x, w)
+        forward, moved = count.kernels.copy(), count.bytes.copy()
+        y.sum().backward()
+    assert forward == {"mm": 1, "fused": 1}  # sin, exp and times are one
+    assert moved == {"mm": 4 * (32 + 16 + 8), "fused": 4 * (8 + 8)}
+    # Backward two products; one kernel makes the gradient of x @ w, and reads that of y as a number
+    assert count.kernels["mm"] == 3 and count.kernels["fused"] == 2
+
+
+def test_compiled_blocks_are_counted(tmp_path):
+    text = (ROOT / "config/tiny.py").read_text()  # one block, with experts
+    smaller = "num_hidden_layers = 1; num_nextn_predict_layers = first_k_dense_replace = 0"
+    file = tmp_path / "one.py"
+    file.write_text(f"{text}\n{smaller}\n")
+    eager, compiled = (bench.counted(file, False, compile=c)[0] for c in (False, True))
+    products = [sum(c.kernels[p] for p in counting.PRODUCTS) for c in (eager, compiled)]
+    assert products[0] == products[1] > 0  # compiling takes away what is beside them
+    assert compiled.kernels.total() < eager.kernels.total()
+    assert compiled.bytes.total() < eager.bytes.total()
+    assert compiled.kernels["_fused_rms_norm"] == 1  # the last, which is in no block
+
+
 def test_count_prints_shares_of_the_peak(capsys):
     bench.main(["count", str(ROOT / "config/tiny.py"), "--largest=2"])
     shown = capsys.readouterr().out
