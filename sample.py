@@ -176,9 +176,19 @@ class Text:
     were rejected. It is written over before it is read, so it is forgotten by length alone.
     """
 
-    def __init__(self, model, tokens: Tensor, new: int, G: int, compiled: bool, filters: tuple):
+    def __init__(
+        self,
+        model: DeepSeekV3,
+        tokens: Tensor,
+        new: int,
+        G: int,
+        compiled: bool,
+        filters: tuple,
+        buffers: dict | None = None,
+    ):
         """Reads the prompt, tokens (B, T), but for its last token. `new`: tokens that there must be
-        room for; G: drafts in a round; filters: temperature, top_k, top_p."""
+        room for; G: drafts in a round; filters: temperature, top_k, top_p; buffers: as in
+        `generate`."""
         (B, T), config, like = tokens.shape, model.config, model.norm.weight
         self.model, self.compiled, self.drafts = model, compiled, G
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft
@@ -204,6 +214,12 @@ class Text:
         if compiled:
             sizes = B, size, G, like.dtype, like.device
             self.kind = drawn, *others, *sizes, what_runs(Text, model)
+            if buffers is not None:
+                move((self, self.cache, self.mtp_cache), buffers)
+
+    def can_draft(self, n: int) -> bool:
+        """Whether MTP modules can draft token n: their first position takes the second token."""
+        return self.depth > 0 and n > 1
 
     def one_further(self, k: int, hidden: Tensor, start: int | Tensor) -> Tensor:
         """An MTP module reads the positions from `start` on: their hidden states at depth k, h^k
@@ -374,15 +390,12 @@ def generate(
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     # Autocast would multiply the copies of weights by numbers of another dtype.
     with torch.autocast(tokens.device.type, enabled=False), laid_out(model, compile, end - T):
-        text = Text(model, tokens, end - T, speculative, compile, (temperature, top_k, top_p))
-        if compile and buffers is not None:
-            move((text, text.cache, text.mtp_cache), buffers)
+        filters = temperature, top_k, top_p
+        text = Text(model, tokens, end - T, speculative, compile, filters, buffers)
         rows = [Row(ids) for ids in tokens.tolist()]
         live, n = list(range(B)), T  # the rows that have not reached eos; tokens of each of them
         while live and n < end:
-            # MTP modules draft behind two tokens or more: the first position takes the second one.
-            made = text.depth > 0 and n > 1
-            copies = copied_drafts(rows, live, speculative if lookup else 0, made)
+            copies = copied_drafts(rows, live, speculative if lookup else 0, text.can_draft(n))
             G = speculative if copies is None else copies.shape[1]
             outcome, seconds = text.play(n, copies, uniform(B, G, tokens.device, generator))
             # All advance by the drafts that all keep and a token more: new, or the next draft.
