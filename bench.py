@@ -514,8 +514,10 @@ def counted(
         parts[0], parts[-1] = parts[0] + parts[-1], 0
         return [128 * n for n in parts]
 
+    def yes(*_) -> bool:
+        return True
+
     fp8.tell_compiler()  # of has_blockwise_fp8, before another stands in for it
-    yes = lambda _: True  # noqa: E731
     fakes = mock.patch.multiple(fp8, has_blockwise_fp8=yes, on_gpu=yes, rows_of=rows_of)
     with on_a_card() as count, fakes, torch.device("cpu"):
         model = DeepSeekV3(network.config)

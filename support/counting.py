@@ -201,11 +201,12 @@ def scheduled(graph_module: torch.fx.GraphModule, inputs: list[Tensor]) -> list[
 
 
 def fp8_flops(graph_module: torch.fx.GraphModule) -> int:
-    """Of its products in FP8."""
-    flops, other = 0, {"_scaled_mm_v2": 1} | dict.fromkeys(FOR_ALL_EXPERTS, 2)
+    """Of a graph's products in FP8."""
+    # Where an operation's second factor stands among its arguments; the first one is argument 0.
+    flops, second = 0, {"_scaled_mm_v2": 1} | dict.fromkeys(FOR_ALL_EXPERTS, 2)
     for node in graph_module.graph.nodes:
-        if found := other.get(getattr(node.target, "_opname", "")):
-            a, b = (node.args[i].meta["val"] for i in (0, found))
+        if place := second.get(getattr(node.target, "_opname", "")):
+            a, b = (node.args[i].meta["val"] for i in (0, place))
             flops += 2 * a.numel() * b.shape[1]
     return flops
 

@@ -208,6 +208,8 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e1
 def peak_flops(device: torch.device) -> float | None:
     """Of bf16 products; None where it is not known."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if "NVL" in card:  # slower than the cards of the table, by how much is not known here
+        return None
     return next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
 
 

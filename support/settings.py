@@ -171,11 +171,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def place_of(error: BaseException) -> str:
-    """Of an error's trace the last line in this repository, as " at FILE:LINE, in FUNCTION"; "" if
-    there is none."""
-    root = Path(__file__).parent.parent
-    lines = [x for x in traceback.extract_tb(error.__traceback__) if x.filename != __file__]
-    own = [x for x in lines if Path(x.filename).parent in (root, *root.glob("[a-z]*"))]
+    """The last line of this repository that an error came through, as " at FILE:LINE, in FUNCTION".
+    Returns "" if there is none."""
+    root, lines = str(Path(__file__).parent.parent), traceback.extract_tb(error.__traceback__)
+    own = [x for x in lines if x.filename.startswith(root) and x.filename != __file__]
+    own = [x for x in own if "site-packages" not in x.filename]  # a .venv lies here, too
     return f" at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name}" if own else ""
 
 

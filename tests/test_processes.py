@@ -85,8 +85,10 @@ def test_a_resumed_run_keeps_its_dtype_unless_asked(monkeypatch, capsys):
 
 def test_the_share_of_a_known_cards_peak_is_in_the_log(monkeypatch):
     """With PaLM's FLOPs of a token, as nanoGPT's mfu."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
-    assert processes.peak_flops(torch.device("cuda")) == 756e12
+    cards = {"H100 PCIe": 756e12, "H100 80GB HBM3": 989e12, "H100 NVL": None, "L4": None}
+    for card, peak in cards.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, x=card: f"NVIDIA {x}")
+        assert processes.peak_flops(torch.device("cuda")) == peak
     assert processes.peak_flops(torch.device("cpu")) is None
     known, now = [None, 1e12], ["--steps=1", "--log_every=1", "--overwrite"]
     monkeypatch.setattr(runs, "peak_flops", lambda device: known[0])
