@@ -207,7 +207,7 @@ u[:, step : step + 1] => u[:, :1]
 q, drafts, u[:, G:]) => q, drafts, u[:, : G + 1])
 keepdim=True) > 0, rest, p_after) => keepdim=True) >= 0, rest, p_after)
 if b in live else [0] * G => if b in live else row.look_up(G)
-move((text, text.cache, text.mtp_cache), buffers) => pass
+move((self, self.cache, self.mtp_cache), buffers) => pass
 self.kind = drawn, *others => self.kind = True, *others
 kind = copies is None, u.shape => kind = (u.shape,)
 if len(self.ids) >= MATCH: => if len(self.ids) > MATCH:
