@@ -3,6 +3,7 @@ cores (DDP on a CPU) would wait for each other at every barrier. All draw the sa
 
 import functools
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -45,13 +46,13 @@ def book(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    import training  # imports of torch come after the number of threads
+    import training  # which imports torch, after the number of threads is known
+
+    import prepare_data
 
     out = str(tmp_path_factory.mktemp("data"))
-    config = training.prepare_data.DataConfig(
-        training.TEXT, "tiny", out, vocab_size=512, val_fraction=0.01
-    )
-    return training.prepare_data.prepare(config)
+    config = prepare_data.DataConfig(training.TEXT, "tiny", out, vocab_size=512, val_fraction=0.01)
+    return prepare_data.prepare(config)
 
 
 @pytest.fixture
@@ -100,6 +101,12 @@ def shared(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp
     return functools.cache(lambda *options: training.run(*options, out=folder("shared") / "run"))
+
+
+@pytest.fixture
+def begun(workplace, shared) -> Path:
+    """run/: a run of one step, to be changed."""
+    return Path(shutil.copytree(shared("--steps=1"), "run"))
 
 
 @pytest.fixture

@@ -339,9 +339,6 @@ if self.measured != now: => if False:
 
 # support/runs.py tests/test_runs.py
 getattr(os, "O_NOFOLLOW", 0)  # Windows => 0  # Windows
-if data or (inside and not trained and not early): => if inside and not trained and not early:
-if data or (inside and not trained and not early): => if data:
-early = "log.jsonl" in inside and (out / ".lock").exists() => early = "log.jsonl" in inside
 fcntl.flock(file, => 0 and fcntl.flock(file,
 if not os.path.samestat(os.fstat => if 0 and os.path.samestat(os.fstat
 except (BlockingIOError, FileNotFoundError): => except BlockingIOError:
@@ -352,7 +349,6 @@ left = (signal.SIG_IGN, None) => left = (None,)
 left = (signal.SIG_IGN, None) => left = (signal.SIG_IGN,)
 ("SIGINT", "SIGTERM", "SIGHUP") => ("SIGINT", "SIGTERM")
 lambda copy, x=content: copy.write(x) => lambda copy, x=content: copy.write(x[1:])
-if lacking := self.states.keys() - saved.keys(): => if lacking := set():
 thing.load_state_dict(cut_like(saved[name], thing.state_dict())) => pass
 evaluated=not self.progress.owes_evaluation => evaluated=True
 self.bad_in_a_row >= 5 => self.bad_in_a_row >= 6
@@ -367,7 +363,6 @@ if run.stop.heard: => if False:
 
 # support/files.py tests/test_runs.py
 part.unlink(missing_ok=True)  # left by => pass  # left by
-file.flush() => file.flush(); file = open(os.devnull)
 
 # support/settings.py tests/test_settings.py
 os.open(os.devnull, os.O_RDWR) => pass
@@ -384,6 +379,12 @@ if (source / "config.json").exists(): => if False:
 # train.py tests/test_refusals.py
 check_paths(asked, given) => pass
 if start and not asked["resume"] and => if False and
+
+# support/runs.py tests/test_refusals.py
+if lacking := self.states.keys() - saved.keys(): => if lacking := set():
+if data or (inside and not trained and not early): => if inside and not trained and not early:
+if data or (inside and not trained and not early): => if data:
+early = "log.jsonl" in inside and (out / ".lock").exists() => early = "log.jsonl" in inside
 
 # support/settings.py tests/test_runs.py
 return in_file | stored | given => return stored | in_file | given
@@ -403,6 +404,7 @@ ours = [x for x in numbers if => ours = [x for x in numbers if False and
 os.path.lexists(old := => os.path.exists(old :=
 if os.path.lexists(folder) and => if os.path.exists(folder) and
 not empty and not overwrite => not overwrite
+file.flush() => file.flush(); file = open(os.devnull)
 if not part.is_symlink():  # that => if False:  # that
 check_free(path, overwrite)  # again => pass  # again
 folder.rename(old)  # of => folder.rename(old); [x.unlink() for x in old.glob("thesis*")]  # of

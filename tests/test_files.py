@@ -113,17 +113,26 @@ def test_killed_at_any_step_every_folder_is_whole_or_a_part(steps, old, tmp_path
     assert NEW.items() <= contents(tmp_path).items()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "checkpoint"])
 def test_all_is_on_the_disk_before_the_rename(name, tmp_path, monkeypatch):
-    flushed, rename = set(), Path.rename
-    monkeypatch.setattr(os, "fsync", lambda file: flushed.add(os.fstat(file).st_ino))
+    """A power failure leaves the old one or the new one."""
+    flushed, rename, replace = set(), Path.rename, os.replace
 
-    def checked(new, target):
+    def flush(file):
+        assert os.fstat(file).st_size
+        flushed.add(os.fstat(file).st_ino)
+
+    def checked(function, new, target):
         assert flushed == {x.stat().st_ino for x in (new.iterdir() if new.is_dir() else [new])}
-        return rename(new, target)
+        return function(new, target)
 
-    monkeypatch.setattr(Path, "rename", checked)
-    make(tmp_path / name)
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "rename", lambda new, to: checked(rename, new, to))
+    monkeypatch.setattr(os, "replace", lambda new, to: checked(replace, new, to))
+    if name == "checkpoint":
+        files.write_whole(tmp_path / name, lambda file: file.write(b"new"))
+    else:
+        make(tmp_path / name)
     assert flushed and (tmp_path / name).exists()
 
 

@@ -88,6 +88,8 @@ REFUSALS = [
     (f"{NEW} --out=data/tiny", 1, "data/tiny holds token files, as a folder of data does"),
     (f"{NEW} --out=data/tiny --overwrite", 1, "data/tiny holds token files"),
     (f"{NEW} --out=photos --overwrite", 1, "photos holds files, but no run: give another --out."),
+    (f"{NEW} --out=both --overwrite", 1, "both holds token files, as a folder of data does"),
+    (f"{NEW} --out=alone", 1, "alone holds files, but no run: give another --out."),
     (RUN, 1, "run holds a run: give --resume, --overwrite, or another --out."),
     (f"{RUN} --overwrite --data=nowhere", 1, "no data in data/nowhere"),
     (f"{RUN} --overwrite --init_from=run", 1, "run would be put aside: give another --out."),
@@ -146,6 +148,9 @@ FILES = {
     "sizes.py": b"hidden_size = 64\n",
     "a.txt": b"some lines\n" * 50,
     "latin.txt": "Müller ".encode("latin-1") * 50,
+    "both/ckpt.pt": b"x",
+    "both/val.bin": b"x",
+    "alone/log.jsonl": b"",  # a run that has not written a line has a .lock beside it
     "begun/log.jsonl": b'{"step"',
     "release/config.json": b"{}",
 }

@@ -15,18 +15,17 @@ import signal
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-import huggingface
-import prepare_data
 import train
-from support import processes, tokenizer
+from support import processes
 from support.settings import Refusal, run_command, sentence_of
-from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "config" / "tiny.py")
@@ -34,6 +33,7 @@ SHORT = ["--steps=8", "--batch_size=4", "--block_size=16", "--eval_batch=32", "-
 SHORT += ["--log_every=1", "--eval_every=4", "--save_every=4"]
 # Schedules that do not depend on the length of the run.
 CONSTANT = ("--warmup=0", "--decay_start=1", "--mtp_switch=1", "--gamma_stop=1")
+CLIP = torch.nn.utils.clip_grad_norm_
 SHOW_RESULT = train.show_result  # a run shows no sample in these tests
 MACHINE = processes.Machine(torch.device("cpu"), torch.float64)
 FORKS = multiprocessing.get_context("forkserver")
@@ -94,6 +94,14 @@ def load(out: Path, name: str = "ckpt.pt") -> dict:
     return torch.load(Path(out) / name, weights_only=True)
 
 
+@contextmanager
+def edited(path: Path | str) -> Iterator[dict]:
+    """A checkpoint, to be changed within `with`."""
+    saved = torch.load(path, weights_only=True)
+    yield saved
+    torch.save(saved, path)
+
+
 def assert_same(a, b, tolerance: float = 0.0):
     """Equal, numbers within the tolerance (relative, and absolute for what is near 0)."""
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -125,16 +133,17 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 0.0):
         assert_alike(x, y, tolerance)
 
 
-def poison_third_gradient():
+def spoil_gradients(*steps: int):
+    """From now on the gradients of these steps, counted from 1, are not finite."""
     clip, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
 
-    def poisoned(parameters, *rest):
+    def spoiling(parameters, *rest):
         parameters = list(parameters)
-        if next(calls) == 3:
+        if next(calls) in steps:
             parameters[0].grad.fill_(math.inf)
         return clip(parameters, *rest)
 
-    torch.nn.utils.clip_grad_norm_ = poisoned
+    torch.nn.utils.clip_grad_norm_ = spoiling
 
 
 class Faults:
@@ -158,6 +167,10 @@ class Faults:
     def signal(self, number: int, step: int):
         self.at_step(step, lambda: signal.raise_signal(number))
 
+    def bad_gradients(self, *steps: int):
+        self.monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", CLIP)
+        spoil_gradients(*steps)
+
     def full_disk(self, size: int = 0):
         """From now on no file grows beyond so many bytes."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -168,21 +181,8 @@ class Faults:
         path.symlink_to(Path(target).resolve())
 
 
-def make_release(run: Path):
-    """release/: the network of a run with a tokenizer as Moonlight's, data/mine: a text for it."""
-    huggingface.main([str(run), "release"])
-    release = Path("release")
-    (release / "tokenizer.tiktoken").rename(release / "tiktoken.model")  # they look alike
-    for name in "meta.json", "tokenizer.json":
-        (release / name).unlink()
-    end = {"511": {"content": "[EOS]"}}
-    told = {"added_tokens_decoder": end, "eos_token": "[EOS]"}
-    (release / "tokenizer_config.json").write_text(json.dumps(told))
-    prepare_data.prepare(prepare_data.DataConfig(TEXT, "mine", tokenizer="release"))
-
-
 def other_tokenizer(data: Path, changed: str):
-    """data/other: the same texts; its tokenizer gives the docstring of ours the same ids."""
+    """data/other: the same texts; its tokenizer gives them the same ids."""
     shutil.copytree(data, "data/other")
     ranks, meta = Path("data/other/tokenizer.tiktoken"), Path("data/other/meta.json")
     values = json.loads(meta.read_text())
@@ -195,8 +195,6 @@ def other_tokenizer(data: Path, changed: str):
     else:
         values["special_tokens"] = {"<|end|>": 511}
     meta.write_text(json.dumps(values))
-    ids = [load_tokenizer(x).encode_ordinary(tokenizer.__doc__) for x in (data, ranks.parent)]
-    assert ids[0] == ids[1]
 
 
 def give_losses(monkeypatch, *losses: float):
