@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,12 @@ from training import (
     assert_same_run,
     finish,
     load,
-    make_release,
-    poison_third_gradient,
     run,
+    spoil_gradients,
     wait_for,
 )  # fmt: skip
 
+import huggingface
 import train
 from huggingface import load_model
 from support import ops, processes, runs, tokens
@@ -144,16 +145,11 @@ def test_a_run_moves_between_one_process_ddp_and_fsdp(start, shared):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_release_is_trained_on_by_two_processes_as_by_one(parallel, start, shared):
-    make_release(shared("--steps=1"))
-    options = ("--init_from=release", "--data=mine", "--steps=4")
+def test_two_processes_start_from_weights_as_one_does(parallel, start, shared):
+    huggingface.main([str(shared("--steps=1")), "released"])
+    options = ("--init_from=released", "--steps=4")
     finish(start(*options, f"--parallel={parallel}", world=2, out="together"))
-    run(*options, out="alone")
-    assert_same_run(Path("alone"), Path("together"), 1e-9)
-    copies = {"tiktoken.model", "tokenizer_config.json", "meta.json"}
-    files = {path.name for path in Path("together").iterdir()}
-    assert files == {"ckpt.pt", "best.pt", "log.jsonl", ".lock"} | copies
-    assert load_model("together")[1].eos == [511]
+    assert_same_run(run(*options, out="alone"), Path("together"), 1e-9)
 
 
 def other_text_in_process_1():
@@ -310,7 +306,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start):
 
 def test_one_bad_gradient_is_skipped_by_all_processes_and_the_run_goes_on(start):
     options = ("--parallel=fsdp", "--eval_every=8", "--save_every=8", "--log_every=2")
-    said, *_ = finish(start(*options, world=2, setup=poison_third_gradient))
+    said, *_ = finish(start(*options, world=2, setup=partial(spoil_gradients, 3)))
     assert re.search("step 4/8: .*, 1 skipped: gradient not finite", said)
     state = load("run")
     assert state["step"] == 8

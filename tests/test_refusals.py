@@ -107,6 +107,7 @@ REFUSALS = [
     (f"{ON} --optimizer=muon", 1, "run/ckpt.pt cannot be resumed: it has no state of Muon 1; use"),
     (f"{ON} --beta1=1", 1, "must be less than 1"),
     (f"{ON} --long_block_size=8", 1, "long_block_size is 8, less than the 16 trained before"),
+    (f"{NEW} --init_from=run --eval_only --block_size=257", 1, "windows of 257 tokens exceed max"),
     (f"{NEW} --init_from=run --moe_intermediate_size=9", 1, "run cannot get moe_intermediate_size"),
     # sample.py
     ("sample.py run 'a text'", 2, "write --prompt='a text'"),

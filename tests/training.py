@@ -3,14 +3,12 @@
 Where processes matter they are forked from a server that has imported train.py once.
 """
 
-import hashlib
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import sys
 import sysconfig
@@ -179,22 +177,6 @@ class Faults:
         """The path leads out of its folder."""
         path.unlink(missing_ok=True)
         path.symlink_to(Path(target).resolve())
-
-
-def other_tokenizer(data: Path, changed: str):
-    """data/other: the same texts; its tokenizer gives them the same ids."""
-    shutil.copytree(data, "data/other")
-    ranks, meta = Path("data/other/tokenizer.tiktoken"), Path("data/other/meta.json")
-    values = json.loads(meta.read_text())
-    if changed == "token":  # the last one, which no other is made of
-        *lines, _ = ranks.read_bytes().splitlines(keepends=True)
-        ranks.write_bytes(b"".join(lines) + b"//79 %d\n" % len(lines))
-        values["tokenizer_sha256"] = hashlib.sha256(ranks.read_bytes()).hexdigest()
-    elif changed == "pattern":
-        values["pattern"] = "qzqz|" + values["pattern"]
-    else:
-        values["special_tokens"] = {"<|end|>": 511}
-    meta.write_text(json.dumps(values))
 
 
 def give_losses(monkeypatch, *losses: float):
