@@ -382,7 +382,9 @@ def test_contrast_has_one_scale_and_loses_small_tokens(block):
     _, tiles = fp8.quantize(x, block, pow2=True)
     q, one = fp8_error.one_scale(x, block, pow2=True)
     assert one.shape == tiles.shape and one.unique() == tiles.max()
-    assert not fp8.dequantize(q, one, block)[:, :10].any()  # below E4M3's smallest
+    decoded = fp8.dequantize(q, one, block)
+    assert not decoded[:, :10].any()  # below E4M3's smallest
+    assert torch.equal(fp8_error.one_scale(x, block, pow2=True, decode=True)[0], decoded)
 
 
 def test_a_group_is_aligned_to_its_largest_and_cut_to_14_bits():

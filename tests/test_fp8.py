@@ -109,6 +109,7 @@ def test_quantize_equals_reference(block, pow2):
         decoded = dequantize(q, s, block)  # checks the shape of s
         assert q.dtype == fp8.E4M3 and s.dtype == decoded.dtype == torch.float32
         torch.testing.assert_close(decoded.double(), reference(x, block, pow2), rtol=2e-7, atol=0)
+        assert same(quantize(x, block, pow2, decode=True), (decoded, s))
         if pow2:
             assert torch.equal(decoded, dequantize(q, s, block, BF16).float())  # exact in bf16
             assert (torch.frexp(s).mantissa == 0.5).all()
@@ -118,11 +119,20 @@ def test_quantize_equals_reference(block, pow2):
         x = torch.randn(256, 256)
         x[3, 5] = bad
         lost = dequantize(*quantize(x, block, pow2), block).isnan()
+        assert torch.equal(quantize(x, block, pow2, decode=True)[0].isnan(), lost)
         rows, columns = (
             slice(i, i + 1) if n == 1 else slice(128) for i, n in ((3, block[0]), (5, block[1]))
         )
         assert lost[rows, columns].all()  # the whole tile: its scale is lost
         assert lost.sum() == lost[rows, columns].numel()
+
+
+def test_rounding_to_codes_needs_no_codes():
+    """At all bfloat16 numbers up to 448, where all of E4M3 and what lies halfway are among them."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(BF16).float()
+    x = x[x.abs() <= 448]
+    for y in (x, *(x.nextafter(torch.tensor(end)) for end in (-math.inf, math.inf))):
+        assert torch.equal(fp8._round(y.clone()), y.to(fp8.E4M3).float())
 
 
 @both_kinds
@@ -294,12 +304,14 @@ def test_swiglu_is_recomputed_from_fp8():
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
-def test_what_is_kept_for_backward(swiglu):
+def test_what_is_kept_for_backward(swiglu, monkeypatch):
     """A byte a number, a scale a tile, two of these for SwiGLU; no weight, which FSDP releases."""
     T, K, kept = 1024, 256, []
     x, up = torch.randn(2, T, K).bfloat16().requires_grad_()
     weight = FP8Linear(K, 384).weight
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device: True)
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with TensorCores(), keep:
         fp8._linear(x, weight, up=up if swiglu else None)
     sizes = {t.data_ptr(): t.nbytes for t in kept if t.data_ptr() != weight.data_ptr()}
     assert sum(sizes.values()) == (1 + swiglu) * T * K * (1 + 4 / 128)
@@ -311,9 +323,9 @@ def test_what_is_kept_for_backward(swiglu):
 def test_weights_are_quantised_once_and_not_a_bit_changes(monkeypatch):
     calls, model, x = [], network(), torch.randn(6, 128)
 
-    def counting(x, block, pow2=False):
+    def counting(x, block, **options):
         calls.extend([x.shape] * (block == BLOCK))
-        return quantize(x, block, pow2)
+        return quantize(x, block, **options)
 
     monkeypatch.setattr(fp8, "quantize", counting)
     plain = step(model, x)
@@ -367,7 +379,7 @@ def test_compiles_into_one_graph():
             x = torch.randn(30, 128, requires_grad=True)
             assert same(step(model, x), step(compiled, x))
             y, (q, s) = model(x), weight._fp8
-            weight._fp8 = q, 2 * s  # the graph uses the weight kept, here a doctored one
+            weight._fp8 = 2 * q, s  # the graph uses the weight kept, here a doctored one
             assert torch.equal(compiled(x), 2 * y)
         opt.step()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
