@@ -43,9 +43,10 @@ from huggingface import FP8_WEIGHTS, checkpoint_views, from_pretrained, save_pre
 from model import Cache, DeepSeekV3, ModelConfig
 from support import processes
 from support.counting import PRODUCTS, Count, as_compiled, on_a_card
+from support.flops import flops_per_token, peak_flops
 from support.gguf import write_gguf
 from support.ops import fast_dtype, laid_out
-from support.processes import Machine, flops_per_token, peak_flops
+from support.processes import Machine
 from support.settings import Refusal, info, parse_args, read_config_file, run_command
 from support.tokenizer import END_OF_TEXT, PATTERN, encoding_from
 

@@ -109,10 +109,15 @@ def outline(config: ModelConfig) -> DeepSeekV3:
 
 
 def to_fill(
-    config: ModelConfig, stored: Collection[str], device: str | torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    stored: Collection[str],
+    device: str | torch.device,
+    dtype: torch.dtype,
+    ready: dict[str, Tensor] | None = None,
 ) -> DeepSeekV3:
-    """A network for a file with the tensors `stored`: these have memory, but need not have values.
-    All others, such as buffers that are not saved, are as the constructor makes them."""
+    """A network for a file with the tensors `stored`: these have memory, but need not have values;
+    those that are `ready` are taken as they are, without a copy. All others, such as buffers that
+    are not saved, are as the constructor makes them."""
     model = outline(config)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     empty = {name: x for name, x in tensors.items() if x.is_meta}
@@ -120,8 +125,8 @@ def to_fill(
     unsaved = any(isinstance(x, Tensor) and x.is_meta for x in attributes)
     if unsaved or empty.keys() - stored:  # values that only a whole constructor makes
         return DeepSeekV3(config).to(device, dtype)
-    for x in empty.values():  # in place: what two modules share stays shared
-        y = torch.empty_like(x, dtype=dtype, device=device)
+    for name, x in empty.items():  # in place: what two modules share stays shared
+        y = ready[name] if ready else torch.empty_like(x, dtype=dtype, device=device)
         swap_tensors(x, nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y)
     return model.to(device, dtype)
 
@@ -409,7 +414,7 @@ def with_settings(
     weights, like = model.state_dict(), model.norm.weight
     needed = outline(config).state_dict()
     compare(weights, needed, source, f"{source} cannot get {told}", extend)
-    other = to_fill(config, weights.keys(), like.device, like.dtype)
+    other = to_fill(config, weights.keys(), like.device, like.dtype, ready=weights)
     other.load_state_dict(weights, strict=False)
     other.trained_length = model.trained_length
     return other.eval()

@@ -374,7 +374,7 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
             main = model(x.clamp(min=0), y)["loss"]
         loss = torch.stack((main, *model.mtp_losses)).cpu()
         n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
-        sums[:, : len(n)] += torch.stack((loss * n, n))  # one token has no MTP loss
+        sums += torch.stack((loss * n, n))
         for row, chosen in zip(model.count_rows(), model.routing, strict=True):
             # MTP module k (from 1) has T - k rows, for the last T - k targets. -1 marks padding.
             used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
@@ -398,7 +398,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     with fp8.quantized_once(model), torch.compiler.set_stance("force_eager"):  # for so few calls
         total = add_up(model, text, config.block_size, config, machine)
         long = None
-        if 0 < config.long_block_size == model.trained_length:  # a fresh network has 0
+        if config.long_block_size > 0 and config.long_block_size == model.trained_length:
             long = add_up(model, text, config.long_block_size, config, machine)
     model.train(training)
     main, *mtp = mean_losses(total)
@@ -501,7 +501,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
         if progress.owes_evaluation or given_weights:
             run.note(evaluate(model, data, config, machine))
 
-        while not (run.last or run.stopped):
+        while not (run.finished or run.stopped):
             step = progress.step
             if extended(config, step):
                 extend_context(model, config)
@@ -556,58 +556,48 @@ def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
     The command line overrules the checkpoint of a run that goes on or is evaluated, and that
     overrules the config file.
     """
-    file, in_file, given = settings.read_command(ABOUT, argv, TrainConfig, ModelConfig)
+    kinds = (TrainConfig, ModelConfig)
+    file, given = settings.parse_args(ABOUT, argv, *kinds, positional="config")
+    in_file = settings.read_config_file(file, *kinds) if file else {}
     given |= settings.with_home(given, "out", "data", "init_from")
-    if file:
-        in_file["out"] = in_file.get("out") or f"out/{Path(file).stem}"
-    if given.get("out") == "":  # the default
-        del given["out"]
-    asked = vars(TrainConfig()) | in_file | given
-    source, own = find_weights(asked, given)
-    nowhere = not asked["out"] and not (asked["eval_only"] and asked["init_from"])
-    if nowhere or not (file or source):
+    out = given.get("out") or in_file.get("out") or (f"out/{Path(file).stem}" if file else "")
+    asked = vars(TrainConfig()) | in_file | given | {"out": out}
+    old_weights = asked["resume"] or asked["eval_only"] or asked["init_from"]
+    if not file and not (out and old_weights):
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
-    check_paths(asked, given)
+    source, own = find_weights(asked, given)
     if not own:
-        return in_file | given, source, 0
+        return asked, source, 0
 
-    stored, first = checkpoints.settings_in(source, TrainConfig, ModelConfig)
-    stored = vars(TrainConfig()) | stored  # what the run did not know yet has its default
-    stored = {k: v for k, v in stored.items() if k not in OF_THE_COMMAND}
-    values = settings.merge(in_file, stored, given)
-    if asked["resume"]:  # steps number the windows: those of another size begin elsewhere
-        then, now = (x["batch_size"] * x["block_size"] for x in (stored, values))
-        if again := first * (then - now):
-            does = f"reads {again:,} tokens once more" if again > 0 else f"skips {-again:,} tokens"
-            info(f"with batches of another size the run {does}")
-    return values, source, first
+    saved = load_checkpoint(source, whole=False)
+    stored = saved["model_config"] | saved["train_config"]
+    known = ModelConfig.__dataclass_fields__ | TrainConfig.__dataclass_fields__
+    stored = {k: x for k, x in stored.items() if k in known and k not in OF_THE_COMMAND}
+    return settings.merge(in_file, stored, given) | {"out": out}, source, saved["step"]
 
 
 def find_weights(asked: dict, given: dict) -> tuple[Path | None, bool]:
     """Where the weights are (None: a new network), and whether they are those of the run in `out`,
-    which go on or are evaluated. Once there is a run, what its config file has as init_from is
-    history: only the command line can name other weights to evaluate."""
+    which goes on or is evaluated. Raises Refusal where a new run may not write to its folder."""
     out, start = Path(asked["out"]), asked["init_from"]
     if asked["resume"]:
+        if given.get("init_from") or given.get("overwrite"):
+            raise Refusal("--resume goes on with a run: leave out --init_from and --overwrite.")
+        runs.check_folder(out, resume=True, overwrite=False)
         return out / "ckpt.pt", True
-    begun = runs.holds_run(out) and not given.get("init_from")
-    if asked["eval_only"] and (begun or not start):
-        return checkpoint_file(out), True
-    return Path(start) if start else None, False
-
-
-def check_paths(asked: dict, given: dict):
-    """Raises Refusal where a run may not write to its folder, or would put its source aside."""
-    out, start = Path(asked["out"]), asked["init_from"]
-    if asked["resume"] and (given.get("init_from") or given.get("overwrite")):
-        raise Refusal("--resume goes on with a run: leave out --init_from and --overwrite.")
     if asked["eval_only"]:  # writes nothing, so a run that is being trained may be evaluated
-        return
-    runs.check_folder(out, asked["resume"], asked["overwrite"])
+        # Once there is a run, what its config file has as init_from is history.
+        if start and (given.get("init_from") or not runs.holds_run(out)):
+            return Path(start), False
+        return checkpoint_file(out), True
+    runs.check_folder(out, resume=False, overwrite=asked["overwrite"])
+    if not start:
+        return None, False
     source = Path(start).resolve()
-    if start and not asked["resume"] and out.resolve() in (source, source.parent):
+    if out.resolve() in (source, source.parent):
         raise Refusal(f"{start} would be put aside: give another --out.")
+    return Path(start), False
 
 
 def open_network(config: TrainConfig, network: dict, source: Path | None, machine: Machine):
@@ -620,13 +610,14 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
             sizes = "hidden_size, num_hidden_layers and the network's other sizes"
             raise Refusal(f"the config file has to set {sizes}: take config/small.py's.")
         return DeepSeekV3(ModelConfig(**network)).to(place, dtype), None
-    new_run = not (config.resume or config.eval_only)
-    opened, tokenizer, _ = load_model(source, place, dtype, extend=new_run)
-    model = with_settings(opened, network, source, extend=not config.resume)
-    if new_run:  # else settings.merge has told it
-        for key, was in vars(opened.config).items():
-            if (now := vars(model.config)[key]) != was:
-                info(f"{key} is now {now} (was {was} in {source})")
+    new = not config.resume  # then it may have other parts than the weights
+    model, tokenizer, _ = load_model(source, place, dtype, extend=new)
+    before, model = vars(model.config), with_settings(model, network, source, extend=new)
+    if not (config.resume or config.eval_only):
+        info(f"start: from {source}")
+        for key, now in vars(model.config).items():
+            if now != before[key]:
+                info(f"{key} is now {now} (was {before[key]} in {source})")
     return model, tokenizer
 
 
@@ -637,9 +628,8 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
     longest = max(config.block_size, long)
     if longest > limit:
         raise Refusal(f"windows of {longest} tokens exceed max_position_embeddings, {limit}.")
-    # MTP module k needs k + 1 tokens before it has a target. And windows below 8 tokens make the
-    # batches of an evaluation so small that the Python around them takes most of the time.
-    least = max(8, 1 + model.config.num_nextn_predict_layers)
+    # MTP module k needs k + 1 tokens before it has a target.
+    least = 1 + model.config.num_nextn_predict_layers
     if config.block_size < least:
         raise Refusal(f"block_size is {config.block_size}, but must be at least {least} here.")
     if config.eval_only:  # compiles nothing and has no steps
@@ -652,24 +642,13 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
         raise Refusal(f"{less}: give --long_block_size=0, or {trained} at least.")
     parts = machine.world * config.grad_accum
     for steps, size in stages_from(config, first):
-        for step in (steps[0], *steps[-2:]):  # both lengths of windows, where they take turns
+        # In the last phase every second step has long windows: one of the last two, if any has.
+        for step in (steps[0], *steps[-2:]):
             tokens, T = size * config.block_size, block_at(config, step)
             if tokens % (T * parts):
                 uneven = f"the {tokens} tokens of step {step} are no multiple of {parts}"
                 each = f"micro-batches (processes x grad_accum) of windows of {T} tokens"
                 raise Refusal(f"{uneven} {each}.")
-
-
-def tell_source(config: TrainConfig, source: Path):
-    """Says where the weights are from, and whether the learning rate may spoil them."""
-    if (source / "config.json").exists():
-        return info(f"start: from {source}, a Hugging Face directory")
-    file = checkpoint_file(source)
-    stored, step = checkpoints.settings_in(file, TrainConfig)
-    info(f"start: from {file}, step {step}")
-    if "lr" in stored and config.lr >= stored["lr"]:
-        told = f"lr is {config.lr:g}, and {file} was trained with {stored['lr']:g} at most"
-        info(f"{told}: it may forget what it has learnt; try a tenth, --lr={stored['lr'] / 10:g}")
 
 
 def command(argv: list[str]):
@@ -694,8 +673,6 @@ def command(argv: list[str]):
         if machine.rank == 0:
             print(runs.to_json(result))
         return
-    if source and not config.resume:
-        tell_source(config, source)
     train(model, data, config, machine, tokenizer_files(folder))
     torch.use_deterministic_algorithms(False)  # sampling has no use for it
     if machine.rank == 0:

@@ -7,10 +7,10 @@ far a run has come. Of sharded tensors a file has the whole (`gather`), and a pr
 """
 
 import functools
+import inspect
 import math
 import os
 import zipfile
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,16 +60,7 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
 def code_of(config_class: type) -> str:
     """The digits of the file that defines a network and this class of its settings: model.py. See
     support/digits.py."""
-    return digits_of(file_source(Path(config_class.__post_init__.__code__.co_filename)))
-
-
-def settings_in(file: Path, *config_classes: type) -> tuple[dict[str, Any], int]:
-    """The settings of a run in a checkpoint, those that are fields of these dataclasses, and its
-    step; a file of weights alone has neither. Raises Refusal."""
-    saved = load_checkpoint(file, whole=False)
-    fields = {name for kind in config_classes for name in kind.__dataclass_fields__}
-    stored = saved.get("train_config", {}) | saved["model_config"]
-    return {name: x for name, x in stored.items() if name in fields}, saved.get("step", 0)
+    return digits_of(file_source(Path(inspect.getfile(config_class))))
 
 
 # ---- The tensors of a state ----------------------------------------------------------------------
@@ -117,10 +108,10 @@ class Named:
     """An optimiser whose state goes by the names of its parameters; torch's goes by numbers."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module):
-        name = {id(p): name for name, p in model.named_parameters()}
+        name_of = {p: name for name, p in model.named_parameters()}
         self.optimizer = optimizer
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.names = [name.get(id(p)) for p in self.params]
+        self.names = [name_of.get(p, f"number {i}") for i, p in enumerate(self.params)]
         self.made = [dict(group) for group in optimizer.param_groups]  # lr, weight decay and so on
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,38 +127,25 @@ class Named:
         return state | {"names": self.names, "state": moments, "param_groups": groups}
 
     def load_state_dict(self, stored: dict[str, Any]):
-        state, groups = self.optimizer.state_dict(), stored["param_groups"]
-        if stored["names"] != self.names or len(groups) != len(self.made):
+        now, changed = self.optimizer.state_dict()["param_groups"], stored["param_groups"]
+        if stored["names"] != self.names or len(changed) != len(now):
             raise Refusal("its optimiser has other parameters, or in other groups")
-        groups = [
-            now | moved | {"params": now["params"]}
-            for now, moved in zip(state["param_groups"], groups, strict=True)
-        ]
+        groups = [group | options for group, options in zip(now, changed, strict=True)]
         fused, moments = any(group.get("fused") for group in groups), {}
-        for name, own in stored["state"].items():
+        for name, kept in stored["state"].items():
             i = self.names.index(name)
-            for key, x in own.items():
+            for key, x in kept.items():
                 shape = () if key == "step" else tuple(self.params[i].shape)
                 # Nobody else looks: a fused optimiser would write beyond a moment's memory.
                 if fused and isinstance(x, Tensor) and tuple(x.shape) != shape:
                     raise Refusal(f"{key} of {name} is {tuple(x.shape)}, expected {shape}")
-            moments[i] = {key: cut_like(x, self.params[i]) for key, x in own.items()}
+            moments[i] = {key: cut_like(x, self.params[i]) for key, x in kept.items()}
         self.optimizer.load_state_dict(stored | {"state": moments, "param_groups": groups})
 
 
 def by_name(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Named]:
-    """The optimisers as states of a run. Raises Refusal unless each parameter of the model that
-    asks for a gradient is in exactly one of them."""
-    states = {f"{type(x).__name__} {i}": Named(x, model) for i, x in enumerate(optimizers)}
-    times = Counter(name for x in states.values() for name in x.names)
-    if None in times:
-        told = "an optimiser has a weight that is not in the model"
-        raise Refusal(f"{told}: make it an nn.Parameter of one of the model's modules.")
-    for name, p in model.named_parameters():
-        if p.requires_grad and times[name] != 1:
-            has = "more than one optimiser has" if times[name] else "no optimiser has"
-            raise Refusal(f"{has} the parameter {name}: change make_optimizers in train.py.")
-    return states
+    """The optimisers as states of a run."""
+    return {f"{type(x).__name__} {i}": Named(x, model) for i, x in enumerate(optimizers)}
 
 
 @dataclass

@@ -2,15 +2,14 @@
 
 import json
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from support.settings import Refusal, info, short
+from support.signals import interruptible
 
 
 def put_aside(folder: Path) -> Path:
@@ -42,25 +41,6 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if os.path.lexists(folder) and not empty and not overwrite:
         hint = "choose another name, or give --overwrite, which renames the old one"
         raise Refusal(f"{folder} exists; {hint}")
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM and a closed terminal do what Ctrl-C does, so that nothing unfinished stays."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    numbers = [getattr(signal, x) for x in ("SIGTERM", "SIGHUP") if hasattr(signal, x)]
-    in_main = threading.current_thread() is threading.main_thread()  # else no handler may be set
-    ours = [x for x in numbers if in_main and signal.getsignal(x) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The folder of a run: what is written there and when, its lock and clock, and how a run ends.
+"""The folder of a run: its lock, what is written there and when, and how a run ends.
 
 train() names the things that have a state. This file knows no more of them.
 
@@ -18,13 +18,9 @@ import json
 import math
 import os
 import re
-import signal
-import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,9 +28,12 @@ import torch
 from torch import Tensor
 
 from support.checkpoints import code_of, cut_like, gather, load_checkpoint
+from support.clock import Clock
 from support.files import put_aside, write_whole
-from support.processes import Machine, flops_per_token, peak_flops
+from support.flops import flops_per_token, peak_flops
+from support.processes import Machine
 from support.settings import Refusal, info
+from support.signals import Stop
 
 try:
     import fcntl
@@ -58,36 +57,44 @@ def holds_run(out: Path) -> bool:
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool):
-    """Raises Refusal unless a run may write there: one to go on with is there, or nothing is, or
-    a run that may be put aside. Changes nothing."""
+    """Raises Refusal unless a run may write there: where nothing is, or a run that is to go on
+    or to be put aside. Changes nothing."""
     if out.exists() and not out.is_dir():
         raise Refusal(f"{out} is a file: give another --out.")
-    inside = {path.name for path in out.iterdir()} - {".lock"} if out.exists() else set()
-    trained, data = holds_run(out), any(name.endswith(".bin") for name in inside)
-    early = "log.jsonl" in inside and (out / ".lock").exists()  # a run without a line yet
-    if data or (inside and not trained and not early):
-        kind = "token files, as a folder of data does" if data else "files, but no run"
-        raise Refusal(f"{out} holds {kind}: give another --out.")
-    if resume and not (out / "ckpt.pt").exists():
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if any(name.endswith(".bin") for name in names):
+        raise Refusal(f"{out} holds token files, as a folder of data does: give another --out.")
+    trained = holds_run(out)
+    begun = {".lock", "log.jsonl"} <= names  # a run that has not written a line
+    if names - {".lock"} and not (trained or begun):
+        raise Refusal(f"{out} holds files, but no run: give another --out.")
+    if resume and "ckpt.pt" not in names:
         instead = "give --overwrite instead" if trained else "begin without --resume"
         raise Refusal(f"{out} has no ckpt.pt to go on from: {instead}.")
     if trained and not (resume or overwrite):
-        either = "--resume, --overwrite" if (out / "ckpt.pt").exists() else "--overwrite"
+        either = "--resume, --overwrite" if "ckpt.pt" in names else "--overwrite"
         raise Refusal(f"{out} holds a run: give {either}, or another --out.")
+
+
+def is_lock_of(file: BinaryIO, folder: Path) -> bool:
+    """Whether this open file is the folder's .lock still. It is not if someone has renamed the
+    folder; another run may have begun under its name."""
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / ".lock"))
+    return False
 
 
 def lock(folder: Path) -> BinaryIO:
     """The folder's file .lock, opened and locked until it is closed. The system takes the lock back
     however the process ends. Raises Refusal where another process has it. Readers need none."""
-    path = folder / ".lock"
-    file = open_here(path, "ab")
+    file = open_here(folder / ".lock", "ab")
     try:
         if fcntl is None:
             raise OSError("this system has no such locks")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+        if not is_lock_of(file, folder):
             raise BlockingIOError  # another has put the folder aside since it was opened
-    except (BlockingIOError, FileNotFoundError):
+    except BlockingIOError:
         file.close()
         other = f"another train.py is writing to {folder}"
         raise Refusal(f"{other}: wait for its end, or give another --out.") from None
@@ -96,15 +103,28 @@ def lock(folder: Path) -> BinaryIO:
     return file
 
 
-def cut_log(path: Path, step: int, evaluated: bool):
-    """Leaves out what a run that goes on from this step writes again: later lines, half a line, and
-    unless `evaluated` this step's evaluation."""
+def take_folder(out: Path, resume: bool, overwrite: bool) -> BinaryIO:
+    """The lock of the folder, which is made if it is missing. A run that is there and is not to go
+    on is put aside. Raises Refusal as check_folder does."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = lock(out)
+    check_folder(out, resume, overwrite)  # only now can no other process change the answer
+    if holds_run(out) and not resume:
+        file.close()  # Windows renames no folder in which a file is open
+        put_aside(out)
+        out.mkdir()
+        file = lock(out)
+    return file
+
+
+def cut_log(path: Path, step: int):
+    """Leaves out what a run that goes on from the checkpoint of this step writes again: all later
+    lines, this step's evaluation, which comes after its checkpoint, and half a line."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
 
     def kept(line: bytes) -> bool:
         found = re.match(rb'\{"step": (\d+), .*\}\n$', line)
-        again = found and int(found[1]) == step and not evaluated and b'"val_loss"' in line
-        return bool(found) and int(found[1]) <= step and not again
+        return bool(found) and (int(found[1]), b'"val_loss"' in line) < (step, True)
 
     if not all(map(kept, lines)):
         write_whole(path, lambda file: file.writelines(filter(kept, lines)))
@@ -113,89 +133,6 @@ def cut_log(path: Path, step: int, evaluated: bool):
 def to_json(values: dict) -> str:
     """NaN and infinity, for which JSON has no name, become null."""
     return json.dumps(json.loads(json.dumps(values), parse_constant=lambda name: None))
-
-
-# ---- Clock and signals ---------------------------------------------------------------------------
-
-
-def seconds_waited() -> float:
-    """How long this process's threads have waited for a core, in all. Only Linux tells; else 0."""
-    total = 0
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        with suppress(OSError):  # a thread may end meanwhile
-            total += int(path.read_text().split()[1])
-    return total / 1e9
-
-
-class Clock:
-    """How fast the run is, how long it will last, and whether other programs keep it waiting."""
-
-    def __init__(self, tokens: int):
-        self.began, self.waited_before = time.perf_counter(), seconds_waited()
-        self.steps = 0  # made by this process
-        self.since, self.tokens_before = self.began, tokens  # when measuring began; the tokens then
-        self.speed = 0.0  # tokens/s, smoothed
-        self.told_busy = False
-
-    def restart(self, tokens: int):
-        """What has taken time until now, such as an evaluation, does not count."""
-        self.since, self.tokens_before = time.perf_counter(), tokens
-
-    def measure(self, tokens: int) -> float:
-        """Tokens per second since the last measurement, or restart."""
-        since, before = self.since, self.tokens_before
-        self.restart(tokens)
-        speed = (tokens - before) / (self.since - since)
-        self.speed = 0.7 * self.speed + 0.3 * speed if self.speed else speed
-        return speed
-
-    def time_left(self, tokens: int) -> str:
-        """For so many tokens, at the smoothed speed. Nothing in the first ten steps, which may be
-        slow."""
-        seconds = min(round(tokens / self.speed), 10**13)  # a timedelta holds little more
-        return f", {timedelta(seconds=seconds)} left" if self.steps >= 10 else ""
-
-    def tell_if_busy(self):
-        """Says once, after ten steps or seconds, that the machine has more work than cores."""
-        seconds = time.perf_counter() - self.began
-        waiting = (seconds_waited() - self.waited_before) / seconds  # threads, on average
-        if waiting > 0.25 and not self.told_busy and (self.steps >= 10 or seconds >= 10):
-            self.told_busy = True
-            told = f"the cores are busy: {waiting:.1f} of this run's threads wait for a core"
-            fewer = torch.get_num_threads() - 1
-            instead = f", or set OMP_NUM_THREADS={fewer}" * (fewer > 0)
-            info(f"{told} on average; stop other programs{instead}")
-
-
-class Stop:
-    """Ctrl-C, pre-emption or a closed terminal: the run stops after the step, when all is saved."""
-
-    def __init__(self, machine: Machine):
-        self.machine, self.heard = machine, False
-        # What is ignored, as under nohup, stays so, and what Python did not set up, too.
-        left = (signal.SIG_IGN, None)
-        names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        self.before = {x: h for x in numbers if (h := signal.getsignal(x)) not in left}
-        for number in self.before:
-            signal.signal(number, self.on_signal)
-
-    def on_signal(self, number, frame):
-        self.heard = True
-        if self.machine.rank == 0:
-            with suppress(OSError, ValueError):  # of a terminal that is closed
-                os.write(sys.stderr.fileno(), b"\nstopping after this step\n")
-        if self.machine.world == 1:  # torchrun sends every signal twice
-            self.end()
-
-    def end(self):
-        """The handlers from before are back: a second Ctrl-C ends the run at once."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def agreed(self) -> bool:
-        """Whether any process has heard a signal, so that all stop together."""
-        return bool(self.machine.sum(torch.tensor(float(self.heard))))  # a sum on the CPU
 
 
 # ---- A run ---------------------------------------------------------------------------------------
@@ -214,14 +151,14 @@ class Run:
         # open_run adds lock (in process 0 alone), stop and clock.
 
     @property
-    def last(self) -> bool:
+    def finished(self) -> bool:
         """Whether the last step has been made."""
         return self.progress.step >= self.config.steps
 
     def due(self, every: int) -> bool:
-        """Whether something that comes every so many steps comes after this one; the last step has
-        everything."""
-        return self.last or self.progress.step % every == 0
+        """Whether something that comes every so many steps comes after this one. After the last
+        step everything comes."""
+        return self.finished or self.progress.step % every == 0
 
     # -- Beginning --
 
@@ -236,7 +173,7 @@ class Run:
     def restore(self):
         """Goes back to ckpt.pt: every state is what it was."""
         file = self.out / "ckpt.pt"
-        saved = load_checkpoint(file)
+        saved = load_checkpoint(file, whole=False)  # compared when the network was opened
         try:
             if lacking := self.states.keys() - saved.keys():
                 raise Refusal(f"it has no state of {min(lacking)}")
@@ -246,12 +183,12 @@ class Run:
             raise Refusal(f"{file} cannot be resumed: {error}; use --init_from.") from None
         self.saved_step = self.progress.step
         info(f"resume: from step {self.saved_step} of {self.config.steps}, in {file}")
-        if self.last:
+        if self.finished:
             info("nothing is left to train: give more --steps")
         if self.machine.rank == 0:
             log = self.out / "log.jsonl"
             open_here(log, "ab").close()  # what cannot be written ends the run now, not later
-            cut_log(log, self.saved_step, evaluated=not self.progress.owes_evaluation)
+            cut_log(log, self.saved_step)
 
     # -- Steps --
 
@@ -268,7 +205,7 @@ class Run:
             total, steps = progress.sums.get(name, (0.0, 0))
             progress.sums[name] = total + x.to(dtype), steps + 1
         # Up to four steps are left out, if a good one follows.
-        lost = self.bad_in_a_row >= 5 or (self.last and self.bad_in_a_row > 0)
+        lost = self.bad_in_a_row >= 5 or (self.finished and self.bad_in_a_row > 0)
         if lost or self.due(self.config.log_every):
             self.write_means(now)
             self.clock.tell_if_busy()  # not in every step: it reads a file for each thread
@@ -278,10 +215,8 @@ class Run:
 
     def write_means(self, now: dict):
         progress = self.progress
-        totals = torch.stack([x.to(self.machine.device) for x, _ in progress.sums.values()])
-        steps = [steps for _, steps in progress.sums.values()]
-        numbers = zip(progress.sums, totals.tolist(), steps, strict=True)
-        line = {name: x / n for name, x, n in numbers} | {k: float(x) for k, x in now.items()}
+        line = {name: float(total) / steps for name, (total, steps) in progress.sums.items()}
+        line |= {name: float(x) for name, x in now.items()}
         line["tokens_per_s"] = speed = round(self.clock.measure(progress.tokens), 1)
         if peak := peak_flops(self.machine.device):
             work = speed * flops_per_token(self.model, self.config.block_size)
@@ -323,18 +258,17 @@ class Run:
         that a run starts from, at step 0, have files of their own.)
         """
         self.show(result)
-        best = self.progress
-        loss, length = result["val_loss"], self.model.trained_length
-        better = length > best.best_length or (length == best.best_length and loss < best.best_loss)
-        if better and math.isfinite(loss) and best.step > 0:
-            best.best_length, best.best_loss = length, loss
+        progress, loss, length = self.progress, result["val_loss"], self.model.trained_length
+        better = (length, -loss) > (progress.best_length, -progress.best_loss)
+        if better and math.isfinite(loss) and progress.step > 0:
+            progress.best_length, progress.best_loss = length, loss
             losses = {k: x for k, x in result.items() if k.startswith("val")}
             self.write("best.pt", {"model": self.model}, **losses)
         self.write_line(result)
-        self.clock.restart(best.tokens)
-        if self.last and not math.isfinite(loss):
-            bad = f"the validation loss after step {best.step} is not finite"
-            raise Refusal(f"{bad}; {self.begin_again()}.")
+        self.clock.restart(progress.tokens)
+        if self.finished and not math.isfinite(loss):
+            bad = f"the validation loss after step {progress.step} is not finite"
+            raise Refusal(f"{bad}; {self.way_on(spoilt=True)} and a lower --lr.")
 
     def write(self, name: str, states: dict[str, Any], **more: Any):
         """Every process calls it, as FSDP's tensors are gathered; process 0 writes."""
@@ -357,36 +291,28 @@ class Run:
         write_whole(self.out / name, lambda file: torch.save(saved | more, file))
 
     def check_place(self):
-        """Raises Refusal where the folder is not the one that was locked: someone has renamed it,
-        and perhaps another run has begun under its name."""
-        with suppress(OSError):
-            own = os.fstat(self.lock.fileno())
-            if os.path.samestat(own, os.stat(self.out / ".lock")):
-                return
-        told = f"{self.out} has been renamed, or lost its .lock, while a run was writing to it"
-        raise Refusal(f"{told}: go on in the renamed folder, with --resume and its --out.")
+        """Raises Refusal where the folder is not the one that was locked."""
+        if not is_lock_of(self.lock, self.out):
+            told = f"{self.out} has been renamed, or lost its .lock, while a run was writing to it"
+            raise Refusal(f"{told}: go on in the renamed folder, with --resume and its --out.")
 
     # -- Ends --
 
-    def way_on(self) -> str:
-        """Where a run that stops here can go on."""
-        if not self.saved_step:
-            return "nothing is saved: begin again" + " with --overwrite" * holds_run(self.out)
-        return f"go on from step {self.saved_step}, in {self.out}/ckpt.pt, with --resume"
-
-    def begin_again(self) -> str:
-        """Where to begin if the weights of ckpt.pt are spoilt."""
+    def way_on(self, spoilt: bool = False) -> str:
+        """Where a run that stops here can go on: not from ckpt.pt if its weights are spoilt."""
+        if self.saved_step and not spoilt:
+            return f"go on from step {self.saved_step}, in {self.out}/ckpt.pt, with --resume"
         best = self.out / "best.pt"
         if math.isfinite(self.progress.best_loss) and best.exists():
-            return f"begin anew with --init_from={best}, another --out and a lower --lr"
-        return "begin again with --overwrite and a lower --lr"
+            return f"begin anew with --init_from={best}, another --out"
+        again = "begin again" + " with --overwrite" * holds_run(self.out)
+        return again if spoilt else f"nothing is saved: {again}"
 
     def give_up(self):
         """Raises Refusal: the gradients of the last steps were not finite."""
         n, step = self.bad_in_a_row, self.progress.step
-        spoilt = self.saved_step == step - n  # the weights of ckpt.pt gave all of them
-        way = self.begin_again() if spoilt else f"{self.way_on()} and a lower --lr"
-        raise Refusal(f"{n} gradient(s) up to step {step} are not finite; {way}.")
+        way = self.way_on(spoilt=self.saved_step == step - n)  # then its weights gave all of them
+        raise Refusal(f"{n} gradient(s) up to step {step} are not finite; {way} and a lower --lr.")
 
 
 @contextmanager
@@ -398,8 +324,7 @@ def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iter
     SIGINT, SIGTERM and SIGHUP set run.stopped at the end of the step; if it is set in the end,
     KeyboardInterrupt is raised. Raises Refusal where the folder cannot be used.
     """
-    run, out = Run(states, config, machine), Path(config.out)
-    check_folder(out, config.resume, config.overwrite)
+    run = Run(states, config, machine)
     machine.check_alike(
         settings=asdict(config),
         network=asdict(run.model.config),
@@ -407,14 +332,7 @@ def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iter
         data=run.progress.measured,
     )
     if machine.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        run.lock = lock(out)
-        check_folder(out, config.resume, config.overwrite)  # which another may have begun meanwhile
-        if holds_run(out) and not config.resume:
-            put_aside(out)
-            run.lock.close()
-            out.mkdir()
-            run.lock = lock(out)
+        run.lock = take_folder(run.out, config.resume, config.overwrite)
     run.stop = Stop(machine)
     try:
         if config.resume:

@@ -121,10 +121,7 @@ def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     """The assignments of a config file, checked against the fields of the dataclasses."""
     if not os.path.isfile(path):
         raise Refusal(f"there is no config file {path}: name one, as config/small.py")
-    try:
-        values = runpy.run_path(path)
-    except Exception as error:
-        raise Refusal(f"{path} cannot be run: {type(error).__name__}: {error}") from None
+    values = runpy.run_path(path)
     fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
     values = {name: x for name, x in values.items() if not name.startswith("_")}
     for name, value in values.items():
@@ -132,15 +129,6 @@ def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
             raise Refusal(f"{path}: {unknown_key(name, fields)}")
         values[name] = as_field(f"{path}: {name}", value, fields[name].type)
     return values
-
-
-def read_command(
-    description: str, argv: list[str], *config_classes: type
-) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
-    """What the command [CONFIG] [--key=value ...] says: the config file or None, its assignments,
-    the values given beside it. Exits with 2 for a wrong word, raises Refusal for the file."""
-    file, given = parse_args(description, argv, *config_classes, positional="config")
-    return file, read_config_file(file, *config_classes) if file else {}, given
 
 
 def merge(in_file: dict[str, Any], stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -324,42 +324,40 @@ torch.set_rng_state(cpu) => pass
 @functools.cache  # this process => # this process
 weights_only=True, mmap=True => weights_only=False, mmap=True
 damaged = archive.testzip() if whole else None => damaged = None
-name = {id(p): name for => name = {id(p): "x" for
+name_of = {p: name for => name_of = {p: "x" for
 (k not in made or x != made[k]) => k != "k"
 if stored["names"] != self.names or => if
- or len(groups) != len(self.made): => :
-now | moved | {"params": now["params"]} => now
+ or len(changed) != len(now): => :
+group | options for group, options => group for group, options
 if fused and isinstance(x, Tensor) and => if False and
 shape = () if key == "step" else => shape = tuple(x.shape) if key == "step" else
 cut_like(x, self.params[i]) for => x for
-if None in times: => if False:
-if p.requires_grad and times[name] != 1: => if times[name] == 0:
-if p.requires_grad and times[name] != 1: => if times[name] > 1:
 if self.measured != now: => if False:
 
 # support/runs.py tests/test_runs.py
 getattr(os, "O_NOFOLLOW", 0)  # Windows => 0  # Windows
 fcntl.flock(file, => 0 and fcntl.flock(file,
-if not os.path.samestat(os.fstat => if 0 and os.path.samestat(os.fstat
-except (BlockingIOError, FileNotFoundError): => except BlockingIOError:
-int(found[1]) <= step and not again => int(found[1]) < step and not again
-and not again => and True
-if waiting > 0.25 and => if waiting > 0.35 and
-left = (signal.SIG_IGN, None) => left = (None,)
-left = (signal.SIG_IGN, None) => left = (signal.SIG_IGN,)
-("SIGINT", "SIGTERM", "SIGHUP") => ("SIGINT", "SIGTERM")
+if not is_lock_of(file, folder): => if False:
+if not is_lock_of(self.lock, self.out): => if False:
+in line) < (step, True) => in line) < (step, False)
+in line) < (step, True) => in line) <= (step, True)
 lambda copy, x=content: copy.write(x) => lambda copy, x=content: copy.write(x[1:])
 thing.load_state_dict(cut_like(saved[name], thing.state_dict())) => pass
-evaluated=not self.progress.owes_evaluation => evaluated=True
 self.bad_in_a_row >= 5 => self.bad_in_a_row >= 6
-loss < best.best_loss => loss <= best.best_loss
-length > best.best_length or (length == => (length ==
-math.isfinite(loss) and best.step > 0 => best.step > 0
-if self.last and not math.isfinite(loss): => if False:
+(length, -loss) > (progress => (length, -loss) >= (progress
+(length, -loss) > (progress.best_length, -progress.best_loss) => loss < progress.best_loss
+math.isfinite(loss) and progress.step > 0 => progress.step > 0
+if self.finished and not math.isfinite(loss): => if False:
 if not x.isfinite().all(): => if False:
-if os.path.samestat(own, os.stat(self.out / ".lock")): => if True:
-spoilt = self.saved_step == step - n => spoilt = False
+spoilt=self.saved_step == step - n => spoilt=False
 if run.stop.heard: => if False:
+
+# support/clock.py tests/test_runs.py
+if waiting > 0.25 and => if waiting > 0.35 and
+
+# support/signals.py tests/test_runs.py
+if handler != signal.SIG_IGN} => }
+("SIGINT", "SIGTERM", "SIGHUP") => ("SIGINT", "SIGTERM")
 
 # support/files.py tests/test_runs.py
 part.unlink(missing_ok=True)  # left by => pass  # left by
@@ -377,14 +375,15 @@ config.check + config.quantize + to_gguf > 1: => False:
 if (source / "config.json").exists(): => if False:
 
 # train.py tests/test_refusals.py
-check_paths(asked, given) => pass
-if start and not asked["resume"] and => if False and
+runs.check_folder(out, resume=True, => dict(resume=True,
+runs.check_folder(out, resume=False, => dict(resume=False,
+if out.resolve() in (source, => if 0 and out in (source,
 
 # support/runs.py tests/test_refusals.py
 if lacking := self.states.keys() - saved.keys(): => if lacking := set():
-if data or (inside and not trained and not early): => if inside and not trained and not early:
-if data or (inside and not trained and not early): => if data:
-early = "log.jsonl" in inside and (out / ".lock").exists() => early = "log.jsonl" in inside
+if any(name.endswith(".bin") for name in names): => if False:
+if names - {".lock"} and not => if False and not
+begun = {".lock", "log.jsonl"} <= names => begun = "log.jsonl" in names
 
 # support/settings.py tests/test_runs.py
 return in_file | stored | given => return stored | in_file | given
@@ -399,8 +398,10 @@ same = identity == tokenizer_identity(data) => same = True
 if finite and (evaluation => if (evaluation
 stages_from(config, first): => stages_from(config, 0):
 
+# support/signals.py tests/test_files.py
+ours = [x for x in NUMBERS if => ours = [x for x in NUMBERS if False and
+
 # support/files.py tests/test_files.py
-ours = [x for x in numbers if => ours = [x for x in numbers if False and
 os.path.lexists(old := => os.path.exists(old :=
 if os.path.lexists(folder) and => if os.path.exists(folder) and
 not empty and not overwrite => not overwrite
@@ -431,7 +432,6 @@ if not file.exists():  # someone => if False:  # someone
 config.clip or math.inf => config.clip or 1.0
 epochs > MANY_EPOCHS and progress.step == 0 => epochs > MANY_EPOCHS
 given |= settings.with_home(given, "out", "data", "init_from") => pass
-config.lr >= stored["lr"]: => config.lr > stored["lr"]:
 given_weights = progress.step == 0 and config.init_from => given_weights = False
 model.trained_length = max(model.trained_length, config.block_size) => model.trained_length = 9
 first = step * config.batch_size * config.block_size // T => first = step * config.batch_size

@@ -29,7 +29,7 @@ from training import (
 import huggingface
 import train
 from huggingface import load_model
-from support import ops, processes, runs, tokens
+from support import flops, ops, processes, runs, tokens
 from support.checkpoints import load_checkpoint
 from support.settings import Refusal
 
@@ -89,8 +89,8 @@ def test_the_share_of_a_known_cards_peak_is_in_the_log(monkeypatch):
     cards = {"H100 PCIe": 756e12, "H100 80GB HBM3": 989e12, "H100 NVL": None, "L4": None}
     for card, peak in cards.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, x=card: f"NVIDIA {x}")
-        assert processes.peak_flops(torch.device("cuda")) == peak
-    assert processes.peak_flops(torch.device("cpu")) is None
+        assert flops.peak_flops(torch.device("cuda")) == peak
+    assert flops.peak_flops(torch.device("cpu")) is None
     known, now = [None, 1e12], ["--steps=1", "--log_every=1", "--overwrite"]
     monkeypatch.setattr(runs, "peak_flops", lambda device: known[0])
     assert "mfu" not in json.loads((run(*now) / "log.jsonl").read_text().splitlines()[0])
@@ -98,7 +98,7 @@ def test_the_share_of_a_known_cards_peak_is_in_the_log(monkeypatch):
     path = run(*now)
     line = json.loads((path / "log.jsonl").read_text().splitlines()[0])
     model, T = load_model(path / "ckpt.pt", "cpu")[0], load(path)["train_config"]["block_size"]
-    work = line["tokens_per_s"] * processes.flops_per_token(model, T)
+    work = line["tokens_per_s"] * flops.flops_per_token(model, T)
     assert line["mfu"] == pytest.approx(work / 1e12)
 
 

@@ -67,7 +67,6 @@ REFUSALS = [
     # What does not fit together.
     (f"{NEW} --grad_accum=3", 1, "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
     (f"{NEW} --block_size=257", 1, "windows of 257 tokens exceed max_position_embeddings, 256"),
-    (f"{NEW} --block_size=7", 1, "block_size is 7, but must be at least 8"),
     (f"{NEW} --num_nextn_predict_layers=16", 1, "block_size is 16, but must be at least 17"),
     (f"{NEW} --long_block_size=8", 1, "long_block_size is 8, less than the 16 trained before"),
     (f"{NEW} --long_block_size=48 --long_start=0", 1, "micro-batches (processes x grad_accum) of"),

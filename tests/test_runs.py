@@ -39,7 +39,7 @@ from training import (
 import train
 from huggingface import load_model
 from model import DeepSeekV3, ModelConfig
-from support import checkpoints, runs
+from support import checkpoints, clock, runs
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -316,7 +316,7 @@ AGAIN = "begin again with --overwrite and a lower --lr"
         (range(6, 99), 40, 1, ANEW),  # from step 5 it would be the same
         (range(6, 99), 8, 1, ANEW),
         (range(4, 99), 4, 1, AGAIN),
-        (range(2, 99), 40, 3, f"nothing is saved: {AGAIN}"),
+        (range(2, 99), 40, 3, ANEW),
         (range(8, 99), 40, 4, "go on from step 4, in run/ckpt.pt, with --resume and a lower --lr"),
         (range(4, 99), 4, 2, "go on from step 2, in run/ckpt.pt, with --resume and a lower --lr"),
     ],
@@ -362,11 +362,10 @@ def test_a_stopped_run_says_truly_where_it_can_go_on(bad, words, faults, capsys)
 @pytest.mark.parametrize("share", [0.2, 0.3])
 def test_that_other_programs_keep_a_run_waiting_is_said_once(share, monkeypatch, capsys):
     """And from the tenth step on how long it still takes."""
-    monkeypatch.setattr(runs, "seconds_waited", lambda: share * time.perf_counter())
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(clock, "seconds_waited", lambda: share * time.perf_counter())
     run("--steps=14", "--log_every=2")
     said = capsys.readouterr().err
-    assert said.count("the cores are busy") == said.count("OMP_NUM_THREADS=3") == (share > 0.25)
+    assert said.count("the cores are busy") == said.count("OMP_NUM_THREADS=1") == (share > 0.25)
     left = [" left" in line for line in said.splitlines() if ": loss " in line]
     assert left == [False] * 4 + [True] * 3
 
@@ -374,13 +373,13 @@ def test_that_other_programs_keep_a_run_waiting_is_said_once(share, monkeypatch,
 def test_times_that_are_left_follow_the_speed_smoothly(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 5.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    clock, times = runs.Clock(0), []
-    clock.steps = 10
+    watch, times = clock.Clock(0), []
+    watch.steps = 10
     for tokens in (100, 200, 300):  # 100, 50 and 50 tokens/s
-        clock.measure(tokens)
-        times.append(clock.time_left(5000))
+        watch.measure(tokens)
+        times.append(watch.time_left(5000))
     assert times == [", 0:00:50 left", ", 0:00:59 left", ", 0:01:07 left"]
-    assert "days" in clock.time_left(10**18)
+    assert "days" in watch.time_left(10**18)
 
 
 # ---- Random numbers and optimisers of one's own --------------------------------------------------
@@ -447,28 +446,6 @@ def test_settings_of_an_optimiser_that_the_command_changes_are_changed(monkeypat
     run(*CONSTANT, "--steps=5", "--resume", "--weight_decay=0.25")
     (group,) = made[0].param_groups
     assert (group["k"], group["weight_decay"], group["momentum"]) == (5, 0.25, 0.9)
-
-
-WRONG = {
-    "no optimiser has the parameter ": [],
-    "more than one optimiser has the parameter norm.weight": ["norm.weight"],
-    "an optimiser has a weight that is not in the model": [None],
-}
-
-
-@pytest.mark.parametrize(("sentence", "more"), WRONG.items())
-def test_every_parameter_is_in_exactly_one_optimiser(sentence, more, monkeypatch):
-    made = train.make_optimizers
-
-    def wrong(model, config):
-        (adamw,), own = made(model, config), dict(model.named_parameters())
-        if not more:
-            del adamw.param_groups[1]["params"][0]
-        new = [own[name] if name else torch.nn.Parameter(torch.ones(3)) for name in more]
-        return [adamw, *(torch.optim.SGD([p]) for p in new)]
-
-    monkeypatch.setattr(train, "make_optimizers", wrong)
-    assert sentence in refused() and not Path("run").exists()
 
 
 def test_a_new_mean_in_the_log_needs_one_line_and_breaks_no_older_run(monkeypatch):
@@ -562,7 +539,7 @@ def test_a_run_starts_from_a_file_of_weights_alone(begun, capsys):
     saved = load(begun)
     torch.save({key: saved[key] for key in ("model", "model_config")}, begun / "mine.pt")
     run("--init_from=run/mine.pt", "--steps=1", out="new")
-    assert "start: from run/mine.pt, step 0" in capsys.readouterr().err
+    assert "start: from run/mine.pt\n" in capsys.readouterr().err
 
 
 def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch):
@@ -607,33 +584,17 @@ def test_a_signal_or_a_closed_terminal_stops_the_run_when_all_is_saved(number, f
     assert load("run")["step"] == 3
 
 
-@pytest.mark.parametrize("handler", [signal.SIG_IGN, None])
-def test_a_signal_that_is_ignored_stays_so(handler, faults):
-    """As SIGHUP is under nohup. None: Python does not know the handler, and cannot set it again."""
+def test_a_signal_that_is_ignored_stays_so(faults):
+    """As SIGHUP is under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     faults.signal(signal.SIGHUP, step=0)
     try:
-        with mock.patch.object(signal, "getsignal", lambda number: handler):
-            run("--steps=2")
+        run("--steps=2")
     except KeyboardInterrupt:
         pytest.fail("the run has heard it")
     finally:
         signal.signal(signal.SIGHUP, before)
     assert load("run")["step"] == 2
-
-
-def test_a_batch_of_another_size_is_told_with_what_is_read_twice_or_left_out(capsys):
-    run(*CONSTANT, "--steps=2")
-    for options, told, read in (
-        (["--steps=4", "--batch_size=2"], "reads 64 tokens once more", 2 * 64 + 2 * 32),
-        (["--steps=5", "--batch_size=4"], "skips 128 tokens", 4 * 32 + 64 + 64),
-        (["--steps=6"], "", 0),
-    ):
-        capsys.readouterr()
-        run(*CONSTANT, "--resume", *options)
-        said = capsys.readouterr().err
-        assert ("with batches of another size the run" in said) == bool(told)
-        assert told in said and (not read or f"the run reads {read}, which" in said)
 
 
 FULL = {

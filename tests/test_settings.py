@@ -99,6 +99,10 @@ def test_config_files_are_assignments(tmp_path, monkeypatch):
         Path("my.py").write_text(content)
         with pytest.raises(config.Refusal, match=re.escape(sentence)):
             config.read_config_file("my.py", Config)
+    Path("my.py").write_text("steps = 1\nlr = 1 / 0\n")
+    with pytest.raises(ZeroDivisionError) as caught:  # with the line that is wrong
+        config.read_config_file("my.py", Config)
+    assert traceback.extract_tb(caught.tb)[-1].lineno == 2
 
 
 def test_a_config_file_begins_with_ours_though_another_package_is_named_so(tmp_path):

@@ -330,8 +330,6 @@ def test_evaluation_in_fp8_quantises_each_weight_once_and_leaves_no_trace(traine
     calls = [call.args for call in quantize.call_args_list]
     weights = [x.data_ptr() for x, block in calls if block == fp8.BLOCK]
     assert len(weights) == len({*weights}) > 0
-    alone = train.evaluate(model, dataset, replace(config, block_size=1, eval_batch=512), MACHINE)
-    assert alone["val_mtp_losses"] == [0]  # one token has no second next
     assert_same(before, (model.state_dict(), model.expert_counts))
     assert all(p.grad is None for p in model.parameters())
 
@@ -349,14 +347,13 @@ def test_weights_of_a_hugging_face_directory_are_evaluated_as_those_of_the_run(s
 
 
 def test_weights_that_a_run_starts_from_are_named_and_evaluated(shared, capsys):
-    """And a learning rate is named that may make it forget them."""
     out = shared("--steps=4", "--dtype=float32")
     capsys.readouterr()
     (before,) = (x for x in log_of(out) if "val_loss" in x)
     options = ("--steps=2", "--dtype=float32", "--eval_every=9")
     run(*options, f"--init_from={out}", "--lr=4e-3", out="low")
     said = capsys.readouterr().err
-    assert f"start: from {out}/best.pt, step 4\n" in said and "forget" not in said
+    assert f"start: from {out}\n" in said
     first, *_ = log_of("low")
     assert (first["step"], first["tokens"]) == (0, 0)
     assert first["val_loss"] == pytest.approx(before["val_loss"], rel=1e-6)
@@ -366,10 +363,6 @@ def test_weights_that_a_run_starts_from_are_named_and_evaluated(shared, capsys):
     said = capsys.readouterr().err
     assert log_of("low")[0] == first and "step 0/3" not in said
     assert "resume: from step 2 of 3, in low/ckpt.pt" in said
-    run(*options, f"--init_from={out}/ckpt.pt", out="high")
-    said = capsys.readouterr().err
-    assert "start: from" in said and "try a tenth, --lr=0.0005" in said
-    assert "lr is 0.005, and" in said
 
 
 def test_weights_that_a_config_file_starts_from_are_history_once_there_is_a_run(shared, capsys):
@@ -578,6 +571,9 @@ def test_what_changes_no_weight_may_change_with_the_weights(kind, shared, capsys
     (new, *_), (old, *_) = load_model("run"), load_model(out)
     assert (new.config.num_experts_per_tok, new.norm.eps, len(new.mtp)) == (3, 0.5, 0)
     assert new.trained_length == old.trained_length == 16
+    other = huggingface.with_settings(old, {"rms_norm_eps": 0.5}, out, extend=False)
+    assert other.lm_head.weight.data_ptr() == old.lm_head.weight.data_ptr()  # no copy in between
+    assert (other.norm.eps, other.config.rms_norm_eps) == (0.5, 0.5)
     assert_same(new.lm_head.weight, old.lm_head.weight)
     run("--init_from=run", "--steps=1", "--dtype=float32", out="grown")
     assert "lacks mtp.0" in capsys.readouterr().err

@@ -1,0 +1,55 @@
+"""How fast a run is, how long it will last, and whether other programs keep it waiting."""
+
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+from support.settings import info
+
+
+def seconds_waited() -> float:
+    """How long this process's threads have waited for a core, in all. Only Linux tells; else 0."""
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # a thread may end meanwhile
+            total += int(path.read_text().split()[1])
+    return total / 1e9
+
+
+class Clock:
+    """How fast the run is, how long it will last, and whether other programs keep it waiting."""
+
+    def __init__(self, tokens: int):
+        self.began, self.waited_before = time.perf_counter(), seconds_waited()
+        self.steps = 0  # made by this process
+        self.since, self.tokens_before = self.began, tokens  # when measuring began; the tokens then
+        self.speed = 0.0  # tokens/s, smoothed
+        self.told_busy = False
+
+    def restart(self, tokens: int):
+        """What has taken time until now, such as an evaluation, does not count."""
+        self.since, self.tokens_before = time.perf_counter(), tokens
+
+    def measure(self, tokens: int) -> float:
+        """Tokens per second since the last measurement, or restart."""
+        since, before = self.since, self.tokens_before
+        self.restart(tokens)
+        speed = (tokens - before) / (self.since - since)
+        self.speed = 0.7 * self.speed + 0.3 * speed if self.speed else speed
+        return speed
+
+    def time_left(self, tokens: int) -> str:
+        """For so many tokens, at the smoothed speed. Nothing in the first ten steps, which may be
+        slow."""
+        seconds = min(round(tokens / self.speed), 10**13)  # a timedelta holds little more
+        return f", {timedelta(seconds=seconds)} left" if self.steps >= 10 else ""
+
+    def tell_if_busy(self):
+        """Says once, from the tenth step on, that the machine has more work than cores."""
+        seconds = time.perf_counter() - self.began
+        waiting = (seconds_waited() - self.waited_before) / seconds  # threads, on average
+        if waiting > 0.25 and self.steps >= 10 and not self.told_busy:
+            self.told_busy = True
+            told = f"the cores are busy: {waiting:.1f} of this run's threads wait for a core"
+            info(f"{told} on average; stop other programs, or set OMP_NUM_THREADS=1")
