@@ -7,9 +7,9 @@ far a run has come. Of sharded tensors a file has the whole (`gather`), and a pr
 """
 
 import functools
-import inspect
 import math
 import os
+import sys
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,9 +58,10 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
 
 @functools.cache  # this process goes on with the code that it has read, whatever is edited later
 def code_of(config_class: type) -> str:
-    """The digits of the file that defines a network and this class of its settings: model.py. See
-    support/digits.py."""
-    return digits_of(file_source(Path(inspect.getfile(config_class))))
+    """The digits of the file that defines a network and this class of its settings: model.py (""
+    where a class is from no file, but from a prompt). See support/digits.py."""
+    file = getattr(sys.modules.get(config_class.__module__), "__file__", None)
+    return digits_of(file_source(Path(file))) if file else ""
 
 
 # ---- The tensors of a state ----------------------------------------------------------------------
