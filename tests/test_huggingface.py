@@ -7,11 +7,9 @@ correction biases so different, that a mistake moves the logits by whole units.
 """
 
 import functools
-import importlib.util
 import json
 import logging
 import os
-import re
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -238,37 +236,33 @@ class Bare(model_py.MTP):
         del self.hnorm
 
 
-@pytest.mark.parametrize("kind, told", [
-    (ConvolvedMLA, r"model.layers.0.self_attn.q_conv.weight is \(8, 8, 4\) in this network, but "),
-    (NullGate, r"model.layers.1.mlp.gate.weight is \(10, 16\) in this network, but \(8, 16\) in "),
-    (Bare, r"model.layers.3.hnorm.weight is missing in this network, but \(16,\) in "),
-])  # fmt: skip
-def test_a_network_with_other_parameters_is_not_exported(kind, told, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_py, kind.__base__.__name__, kind)
-    model = ours(vocab_size=load_tokenizer(run).n_vocab)
-    with pytest.raises(Refusal, match=told):
-        huggingface.save_pretrained(model, tmp_path / "hf")
-    edited = copy_run(
-        run, tmp_path / "run", model=model.state_dict(), model_config=asdict(model.config)
-    )
-    for target in ("hf", "x.gguf"):
-        if target == "hf" or importlib.util.find_spec("gguf"):
-            with pytest.raises(Refusal, match=told):
-                huggingface.main([str(edited), str(tmp_path / target)])
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
 @dataclass
 class Windowed(ModelConfig):
     window: int = 0  # it changes no parameter
 
 
+@pytest.mark.parametrize("kind, told", [
+    (ConvolvedMLA, r"model.layers.0.self_attn.q_conv.weight is (8, 8, 4) in this network, but "),
+    (NullGate, r"model.layers.1.mlp.gate.weight is (10, 16) in this network, but (8, 16) in "),
+    (Bare, r"model.layers.3.hnorm.weight is missing in this network, but (16,) in "),
+])  # fmt: skip
+@pytest.mark.parametrize("target", ["hf", "x.gguf"])
+def test_a_network_with_other_parameters_is_not_exported(
+    kind, told, target, run, tmp_path, monkeypatch
+):
+    if target == "x.gguf":
+        pytest.importorskip("gguf")
+    monkeypatch.setattr(model_py, kind.__base__.__name__, kind)
+    edited = copy_run(run, tmp_path / "run", ours(vocab_size=load_tokenizer(run).n_vocab))
+    check_refusal(told, huggingface.main, [str(edited), str(tmp_path / target)])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_network_with_a_key_of_its_own_is_exported_where_that_is_off(tmp_path):
-    config = Windowed(**TINY, window=16)
-    model = DeepSeekV3(config)
-    with pytest.raises(Refusal, match="window is 16 in this network, a key that DeepSeek-V3 does"):
-        huggingface.save_pretrained(model, tmp_path / "hf")
-    config.window = 0
+    model = DeepSeekV3(Windowed(**TINY, window=16))
+    told = "window is 16 in this network, a key that DeepSeek-V3 does not have"
+    check_refusal(told, huggingface.save_pretrained, model, tmp_path / "hf")
+    model.config.window = 0
     huggingface.save_pretrained(model, tmp_path / "hf")
     assert {field.name for field in fields(ModelConfig)} == huggingface.KEYS
 
@@ -291,13 +285,12 @@ def test_round_trip_in_shards_is_exact(dtype, tmp_path, monkeypatch):
 
 def test_saving_opens_whole_or_not_at_all_and_removes_nothing_else(saved_by_us, monkeypatch):
     (saved_by_us / "notes.md").write_text("mine")
-    split(saved_by_us, lambda name: "layers.2" in name)
     model = ours()
-    with monkeypatch.context() as m:
-        m.setattr(huggingface_hub, "save_torch_state_dict", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            huggingface.save_pretrained(model, saved_by_us)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(huggingface_hub, "save_torch_state_dict", lambda *args: 1 / 0)
+        huggingface.save_pretrained(model, saved_by_us)
     check_refusal("config.json", huggingface.from_pretrained, saved_by_us)
+    split(saved_by_us, lambda name: "layers.2" in name)
     huggingface.save_pretrained(model, saved_by_us)  # one file now: no shards and no index
     files = {"config.json", "model.safetensors", "notes.md"}
     assert {path.name for path in saved_by_us.iterdir()} == files
@@ -366,7 +359,7 @@ UNUSABLE_CONFIGS = [  # changes of config.json, and what the sentence must name
     ({"scoring_func": "softmax"}, "scoring_func 'softmax', expected 'sigmoid'"),
     ({"topk_method": "greedy"}, "topk_method 'greedy', expected 'noaux_tc'"),
     ({"moe_layer_freq": 2}, "moe_layer_freq 2, expected 1"),
-    ({"torch_dtype": "strange"}, "dtype 'strange', expected"),
+    ({"torch_dtype": "int64"}, "dtype 'int64', expected"),
     ({"quantization_config": {"quant_method": "compressed-tensors"}}, "'compressed-tensors'"),
     ({"quantization_config": {"weight_block_size": [64, 64]}}, "[64, 64]"),
     ({"rope_scaling": None, "rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),
@@ -374,21 +367,11 @@ UNUSABLE_CONFIGS = [  # changes of config.json, and what the sentence must name
     ({"vocab_size": 32}, "is (31, 16), but by its config.json (32, 16)."),
     ({"q_lora_rank": None}, "lacks model.layers.0.self_attn.q_proj.weight and 3 more, due by its"),
     ({"n_shared_experts": 0}, "has model.layers.1.mlp.shared_experts.down_proj.weight, for which"),
-    ({"torch_dtype": "int64"}, "dtype 'int64', expected"),
-    ({"hidden_size": "16"}, "hidden_size is '16', but must be of type int"),
     # Another family may have V3's keys: that it opens does not mean that it is computed rightly.
-    *(
-        (
-            {"model_type": x},
-            f"config.json is of the family {x}, expected deepseek_v3 or kimi_k2: V3",
-        )
-        for x in ("deepseek_v2", "deepseek_v32", "glm4_moe_lite", "kimi_linear")
-    ),
-    (
-        {"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2"}},
-        "of the family kimi_k25, whose text part (text_config) is kimi_k2, expected deepseek_v3 or",
-    ),
-]
+    ({"model_type": "glm4_moe_lite"}, "is of the family glm4_moe_lite, expected deepseek_v3 or"),
+    ({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2"}},
+     "of the family kimi_k25, whose text part (text_config) is kimi_k2, expected deepseek_v3 or"),
+]  # fmt: skip
 
 
 def check_refusal(sentence: str, open_it, *args):
@@ -460,17 +443,6 @@ def run(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory, lambda vocab_size: ours(vocab_size=vocab_size + 4))
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float64])
-def test_a_run_opens_with_its_weights_and_tokenizer(run, dtype):
-    model, tokenizer, path = load_model(run / "ckpt.pt", dtype=dtype)
-    saved, eot = load_checkpoint(run)["model"], load_tokenizer(run).eot_token
-    assert all(torch.equal(x, saved[name].to(x.dtype)) for name, x in model.state_dict().items())
-    assert model.norm.weight.dtype == (dtype or torch.float32) and not model.training
-    assert path == run / "ckpt.pt" and tokenizer.eos == [eot] and tokenizer.bos is None
-    assert b"".join(map(tokenizer.to_bytes, tokenizer.encode(TEXT))).decode() == TEXT
-    assert [tokenizer.to_bytes(eot + i) for i in (0, 1)] == [b"<|endoftext|>", b""]
-
-
 def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
     path, saved = tmp_path / "ckpt.pt", torch.load(run / "ckpt.pt", weights_only=True)
     config = saved["model_config"]
@@ -478,7 +450,6 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
     path.write_bytes(b"hello " * 50)
     check_refusal(f"{path} is damaged, or no checkpoint", load_model, tmp_path)
     for bad, sentence in (
-        (saved | {"extra": Path()}, "is damaged, or no"),  # to make an object may run code
         ({"model_args": {}}, "is damaged, or no checkpoint"),  # another program's
         (saved | {"model_config": config | {"wings": 2}}, "has wings, which only another model"),
         (saved | {"model_config": config | {"vocab_size": 77}}, "embed_tokens.weight is (304, 16)"),
@@ -515,25 +486,25 @@ def test_a_parameter_added_to_a_trained_network_starts_as_initialised_if_asked(
 
 @pytest.mark.parametrize("late", ["", "buffer", "attribute", "number"])
 def test_what_no_file_has_is_as_the_constructor_made_it(late, run, tmp_path, monkeypatch):
-    """Buffers and attributes, however they got their values; what is tied stays tied."""
+    """Buffers, attributes and numbers, also those that only a whole constructor makes: from
+    torch.empty, which takes no memory otherwise. What is tied stays tied."""
 
-    def make(what: str, values: list) -> torch.Tensor:
+    def made(what: str, values: list) -> torch.Tensor:
         x = torch.tensor(values)
         return torch.empty(x.shape, dtype=x.dtype).copy_(x) if late == what else x
 
     class Decaying(DeepSeekV3):
         def __init__(self, config):
             super().__init__(config)
-            self.register_buffer("decay", make("buffer", [0.9, 0.5]), persistent=False)
-            self.register_buffer("order", make("buffer", [3, 1]), persistent=False)
-            self.attribute = make("attribute", [0, 1, 2, 3])
-            self.number = float(make("number", [0.5]))
+            self.register_buffer("decay", made("buffer", [0.9, 0.5]), persistent=False)
+            self.register_buffer("order", made("buffer", [3, 1]), persistent=False)
+            self.attribute = made("attribute", [0, 1, 2, 3])
+            self.number = float(made("number", [0.5]))
 
-    directory = tmp_path / "hf"
-    huggingface.save_pretrained(ours(tie_word_embeddings=True), directory)
+    huggingface.save_pretrained(ours(tie_word_embeddings=True), tmp_path / "hf")
     monkeypatch.setattr(huggingface, "DeepSeekV3", Decaying)
     before = torch.get_rng_state()
-    tied, opened = huggingface.from_pretrained(directory, torch.bfloat16), load_model(run)[0]
+    tied, opened = huggingface.from_pretrained(tmp_path / "hf", torch.bfloat16), load_model(run)[0]
     # Nothing is drawn in vain.
     assert torch.equal(before, torch.get_rng_state()) == (not late)
     assert tied.lm_head.weight is tied.embed_tokens.weight
@@ -541,8 +512,7 @@ def test_what_no_file_has_is_as_the_constructor_made_it(late, run, tmp_path, mon
         assert model.decay.dtype == model.norm.weight.dtype == dtype
         assert torch.equal(model.decay, torch.tensor([0.9, 0.5], dtype=dtype))
         assert model.order.tolist() == [3, 1] and model.attribute.tolist() == [0, 1, 2, 3]
-        assert model.number == 0.5
-        assert model.expert_counts.shape == (3, 8) and not model.expert_counts.any()
+        assert model.number == 0.5 and not model.expert_counts.any()
         assert model.gates()[0].e_score_correction_bias.dtype == torch.float32
         assert not any(x.is_meta for x in (*model.parameters(), *model.buffers()))
 
@@ -555,9 +525,11 @@ def test_a_network_to_be_filled_takes_no_second_memory():
         assert x.is_meta == (x.ndim > 1 and name != "expert_counts"), name
 
 
-def copy_run(source: Path, target: Path, **changes) -> Path:
-    """A run of the same tokenizer and changed contents."""
-    target.mkdir(exist_ok=True)
+def copy_run(source: Path, target: Path, model: DeepSeekV3 | None = None, **changes) -> Path:
+    """A run of the same tokenizer with another model, or other contents."""
+    if model is not None:
+        changes |= {"model": model.state_dict(), "model_config": asdict(model.config)}
+    target.mkdir()
     for name in ("tokenizer.tiktoken", "meta.json"):
         shutil.copy(source / name, target)
     torch.save(load_checkpoint(source) | changes, target / "best.pt")
@@ -566,11 +538,9 @@ def copy_run(source: Path, target: Path, **changes) -> Path:
 
 def test_the_tokenizer_of_another_run_is_refused_where_it_has_more_tokens(run, tmp_path):
     """One with as many or fewer opens: only train.py compares the tokenizers themselves."""
-    model = ours(vocab_size=299)
-    weights = {"model": model.state_dict(), "model_config": asdict(model.config)}
+    copy = copy_run(run, tmp_path / "run", ours(vocab_size=299))
     said = "has weights for 299 tokens, but its tokenizer has 300: copy that of their run."
-    check_refusal(said, load_model, copy_run(run, tmp_path, **weights))
-    check_refusal(said, huggingface.main, [str(tmp_path), str(tmp_path / "hf")])
+    check_refusal(said, load_model, copy)
 
 
 @pytest.mark.parametrize("trained, long", [({}, 640), ({"trained_length": 96}, 96)])
@@ -602,61 +572,49 @@ def test_exported_tokenizer_gives_the_same_ids(gap):
     assert exported.encode("a<|x|>").ids[1:] == [len(ranks) + gap]
 
 
+@torch.no_grad()
 def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, capsys):
     target = tmp_path / "hf"
     huggingface.main([str(run), str(target), "--check=True"])
     said = capsys.readouterr().err
     assert "differ from those of transformers by" in said and "as unexpected" in said
-    model, tokenizer, _ = load_model(run)
+    model, tokenizer, path = load_model(run)
+    saved, ids, (eot,) = load_checkpoint(run)["model"], tokenizer.encode(TEXT), tokenizer.eos
+    assert all(torch.equal(x, saved[name]) for name, x in model.state_dict().items())
+    assert path == run and not model.training and tokenizer.bos is None
     hf = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(target)
-    ids, (eot,) = tokenizer.encode(TEXT[:40]), tokenizer.eos
-    assert hf_tokenizer(TEXT[:40])["input_ids"] == ids
-    assert hf_tokenizer.decode(ids) == TEXT[:40]
-    assert hf_tokenizer.eos_token_id == hf.generation_config.eos_token_id == eot
+    theirs = transformers.AutoTokenizer.from_pretrained(target)
+    assert theirs(TEXT)["input_ids"] == ids and theirs.decode(ids) == TEXT
+    assert theirs.eos_token_id == hf.generation_config.eos_token_id == eot
     again, opened, _ = load_model(target)
-    assert len(again.mtp) == 1 and difference(model(TOKENS), again(TOKENS)) == 0
+    assert len(again.mtp) == 1 and torch.equal(model(TOKENS), again(TOKENS))
     assert difference(model(TOKENS), hf(TOKENS).logits) < 2e-4
-    assert (opened.eos, opened.bos, opened.encode(TEXT)) == ([eot], None, tokenizer.encode(TEXT))
-    assert all(opened.to_bytes(i) == tokenizer.to_bytes(i) for i in range(eot + 2))
-    edit_json(target / "tokenizer_config.json", add_bos_token=True)
-    (target / "generation_config.json").write_text(json.dumps({"eos_token_id": [eot, 9]}))
-    begun = huggingface.hf_tokenizer(target)
-    assert begun.encode(TEXT) == [eot, *tokenizer.encode(TEXT)] and begun.bos == eot
-    assert begun.eos == [eot, 9]  # generation_config.json knows better
-    kept = load_tokenizer(target)  # prepare_data.py takes an exported model's, too
-    assert kept.encode_ordinary(TEXT) == tokenizer.encode(TEXT)
+    # prepare_data.py takes an exported one, too.
+    assert ids == opened.encode(TEXT) == load_tokenizer(target).encode_ordinary(TEXT)
+    assert (opened.eos, opened.bos) == ([eot], None)
+    assert [opened.to_bytes(eot + i) for i in (0, 1)] == [b"<|endoftext|>", b""]
     for name, bad in (("tokenizer.json", "{"), ("tiktoken.model", "AAAA\n")):
         (target / name).write_text(bad)
         check_refusal(f"the tokenizer of {target} cannot be read", load_model, target)
 
 
-@pytest.mark.parametrize("change", [lambda w: w[3].mul_(1.01), lambda w: w.fill_(torch.nan)])
-def test_check_fails_where_logits_differ(change, run, tmp_path, monkeypatch, capsys):
-    """By little or not a number; and then nothing has been written."""
-    model, target = load_model(run)[0], tmp_path / "hf"
-    change(model.norm.weight.data)
-    monkeypatch.setattr(huggingface, "from_pretrained", lambda *args: model)
-    check_refusal("more than rounding", huggingface.main, [str(run), str(target), "--check"])
-    assert not [*tmp_path.iterdir()]
-    said = re.search(r"transformers by (\S+) of", capsys.readouterr().err)
-    assert said[1] == "nan" or 1e-3 < float(said[1]) < 1e-2
-
-
-@pytest.mark.parametrize("where", ["behind the end of a text", "far from the beginning"])
-def test_check_sees_what_only_some_texts_show(where, run, tmp_path, monkeypatch):
-    """As a mask at the borders of documents does, or a window of attention."""
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokens, eot: (tokens == eot).cumsum(-1)[..., None] > 0,  # as a mask of documents
+        lambda tokens, eot: torch.arange(tokens.shape[1])[:, None] > 99,  # as a window of attention
+        lambda tokens, eot: 0.02,
+        lambda tokens, eot: torch.nan,
+    ],
+)
+def test_check_fails_where_logits_differ_and_nothing_is_written(change, run, tmp_path, monkeypatch):
     model, tokenizer, _ = load_model(run)
     (eot,) = tokenizer.eos
-    model.register_forward_hook(lambda model, given, logits: logits + changed(*given)[..., None])
-
-    def changed(tokens):
-        ended = (tokens == eot).cumsum(-1) > 0
-        return ended if "end" in where else torch.arange(tokens.shape[1])[None] > 99
-
+    model.register_forward_hook(lambda model, given, logits: logits + change(*given, eot))
     monkeypatch.setattr(huggingface, "from_pretrained", lambda *args: model)
     words = [str(run), str(tmp_path / "hf"), "--check"]
     check_refusal("more than rounding", huggingface.main, words)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_weights_that_cannot_be_written_leave_nothing(run, tmp_path, monkeypatch):
@@ -671,11 +629,3 @@ def test_the_command_writes_fp8_weights_if_asked(run, tmp_path, capsys):
     huggingface.main([str(run), str(tmp_path / "new"), "--quantize=True"])
     assert f"wrote {tmp_path}/new: config.json" in capsys.readouterr().err
     assert "quantization_config" in (tmp_path / "new/config.json").read_text()
-
-
-def test_a_model_without_mtp_modules_gets_no_word_about_them(run, tmp_path, capsys):
-    model = ours(depth=0, vocab_size=load_tokenizer(run).n_vocab)
-    changes = {"model_config": asdict(model.config), "model": model.state_dict()}
-    huggingface.main([str(copy_run(run, tmp_path / "run", **changes)), str(tmp_path / "hf")])
-    said = capsys.readouterr().err
-    assert "wrote" in said and "MTP" not in said
