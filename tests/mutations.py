@@ -198,7 +198,6 @@ accepted = min(kept, len(ids)) => accepted = kept
 start, hidden = n - 2 + step - k, => start, hidden = n - 1 + step - k,
 count = self.drafts + self.depth => count = self.drafts + self.depth - 1
 copies is None else self.depth => copies is None else 0
-hidden = model.trunk(tokens[:, :-1], self.cache) => hidden = model.trunk(tokens, self.cache)[:, :-1]
 rest = (p_after - q_after).clamp(min=0) => rest = p_after
 self.cache.length = n - 1 => pass
 vocab_size).to(u.dtype) => vocab_size).to(u.dtype) / 2
@@ -214,6 +213,7 @@ if len(self.ids) >= MATCH: => if len(self.ids) > MATCH:
 if all(found): => if any(found):
 
 # sample.py tests/test_cache.py
+hidden = model.trunk(tokens[:, :-1], self.cache) => hidden = model.trunk(tokens, self.cache)[:, :-1]
 for n in (0, *range(MOST_NEW, 0, -1)) => for n in (0, *range(MOST_NEW - 1, 0, -1))
 (0, shape[1] // 2), (False, True) => (0,), (False, True)
 (0, shape[1] // 2), (False, True) => (0, shape[1] // 2), (False,)

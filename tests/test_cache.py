@@ -1,7 +1,6 @@
 """check_cache: right networks pass, and what reads otherwise in pieces is found and named."""
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
@@ -34,16 +33,18 @@ def test_the_network_is_right(name):
     assert model.training and all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
 
 
+# ---- Networks that are wrong in pieces -----------------------------------------------------------
+
+
 class Smeared(nn.Module):
     """In attention's place the mean of the newest `window` inputs, which lie in a ring."""
 
-    def __init__(self, window: int, ring: int, like: nn.Module):
+    def __init__(self, window: int, ring: int):
         super().__init__()
         self.window, self.ring, self.gain = window, ring, nn.Parameter(torch.ones(()))
-        self.width = like.o_proj.out_features
 
     def new_cache(self, batch, size, like):
-        return like.new_zeros(batch, self.ring, self.width)
+        return like.new_zeros(batch, self.ring, 16)
 
     def forward(self, h, rope, past=None):
         T, before = h.shape[1], self.window - 1
@@ -56,57 +57,11 @@ class Smeared(nn.Module):
         return self.gain * x.unfold(1, self.window, 1).mean(-1)
 
 
-def smeared(window: int, ring: int, **changes):
-    model = tiny(**changes)
-    layer = model.layers[1]
-    layer.self_attn = Smeared(window, ring, layer.self_attn)
-    return model
-
-
-def test_a_ring_that_is_too_short_is_found():
-    """It needs the window's older tokens, and as many as may be forgotten."""
-    assert not found(smeared(12, 11 + MOST_NEW))
-    wrong = found(smeared(12, 10 + MOST_NEW))
-    assert wrong and all(f"main model, {REJECTED}" in x for x in wrong)
-    assert "behind a prompt of 20: wrong from position 20 on, by up to " in wrong[-2]
-    wrong = found(smeared(12, 10))
-    assert {way for way in (ONE, SEVERAL, REJECTED) if way in str(wrong)} == {
-        ONE,
-        SEVERAL,
-        REJECTED,
-    }
-    assert f"main model, {ONE}: wrong from position 11 on" in wrong[0]
-
-
-def test_the_line_about_the_cache_counts_what_the_layers_keep(capsys):
-    """Here one of three has latents of 15 numbers per token, in float64; the others do not grow."""
-    model = smeared(1, 2)
-    model.layers[2].self_attn = Summed(1, 1, model.layers[2].self_attn)
-    print_stats(model, Stats(), 1)
-    assert "cache: 120 bytes per token and 384 per text;" in capsys.readouterr().err
-
-
-def test_special_tokens_are_in_the_text():
-    """They are rare in texts at random: here one of 4,096, which the embedding counts in a piece
-    and forgets behind it."""
-    model = tiny(vocab_size=4096)
-    model.embed_tokens.register_forward_hook(
-        lambda module, args, out: out + (args[0] == 4095).cumsum(1)[..., None]
-    )
-    assert len(found(model)) == check_cache(model, 40).ways
-
-
-def test_a_layer_that_starts_with_nothing_is_looked_at():
-    model = smeared(12, 10)
-    nn.init.zeros_(model.layers[1].self_attn.gain)
-    assert found(model)
-
-
-class Summed(Smeared):
-    """All inputs' sum: a state, which cannot go back."""
+class Summed(nn.Module):
+    """In attention's place all inputs' sum: a state, which cannot go back."""
 
     def new_cache(self, batch, size, like):
-        return (like.new_zeros(batch, 1, self.width),)  # may be several tensors
+        return (like.new_zeros(batch, 1, 16),)  # may be several tensors
 
     def forward(self, h, rope, past=None):
         total = h.cumsum(1)
@@ -117,12 +72,43 @@ class Summed(Smeared):
         return total / 10
 
 
-def test_a_state_that_cannot_go_back_is_found():
-    model = tiny()
-    model.layers[1].self_attn = Summed(1, 1, model.layers[1].self_attn)
-    wrong = found(model)
+def mixed(attention: nn.Module, place="layers.1.self_attn", **changes):
+    model = tiny(**changes)
+    model.set_submodule(place, attention)
+    return model
+
+
+def test_a_ring_that_is_too_short_is_found():
+    """It needs the window's older tokens, and as many as may be forgotten."""
+    assert not found(mixed(Smeared(12, 11 + MOST_NEW)))
+    wrong = found(mixed(Smeared(12, 10 + MOST_NEW)))
+    assert wrong and all(f"main model, {REJECTED}" in x for x in wrong)
+    assert "behind a prompt of 20: wrong from position 20 on, by up to " in wrong[-2]
+    wrong = found(mixed(Smeared(12, 10)))
+    assert all(way in str(wrong) for way in (ONE, SEVERAL, REJECTED))
+    assert f"main model, {ONE}: wrong from position 11 on" in wrong[0]
+
+
+def test_a_layer_that_starts_with_nothing_is_looked_at():
+    model = mixed(Smeared(12, 10))
+    nn.init.zeros_(model.layers[1].self_attn.gain)
+    assert found(model)
+
+
+def test_a_state_that_cannot_go_back_is_found_in_the_model_or_in_a_module():
+    wrong = found(mixed(Summed()))
     assert len(wrong) == 4 and all(f"main model, {REJECTED}" in x for x in wrong)
     assert "from position 0 on" in wrong[0] and "prompt of 20: wrong from position 20" in wrong[2]
+    wrong = found(mixed(Summed(), "mtp.1.block.self_attn", num_nextn_predict_layers=2))
+    assert len(wrong) == 4 and all(x.startswith(f"MTP module 2, {REJECTED}") for x in wrong)
+
+
+def test_nan_is_wrong():
+    model = tiny()
+    model.layers[0].self_attn.register_forward_hook(
+        lambda module, args, out: out * (torch.nan if len(args) > 2 and args[2] else 1)
+    )
+    assert any(x.startswith("main model") and "by up to inf" in x for x in found(model))
 
 
 def test_a_token_shift_is_found():
@@ -136,67 +122,79 @@ def test_a_token_shift_is_found():
     assert f"{ONE} behind a prompt of 20: wrong from position 20 on" in wrong[2]
 
 
-def test_drafts_that_stay_are_found(monkeypatch):
-    """Rows of the cache that are written once and not again."""
-
-    def remember(past, new):
-        (kv, start), rows = past, ops.span(past[1], new.shape[1])
-        kv[:, rows] = torch.where(kv[:, rows] == 0, new, kv[:, rows])
-        return kv[:, : start + new.shape[1]] if isinstance(start, int) else kv
-
-    monkeypatch.setattr(plain, "remember", remember)
-    wrong = found(tiny(num_nextn_predict_layers=0))
-    assert len(wrong) == 4 and all(f"main model, {REJECTED}" in x for x in wrong)
-
-
-def test_what_is_wrong_in_graphs_alone_is_found(monkeypatch):
-    def remember(past, new):
-        (kv, start), T = past, new.shape[1]
-        place = start if isinstance(start, int) else 0
-        kv[:, place : place + T] = new
-        return kv[:, : start + T] if isinstance(start, int) else kv
-
-    monkeypatch.setattr(plain, "remember", remember)
-    wrong = found(tiny(num_nextn_predict_layers=0))
-    assert len(wrong) == 6 and all("positions as tensors: wrong" in x for x in wrong)
-
-
-def test_a_module_is_told_from_the_model_and_nan_is_wrong():
-    model = tiny(num_nextn_predict_layers=2)
-    model.mtp[1].block.self_attn = Summed(1, 1, model.mtp[1].block.self_attn)
-    wrong = found(model)
-    assert len(wrong) == 4 and all(x.startswith(f"MTP module 2, {REJECTED}") for x in wrong)
-    attention = model.layers[0].self_attn
-    attention.register_forward_hook(
-        lambda module, args, out: out * (torch.nan if len(args) > 2 and args[2] else 1)
+def test_special_tokens_are_in_the_text():
+    """They are rare in texts at random: here one of 4,096, which the embedding counts in a piece
+    and forgets behind it."""
+    model = tiny(vocab_size=4096)
+    model.embed_tokens.register_forward_hook(
+        lambda module, args, out: out + (args[0] == 4095).cumsum(1)[..., None]
     )
-    assert any(x.startswith("main model") and "by up to inf" in x for x in found(model))
+    assert len(found(model)) == check_cache(model, 40).ways
+
+
+def written_once(past, new):
+    """What drafts have left behind stays."""
+    (kv, start), rows = past, ops.span(past[1], new.shape[1])
+    kv[:, rows] = torch.where(kv[:, rows] == 0, new, kv[:, rows])
+    return kv[:, : start + new.shape[1]] if isinstance(start, int) else kv
+
+
+def wrong_in_graphs(past, new):
+    (kv, start), T = past, new.shape[1]
+    place = start if isinstance(start, int) else 0
+    kv[:, place : place + T] = new
+    return kv[:, : start + T] if isinstance(start, int) else kv
+
+
+@pytest.mark.parametrize(
+    ("remember", "number", "told"),
+    [(written_once, 4, f"main model, {REJECTED}"), (wrong_in_graphs, 6, "positions as tensors")],
+)
+def test_rows_that_are_written_wrongly_are_found(remember, number, told, monkeypatch):
+    monkeypatch.setattr(plain, "remember", remember)
+    wrong = found(tiny(num_nextn_predict_layers=0))
+    assert len(wrong) == number and all(told in x for x in wrong)
+
+
+# ---- What decoding reads and keeps ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_decoding_reads_and_forgets_no_more_than_is_checked(depth, monkeypatch):
-    """In graphs, too: positions as tensors, a round may be played twice."""
+@pytest.mark.parametrize("drafts", [0, 1, 4])
+def test_decoding_reads_and_forgets_no_more_than_is_checked(drafts, depth, monkeypatch):
+    """In graphs, too: positions as tensors, a round may be played twice. Without drafts and graphs
+    every token is read once, so that a state which cannot go back would do."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     model = tiny(num_nextn_predict_layers=depth, vocab_size=5)  # it repeats itself: copied drafts
-    ends, trunk, predict_next = {}, model.trunk, model.predict_next
-    most = [0, 0]
+    ends, read, forgotten = {}, {0}, {0}
 
-    def told(reader, T, cache):
-        start, before = int(cache.length), ends.get((reader, cache))
-        if before is not None:
-            most[:] = max(most[0], T), max(most[1], before - start)
-        ends[reader, cache] = start + T
+    def watched(name: str):
+        function = getattr(model, name)
 
-    def spied_trunk(tokens, cache=None):
-        told("main", tokens.shape[1], cache)
-        return trunk(tokens, cache)
+        def watch(*args):  # the last two are tokens and a cache
+            (tokens, cache), reader = args[-2:], (name, args[0] if len(args) > 2 else 0)
+            start = int(cache.length)
+            if (before := ends.get((reader, cache))) is not None:
+                read.add(tokens.shape[1])
+                forgotten.add(before - start)
+            ends[reader, cache] = start + tokens.shape[1]
+            return function(*args)
 
-    def spied_predict(k, h, tokens, cache=None):
-        told(k, tokens.shape[1], cache)
-        return predict_next(k, h, tokens, cache)
+        setattr(model, name, watch)
 
-    model.trunk, model.predict_next = spied_trunk, spied_predict
-    for drafts, compile, T in itertools.product((0, 1, 4), (False, True), (1, 12)):
-        write = partial(generate, model, tokens_of(model, 2, T), 16, temperature=0)
-        write(speculative=drafts, compile=compile)
-    assert 5 <= most[0] <= MOST_NEW and 4 <= most[1] <= MOST_NEW, most
+    watched("trunk")
+    watched("predict_next")
+    for compile, T in itertools.product((False, True), (1, 12)):
+        tokens = tokens_of(model, 2, T)
+        generate(model, tokens, 16, temperature=0, speculative=drafts, compile=compile)
+        if not (compile or drafts):
+            assert (read, forgotten) == ({0, 1}, {0})
+    assert drafts < max(read) <= MOST_NEW and drafts <= max(forgotten) <= MOST_NEW
+
+
+def test_the_line_about_the_cache_counts_what_the_layers_keep(capsys):
+    """Here one of three has latents of 15 numbers per token, in float64; the others do not grow."""
+    model = mixed(Smeared(1, 2))
+    model.layers[2].self_attn = Summed()
+    print_stats(model, Stats(), 1)
+    assert "cache: 120 bytes per token and 384 per text;" in capsys.readouterr().err
