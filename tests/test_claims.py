@@ -1,32 +1,25 @@
 """Intervals, tables, the rule that gives a verdict, the plan of the fresh seeds, and the pages."""
 
-import importlib
 import inspect
 import json
 import math
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
 import claims
 import evidence
-import fp8_error
 import intervals
+import numpy as np
 import plan
+import pytest
 import run
 import tables
 import verdicts
+from test_experiments import EXPERIMENTS
 
 ROOT = Path(__file__).parent.parent
-MODULES = [importlib.import_module(x.stem) for x in sorted((ROOT / "experiments").glob("*.py"))]
-EXPERIMENTS = {x.__name__: x.EXPERIMENT for x in MODULES if hasattr(x, "EXPERIMENT")}
-EXPERIMENTS["fp8_accumulation"] = fp8_error.ACCUMULATION
+SPAN = r"(?s)<!-- {} -->\n(.*?)\n<!-- end of {} -->"  # of a page, what is written by a command
 
 
 @pytest.fixture
@@ -100,32 +93,24 @@ def test_other_learning_rates_are_in_no_table(options):
 
 
 def test_how_much_bits_per_byte_vary_is_known_from_all_experiments(options):
-    """Of the same length, code and data, by two classes of networks; another measure's deviation
-    is its own table's."""
+    """Of the same code and data, by two classes of networks: like the base, and of other shapes."""
     add_results(options, {"base": [0.0, 0.1, 0.2], "a": [1.0, 1.2, 1.1]})
-    shared, other = {"source": "s", "corpus": "c", "steps": 2}, {"corpus": "another", "arm": "z"}
     values = {"x": [0.5, 0.7, 0.8], "u": [1.0, 2.0, 4.0], "v": [1.0, 1.0, 1.0]}
     for arm, ys in values.items():
-        more = {"active": 7} if arm in "uv" else {}  # u and v have other shapes
         for seed, y in enumerate(ys):
-            x = {"arm": arm, "seed": seed, "test_bpb": y, "other": y} | more | shared
+            x = {"arm": arm, "seed": seed, "test_bpb": y, "source": "s", "corpus": "c", "steps": 2}
+            x |= {"active": 7} if arm in "uv" else {}
             tables.add_result(options, "else", x)
-            tables.add_result(options, "else", x | other)
+            tables.add_result(options, "else", x | {"corpus": "another", "test_bpb": 9.0 * y})
     e = run.Experiment("t", lambda base: {"a": run.Arm()}, {"test_bpb": "bits"})
-    results = tables.collect(e, options)
-    found = {k: x["test_bpb"] for k, x in tables.pooled("test_bpb", options, results).items()}
-    like = {("base base", i): y for i, y in enumerate([0.0, 0.1, 0.2])}
-    like |= {("t a", i): y for i, y in enumerate([1.0, 1.2, 1.1])}
-    like |= {("else x", i): y for i, y in enumerate(values["x"])}
-    others = {(f"else {arm}", i): y for arm in "uv" for i, y in enumerate(values[arm])}
-    assert found == like | others
-    varies = tables.spreads("test_bpb", options, results)
-    for spread, values, freedom in (varies.like_base, like, 4), (varies.others, others, 2):
-        assert spread == (pytest.approx(intervals.residual_deviation(values)[0]), freedom)
+    varies = tables.spreads("test_bpb", options, tables.collect(e, options))
+    like = {"base": [0.0, 0.1, 0.2], "a": [1.0, 1.2, 1.1], "x": values["x"]}
+    others = {arm: values[arm] for arm in "uv"}
+    for spread, arms, freedom in (varies.like_base, like, 4), (varies.others, others, 2):
+        cells = {(arm, seed): y for arm, ys in arms.items() for seed, y in enumerate(ys)}
+        assert spread == (pytest.approx(intervals.residual_deviation(cells)[0]), freedom)
     assert varies.of({"active": 7}) == varies.others != varies.of({}) == varies.like_base
     assert varies.of({"val_mtp_losses": [1.0]}) == varies.others  # one more module
-    own = {"base": [{"seed": 0, "other": 1.0}], "a": [{"seed": 0, "other": 2.0}]}
-    assert {*tables.pooled("other", options, own)} == {("base", 0), ("a", 0)}
 
 
 def test_intervals_are_those_of_the_textbooks():
@@ -202,7 +187,7 @@ def test_page_and_figures_show_what_the_json_files_hold(name, monkeypatch):
     e, options = EXPERIMENTS[name], run.Options()
     again = f"python experiments/{Path(inspect.getfile(e.arms)).name}"
     text = Path("docs/RESULTS.md").read_text(encoding="utf-8")
-    shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", text, re.DOTALL)
+    shown = re.search(SPAN.format(name, name), text)
     assert shown[1] == tables.section(e, options), f"{again} --plot"
     assert again in text
     if f"figures/{name}.svg" in text:
@@ -215,7 +200,7 @@ def test_differences_stand_in_tables_alone():
     """Which are computed: the sentences around them say none, so that they cannot be stale."""
     for page in "docs/RESULTS.md", "README.md":
         text = (ROOT / page).read_text(encoding="utf-8")
-        prose = re.sub(r"(?s)<!-- (\w+) -->.*?<!-- end of \1 -->", "", text)
+        prose = re.sub(SPAN.format(r"(\w+)", r"\1"), "", text)
         assert len(prose) < len(text) and not re.findall(r"\d\s±\s\d", prose)
 
 
@@ -279,11 +264,6 @@ def test_claims_name_arms_margins_and_rates_that_exist():
         assert {*claim.networks} <= {*plan.CHOSEN, *plan.LIKE_BASE} and claim.short
     for name, seeds in claims.SEEDS.items():
         assert {*seeds} <= known.get(name, {"base"})
-    for network, experiment in (plan.CHOSEN | plan.LIKE_BASE).items():
-        arms = {plan.arm_at(network, times) for times in (*plan.SMALLER, plan.SMALLEST)}
-        assert arms <= known[experiment] or network in plan.LIKE_BASE
-        assert plan.arm_at(network, 1) in known[experiment]
-    assert len(verdicts.HEADLINES) == 6 and len(evidence.ON_FRESH_SEEDS) == 8
     assert len(evidence.p_values(evidence.ON_FRESH_SEEDS)) == 10  # as PLAN.md has it
 
 
@@ -292,8 +272,7 @@ def test_pages_have_the_words_that_the_rule_gives(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = (ROOT / page).read_text(encoding="utf-8")
     for name, part in verdicts.pages()[page].items():
-        shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", text, re.DOTALL)[1]
-        assert shown == part, "python experiments/verdicts.py"
+        assert re.search(SPAN.format(name, name), text)[1] == part, "python experiments/verdicts.py"
 
 
 @pytest.fixture
@@ -316,23 +295,29 @@ def asked(options, tmp_path, monkeypatch):
 VALUES = {"base": [1.0, 1.1, 1.2], "a": [1.5, 1.6, 1.75], "b": [2.0, 2.1, 2.2]}
 
 
-def test_numbers_above_zero_favour_the_claim(asked):
-    """Base against arm, arm against base, two arms, more instead of less, and one figure alone."""
-    for one, other, mean in ("base", "b", 1), ("b", "base", -1), ("a", "b", 0.4833), ("b", "", 2.1):
-        x = asked(claims.Claim("", "t", one, other), VALUES)
-        assert x.mean == pytest.approx(mean, abs=1e-4) and x.pairs == 3 and x.p < 0.05
-    x = asked(claims.Claim("", "t", "base", "b", less=False), VALUES)
-    assert x.mean == pytest.approx(-1)
+@pytest.mark.parametrize(
+    "one, other, less, mean",
+    [
+        ("base", "b", True, 1.0),
+        ("base", "b", False, -1.0),
+        ("b", "base", True, -1.0),
+        ("a", "b", True, 0.4833),
+        ("b", "", True, 2.1),  # one figure alone
+    ],
+)
+def test_numbers_above_zero_favour_the_claim(one, other, less, mean, asked):
+    x = asked(claims.Claim("", "t", one, other, less=less), VALUES)
+    assert x.mean == pytest.approx(mean, abs=1e-4) and x.pairs == 3 and x.p < 0.05
+
+
+def test_numbers_of_equalities_and_of_other_measures(asked):
     x = asked(claims.Claim("", "t", "base", "b", kind="equal", margin="fp8"), VALUES)
     assert x.margin == pytest.approx(0.0025 * 1.1) and x.p_equal == 1
-    x = asked(claims.Claim("", "t", "base", "a"), VALUES)
-    assert x.half != x.alone > 0
     x = asked(claims.Claim("", "t", "base", "a", other_measure="far"), VALUES, far=1.75)
-    assert x.mean == pytest.approx(1.75 - 1.1) and x.half == pytest.approx(
-        intervals.own_interval(VALUES["base"])[1]
-    )
+    own = intervals.own_interval(VALUES["base"])[1]
+    assert (x.mean, x.half) == (pytest.approx(1.75 - 1.1), pytest.approx(own))
     x = asked(claims.Claim("", "t", "a", "b"), VALUES)
-    assert x.alone == pytest.approx(intervals.own_interval([0.5, 0.5, 0.45])[1])
+    assert x.half != x.alone == pytest.approx(intervals.own_interval([0.5, 0.5, 0.45])[1])
     assert asked(claims.Claim("", "t", "a", "b"), {"base": [1.0], "a": [1.0]}).mean is None
 
 
@@ -370,41 +355,17 @@ def test_an_equality_on_two_texts_needs_both():
     assert x.elsewhere
 
 
-def test_the_seeds_column_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(claims, "SEEDS", {"t": {"a": 8, "base": 5}})
-    claim, planned = claims.Claim("", "t", "base", "a"), verdicts.planned_seeds
-    assert planned(claim) == 8 and planned(replace(claim, other="b")) == 3
-    assert planned(replace(claim, other="")) == 5
-    x = evidence.Numbers(0.01234, 0.005, 0.00001, pairs=3)
-    assert verdicts.seeds_cell(x, 8) == "3 of 8" and verdicts.seeds_cell(x, 3) == "3"
-    assert verdicts.measured(claim, x) == "+0.0123 ± 0.0050 bits/byte"
-    bound = replace(claim, kind="bound", unit="kept")
-    assert verdicts.measured(bound, evidence.Numbers(0.9, 0.02)) == "90.0% ± 2.0% kept"
-    assert verdicts.measured(claim, evidence.Numbers()) == ""
-
-
 def test_what_a_difference_is_worth_in_steps(monkeypatch):
     """From arms that differ in nothing but their length: e times the steps gain 0.2 here."""
     arms = {"a": run.Arm(), "a longer": run.Arm(longer=math.e)}
-    e = run.Experiment("t", lambda base: arms, {})
-    monkeypatch.setattr(evidence, "EXPERIMENTS", {"t": e})
+    monkeypatch.setattr(evidence, "EXPERIMENTS", {"t": run.Experiment("t", lambda base: arms, {})})
     monkeypatch.setattr(evidence, "LONGER", (("t", "a", "a longer"),))
     runs = {"a": [1.0, 1.1, 9.0], "a longer": [0.8, 0.9]}  # seeds of both count
     runs = {k: [{"seed": i, "test_bpb": y} for i, y in enumerate(v)] for k, v in runs.items()}
     slope = evidence.bits_of_e_times_the_steps({"t": evidence.Table(runs, None)})
     assert slope == pytest.approx(0.2)
-    claim = claims.Claim("", "t", "a")
-    assert verdicts.worth(claim, evidence.Numbers(0.2 * math.log(1.05)), slope) == "+5.0%"
-    assert verdicts.worth(claim, evidence.Numbers(0.2 * math.log(0.9)), slope) == "-10.0%"
-    assert verdicts.worth(replace(claim, unit="nats"), evidence.Numbers(1.0), slope) == ""
-
-
-def test_earlier_runs_are_all_there():
-    """Those that the history of this repository has: 69 and 72 trainings."""
-    folder = ROOT / claims.EARLIER["results"]
-    runs = [x for path in folder.glob("*.json") for x in json.loads(path.read_text())]
-    steps = [x["steps"] for x in runs if "val_bpb" in x]
-    assert (steps.count(600), steps.count(200), len(steps)) == (69, 72, 141)
+    numbers = evidence.Numbers(0.2 * math.log(1.05))
+    assert verdicts.worth(claims.Claim("", "t", "a"), numbers, slope) == "+5.0%"
 
 
 def test_power_of_an_equality():
@@ -424,20 +385,20 @@ def test_power_of_an_equality():
 
 @pytest.fixture
 def planning(tmp_path, monkeypatch):
-    """A function that writes validation losses of a network's rates, and the plan on them."""
+    """A function that writes the losses of a network's rates, seed by seed; the plan on them."""
     options = run.Options(results=str(tmp_path))
     monkeypatch.setattr(run.Options, "results", str(tmp_path))
     monkeypatch.setattr(run.Options.__init__, "__defaults__", tuple(vars(options).values()))
     monkeypatch.setattr(plan, "CONFIRMATION", str(tmp_path / "fresh"))
 
-    def write(network: str, values: dict[float, list[float]], results: str = "", **more):
+    def write(network: str, values: dict[float, list[float]], results=str(tmp_path), first=0):
         for times, ys in values.items():
             arm = plan.arm_at(network, times)
-            file = "base" if arm == "base" else (plan.CHOSEN | plan.LIKE_BASE)[network]
-            for seed, y in enumerate(ys, more.get("first", 0)):
+            file = "base" if arm == "base" else plan.CHOSEN[network]
+            for seed, y in enumerate(ys, first):
                 x = {"arm": arm, "seed": seed, "steps": 600, "source": "s", "corpus": "c"}
                 x |= {"val_bpb": y, "test_bpb": y + 0.001 * (seed % 3)}
-                tables.add_result(replace(options, results=results or str(tmp_path)), file, x)
+                tables.add_result(replace(options, results=results), file, x)
 
     return write
 
@@ -451,15 +412,9 @@ def test_the_rate_is_that_of_the_least_mean_on_the_validation_text(planning):
     assert plan.best_rate("MLA") == 0.67 and plan.rates_of("MLA") == (1, 0.67, 0.45)
     planning("dense", {1: same, 0.67: same, 0.45: [1.9, 1.9, 1.9]})
     assert plan.rates_of("dense")[-1] == 0.3 and plan.best_rate("dense") is None
-    last = [*plan.choosing()][-3:]  # after what all networks need
-    assert [(x.arm, x.seed) for x in last] == [("dense lr x0.3", seed) for seed in range(3)]
     planning("dense", {0.3: [1.9, 1.9, 2.0]})
-    assert plan.best_rate("dense") == 0.45
-    planning("MHA", {1: [1.0, 1.0, 1.0], 0.67: same, 0.45: same})
-    assert plan.best_rate("MHA") == 1
-    arms = [plan.confirming(x, 8).arm for x in ("MLA", "loss 0.01", "tiles", "dense", "MHA")]
-    assert arms == [f"{x} lr x0.67" for x in ("MLA", "loss 0.01", "tiles")] + [
-        "dense lr x0.45", "MHA"]  # fmt: skip
+    arms = [plan.confirming(x, 8).arm for x in ("MLA", "loss 0.01", "tiles", "dense")]
+    assert arms == ["MLA lr x0.67", "loss 0.01 lr x0.67", "tiles lr x0.67", "dense lr x0.45"]
     assert plan.confirming("GQA 2", 8) is None
 
 
@@ -475,23 +430,27 @@ def test_the_first_seeds_are_compared_at_each_networks_own_rate(planning, monkey
     planning("MHA", {0.45: [1.9] * 3})
     x = evidence.numbers_of(claim, evidence.read_tables(run.Options()))
     assert x.mean == pytest.approx((0.5 + 0.3 + 0.6) / 3)
-    assert x.tuned[0] == pytest.approx((0.6 + 0.4 + 0.6) / 3)  # MLA has 0.67
-    assert x.tuned[1] == pytest.approx(x.half)
+    assert x.tuned == (pytest.approx((0.6 + 0.4 + 0.6) / 3), pytest.approx(x.half))  # MLA has 0.67
 
 
-def test_the_plan_is_in_order(planning):
-    """Rates, the clock, then seed by seed all arms; what waits for a rate has its place."""
-    runs = [*plan.planned()]
-    assert len(runs) == 6 * 2 * 3 + 1 + 7 * 8 + 3 * 8 + 12
-    assert [x.seed for x in runs[:6]] == [0, 1, 2] * 2 and runs[36] == plan.clock()
-    assert all(x is None for x in runs[37:])
+def test_fresh_seeds_give_a_word_when_all_their_runs_are_there(planning, monkeypatch):
+    claim = claims.Claim("it", "attention", "base", "MHA", networks=("MLA", "MHA"))
+    monkeypatch.setattr(evidence, "ON_FRESH_SEEDS", [claim])
+    monkeypatch.setattr(plan, "MORE", {"MLA": range(8, 24)})
     for network in plan.CHOSEN:
         planning(network, {x: [3.0 - x] * 3 for x in (1, 0.67, 0.45)})
-    fresh = [*plan.planned()][37:]
-    assert {x.arm for x in fresh[:7]} == {"base", *plan.CHOSEN, "loss 0.01"} - {"MLA"}
-    assert [x.seed for x in fresh] == [s for s in range(8, 16) for _ in range(7)] + [
-        s for s in range(16, 24) for _ in range(3)] + [*range(8, 20)]  # fmt: skip
-    assert {x.results for x in fresh} == {plan.CONFIRMATION}
+    ys = [1.0, 1.1, 1.05, 1.2, 1.15, 1.0, 1.1, 1.3]
+    planning("MLA", {1: ys}, plan.CONFIRMATION, first=8)
+    planning("MHA", {1: [y + 0.1 for y in ys[:7]]}, plan.CONFIRMATION, first=8)
+    x = evidence.on_fresh_seeds()["it"]
+    assert (x.there, x.planned, x.word, x.numbers.mean) == (15, 16, "", None)
+    planning("MHA", {1: [y + 0.1 + 0.01 * (i % 2) for i, y in enumerate(ys)]},
+             plan.CONFIRMATION, first=8)  # fmt: skip
+    x = evidence.on_fresh_seeds()["it"]
+    assert (x.word, x.numbers.pairs) == ("shown", 8)
+    assert verdicts.fresh_cell(claim, x).startswith("+0.1050 ± 0.00")
+    planning("MLA", {1: [y + 9 for y in ys]}, plan.CONFIRMATION, first=16)
+    assert evidence.on_fresh_seeds()["it"].numbers.mean == x.numbers.mean  # MHA has no such seeds
 
 
 def test_two_processes_never_train_the_same_run(tmp_path, monkeypatch):
@@ -517,25 +476,3 @@ def test_two_processes_never_train_the_same_run(tmp_path, monkeypatch):
         assert plan.train_next() and trained == ["c"]
         assert not plan.train_next()
     assert plan.train_next() and trained == ["c", "b"]
-
-
-def test_fresh_seeds_give_a_word_when_all_their_runs_are_there(planning, monkeypatch):
-    claim = claims.Claim("it", "attention", "base", "MHA", networks=("MLA", "MHA"))
-    monkeypatch.setattr(evidence, "ON_FRESH_SEEDS", [claim])
-    monkeypatch.setattr(plan, "MORE", {"MLA": range(8, 24)})
-    for network in plan.CHOSEN:
-        planning(network, {x: [3.0 - x] * 3 for x in (1, 0.67, 0.45)})
-    ys = [1.0, 1.1, 1.05, 1.2, 1.15, 1.0, 1.1, 1.3]
-    fresh = {"results": plan.CONFIRMATION, "first": 8}
-    planning("MLA", {1: ys}, **fresh)
-    planning("MHA", {1: [y + 0.1 for y in ys[:7]]}, **fresh)
-    x = evidence.on_fresh_seeds()["it"]
-    assert (x.there, x.planned, x.word, x.numbers.mean) == (15, 16, "", None)
-    assert verdicts.fresh_cell(claim, x) == "not yet confirmed: 15 of 16 runs"
-    assert verdicts.fresh_cell(claim, None) == "none planned"
-    planning("MHA", {1: [y + 0.1 + 0.01 * (i % 2) for i, y in enumerate(ys)]}, **fresh)
-    x = evidence.on_fresh_seeds()["it"]
-    assert x.word == "shown" and x.numbers.pairs == 8
-    assert verdicts.fresh_cell(claim, x).startswith("+0.1050 ± 0.00")
-    planning("MLA", {1: [y + 9 for y in ys]}, results=plan.CONFIRMATION, first=16)
-    assert evidence.on_fresh_seeds()["it"].numbers.mean == x.numbers.mean  # MHA has no such seeds
