@@ -21,7 +21,7 @@ from tables import COLOURS, INK
 
 import bench
 from model import DeepSeekV3, Gate
-from support import processes
+from support.flops import PEAK_FLOPS
 from support.settings import Refusal, parse_args, run_command
 
 V3, SMALL = run.ROOT / "config/v3_671b.py", run.ROOT / "config/small.py"
@@ -31,7 +31,7 @@ NODES, NODE = 8, 8  # the experts of a layer lie on 8 nodes of 8 cards (section 
 INFINIBAND, NVLINK = 50e9, 160e9  # bytes per second and card (section 3.2.2)
 MICRO = 4096  # tokens of a micro-batch: one window
 OVERLAPPED = TIMES | {"FB": 2.2}  # an example of what overlapping can gain (F + B are 3)
-PEAK, CARD = processes.PEAK_FLOPS["H800"], 80  # FLOP/s in bf16 (in FP8 twice as many), GB
+PEAK, CARD = PEAK_FLOPS["H800"], 80  # FLOP/s in bf16 (in FP8 twice as many), GB
 Part = dict[str, dict[str, float]]  # a table: by column, numbers by their names
 BARS = {"cost": "dollars", "traffic": "µs", "memory": "GB"}  # what is drawn of a table
 
