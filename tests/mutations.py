@@ -455,7 +455,6 @@ torch.zeros_like(x) if g is None else g for => torch.zeros_like(x) for
 
 # docs/annotate.py tests/test_learn.py
 lineno, function.end_lineno => lineno, function.lineno + 3
-if stop is None: => if False:
 """
 
 
