@@ -13,9 +13,10 @@ import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
@@ -148,49 +149,73 @@ def test_commands_name_files_and_keys_that_exist():
     assert commands > 20
 
 
-def test_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """The lines of the first screen, on a model made of random numbers."""
-    block = re.search(r"(?s)```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"))
-    model = sample.DeepSeekV3(ModelConfig(**TINY))
-    tokenizer = type("", (), {"encode": lambda text: [1, 2, 3], "decode": str, "eos": [0]})
-    monkeypatch.setattr("huggingface.load_model", lambda run: (model.eval(), tokenizer, tmp_path))
-    exec(block[1], names := {})
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A model made of random numbers in place of those that are loaded."""
+    model = DeepSeekV3(ModelConfig(**TINY)).eval()
+    tokenizer = SimpleNamespace(encode=lambda text: [1, 2, 3], decode=str, eos=[0])
+    tokenizer.to_bytes = lambda i: b"\n\t<"
+    for module in "huggingface", "drafts":
+        monkeypatch.setattr(f"{module}.load_model", lambda *_: (model, tokenizer, tmp_path))
+    return model
+
+
+def names_of(text: str) -> dict:
+    """What the first lines of Python in a document define."""
+    exec(re.search(r"(?s)```python\n(.*?)```", text)[1], names := {})
+    return names
+
+
+def test_python_of_the_readme_runs(tiny):
+    names = names_of((ROOT / "README.md").read_text(encoding="utf-8"))
     assert names["logits"].shape == (1, 3, 512) and names["further"].shape == (1, 2, 512)
 
 
-def test_the_plain_loop_of_hacking_samples(tmp_path, monkeypatch):
-    model = sample.DeepSeekV3(ModelConfig(**TINY)).eval()
-    tokenizer = type("", (), {"encode": lambda text: [1, 2, 3], "decode": str})
-    monkeypatch.setattr("huggingface.load_model", lambda run: (model, tokenizer, tmp_path))
-    exec(re.search(r"(?s)```python\n(.*?)```", HACKING)[1], names := {})
+def test_the_plain_loop_of_hacking_samples(tiny):
+    names = names_of(HACKING)
     assert names["tokens"].shape == (1, 203) and names["cache"].length == 202
 
 
-def test_picture_of_drafts(tmp_path, monkeypatch):
-    model = sample.DeepSeekV3(ModelConfig(**TINY)).eval()
-    tokenizer = type("", (), dict(encode=lambda text: [1, 2], to_bytes=lambda i: b"\n\t<"))
-    monkeypatch.setattr(drafts, "load_model", lambda *_: (model, tokenizer, tmp_path))
-    # Greedy text of a model that loves one token, so that all drafts stay.
-    for weight in (model.lm_head.weight, model.mtp[0].norm.weight):
+def test_picture_of_drafts(tiny, tmp_path):
+    """Greedy text of a model that loves one token, so that all drafts stay."""
+    for weight in (tiny.lm_head.weight, tiny.mtp[0].norm.weight):
         torch.nn.init.zeros_(weight)
-    drafts.main(
-        [f"--out={tmp_path}/x.svg", "--temperature=0", "--max_new_tokens=9", "--speculative=3"]
-    )
+    options = "--temperature=0", "--max_new_tokens=9", "--speculative=3"
+    drafts.main([f"--out={tmp_path}/x.svg", *options])
     caption, *text = (x for x in ElementTree.parse(tmp_path / "x.svg").iter() if x.get("class"))
     kinds = "".join(x.get("class") for x in text if x.text == "    <")
     assert re.fullmatch("m?(dddm)+d*", kinds) and len(kinds) == 9
     assert caption.text.startswith(f"{kinds.count('d')} of 9 tokens")
-    assert "3.00 tokens per" in caption.text
 
 
 # ---- The worked changes --------------------------------------------------------------------------
 
 HACKING = (ROOT / "docs/HACKING.md").read_text(encoding="utf-8")
-CHANGES = re.findall(r"(?s)\n## \d+\. ([^\n]*)\n.*?```diff\n(.*?)```", HACKING)
+CHANGES = dict(re.findall(r"(?s)\n## \d+\. ([^\n]*)\n.*?```diff\n(.*?)```", HACKING))
 
 
-def changed(diff: str, folder: Path) -> dict[str, SimpleNamespace]:
-    """Applies a diff to a copy of the source; what the files that it changes define."""
+@dataclass
+class Changed:
+    """What a worked change makes of a copy of the source."""
+
+    files: dict[str, SimpleNamespace]  # what those that it changes define
+    folder: Path
+    patch: pytest.MonkeyPatch
+    new: SimpleNamespace | None = None  # model.py
+    model: Any = None  # trained for a step
+    x: Any = None  # tokens (B, T)
+    y: Any = None  # the next tokens
+
+
+CHECKS = {}  # by title: a function of what was changed, whether a twin steps aside, sizes
+
+
+def change(title: str, slower: bool = False, **sizes):
+    """Marks what is special about a worked change."""
+    return lambda check: CHECKS.update({title: (check, slower, sizes)})
+
+
+def applied(diff: str, folder: Path) -> dict[str, SimpleNamespace]:
     files = re.findall(r"(?m)^\+\+\+ b/(.*)$", diff)
     (folder / "config").mkdir()
     for file in files:
@@ -207,163 +232,166 @@ def changed(diff: str, folder: Path) -> dict[str, SimpleNamespace]:
     return {file: SimpleNamespace(**runpy.run_path(str(folder / file))) for file in files}
 
 
-@pytest.mark.parametrize("title, diff", CHANGES, ids=[title for title, _ in CHANGES])
-def test_worked_changes(title, diff, tmp_path, monkeypatch, capsys):
-    modules = changed(diff, tmp_path)
-    if "model.py" in modules:
-        new = modules["model.py"]
-        sizes = {"initializer_range": 0.1, "num_hidden_layers": 4 if "hybrid" in title else 3}
-        sizes |= {"attention_sink": True} if "sink" in title else {}
+@pytest.mark.parametrize("title", CHANGES)
+def test_worked_changes(title, tmp_path, monkeypatch, capsys):
+    """Those of the network: a step by gradient descent lowers the loss; decoding gives what whole
+    forwards give."""
+    check, slower, sizes = CHECKS[title]
+    c = Changed(applied(CHANGES[title], tmp_path), tmp_path, monkeypatch)
+    if "model.py" in c.files:
+        c.new, sizes = c.files["model.py"], {"initializer_range": 0.1} | sizes
         # In float64, where the sums of another CPU make no difference.
-        model = new.DeepSeekV3(new.ModelConfig(**TINY | sizes)).double()
-        # A step by gradient descent lowers the loss; decoding gives what whole forwards give.
+        c.model = model = c.new.DeepSeekV3(c.new.ModelConfig(**TINY | sizes)).double()
         tokens = torch.randint(512, (2, 24), generator=torch.Generator().manual_seed(1))
-        x, y = tokens[:, :-1], tokens[:, 1:]
-        before = sum(model.train()(x, y).values())
+        c.x, c.y = tokens[:, :-1], tokens[:, 1:]
+        before = sum(model.train()(c.x, c.y).values())
         before.backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         torch.optim.SGD(model.parameters(), lr=0.05).step()
         model.update_bias(0.01)
-        assert sum(model(x, y).values()) < before
-        monkeypatch.setattr(sample, "Cache", new.Cache)
+        assert sum(model(c.x, c.y).values()) < before
+        monkeypatch.setattr(sample, "Cache", c.new.Cache)
         with torch.inference_mode():
-            text = sample.generate(model.eval(), x[:1, :4], 4, temperature=0, speculative=2)
+            text = sample.generate(model.eval(), c.x[:1, :4], 4, temperature=0, speculative=2)
             assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
         assert not sample.check_cache(model, 24).wrong
-        slower = any(word in title for word in ("soft cap", "Sparse", "sink", "ReLU"))
         assert ("it runs without its fast twin" in capsys.readouterr().err) == slower
-    if "gate" in title:
-        s, _, _ = model.gates()[0](torch.randn(5, 48).double())
-        assert torch.allclose(s.sum(-1), torch.ones(5).double())
-    elif "balance loss" in title:
-        s = torch.rand(2, 6, 8)
-        assert new.balance_loss(s, 2) == balance_loss(s.flatten(0, 1)[None], 2)
-        assert new.balance_loss(s, 2) != balance_loss(s, 2)
-    elif "ReLU" in title:
-        assert new.swiglu(torch.tensor(-3.0), torch.tensor(2.0)) == 0
-        monkeypatch.setattr(fp8, "formulas", new)
-        with pytest.raises(ValueError, match="swiglu"):
-            fp8.use_fp8(model)
-    elif "soft cap" in title:
-        q, v = torch.tensor([[0.0], [1e3]])[None, None], torch.tensor([[1.0], [2.0]])[None, None]
-        last = new.causal_attention(q, q, v, 1.0)[0, 0, 1, 0]  # scores 0 and 20
-        assert last == pytest.approx(2 - 1 / (1 + math.exp(20)), abs=1e-9)
-    elif "Sparse" in title:  # a short text looks at all its tokens, a longer one at the best four
-        whole = sample.DeepSeekV3(model.config).double().eval()
-        indexer = model.layers[0].self_attn.indexer
-        whole.load_state_dict(model.state_dict(), strict=False)
-        monkeypatch.setitem(new.Indexer.forward.__globals__, "INDEX_TOPK", 64)
-        assert torch.allclose(model(x), whole(x), atol=1e-12)
-        monkeypatch.setitem(new.Indexer.forward.__globals__, "INDEX_TOPK", 4)
-        assert not torch.allclose(model(x), whole(x), atol=1e-3)
-        seen = []
-        indexer.register_forward_hook(lambda _, given, among: seen.append(among.tril().sum(-1)))
-        with torch.inference_mode():
-            text = sample.generate(model, x[:1, :8], 8, temperature=0)
-            assert torch.equal(text[0, 8:], model(text)[0, 7:-1].argmax(-1))
-        assert torch.equal(seen[-1][0], torch.arange(1, 17).clamp(max=4))
-    elif "sink" in title:  # as an older token whose value is 0 and whose score is the sink's
-        q, k, v = (torch.randn(2, 3, 5, n, dtype=torch.double) for n in (4, 4, 6))
-        sink = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.double)
-        score = (q @ k.mT * 0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
-        p = torch.cat((sink.view(3, 1, 1).expand(2, 3, 5, 1), score), -1).softmax(-1)
-        found = new.causal_attention(q, k, v, 0.5, None, sink)
-        assert torch.allclose(found, p[..., 1:] @ v, atol=1e-12)
-        # It grows: without the key the network is today's, and with a low sink nearly.
-        del sizes["attention_sink"]
-        old = DeepSeekV3(ModelConfig(**TINY | sizes)).double().eval()
-        missing, _ = model.load_state_dict(old.state_dict(), strict=False)
-        assert {name.rpartition(".")[2] for name in missing} == {"sink"} and len(missing) == 4
-        grown = model(x)
-        model.load_state_dict({name: torch.full((2,), -99.0) for name in missing}, strict=False)
-        assert torch.allclose(model(x), old(x), atol=1e-12) and not torch.allclose(
-            grown, old(x), atol=1e-5
-        )
-    elif "hybrid" in title:
-        linear, *_, mla = (block.self_attn for block in model.double().layers)
-        assert type(linear) is new.LinearAttention and type(mla) is new.MLA
-        h, o = torch.randn(1, 20, 48).double(), []
-        x = linear.qkva_proj(h).view(20, 2, 49)  # of two heads, a token after the other
-        S = torch.zeros(2, 16, 16).double()
-        for q, k, v, a in zip(*x.split([16, 16, 16, 1], -1), strict=True):
-            S = a[..., None].sigmoid() * S + k[..., None] * v[:, None]
-            o.append((q[..., None] * S).sum(1).flatten())
-        assert torch.allclose(linear(h, None), linear.o_proj(torch.stack(o)), atol=1e-12)
-        graph, at = torch.compile(linear, fullgraph=True, backend="eager"), torch.tensor(15)
-        with torch.no_grad():
-            kept = linear.new_cache(1, 99, h)
-            pieces = linear(h[:, :15], None, (kept, 0)), graph(h[:, 15:], None, (kept, at))
-            assert torch.allclose(torch.cat(pieces, 1), linear(h, None), atol=1e-12)
-        monkeypatch.setitem(new.LinearAttention.new_cache.__globals__, "MOST_NEW", 7)
-        wrong = sample.check_cache(model, 24).wrong  # of one state less
-        assert len(wrong) == 4 and all("main model, drafts rejected" in way for way in wrong)
-    elif "attention" in title:
-        assert "layers.0.self_attn.qkv_proj.weight" in model.state_dict()
-    elif "schedule" in title:
-        config = TrainConfig(steps=1000, lr=1.0, decay_start=0.0, decay_end=1.0, warmup=0.0)
-        other = modules["train.py"].lr_at
-        assert other(config, 0) == lr_at(config, 0) == 1.0
-        assert other(config, 250) == pytest.approx(0.1 + 0.9 * (1 - 0.5)) != lr_at(config, 250)
-    elif "average" in title:
-        goes_on(modules["train.py"], tmp_path)
-    elif "term" in title:
-        weights = modules["train.py"].loss_weights(model, TrainConfig(), 0)
-        machine = processes.Machine(torch.device("cpu"), torch.float32)
-        model.train().zero_grad()
-        losses = modules["train.py"].backward(model, [tokens.numpy()], weights, machine)
-        old = DeepSeekV3(model.config).double().train()
-        old.load_state_dict(model.state_dict())
-        plain, z = old(x, y), old(x).logsumexp(-1).square().mean()
-        assert losses == pytest.approx(
-            {name: loss.item() for name, loss in plain.items()} | {"z_loss": z.item()}
-        )
-        (sum(weights[name] * loss for name, loss in plain.items()) + 1e-4 * z).backward()
-        for p, q in zip(model.parameters(), old.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad)
-        # The log has it, and a number for which HACKING has a line.
-        line = re.search(r"(?m)^    (means\[.*)$", HACKING)[1]
-        source, call = (tmp_path / "train.py").read_text(), "            run.advance("
-        assert source.count(call) == 1
-        (tmp_path / "train.py").write_text(source.replace(call, f"            {line}\n{call}"))
-        edited = SimpleNamespace(**runpy.run_path(str(tmp_path / "train.py")))
-        rng = np.random.default_rng(0)
-        tokens = Tokens([rng.integers(0, 512, 2000).astype(np.uint16)])
-        data = SimpleNamespace(train=tokens, val=tokens, vocab_size=512, val_bytes_per_token=3.0)
-        config = TrainConfig(steps=2, batch_size=2, block_size=16, out=str(tmp_path / "run"))
-        config.device, config.log_every, config.gamma = "cpu", 1, 0.5
-        net = new.DeepSeekV3(new.ModelConfig(**TINY))
-        edited.train(net, data, config, processes.start(config))
-        lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-        assert [30 < line["z_loss"] < 50 for line in lines if "loss" in line] == [True, True]
-        first, second = (line["bias"] for line in lines if "loss" in line)
-        assert 0 < first <= 3 * 0.5 and 0 < second <= 3 * 1.0  # a sum over three gates
-    else:  # a configuration
-        (file,) = modules
-        paths = ROOT / "config/small.py", tmp_path / file
-        small, mine = (read_config_file(str(path), ModelConfig, TrainConfig) for path in paths)
-        data = {"data": "mine", "vocab_size": 2048}
-        assert mine == small | (data if "data" in title else {"num_nextn_predict_layers": 2})
+    check(c)
 
 
-def goes_on(train: SimpleNamespace, folder: Path):
-    """The average of the weights is what its formula says, and the same after an interruption."""
-    rng, weights = np.random.default_rng(0), []
-    tokens = Tokens([rng.integers(0, 512, 2000).astype(np.uint16)])
-    data = SimpleNamespace(train=tokens, val=tokens, vocab_size=512, val_bytes_per_token=3.0)
+@change("A softmax gate")
+def sums_to_one(c: Changed):
+    s, _, _ = c.model.gates()[0](torch.randn(5, 48).double())
+    assert torch.allclose(s.sum(-1), torch.ones(5).double())
+
+
+@change("An auxiliary balance loss in place of the bias")
+def of_the_batch(c: Changed):
+    s = torch.rand(2, 6, 8)
+    assert c.new.balance_loss(s, 2) == balance_loss(s.flatten(0, 1)[None], 2)
+    assert c.new.balance_loss(s, 2) != balance_loss(s, 2)
+
+
+def small_with(c: Changed, **more):
+    (file,) = c.files
+    paths = ROOT / "config/small.py", c.folder / file
+    small, mine = (read_config_file(str(path), ModelConfig, TrainConfig) for path in paths)
+    assert mine == small | more
+
+
+change("Your own data")(functools.partial(small_with, data="mine", vocab_size=2048))
+change("Two MTP modules")(functools.partial(small_with, num_nextn_predict_layers=2))
+
+
+@change("Another schedule")
+def a_cosine(c: Changed):
+    config = TrainConfig(steps=1000, lr=1.0, decay_start=0.0, decay_end=1.0, warmup=0.0)
+    other = c.files["train.py"].lr_at
+    assert other(config, 0) == lr_at(config, 0) == 1.0
+    assert other(config, 250) == pytest.approx(0.1 + 0.9 * (1 - 0.5)) != lr_at(config, 250)
+
+
+@change("Ordinary multi-head attention")
+def of_queries_keys_and_values(c: Changed):
+    assert "layers.0.self_attn.qkv_proj.weight" in c.model.state_dict()
+
+
+@change("Squared ReLU in place of SiLU", slower=True)
+def squared_relu(c: Changed):
+    assert c.new.swiglu(torch.tensor(-3.0), torch.tensor(2.0)) == 0
+    c.patch.setattr(fp8, "formulas", c.new)
+    with pytest.raises(ValueError, match="swiglu"):
+        fp8.use_fp8(c.model)
+
+
+@change("A soft cap on the scores of attention", slower=True)
+def scores_of_20_at_most(c: Changed):
+    q, v = torch.tensor([[0.0], [1e3]])[None, None], torch.tensor([[1.0], [2.0]])[None, None]
+    last = c.new.causal_attention(q, q, v, 1.0)[0, 0, 1, 0]  # scores 0 and 20
+    assert last == pytest.approx(2 - 1 / (1 + math.exp(20)), abs=1e-9)
+
+
+@change("Sparse attention", slower=True)
+def the_best_four(c: Changed):
+    """A short text looks at all its tokens, a longer one at the best four."""
+    whole = sample.DeepSeekV3(c.model.config).double().eval()
+    whole.load_state_dict(c.model.state_dict(), strict=False)
+    indexer, seen = c.model.layers[0].self_attn.indexer, []
+    c.patch.setitem(c.new.Indexer.forward.__globals__, "INDEX_TOPK", 64)
+    assert torch.allclose(c.model(c.x), whole(c.x), atol=1e-12)
+    c.patch.setitem(c.new.Indexer.forward.__globals__, "INDEX_TOPK", 4)
+    assert not torch.allclose(c.model(c.x), whole(c.x), atol=1e-3)
+    indexer.register_forward_hook(lambda _, given, among: seen.append(among.tril().sum(-1)))
+    with torch.inference_mode():
+        text = sample.generate(c.model, c.x[:1, :8], 8, temperature=0)
+        assert torch.equal(text[0, 8:], c.model(text)[0, 7:-1].argmax(-1))
+    assert torch.equal(seen[-1][0], torch.arange(1, 17).clamp(max=4))
+
+
+@change("A new key: an attention sink", slower=True, attention_sink=True)
+def as_an_older_token(c: Changed):
+    """Whose value is 0 and whose score is the sink's."""
+    q, k, v = (torch.randn(2, 3, 5, n, dtype=torch.double) for n in (4, 4, 6))
+    sink = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.double)
+    score = (q @ k.mT * 0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+    p = torch.cat((sink.view(3, 1, 1).expand(2, 3, 5, 1), score), -1).softmax(-1)
+    found = c.new.causal_attention(q, k, v, 0.5, None, sink)
+    assert torch.allclose(found, p[..., 1:] @ v, atol=1e-12)
+    # It grows: without the key the network is today's, and with a low sink nearly.
+    old = DeepSeekV3(ModelConfig(**TINY | {"initializer_range": 0.1})).double().eval()
+    missing, _ = c.model.load_state_dict(old.state_dict(), strict=False)
+    assert {name.rpartition(".")[2] for name in missing} == {"sink"} and len(missing) == 4
+    grown, plain = c.model(c.x), old(c.x)
+    c.model.load_state_dict({name: torch.full((2,), -99.0) for name in missing}, strict=False)
+    assert torch.allclose(c.model(c.x), plain, atol=1e-12)
+    assert not torch.allclose(grown, plain, atol=1e-5)
+
+
+@change("A hybrid with linear attention", num_hidden_layers=4)
+def token_by_token(c: Changed):
+    linear, *_, mla = (block.self_attn for block in c.model.double().layers)
+    assert type(linear) is c.new.LinearAttention and type(mla) is c.new.MLA
+    h, o = torch.randn(1, 20, 48).double(), []
+    x = linear.qkva_proj(h).view(20, 2, 49)  # of two heads, a token after the other
+    S = torch.zeros(2, 16, 16).double()
+    for q, k, v, a in zip(*x.split([16, 16, 16, 1], -1), strict=True):
+        S = a[..., None].sigmoid() * S + k[..., None] * v[:, None]
+        o.append((q[..., None] * S).sum(1).flatten())
+    assert torch.allclose(linear(h, None), linear.o_proj(torch.stack(o)), atol=1e-12)
+    graph, at = torch.compile(linear, fullgraph=True, backend="eager"), torch.tensor(15)
+    with torch.no_grad():
+        kept = linear.new_cache(1, 99, h)
+        pieces = linear(h[:, :15], None, (kept, 0)), graph(h[:, 15:], None, (kept, at))
+        assert torch.allclose(torch.cat(pieces, 1), linear(h, None), atol=1e-12)
+    c.patch.setitem(c.new.LinearAttention.new_cache.__globals__, "MOST_NEW", 7)
+    wrong = sample.check_cache(c.model, 24).wrong  # of one state less
+    assert len(wrong) == 4 and all("main model, drafts rejected" in way for way in wrong)
+
+
+def random_data() -> SimpleNamespace:
+    ids = np.random.default_rng(0).integers(0, 512, 2000).astype(np.uint16)
+    text = Tokens([ids])
+    return SimpleNamespace(train=text, val=text, vocab_size=512, val_bytes_per_token=3.0)
+
+
+@change("An average of the weights")
+def goes_on(c: Changed):
+    """The average is what its formula says, and the same after an interruption."""
+    train, weights = c.files["train.py"], []
     config = train.TrainConfig(steps=4, batch_size=2, block_size=16, warmup=0.0)
     config.device, config.decay_start, config.decay_end = "cpu", 1.0, 1.0
 
     def run(name: str, steps: int, resume: bool = False):
         torch.manual_seed(0)
         net = DeepSeekV3(ModelConfig(**TINY))
-        again = replace(config, out=str(folder / name), steps=steps, resume=resume)
+        again = replace(config, out=str(c.folder / name), steps=steps, resume=resume)
         hook = register_optimizer_step_post_hook(
             lambda *_: weights.append(net.lm_head.weight.detach().clone())
         )
         first = net.lm_head.weight.detach().clone()
-        train.train(net, data, again, processes.start(again))
+        train.train(net, random_data(), again, processes.start(again))
         hook.remove()
-        return first, checkpoints.load_checkpoint(folder / name / "ckpt.pt")
+        return first, checkpoints.load_checkpoint(c.folder / name / "ckpt.pt")
 
     first, straight = run("straight", 4)
     for w in weights:
@@ -376,8 +404,38 @@ def goes_on(train: SimpleNamespace, folder: Path):
         assert not torch.equal(kept["model"][name], x)
 
 
+@change("A term of the loss")
+def is_learnt_and_logged(c: Changed):
+    weights = c.files["train.py"].loss_weights(c.model, TrainConfig(), 0)
+    machine = processes.Machine(torch.device("cpu"), torch.float32)
+    c.model.train().zero_grad()
+    tokens = torch.cat((c.x, c.y[:, -1:]), 1).numpy()
+    losses = c.files["train.py"].backward(c.model, [tokens], weights, machine)
+    old = DeepSeekV3(c.model.config).double().train()
+    old.load_state_dict(c.model.state_dict())
+    plain, z = old(c.x, c.y), old(c.x).logsumexp(-1).square().mean()
+    assert losses == pytest.approx({k: x.item() for k, x in (plain | {"z_loss": z}).items()})
+    (sum(weights[name] * loss for name, loss in plain.items()) + 1e-4 * z).backward()
+    for p, q in zip(c.model.parameters(), old.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    # The log has it, and a number for which HACKING has a line.
+    line = re.search(r"(?m)^    (means\[.*)$", HACKING)[1]
+    source, call = (c.folder / "train.py").read_text(), "            run.advance("
+    assert source.count(call) == 1
+    (c.folder / "train.py").write_text(source.replace(call, f"            {line}\n{call}"))
+    edited = SimpleNamespace(**runpy.run_path(str(c.folder / "train.py")))
+    config = TrainConfig(steps=2, batch_size=2, block_size=16, out=str(c.folder / "run"))
+    config.device, config.log_every, config.gamma = "cpu", 1, 0.5
+    net = c.new.DeepSeekV3(c.new.ModelConfig(**TINY))
+    edited.train(net, random_data(), config, processes.start(config))
+    lines = [json.loads(line) for line in (c.folder / "run/log.jsonl").read_text().splitlines()]
+    assert [30 < line["z_loss"] < 50 for line in lines if "loss" in line] == [True, True]
+    first, second = (line["bias"] for line in lines if "loss" in line)
+    assert 0 < first <= 3 * 0.5 and 0 < second <= 3 * 1.0  # a sum over three gates
+
+
 def test_every_change_is_there():
-    assert len(CHANGES) == 13 and HACKING.count("```diff") == 13
+    assert HACKING.count("```diff") == len(CHANGES) and CHANGES.keys() == CHECKS.keys()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(diff in HACKING for diff in re.findall(r"(?s)```diff\n(.*?)```", readme))
 
