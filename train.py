@@ -362,8 +362,9 @@ def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) ->
 
 
 def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Machine) -> dict:
-    """Sums over all windows of these tokens, and over all processes: nats and predicted tokens by
-    depth (0: the main model, k: MTP module k), visits to every expert, visits to groups."""
+    """Over all windows of these tokens, and over all processes: the losses in nats per token, by
+    depth (0: the main model, k: MTP module k), and the sums of visits to every expert and of visits
+    to groups."""
     E, G = model.config.n_routed_experts, model.config.n_group
     sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens
     visits = torch.zeros_like(model.expert_counts)
@@ -381,12 +382,8 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
             visits[row] += count_chosen(used, E)
             groups += nn.functional.one_hot(used // (E // G), G).amax(1).sum()
     nats, n = machine.sum(sums)
-    return {"nats": nats, "tokens": n, "visits": machine.sum(visits), "groups": machine.sum(groups)}
-
-
-def mean_losses(sums: dict) -> list[float]:
-    """By depth, in nats per token."""
-    return (sums["nats"] / sums["tokens"].clamp(min=1)).tolist()
+    losses = (nats / n.clamp(min=1)).tolist()
+    return {"losses": losses, "visits": machine.sum(visits), "groups": machine.sum(groups)}
 
 
 @torch.no_grad()
@@ -401,7 +398,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
         if config.long_block_size > 0 and config.long_block_size == model.trained_length:
             long = add_up(model, text, config.long_block_size, config, machine)
     model.train(training)
-    main, *mtp = mean_losses(total)
+    main, *mtp = total["losses"]
     share = total["visits"] / total["visits"].sum(1, keepdim=True).clamp(min=1)
     visits, groups = total["visits"].sum().item(), total["groups"].item()  # 0 without experts
     one_bpb = math.log(2) * data.val_bytes_per_token  # in nats per token
@@ -418,7 +415,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
         "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
     }
     if long:
-        result["val_bpb_long"] = mean_losses(long)[0] / one_bpb
+        result["val_bpb_long"] = long["losses"][0] / one_bpb
     return result
 
 

@@ -131,7 +131,10 @@ class Named:
         now, changed = self.optimizer.state_dict()["param_groups"], stored["param_groups"]
         if stored["names"] != self.names or len(changed) != len(now):
             raise Refusal("its optimiser has other parameters, or in other groups")
-        groups = [group | options for group, options in zip(now, changed, strict=True)]
+        groups = [
+            group | options | {"params": group["params"]}  # a stranger's file may have others
+            for group, options in zip(now, changed, strict=True)
+        ]
         fused, moments = any(group.get("fused") for group in groups), {}
         for name, kept in stored["state"].items():
             i = self.names.index(name)

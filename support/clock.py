@@ -18,17 +18,16 @@ def seconds_waited() -> float:
 
 
 class Clock:
-    """How fast the run is, how long it will last, and whether other programs keep it waiting."""
-
-    def __init__(self, tokens: int):
-        self.began, self.waited_before = time.perf_counter(), seconds_waited()
+    def __init__(self):
+        self.restart(0)
+        self.began, self.waited_before = self.since, seconds_waited()
         self.steps = 0  # made by this process
-        self.since, self.tokens_before = self.began, tokens  # when measuring began; the tokens then
         self.speed = 0.0  # tokens/s, smoothed
         self.told_busy = False
 
     def restart(self, tokens: int):
-        """What has taken time until now, such as an evaluation, does not count."""
+        """Measuring begins here, after so many tokens. What has taken time until now, such as an
+        evaluation, does not count."""
         self.since, self.tokens_before = time.perf_counter(), tokens
 
     def measure(self, tokens: int) -> float:

@@ -84,7 +84,7 @@ def is_lock_of(file: BinaryIO, folder: Path) -> bool:
     return False
 
 
-def lock(folder: Path) -> BinaryIO:
+def open_lock(folder: Path) -> BinaryIO:
     """The folder's file .lock, opened and locked until it is closed. The system takes the lock back
     however the process ends. Raises Refusal where another process has it. Readers need none."""
     file = open_here(folder / ".lock", "ab")
@@ -107,14 +107,14 @@ def take_folder(out: Path, resume: bool, overwrite: bool) -> BinaryIO:
     """The lock of the folder, which is made if it is missing. A run that is there and is not to go
     on is put aside. Raises Refusal as check_folder does."""
     out.mkdir(parents=True, exist_ok=True)
-    file = lock(out)
+    lock = open_lock(out)
     check_folder(out, resume, overwrite)  # only now can no other process change the answer
     if holds_run(out) and not resume:
-        file.close()  # Windows renames no folder in which a file is open
+        lock.close()  # Windows renames no folder in which a file is open
         put_aside(out)
         out.mkdir()
-        file = lock(out)
-    return file
+        lock = open_lock(out)
+    return lock
 
 
 def cut_log(path: Path, step: int):
@@ -141,14 +141,14 @@ def to_json(values: dict) -> str:
 class Run:
     """What a training writes into its folder, and when. `open_run` makes it."""
 
-    def __init__(self, states: dict[str, Any], config, machine: Machine):
+    def __init__(self, states: dict[str, Any], config, machine: Machine, lock, stop: Stop):
         self.states, self.model, self.progress = states, states["model"], states["progress"]
         self.config, self.machine, self.out = config, machine, Path(config.out)
+        self.lock, self.stop, self.clock = lock, stop, Clock()  # the lock in process 0 alone
         self.code = code_of(type(self.model.config))
         self.saved_step = 0  # the step of ckpt.pt (0: there is none)
         self.bad_in_a_row = 0  # steps up to now whose gradient was not finite
         self.stopped = False  # by a signal
-        # open_run adds lock (in process 0 alone), stop and clock.
 
     @property
     def finished(self) -> bool:
@@ -204,7 +204,7 @@ class Run:
         for name, x in means.items():
             total, steps = progress.sums.get(name, (0.0, 0))
             progress.sums[name] = total + x.to(dtype), steps + 1
-        # Up to four steps are left out, if a good one follows.
+        # Up to four bad steps are left out, if a good one follows.
         lost = self.bad_in_a_row >= 5 or (self.finished and self.bad_in_a_row > 0)
         if lost or self.due(self.config.log_every):
             self.write_means(now)
@@ -324,34 +324,35 @@ def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iter
     SIGINT, SIGTERM and SIGHUP set run.stopped at the end of the step; if it is set in the end,
     KeyboardInterrupt is raised. Raises Refusal where the folder cannot be used.
     """
-    run = Run(states, config, machine)
+    model, progress, lock = states["model"], states["progress"], None
     machine.check_alike(
         settings=asdict(config),
-        network=asdict(run.model.config),
+        network=asdict(model.config),
         tokenizer=[Path(file).read_bytes() for file in files],
-        data=run.progress.measured,
+        data=progress.measured,
     )
     if machine.rank == 0:
-        run.lock = take_folder(run.out, config.resume, config.overwrite)
-    run.stop = Stop(machine)
+        lock = take_folder(Path(config.out), config.resume, config.overwrite)
+    stop = Stop(machine)
     try:
+        run = Run(states, config, machine, lock, stop)
         if config.resume:
             run.restore()
         else:
             run.begin(files)
-        machine.check_alike(step=run.progress.step, tokens=run.progress.tokens)
-        run.clock = Clock(run.progress.tokens)
+        machine.check_alike(step=progress.step, tokens=progress.tokens)
+        run.clock.restart(progress.tokens)
         try:
             yield run
         except RuntimeError:
-            if run.stop.heard:  # a compiler, or another process, has heard the signal too
+            if stop.heard:  # a compiler, or another process, has heard the signal too
                 raise KeyboardInterrupt from None
             raise
         if run.stopped:
             bad = ", whose gradient was not finite" if run.bad_in_a_row else ""
-            info(f"stopped at step {run.progress.step}{bad}; {run.way_on()}.")
+            info(f"stopped at step {progress.step}{bad}; {run.way_on()}.")
             raise KeyboardInterrupt  # so that no script takes the run for finished
     finally:
-        run.stop.end()
-        if machine.rank == 0:
-            run.lock.close()
+        stop.end()
+        if lock:
+            lock.close()

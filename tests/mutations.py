@@ -328,7 +328,8 @@ name_of = {p: name for => name_of = {p: "x" for
 (k not in made or x != made[k]) => k != "k"
 if stored["names"] != self.names or => if
  or len(changed) != len(now): => :
-group | options for group, options => group for group, options
+group | options | {"params": group["params"]} => group
+group | options | {"params": group["params"]} => group | options
 if fused and isinstance(x, Tensor) and => if False and
 shape = () if key == "step" else => shape = tuple(x.shape) if key == "step" else
 cut_like(x, self.params[i]) for => x for
@@ -350,7 +351,7 @@ math.isfinite(loss) and progress.step > 0 => progress.step > 0
 if self.finished and not math.isfinite(loss): => if False:
 if not x.isfinite().all(): => if False:
 spoilt=self.saved_step == step - n => spoilt=False
-if run.stop.heard: => if False:
+if stop.heard: => if False:
 
 # support/clock.py tests/test_runs.py
 if waiting > 0.25 and => if waiting > 0.35 and

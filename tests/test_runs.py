@@ -373,7 +373,7 @@ def test_that_other_programs_keep_a_run_waiting_is_said_once(share, monkeypatch,
 def test_times_that_are_left_follow_the_speed_smoothly(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 5.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    watch, times = clock.Clock(0), []
+    watch, times = clock.Clock(), []
     watch.steps = 10
     for tokens in (100, 200, 300):  # 100, 50 and 50 tokens/s
         watch.measure(tokens)
@@ -515,6 +515,7 @@ def test_moments_lie_in_memory_as_their_weights_do(begun):
     with edited(begun / "ckpt.pt") as saved:
         moments = saved["AdamW 0"]["state"]["lm_head.weight"]
         moments["exp_avg"] = moments["exp_avg"].T.contiguous().T
+        saved["AdamW 0"]["param_groups"][0]["params"] = []  # which say whose moments are whose
     assert not load("run")["AdamW 0"]["state"]["lm_head.weight"]["exp_avg"].is_contiguous()
     for out in ("run", "straight"):
         run("--resume", *CONSTANT, "--steps=2", out=out)
