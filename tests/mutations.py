@@ -339,6 +339,7 @@ if self.measured != now: => if False:
 getattr(os, "O_NOFOLLOW", 0)  # Windows => 0  # Windows
 fcntl.flock(file, => 0 and fcntl.flock(file,
 if not is_lock_of(file, folder): => if False:
+    check_folder(out, resume, overwrite)  # only now => pass  # only now
 if not is_lock_of(self.lock, self.out): => if False:
 in line) < (step, True) => in line) < (step, False)
 in line) < (step, True) => in line) <= (step, True)

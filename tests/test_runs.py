@@ -306,6 +306,17 @@ def test_a_folder_that_is_put_aside_while_it_is_locked_is_refused(anew, monkeypa
     assert "another train.py is writing to run" in refused("--steps=1")
 
 
+def test_a_run_that_another_has_made_before_our_lock_stays(shared, monkeypatch):
+    flock, made = fcntl.flock, shared("--steps=1")
+
+    def late(file, how):
+        shutil.copytree(made, "run", dirs_exist_ok=True)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert "run holds a run: give --resume, --overwrite, or" in refused()
+
+
 ANEW = "begin anew with --init_from=run/best.pt, another --out and a lower --lr"
 AGAIN = "begin again with --overwrite and a lower --lr"
 
