@@ -88,6 +88,8 @@ self.mtp_losses = [loss.detach() for => self.mtp_losses = [loss for
 if config.tie_word_embeddings: => if False:
 
 # support/ops.py tests/test_model.py
+if not isinstance(scale, float): => if False:
+if enabled and not kwargs and => if enabled and
 if not on_gpu(x) or weight.shape != x.shape[-1:]: => if not on_gpu(x):
 if last != 1 or any( => if any(
 v.shape[:3]) or isinstance(start, Tensor) or start: => v.shape[:3]):
@@ -235,8 +237,6 @@ config.n_shared_experts * config => 1 * config
 if found != digits: => if False:
 fingerprint(formula, *others) => fingerprint(formula)
 FORMULAS.get(f, f) => functools.reduce(lambda g, _: getattr(g, "__wrapped__", g), range(9), f)
-if enabled and not kwargs and => if enabled and
-if not isinstance(scale, float): => if False:
 return open_texts > 0 and => return True and
 
 # support/graphs.py tests/test_edits.py

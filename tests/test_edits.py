@@ -296,25 +296,15 @@ def test_edited_experts_train_in_bf16_as_the_formulas_say(edit, tmp_path, monkey
         assert (a - b).norm() < 0.02 * b.norm()
 
 
-DROPPED = {
-    "Block.forward": """
-        def forward(self, x, rope, past=None):
-            return (x, None) if DROP() else self.unedited(x, rope, past)
-        """,
-    "DeepSeekV3.run_block": """
-        def run_block(self, block, past, *inputs):
-            dropped = isinstance(block, Block) and DROP()
-            return inputs[0] if dropped else self.unedited(block, past, *inputs)
-        """,
-}
-
-
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("place", DROPPED)
-def test_layers_may_be_dropped_at_random(place, recompute, tmp_path):
+def test_layers_may_be_dropped_at_random(recompute, tmp_path):
     """Whatever ran before it, a layer's choices are counted in its own row. Where activations are
-    computed again, the same layers are dropped again."""
-    module, seen = module_of(tmp_path, rewritten(place, DROPPED[place])), {}
+    computed again, the same random numbers are drawn."""
+    new = """
+        def forward(self, x, rope, past=None):
+            return (x, None) if DROP() else self.unedited(F.dropout(x, 0.1), rope, past)
+        """
+    module, seen = module_of(tmp_path, rewritten("Block.forward", new)), {}
     module.DROP = lambda: torch.rand(()) < 0.4
     model = network(module).train()
     model.recompute = recompute
@@ -567,13 +557,6 @@ def test_a_text_written_under_autocast_is_the_text_without_it(monkeypatch):
     assert torch.equal(in_bf16(functools.partial(sample.generate, temperature=0), *args), text)
 
 
-@pytest.mark.parametrize("scale", [torch.tensor(0.3), torch.full((2, 1, 1), 0.3)])
-def test_attention_takes_a_learnt_scale_as_its_formula_does(scale):
-    q, k, v = torch.randn(3, 1, 2, 5, 4)
-    formula = ops.FORMULAS[plain.causal_attention]
-    assert torch.equal(plain.causal_attention(q, k, v, scale), formula(q, k, v, scale))
-
-
 def test_an_evaluation_computes_as_training_does_to_the_last_bit():
     """The twins for writing text, which round otherwise, are off outside of it."""
     model = network(plain, torch.float32)
@@ -582,11 +565,6 @@ def test_an_evaluation_computes_as_training_does_to_the_last_bit():
     expected = model(tokens)
     with torch.no_grad():
         assert torch.equal(model(tokens), expected)
-
-
-def test_twins_take_named_arguments_as_their_formulas_do():
-    h, w, y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([1, 2, -1, 0])
-    assert torch.allclose(plain.head_loss(h, w, targets=y), plain.head_loss(h, w, y))
 
 
 # ---- What cannot be compiled ---------------------------------------------------------------------

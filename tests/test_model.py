@@ -417,7 +417,8 @@ def test_experts_equal_the_loop_over_experts(null):
 @both_ways
 def test_twins_take_what_their_formulas_take():
     """As an edit may hand it over: a weight for each head's norm, or one for all; pairs that are no
-    neighbours in memory; factors of two dtypes; queries that look at all."""
+    neighbours in memory; factors of two dtypes; queries that look at all, or have learnt scales;
+    named arguments."""
     x = torch.randn(2, 5, 3, 16, dtype=torch.float64)
     rope = torch.rand(2, 5, 4, dtype=torch.float64).unbind()
     for function, *args in (
@@ -426,10 +427,14 @@ def test_twins_take_what_their_formulas_take():
         (plain.rotate, x[..., ::2], rope, True),
         (plain.swiglu, x.float(), x),
         (plain.causal_attention, x, x, x, 0.3, 4),
+        (plain.causal_attention, x, x, x, torch.tensor(0.3)),
+        (plain.causal_attention, x, x, x, torch.full((5, 1, 1), 0.3)),
     ):
         y, expected = function(*args), ops.FORMULAS[function](*args)
         assert y.dtype == expected.dtype
         close(y, expected, atol=1e-5 if function is plain.swiglu else ATOL)
+    h, targets = x[0, 0], torch.tensor([2, -1, 0])
+    close(plain.head_loss(h, x[1, 0], targets=targets), plain.head_loss(h, x[1, 0], targets))
 
 
 def test_the_examples_of_sorting_by_expert_are_right():
