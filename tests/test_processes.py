@@ -61,24 +61,17 @@ def test_an_emulated_format_is_never_chosen(monkeypatch):
 
 
 def test_a_resumed_run_keeps_its_dtype_unless_asked(monkeypatch, capsys):
-    short = [TINY, "--out=run", *(x for x in SHORT if "dtype" not in x)]
-    dtypes = []
-    monkeypatch.setattr(
-        train, "backward", lambda *a, f=train.backward: dtypes.append(a[-1].dtype) or f(*a)
-    )
+    backward, dtypes, kept = train.backward, [], "as asked or as before; --dtype=auto would take"
+    monkeypatch.setattr(train, "backward", lambda *x: dtypes.append(x[-1].dtype) or backward(*x))
     for fast, options, expected in (
         (torch.bfloat16, ["--steps=1"], "bfloat16 (measured)"),
-        (
-            torch.float32,
-            ["--steps=2", "--resume"],
-            "bfloat16 (as asked or as before; --dtype=auto would take float32",
-        ),
+        (torch.float32, ["--steps=2", "--resume"], f"bfloat16 ({kept} float32"),
         (torch.bfloat16, ["--steps=3", "--resume"], "bfloat16 (measured)"),
         (torch.float32, ["--steps=4", "--resume", "--dtype=auto"], "float32 (measured)"),
         (torch.bfloat16, ["--steps=1", "--overwrite", "--dtype=float32"], "float32 (as asked)"),
     ):
         monkeypatch.setattr(processes, "fast_dtype", lambda device, fast=fast: (fast, "measured"))
-        train.main([*short, *options])
+        train.main([TINY, "--out=run", *(x for x in SHORT if "dtype" not in x), *options])
         assert f"1 x cpu in {expected}" in capsys.readouterr().err
         dtype = load("run")["train_config"]["dtype"]
         assert str(dtypes[-1]) == f"torch.{dtype}" and expected.startswith(dtype)
@@ -90,15 +83,12 @@ def test_the_share_of_a_known_cards_peak_is_in_the_log(monkeypatch):
     for card, peak in cards.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, x=card: f"NVIDIA {x}")
         assert flops.peak_flops(torch.device("cuda")) == peak
-    assert flops.peak_flops(torch.device("cpu")) is None
-    known, now = [None, 1e12], ["--steps=1", "--log_every=1", "--overwrite"]
-    monkeypatch.setattr(runs, "peak_flops", lambda device: known[0])
-    assert "mfu" not in json.loads((run(*now) / "log.jsonl").read_text().splitlines()[0])
-    known.pop(0)
-    path = run(*now)
-    line = json.loads((path / "log.jsonl").read_text().splitlines()[0])
-    model, T = load_model(path / "ckpt.pt", "cpu")[0], load(path)["train_config"]["block_size"]
-    work = line["tokens_per_s"] * flops.flops_per_token(model, T)
+    for peak in (None, 1e12):
+        monkeypatch.setattr(runs, "peak_flops", lambda device, peak=peak: peak)
+        run("--steps=1", "--overwrite")
+        line = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])
+        assert ("mfu" in line) == bool(peak)
+    work = line["tokens_per_s"] * flops.flops_per_token(load_model("run")[0], 16)
     assert line["mfu"] == pytest.approx(work / 1e12)
 
 
@@ -188,9 +178,9 @@ def test_processes_that_read_other_files_are_refused_before_anything_is_written(
         assert "did you mean steps?" in said
 
 
-def expect_no_whole_weight_kept():
-    """Weights are cut up, and of a forward pass autograd keeps none of a block's in bf16."""
-    backward = train.backward
+def expect_all_cut_up():
+    """Weights and gradients; and of a forward pass autograd keeps none of a block's in bf16."""
+    backward, sync = train.backward, processes.sync_gradients
 
     def watched(model, *rest):
         assert all(p.to_local().numel() < p.numel() for p in model.parameters() if p.ndim > 1)
@@ -203,31 +193,20 @@ def expect_no_whole_weight_kept():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             return backward(model, *rest)
 
-    train.backward = watched
-
-
-def test_fsdp_keeps_no_copy_of_the_weights_for_the_backward_pass(start):
-    options = ("--parallel=fsdp", "--dtype=bfloat16", "--steps=2", "--block_size=20")
-    finish(start(*options, world=2, setup=expect_no_whole_weight_kept))
-
-
-def expect_gradients_cut_up():
-    sync = processes.sync_gradients
-
-    def watched(trainer, now):
+    def watched_sync(trainer, now):
         if now:  # the second of two micro-batches begins: the first has left its gradients
             gradients = [p.grad.to_local() for p in trainer.parameters()]
             held, whole = (sum(x.numel() for x in y) for y in (gradients, trainer.parameters()))
             assert 0.4 * whole < held < 0.6 * whole
         sync(trainer, now)
 
-    processes.sync_gradients = watched
+    train.backward, processes.sync_gradients = watched, watched_sync
 
 
-def test_fsdp_adds_up_gradients_that_are_cut_up(start):
+def test_fsdp_holds_nothing_whole(start):
     """test_two_processes_equal_one: the sums are right."""
-    options = ("--parallel=fsdp", "--grad_accum=2", "--steps=2")
-    finish(start(*options, world=2, setup=expect_gradients_cut_up))
+    options = ("--parallel=fsdp", "--grad_accum=2", "--dtype=bfloat16", "--block_size=20")
+    finish(start(*options, "--steps=2", world=2, setup=expect_all_cut_up))
 
 
 def raise_at_third_step():
