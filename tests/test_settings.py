@@ -87,7 +87,7 @@ def test_help_and_absent_values(capsys):
 def test_config_files_are_assignments(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("config").mkdir()
-    Path("config/a.py").write_text("_base = 2\nsteps = 1e3\nlr = _base\nscaling = {'a': 1}\n")
+    Path("config/a.py").write_text("\ufeff_base = 2\nsteps = 1e3\nlr = _base\nscaling = {'a': 1}\n")
     values = config.read_config_file("config/a.py", Config)
     assert values == {"steps": 1000, "lr": 2.0, "scaling": {"a": 1}}
     assert type(values["steps"]) is int and type(values["lr"]) is float
