@@ -20,6 +20,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,14 +51,12 @@ dropped.unsqueeze(-1), -math.inf => dropped.unsqueeze(-1), 0.0
 groups.topk(2).values.sum(-1) => groups.amax(-1)
 gain = s.gather(-1, chosen) => gain = (s + self.e_score_correction_bias).gather(-1, chosen)
 choice = s.detach() + self.e_score_correction_bias => choice = s.detach()
-if config.norm_topk_prob: => if True:
 if config.norm_topk_prob: => if False:
 gain * config.routed_scaling_factor => gain
 linear32(x, self.weight).sigmoid() => linear32(x, self.weight).softmax(-1)
 linear32(x, self.weight) => upcast(F.linear(x, self.weight.to(x.dtype)))
 self.e_score_correction_bias = bias.to(self.weight.device) => pass
 isinstance(owner, nn.Linear | nn.Embedding | Gate | Experts) => parameter.ndim > 1
-nn.Linear | nn.Embedding | Gate | Experts) => nn.Linear | Gate | Experts)
 if name.endswith("bias"): => if False:
 load.mean(1, keepdim=True) - load).sign() => load - load.mean(1, keepdim=True)).sign()
 load.mean(1, keepdim=True) - load).sign() => load.mean(1, keepdim=True) - load)
@@ -138,11 +138,9 @@ pieces[0][0], pieces[-1][2] = before, after => pieces[0][0], pieces[0][2] = befo
 # huggingface.py tests/test_huggingface.py
 if function is torch.empty else {} => if False else {}
 if unsaved or empty.keys() - stored: => if unsaved:
-if unsaved or empty.keys() - stored: => if True:
 swap_tensors(x, nn.Parameter(y, => swap_tensors(x.clone(), nn.Parameter(y,
 return model.to(device, dtype) => return model
     if have != due: => if name not in released:
-    if have != due: => if name not in ours:
 length, eos = min(128, => length, eos = min(64,
 tokens[:, length // 3] = => _ =
 i < config.first_k_dense_replace else moe => i < config.first_k_dense_replace + 1 else moe
@@ -150,7 +148,6 @@ i < config.first_k_dense_replace else moe => i < config.first_k_dense_replace + 
 fp8.quantize(tensors[name], fp8.BLOCK) => fp8.quantize(tensors[name], fp8.BLOCK, pow2=True)
 if family not in (None, *FAMILY): => if False:
 if have != want and not (extend => if False and not (extend
-not (extend and (name => not (True and (name
 if not x.is_floating_point():  # int4 => if False:  # int4
 if tokenizer.n_vocab > config.vocab_size: => if False:
 
@@ -161,22 +158,16 @@ unflatten(1, (2, -1)).transpose(1, 2) => unflatten(1, (-1, 2)).transpose(1, 2)
 1 if "kv_a" in kind else H => 1
 r"\.(q|q_b)_proj\.|kv_a_proj_with_mqa" => r"\.q_b_proj\.|kv_a_proj_with_mqa"
 if config["topk_group"] < config["n_group"]: => if config["topk_group"] <= config["n_group"]:
-keys["expert_group_used_count"] = config["topk_group"] => keys["expert_group_used_count"] = 1
 "expert_gating_func": 2, => "expert_gating_func": 1,
-"expert_weights_norm": config["norm_topk_prob"], => "expert_weights_norm": True,
-float(config["routed_scaling_factor"]) => 1.0
 0.1 * yarn["mscale_all_dim"] => yarn["mscale_all_dim"]
-int(yarn["original_max_position_embeddings"]) => config["max_position_embeddings"]
 float(config["rope_theta"]) => 10000.0
 "ffn_gate_inp" in name => False
 dtype == "Q8_0" and x.shape[-1] % 32 => False
 end = encoding._special_tokens[END_OF_TEXT] => end = 0
 {PATTERN: "deepseek-v3", => {PATTERN: "llama-bpe",
-r50k_pat_str: "gpt-2"} => r50k_pat_str: "deepseek-v3"}
 if a in ranks and b in ranks => if len(a) == 1 and b in ranks
 name == "lm_head.weight" and config["tie_word_embeddings"] => False
 (m and m == m_all) => m_all
-layers in (26, 27) => layers in (27,)
 
 # huggingface.py tests/test_gguf.py
 check_free(target, config.overwrite) => pass
@@ -205,26 +196,22 @@ self.cache.length = n - 1 => pass
 vocab_size).to(u.dtype) => vocab_size).to(u.dtype) / 2
 kept = torch.where(logits.sum().abs() < math.inf, kept, -1) => pass
 u[:, step : step + 1] => u[:, :1]
-q, drafts, u[:, G:]) => q, drafts, u[:, : G + 1])
 keepdim=True) > 0, rest, p_after) => keepdim=True) >= 0, rest, p_after)
 if b in live else [0] * G => if b in live else row.look_up(G)
 move((self, self.cache, self.mtp_cache), buffers) => pass
 self.kind = drawn, *others => self.kind = True, *others
 kind = copies is None, u.shape => kind = (u.shape,)
-if len(self.ids) >= MATCH: => if len(self.ids) > MATCH:
 if all(found): => if any(found):
 
 # sample.py tests/test_cache.py
 hidden = model.trunk(tokens[:, :-1], self.cache) => hidden = model.trunk(tokens, self.cache)[:, :-1]
 for n in (0, *range(MOST_NEW, 0, -1)) => for n in (0, *range(MOST_NEW - 1, 0, -1))
 (0, shape[1] // 2), (False, True) => (0,), (False, True)
-(0, shape[1] // 2), (False, True) => (0, shape[1] // 2), (False,)
 p.add_(shake.to(device), alpha=config.initializer_range) => pass
 x[B:, start + kept : start + read] => x[:B, start + kept : start + read]
 tokens.device) if tensor and start else start => tokens.device) if not start else start
 off > 1e-8 * => off > 1e8 *
 .nan_to_num(math.inf) =>
-layers = model.mtp if k else model.layers => layers = model.layers
 inputs[k][:, :-1], tokens[:, k:] => inputs[k][:, 1:], tokens[:, k:]
 torch.float64).eval() => torch.float64)
 copy.deepcopy(getattr(model, "_orig_mod", model)) => getattr(model, "_orig_mod", model)
@@ -256,7 +243,6 @@ x.annotation = None => pass
 if not is_docstring(y) => if True
 names_bound(node.body) | names => names_bound(node.body)
 names_bound(x.target for x in node.generators) => {}
-dict.fromkeys(x.arg for x in own) => {}
 tree.decorator_list = [] => pass
 
 # model.py tests/test_edits.py
@@ -275,13 +261,9 @@ hook.remove() => pass
 # prepare_data.py tests/test_prepare_data.py
 start = file.read(2**16) => start = file.read()
 isinstance(value, str): => value:
-if 200 <= len(text) <= 400_000 => if 200 < len(text) <= 400_000
 if copied > len(train[name]) / 2: => if copied >= len(train[name]) / 2:
-size[name] <= 1.1 * val_target => size[name] <= 1.11 * val_target
 if val_bytes < val_target / 2: => if val_bytes < val_target / 3:
-size[name] <= 0.1 * test_target => size[name] < 0.1 * test_target
 if not lies_in(path, root): => if False:
-if steps < small["steps"] else => if steps <= small["steps"] else
 steps = max(1, 5 * len => steps = max(1, 50 * len
 
 # support/tokenizer.py tests/test_tokenizer.py
@@ -295,20 +277,17 @@ if len({*ranks.values()}) < len(rows): => if False:
 self.encode_batch = without_panic(self.encode_batch) => pass
 add_special_tokens=False => add_special_tokens=True
 parsed.no_truncation() => pass
-parsed.no_padding() => pass
 
 # support/tokens.py tests/test_tokens.py
 files = -(-count // TOKENS_PER_FILE) => files = 1
 min(start - begin_of_file, len(array) - length) => start - begin_of_file
 np.concatenate(read("val")) => np.concatenate(read("val")[:1])
 max(tokens[:1024].max(), tokens[-1024:].max()) => tokens[:1024].max()
-max(tokens[:1024].max(), tokens[-1024:].max()) => tokens[-1024:].max()
 path.stat().st_size != HEADER_BYTES => False and HEADER_BYTES
 
 # support/processes.py tests/test_processes.py
         import torch.distributed.nn => pass
 of_all(choose_dtype(config, device))[0] => choose_dtype(config, device)
-if config.dtype in ("auto", fast): => if True:
 if differ := [name for name in first if other[name] != first[name]]: => if False:
 trainer.require_backward_grad_sync = now => pass
 dist.all_reduce(x) => pass
@@ -342,11 +321,9 @@ if not is_lock_of(file, folder): => if False:
     check_folder(out, resume, overwrite)  # only now => pass  # only now
 if not is_lock_of(self.lock, self.out): => if False:
 in line) < (step, True) => in line) < (step, False)
-in line) < (step, True) => in line) <= (step, True)
 lambda copy, x=content: copy.write(x) => lambda copy, x=content: copy.write(x[1:])
 thing.load_state_dict(cut_like(saved[name], thing.state_dict())) => pass
 self.bad_in_a_row >= 5 => self.bad_in_a_row >= 6
-(length, -loss) > (progress => (length, -loss) >= (progress
 (length, -loss) > (progress.best_length, -progress.best_loss) => loss < progress.best_loss
 math.isfinite(loss) and progress.step > 0 => progress.step > 0
 if self.finished and not math.isfinite(loss): => if False:
@@ -370,7 +347,6 @@ if getattr(sys, name) is None: => if False:
 
 # prepare_data.py tests/test_refusals.py
 if not re.fullmatch( => if not re.match(
-if not 0 < self.val_fraction <= 0.5: => if not 0 <= self.val_fraction <= 0.5:
 
 # huggingface.py tests/test_refusals.py
 config.check + config.quantize + to_gguf > 1: => False:
@@ -405,7 +381,6 @@ ours = [x for x in NUMBERS if => ours = [x for x in NUMBERS if False and
 
 # support/files.py tests/test_files.py
 os.path.lexists(old := => os.path.exists(old :=
-if os.path.lexists(folder) and => if os.path.exists(folder) and
 not empty and not overwrite => not overwrite
 file.flush() => file.flush(); file = open(os.devnull)
 if not part.is_symlink():  # that => if False:  # that
@@ -438,9 +413,7 @@ given_weights = progress.step == 0 and config.init_from => given_weights = False
 model.trained_length = max(model.trained_length, config.block_size) => model.trained_length = 9
 first = step * config.batch_size * config.block_size // T => first = step * config.batch_size
 batch_at(config, step) * config.block_size // T) => batch_at(config, step))
-step >= config.long_start * config.steps => step > config.long_start * config.steps
 if extended(config, step) and step % 2 => if extended(config, step)
-late = step >= config.mtp_switch => late = step > config.mtp_switch
 "loss": 1.0, => "loss": 2.0,
 weight_of[name] * loss for => loss for
 config.alpha * model.config.moe_layers, => config.alpha,
@@ -460,6 +433,23 @@ lineno, function.end_lineno => lineno, function.lineno + 3
 """
 
 
+def planted(word: str) -> Iterator[tuple[str, str, str]]:
+    """Mutated file, its tests, and the line, of all mistakes for this word."""
+    for section in MUTATIONS.strip().split("\n\n"):
+        heading, *lines = section.splitlines()
+        _, file, guard = heading.split()
+        for line in lines:
+            if word in (file, guard) or word in line:
+                yield file, guard, line
+
+
+def mutated(file: str, line: str) -> str | None:
+    """The file's source with the mistake; none if its old text is not found exactly once."""
+    source = (ROOT / file).read_text(encoding="utf-8")
+    old, new = re.split(r" => ?", line)
+    return source.replace(old, new) if source.count(old) == 1 else None
+
+
 def first_failure(guard: str, file: str, source: str) -> str:
     """Runs the guard in a copy of the repository with this file; the first failing test, or ""."""
     with tempfile.TemporaryDirectory() as directory:
@@ -471,54 +461,34 @@ def first_failure(guard: str, file: str, source: str) -> str:
     return "" if run.returncode == 0 else (failed and failed[1]) or "does not even import"
 
 
-def chosen(word: str) -> list[tuple[str, str, list[str]]]:
-    """The sections that have mistakes for this word: mutated file, its tests, the mistakes."""
-    sections = []
-    for section in MUTATIONS.strip().split("\n\n"):
-        heading, *lines = section.splitlines()
-        _, file, guard = heading.split()
-        if word not in (file, guard):
-            lines = [line for line in lines if word in line]
-        if lines:
-            sections.append((file, guard, lines))
-    return sections
-
-
 def check() -> int:
     """Names the lines that the code has outgrown; runs no test."""
-    bad = 0
-    for file, guard, lines in chosen(""):
-        source = (ROOT / file).read_text(encoding="utf-8")
-        for line in lines:
-            if source.count(re.split(" => ?", line)[0]) != 1 or not (ROOT / guard).exists():
-                print(f"{file} {guard}: {line}")
-                bad += 1
-    return 1 if bad else 0
+    lost = [x for x in planted("") if mutated(x[0], x[2]) is None or not (ROOT / x[1]).exists()]
+    for file, guard, line in lost:
+        print(f"{file} {guard}: {line}")
+    return 1 if lost else 0
 
 
 def main(word: str) -> int:
-    bad, total = 0, 0
-    for file, guard, lines in chosen(word):
-        source = (ROOT / file).read_text(encoding="utf-8")
-        for line in lines:
-            old, new = re.split(r" => ?", line)
-            once = source.count(old) == 1
-            caught = once and first_failure(guard, file, source.replace(old, new))
-            verdict = caught or ("SURVIVED" if once else "OLD TEXT NOT FOUND ONCE")
-            total, bad = total + 1, bad + (not caught)
-            print(f"{line}\n    {verdict}", flush=True)
-    if not total:
+    verdicts = []
+    for file, guard, line in planted(word):
+        source = mutated(file, line)
+        caught = source is not None and first_failure(guard, file, source)
+        verdicts.append(bool(caught))
+        told = caught or ("OLD TEXT NOT FOUND ONCE" if source is None else "SURVIVED")
+        print(f"{line}\n    {told}", flush=True)
+    if not verdicts:
         print(f"no mistake fits {word!r}: --help lists the sections", file=sys.stderr)
         return 2
-    print(f"{total} mistakes, {bad} not caught")
-    return 1 if bad else 0
+    print(f"{len(verdicts)} mistakes, {verdicts.count(False)} not caught")
+    return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":
     word = " ".join(sys.argv[1:])
     if word in ("-h", "--help"):
         print(__doc__)
-        for file, guard, lines in chosen(""):
-            print(f"    {len(lines):3} mistakes in {file}, for {guard}")
+        for (file, guard), count in Counter((x[0], x[1]) for x in planted("")).items():
+            print(f"    {count:3} mistakes in {file}, for {guard}")
     else:
         sys.exit(check() if word == "--check" else main(word))
