@@ -191,12 +191,13 @@ def batch_at(config: TrainConfig, step: int) -> int:
 
 
 def stages_from(config: TrainConfig, step: int) -> Iterator[tuple[range, int]]:
-    """The steps from this one on with batches of one size, and that size, for every size."""
+    """For every size of a batch from this step on: the steps that have it, and the size. A search
+    finds the end of each, as a look at every step of a long run takes too long."""
     while step < config.steps:
         size = batch_at(config, step)
-        grown = bisect.bisect(range(config.steps), size, key=lambda x: batch_at(config, x))
-        yield range(step, grown), size
-        step = grown
+        end = bisect.bisect(range(config.steps), size, key=lambda x: batch_at(config, x))
+        yield range(step, end), size
+        step = end
 
 
 # ---- Optimiser -----------------------------------------------------------------------------------
@@ -263,7 +264,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
             others.append(p)
         else:
             matrices.append(p)
-    decay, scale = config.weight_decay, config.adamw_lr if matrices else 1.0
+    decay = config.weight_decay
+    scale = config.adamw_lr if matrices else 1.0
     groups = [
         {"params": others, "weight_decay": decay, "lr_scale": scale},
         {"params": vectors, "weight_decay": 0.0, "lr_scale": scale},
@@ -353,7 +355,8 @@ def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) ->
     ended they hold -1."""
     B = math.ceil(config.eval_batch * config.block_size / T)
     batches = range(0, math.ceil((len(tokens) - 1) / T), B * machine.world)
-    for first in tqdm(batches, "evaluate", leave=False, disable=machine.rank > 0 or None):
+    no_bar = machine.rank > 0 or None  # None: where there is no terminal
+    for first in tqdm(batches, "evaluate", leave=False, disable=no_bar):
         windows = np.full((B, T + 1), -1)
         for i, row in enumerate(windows, first + machine.rank * B):
             piece = tokens[i * T : (i + 1) * T + 1]

@@ -169,15 +169,15 @@ def place_of(error: BaseException) -> str:
 
 def sentence_of(error: Exception) -> str | None:
     """The sentence in which an error ends a command: of a refusal; of a file that the system
-    refuses by name; of lack of memory, of space or of an optional package. None for all else: that
-    is a bug, which keeps its trace."""
+    refuses by name, with the line of this repository that asked for it; of lack of memory, of space
+    or of an optional package. None for all else: that is a bug, which keeps its trace."""
     if isinstance(error, Refusal):
         return str(error)
     if is_out_of_memory(error):
         return f"out of memory{place_of(error)}" + (f" ({short(error, 100)})" * bool(str(error)))
     if isinstance(error, OSError):
         named = error.errno is not None and error.filename is not None
-        return str(error) if named or error.errno == errno.ENOSPC else None
+        return f"{error}{place_of(error)}" if named or error.errno == errno.ENOSPC else None
     if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
         return f"{error}: pip install {error.name}"
     return None

@@ -152,6 +152,16 @@ def test_lack_of_memory_names_the_line_that_asked_for_it(capsys):
     assert re.fullmatch(told, capsys.readouterr().err.strip())
 
 
+def test_a_file_that_the_system_refuses_is_told_with_the_line_that_asked_for_it(capsys):
+    def missing(argv):
+        open("nowhere/mine")  # noqa: SIM115
+
+    with pytest.raises(SystemExit):
+        config.run_command(missing)
+    told = rf"error: .*'nowhere/mine' at {re.escape(__file__)}:\d+, in missing"
+    assert re.fullmatch(told, capsys.readouterr().err.strip())
+
+
 @pytest.mark.parametrize(
     "line, error",
     [
