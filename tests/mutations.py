@@ -389,8 +389,6 @@ folder.rename(old)  # of => folder.rename(old); [x.unlink() for x in old.glob("t
 if error.filename or error.errno is None: => if True:
 with naming(new): => if True:
 new = Path(own) / path.name => new = path.with_name(f"{path.name}.part-")
-
-# support/files.py tests/test_tokenizer.py
 return real.is_relative_to(folder) or => return True or
 or real.is_relative_to(cache / "blobs") => 
 

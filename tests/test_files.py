@@ -199,3 +199,20 @@ def test_nothing_is_renamed_where_the_name_is_not_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match="cannot be renamed: give the folder's name"):
         files.put_aside(Path())
+
+
+def test_what_lies_in_a_folder_wherever_links_lead(tmp_path):
+    """In the cache of huggingface_hub all files are links from snapshots/VERSION to blobs."""
+    for name in "folder/a", "else/a", "cache/blobs/a", "cache/refs/a", "cache/snapshots/1/a":
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for link, target, inside in (
+        ("folder/b", "a", True),
+        ("folder/c", "../else/a", False),
+        ("folder/nowhere", "../else/x", False),
+        ("cache/snapshots/1/b", "../../blobs/a", True),
+        ("cache/snapshots/1/c", "../../refs/a", False),
+        ("cache/snapshots/1/d", "../../../else/a", False),
+    ):
+        (tmp_path / link).symlink_to(target)
+        assert files.lies_in(tmp_path / link, (tmp_path / link).parent) == inside, link

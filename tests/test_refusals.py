@@ -39,6 +39,7 @@ REFUSALS = [
     ("prepare_data.py a.txt --name=a/b", 1, "name='a/b': expected a plain folder name"),
     ("prepare_data.py a.txt --val_fraction=0.6", 1, "val_fraction=0.6: expected above 0"),
     ("prepare_data.py a.txt --val_fraction=0", 1, "val_fraction=0.0: expected above 0"),
+    ("prepare_data.py a.txt --val_fraction=1e-6", 1, "no text for validation (val_fraction=1e-06)"),
     ("prepare_data.py a.txt --test_fraction=0.41", 1, "test_fraction=0.41: expected 0 to 0.4"),
     ("prepare_data.py a.txt --test_fraction=-0.1", 1, "test_fraction=-0.1: expected 0 to 0.4"),
     ("prepare_data.py a.txt --vocab_size=256", 1, "vocab_size=256: expected 257"),

@@ -191,49 +191,15 @@ def test_a_foreign_tokenizer_opens(tmp_path):
     assert tokenizer.bos is None and tokenizer.encode("") == []
 
 
-# A text a line, with escapes, as \n, that the test reads.
-WORLD_TEXTS = r"""
-def f(x):\n\treturn x**2 - 1_000  # quadratic\n
-for(int i=0;i<n;++i){a[i]^=b[i];}
-SELECT * FROM t WHERE a<>'b';
-<a href="x">y</a> {"k": [1, 2.5e-3, null]}
-    @property\n    def name(self) -> str:\n\n        return self._name
-你好，世界！
-深度求索的模型有六百七十一亿参数。
-中文 with English 和数字123混排
-abc中文def  中文
-北京市2024年12月26日
-中文。\n\n下一段
-龥龦㐀𠀀豈
-ひらがなとカタカナ
-東京タワーは333メートル
-ア・イ゠ウ゛エ\u3099\u3097
-コンピューター、サーバー
-안녕하세요 세계
-Привет, мир! Ελληνικά
-שלום עולם مرحبا ١٢٣
-नमस्ते สวัสดี
-Müller naïve façade e\u0301 o\u0308
-ﬁ ½ ² Ⅷ ₃
-👍🏽 👩\u200d🚀🇩🇪🇫🇷 😀😀
-✓ → ∑∫ €
-0
-1234567890 007 3.14159 1,000,000
-0x7fff 1e-5 12:30
-x   12\n    42
-\x00
-a\x00b\x01\x02c\x1b[0m\x7f
-\ufeffBOM \u200b\u200b \ue000\U0010ffff
-\r\n\r\n
-\t\t \t
-\u3000a\u3000\u3000b
-a \n b  \n\n   c
-\x85\u2028\u2029\x1c
-tail\x20\x20
+WORLD_TEXTS = """
+你好，世界！ 深度求索的模型有六百七十一亿参数。 abc中文def  中文。 下一段 龥龦㐀𠀀豈
+ひらがなとカタカナ 東京タワーは333メートル ア・イ゠ウ゛エ\u3099 안녕하세요 세계
+Привет, мир! Ελληνικά שלום עולם مرحبا ١٢٣ नमस्ते สวัสดี naïve façade o\u0308 ﬁ ½ Ⅷ ₃
+👍🏽 👩\u200d🚀🇩🇪🇫🇷 ✓ → ∑∫ € \ufeffBOM \u200b\u200b \ue000\U0010ffff c\x1b[0m\x7f
+for(int i=0;i<n;++i){a[i]^=b[i];} <a href='x'>y</a> 0x7fff 1e-5 12:30 1234567890 007
 <|endoftext|>
-<｜begin▁of▁sentence｜>Hi<｜end▁of▁sentence｜>
-<｜User｜>x<｜Assistant｜>
-"""  # noqa: RUF001
+<｜begin▁of▁sentence｜>Hi<｜end▁of▁sentence｜><｜User｜>x<｜Assistant｜>
+""".split("\n")  # noqa: RUF001
 
 
 def test_deepseeks_own_tokenizer_opens():
@@ -244,8 +210,7 @@ def test_deepseeks_own_tokenizer_opens():
     folder = Path(package.origin).parent
     ours = tk.hf_tokenizer(folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    lines = WORLD_TEXTS.encode("ascii", "backslashreplace").split(b"\n")
-    for text in [*ODD_TEXTS, *(line.decode("unicode_escape") for line in lines)]:
+    for text in [*ODD_TEXTS, *WORLD_TEXTS, *mixed_texts()[:8000:20]]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids, text[:50]
         assert b"".join(map(ours.to_bytes, ids)) == text.encode(), text[:50]
@@ -351,16 +316,6 @@ def test_no_link_to_a_file_outside_the_folder_is_copied(name, call, copies, tmp_
     assert f"{path} is a link to {secret}; put a copy" in refusal(call, path.parent)
 
 
-def test_a_release_in_the_cache_of_huggingface_hub_opens(copies, tmp_path):
-    """There all files are links to another folder of the cache."""
-    cache = tmp_path / "cache/snapshots/0123"
-    cache.mkdir(parents=True)
-    (tmp_path / "release").rename(tmp_path / "cache/blobs")
-    for path in (tmp_path / "cache/blobs").iterdir():
-        (cache / path.name).symlink_to(Path("../../blobs") / path.name)
-    assert tk.hf_tokenizer(cache).texts == tk.stored_tokenizer(copies).texts
-
-
 def test_the_identity_tells_tokenizers_apart(folder, copies):
     one, other = tk.tokenizer_identity(folder), tk.tokenizer_identity(copies)
     assert one != other and tk.tokenizer_identity(folder.parent) is None
@@ -371,12 +326,6 @@ def test_the_identity_tells_tokenizers_apart(folder, copies):
         (folder / "meta.json").write_text(kept)
     edit(folder / "meta.json", note="what else is in it")
     assert tk.tokenizer_identity(folder) == one
-
-
-def test_all_files_of_a_tokenizer_are_named(folder, copies):
-    """They are what a run and an export copy."""
-    for source in folder, copies:
-        assert sorted(tk.tokenizer_files(source)) == sorted(source.iterdir())
 
 
 @pytest.mark.parametrize("line", [b"YWI= 7\n", b"YQ== 256\n"], ids=["rank 7", "token a"])
