@@ -199,7 +199,7 @@ WORLD_TEXTS = """
 for(int i=0;i<n;++i){a[i]^=b[i];} <a href='x'>y</a> 0x7fff 1e-5 12:30 1234567890 007
 <|endoftext|>
 <｜begin▁of▁sentence｜>Hi<｜end▁of▁sentence｜><｜User｜>x<｜Assistant｜>
-""".split("\n")  # noqa: RUF001
+"""  # noqa: RUF001
 
 
 def test_deepseeks_own_tokenizer_opens():
@@ -210,7 +210,7 @@ def test_deepseeks_own_tokenizer_opens():
     folder = Path(package.origin).parent
     ours = tk.hf_tokenizer(folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    for text in [*ODD_TEXTS, *WORLD_TEXTS, *mixed_texts()[:8000:20]]:
+    for text in [*ODD_TEXTS, *WORLD_TEXTS.split("\n"), *mixed_texts()[:8000:20]]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids, text[:50]
         assert b"".join(map(ours.to_bytes, ids)) == text.encode(), text[:50]
