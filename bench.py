@@ -526,8 +526,9 @@ def counted(
         if use_fp8:
             fp8.use_fp8(model)
         if compile:
+            backend = as_compiled(count)  # one for all, or each block would be traced anew
             for block in (*model.layers, *model.mtp):
-                block.compile(backend=as_compiled(count), dynamic=False)
+                block.compile(backend=backend, dynamic=False)
         machine = Machine(torch.device("cpu"), torch.bfloat16)
         x, y = torch.zeros(2, windows, T, dtype=torch.long)
         with fp8.quantized_once(model) if use_fp8 else nullcontext(), count:

@@ -653,7 +653,7 @@ class DeepSeekV3(nn.Module):
         scores, self.scores = self.scores, []
         if self.training:
             for row, chosen in zip(self.count_rows(), self.routing, strict=True):
-                self.expert_counts[row] += count_chosen(chosen, self.config.n_routed_experts)
+                self.expert_counts[row].add_(count_chosen(chosen, self.config.n_routed_experts))
         if targets is None:
             logits = [self.logits(h) for h in hidden]
             return (logits[0], logits[1:]) if return_mtp else logits[0]

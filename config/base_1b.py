@@ -10,13 +10,13 @@ gamma 0.001, alpha 0.0001 and the weights of the MTP loss are train.py's default
 Computed, not measured; no GPU has run this yet, which is also why compile is off:
     run       10,000 steps of 524,288 tokens: 5.2B, 22 per active parameter
     FLOPs     1.64 GFLOP per token with MTP, 8.6e18 in all
-    time      hardly less than 5.3 hours: a micro-batch's products take 54 ms at the peak of 989
-              TFLOP/s, and beside them it moves 0.22 TB, 64 ms at 3.35 TB/s (python bench.py count).
-              So 46 % of the peak is the limit; the four evaluations on 100M tokens add two to
+    time      hardly less than 4.8 hours: a micro-batch's products take 54 ms at the peak of 989
+              TFLOP/s, and beside them it moves 0.18 TB, 53 ms at 3.35 TB/s (python bench.py count).
+              So 51 % of the peak is the limit; the four evaluations on 100M tokens add two to
               three minutes each
     memory    17 GB weights, gradients and AdamW (16 bytes a parameter, MTP included), with
-              activations of 16 windows x 2048 tokens, weights in bf16 and buffers 42 GB, by the
-              same count; with --fp8 34
+              activations of 16 windows x 2048 tokens, weights in bf16 and buffers 41 GB, by the
+              same count; with --fp8 33
 """
 
 # Every matrix is a multiple of 128 wide and high, for FP8 tiles and grouped products, save the

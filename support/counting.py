@@ -4,7 +4,7 @@ Fake tensors have shapes and dtypes, but no numbers, so that a step of a large n
 on any machine. They claim to be on the CPU; `on_a_card` lets ops.py take the way of a Hopper GPU.
 
     kernel    a call of a PyTorch operation that is no view. Where the code fuses (ops.fused), the
-              whole function is one; PyTorch's fused norm is one forward, two backward.
+              whole function is one.
     bytes     its inputs and outputs, each once, whatever is read again or stays in a cache
     wait      where the host needs a number that the GPU computes (where a size depends on it, as
               in nonzero(), fake tensors raise an error)
@@ -129,30 +129,6 @@ class Count(TorchDispatchMode):
 
         return call
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """F.rms_norm as on CUDA, forward and backward."""
-        return Norm.apply(x, weight, self)
-
-
-class Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, count: Count) -> Tensor:
-        with count.pause():
-            y, length = torch.empty_like(x), x[..., 0].clone()
-        ctx.save_for_backward(x, weight, length)
-        ctx.count = count
-        count.note("_fused_rms_norm", (x, weight, y, length))
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, weight, length = ctx.saved_tensors
-        with ctx.count.pause():
-            dx, dw = torch.empty_like(x), torch.empty_like(weight)
-        for read, written in (((dy, x, weight, length), dx), ((dy, x, length), dw)):
-            ctx.count.note("_fused_rms_norm_backward", (read, written))
-        return dx, dw, None
-
 
 @contextmanager
 def on_a_card() -> Iterator[Count]:
@@ -161,7 +137,6 @@ def on_a_card() -> Iterator[Count]:
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.multiple(ops, on_gpu=yes, has_grouped_mm=yes, compiled=count.as_one),
-        mock.patch.object(ops, "fused_norm", count.norm),
     ):
         yield count
 

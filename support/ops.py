@@ -278,7 +278,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if dtype == torch.float32:  # refused on CUDA and in graphs
         known = not (on_gpu(x) or torch.compiler.is_compiling())
     if aligned and known:
-        return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=counts.cumsum(0).int())
+        ends = counts.cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
     parts = zip(x.split(counts.tolist()), weight, strict=True)
     return torch.cat([F.linear(x_e, w) for x_e, w in parts])  # (rows, out)
 
@@ -287,7 +288,7 @@ def among_experts(chosen: Tensor, gain: Tensor, E: int) -> tuple[Tensor, Tensor]
     """A choice that is none of the experts 0 .. E-1 adds nothing to the formula's sum, as a null
     expert. Here it goes to one of them, with the gate value 0: no size waits for the choices."""
     expert = chosen.remainder(E)
-    return expert, torch.where(expert == chosen, gain, 0)
+    return expert, gain * (expert == chosen)
 
 
 @fused
@@ -367,6 +368,69 @@ def routed_ffn(x: Tensor, chosen: Tensor, gain: Tensor, gate_up, down, swiglu) -
         return grouped_linear(swiglu(gate, up, gain), down, counts)
 
     return by_expert(x, chosen, gain, len(down), ffn)
+
+
+# ---- Training: norm and rotation, on a GPU -------------------------------------------------------
+
+
+@fused
+def normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """model.rms_norm, rounded once, to dtype; and 1 / sqrt(mean(x^2) + eps), (..., 1)."""
+    x = upcast(x)
+    r = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (weight * (x * r)).to(dtype), r
+
+
+@fused
+def norm_gradient(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
+    """Of x: (..., D), in its dtype."""
+    dy, y = weight * upcast(dy), upcast(x) * r
+    return (r * (dy - y * (dy * y).mean(-1, keepdim=True))).to(x.dtype)
+
+
+@fused
+def norm_weight_gradient(dy: Tensor, x: Tensor, r: Tensor) -> Tensor:
+    """(D,), in float32."""
+    return (upcast(dy) * (upcast(x) * r)).flatten(0, -2).sum(0)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        y, r = normed(x, weight, eps, dtype)
+        ctx.save_for_backward(x, weight, r)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight, r = ctx.saved_tensors
+        dw = norm_weight_gradient(dy, x, r).to(weight.dtype)
+        return norm_gradient(dy, x, weight, r), dw, None, None
+
+
+@fused
+def turned(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool, back: bool) -> Tensor:
+    """model.rotate, forward or back."""
+    cos, sin = cos[:, None], (-sin if back else sin)[:, None]  # (T, 1, R/2)
+    pair = -1 if interleave else -2
+    a, b = upcast(x).unflatten(-1, (-1, 2) if interleave else (2, -1)).unbind(pair)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), pair).flatten(-2).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is turned back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleave = interleave
+        return turned(x, cos, sin, interleave, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        return turned(dy, *ctx.saved_tensors, ctx.interleave, True), None, None, None
 
 
 # ---- Training: output head -----------------------------------------------------------------------
@@ -474,13 +538,13 @@ def scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """While a text is written, in fewer operations; in a graph the formula is as good. In training
-    on a GPU by PyTorch's fused norm: the formula's ten kernels move 28 % of a step's bytes."""
+    on a GPU in three kernels: the formula's many move 28 % of a step's bytes."""
     if torch.compiler.is_compiling():
         return NotImplemented
     if not writing():
         if not on_gpu(x) or weight.shape != x.shape[-1:]:  # a weight for each head, say
             return NotImplemented
-        return cast(fused_norm(upcast(x), weight, eps), compute_dtype(x))
+        return _RMSNorm.apply(x, weight, eps, compute_dtype(x))
     dtype = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     eps = scalar(eps, dtype, x.device)
@@ -488,15 +552,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return cast(weight * cast(y, x.dtype), compute_dtype(x))
 
 
-def fused_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """One kernel forward, two backward, where x and the weight have one dtype."""
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-
-
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
-    """A pair turned by an angle is a product of complex numbers. In training on a CPU the formula
-    is as fast."""
-    if not ((writing() or on_gpu(x)) and interleave) or torch.compiler.is_compiling():
+    """A pair turned by an angle is a product of complex numbers. In training on a GPU one kernel
+    forward and one backward; on a CPU the formula is as fast."""
+    if torch.compiler.is_compiling():
+        return NotImplemented
+    if on_gpu(x) and not (writing() or any(table.requires_grad for table in rope)):
+        return _Rotate.apply(x, *rope, interleave)
+    if not (writing() and interleave):
         return NotImplemented
     x32 = upcast(x)
     *strides, last = x32.stride()

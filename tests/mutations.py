@@ -61,7 +61,7 @@ if name.endswith("bias"): => if False:
 load.mean(1, keepdim=True) - load).sign() => load - load.mean(1, keepdim=True)).sign()
 load.mean(1, keepdim=True) - load).sign() => load.mean(1, keepdim=True) - load)
 load.mean(1, keepdim=True) - load).sign() => load.mean() - load).sign()
-self.expert_counts[row] += count => self.expert_counts[row] = count
+self.expert_counts[row].add_(count => self.expert_counts[row].copy_(count
 if self.training: => if True:
 B, T, E = s.shape => B, T, E = (s := s.flatten(0, 1)[None]).shape
 (f * P).sum(-1).mean() => (f * P).sum(-1).mean().detach() + 0 * s.sum()
@@ -92,6 +92,11 @@ if not isinstance(scale, float): => if False:
 if enabled and not kwargs and => if enabled and
 if not on_gpu(x) or weight.shape != x.shape[-1:]: => if not on_gpu(x):
 if last != 1 or any( => if any(
+dy - y * (dy * y).mean(-1, keepdim=True) => dy
+(upcast(x) * r)).flatten(0, -2) => upcast(x)).flatten(0, -2)
+-sin if back else sin => sin
+or any(table.requires_grad for table in rope) => or False
+gain * (expert == chosen) => gain
 v.shape[:3]) or isinstance(start, Tensor) or start: => v.shape[:3]):
 torch.promote_types(gate.dtype, up.dtype) => gate.dtype
 .triu_(1) => .triu_(2)

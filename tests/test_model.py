@@ -437,6 +437,17 @@ def test_twins_take_what_their_formulas_take():
     close(plain.head_loss(h, x[1, 0], targets=targets), plain.head_loss(h, x[1, 0], targets))
 
 
+@both_ways
+@pytest.mark.parametrize("interleave", [True, False])
+def test_a_learnt_rotation_gets_its_gradient(interleave):
+    x, cos, sin = (torch.randn(5, n, requires_grad=True, dtype=torch.float64) for n in (8, 4, 4))
+    args, leaves = (x[None, :, None], (cos, sin), interleave), (x, cos, sin)
+    results = (
+        value_and_gradients(f, args, leaves) for f in (plain.rotate, ops.FORMULAS[plain.rotate])
+    )
+    close(*results)
+
+
 def test_the_examples_of_sorting_by_expert_are_right():
     """Those above ops.sort_by_expert."""
     chosen = torch.tensor([[2, 0], [2, 1]])
