@@ -265,7 +265,7 @@ def test_compiled_blocks_are_counted(tmp_path):
     assert products[0] == products[1] > 0  # compiling takes away what is beside them
     assert compiled.kernels.total() < eager.kernels.total()
     assert compiled.bytes.total() < eager.bytes.total()
-    assert compiled.kernels["_fused_rms_norm"] == 1  # the last, which is in no block
+    assert compiled.kernels["normed"] == 1  # the last, which is in no block
 
 
 def test_count_prints_shares_of_the_peak(capsys):
