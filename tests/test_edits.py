@@ -23,7 +23,6 @@ import sample
 import train
 from support import graphs, ops, processes
 from support.checkpoints import code_of, load_checkpoint
-from support.digits import digits_of, file_source
 from support.settings import Refusal
 
 ROOT = Path(__file__).parent.parent
@@ -229,17 +228,6 @@ def test_a_fingerprint_is_of_what_has_an_effect(tmp_path):
     assert same == dict.fromkeys(WITHOUT_EFFECT, found)
     others = {name: digits(*edit) for name, edit in WITH_EFFECT.items()}
     assert len({found, *others.values()}) == 1 + len(others), others
-
-
-def test_digits_of_a_file_count_its_names_but_not_its_locals(tmp_path):
-    file = tmp_path / "a.py"
-
-    def digits(*edit: str) -> str:
-        file.write_text(CODE.replace(*edit) if edit else CODE)
-        return digits_of(file_source(file))
-
-    assert digits() == digits("parts", "pieces") == digits('"doc"', '"other"')
-    assert len({digits(), digits("f(x", "g(x"), digits("\ndef", "\n@staticmethod\ndef")}) == 3
 
 
 @pytest.mark.parametrize(("new", "told"), [("its_total", False), ("gain", True)])

@@ -612,23 +612,15 @@ def test_a_seed_fixes_the_text(command):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_any_number_of_drafts_gives_the_same_text_and_is_counted_by_position(command):
-    options = ("--prompt=def", "--temperature=1e-39")  # as good as 0
-    plain, two, three = (
-        command(*options, *draft) for draft in (["--speculative=0"], [], ["--speculative=3"])
-    )
-    assert plain.out == two.out == three.out
-    assert "context limit" in plain.err  # 256 tokens do not fit into 64
-    by_position = r"by position: \d+ of \d+, \d+ of \d+"
-    assert re.search(by_position + r"\n", two.err) and re.search(by_position + ",", three.err)
-    assert "by position" not in plain.err
-
-
-def test_colours_change_nothing_but_the_colour_and_have_a_legend(command):
-    options = ("--prompt=class", "--temperature=0", "--speculative=4", "--num_samples=2")
-    off, on = command(*options), command(*options, "--show=drafts")
+def test_drafts_and_colours_change_nothing_but_the_speed_and_the_colour(command):
+    options = ("--prompt=def", "--temperature=1e-39", "--num_samples=2")  # as good as 0
+    off = command(*options, "--speculative=0")
+    on = command(*options, "--speculative=3", "--show=drafts")
     assert COLOUR.sub("", on.out) == off.out != on.out
+    assert "context limit" in off.err  # 256 tokens do not fit into 64
     assert "\033[32mgreen\033[0m: drafts that" in on.err and "green" not in off.err
+    assert re.search(r"by position: \d+ of \d+, \d+ of \d+, \d+ of \d+\n", on.err)
+    assert "by position" not in off.err
 
 
 def written(monkeypatch, *calls, **options) -> mock.Mock:
@@ -718,22 +710,3 @@ def test_an_interrupted_text_is_shown_as_far_as_it_came(options, run, capsys, mo
     assert first.startswith("class") and len(first) > 7
     assert second.startswith("next" if interactive else "class")
     assert "tokens/s" in err and "interrupted" in err
-
-
-def test_printed_figures(capsys):
-    stats = Stats(seconds=2, tokens=12, rounds=3, drafted=[6, 6, 0, 0], accepted=[4, 2, 0, 0])
-    sample.print_stats(tiny(), stats, rows=2)
-    said = capsys.readouterr().err
-    for words in ("12 tokens, 6.0 tokens/s", "2.00 tokens per model call", ": 4 of 6, 2 of 6\n"):
-        assert words in said
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_gpu_decodes_in_the_dtype_of_its_products(dtype, monkeypatch):
-    asked = []
-    monkeypatch.setattr(sample, "usable_device", lambda name: torch.device("cuda:0"))
-    monkeypatch.setattr(sample, "fast_dtype", lambda device: (dtype, "as measured"))
-    monkeypatch.setattr(sample, "load_model", lambda *args: asked.append(args[2]) or (None,) * 3)
-    with pytest.raises(Refusal, match="no tokenizer"):
-        sample.main(["out/x"])
-    assert asked == [dtype]
