@@ -123,7 +123,7 @@ repeat(H, 1) => repeat_interleave(H, 0)
 q, graph = (q * scale) => q, graph = (1.0 * q)
 later = None if later is None else later[:, old:] => later = None
 value=1 / x.shape[-1]).rsqrt_() => value=1).rsqrt_()
-@functools.lru_cache(1)  # all layers turn by the same angles => @functools.cache
+return torch.complex(cos, sin)[:, None] => return torch.complex(cos, cos)[:, None]
 module.__class__ = nn.Linear => pass
 w.__dict__.pop("_turned", None) => pass
 module.__dict__.pop(name, None) => pass
