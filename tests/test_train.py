@@ -50,6 +50,9 @@ TINY_NETWORK, _ = train.split_configs(read_config_file(TINY, ModelConfig, train.
 LONG = ["--dtype=float32", "--long_block_size=32", "--long_start=0.5", "--log_every=3"]
 
 
+# ---- Schedules -----------------------------------------------------------------------------------
+
+
 def test_learning_rate_follows_section_4_2():
     config = train.TrainConfig(steps=10_000, lr=2.0)
     points = {
@@ -88,6 +91,84 @@ def test_the_schedules_of_our_configurations_are_in_order(file):
     assert train.TrainConfig(**train.split_configs(values)[1])
 
 
+@pytest.mark.parametrize(("name", "world"), [("base_1b", 1), ("base_1b_8gpu", 8)])
+def test_configurations_for_h100s_hold_what_they_promise(name, world):
+    """Sizes, divisibility and data; no GPU has run them."""
+    files = (str(ROOT / f"config/{x}.py") for x in (name, "base_1b"))
+    both = [read_config_file(x, ModelConfig, train.TrainConfig) for x in files]
+    (values, settings), (first, _) = map(train.split_configs, both)
+    assert values == first  # one network for both
+    config = train.TrainConfig(**settings)
+    with torch.device("meta"):
+        model = DeepSeekV3(ModelConfig(**values))
+    count = model.parameter_counts()
+    assert 0.9e9 < count["total"] < 1.1e9 and 0.15e9 < count["active"] < 0.25e9
+    assert config.batch_size == 16 * world * config.grad_accum  # micro-batches of 16 windows
+    assert config.batch_size * config.block_size == 524_288
+    _, shards = prepare_data.SHARDS[config.data]
+    assert config.steps * 524_288 < 1.01e8 * shards  # a pass, at most
+    sides = {n: x.shape[-2:] for n, x in model.named_parameters() if x.ndim > 1}
+    odd = {n.rsplit(".", 2)[-2] for n, (a, b) in sides.items() if a % 128 or b % 128}
+    assert odd == {"gate", "kv_a_proj_with_mqa"}
+
+
+def test_a_run_of_any_length_is_planned_at_once(capsys):
+    """Without a look at every step: 10^15 would take years."""
+    config = train.TrainConfig(steps=10**15, batch_size=8, batch_start=2, batch_ramp=0.5)
+    config = replace(config, block_size=16, long_block_size=32, long_start=0.9)
+    stages = [*train.stages_from(config, 0)]
+    assert [size for _, size in stages] == [2, 4, 6, 8]
+    assert stages[0][0].start == 0 and stages[-1][0].stop == config.steps
+    for (before, size), (after, _) in itertools.pairwise(stages):
+        assert before.stop == after.start and train.batch_at(config, after.start - 1) == size
+    short = replace(config, steps=1000)
+    sizes = [size for steps, size in train.stages_from(short, 7) for _ in steps]
+    assert sizes == [train.batch_at(short, step) for step in range(7, 1000)]
+    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
+    train.check_settings(config, model, MACHINE, 0)
+    data, progress = SimpleNamespace(train=range(10**6)), SimpleNamespace(step=0, tokens=0)
+    train.tell_plan(model, data, config, MACHINE, progress)
+    assert "the run reads 104,000,000,000,000,000, which" in capsys.readouterr().err
+    clock = Clock()
+    clock.steps, clock.speed = 10, 1.0  # a token a second
+    assert "days" in clock.time_left(10**18)
+
+
+def test_a_text_that_is_read_too_often_is_told(capsys):
+    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
+    config = train.TrainConfig(steps=1000, batch_size=4, block_size=16)  # 64,000 tokens
+    ramp = replace(config, batch_start=2, batch_ramp=1.0)
+    new, resumed = SimpleNamespace(step=0, tokens=0), SimpleNamespace(step=500, tokens=48_000)
+    for case, progress, length, sentence, fewer in (
+        (config, new, 8000, "64,000, which makes 8.0 epochs", ""),
+        (config, new, 7999, "64,000, which makes 8.0 epochs", "give --steps=625 for 5"),
+        (ramp, new, 7999, "48,000, which makes 6.0 epochs", ""),
+        (config, resumed, 7999, "80,000, which makes 10.0 epochs", ""),  # most of them are made
+    ):
+        data = SimpleNamespace(train=range(length))
+        train.tell_plan(model, data, case, MACHINE, progress)
+        said = capsys.readouterr().err
+        assert f"text: {length:,} tokens; the run reads {sentence}" in said
+        assert ("--steps" in said) == bool(fewer) and fewer in said
+
+
+# ---- Windows -------------------------------------------------------------------------------------
+
+
+def test_every_token_comes_once_in_an_epoch():
+    data = SimpleNamespace(train=Tokens([np.arange(1000, dtype=np.uint16)]), vocab_size=1000)
+    config = train.TrainConfig(batch_size=4, block_size=16)
+    x = np.concatenate([train.train_windows(data, config, step) for step in range(31)])
+    assert x.shape == (31 * 4, 17) and x.max() < 1000 and np.all(np.diff(x) == 1)
+    one, two = x[:, :-1].reshape(2, -1)  # 62 windows each, so the 16th step has both
+    for epoch in (one, two):
+        assert np.array_equal(np.sort(epoch), epoch.min() + np.arange(62 * 16))
+    assert not np.array_equal(one - one.min(), two - two.min())
+    begins = {train.epoch_starts(1337, epoch, 1000, 16).min() for epoch in range(20)}
+    assert len(begins) > 4 and max(begins) < 8  # the borders move, by what 62 windows leave
+    assert not np.array_equal(x[:4], train.train_windows(data, replace(config, seed=1), 0))
+
+
 def test_long_windows_of_steps_that_take_turns_come_once_in_an_epoch():
     data = SimpleNamespace(train=Tokens([np.arange(1000, dtype=np.uint16)]), vocab_size=1000)
     config = train.TrainConfig(batch_size=4, block_size=16, long_block_size=32, long_start=0)
@@ -105,18 +186,17 @@ def test_windows_are_the_same_for_any_number_of_processes_and_micro_batches(worl
     assert np.array_equal(np.concatenate([x for share in shares for x in share]), windows)
 
 
-def test_every_token_comes_once_in_an_epoch():
-    data = SimpleNamespace(train=Tokens([np.arange(1000, dtype=np.uint16)]), vocab_size=1000)
-    config = train.TrainConfig(batch_size=4, block_size=16)
-    x = np.concatenate([train.train_windows(data, config, step) for step in range(31)])
-    assert x.shape == (31 * 4, 17) and x.max() < 1000 and np.all(np.diff(x) == 1)
-    one, two = x[:, :-1].reshape(2, -1)  # 62 windows each, so the 16th step has both
-    for epoch in (one, two):
-        assert np.array_equal(np.sort(epoch), epoch.min() + np.arange(62 * 16))
-    assert not np.array_equal(one - one.min(), two - two.min())
-    begins = {train.epoch_starts(1337, epoch, 1000, 16).min() for epoch in range(20)}
-    assert len(begins) > 4 and max(begins) < 8  # the borders move, by what 62 windows leave
-    assert not np.array_equal(x[:4], train.train_windows(data, replace(config, seed=1), 0))
+def test_a_window_and_the_token_after_it_must_fit_in_the_shortest_file(data, monkeypatch):
+    dataset = load_dataset(data)
+    dataset.train = Tokens([np.zeros(99), np.zeros(33)])
+    monkeypatch.setattr(tokens, "load_dataset", lambda folder: dataset)
+    assert train.open_data(train.TrainConfig(data=str(data), block_size=32), 512)[0] is dataset
+    for sizes in (dict(block_size=33), dict(block_size=16, long_block_size=33)):
+        with pytest.raises(ValueError, match="windows of 33 tokens do not fit"):
+            train.open_data(train.TrainConfig(data=str(data), **sizes), 512)
+
+
+# ---- Steps ---------------------------------------------------------------------------------------
 
 
 def test_steps_equal_a_plain_training_loop(data):
@@ -192,6 +272,16 @@ def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(shared):
         torch.testing.assert_close(p, torch.stack(matrices).view_as(p), rtol=1e-5, atol=1e-7)
 
 
+def test_each_group_of_an_optimiser_has_its_multiple_of_the_learning_rate(monkeypatch):
+    made, make = [], train.make_optimizers
+    monkeypatch.setattr(train, "make_optimizers", lambda *x: made.extend(make(*x)) or made)
+    run("--optimizer=muon", "--adamw_lr=0.25", "--steps=1")
+    adamw, muon = made
+    (lr,) = (line["lr"] for line in log_of("run") if "loss" in line)
+    assert [group["lr"] for group in adamw.param_groups] == [0.25 * lr] * 2
+    assert [group["lr"] for group in muon.param_groups] == [lr]
+
+
 @pytest.mark.parametrize("how", ["grad_accum=4", "recompute", "deterministic", "compile"])
 def test_steps_are_the_same_in_micro_batches_recomputed_or_compiled(how, shared):
     options = ["--dtype=bfloat16"] if how == "compile" else []
@@ -232,47 +322,13 @@ def test_a_bad_step_changes_neither_weights_nor_biases(faults, monkeypatch):
     assert line["grad_norm"] is None and line["loss"] > 0
 
 
-def test_the_last_part_of_a_run_extends_the_context(shared, data):
-    out, dataset = shared(*LONG), load_dataset(data)
-    config = train.TrainConfig(**load(out)["train_config"])
-    shapes = [train.train_windows(dataset, config, step).shape for step in range(8)]
-    assert shapes == [(4, 17)] * 5 + [(2, 33), (4, 17), (2, 33)]
-    model, *_ = load_model(out)
-    yarn = model.config.rope_scaling
-    assert (yarn["factor"], yarn["original_max_position_embeddings"]) == (2, 16)
-    assert model.layers[0].self_attn.scale == pytest.approx((0.1 * math.log(2) + 1) ** 2 / 24**0.5)
-    assert model.trained_length == 32
-    first, last = (line for line in log_of(out) if "val_loss" in line)
-    assert "val_bpb_long" not in first
-    long = train.evaluate(model, dataset, replace(config, block_size=32), MACHINE)["val_bpb"]
-    assert last["val_bpb_long"] == pytest.approx(long, rel=1e-6) != pytest.approx(last["val_bpb"])
+def test_no_limit_of_the_gradient_norm_is_none():
+    free, huge = (run(f"--clip={x}", "--steps=3", out=f"clip {x}") for x in ("0", "1e9"))
+    assert min(line["grad_norm"] for line in log_of(free) if "loss" in line) > 1.2
+    assert_same(load(free)["model"], load(huge)["model"])
 
 
-def test_another_run_may_stretch_the_context_further(shared):
-    first, options = shared(*LONG), ("--dtype=float32", "--steps=1", "--lr=0")
-    run(*options, f"--init_from={first}")  # what is trained for long windows stays so in short ones
-    assert load("run")["trained_length"] == 32
-    yarn = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16}
-    run(
-        *(*options, "--block_size=64", "--max_position_embeddings=64", "--overwrite"),
-        *(f"--init_from={first}", f"--rope_scaling={yarn}"),
-    )
-    second = load("run")
-    assert second["model_config"]["rope_scaling"] == yarn and second["trained_length"] == 64
-    assert_same(load(first)["model"]["norm.weight"], second["model"]["norm.weight"])
-    assert second["step"] == 1 and log_of("run")[1]["tokens"] == 4 * 64
-    assert "less than the 64 trained before" in refused("--init_from=run", *LONG, out="shrunk")
-    run("--resume", "--steps=2", "--max_position_embeddings=128")
-    assert load("run")["model_config"]["max_position_embeddings"] == 128
-
-
-def test_yarn_stretches_from_where_the_weights_began_or_from_what_they_are_trained_for(shared):
-    model = load_model(shared(*LONG))[0]  # from 16 to 32
-    train.extend_context(model, train.TrainConfig(block_size=32, long_block_size=256))
-    assert model.config.rope_scaling["factor"] == 16
-    model.config.rope_scaling, model.trained_length = None, 32
-    train.extend_context(model, train.TrainConfig(block_size=16, long_block_size=128))
-    assert model.config.rope_scaling["factor"] == 4
+# ---- Evaluation ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -335,16 +391,64 @@ def test_evaluation_in_fp8_quantises_each_weight_once_and_leaves_no_trace(traine
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_weights_of_a_hugging_face_directory_are_evaluated_as_those_of_the_run(shared, capsys):
-    out = shared("--steps=4", "--dtype=float32")
-    huggingface.save_pretrained(load_model(out)[0], "released")
-    options = (*SHORT, "--dtype=float32", "--eval_only", "--grad_accum=3")  # no use for that
-    for source in (f"--out={out}", "--init_from=released"):
-        train.main([TINY, *options, source])
-    ours, theirs = map(json.loads, capsys.readouterr().out.splitlines())
-    assert_same(ours, theirs, 1e-6)
-    assert not Path("out").exists()
-    assert ours.items() <= log_of(out)[-1].items()  # the evaluation at the end of the run
+# ---- Long context --------------------------------------------------------------------------------
+
+
+def test_the_last_part_of_a_run_extends_the_context(shared, data):
+    out, dataset = shared(*LONG), load_dataset(data)
+    config = train.TrainConfig(**load(out)["train_config"])
+    shapes = [train.train_windows(dataset, config, step).shape for step in range(8)]
+    assert shapes == [(4, 17)] * 5 + [(2, 33), (4, 17), (2, 33)]
+    model, *_ = load_model(out)
+    yarn = model.config.rope_scaling
+    assert (yarn["factor"], yarn["original_max_position_embeddings"]) == (2, 16)
+    assert model.layers[0].self_attn.scale == pytest.approx((0.1 * math.log(2) + 1) ** 2 / 24**0.5)
+    assert model.trained_length == 32
+    first, last = (line for line in log_of(out) if "val_loss" in line)
+    assert "val_bpb_long" not in first
+    long = train.evaluate(model, dataset, replace(config, block_size=32), MACHINE)["val_bpb"]
+    assert last["val_bpb_long"] == pytest.approx(long, rel=1e-6) != pytest.approx(last["val_bpb"])
+
+
+def test_another_run_may_stretch_the_context_further(shared):
+    first, options = shared(*LONG), ("--dtype=float32", "--steps=1", "--lr=0")
+    run(*options, f"--init_from={first}")  # what is trained for long windows stays so in short ones
+    assert load("run")["trained_length"] == 32
+    yarn = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16}
+    run(
+        *(*options, "--block_size=64", "--max_position_embeddings=64", "--overwrite"),
+        *(f"--init_from={first}", f"--rope_scaling={yarn}"),
+    )
+    second = load("run")
+    assert second["model_config"]["rope_scaling"] == yarn and second["trained_length"] == 64
+    assert_same(load(first)["model"]["norm.weight"], second["model"]["norm.weight"])
+    assert second["step"] == 1 and log_of("run")[1]["tokens"] == 4 * 64
+    assert "less than the 64 trained before" in refused("--init_from=run", *LONG, out="shrunk")
+    run("--resume", "--steps=2", "--max_position_embeddings=128")
+    assert load("run")["model_config"]["max_position_embeddings"] == 128
+
+
+def test_yarn_stretches_from_where_the_weights_began_or_from_what_they_are_trained_for(shared):
+    model = load_model(shared(*LONG))[0]  # from 16 to 32
+    train.extend_context(model, train.TrainConfig(block_size=32, long_block_size=256))
+    assert model.config.rope_scaling["factor"] == 16
+    model.config.rope_scaling, model.trained_length = None, 32
+    train.extend_context(model, train.TrainConfig(block_size=16, long_block_size=128))
+    assert model.config.rope_scaling["factor"] == 4
+
+
+def test_a_new_network_has_trained_on_nothing(data):
+    """Also one made in Python: then YaRN stretches from what it is trained for."""
+    config = train.TrainConfig(
+        steps=2, batch_size=2, block_size=16, long_block_size=32, long_start=0, out="run"
+    )
+    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
+    assert model.trained_length == 0
+    train.train(model, load_dataset(data), config, MACHINE)
+    assert model.trained_length == 32 and model.config.rope_scaling["factor"] == 2
+
+
+# ---- Weights from elsewhere ----------------------------------------------------------------------
 
 
 def test_weights_that_a_run_starts_from_are_named_and_evaluated(shared, capsys):
@@ -362,6 +466,18 @@ def test_weights_that_a_run_starts_from_are_named_and_evaluated(shared, capsys):
     assert load("low", "best.pt")["step"] == 2
     run("--resume", "--steps=3", out="low")  # the line stays, the evaluation is not repeated
     assert log_of("low")[0] == first and "step 0/3" not in capsys.readouterr().err
+
+
+def test_weights_of_a_hugging_face_directory_are_evaluated_as_those_of_the_run(shared, capsys):
+    out = shared("--steps=4", "--dtype=float32")
+    huggingface.save_pretrained(load_model(out)[0], "released")
+    options = (*SHORT, "--dtype=float32", "--eval_only", "--grad_accum=3")  # no use for that
+    for source in (f"--out={out}", "--init_from=released"):
+        train.main([TINY, *options, source])
+    ours, theirs = map(json.loads, capsys.readouterr().out.splitlines())
+    assert_same(ours, theirs, 1e-6)
+    assert not Path("out").exists()
+    assert ours.items() <= log_of(out)[-1].items()  # the evaluation at the end of the run
 
 
 def test_weights_that_a_config_file_starts_from_are_history_once_there_is_a_run(shared, capsys):
@@ -385,24 +501,6 @@ def test_weights_that_a_config_file_starts_from_are_history_once_there_is_a_run(
     assert evaluated(f"--init_from={start}") == before
 
 
-def test_a_text_that_is_read_too_often_is_told(capsys):
-    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
-    config = train.TrainConfig(steps=1000, batch_size=4, block_size=16)  # 64,000 tokens
-    ramp = replace(config, batch_start=2, batch_ramp=1.0)
-    new, resumed = SimpleNamespace(step=0, tokens=0), SimpleNamespace(step=500, tokens=48_000)
-    for case, progress, length, sentence, fewer in (
-        (config, new, 8000, "64,000, which makes 8.0 epochs", ""),
-        (config, new, 7999, "64,000, which makes 8.0 epochs", "give --steps=625 for 5"),
-        (ramp, new, 7999, "48,000, which makes 6.0 epochs", ""),
-        (config, resumed, 7999, "80,000, which makes 10.0 epochs", ""),  # most of them are made
-    ):
-        data = SimpleNamespace(train=range(length))
-        train.tell_plan(model, data, case, MACHINE, progress)
-        said = capsys.readouterr().err
-        assert f"text: {length:,} tokens; the run reads {sentence}" in said
-        assert ("--steps" in said) == bool(fewer) and fewer in said
-
-
 def test_data_of_another_tokenizer_are_refused(data, begun):
     """Though it differs where no text shows it."""
     shutil.copytree(data, "data/other")
@@ -419,94 +517,6 @@ def test_data_of_another_tokenizer_are_refused(data, begun):
         sentence = refused("--data=other", *options)
         assert "another tokenizer than data/other" in sentence
         assert sentence.endswith("with --tokenizer=run.")
-
-
-def test_a_window_and_the_token_after_it_must_fit_in_the_shortest_file(data, monkeypatch):
-    dataset = load_dataset(data)
-    dataset.train = Tokens([np.zeros(99), np.zeros(33)])
-    monkeypatch.setattr(tokens, "load_dataset", lambda folder: dataset)
-    assert train.open_data(train.TrainConfig(data=str(data), block_size=32), 512)[0] is dataset
-    for sizes in (dict(block_size=33), dict(block_size=16, long_block_size=33)):
-        with pytest.raises(ValueError, match="windows of 33 tokens do not fit"):
-            train.open_data(train.TrainConfig(data=str(data), **sizes), 512)
-
-
-def test_the_home_folder_is_meant_by_its_sign(monkeypatch, data):
-    monkeypatch.setenv("HOME", str(Path("home").resolve()))
-    shutil.copytree(data, "home/texts")
-    run("--steps=1", "--data=~/texts", out="~/a")
-    run("--steps=1", "--init_from=~/a", out="~/b")
-    assert Path("home/b/ckpt.pt").exists() and not Path("~").exists()
-
-
-def test_a_run_whose_sample_fails_has_ended_well(monkeypatch, capsys):
-    """With FSDP the whole model may not fit on one device; an edit may train and not decode."""
-    run("--steps=4")
-    config, dataset = train.TrainConfig(out="run", block_size=16), load_dataset("data/tiny")
-    for error, words in (
-        (torch.OutOfMemoryError("CUDA out of memory"), "no sample: out of memory at "),
-        (ValueError("not enough values"), "no sample: not enough values"),
-    ):
-        monkeypatch.setattr(train.sample, "main", mock.Mock(side_effect=error))
-        SHOW_RESULT(config, dataset)
-        told = capsys.readouterr().err
-        assert words in told
-        assert ("Traceback" in told) == (type(error) is ValueError)
-    Path("run/best.pt").unlink()  # by someone, meanwhile
-    SHOW_RESULT(config, dataset)
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(("name", "world"), [("base_1b", 1), ("base_1b_8gpu", 8)])
-def test_configurations_for_h100s_hold_what_they_promise(name, world):
-    """Sizes, divisibility and data; no GPU has run them."""
-    files = (str(ROOT / f"config/{x}.py") for x in (name, "base_1b"))
-    both = [read_config_file(x, ModelConfig, train.TrainConfig) for x in files]
-    (values, settings), (first, _) = map(train.split_configs, both)
-    assert values == first  # one network for both
-    config = train.TrainConfig(**settings)
-    with torch.device("meta"):
-        model = DeepSeekV3(ModelConfig(**values))
-    count = model.parameter_counts()
-    assert 0.9e9 < count["total"] < 1.1e9 and 0.15e9 < count["active"] < 0.25e9
-    assert config.batch_size == 16 * world * config.grad_accum  # micro-batches of 16 windows
-    assert config.batch_size * config.block_size == 524_288
-    _, shards = prepare_data.SHARDS[config.data]
-    assert config.steps * 524_288 < 1.01e8 * shards  # a pass, at most
-    sides = {n: x.shape[-2:] for n, x in model.named_parameters() if x.ndim > 1}
-    odd = {n.rsplit(".", 2)[-2] for n, (a, b) in sides.items() if a % 128 or b % 128}
-    assert odd == {"gate", "kv_a_proj_with_mqa"}
-
-
-def test_from_text_to_text_on_the_command_line():
-    def user(script: str, *argv: str) -> subprocess.CompletedProcess:
-        argv = [sys.executable, str(ROOT / script), *argv]
-        done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr and "Warning" not in done.stderr
-        assert "\r" not in done.stderr, "no progress bars in a file"
-        return done
-
-    user("prepare_data.py", TEXT, "--name=text", "--vocab_size=512")
-    done = user("train.py", TINY, "--data=text", "--steps=40", "--block_size=32", "--log_every=2")
-    for words in ("M parameters", "bits/byte", "python sample.py out/tiny"):
-        assert words in done.stderr
-    first = load_dataset("data/text").val.arrays[0][1:9].tolist()
-    prompt = load_tokenizer("out/tiny").decode(first).strip()
-    assert done.stdout.startswith(prompt)
-    files = {path.name for path in Path("out/tiny").iterdir()}
-    copies = {"tokenizer.tiktoken", "meta.json"}
-    assert files == {"ckpt.pt", "best.pt", "log.jsonl", ".lock"} | copies
-    losses = [line["loss"] for line in log_of("out/tiny") if "loss" in line]
-    assert losses[0] > losses[-1] and len(losses) == 20
-    done = user("sample.py", "--ckpt=out/tiny", "--prompt=import ", "--max_new_tokens=20")
-    assert done.stdout.startswith("import ") and len(done.stdout) > 10
-
-
-def test_no_limit_of_the_gradient_norm_is_none():
-    free, huge = (run(f"--clip={x}", "--steps=3", out=f"clip {x}") for x in ("0", "1e9"))
-    assert min(line["grad_norm"] for line in log_of(free) if "loss" in line) > 1.2
-    assert_same(load(free)["model"], load(huge)["model"])
 
 
 def test_a_network_may_get_a_parameter_more_than_the_weights_it_starts_from(monkeypatch):
@@ -549,44 +559,55 @@ def test_what_changes_no_weight_may_change_with_the_weights(kind, shared, capsys
     assert len(load_model("grown")[0].mtp) == 1
 
 
-def test_a_new_network_has_trained_on_nothing(data):
-    """Also one made in Python: then YaRN stretches from what it is trained for."""
-    config = train.TrainConfig(
-        steps=2, batch_size=2, block_size=16, long_block_size=32, long_start=0, out="run"
-    )
-    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
-    assert model.trained_length == 0
-    train.train(model, load_dataset(data), config, MACHINE)
-    assert model.trained_length == 32 and model.config.rope_scaling["factor"] == 2
+# ---- The command ---------------------------------------------------------------------------------
 
 
-def test_each_group_of_an_optimiser_has_its_multiple_of_the_learning_rate(monkeypatch):
-    made, make = [], train.make_optimizers
-    monkeypatch.setattr(train, "make_optimizers", lambda *x: made.extend(make(*x)) or made)
-    run("--optimizer=muon", "--adamw_lr=0.25", "--steps=1")
-    adamw, muon = made
-    (lr,) = (line["lr"] for line in log_of("run") if "loss" in line)
-    assert [group["lr"] for group in adamw.param_groups] == [0.25 * lr] * 2
-    assert [group["lr"] for group in muon.param_groups] == [lr]
+def test_from_text_to_text_on_the_command_line():
+    def user(script: str, *argv: str) -> subprocess.CompletedProcess:
+        argv = [sys.executable, str(ROOT / script), *argv]
+        done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+        assert "\r" not in done.stderr, "no progress bars in a file"
+        return done
+
+    user("prepare_data.py", TEXT, "--name=text", "--vocab_size=512")
+    done = user("train.py", TINY, "--data=text", "--steps=40", "--block_size=32", "--log_every=2")
+    for words in ("M parameters", "bits/byte", "python sample.py out/tiny"):
+        assert words in done.stderr
+    first = load_dataset("data/text").val.arrays[0][1:9].tolist()
+    prompt = load_tokenizer("out/tiny").decode(first).strip()
+    assert done.stdout.startswith(prompt)
+    files = {path.name for path in Path("out/tiny").iterdir()}
+    copies = {"tokenizer.tiktoken", "meta.json"}
+    assert files == {"ckpt.pt", "best.pt", "log.jsonl", ".lock"} | copies
+    losses = [line["loss"] for line in log_of("out/tiny") if "loss" in line]
+    assert losses[0] > losses[-1] and len(losses) == 20
+    done = user("sample.py", "--ckpt=out/tiny", "--prompt=import ", "--max_new_tokens=20")
+    assert done.stdout.startswith("import ") and len(done.stdout) > 10
 
 
-def test_a_run_of_any_length_is_planned_at_once(capsys):
-    """Without a look at every step: 10^15 would take years."""
-    config = train.TrainConfig(steps=10**15, batch_size=8, batch_start=2, batch_ramp=0.5)
-    config = replace(config, block_size=16, long_block_size=32, long_start=0.9)
-    stages = [*train.stages_from(config, 0)]
-    assert [size for _, size in stages] == [2, 4, 6, 8]
-    assert stages[0][0].start == 0 and stages[-1][0].stop == config.steps
-    for (before, size), (after, _) in itertools.pairwise(stages):
-        assert before.stop == after.start and train.batch_at(config, after.start - 1) == size
-    short = replace(config, steps=1000)
-    sizes = [size for steps, size in train.stages_from(short, 7) for _ in steps]
-    assert sizes == [train.batch_at(short, step) for step in range(7, 1000)]
-    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
-    train.check_settings(config, model, MACHINE, 0)
-    data, progress = SimpleNamespace(train=range(10**6)), SimpleNamespace(step=0, tokens=0)
-    train.tell_plan(model, data, config, MACHINE, progress)
-    assert "the run reads 104,000,000,000,000,000, which" in capsys.readouterr().err
-    clock = Clock()
-    clock.steps, clock.speed = 10, 1.0  # a token a second
-    assert "days" in clock.time_left(10**18)
+def test_a_run_whose_sample_fails_has_ended_well(monkeypatch, capsys):
+    """With FSDP the whole model may not fit on one device; an edit may train and not decode."""
+    run("--steps=4")
+    config, dataset = train.TrainConfig(out="run", block_size=16), load_dataset("data/tiny")
+    for error, words in (
+        (torch.OutOfMemoryError("CUDA out of memory"), "no sample: out of memory at "),
+        (ValueError("not enough values"), "no sample: not enough values"),
+    ):
+        monkeypatch.setattr(train.sample, "main", mock.Mock(side_effect=error))
+        SHOW_RESULT(config, dataset)
+        told = capsys.readouterr().err
+        assert words in told
+        assert ("Traceback" in told) == (type(error) is ValueError)
+    Path("run/best.pt").unlink()  # by someone, meanwhile
+    SHOW_RESULT(config, dataset)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_home_folder_is_meant_by_its_sign(monkeypatch, data):
+    monkeypatch.setenv("HOME", str(Path("home").resolve()))
+    shutil.copytree(data, "home/texts")
+    run("--steps=1", "--data=~/texts", out="~/a")
+    run("--steps=1", "--init_from=~/a", out="~/b")
+    assert Path("home/b/ckpt.pt").exists() and not Path("~").exists()
