@@ -684,7 +684,7 @@ def show_result(config: TrainConfig, data: Dataset):
     file = Path(config.out) / "best.pt"
     if not file.exists():  # someone has moved it
         return
-    best = load_checkpoint(file)
+    best = load_checkpoint(file, whole=False)
     had = best["train_config"]  # which a resumed run may have changed since
     text = f"{best['val_bpb']:.4f} bits/byte in windows of {had['block_size']} tokens"
     if "val_bpb_long" in best:
