@@ -221,6 +221,7 @@ swiglu(a, b, g) @ down[i].T => (swiglu(a, b, g) @ down[i].T).float().to(x.dtype)
     comes from float32
 
 # mtp
+h[:, :-1], tokens[:, k:] => h[:, : T - k], tokens[:, k:T]
 h[:, :-1], tokens[:, k:] => h.narrow(1, 0, T - k), tokens.narrow(1, k, T - k)
 range(1, min(len(model.mtp), T - 1) + 1) => [k for k in (1, 2, 3) if k <= len(model.mtp) and k < T]
 targets[:, k:] => targets[:, -h.shape[1] :]
@@ -344,16 +345,6 @@ def by_halves_that_change_places(x, rope, interleave):
         a, b = x.chunk(2, -1)
         other = torch.cat((-b, a), -1)
     return (upcast(x) * cos + upcast(other) * sin).to(x.dtype)
-
-
-@answer("rope")
-def by_matrices(x, rope, interleave):
-    cos, sin = rope
-    turn = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)
-    h = upcast(x)
-    pairs = h.unflatten(-1, (-1, 2)) if interleave else h.unflatten(-1, (2, -1)).mT
-    y = torch.einsum("trij,bthrj->bthri", turn.to(h.dtype), pairs)
-    return (y if interleave else y.mT).flatten(-2).to(x.dtype)
 
 
 # ---- mla -----------------------------------------------------------------------------------------
@@ -482,17 +473,6 @@ def all_layers_at_once(self, gamma):
     self.expert_counts.zero_()
 
 
-@answer("bias")
-@torch.no_grad()
-def idle_and_busy(self, gamma):
-    load = self.expert_counts.to(torch.float64)
-    mean = load.sum(-1, keepdim=True) / load.shape[-1]
-    for gate, idle, busy in zip(self.gates(), load < mean, load > mean, strict=True):
-        gate.e_score_correction_bias[idle] += gamma
-        gate.e_score_correction_bias[busy] -= gamma
-    self.expert_counts *= 0
-
-
 # ---- balance -------------------------------------------------------------------------------------
 
 
@@ -595,18 +575,6 @@ def by_cross_entropy(model, tokens, targets):
         logits = model.logits(h).transpose(1, 2)
         total = total + F.cross_entropy(logits, targets[:, k:], ignore_index=-1)
     return total / k
-
-
-@answer("mtp")
-def by_log_softmax(model, tokens, targets):
-    h, losses = model.trunk(tokens), []
-    for k in depths(model, tokens):
-        h = model.predict_next(k - 1, h[:, :-1], tokens[:, k:])
-        due = targets[:, k:]
-        logs = model.logits(h).log_softmax(-1)
-        picked = logs.gather(-1, due.clamp(min=0)[..., None])[..., 0]
-        losses.append(-picked[due >= 0].mean())
-    return sum(losses) / len(losses)
 
 
 @answer("mtp")
