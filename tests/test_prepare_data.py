@@ -72,12 +72,6 @@ def text_of(folder: Path, split: str) -> str:
 # ---- What a tokenizer is trained on ------------------------------------------------------------
 
 
-def test_a_tokenizer_may_serve_other_folders(book, tmp_path):
-    other = make(tmp_path, tmp_path / "book.txt", tokenizer=str(book), vocab_size=400)
-    for name in ("meta.json", "tokenizer.tiktoken", "val.bin"):
-        assert (other / name).read_bytes() == (book / name).read_bytes()
-
-
 def test_a_large_text_is_sampled_for_the_tokenizer_and_encoded_piece_by_piece(
     tmp_path, monkeypatch
 ):

@@ -24,7 +24,7 @@ from training import (
     SHORT,
     SHOW_RESULT,
     TINY,
-    assert_alike,
+    assert_same,
     assert_same_run,
     edited,
     finish,
@@ -192,7 +192,7 @@ def test_the_whole_state_of_any_optimiser_goes_on(name, monkeypatch):
     run(*options, "--steps=2")
     run(*options, "--steps=4", "--resume")
     for key in ("model", f"{name} 0", "tokens"):
-        assert_alike(load(straight)[key], load("run")[key])
+        assert_same(load(straight)[key], load("run")[key])
 
 
 def test_settings_of_an_optimiser_that_the_command_changes_are_changed(monkeypatch):

@@ -218,19 +218,6 @@ def test_deepseeks_own_tokenizer_opens():
     assert all(ours.decode([i]) == theirs.decode([i]) for i in range(0, len(theirs), 97))
 
 
-def test_kimi_tokenizer_opens(tmp_path):
-    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
-    (tmp_path / "tiktoken.model").write_text("\n".join(lines))
-    added = {"300": {"content": "[EOS]"}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 300}))
-    tokenizer = tk.hf_tokenizer(tmp_path)
-    assert tokenizer.encode("né中") == list("né中".encode()) and tokenizer.eos == [300]
-    assert [tokenizer.to_bytes(i) for i in (195, 299, 300)] == [b"\xc3", b"", b"[EOS]"]
-    (tmp_path / "tiktoken.model").write_text("\n".join(lines[::-1]).replace(" 97", " 256"))
-    assert tk.hf_tokenizer(tmp_path).encode("a") == [256]  # another one in its place
-
-
 def test_a_tokenizer_json_changes_no_ids_of_a_text(tmp_path):
     """It may ask to cut texts, to pad them, and for marks at the beginning and end of each."""
     made = tokenizers.Tokenizer.from_str(tk.tokenizer_json(ONLY_BYTES))
