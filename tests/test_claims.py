@@ -83,15 +83,6 @@ def test_two_arms_are_compared_on_the_seeds_that_both_have(options):
     assert (one.mean, one.half, one.alone, one.p) == (2, None, None, None)  # one seed
 
 
-def test_other_learning_rates_are_in_no_table(options):
-    add_results(options, {"base": [1.0, 1.2], "a": [1.5, 1.6], "a lr x0.3": [2.0, 2.5]})
-    arms = {"a": run.Arm()} | run.at_rates({"a": run.Arm()}, {"lr": 1.0})
-    e = run.Experiment("t", lambda base: arms, {"test_bpb": "bits"})
-    assert [*tables.collect(e, options)] == ["base", "a"]
-    assert len(tables.collect(e, options, rates=True)["a lr x0.3"]) == 2
-    assert "lr" not in tables.table(e, options)
-
-
 def test_how_much_bits_per_byte_vary_is_known_from_all_experiments(options):
     """Of the same code and data, by two classes of networks: like the base, and of other shapes."""
     add_results(options, {"base": [0.0, 0.1, 0.2], "a": [1.0, 1.2, 1.1]})
