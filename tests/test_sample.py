@@ -294,47 +294,67 @@ def test_a_round_is_its_rule_by_whole_forwards_whatever_was_drafted_before(depth
 # ---- Compiled rounds -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("depth, backend", [(2, "eager"), (1, "inductor")])
-def test_compiled_rounds_give_the_same_texts_with_one_graph_each(depth, backend, monkeypatch):
-    """Greedy and sampled, drafted and looked up; one graph serves every position and later texts.
-    Most run operation by operation; in C++, which takes half a minute each, one is enough."""
-    if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
-        pytest.skip("no C++ compiler")
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+def compiled_as_eager(model, T=5, **options) -> tuple[int, Stats]:
+    """Asserts that both texts are the same; returns how many graphs were made, and the compiled
+    one's Stats. There is one draft if nothing else is said."""
+    counted = torch._dynamo.utils.counters["stats"]
+    before, runs, texts = counted["unique_graphs"], (Stats(), Stats()), []
+    for compile, stats in zip((False, True), runs, strict=True):
+        generator = torch.Generator().manual_seed(3)
+        options = dict(speculative=1) | options | dict(compile=compile, stats=stats)
+        texts.append(generate(model, tokens_of(model, 1, T), 40, generator=generator, **options))
+    assert torch.equal(*texts) and runs[0].accepted == runs[1].accepted, options
+    return counted["unique_graphs"] - before, runs[1]
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=request.param))
     torch._dynamo.reset()
     graphs.GRAPHS.clear()  # of other tests
-    model, counted = student(depth, vocab_size=5), torch._dynamo.utils.counters["stats"]
-    sampled = dict(temperature=0.8, top_k=5)
-    greedily = sampled | dict(temperature=0, lookup=False)
 
-    def check(graphs: int, T=5, speculative=1, **options) -> Stats:
-        before, runs, texts = counted["unique_graphs"], (Stats(), Stats()), []
-        for compile, stats in enumerate(runs):
-            generator = torch.Generator().manual_seed(3)
-            texts.append(generate(
-                model, tokens_of(model, 1, T), 40, speculative=speculative, compile=bool(compile),
-                generator=generator, stats=stats, **options,
-            ))  # fmt: skip
-        assert torch.equal(*texts) and runs[0].accepted == runs[1].accepted, options
-        assert counted["unique_graphs"] - before == graphs
-        return runs[1]
 
-    if backend == "inductor":
-        assert sum(check(1, **sampled, lookup=False).accepted) > 5
-        return
-    assert check(2, **sampled).lookups > 2  # drafted, and looked up
-    assert 5 < sum(check(0, T=31, **sampled | dict(temperature=1.2)).accepted) < 39
-    assert sum(check(1, **greedily).accepted) > 5
-    check(0, T=1, **greedily)
+SAMPLED = dict(temperature=0.8, top_k=5)
+
+
+@pytest.mark.parametrize("backend", ["eager"], indirect=True)
+def test_one_graph_serves_every_position_and_later_texts(backend):
+    """Greedy and sampled, drafted and looked up. Graphs run operation by operation here."""
+    model = student(2, vocab_size=5)
+    check, greedily = partial(compiled_as_eager, model), SAMPLED | dict(temperature=0, lookup=False)
+    made, stats = check(**SAMPLED)
+    assert made == 2 and stats.lookups > 2  # drafted, and looked up
+    made, stats = check(T=31, **SAMPLED | dict(temperature=1.2))
+    assert made == 0 and 5 < sum(stats.accepted) < 39
+    made, stats = check(**greedily)
+    assert made == 1 and sum(stats.accepted) > 5
+    assert check(T=1, **greedily)[0] == 0
     for weight in (model.layers[0].self_attn.o_proj.weight, model.mtp[0].norm.weight):
         weight.neg_()  # a graph holds no weights
-    check(0, **greedily)
+    assert check(**greedily)[0] == 0
     # Without drafts there are no hidden states to keep, so this is a graph of its own.
-    check(1, speculative=0, **greedily)
+    assert check(speculative=0, **greedily)[0] == 1
 
 
-def test_a_round_is_compiled_where_no_clock_runs_and_recorded_for_every_text(monkeypatch):
-    """It compiles once. On a GPU a text's first round, which records, is played beforehand."""
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+@pytest.mark.parametrize("backend", ["inductor"], indirect=True)
+def test_a_graph_in_cpp_gives_the_same_text(backend):
+    made, stats = compiled_as_eager(student(1, vocab_size=5), **SAMPLED, lookup=False)
+    assert made == 1 and sum(stats.accepted) > 5
+
+
+def test_compilation_does_not_count_as_decoding(monkeypatch):
+    """On a clock that is read when a round begins and ends."""
+    model, stats = student(1), Stats()
+    monkeypatch.setattr(sample.time, "perf_counter", itertools.count().__next__)
+    monkeypatch.setattr(torch, "compile", lambda play, **options: play)
+    graphs.GRAPHS.clear()  # of other tests
+    generate(model, tokens_of(model, 1, 5), 40, compile=True, lookup=False, stats=stats)
+    assert stats.seconds == stats.rounds and sum(stats.drafted) > 0
+
+
+def test_a_gpu_records_a_round_anew_for_every_text(monkeypatch):
+    """It compiles once; and a text's first round, which records, is played beforehand."""
     calls, play = [], lambda *args: calls.append(args)
     monkeypatch.setattr(torch, "compile", mock.Mock(return_value=play))
     monkeypatch.setattr(graphs, "GRAPHS", {})
