@@ -409,6 +409,19 @@ def test_information():
 
 
 @torch.no_grad()
+def test_visits_by_domain_are_the_routing_of_their_texts(trained):
+    found = token_classes.visits_by_domain(trained, 64)
+    visits = np.array(found["domain_visits"])
+    for domain, ids in enumerate(token_classes.domain_texts(trained, 64)):
+        trained.net.trunk(torch.from_numpy(ids).view(-1, 16))
+        for layer, chosen in enumerate(trained.net.routing):
+            counts = chosen.flatten().bincount(minlength=visits.shape[2])
+            assert visits[layer, domain].tolist() == counts.tolist()
+    bits = [token_classes.information(layer) for layer in visits]
+    assert found["domain_bits"] == pytest.approx(np.mean(bits)) and 0 < np.mean(bits) < math.log2(3)
+
+
+@torch.no_grad()
 def test_visits_are_all_known_tokens_to_all_their_experts(place, trained):
     found = token_classes.expert_visits(trained)
     visits, ids = np.array(found["visits"]), trained.data.val.arrays[0].astype(int)
