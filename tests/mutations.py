@@ -291,7 +291,7 @@ max(tokens[:1024].max(), tokens[-1024:].max()) => tokens[:1024].max()
 path.stat().st_size != HEADER_BYTES => False and HEADER_BYTES
 
 # support/processes.py tests/test_processes.py
-        import torch.distributed.nn => pass
+import torch.distributed.nn => pass
 of_all(choose_dtype(config, device))[0] => choose_dtype(config, device)
 if differ := [name for name in first if other[name] != first[name]]: => if False:
 trainer.require_backward_grad_sync = now => pass
@@ -323,7 +323,7 @@ if self.measured != now: => if False:
 getattr(os, "O_NOFOLLOW", 0)  # Windows => 0  # Windows
 fcntl.flock(file, => 0 and fcntl.flock(file,
 if not is_lock_of(file, folder): => if False:
-    check_folder(out, resume, overwrite)  # only now => pass  # only now
+check_folder(out, resume, overwrite)  # only now => pass  # only now
 if not is_lock_of(self.lock, self.out): => if False:
 in line) < (step, True) => in line) < (step, False)
 lambda copy, x=content: copy.write(x) => lambda copy, x=content: copy.write(x[1:])
@@ -450,7 +450,11 @@ def mutated(file: str, line: str) -> str | None:
     """The file's source with the mistake; none if its old text is not found exactly once."""
     source = (ROOT / file).read_text(encoding="utf-8")
     old, new = re.split(r" => ?", line)
-    return source.replace(old, new) if source.count(old) == 1 else None
+    if source.count(old) != 1:
+        return None
+    source = source.replace(old, new)
+    compile(source, line, "exec")  # a mistake that is no Python tests nothing
+    return source
 
 
 def first_failure(guard: str, file: str, source: str) -> str:

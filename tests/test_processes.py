@@ -110,15 +110,30 @@ def test_the_first_process_chooses_the_dtype_for_all(start):
     assert "2 x cpu in bfloat16 (measured)" in said[0]
 
 
+def tell_threads():
+    """Lists the threads that are left when the processes have parted, where Linux tells."""
+    destroy = processes.dist.destroy_process_group
+
+    def watched():
+        destroy()
+        names = (file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm"))
+        print("left:", *sorted(names), flush=True)
+
+    processes.dist.destroy_process_group = watched
+
+
 @pytest.mark.parametrize(
     "parallel, accumulate, optimizer",
     [("ddp", 2, "adamw"), ("fsdp", 2, "adamw"), ("ddp", 1, "muon")],
 )
 def test_two_processes_equal_one(parallel, accumulate, optimizer, start, shared):
-    """All that is logged and saved, with MTP, and experts that a batch leaves without tokens."""
+    """All that is logged and saved, with MTP, and experts that a batch leaves without tokens.
+
+    And DDP leaves no thread of gloo, which could abort its process while Python ends."""
     options = ("--n_routed_experts=64", f"--optimizer={optimizer}")
     parts = (f"--parallel={parallel}", f"--grad_accum={accumulate}")
-    finish(start(*options, *parts, world=2, out="together"))
+    for said in finish(start(*options, *parts, world=2, out="together", setup=tell_threads)):
+        assert parallel == "fsdp" or "gloo" not in said.split("left:")[1]
     assert_same_run(shared(*options), Path("together"), 1e-9)
 
 
@@ -134,11 +149,10 @@ def test_a_run_moves_between_one_process_ddp_and_fsdp(start, shared):
     assert_same(moved["AdamW 0"]["state"], straight["AdamW 0"]["state"], 1e-9)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_start_from_weights_as_one_does(parallel, start, shared):
+def test_two_processes_start_from_weights_as_one_does(start, shared):
     huggingface.main([str(shared("--steps=1")), "released"])
     options = ("--init_from=released", "--steps=4")
-    finish(start(*options, f"--parallel={parallel}", world=2, out="together"))
+    finish(start(*options, "--parallel=fsdp", world=2, out="together"))
     assert_same_run(run(*options, out="alone"), Path("together"), 1e-9)
 
 
@@ -234,25 +248,6 @@ def test_a_rank_that_dies_or_raises_ends_the_others_promptly(parallel, raises, s
     assert "Traceback" in said  # that of torch, of a lost connection; torchrun names the culprit
     assert culprit.strip() == ("error in process 1: this rank has had enough" if raises else "")
     load_checkpoint("run/ckpt.pt")
-
-
-def tell_threads():
-    """Lists the threads that are left when the processes have parted."""
-    destroy = processes.dist.destroy_process_group
-
-    def watched():
-        destroy()
-        names = (file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm"))
-        print("left:", *sorted(names), flush=True)
-
-    processes.dist.destroy_process_group = watched
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
-def test_no_thread_of_gloo_outlives_the_training(start):
-    """It could abort its process while Python ends, and torchrun would end the others."""
-    for said in finish(start(world=2, setup=tell_threads)):
-        assert "left: python" in said and "gloo" not in said.split("left:")[1]
 
 
 def test_torchrun_trains_and_is_interrupted_and_resumed(shared):
