@@ -562,8 +562,8 @@ def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
     given |= settings.with_home(given, "out", "data", "init_from")
     out = given.get("out") or in_file.get("out") or (f"out/{Path(file).stem}" if file else "")
     asked = vars(TrainConfig()) | in_file | given | {"out": out}
-    old_weights = asked["resume"] or asked["eval_only"] or asked["init_from"]
-    if not file and not (out and old_weights):
+    weights = asked["init_from"] or ((asked["resume"] or asked["eval_only"]) and out)
+    if not file and not (weights and (out or asked["eval_only"])):  # which needs no folder
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
     source, own = find_weights(asked, given)

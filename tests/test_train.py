@@ -472,10 +472,12 @@ def test_weights_of_a_hugging_face_directory_are_evaluated_as_those_of_the_run(s
     out = shared("--steps=4", "--dtype=float32")
     huggingface.save_pretrained(load_model(out)[0], "released")
     options = (*SHORT, "--dtype=float32", "--eval_only", "--grad_accum=3")  # no use for that
-    for source in (f"--out={out}", "--init_from=released"):
-        train.main([TINY, *options, source])
-    ours, theirs = map(json.loads, capsys.readouterr().out.splitlines())
+    train.main([TINY, *options, f"--out={out}"])
+    train.main([TINY, *options, "--init_from=released"])
+    train.main([*options, "--init_from=released", "--data=tiny"])  # needs no config file
+    ours, theirs, again = map(json.loads, capsys.readouterr().out.splitlines())
     assert_same(ours, theirs, 1e-6)
+    assert again == theirs
     assert not Path("out").exists()
     assert ours.items() <= log_of(out)[-1].items()  # the evaluation at the end of the run
 
