@@ -158,22 +158,17 @@ def test_what_is_there_is_refused_or_put_aside_with_every_file_in_it(old, tmp_pa
 @pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_link_is_put_aside_and_what_it_leads_to_stays(name, target, tmp_path):
+    """And a link to nowhere is no free name: what is put aside would take its place."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/a").write_text("old")
     (tmp_path / name).symlink_to(target)
+    (tmp_path / f"{name}.old-1").symlink_to("nowhere")
     with pytest.raises(Refusal):
         make(tmp_path / name)
     make(tmp_path / name, overwrite=True)
     made = {"file.gguf": "new"} if name == "file.gguf" else NEW
-    assert contents(tmp_path) == made | {"elsewhere/a": "old", f"{name}.old-1": f"-> {target}"}
-
-
-def test_a_link_to_nowhere_is_no_free_name(tmp_path):
-    """What is put aside would take its place."""
-    (tmp_path / "book").mkdir()
-    (tmp_path / "book.old-1").symlink_to("nowhere")
-    assert files.put_aside(tmp_path / "book") == tmp_path / "book.old-2"
-    assert contents(tmp_path) == {"book.old-1": "-> nowhere", "book.old-2": ""}
+    links = {f"{name}.old-1": "-> nowhere", f"{name}.old-2": f"-> {target}"}
+    assert contents(tmp_path) == made | links | {"elsewhere/a": "old"}
 
 
 @pytest.mark.parametrize("name", NAMES)
