@@ -493,7 +493,7 @@ BANDWIDTH, BF16_PEAK, FP8_PEAK = 3.35e12, 989e12, 1979e12
 @dataclass
 class CountOptions(Options):
     fp8: bool = False  # FP8 products, too
-    compile: bool = False  # compiled blocks, too; takes a minute, with FP8 far longer
+    compile: bool = False  # compiled blocks, too; takes half a minute, with FP8 two
     recompute: bool = False  # with activation checkpointing
     largest: int = 0  # a second table: so many operations, the largest by bytes
 
@@ -520,7 +520,7 @@ def counted(
 
     fp8.tell_compiler()  # of has_blockwise_fp8, before another stands in for it
     fakes = mock.patch.multiple(fp8, has_blockwise_fp8=yes, on_gpu=yes, rows_of=rows_of)
-    with on_a_card() as count, fakes, torch.device("cpu"):
+    with on_a_card() as count, fakes:
         model = DeepSeekV3(network.config)
         model.recompute = recompute
         if use_fp8:

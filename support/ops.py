@@ -6,10 +6,10 @@ when its twin was written. They are compared when model.py is imported. A formul
 edited runs itself, everywhere, and a line on stderr says so; where a twin returns NotImplemented
 the formula runs, too. So model.py may be read and edited without a look at this file.
 
-The file's order: the mark; precision; twins for training (attention, experts, output head); twins
-for writing text (norm and rotation also for training on a GPU), where few numbers are moved by many
-operations; copies of weights, which these multiply by and which live as long as a text is written;
-the dtype in which this machine is fast.
+The file's order: the mark; precision; twins for training (attention, experts, norm and rotation on
+a GPU, output head); twins for writing text, where few numbers are moved by many operations; copies
+of weights, which these multiply by and which live as long as a text is written; the dtype in which
+this machine is fast.
 
 A twin is here if it saves 3 % or more of a training step of config/small.py or of its writing on
 two CPU cores, or is needed on a GPU; docs/notes/LOG.md has the figures. Letters are model.py's.

@@ -257,14 +257,15 @@ def test_a_compiled_graph_counts_as_inductors_kernels():
 
 def test_compiled_blocks_are_counted(tmp_path):
     text = (ROOT / "config/tiny.py").read_text()  # one block, with experts
-    smaller = "num_hidden_layers = 1; num_nextn_predict_layers = first_k_dense_replace = 0"
+    smaller = "num_hidden_layers = 1; num_nextn_predict_layers = first_k_dense_replace = 0\n"
+    smaller += "q_lora_rank = None; n_shared_experts = 0"
     file = tmp_path / "one.py"
     file.write_text(f"{text}\n{smaller}\n")
-    eager, compiled = (bench.counted(file, False, compile=c)[0] for c in (False, True))
+    eager, compiled = (bench.counted(file, True, compile=c)[0] for c in (False, True))
     products = [sum(c.kernels[p] for p in counting.PRODUCTS) for c in (eager, compiled)]
-    assert products[0] == products[1] > 0  # compiling takes away what is beside them
-    assert compiled.kernels.total() < eager.kernels.total()
-    assert compiled.bytes.total() < eager.bytes.total()
+    assert products[0] + 2 * 3 == products[1]  # eager, an expert has no rows, so no products
+    assert compiled.kernels.total() <= 1.05 * 330 < eager.kernels.total()
+    assert compiled.bytes.total() <= 1.05e6 * 25.7 < eager.bytes.total()
     assert compiled.kernels["normed"] == 1  # the last, which is in no block
 
 
