@@ -14,8 +14,9 @@ This cannot know how fast a kernel is, nor how much of it runs beside others. It
 
 Blocks that are compiled count as what Inductor's scheduler makes of their graphs. It decides as for
 a CPU: on a GPU a kernel may be cut in two, or two be one, above all a sum or a maximum and what
-follows from it, as in a norm and in FP8's quantisers: there the count is too high. What is alive only within a graph is not
-in the peak, nor is a wait within it seen, nor what FP8's products for all experts do beside them.
+follows from it, as in a norm and in FP8's quantisers: there the count is too high. What is alive
+only within a graph is not in the peak, nor is a wait within it seen, nor what FP8's products for
+all experts do beside them.
 """
 
 import copy
