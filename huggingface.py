@@ -115,9 +115,10 @@ def to_fill(
     dtype: torch.dtype,
     ready: dict[str, Tensor] | None = None,
 ) -> DeepSeekV3:
-    """A network for a file with the tensors `stored`: these have memory, but need not have values;
-    those that are `ready` are taken as they are, without a copy. All others, such as buffers that
+    """A network for a file with the tensors `stored`: these have memory, but need not have values.
+    The memory of those that are `ready` is taken, without a copy. All others, such as buffers that
     are not saved, are as the constructor makes them."""
+    ready = ready or {}
     model = outline(config)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     empty = {name: x for name, x in tensors.items() if x.is_meta}
@@ -126,7 +127,8 @@ def to_fill(
     if unsaved or empty.keys() - stored:  # values that only a whole constructor makes
         return DeepSeekV3(config).to(device, dtype)
     for name, x in empty.items():  # in place: what two modules share stays shared
-        y = ready[name] if ready else torch.empty_like(x, dtype=dtype, device=device)
+        y = ready.get(name)
+        y = torch.empty_like(x, dtype=dtype, device=device) if y is None else y.detach()
         swap_tensors(x, nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y)
     return model.to(device, dtype)
 
@@ -414,7 +416,10 @@ def with_settings(
     weights, like = model.state_dict(), model.norm.weight
     needed = outline(config).state_dict()
     compare(weights, needed, source, f"{source} cannot get {told}", extend)
-    other = to_fill(config, weights.keys(), like.device, like.dtype, ready=weights)
+    # A weight with two names comes once here, unlike in `weights`. If the settings make two of it,
+    # the second gets memory of its own.
+    each_once = dict(model.named_parameters()) | dict(model.named_buffers())
+    other = to_fill(config, weights.keys(), like.device, like.dtype, ready=each_once)
     other.load_state_dict(weights, strict=False)
     other.trained_length = model.trained_length
     return other.eval()

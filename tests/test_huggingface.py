@@ -517,6 +517,16 @@ def test_what_no_file_has_is_as_the_constructor_made_it(late, run, tmp_path, mon
         assert not any(x.is_meta for x in (*model.parameters(), *model.buffers()))
 
 
+def test_two_weights_made_of_one_have_memory_of_their_own():
+    """Else training would change both at once."""
+    change = functools.partial(huggingface.with_settings, source=Path("run"), extend=False)
+    two = change(ours(tie_word_embeddings=True), {"tie_word_embeddings": False})
+    head, embedding = two.lm_head.weight, two.embed_tokens.weight
+    assert torch.equal(head, embedding) and head.data_ptr() != embedding.data_ptr()
+    one = change(two, {"tie_word_embeddings": True})
+    assert one.lm_head.weight is one.embed_tokens.weight
+
+
 def test_a_network_to_be_filled_takes_no_second_memory():
     """The whole V3 would take 2.7 TB: all its matrices, and nothing else, wait for the file's."""
     with huggingface.NoMemory():
