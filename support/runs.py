@@ -173,7 +173,7 @@ class Run:
     def restore(self):
         """Goes back to ckpt.pt: every state is what it was."""
         file = self.out / "ckpt.pt"
-        saved = load_checkpoint(file, whole=False)  # compared when the network was opened
+        saved = load_checkpoint(file, whole=False)  # load_model has compared its checksums
         try:
             if lacking := self.states.keys() - saved.keys():
                 raise Refusal(f"it has no state of {min(lacking)}")
@@ -279,7 +279,7 @@ class Run:
             if not x.isfinite().all():
                 bad = f"{n} is not finite after step {self.progress.step}, and was not saved"
                 raise Refusal(f"{bad}; {self.way_on()} and a lower --lr.")
-        saved |= {
+        about = {
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
             "code": self.code,
@@ -287,8 +287,9 @@ class Run:
             "step": self.progress.step,
             "tokens": self.progress.tokens,
         }
+        saved = dict(**saved, **about, **more)  # unlike |, an error where a name comes twice
         self.check_place()
-        write_whole(self.out / name, lambda file: torch.save(saved | more, file))
+        write_whole(self.out / name, lambda file: torch.save(saved, file))
 
     def check_place(self):
         """Raises Refusal where the folder is not the one that was locked."""
@@ -324,13 +325,14 @@ def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iter
     SIGINT, SIGTERM and SIGHUP set run.stopped at the end of the step; if it is set in the end,
     KeyboardInterrupt is raised. Raises Refusal where the folder cannot be used.
     """
-    model, progress, lock = states["model"], states["progress"], None
+    model, progress = states["model"], states["progress"]
     machine.check_alike(
         settings=asdict(config),
         network=asdict(model.config),
         tokenizer=[Path(file).read_bytes() for file in files],
         data=progress.measured,
     )
+    lock = None
     if machine.rank == 0:
         lock = take_folder(Path(config.out), config.resume, config.overwrite)
     stop = Stop(machine)

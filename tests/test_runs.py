@@ -222,6 +222,15 @@ def test_a_new_mean_in_the_log_needs_one_line_and_breaks_no_older_run(monkeypatc
     assert [line.get("mine") for line in lines] == [None, 2.0, 2.0]
 
 
+def test_a_state_by_the_name_of_a_setting_is_an_error_and_not_lost(monkeypatch):
+    by_name = checkpoints.by_name
+    monkeypatch.setattr(
+        checkpoints, "by_name", lambda *x: {"tokens": torch.nn.Identity()} | by_name(*x)
+    )
+    with pytest.raises(TypeError, match="tokens"):
+        run("--steps=1")
+
+
 def test_a_run_starts_from_a_file_of_weights_alone(begun, capsys):
     """As one makes it in Python; its settings are those of the network."""
     saved = load(begun)
