@@ -562,8 +562,10 @@ def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
     given |= settings.with_home(given, "out", "data", "init_from")
     out = given.get("out") or in_file.get("out") or (f"out/{Path(file).stem}" if file else "")
     asked = vars(TrainConfig()) | in_file | given | {"out": out}
-    weights = asked["init_from"] or ((asked["resume"] or asked["eval_only"]) and out)
-    if not file and not (weights and (out or asked["eval_only"])):  # which needs no folder
+    # Without a config file the weights say what the network is. An evaluation needs no folder.
+    goes_on = asked["resume"] or asked["eval_only"]
+    has_network = file or asked["init_from"] or (goes_on and out)
+    if not has_network or not (out or asked["eval_only"]):
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
     source, own = find_weights(asked, given)
@@ -610,14 +612,14 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
             sizes = "hidden_size, num_hidden_layers and the network's other sizes"
             raise Refusal(f"the config file has to set {sizes}: take config/small.py's.")
         return DeepSeekV3(ModelConfig(**network)).to(place, dtype), None
-    new = not config.resume  # then it may have other parts than the weights
-    model, tokenizer, _ = load_model(source, place, dtype, extend=new)
-    before, model = vars(model.config), with_settings(model, network, source, extend=new)
+    extend = not config.resume  # whether the network may have other parts than the weights
+    opened, tokenizer, _ = load_model(source, place, dtype, extend)
+    model = with_settings(opened, network, source, extend)
     if not (config.resume or config.eval_only):
         info(f"start: from {source}")
-        for key, now in vars(model.config).items():
-            if now != before[key]:
-                info(f"{key} is now {now} (was {before[key]} in {source})")
+        for key, was in vars(opened.config).items():
+            if (now := vars(model.config)[key]) != was:
+                info(f"{key} is now {now} (was {was} in {source})")
     return model, tokenizer
 
 

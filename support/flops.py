@@ -1,4 +1,4 @@
-"""The share of a card's peak that a training reaches, as nanoGPT's mfu: FLOPs done and possible."""
+"""FLOPs that a training step takes, and that a card can do. Their ratio is nanoGPT's mfu."""
 
 import torch
 from torch import nn

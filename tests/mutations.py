@@ -145,6 +145,7 @@ if function is torch.empty else {} => if False else {}
 if unsaved or empty.keys() - stored: => if unsaved:
 swap_tensors(x, nn.Parameter(y, => swap_tensors(x.clone(), nn.Parameter(y,
 return model.to(device, dtype) => return model
+ready=each_once) => ready=weights)
     if have != due: => if name not in released:
 length, eos = min(128, => length, eos = min(64,
 tokens[:, length // 3] = => _ =
@@ -334,6 +335,7 @@ math.isfinite(loss) and progress.step > 0 => progress.step > 0
 if self.finished and not math.isfinite(loss): => if False:
 if not x.isfinite().all(): => if False:
 spoilt=self.saved_step == step - n => spoilt=False
+dict(**saved, **about, **more) => saved | about | more
 if stop.heard: => if False:
 
 # support/clock.py tests/test_runs.py
@@ -404,6 +406,7 @@ pieces[0][0], pieces[-1][2] = before, after => pieces[-1][0], pieces[-1][2] = be
 sample_texts(texts, BPE_SAMPLE) => sample_texts(texts[::2], BPE_SAMPLE)
 
 # train.py tests/test_train.py
+config.compile and machine.device.type == "cpu" and => False and
 first = machine.rank * config.grad_accum => first = machine.rank
 group["lr"] = lr * group["lr_scale"] => group["lr"] = lr
 model.eval() => model.eval(); torch.set_grad_enabled(True)

@@ -49,6 +49,8 @@ REFUSALS = [
     # train.py: what the command says.
     ("train.py", 2, "name a config file, for example: python train.py config/small.py"),
     ("train.py --resume", 2, "name a config file"),
+    ("train.py --out=new", 2, "name a config file"),
+    ("train.py --init_from=run", 2, "name a config file"),
     ("train.py --eval_only", 2, "name a config file"),
     ("train.py nowhere.py", 1, "there is no config file nowhere.py"),
     ("train.py sizes.py", 1, "has to set hidden_size, num_hidden_layers and"),
