@@ -35,8 +35,9 @@ class Stop:
     def __init__(self, machine):
         self.machine, self.heard = machine, False
         handlers = {number: signal.getsignal(number) for number in NUMBERS}
-        # What is ignored, as under nohup, stays so.
-        self.before = {x: handler for x, handler in handlers.items() if handler != signal.SIG_IGN}
+        # What is ignored, as under nohup, stays so, and what Python has not set up (None).
+        left = (signal.SIG_IGN, None)
+        self.before = {x: handler for x, handler in handlers.items() if handler not in left}
         for number in self.before:
             signal.signal(number, self.on_signal)
 
