@@ -322,8 +322,8 @@ class _FP8Linear(torch.autograd.Function):
     X (T, K) is x or, where `up` is given, SwiGLU: silu(x) * up * gain. The report keeps the input
     of SwiGLU in FP8 and recomputes its output X in backward (section 3.3.3), where the weight
     gradient needs it. So both are one function here. It keeps x and up, 2 bytes per token and
-    channel; apart they would keep x, silu(x), up and X in bf16, 8 bytes. In `forward` X is
-    quantised, (q, s); in `backward` it is decoded.
+    channel; apart they would keep x, silu(x), up and X in bf16, 8 bytes (as many as the emulation
+    keeps). In `forward` X is quantised, (q, s); in `backward` it is decoded.
 
     wq and ws are the quantised weight where quantized_once holds it. Else forward and backward
     quantise the weight each, so that no copy outlives FSDP's release of a gathered weight.

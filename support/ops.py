@@ -16,7 +16,6 @@ two CPU cores, or is needed on a GPU; docs/notes/LOG.md has the figures. Letters
 """
 
 import functools
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from support.digits import digits_of, function_source
-from support.settings import info
+from support.settings import info, short
 
 # ---- The mark ------------------------------------------------------------------------------------
 
@@ -118,10 +117,24 @@ def fused(function: Callable) -> Callable:
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    if not importlib.util.find_spec("triton"):  # as on Windows
+    if not compiles():
         return function
-    torch._dynamo.config.recompile_limit = 64  # a graph for each dtype and kind of block
+    # A graph for each dtype and kind of block. torch 2.13 keeps the limit by thread, and on a GPU
+    # backward has its own: set here, where a function is first called, it holds in both.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, dynamic=True)
+
+
+@functools.cache
+def compiles() -> bool:
+    """Whether a kernel can be compiled for this GPU; says once why not. That needs Triton (not on
+    Windows), which needs a GPU of 2018 or later, a C compiler and Python's header files."""
+    try:
+        torch.compile(lambda: 2 * torch.arange(2, device="cuda"))()
+    except Exception as error:  # of any kind: it comes from Triton, from gcc, ...
+        info(f"kernels cannot be fused here, so training is slower: {short(error)}")
+        return False
+    return True
 
 
 def span(start: int | Tensor, length: int) -> slice | Tensor:
@@ -391,7 +404,7 @@ def norm_gradient(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
 @fused
 def norm_weight_gradient(dy: Tensor, x: Tensor, r: Tensor) -> Tensor:
     """(D,), in float32."""
-    return (upcast(dy) * (upcast(x) * r)).flatten(0, -2).sum(0)
+    return (upcast(dy) * (upcast(x) * r)).reshape(-1, x.shape[-1]).sum(0)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -539,7 +552,7 @@ def scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """While a text is written, in fewer operations; in a graph the formula is as good. In training
     on a GPU in three kernels: the formula's many move 28 % of a step's bytes."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(eps, Tensor):  # a learnt eps, say
         return NotImplemented
     if not writing():
         if not on_gpu(x) or weight.shape != x.shape[-1:]:  # a weight for each head, say

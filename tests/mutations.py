@@ -93,7 +93,9 @@ if enabled and not kwargs and => if enabled and
 if not on_gpu(x) or weight.shape != x.shape[-1:]: => if not on_gpu(x):
 if last != 1 or any( => if any(
 dy - y * (dy * y).mean(-1, keepdim=True) => dy
-(upcast(x) * r)).flatten(0, -2) => upcast(x)).flatten(0, -2)
+(upcast(x) * r)).reshape => upcast(x)).reshape
+or isinstance(eps, Tensor): => or False:
+if not compiles(): => if False:
 -sin if back else sin => sin
 or any(table.requires_grad for table in rope) => or False
 gain * (expert == chosen) => gain

@@ -448,6 +448,36 @@ def test_a_learnt_rotation_gets_its_gradient(interleave):
     close(*results)
 
 
+@both_ways
+@pytest.mark.parametrize("shape", [(4,), (2, 5, 4)])
+def test_a_norm_gives_its_gradients(shape):
+    """Of one vector, too, and a learnt eps gets its own."""
+    x, weight = (torch.randn(n, requires_grad=True, dtype=torch.float64) for n in (shape, 4))
+    eps = torch.tensor(0.3, requires_grad=True, dtype=torch.float64)
+    for args, leaves in (((x, weight, 0.3), (x, weight)), ((x, weight, eps), (x, weight, eps))):
+        results = (
+            value_and_gradients(f, args, leaves)
+            for f in (plain.rms_norm, ops.FORMULAS[plain.rms_norm])
+        )
+        close(*results)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_what_cannot_be_compiled_runs_as_it_is(works, monkeypatch, capfd):
+    """On a GPU, where Triton or a C compiler is missing; a line says so once."""
+
+    def compile(function, **options):
+        if not works:
+            raise RuntimeError("no C compiler")
+        return lambda: "a graph"
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(ops, "compiles", functools.cache(ops.compiles.__wrapped__))
+    for function in (math.sin, math.cos):
+        assert (ops.compiled.__wrapped__(function) is function) != works
+    assert capfd.readouterr().err.count("no C compiler") == (not works)
+
+
 def test_the_examples_of_sorting_by_expert_are_right():
     """Those above ops.sort_by_expert."""
     chosen = torch.tensor([[2, 0], [2, 1]])
