@@ -281,23 +281,26 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
 # ---- Data ----------------------------------------------------------------------------------------
 
 
-def open_data(config: TrainConfig, vocab_size: int) -> tuple[Dataset, Path]:
-    """The prepared data and its folder; those of our own config files are made if missing."""
+def open_data(
+    config: TrainConfig, vocab_size: int, source: Path | None = None
+) -> tuple[Dataset, Path]:
+    """The prepared data and its folder; those of our own config files are made if missing.
+    `source`: where given weights are."""
     folder = data_folder(config.data)
 
     def make():
         ours = (config.data, vocab_size) in (("stdlib", 4096), ("tiny", 512))
         if ours and not folder.exists():
-            source = prepare_data.DataConfig("stdlib", config.data, vocab_size=vocab_size)
+            wanted = prepare_data.DataConfig("stdlib", config.data, vocab_size=vocab_size)
             try:
-                prepare_data.prepare(source)
+                prepare_data.prepare(wanted)
             except (Refusal, OSError):
                 if not folder.exists():  # else another train.py has made it meanwhile
                     raise
 
     processes.once(make)
     longest = max(config.block_size, config.long_block_size)
-    return open_folder(folder, vocab_size, longest), folder
+    return open_folder(folder, vocab_size, longest, source), folder
 
 
 @functools.lru_cache(2)
@@ -663,7 +666,7 @@ def command(argv: list[str]):
 
     model, tokenizer = open_network(config, network, source, machine)
     check_settings(config, model, machine, first)
-    data, folder = open_data(config, model.config.vocab_size)
+    data, folder = open_data(config, model.config.vocab_size, source)
     if source:
         check_tokenizer(source, tokenizer, folder)
     if config.fp8:

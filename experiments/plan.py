@@ -4,7 +4,7 @@ docs/notes/PLAN.md says what they are to show and by which rule; it was committe
 was trained. Here is their order. Every run uses one core:
 
     OMP_NUM_THREADS=1 nice -n 19 python experiments/plan.py &     # once for every core
-    python experiments/plan.py --list                             # trains nothing
+    python experiments/plan.py --list        # trains nothing, makes the data if they are missing
 
 A process takes the first run that is missing and that no other process is at. What was interrupted
 goes on from its last checkpoint. Results are written as soon as a run ends, so the command can be

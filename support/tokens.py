@@ -153,11 +153,14 @@ def data_folder(name: str) -> Path:
     return path if is_path else Path("data") / name
 
 
-def open_folder(folder: Path, vocab_size: int, longest: int) -> Dataset:
+def open_folder(folder: Path, vocab_size: int, longest: int, weights: Path | None) -> Dataset:
     """The prepared folder, for a network of this vocabulary and windows of up to `longest` tokens.
-    Raises OSError or Refusal where they do not fit."""
+    `weights`: the file or folder of given weights, whose tokenizer the data must have. Raises
+    OSError or Refusal where they do not fit."""
     if not folder.exists():
-        make = f"python prepare_data.py SOURCE --name={folder.name} --vocab_size={vocab_size}"
+        make = f"python prepare_data.py SOURCE --name={folder.name} "
+        home = weights.parent if weights and weights.is_file() else weights
+        make += f"--tokenizer={home}" if weights else f"--vocab_size={vocab_size}"
         make += f" --out={folder.parent}" if folder.parent != Path("data") else ""
         raise Refusal(f"no data in {folder}; make it with: {make}.")
     data = load_dataset(folder)

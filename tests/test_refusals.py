@@ -75,6 +75,7 @@ REFUSALS = [
         "make it with: python prepare_data.py SOURCE --name=nowhere",
     ),
     (f"{NEW} --data=else/no", 1, "no data in else/no; make it with: python prepare_data.py SOURC"),
+    (f"{NEW} --init_from=run --data=nowhere", 1, "SOURCE --name=nowhere --tokenizer=run."),
     (f"{NEW} --vocab_size=511", 1, "vocab_size is 511, but"),
     (f"{NEW} --vocab_size=1024", 1, "set vocab_size to 512, as by --vocab_size;"),
     (f"{NEW} --block_size=900000 --max_position_embeddings=900000", 1, "do not fit in data/tiny"),
