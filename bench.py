@@ -493,7 +493,7 @@ BANDWIDTH, BF16_PEAK, FP8_PEAK = 3.35e12, 989e12, 1979e12
 @dataclass
 class CountOptions(Options):
     fp8: bool = False  # FP8 products, too
-    compile: bool = False  # compiled blocks, too; takes half a minute, with FP8 two
+    compile: bool = False  # compiled blocks, too; takes 15 seconds, with FP8 a minute more
     recompute: bool = False  # with activation checkpointing
     largest: int = 0  # a second table: so many operations, the largest by bytes
 

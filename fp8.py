@@ -104,14 +104,15 @@ def quantize(
     q = tiles / s[..., :, None, :, None]  # even 448 (1 + 2^-23) is rounded to 448
     q = _round(q).mul_(s[..., :, None, :, None]) if decode else q.to(E4M3)
     q = q.flatten(-4, -3).flatten(-2)[..., : x.shape[-2], : x.shape[-1]]
-    return (q if decode else q.contiguous()), s
+    return (q if decode else q.contiguous()), s  # Hopper's products take dense codes
 
 
 def _round(x: Tensor) -> Tensor:
     """x.to(E4M3).float() in place, for x in fp32, at most 448: in a quarter of the time.
 
-    E4M3's numbers at 2^e <= |x| < 2^(e+1) are the multiples of 2^(e-3), from e = -6 on. Those of
-    fp32 are so at 1.5 * 2^(e+20): if that is added, the sum is rounded to one of them.
+    From e = -6 on, E4M3 has the multiples of 2^(e-3) between 2^e and 2^(e+1). Around 1.5 * 2^(e+20)
+    fp32 has these multiples, too, and none between them. So adding 1.5 * 2^(e+20) to x rounds it to
+    one of E4M3's numbers, and subtracting it again gives that number.
     """
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**-6)  # 2^e
     return x.add_(power, alpha=1.5 * 2**20).sub_(power, alpha=1.5 * 2**20)
@@ -322,8 +323,9 @@ class _FP8Linear(torch.autograd.Function):
     X (T, K) is x or, where `up` is given, SwiGLU: silu(x) * up * gain. The report keeps the input
     of SwiGLU in FP8 and recomputes its output X in backward (section 3.3.3), where the weight
     gradient needs it. So both are one function here. It keeps x and up, 2 bytes per token and
-    channel; apart they would keep x, silu(x), up and X in bf16, 8 bytes (as many as the emulation
-    keeps). In `forward` X is quantised, (q, s); in `backward` it is decoded.
+    channel; apart they would keep x, silu(x), up and X in bf16, 8 bytes. (The emulation keeps x and
+    up in fp32, so it saves nothing.) In `forward` X is quantised, (q, s); in `backward` it is
+    decoded.
 
     wq and ws are the quantised weight where quantized_once holds it. Else forward and backward
     quantise the weight each, so that no copy outlives FSDP's release of a gathered weight.

@@ -721,7 +721,8 @@ def check_config(config: ModelConfig):
             must = getattr(kind, "__name__", kind)
             raise Refusal(f"{name} is {value!r}, but must be of type {must}.")
         whole = kind in (int, int | None)  # a width, a number of heads or layers ...
-        least = 1 if whole and name not in MAY_BE_ZERO and field.default != 0 else 0
+        zero = name in MAY_BE_ZERO or field.default == 0  # a new key may be off by default
+        least = 1 if whole and not zero else 0
         if isinstance(value, int | float) and not value >= least:  # "not >=" refuses nan too
             raise Refusal(f"{name} is {value}, but must be at least {least}.")
     E, K, R = config.n_routed_experts, config.num_experts_per_tok, config.qk_rope_head_dim

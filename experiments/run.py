@@ -209,8 +209,8 @@ def code_id(dtype: str = "float64", fp8: bool = False) -> str:
     """Two versions of the code are the same if they train alike: the losses of a few steps in this
     dtype, of a tiny network on random tokens, to eight digits. In bfloat16 another kind of machine
     may round differently: its results are another set."""
-    fast = f"{dtype} with FP8" if fp8 else dtype
-    info(f"a few steps in {fast} are trained: do code and machine round as in the tables?")
+    kind = f"{dtype} with FP8" if fp8 else dtype
+    info(f"a few steps in {kind} are trained: do code and machine round as in the tables?")
     settings = read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, train.TrainConfig)
     settings |= SMALL | {"optimizer": "muon", "alpha": 0.01, "dtype": dtype, "fp8": fp8}
     rng = np.random.default_rng(0)

@@ -75,7 +75,7 @@ def join():
         # A default argument in this module is the group that exists when it is imported. DDP
         # imports it. Imported after the group was made, it would keep gloo's threads alive after
         # destroy_process_group, and they may abort the process while Python ends. (Under FSDP they
-        # stay in any case: torch's caches of sharded tensors keep the group.)
+        # stay in any case: its DeviceMesh, which has the group, is still alive then.)
         import torch.distributed.nn
 
         # gloo beside nccl: flags and objects that stay on the CPU never wait for the GPU.

@@ -174,7 +174,8 @@ def sentence_of(error: Exception) -> str | None:
     if isinstance(error, Refusal):
         return str(error)
     if is_out_of_memory(error):
-        return f"out of memory{place_of(error)}" + (f" ({short(error, 100)})" * bool(str(error)))
+        why = f" ({short(error, 100)})" if str(error) else ""
+        return f"out of memory{place_of(error)}{why}"
     if isinstance(error, OSError):
         named = error.errno is not None and error.filename is not None
         return f"{error}{place_of(error)}" if named or error.errno == errno.ENOSPC else None

@@ -192,10 +192,14 @@ def test_a_foreign_tokenizer_opens(tmp_path):
 
 
 WORLD_TEXTS = """
-你好，世界！ 深度求索的模型有六百七十一亿参数。 abc中文def  中文。 下一段 龥龦㐀𠀀豈
-ひらがなとカタカナ 東京タワーは333メートル ア・イ゠ウ゛エ\u3099 안녕하세요 세계
-Привет, мир! Ελληνικά שלום עולם مرحبا ١٢٣ नमस्ते สวัสดี naïve façade o\u0308 ﬁ ½ Ⅷ ₃
-👍🏽 👩\u200d🚀🇩🇪🇫🇷 ✓ → ∑∫ € \ufeffBOM \u200b\u200b \ue000\U0010ffff c\x1b[0m\x7f
+你好，世界！ 深度求索的模型有六百七十一亿参数。 abc中文def  中文。
+下一段 龥龦㐀𠀀豈
+ひらがなとカタカナ 東京タワーは333メートル ア・イ゠ウ゛エ\u3099
+안녕하세요 세계
+Привет, мир! Ελληνικά שלום עולם مرحبا ١٢٣ नमस्ते
+สวัสดี naïve façade o\u0308 ﬁ ½ Ⅷ ₃
+👍🏽 👩\u200d🚀🇩🇪🇫🇷 ✓ → ∑∫ € \ufeffBOM \u200b\u200b \ue000\U0010ffff
+c\x1b[0m\x7f
 for(int i=0;i<n;++i){a[i]^=b[i];} <a href='x'>y</a> 0x7fff 1e-5 12:30 1234567890 007
 <|endoftext|>
 <｜begin▁of▁sentence｜>Hi<｜end▁of▁sentence｜><｜User｜>x<｜Assistant｜>
