@@ -345,6 +345,7 @@ if waiting > 0.25 and => if waiting > 0.35 and
 
 # support/signals.py tests/test_runs.py
 if handler not in left} => }
+left = (signal.SIG_IGN, None) => left = (signal.SIG_IGN,)
 ("SIGINT", "SIGTERM", "SIGHUP") => ("SIGINT", "SIGTERM")
 
 # support/files.py tests/test_runs.py

@@ -461,6 +461,13 @@ def test_a_signal_that_is_ignored_stays_so(faults):
     assert load("run")["step"] == 2
 
 
+def test_a_signal_whose_handler_python_has_not_set_up_is_left_alone():
+    get = signal.getsignal
+    with mock.patch.object(signal, "getsignal", lambda x: get(x) if x != signal.SIGHUP else None):
+        run("--steps=1")  # at its end the handlers from before are set again
+    assert get(signal.SIGHUP) is signal.SIG_DFL
+
+
 BAD = ", whose gradient was not finite"
 
 
