@@ -24,9 +24,9 @@ HEADLINES = [claim for claim in CLAIMS if claim.headline]
 NETWORKS = [*plan.CHOSEN, *plan.LIKE_BASE]
 TESTS = {"p": "a difference", "p_equal": "an equality"}
 HEADS = ["the claim", "compared", "difference; above 0 it favours the claim", "worth in steps"]
-HEADS += ["seeds", "verdict", "on fresh seeds"]
+HEADS += ["seeds", "verdict", "the first seeds said"]
 SURE = "shown", "equal", "seen in a model"
-OTHERWISE = "contradicts", "differs: better", "differs: worse", "lower here"
+NOT_SO = "contradicts", "differs: better", "differs: worse", "lower here"
 
 # ---- Cells ---------------------------------------------------------------------------------------
 
@@ -50,14 +50,6 @@ def worth(claim: Claim, x: Numbers, slope: float) -> str:
     return f"{math.expm1(x.mean / slope):+.1%}"
 
 
-def fresh_cell(claim: Claim, x: Fresh | None) -> str:
-    if not x:
-        return "none planned"
-    if not x.word:
-        return f"not yet confirmed: {x.there} of {x.planned} runs"
-    return f"{measured(claim, x.numbers)}, {x.numbers.pairs} seeds"
-
-
 def seeds_cell(x: Numbers, planned: int) -> str:
     return str(x.pairs) if x.pairs >= planned else f"{x.pairs} of {planned}"
 
@@ -71,6 +63,20 @@ def with_margin(word: str, x: Numbers) -> str:
     if not x.margin or x.mean is None:
         return word
     return word + (f" within {x.margin:.4f}" if word == "equal" else f" (margin {x.margin:.4f})")
+
+
+def row(claim: Claim, first: Numbers, said: str, fresh: Fresh | None, slope: float) -> list[str]:
+    """The cells under HEADS, of the fresh seeds where all their runs are there. said: the word that
+    the first seeds give."""
+    x, word, seeds, before = first, said, seeds_cell(first, planned_seeds(claim)), ""
+    if fresh and fresh.word:
+        x, word, seeds = fresh.numbers, fresh.word, f"{fresh.numbers.pairs}, fresh"
+        before = f"{said}: {measured(claim, first)}, {first.pairs} seeds"
+    compared = claim.compared.format(**x.arms) if x.mean is not None else ""
+    word = with_margin(word, x)
+    if fresh and not fresh.word:
+        word += f"; not yet confirmed: {fresh.there} of {fresh.planned} runs"
+    return [claim.text, compared, measured(claim, x), worth(claim, x, slope), seeds, word, before]
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
@@ -93,23 +99,19 @@ class Verdicts:
         self.found = evidence.read_tables(run.Options())
         self.numbers = evidence.all_numbers(CLAIMS, self.found)
         self.fresh = evidence.on_fresh_seeds()
-        self.words = evidence.words_of(CLAIMS, self.numbers)  # of the first seeds
-        self.words |= {text: x.word for text, x in self.fresh.items() if x.word}
+        self.first_words = evidence.words_of(CLAIMS, self.numbers)
+        self.words = self.first_words | {text: x.word for text, x in self.fresh.items() if x.word}
         self.slope = evidence.bits_of_e_times_the_steps(self.found)
         order = list(claims.WORDS)
         self.sorted = sorted(CLAIMS, key=lambda claim: order.index(self.words[claim.text]))
 
     def row(self, claim: Claim) -> list[str]:
-        """The cells under HEADS. The word is that of the fresh seeds, where these are there."""
-        x, fresh = self.numbers[claim.text], self.fresh.get(claim.text)
-        compared = claim.compared.format(**x.arms) if x.mean is not None else ""
-        cells = measured(claim, x), worth(claim, x, self.slope), seeds_cell(x, planned_seeds(claim))
-        decisive = fresh.numbers if fresh and fresh.word else x
-        word = with_margin(self.words[claim.text], decisive)
-        return [claim.text, compared, *cells, word, fresh_cell(claim, fresh)]
+        text = claim.text
+        first = self.numbers[text], self.first_words[text]
+        return row(claim, *first, self.fresh.get(text), self.slope)
 
     def summary(self) -> str:
-        """Three lines: what is sure, what is otherwise than claimed, what is open."""
+        """Three lines: what is sure as claimed, what is surely not so, what is open."""
 
         def those(words: tuple[str, ...]) -> str:
             told = []
@@ -121,13 +123,13 @@ class Verdicts:
                     told.append(claim.short + f" ({', '.join(notes)})" * bool(notes))
             return "; ".join(told)
 
-        open_ = tuple(word for word in claims.WORDS if word not in (*SURE, *OTHERWISE))
+        open_ = tuple(word for word in claims.WORDS if word not in (*SURE, *NOT_SO))
         done = sum(bool(x.word) for x in self.fresh.values())
         runs = [(len(plan.fresh_runs(x)), len(plan.seeds_of(x))) for x in NETWORKS]
         there, planned = map(sum, zip(*runs, strict=True))
         return "\n".join([
             f"* **As claimed**: {those(SURE)}.",
-            f"* **Otherwise than claimed**: {those(OTHERWISE)}.",
+            f"* **Not so here**: {those(NOT_SO)}.",
             f"* **Open**: {those(open_)}.",
             "",
             f"Fresh seeds have answered {done} of the {len(self.fresh)} claims that were put to "

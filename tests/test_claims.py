@@ -439,9 +439,24 @@ def test_fresh_seeds_give_a_word_when_all_their_runs_are_there(planning, monkeyp
              plan.CONFIRMATION, first=8)  # fmt: skip
     x = evidence.on_fresh_seeds()["it"]
     assert (x.word, x.numbers.pairs) == ("shown", 8)
-    assert verdicts.fresh_cell(claim, x).startswith("+0.1050 ± 0.00")
     planning("MLA", {1: [y + 9 for y in ys]}, plan.CONFIRMATION, first=16)
     assert evidence.on_fresh_seeds()["it"].numbers.mean == x.numbers.mean  # MHA has no such seeds
+
+
+def test_a_row_has_the_fresh_seeds_once_all_are_there():
+    """With them the difference, its worth, the seeds, the margin and what was compared."""
+    claim = claims.Claim("it", "mtp", "base", "off", "with {one[a]}", kind="equal", margin="loss")
+    first = evidence.Numbers(0.003, 0.001, margin=0.5, pairs=8, arms={"one": {"a": 1}})
+    new = evidence.Numbers(0.2, 0.1, margin=0.3, pairs=16, arms={"one": {"a": 2}})
+    slope, old = 0.2 / math.log(3), ["it", "with 1", "+0.0030 ± 0.0010 bits/byte", "+1.7%", "8"]
+    assert verdicts.row(claim, first, "equal", None, slope) == [*old, "equal within 0.5000", ""]
+    waiting = verdicts.row(claim, first, "equal", evidence.Fresh(new, 7, 9), slope)
+    assert waiting == [*old, "equal within 0.5000; not yet confirmed: 7 of 9 runs", ""]
+    done = evidence.Fresh(new, 9, 9, "differs: better")
+    assert verdicts.row(claim, first, "equal", done, slope) == [
+        "it", "with 2", "+0.2000 ± 0.1000 bits/byte", "+200.0%", "16, fresh",
+        "differs: better (margin 0.3000)", "equal: +0.0030 ± 0.0010 bits/byte, 8 seeds",
+    ]  # fmt: skip
 
 
 def test_two_processes_never_train_the_same_run(tmp_path, monkeypatch):
