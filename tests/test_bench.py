@@ -16,6 +16,7 @@ import bench
 import huggingface
 import train
 from support import counting, processes
+from support.plot import smooth
 from support.settings import Refusal
 
 ROOT = Path(__file__).parent.parent
@@ -123,13 +124,13 @@ def test_smooth_follows_a_curve_without_lag():
     """240 lines, as config/small.py's log has, so 6 neighbours on either side."""
     x = np.arange(10.0, 2401, 10)
     straight, steep = 5 - x / 1000, 2 + 6 * (1 + x / 25) ** -0.6
-    assert bench.smooth(x, straight) == pytest.approx(straight, abs=1e-9)  # both ends, too
-    assert bench.smooth(x, steep) == pytest.approx(steep, abs=0.03)
-    before, after = bench.smooth(x, x > 1000)[99:101]  # a jump stays where it is
+    assert smooth(x, straight) == pytest.approx(straight, abs=1e-9)  # both ends, too
+    assert smooth(x, steep) == pytest.approx(steep, abs=0.03)
+    before, after = smooth(x, x > 1000)[99:101]  # a jump stays where it is
     assert before == pytest.approx(6 / 13) and after == pytest.approx(7 / 13)
     noise = np.resize([0.1, -0.1], 240)
-    assert abs(bench.smooth(x, straight + noise) - straight)[30:].max() < 0.03
-    assert bench.smooth(x[:1], x[:1]) == [10.0] and not len(bench.smooth(x[:0], x[:0]))
+    assert abs(smooth(x, straight + noise) - straight)[30:].max() < 0.03
+    assert smooth(x[:1], x[:1]) == [10.0] and not len(smooth(x[:0], x[:0]))
 
 
 def evaluation(step: int, loss: float | None, bits: float = 0.4, **more) -> dict:

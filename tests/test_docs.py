@@ -138,7 +138,7 @@ def test_commands_name_files_and_keys_that_exist():
             command = re.search(r"(?:python|torchrun) .*?([\w/]+\.py)\b([^#`|]*)", line)
             if not command or command[1].endswith(("X.py", "NAME.py")):  # any script
                 continue
-            files = [command[1], "model.py", "bench.py"]  # the network's keys, all measurements'
+            files = [command[1], "model.py", "bench.py", "support/plot.py"]  # whose keys may follow
             files += ["experiments/run.py"] * command[1].startswith("experiments/")
             source = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
             for key in re.findall(r"--(\w+)", command[2]):

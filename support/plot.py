@@ -1,0 +1,156 @@
+"""A picture of runs from their logs: python bench.py plot RUN [RUN ...].
+
+Losses by step, any other key of the log, and how busy every expert was. matplotlib is optional.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from support.settings import Refusal
+
+Log = list[dict[str, Any]]  # the lines of log.jsonl
+
+
+@dataclass
+class PlotOptions:
+    out: str = ""  # the picture, .svg or .png; empty: RUN/plot.png, of several runs RUN-RUN.png
+    keys: str = ""  # keys of the log, with commas between them, drawn below the losses
+
+
+def read_log(run: str) -> Log:
+    """The lines of a run's log; the last may be half written, and is left out then."""
+    path = Path(run) / "log.jsonl"
+    if not path.is_file():
+        hint = "name folders of runs, such as out/small, and the picture with --out=FILE"
+        raise Refusal(f"{run} has no log.jsonl: {hint}.")
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    if not lines:
+        raise Refusal(f"{path} has no line yet: try again after a few steps of training.")
+    return [json.loads(line) for line in lines]
+
+
+def column(log: Log, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the lines that have this key, not null."""
+    points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
+    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The curve without its noise and without lag: for every point, the height of the straight line
+    through its neighbours, a twentieth of all points, half of them on either side.
+
+    There are fewer at first, where the curve is too steep for a long line. At the end, where none
+    follow, the line runs through those before.
+    """
+    heights = []
+    for i in range(len(y)):
+        side = min(len(y) // 40, i // 4)
+        near = slice(i - side, i + side + 1)
+        line = np.polyfit(x[near] - x[i], y[near], deg=min(side, 1))
+        heights.append(line[-1])  # at x[i]
+    return np.array(heights)
+
+
+def bits_per_byte(log: Log) -> float | None:
+    """How many bits per byte of the validation text are one nat per token; None: not yet known."""
+    evaluations = [line for line in log if line.get("val_loss") is not None]
+    return evaluations[-1]["val_bpb"] / evaluations[-1]["val_loss"] if evaluations else None
+
+
+def plot_validation(ax: Any, run: str, log: Log, colour: str) -> None:
+    """A curve with points, and an entry in the legend with the last loss."""
+    evaluations = [line for line in log if line.get("val_loss") is not None]
+    label = run
+    if evaluations:
+        step, nats, bits = (evaluations[-1][key] for key in ("step", "val_loss", "val_bpb"))
+        label += f": val_loss at step {step} is {nats:.3f} nats per token, {bits:.3f} bits per byte"
+    ax.plot(*column(evaluations, "val_loss"), "o-", color=colour, markersize=5, label=label)
+
+
+def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
+    """A colour for each run; pale is the log itself, strong the smoothed curve."""
+    for i, (run, log) in enumerate(logs.items()):
+        for key, style in ("loss", "-"), ("mtp_loss", "--"):
+            x, y = column(log, key)
+            ax.plot(x, y, style, color=f"C{i}", alpha=0.25)
+            ax.plot(x, smooth(x, y), style, color=f"C{i}")
+        plot_validation(ax, run, log, f"C{i}")
+    title = "solid: loss; dashed: mtp_loss; points: val_loss"
+    ax.set_title(title, fontsize=8)
+    ax.set(xlabel="step", ylabel="nats per token")
+    ax.grid(alpha=0.3)
+    # One axis in bits serves all runs only if their tokens have the same length in bytes.
+    factors = [bits_per_byte(log) for log in logs.values()]
+    if None not in factors and math.isclose(min(factors), max(factors), rel_tol=1e-3):
+        to_bits, to_nats = (lambda y: y * factors[0]), (lambda y: y / factors[0])
+        right = ax.secondary_yaxis("right", functions=(to_bits, to_nats))
+        right.set_ylabel("bits per byte of text")
+
+
+def plot_key(ax: Any, key: str, logs: dict[str, Log]) -> None:
+    """Any number in the log: a curve for each run. Raises Refusal where no log has it."""
+    curves = [column(log, key) for log in logs.values()]
+    if not any(len(x) for x, _ in curves):
+        raise Refusal(f"no log of {', '.join(logs)} has the key {key!r}: look into a log.jsonl.")
+    for i, curve in enumerate(curves):
+        ax.plot(*curve, color=f"C{i}")
+    ax.set(xlabel="step", ylabel=key)
+    ax.grid(alpha=0.3)
+
+
+def plot_load(ax: Any, run: str, evaluation: dict[str, Any]) -> None:
+    """How busy every expert was in an evaluation: a row for a layer, those of MTP modules last."""
+    share = np.array(evaluation["expert_load"])
+    rows, experts = share.shape
+    image = ax.imshow(
+        share * experts, "RdBu_r", aspect="auto", vmin=0, vmax=2, interpolation="nearest",
+        extent=(-0.5, experts - 0.5, rows + 0.5, 0.5),  # experts count from 0, layers from 1
+    )  # fmt: skip
+    ax.figure.colorbar(image, ax=ax, label="1 = even load", extend="max")
+    with_mtp = bool(evaluation["val_mtp_losses"])
+    ax.set(xlabel="expert", ylabel="MoE layers,\nthen MTP" if with_mtp else "MoE layers")
+    title = f"{run}: load of the experts on the validation text at step {evaluation['step']}"
+    ax.set_title(title, fontsize=8)
+
+
+def picture_beside(runs: list[str]) -> Path:
+    """out/small/plot.png for one run, out/small-lr2.png for out/small and out/lr2."""
+    if len(runs) == 1:
+        return Path(runs[0]) / "plot.png"
+    return Path(runs[0]).parent / ("-".join(Path(run).resolve().name for run in runs) + ".png")
+
+
+def plot(options: PlotOptions, runs: list[str]) -> Path:
+    """A picture of the losses of runs, and of how busy their experts were at the last evaluation.
+    RUN is a folder with a log.jsonl, which may still grow. Several runs share the curves' axes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    if not runs:
+        raise Refusal("no run is named: python bench.py plot out/small")
+    logs, loads = {run: read_log(run) for run in runs}, {}
+    for run, log in logs.items():
+        for line in log:
+            if line.get("expert_load"):  # empty without experts
+                loads[run] = line  # the last one stays
+    path = Path(options.out) if options.out else picture_beside(runs)
+    # Text stays text, and the same logs give the same file.
+    with rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "nanoV3"}):
+        keys = [key for key in options.keys.split(",") if key]
+        heights = [4, *([1.8] * (len(keys) + len(loads)))]  # inches
+        figure = Figure((8, sum(heights)), layout="constrained")
+        losses, *below = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+        plot_losses(losses, logs)
+        figure.legend(loc="outside upper center", fontsize=8, frameon=False)
+        for ax, key in zip(below, keys, strict=False):
+            plot_key(ax, key, logs)
+        for ax, (run, evaluation) in zip(below[len(keys) :], loads.items(), strict=True):
+            plot_load(ax, run, evaluation)
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return path
