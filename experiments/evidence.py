@@ -124,10 +124,11 @@ def numbers_from(
 
 
 def with_second_text(x: Numbers, second: Numbers):
-    """An equality has to hold on both texts, so the larger p-value counts."""
+    """An equality has to hold on both texts, so the larger p-value and both intervals count."""
     if second.p_equal is not None and x.p_equal is not None:
         x.p_equal = max(x.p_equal, second.p_equal)
-        x.elsewhere = abs(second.mean) + second.half < second.margin
+        widest = max(second.half, second.alone or 0.0)
+        x.elsewhere = abs(second.mean) + widest < second.margin
 
 
 def with_best_rates(x: Numbers, claim: Claim, found: dict[str, Table]):

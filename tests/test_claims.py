@@ -344,6 +344,9 @@ def test_an_equality_on_two_texts_needs_both():
     second.margin = 0.0035
     evidence.with_second_text(x, second)
     assert x.elsewhere
+    second.alone = 0.0016  # the interval of its pairs alone is the wider one
+    evidence.with_second_text(x, second)
+    assert not x.elsewhere
 
 
 def test_what_a_difference_is_worth_in_steps(monkeypatch):
