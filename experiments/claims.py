@@ -32,7 +32,7 @@ WORDS = {
     "suggestive of the opposite": "the same against the claim.",
     "suggestive of a difference": "the same against a claim that nothing differs.",
     "cannot tell": "none of these.",
-    "seen in a model": "*shown*, but by a simulation or on random numbers, not in a training.",
+    "seen in a simulation": "*shown*, but by a simulation or on random numbers, not in a training.",
     "lower here": "a bound of the paper was measured and not reached.",
     "not yet run": "an arm has no run.",
 }
@@ -80,7 +80,7 @@ def verdict(
             return "differs: better" if mean > 0 else "differs: worse"
         if mean < 0:
             return "contradicts"
-        return "seen in a model" if simulated else "shown"
+        return "seen in a simulation" if simulated else "shown"
     if kind == "equal" and (within[0] or differs[0]):
         return "suggestive" if within[0] else "suggestive of a difference"
     if differs[0]:

@@ -201,11 +201,20 @@ class Fresh:
     word: str = ""
 
 
+def fresh_runs() -> dict[str, list[dict]]:
+    """By the plan's name of the network."""
+    return {name: plan.fresh_runs(name) for name in (*plan.CHOSEN, *plan.LIKE_BASE)}
+
+
+def fresh_spreads(key: str) -> tables.Spreads:
+    """How much these runs vary."""
+    return tables.spreads(key, run.Options(results=plan.CONFIRMATION), fresh_runs())  # MLA is first
+
+
 def on_fresh_seeds() -> dict[str, Fresh]:
     """By the claim's text; all tests are one family, those whose runs are missing too."""
-    runs = {name: plan.fresh_runs(name) for name in (*plan.CHOSEN, *plan.LIKE_BASE)}
-    options, found = run.Options(results=plan.CONFIRMATION), {}
-    varies = {key: tables.spreads(key, options, runs) for key in tables.TEXTS}  # MLA is the first
+    runs, found = fresh_runs(), {}
+    varies = {key: fresh_spreads(key) for key in tables.TEXTS}
     for claim in ON_FRESH_SEEDS:
         seeds = set.intersection(*({*plan.seeds_of(name)} for name in claim.networks))
         one, other = ([x for x in runs[name] if x["seed"] in seeds] for name in claim.networks)

@@ -208,7 +208,7 @@ EQUAL |= {"p_equal": 0.01}
         ("better", SURE, "shown", "contradicts"),
         ("better", SURE | {"tuned": (0.01, 0.009)}, "shown", "contradicts"),
         ("better", SURE | {"alone": None}, "shown", "contradicts"),
-        ("better", SURE | {"simulated": True}, "seen in a model", "contradicts"),
+        ("better", SURE | {"simulated": True}, "seen in a simulation", "contradicts"),
         ("equal", SURE | {"margin": 0.0035, "p_equal": 1}, "differs: better", "differs: worse"),
         ("equal", EQUAL, "equal", "equal"),
         ("equal", EQUAL | {"p": 0.01, "half": 0.0005, "alone": 0.0005}, "equal", "equal"),
