@@ -20,8 +20,7 @@ the projection after attention (section 3.3.3), because turning 1x128 tiles into
 loses only what is too small for the new tile; DeepSeek-V3.1 does it throughout. On Gaussian data
 the error is 3.7 %, 0.1 points more than with other scales. In return bf16 holds the decoded numbers
 exactly. So machines without such products emulate them: they multiply the numbers that Hopper
-multiplies, slowly. FP8 pays on Hopper from widths of about 2000, with thousands of tokens, under
-`torch.compile`.
+multiplies, slowly. On Hopper FP8 can be faster from widths of about 2000, with thousands of tokens.
 """
 
 import functools

@@ -656,7 +656,7 @@ def main(argv: list[str]):
     if config.num_samples > MOST_TEXTS:
         raise Refusal(f"num_samples is {config.num_samples}, but must be at most {MOST_TEXTS}")
     device, dtype = usable_device(config.device), config.dtype
-    if dtype == "auto":  # a CPU decodes single tokens no faster in bfloat16
+    if dtype == "auto":  # a small model decodes no faster in bfloat16 on a CPU
         fast = device.type == "cuda" and fast_dtype(device)[0] == torch.bfloat16
         dtype = "bfloat16" if fast else "float32"
     model, tokenizer, path = load_model(ckpt or config.ckpt, device, getattr(torch, dtype))

@@ -1,8 +1,8 @@
 """A quarter of an hour on two CPU cores: a whole DeepSeek-V3 that writes recognisable Python.
 
 Its sizes were chosen by trials (docs/notes/LOG.md): at this budget a narrow network that sees more
-tokens beats a wide one. With 8 layers drafts pay, as one costs about a quarter of a plain step.
-7 MoE layers of 16 experts in 4 groups, and one MTP module.
+tokens beats a wide one. With 8 layers a draft costs about a quarter of a plain
+step, so drafts save time. 7 MoE layers of 16 experts in 4 groups, and one MTP module.
 """
 
 vocab_size = 4096
@@ -31,7 +31,7 @@ data = "stdlib"
 steps = 2400
 batch_size = 8
 block_size = 256
-long_block_size = 1024  # and YaRN, in the last tenth (section 4.3): the loss keeps falling
+long_block_size = 1024  # with YaRN, in the last tenth of the run (section 4.3)
 long_start = 0.9
 optimizer = "muon"
 lr = 6e-3
