@@ -64,6 +64,10 @@ REFERENCE = dict(
 @dataclass
 class Options:
     json: str = ""  # also write the tables to this file
+
+
+@dataclass
+class Timed(Options):
     rounds: int = 7  # measured turns of everything that is compared
     device: str = "auto"  # auto, cpu or cuda
 
@@ -191,7 +195,7 @@ def sizes(options: Options, files: list[str]) -> Iterator[Table]:
 
 
 @dataclass
-class TrainOptions(Options):
+class TrainOptions(Timed):
     compile: bool = False  # the config's step compiled; beside transformers: both ways
     recompute: bool = False  # the config's step with activation checkpointing
     fp8: bool = False  # the config's step with FP8 products
@@ -315,7 +319,7 @@ def train_(options: TrainOptions, files: list[str]) -> Iterator[Table]:
 
 
 @dataclass
-class DecodeOptions(Options):
+class DecodeOptions(Timed):
     prompt: int = 64  # its tokens
     new_tokens: int = 128  # decoded after it; 1: how long the prompt takes
     compile: bool = True  # compiled decoding as well; the first time it compiles for minutes
@@ -584,19 +588,21 @@ SHAPES = [(7168, 18432), (16384, 7168), (1536, 24576), (7168, 2048), (512, 32768
 
 
 @dataclass
-class FP8Options(Options):
-    shapes: str = "all"  # as 7168x18432,512x32768: in and out features; each compiles two layers
-    tokens: str = "8192"  # rows of x, with commas between them
+class FP8Options(Timed):
+    shapes: str = ""  # as 7168x18432,512x32768: in and out features; each compiles two layers
+    tokens: str = ""  # rows of x, with commas between them; without: 8192, emulated 256
 
 
 def fp8_(options: FP8Options, files: list[str]) -> Iterator[Table]:
     """FP8 products and layers beside bf16, slow shapes included."""
     device = processes.start(train.TrainConfig(device=options.device)).device
-    shapes, tokens, how = SHAPES, [*map(int, options.tokens.split(","))], "compiled"
-    if options.shapes != "all":
-        shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    shapes, tokens, how = SHAPES, [8192], "compiled"
     if not fp8.has_blockwise_fp8(device):
-        shapes, tokens, how = SHAPES[-1:], (256,), "EMULATION, which says nothing of FP8's speed"
+        shapes, tokens, how = SHAPES[-1:], [256], "EMULATION, which says nothing of FP8's speed"
+    if options.shapes:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    if options.tokens:
+        tokens = [*map(int, options.tokens.split(","))]
     rows = [fp8_row(*shape, M, device, options.rounds) for shape in shapes for M in tokens]
     title = "a layer: forward and backward, FP8Linear's weight in fp32 and quantised each time"
     yield Table(f"FP8 beside bf16, {how}; {title}", rows)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from torch.utils import swap_tensors
 import fp8
 from model import DeepSeekV3, ModelConfig
 from support.checkpoints import code_of, load_checkpoint
-from support.files import check_free, new_folder, new_path, read_json
+from support.files import check_free, lies_in, new_folder, new_path, read_json
 from support.gguf import write_gguf
 from support.settings import Refusal, info, parse_args, run_command, short
 from support.tokenizer import (
@@ -43,7 +43,8 @@ FAMILY = ("deepseek_v3", "kimi_k2")  # the values of model_type with V3's networ
 # config.json's other keys that matter, each with the only value that model.py computes.
 FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}
 FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
-# ... and those that ModelConfig has as fields. A network with more of them is no V3.
+# The fields of ModelConfig that DeepSeek-V3 has. A network in which another field, one of your own,
+# is not at its default is no V3 (check_layout).
 KEYS = {
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank"),
     *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size"),
@@ -52,6 +53,7 @@ KEYS = {
     *("rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_interleave"),
     *("attention_bias", "tie_word_embeddings", "num_nextn_predict_layers", "initializer_range"),
 }
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights not in FP8
 FP8_KEYS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 # Stored in FP8 are the projections of attention and FFN, not gate, norms or eh_proj.
 FP8_WEIGHTS = re.compile(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
@@ -100,7 +102,8 @@ class NoMemory(TorchFunctionMode):
 
 
 def outline(config: ModelConfig) -> DeepSeekV3:
-    """The network, mostly without memory: names and shapes, and what its constructor makes else."""
+    """The network, to ask for names and shapes. Tensors that its constructor makes with torch.empty
+    (the matrices) have no memory; all others, such as norms, are real."""
     try:
         with NoMemory():
             return DeepSeekV3(config)
@@ -236,6 +239,8 @@ def open_files(directory: Path, device: str) -> dict[str, Any]:
 
     stored = {}
     for path in sorted(directory.glob("model*.safetensors")):
+        if not lies_in(path, directory):
+            raise Refusal(f"{path} is a link to {path.resolve()}; put a copy in its place")
         try:
             file = safetensors.safe_open(path, "pt", device)
             if twice := stored.keys() & file.keys():
@@ -265,13 +270,18 @@ def check_tensors(model: DeepSeekV3, stored: dict[str, Any], directory: Path):
 def read_tensor(name: str, stored: dict[str, Any], directory: Path) -> Tensor:
     """A stored weight; if it is in FP8, decoded in float32. Raises Refusal."""
     x, scale = stored[name].get_tensor(name), f"{name}_scale_inv"
-    if not x.is_floating_point():  # int4 or int8, which torch would convert without a word
-        raise Refusal(f"{name} in {directory} holds {x.dtype}, expected floating point.")
-    if x.dtype != torch.float8_e4m3fn:
+    if x.dtype in DTYPES and scale not in stored:
         return x
+    if x.dtype != torch.float8_e4m3fn:  # such as int8 or E5M2, which torch would just convert
+        holds = f"{x.dtype} with {scale}" if scale in stored else f"{x.dtype}"
+        expected = "float8_e4m3fn with scales of blocks, or float32, bfloat16, float16 without"
+        raise Refusal(f"{name} in {directory} holds {holds}, expected {expected}.")
     if scale not in stored:
         raise Refusal(f"{name} in {directory} is in FP8, but has no {scale}.")
-    return fp8.dequantize(x, stored[scale].get_tensor(scale), fp8.BLOCK)
+    try:
+        return fp8.dequantize(x, stored[scale].get_tensor(scale), fp8.BLOCK)
+    except ValueError as error:  # one scale for the whole tensor, say
+        raise Refusal(f"{name} in {directory}: {error}") from None
 
 
 @torch.no_grad()
@@ -290,7 +300,7 @@ def from_pretrained(
     config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
     kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
     named = getattr(torch, str(kind or "bfloat16"), None)
-    if named not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if named not in DTYPES:
         raise Refusal(f"config.json has dtype {kind!r:.100}, expected one such as float32.")
     shapes = outline(config)
     check_tensors(shapes, stored, directory)
@@ -432,7 +442,7 @@ def with_settings(
 class ConvertConfig:
     quantize: bool = False  # FP8 weights with 128x128 block scales, as released
     check: bool = False  # compare logits with those of transformers (not where weights are FP8)
-    gguf_dtype: str = "F16"  # of the matrices in DST.gguf: F32, F16, BF16 or Q8_0
+    gguf_dtype: Literal["", "F32", "F16", "BF16", "Q8_0"] = ""  # of the matrices in DST.gguf: F16
     overwrite: bool = False  # rename what DST names to DST.old-1, and so on
 
 
@@ -491,7 +501,12 @@ def main(argv: list[str]):
     config = ConvertConfig(**parse_args(about, options, ConvertConfig, positional="src dst")[1])
     to_gguf = [path.suffix for path in paths[1:]] == [".gguf"]
     if len(paths) != 2 or config.check + config.quantize + to_gguf > 1:
-        info("usage: python huggingface.py SRC DST [--quantize=True or --check=True]; see --help")
+        info(
+            "usage: python huggingface.py SRC DIR [--quantize=True | --check=True], or SRC DST.gguf"
+        )
+        sys.exit(2)
+    if config.gguf_dtype and not to_gguf:
+        info(f"--gguf_dtype is for a file for llama.cpp, and {paths[1]} does not end in .gguf")
         sys.exit(2)
     source, target = paths
     needed = ["tokenizers", "safetensors", *["transformers"] * config.check]
@@ -503,7 +518,7 @@ def main(argv: list[str]):
     if (source / "config.json").exists():
         raise Refusal(f"{source} is an export already: SRC is a run or a checkpoint file.")
     if to_gguf:
-        return export_gguf(source, target, config.gguf_dtype, config.overwrite)
+        return export_gguf(source, target, config.gguf_dtype or "F16", config.overwrite)
     model, _, _ = load_model(source)
     with new_folder(target, config.overwrite) as folder:
         export(model, source, folder, config.quantize)

@@ -131,10 +131,11 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     """From each of the distributions p (B, n, V) one token (B, n): the one in whose part of [0, 1)
     u (B, n) lies. Such a part is as long as the token's probability.
 
-    A sum of rounded numbers over a large vocabulary misses the distribution, in float32 by up to
-    1e-3; a GPU adds in parallel, where a running sum may even rise at a token of probability 0, or
-    fall. So probabilities become whole numbers of 2^-52, which float64 adds without rounding, in
-    any order. Then every token has its probability up to 2^-52, and none if that is 0.
+    Running sums of rounded numbers are inexact: over a large vocabulary in float32 by up to 1e-3.
+    On a GPU, which adds in parallel, the sum may even go up where the probability is 0, so that a
+    token that was ruled out could be drawn, or go down. So probabilities become whole numbers of
+    2^-52, which float64 adds without rounding, in any order. Then every token has its probability
+    up to 2^-52, and none if that is 0.
     """
     p = p.double()
     total = (p / p.sum(-1, keepdim=True) * 2.0**52).floor().cumsum(-1)  # (B, n, V)
@@ -207,7 +208,8 @@ class Text:
         self.hidden = like.new_zeros(B, size if self.depth else 0, config.hidden_size)
         if T > 1:
             hidden = model.trunk(tokens[:, :-1], self.cache)  # (B, T-1, D)
-            self.hidden[:, : T - 1] = hidden[:, : self.hidden.shape[1]]
+            if self.depth:  # only the modules read hidden states
+                self.hidden[:, : T - 1] = hidden
             for k in range(self.depth):
                 hidden = self.one_further(k, hidden, 0)
         self.graphs = {}  # by the kind of a round: whether drafts are copied, and how many
@@ -235,10 +237,13 @@ class Text:
         """Writes drafts of tokens n .. n+G-1: the copies (B, G), or, if None, what the MTP modules
         make. Returns the distributions that they come from, q (B, G, V).
 
-        In every round the modules read as many positions as a round can add, up to n-2; those that
-        they have read before give the same again. There module 1 drafts token n, then module 2
-        token n+1, and so on. For more drafts the last module goes on, one position further each
-        time, from its own output. With two modules, at most three drafts (so 5 positions):
+        In every round the modules read the last G + depth positions up to n-2. The last round may
+        have added G + 1 tokens. Before these, depth - 1 positions may hold what a deeper module
+        made of a draft that was rejected. What was right gives the same again.
+
+        At n-2 module 1 drafts token n, then module 2 token n+1, and so on. For more drafts the last
+        module goes on, one position further each time, from its own output. With two modules, at
+        most three drafts (so 5 positions):
 
             module   reads positions   takes their states   and the tokens    drafts token
             1        n-6 .. n-2        of the model         n-5 .. n-1        n
@@ -283,7 +288,8 @@ class Text:
         kept, token = accept(probabilities(logits, *self.filters), q, drafts, u[:, G:])
         out = torch.cat((drafts, token), 1).scatter(1, kept[:, None], token)  # (B, G+1)
         self.tokens[:, span(n, G + 1)] = out.to(hidden.device)
-        kept = torch.where(logits.sum().abs() < math.inf, kept, -1)
+        # NaN, or nothing that can be drawn; a single -inf only rules a token out.
+        kept = torch.where(logits.amax(-1).sum().abs() < math.inf, kept, -1)
         return torch.cat((kept[:, None], out), 1)
 
     def round(self, n: int | Tensor, copies: Tensor | None, u: Tensor) -> Tensor:
@@ -388,7 +394,7 @@ def generate(
     B, T = tokens.shape
     end = min(T + max_new_tokens, model.config.max_position_embeddings)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    # Autocast would multiply the copies of weights by numbers of another dtype.
+    # laid_out copies weights in their own dtype. Under autocast they would meet numbers of another.
     with torch.autocast(tokens.device.type, enabled=False), laid_out(model, compile, end - T):
         filters = temperature, top_k, top_p
         text = Text(model, tokens, end - T, speculative, compile, filters, buffers)
@@ -405,7 +411,8 @@ def generate(
                 accepted = min(kept, len(ids))
                 rows[b].extend(ids)
                 on_token(b, ids, accepted)
-                stats.count(len(ids), accepted, min(G, end - n))
+                room = len(ids) if ids[-1] in eos else end - n  # tokens up to the end of the text
+                stats.count(len(ids), accepted, min(G, room))
             live = [b for b in live if rows[b].ids[-1] not in eos]
             n += advance
             stats.count_round(seconds, copied=copies is not None and G > 0)
@@ -651,6 +658,8 @@ def main(argv: list[str]):
     text = "Write text with a trained model: python sample.py out/small [--key=value]"
     ckpt, values = parse_args(text, argv, SampleConfig, positional="ckpt")
     config = SampleConfig(**values | with_home(values, "ckpt"))
+    if config.interactive and config.prompt:
+        raise Refusal("--interactive asks for prompts: leave out --prompt")
     if ckpt and "ckpt" in values:
         raise Refusal(f"there are two checkpoints, {ckpt} and --ckpt={config.ckpt}: name one")
     if config.num_samples > MOST_TEXTS:

@@ -51,13 +51,13 @@ class Outcome:
     returned: tuple = ()
     values: list[Tensor] = field(default_factory=list)  # of `returned`, what is compared
     learns: list[bool] = field(default_factory=list)  # which of them have a gradient
-    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the values' sum, by what
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of a weighted sum of the values
     multiplications: int = 0
 
 
 def run(case: Case, function: Callable, right: Outcome | None = None) -> Outcome:
-    """Calls the function. Without `right` it is the right one, which computes in float64 what
-    others are given in less."""
+    """Calls the function. Without `right`, the function is the answer itself. It gets the same
+    numbers as the reader's, rounded to the case's dtype, but computes with them in float64."""
     names = list(inspect.signature(getattr(solutions, case.function)).parameters)
     args = [as_given(x, case.dtype, right is None) for x in case.args]
     given = dict(zip(names, args, strict=False))
@@ -292,13 +292,10 @@ def judge(name: str, functions: SimpleNamespace) -> tuple[dict[str, str], list[s
 
 
 def the_readers(name: str) -> SimpleNamespace:
-    """The functions in exercises/NAME.py. Raises Refusal in one sentence."""
+    """The functions in exercises/NAME.py. Raises Refusal if one is missing; an error in the file
+    keeps its trace."""
     file = ROOT / f"exercises/{name}.py"
-    try:
-        names = runpy.run_path(str(file))
-    except Exception as error:
-        told = textwrap.shorten(f"{type(error).__name__}: {error}", 100)
-        raise Refusal(f"{file} cannot be run ({told}): mend it and try again.") from None
+    names = runpy.run_path(str(file))
     for function in EXERCISES[name].functions:
         if not callable(names.get(function)):
             raise Refusal(f"{file} has no function {function}: it begins with def {function}(...")
@@ -307,6 +304,9 @@ def the_readers(name: str) -> SimpleNamespace:
 
 def check(name: str, **functions: Callable) -> bool:
     """Checks exercises/NAME.py, or functions given by name: prints, and returns if all is right."""
+    if strange := functions.keys() - EXERCISES[name].functions.keys():
+        due = " and ".join(EXERCISES[name].functions)
+        raise TypeError(f"exercise {name} has no function {min(strange)}, but {due}")
     mine = the_readers(name) if functions.keys() != EXERCISES[name].functions.keys() else None
     mine = SimpleNamespace(**(vars(mine) if mine else {}) | functions)
     wrong, mistakes = judge(name, mine)
@@ -335,8 +335,9 @@ def overview() -> None:
                 done = f"{sum(map(bool, wrong))} of {len(wrong)} cases differ"
             else:
                 done = "done" if effect(name, mine)[1] else "differs in the trained network"
-        except Refusal as error:
-            done = str(error)
+        except Exception as error:  # of the reader's file: any
+            kind = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
+            done = textwrap.shorten(f"{kind}{error}", 100)
         print(f"{name:9} {exercise.title:46} {done}")
     print("\npython exercises/check.py NAME checks one; its text and its blank: exercises/NAME.py")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sample
-from bench import Options, Table, interleaved, print_tables, ratio
+from bench import Options, Table, Timed, interleaved, print_tables, ratio
 from huggingface import load_model
 from model import DeepSeekV3
 from support.ops import laid_out
@@ -30,7 +30,7 @@ from support.settings import Refusal, parse_args, run_command
 
 
 @dataclass
-class SpeculationOptions(Options):
+class SpeculationOptions(Timed):
     prompts: int = 8  # pieces of unseen code
     new_tokens: int = 128  # decoded after each
     compile: bool = True  # compiled decoding as well; the first time it compiles for minutes
@@ -147,7 +147,7 @@ def tables(ckpt: str, options: SpeculationOptions) -> Iterator[Table]:
 
 
 def main(argv: list[str]):
-    ckpt, values = parse_args(__doc__, argv, Options, SpeculationOptions, positional="ckpt")
+    ckpt, values = parse_args(__doc__, argv, Options, Timed, SpeculationOptions, positional="ckpt")
     options = SpeculationOptions(**values)
     ckpt = ckpt or "out/small"
     print_tables(f"speculation {ckpt}", tables(ckpt, options), options)

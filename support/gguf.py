@@ -21,12 +21,11 @@ from torch import Tensor
 from support.settings import Refusal
 from support.tokenizer import END_OF_TEXT, PATTERN, STAND_INS
 
-DTYPES = ("F32", "F16", "BF16", "Q8_0")  # of matrices; vectors and the gate's stay in float32
 # How llama.cpp names the way to split a text. It has DeepSeek-V3's, so that what PATTERN does
 # otherwise is a difference here, too: in 1,264 of the standard library's 2.4 million ids.
 PRE_TOKENIZERS = {PATTERN: "deepseek-v3", r50k_pat_str: "gpt-2"}
-# model.py's names and llama.cpp's: outside the layers, and of layer i behind "blk.i.". Two names
-# are two tensors, which model.py has in one.
+# model.py's names and llama.cpp's: outside the layers, and of layer i behind "blk.i.". Where
+# two names stand, llama.cpp has two tensors, and model.py has them in one.
 NAMES = {
     "embed_tokens.weight": "token_embd.weight",
     "norm.weight": "output_norm.weight",
@@ -201,8 +200,6 @@ def write_gguf(
     max_position_embeddings is the longest text. Raises Refusal before anything is written."""
     import gguf
 
-    if dtype not in DTYPES:
-        raise Refusal(f"gguf_dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
     check_config(config)
     writer = gguf.GGUFWriter(path, "deepseek2")
     add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}

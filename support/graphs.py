@@ -25,8 +25,9 @@ GRAPHS: dict[tuple, Callable] = {}  # by kind; they serve as long as the process
 def graph_of(function: Callable, args: tuple, kind: tuple, parts: Any, on_cpu: bool) -> Callable:
     """`function` as the graph of this kind, compiled here with these args if it is the first.
 
-    Calling it again must give the same again, as it is run here beforehand, where no clock counts
-    that. A CUDA graph is recorded with the addresses of tensors: those of `parts` (modules,
+    The function is called here first, once or several times, so that compiling and recording are
+    over before time is measured. So a second call with the same args must give the same result. A
+    CUDA graph is recorded with the addresses of tensors: those of `parts` (modules,
     dictionaries, tensors) stay where they are. Before torch replays a recording it compares the
     addresses; where they are others, it makes one more, without compiling (mark_static_address,
     cudagraph_trees.py). Ask once for each set of tensors.

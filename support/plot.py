@@ -78,6 +78,8 @@ def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
     for i, (run, log) in enumerate(logs.items()):
         for key, style in ("loss", "-"), ("mtp_loss", "--"):
             x, y = column(log, key)
+            if not y.any():  # a network without MTP modules logs 0
+                continue
             ax.plot(x, y, style, color=f"C{i}", alpha=0.25)
             ax.plot(x, smooth(x, y), style, color=f"C{i}")
         plot_validation(ax, run, log, f"C{i}")

@@ -146,9 +146,9 @@ def plot(tmp_path, monkeypatch):
     axes = pytest.importorskip("matplotlib.axes").Axes
     monkeypatch.chdir(tmp_path)
 
-    def plot(*options: str, **evaluations: list[dict]):
+    def plot(*options: str, mtp_loss: float = 6.5, **evaluations: list[dict]):
         for run, lines in evaluations.items():
-            log = [{"step": s, "loss": 6.0 - s / 20, "mtp_loss": 6.5} for s in range(40)]
+            log = [{"step": s, "loss": 6.0 - s / 20, "mtp_loss": mtp_loss} for s in range(40)]
             Path(run).mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(line) + "\n" for line in log + lines)
             Path(run, "log.jsonl").write_text(text + '{"step": 40, "lo', encoding="utf-8")
@@ -172,6 +172,12 @@ def test_plot_draws_any_keys_of_the_log(plot):
     assert curves[:2] == [[[40, 41], [2, 3]], [[], []]] and len(curves[3][0]) == 40
     with pytest.raises(Refusal, match="no log of a, b has the key 'yours'"):
         plot("--keys=yours", a=lines, b=[])
+
+
+def test_plot_leaves_out_the_loss_of_modules_that_are_not_there(plot):
+    """Their 0 would squeeze the curve of the loss."""
+    assert len(plot(a=[])[1]) == 5  # both losses twice, and the validation
+    assert len(plot(a=[], mtp_loss=0.0)[1]) == 3
 
 
 def test_plot_shows_validation_as_points_and_bits_per_byte(plot, capsys):

@@ -396,12 +396,41 @@ EMBED, HEAD = (f"model.layers.3.{x}.weight" for x in ("embed_tokens", "shared_he
     [
         (Q, torch.float8_e4m3fn, f"is in FP8, but has no {Q}_scale_inv"),
         (EMBED, torch.float32, f"{EMBED} differs from its original"),
-        (Q, torch.int8, "holds torch.int8, expected floating point"),
+        (Q, torch.int8, "holds torch.int8, expected float8_e4m3fn with scales"),
+        (Q, torch.float8_e5m2, "holds torch.float8_e5m2, expected float8_e4m3fn"),
     ],
 )
 def test_tensors_refused(name, dtype, sentence, saved_by_us):
     edit_tensors(saved_by_us, lambda x: x.update({name: (x[name] + 1).to(dtype)}))
     check_refusal(sentence, huggingface.from_pretrained, saved_by_us)
+
+
+@pytest.mark.parametrize(
+    "dtype, scale, sentence",
+    [
+        (torch.float8_e5m2, None, f"holds torch.float8_e5m2 with {Q}_scale_inv, expected"),
+        (torch.bfloat16, None, f"holds torch.bfloat16 with {Q}_scale_inv, expected"),
+        (torch.float8_e4m3fn, torch.ones(()), "a: scale is (), but q (42, 10)"),
+    ],
+)
+def test_scales_that_are_not_those_of_blocks_are_refused(dtype, scale, sentence, tmp_path):
+    """Else a weight would be read without its scale."""
+    huggingface.save_pretrained(ours(), tmp_path / "a", quantize=True)
+
+    def change(x):
+        x[Q] = x[Q].to(dtype)
+        x[f"{Q}_scale_inv"] = x[f"{Q}_scale_inv"] if scale is None else scale
+
+    edit_tensors(tmp_path / "a", change)
+    check_refusal(sentence, huggingface.from_pretrained, tmp_path / "a")
+
+
+def test_weights_behind_a_link_are_refused(saved_by_us, tmp_path):
+    """Nothing outside a stranger's folder is read."""
+    (file,) = saved_by_us.glob("*.safetensors")
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    check_refusal("elsewhere; put a copy in its place", huggingface.from_pretrained, saved_by_us)
 
 
 def test_tensors_that_may_be_there_or_not(tmp_path):

@@ -571,6 +571,41 @@ def test_damaged_weights_are_refused():
         generate(model, torch.tensor([[1]]), 3)
 
 
+@pytest.mark.parametrize("ruled_out", [slice(5, None), slice(None)], ids=["some", "all"])
+def test_an_edit_may_rule_tokens_out(ruled_out, monkeypatch):
+    """With -inf, as long as one is left."""
+    plain = DeepSeekV3.logits
+
+    def logits(self, h):
+        x = plain(self, h)
+        x[..., ruled_out] = -math.inf
+        return x
+
+    monkeypatch.setattr(DeepSeekV3, "logits", logits)
+    model, prompt = tiny(), torch.tensor([[1, 2, 3]])
+    if ruled_out.start:
+        assert generate(model, prompt, 20)[0, 3:].max() < 5
+    else:
+        with pytest.raises(Refusal, match="logits are not finite"):
+            generate(model, prompt, 3)
+
+
+def test_drafts_behind_the_end_of_a_text_do_not_count():
+    """A text counts the same whether an end token or the limit ends it."""
+    model, prompt = tiny(), torch.tensor([[1, 2, 3]])
+    text = generate(model, prompt, 30, temperature=0)[0, 3:].tolist()
+    for length in {text.index(token) + 1 for token in text}:
+        counts = []
+        for end in (
+            dict(max_new_tokens=length),
+            dict(max_new_tokens=30, eos_token_id=text[length - 1]),
+        ):
+            stats = sample.Stats()
+            generate(model, prompt, **end, temperature=0, speculative=4, stats=stats)
+            counts.append((stats.tokens, stats.drafted, stats.accepted))
+        assert counts[0] == counts[1]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch.compile
 def test_a_wrapped_model_and_short_integers_make_the_same_text():
     """A model in torch.compile's wrapper is decoded as itself."""
