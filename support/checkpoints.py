@@ -9,6 +9,7 @@ far a run has come. Of sharded tensors a file has the whole (`gather`), and a pr
 import functools
 import math
 import os
+import re
 import sys
 import zipfile
 from dataclasses import dataclass, field
@@ -49,8 +50,10 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
         saved = torch.load(file, "cpu", weights_only=True, mmap=True)
         dict(saved["model_config"])  # raises where another program has saved it
     except Exception as error:  # a damaged file may lead to any
-        told = f"{file} is damaged, or no checkpoint of train.py"
-        raise Refusal(f"{told} ({short(error, 100)})") from None
+        told, why = f"{file} is damaged, or no checkpoint of train.py", short(error, 100)
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            why = f"it holds {short(named[1], 80)!r}; only tensors, numbers and text are opened"
+        raise Refusal(f"{told} ({why})") from None
     if damaged:
         raise Refusal(f"{file} is damaged: {damaged} in it has another checksum than when saved")
     return saved

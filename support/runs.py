@@ -289,7 +289,15 @@ class Run:
         }
         saved = dict(**saved, **about, **more)  # unlike |, an error where a name comes twice
         self.check_place()
-        write_whole(self.out / name, lambda file: torch.save(saved, file))
+
+        def save(file: BinaryIO):
+            torch.save(saved, file)
+            file.flush()
+            # A NumPy number in a state can be saved, but not opened: an error now. It reads no
+            # tensors, so it takes milliseconds.
+            torch.load(file.name, "cpu", weights_only=True, mmap=True)
+
+        write_whole(self.out / name, save)
 
     def check_place(self):
         """Raises Refusal where the folder is not the one that was locked."""

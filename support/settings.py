@@ -34,7 +34,7 @@ def info(text: str) -> None:
 
 def short(text: object, length: int = 200) -> str:
     """In one line of at most so many characters and " ...", cut between two words."""
-    line = " ".join(str(text).split())
+    line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(text)).split())  # torch prints in bold
     if len(line) <= length:
         return line
     words, _, _ = line[: length + 1].rpartition(" ")

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from training import (
@@ -229,6 +231,19 @@ def test_a_state_by_the_name_of_a_setting_is_an_error_and_not_lost(monkeypatch):
     )
     with pytest.raises(TypeError, match="tokens"):
         run("--steps=1")
+
+
+def test_what_could_not_be_opened_again_is_an_error_and_replaces_no_checkpoint(monkeypatch):
+    """torch.save writes a NumPy number, and torch.load refuses it."""
+    thing, by_name = (
+        mock.Mock(**{"state_dict.side_effect": [1.0, np.float64(1)]}),
+        checkpoints.by_name,
+    )
+    monkeypatch.setattr(checkpoints, "by_name", lambda *x: {"mine": thing} | by_name(*x))
+    with pytest.raises(pickle.UnpicklingError, match="GLOBAL numpy"):
+        run("--save_every=1")
+    assert load("run")["mine"] == load("run")["step"] == 1
+    assert not [*Path("run").glob("*.tmp")]
 
 
 def test_a_run_starts_from_a_file_of_weights_alone(begun, capsys):
@@ -618,7 +633,8 @@ class Evil:
 def test_nothing_in_a_checkpoint_can_run_code(options, begun):
     with edited(begun / "ckpt.pt") as saved:
         saved["random"] = Evil()
-    assert "is damaged, or no checkpoint of train.py" in refused(*options, "--steps=2")
+    said = refused(*options, "--steps=2")
+    assert "is damaged, or no checkpoint of train.py (it holds '" in said and "\x1b" not in said
     assert not Path("made by a checkpoint").exists()
 
 

@@ -72,6 +72,10 @@ def test_wrong_keys_and_values_exit_with_2_and_a_sentence(word, sentence, capsys
     assert caught.value.code == 2 and sentence in said and len(said) < 400
 
 
+def test_what_torch_prints_in_bold_is_plain_words_in_a_sentence():
+    assert config.short("a \x1b[1mbold\x1b[0m\n word", 11) == "a bold word"
+
+
 def test_help_and_absent_values(capsys):
     assert parse() == (None, {})
     assert parse("--fp8", "here") == ("here", {"fp8": True})  # a flag takes no value
