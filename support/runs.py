@@ -32,7 +32,7 @@ from support.clock import Clock
 from support.files import put_aside, write_whole
 from support.flops import flops_per_token, peak_flops
 from support.processes import Machine
-from support.settings import Refusal, info
+from support.settings import Refusal, info, place_of, short
 from support.signals import Stop
 
 try:
@@ -354,8 +354,9 @@ def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iter
         run.clock.restart(progress.tokens)
         try:
             yield run
-        except RuntimeError:
-            if stop.heard:  # a compiler, or another process, has heard the signal too
+        except RuntimeError as error:
+            if stop.heard:  # a compiler, or another process, may have heard the signal too
+                info(f"the step failed{place_of(error)} ({short(error)}); {run.way_on()}.")
                 raise KeyboardInterrupt from None
             raise
         if run.stopped:

@@ -46,7 +46,7 @@ class Stop:
         if self.machine.rank == 0:
             with suppress(OSError, ValueError):  # of a terminal that is closed
                 os.write(sys.stderr.fileno(), b"\nstopping after this step\n")
-        if self.machine.world == 1:  # torchrun sends every signal twice
+        if "RANK" not in os.environ:  # else a scheduler and torchrun may both send this one signal
             self.end()
 
     def end(self):

@@ -348,6 +348,7 @@ if waiting > 0.25 and => if waiting > 0.35 and
 if handler not in left} => }
 left = (signal.SIG_IGN, None) => left = (signal.SIG_IGN,)
 ("SIGINT", "SIGTERM", "SIGHUP") => ("SIGINT", "SIGTERM")
+if "RANK" not in os.environ: => if self.machine.world == 1:
 
 # support/files.py tests/test_runs.py
 part.unlink(missing_ok=True)  # left by => pass  # left by

@@ -267,7 +267,7 @@ def test_torchrun_trains_and_is_interrupted_and_resumed(shared):
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(start):
-    """The last one gets it, twice as of torchrun."""
+    """The last one gets it, twice, as of a scheduler and torchrun."""
     ranks = start("--steps=5000", "--batch_size=64", world=2)  # a step outlasts both signals
     wait_for(lambda: "step 3/" in ranks[0].log.read_text())
     for _ in range(2):

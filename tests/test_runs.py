@@ -325,7 +325,7 @@ def test_with_overwrite_a_run_is_put_aside_whole(begun, capsys):
     assert not Path("run/photo.png").exists()
 
 
-def test_a_run_that_ended_before_its_first_line_is_in_no_way(shared):
+def test_a_run_that_ended_before_its_first_line_is_in_no_way(capsys):
     """It has left an empty log and the tokenizer's files. And a missing compiler is told."""
     lacking = torch._dynamo.exc.ShortenTraceback("no g++", first_useful_frame=None)
     with mock.patch.object(torch.optim.AdamW, "step", side_effect=lacking):
@@ -333,6 +333,11 @@ def test_a_run_that_ended_before_its_first_line_is_in_no_way(shared):
         stop = mock.patch.object(train, "lr_at", lambda *_: signal.raise_signal(2) or 0.1)
         with stop, pytest.raises(KeyboardInterrupt):  # a killed compiler is no lacking one
             run()
+        said = capsys.readouterr().err  # it may also be a bug, whose place and words are told
+        assert re.search(
+            r"the step failed at \S*train.py:\d+, in train \(no g\+\+\); nothing is saved: begin",
+            said,
+        )
     assert Path("run/log.jsonl").read_bytes() == b""
     assert "has no ckpt.pt to go on from: begin without --resume" in refused("--resume")
     run("--steps=1")
@@ -458,6 +463,15 @@ def test_a_signal_or_a_closed_terminal_stops_the_run_when_all_is_saved(number, f
         assert signal.getsignal(number) == before
 
     faults.at_step(2, close)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert load("run")["step"] == 3
+
+
+def test_under_torchrun_one_process_may_get_a_signal_twice(faults, monkeypatch):
+    """From a scheduler, which sends it to all processes, and from torchrun, which sends it on."""
+    monkeypatch.setenv("RANK", "0")
+    faults.at_step(2, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         run()
     assert load("run")["step"] == 3
