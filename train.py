@@ -316,8 +316,10 @@ def train_windows(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
 
     An epoch is a shuffled list of windows that lie side by side. Windows are numbered through all
     epochs, and a step takes the next numbers. So every token comes once per epoch while batch and
-    window keep their size. Where two window sizes take turns, each skips the other's numbers;
-    while the batch grows, the numbers between are skipped.
+    window keep their size. Short and long windows are two lists, cut from the same text. Where they
+    take turns, a list goes on in every step, so what it would have had in the other's steps is not
+    read in that epoch. While the batch grows, a step leaves out the numbers that a full batch would
+    have taken.
     """
     T, length = block_at(config, step), len(data.train)
     first = step * config.batch_size * config.block_size // T  # windows before this step
@@ -504,6 +506,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
         if progress.owes_evaluation or given_weights:
             run.note(evaluate(model, data, config, machine))
 
+        save_due = False
         while not (run.finished or run.stopped):
             step = progress.step
             if extended(config, step):
@@ -534,8 +537,10 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
 
             evaluation = run.due(config.eval_every) and not run.stopped
-            if finite and (evaluation or run.stopped or run.due(config.save_every)):
+            save_due |= evaluation or run.stopped or run.due(config.save_every)
+            if finite and save_due:  # else after the next good step
                 run.save()
+                save_due = False
             if evaluation:
                 run.note(evaluate(model, data, config, machine))
 
@@ -647,7 +652,8 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
         raise Refusal(f"{less}: give --long_block_size=0, or {trained} at least.")
     parts = machine.world * config.grad_accum
     for steps, size in stages_from(config, first):
-        # In the last phase every second step has long windows: one of the last two, if any has.
+        # Long windows come in every second step of the last phase. So if any of these steps has
+        # them, one of the last two has.
         for step in (steps[0], *steps[-2:]):
             tokens, T = size * config.block_size, block_at(config, step)
             if tokens % (T * parts):

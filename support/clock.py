@@ -26,8 +26,8 @@ class Clock:
         self.told_busy = False
 
     def restart(self, tokens: int):
-        """Measuring begins here, after so many tokens. What has taken time until now, such as an
-        evaluation, does not count."""
+        """Measuring begins here, after so many tokens. What has taken time until now, such as a
+        save or an evaluation, does not count, nor do the steps since the last measurement."""
         self.since, self.tokens_before = time.perf_counter(), tokens
 
     def measure(self, tokens: int) -> float:

@@ -26,7 +26,8 @@ def put_aside(folder: Path) -> Path:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Names the file in an error of writing that does not: a full disk's, for one."""
+    """An error of writing that does not name its file, such as a full disk's, becomes a Refusal
+    that does."""
     try:
         yield
     except OSError as error:

@@ -162,7 +162,8 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
         torch._dynamo.config.capture_dynamic_output_shape_ops = True  # rows in ops.sort_by_expert
         torch.compiler.assume_constant_result(has_grouped_mm)  # else a break before every call
         info("every new shape of a batch is compiled first, which may take minutes")
-        torch._dynamo.config.optimize_ddp = False  # it would cut graphs in pieces; blocks are such
+        # It would cut every graph in pieces the size of DDP's buckets; a block is a small graph.
+        torch._dynamo.config.optimize_ddp = False
         for block in blocks:
             block.compile(dynamic=False)  # a graph for each length of windows
     if sharded:

@@ -46,7 +46,8 @@ RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
 
 
 def open_here(path: Path, mode: str) -> BinaryIO:
-    """Opens a file to write to, but no link, which in a stranger's folder may lead out of it."""
+    """Opens a file for writing and refuses a link: in a folder from a stranger it may lead out of
+    that folder."""
     no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
     return open(path, mode, opener=lambda name, flags: os.open(name, flags | no_link, 0o666))
 
@@ -250,6 +251,7 @@ class Run:
         self.progress.owes_evaluation = self.due(self.config.eval_every)  # which comes after it
         self.write("ckpt.pt", self.states)
         self.saved_step = self.progress.step
+        self.clock.restart(self.progress.tokens)
 
     def note(self, result: dict):
         """An evaluation: a line of log.jsonl, and best.pt if these weights are the best so far.

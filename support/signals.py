@@ -13,7 +13,8 @@ NUMBERS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasatt
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """All of them do what Ctrl-C does, so that nothing unfinished stays."""
+    """Within `with interruptible():` SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does,
+    so that unfinished files are removed."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
@@ -30,7 +31,7 @@ def interruptible() -> Iterator[None]:
 
 
 class Stop:
-    """A training stops after the step in which one of them comes, when all is saved."""
+    """A training that gets one of these signals finishes its step, saves a checkpoint and stops."""
 
     def __init__(self, machine):
         self.machine, self.heard = machine, False

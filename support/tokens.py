@@ -126,7 +126,8 @@ class Dataset:
     val: Tokens
     vocab_size: int
     val_bytes_per_token: float  # <|endoftext|> is one of the tokens and has no bytes
-    test: Tokens | None = None  # for the last word alone: experiments/unseen.py
+    # No setting is chosen by it; experiments/unseen.py measures final results on it.
+    test: Tokens | None = None
     rows: int = 0  # of the embedding in the release whose tokenizer this is (0: not known)
 
 

@@ -385,7 +385,8 @@ is_path = len(path.parts) > 1 or => is_path =
 same = identity == tokenizer_identity(data) => same = True
 
 # train.py tests/test_runs.py
-if finite and (evaluation => if (evaluation
+if finite and save_due: => if save_due:
+save_due |= evaluation => save_due = evaluation
 stages_from(config, first): => stages_from(config, 0):
 
 # support/signals.py tests/test_files.py

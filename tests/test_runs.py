@@ -569,6 +569,22 @@ def test_that_other_programs_keep_a_run_waiting_is_said_once(share, monkeypatch,
     assert left == [False] * 4 + [True] * 3
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_time_of_a_save_is_no_time_of_training(every, monkeypatch):
+    """By a clock on which a step takes one second and a save a thousand."""
+    now, windows, write = [0.0], train.train_windows, runs.write_whole
+
+    def wait(seconds: int):
+        now[0] += seconds
+
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train, "train_windows", lambda *x: wait(1) or windows(*x))
+    monkeypatch.setattr(runs, "write_whole", lambda *x: wait(1000) or write(*x))
+    run(f"--save_every={every}", "--log_every=2")
+    lines = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
+    assert {line["tokens_per_s"] for line in lines if "loss" in line} == {64.0}
+
+
 # ---- Numbers that are not finite -----------------------------------------------------------------
 
 ANEW = "begin anew with --init_from=run/best.pt, another --out and a lower --lr"
@@ -594,6 +610,18 @@ def test_a_diverging_run_stops_or_has_failed_at_its_end(bad, steps, every, way, 
     told = f"{last - bad[0] + 1} gradient(s) up to step {last} are not finite"
     assert said == f"{told}; {way}."
     assert log_of("run")[-1]["grad_norm"] is None  # though no line was due
+
+
+def test_a_checkpoint_that_is_due_in_bad_steps_comes_after_the_next_good_one(faults, monkeypatch):
+    save, saved = runs.Run.save, []
+    monkeypatch.setattr(runs.Run, "save", lambda run: saved.append(run.progress.step) or save(run))
+    faults.bad_gradients(2, 3)
+    run("--save_every=2", "--eval_every=8")
+    assert saved == [4, 6, 8]
+    saved.clear()
+    faults.bad_gradients(4, 5, 8)  # in step 4 an evaluation, too
+    run("--save_every=8", "--steps=9", "--overwrite")
+    assert saved == [6, 9]
 
 
 def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch):
