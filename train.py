@@ -118,6 +118,12 @@ class TrainConfig:
             raise Refusal(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise Refusal("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
+        if self.batch_start > self.batch_size:
+            wrong = f"batch_start is {self.batch_start}, but batch_size, which it grows to, is"
+            raise Refusal(f"{wrong} {self.batch_size}: raise batch_size, or lower batch_start.")
+        for name in PHASES:
+            if (x := getattr(self, name)) > 1:
+                raise Refusal(f"{name} is {x}, but must be a fraction of the run: at most 1.")
         # A cosine that ends at 1 lasts to the end of the run, without a last phase.
         phases = PHASES if self.decay_end < 1 else PHASES[:-1]
         for first, then in itertools.pairwise(phases):

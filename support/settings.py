@@ -101,7 +101,9 @@ def parse_args(
         if alone and "prompt" in fields:
             parser.error(f"{word!r} stands alone; write --prompt={shlex.quote(word)}")
         if alone:
-            parser.error(f"{word!r} is one word too many; put a pattern such as '*.txt' in quotes")
+            pattern = "put a pattern such as '*.txt' in quotes"
+            mend = pattern if "source" in fields else "write an option as --key=value"
+            parser.error(f"{word!r} is one word too many; {mend}")
         parser.error(f"write --{word}" if name in fields else unknown_key(name, fields))
     values = {name: text for name, text in vars(given).items() if text is not None}
     argument = values.pop("0", None)

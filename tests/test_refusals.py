@@ -57,10 +57,18 @@ REFUSALS = [
     (f"{NEW} --stepps=1", 2, "unknown key stepps; did you mean steps?"),
     (f"{NEW} --steps=0", 1, "steps is 0, but must be at least 1"),
     (f"{NEW} --batch_start=-1", 1, "batch_start is -1, but must be at least 0"),
+    (f"{NEW} --compile False", 2, "'False' is one word too many; write an option as --key=value"),
     (f"{NEW} --beta2=1", 1, "less than 1"),
     (f"{NEW} --optimizer=muon --parallel=fsdp", 1, "muon needs whole matrices"),
     (f"{NEW} --decay_start=0.9 --decay_end=0.1", 1, "decay_start is 0.9, but decay_end is 0.1"),
     (f"{NEW} --warmup=0.6", 1, "warmup is 0.6, but decay_start is 0.5: raise decay_start to 0.6"),
+    (f"{NEW} --warmup=2000", 1, "warmup is 2000.0, but must be a fraction of the run: at most 1."),
+    (f"{NEW} --decay_end=9", 1, "decay_end is 9.0, but must be a fraction of the run: at most 1."),
+    (
+        f"{NEW} --batch_start=8",
+        1,
+        "batch_start is 8, but batch_size, which it grows to, is 4: raise",
+    ),
     (f"{NEW} --decay_end=0.99", 1, "decay_end is 0.99, but final_start is 0.9887"),
     # What does not fit together.
     (f"{NEW} --grad_accum=3", 1, "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
