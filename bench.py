@@ -17,13 +17,11 @@ import json
 import math
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -44,12 +42,11 @@ from model import Cache, DeepSeekV3, ModelConfig
 from support import processes
 from support.counting import PRODUCTS, Count, as_compiled, on_a_card
 from support.flops import flops_per_token, peak_flops
-from support.gguf import write_gguf
+from support.llama_cpp import LLAMA_CPP, llama_cpp
 from support.ops import fast_dtype, laid_out
 from support.plot import PlotOptions, plot
 from support.processes import Machine
 from support.settings import Refusal, info, parse_args, read_config_file, run_command
-from support.tokenizer import END_OF_TEXT, PATTERN, encoding_from
 
 # The 20.8M-parameter model on which we and transformers' DeepseekV3ForCausalLM are compared.
 REFERENCE = dict(
@@ -383,56 +380,6 @@ def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Modul
         if name in steps:
             row["reading's share"] = ratio(read, steps[name][-options.rounds :], size)
     return table
-
-
-LLAMA_CPP = {"float32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}  # q8_0: a byte for each weight
-# In a process of its own: beside torch's, its threads are 4 times as slow. In float32 all is:
-# weights, cache and attention. Else the cache has 16 bits, and attention is llama.cpp's choice.
-LLAMA_SERVER = """
-import sys, xllamacpp
-file, dtype, threads = sys.argv[1:]
-params = xllamacpp.CommonParams()
-params.model.path, params.verbosity, params.fit_params = file, -1, False
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
-if dtype == "float32":
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-server = xllamacpp.Server(params)
-print(server.listening_address, flush=True)
-sys.stdin.read()  # which ends with the measurement
-"""
-
-
-@contextmanager
-def llama_cpp(
-    model: DeepSeekV3, dtype: str, text: Tensor, new: int
-) -> Iterator[Callable[[Tensor], Tensor]]:
-    """llama.cpp's server on the same weights and threads: prompt (1, T) -> (1, T + new), greedy.
-
-    text: ours; the end token, which llama.cpp must not write here, is none of it.
-    """
-    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256}  # any will do: ids go in and out
-    end = min({*range(257, model.config.vocab_size)} - {*text.flatten().tolist()})
-    vocabulary = encoding_from(ranks, PATTERN, {END_OF_TEXT: end})
-    wishes = {"n_predict": new, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
-    wishes |= {"cache_prompt": False, "return_tokens": True}
-
-    def complete(prompt: Tensor) -> Tensor:
-        body = json.dumps(wishes | {"prompt": prompt[0].tolist()}).encode()
-        request = urllib.request.Request(f"{address}/completion", body)
-        with urllib.request.urlopen(request) as answer:
-            ids = json.load(answer)["tokens"]
-        return torch.cat((prompt, torch.tensor([ids])), -1)
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.gguf"
-        weights, config = model.state_dict().items(), asdict(model.config)
-        write_gguf(file, weights, config, vocabulary, LLAMA_CPP[dtype])
-        words = LLAMA_SERVER, str(file), dtype, str(torch.get_num_threads())
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        with subprocess.Popen([sys.executable, "-c", *words], **pipes) as server:
-            address = server.stdout.readline().strip()
-            yield complete
 
 
 def our_step_at(model: DeepSeekV3, S: int) -> tuple[list[Tensor], Callable]:

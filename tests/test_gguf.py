@@ -19,11 +19,11 @@ import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import huggingface
-from bench import llama_cpp
 from model import DeepSeekV3
 from prepare_data import read_stdlib
 from sample import generate
 from support.gguf import write_gguf
+from support.llama_cpp import llama_cpp
 from support.settings import Refusal
 from support.tokenizer import (
     PATTERN,
