@@ -314,7 +314,7 @@ def check(name: str, **functions: Callable) -> bool:
     for case, told in wrong.items():
         print(f"  {'ok ' if not told else '-- '} {case}{f': {told}' if told else ''}")
     for sentence in mistakes:
-        print(f"  This is what comes out if {sentence}.")
+        print(f"  It gives what would come out if {sentence}.")
     if "not written yet" in wrong.values():
         names = " and ".join(EXERCISES[name].functions)
         print(f"Write {names} in exercises/{name}.py; --hint says how, --solution where it stands.")

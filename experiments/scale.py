@@ -3,7 +3,7 @@
 Nothing is trained and no weight is allocated. Cost, traffic, pipeline and memory follow from the
 shapes in a config file and from what V3's report says of its machines. Such a number is called an
 input, and what follows from inputs alone agrees with the report by construction. Brackets hold what
-the makers say of a number that is computed here. Without a CONFIG the file is V3's, and
+DeepSeek says of a number that is computed here. Without a CONFIG the file is V3's, and
 results/scale.json and the figures of docs/SCALE.md are written anew.
 """
 
