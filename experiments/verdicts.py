@@ -133,7 +133,7 @@ class Verdicts:
             f"* **Open**: {those(open_)}.",
             "",
             f"Fresh seeds have answered {done} of the {len(self.fresh)} claims that were put to "
-            f"them; {there} of {planned} runs are there.",
+            f"them, with {there} of {planned} runs.",
         ])  # fmt: skip
 
     def table(self) -> str:
@@ -145,15 +145,15 @@ class Verdicts:
         return markdown(HEADS, rows)
 
     def fp8_on_both_texts(self) -> str:
-        base, tiles = (self.found["fp8_loss"].runs[arm] for arm in ("base", "tiles"))
+        base, tiles = (plan.fresh_runs(name) for name in ("MLA", "tiles"))
         changes = []
         for key in tables.TEXTS:
             pairs = tables.paired(tiles, base, key)
             share = statistics.mean(tables.changes(pairs, key)) / tables.mean_of(base, key)
             changes.append(f"{share:+.2%}")
         return spaced(
-            f"FP8 with tiles changes the loss by {changes[0]} on the test text and by {changes[1]} "
-            f"on the validation text ({len(pairs)} pairs)."
+            f"On {len(pairs)} fresh seeds FP8 with tiles changes the loss by {changes[0]} on the test "
+            f"text and by {changes[1]} on the validation text."
         )
 
     # ---- The appendix
