@@ -152,8 +152,8 @@ class Verdicts:
             share = statistics.mean(tables.changes(pairs, key)) / tables.mean_of(base, key)
             changes.append(f"{share:+.2%}")
         return spaced(
-            f"On {len(pairs)} fresh seeds FP8 with tiles changes the loss by {changes[0]} on the test "
-            f"text and by {changes[1]} on the validation text."
+            f"On {len(pairs)} fresh seeds FP8 with tiles changes the loss by {changes[0]} on the "
+            f"test text and by {changes[1]} on the validation text."
         )
 
     # ---- The appendix
