@@ -7,6 +7,7 @@ of it, is looked up once per text.
 """
 
 import functools
+import numbers
 import sys
 import time
 import types
@@ -26,11 +27,12 @@ def graph_of(function: Callable, args: tuple, kind: tuple, parts: Any, on_cpu: b
     """`function` as the graph of this kind, compiled here with these args if it is the first.
 
     The function is called here first, once or several times, so that compiling and recording are
-    over before time is measured. So a second call with the same args must give the same result. A
-    CUDA graph is recorded with the addresses of tensors: those of `parts` (modules,
-    dictionaries, tensors) stay where they are. Before torch replays a recording it compares the
-    addresses; where they are others, it makes one more, without compiling (mark_static_address,
-    cudagraph_trees.py). Ask once for each set of tensors.
+    over before time is measured. So a second call with the same args must give the same result.
+
+    A CUDA graph is recorded with the addresses of its tensors, so those of `parts` (modules,
+    dictionaries, tensors) must stay where they are. torch compares the addresses before it plays a
+    recording. If they are others, it records once more, without compiling. So call this once for
+    each set of tensors. (In torch: mark_static_address, cudagraph_trees.py.)
     """
     graph, trials, began = GRAPHS.get(kind), 0 if on_cpu else 1, time.perf_counter()
     if graph is None:
@@ -74,8 +76,9 @@ def tensors(parts: Any) -> list[Tensor]:
 
 
 def move(objects: tuple, buffers: dict):
-    """Moves the tensors that these objects have to where those of the same sizes were in an earlier
-    call, which `buffers` knows. A CUDA graph that was recorded there is not recorded again."""
+    """Puts the objects' tensors into the memory in which an earlier call left tensors of the same
+    sizes; `buffers` holds it. So a CUDA graph recorded with those addresses need not be recorded
+    again."""
     tree = torch.utils._pytree
     new = [x for x in tree.tree_leaves([*map(vars, objects)]) if isinstance(x, Tensor)]
     old = iter(buffers.setdefault(tuple((x.shape, x.dtype, x.device) for x in new), new))
@@ -147,6 +150,8 @@ def parts_of(x: Any) -> list:
         return [x.__qualname__, own, *x.__bases__]
     if isinstance(x, nn.Module):
         return [type(x), vars(x)]
+    if isinstance(x, range | slice | numbers.Number):
+        return [type(x), repr(x)]
     if isinstance(x, types.SimpleNamespace) or not foreign(type(x).__module__):
         return [type(x), getattr(x, "__dict__", None)]
     # A function with a cache around it; or one in C, say.

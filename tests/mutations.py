@@ -237,6 +237,7 @@ return open_texts > 0 and => return True and
 # support/graphs.py tests/test_edits.py
 return [x.__self__, x.__func__] => return [x.__func__]
 return sorted(map(repr, x)) => return []
+isinstance(x, range | slice | numbers.Number) => False
 isinstance(x, types.SimpleNamespace) or not foreign( => not foreign(
 [getattr(x, "__wrapped__", None), => [
 spaces.append(vars(value)) => pass

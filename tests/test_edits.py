@@ -311,6 +311,27 @@ def test_layers_may_be_dropped_at_random(recompute, tmp_path):
     assert torch.equal(model.expert_counts, expected) and len(ran) > 1
 
 
+def test_the_loss_of_the_head_uses_a_head_that_is_replaced(monkeypatch):
+    """Eager, and in a graph that was compiled before."""
+    h, weight, targets = torch.randn(9, 16), torch.randn(31, 16), torch.arange(9)
+    ways = [lambda *args: plain.head_loss(*args), torch.compile(plain.head_loss, backend="eager")]
+    before = [loss(h, weight, targets) for loss in ways]
+    unedited = plain.head_logits
+    monkeypatch.setattr(plain, "head_logits", lambda *args: 3 * (unedited(*args) / 3).tanh())
+    expected = nn.functional.cross_entropy(plain.head_logits(h, weight), targets)
+    for loss, other in zip(ways, before, strict=True):
+        assert loss(h, weight, targets) == pytest.approx(expected) != pytest.approx(other)
+    monkeypatch.undo()
+    assert [loss(h, weight, targets) for loss in ways] == before
+
+
+def test_a_formula_may_have_another_name(tmp_path, capsys):
+    mark = "from support.ops import fast_twin\n\n\n@fast_twin('3f2465eb')\n"
+    module = module_of(tmp_path, f"{mark}def layer_norm(x):\n    return 2 * x\n")
+    assert module.layer_norm(3) == 6
+    assert "layer_norm is edited (its digits are " in capsys.readouterr().err
+
+
 def test_a_gate_has_one_row_however_many_layers_use_it():
     """The last block serves as the MTP module's, too, and the first MoE layer has its FFN."""
     model, calls = network(plain).train(), []
@@ -468,6 +489,7 @@ def test_a_patch_decodes_as_patched_in_a_graph(patch, apply, monkeypatch):
 
 SETTINGS = """
 import functools
+from fractions import Fraction
 from types import ModuleType, SimpleNamespace
 
 class Cap:
@@ -484,6 +506,7 @@ def times(factor):
     return lambda x: factor * x
 
 table, names, function = {"cap": [20]}, {"a"}, {"cap": lambda: 20}
+loops, part, number = range(3), slice(3), Fraction(1, 3)
 cap, method, settings, scaled = Cap(), Cap().at, SimpleNamespace(cap=20), times(20)
 package = ModuleType("package")
 package.inner = ModuleType("package.inner")
@@ -494,7 +517,8 @@ def cached():
     return 20
 
 def root():
-    return table, names, function, cap, method, settings, scaled, package.inner.cap, cached, Cap
+    both = package.inner.cap, cached
+    return table, names, function, cap, method, settings, scaled, both, Cap, loops, part, number
 """
 
 
@@ -503,6 +527,10 @@ def root():
     [
         "table['cap'][0] = 30",
         "names.add('b')",
+        "loops = range(9)",
+        "part = slice(9)",
+        "number = Fraction(2, 3)",
+        "number = 2j",
         "function['cap'] = lambda: 30",
         "cap.value = 30",
         "method.__self__.value = 30",
