@@ -2,7 +2,7 @@
 
 They are a hash of the tree that Python makes of a source (its module ast), written so that every
 Python from 3.10 on writes the same. Comments, layout and parentheses are not in that tree.
-Docstrings and the type hints of functions are left out. Local variables are numbered in the order
+Docstrings and the type hints in functions are left out. Local variables are numbered in the order
 in which they come: their names do not count. Names of parameters do, since calls may use them.
 """
 
@@ -30,8 +30,8 @@ def digits_of(*sources: str) -> str:
 
 
 def function_source(function: Callable) -> str:
-    """What counts of a function, without its decorators: one that changes it has put another in its
-    place. "" where no source can be read."""
+    """What counts of a function, without its decorators. A decorator that changes what runs has
+    returned another function, with a source of its own. "" where no source can be read."""
     code = function.__code__
     linecache.checkcache(code.co_filename)
     text = "".join(linecache.getlines(code.co_filename))
@@ -69,6 +69,8 @@ def written(x: Any) -> str:
         return f"[{' '.join(written(y) for y in x if not is_docstring(y))}]"
     if not isinstance(x, ast.AST):
         return type(x).__name__ + ascii(x)
+    if isinstance(x, ast.AnnAssign) and x.value and not x.annotation:
+        x = ast.Assign([x.target], x.value)
     fields = {name: y for name, y in ast.iter_fields(x) if y not in (None, [])}
     if isinstance(x, ast.JoinedStr):  # Python 3.12 puts empty texts into it
         fields["values"] = [y for y in x.values if getattr(y, "value", None) != ""]
@@ -83,8 +85,8 @@ def is_docstring(x: Any) -> bool:
 
 
 def names_bound(nodes: Iterable[ast.AST]) -> dict[str, str | None]:
-    """The names that statements of a function bind, for Renaming: with None a local variable, with
-    itself what is imported or declared global."""
+    """The names that statements of a function bind, name -> what Renaming calls it: None for a
+    local variable, which gets a number; the name itself if it is imported or declared global."""
     names, kept, outer, nodes = set(), set(), set(), list(nodes)
     while nodes:
         node = nodes.pop()
@@ -151,6 +153,11 @@ class Renaming(ast.NodeVisitor):
 
     def visit_Name(self, node: ast.Name):
         node.id = self.new(node.id)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign):
+        if self.scopes and not isinstance(self.scopes[-1], NamesOfClass):
+            node.annotation = None  # a function does not even evaluate it
+        self.generic_visit(node)
 
     def visit_FunctionDef(self, node: Function):
         node.name = self.new(node.name)

@@ -248,6 +248,7 @@ outer |= {*node.names} => pass
 names |= {getattr(node, field)} - {None} => pass
 self.visit(first.iter)  # outside => pass
 x.annotation = None => pass
+node.annotation = None => pass
 "kind", "returns", => "kind",
 if not is_docstring(y) => if True
 names_bound(node.body) | names => names_bound(node.body)

@@ -190,6 +190,7 @@ WITHOUT_EFFECT = {
     "layout": ("gain * y if (found := i) else 2)", "gain*y if (found:=i)\n  else (2))"),
     "comments": ('    "doc"\n', "    # why\n\n"),
     "type hints": ("def f(x, gain=1):", "def f(x: list, gain: int = 1) -> tuple:"),
+    "a type hint of a local": ("    parts = ", "    parts: list[x] = "),
     "a decorator": ("def f(", "@mark\ndef f("),
     "all its locals": (r"\b(total|i|found|inner|parts|z|m|error|last)\b", r"its_\1"),
     "a variable of a loop": (r"\by(?= in enum| if|\])", "w"),
