@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import model as formulas
@@ -323,8 +324,8 @@ class _FP8Linear(torch.autograd.Function):
     of SwiGLU in FP8 and recomputes its output X in backward (section 3.3.3), where the weight
     gradient needs it. So both are one function here. It keeps x and up, 2 bytes per token and
     channel; apart they would keep x, silu(x), up and X in bf16, 8 bytes. (The emulation keeps x and
-    up in fp32, so it saves nothing.) In `forward` X is quantised, (q, s); in `backward` it is
-    decoded.
+    up in fp32, so it saves nothing.) In the code X is a pair (q, s): `forward` quantises it in
+    tiles, `backward` once more, along the tokens.
 
     wq and ws are the quantised weight where quantized_once holds it. Else forward and backward
     quantise the weight each, so that no copy outlives FSDP's release of a gathered weight.
@@ -341,6 +342,7 @@ class _FP8Linear(torch.autograd.Function):
         return multiply(X, _stacked(weight, wq, ws), rows, compute_dtype(x))  # (T, N)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         weight, wq, ws, gain, *kept = ctx.saved_tensors
         need_dx, need_dw = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3]
@@ -447,7 +449,8 @@ class FP8Experts(nn.Module):
 
 
 def rows_of(counts: Tensor, x: Tensor) -> Rows:
-    """How many rows of x each expert has: in a layer the one thing that the host waits for."""
+    """How many rows of x each expert has: in a layer the one thing that the host waits for. What
+    bench.py puts in its place, for fake tensors, reads x."""
     rows = counts.cpu()
     return rows if torch.compiler.is_compiling() else rows.tolist()
 
@@ -464,8 +467,8 @@ def tell_compiler():
 
 
 def use_fp8(model: nn.Module):
-    """Section 3.3.1: the products of attention projections and FFNs in FP8. Embedding, head, gate,
-    norms, attention core and eh_proj stay in high precision.
+    """Section 3.3.1: the products of attention projections and FFNs in FP8. Embedding, head, norms,
+    attention core, eh_proj and gates, with all that these contain, stay in high precision.
 
     Raises Refusal where a formula of model.py that this file copies is edited.
     """
@@ -479,7 +482,10 @@ def use_fp8(model: nn.Module):
     tell_compiler()
     swap = {nn.Linear: FP8Linear, formulas.MLP: FP8MLP, formulas.Experts: FP8Experts}
     for block in [*model.layers, *(module.block for module in model.mtp)]:
+        gates = {part for gate in formulas.gates_in(block) for part in gate.modules()}
         for module in block.modules():
+            if module in gates:
+                continue
             if type(module) is formulas.MLP:
                 down = module.down_proj
                 if type(down) is not nn.Linear or down.bias is not None:

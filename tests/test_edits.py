@@ -381,6 +381,14 @@ def test_an_fp8_network_decodes_by_its_own_products():
     assert text.shape == (1, 25) and list(map(type, model.modules())) == kinds
 
 
+def test_fp8_leaves_a_gate_alone_whatever_it_contains():
+    model = network(plain, torch.float32)
+    gate = model.gates()[0]
+    gate.hidden = nn.Sequential(nn.Linear(16, 16))
+    fp8.use_fp8(model)
+    assert type(gate.hidden[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("change", ["a class of its own", "a bias"])
 def test_fp8_leaves_an_mlp_alone_whose_projection_does_more(change):
     """FP8MLP would multiply by its weight and pass over what else it does."""

@@ -291,6 +291,14 @@ def test_swiglu_is_recomputed_from_fp8():
     assert error(weight.grad, want_dw) < 3e-3
 
 
+def test_a_second_derivative_is_refused():
+    """Autograd would lose what goes through the codes."""
+    layer, x = FP8Linear(128, 128), torch.randn(9, 128, requires_grad=True)
+    (dw,) = torch.autograd.grad(layer(x).square().sum(), layer.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dw.sum().backward()
+
+
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_what_is_kept_for_backward(swiglu, monkeypatch):
     """A byte a number, a scale a tile, two of these for SwiGLU; no weight, which FSDP releases."""
