@@ -266,7 +266,9 @@ class MLA(nn.Module):
             self.q_b_proj = nn.Linear(config.q_lora_rank, H * (N + R), bias=False)  # W^UQ, W^QR
         self.kv_a_proj_with_mqa = nn.Linear(D, C + R, bias=bias)  # W^DKV, W^KR
         self.kv_a_layernorm = RMSNorm(C, 1e-6)
-        self.kv_b_proj = nn.Linear(C, H * (N + V), bias=False)  # per head: W^UK, W^UV
+        # Per head W^UK and W^UV. Decoding multiplies by these weights alone: it would pass over a
+        # bias or a hook.
+        self.kv_b_proj = nn.Linear(C, H * (N + V), bias=False)
         self.o_proj = nn.Linear(H * V, D, bias=bias)
 
     @property
@@ -380,7 +382,9 @@ class Gate(nn.Module):
         """A cast of the model (model.bfloat16()) leaves the bias in float32."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        self.e_score_correction_bias = bias.to(self.weight.device)
+        now = self.e_score_correction_bias
+        if now.dtype != bias.dtype:
+            self.e_score_correction_bias = bias.to(now.device)
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -567,6 +571,7 @@ class DeepSeekV3(nn.Module):
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # Only its weight is used: a bias or a hook would have no effect.
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTP(config) for _ in range(config.num_nextn_predict_layers))
         if config.tie_word_embeddings:

@@ -55,7 +55,9 @@ if config.norm_topk_prob: => if False:
 gain * config.routed_scaling_factor => gain
 linear32(x, self.weight).sigmoid() => linear32(x, self.weight).softmax(-1)
 linear32(x, self.weight) => upcast(F.linear(x, self.weight.to(x.dtype)))
-self.e_score_correction_bias = bias.to(self.weight.device) => pass
+self.e_score_correction_bias = bias.to(now.device) => pass
+if now.dtype != bias.dtype: => if True:
+targets.clamp(min=-1) => targets
 isinstance(owner, nn.Linear | nn.Embedding | Gate | Experts) => parameter.ndim > 1
 if name.endswith("bias"): => if False:
 load.mean(1, keepdim=True) - load).sign() => load - load.mean(1, keepdim=True)).sign()

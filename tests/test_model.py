@@ -239,6 +239,14 @@ def test_bias_is_no_parameter_and_stays_float32_and_unrounded_in_every_cast():
         assert biases(model).dtype == torch.float32 and torch.equal(biases(model), before)
 
 
+def test_a_model_without_memory_gets_some():
+    with torch.device("meta"):
+        model = DeepSeekV3(ModelConfig(**TINY)).bfloat16()
+    model.to_empty(device="cpu").load_state_dict(tiny(torch.bfloat16).state_dict())
+    tokens = tokens_of(model, 2, 9)
+    close(model.eval()(tokens), tiny(torch.bfloat16)(tokens), atol=0)
+
+
 @torch.no_grad()
 def test_gate_computes_in_float32_under_autocast_and_in_a_bf16_model():
     gate, x = tiny(torch.float32).gates()[0], torch.randn(2, 5, 16)
