@@ -153,9 +153,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start=None) 
     """PyTorch's fused kernel. On a CPU, in bf16 and short windows, written-out scores take a third
     of its time."""
     (B, _, T, _), V = q.shape, v.shape[-1]
-    if not isinstance(scale, float):
+    if not isinstance(scale, float) or not q.dtype == k.dtype == v.dtype:
         return NotImplemented  # a learnt scale, say
-    if k.shape[1] == 1 and writing():
+    one_head = k.shape[:2] == v.shape[:2] == (B, 1)
+    # Whether the queries are the newest tokens; in a graph, where start is a tensor, it tells.
+    newest = isinstance(start, Tensor) or start in (None, k.shape[2] - T)
+    if one_head and newest and writing():
         return attend_latents(q, k[:, 0], v[:, 0], scale, start)
     if not (q.shape[:3] == k.shape[:3] == v.shape[:3]) or isinstance(start, Tensor) or start:
         return NotImplemented
@@ -595,24 +598,32 @@ def per_head(x: Tensor, W: Tensor) -> Tensor:
 
 
 def attend_latents(q: Tensor, k: Tensor, v: Tensor, scale: float, start) -> Tensor:
-    """causal_attention with one head of keys k (B, S, W) and values v (B, S, V) for all queries."""
+    """causal_attention with one head of keys k (B, S, W) and values v (B, S, V) for all queries.
+    These are the newest of the S tokens, unless start is a tensor."""
     (_, H, T, _), S = q.shape, k.shape[1]
-    start = S - T if start is None else start
-    later = None  # each may look at all
-    if not isinstance(start, int):
+    known = not (torch.compiler.is_compiling() or isinstance(start, Tensor))
+    later = None  # the newest token may look at all
+    if not known:
+        start = S - T if start is None else start
         later = mask.__wrapped__(start, T, S, H, q.dtype, q.device)
     elif T > 1:
-        later = mask(start, T, S, H, q.dtype, q.device)
-    q, graph = (q * scale).reshape(len(q), H * T, -1), torch.compiler.is_compiling()
+        later = mask(S - T, T, S, H, q.dtype, q.device)
+    q = (q * scale).reshape(len(q), H * T, -1)
     if as_loops(q) and q.shape[1] * S <= PAIRS:
         p = ((upcast(q)[:, :, None] * k[:, None]).sum(-1) + later).softmax(-1)
         o = cast((p[..., None] * v[:, None]).sum(2), q.dtype)
-    elif graph or q.device.type != "cpu" or S < LONG or k.data_ptr() != v.data_ptr():
+    elif known and S >= LONG and q.device.type == "cpu" and begins(k, v):
+        o = attend_in_pieces(q, k, T, later)[..., : v.shape[-1]]
+    else:
         score = torch.bmm(q, k.mT) if later is None else torch.baddbmm(later, q, k.mT)
         o = torch.bmm(cast(upcast(score).softmax(-1), q.dtype), v)  # (B, H*T, V)
-    else:
-        o = attend_in_pieces(q, k, T, later)[..., : v.shape[-1]]
     return o.view(len(o), H, T, -1)
+
+
+def begins(k: Tensor, v: Tensor) -> bool:
+    """Whether each row of v is the beginning of k's row, in the same memory."""
+    place = k.data_ptr() == v.data_ptr() and k.stride() == v.stride()
+    return place and k.shape[-1] >= v.shape[-1]
 
 
 @functools.lru_cache(1)  # all layers have the same

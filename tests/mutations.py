@@ -90,8 +90,17 @@ self.mtp_losses = [loss.detach() for => self.mtp_losses = [loss for
 if config.tie_word_embeddings: => if False:
 
 # support/ops.py tests/test_model.py
-if not isinstance(scale, float): => if False:
-if enabled and not kwargs and => if enabled and
+if not isinstance(scale, float) or not => if not
+or not q.dtype == k.dtype == v.dtype: => or False:
+k.shape[:2] == v.shape[:2] == (B, 1) => k.shape[1] == 1
+k.shape[:2] == v.shape[:2] == (B, 1) => k.shape[1] == v.shape[1] == 1
+newest = isinstance(start, Tensor) or start in (None, k.shape[2] - T) => newest = True
+not (torch.compiler.is_compiling() or isinstance(start, Tensor)) => isinstance(start, int)
+elif known and S >= LONG => elif S >= LONG
+and k.stride() == v.stride() => 
+place and k.shape[-1] >= v.shape[-1] => place
+device=x.device), y.clamp(min=0) => device=x.device), y
+copied and not kwargs and => copied and
 if not on_gpu(x) or weight.shape != x.shape[-1:]: => if not on_gpu(x):
 if last != 1 or any( => if any(
 dy - y * (dy * y).mean(-1, keepdim=True) => dy
@@ -124,7 +133,7 @@ return y.view(n, K, D).sum(1) => return y.view(K, n, D).sum(0)
 later = torch.arange(S, device=device) > query => later = torch.arange(S, device=device) > query + 1
 elif T > 1: => elif T > 2:
 repeat(H, 1) => repeat_interleave(H, 0)
-q, graph = (q * scale) => q, graph = (1.0 * q)
+q = (q * scale).reshape => q = (1.0 * q).reshape
 later = None if later is None else later[:, old:] => later = None
 value=1 / x.shape[-1]).rsqrt_() => value=1).rsqrt_()
 return torch.complex(cos, sin)[:, None] => return torch.complex(cos, cos)[:, None]

@@ -146,6 +146,21 @@ def wrong_in_graphs(past, new):
     return kv[:, : start + T] if isinstance(start, int) else kv
 
 
+def test_the_cache_may_be_looked_at_as_a_whole(monkeypatch):
+    """Its empty rest, too: `start` says which tokens a query may look at."""
+
+    def remember(past, new):
+        kv, start = past
+        kv[:, ops.span(start, new.shape[1])] = new
+        return kv
+
+    model = tiny(num_nextn_predict_layers=2)
+    tokens = tokens_of(model, 2, 6)
+    expected = generate(model, tokens, 20, temperature=0)
+    monkeypatch.setattr(plain, "remember", remember)
+    assert not found(model) and torch.equal(generate(model, tokens, 20, temperature=0), expected)
+
+
 @pytest.mark.parametrize(
     ("remember", "number", "told"),
     [(written_once, 4, f"main model, {REJECTED}"), (wrong_in_graphs, 6, "positions as tensors")],

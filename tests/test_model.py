@@ -441,8 +441,38 @@ def test_twins_take_what_their_formulas_take():
         y, expected = function(*args), ops.FORMULAS[function](*args)
         assert y.dtype == expected.dtype
         close(y, expected, atol=1e-5 if function is plain.swiglu else ATOL)
+    low = plain.causal_attention(x.float(), x.float(), x.bfloat16(), 0.3)
+    assert low.dtype == torch.bfloat16
     h, targets = x[0, 0], torch.tensor([2, -1, 0])
     close(plain.head_loss(h, x[1, 0], targets=targets), plain.head_loss(h, x[1, 0], targets))
+
+
+@pytest.mark.parametrize("in_a_graph", [False, True])
+@torch.no_grad()
+def test_attention_takes_what_its_formula_takes_while_a_text_is_written(in_a_graph, monkeypatch):
+    """As an edit may hand it over: values of all heads, fewer texts, queries that are not the
+    newest tokens, keys and values that share their memory in other ways; of long texts, too."""
+    monkeypatch.setattr(ops, "open_texts", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: in_a_graph)
+    q, kv = torch.randn(2, 4, 2, 12).double(), torch.randn(2, 1, 9, 12).double()
+    one, k, v = q[:, :, :1], kv[..., :8], kv[..., ::2]
+    for long in (2**14, 8):
+        monkeypatch.setattr(ops, "LONG", long)
+        for args in (
+            (q, kv, torch.randn(2, 4, 9, 5).double()),
+            (q, kv[:1], kv[:1, ..., :7]),
+            (q[:1], kv, kv),
+            (q, kv, v),
+            (q[..., :8], k, kv),
+            (one, kv, kv[..., :7]),
+            *((x, kv, kv, start) for x in (q, one) for start in (3, torch.tensor(3))),
+            *((x, kv, kv, 9 - x.shape[2]) for x in (q, one)),
+        ):
+            args = *args[:3], 0.3, *args[3:]
+            y, expected = plain.causal_attention(*args), ops.FORMULAS[plain.causal_attention](*args)
+            assert y.dtype == expected.dtype
+            close(y, expected)
 
 
 @both_ways
