@@ -45,20 +45,23 @@ def fast_twin(digits: str, *others: Callable) -> Callable:
 
     digits: the fingerprint of the formula, and of the others that its twin copies, when the twin
     was written. Where they have other digits now, the formula stays what it is. It is also called
-    with `enabled` off; on a device other than a CPU or CUDA; and with named arguments.
+    with `enabled` off, with named arguments, on a device other than a CPU or CUDA, and where one of
+    the others was replaced while the program runs.
     """
 
     def mark(formula: Callable) -> Callable:
-        name, found = formula.__name__, fingerprint(formula, *others)
-        twin = globals()[name]
+        found = fingerprint(formula, *others)
         if found != digits:
             which = " or ".join(f.__name__ for f in (formula, *others))
             info(f"{which} is edited (its digits are {found}): it runs without its fast twin")
             return formula
+        twin = globals()[formula.__name__]
 
         @functools.wraps(formula)
         def choose(*args, **kwargs):
-            if enabled and not kwargs and (args[0].is_cpu or args[0].is_cuda):
+            # Whether their names still mean what the twin copies.
+            copied = not others or all(formula.__globals__.get(f.__name__) is f for f in others)
+            if enabled and copied and not kwargs and (args[0].is_cpu or args[0].is_cuda):
                 y = twin(*args)
                 if y is not NotImplemented:
                     return y

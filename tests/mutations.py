@@ -241,6 +241,7 @@ config.n_shared_experts * config => 1 * config
 
 # support/ops.py tests/test_edits.py
 if found != digits: => if False:
+if enabled and copied and => if enabled and
 fingerprint(formula, *others) => fingerprint(formula)
 FORMULAS.get(f, f) => functools.reduce(lambda g, _: getattr(g, "__wrapped__", g), range(9), f)
 return open_texts > 0 and => return True and
