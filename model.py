@@ -542,12 +542,12 @@ def head_logits(h: Tensor, weight: Tensor) -> Tensor:
     return upcast(F.linear(h, weight))
 
 
-@fast_twin("e06f18b4", head_logits)
+@fast_twin("36bff999", head_logits)
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, of head_logits: h (tokens, D), weight (vocabulary, D), targets
-    (tokens,), -1 where there is none; 0 if all are -1."""
+    (tokens,), below 0 where there is none; 0 if all are."""
     logits = head_logits(h, weight)
-    total = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    total = F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="sum")
     return total / (targets >= 0).sum().clamp(min=1)
 
 
@@ -648,8 +648,9 @@ class DeepSeekV3(nn.Module):
 
         return_mtp: also a list with the logits of each depth k = 1, 2, ..., (B, T-k, vocabulary).
         Their row i predicts token i + 1 + k.
-        targets (B, T): the next tokens, -1 where there is none. Then the losses are returned in
-        place of logits, by name. train.py gives each its weight, adds them up, and logs each.
+        targets (B, T): the next tokens, a number below 0 where there is none. Then the losses are
+        returned in place of logits, by name. train.py gives each its weight, adds them up, and logs
+        each.
         """
         hidden = [self.trunk(tokens)]  # h^0; then h^1, h^2, ...
         if targets is not None or return_mtp:

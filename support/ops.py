@@ -101,7 +101,8 @@ def linear32(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether x is on CUDA; a function of its own for bench.py, which counts kernels without."""
+    """Whether x is on CUDA. It is a function so that bench.py can replace it by one that says yes:
+    that counts a GPU's kernels where there is none."""
     return x.is_cuda
 
 
@@ -224,7 +225,8 @@ def sort_by_expert(chosen: Tensor, E: int, multiple: int = 1) -> tuple[Tensor, T
     slots = torch.empty_like(order).scatter_(0, order, row)[: chosen.numel()]  # 4 0 5 2
     if padded:
         real = torch.where(order < chosen.numel(), row, 0)  # 0 0 2 0 4 5: 0 where it is extra
-        order = order[real.cummax(0).values]  # by 0 0 2 2 4 5: the last row that is not extra
+        # cummax: 0 0 2 2 4 5, for each row the last real one up to it
+        order = order[real.cummax(0).values]  # 1 1 3 3 0 2
     return order // chosen.shape[1], slots.view_as(chosen), counts
 
 
@@ -312,14 +314,15 @@ def among_experts(chosen: Tensor, gain: Tensor, E: int) -> tuple[Tensor, Tensor]
 
 @fused
 def swiglu32(gate: Tensor, up: Tensor, gain: Tensor | None) -> Tensor:
-    """model.swiglu, in float32."""
+    """model.swiglu, in float32 (float64 stays)."""
     y = F.silu(upcast(gate)) * upcast(up)
     return y if gain is None else y * gain[:, None]
 
 
 @fused
 def swiglu_gradients(dy: Tensor, gate: Tensor, up: Tensor, gain: Tensor | None) -> tuple:
-    """The gradients of gate, up and gain, in float32, from that of swiglu32(gate, up, gain)."""
+    """From the gradient of swiglu32(gate, up, gain) those of gate, up and gain, in float32 (float64
+    stays)."""
     dy, gate, up = upcast(dy), upcast(gate), upcast(up)
     sigmoid, d_gain = gate.sigmoid(), None
     silu = gate * sigmoid
@@ -409,7 +412,7 @@ def norm_gradient(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
 
 @fused
 def norm_weight_gradient(dy: Tensor, x: Tensor, r: Tensor) -> Tensor:
-    """(D,), in float32."""
+    """(D,), in float32 (float64 stays)."""
     return (upcast(dy) * (upcast(x) * r)).reshape(-1, x.shape[-1]).sum(0)
 
 
@@ -489,8 +492,8 @@ class _HeadLoss(torch.autograd.Function):
                 loss, p = loss_and_gradient(low, y)
                 losses.append(loss)
             else:
-                z = high.copy_(low)  # in float32
-                row = torch.arange(len(x), device=x.device)
+                z = high.copy_(low)  # in float32 (float64 stays)
+                row, y = torch.arange(len(x), device=x.device), y.clamp(min=0)
                 z_max, z_y = z.amax(-1), z[row, y]
                 p = torch.softmax(z, -1, out=high)  # takes the memory of z, not read any more
                 # The loss is log sum exp z - z_y, and max p = exp(z_max) / sum exp z.
@@ -556,8 +559,9 @@ def scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """While a text is written, in fewer operations; in a graph the formula is as good. In training
-    on a GPU in three kernels: the formula's many move 28 % of a step's bytes."""
+    """While a text is written: fewer operations (in a graph the formula is as fast). In training on
+    a GPU: three kernels. The formula takes many more, and they would move 28 % of all bytes of a
+    step."""
     if torch.compiler.is_compiling() or isinstance(eps, Tensor):  # a learnt eps, say
         return NotImplemented
     if not writing():
@@ -750,9 +754,10 @@ def laid_out(model: nn.Module, compiled: bool = False, tokens: int = PAYS) -> It
     """Within `with laid_out(model):` the twins for writing text are on.
 
     tokens: how many will be written. From PAYS on, large matrices and the experts have copies,
-    on a CPU, in another order (a graph needs none). Modules other than nn.Linear and those
-    with the experts' weights are left alone. The weights must not change there, and a model writes
-    one text (of any number of rows) at a time; nothing of this is left behind.
+    on a CPU, in another order (a graph needs none): those of nn.Linear and of the experts, of no
+    other modules. Unless compiled, every module has its parts as plain attributes meanwhile. The
+    weights must not change there, and a model writes one text (of any number of rows) at a time;
+    nothing of this is left behind.
     """
     copied = tokens >= PAYS and not compiled
     global open_texts

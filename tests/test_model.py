@@ -375,7 +375,7 @@ def test_twins_are_for_cpu_and_cuda_alone(monkeypatch):
     assert plain.causal_attention(q, q, q, 1.0).shape == (1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("targets", [[3, -1, 0, 10, 10, -1, 7], [-1] * 3], ids=["some", "none"])
+@pytest.mark.parametrize("targets", [[3, -1, 0, 10, 10, -100, 7], [-1] * 3], ids=["some", "none"])
 def test_head_loss_in_chunks_has_the_value_and_gradients_of_its_formula(targets, monkeypatch):
     h, w = (torch.randn(n, 6).double().requires_grad_() for n in (len(targets), 11))
     args, leaves = (h, w, torch.tensor(targets)), (h, w)
