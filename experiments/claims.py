@@ -19,7 +19,7 @@ MARGINS = {
 
 WORDS = {
     "shown": "what the claim says is *sure*: (1) the p-value is below 0.05 after Holm's correction "
-    "for all tests of the page, (2) the 95 % interval from the pairs of these two arms alone "
+    "for all tests of its family, (2) the 95 % interval from the pairs of these two arms alone "
     "excludes zero, too, (3) nothing else is known that may be the reason (MaxVio differs by at "
     "most 0.25), and (4) so it is where each arm has its own best learning rate, if that is known.",
     "contradicts": "the opposite is sure.",
