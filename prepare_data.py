@@ -31,7 +31,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from support.files import lies_in, new_folder
-from support.settings import Refusal, info, parse_args, run_command, short, with_home
+from support.settings import Refusal, info, parse_args, place_of, run_command, short, with_home
 from support.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer, write_tokenizer
 from support.tokens import Dataset, load_dataset, read_tokens, write_tokens
 
@@ -101,8 +101,9 @@ def parse_record(line: str, where: str, text_key: str) -> str | None:
     """The text of a line of .jsonl."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:  # it counts lines, but has seen only one
-        raise Refusal(f"{where} is no JSON ({error.msg}); correct or delete it") from None
+    except ValueError as error:  # one of json counts lines, but has seen only this one
+        why = getattr(error, "msg", error)
+        raise Refusal(f"{where} is no JSON ({why}); correct or delete it") from None
     if not isinstance(record, dict):
         raise Refusal(f"{where} is {line.strip():.60}, expected an object with {text_key!r}")
     if text_key not in record:
@@ -193,7 +194,9 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
             info(f"skipped {path}: not UTF-8 text")
             continue
         except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            why = error if type(error) is Refusal else f"{error!r:.200}"
+            if type(error) is ValueError:  # of Python in a reader that one has edited: a bug
+                raise
+            why = error if type(error) is Refusal else f"{error!r:.200}{place_of(error)}"
             raise Refusal(f"{path} cannot be read: {why}") from None
         except OSError as error:
             why = error.strerror or error  # pyarrow's has no more than a message

@@ -325,8 +325,9 @@ UNREADABLE = [  # a file, what is in it, and what the sentence says besides the 
     ),
     ("a.jsonl", FINE + b'["text"]', """line 3 is ["text"], expected an object with 'text'"""),
     ("a.jsonl", FINE + b'{"text": "a"', "line 3 is no JSON (Expecting ',' delimiter); correct or"),
+    ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1 is no JSON (Exceeds the limit"),
     ("a.jsonl", FINE + b'{"t": "a"}', "line 3 has keys ['t'], not 'text'; is the text under anoth"),
-    ("a.jsonl.gz", ZIPPED[:-9], "EOFError("),
+    ("a.jsonl.gz", ZIPPED[:-9], "EOFError('Compressed file ended before"),
     ("a.jsonl.gz", b"not compressed", "BadGzipFile("),
     ("a.jsonl.gz", ZIPPED[:10] + b"\xff" * 99 + ZIPPED[99:], "error("),
     ("a.parquet", {"text": [5, 6]}, "a record has 5 as 'text', expected text or null; is the text"),
@@ -349,6 +350,20 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(name, content, said
     with pytest.raises(Refusal, match=re.escape(f"{path} cannot be read")) as caught:
         pd.read_paths(str(path), "text")
     assert said in str(caught.value) and "(None)" not in str(caught.value)
+
+
+def test_an_error_in_an_edited_reader_keeps_its_trace_or_names_its_line(tmp_path, monkeypatch):
+    """The file may have nothing to do with it."""
+    (tmp_path / "a.csv").write_text("5;a text\n")
+    for read, kind, told in (
+        (lambda path, key: int(path.read_text()), ValueError, "invalid literal for int()"),
+        (lambda path, key: [][0], IndexError, "list index out of range"),
+        (lambda path, key: json.loads(path.read_text()), Refusal, "prepare_data.py:"),
+    ):
+        monkeypatch.setattr(pd, "read_file", read)
+        with pytest.raises(kind, match=re.escape(told)) as caught:
+            pd.read_paths(str(tmp_path / "a.csv"), "text")
+        assert caught.type is kind
 
 
 # ---- Downloads, from a hub that is a folder -----------------------------------------------------
