@@ -52,8 +52,8 @@ class DataConfig:
     out: str = "data"  # the folder that it is made in
     tokenizer: str = ""  # "": train one; gpt2, cl100k_base, o200k_base; or a folder, run or release
     vocab_size: int = 4096  # tokens of a newly trained tokenizer, <|endoftext|> included
-    val_fraction: float = 0.05  # share of the bytes that is kept for validation
-    test_fraction: float = 0.05  # share of the bytes, in whole documents, for test.bin (0: none)
+    val_fraction: float = 0.05  # share of the bytes kept for validation (not of downloads)
+    test_fraction: float = 0.05  # and, in whole documents, for test.bin (0: none; not of downloads)
     text_key: str = "text"  # key (.jsonl) or column (.parquet) that holds the text
     shards: int = 1  # training shards of fineweb and finewebedu (100M tokens, 200 MB each)
     overwrite: bool = False  # rename a folder made before to NAME.old-1, and so on
@@ -335,6 +335,8 @@ def next_command(config: DataConfig, folder: Path, data: Dataset) -> str:
         ours = data.vocab_size == small["vocab_size"]
         words = words if steps < small["steps"] else words[:2]  # the file has this many itself
         words = ["config/small.py", *words] + [f"--vocab_size={data.vocab_size}"] * (not ours)
+    # A few evaluations of more would read more than the training. stdlib has about 100,000.
+    words += ["--eval_tokens=100_000"] * (len(data.val) > 10**6)
     return shlex.join(["python", "train.py", *words])
 
 

@@ -99,6 +99,7 @@ class TrainConfig:
     deterministic: bool = False  # sums in a fixed order: a run resumes bit for bit on CUDA too
     # the run
     eval_every: int = 250  # steps between evaluations
+    eval_tokens: int = 0  # tokens of the validation text to evaluate, from its start (0: all)
     eval_batch: int = 16  # windows per evaluation batch and rank
     save_every: int = 250  # steps between checkpoints
     log_every: int = 10  # steps between lines in log.jsonl
@@ -306,7 +307,7 @@ def open_data(
 
     processes.once(make)
     longest = max(config.block_size, config.long_block_size)
-    return open_folder(folder, vocab_size, longest, source), folder
+    return open_folder(folder, vocab_size, longest, source, config.eval_tokens), folder
 
 
 @functools.lru_cache(2)
@@ -402,11 +403,13 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
 
 @torch.no_grad()
 def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> dict:
-    """What the log has of an evaluation of the whole validation text: losses and the use of the
-    experts in windows of block_size and, once the model knows them, the loss in long ones."""
+    """What the log has of an evaluation: losses over the validation text (its first eval_tokens, as
+    open_data has cut it) and the use of the experts in windows of block_size and, once the model
+    knows them, the loss in long ones."""
     text, training = data.val.arrays[0], model.training
     model.eval()
-    with fp8.quantized_once(model), torch.compiler.set_stance("force_eager"):  # for so few calls
+    # Not compiled: a second set of graphs takes minutes, and an evaluation is to be short.
+    with fp8.quantized_once(model), torch.compiler.set_stance("force_eager"):
         total = add_up(model, text, config.block_size, config, machine)
         long = None
         if config.long_block_size > 0 and config.long_block_size == model.trained_length:
@@ -490,6 +493,11 @@ def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, pr
         fewer = max(1, round(config.steps * FEW_EPOCHS / epochs))
         told = f"in more than {MANY_EPOCHS} epochs the model learns its text by heart"
         info(f"{told}; give --steps={fewer} for {FEW_EPOCHS}")
+    evaluations = math.ceil(config.steps / config.eval_every)
+    measured = evaluations * len(data.val)
+    if measured > max(read, 10**7) and progress.step == 0:  # fewer take no time worth a line
+        told = f"{evaluations} evaluations read {measured:,} tokens, more than the training"
+        info(f"{told}; give --eval_tokens={read // evaluations // 10} for a tenth of it")
 
 
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=()):

@@ -178,7 +178,8 @@ class Progress:
         vars(self).update(state)
         if self.measured != now:  # only like losses are compared
             self.measured, self.best_length, self.best_loss = now, 0, math.inf
-            info("the text or block_size is another one now, so best.pt will be chosen anew")
+            what = "the text, eval_tokens or block_size"
+            info(f"{what} is another one now, so best.pt will be chosen anew")
 
 
 class RandomNumbers:

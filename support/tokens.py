@@ -131,8 +131,9 @@ class Dataset:
     rows: int = 0  # of the embedding in the release whose tokenizer this is (0: not known)
 
 
-def load_dataset(folder: Path | str) -> Dataset:
-    """Raises OSError or Refusal where a file of the folder is missing or damaged."""
+def load_dataset(folder: Path | str, val_tokens: int = 0) -> Dataset:
+    """The folder, with so many tokens of the validation text, from its start (0: all). Raises
+    OSError or Refusal where a file is missing or damaged."""
     folder, tokenizer = Path(folder), stored_tokenizer(folder)
     n_vocab = tokenizer.n_vocab
 
@@ -140,7 +141,7 @@ def load_dataset(folder: Path | str) -> Dataset:
         paths = sorted(folder.glob(f"{split}_*.bin")) or [folder / f"{split}.bin"]
         return [read_tokens(path, n_vocab) for path in paths]
 
-    train, val = Tokens(read("train")), np.concatenate(read("val"))
+    train, val = Tokens(read("train")), np.concatenate(read("val"))[: val_tokens or None]
     counts = np.bincount(val, minlength=n_vocab)
     n_bytes = sum(len(text) * int(counts[i]) for i, text in tokenizer.texts.items())
     test = Tokens(read("test")) if any(folder.glob("test*.bin")) else None
@@ -154,17 +155,19 @@ def data_folder(name: str) -> Path:
     return path if is_path else Path("data") / name
 
 
-def open_folder(folder: Path, vocab_size: int, longest: int, weights: Path | None) -> Dataset:
+def open_folder(
+    folder: Path, vocab_size: int, longest: int, weights: Path | None, val_tokens: int
+) -> Dataset:
     """The prepared folder, for a network of this vocabulary and windows of up to `longest` tokens.
-    `weights`: the file or folder of given weights, whose tokenizer the data must have. Raises
-    OSError or Refusal where they do not fit."""
+    `weights`: the file or folder of given weights, whose tokenizer the data must have. `val_tokens`
+    is load_dataset's. Raises OSError or Refusal where they do not fit."""
     if not folder.exists():
         make = f"python prepare_data.py SOURCE --name={folder.name} "
         home = weights.parent if weights and weights.is_file() else weights
         make += f"--tokenizer={home}" if weights else f"--vocab_size={vocab_size}"
         make += f" --out={folder.parent}" if folder.parent != Path("data") else ""
         raise Refusal(f"no data in {folder}; make it with: {make}.")
-    data = load_dataset(folder)
+    data = load_dataset(folder, val_tokens)
     # The embedding may have more rows than there are tokens: fewer than 128 more, or exactly as
     # many as in the release that the tokenizer is from.
     padding = vocab_size - data.vocab_size

@@ -458,13 +458,14 @@ def test_the_next_command_reads_the_text_five_times_at_most(tmp_path, monkeypatc
     Path("release/config.json").touch()
     mine = "config/small.py --data=mine --out=out/mine"
     ours = "--init_from=release --data=mine --out=out/mine --steps=24 --batch_size=8"
-    for tokens, vocab_size, tokenizer, command in (
-        (983_040, 4096, "", mine),
-        (983_039, 4096, "", f"{mine} --steps=2399"),
-        (10_000, 300, "", f"{mine} --steps=24 --vocab_size=300"),
-        (100, 4096, "", f"{mine} --steps=1"),
-        (10_000, 129_280, "release", f"{ours} --block_size=256"),
+    for tokens, val, vocab_size, tokenizer, command in (
+        (983_040, 10**6, 4096, "", mine),
+        (983_040, 10**6 + 1, 4096, "", f"{mine} --eval_tokens=100_000"),
+        (983_039, 9, 4096, "", f"{mine} --steps=2399"),
+        (10_000, 9, 300, "", f"{mine} --steps=24 --vocab_size=300"),
+        (100, 9, 4096, "", f"{mine} --steps=1"),
+        (10_000, 9, 129_280, "release", f"{ours} --block_size=256"),
     ):
-        data = SimpleNamespace(train=range(tokens), vocab_size=vocab_size)
+        data = SimpleNamespace(train=range(tokens), val=range(val), vocab_size=vocab_size)
         found = pd.next_command(pd.DataConfig(tokenizer=tokenizer), Path("data/mine"), data)
         assert found == f"python train.py {command}"

@@ -160,8 +160,8 @@ def other_text_in_process_1():
     if os.environ["RANK"] == "1":
         load = tokens.load_dataset
 
-        def other(folder):
-            data = load(folder)
+        def other(*which):
+            data = load(*which)
             data.val.arrays[0] = data.val.arrays[0][:-1]
             return data
 

@@ -293,7 +293,9 @@ def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch):
     assert (best["val_loss"], best["val_bpb"]) == (4.0, 2.0)
 
 
-@pytest.mark.parametrize("changed", ["", "val.bin", "train.bin", "--block_size=8"])
+@pytest.mark.parametrize(
+    "changed", ["", "val.bin", "train.bin", "--block_size=8", "--eval_tokens=99"]
+)
 def test_losses_are_compared_on_the_same_text_in_the_same_windows(
     changed, data, monkeypatch, capsys
 ):
@@ -307,7 +309,7 @@ def test_losses_are_compared_on_the_same_text_in_the_same_windows(
             file.write(b"\1\0")
     options = [changed] if changed.startswith("--") else []
     run("--resume", "--steps=9", "--data=data/mine", *options)
-    told = "the text or block_size is another one now" in capsys.readouterr().err
+    told = "the text, eval_tokens or block_size is another one now" in capsys.readouterr().err
     found = told, load("run", "best.pt")["step"], load("run", "best.pt")["val_loss"]
     assert found == ((True, 8, 9.0) if changed else (False, 4, 2.0))
 

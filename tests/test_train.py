@@ -126,7 +126,7 @@ def test_a_run_of_any_length_is_planned_at_once(capsys):
     assert sizes == [train.batch_at(short, step) for step in range(7, 1000)]
     model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
     train.check_settings(config, model, MACHINE, 0)
-    data, progress = SimpleNamespace(train=range(10**6)), SimpleNamespace(step=0, tokens=0)
+    data, progress = SimpleNamespace(train=range(10**6), val=[]), SimpleNamespace(step=0, tokens=0)
     train.tell_plan(model, data, config, MACHINE, progress)
     assert "the run reads 104,000,000,000,000,000, which" in capsys.readouterr().err
     clock = Clock()
@@ -145,11 +145,28 @@ def test_a_text_that_is_read_too_often_is_told(capsys):
         (ramp, new, 7999, "48,000, which makes 6.0 epochs", ""),
         (config, resumed, 7999, "80,000, which makes 10.0 epochs", ""),  # most of them are made
     ):
-        data = SimpleNamespace(train=range(length))
+        data = SimpleNamespace(train=range(length), val=range(10**6))
         train.tell_plan(model, data, case, MACHINE, progress)
         said = capsys.readouterr().err
         assert f"text: {length:,} tokens; the run reads {sentence}" in said
         assert ("--steps" in said) == bool(fewer) and fewer in said
+
+
+def test_evaluations_that_read_more_than_the_training_are_told(capsys):
+    """In a new run, and where they take more than a moment."""
+    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
+    for steps, every, length, first, told in (  # steps of 4,096 tokens
+        (1000, 300, 3_000_000, 0, "4 evaluations read 12,000,000 tokens, more than the training"),
+        (1000, 300, 3_000_000, 0, "; give --eval_tokens=102400 for a tenth of it"),
+        (1000, 300, 3_000_000, 500, ""),
+        (1000, 300, 2_000_000, 0, ""),
+        (10_000, 2000, 3_000_000, 0, ""),
+    ):
+        config = train.TrainConfig(steps=steps, eval_every=every)
+        data = SimpleNamespace(train=range(10**9), val=range(length))
+        train.tell_plan(model, data, config, MACHINE, SimpleNamespace(step=first, tokens=0))
+        said = capsys.readouterr().err
+        assert told in said and ("evaluations read" in said) == bool(told)
 
 
 # ---- Windows -------------------------------------------------------------------------------------
@@ -189,7 +206,7 @@ def test_windows_are_the_same_for_any_number_of_processes_and_micro_batches(worl
 def test_a_window_and_the_token_after_it_must_fit_in_the_shortest_file(data, monkeypatch):
     dataset = load_dataset(data)
     dataset.train = Tokens([np.zeros(99), np.zeros(33)])
-    monkeypatch.setattr(tokens, "load_dataset", lambda folder: dataset)
+    monkeypatch.setattr(tokens, "load_dataset", lambda *_: dataset)
     assert train.open_data(train.TrainConfig(data=str(data), block_size=32), 512)[0] is dataset
     for sizes in (dict(block_size=33), dict(block_size=16, long_block_size=33)):
         with pytest.raises(ValueError, match="windows of 33 tokens do not fit"):
@@ -382,6 +399,20 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
         "nodes_per_token": np.mean(nodes),
         "experts_per_node": 2 / np.mean(nodes),
     })  # fmt: skip
+
+
+def test_an_evaluation_may_read_the_start_of_the_text_alone(shared, data, capsys):
+    whole, part = shared("--steps=1"), run("--steps=1", "--eval_tokens=1000")
+    assert_same(load(whole)["model"], load(part)["model"])
+    dataset, config = load_dataset(data), train.TrainConfig(block_size=16, eval_batch=32)
+    dataset.val = Tokens([dataset.val.arrays[0][:1000]])
+    text = load_tokenizer(data).decode(dataset.val.arrays[0]).replace(END_OF_TEXT, "")
+    dataset.val_bytes_per_token = len(text.encode()) / 1000
+    expected = train.evaluate(load_model(part)[0], dataset, config, MACHINE)
+    assert_same({key: log_of(part)[-1][key] for key in expected}, expected, 1e-6)
+    train.main(["--out=run", "--eval_only", "--eval_tokens=0"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["val_bpb"] == pytest.approx(log_of(whole)[-1]["val_bpb"]) != expected["val_bpb"]
 
 
 def test_evaluation_in_fp8_quantises_each_weight_once_and_leaves_no_trace(trained):
