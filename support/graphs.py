@@ -11,6 +11,7 @@ import numbers
 import sys
 import time
 import types
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -123,7 +124,7 @@ def foreign(module: str) -> bool:
 
 def parts_of(x: Any) -> list:
     """What tells x from others: plain values, and things that have parts themselves."""
-    if isinstance(x, list | tuple):
+    if isinstance(x, list | tuple | deque):
         return [item for item in x if not isinstance(item, Tensor)]  # results, not weights
     if isinstance(x, set | frozenset):
         return sorted(map(repr, x))
@@ -135,6 +136,8 @@ def parts_of(x: Any) -> list:
         return [x.func, x.args, x.keywords]
     if isinstance(x, property):
         return [x.fget]
+    if isinstance(x, functools.cached_property):
+        return [x.func]
     if isinstance(x, staticmethod | classmethod):
         return [x.__func__]
     if isinstance(x, types.FunctionType):
@@ -153,7 +156,9 @@ def parts_of(x: Any) -> list:
     if isinstance(x, range | slice | numbers.Number):
         return [type(x), repr(x)]
     if isinstance(x, types.SimpleNamespace) or not foreign(type(x).__module__):
-        return [type(x), getattr(x, "__dict__", None)]
+        attributes = [item for kind in type(x).__mro__ for item in vars(kind).items()]
+        slots = [name for name, y in attributes if isinstance(y, types.MemberDescriptorType)]
+        return [type(x), getattr(x, "__dict__", None), *(getattr(x, name, None) for name in slots)]
     # A function with a cache around it; or one in C, say.
     return [getattr(x, "__wrapped__", None), getattr(x, "__name__", None)]
 

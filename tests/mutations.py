@@ -167,7 +167,7 @@ i < config.first_k_dense_replace else moe => i < config.first_k_dense_replace + 
 fp8.quantize(tensors[name], fp8.BLOCK) => fp8.quantize(tensors[name], fp8.BLOCK, pow2=True)
 if family not in (None, *FAMILY): => if False:
 if have != want and not (extend => if False and not (extend
-if not x.is_floating_point():  # int4 => if False:  # int4
+if x.dtype != torch.float8_e4m3fn:  # such => if False:  # such
 if tokenizer.n_vocab > config.vocab_size: => if False:
 
 # support/gguf.py tests/test_gguf.py
@@ -213,7 +213,7 @@ copies is None else self.depth => copies is None else 0
 rest = (p_after - q_after).clamp(min=0) => rest = p_after
 self.cache.length = n - 1 => pass
 vocab_size).to(u.dtype) => vocab_size).to(u.dtype) / 2
-kept = torch.where(logits.sum().abs() < math.inf, kept, -1) => pass
+kept = torch.where(logits.amax(-1).sum().abs() < math.inf, kept, -1) => pass
 u[:, step : step + 1] => u[:, :1]
 keepdim=True) > 0, rest, p_after) => keepdim=True) >= 0, rest, p_after)
 if b in live else [0] * G => if b in live else row.look_up(G)
@@ -250,6 +250,9 @@ return open_texts > 0 and => return True and
 return [x.__self__, x.__func__] => return [x.__func__]
 return sorted(map(repr, x)) => return []
 isinstance(x, range | slice | numbers.Number) => False
+isinstance(x, list | tuple | deque) => isinstance(x, list | tuple)
+return [x.func] => return []
+*(getattr(x, name, None) for name in slots) => *slots
 isinstance(x, types.SimpleNamespace) or not foreign( => not foreign(
 [getattr(x, "__wrapped__", None), => [
 spaces.append(vars(value)) => pass

@@ -498,6 +498,7 @@ def test_a_patch_decodes_as_patched_in_a_graph(patch, apply, monkeypatch):
 
 SETTINGS = """
 import functools
+from collections import deque
 from fractions import Fraction
 from types import ModuleType, SimpleNamespace
 
@@ -511,11 +512,21 @@ class Cap:
     def at(self):
         return self.value
 
+class Fixed:
+    __slots__ = "value", "unset"
+
+class Kept:
+    @functools.cached_property
+    def cap(self):
+        return 20
+
 def times(factor):
     return lambda x: factor * x
 
 table, names, function = {"cap": [20]}, {"a"}, {"cap": lambda: 20}
 loops, part, number = range(3), slice(3), Fraction(1, 3)
+queue, fixed, kept = deque([1]), Fixed(), Kept
+fixed.value = 20
 cap, method, settings, scaled = Cap(), Cap().at, SimpleNamespace(cap=20), times(20)
 package = ModuleType("package")
 package.inner = ModuleType("package.inner")
@@ -526,8 +537,8 @@ def cached():
     return 20
 
 def root():
-    both = package.inner.cap, cached
-    return table, names, function, cap, method, settings, scaled, both, Cap, loops, part, number
+    several = table, names, function, cap, method, settings, scaled, package.inner.cap
+    return several, cached, Cap, loops, part, number, queue, fixed, kept
 """
 
 
@@ -540,6 +551,10 @@ def root():
         "part = slice(9)",
         "number = Fraction(2, 3)",
         "number = 2j",
+        "queue.append(2)",
+        "fixed.value = 30",
+        "fixed.unset = 30",
+        "Kept.cap.func.__code__ = (lambda self: 30).__code__",
         "function['cap'] = lambda: 30",
         "cap.value = 30",
         "method.__self__.value = 30",
