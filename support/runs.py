@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -358,7 +359,9 @@ def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iter
             yield run
         except RuntimeError as error:
             if stop.heard:  # a compiler, or another process, may have heard the signal too
-                info(f"the step failed{place_of(error)} ({short(error)}); {run.way_on()}.")
+                told = f"the step failed{place_of(error)} ({short(error)}); {run.way_on()}."
+                with suppress(OSError):  # of a terminal that is closed
+                    print(told, file=sys.stderr)  # of each process, for it may be the only one
                 raise KeyboardInterrupt from None
             raise
         if run.stopped:

@@ -327,7 +327,7 @@ def test_with_overwrite_a_run_is_put_aside_whole(begun, capsys):
     assert not Path("run/photo.png").exists()
 
 
-def test_a_run_that_ended_before_its_first_line_is_in_no_way(capsys):
+def test_a_run_that_ended_before_its_first_line_is_in_no_way(shared):
     """It has left an empty log and the tokenizer's files. And a missing compiler is told."""
     lacking = torch._dynamo.exc.ShortenTraceback("no g++", first_useful_frame=None)
     with mock.patch.object(torch.optim.AdamW, "step", side_effect=lacking):
@@ -335,11 +335,6 @@ def test_a_run_that_ended_before_its_first_line_is_in_no_way(capsys):
         stop = mock.patch.object(train, "lr_at", lambda *_: signal.raise_signal(2) or 0.1)
         with stop, pytest.raises(KeyboardInterrupt):  # a killed compiler is no lacking one
             run()
-        said = capsys.readouterr().err  # it may also be a bug, whose place and words are told
-        assert re.search(
-            r"the step failed at \S*train.py:\d+, in train \(no g\+\+\); nothing is saved: begin",
-            said,
-        )
     assert Path("run/log.jsonl").read_bytes() == b""
     assert "has no ckpt.pt to go on from: begin without --resume" in refused("--resume")
     run("--steps=1")
@@ -477,6 +472,22 @@ def test_under_torchrun_one_process_may_get_a_signal_twice(faults, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run()
     assert load("run")["step"] == 3
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_step_that_fails_after_a_signal_is_told_by_each_process(
+    rank, faults, monkeypatch, capsys
+):
+    def fail():
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setenv("RANK", rank)
+    faults.at_step(0, fail)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    said = r"the step failed at \S*:\d+, in fail \(a bug\); nothing is saved: begin again"
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_a_signal_that_is_ignored_stays_so(faults):
