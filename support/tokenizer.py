@@ -74,9 +74,9 @@ class Tokenizer:
         return [] if self.bos is None else [self.bos], self.eos[:1]
 
     def encode(self, text: str) -> list[int]:
-        """The ids begin with bos, if there is one."""
+        """The ids begin with bos, if there is one; the text may have it already, as a chat has."""
         (ids,) = self.encode_batch([text])
-        return ids if self.bos is None else [self.bos, *ids]
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def to_bytes(self, token: int) -> bytes:
         return self.texts.get(token) or self.special.get(token, "").encode()  # "": padding
@@ -274,7 +274,10 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     def encode_batch(batch: list[str]) -> list[list[int]]:
         return [found.ids for found in parsed.encode_batch(batch, add_special_tokens=False)]
 
-    return Tokenizer(encode_batch, texts, special, eos=[])
+    # What the file itself puts before a text: transformers 5 writes add_bos_token nowhere else.
+    first, bare = (parsed.encode("a", add_special_tokens=x).ids[:1] for x in (True, False))
+    bos = first[0] if first != bare and first[0] in special else None
+    return Tokenizer(encode_batch, texts, special, eos=[], bos=bos)
 
 
 def own_files(folder: Path, names: Iterable[str]) -> list[Path]:
@@ -313,7 +316,9 @@ def read_release(folder: Path) -> Tokenizer | None:
     eos = eos if isinstance(eos, list) else [eos]
     if not eos and (end := named("eos_token")) is not None:
         eos = [end]
-    bos = told.get("bos_token_id", named("bos_token")) if told.get("add_bos_token") else None
+    bos = tokenizer.bos
+    if told.get("add_bos_token"):
+        bos = told.get("bos_token_id", named("bos_token"))
     return replace(tokenizer, eos=eos, bos=bos, files=files, rows=told.get("vocab_size", 0))
 
 

@@ -38,12 +38,15 @@ def cut_all(texts: list[str], before: list[int], after: list[int]) -> Iterator[l
 
 
 def encode_all(texts: list[str], tokenizer: Tokenizer, name: str) -> Iterator[list[int]]:
-    """The ids of the texts between the tokenizer's marks, piece by piece."""
+    """The ids of the texts between the tokenizer's marks, piece by piece. A mark that a text has
+    already, such as a chat that is written as a release writes it, does not come twice."""
     pieces, total = cut_all(texts, *tokenizer.marks), sum(map(len, texts))
     with tqdm(desc=name, total=total, unit_scale=True, disable=None, leave=False) as progress:
         while batch := list(islice(pieces, 256)):  # which are encoded in parallel
             encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
             for (before, piece, after), ids in zip(batch, encoded, strict=True):
+                before = [] if ids[: len(before)] == before else before
+                after = [] if ids[len(ids) - len(after) :] == after else after
                 yield [*before, *ids, *after]
                 progress.update(len(piece))
 

@@ -144,10 +144,13 @@ module.__dict__.pop(name, None) => pass
 # support/tokenizer.py tests/test_release.py
 self.bos], self.eos[:1] => self.bos], []
 allowed_special="all") => allowed_special=set(), disallowed_special=())
-if told.get("add_bos_token") else None => if False else None
+if told.get("add_bos_token"): => if False:
+or ids[:1] == [self.bos] => or False
 rows=told.get("vocab_size", 0) => rows=0
 
 # support/tokens.py tests/test_release.py
+before = [] if ids => [] if ids
+after = [] if ids => [] if ids
 pieces[0][0], pieces[-1][2] = before, after => pieces[0][0], pieces[0][2] = before, after
 
 # huggingface.py tests/test_edits.py
@@ -305,6 +308,7 @@ if len({*ranks.values()}) < len(rows): => if False:
 self.encode_batch = without_panic(self.encode_batch) => pass
 add_special_tokens=False => add_special_tokens=True
 parsed.no_truncation() => pass
+if first != bare and => if False and
 
 # support/tokens.py tests/test_tokens.py
 files = -(-count // TOKENS_PER_FILE) => files = 1

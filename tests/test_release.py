@@ -30,8 +30,8 @@ import sample
 import train
 from huggingface import load_model
 from support.settings import Refusal
-from support.tokenizer import KIMI_PATTERN, PATTERN, stored_tokenizer, train_bpe
-from support.tokens import load_dataset
+from support.tokenizer import KIMI_PATTERN, PATTERN, hf_tokenizer, stored_tokenizer, train_bpe
+from support.tokens import encode_all, load_dataset
 
 SHORT = ["--batch_size=2", "--block_size=16", "--eval_batch=8", "--eval_every=2"]
 SHORT += ["--dtype=float32"]
@@ -206,6 +206,18 @@ def test_a_release_is_trained_sampled_and_given_back(kind, capsys):
         assert (other / "meta.json").read_bytes() == (folder / "meta.json").read_bytes()
     train.main(["--init_from=back", "--data=from_run", "--out=on", "--steps=1", *SHORT])
     train.main(["--out=run", "--resume", "--steps=7", "--data=from_back"])
+
+
+def test_marks_that_a_text_has_already_do_not_come_twice():
+    """As in a chat that is written as the release writes it."""
+    write_bytes_release("release", bos_token="[BOS]", eos_token="[EOS]")
+    tokenizer = hf_tokenizer(Path("release"))
+    documents = ["hi", "[BOS]hi", "hi[EOS]", "[BOS]hi[EOS]"]
+    ids = [i for piece in encode_all(documents, tokenizer, "documents") for i in piece]
+    assert ids == [256, *b"hi", 257] * 4
+    for document in documents:
+        assert tokenizer.encode(document)[:3] == [256, *b"hi"]
+    assert tokenizer.encode("hi[BOS]") == [256, *b"hi", 256] and tokenizer.encode("") == [256]
 
 
 @pytest.mark.parametrize("key, i", [("bos_token_id", 99_999), ("eos_token_id", -1)])
