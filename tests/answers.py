@@ -6,7 +6,6 @@ LINES has, by exercise, those that differ from the answer in exercises/solutions
 written in another way altogether are functions.
 """
 
-import math
 from types import SimpleNamespace
 
 import torch
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from exercises import check, solutions
 from exercises.known import EXERCISES
 from exercises.network import with_keys_and_values
-from model import head_loss
 from sample import draw
 from support.ops import upcast
 
@@ -313,38 +311,12 @@ def answer(exercise: str, says: str = ""):
 
 
 @answer("rope")
-def in_a_buffer(x, rope, interleave):
-    cos, sin = (table.unsqueeze(1) for table in rope)
-    h, half = upcast(x), x.shape[-1] // 2
-    out = torch.empty_like(h)
-    first, second = (slice(0, None, 2), slice(1, None, 2))
-    if not interleave:
-        first, second = slice(0, half), slice(half, None)
-    out[..., first] = h[..., first] * cos - h[..., second] * sin
-    out[..., second] = h[..., first] * sin + h[..., second] * cos
-    return out.to(x.dtype)
-
-
-@answer("rope")
 def as_complex_numbers(x, rope, interleave):
     h = upcast(x)
     pairs = h.unflatten(-1, (-1, 2)) if interleave else h.unflatten(-1, (2, -1)).mT
     turn = torch.complex(*(upcast(table).to(h.dtype) for table in rope))[:, None]
     y = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
     return (y if interleave else y.mT).flatten(-2).to(x.dtype)
-
-
-@answer("rope")
-def by_halves_that_change_places(x, rope, interleave):
-    cos, sin = rope
-    if interleave:
-        cos, sin = (t.repeat_interleave(2, -1)[:, None] for t in (cos, sin))
-        other = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-    else:
-        cos, sin = (torch.cat((t, t), -1)[:, None] for t in (cos, sin))
-        a, b = x.chunk(2, -1)
-        other = torch.cat((-b, a), -1)
-    return (upcast(x) * cos + upcast(other) * sin).to(x.dtype)
 
 
 # ---- mla -----------------------------------------------------------------------------------------
@@ -364,30 +336,6 @@ def by_a_fused_kernel(self, q_nope, q_pe, latent, k_pe):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale).transpose(1, 2)
 
 
-@answer("mla")
-def query_after_query(self, q_nope, q_pe, latent, k_pe):
-    k, v = keys_and_values(self, q_nope, latent)
-    out = []
-    for t in range(q_nope.shape[1]):
-        score = (q_nope[:, t, None] * k[:, : t + 1]).sum(-1)
-        score = score + (q_pe[:, t, None] * k_pe[:, : t + 1]).sum(-1)  # (B, t+1, H)
-        p = torch.softmax(self.scale * score, 1)
-        out.append((p[..., None] * v[:, : t + 1]).sum(1))
-    return torch.stack(out, 1)
-
-
-@answer("mla")
-def absorbed_all_the_same(self, q_nope, q_pe, latent, k_pe):
-    """The way of exercise 4."""
-    (_, T, H, N), C = q_nope.shape, latent.shape[-1]
-    W = self.kv_b_proj.weight.view(H, -1, C)
-    score = torch.einsum("bihn,hnc,bjc->bhij", q_nope, W[:, :N], latent)
-    score = score + torch.einsum("bihr,bjkr->bhij", q_pe, k_pe)
-    keep = torch.arange(T)[:, None] >= torch.arange(T)
-    p = torch.where(keep, score * self.scale, -math.inf).softmax(-1)
-    return torch.einsum("bhij,bjc,hvc->bihv", p, latent, W[:, N:])
-
-
 # ---- absorbed ------------------------------------------------------------------------------------
 
 
@@ -400,21 +348,6 @@ def by_a_fused_kernel_on_latents(self, q_nope, q_pe, kv, start=None):
     mask = torch.arange(S) <= torch.arange(S - T, S)[:, None]
     o = F.scaled_dot_product_attention(q, k, k[..., :C], attn_mask=mask, scale=self.scale)
     return torch.einsum("bhtc,hvc->bthv", o, W_UV)
-
-
-@answer("absorbed")
-def head_by_head(self, q_nope, q_pe, kv, start=None):
-    (_, T, H, N), S, C = q_nope.shape, kv.shape[1], self.config.kv_lora_rank
-    out = []
-    for h, W in enumerate(self.kv_b_proj.weight.chunk(H)):
-        q = torch.cat((q_nope[:, :, h] @ W[:N], q_pe[:, :, h]), -1)  # (B, T, C+R)
-        rows = []
-        for t in range(T):
-            past = kv[:, : S - T + t + 1]
-            p = torch.softmax(self.scale * (q[:, t : t + 1] @ past.mT), -1)
-            rows.append(p @ past[..., :C])
-        out.append(torch.cat(rows, 1) @ W[N:].T)
-    return torch.stack(out, 2)
 
 
 answer("absorbed", "keys or values of the old tokens are made anew")(with_keys_and_values)
@@ -446,18 +379,6 @@ def gate_with_lists(self, x):
         members.sort(key=row.__getitem__, reverse=True)
         rows.append(members[: c.num_experts_per_tok])
     return finish(self, s, torch.tensor(rows).view(*x.shape[:-1], -1))
-
-
-@answer("gate")
-def gate_on_groups_that_stay(self, x):
-    """Gathers the groups that stay, and takes indices back."""
-    c, s = self.config, torch.sigmoid(F.linear(upcast(x), upcast(self.weight)))
-    choice, size = s.detach() + self.e_score_correction_bias, c.n_routed_experts // c.n_group
-    groups = choice.view(*choice.shape[:-1], c.n_group, size)
-    best = groups.topk(2)[0].sum(-1).topk(c.topk_group)[1]  # (B, T, topk_group)
-    members = groups.gather(-2, best[..., None].expand(*best.shape, size)).flatten(-2)
-    at = members.topk(c.num_experts_per_tok)[1]
-    return finish(self, s, best.gather(-1, at // size) * size + at % size)
 
 
 # ---- bias ----------------------------------------------------------------------------------------
@@ -517,41 +438,6 @@ def sorted_rows_not_added_up(x, chosen, gain, gate_up, down, swiglu):
     return y
 
 
-@answer("experts")
-def token_by_token(x, chosen, gain, gate_up, down, swiglu):
-    rows = []
-    for x_t, experts, g in zip(x, chosen, gain, strict=True):
-        y = 0
-        for i, weight in zip(experts, g, strict=True):
-            a, b = (gate_up[i] @ x_t).chunk(2)
-            y = y + weight * (down[i] @ (F.silu(a) * b))
-        rows.append(y)
-    return torch.stack(rows)
-
-
-@answer("experts")
-def gathered_weights(x, chosen, gain, gate_up, down, swiglu):
-    """Every token takes its experts' matrices along."""
-    a, b = torch.einsum("td,tkfd->tkf", x, gate_up[chosen]).chunk(2, -1)
-    return torch.einsum("tkf,tkdf,tk->td", F.silu(a) * b, down[chosen], gain)
-
-
-@answer("experts")
-def padded_batch(x, chosen, gain, gate_up, down, swiglu):
-    """As many rows for every expert as the busiest has."""
-    (n, K), (E, D, _) = chosen.shape, down.shape
-    ids = chosen.flatten()
-    counts = torch.bincount(ids, minlength=E)
-    most = int(counts.max())
-    order = ids.argsort(stable=True)
-    place = torch.arange(n * K) - (counts.cumsum(0) - counts)[ids[order]]
-    slot = ids[order] * most + place
-    batch = torch.zeros(E * most, D, dtype=x.dtype).index_copy(0, slot, x[order // K])
-    a, b = torch.bmm(batch.view(E, most, D), gate_up.mT).chunk(2, -1)
-    out = torch.bmm(F.silu(a) * b, down.mT).flatten(0, 1)[slot]
-    return torch.zeros_like(x).index_add(0, order // K, out * gain.flatten()[order, None])
-
-
 @answer("experts", "experts compute tokens that did not choose them")
 def all_tokens(x, chosen, gain, gate_up, down, swiglu):
     weight = torch.zeros(len(x), len(down), dtype=x.dtype).scatter(1, chosen, gain)
@@ -577,18 +463,6 @@ def by_cross_entropy(model, tokens, targets):
     return total / k
 
 
-@answer("mtp")
-def recursive(model, tokens, targets):
-    last = depths(model, tokens).stop - 1
-
-    def rest(k, h):
-        h = model.predict_next(k - 1, h[:, :-1], tokens[:, k:])
-        loss = head_loss(h.flatten(0, 1), model.lm_head.weight, targets[:, k:].flatten())
-        return loss if k == last else loss + rest(k + 1, h)
-
-    return rest(1, model.trunk(tokens)) / last
-
-
 # ---- accept --------------------------------------------------------------------------------------
 
 
@@ -603,18 +477,6 @@ def text_by_text(p, q, drafts, u):
         kept.append(n)
         tokens.append(draw((left if left.sum() else p[b, n])[None, None], u[b : b + 1, G:]))
     return torch.tensor(kept), torch.cat(tokens)
-
-
-@answer("accept")
-def drawn_at_every_position(p, q, drafts, u):
-    B, G, V = q.shape
-    hot = F.one_hot(drafts, V).to(p.dtype)
-    stays = u[:, :G] * (q * hot).sum(-1) < (p[:, :G] * hot).sum(-1)
-    kept = stays.to(torch.int64).cumprod(1).sum(1)
-    rest = (p[:, :G] - q).clamp_min(0)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[:, :G])
-    every = draw(torch.cat((rest, p[:, G:]), 1), u[:, G:].expand(B, G + 1))
-    return kept, every.gather(1, kept[:, None])
 
 
 # ---- tiles ---------------------------------------------------------------------------------------
@@ -639,13 +501,3 @@ def tile_by_tile(x, block, pow2=False):
                 s[n, i // bm, j // bk] = scale
                 q[n, i : i + bm, j : j + bk] = (tile / scale).to(torch.float8_e4m3fn)
     return q.view(x.shape), s.view(*x.shape[:-2], *s.shape[1:])
-
-
-@answer("tiles")
-def by_pooling(x, block, pow2=False):
-    (bm, bk), (M, K) = block, x.shape[-2:]
-    flat = F.pad(x.float().abs().reshape(-1, 1, M, K), (0, -K % bk, 0, -M % bm))
-    s = scale_of(F.max_pool2d(flat, block), pow2)
-    each = F.interpolate(s, scale_factor=block, mode="nearest")[..., :M, :K]
-    q = (x.float().reshape(-1, 1, M, K) / each).to(torch.float8_e4m3fn)
-    return q.view(x.shape), s.view(*x.shape[:-2], *s.shape[2:])

@@ -197,20 +197,6 @@ def test_plot_shows_validation_as_points_and_bits_per_byte(plot, capsys):
     assert Path("x.svg").read_bytes() == picture
 
 
-@pytest.mark.parametrize(("bits", "alike"), [(0.4001, True), (0.5, False)])
-def test_plot_has_an_axis_of_bits_where_runs_share_a_tokenizer(plot, bits, alike):
-    texts, drawn, right = plot(a=[evaluation(39, 3.0, 0.4)], b=[evaluation(39, 2.0, bits)])
-    assert bool(right) == ("bits per byte of text" in texts) == alike
-    assert "b: load of the experts on the validation text at step 39" in texts
-    assert {call.kwargs["color"] for call in drawn} == {"C0", "C1"}
-
-
-def test_plot_needs_no_evaluation_and_no_experts(plot):
-    texts, _, right = plot(a=[], b=[evaluation(39, 2.0, expert_load=[], val_mtp_losses=[])])
-    assert texts >= {"a", "b: val_loss at step 39 is 2.000 nats per token, 0.800 bits per byte"}
-    assert right is None and not any("load" in text for text in texts)  # a's bits are not known
-
-
 def test_plot_of_several_runs_leaves_the_picture_of_one(plot):
     plot(**{"out/a": [], "out/b": []})
     bench.main(["plot", "out/a"])

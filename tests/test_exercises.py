@@ -44,7 +44,7 @@ def test_blanks_fail_politely(name, capsys):
 @pytest.mark.parametrize("name", EXERCISES)
 def test_right_answers_pass_however_they_are_written(name):
     assert judged(name, the_networks_own(name)) == ([], [])
-    assert len(answers.RIGHT[name]) >= 8
+    assert len(answers.RIGHT[name]) >= 7
     for answer, functions in answers.RIGHT[name].items():
         assert judged(name, functions) == ([], []), answer
 

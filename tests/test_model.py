@@ -536,18 +536,6 @@ def test_extra_rows_get_no_gradient(multiple, expected):
     assert y.grad.sum(1).tolist() == expected
 
 
-@pytest.mark.parametrize("tokens", [5, 8, 1])
-def test_no_size_on_a_gpu_waits_for_the_counts(tokens, monkeypatch):
-    """There is room for the worst case, which the last expert fills."""
-    chosen = torch.rand(tokens, 6).topk(2).indices
-    rows, slots, counts = ops.sort_by_expert(chosen, 6, 8)
-    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
-    more, same, all_counts = ops.sort_by_expert(chosen, 6, 8)
-    assert len(more) == 6 * 8 + 2 * tokens // 8 * 8 == all_counts.sum()
-    assert torch.equal(same, slots) and torch.equal(more[: len(rows)], rows)
-    assert torch.equal(all_counts[:-1], counts[:-1]) and not (all_counts % 8).any()
-
-
 # ---- Experts -------------------------------------------------------------------------------------
 
 

@@ -168,6 +168,11 @@ def other_text_in_process_1():
         tokens.load_dataset = other
 
 
+def other_rate_in_process_1():
+    if os.environ["RANK"] == "1":
+        sys.argv.append("--lr=0.5")
+
+
 def other_step_in_process_1():
     if os.environ["RANK"] == "1":
         os.chdir("node")
@@ -179,6 +184,9 @@ def test_processes_that_read_other_files_are_refused_before_anything_is_written(
     for rank, said in enumerate(finish(ranks, [1, 1])):
         who = "error" if rank == 0 else "error in process 1"
         assert f"{who}: data of process 1 differ from those of process 0: all have" in said
+    ranks = start(world=2, setup=other_rate_in_process_1)
+    for said in finish(ranks, [1, 1]):
+        assert "settings of process 1 differ" in said
     assert not Path("run").exists()
     run("--steps=2")
     Path("node/data").mkdir(parents=True)

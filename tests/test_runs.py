@@ -291,6 +291,9 @@ def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch):
     assert logged == [None if math.isnan(x) else x for x in losses]
     best = load("run", "best.pt")
     assert (best["val_loss"], best["val_bpb"]) == (4.0, 2.0)
+    assert checkpoints.checkpoint_file("run").name == "best.pt"  # what the folder means
+    Path("run/best.pt").unlink()
+    assert checkpoints.checkpoint_file("run").name == "ckpt.pt"
 
 
 @pytest.mark.parametrize(

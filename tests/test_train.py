@@ -311,15 +311,6 @@ def test_steps_are_the_same_in_micro_batches_recomputed_or_compiled(how, shared)
     assert not torch.are_deterministic_algorithms_enabled()  # in training only
 
 
-def test_what_compiling_costs_in_float32_on_a_cpu_is_told(capsys):
-    config, model = train.TrainConfig(compile=True), DeepSeekV3(ModelConfig(**TINY_NETWORK))
-    for dtype, eval_only in itertools.product((torch.float32, torch.bfloat16), (False, True)):
-        machine = replace(MACHINE, dtype=dtype)
-        train.check_settings(replace(config, eval_only=eval_only), model, machine, 0)
-        told = "--compile in auto compiles for minutes on a CPU" in capsys.readouterr().err
-        assert told == (dtype == torch.float32 and not eval_only)
-
-
 def test_a_line_has_the_means_since_the_last_one(shared):
     steps = [line for line in log_of(shared()) if "loss" in line]
     lines = [line for line in log_of(shared("--log_every=5")) if "loss" in line]
