@@ -79,6 +79,9 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
         )
     # transformers 5 gathers rope_theta and rope_scaling in one dictionary.
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    original = "original_max_position_embeddings"
+    if config.get(original):  # outside of that dictionary it has the last word
+        rope[original] = config[original]
     # The keys of the file and of the two objects in it, in one dictionary. A key that is missing
     # has transformers' default, which is ours except for these two.
     stated = {"max_position_embeddings": 4096, "initializer_range": 0.02} | config | rope
@@ -248,6 +251,8 @@ def open_files(directory: Path, device: str) -> dict[str, Any]:
             stored |= dict.fromkeys(file.keys(), file)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise Refusal(f"{path} cannot be used ({short(error)}): fetch all anew.") from None
+    if not stored:
+        raise Refusal(f"{directory} has no weights in model*.safetensors; no other format opens.")
     return stored
 
 
@@ -259,7 +264,8 @@ def check_tensors(model: DeepSeekV3, stored: dict[str, Any], directory: Path):
         lacks = f"{directory} lacks {and_more(missing)}"
         raise Refusal(f"{lacks}, due by its config.json: is a file missing?")
     for name in sorted(stored.keys() - needed.keys() - copies.keys()):
-        if not name.endswith(("_scale_inv", "rotary_emb.inv_freq")):
+        empty = 0 in stored[name].get_slice(name).get_shape()  # transformers' n_shared_experts 0
+        if not (empty or name.endswith(("_scale_inv", "rotary_emb.inv_freq"))):
             raise Refusal(f"{directory} has {name}, for which its config.json has no place.")
     for name, expected in needed.items():
         if (shape := tuple(stored[name].get_slice(name).get_shape())) != expected.shape:
@@ -291,19 +297,21 @@ def from_pretrained(
     """Opens a checkpoint of the DeepSeek-V3 family in bf16, fp16, fp32 or block-wise FP8, in one
     file or several.
 
-    dtype None is the one config.json names, bf16 if none or FP8. MTP modules are there if
-    their tensors are. Raises Refusal naming the file, key or tensor that is wrong.
+    dtype None is the one config.json names, else that of the final norm; for FP8 bf16. MTP
+    modules are there if their tensors are. Raises Refusal naming the file, key or tensor that is
+    wrong.
     """
     directory = Path(directory)
     raw, stored = read_json(directory / "config.json"), open_files(directory, str(device))
     config = config_from_json(raw)
     config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
-    kind = None if raw.get("quantization_config") else raw.get("dtype") or raw.get("torch_dtype")
-    named = getattr(torch, str(kind or "bfloat16"), None)
+    shapes, norm = outline(config), "model.norm.weight"
+    check_tensors(shapes, stored, directory)
+    kind = raw.get("dtype") or raw.get("torch_dtype") or stored[norm].get_tensor(norm).dtype
+    kind = "bfloat16" if raw.get("quantization_config") else str(kind).removeprefix("torch.")
+    named = getattr(torch, kind, None)
     if named not in DTYPES:
         raise Refusal(f"config.json has dtype {kind!r:.100}, expected one such as float32.")
-    shapes = outline(config)
-    check_tensors(shapes, stored, directory)
 
     model = to_fill(config, shapes.state_dict().keys(), device, dtype or named)
     for name, view in checkpoint_views(model):
@@ -311,7 +319,8 @@ def from_pretrained(
     copies = {name: x for name, x in checkpoint_copies(model) if name in stored}
     for name, original in copies.items():
         if not torch.equal(stored[name].get_tensor(name).to(original.dtype), original):
-            raise Refusal(f"{name} differs from its original: this is another architecture.")
+            told = f"{name} differs from its original: set tie_word_embeddings to false"
+            raise Refusal(f"{told} in config.json; if it is, this is another architecture.")
     model.trained_length = config.max_position_embeddings
     return model.eval()
 
@@ -516,7 +525,8 @@ def main(argv: list[str]):
         raise Refusal(f"{needs}: pip install {' '.join(missing)}")
     check_free(target, config.overwrite)
     if (source / "config.json").exists():
-        raise Refusal(f"{source} is an export already: SRC is a run or a checkpoint file.")
+        told = f"{source} has Hugging Face's layout, but SRC must be a run or a checkpoint file"
+        raise Refusal(f"{told}: to write it anew, use Python: from_pretrained, save_pretrained.")
     if to_gguf:
         return export_gguf(source, target, config.gguf_dtype or "F16", config.overwrite)
     model, _, _ = load_model(source)
@@ -525,6 +535,14 @@ def main(argv: list[str]):
         if config.check:
             check(folder)
     info(f"wrote {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
+    partly = [
+        name
+        for name, shape in layout(model.config).items()
+        if FP8_WEIGHTS.search(name) and any(n > 128 and n % 128 for n in shape)
+    ]
+    if config.quantize and partly:
+        told = "transformers decodes FP8 weights with blocks that are not full wrongly"
+        info(f"{told}: {and_more(partly)}")
     if model.mtp:
         info("transformers will list the MTP modules' tensors as unexpected: it does not use them")
 

@@ -172,6 +172,10 @@ if family not in (None, *FAMILY): => if False:
 if have != want and not (extend => if False and not (extend
 if x.dtype != torch.float8_e4m3fn:  # such => if False:  # such
 if tokenizer.n_vocab > config.vocab_size: => if False:
+if config.get(original): => if False:
+raw.get("torch_dtype") or stored[norm].get_tensor(norm).dtype => raw.get("torch_dtype")
+empty = 0 in stored => empty = 0 and 0 in stored
+any(n > 128 and n % 128 => any(n % 128
 
 # support/gguf.py tests/test_gguf.py
 W[:, :N].mT, W[:, N:] => W[:, -N:].mT, W[:, :-N]

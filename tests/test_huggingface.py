@@ -156,6 +156,16 @@ def test_config_in_the_style_of_the_releases(name):
     assert config_from_json(new) == expected
 
 
+@torch.no_grad()
+def test_an_original_length_outside_of_rope_scaling_has_the_last_word(tmp_path):
+    key = "original_max_position_embeddings"
+    huggingface.save_pretrained(ours(depth=0, rope_scaling=YARN), tmp_path, **{key: 64})
+    model = huggingface.from_pretrained(tmp_path)
+    assert model.config.rope_scaling[key] == 64 != YARN[key]
+    assert difference(model(TOKENS), theirs(tmp_path)(TOKENS).logits) < 2e-4
+    assert config_from_json({key: 64}).rope_scaling is None
+
+
 def test_silent_config_means_the_defaults_of_transformers():
     assert config_from_json({}) == config_from_json(DeepseekV3Config().to_dict())
 
@@ -166,7 +176,11 @@ def test_no_shared_experts(tmp_path):
     """transformers makes them zero wide; we leave them out."""
     model = ours(depth=0, n_shared_experts=0)
     huggingface.save_pretrained(model, tmp_path / "a")
-    assert difference(model(TOKENS), theirs(tmp_path / "a")(TOKENS).logits) < 2e-4
+    hf = theirs(tmp_path / "a")
+    assert difference(model(TOKENS), hf(TOKENS).logits) < 2e-4
+    hf.save_pretrained(tmp_path / "b")
+    assert any(x.numel() == 0 for x in load_file(tmp_path / "b/model.safetensors").values())
+    assert difference(model(TOKENS), huggingface.from_pretrained(tmp_path / "b")(TOKENS)) == 0
 
 
 @torch.no_grad()
@@ -281,6 +295,9 @@ def test_round_trip_in_shards_is_exact(dtype, tmp_path, monkeypatch):
     for name, x in again.state_dict().items():
         assert x.dtype == (torch.float32 if name.endswith("correction_bias") else dtype), name
         assert torch.equal(x, model.state_dict()[name]), name
+    edit_json(tmp_path / "config.json", torch_dtype=None)  # then it is that of the weights
+    again = huggingface.from_pretrained(tmp_path)
+    assert again.norm.weight.dtype == theirs(tmp_path).dtype == dtype
 
 
 def test_saving_opens_whole_or_not_at_all_and_removes_nothing_else(saved_by_us, monkeypatch):
@@ -366,6 +383,7 @@ UNUSABLE_CONFIGS = [  # changes of config.json, and what the sentence must name
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5, expected 1"),
     ({"vocab_size": 32}, "is (31, 16), but by its config.json (32, 16)."),
     ({"q_lora_rank": None}, "lacks model.layers.0.self_attn.q_proj.weight and 3 more, due by its"),
+    ({"tie_word_embeddings": True}, "lm_head.weight differs from its original: set tie_word_emb"),
     ({"n_shared_experts": 0}, "has model.layers.1.mlp.shared_experts.down_proj.weight, for which"),
     # Another family may have V3's keys: that it opens does not mean that it is computed rightly.
     ({"model_type": "glm4_moe_lite"}, "is of the family glm4_moe_lite, expected deepseek_v3 or"),
@@ -459,6 +477,8 @@ def test_files_refused(saved_by_us):
     check_refusal(f"{second} cannot be used (it repeats", huggingface.from_pretrained, saved_by_us)
     second.unlink()
     check_refusal("lacks model.layers.2.", huggingface.from_pretrained, saved_by_us)
+    (saved_by_us / "model-00001-of-00002.safetensors").rename(saved_by_us / "pytorch_model.bin")
+    check_refusal("has no weights in model*.safeten", huggingface.from_pretrained, saved_by_us)
     (saved_by_us / "config.json").write_text("{")
     check_refusal("config.json is no JSON", huggingface.from_pretrained, saved_by_us)
 
@@ -666,5 +686,11 @@ def test_weights_that_cannot_be_written_leave_nothing(run, tmp_path, monkeypatch
 
 def test_the_command_writes_fp8_weights_if_asked(run, tmp_path, capsys):
     huggingface.main([str(run), str(tmp_path / "new"), "--quantize=True"])
-    assert f"wrote {tmp_path}/new: config.json" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"wrote {tmp_path}/new: config.json" in said and "not full" not in said
     assert "quantization_config" in (tmp_path / "new/config.json").read_text()
+    wide = ours(depth=0, **LARGE, vocab_size=load_tokenizer(run).n_vocab)
+    wide = copy_run(run, tmp_path / "run", wide)
+    huggingface.main([str(wide), str(tmp_path / "wide"), "--quantize=True"])
+    said = capsys.readouterr().err
+    assert "not full wrongly: model.layers.0.self_attn.kv_a_proj_with_mqa.weight and" in said

@@ -132,7 +132,7 @@ REFUSALS = [
     ("huggingface.py run new.gguf --gguf_dtype=Q4", 2, "gguf_dtype is 'Q4', expected one of"),
     ("huggingface.py run photos", 1, "photos exists; choose another name, or give --overwrite"),
     ("huggingface.py nowhere new", 1, "there is no nowhere: name a run's folder"),
-    ("huggingface.py release new", 1, "release is an export already: SRC is a run or a checkpoint"),
+    ("huggingface.py release new", 1, "release has Hugging Face's layout, but SRC must be a run"),
     # bench.py
     ("bench.py", 2, "usage: python bench.py"),
     ("bench.py trian", 2, "usage: python bench.py"),
