@@ -670,7 +670,8 @@ def main(argv: list[str]):
         dtype = "bfloat16" if fast else "float32"
     model, tokenizer, path = load_model(ckpt or config.ckpt, device, getattr(torch, dtype))
     if tokenizer is None:
-        raise Refusal(f"no tokenizer of {path} can be read, so there is no text to write")
+        lacks = f"{path} has no tokenizer.json or tiktoken.model"
+        raise Refusal(f"{lacks}, so there is no text to write: copy the release's there.")
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none, and needs none
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     if config.interactive:

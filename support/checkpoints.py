@@ -41,9 +41,11 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     all of it first and compares its checksums; its settings alone do not need that.
     """
     file = checkpoint_file(path)
+    kinds = "a run's folder, a checkpoint file, or a directory with a config.json"
     if not file.exists():
-        kinds = "a run's folder, a checkpoint file, or a directory with a config.json"
         raise Refusal(f"there is no {file}: name {kinds}.")
+    if file.suffix in (".safetensors", ".gguf"):
+        raise Refusal(f"{file} is no checkpoint of train.py: name {kinds}.")
     try:
         with zipfile.ZipFile(file) as archive:  # torch does not look at the records' checksums
             damaged = archive.testzip() if whole else None

@@ -74,6 +74,7 @@ def check_config(config: dict[str, Any]) -> None:
         (lite and q, f"q_lora_rank {q} and {layers} layers", lite_has),
         (config["attention_bias"], "attention_bias True", "no biases"),
         (moe < layers and not config["n_shared_experts"], "n_shared_experts 0", "1 or more"),
+        (not config["routed_scaling_factor"], "routed_scaling_factor 0", "1 in its place"),
     )  # fmt: skip
     for refused, has, theirs in refusals:
         if refused:

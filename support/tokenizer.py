@@ -269,7 +269,10 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     special = {i: token.content for i, token in parsed.get_added_tokens_decoder().items()}
     byte_of = {char: byte for byte, char in STAND_INS.items()}
     vocab = {i: x for x, i in parsed.get_vocab(with_added_tokens=False).items() if i not in special}
-    texts = {i: x.translate(byte_of).encode("latin-1") for i, x in vocab.items()}
+    try:
+        texts = {i: x.translate(byte_of).encode("latin-1") for i, x in vocab.items()}
+    except UnicodeEncodeError:  # SentencePiece's kind
+        raise Refusal(f"{path.name} is not byte-level, which is not supported") from None
 
     def encode_batch(batch: list[str]) -> list[list[int]]:
         return [found.ids for found in parsed.encode_batch(batch, add_special_tokens=False)]
@@ -394,7 +397,9 @@ def stored_tokenizer(folder: Path | str) -> Tokenizer:
         return tokenizer_of(encoding_from(ranks, meta["pattern"], meta["special_tokens"]))
     except (OSError, ValueError, KeyError) as error:  # a file is missing, or cut short
         told = f"{folder} has no whole tokenizer ({short(error, 500)}); {AGAIN}"
-        raise Refusal(f"{told}; for weights, copy their run's tokenizer and meta.json") from None
+        ours, theirs = "tokenizer and meta.json", "tokenizer.json or tiktoken.model"
+        copy = f"for weights, copy their run's {ours}, or their release's {theirs}"
+        raise Refusal(f"{told}; {copy}") from None
 
 
 def load_tokenizer(folder: Path | str) -> tiktoken.Encoding | None:
@@ -425,16 +430,17 @@ def open_tokenizer(name: str) -> Tokenizer:
 def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
     """Raises Refusal unless the weights in `source` have the tokenizer of the data.
 
-    If the weights have a meta.json, its entries are compared. A Hugging Face directory without one
-    must have the same tokens, and must give a sample text the same ids.
+    Of our tokenizers the entries of meta.json are compared. Of a release's, whose file transformers
+    may have written anew, the tokens are, and the ids of a sample text, this file.
     """
     folder = source if source.is_dir() else source.parent
-    if identity := tokenizer_identity(folder):
+    identity = tokenizer_identity(folder)
+    if identity and identity["pattern"]:
         same = identity == tokenizer_identity(data)
     elif tokenizer:
-        other = stored_tokenizer(data)
+        other, sample = stored_tokenizer(data), [Path(__file__).read_text(encoding="utf-8")]
         same = (tokenizer.texts, tokenizer.special) == (other.texts, other.special)
-        same = same and tokenizer.encode_batch([__doc__]) == other.encode_batch([__doc__])
+        same = same and tokenizer.encode_batch(sample) == other.encode_batch(sample)
     else:  # the directory has none
         same = True
     if not same:

@@ -194,6 +194,7 @@ end = encoding._special_tokens[END_OF_TEXT] => end = 0
 if a in ranks and b in ranks => if len(a) == 1 and b in ranks
 name == "lm_head.weight" and config["tie_word_embeddings"] => False
 (m and m == m_all) => m_all
+(not config["routed_scaling_factor"], => (False,
 
 # huggingface.py tests/test_gguf.py
 check_free(target, config.overwrite) => pass
@@ -313,6 +314,8 @@ self.encode_batch = without_panic(self.encode_batch) => pass
 add_special_tokens=False => add_special_tokens=True
 parsed.no_truncation() => pass
 if first != bare and => if False and
+if identity and identity["pattern"]: => if identity:
+same and tokenizer.encode_batch(sample) == other.encode_batch(sample) => same
 
 # support/tokens.py tests/test_tokens.py
 files = -(-count // TOKENS_PER_FILE) => files = 1

@@ -204,6 +204,7 @@ def test_texts_become_the_same_ids(pattern, tmp_path):
         (dict(num_hidden_layers=27), "q_lora_rank 10 and 27 layers"),
         (dict(attention_bias=True), "attention_bias True"),
         (dict(n_shared_experts=0), "n_shared_experts 0"),
+        (dict(routed_scaling_factor=0.0), "routed_scaling_factor 0"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(changes, word, export, tmp_path):

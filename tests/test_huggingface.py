@@ -31,6 +31,7 @@ from transformers.modeling_layers import MtpModel
 
 import huggingface
 import model as model_py
+import sample
 import support.tokenizer
 from huggingface import checkpoint_views, config_from_json, load_model
 from model import DeepSeekV3, ModelConfig
@@ -441,6 +442,11 @@ def test_scales_that_are_not_those_of_blocks_are_refused(dtype, scale, sentence,
 
     edit_tensors(tmp_path / "a", change)
     check_refusal(sentence, huggingface.from_pretrained, tmp_path / "a")
+
+
+def test_weights_without_a_tokenizer_write_no_text(saved_by_us):
+    told = f"{saved_by_us} has no tokenizer.json or tiktoken.model"
+    check_refusal(told, sample.main, [str(saved_by_us), "--prompt=x"])
 
 
 def test_weights_behind_a_link_are_refused(saved_by_us, tmp_path):

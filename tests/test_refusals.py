@@ -44,6 +44,7 @@ REFUSALS = [
     ("prepare_data.py a.txt --test_fraction=-0.1", 1, "test_fraction=-0.1: expected 0 to 0.4"),
     ("prepare_data.py a.txt --vocab_size=256", 1, "vocab_size=256: expected 257"),
     ("prepare_data.py a.txt --tokenizer=gpt3", 1, "gpt3 has no whole tokenizer"),
+    ("prepare_data.py a.txt --tokenizer=release", 1, "or their release's tokenizer.json or tikto"),
     ("prepare_data.py fineweb --shards=104", 1, "shards=104: expected 1 to 103"),
     ("prepare_data.py fineweb --tokenizer=run", 1, "fineweb is made of gpt2's tokens, but"),
     # train.py: what the command says.
@@ -117,6 +118,7 @@ REFUSALS = [
     ("sample.py run --ckpt=out/x --prompt=x", 1, "there are two checkpoints, run and --ckpt=out/x"),
     ("sample.py --ckpt= --prompt=x", 1, "name a run's folder, a checkpoint file, or a directory"),
     ("sample.py nowhere --prompt=x", 1, "there is no nowhere: name a run's folder, a checkpoint"),
+    ("sample.py release/model.safetensors", 1, "model.safetensors is no checkpoint of train.py: n"),
     ("sample.py run --prompt=x --device=meta", 1, "meta"),
     ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
     ("sample.py run --num_samples=100000000", 1, "is 100000000, but must be at most 10000"),
@@ -156,6 +158,7 @@ FILES = {
     "alone/log.jsonl": b"",  # a run that has not written a line has a .lock beside it
     "begun/log.jsonl": b'{"step"',
     "release/config.json": b"{}",
+    "release/model.safetensors": b"",
 }
 
 

@@ -239,6 +239,34 @@ def test_a_tokenizer_json_changes_no_ids_of_a_text(tmp_path):
     assert tokenizer.encode("f") == [256, 102] == made.encode("f").ids[:2]
 
 
+def test_a_tokenizer_json_that_is_written_anew_is_the_same_one(tmp_path):
+    spec = json.loads(
+        tk.tokenizer_json(tk.encoding_from(tk.train_bpe([TEXT], 300, tk.PATTERN), tk.PATTERN, {}))
+    )
+    folders = [tmp_path / name for name in ("first", "anew", "other")]
+    for folder in folders[::2]:
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(json.dumps(spec))
+        stages = spec["pre_tokenizer"]["pretokenizers"]
+        stages.insert(0, stages[0] | {"pattern": {"Regex": "o"}})  # other ids of the same tokens
+    transformers.AutoTokenizer.from_pretrained(folders[0]).save_pretrained(folders[1])
+    data = [tmp_path / f"data_{folder.name}" for folder in folders]
+    for folder, made in zip(folders, data, strict=True):
+        made.mkdir()
+        tk.write_tokenizer(tk.hf_tokenizer(folder), made)
+    first, anew, other = data
+    assert tk.tokenizer_identity(first) != tk.tokenizer_identity(anew)
+    tk.check_tokenizer(first, tk.stored_tokenizer(first), anew)
+    said = refusal(tk.check_tokenizer, first, tk.stored_tokenizer(first), other)
+    assert f"{first} has another tokenizer than {other}" in said
+
+
+def test_a_tokenizer_that_is_not_of_bytes_is_refused(tmp_path):
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({"\u2581": 0, "a": 1}, []))
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert "tokenizer.json is not byte-level" in refusal(tk.hf_tokenizer, tmp_path)
+
+
 def test_null_in_a_later_file_takes_no_end_token_away(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_bytes_release("release", eos_token_id=None)
