@@ -551,6 +551,10 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return total / (targets >= 0).sum().clamp(min=1)
 
 
+# The parameters of nn.Linear, nn.Embedding, Gate and Experts. One of your own stays as you make it.
+INITIALISED = ("weight", "bias", "gate_up_proj", "down_proj")
+
+
 class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
@@ -587,9 +591,10 @@ class DeepSeekV3(nn.Module):
         self.recompute = False  # activation checkpointing: drop activations, compute them again
         # Section 4.2. Other parameters start as their modules make them: the norms' are 1.
         for name, parameter in self.named_parameters():
-            owner = self.get_submodule(name.rpartition(".")[0])
-            if isinstance(owner, nn.Linear | nn.Embedding | Gate | Experts):
-                if name.endswith("bias"):
+            path, _, own = name.rpartition(".")
+            layer = isinstance(self.get_submodule(path), nn.Linear | nn.Embedding | Gate | Experts)
+            if layer and own in INITIALISED:
+                if own == "bias":
                     nn.init.zeros_(parameter)
                 else:
                     nn.init.normal_(parameter, std=config.initializer_range)
@@ -640,7 +645,8 @@ class DeepSeekV3(nn.Module):
         return self.run_block(self.mtp[k], past, h, embedding, rope)
 
     def logits(self, h: Tensor) -> Tensor:
-        """h (B, T, D) -> (B, T, vocabulary)."""
+        """h (B, T, D) -> (B, T, vocabulary). The losses do not come here: head_loss calls
+        head_logits, so edit that."""
         return head_logits(h, self.lm_head.weight)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, return_mtp: bool = False):
@@ -723,12 +729,18 @@ def check_config(config: ModelConfig):
     for field in fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
         accepted = int | float if kind is float else kind  # 1 will do for 1.0, but not True for 1
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        try:
+            fits = isinstance(value, accepted)
+        except TypeError:  # a key of your own with a type such as Literal or list[int]
+            continue
+        if not fits or (isinstance(value, bool) and kind is not bool):
             must = getattr(kind, "__name__", kind)
             raise Refusal(f"{name} is {value!r}, but must be of type {must}.")
         whole = kind in (int, int | None)  # a width, a number of heads or layers ...
         zero = name in MAY_BE_ZERO or field.default == 0  # a new key may be off by default
         least = 1 if whole and not zero else 0
+        if isinstance(field.default, int | float):
+            least = min(least, field.default)  # nor may a default be refused
         if isinstance(value, int | float) and not value >= least:  # "not >=" refuses nan too
             raise Refusal(f"{name} is {value}, but must be at least {least}.")
     E, K, R = config.n_routed_experts, config.num_experts_per_tok, config.qk_rope_head_dim

@@ -627,12 +627,14 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
         per_call = stats.tokens / stats.rounds / rows
         info(f"{per_call:.2f} tokens per model call; accepted drafts, by position: {', '.join(of)}")
     like = model.norm.weight
-    caches = (Cache(model.config, model.layers, 1, size, like).kept for size in (1, 2))
-    one, two = (sum(x.nbytes for x in torch.utils._pytree.tree_leaves(kept)) for kept in caches)
+    # Of texts so long that a ring is full; on meta they take no memory.
+    most, meta = model.config.max_position_embeddings, like.to("meta")
+    caches = (Cache(model.config, model.layers, 1, n, meta).kept for n in (most, most + 1))
+    held, more = (sum(x.nbytes for x in torch.utils._pytree.tree_leaves(kept)) for kept in caches)
     mha = model.config.cache_numbers()[1] * like.element_size()
-    fixed = 2 * one - two  # what does not grow, such as a recurrent state
+    fixed = held - most * (more - held)  # what does not grow, such as a recurrent state
     also = f" and {fixed:,} per text" if fixed else ""
-    info(f"cache: {two - one:,} bytes per token{also}; multi-head attention would hold {mha:,}")
+    info(f"cache: {more - held:,} bytes per token{also}; multi-head attention would hold {mha:,}")
     if stats.note:
         info(f"note: {stats.note}")
 

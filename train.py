@@ -30,7 +30,7 @@ import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -111,9 +111,10 @@ class TrainConfig:
     def __post_init__(self):
         counts = {"steps", "batch_size", "block_size", "grad_accum", "eval_batch"}
         counts |= {"eval_every", "save_every", "log_every"}
-        for name, value in vars(self).items():
-            least = 1 if name in counts else 0
-            if not isinstance(value, str) and (math.isnan(value) or value < least):
+        for field in fields(self):
+            name, value, usual = field.name, getattr(self, field.name), field.default
+            least = 1 if name in counts else min(0, usual) if isinstance(usual, int | float) else 0
+            if isinstance(value, int | float) and not value >= least:  # nor is nan
                 raise Refusal(f"{name} is {value}, but must be at least {least}.")
         if max(self.beta1, self.beta2) >= 1:
             raise Refusal(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
@@ -257,7 +258,7 @@ def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
     return y.mT if tall else y
 
 
-NOT_FOR_MUON = ("embed_tokens.weight", "lm_head.weight", "gate.weight")
+NOT_FOR_MUON = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -453,7 +454,9 @@ def backward(
     trainer: nn.Module, batches: list[np.ndarray], weight_of: dict[str, float], machine: Machine
 ) -> dict[str, Tensor]:
     """Adds up the gradients of the weighted losses, averaged over the micro-batches (B, T + 1).
-    Returns these averages, each loss by name and before its weight."""
+
+    These count alike, however many targets each has. Returns the averages, each loss by name and
+    before its weight."""
     means = defaultdict(float)
     for i, batch in enumerate(batches, 1):
         processes.sync_gradients(trainer, now=i == len(batches))

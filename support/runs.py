@@ -17,6 +17,7 @@ One process at a time writes there. Files are written whole, or they stay what t
 import json
 import math
 import os
+import pickle
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -298,7 +299,13 @@ class Run:
             file.flush()
             # A NumPy number in a state can be saved, but not opened: an error now. It reads no
             # tensors, so it takes milliseconds.
-            torch.load(file.name, "cpu", weights_only=True, mmap=True)
+            try:
+                torch.load(file.name, "cpu", weights_only=True, mmap=True)
+            except pickle.UnpicklingError as error:
+                named = re.search(r"GLOBAL (\S+)", str(error))
+                told = f"a state of this run holds {named[1] if named else short(error)}"
+                may = "only tensors, numbers and text may be saved (of NumPy: x.tolist())"
+                raise TypeError(f"{told}, but {may}") from None
 
         write_whole(self.out / name, save)
 
@@ -324,7 +331,8 @@ class Run:
         """Raises Refusal: the gradients of the last steps were not finite."""
         n, step = self.bad_in_a_row, self.progress.step
         way = self.way_on(spoilt=self.saved_step == step - n)  # then its weights gave all of them
-        raise Refusal(f"{n} gradient(s) up to step {step} are not finite; {way} and a lower --lr.")
+        bad = f"{n} gradient(s) up to step {step} are not finite"
+        raise Refusal(f"{bad}; {way} and a lower --lr, or mend the edit that makes them so.")
 
 
 @contextmanager

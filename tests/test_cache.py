@@ -208,8 +208,12 @@ def test_decoding_reads_and_forgets_no_more_than_is_checked(drafts, depth, monke
 
 
 def test_the_line_about_the_cache_counts_what_the_layers_keep(capsys):
-    """Here one of three has latents of 15 numbers per token, in float64; the others do not grow."""
-    model = mixed(Smeared(1, 2))
+    """Here one of three has latents of 15 numbers per token, in float64. The others do not grow: a
+    ring, as soon as it is full, and a state."""
+    ring = Smeared(1, 20)
+    ring.new_cache = lambda batch, size, like: like.new_zeros(batch, min(size, 20), 16)
+    model = mixed(ring)
     model.layers[2].self_attn = Summed()
     print_stats(model, Stats(), 1)
-    assert "cache: 120 bytes per token and 384 per text;" in capsys.readouterr().err
+    per_text = 8 * (20 * 16 + 16)
+    assert f"cache: 120 bytes per token and {per_text:,} per text;" in capsys.readouterr().err

@@ -9,7 +9,8 @@ results by 1e-4.
 
 import functools
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -626,6 +627,7 @@ def test_what_the_report_initialises_is_initialised_and_nothing_else(monkeypatch
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             self.mix, self.extra = nn.Parameter(torch.eye(3)), nn.Linear(32, 8)
+            self.extra.lora = nn.Parameter(torch.eye(3))  # as in a subclass
             self.turn = nn.Conv1d(8, 8, 3)
             self.turned = self.turn.weight.detach().clone()
 
@@ -634,7 +636,8 @@ def test_what_the_report_initialises_is_initialised_and_nothing_else(monkeypatch
     model = DeepSeekV3(ModelConfig(**TINY | sizes, attention_bias=True, initializer_range=0.5))
     for block in (*model.layers, model.mtp[0].block):
         assert torch.equal(block.mix, torch.eye(3)) and torch.equal(block.turn.weight, block.turned)
-        del block.mix, block.turn
+        assert torch.equal(block.extra.lora, torch.eye(3))
+        del block.mix, block.turn, block.extra.lora
     for name, p in model.named_parameters():
         if p.ndim == 1:
             assert (p == (0 if name.endswith("bias") else 1)).all(), name
@@ -642,6 +645,20 @@ def test_what_the_report_initialises_is_initialised_and_nothing_else(monkeypatch
             spread = p.double().square().mean() / 0.5**2
             assert abs(spread - 1) < 5 * math.sqrt(2 / p.numel()), name
     assert not biases(model).any()
+
+
+def test_keys_of_ones_own_may_have_any_type_and_a_default_below_0():
+    @dataclass
+    class Own(ModelConfig):
+        kind: Literal["a", "b"] = "a"
+        layers: list[int] | None = None
+        shift: int = -1
+        sink: float = -4.0
+
+    plain.check_config(Own(kind="b", layers=[1, 2]))
+    for wrong in dict(shift=-2), dict(sink=-5.0), dict(sink="x"):
+        with pytest.raises(Refusal):
+            plain.check_config(Own(**wrong))
 
 
 def test_a_tied_head_is_not_counted_again():

@@ -263,12 +263,13 @@ def test_steps_equal_a_plain_training_loop(data):
 def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(shared):
     """In bfloat16, as torch.optim.Muon does."""
     model = load_model(shared("--n_routed_experts=64", "--optimizer=adamw"))[0].float()
+    model.layers[1].self_attn.o_gate = torch.nn.Linear(8, 6, bias=False)  # a hacker's matrix
     settings = dict(optimizer="muon", lr=0.01, adamw_lr=2.0, weight_decay=0.3, dtype="bfloat16")
     config = train.TrainConfig(**settings)
     optimizers, pairs = train.make_optimizers(model, config), []
     for name, p in model.named_parameters():
         matrices = [torch.nn.Parameter(x.clone()) for x in (p if p.ndim == 3 else [p])]
-        if p.ndim == 1 or re.search(r"embed_tokens|lm_head|gate\.weight", name):
+        if p.ndim == 1 or re.search(r"embed_tokens|lm_head|mlp\.gate\.weight", name):
             decay = 0.3 if p.ndim > 1 else 0.0
             reference = torch.optim.AdamW(matrices, 0.02, (0.9, 0.95), weight_decay=decay)
         else:
