@@ -287,8 +287,11 @@ def effect(name: str, functions: SimpleNamespace, wrong: bool = False) -> tuple[
         with installed(EXERCISES[name], functions):
             mine = EFFECTS[name](functions)
         off = {key: distance(mine.numbers[key], x) for key, x in due.numbers.items()}
-    except Exception:  # of the reader's code: any
-        return f"In the trained network it fails:\n{traceback.format_exc()}", False
+    except Exception as error:  # of the reader's code: any
+        trace = (
+            f" {type(error).__name__}: {error!s:.90}" if wrong else f"\n{traceback.format_exc()}"
+        )
+        return f"In the trained network it fails:{trace}", False
     differ = [key for key, (x, largest) in off.items() if not x <= due.within * largest]
     told = "In the trained network: " + mine.headline
     if differ and mine.headline == due.headline:

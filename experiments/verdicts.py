@@ -140,9 +140,9 @@ class Verdicts:
         return markdown(HEADS, [self.row(claim) for claim in self.sorted])
 
     def table_of_readme(self) -> str:
-        """The headline claims alone."""
-        rows = [self.row(claim) for claim in self.sorted if claim.headline]
-        return markdown(HEADS, rows)
+        """The headline claims alone, without what the first seeds said."""
+        rows = [self.row(claim)[:-1] for claim in self.sorted if claim.headline]
+        return markdown(HEADS[:-1], rows)
 
     def fp8_on_both_texts(self) -> str:
         base, tiles = (plan.fresh_runs(name) for name in ("MLA", "tiles"))

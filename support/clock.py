@@ -51,5 +51,5 @@ class Clock:
         if waiting > 0.25 and self.steps >= 10 and not self.told_busy:
             self.told_busy = True
             told = f"the cores are busy: {waiting:.1f} of this run's threads wait for a core"
-            mend = "stop other programs, or, of several threads, use one by OMP_NUM_THREADS=1"
+            mend = "stop other programs, or use one thread: OMP_NUM_THREADS=1"
             info(f"{told} on average; {mend}")
