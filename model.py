@@ -551,10 +551,6 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return total / (targets >= 0).sum().clamp(min=1)
 
 
-# The parameters of nn.Linear, nn.Embedding, Gate and Experts. One of your own stays as you make it.
-INITIALISED = ("weight", "bias", "gate_up_proj", "down_proj")
-
-
 class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
@@ -592,12 +588,13 @@ class DeepSeekV3(nn.Module):
         # Section 4.2. Other parameters start as their modules make them: the norms' are 1.
         for name, parameter in self.named_parameters():
             path, _, own = name.rpartition(".")
-            layer = isinstance(self.get_submodule(path), nn.Linear | nn.Embedding | Gate | Experts)
-            if layer and own in INITIALISED:
-                if own == "bias":
-                    nn.init.zeros_(parameter)
-                else:
-                    nn.init.normal_(parameter, std=config.initializer_range)
+            module = self.get_submodule(path)
+            linear = isinstance(module, nn.Linear | nn.Embedding)
+            matrix = isinstance(module, Gate | Experts) and parameter.ndim > 1
+            if linear and own == "bias":
+                nn.init.zeros_(parameter)
+            elif matrix or (linear and own == "weight"):
+                nn.init.normal_(parameter, std=config.initializer_range)
 
     def run_block(self, block: nn.Module, past: Past, *inputs) -> Tensor:
         """Calls block(*inputs, past), a Block or MTP module, and notes its gate and its routing
@@ -645,8 +642,8 @@ class DeepSeekV3(nn.Module):
         return self.run_block(self.mtp[k], past, h, embedding, rope)
 
     def logits(self, h: Tensor) -> Tensor:
-        """h (B, T, D) -> (B, T, vocabulary). The losses do not come here: head_loss calls
-        head_logits, so edit that."""
+        """h (B, T, D) -> (B, T, vocabulary). To change them edit head_logits: the losses do not
+        call this."""
         return head_logits(h, self.lm_head.weight)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, return_mtp: bool = False):
@@ -737,8 +734,7 @@ def check_config(config: ModelConfig):
             must = getattr(kind, "__name__", kind)
             raise Refusal(f"{name} is {value!r}, but must be of type {must}.")
         whole = kind in (int, int | None)  # a width, a number of heads or layers ...
-        zero = name in MAY_BE_ZERO or field.default == 0  # a new key may be off by default
-        least = 1 if whole and not zero else 0
+        least = 1 if whole and name not in MAY_BE_ZERO else 0
         if isinstance(field.default, int | float):
             least = min(least, field.default)  # nor may a default be refused
         if isinstance(value, int | float) and not value >= least:  # "not >=" refuses nan too

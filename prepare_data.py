@@ -33,7 +33,7 @@ from tqdm import tqdm
 from support.files import lies_in, new_folder
 from support.settings import Refusal, info, parse_args, place_of, run_command, short, with_home
 from support.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer, write_tokenizer
-from support.tokens import Dataset, load_dataset, read_tokens, write_tokens
+from support.tokens import FEW_TOKENS, Dataset, load_dataset, read_tokens, write_tokens
 
 # GPT-2 tokens in shards of 100M on Hugging Face: where they lie and how many there are.
 SHARDS = {"fineweb": ("kjj0/fineweb10B-gpt2", 103), "finewebedu": ("kjj0/finewebedu10B-gpt2", 99)}
@@ -101,7 +101,7 @@ def parse_record(line: str, where: str, text_key: str) -> str | None:
     """The text of a line of .jsonl."""
     try:
         record = json.loads(line)
-    except ValueError as error:  # one of json counts lines, but has seen only this one
+    except ValueError as error:  # json's own counts lines, but this one is all it has seen
         why = getattr(error, "msg", error)
         raise Refusal(f"{where} is no JSON ({why}); correct or delete it") from None
     if not isinstance(record, dict):
@@ -335,8 +335,8 @@ def next_command(config: DataConfig, folder: Path, data: Dataset) -> str:
         ours = data.vocab_size == small["vocab_size"]
         words = words if steps < small["steps"] else words[:2]  # the file has this many itself
         words = ["config/small.py", *words] + [f"--vocab_size={data.vocab_size}"] * (not ours)
-    # A few evaluations of more would read more than the training. stdlib has about 100,000.
-    words += ["--eval_tokens=100_000"] * (len(data.val) > 10**6)
+    # A few evaluations of much more would read more than the training.
+    words += [f"--eval_tokens={FEW_TOKENS}"] * (len(data.val) > 10 * FEW_TOKENS)
     return shlex.join(["python", "train.py", *words])
 
 

@@ -237,9 +237,9 @@ class Text:
         """Writes drafts of tokens n .. n+G-1: the copies (B, G), or, if None, what the MTP modules
         make. Returns the distributions that they come from, q (B, G, V).
 
-        In every round the modules read the last G + depth positions up to n-2. The last round may
-        have added G + 1 tokens. Before these, depth - 1 positions may hold what a deeper module
-        made of a draft that was rejected. What was right gives the same again.
+        In every round the modules read positions again, up to n-2: the G + 1 that the previous
+        round may have added, and depth - 1 before these, which may hold what a deeper module made
+        of a draft that was rejected. Positions that were right give the same again.
 
         At n-2 module 1 drafts token n, then module 2 token n+1, and so on. For more drafts the last
         module goes on, one position further each time, from its own output. With two modules, at

@@ -49,7 +49,7 @@ from support.checkpoints import Progress, RandomNumbers, checkpoint_file, load_c
 from support.processes import Machine
 from support.settings import Refusal, info
 from support.tokenizer import check_tokenizer, stored_tokenizer, tokenizer_files
-from support.tokens import Dataset, data_folder, open_folder, text_digest
+from support.tokens import FEW_TOKENS, Dataset, data_folder, open_folder, text_digest
 
 PHASES = ("warmup", "decay_start", "decay_end", "final_start")  # of the learning rate, in order
 
@@ -112,9 +112,10 @@ class TrainConfig:
         counts = {"steps", "batch_size", "block_size", "grad_accum", "eval_batch"}
         counts |= {"eval_every", "save_every", "log_every"}
         for field in fields(self):
-            name, value, usual = field.name, getattr(self, field.name), field.default
-            least = 1 if name in counts else min(0, usual) if isinstance(usual, int | float) else 0
-            if isinstance(value, int | float) and not value >= least:  # nor is nan
+            name, value, least = field.name, getattr(self, field.name), int(field.name in counts)
+            if isinstance(field.default, int | float):
+                least = min(least, field.default)  # nor may a default be refused
+            if isinstance(value, int | float) and not value >= least:  # "not >=" refuses nan too
                 raise Refusal(f"{name} is {value}, but must be at least {least}.")
         if max(self.beta1, self.beta2) >= 1:
             raise Refusal(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
@@ -123,7 +124,7 @@ class TrainConfig:
         if self.batch_start > self.batch_size:
             wrong = f"batch_start is {self.batch_start}, but batch_size, which it grows to, is"
             raise Refusal(f"{wrong} {self.batch_size}: raise batch_size, or lower batch_start.")
-        for name in PHASES:
+        for name in (*PHASES, "batch_ramp", "long_start", "mtp_switch", "gamma_stop"):
             if (x := getattr(self, name)) > 1:
                 raise Refusal(f"{name} is {x}, but must be a fraction of the run: at most 1.")
         # A cosine that ends at 1 lasts to the end of the run, without a last phase.
@@ -258,17 +259,16 @@ def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
     return y.mT if tall else y
 
 
-NOT_FOR_MUON = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
-
-
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, as in the report; or Muon for the matrices of attention, FFN, experts and
     eh_proj, as in Moonlight (arXiv 2502.16982), and AdamW for the rest, at adamw_lr times lr."""
-    matrices, others, vectors = [], [], []
-    for name, p in model.named_parameters():
+    matrices, others, vectors, muon = [], [], [], config.optimizer == "muon"
+    apart = (model.embed_tokens, model.lm_head, *model.gates()) if muon else ()
+    not_for_muon = {p for module in apart for p in module.parameters()}
+    for p in model.parameters():
         if p.ndim <= 1:
             vectors.append(p)
-        elif config.optimizer == "adamw" or name.endswith(NOT_FOR_MUON):
+        elif not muon or p in not_for_muon:
             others.append(p)
         else:
             matrices.append(p)
@@ -500,7 +500,7 @@ def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, pr
     measured = evaluations * len(data.val)
     if measured > max(read, 10**7) and progress.step == 0:  # fewer take no time worth a line
         told = f"{evaluations} evaluations read {measured:,} tokens, more than the training"
-        info(f"{told}; give --eval_tokens={read // evaluations // 10} for a tenth of it")
+        info(f"{told}; give --eval_tokens={FEW_TOKENS}, or a larger --eval_every")
 
 
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=()):

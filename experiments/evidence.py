@@ -207,8 +207,8 @@ def fresh_runs() -> dict[str, list[dict]]:
 
 
 def fresh_spreads(key: str) -> tables.Spreads:
-    """How much these runs vary."""
-    return tables.spreads(key, run.Options(results=plan.CONFIRMATION), fresh_runs())  # MLA is first
+    """How much these runs vary. The base is MLA, the first of fresh_runs()."""
+    return tables.spreads(key, run.Options(results=plan.CONFIRMATION), fresh_runs())
 
 
 def on_fresh_seeds() -> dict[str, Fresh]:

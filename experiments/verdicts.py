@@ -65,7 +65,9 @@ def with_margin(word: str, x: Numbers) -> str:
     return word + (f" within {x.margin:.4f}" if word == "equal" else f" (margin {x.margin:.4f})")
 
 
-def row(claim: Claim, first: Numbers, said: str, fresh: Fresh | None, slope: float) -> list[str]:
+def line_of(
+    claim: Claim, first: Numbers, said: str, fresh: Fresh | None, slope: float
+) -> list[str]:
     """The cells under HEADS, of the fresh seeds where all their runs are there. said: the word that
     the first seeds give."""
     x, word, seeds, before = first, said, seeds_cell(first, planned_seeds(claim)), ""
@@ -108,7 +110,7 @@ class Verdicts:
     def row(self, claim: Claim) -> list[str]:
         text = claim.text
         first = self.numbers[text], self.first_words[text]
-        return row(claim, *first, self.fresh.get(text), self.slope)
+        return line_of(claim, *first, self.fresh.get(text), self.slope)
 
     def summary(self) -> str:
         """Three lines: what is sure as claimed, what is surely not so, what is open."""

@@ -34,6 +34,12 @@ def checkpoint_file(path: str | Path) -> Path:
     return folder / ("best.pt" if (folder / "best.pt").exists() else "ckpt.pt")
 
 
+def foreign_type(error: Exception) -> str:
+    """Of an error of torch.load: the type that weights_only=True does not open; "" for others."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    return short(named[1], 80) if named else ""
+
+
 def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     """What train.py saved in a file, or in a run's folder (best.pt, else ckpt.pt).
 
@@ -53,8 +59,8 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
         dict(saved["model_config"])  # raises where another program has saved it
     except Exception as error:  # a damaged file may lead to any
         told, why = f"{file} is damaged, or no checkpoint of train.py", short(error, 100)
-        if named := re.search(r"GLOBAL (\S+)", str(error)):
-            why = f"it holds {short(named[1], 80)!r}; only tensors, numbers and text are opened"
+        if what := foreign_type(error):
+            why = f"it holds {what!r}; only tensors, numbers and text are opened"
         raise Refusal(f"{told} ({why})") from None
     if damaged:
         raise Refusal(f"{file} is damaged: {damaged} in it has another checksum than when saved")

@@ -59,7 +59,7 @@ def fast_twin(digits: str, *others: Callable) -> Callable:
 
         @functools.wraps(formula)
         def choose(*args, **kwargs):
-            # Whether their names still mean what the twin copies.
+            # Whether their names still mean what the twin copies (`not others` saves time).
             copied = not others or all(formula.__globals__.get(f.__name__) is f for f in others)
             if enabled and copied and not kwargs and (args[0].is_cpu or args[0].is_cuda):
                 y = twin(*args)
@@ -160,7 +160,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start=None) 
     if not isinstance(scale, float) or not q.dtype == k.dtype == v.dtype:
         return NotImplemented  # a learnt scale, say
     one_head = k.shape[:2] == v.shape[:2] == (B, 1)
-    # Whether the queries are the newest tokens; in a graph, where start is a tensor, it tells.
+    # The queries must be the newest tokens: start is None or S - T. In a graph start is a tensor,
+    # which cannot be compared here; attend_latents then masks by it.
     newest = isinstance(start, Tensor) or start in (None, k.shape[2] - T)
     if one_head and newest and writing():
         return attend_latents(q, k[:, 0], v[:, 0], scale, start)

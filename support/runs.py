@@ -20,6 +20,7 @@ import os
 import pickle
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -29,12 +30,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from support.checkpoints import code_of, cut_like, gather, load_checkpoint
+from support.checkpoints import code_of, cut_like, foreign_type, gather, load_checkpoint
 from support.clock import Clock
 from support.files import put_aside, write_whole
 from support.flops import flops_per_token, peak_flops
 from support.processes import Machine
-from support.settings import Refusal, info, place_of, short
+from support.settings import Refusal, info
 from support.signals import Stop
 
 try:
@@ -294,20 +295,19 @@ class Run:
         saved = dict(**saved, **about, **more)  # unlike |, an error where a name comes twice
         self.check_place()
 
-        def save(file: BinaryIO):
+        def write_and_open(file: BinaryIO):
             torch.save(saved, file)
             file.flush()
-            # A NumPy number in a state can be saved, but not opened: an error now. It reads no
+            # A NumPy number in a state can be saved, but not opened: an error now. Opening reads no
             # tensors, so it takes milliseconds.
             try:
                 torch.load(file.name, "cpu", weights_only=True, mmap=True)
             except pickle.UnpicklingError as error:
-                named = re.search(r"GLOBAL (\S+)", str(error))
-                told = f"a state of this run holds {named[1] if named else short(error)}"
+                told = f"a state of this run holds {foreign_type(error)}"
                 may = "only tensors, numbers and text may be saved (of NumPy: x.tolist())"
-                raise TypeError(f"{told}, but {may}") from None
+                raise TypeError(f"{told}, but {may}") from error
 
-        write_whole(self.out / name, save)
+        write_whole(self.out / name, write_and_open)
 
     def check_place(self):
         """Raises Refusal where the folder is not the one that was locked."""
@@ -365,11 +365,11 @@ def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iter
         run.clock.restart(progress.tokens)
         try:
             yield run
-        except RuntimeError as error:
+        except RuntimeError:
             if stop.heard:  # a compiler, or another process, may have heard the signal too
-                told = f"the step failed{place_of(error)} ({short(error)}); {run.way_on()}."
                 with suppress(OSError):  # of a terminal that is closed
-                    print(told, file=sys.stderr)  # of each process, for it may be the only one
+                    traceback.print_exc()  # of each process, for it may be the only one
+                    print(f"the step failed; {run.way_on()}.", file=sys.stderr)
                 raise KeyboardInterrupt from None
             raise
         if run.stopped:

@@ -430,8 +430,9 @@ def open_tokenizer(name: str) -> Tokenizer:
 def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
     """Raises Refusal unless the weights in `source` have the tokenizer of the data.
 
-    Of our tokenizers the entries of meta.json are compared. Of a release's, whose file transformers
-    may have written anew, the tokens are, and the ids of a sample text, this file.
+    Of our tokenizers the entries of meta.json are compared. Of a release's tokenizer the tokens are
+    compared, and the ids of a sample text (this source file), since transformers may have written
+    tokenizer.json anew.
     """
     folder = source if source.is_dir() else source.parent
     identity = tokenizer_identity(folder)

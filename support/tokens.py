@@ -121,6 +121,9 @@ class Tokens:
         return rows
 
 
+FEW_TOKENS = 100_000  # of a validation text are enough to compare runs; stdlib's has as many
+
+
 @dataclass
 class Dataset:
     """A prepared folder; len(dataset.train) is its number of tokens."""

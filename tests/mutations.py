@@ -58,8 +58,8 @@ linear32(x, self.weight) => upcast(F.linear(x, self.weight.to(x.dtype)))
 self.e_score_correction_bias = bias.to(now.device) => pass
 if now.dtype != bias.dtype: => if True:
 targets.clamp(min=-1) => targets
-if layer and own in INITIALISED: => if parameter.ndim > 1:
-if own == "bias": => if False:
+(linear and own == "weight") => parameter.ndim > 1
+if linear and own == "bias": => if False:
 load.mean(1, keepdim=True) - load).sign() => load - load.mean(1, keepdim=True)).sign()
 load.mean(1, keepdim=True) - load).sign() => load.mean(1, keepdim=True) - load)
 load.mean(1, keepdim=True) - load).sign() => load.mean() - load).sign()

@@ -452,11 +452,11 @@ def test_a_row_has_the_fresh_seeds_once_all_are_there():
     first = evidence.Numbers(0.003, 0.001, margin=0.5, pairs=8, arms={"one": {"a": 1}})
     new = evidence.Numbers(0.2, 0.1, margin=0.3, pairs=16, arms={"one": {"a": 2}})
     slope, old = 0.2 / math.log(3), ["it", "with 1", "+0.0030 ± 0.0010 bits/byte", "+1.7%", "8"]
-    assert verdicts.row(claim, first, "equal", None, slope) == [*old, "equal within 0.5000", ""]
-    waiting = verdicts.row(claim, first, "equal", evidence.Fresh(new, 7, 9), slope)
+    assert verdicts.line_of(claim, first, "equal", None, slope) == [*old, "equal within 0.5000", ""]
+    waiting = verdicts.line_of(claim, first, "equal", evidence.Fresh(new, 7, 9), slope)
     assert waiting == [*old, "equal within 0.5000; not yet confirmed: 7 of 9 runs", ""]
     done = evidence.Fresh(new, 9, 9, "differs: better")
-    assert verdicts.row(claim, first, "equal", done, slope) == [
+    assert verdicts.line_of(claim, first, "equal", done, slope) == [
         "it", "with 2", "+0.2000 ± 0.1000 bits/byte", "+200.0%", "16, fresh",
         "differs: better (margin 0.3000)", "equal: +0.0030 ± 0.0010 bits/byte, 8 seeds",
     ]  # fmt: skip

@@ -631,13 +631,22 @@ def test_what_the_report_initialises_is_initialised_and_nothing_else(monkeypatch
             self.turn = nn.Conv1d(8, 8, 3)
             self.turned = self.turn.weight.detach().clone()
 
+    class Warm(plain.Gate):
+        def __init__(self, config):
+            super().__init__(config)
+            self.temperature = nn.Parameter(torch.full((4,), 2.0))
+
     monkeypatch.setattr(plain, "Block", Mixed)
+    monkeypatch.setattr(plain, "Gate", Warm)
     sizes = dict(hidden_size=64, kv_lora_rank=32, q_lora_rank=48)
     model = DeepSeekV3(ModelConfig(**TINY | sizes, attention_bias=True, initializer_range=0.5))
     for block in (*model.layers, model.mtp[0].block):
         assert torch.equal(block.mix, torch.eye(3)) and torch.equal(block.turn.weight, block.turned)
         assert torch.equal(block.extra.lora, torch.eye(3))
         del block.mix, block.turn, block.extra.lora
+    for gate in model.gates():
+        assert (gate.temperature == 2).all()
+        del gate.temperature
     for name, p in model.named_parameters():
         if p.ndim == 1:
             assert (p == (0 if name.endswith("bias") else 1)).all(), name

@@ -460,7 +460,7 @@ def test_the_next_command_reads_the_text_five_times_at_most(tmp_path, monkeypatc
     ours = "--init_from=release --data=mine --out=out/mine --steps=24 --batch_size=8"
     for tokens, val, vocab_size, tokenizer, command in (
         (983_040, 10**6, 4096, "", mine),
-        (983_040, 10**6 + 1, 4096, "", f"{mine} --eval_tokens=100_000"),
+        (983_040, 10**6 + 1, 4096, "", f"{mine} --eval_tokens=100000"),
         (983_039, 9, 4096, "", f"{mine} --steps=2399"),
         (10_000, 9, 300, "", f"{mine} --steps=24 --vocab_size=300"),
         (100, 9, 4096, "", f"{mine} --steps=1"),

@@ -64,7 +64,7 @@ REFUSALS = [
     (f"{NEW} --decay_start=0.9 --decay_end=0.1", 1, "decay_start is 0.9, but decay_end is 0.1"),
     (f"{NEW} --warmup=0.6", 1, "warmup is 0.6, but decay_start is 0.5: raise decay_start to 0.6"),
     (f"{NEW} --warmup=2000", 1, "warmup is 2000.0, but must be a fraction of the run: at most 1."),
-    (f"{NEW} --decay_end=9", 1, "decay_end is 9.0, but must be a fraction of the run: at most 1."),
+    (f"{NEW} --long_start=1.01", 1, "long_start is 1.01, but must be a fraction of the run: at"),
     (
         f"{NEW} --batch_start=8",
         1,
@@ -130,7 +130,6 @@ REFUSALS = [
     ("huggingface.py run new more", 2, "usage"),
     ("huggingface.py run new --check --quantize", 2, "usage"),
     ("huggingface.py run new.gguf --check", 2, "usage"),
-    ("huggingface.py run new --gguf_dtype=F32", 2, "--gguf_dtype is for a file for llama.cpp"),
     ("huggingface.py run new.gguf --gguf_dtype=Q4", 2, "gguf_dtype is 'Q4', expected one of"),
     ("huggingface.py run photos", 1, "photos exists; choose another name, or give --overwrite"),
     ("huggingface.py nowhere new", 1, "there is no nowhere: name a run's folder"),

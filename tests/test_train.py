@@ -157,7 +157,7 @@ def test_evaluations_that_read_more_than_the_training_are_told(capsys):
     model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
     for steps, every, length, first, told in (  # steps of 4,096 tokens
         (1000, 300, 3_000_000, 0, "4 evaluations read 12,000,000 tokens, more than the training"),
-        (1000, 300, 3_000_000, 0, "; give --eval_tokens=102400 for a tenth of it"),
+        (1000, 300, 3_000_000, 0, "; give --eval_tokens=100000, or a larger"),
         (1000, 300, 3_000_000, 500, ""),
         (1000, 300, 2_000_000, 0, ""),
         (10_000, 2000, 3_000_000, 0, ""),
@@ -310,6 +310,15 @@ def test_steps_are_the_same_in_micro_batches_recomputed_or_compiled(how, shared)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3 * (how == "compile")
     assert_same_run(shared(*options), ours, 1e-10 if how in ("grad_accum=4", "recompute") else 0.0)
     assert not torch.are_deterministic_algorithms_enabled()  # in training only
+
+
+def test_what_compiling_costs_in_float32_on_a_cpu_is_told(capsys):
+    config, model = train.TrainConfig(compile=True), DeepSeekV3(ModelConfig(**TINY_NETWORK))
+    for dtype, eval_only in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        machine = replace(MACHINE, dtype=dtype)
+        train.check_settings(replace(config, eval_only=eval_only), model, machine, 0)
+        told = "--compile in auto compiles for minutes on a CPU" in capsys.readouterr().err
+        assert told == (dtype == torch.float32 and not eval_only)
 
 
 def test_a_line_has_the_means_since_the_last_one(shared):
