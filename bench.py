@@ -341,7 +341,7 @@ def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
 def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Module]) -> Table:
     """How fast all of them write one text, and how much of our time the weights' reading takes."""
     new, model, texts, steps = options.new_tokens, models["ours"], {}, {}
-    device = model.norm.weight.device
+    device = model.embed_tokens.weight.device
     prompt = torch.randint(model.config.vocab_size, (1, options.prompt)).to(device)
 
     def ours(name: str, model: DeepSeekV3, compile: bool):
@@ -384,16 +384,17 @@ def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Modul
 
 def our_step_at(model: DeepSeekV3, S: int) -> tuple[list[Tensor], Callable]:
     """A cache of S random latents, and a function that decodes one token after them."""
-    cache = Cache(model.config, model.layers, 1, S + 1, model.norm.weight)
-    token = cache.kept[0].new_zeros(1, 1, dtype=torch.long)
-    for kv in cache.kept:
-        kv.normal_()
+    cache = Cache(model.config, model.layers, 1, S + 1, model.embed_tokens.weight)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.embed_tokens.weight.device)
+    kept = torch.utils._pytree.tree_leaves(cache.kept)
+    for x in kept:
+        x.normal_() if x.is_floating_point() else x.random_(0, 100)
 
     def step():
         cache.length = S
         model.logits(model.trunk(token, cache)).argmax()
 
-    return cache.kept, step
+    return kept, step
 
 
 def their_step_at(hf: nn.Module, S: int) -> Callable:

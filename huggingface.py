@@ -346,7 +346,7 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
         "num_key_value_heads": model.config.num_attention_heads,
         "bos_token_id": None,  # unless given in extra: readers would stop at token 1
         "eos_token_id": None,
-        "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."),
+        "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
     }
     tensors = dict(checkpoint_views(model)) | dict(checkpoint_copies(model))
     if quantize:
@@ -411,7 +411,7 @@ def load_model(
         other = f"{path} was saved with another model.py than this one"
         info(f"{other}: where a formula is another, its weights mean something else")
     compare(weights, outline(config).state_dict(), path, told, extend)
-    model = to_fill(config, weights, device, dtype or weights["norm.weight"].dtype)
+    model = to_fill(config, weights, device, dtype or weights["embed_tokens.weight"].dtype)
     model.load_state_dict(weights, strict=False)
     model.trained_length = saved.get("trained_length", config.max_position_embeddings)
     tokenizer = stored_tokenizer(path if path.is_dir() else path.parent)
@@ -432,7 +432,7 @@ def with_settings(
     if not changed:
         return model
     told = " and ".join(f"{key} {vars(config)[key]}" for key in changed)
-    weights, like = model.state_dict(), model.norm.weight
+    weights, like = model.state_dict(), model.embed_tokens.weight
     needed = outline(config).state_dict()
     compare(weights, needed, source, f"{source} cannot get {told}", extend)
     # A weight with two names comes once here, unlike in `weights`. If the settings make two of it,

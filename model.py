@@ -702,11 +702,13 @@ class DeepSeekV3(nn.Module):
         """`total` and `active` (what one token uses: all but (E-K)/E of the routed experts) of the
         main model, embedding, head and correction biases counted; `mtp`, what the modules add."""
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
-        count = {"total": 0, "active": 0, "mtp": 0}
-        for name, x in self.state_dict().items():
+        count, kept = {"total": 0, "active": 0, "mtp": 0}, self.state_dict().keys()
+        for name, x in (*self.named_parameters(), *self.named_buffers()):  # a shared one once
+            if name not in kept:  # such as expert_counts
+                continue
             if name.startswith("mtp."):
                 count["mtp"] += x.numel()
-            elif not (self.config.tie_word_embeddings and name == "lm_head.weight"):
+            else:
                 count["total"] += x.numel()
                 count["active"] += x.numel() * K // E if ".experts." in name else x.numel()
         return count

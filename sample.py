@@ -190,7 +190,7 @@ class Text:
         """Reads the prompt, tokens (B, T), but for its last token. `new`: tokens that there must be
         room for; G: drafts in a round; filters: temperature, top_k, top_p; buffers: as in
         `generate`."""
-        (B, T), config, like = tokens.shape, model.config, model.norm.weight
+        (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
         self.model, self.compiled, self.drafts = model, compiled, G
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft
         temperature, *others = filters
@@ -275,7 +275,7 @@ class Text:
         """One forward of the model checks the drafts of tokens n .. n+G-1 and writes n .. n+G.
 
         q (B, G, V): what the drafts come from. Returns how many of them each row keeps (-1 if
-        logits are not finite), then its tokens, of which the first kept + 1 count: (B, 1+G+1).
+        numbers are not finite), then its tokens, of which the first kept + 1 count: (B, 1+G+1).
         """
         G = q.shape[1]
         read = self.tokens[:, span(n - 1, G + 1)]  # (B, G+1): the newest token and the drafts
@@ -285,11 +285,13 @@ class Text:
             self.hidden[:, span(n - 1, G + 1)] = hidden
         logits = self.model.logits(hidden).to(u.device)  # (B, G+1, V)
         drafts = read[:, 1:].to(u.device)  # (B, G)
-        kept, token = accept(probabilities(logits, *self.filters), q, drafts, u[:, G:])
+        p = probabilities(logits, *self.filters)  # (B, G+1, V)
+        kept, token = accept(p, q, drafts, u[:, G:])
         out = torch.cat((drafts, token), 1).scatter(1, kept[:, None], token)  # (B, G+1)
         self.tokens[:, span(n, G + 1)] = out.to(hidden.device)
         # NaN, or nothing that can be drawn; a single -inf only rules a token out.
-        kept = torch.where(logits.amax(-1).sum().abs() < math.inf, kept, -1)
+        finite = logits.amax(-1).sum().abs() + p.sum() < math.inf
+        kept = torch.where(finite, kept, -1)
         return torch.cat((kept[:, None], out), 1)
 
     def round(self, n: int | Tensor, copies: Tensor | None, u: Tensor) -> Tensor:
@@ -314,8 +316,8 @@ class Text:
         seconds = time.perf_counter() - began
         if outcome[0][0] < 0:
             raise Refusal(
-                "the model's logits are not finite: weights are damaged, or an edit of model.py "
-                "makes them so"
+                "logits or probabilities are not finite: weights are damaged, or an edit makes "
+                "them so"
             )
         return outcome, seconds
 
@@ -498,7 +500,7 @@ def check_cache(model: DeepSeekV3, length: int = 256) -> CacheCheck:
     length: tokens of the text, more than twice the longest window of a layer.
     """
     model = copy.deepcopy(getattr(model, "_orig_mod", model))
-    device, config = drawing_device(model.norm.weight.device), model.config
+    device, config = drawing_device(model.embed_tokens.weight.device), model.config
     model.to(device, torch.float64).eval()
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
@@ -544,7 +546,7 @@ def read_in_pieces(
     """
     B, length, logits = len(tokens) // 2, tokens.shape[1] - k, []
     layers = model.mtp if k else model.layers
-    cache = Cache(model.config, layers, B, length, model.norm.weight)
+    cache = Cache(model.config, layers, B, length, model.embed_tokens.weight)
     for start, kept, read in pieces(way, prompt, length):
         takes, later = (
             torch.cat((x[:B, start : start + kept], x[B:, start + kept : start + read]), 1)
@@ -579,7 +581,7 @@ def complete(
 
     After Ctrl-C it still shows what there is of them, then raises KeyboardInterrupt.
     """
-    device, stats, colour = model.norm.weight.device, Stats(), config.show == "drafts"
+    device, stats, colour = model.embed_tokens.weight.device, Stats(), config.show == "drafts"
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -626,7 +628,7 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
         of = (f"{a} of {d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
         per_call = stats.tokens / stats.rounds / rows
         info(f"{per_call:.2f} tokens per model call; accepted drafts, by position: {', '.join(of)}")
-    like = model.norm.weight
+    like = model.embed_tokens.weight
     # Of texts so long that a ring is full; on meta they take no memory.
     most, meta = model.config.max_position_embeddings, like.to("meta")
     caches = (Cache(model.config, model.layers, 1, n, meta).kept for n in (most, most + 1))

@@ -260,8 +260,8 @@ def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all, as in the report; or Muon for the matrices of attention, FFN, experts and
-    eh_proj, as in Moonlight (arXiv 2502.16982), and AdamW for the rest, at adamw_lr times lr."""
+    """AdamW for all, as in the report; or Muon for all matrices but embedding, head and gates, as
+    in Moonlight (arXiv 2502.16982), and AdamW for the rest, at adamw_lr times lr."""
     matrices, others, vectors, muon = [], [], [], config.optimizer == "muon"
     apart = (model.embed_tokens, model.lm_head, *model.gates()) if muon else ()
     not_for_muon = {p for module in apart for p in module.parameters()}
@@ -541,7 +541,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             if finite:  # else the step is left out
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
-                        group["lr"] = lr * group["lr_scale"]
+                        group["lr"] = lr * group.get("lr_scale", 1.0)
                     optimizer.step()
             model.zero_grad(set_to_none=True)
 

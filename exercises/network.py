@@ -117,7 +117,7 @@ def decoding(functions) -> Effect:
     model, _, windows = trained()
 
     def empty(size):
-        return sample.Cache(model.config, model.layers, 1, size, model.norm.weight)
+        return sample.Cache(model.config, model.layers, 1, size, model.embed_tokens.weight)
 
     logits = []
     for x, _ in windows[:1]:

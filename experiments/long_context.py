@@ -46,7 +46,7 @@ def loss_by_position(net: model.DeepSeekV3, trained: run.Trained) -> list[float]
 @torch.no_grad()
 def nats_by_position(net: model.DeepSeekV3, ids: np.ndarray, T: int) -> list[float]:
     """Nats per token in each of PARTS equal parts of the windows of T tokens, side by side."""
-    n, device = (len(ids) - 1) // T, net.norm.weight.device
+    n, device = (len(ids) - 1) // T, net.embed_tokens.weight.device
     ids = torch.from_numpy(ids[: n * T + 1].astype(np.int64)).to(device)
     x, y = ids[:-1].view(n, T), ids[1:].view(n, T)
     losses = []

@@ -52,7 +52,7 @@ def on_given_text(net, windows: torch.Tensor) -> dict:
 def on_own_text(net, prompts: list[list[int]], temperature: float) -> dict:
     """By position, how often a draft is kept while the model writes, and how much it repeats."""
     stats, texts, name = sample.Stats(), [], f"{temperature:g}" if temperature else "greedy"
-    device = net.norm.weight.device
+    device = net.embed_tokens.weight.device
     for i, prompt in enumerate(prompts):
         text = sample.generate(
             net, torch.tensor([prompt], device=device), NEW, lookup=False,

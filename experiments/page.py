@@ -103,7 +103,7 @@ def describe(model: DeepSeekV3, ids: list[int], text_of) -> list[dict]:
     """Every token's text, its experts with their weights in each layer, draft and choice."""
     seen, gates = [], model.gates()[: model.config.moe_layers - len(model.mtp)]
     hooks = [gate.register_forward_hook(lambda *x: seen.append(x[-1])) for gate in gates]
-    x = torch.tensor([ids], device=model.norm.weight.device)
+    x = torch.tensor([ids], device=model.embed_tokens.weight.device)
     logits, mtp = model(x, return_mtp=True)
     for hook in hooks:
         hook.remove()

@@ -87,7 +87,7 @@ def speculation(
 ) -> Table:
     """Every number of drafts by the module, and two and three that are copied where the text
     repeats."""
-    device, new, stats, texts = model.norm.weight.device, options.new_tokens, {}, {}
+    device, new, stats, texts = model.embed_tokens.weight.device, options.new_tokens, {}, {}
     drawing = sample.drawing_device(device)
     kinds = {str(G): (G, False) for G in range(5)}
     kinds |= {"2 or lookup, the default": (2, True), "3 or lookup": (3, True)}

@@ -5,6 +5,8 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+
 from support.settings import info
 
 
@@ -51,5 +53,6 @@ class Clock:
         if waiting > 0.25 and self.steps >= 10 and not self.told_busy:
             self.told_busy = True
             told = f"the cores are busy: {waiting:.1f} of this run's threads wait for a core"
-            mend = "stop other programs, or use one thread: OMP_NUM_THREADS=1"
+            more = ", or use one thread: OMP_NUM_THREADS=1" * (torch.get_num_threads() > 1)
+            mend = f"stop other programs{more}"
             info(f"{told} on average; {mend}")

@@ -98,7 +98,7 @@ def parse_args(
         word = unknown[0]
         name = word.removeprefix("--").split("=")[0]
         alone = not word.startswith("-") and "=" not in word and name not in fields
-        if alone and "prompt" in fields:
+        if alone and getattr(fields.get("prompt"), "type", None) is str:
             parser.error(f"{word!r} stands alone; write --prompt={shlex.quote(word)}")
         if alone:
             pattern = "put a pattern such as '*.txt' in quotes"
@@ -141,7 +141,7 @@ def merge(in_file: dict[str, Any], stored: dict[str, Any], given: dict[str, Any]
     for key, value in stored.items():
         if key in given:
             if given[key] != value:
-                info(f"{key} is now {given[key]} (was {value})")
+                info(f"{key} is now {given[key]!r} (was {value!r})")
         elif in_file.get(key, value) != value:
             info(f"{key} stays {value} (the config file has {in_file[key]})")
     return in_file | stored | given

@@ -221,7 +221,7 @@ copies is None else self.depth => copies is None else 0
 rest = (p_after - q_after).clamp(min=0) => rest = p_after
 self.cache.length = n - 1 => pass
 vocab_size).to(u.dtype) => vocab_size).to(u.dtype) / 2
-kept = torch.where(logits.amax(-1).sum().abs() < math.inf, kept, -1) => pass
+kept = torch.where(finite, kept, -1) => pass
 u[:, step : step + 1] => u[:, :1]
 keepdim=True) > 0, rest, p_after) => keepdim=True) >= 0, rest, p_after)
 if b in live else [0] * G => if b in live else row.look_up(G)
@@ -447,7 +447,7 @@ sample_texts(texts, BPE_SAMPLE) => sample_texts(texts[::2], BPE_SAMPLE)
 math.ceil(config.steps / config.eval_every) => config.steps // config.eval_every
 config.compile and machine.device.type == "cpu" and => False and
 first = machine.rank * config.grad_accum => first = machine.rank
-group["lr"] = lr * group["lr_scale"] => group["lr"] = lr
+group["lr"] = lr * group.get("lr_scale", 1.0) => group["lr"] = lr
 model.eval() => model.eval(); torch.set_grad_enabled(True)
 for step in (steps[0], *steps[-2:]): => for step in steps[:1]:
 if not file.exists():  # someone => if False:  # someone

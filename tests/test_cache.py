@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from test_model import VARIANTS, tiny, tokens_of
 from torch import nn
 
+import bench
 import model as plain
 from model import MOST_NEW
 from sample import Stats, check_cache, generate, print_stats
@@ -205,6 +206,18 @@ def test_decoding_reads_and_forgets_no_more_than_is_checked(drafts, depth, monke
         if not (compile or drafts):
             assert (read, forgotten) == ({0, 1}, {0})
     assert drafts < max(read) <= MOST_NEW and drafts <= max(forgotten) <= MOST_NEW
+
+
+def test_norms_need_no_weight_and_a_cache_may_be_several_tensors(capsys):
+    """An edit may have others: nothing else asks a norm where a network is and in which dtype."""
+    model = mixed(Summed())
+    model.norm = nn.LayerNorm(16, elementwise_affine=False)
+    assert generate(model, tokens_of(model, 1, 5), 3).shape == (1, 8)
+    print_stats(model, Stats(), 1)
+    assert "per text" in capsys.readouterr().err
+    kept, step = bench.our_step_at(model, 7)
+    step()
+    assert len(kept) == 3 and all(isinstance(x, torch.Tensor) for x in kept)
 
 
 def test_the_line_about_the_cache_counts_what_the_layers_keep(capsys):

@@ -670,6 +670,14 @@ def test_keys_of_ones_own_may_have_any_type_and_a_default_below_0():
             plain.check_config(Own(**wrong))
 
 
+def test_modules_that_share_a_block_are_counted_once():
+    model = tiny(num_nextn_predict_layers=2)
+    apart = model.parameter_counts()["mtp"]
+    model.mtp[1].block = model.mtp[0].block
+    block = sum(x.numel() for x in model.mtp[0].block.state_dict().values())
+    assert model.parameter_counts()["mtp"] == apart - block
+
+
 def test_a_tied_head_is_not_counted_again():
     """All other numbers of parameters are those of the releases: test_bench.py."""
     apart, tied = (tiny(tie_word_embeddings=x).parameter_counts() for x in (False, True))

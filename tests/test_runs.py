@@ -573,13 +573,15 @@ def test_a_run_ends_well_though_its_data_are_deleted_meanwhile(faults, monkeypat
     assert "best validation loss" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("share", [0.2, 0.3])
-def test_that_other_programs_keep_a_run_waiting_is_said_once(share, monkeypatch, capsys):
-    """And from the tenth step on how long it still takes."""
+@pytest.mark.parametrize("share, threads", [(0.2, 2), (0.3, 2), (0.3, 1)])
+def test_that_other_programs_keep_a_run_waiting_is_said_once(share, threads, monkeypatch, capsys):
+    """And from the tenth step on how long it still takes. One thread is no advice to one thread."""
     monkeypatch.setattr(clock, "seconds_waited", lambda: share * time.perf_counter())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     run("--steps=14", "--log_every=2")
-    said = capsys.readouterr().err
-    assert said.count("the cores are busy") == said.count("OMP_NUM_THREADS=1") == (share > 0.25)
+    said, busy = capsys.readouterr().err, share > 0.25
+    assert said.count("the cores are busy") == busy
+    assert said.count("OMP_NUM_THREADS=1") == (busy and threads > 1)
     left = [" left" in line for line in said.splitlines() if ": loss " in line]
     assert left == [False] * 4 + [True] * 3
 

@@ -544,7 +544,7 @@ def test_impossible_requests_are_refused(change, word):
 def test_damaged_weights_are_refused():
     model = tiny().requires_grad_(False)
     model.norm.weight[3] = math.nan
-    with pytest.raises(Refusal, match="logits are not finite"):
+    with pytest.raises(Refusal, match="probabilities are not finite"):
         generate(model, torch.tensor([[1]]), 3)
 
 
@@ -563,8 +563,16 @@ def test_an_edit_may_rule_tokens_out(ruled_out, monkeypatch):
     if ruled_out.start:
         assert generate(model, prompt, 20)[0, 3:].max() < 5
     else:
-        with pytest.raises(Refusal, match="logits are not finite"):
+        with pytest.raises(Refusal, match="probabilities are not finite"):
             generate(model, prompt, 3)
+
+
+def test_probabilities_that_are_not_finite_are_refused(monkeypatch):
+    """As where a filter that one has added leaves no token."""
+    nothing = mock.Mock(side_effect=lambda z, *_: torch.full_like(z, math.nan).double())
+    monkeypatch.setattr(sample, "probabilities", nothing)
+    with pytest.raises(Refusal, match="probabilities are not finite"):
+        generate(tiny(), torch.tensor([[1, 2, 3]]), 3, speculative=0)
 
 
 def test_drafts_behind_the_end_of_a_text_do_not_count():
