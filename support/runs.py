@@ -307,7 +307,11 @@ class Run:
                 may = "only tensors, numbers and text may be saved (of NumPy: x.tolist())"
                 raise TypeError(f"{told}, but {may}") from error
 
-        write_whole(self.out / name, write_and_open)
+        try:
+            write_whole(self.out / name, write_and_open)
+        except Refusal as error:
+            self.check_place()  # a folder that was renamed meanwhile has a sentence of its own
+            raise Refusal(f"{error} Make room, then {self.way_on()}.") from None
 
     def check_place(self):
         """Raises Refusal where the folder is not the one that was locked."""
@@ -371,6 +375,8 @@ def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iter
                     traceback.print_exc()  # of each process, for it may be the only one
                     print(f"the step failed; {run.way_on()}.", file=sys.stderr)
                 raise KeyboardInterrupt from None
+            if machine.world > 1:  # another process may have ended, which knows why
+                info(f"this process cannot go on; {run.way_on()}.")
             raise
         if run.stopped:
             bad = ", whose gradient was not finite" if run.bad_in_a_row else ""

@@ -395,6 +395,18 @@ def test_a_run_that_another_has_made_before_our_lock_stays(shared, monkeypatch):
     assert "run holds a run: give --resume, --overwrite, or" in refused()
 
 
+def test_a_folder_that_is_renamed_while_a_checkpoint_is_written_is_noticed(monkeypatch):
+    save = torch.save
+
+    def renaming(*args):
+        save(*args)
+        Path("run").rename("moved")
+
+    monkeypatch.setattr(torch, "save", renaming)
+    assert "run has been renamed" in refused("--save_every=1")
+    assert Path("moved/log.jsonl").exists()
+
+
 def test_a_renamed_folder_is_noticed_before_anything_is_written(faults):
     """Another run may have begun under its name by then."""
 
