@@ -419,8 +419,7 @@ def generate(
             n += advance
             stats.count_round(seconds, copied=copies is not None and G > 0)
     stats.note = note(max(len(row.ids) for row in rows), end, T + max_new_tokens, model)
-    padded = [row.ids + eos[:1] * (end - len(row.ids)) for row in rows]
-    return torch.tensor(padded, device=tokens.device)
+    return torch.tensor([x.ids + eos[:1] * (end - len(x.ids)) for x in rows], device=tokens.device)
 
 
 def note(length: int, end: int, wanted: int, model: DeepSeekV3) -> str:

@@ -137,7 +137,7 @@ REFUSALS = [
     # bench.py
     ("bench.py", 2, "usage: python bench.py"),
     ("bench.py trian", 2, "usage: python bench.py"),
-    ("bench.py decode x", 2, "'x' stands alone"),
+    ("bench.py decode x", 2, "'x' is one word too many; write an option as --key=value"),
     ("bench.py sizes --rounds=1", 2, "unknown key rounds"),
     ("bench.py plot", 1, "no run is named: python bench.py plot out/small"),
     ("bench.py plot run a.txt", 1, "a.txt has no log.jsonl: name folders of runs"),
