@@ -456,7 +456,8 @@ def backward(
     """Adds up the gradients of the weighted losses, averaged over the micro-batches (B, T + 1).
 
     These count alike, however many targets each has. Returns the averages, each loss by name and
-    before its weight."""
+    before its weight.
+    """
     means = defaultdict(float)
     for i, batch in enumerate(batches, 1):
         processes.sync_gradients(trainer, now=i == len(batches))

@@ -35,7 +35,7 @@ from support.clock import Clock
 from support.files import put_aside, write_whole
 from support.flops import flops_per_token, peak_flops
 from support.processes import Machine
-from support.settings import Refusal, info
+from support.settings import Refusal, info, short
 from support.signals import Stop
 
 try:
@@ -303,7 +303,7 @@ class Run:
             try:
                 torch.load(file.name, "cpu", weights_only=True, mmap=True)
             except pickle.UnpicklingError as error:
-                told = f"a state of this run holds {foreign_type(error)}"
+                told = f"a state of this run holds {foreign_type(error) or short(error)}"
                 may = "only tensors, numbers and text may be saved (of NumPy: x.tolist())"
                 raise TypeError(f"{told}, but {may}") from error
 
@@ -311,7 +311,7 @@ class Run:
             write_whole(self.out / name, write_and_open)
         except Refusal as error:
             self.check_place()  # a folder that was renamed meanwhile has a sentence of its own
-            raise Refusal(f"{error} Make room, then {self.way_on()}.") from None
+            raise Refusal(f"{error} Mend that, then {self.way_on()}.") from None
 
     def check_place(self):
         """Raises Refusal where the folder is not the one that was locked."""
