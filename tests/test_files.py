@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
@@ -113,29 +112,6 @@ def test_killed_at_any_step_every_folder_is_whole_or_a_part(steps, old, tmp_path
     assert NEW.items() <= contents(tmp_path).items()
 
 
-@pytest.mark.parametrize("name", [*NAMES, "checkpoint"])
-def test_all_is_on_the_disk_before_the_rename(name, tmp_path, monkeypatch):
-    """A power failure leaves the old one or the new one."""
-    flushed, rename, replace = set(), Path.rename, os.replace
-
-    def flush(file):
-        assert os.fstat(file).st_size
-        flushed.add(os.fstat(file).st_ino)
-
-    def checked(function, new, target):
-        assert flushed == {x.stat().st_ino for x in (new.iterdir() if new.is_dir() else [new])}
-        return function(new, target)
-
-    monkeypatch.setattr(os, "fsync", flush)
-    monkeypatch.setattr(Path, "rename", lambda new, to: checked(rename, new, to))
-    monkeypatch.setattr(os, "replace", lambda new, to: checked(replace, new, to))
-    if name == "checkpoint":
-        files.write_whole(tmp_path / name, lambda file: file.write(b"new"))
-    else:
-        make(tmp_path / name)
-    assert flushed and (tmp_path / name).exists()
-
-
 def test_what_is_there_is_refused_or_put_aside_with_every_file_in_it(old, tmp_path, capsys):
     """Those that are not ours, too: nothing is deleted. An empty folder is not in the way."""
     for name in NAMES:
@@ -153,61 +129,3 @@ def test_what_is_there_is_refused_or_put_aside_with_every_file_in_it(old, tmp_pa
     make(tmp_path / "empty/folder")
     assert contents(tmp_path / "empty") == NEW
     assert (tmp_path / "folder").stat().st_mode == (tmp_path / "empty").stat().st_mode
-
-
-@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_link_is_put_aside_and_what_it_leads_to_stays(name, target, tmp_path):
-    """And a link to nowhere is no free name: what is put aside would take its place."""
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/a").write_text("old")
-    (tmp_path / name).symlink_to(target)
-    (tmp_path / f"{name}.old-1").symlink_to("nowhere")
-    with pytest.raises(Refusal):
-        make(tmp_path / name)
-    make(tmp_path / name, overwrite=True)
-    made = {"file.gguf": "new"} if name == "file.gguf" else NEW
-    links = {f"{name}.old-1": "-> nowhere", f"{name}.old-2": f"-> {target}"}
-    assert contents(tmp_path) == made | links | {"elsewhere/a": "old"}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_made_meanwhile_is_refused_or_put_aside(name, tmp_path):
-    """Two that make the same do not write into each other's unfinished files."""
-    with pytest.raises(Refusal, match=f"{name} exists; choose another name"):
-        make(tmp_path / name, last=lambda: make(tmp_path / name))
-    made = contents(tmp_path)
-    assert made == ({"file.gguf": "new"} if name == "file.gguf" else NEW)
-    make(tmp_path / f"more_{name}", True, last=lambda: make(tmp_path / f"more_{name}"))
-    assert (tmp_path / f"more_{name}.old-1").exists() and len(contents(tmp_path)) == 3 * len(made)
-
-
-def test_a_bug_in_what_writes_a_file_keeps_its_trace_and_the_old_file(tmp_path):
-    (tmp_path / "a").write_text("old")
-    for bug in (RuntimeError("shapes do not fit"), KeyError("x")):
-        with pytest.raises(type(bug), match=str(bug)):
-            files.write_whole(tmp_path / "a", mock.Mock(side_effect=bug))
-        assert contents(tmp_path) == {"a": "old"}
-
-
-def test_nothing_is_renamed_where_the_name_is_not_known(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(Refusal, match="cannot be renamed: give the folder's name"):
-        files.put_aside(Path())
-
-
-def test_what_lies_in_a_folder_wherever_links_lead(tmp_path):
-    """In the cache of huggingface_hub all files are links from snapshots/VERSION to blobs."""
-    for name in "folder/a", "else/a", "cache/blobs/a", "cache/refs/a", "cache/snapshots/1/a":
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    for link, target, inside in (
-        ("folder/b", "a", True),
-        ("folder/c", "../else/a", False),
-        ("folder/nowhere", "../else/x", False),
-        ("cache/snapshots/1/b", "../../blobs/a", True),
-        ("cache/snapshots/1/c", "../../refs/a", False),
-        ("cache/snapshots/1/d", "../../../else/a", False),
-    ):
-        (tmp_path / link).symlink_to(target)
-        assert files.lies_in(tmp_path / link, (tmp_path / link).parent) == inside, link

@@ -5,8 +5,6 @@ CPU and as the tensor cores are given them, and the life of a quantised weight."
 import contextlib
 import copy
 import math
-import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8
 from fp8 import BLOCK, COLUMN, TILE, FP8Linear, dequantize, quantize, quantized_once
-from support import ops
 
 BF16 = torch.bfloat16
 
@@ -126,26 +122,6 @@ def test_quantize_equals_reference(block, pow2):
         assert lost.sum() == lost[rows, columns].numel()
 
 
-def test_rounding_to_codes_needs_no_codes():
-    """At all bfloat16 numbers up to 448, where all of E4M3 and what lies halfway are among them."""
-    x = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(BF16).float()
-    x = x[x.abs() <= 448]
-    for y in (x, *(x.nextafter(torch.tensor(end)) for end in (-math.inf, math.inf))):
-        assert torch.equal(fp8._round(y.clone()), y.to(fp8.E4M3).float())
-
-
-def test_errors_name_what_to_do():
-    x = torch.randn(4, 128)
-    for words, call, *arguments in [
-        (r"block is \(1, 64\); use .*\(1, 128\), .* or \(128, 128\)", quantize, x, (1, 64)),
-        (r"shape \(128,\).*x\[None\]", quantize, x[0], TILE),
-        (r"\(4, 2\).*needs \(4, 1\)", dequantize, x, torch.ones(4, 2), TILE),
-        ("128 features but the weight 100", FP8Linear(100, 64), x),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            call(*arguments)
-
-
 # ---- The three products -----------------------------------------------------------------------
 
 
@@ -224,29 +200,6 @@ def test_products(T, K, N, dtype, autocast, machine, monkeypatch):
         assert error(g, exact) < (0.04 if T > 1 else 0.05)
 
 
-def test_any_shape_a_bias_and_no_gradient_of_a_frozen_weight(monkeypatch):
-    layer, biased = FP8Linear(100, 60), FP8Linear(100, 60, bias=True)
-    assert layer.bias is None
-    biased.load_state_dict(layer.state_dict() | {"bias": torch.randn(60)})
-    x = torch.randn(100, 6).t()  # not contiguous
-    y = layer(x.contiguous())
-    assert same([layer(x), biased(x)], [y, y + biased.bias])
-    assert same([layer(x.view(2, 3, 100)), layer(x[0])], [y.view(2, 3, 60), layer(x[:1])[0]])
-    layer.weight.requires_grad_(False)
-    layer(x.requires_grad_()).sum().backward()  # a gradient of stride 0
-    assert error(x.grad, layer.weight.sum(0).expand(6, 100)) < 0.05 and layer.weight.grad is None
-    layer.weight.requires_grad_(True)
-    for hardware in (False, True):
-        monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device, answer=hardware: answer)
-        for shape in ((0, 100), (2, 0, 100)):
-            y, dx, dw = step(layer, torch.randn(shape))
-            assert y.shape == (*shape[:-1], 60) and dx.shape == shape and not dw.any()
-    with FakeTensorMode():  # torch's own check of the layouts
-        for T, K, N in ((200, 640, 576), (33, 896, 130)):
-            y, dx, dw = step(FP8Linear(K, N), torch.empty(T, K, dtype=BF16))
-            assert (y.shape, dx.shape, dw.shape) == ((T, N), (T, K), (N, K))
-
-
 @pytest.mark.parametrize("machine", ["cpu", "operands"])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("counts", [[0, 128, 384, 0, 128, 0], [0, 0]])
@@ -291,28 +244,6 @@ def test_swiglu_is_recomputed_from_fp8():
     assert error(weight.grad, want_dw) < 3e-3
 
 
-def test_a_second_derivative_is_refused():
-    """Autograd would lose what goes through the codes."""
-    layer, x = FP8Linear(128, 128), torch.randn(9, 128, requires_grad=True)
-    (dw,) = torch.autograd.grad(layer(x).square().sum(), layer.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dw.sum().backward()
-
-
-@pytest.mark.parametrize("swiglu", [False, True])
-def test_what_is_kept_for_backward(swiglu, monkeypatch):
-    """A byte a number, a scale a tile, two of these for SwiGLU; no weight, which FSDP releases."""
-    T, K, kept = 1024, 256, []
-    x, up = torch.randn(2, T, K).bfloat16().requires_grad_()
-    weight = FP8Linear(K, 384).weight
-    monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device: True)
-    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with TensorCores(), keep:
-        fp8._linear(x, weight, up=up if swiglu else None)
-    sizes = {t.data_ptr(): t.nbytes for t in kept if t.data_ptr() != weight.data_ptr()}
-    assert sum(sizes.values()) == (1 + swiglu) * T * K * (1 + 4 / 128)
-
-
 # ---- The quantised weight ---------------------------------------------------------------------
 
 
@@ -337,20 +268,6 @@ def test_weights_are_quantised_once_and_not_a_bit_changes(monkeypatch):
         assert same([p.grad for p in model.parameters()], plain[2:])
         _ = 1 / 0
     assert calls == [(64, 128), (2, 64, 64), (2, 64, 32)] and cached(model) == []
-
-
-def test_a_step_within_the_block_leaves_no_stale_weight():
-    """Nothing listens to optimisers after it."""
-    hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
-    layer, listening = FP8Linear(128, 128), list(hooks)
-    before = layer.weight.detach().clone()
-    with quantized_once(layer):
-        layer(torch.randn(4, 128)).sum().backward()
-        torch.optim.AdamW(layer.parameters(), lr=1.0, fused=True).step()  # unseen by autograd
-        want = dequantize(*quantize(layer.weight, BLOCK, pow2=True), BLOCK).t()
-        assert torch.equal(layer(torch.eye(128)), want)
-        assert not torch.equal(layer.weight, before)
-    assert list(hooks) == listening
 
 
 # ---- Company: compile, DDP, FSDP --------------------------------------------------------------
@@ -378,28 +295,6 @@ def test_compiles_into_one_graph():
     assert torch.ops.aten._scaled_mm_v2.default not in torch._inductor.lowering.lowerings
 
 
-def test_experts_compile_into_one_graph_that_serves_all_counts(monkeypatch):
-    """As on a GPU, where no size depends on how many rows an expert has."""
-    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
-    monkeypatch.setattr(ops, "compiled", lambda function: function)
-    fp8.tell_compiler()
-    model = Experts(4, 64, 32)
-    model.forward = partial(fp8.FP8Experts.forward, model)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager", dynamic=False)
-    for experts in (4, 2, 1):  # that are chosen
-        x, gain = torch.randn(40, 64), torch.rand(40, 1)
-        chosen, results = torch.randint(experts, (40, 1)), []
-        for function in (model.forward, compiled):
-            inputs = [x.clone().requires_grad_(), gain.clone().requires_grad_()]
-            with torch.autocast("cpu", BF16):
-                y = function(inputs[0], chosen, inputs[1])
-            results.append([y, *torch.autograd.grad(y.sum(), [*inputs, *model.parameters()])])
-        assert same(*results)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_parallel_training_changes_no_bit(kind, request):
     """DDP uses the weights quantised once; FSDP's are quantised whenever they are gathered."""
@@ -421,21 +316,3 @@ def test_parallel_training_changes_no_bit(kind, request):
         assert torch.equal(y, step(twin, x)[0])
         for opt in optimizers:
             opt.step()
-
-
-def test_emulation_is_printed_once(capfd):
-    assert not any(fp8.has_blockwise_fp8(torch.device("meta")) for _ in range(2))
-    captured = capfd.readouterr()
-    assert captured.err.count("fp8: emulated on meta") == 1 and not captured.out
-
-
-@hopper
-def test_hardware_experts_and_compile():
-    counts, module = torch.tensor([0, 5, 130, 1]), Experts(4, 200, 96)
-    x, gain = torch.randn(136, 200), torch.rand(136)
-    want = module(x, counts, gain)
-    got = module.cuda()(x.cuda(), counts.cuda(), gain.cuda()).cpu()
-    assert error(got, want) < 0.02  # a number on the border of two codes may take the other
-    layer = FP8Linear(256, 384, device="cuda")
-    x = torch.randn(200, 256, device="cuda", dtype=BF16)
-    assert error(torch.compile(layer, fullgraph=True)(x).cpu(), layer(x).detach().cpu()) < 4e-3

@@ -11,9 +11,8 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -22,7 +21,6 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_sample import TEXT, make_run
 from test_tokenizer import ODD_TEXTS
@@ -31,7 +29,6 @@ from transformers.modeling_layers import MtpModel
 
 import huggingface
 import model as model_py
-import sample
 import support.tokenizer
 from huggingface import checkpoint_views, config_from_json, load_model
 from model import DeepSeekV3, ModelConfig
@@ -172,19 +169,6 @@ def test_silent_config_means_the_defaults_of_transformers():
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_no_shared_experts(tmp_path):
-    """transformers makes them zero wide; we leave them out."""
-    model = ours(depth=0, n_shared_experts=0)
-    huggingface.save_pretrained(model, tmp_path / "a")
-    hf = theirs(tmp_path / "a")
-    assert difference(model(TOKENS), hf(TOKENS).logits) < 2e-4
-    hf.save_pretrained(tmp_path / "b")
-    assert any(x.numel() == 0 for x in load_file(tmp_path / "b/model.safetensors").values())
-    assert difference(model(TOKENS), huggingface.from_pretrained(tmp_path / "b")(TOKENS)) == 0
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(
     "name, depth", [("DeepSeek-V3", 2), ("Moonlight", 1), ("tied_embeddings", 2)]
 )
@@ -211,16 +195,6 @@ def test_mtp(name, depth, tmp_path, monkeypatch):
     assert text.shape == (1, 32) and torch.equal(model(text)[:, 23:-1].argmax(-1), text[:, 24:])
 
 
-def test_the_whole_v3_has_the_tensors_and_the_size_of_the_release():
-    with torch.device("meta"):
-        v3 = DeepSeekV3(ModelConfig())
-    tensors = dict(checkpoint_views(v3)) | dict(huggingface.checkpoint_copies(v3))
-    scaled = [x.shape for name, x in tensors.items() if huggingface.FP8_WEIGHTS.search(name)]
-    scales = [-(-rows // 128) * -(-columns // 128) for rows, columns in scaled]
-    assert len(tensors) + len(scales) == 91_991
-    assert sum(x.numel() for x in tensors.values()) + sum(scales) == 684_531_386_000
-
-
 @pytest.mark.parametrize("name", [*test_model.VARIANTS, *VARIANTS, "V3", "all dense"])
 def test_the_layout_is_that_of_the_network(name):
     """It is written apart from model.py, so that an edit of model.py does not change it."""
@@ -231,12 +205,6 @@ def test_the_layout_is_that_of_the_network(name):
     assert huggingface.layout(config) == {name: tuple(x.shape) for name, x in views}
 
 
-class ConvolvedMLA(model_py.MLA):
-    def __init__(self, config):
-        super().__init__(config)
-        self.q_conv = torch.nn.Conv1d(8, 8, 4, bias=False)
-
-
 class NullGate(model_py.Gate):
     """Its shapes are others, not its names: two more ids, of experts that do nothing."""
 
@@ -245,21 +213,8 @@ class NullGate(model_py.Gate):
         self.weight = torch.nn.Parameter(torch.empty(config.n_routed_experts + 2, 16))
 
 
-class Bare(model_py.MTP):
-    def __init__(self, config):
-        super().__init__(config)
-        del self.hnorm
-
-
-@dataclass
-class Windowed(ModelConfig):
-    window: int = 0  # it changes no parameter
-
-
 @pytest.mark.parametrize("kind, told", [
-    (ConvolvedMLA, r"model.layers.0.self_attn.q_conv.weight is (8, 8, 4) in this network, but "),
     (NullGate, r"model.layers.1.mlp.gate.weight is (10, 16) in this network, but (8, 16) in "),
-    (Bare, r"model.layers.3.hnorm.weight is missing in this network, but (16,) in "),
 ])  # fmt: skip
 @pytest.mark.parametrize("target", ["hf", "x.gguf"])
 def test_a_network_with_other_parameters_is_not_exported(
@@ -271,15 +226,6 @@ def test_a_network_with_other_parameters_is_not_exported(
     edited = copy_run(run, tmp_path / "run", ours(vocab_size=load_tokenizer(run).n_vocab))
     check_refusal(told, huggingface.main, [str(edited), str(tmp_path / target)])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_network_with_a_key_of_its_own_is_exported_where_that_is_off(tmp_path):
-    model = DeepSeekV3(Windowed(**TINY, window=16))
-    told = "window is 16 in this network, a key that DeepSeek-V3 does not have"
-    check_refusal(told, huggingface.save_pretrained, model, tmp_path / "hf")
-    model.config.window = 0
-    huggingface.save_pretrained(model, tmp_path / "hf")
-    assert {field.name for field in fields(ModelConfig)} == huggingface.KEYS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -424,31 +370,6 @@ def test_tensors_refused(name, dtype, sentence, saved_by_us):
     check_refusal(sentence, huggingface.from_pretrained, saved_by_us)
 
 
-@pytest.mark.parametrize(
-    "dtype, scale, sentence",
-    [
-        (torch.float8_e5m2, None, f"holds torch.float8_e5m2 with {Q}_scale_inv, expected"),
-        (torch.bfloat16, None, f"holds torch.bfloat16 with {Q}_scale_inv, expected"),
-        (torch.float8_e4m3fn, torch.ones(()), "a: scale is (), but q (42, 10)"),
-    ],
-)
-def test_scales_that_are_not_those_of_blocks_are_refused(dtype, scale, sentence, tmp_path):
-    """Else a weight would be read without its scale."""
-    huggingface.save_pretrained(ours(), tmp_path / "a", quantize=True)
-
-    def change(x):
-        x[Q] = x[Q].to(dtype)
-        x[f"{Q}_scale_inv"] = x[f"{Q}_scale_inv"] if scale is None else scale
-
-    edit_tensors(tmp_path / "a", change)
-    check_refusal(sentence, huggingface.from_pretrained, tmp_path / "a")
-
-
-def test_weights_without_a_tokenizer_write_no_text(saved_by_us):
-    told = f"{saved_by_us} has no tokenizer.json or tiktoken.model"
-    check_refusal(told, sample.main, [str(saved_by_us), "--prompt=x"])
-
-
 def test_tensors_that_may_be_there_or_not(tmp_path):
     """The MTP copies may be absent, old files carry RoPE's frequencies, tied ones the head."""
     model, embed = ours(tie_word_embeddings=True), "model.embed_tokens.weight"
@@ -507,81 +428,6 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
         check_refusal(sentence, load_model, tmp_path)
 
 
-def test_a_parameter_added_to_a_trained_network_starts_as_initialised_if_asked(
-    run, monkeypatch, capsys
-):
-    class Wider(DeepSeekV3):
-        def __init__(self, config):
-            super().__init__(config)
-            self.gain, self.bias = (torch.nn.Parameter(torch.full((3,), x)) for x in (2.0, 3.0))
-
-    narrow = load_model(run)[0].state_dict()
-    monkeypatch.setattr(huggingface, "DeepSeekV3", Wider)
-    check_refusal("do not match: bias is missing in the file, but (3,) by the", load_model, run)
-    wide = load_model(run, extend=True)[0].state_dict()
-    assert f"{run} lacks bias and 1 more: of this network, what is" in capsys.readouterr().err
-    assert wide.pop("gain").tolist() == [2.0] * 3 and wide.pop("bias").tolist() == [3.0] * 3
-    assert wide.keys() == narrow.keys() and all(torch.equal(wide[k], narrow[k]) for k in narrow)
-    torch.save(load_checkpoint(run) | {"model": narrow | {"old": torch.ones(1)}}, run / "more.pt")
-    said = "old is (1,) in the file, but no part of this network by the settings"
-    monkeypatch.undo()
-    check_refusal(said, load_model, run / "more.pt")
-    kept = load_model(run / "more.pt", extend=True)[0].state_dict()
-    assert "has old: this network has no place for them" in capsys.readouterr().err
-    assert kept.keys() == narrow.keys()
-
-
-@pytest.mark.parametrize("late", ["", "buffer", "attribute", "number"])
-def test_what_no_file_has_is_as_the_constructor_made_it(late, run, tmp_path, monkeypatch):
-    """Buffers, attributes and numbers, also those that only a whole constructor makes: from
-    torch.empty, which takes no memory otherwise. What is tied stays tied."""
-
-    def made(what: str, values: list) -> torch.Tensor:
-        x = torch.tensor(values)
-        return torch.empty(x.shape, dtype=x.dtype).copy_(x) if late == what else x
-
-    class Decaying(DeepSeekV3):
-        def __init__(self, config):
-            super().__init__(config)
-            self.register_buffer("decay", made("buffer", [0.9, 0.5]), persistent=False)
-            self.register_buffer("order", made("buffer", [3, 1]), persistent=False)
-            self.attribute = made("attribute", [0, 1, 2, 3])
-            self.number = float(made("number", [0.5]))
-
-    huggingface.save_pretrained(ours(tie_word_embeddings=True), tmp_path / "hf")
-    monkeypatch.setattr(huggingface, "DeepSeekV3", Decaying)
-    before = torch.get_rng_state()
-    tied, opened = huggingface.from_pretrained(tmp_path / "hf", torch.bfloat16), load_model(run)[0]
-    # Nothing is drawn in vain.
-    assert torch.equal(before, torch.get_rng_state()) == (not late)
-    assert tied.lm_head.weight is tied.embed_tokens.weight
-    for model, dtype in (opened, torch.float32), (tied, torch.bfloat16):
-        assert model.decay.dtype == model.norm.weight.dtype == dtype
-        assert torch.equal(model.decay, torch.tensor([0.9, 0.5], dtype=dtype))
-        assert model.order.tolist() == [3, 1] and model.attribute.tolist() == [0, 1, 2, 3]
-        assert model.number == 0.5 and not model.expert_counts.any()
-        assert model.gates()[0].e_score_correction_bias.dtype == torch.float32
-        assert not any(x.is_meta for x in (*model.parameters(), *model.buffers()))
-
-
-def test_two_weights_made_of_one_have_memory_of_their_own():
-    """Else training would change both at once."""
-    change = functools.partial(huggingface.with_settings, source=Path("run"), extend=False)
-    two = change(ours(tie_word_embeddings=True), {"tie_word_embeddings": False})
-    head, embedding = two.lm_head.weight, two.embed_tokens.weight
-    assert torch.equal(head, embedding) and head.data_ptr() != embedding.data_ptr()
-    one = change(two, {"tie_word_embeddings": True})
-    assert one.lm_head.weight is one.embed_tokens.weight
-
-
-def test_a_network_to_be_filled_takes_no_second_memory():
-    """The whole V3 would take 2.7 TB: all its matrices, and nothing else, wait for the file's."""
-    with huggingface.NoMemory():
-        v3 = DeepSeekV3(ModelConfig())
-    for name, x in (*v3.named_parameters(), *v3.named_buffers()):
-        assert x.is_meta == (x.ndim > 1 and name != "expert_counts"), name
-
-
 def copy_run(source: Path, target: Path, model: DeepSeekV3 | None = None, **changes) -> Path:
     """A run of the same tokenizer with another model, or other contents."""
     if model is not None:
@@ -591,26 +437,6 @@ def copy_run(source: Path, target: Path, model: DeepSeekV3 | None = None, **chan
         shutil.copy(source / name, target)
     torch.save(load_checkpoint(source) | changes, target / "best.pt")
     return target
-
-
-def test_the_tokenizer_of_another_run_is_refused_where_it_has_more_tokens(run, tmp_path):
-    """One with as many or fewer opens: only train.py compares the tokenizers themselves."""
-    copy = copy_run(run, tmp_path / "run", ours(vocab_size=299))
-    said = "has weights for 299 tokens, but its tokenizer has 300: copy that of their run."
-    check_refusal(said, load_model, copy)
-
-
-@pytest.mark.parametrize("trained, long", [({}, 640), ({"trained_length": 96}, 96)])
-def test_a_run_knows_how_long_its_windows_were_and_so_does_its_export(run, tmp_path, trained, long):
-    """Also where YaRN would take its original length from the key that the export changes."""
-    config = load_checkpoint(run)["model_config"] | {"rope_scaling": {"type": "yarn", "factor": 8}}
-    folder = copy_run(run, tmp_path / "run", model_config=config, **trained)
-    model = load_model(folder)[0]
-    assert (model.trained_length, model.config.max_position_embeddings) == (long, 640)
-    huggingface.main([str(folder), str(tmp_path / "hf")])
-    again = load_model(tmp_path / "hf")[0]
-    assert again.trained_length == again.config.max_position_embeddings == long
-    assert difference(model(TOKENS), again(TOKENS)) == 0
 
 
 # ---- Tokenizers and the command ------------------------------------------------------------------
@@ -672,25 +498,3 @@ def test_check_fails_where_logits_differ_and_nothing_is_written(change, run, tmp
     words = [str(run), str(tmp_path / "hf"), "--check"]
     check_refusal("more than rounding", huggingface.main, words)
     assert not [*tmp_path.iterdir()]
-
-
-def test_weights_that_cannot_be_written_leave_nothing(run, tmp_path, monkeypatch):
-    full = mock.Mock(side_effect=SafetensorError("no space"))
-    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", full)
-    words = [str(run), str(tmp_path / "deep/hf")]
-    check_refusal("cannot be written to", huggingface.main, words)
-    assert [*tmp_path.rglob("*")] == [tmp_path / "deep"]
-
-
-def test_the_command_writes_fp8_weights_if_asked(run, tmp_path, capsys):
-    huggingface.main([str(run), str(tmp_path / "new"), "--quantize=True"])
-    said = capsys.readouterr().err
-    assert f"wrote {tmp_path}/new: config.json" in said and "not full" not in said
-    assert "quantization_config" in (tmp_path / "new/config.json").read_text()
-    wide = ours(depth=0, **LARGE, vocab_size=load_tokenizer(run).n_vocab)
-    wide = copy_run(run, tmp_path / "run", wide)
-    huggingface.main([str(wide), str(tmp_path / "plain")])
-    assert "not full" not in capsys.readouterr().err
-    huggingface.main([str(wide), str(tmp_path / "wide"), "--quantize=True"])
-    said = capsys.readouterr().err
-    assert "not full: model.layers.0.self_attn.kv_a_proj_with_mqa.weight and" in said

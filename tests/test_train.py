@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import itertools
 import json
 import math
 import re
@@ -21,8 +20,6 @@ import torch.nn.functional as F
 from training import (
     MACHINE,
     ROOT,
-    SHORT,
-    SHOW_RESULT,
     TEXT,
     TINY,
     assert_same,
@@ -33,14 +30,10 @@ from training import (
     run,
 )  # fmt: skip
 
-import fp8
-import huggingface
-import prepare_data
 import train
 from huggingface import load_model
 from model import DeepSeekV3, ModelConfig
 from support import tokens
-from support.clock import Clock
 from support.settings import read_config_file
 from support.tokenizer import END_OF_TEXT, load_tokenizer
 from support.tokens import Dataset, Tokens, load_dataset
@@ -89,84 +82,6 @@ FILES = [*sorted((ROOT / "config").glob("[!_]*.py")), ROOT / "experiments/base.p
 def test_the_schedules_of_our_configurations_are_in_order(file):
     values = read_config_file(str(file), ModelConfig, train.TrainConfig)
     assert train.TrainConfig(**train.split_configs(values)[1])
-
-
-@pytest.mark.parametrize(("name", "world"), [("base_1b", 1), ("base_1b_8gpu", 8)])
-def test_configurations_for_h100s_hold_what_they_promise(name, world):
-    """Sizes, divisibility and data; no GPU has run them."""
-    files = (str(ROOT / f"config/{x}.py") for x in (name, "base_1b"))
-    both = [read_config_file(x, ModelConfig, train.TrainConfig) for x in files]
-    (values, settings), (first, _) = map(train.split_configs, both)
-    assert values == first  # one network for both
-    config = train.TrainConfig(**settings)
-    with torch.device("meta"):
-        model = DeepSeekV3(ModelConfig(**values))
-    count = model.parameter_counts()
-    assert 0.9e9 < count["total"] < 1.1e9 and 0.15e9 < count["active"] < 0.25e9
-    assert config.batch_size == 16 * world * config.grad_accum  # micro-batches of 16 windows
-    assert config.batch_size * config.block_size == 524_288
-    _, shards = prepare_data.SHARDS[config.data]
-    assert config.steps * 524_288 < 1.01e8 * shards  # a pass, at most
-    sides = {n: x.shape[-2:] for n, x in model.named_parameters() if x.ndim > 1}
-    odd = {n.rsplit(".", 2)[-2] for n, (a, b) in sides.items() if a % 128 or b % 128}
-    assert odd == {"gate", "kv_a_proj_with_mqa"}
-
-
-def test_a_run_of_any_length_is_planned_at_once(capsys):
-    """Without a look at every step: 10^15 would take years."""
-    config = train.TrainConfig(steps=10**15, batch_size=8, batch_start=2, batch_ramp=0.5)
-    config = replace(config, block_size=16, long_block_size=32, long_start=0.9)
-    stages = [*train.stages_from(config, 0)]
-    assert [size for _, size in stages] == [2, 4, 6, 8]
-    assert stages[0][0].start == 0 and stages[-1][0].stop == config.steps
-    for (before, size), (after, _) in itertools.pairwise(stages):
-        assert before.stop == after.start and train.batch_at(config, after.start - 1) == size
-    short = replace(config, steps=1000)
-    sizes = [size for steps, size in train.stages_from(short, 7) for _ in steps]
-    assert sizes == [train.batch_at(short, step) for step in range(7, 1000)]
-    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
-    train.check_settings(config, model, MACHINE, 0)
-    data, progress = SimpleNamespace(train=range(10**6), val=[]), SimpleNamespace(step=0, tokens=0)
-    train.tell_plan(model, data, config, MACHINE, progress)
-    assert "the run reads 104,000,000,000,000,000, which" in capsys.readouterr().err
-    clock = Clock()
-    clock.steps, clock.speed = 10, 1.0  # a token a second
-    assert "days" in clock.time_left(10**18)
-
-
-def test_a_text_that_is_read_too_often_is_told(capsys):
-    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
-    config = train.TrainConfig(steps=1000, batch_size=4, block_size=16)  # 64,000 tokens
-    ramp = replace(config, batch_start=2, batch_ramp=1.0)
-    new, resumed = SimpleNamespace(step=0, tokens=0), SimpleNamespace(step=500, tokens=48_000)
-    for case, progress, length, sentence, fewer in (
-        (config, new, 8000, "64,000, which makes 8.0 epochs", ""),
-        (config, new, 7999, "64,000, which makes 8.0 epochs", "give --steps=625 for 5"),
-        (ramp, new, 7999, "48,000, which makes 6.0 epochs", ""),
-        (config, resumed, 7999, "80,000, which makes 10.0 epochs", ""),  # most of them are made
-    ):
-        data = SimpleNamespace(train=range(length), val=range(10**6))
-        train.tell_plan(model, data, case, MACHINE, progress)
-        said = capsys.readouterr().err
-        assert f"text: {length:,} tokens; the run reads {sentence}" in said
-        assert ("--steps" in said) == bool(fewer) and fewer in said
-
-
-def test_evaluations_that_read_more_than_the_training_are_told(capsys):
-    """In a new run, and where they take more than a moment."""
-    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
-    for steps, every, length, first, told in (  # steps of 4,096 tokens
-        (1000, 300, 3_000_000, 0, "4 evaluations read 12,000,000 tokens, more than the training"),
-        (1000, 300, 3_000_000, 0, "; give --eval_tokens=100000, or a larger"),
-        (1000, 300, 3_000_000, 500, ""),
-        (1000, 300, 2_000_000, 0, ""),
-        (10_000, 2000, 3_000_000, 0, ""),
-    ):
-        config = train.TrainConfig(steps=steps, eval_every=every)
-        data = SimpleNamespace(train=range(10**9), val=range(length))
-        train.tell_plan(model, data, config, MACHINE, SimpleNamespace(step=first, tokens=0))
-        said = capsys.readouterr().err
-        assert told in said and ("evaluations read" in said) == bool(told)
 
 
 # ---- Windows -------------------------------------------------------------------------------------
@@ -312,15 +227,6 @@ def test_steps_are_the_same_in_micro_batches_recomputed_or_compiled(how, shared)
     assert not torch.are_deterministic_algorithms_enabled()  # in training only
 
 
-def test_what_compiling_costs_in_float32_on_a_cpu_is_told(capsys):
-    config, model = train.TrainConfig(compile=True), DeepSeekV3(ModelConfig(**TINY_NETWORK))
-    for dtype, eval_only in itertools.product((torch.float32, torch.bfloat16), (False, True)):
-        machine = replace(MACHINE, dtype=dtype)
-        train.check_settings(replace(config, eval_only=eval_only), model, machine, 0)
-        told = "--compile in auto compiles for minutes on a CPU" in capsys.readouterr().err
-        assert told == (dtype == torch.float32 and not eval_only)
-
-
 def test_a_line_has_the_means_since_the_last_one(shared):
     steps = [line for line in log_of(shared()) if "loss" in line]
     lines = [line for line in log_of(shared("--log_every=5")) if "loss" in line]
@@ -416,22 +322,6 @@ def test_an_evaluation_may_read_the_start_of_the_text_alone(shared, data, capsys
     assert result["val_bpb"] == pytest.approx(log_of(whole)[-1]["val_bpb"]) != expected["val_bpb"]
 
 
-def test_evaluation_in_fp8_quantises_each_weight_once_and_leaves_no_trace(trained):
-    model, dataset, config = trained
-    fp8.use_fp8(model.float())
-    model.train()
-    model(torch.arange(16)[None], torch.arange(16)[None])  # counts that wait for the bias update
-    assert model.expert_counts.sum()
-    before = copy.deepcopy(model.state_dict()), model.expert_counts.clone()
-    with mock.patch.object(fp8, "quantize", wraps=fp8.quantize) as quantize:
-        train.evaluate(model, dataset, replace(config, eval_batch=4), MACHINE)  # many batches
-    calls = [call.args for call in quantize.call_args_list]
-    weights = [x.data_ptr() for x, block in calls if block == fp8.BLOCK]
-    assert len(weights) == len({*weights}) > 0
-    assert_same(before, (model.state_dict(), model.expert_counts))
-    assert all(p.grad is None for p in model.parameters())
-
-
 # ---- Long context --------------------------------------------------------------------------------
 
 
@@ -449,44 +339,6 @@ def test_the_last_part_of_a_run_extends_the_context(shared, data):
     assert "val_bpb_long" not in first
     long = train.evaluate(model, dataset, replace(config, block_size=32), MACHINE)["val_bpb"]
     assert last["val_bpb_long"] == pytest.approx(long, rel=1e-6) != pytest.approx(last["val_bpb"])
-
-
-def test_another_run_may_stretch_the_context_further(shared):
-    first, options = shared(*LONG), ("--dtype=float32", "--steps=1", "--lr=0")
-    run(*options, f"--init_from={first}")  # what is trained for long windows stays so in short ones
-    assert load("run")["trained_length"] == 32
-    yarn = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16}
-    run(
-        *(*options, "--block_size=64", "--max_position_embeddings=64", "--overwrite"),
-        *(f"--init_from={first}", f"--rope_scaling={yarn}"),
-    )
-    second = load("run")
-    assert second["model_config"]["rope_scaling"] == yarn and second["trained_length"] == 64
-    assert_same(load(first)["model"]["norm.weight"], second["model"]["norm.weight"])
-    assert second["step"] == 1 and log_of("run")[1]["tokens"] == 4 * 64
-    assert "less than the 64 trained before" in refused("--init_from=run", *LONG, out="shrunk")
-    run("--resume", "--steps=2", "--max_position_embeddings=128")
-    assert load("run")["model_config"]["max_position_embeddings"] == 128
-
-
-def test_yarn_stretches_from_where_the_weights_began_or_from_what_they_are_trained_for(shared):
-    model = load_model(shared(*LONG))[0]  # from 16 to 32
-    train.extend_context(model, train.TrainConfig(block_size=32, long_block_size=256))
-    assert model.config.rope_scaling["factor"] == 16
-    model.config.rope_scaling, model.trained_length = None, 32
-    train.extend_context(model, train.TrainConfig(block_size=16, long_block_size=128))
-    assert model.config.rope_scaling["factor"] == 4
-
-
-def test_a_new_network_has_trained_on_nothing(data):
-    """Also one made in Python: then YaRN stretches from what it is trained for."""
-    config = train.TrainConfig(
-        steps=2, batch_size=2, block_size=16, long_block_size=32, long_start=0, out="run"
-    )
-    model = DeepSeekV3(ModelConfig(**TINY_NETWORK))
-    assert model.trained_length == 0
-    train.train(model, load_dataset(data), config, MACHINE)
-    assert model.trained_length == 32 and model.config.rope_scaling["factor"] == 2
 
 
 # ---- Weights from elsewhere ----------------------------------------------------------------------
@@ -507,41 +359,6 @@ def test_weights_that_a_run_starts_from_are_named_and_evaluated(shared, capsys):
     assert load("low", "best.pt")["step"] == 2
     run("--resume", "--steps=3", out="low")  # the line stays, the evaluation is not repeated
     assert log_of("low")[0] == first and "step 0/3" not in capsys.readouterr().err
-
-
-def test_weights_of_a_hugging_face_directory_are_evaluated_as_those_of_the_run(shared, capsys):
-    out = shared("--steps=4", "--dtype=float32")
-    huggingface.save_pretrained(load_model(out)[0], "released")
-    options = (*SHORT, "--dtype=float32", "--eval_only", "--grad_accum=3")  # no use for that
-    train.main([TINY, *options, f"--out={out}"])
-    train.main([TINY, *options, "--init_from=released"])
-    train.main([*options, "--init_from=released", "--data=tiny"])  # needs no config file
-    ours, theirs, again = map(json.loads, capsys.readouterr().out.splitlines())
-    assert_same(ours, theirs, 1e-6)
-    assert again == theirs
-    assert not Path("out").exists()
-    assert ours.items() <= log_of(out)[-1].items()  # the evaluation at the end of the run
-
-
-def test_weights_that_a_config_file_starts_from_are_history_once_there_is_a_run(shared, capsys):
-    start = str(shared("--steps=1"))
-    Path("my.py").write_text(f"{Path(TINY).read_text()}init_from = {start!r}\nout = ''\n")
-
-    def trained(*options) -> str:
-        train.main(["my.py", *SHORT, *options])  # into out/my, the default
-        return capsys.readouterr().err
-
-    def evaluated(*options) -> float:
-        train.main(["my.py", *SHORT, "--eval_only", *options])
-        return json.loads(capsys.readouterr().out)["val_loss"]
-
-    before = evaluated()
-    said = trained("--steps=1")
-    assert said.count("start: from") == 1 and "step 0/" in said
-    said = trained("--steps=2", "--resume")
-    assert "resume: from step 1" in said and "start:" not in said and "step 0/" not in said
-    assert evaluated() == log_of("out/my")[-1]["val_loss"] < before
-    assert evaluated(f"--init_from={start}") == before
 
 
 def test_data_of_another_tokenizer_are_refused(data, begun):
@@ -576,32 +393,6 @@ def test_a_network_may_get_a_parameter_more_than_the_weights_it_starts_from(monk
     assert load("more")["model"]["layers.0.gain"].tolist() == [3.0] * 4
 
 
-@pytest.mark.parametrize("kind", ["run", "Hugging Face directory"])
-def test_what_changes_no_weight_may_change_with_the_weights(kind, shared, capsys):
-    """A module may be added or left out, too."""
-    out = source = shared("--steps=4", "--dtype=float32")
-    if kind != "run":
-        source = Path("released")
-        huggingface.main([str(out), "released"])
-    start = (f"--init_from={source}", "--steps=1", "--lr=0", "--dtype=float32")
-    options = ("--num_experts_per_tok=3", "--rms_norm_eps=0.5", "--initializer_range=0.1")
-    run(*start, *options, "--num_nextn_predict_layers=0")
-    said = capsys.readouterr().err
-    assert f"num_experts_per_tok is now 3 (was 2 in {source})" in said
-    assert "rms_norm_eps is now 0.5 (was 1e-06" in said and "initializer_range is now 0.1" in said
-    assert re.search(f"{source} has mtp.0.* more: this network has no place for them", said)
-    (new, *_), (old, *_) = load_model("run"), load_model(out)
-    assert (new.config.num_experts_per_tok, new.norm.eps, len(new.mtp)) == (3, 0.5, 0)
-    assert new.trained_length == old.trained_length == 16
-    other = huggingface.with_settings(old, {"rms_norm_eps": 0.5}, out, extend=False)
-    assert other.lm_head.weight.data_ptr() == old.lm_head.weight.data_ptr()  # no copy in between
-    assert (other.norm.eps, other.config.rms_norm_eps) == (0.5, 0.5)
-    assert_same(new.lm_head.weight, old.lm_head.weight)
-    run("--init_from=run", "--steps=1", "--dtype=float32", out="grown")
-    assert "lacks mtp.0" in capsys.readouterr().err
-    assert len(load_model("grown")[0].mtp) == 1
-
-
 # ---- The command ---------------------------------------------------------------------------------
 
 
@@ -628,29 +419,3 @@ def test_from_text_to_text_on_the_command_line():
     assert losses[0] > losses[-1] and len(losses) == 20
     done = user("sample.py", "--ckpt=out/tiny", "--prompt=import ", "--max_new_tokens=20")
     assert done.stdout.startswith("import ") and len(done.stdout) > 10
-
-
-def test_a_run_whose_sample_fails_has_ended_well(monkeypatch, capsys):
-    """With FSDP the whole model may not fit on one device; an edit may train and not decode."""
-    run("--steps=4")
-    config, dataset = train.TrainConfig(out="run", block_size=16), load_dataset("data/tiny")
-    for error, words in (
-        (torch.OutOfMemoryError("CUDA out of memory"), "no sample: out of memory at "),
-        (ValueError("not enough values"), "no sample: not enough values"),
-    ):
-        monkeypatch.setattr(train.sample, "main", mock.Mock(side_effect=error))
-        SHOW_RESULT(config, dataset)
-        told = capsys.readouterr().err
-        assert words in told
-        assert ("Traceback" in told) == (type(error) is ValueError)
-    Path("run/best.pt").unlink()  # by someone, meanwhile
-    SHOW_RESULT(config, dataset)
-    assert capsys.readouterr().err == ""
-
-
-def test_the_home_folder_is_meant_by_its_sign(monkeypatch, data):
-    monkeypatch.setenv("HOME", str(Path("home").resolve()))
-    shutil.copytree(data, "home/texts")
-    run("--steps=1", "--data=~/texts", out="~/a")
-    run("--steps=1", "--init_from=~/a", out="~/b")
-    assert Path("home/b/ckpt.pt").exists() and not Path("~").exists()
