@@ -43,7 +43,7 @@ from support import processes
 from support.counting import PRODUCTS, Count, as_compiled, on_a_card
 from support.flops import flops_per_token, peak_flops
 from support.llama_cpp import LLAMA_CPP, llama_cpp
-from support.ops import fast_dtype, laid_out
+from support.processes import fast_dtype
 from support.plot import PlotOptions, plot
 from support.processes import Machine
 from support.settings import Refusal, info, parse_args, read_config_file, run_command
@@ -415,12 +415,6 @@ def their_step_at(hf: nn.Module, S: int) -> Callable:
 
 def context_table(options: DecodeOptions, model: DeepSeekV3, hf: nn.Module) -> Table:
     """Each length beside an empty context: the difference is attention."""
-    with laid_out(model):
-        rows = context_rows(options, model, hf)
-    return Table("one decoding step; attention: what it takes beyond a step after one token", rows)
-
-
-def context_rows(options: DecodeOptions, model: DeepSeekV3, hf: nn.Module) -> list[dict]:
     rows, empty = [], our_step_at(model, 1)[1]
     for S in map(int, options.contexts.split(",")):
         kv, step = our_step_at(model, S)
@@ -434,7 +428,7 @@ def context_rows(options: DecodeOptions, model: DeepSeekV3, hf: nn.Module) -> li
             "transformers ms": ms["theirs"], "times ours": ratio(t["theirs"], t["ours"]),
             "reading ms": ms["read"], "attention/reading": ratio(attention, t["read"]),
         })  # fmt: skip
-    return rows
+    return Table("one decoding step; attention: what it takes beyond a step after one token", rows)
 
 
 # ---- count ---------------------------------------------------------------------------------------

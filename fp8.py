@@ -26,7 +26,6 @@ multiplies, slowly. On Hopper FP8 can be faster from widths of about 2000, with 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 
 import numpy as np
 import torch
@@ -35,18 +34,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import model as formulas
-from support.ops import (
-    by_expert,
-    compute_dtype,
-    fast_dtype,
-    fingerprint,
-    fused,
-    on_gpu,
-    swiglu32,
-    swiglu_gradients,
-)
-from support.settings import Refusal, info
+from model import Experts, compute_dtype, gates_in
+from support.processes import fast_dtype
+from support.settings import info
 
 TILE = (1, 128)  # activations and gradients: one scale per token and 128 channels
 COLUMN = (128, 1)  # the same two for the weight gradient, whose sums run over the tokens
@@ -55,15 +45,19 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 Quantized = tuple[Tensor, Tensor]  # (q, s)
 Rows = list[int] | Tensor  # of each expert; a tensor (E,) on the CPU in a graph that is compiled
-# What this file computes in place of model.py, and the digits of its source (ops.fast_twin) when
-# the classes below were written.
-COPIED = {
-    "swiglu": "ba8bfa06",
-    "MLP.forward": "2bbfa2a3",
-    "Experts.forward": "787195ef",
-    "routed_ffn": "e6cc3e80",
-}
 _emulated: set[torch.device] = set()  # devices for which has_blockwise_fp8 has said so
+
+
+def fused(function):
+    """The function, on a GPU compiled to one kernel or two in place of one for each operation."""
+    graph = torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def choose(x, *args, **kwargs):
+        eager = torch.compiler.is_compiling() or not x.is_cuda
+        return (function if eager else graph)(x, *args, **kwargs)
+
+    return choose
 
 
 # ---- Quantiser --------------------------------------------------------------------------------
@@ -318,45 +312,33 @@ def has_blockwise_fp8(device: torch.device) -> bool:
 
 
 class _FP8Linear(torch.autograd.Function):
-    """Y_e = X_e W_e^T for the rows X_e of every expert e; a plain linear layer is one expert.
-
-    X (T, K) is x or, where `up` is given, SwiGLU: silu(x) * up * gain. The report keeps the input
-    of SwiGLU in FP8 and recomputes its output X in backward (section 3.3.3), where the weight
-    gradient needs it. So both are one function here. It keeps x and up, 2 bytes per token and
-    channel; apart they would keep x, silu(x), up and X in bf16, 8 bytes. (The emulation keeps x and
-    up in fp32, so it saves nothing.) In the code X is a pair (q, s): `forward` quantises it in
-    tiles, `backward` once more, along the tokens.
+    """Y_e = X_e W_e^T for the rows X_e (rows, K) of every expert e; a plain linear layer is one
+    expert. X is kept in FP8, and once more quantised, along the tokens, for the weight gradient.
 
     wq and ws are the quantised weight where quantized_once holds it. Else forward and backward
     quantise the weight each, so that no copy outlives FSDP's release of a gathered weight.
     """
 
     @staticmethod
-    def forward(ctx, x, up, gain, weight, wq, ws, rows: Rows):
-        X = kept = _factor(x, TILE)  # kept: what backward decodes, x and up if given
-        if up is not None:
-            kept = (*kept, *_factor(up, TILE))
-            X = _quantized_swiglu(x, up, gain)
-        ctx.save_for_backward(weight, wq, ws, gain, *kept)
+    def forward(ctx, x, weight, wq, ws, rows: Rows):
+        X = _factor(x, TILE)
+        ctx.save_for_backward(weight, wq, ws, *X)
         ctx.rows = rows
         return multiply(X, _stacked(weight, wq, ws), rows, compute_dtype(x))  # (T, N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        weight, wq, ws, gain, *kept = ctx.saved_tensors
-        need_dx, need_dw = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3]
-        dx = d_up = d_gain = dw = None
+        weight, wq, ws, *X = ctx.saved_tensors
+        need_dx, need_dw, *_ = ctx.needs_input_grad
         tiles, columns = _both_ways(dy, need_dx, need_dw)
+        dx = dw = None
         if need_dx:
             q, s = _stacked(weight, wq, ws)
             dx = multiply(tiles, (q.mT, s.mT), ctx.rows, dy.dtype)
-            if len(kept) > 2:  # that was the gradient of X
-                dx, d_up, d_gain = _gradients_of_swiglu(dx, *kept, gain)
         if need_dw:
-            X = _columns(*kept, gain=gain)
-            dw = weight_gradient(columns, X, ctx.rows).view_as(weight)
-        return dx, d_up, d_gain, dw, None, None, None
+            dw = weight_gradient(columns, _columns(*X), ctx.rows).view_as(weight)
+        return dx, dw, None, None, None
 
 
 @fused
@@ -368,29 +350,13 @@ def _both_ways(dy: Tensor, tiles: bool, columns: bool) -> tuple[Quantized | None
 def _by_column(x: Tensor) -> Quantized:
     """Quantised along the tokens. Hopper multiplies it transposed, so it is written that way."""
     q, s = _factor(x, COLUMN)
-    return (q.t().contiguous().t() if on_gpu(x) else q), s
+    return (q.t().contiguous().t() if x.is_cuda else q), s
 
 
 @fused
-def _quantized_swiglu(x: Tensor, up: Tensor, gain: Tensor | None) -> Quantized:
-    return _factor(swiglu32(x, up, gain), TILE)
-
-
-@fused
-def _gradients_of_swiglu(dX: Tensor, xq, xs, upq, ups, gain: Tensor | None):
-    """Of x, up and gain, from the gradient of X."""
-    x, up = _numbers(xq, xs, TILE), _numbers(upq, ups, TILE)
-    dx, d_up, d_gain = swiglu_gradients(dX, x, up, gain)
-    return dx.to(dX.dtype), d_up.to(dX.dtype), d_gain
-
-
-@fused
-def _columns(xq: Tensor, xs: Tensor, upq=None, ups=None, gain=None) -> Quantized:
-    """X from what forward has kept, quantised along the tokens."""
-    X = _numbers(xq, xs, TILE)  # (T, K)
-    if upq is not None:
-        X = swiglu32(X, _numbers(upq, ups, TILE), gain)
-    return _by_column(X)
+def _columns(q: Tensor, s: Tensor) -> Quantized:
+    """X, which forward has quantised in tiles, quantised along the tokens."""
+    return _by_column(_numbers(q, s, TILE))
 
 
 def _stacked(weight: Tensor, q: Tensor | None, s: Tensor | None) -> Quantized:
@@ -399,12 +365,11 @@ def _stacked(weight: Tensor, q: Tensor | None, s: Tensor | None) -> Quantized:
     return w if weight.ndim == 3 else (w[0][None], w[1][None])
 
 
-def _linear(x: Tensor, weight: Tensor, rows: Rows | None = None, up=None, gain=None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, rows: Rows | None = None) -> Tensor:
     """x (..., K) -> (..., N), or (T, K) -> (T, N) with `rows` of each expert; see _FP8Linear."""
     flat = x.reshape(-1, x.shape[-1])  # (T, K)
-    up = None if up is None else up.reshape(flat.shape)
     wq, ws = getattr(weight, "_fp8", (None, None))
-    y = _FP8Linear.apply(flat, up, gain, weight, wq, ws, [len(flat)] if rows is None else rows)
+    y = _FP8Linear.apply(flat, weight, wq, ws, [len(flat)] if rows is None else rows)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -426,31 +391,23 @@ class FP8Linear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class FP8MLP(nn.Module):
-    """model.MLP: W_down (silu(W_gate x) * W_up x), whose projections are FP8Linear."""
+class FP8Experts(Experts):
+    """model.Experts with FP8 products."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _linear(self.gate_proj(x), self.down_proj.weight, up=self.up_proj(x))
-
-
-class FP8Experts(nn.Module):
-    """model.Experts, the routed experts: gate_up_proj (E, 2F, D), down_proj (E, D, F)."""
-
-    def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
-        """x (T, D), chosen experts and their gate values (T, K) -> (T, D)."""
-        return by_expert(x, chosen, gain, len(self.down_proj), self.ffn, multiple=128)
-
-    def ffn(self, x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
-        """x (rows, D) sorted by expert, counts (E,) of each expert's rows, gate values (rows,) ->
-        (rows, D)."""
-        rows = rows_of(counts, x)
-        gate, up = _linear(x, self.gate_up_proj, rows).chunk(2, dim=-1)  # (rows, F) each
-        return _linear(gate, self.down_proj, rows, up, gain)
+    def product(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """Each expert gets rows of zeros up to a multiple of 128, so that no tile is of two."""
+        rows, size = counts + -counts % 128, len(x) + 128 * len(counts)
+        size -= size % 128
+        rows[-1] += size - rows.sum()  # what is left; so no size waits for the counts
+        moved = (rows - counts).cumsum(0) - (rows - counts)  # (E,)
+        place = torch.arange(len(x), device=x.device)
+        place = place + moved.repeat_interleave(counts, output_size=len(x))
+        padded = x.new_zeros(size, x.shape[1]).index_copy(0, place, x)
+        return _linear(padded, weight, rows_of(rows)).index_select(0, place)
 
 
-def rows_of(counts: Tensor, x: Tensor) -> Rows:
-    """How many rows of x each expert has: in a layer the one thing that the host waits for. What
-    bench.py puts in its place, for fake tensors, reads x."""
+def rows_of(counts: Tensor) -> Rows:
+    """How many rows of x each expert has: in a layer the one thing that the host waits for."""
     rows = counts.cpu()
     return rows if torch.compiler.is_compiling() else rows.tolist()
 
@@ -468,29 +425,14 @@ def tell_compiler():
 
 def use_fp8(model: nn.Module):
     """Section 3.3.1: the products of attention projections and FFNs in FP8. Embedding, head, norms,
-    attention core, eh_proj and gates, with all that these contain, stay in high precision.
-
-    Raises Refusal where a formula of model.py that this file copies is edited.
-    """
-    for name, digits in COPIED.items():
-        found = fingerprint(attrgetter(name)(formulas))
-        if found != digits:
-            raise Refusal(
-                f"model.{name} is not the one that fp8.py copies: leave out --fp8, or edit the "
-                f"copy in fp8.py alike and write its digits there, {found} in place of {digits}"
-            )
+    attention core, eh_proj and gates, with all that these contain, stay in high precision."""
     tell_compiler()
-    swap = {nn.Linear: FP8Linear, formulas.MLP: FP8MLP, formulas.Experts: FP8Experts}
+    swap = {nn.Linear: FP8Linear, Experts: FP8Experts}
     for block in [*model.layers, *(module.block for module in model.mtp)]:
-        gates = {part for gate in formulas.gates_in(block) for part in gate.modules()}
+        gates = {part for gate in gates_in(block) for part in gate.modules()}
         for module in block.modules():
-            if module in gates:
-                continue
-            if type(module) is formulas.MLP:
-                down = module.down_proj
-                if type(down) is not nn.Linear or down.bias is not None:
-                    continue  # an adapter, say: FP8MLP would use its weight alone
-            module.__class__ = swap.get(type(module), type(module))
+            if module not in gates:
+                module.__class__ = swap.get(type(module), type(module))
 
 
 # ---- One quantisation of the weights per step -------------------------------------------------

@@ -13,10 +13,9 @@ technical report, arXiv 2412.19437, section 2):
     b  += gamma sign(mean load - load)                          balances the experts, no gradient
 
 Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. It is
-the only network here: it trains, reads prompts and writes. Every formula stands here in its plain
-form. `@fast_twin("digits")` marks those that support/ops.py computes faster, with the same name
-and, but for rounding, the same result. The digits are a hash of the formula's code. After an edit
-they fit no longer, and your formula runs: leave them as they are.
+the only network here: it trains, reads prompts and writes, and all that runs is what you read.
+Where a plain formula would be too slow or too large, the docstring has the formula and the code is
+a faster form of it. tests/reference.py has all formulas as plain loops, and the tests compare.
 
 Where the report is silent (which norm, epsilon) or the released weights differ (order of
 concatenation in MTP), the weights decide; huggingface.py opens them.
@@ -31,25 +30,26 @@ logits is the vocabulary. Outside comments F is torch.nn.functional.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# From support/ops.py: upcast(x) is x in float32 (float64 stays), cast(x, dtype) is x.to(dtype),
-# compute_dtype(x) is autocast's dtype, else x's own, and linear32(x, W) is x W^T in float32, also
-# under autocast. span(start, n) are the positions start .. start + n - 1: a slice, or an index
-# tensor where start is a tensor (in the graphs that sample.py compiles).
-from support.ops import cast, compute_dtype, fast_twin, linear32, span, upcast
 from support.settings import Refusal
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
 Position = int | Tensor  # in a graph, which serves every position, a tensor without dimensions
-Past = tuple[Tensor, Position] | None  # what a layer keeps, how many tokens it has read
 Routing = tuple[Tensor, Tensor] | None  # scores (B, T, E), chosen experts (B, T, K); None if dense
+
+
+class Past(NamedTuple):
+    """What decoding hands to a layer."""
+
+    kept: Tensor  # what the layer has kept of the text (its `new_cache` made it)
+    start: Position  # how many tokens it has read: the position of the first new one
 
 
 @dataclass
@@ -102,17 +102,32 @@ class ModelConfig:
         return self.num_hidden_layers * ours, self.num_hidden_layers * theirs
 
 
-@fast_twin("3f2465eb")
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps), the mean over the last dimension. It is computed in
-    float32 and rounded to x's dtype before the weight; under autocast the result has its dtype."""
-    x32 = upcast(x)  # float64 stays, all else is float32
-    y = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-    return cast(weight * y, compute_dtype(x))
+# ---- Precision, projections, norm ----------------------------------------------------------------
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in the precision of gate, norms, softmax and loss: float64 stays, all else is float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with x: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def linear(config: ModelConfig, inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+    """A projection as it is initialised in section 4.2: normal with initializer_range; biases 0.
+    A plain nn.Linear, or whatever else a constructor makes, keeps its own initial values."""
+    layer = nn.Linear(inputs, outputs, bias)
+    nn.init.normal_(layer.weight, std=config.initializer_range)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 class RMSNorm(nn.Module):
-    """rms_norm with a weight for each dimension, 1 at first."""
+    """weight * x / sqrt(mean(x^2) + eps), the mean over the last dimension."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -120,7 +135,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        """Computed in float32, rounded to x's dtype before the weight."""
+        x32 = upcast(x)
+        y = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return (self.weight * y).to(compute_dtype(x))
 
 
 # ---- Rotary position embedding (RoPE), with YaRN for long contexts -------------------------------
@@ -164,7 +182,6 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     return amplitude * angle.cos(), amplitude * angle.sin()
 
 
-@fast_twin("1ac15d87")
 def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
     """RoPE: every pair of x (B, T, H, R) turned by its position's angle. A pair is two neighbours,
     or, without interleave, a number of the first half and its counterpart in the second."""
@@ -186,7 +203,7 @@ class Cache:
     Allocated once, for `size` tokens. The first `length` have been read, in all texts alike. A
     smaller `length` forgets the newest of them, MOST_NEW at most. That is how decoding rolls back:
     drafts that are rejected are forgotten, then it reads on. Every layer must bear that, also with
-    positions as tensors; sample.check_cache finds out whether it does.
+    positions as tensors; `python bench.py cache RUN` finds out whether it does.
     """
 
     def __init__(
@@ -197,9 +214,9 @@ class Cache:
         self.size, self.length = size, 0
         # cos and sin of all its positions, computed once
         positions = torch.arange(size, device=like.device)
-        self.rope = rope_table(config, positions, upcast(like[:0]).dtype)
+        self.rope = rope_table(config, positions, torch.promote_types(like.dtype, torch.float32))
 
-    def claim(self, T: int) -> Position:
+    def advance(self, T: int) -> Position:
         """Makes room for T new tokens; returns the position of the first. ValueError if full (not
         in a graph, where nothing can be asked)."""
         if isinstance(self.length, int) and self.length + T > self.size:
@@ -209,36 +226,42 @@ class Cache:
         return start
 
 
+def span(start: Position, length: int) -> slice | Tensor:
+    """The positions start .. start + length - 1: a slice, or in a graph an index tensor."""
+    if isinstance(start, int):
+        return slice(start, start + length)
+    return start + torch.arange(length, device=start.device)
+
+
 def remember(past: Past, new: Tensor) -> Tensor:
-    """Writes new (B, T, C+R) behind the tokens that a layer keeps, and returns all (B, S, C+R). In
-    a graph, whose shapes are fixed, S is the cache's size: the empty rest is there, too."""
-    (kv, start), T = past, new.shape[1]
-    kv[:, span(start, T)] = new
-    return kv[:, : start + T] if isinstance(start, int) else kv
+    """Writes new (B, T, C+R) behind the tokens that a layer has kept, and returns all (B, S, C+R).
+    In a graph, whose shapes are fixed, S is the cache's size: the empty rest is there, too."""
+    (kept, start), T = past, new.shape[1]
+    kept[:, span(start, T)] = new
+    return kept[:, : start + T] if isinstance(start, int) else kept
 
 
-@fast_twin("7aaec727")
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, start: Position | None = None
-) -> Tensor:
-    """softmax(scale q k^T) v, no look ahead, Eq. 10: (B, H, T, V).
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Position = 0) -> Tensor:
+    """softmax(scale q k^T) v without a look ahead, Eq. 10: (B, H, T, V).
 
-    T queries q (B, H, T, W) look at S >= T keys k (B, H, S, W) and values v (B, H, S, V); k and v
-    may have one head for all. Query i is token start + i; None: they are the last, start = S - T.
+    The T queries q (B, H, T, W) are those of the tokens start .. start + T - 1. They look at the S
+    keys k (B, h, S, W) and values v (B, h, S, V) of the tokens 0 .. S - 1; query i at those up to
+    start + i. h is H, or less where several heads look at the same keys. Sums are in float32.
     """
-    T, S = q.shape[2], k.shape[2]
-    query = (S - T if start is None else start) + torch.arange(T, device=q.device)[:, None]
+    (B, H, T, W), (h, S), V = q.shape, k.shape[1:3], v.shape[-1]
+    prompt = isinstance(start, int) and start == 0 and T > 1
+    if prompt and (q.is_cuda or T > 512 or q.dtype != torch.bfloat16):
+        # One kernel, which never holds all scores, for q, k and v of one width.
+        q, k, v = (F.pad(x, (0, max(W, V) - x.shape[-1])) for x in (q, k, v))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=h != H)
+        return o[..., :V]
+    # For a CPU in bfloat16, where it is three times as fast, and for few queries.
+    query = start + torch.arange(T, device=q.device)[:, None]
     later = torch.arange(S, device=q.device) > query  # (T, S), True where a key is ahead
-    score = upcast(q @ k.mT) * scale  # (B, H, T, S)
-    return score.masked_fill(later, -math.inf).softmax(-1).to(v.dtype) @ v  # (B, H, T, V)
-
-
-@fast_twin("75305785")
-def per_head(x: Tensor, W: Tensor) -> Tensor:
-    """Each head's x (B, T, H, in) times that head's W (H, in, out): (B, T, H, out)."""
-    B, T, H, _ = x.shape
-    y = torch.bmm(x.flatten(0, 1).transpose(0, 1), W)  # (H, B*T, out)
-    return y.transpose(0, 1).view(B, T, H, -1)
+    mask = torch.where(later, -math.inf, 0.0).to(q.dtype).repeat(H // h, 1)
+    q, k, v = q.reshape(B * h, -1, W), k.flatten(0, 1), v.flatten(0, 1)  # (B*h, H/h*T, W) ...
+    p = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)  # (B*h, H/h*T, S)
+    return (p @ v).view(B, H, T, V)
 
 
 class MLA(nn.Module):
@@ -259,17 +282,17 @@ class MLA(nn.Module):
         N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         bias = config.attention_bias
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(D, H * (N + R), bias=False)
+            self.q_proj = linear(config, D, H * (N + R))
         else:
-            self.q_a_proj = nn.Linear(D, config.q_lora_rank, bias=bias)  # W^DQ
+            self.q_a_proj = linear(config, D, config.q_lora_rank, bias)  # W^DQ
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)  # the latents' eps is fixed
-            self.q_b_proj = nn.Linear(config.q_lora_rank, H * (N + R), bias=False)  # W^UQ, W^QR
-        self.kv_a_proj_with_mqa = nn.Linear(D, C + R, bias=bias)  # W^DKV, W^KR
+            self.q_b_proj = linear(config, config.q_lora_rank, H * (N + R))  # W^UQ, W^QR
+        self.kv_a_proj_with_mqa = linear(config, D, C + R, bias)  # W^DKV, W^KR
         self.kv_a_layernorm = RMSNorm(C, 1e-6)
         # Per head W^UK and W^UV. Decoding multiplies by these weights alone: it would pass over a
         # bias or a hook.
-        self.kv_b_proj = nn.Linear(C, H * (N + V), bias=False)
-        self.o_proj = nn.Linear(H * V, D, bias=bias)
+        self.kv_b_proj = linear(config, C, H * (N + V))
+        self.o_proj = linear(config, H * V, D, bias)
 
     @property
     def scale(self) -> float:
@@ -283,7 +306,7 @@ class MLA(nn.Module):
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         return like.new_zeros(batch, size, width)
 
-    def forward(self, h: Tensor, rope: Rope, past: Past = None) -> Tensor:
+    def forward(self, h: Tensor, rope: Rope, past: Past | None = None) -> Tensor:
         """h (B, T, D) -> (B, T, D). past: what `new_cache` made, how many tokens it has read."""
         config, (B, T, _) = self.config, h.shape
         N, R, C = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
@@ -294,13 +317,10 @@ class MLA(nn.Module):
         q_nope, q_pe = q.view(B, T, -1, N + R).split([N, R], dim=-1)  # (B, T, H, N), (B, T, H, R)
         latent, k_pe = self.kv_a_proj_with_mqa(h).split([C, R], dim=-1)  # (B, T, C), (B, T, R)
         latent = self.kv_a_layernorm(latent)
-        # Queries and the key are rotated together: the H heads' queries, and one key for all heads.
-        pe = torch.cat((q_pe, k_pe.unsqueeze(2)), 2)  # (B, T, H+1, R)
-        pe = rotate(pe, rope, config.rope_interleave)
-        q_pe, k_pe = pe.split([pe.shape[2] - 1, 1], 2)  # (B, T, H, R), (B, T, 1, R)
-        start = 0
-        if past:
-            start = past[1]
+        q_pe = rotate(q_pe, rope, config.rope_interleave)
+        k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave)  # (B, T, 1, R)
+        start = 0 if past is None else past.start
+        if past is not None:
             kv = remember(past, torch.cat((latent, k_pe.squeeze(2)), -1))  # (B, S, C+R)
         if isinstance(start, int) and start == 0:  # nothing but these tokens to look at
             o = self.attend_expanded(q_nope, q_pe, latent, k_pe)
@@ -310,52 +330,41 @@ class MLA(nn.Module):
 
     def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor) -> Tensor:
         """Training and prompts: keys and values from the latents, then usual causal attention."""
-        B, T, H, N = q_nope.shape
-        kv = self.kv_b_proj(latent).view(B, T, H, -1)
-        k_nope, v = kv.split([N, self.config.v_head_dim], dim=-1)  # (B, T, H, N), (B, T, H, V)
+        (B, T, H, N), V = q_nope.shape, self.config.v_head_dim
+        k_nope, v = self.kv_b_proj(latent).view(B, T, H, N + V).split([N, V], dim=-1)
         q = torch.cat((q_nope, q_pe), -1)  # (B, T, H, N+R)
         k = torch.cat((k_nope, k_pe.expand(-1, -1, H, -1)), -1)  # (B, T, H, N+R)
         o = causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), self.scale)
         return o.transpose(1, 2)  # (B, T, H, V)
 
-    def attend_absorbed(
-        self, q_nope: Tensor, q_pe: Tensor, kv: Tensor, start: Position | None = None
-    ) -> Tensor:
+    def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor, start: Position) -> Tensor:
         """Decoding: W^UK moves over to the query and W^UV to the output, so that attention runs on
-        the cached latents kv (B, S, C+R), one head for all queries (start as in causal_attention):
+        the cached latents kv (B, S, C+R), one key and one value for all heads:
         q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
-        (_, _, H, N), C = q_nope.shape, self.config.kv_lora_rank
-        W = self.kv_b_proj.weight.view(H, -1, C)
-        W_UK, W_UV = W[:, :N], W[:, N:]  # (H, N, C), (H, V, C)
-        q = cast(torch.cat((per_head(q_nope, W_UK), q_pe), -1), kv.dtype)  # (B, T, H, C+R)
+        H, N, C = *q_nope.shape[2:], self.config.kv_lora_rank
+        W_UK, W_UV = self.kv_b_proj.weight.view(H, -1, C).split([N, self.config.v_head_dim], 1)
+        q_c = torch.einsum("bthn,hnc->bthc", q_nope, W_UK)  # (B, T, H, C)
+        q = torch.cat((q_c, q_pe), -1).transpose(1, 2)  # (B, H, T, C+R)
         k, v = kv[:, None], kv[:, None, :, :C]  # (B, 1, S, C+R), (B, 1, S, C)
-        o = causal_attention(q.transpose(1, 2), k, v, self.scale, start)  # (B, H, T, C)
-        return per_head(cast(o.transpose(1, 2), q_nope.dtype), W_UV.mT)  # (B, T, H, V)
+        o = causal_attention(q, k, v, self.scale, start)  # (B, H, T, C)
+        return torch.einsum("bhtc,hvc->bthv", o, W_UV)  # (B, T, H, V)
 
 
 # ---- DeepSeekMoE (section 2.1.2) -----------------------------------------------------------------
 
 
-@fast_twin("ba8bfa06")
-def swiglu(gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, each (..., F); for experts times gain (rows,), their gate values.
-
-    Eq. 12 multiplies the expert's output. W_down, which follows here, is linear, so its input is
-    multiplied instead: that is narrower (F numbers) than the output (D). Like DeepSeek's code this
-    rounds gate values to the dtype of y, such as bf16.
-    """
-    y = F.silu(gate) * up
-    return y if gain is None else y * cast(gain, y.dtype)[:, None]
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
     """W_down (silu(W_gate x) * W_up x), the FFN of the dense layers and of the shared experts."""
 
-    def __init__(self, dim: int, width: int):
+    def __init__(self, config: ModelConfig, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(dim, width, bias=False)
-        self.up_proj = nn.Linear(dim, width, bias=False)
-        self.down_proj = nn.Linear(width, dim, bias=False)
+        self.gate_proj = linear(config, config.hidden_size, width)
+        self.up_proj = linear(config, config.hidden_size, width)
+        self.down_proj = linear(config, width, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -374,9 +383,11 @@ class Gate(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
-        self.register_buffer("e_score_correction_bias", bias)
+        E, D = config.n_routed_experts, config.hidden_size
+        self.weight = nn.Parameter(torch.empty(E, D).normal_(std=config.initializer_range))  # e_i
+        self.register_buffer("e_score_correction_bias", torch.zeros(E, dtype=torch.float32))  # b
+        # How often each expert was chosen in training since b moved last.
+        self.register_buffer("load", torch.zeros(E, dtype=torch.long), persistent=False)
 
     def _apply(self, fn, recurse=True):
         """A cast of the model (model.bfloat16()) leaves the bias in float32."""
@@ -390,13 +401,14 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) -> scores s (B, T, E), chosen experts (B, T, K), their gate values."""
         config, G = self.config, self.config.n_group
-        s = linear32(x, self.weight).sigmoid()  # (B, T, E), Eq. 15
+        with torch.autocast(x.device.type, enabled=False):  # in float32
+            s = F.linear(upcast(x), upcast(self.weight)).sigmoid()  # (B, T, E), Eq. 15
         choice = s.detach() + self.e_score_correction_bias  # (B, T, E)
         if G > 1:
             groups = choice.unflatten(-1, (G, -1))  # (B, T, G, E/G)
             best = groups.topk(2).values.sum(-1).topk(config.topk_group).indices  # which groups
-            dropped = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
-            choice = groups.masked_fill(dropped.unsqueeze(-1), -math.inf).flatten(-2)
+            allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, True)
+            choice = groups.masked_fill(~allowed.unsqueeze(-1), -math.inf).flatten(-2)
         chosen = choice.topk(config.num_experts_per_tok, sorted=False).indices  # Eq. 14, 16
         gain = s.gather(-1, chosen)  # (B, T, K)
         if config.norm_topk_prob:
@@ -405,8 +417,8 @@ class Gate(nn.Module):
 
 
 def gates_in(module: nn.Module) -> list[Gate]:
-    """The gates among its parts, in order: by their bias, so that a class of your own counts."""
-    return [part for part in module.modules() if hasattr(part, "e_score_correction_bias")]
+    """The gates among its parts, in order. A gate of your own is a subclass of Gate."""
+    return [part for part in module.modules() if isinstance(part, Gate)]
 
 
 def balance_loss(s: Tensor, K: int) -> Tensor:
@@ -423,40 +435,71 @@ def balance_loss(s: Tensor, K: int) -> Tensor:
 
 
 def count_chosen(chosen: Tensor, E: int) -> Tensor:
-    """How often each of the E experts is among the chosen (any shape): (E,) int64."""
+    """How often each of the E experts is among the chosen (any shape): (E,) int64. What is none of
+    them, such as E itself, is not counted."""
     ids = chosen.flatten()
-    zeros = torch.zeros(E, dtype=torch.long, device=ids.device)
-    return zeros.scatter_add_(0, ids, torch.ones_like(ids))
+    one = ((ids >= 0) & (ids < E)).long()
+    return one.new_zeros(E).scatter_add_(0, ids.clamp(0, E - 1), one)
 
 
-@fast_twin("e6cc3e80")
-def routed_ffn(
-    x: Tensor, chosen: Tensor, gain: Tensor, gate_up: Tensor, down: Tensor, swiglu: Callable
-) -> Tensor:
-    """sum_{i in top K} g_i FFN_i(x) of Eq. 12: x (tokens, D), chosen experts and their gate values
-    (tokens, K), weights (E, 2F, D) and (E, D, F) -> (tokens, D). No token is dropped; a choice that
-    is none of the E experts adds nothing. swiglu is handed over: the twin calls yours, too."""
-    y = torch.zeros_like(x, dtype=compute_dtype(x))
-    for i, (W_gate_up, W_down) in enumerate(zip(gate_up, down, strict=True)):
-        token, choice = (chosen == i).nonzero(as_tuple=True)  # (rows,): who chose expert i
-        gate, up = F.linear(x[token], W_gate_up).chunk(2, -1)  # (rows, F)
-        y_i = F.linear(swiglu(gate, up, gain[token, choice]), W_down)  # (rows, D)
-        y = y.index_add(0, token, y_i)
-    return y
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x_e W_e^T for every expert e: x (rows, in), first the counts[0] rows of expert 0, then those
+    of expert 1, and so on; weight (E, out, in) -> (rows, out). One call for all experts where
+    PyTorch has one."""
+    weight = weight.to(x.dtype)
+    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    known = x.dtype == torch.bfloat16 or (
+        x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    )
+    if aligned and known:
+        return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
+    return torch.cat([x_e @ W.T for x_e, W in zip(x.split(counts.tolist()), weight, strict=True)])
 
 
 class Experts(nn.Module):
-    """The routed experts' FFNs, stacked in one parameter per projection."""
+    """The routed experts' FFNs, stacked in one parameter per projection.
+
+    y = sum_{i in top K} g_i W_down,i (silu(W_gate,i x) * W_up,i x), Eq. 12. W_down is linear, so
+    its input is multiplied by g_i in place of its output: that is narrower (F numbers, not D).
+    No token is dropped. A choice that is none of the E experts, such as E itself, adds nothing.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))  # gate first
-        self.down_proj = nn.Parameter(torch.empty(E, D, width))
+        std = config.initializer_range
+        # W_gate and W_up of each expert as one matrix, W_gate first.
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D).normal_(std=std))
+        self.down_proj = nn.Parameter(torch.empty(E, D, width).normal_(std=std))
+
+    product = staticmethod(grouped_linear)  # of all experts at once; fp8.py has another
 
     def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
         """x (tokens, D), chosen experts, their gate values (tokens, K) -> (tokens, D)."""
-        return routed_ffn(x, chosen, gain, self.gate_up_proj, self.down_proj, swiglu)
+        (tokens, K), E = chosen.shape, len(self.down_proj)
+        x = x.to(compute_dtype(x))
+        none = (chosen < 0) | (chosen >= E)
+        chosen, gain = chosen.clamp(0, E - 1), gain.to(x.dtype).masked_fill(none, 0)
+        few = tokens * K <= 2 * E or (torch.compiler.is_compiling() and tokens <= 512)
+        if few and not torch.is_grad_enabled():  # each token reads the weights of its experts
+            gate, up = torch.einsum("td,tkfd->tkf", x, self.gate_up_proj[chosen]).chunk(2, -1)
+            h = swiglu(gate, up) * gain[..., None]  # (tokens, K, F)
+            return torch.einsum("tkf,tkdf->td", h, self.down_proj[chosen])
+        # Sorted by expert, so that the tokens of an expert are rows side by side.
+        expert, gain, counts = chosen.flatten(), gain.flatten(), count_chosen(chosen, E)
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            # oneDNN compiles a kernel for every new number of rows. So each expert gets a few rows
+            # more, of gate value 0, up to a multiple of 64.
+            extra = -counts % 64
+            padding = torch.arange(E).repeat_interleave(extra)
+            expert, gain = torch.cat((expert, padding)), F.pad(gain, (0, len(padding)))
+            counts = counts + extra
+        order = expert.argsort(stable=True)  # (rows,)
+        token = order.clamp(max=tokens * K - 1) // K  # (rows,), any token for the padding
+        gain = gain.index_select(0, order)[:, None]  # (rows, 1)
+        gate, up = self.product(x.index_select(0, token), self.gate_up_proj, counts).chunk(2, -1)
+        y = self.product(swiglu(gate, up) * gain, self.down_proj, counts)  # (rows, D)
+        return torch.zeros_like(x).index_add(0, token, y)
 
 
 class MoE(nn.Module):
@@ -467,7 +510,7 @@ class MoE(nn.Module):
         self.gate = Gate(config)
         self.experts = Experts(config)
         width = config.n_shared_experts * config.moe_intermediate_size
-        self.shared_experts = MLP(config.hidden_size, width) if width else None
+        self.shared_experts = MLP(config, width) if width else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x (B, T, D) -> (B, T, D), and the routing for DeepSeekV3 to note."""
@@ -487,12 +530,12 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(D, eps)
         self.self_attn = MLA(config)
         self.post_attention_layernorm = RMSNorm(D, eps)
-        self.mlp = MLP(D, config.intermediate_size) if dense else MoE(config)
+        self.mlp = MLP(config, config.intermediate_size) if dense else MoE(config)
 
     def new_cache(self, batch: int, size: int, like: Tensor) -> Tensor:
         return self.self_attn.new_cache(batch, size, like)
 
-    def forward(self, x: Tensor, rope: Rope, past: Past = None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, rope: Rope, past: Past | None = None) -> tuple[Tensor, Routing]:
         """x (B, T, D) -> (B, T, D), and the routing of its MoE."""
         x = x + self.self_attn(self.input_layernorm(x), rope, past)
         y = self.mlp(self.post_attention_layernorm(x))
@@ -516,7 +559,7 @@ class MTP(nn.Module):
         D, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(D, eps)
         self.hnorm = RMSNorm(D, eps)
-        self.eh_proj = nn.Linear(2 * D, D, bias=False)  # M_k
+        self.eh_proj = linear(config, 2 * D, D)  # M_k
         self.block = Block(config, dense=False)  # TRM_k
         self.norm = RMSNorm(D, eps)  # before the shared output head
 
@@ -524,7 +567,7 @@ class MTP(nn.Module):
         return self.block.new_cache(batch, size, like)
 
     def forward(
-        self, h: Tensor, embedding: Tensor, rope: Rope, past: Past = None
+        self, h: Tensor, embedding: Tensor, rope: Rope, past: Past | None = None
     ) -> tuple[Tensor, Routing]:
         """h = h^{k-1} (B, T, D), embedding of the tokens k later (B, T, D) -> h^k (B, T, D), and
         the routing of the block."""
@@ -536,19 +579,28 @@ class MTP(nn.Module):
 # ---- The model -----------------------------------------------------------------------------------
 
 
-@fast_twin("54dd1679")
-def head_logits(h: Tensor, weight: Tensor) -> Tensor:
-    """W_head h in float32, before softmax: h (..., D), weight (vocabulary, D)."""
-    return upcast(F.linear(h, weight))
+PIECE = 2**27  # logits that are at once in float32, 512 MB
 
 
-@fast_twin("36bff999", head_logits)
-def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of head_logits: h (tokens, D), weight (vocabulary, D), targets
-    (tokens,), below 0 where there is none; 0 if all are."""
-    logits = head_logits(h, weight)
-    total = F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="sum")
-    return total / (targets >= 0).sum().clamp(min=1)
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets of -log softmax(logits)[target], in nats and in float32: logits
+    (tokens, vocabulary), targets (tokens,), below 0 where there is none; 0 if all are.
+
+    In float32 many logits take more memory than the network, and so does their gradient. So they
+    are upcast in pieces, and once more in backward.
+    """
+
+    def piece(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(upcast(logits), targets, ignore_index=-1, reduction="sum")
+
+    count, targets = (targets >= 0).sum(), targets.clamp(min=-1)
+    if logits.numel() <= PIECE or not torch.is_grad_enabled():
+        total = piece(logits, targets)
+    else:
+        rows = max(1, PIECE // logits.shape[1])
+        pieces = zip(logits.split(rows), targets.split(rows), strict=True)
+        total = sum(checkpoint(piece, *x, use_reentrant=False) for x in pieces)
+    return total / count.clamp(min=1)
 
 
 class DeepSeekV3(nn.Module):
@@ -556,9 +608,8 @@ class DeepSeekV3(nn.Module):
 
     After every call `routing` holds the chosen experts of each MoE layer that ran, (B, T, K), then
     of the MTP modules k, (B, T-k, K) (decoding notes none); after a call with targets `mtp_losses`
-    holds the loss of each MTP depth.
-    In training mode `expert_counts` (gates, E) adds up how often each expert was chosen, until
-    `update_bias` uses that. A gate has one row there, however many layers use it.
+    holds the loss of each MTP depth. In training mode every gate's `load` adds up how often each
+    expert was chosen, until `update_bias` uses that.
     """
 
     def __init__(self, config: ModelConfig):
@@ -566,48 +617,31 @@ class DeepSeekV3(nn.Module):
         self.config = config
         self.trained_length = 0  # tokens in the longest windows of training, up to now
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        nn.init.normal_(self.embed_tokens.weight, std=config.initializer_range)
         self.layers = nn.ModuleList(
             Block(config, dense=i < config.first_k_dense_replace)
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # Only its weight is used: a bias or a hook would have no effect.
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = linear(config, config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(MTP(config) for _ in range(config.num_nextn_predict_layers))
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        counts = torch.zeros(len(self.gates()), config.n_routed_experts, dtype=torch.long)
-        self.register_buffer("expert_counts", counts, persistent=False)
-        # Of each MoE layer that ran: its gate, its scores (B, T, E), its chosen experts (B, T, K).
-        # forward empties `scores`, since they hold the graph of a training step.
-        self.routed_by: list[Gate] = []
-        self.scores: list[Tensor] = []
+        # While forward runs, of each MoE layer: its gate, scores and chosen experts.
+        self.routed: list[tuple[Gate, Tensor, Tensor]] = []
         self.routing: list[Tensor] = []
         self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: drop activations, compute them again
-        # Section 4.2. Other parameters start as their modules make them: the norms' are 1.
-        for name, parameter in self.named_parameters():
-            path, _, own = name.rpartition(".")
-            module = self.get_submodule(path)
-            linear = isinstance(module, nn.Linear | nn.Embedding)
-            matrix = isinstance(module, Gate | Experts) and parameter.ndim > 1
-            if linear and own == "bias":
-                nn.init.zeros_(parameter)
-            elif matrix or (linear and own == "weight"):
-                nn.init.normal_(parameter, std=config.initializer_range)
 
-    def run_block(self, block: nn.Module, past: Past, *inputs) -> Tensor:
-        """Calls block(*inputs, past), a Block or MTP module, and notes its gate and its routing
-        (not where it decodes, behind a cache)."""
+    def run_block(self, block: nn.Module, past: Past | None, *inputs) -> Tensor:
+        """Calls block(*inputs, past), a Block or MTP module, and notes its routing (not where it
+        decodes, behind a cache)."""
         if self.recompute and torch.is_grad_enabled():
             x, routing = checkpoint(block, *inputs, past, use_reentrant=False)
         else:
             x, routing = block(*inputs, past)
         if routing is not None and past is None:
-            scores, chosen = routing
-            self.routed_by.append(gates_in(block)[0])
-            self.scores.append(scores)
-            self.routing.append(chosen)
+            self.routed.append((gates_in(block)[0], *routing))
         return x
 
     def rope(self, x: Tensor, start: Position, cache: Cache | None = None) -> Rope:
@@ -615,19 +649,19 @@ class DeepSeekV3(nn.Module):
         if cache:
             return tuple(table[span(start, x.shape[1])] for table in cache.rope)
         positions = start + torch.arange(x.shape[1], device=x.device)
-        return rope_table(self.config, positions, upcast(x[:0]).dtype)
+        return rope_table(self.config, positions, torch.promote_types(x.dtype, torch.float32))
 
     def trunk(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """tokens (B, T) -> h^0, the hidden states after the final norm (B, T, D).
 
         With a cache the tokens continue the B texts in it.
         """
-        self.routed_by, self.scores, self.routing = [], [], []
+        self.routed = []
         x = self.embed_tokens(tokens)  # (B, T, D)
-        start = cache.claim(tokens.shape[1]) if cache else 0
+        start = cache.advance(tokens.shape[1]) if cache else 0
         rope = self.rope(x, start, cache)
         for i, block in enumerate(self.layers):
-            x = self.run_block(block, (cache.kept[i], start) if cache else None, x, rope)
+            x = self.run_block(block, Past(cache.kept[i], start) if cache else None, x, rope)
         return self.norm(x)
 
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -636,15 +670,15 @@ class DeepSeekV3(nn.Module):
         Module k + 1 does that, mtp[k] in Python's list; what it keeps is kept[k].
         """
         embedding = self.embed_tokens(tokens)  # (B, T, D)
-        start = cache.claim(tokens.shape[1]) if cache else 0
-        past = (cache.kept[k], start) if cache else None
+        start = cache.advance(tokens.shape[1]) if cache else 0
+        past = Past(cache.kept[k], start) if cache else None
         rope = self.rope(h, start, cache)
         return self.run_block(self.mtp[k], past, h, embedding, rope)
 
-    def logits(self, h: Tensor) -> Tensor:
-        """h (B, T, D) -> (B, T, vocabulary). To change them edit head_logits: the losses do not
-        call this."""
-        return head_logits(h, self.lm_head.weight)
+    def logits(self, h: Tensor, k: int = 0) -> Tensor:
+        """h^k (B, T, D) of depth k -> its logits (B, T, vocabulary), Eq. 23, in the dtype of h. All
+        depths share the head, so k is not used; losses, drafts and `bench.py cache` ask this."""
+        return self.lm_head(h)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, return_mtp: bool = False):
         """tokens (B, T) int64 -> logits (B, T, vocabulary), float32 (float64 in a float64 model).
@@ -659,19 +693,20 @@ class DeepSeekV3(nn.Module):
         if targets is not None or return_mtp:
             for k in range(min(len(self.mtp), tokens.shape[1] - 1)):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
-        scores, self.scores = self.scores, []
+        routed, self.routed = self.routed, []  # scores hold the graph of a training step
+        self.routing = [chosen for _, _, chosen in routed]
         if self.training:
-            for row, chosen in zip(self.count_rows(), self.routing, strict=True):
-                self.expert_counts[row].add_(count_chosen(chosen, self.config.n_routed_experts))
+            for gate, _, chosen in routed:
+                gate.load += count_chosen(chosen, len(gate.load))
         if targets is None:
-            logits = [self.logits(h) for h in hidden]
+            logits = [upcast(self.logits(h, k)) for k, h in enumerate(hidden)]
             return (logits[0], logits[1:]) if return_mtp else logits[0]
         main, *mtp = (
-            head_loss(h.flatten(0, 1), self.lm_head.weight, targets[:, k:].flatten())
+            cross_entropy(self.logits(h, k).flatten(0, 1), targets[:, k:].flatten())
             for k, h in enumerate(hidden)
         )
         self.mtp_losses = [loss.detach() for loss in mtp]
-        balance = [balance_loss(s, self.config.num_experts_per_tok) for s in scores]
+        balance = [balance_loss(s, self.config.num_experts_per_tok) for _, s, _ in routed]
         zero = main.new_zeros(())
         return {
             "loss": main,  # cross-entropy of the next token, in nats
@@ -683,28 +718,23 @@ class DeepSeekV3(nn.Module):
         """The gates of the MoE layers in order, those of the MTP modules last."""
         return gates_in(self)
 
-    def count_rows(self) -> list[int]:
-        """The row in expert_counts of each entry of `routing`: its gate's place among the gates."""
-        place = {gate: row for row, gate in enumerate(self.gates())}
-        return [place[gate] for gate in self.routed_by]
-
     @torch.no_grad()
     def update_bias(self, gamma: float | Tensor):
-        """b_i += gamma * sign(mean load - load of i), from the counts since the last call: the
+        """b_i += gamma * sign(mean load - load of i), from the loads since the last call: the
         balancing without an auxiliary loss (section 2.1.2; arXiv 2408.15664, Algorithm 1)."""
-        load = self.expert_counts.float()
-        step = gamma * (load.mean(1, keepdim=True) - load).sign()
-        for row, gate in enumerate(self.gates()):
-            gate.e_score_correction_bias += step[row]
-        self.expert_counts.zero_()
+        for gate in self.gates():
+            load = gate.load.float()
+            gate.e_score_correction_bias += gamma * (load.mean() - load).sign()
+            gate.load.zero_()
 
     def parameter_counts(self) -> dict[str, int]:
-        """`total` and `active` (what one token uses: all but (E-K)/E of the routed experts) of the
-        main model, embedding, head and correction biases counted; `mtp`, what the modules add."""
+        """`total` and `active` (what one token uses) of the main model, embedding, head and
+        correction biases counted; `mtp`, what the modules add. A token uses K of the E routed
+        experts."""
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
         count, kept = {"total": 0, "active": 0, "mtp": 0}, self.state_dict().keys()
         for name, x in (*self.named_parameters(), *self.named_buffers()):  # a shared one once
-            if name not in kept:  # such as expert_counts
+            if name not in kept:  # such as a gate's load
                 continue
             if name.startswith("mtp."):
                 count["mtp"] += x.numel()

@@ -28,10 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from huggingface import load_model
-from model import MOST_NEW, Cache, DeepSeekV3
-from support.graphs import graph_of, move, what_runs
-from support.ops import fast_dtype, laid_out, span
-from support.processes import usable_device
+from model import MOST_NEW, Cache, DeepSeekV3, span
+from support import graphs
+from support.processes import fast_dtype, usable_device
 from support.settings import Refusal, info, parse_args, run_command, with_home
 from support.tokenizer import Tokenizer
 
@@ -212,12 +211,13 @@ class Text:
                 self.hidden[:, : T - 1] = hidden
             for k in range(self.depth):
                 hidden = self.one_further(k, hidden, 0)
-        self.graphs = {}  # by the kind of a round: whether drafts are copied, and how many
         if compiled:
-            sizes = B, size, G, like.dtype, like.device
-            self.kind = drawn, *others, *sizes, what_runs(Text, model)
+            self.kind = drawn, *others, B, size, G, like.dtype, like.device
+            on_cpu = tokens.device.type == "cpu"
+            self.graph = graphs.compiled(Text.round, on_cpu, graphs.methods(model, Text, Cache))
+            self.played = set()  # the kinds of rounds: how many drafts, and whether copied
             if buffers is not None:
-                move((self, self.cache, self.mtp_cache), buffers)
+                graphs.move((self, self.cache, self.mtp_cache), buffers)
 
     def can_draft(self, n: int) -> bool:
         """Whether MTP modules can draft token n: their first position takes the second token."""
@@ -263,7 +263,7 @@ class Text:
                 start, hidden = n - 2 + step - k, hidden[:, -1:]
             hidden = self.one_further(k, hidden, start)
             if copies is None:
-                logits = self.model.logits(hidden[:, -1:]).to(u.device)  # (B, 1, V)
+                logits = self.model.logits(hidden[:, -1:], k + 1).to(u.device)  # (B, 1, V)
                 q.append(probabilities(logits, *self.filters))
                 token = draw(q[step], u[:, step : step + 1])
                 self.tokens[:, span(n + step, 1)] = token.to(hidden.device)
@@ -301,19 +301,22 @@ class Text:
     def play(self, n: int, copies: Tensor | None, u: Tensor) -> tuple[list[list[int]], float]:
         """A round, eager or as a graph: what `verify` returns, and the seconds it took, without
         compilation. The first rounds of a text, which read fewer positions, are eager."""
-        position, run = n, Text.round
+        position, run, stance = n, Text.round, contextlib.nullcontext()
         copies = copies if copies is None else copies.to(self.tokens.device)
         if self.compiled and n > self.drafts + self.depth:
-            position = torch.tensor(n, device=self.tokens.device)
+            position, run = torch.tensor(n, device=self.tokens.device), self.graph
             kind = copies is None, u.shape
-            if kind not in self.graphs:
+            if kind not in self.played:
+                self.played.add(kind)
                 args, on_cpu = (self, position, copies, u), self.tokens.device.type == "cpu"
                 parts = self.model, *map(vars, (self, self.cache, self.mtp_cache))
-                self.graphs[kind] = graph_of(Text.round, args, self.kind + kind, parts, on_cpu)
-            run = self.graphs[kind]
-        began = time.perf_counter()
-        outcome = run(self, position, copies, u).tolist()
-        seconds = time.perf_counter() - began
+                graphs.first_round(run, args, self.kind + kind, parts, on_cpu)
+            # Within a text nothing changes that a graph depends on.
+            stance = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+        with stance:
+            began = time.perf_counter()
+            outcome = run(self, position, copies, u).tolist()
+            seconds = time.perf_counter() - began
         if outcome[0][0] < 0:
             raise Refusal(
                 "logits or probabilities are not finite: weights are damaged, or an edit makes "
@@ -396,8 +399,7 @@ def generate(
     B, T = tokens.shape
     end = min(T + max_new_tokens, model.config.max_position_embeddings)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    # laid_out copies weights in their own dtype. Under autocast they would meet numbers of another.
-    with torch.autocast(tokens.device.type, enabled=False), laid_out(model, compile, end - T):
+    with torch.autocast(tokens.device.type, enabled=False):
         filters = temperature, top_k, top_p
         text = Text(model, tokens, end - T, speculative, compile, filters, buffers)
         rows = [Row(ids) for ids in tokens.tolist()]
@@ -518,7 +520,7 @@ def check_cache(model: DeepSeekV3, length: int = 256) -> CacheCheck:
         inputs.append(model.predict_next(k - 1, inputs[k][:, :-1], tokens[:, k:]))
     check = CacheCheck(0, logits.std().item(), 0.0, [])
     ways = [*itertools.product(WAYS, (0, shape[1] // 2), (False, True))]
-    with torch.autocast(device.type, enabled=False), laid_out(model, False, shape[1]):
+    with torch.autocast(device.type, enabled=False):
         for k, whole in enumerate((logits, *mtp_logits)):
             for way, prompt, as_tensor in ways:
                 found = read_in_pieces(model, k, inputs[k], tokens, way, prompt, as_tensor)
@@ -553,7 +555,7 @@ def read_in_pieces(
         )
         cache.length = torch.tensor(start, device=tokens.device) if tensor and start else start
         h = model.predict_next(k - 1, takes, later, cache) if k else model.trunk(takes, cache)
-        logits.append(model.logits(h)[:, :kept])
+        logits.append(model.logits(h, k)[:, :kept])
     return torch.cat(logits, 1)
 
 

@@ -29,7 +29,7 @@ import shlex
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -353,10 +353,10 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor
     return x[:, :-1], x[:, 1:]
 
 
-def max_vio(counts: Tensor) -> Tensor:
-    """(max - mean) / mean of the loads (layers, E), averaged over layers (2408.15664, Eq. 4)."""
-    load = counts.float()
-    return (load.amax(1) / load.mean(1) - 1).nanmean().nan_to_num()  # 0 where nothing is routed
+def max_vio(loads: Sequence[Tensor]) -> Tensor:
+    """(max - mean) / mean of every layer's loads (E,), averaged over layers (2408.15664, Eq. 4)."""
+    each = [load.amax() / load.float().mean() - 1 for load in loads]
+    return torch.stack(each).nanmean().nan_to_num() if each else torch.zeros(())  # 0: no experts
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
     to groups."""
     E, G = model.config.n_routed_experts, model.config.n_group
     sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens
-    visits = torch.zeros_like(model.expert_counts)
+    visits = torch.zeros(model.config.moe_layers, E, dtype=torch.long, device=machine.device)
     groups = torch.zeros((), dtype=torch.long, device=machine.device)
     for windows in validation_windows(tokens, T, config, machine):
         x, y = to_device(windows, machine.device)
@@ -392,10 +392,10 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
         loss = torch.stack((main, *model.mtp_losses)).cpu()
         n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
         sums += torch.stack((loss * n, n))
-        for row, chosen in zip(model.count_rows(), model.routing, strict=True):
+        for layer, chosen in enumerate(model.routing):
             # MTP module k (from 1) has T - k rows, for the last T - k targets. -1 marks padding.
             used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
-            visits[row] += count_chosen(used, E)
+            visits[layer] += count_chosen(used, E)
             groups += nn.functional.one_hot(used // (E // G), G).amax(1).sum()
     nats, n = machine.sum(sums)
     losses = (nats / n.clamp(min=1)).tolist()
@@ -546,8 +546,9 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
                     optimizer.step()
             model.zero_grad(set_to_none=True)
 
-            machine.sum(model.expert_counts)  # in place: update_bias needs all processes' counts
-            vio = max_vio(model.expert_counts)
+            for gate in model.gates():
+                machine.sum(gate.load)  # in place: update_bias needs all processes' counts
+            vio = max_vio([gate.load for gate in model.gates()])
             model.update_bias(gamma_at(config, step) if finite else 0.0)
 
             total = machine.sum(torch.stack([*losses.values()]))  # over processes

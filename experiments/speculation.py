@@ -24,7 +24,6 @@ import sample
 from bench import Options, Table, Timed, interleaved, print_tables, ratio
 from huggingface import load_model
 from model import DeepSeekV3
-from support.ops import laid_out
 from support.processes import usable_device
 from support.settings import Refusal, parse_args, run_command
 
@@ -77,7 +76,7 @@ def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat:
             texts[G].play(n, copies, sample.uniform(1, G, tokens.device))
 
     kinds = [(0, False), *((G, given) for G in range(1, 5) for given in (False, True))]
-    with laid_out(model, compile):
+    with torch.inference_mode():
         seconds = interleaved({kind: partial(rounds, *kind) for kind in kinds}, options.rounds)
     return {kind: statistics.median(t) / len(places) for kind, t in seconds.items()}
 

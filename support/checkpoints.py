@@ -7,6 +7,7 @@ far a run has come. Of sharded tensors a file has the whole (`gather`), and a pr
 """
 
 import functools
+import hashlib
 import math
 import os
 import re
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support.digits import digits_of, file_source
 from support.processes import Machine, of_all
 from support.settings import Refusal, info, short
 
@@ -70,9 +70,9 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
 @functools.cache  # this process goes on with the code that it has read, whatever is edited later
 def code_of(config_class: type) -> str:
     """The digits of the file that defines a network and this class of its settings: model.py (""
-    where a class is from no file, but from a prompt). See support/digits.py."""
+    where a class is from no file, but from a prompt)."""
     file = getattr(sys.modules.get(config_class.__module__), "__file__", None)
-    return digits_of(file_source(Path(file))) if file else ""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8] if file else ""
 
 
 # ---- The tensors of a state ----------------------------------------------------------------------

@@ -1,17 +1,18 @@
-"""A function as one graph, which torch compiles, for all calls of one kind (`--compile`).
+"""A round of decoding as a graph that torch compiles (`--compile`).
 
-A compiled graph has the code in it that ran when it was made. torch would look at every call
-whether that code is still the same; for the few hundred tensors and modules of a network this takes
-as long as the step. So here nobody looks: the caller names a kind, and `what_runs`, which is part
-of it, is looked up once per text.
+A graph has in it the code that ran when it was made. PyTorch guards that: it looks whether modules,
+settings and tensors are still of the same kind, and compiles anew if not. For the hundreds of
+modules of a network this takes as long as the round itself. So the guards are asked in the first
+round of each text, and not again until its end (`skip_guard_eval_unsafe` in sample.py). They do not
+cover the code of methods; `methods` does.
+
+On a CPU a graph's products of few rows are sums that the compiler fuses with what is around them
+(`mm`, `addmm`, `bmm` below). That changes how aten's products are computed, whatever the network.
 """
 
 import functools
-import numbers
-import sys
 import time
 import types
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,48 +22,51 @@ from torch import Tensor, nn
 from support.processes import compiling
 from support.settings import info
 
-GRAPHS: dict[tuple, Callable] = {}  # by kind; they serve as long as the process lives
+ROWS = 16  # rows of x up to which a product is a sum
+COMPILED: set[tuple] = set()  # the kinds of graphs that this process has
 
 
-def graph_of(function: Callable, args: tuple, kind: tuple, parts: Any, on_cpu: bool) -> Callable:
-    """`function` as the graph of this kind, compiled here with these args if it is the first.
+def methods(*parts: nn.Module | type) -> frozenset:
+    """The code of all methods of these classes, of the modules and of their parts."""
+    modules = [x for part in parts if isinstance(part, nn.Module) for x in part.modules()]
+    kinds = {type(x) for x in modules} | {x for x in parts if isinstance(x, type)}
+    every = (x for kind in kinds for base in kind.__mro__ for x in vars(base).values())
+    return frozenset(code for x in every if (code := getattr(x, "__code__", None)))
 
-    The function is called here first, once or several times, so that compiling and recording are
-    over before time is measured. So a second call with the same args must give the same result.
+
+@functools.cache
+def compiled(function: Callable, on_cpu: bool, key: frozenset) -> Callable:
+    """The function, which torch compiles for each kind of arguments. key: what `methods` says."""
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # a hook may come later
+    torch._dynamo.config.recompile_limit = 64  # a graph for each kind of round and size of text
+    # torch.compile keeps graphs with a function's code object: each key has a copy of that.
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__)
+    how = {"backend": as_sums} if on_cpu else {"options": {"triton.cudagraphs": True}}
+    return torch.compile(copy, fullgraph=True, dynamic=False, **how)
+
+
+def first_round(graph: Callable, args: tuple, kind: tuple, parts: Any, on_cpu: bool):
+    """Plays a text's first round of a kind, with guards, before time is measured. So a second call
+    with the same args must give the same result.
 
     A CUDA graph is recorded with the addresses of its tensors, so those of `parts` (modules,
     dictionaries, tensors) must stay where they are. torch compares the addresses before it plays a
-    recording. If they are others, it records once more, without compiling. So call this once for
-    each set of tensors. (In torch: mark_static_address, cudagraph_trees.py.)
+    recording. If they are others, it records once more, without compiling.
+    (In torch: mark_static_address, cudagraph_trees.py.)
     """
-    graph, trials, began = GRAPHS.get(kind), 0 if on_cpu else 1, time.perf_counter()
-    if graph is None:
+    new, began = (kind, graph) not in COMPILED, time.perf_counter()
+    if new:
         info("compiling a round of decoding, which may take a minute")
-        graph, trials = new_graph(function, on_cpu), 3  # a GPU records in the second
     if not on_cpu:
         # CUDA graphs are skipped where an input is written to, unless its address is fixed.
         for x in tensors(parts):
             torch._dynamo.mark_static_address(x)
     with compiling():
-        for _ in range(trials):
+        for _ in range(1 if on_cpu or not new else 3):  # a GPU records in the second
             graph(*args)
-    if kind not in GRAPHS:
-        GRAPHS[kind] = graph
+    if new:
+        COMPILED.add((kind, graph))
         info(f"compiled in {time.perf_counter() - began:.0f} s")
-    return graph
-
-
-def new_graph(function: Callable, on_cpu: bool) -> Callable:
-    """The function, which torch compiles when it is called for the first time."""
-    # torch.compile keeps graphs with a function's code object: each graph has a copy of that.
-    copy = types.FunctionType(function.__code__.replace(), function.__globals__)
-    if on_cpu:
-        options = dict(cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
-        options["cpp.enable_floating_point_contract_flag"] = "fast"  # a * b + c is one instruction
-    else:
-        options = {"triton.cudagraphs": True}
-    options |= {"guard_filter_fn": lambda guards: [False] * len(guards)}  # see above
-    return torch.compile(copy, fullgraph=True, dynamic=False, options=options)
 
 
 def tensors(parts: Any) -> list[Tensor]:
@@ -87,100 +91,48 @@ def move(objects: tuple, buffers: dict):
         vars(x).update(tree.tree_map_only(Tensor, lambda new: next(old).copy_(new), vars(x)))
 
 
-# ---- What a graph has in it ----------------------------------------------------------------------
-
-PLAIN = int | float | str | bytes | None | torch.dtype | torch.device | types.CodeType
+# ---- Products of few rows, on a CPU --------------------------------------------------------------
 
 
-def what_runs(*roots: Any) -> tuple:
-    """The code of these classes and modules and of all that they call, and what it is set to: plain
-    values, in objects and collections, too.
+def mm(x: Tensor, w: Tensor) -> Tensor:
+    """x (M, K), w (K, N): the weight is read once for all rows."""
+    if len(x) > ROWS or x.device.type != "cpu":
+        return NotImplemented
+    from torch._inductor.inductor_prims import force_stride_order
 
-    Where this tuple is another, something was edited, patched, wrapped, hooked or set to another
-    value, and a graph would do what was done before. Code is compared as code: an equal function,
-    read a second time, is no other. Weights count by shape and dtype alone: a graph has none in it.
-    What belongs to torch and to Python itself is followed no further.
-    """
-    found, seen, todo = [], {}, list(roots)
-    while todo:
-        x = todo.pop()
-        if isinstance(x, PLAIN):  # True is not 1, and nan is nan
-            found.append((type(x), repr(x) if isinstance(x, float) else x))
-        elif isinstance(x, Tensor):
-            found.append((x.shape, x.dtype, x.device))
-        elif id(x) in seen:
-            found.append(seen[id(x)][0])
-        else:
-            seen[id(x)] = len(seen), x  # x stays alive, so that no other gets its id
-            todo += parts_of(x)
-    return tuple(found)
+    # x is written to memory first, else it would be computed anew for every column of w.
+    x = x.float()
+    x = force_stride_order(x, x.stride())
+    return torch.cat([(w.mT * row).sum(-1)[None] for row in x.split(1)]).to(w.dtype)
 
 
-def foreign(module: str) -> bool:
-    """Whether a module belongs to torch or to Python itself."""
-    package = module.split(".")[0]
-    return package == "torch" or package in sys.stdlib_module_names
+def addmm(b: Tensor, x: Tensor, w: Tensor, *, beta=1, alpha=1) -> Tensor:
+    y = mm(x, w)
+    return y if y is NotImplemented else beta * b + alpha * y
 
 
-def parts_of(x: Any) -> list:
-    """What tells x from others: plain values, and things that have parts themselves."""
-    if isinstance(x, list | tuple | deque):
-        return [item for item in x if not isinstance(item, Tensor)]  # results, not weights
-    if isinstance(x, set | frozenset):
-        return sorted(map(repr, x))
-    if isinstance(x, dict):
-        return [*map(str, x), *x.values()]
-    if isinstance(x, types.MethodType):
-        return [x.__self__, x.__func__]
-    if isinstance(x, functools.partial):
-        return [x.func, x.args, x.keywords]
-    if isinstance(x, property):
-        return [x.fget]
-    if isinstance(x, functools.cached_property):
-        return [x.func]
-    if isinstance(x, staticmethod | classmethod):
-        return [x.__func__]
-    if isinstance(x, types.FunctionType):
-        cells = [cell.cell_contents for cell in x.__closure__ or () if cell != types.CellType()]
-        called = [] if foreign(x.__globals__.get("__name__", "")) else called_by(x)
-        return [x.__code__, x.__defaults__, x.__kwdefaults__, *cells, *called]
-    if isinstance(x, type):
-        if x is nn.Module or x.__module__ == "builtins":
-            return []
-        if foreign(x.__module__):
-            return [vars(x).get("forward"), *x.__bases__]
-        own = {k: v for k, v in vars(x).items() if callable(v) or not k.startswith("__")}
-        return [x.__qualname__, own, *x.__bases__]
-    if isinstance(x, nn.Module):
-        return [type(x), vars(x)]
-    if isinstance(x, range | slice | numbers.Number):
-        return [type(x), repr(x)]
-    if isinstance(x, types.SimpleNamespace) or not foreign(type(x).__module__):
-        attributes = [item for kind in type(x).__mro__ for item in vars(kind).items()]
-        slots = [name for name, y in attributes if isinstance(y, types.MemberDescriptorType)]
-        return [type(x), getattr(x, "__dict__", None), *(getattr(x, name, None) for name in slots)]
-    # A function with a cache around it; or one in C, say.
-    return [getattr(x, "__wrapped__", None), getattr(x, "__name__", None)]
+def bmm(x: Tensor, w: Tensor) -> Tensor:
+    """x (n, M, K), w (n, K, N)."""
+    if min(x.shape[1], w.shape[2]) > ROWS or x.device.type != "cpu":
+        return NotImplemented
+    return (x.float()[:, :, None] * w.mT[:, None]).sum(-1).to(w.dtype)
 
 
-def called_by(f: types.FunctionType) -> list:
-    """What the names in a function mean, among its globals and in the modules that are there."""
-    if f.__globals__ is globals():  # what makes graphs is in none, and GRAPHS grows
-        return []
-    names, codes = set(), [f.__code__]
-    for code in codes:
-        names |= set(code.co_names)
-        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]  # functions in it
-    spaces, found = [f.__globals__], []
-    for space in spaces:
-        own = not foreign(space.get("__name__", ""))
-        for name in sorted(names & space.keys()):
-            value = space[name]
-            if type(value) is types.ModuleType:
-                if own and all(vars(value) is not x for x in spaces):
-                    spaces.append(vars(value))
-            elif own or isinstance(value, types.FunctionType | type | bool | int | float | str):
-                found += name, value
-            else:
-                found += name, getattr(value, "__name__", None)  # a function in C, say
-    return found
+def baddbmm(b: Tensor, x: Tensor, w: Tensor, *, beta=1, alpha=1) -> Tensor:
+    y = bmm(x, w)
+    return y if y is NotImplemented else beta * b + alpha * y
+
+
+def as_sums(graph: torch.fx.GraphModule, inputs: list[Tensor], **_) -> Callable:
+    """Inductor with these products, for torch.compile(backend=...)."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    aten = torch.ops.aten
+    table = {aten.mm: mm, aten.addmm: addmm, aten.bmm: bmm, aten.baddbmm: baddbmm}
+    table = {product.default: sums for product, sums in table.items()}
+    options = dict(cpp_wrapper=True, size_asserts=False, alignment_asserts=False)
+    options["cpp.enable_floating_point_contract_flag"] = "fast"  # a * b + c is one instruction
+    return compile_fx(
+        graph, inputs, config_patches=options, decompositions=select_decomp_table() | table
+    )

@@ -5,9 +5,11 @@ torchrun ends the others.
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from support.ops import fast_dtype, has_grouped_mm
 from support.settings import Refusal, info, short
 
 
@@ -148,6 +150,40 @@ def choose_dtype(config, device: torch.device) -> tuple[str, str]:
     return config.dtype, f"as asked or as before; --dtype=auto would take {fast}: {why}"
 
 
+CLEARLY = 1.5  # bfloat16 must be so many times as fast, to pay for casts and lost precision
+
+
+@functools.cache
+def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype in which this machine should multiply, bfloat16 or float32, and why, in words.
+
+    On a CPU it is measured, once per process and in some 50 ms: a flag of the processor tells that
+    bfloat16 is known, not that it is fast. One core is timed, as other work disturbs that least.
+    """
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has units for its products"
+        return torch.float32, "this GPU emulates bfloat16"
+    if device.type != "cpu":
+        return torch.float32, "bfloat16 was never tried there"
+    x, w = torch.randn(1024, 256), torch.randn(512, 256)
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for _ in range(8):  # in turns
+            for dtype, times in seconds.items():
+                factors = x.to(dtype), w.to(dtype)
+                began = time.perf_counter()
+                F.linear(*factors)
+                times.append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    work = 2e-9 * len(w) * x.numel()  # 1e9 operations
+    low, high = (work / min(seconds[d]) for d in (torch.bfloat16, torch.float32))
+    reason = f"products of one core: bfloat16 {low:.0f}, float32 {high:.0f} GFLOP/s"
+    return torch.bfloat16 if low > CLEARLY * high else torch.float32, reason
+
+
 def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
     """The module whose call trains: compiled, and averaging gradients over the processes."""
     sharded = machine.world > 1 and config.parallel == "fsdp"
@@ -159,8 +195,6 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
     if config.compile:
         # One graph per block, mode and batch size; beyond 8 of them dynamo would stop compiling.
         torch._dynamo.config.recompile_limit = 64
-        torch._dynamo.config.capture_dynamic_output_shape_ops = True  # rows in ops.sort_by_expert
-        torch.compiler.assume_constant_result(has_grouped_mm)  # else a break before every call
         info("every new shape of a batch is compiled first, which may take minutes")
         # It would cut every graph in pieces the size of DDP's buckets; a block is a small graph.
         torch._dynamo.config.optimize_ddp = False
