@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import report
 import run
-import tables
 import torch
 from long_context import PARTS, nats_by_position
 
@@ -95,7 +95,7 @@ def draw(figure, results):
     for name, xs in results.items():
         y = [statistics.mean(part) for part in zip(*(x["by_position"] for x in xs), strict=True)]
         x = [LENGTH * (i + 0.5) / PARTS for i in range(PARTS)]
-        ax.plot(x, y, "o-", markersize=3, color=tables.colour_of(results, name), label=name)
+        ax.plot(x, y, "o-", markersize=3, color=report.colour_of(results, name), label=name)
     ax.set(xlabel="position in the window, tokens", ylabel="nats per token")
     ax.legend(frameon=False, fontsize=8)
 
