@@ -2,9 +2,10 @@
 
 Multi-head attention, and two and one key-value heads for all queries, with as many parameters as
 MLA (within 2 %: their heads are made wider or narrower); multi-head attention also with norms on
-keys and values, as MLA has one on its latent. The report's predecessor (V2, arXiv
-2405.04434, Tables 8 and 9) found MLA better than multi-head attention, and that better than
-grouped queries. What a decoding step costs is measured by attention_step.py.
+keys and values, as MLA has one on its latent. The report's predecessor (V2, arXiv 2405.04434) found
+MLA better than multi-head attention (Table 9), and that better than grouped queries (Table 8); it
+does not compare the first with the last. What a decoding step costs is measured by
+attention_step.py.
 """
 
 import report
