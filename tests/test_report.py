@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+import domains
+import numpy as np
 import pytest
 import report
 
@@ -69,3 +71,10 @@ def test_a_difference_by_hand():
 def test_the_page_has_the_table():
     page = (ROOT / "docs/RESULTS.md").read_text(encoding="utf-8")
     assert report.table_of_claims() in page and len(report.tests()) == 10
+
+
+def test_the_corpora_apart_and_mixed_have_the_same_tokens():
+    code, prose = np.zeros(700, int), np.ones(900, int)
+    apart, mixed = (domains.arranged(x, code, prose, 4)[:-1] for x in ("apart", "mixed"))
+    assert apart.reshape(4, 256).mean(1).tolist() == [0, 1, 0, 1]
+    assert mixed.reshape(8, 128).mean(1).tolist() == [0, 1, 1, 0] * 2
