@@ -143,17 +143,24 @@ def tell(quick: bool):
             mean, half = report.own_interval(values)
             tests = f", p {p[name]:.4f}, Holm {corrected[name]:.4f}" if key == "test_bpb" else ""
             print(f"{key}: {name}: {mean:+.4f} ± {half:.4f}{tests}")
-    if not quick:
-        report.save_figure(report.ROOT / "docs/figures/domains.svg", (5, 3), draw)
+    for corpus in CORPORA:
+        runs = results_of(corpus, quick)
+        for arm in (chosen(corpus, kind, quick) for kind in ("bias", *WEIGHTS)):
+            even = [x["max_vio_batch"] for (name, seed), x in runs.items()
+                    if name == arm and seed != CHOOSING]  # fmt: skip
+            print(f"{corpus}: {arm}: MaxVio of a batch {np.mean(even):.3f}")
+    path = Path("out/quick" if quick else "docs/figures", "domains.svg")
+    report.save_figure(path, (6, 2.5), lambda figure: draw(figure, quick))
 
 
-def draw(figure):
+def draw(figure, quick: bool):
     for ax, kind in zip(figure.subplots(1, 2, sharey=True), WEIGHTS, strict=True):
         for key, fill, shift in zip(report.TEXTS, ("full", "none"), (0.1, -0.1), strict=True):
             for y, corpus in enumerate(reversed(CORPORA)):
-                mean, half = report.own_interval(differences(key, False)[corpus, kind])
+                mean, half = report.own_interval(differences(key, quick)[corpus, kind])
                 ax.errorbar(mean, y + shift, xerr=half, fmt="o", fillstyle=fill, color="#2f81f7")
         ax.axvline(0, color=report.INK, linewidth=0.8)
+        ax.locator_params(axis="x", nbins=4)
         ax.set(xlabel=f"{kind} less bias, bits/byte", yticks=range(3), yticklabels=CORPORA[::-1])
 
 
