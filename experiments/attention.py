@@ -2,13 +2,14 @@
 
 Multi-head attention, and two and one key-value heads for all queries, with as many parameters as
 MLA (within 2 %: their heads are made wider or narrower); multi-head attention also with norms on
-keys and values, as MLA has one on its latent. The report's predecessor (V2, arXiv
-2405.04434, Tables 8 and 9) found MLA better than multi-head attention, and that better than
-grouped queries. What a decoding step costs is measured by attention_step.py.
+keys and values, as MLA has one on its latent. The report's predecessor (V2, arXiv 2405.04434) found
+MLA better than multi-head attention (Table 9), and that better than grouped queries (Table 8); it
+does not compare the first with the last. What a decoding step costs is measured by
+attention_step.py.
 """
 
+import report
 import run
-import tables
 import torch
 from torch import Tensor, nn
 
@@ -87,9 +88,7 @@ def arms(base: dict) -> dict[str, run.Arm]:
         width = round(total / D / 2 / (H + (form.kv_heads or H)))
         settings = {"qk_nope_head_dim": width - R, "v_head_dim": width}
         found[name] = run.Arm(settings, {"model.MLA": form})
-    # Is the base's learning rate, found with MLA, as good for the others?
-    asked = {"MLA": run.Arm()} | {name: found[name] for name in ("MHA", "GQA 2")}
-    return found | run.at_rates(asked, base)
+    return found
 
 
 def cache_size(trained: run.Trained) -> dict:
@@ -102,8 +101,8 @@ def cache_size(trained: run.Trained) -> dict:
 
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
-    tables.dots(left, results, "against", "bits/byte against base")
-    tables.dots(right, results, "cache_bytes", "cache, bytes per token (float32)")
+    report.dots(left, results, "against", "bits/byte against base")
+    report.dots(right, results, "cache_bytes", "cache, bytes per token (float32)")
     right.set(xlim=(0, None))
 
 

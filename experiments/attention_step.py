@@ -9,8 +9,8 @@ import statistics
 import time
 
 import attention
+import report
 import run
-import tables
 import torch
 
 LENGTHS = (256, 1024, 4096, 16384, 32768)
@@ -41,7 +41,7 @@ def draw(figure, results):
     ax = figure.subplots()
     for name, xs in results.items():
         y = [statistics.mean(x[f"ms_{S}"] for x in xs) for S in LENGTHS]
-        ax.loglog(LENGTHS, y, "o-", color=tables.colour_of(results, name), label=name, base=2)
+        ax.loglog(LENGTHS, y, "o-", color=report.colour_of(results, name), label=name, base=2)
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="cached tokens", ylabel="ms, one layer's attention")
     ax.legend(frameon=False, fontsize=8)

@@ -7,8 +7,8 @@ every sequence to be even, or only every batch (section 4.5.3), here of 8 sequen
 (largest load - mean) / mean over a layer's experts, averaged over the layers.
 """
 
+import report
 import run
-import tables
 from token_classes import expert_visits, visits_by_domain
 from torch import Tensor
 
@@ -35,10 +35,6 @@ ARMS = {  # the base has gamma 0.01 and, as in the report, alpha 0.0001
 }
 
 
-def arms(base: dict) -> dict[str, run.Arm]:
-    return ARMS | run.at_rates({"loss 0.01": ARMS["loss 0.01"]}, base)
-
-
 COLUMNS = {
     "test_bpb": "bits/byte",
     "max_vio_batch": "MaxVio, batch",
@@ -50,9 +46,9 @@ def draw(figure, results):
     left, right = figure.subplots(1, 2)
     shown = ("(base)", "loss 0.01", "nothing")  # of the nine arms
     few = {name: xs if name.endswith(shown) else [] for name, xs in results.items()}
-    tables.curves(left, few, "max_vio", "MaxVio of a batch")
+    report.curves(left, few, "max_vio", "MaxVio of a batch")
     left.set(ylim=(0, None))
-    tables.dots(right, results, "against", "bits/byte against base")
+    report.dots(right, results, "against", "bits/byte against base")
 
 
 def measure(trained: run.Trained) -> dict:
@@ -60,7 +56,7 @@ def measure(trained: run.Trained) -> dict:
     return expert_visits(trained) | visits_by_domain(trained)
 
 
-EXPERIMENT = run.Experiment("balance", arms, COLUMNS, draw, measure, base="bias 0.01")
+EXPERIMENT = run.Experiment("balance", lambda base: ARMS, COLUMNS, draw, measure, base="bias 0.01")
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)

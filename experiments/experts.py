@@ -9,8 +9,8 @@ expert counts beside the routed ones hangs on routed_scaling_factor: 1 here, 2.5
 with and without it is trained with both.
 """
 
+import report
 import run
-import tables
 from torch import nn
 
 import model
@@ -38,10 +38,8 @@ def arms(base: dict) -> dict[str, run.Arm]:
     dense |= {"n_shared_experts": 0, "n_group": 1, "topk_group": 1}
     without = {"model.MoE": Dense, "model.DeepSeekV3.update_bias": nothing_to_balance}
     alone = {"n_shared_experts": 0, "num_experts_per_tok": width // F}
-    scaled = {
-        "routed_scaling_factor": 2.5
-    }  # V3's: what is routed counts for more than what is shared
-    arms = {
+    scaled = {"routed_scaling_factor": 2.5}  # V3's: what is routed counts for more
+    return {
         "no shared": run.Arm(alone),
         "4 large": run.Arm(large),
         "dense": run.Arm(dense, without),
@@ -49,7 +47,6 @@ def arms(base: dict) -> dict[str, run.Arm]:
         "shared x2.5": run.Arm(scaled),
         "no shared x2.5": run.Arm(alone | scaled),
     }
-    return arms | run.at_rates({name: arms[name] for name in ("dense", "no shared")}, base)
 
 
 COLUMNS = {
@@ -62,8 +59,8 @@ COLUMNS = {
 
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
-    tables.dots(left, results, "against", "bits/byte against base")
-    tables.curves(right, results, "loss", "nats per token, training")
+    report.dots(left, results, "against", "bits/byte against base")
+    report.curves(right, results, "loss", "nats per token, training")
 
 
 PAIRS = (("no shared x2.5", "shared x2.5"),)

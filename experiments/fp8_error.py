@@ -15,8 +15,8 @@ mitigates the error (3.5.2); here they are promoted never, or after every 512, 1
 
 import statistics
 
+import report
 import run
-import tables
 import torch
 from torch import Tensor
 
@@ -66,7 +66,7 @@ def draw(figure, results):
     ax = figure.subplots()
     for name, xs in results.items():
         y = [statistics.mean([x[f"error_{s}"] for x in xs]) for s in SPREADS]
-        ax.semilogy(SPREADS, y, "o-", color=tables.colour_of(results, name), label=name)
+        ax.semilogy(SPREADS, y, "o-", color=report.colour_of(results, name), label=name)
     ax.set(xlabel="decades over which the tokens' magnitudes spread", ylabel="error of a token")
     ax.set(xticks=SPREADS)
     ax.legend(frameon=False, fontsize=8)
@@ -139,11 +139,11 @@ def draw_sums(figure, results):
     for ax, kind in zip(figure.subplots(1, 2, sharey=True), NUMBERS, strict=True):
         for name, xs in results.items():
             y = [statistics.mean([x[f"{kind}_{K}"] for x in xs]) for K in LENGTHS]
-            ax.loglog(LENGTHS, y, "o-", color=tables.colour_of(results, name), markersize=3)
+            ax.loglog(LENGTHS, y, "o-", color=report.colour_of(results, name), markersize=3)
             ax.lines[-1].set_label(name)
         ax.set(xlabel=f"K, {kind} numbers", xticks=LENGTHS[::2], xticklabels=LENGTHS[::2])
         ax.minorticks_off()
-        ax.plot(4096, 0.02, "*", color=tables.INK, markersize=9, label="report: nearly 2 %")
+        ax.plot(4096, 0.02, "*", color=report.INK, markersize=9, label="report: nearly 2 %")
     figure.axes[0].set(ylabel="largest error")
     figure.axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 

@@ -6,8 +6,8 @@ FP8 as in the report (fp8.py), and with two coarser kinds, from the same weights
 What single products lose is measured by fp8_error.py.
 """
 
+import report
 import run
-import tables
 import torch
 from fp8_error import one_scale
 from torch import Tensor
@@ -34,17 +34,15 @@ ARMS = {
 }
 
 
-def arms(base: dict) -> dict[str, run.Arm]:
-    return ARMS | run.at_rates({"tiles": ARMS["tiles"]}, base)
-
-
 def draw(figure, results):
-    tables.dots(figure.subplots(), results, "against", "bits/byte against base")
+    report.dots(figure.subplots(), results, "against", "bits/byte against base")
 
 
 COLUMNS = {"test_bpb": "bits/byte", "val_loss": "nats per token, validation"}
 PAIRS = (("gradients in blocks", "tiles"),)
-EXPERIMENT = run.Experiment("fp8_loss", arms, COLUMNS, draw, base="no FP8", pairs=PAIRS)
+EXPERIMENT = run.Experiment(
+    "fp8_loss", lambda base: ARMS, COLUMNS, draw, base="no FP8", pairs=PAIRS
+)
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)

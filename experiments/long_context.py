@@ -12,8 +12,8 @@ import statistics
 from dataclasses import replace
 
 import numpy as np
+import report
 import run
-import tables
 import torch
 from torch.nn.functional import cross_entropy
 from unseen import nats_by_document
@@ -99,7 +99,7 @@ def draw(figure, results):
                 y = [statistics.mean(list(values)) for values in zip(*curves, strict=True)]
                 label = name + (", YaRN without training" if style == ":" else "")
                 x = [FACTOR * (i + 0.5) / PARTS for i in range(PARTS)]
-                ax.plot(x, y, style, color=tables.colour_of(results, name), label=label)
+                ax.plot(x, y, style, color=report.colour_of(results, name), label=label)
     ax.set(xlabel="position, in lengths of the trained windows", ylabel="nats per token")
     ax.legend(frameon=False, fontsize=8)
 

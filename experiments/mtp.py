@@ -12,8 +12,8 @@ import statistics
 from pathlib import Path
 
 import numpy as np
+import report
 import run
-import tables
 import torch
 from speculation import repeats, unseen_prompts
 
@@ -26,10 +26,6 @@ ARMS = {
     "off longer": run.Arm({"num_nextn_predict_layers": 0}, longer=1.38),
     "depth 2": run.Arm({"num_nextn_predict_layers": 2}),
 }
-
-
-def arms(base: dict) -> dict[str, run.Arm]:
-    return ARMS | run.at_rates({"off": ARMS["off"]}, base)
 
 
 COLUMNS = {
@@ -80,19 +76,19 @@ def acceptance(trained: run.Trained) -> dict:
 
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
-    tables.dots(left, results, "against", "bits/byte against base")
+    report.dots(left, results, "against", "bits/byte against base")
     for name, xs in results.items():
         for key, style in ("greedy", "-"), ("0.8", ":"):
             if xs := [x for x in xs if f"{key}_1" in x]:
                 label = key if key == "greedy" else f"temperature {key}"
                 y = [statistics.mean(x[f"{key}_{j}"] for x in xs) for j in range(1, 5)]
-                colour = tables.colour_of(results, name)
+                colour = report.colour_of(results, name)
                 right.plot(range(1, 5), y, "o" + style, color=colour, label=f"{name}, {label}")
     right.set(xlabel="draft", ylabel="share accepted, own text", ylim=(0, 1), xticks=range(1, 5))
     right.legend(frameon=False, fontsize=8)
 
 
-EXPERIMENT = run.Experiment("mtp", arms, COLUMNS, draw, acceptance, base="one module")
+EXPERIMENT = run.Experiment("mtp", lambda base: ARMS, COLUMNS, draw, acceptance, base="one module")
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)

@@ -7,8 +7,8 @@ M >= 3 DeepSeek-V2's report (section 2.2.2) calls it roughly that of no limit. H
 groups of 4 experts, and the base has M = 2.
 """
 
+import report
 import run
-import tables
 
 ARMS = {"1 group": run.Arm({"topk_group": 1}), "4 groups": run.Arm({"topk_group": 4})}
 COLUMNS = {
@@ -21,8 +21,8 @@ COLUMNS = {
 
 def draw(figure, results):
     left, right = figure.subplots(1, 2)
-    tables.dots(left, results, "against", "bits/byte against base")
-    tables.dots(right, results, "experts_per_node", "experts per visited group")
+    report.dots(left, results, "against", "bits/byte against base")
+    report.dots(right, results, "experts_per_node", "experts per visited group")
 
 
 EXPERIMENT = run.Experiment("node_limit", lambda base: ARMS, COLUMNS, draw, base="2 groups")

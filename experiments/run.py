@@ -2,6 +2,7 @@
 
     --seeds=0,1,2        every arm is trained once with each        --arms=a,b   only these
     --steps=600          the length of every run, a part of what identifies its result
+    --rate=0.67          times the base's learning rate
     --plot               no training: table and figure of the results that are there
     --quick              a tiny network for a few steps, to see that all works (into out/quick)
 
@@ -10,9 +11,9 @@ and functions that stand in for others while the arm is trained. Arms of one see
 same weights wherever their shapes agree, and see the same data. A result is one line in
 experiments/results/NAME.json, written as soon as its run ends; what is there already, from the same
 code, settings and data, is not trained again. The base arm belongs to all experiments: `python
-experiments/run.py` trains it alone. Tables have means with 95 % intervals over the seeds, "against
-base" is the difference to the base run of the same seed; they (also in docs/RESULTS.md) and
-docs/figures/NAME.svg are made from the JSON files alone.
+experiments/run.py` trains it alone. Tables, which report.py also writes into
+docs/RESULTS.md, have means with 95 % intervals over the seeds; "against base" is the difference to
+the base run of the same seed.
 """
 
 import ast
@@ -41,7 +42,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tables import add_result, digest, read_results, save_figure, table, write_section
+from report import add_result, digest, read_results, show
 from unseen import bits_per_byte, nats_by_document
 
 import bench
@@ -56,12 +57,6 @@ from support.tokenizer import tokenizer_files
 from support.tokens import Dataset, Tokens
 
 ROOT = Path(train.__file__).parent
-RATES = (
-    0.3,
-    0.45,
-    0.67,
-    1.5,
-)  # times the base's learning rate: plan.py says who is trained with which
 # A run so small that it takes two seconds, with every phase of a training in it.
 SMALL = {"out": "", "steps": 10, "batch_size": 4, "block_size": 16, "long_block_size": 32}
 SMALL |= {"long_start": 0.8, "eval_every": 10, "log_every": 1, "device": "cpu"}
@@ -72,6 +67,7 @@ class Options:
     seeds: str = "0,1,2"  # every arm is trained once with each
     steps: int = 600  # optimiser steps of a run
     arms: str = ""  # only these, separated by commas
+    rate: float = 1.0  # times the learning rate, as "NAME lr x0.67"; such arms are in no table
     plot: bool = False  # no training: table and figure of the results that are there
     quick: bool = False  # a tiny network for 20 steps with seeds 0 and 1: shows that all works
     config: str = "experiments/base.py"  # the base configuration
@@ -95,16 +91,6 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     replace: dict[str, Any] = field(default_factory=dict)
     longer: float = 1.0  # times as many steps as the base
-    rate: bool = False  # the same arm with another learning rate: in no table and no figure
-
-
-def at_rates(arms: dict[str, Arm], base: dict[str, Any]) -> dict[str, Arm]:
-    """The same arms with other learning rates: "dense lr x0.67"."""
-    return {
-        f"{name} lr x{times}": replace(arm, settings=arm.settings | {"lr": times * base["lr"]},
-                                       rate=True)
-        for name, arm in arms.items() for times in RATES
-    }  # fmt: skip
 
 
 @dataclass
@@ -261,7 +247,7 @@ def missing(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
     found = []
     for file, measure in parts:
         identity = {"arm": name, **common, "change": change_hash(arm, measure)}
-        if not any(identity.items() <= x.items() for x in read_results(options, file)):
+        if not any(identity.items() <= x.items() for x in read_results(options.results, file)):
             found.append((file, measure, identity))
     where = "base" if name == "base" else f"{experiment.name}-{name.replace(' ', '-')}"
     folder = Path("out/quick" if options.quick else "out/experiments")
@@ -283,7 +269,7 @@ def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
             values = {} if name == "base" and file != "base" else figures_of(run)
             with torch.no_grad():
                 values |= measure(run) if measure else {}
-            add_result(options, file, identity | facts() | values)
+            add_result(options.results, file, identity | facts() | values)
     if name != "base":  # the base will be measured by other experiments too
         shutil.rmtree(folder)
 
@@ -292,9 +278,10 @@ def compute_arm(experiment: Experiment, name: str, seed: int, options: Options):
     """The same without a training; the code that `compute` calls does not count."""
     identity = {"arm": name, "seed": seed, "steps": 0, "source": "", "corpus": ""}
     identity["change"] = code_hash(inspect.getsource(experiment.compute))
-    if not any(identity.items() <= x.items() for x in read_results(options, experiment.name)):
+    done = read_results(options.results, experiment.name)
+    if not any(identity.items() <= x.items() for x in done):
         values = experiment.compute(name, seed)
-        add_result(options, experiment.name, identity | facts() | values)
+        add_result(options.results, experiment.name, identity | facts() | values)
 
 
 def facts() -> dict[str, Any]:
@@ -332,16 +319,18 @@ def main(argv: list[str], experiment: Experiment):
     seeds = options.seeds.split(",")
     if odd := [seed for seed in seeds if not seed.strip().isdecimal()]:
         raise Refusal(f"seeds is {options.seeds!r}, but {odd[0]!r} is no number: give --seeds=0,1")
+    if options.rate != 1:
+        changed = {"lr": options.rate * options.base()["lr"]}
+        arms = {f"{name} lr x{options.rate:g}": replace(arm, settings=arm.settings | changed)
+                for name, arm in arms.items() if name in chosen}  # fmt: skip
+        chosen = list(arms)
     turns = [(int(seed), name) for seed in seeds for name in chosen]
     for seed, name in turns if not options.plot else []:
         if experiment.compute:
             compute_arm(experiment, name, seed, options)
         else:
             run_arm(trainer, name, arms[name], seed, options)
-    print(table(experiment, options))
-    write_section(experiment, options)
-    if path := save_figure(experiment, options):
-        info(f"figure: {path}")
+    show(experiment, options)
 
 
 def command(experiment: Experiment):

@@ -16,8 +16,7 @@ from statistics import fmean
 
 import run
 import torch
-from schedules import PLANS, TIMES, measure, simulate
-from tables import COLOURS, INK
+from report import COLOURS, INK
 
 import bench
 from model import DeepSeekV3, Gate
@@ -30,7 +29,6 @@ CARDS, RANKS, MICROS = 2048, 16, 120  # 128 pipelines, each with 120 of a step's
 NODES, NODE = 8, 8  # the experts of a layer lie on 8 nodes of 8 cards (section 3.2)
 INFINIBAND, NVLINK = 50e9, 160e9  # bytes per second and card (section 3.2.2)
 MICRO = 4096  # tokens of a micro-batch: one window
-OVERLAPPED = TIMES | {"FB": 2.2}  # an example of what overlapping can gain (F + B are 3)
 PEAK, CARD = PEAK_FLOPS["H800"], 80  # FLOP/s in bf16 (in FP8 twice as many), GB
 Part = dict[str, dict[str, float]]  # a table: by column, numbers by their names
 BARS = {"cost": "dollars", "traffic": "µs", "memory": "GB"}  # what is drawn of a table
@@ -166,12 +164,24 @@ def memory(file: Path) -> dict[str, float]:
 
 
 def pipeline() -> Part:
-    """Of each schedule; of DualPipe also where an overlapped pair takes less than both alone."""
-    found = {name: measure(simulate(name, RANKS, MICROS)) for name in PLANS}
-    found["DualPipe, F&B 2.2"] = measure(simulate("DualPipe", RANKS, MICROS, OVERLAPPED))
+    """The report's Table 2, in forward chunks: F a forward, B a backward, W its half for the
+    weights, FB a forward and a backward that overlap, here with nothing gained by it."""
+    F, B, W, FB = 1, 2, 1, 3
+    bubbles = {
+        "1F1B": (RANKS - 1) * (F + B),
+        "ZB1P": (RANKS - 1) * (F + B - 2 * W),
+        "DualPipe": (RANKS // 2 - 1) * (FB + B - 3 * W),
+    }
     idle = "idle [0.103 measured: arXiv 2505.09343, Table 4]"
+    both = {"DualPipe"}  # feeds from both ends, so every rank has a stage for each direction
     return {
-        name: {idle if k == "idle" else k: v for k, v in x.items()} for name, x in found.items()
+        name: {
+            "bubble": bubble,
+            "stages": 1 + (name in both),
+            "activations": RANKS + (name in both),
+            idle: bubble / (MICROS * (F + B) + bubble),
+        }
+        for name, bubble in bubbles.items()
     }
 
 
@@ -194,28 +204,6 @@ def draw_bars(part: Part, unit: str) -> str:
     return svg(22 * len(numbers) + 8, shapes)
 
 
-def draw_pipeline(ranks: int = 8, micros: int = 20) -> str:
-    """A row for each rank. Overlapped chunks have half of the height, those of way b are paler."""
-    names = {"F": "forward", "B": "backward", "I": "backward for the input", "W": "for the weights"}
-    colours, shapes, y = dict(zip(names, COLOURS[1:], strict=False)), [], 0
-    for schedule in PLANS:
-        shapes.append(f'<text y="{y + 20}">{schedule}</text>')
-        y += 28
-        for rank, events in enumerate(simulate(schedule, ranks, micros)):
-            shapes.append(f'<text x="12" y="{y + 12}">{rank}</text>')
-            for begin, end, chunks in events:
-                size = f'width="{10 * (end - begin) - 1}" height="{7.5 if " " in chunks else 15}"'
-                for i, chunk in enumerate(chunks.split()):
-                    look = f'fill="{colours[chunk[0]]}" opacity="{0.5 if "b" in chunk else 1}"'
-                    shapes.append(f'<rect x="{30 + 10 * begin}" y="{y + 7.5 * i}" {size} {look}/>')
-            y += 17
-    for i, (kind, name) in enumerate(names.items()):
-        shapes.append(
-            f'<text x="{30 + 200 * i}" y="{y + 22}" fill="{colours[kind]}">■ {name}</text>'
-        )
-    return svg(y + 30, shapes)
-
-
 def main(argv: list[str]):
     named, _ = parse_args(__doc__, argv, positional="config")
     file = Path(named or V3)
@@ -228,8 +216,8 @@ def main(argv: list[str]):
     for name, part in results.items():
         rows = [{"": key} | {c: part[c][key] for c in part} for key in next(iter(part.values()))]
         print(bench.Table(name, rows))
-        if not named:
-            text = draw_bars(part, BARS[name]) if name in BARS else draw_pipeline()
+        if name in BARS and not named:
+            text = draw_bars(part, BARS[name])
             (run.ROOT / f"docs/figures/scale_{name}.svg").write_text(text, encoding="utf-8")
     if not named:
         text = json.dumps(results, indent=1) + "\n"

@@ -5,7 +5,6 @@ forces every sequence to be even; it compares domains of the Pile. The measure i
 information, in bits, of the expert that a token visits and of one of two things: its class (those
 of Python's own tokeniser, on validation text), or the domain of its text (token_classes.py). It is
 0 if all visit alike. The trainings are those of balance.py, so nothing is trained twice.
-`python experiments/page.py out/small` shows single tokens of unseen code.
 """
 
 import balance

@@ -1,9 +1,9 @@
 """Does speculation pay? python experiments/speculation.py [CKPT] [--key=value]
 
 Decodes the same prompts, pieces of code the model has not seen, with every number of drafts: how
-many tokens a round gives, what it costs, how much faster that is than plain decoding, and what the
-costs would allow (Leviathan et al., arXiv 2211.17192). Greedy text of a small model goes in
-circles, which makes drafting easy: hence the share of repeated 6-grams, and sampled text beside it.
+many tokens a round gives, and how much faster that is than plain decoding. Greedy text of a small
+model goes in circles, which makes drafting easy: hence the share of repeated 6-grams, and sampled
+text beside it.
 """
 
 import random
@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -53,34 +52,6 @@ def repeats(ids: list[int], n: int = 6) -> float:
     return 1 - len(set(grams)) / max(1, len(grams))
 
 
-def allowed(shares: list[float], draft: float, verify: float) -> float:
-    """The speed-up over plain decoding that speculation allows: tokens per round over its cost.
-
-    shares[j] is how often the first j + 1 drafts all stay; costs are in plain steps: that of one
-    draft, and that of checking them all. Where shares are powers of one alpha and verify is 1 this
-    is (1 - alpha^(g+1)) / ((1 - alpha) (g c + 1)), Theorem 3.8 of Leviathan et al. (2211.17192).
-    """
-    return (1 + sum(shares)) / (len(shares) * draft + verify)
-
-
-def round_costs(model: DeepSeekV3, tokens: Tensor, options, compile: bool, heat: float) -> dict:
-    """Seconds of a round without drafts (0, False), and with G drafts that the MTP module makes
-    (G, False) or that are there already (G, True), at several places of tokens (1, T)."""
-    T, filters = tokens.shape[1], (heat, None, None)
-    texts = [sample.Text(model, tokens, 0, G, compile, filters) for G in range(5)]
-    places = range(T // 2, T - 8, 8)
-
-    def rounds(G: int, given: bool):
-        for n in places:
-            copies = tokens[:, n : n + G] if given or G == 0 else None
-            texts[G].play(n, copies, sample.uniform(1, G, tokens.device))
-
-    kinds = [(0, False), *((G, given) for G in range(1, 5) for given in (False, True))]
-    with torch.inference_mode():
-        seconds = interleaved({kind: partial(rounds, *kind) for kind in kinds}, options.rounds)
-    return {kind: statistics.median(t) / len(places) for kind, t in seconds.items()}
-
-
 def speculation(
     model: DeepSeekV3, prompts: list[list[int]], options, compile: bool, temperature: float
 ) -> Table:
@@ -104,8 +75,6 @@ def speculation(
         seconds[kind].append(stats[kind].seconds)
 
     interleaved({kind: partial(run, kind) for kind in kinds}, options.rounds)
-    tokens = torch.tensor([prompts[0] + texts["0"][0]], device=device)
-    cost = round_costs(model, tokens, options, compile, temperature)
     rows = []
     for kind, s in stats.items():
         times = seconds[kind][1:]
@@ -119,16 +88,10 @@ def speculation(
         if temperature == 0:
             same = [a == b for a, b in zip(texts[kind], texts["0"], strict=True)]
             row["same texts"] = f"{sum(same)}/{len(same)}"
-        if kind in ("1", "2", "3", "4"):
-            G, plain = int(kind), cost[0, False]
-            v = cost[G, True] / plain
-            c = (cost[G, False] - cost[G, True]) / G / plain
-            row |= {"c": c, "v": v, "allowed": allowed(shares, c, v)}
         rows.append(row)
     title = (
         f"{'compiled' if compile else 'eager'}, temperature {temperature:g}, {len(prompts)} "
-        f"prompts one after another, {new} new tokens each;\nc: a draft's cost, v: that of "
-        "verifying all, in plain steps; allowed: the speed-up at these costs and this acceptance"
+        f"prompts one after another, {new} new tokens each"
     )
     return Table(title, rows)
 

@@ -11,7 +11,6 @@ from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
-import intervals
 import pytest
 import torch
 
@@ -120,20 +119,6 @@ def test_known_mistakes_are_named_and_no_others(name):
 
 
 # ---- In the trained network ----------------------------------------------------------------------
-
-
-def test_intervals_are_those_of_the_textbooks():
-    known = {1: 12.706, 2: 4.303, 3: 3.182, 9: 2.262, 30: 2.042, 120: 1.980}
-    for freedom, t in known.items():
-        assert intervals.quantile(0.05, freedom) == pytest.approx(t, abs=1e-3)
-        assert intervals.p_value(-t, freedom) == pytest.approx(0.05, abs=1e-4)
-    assert intervals.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5}) == pytest.approx(
-        {"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5}
-    )
-    assert intervals.own_interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5, abs=1e-3))
-    exact = {(a, s): x + 10 * s for a, x in {"a": 1.0, "b": 3.0}.items() for s in range(4)}
-    del exact["b", 2]  # a seed that shifts all arms, and a missing run, leave no residual
-    assert intervals.residual_deviation(exact) == (pytest.approx(0, abs=1e-9), 7 - 2 - 4 + 1)
 
 
 SMALLER = dict(num_hidden_layers=2, vocab_size=512, max_position_embeddings=128)

@@ -1,0 +1,198 @@
+"""Why does a sequence-wise balance loss cost? python experiments/domains.py [TEXTS] [--runs=1]
+
+docs/notes/PLAN-2.md says what is asked, of which runs, and by which tests; it was committed before
+any of them. With TEXTS, the folder that prose.py has made, the three corpora are made. Without it
+the runs that are missing are trained, one after the other, on one core. Results are written as soon
+as a run ends, so the command can be stopped at any time and started again on another day. Figures
+are shown when all runs are there, and none before.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import balance
+import numpy as np
+import report
+import run
+
+from prepare_data import read_paths, read_stdlib, split_documents
+from support.files import new_folder
+from support.settings import Refusal, info, parse_args, run_command
+from support.tokenizer import train_tokenizer, write_tokenizer
+from support.tokens import UINT16, encode_all, header
+
+CORPORA = ("code", "apart", "mixed")
+DATA, RESULTS = Path("data/domains"), "experiments/results/domains"
+T, WINDOWS = 256, 4800  # tokens of a window, windows of a training text: 600 steps of 8
+SEEDS, CHOOSING = range(24, 40), 100
+WEIGHTS = {"sequence": (0.005, 0.01, 0.02), "batch": (0.01, 0.02, 0.04)}
+MARGIN = 0.0026  # bits per byte
+
+# ---- The corpora ---------------------------------------------------------------------------------
+
+
+def arranged(corpus: str, code: np.ndarray, prose: np.ndarray, most: int) -> np.ndarray:
+    """At most so many windows side by side, and one token more, which is only a target."""
+    n = min(len(code) // T, len(prose) // T, most // 2)
+    if corpus == "code":
+        return code[: most * T + 1]
+    both = np.stack([x[: n * T].reshape(n, T) for x in (code, prose)], 1)  # (n, 2, T)
+    if corpus == "mixed":  # the first halves of both, then the second ones, prose first
+        halves = both.reshape(n, 2, 2, T // 2)
+        both = np.stack((halves[:, 0, 0], halves[:, 1, 0], halves[:, 1, 1], halves[:, 0, 1]), 1)
+    return np.append(both.reshape(-1), both.flat[0])
+
+
+def make_corpora(texts: str):
+    code = split_documents(read_stdlib(), 0.05, 0.05)
+    prose = split_documents(read_paths(texts, "text"), 0.025, 0.025)
+    size, alike = sum(map(len, code[0])), []
+    for text in prose[0]:
+        alike += [text] if sum(map(len, alike)) < size else []
+    tokenizer = train_tokenizer([*code[0], *alike], run.Options().base()["vocab_size"])
+    ids = [[np.array([i for x in encode_all(part, tokenizer, "tokens") for i in x], "<u2")
+            for part in both] for both in zip(code, prose, strict=True)]  # fmt: skip
+    DATA.mkdir(parents=True, exist_ok=True)
+    for corpus in CORPORA:
+        with new_folder(DATA / corpus, False) as folder:
+            write_tokenizer(tokenizer, folder)
+            for split, both in zip(("train", "val", "test"), ids, strict=True):
+                tokens = arranged(corpus, *both, WINDOWS)
+                content = header(UINT16, len(tokens)) + tokens.tobytes()
+                (folder / f"{split}.bin").write_bytes(content)
+                info(f"{corpus}, {split}: {len(tokens):,} tokens")
+
+
+# ---- The runs ------------------------------------------------------------------------------------
+
+
+def arms(base: dict) -> dict[str, run.Arm]:
+    rate, no_bias = {"lr": 0.67 * base["lr"]}, {"gamma": 0.0}
+    found = {"bias": run.Arm(rate | {"alpha": 0.0})}
+    for kind, weights in WEIGHTS.items():
+        stand_in = {"model.balance_loss": balance.batch_wise} if kind == "batch" else {}
+        found |= {f"{kind} {x}": run.Arm(rate | no_bias | {"alpha": x}, stand_in) for x in weights}
+    return found
+
+
+def options_of(corpus: str, quick: bool) -> run.Options:
+    small = {"steps": 6, "quick": True} if quick else {}
+    home = "out/quick/domains" if quick else RESULTS
+    return run.Options(data=str(DATA / corpus), results=home, **small)
+
+
+def results_of(corpus: str, quick: bool) -> dict[tuple[str, int], dict]:
+    lines = report.usual(report.read_results(options_of(corpus, quick).results, corpus))
+    return {(x["arm"], x["seed"]): x for x in lines}
+
+
+def chosen(corpus: str, kind: str, quick: bool) -> str | None:
+    """The arm of this kind that is about as even as the bias; none while a run is missing."""
+    even = {arm: x["max_vio_batch"] for (arm, seed), x in results_of(corpus, quick).items()
+            if seed == CHOOSING}  # fmt: skip
+    names = [f"{kind} {x}" for x in WEIGHTS[kind]] if kind in WEIGHTS else [kind]
+    if not {"bias", *names} <= even.keys():
+        return None
+    return min(names, key=lambda arm: abs(even[arm] - even["bias"]))
+
+
+def planned(quick: bool) -> list[tuple[str, str, int]]:
+    """Corpus, arm and seed of every run, in order; the arms of later ones follow from earlier."""
+    first = [(corpus, arm, CHOOSING) for corpus in CORPORA for arm in arms(run.Options().base())]
+    kinds = [(corpus, chosen(corpus, kind, quick)) for corpus in CORPORA
+             for kind in ("bias", *WEIGHTS)]  # fmt: skip
+    seeds = SEEDS[:2] if quick else SEEDS
+    later = [(corpus, arm, seed) for seed in seeds for corpus, arm in kinds]
+    return first + (later if all(arm for _, arm in kinds) else [])
+
+
+def missing(quick: bool) -> list[tuple[str, str, int]]:
+    there = {(corpus, *key) for corpus in CORPORA for key in results_of(corpus, quick)}
+    return [x for x in planned(quick) if x not in there]
+
+
+# ---- The figures ---------------------------------------------------------------------------------
+
+
+def differences(key: str, quick: bool) -> dict[tuple[str, str], list[float]]:
+    """By corpus and kind of loss: its loss less that of the bias, of every seed."""
+    found = {}
+    for corpus in CORPORA:
+        runs, seeds = results_of(corpus, quick), SEEDS[:2] if quick else SEEDS
+        for kind in WEIGHTS:
+            arm = chosen(corpus, kind, quick)
+            found[corpus, kind] = [runs[arm, s][key] - runs["bias", s][key] for s in seeds]
+    return found
+
+
+def tell(quick: bool):
+    """The plan's five tests on the test text, and the same figures on the validation text."""
+    for key in report.TEXTS:
+        d, p, rows = differences(key, quick), {}, {}
+        for one, other in ("apart", "code"), ("mixed", "apart"):
+            pairs = zip(d[one, "sequence"], d[other, "sequence"], strict=True)
+            rows[f"the gap on {one} less that on {other}"] = [a - b for a, b in pairs]
+        rows |= {f"batch less bias on {corpus}": d[corpus, "batch"] for corpus in CORPORA}
+        for name, values in rows.items():
+            mean, half = report.own_interval(values)
+            n = len(values) - 1
+            x = report.Difference(mean, half, half, n + 1, (half / report.quantile(n), n))
+            p[name] = x.p_equal(MARGIN) if name.startswith("batch") else x.p
+        corrected = report.holm(p)
+        for name, values in rows.items():
+            mean, half = report.own_interval(values)
+            tests = f", p {p[name]:.4f}, Holm {corrected[name]:.4f}" if key == "test_bpb" else ""
+            print(f"{key}: {name}: {mean:+.4f} ± {half:.4f}{tests}")
+    for corpus in CORPORA:
+        runs = results_of(corpus, quick)
+        for arm in (chosen(corpus, kind, quick) for kind in ("bias", *WEIGHTS)):
+            even = [x["max_vio_batch"] for (name, seed), x in runs.items()
+                    if name == arm and seed != CHOOSING]  # fmt: skip
+            print(f"{corpus}: {arm}: MaxVio of a batch {np.mean(even):.3f}")
+    path = Path("out/quick" if quick else "docs/figures", "domains.svg")
+    report.save_figure(path, (6, 2.5), lambda figure: draw(figure, quick))
+
+
+def draw(figure, quick: bool):
+    for ax, kind in zip(figure.subplots(1, 2, sharey=True), WEIGHTS, strict=True):
+        for key, fill, shift in zip(report.TEXTS, ("full", "none"), (0.1, -0.1), strict=True):
+            for y, corpus in enumerate(reversed(CORPORA)):
+                mean, half = report.own_interval(differences(key, quick)[corpus, kind])
+                ax.errorbar(mean, y + shift, xerr=half, fmt="o", fillstyle=fill, color="#2f81f7")
+        ax.axvline(0, color=report.INK, linewidth=0.8)
+        ax.locator_params(axis="x", nbins=4)
+        ax.set(xlabel=f"{kind} less bias, bits/byte", yticks=range(3), yticklabels=CORPORA[::-1])
+
+
+@dataclass
+class DomainsOptions:
+    runs: int = 0  # train so many of those that are missing (0: all)
+    part: int = 0  # of two cores one trains --of=2 --part=0, the other --of=2 --part=1
+    of: int = 1
+    quick: bool = False  # a few steps in place of 600, two seeds, into out/quick: does all work?
+
+
+def main(argv: list[str]):
+    texts, values = parse_args(__doc__, argv, DomainsOptions, positional="texts")
+    options = DomainsOptions(**values)
+    if texts:
+        return make_corpora(texts)
+    if not DATA.exists():
+        raise Refusal(f"there is no {DATA}: make it with python experiments/domains.py TEXTS.")
+    done, quick = 0, options.quick
+    while mine := {*planned(quick)[options.part :: options.of]} & {*missing(quick)}:
+        if options.runs and done == options.runs:
+            break
+        corpus, arm, seed = min(mine, key=planned(quick).index)
+        given = options_of(corpus, quick)
+        arm_of = arms(given.base())
+        run.run_arm(run.Experiment(corpus, arms, {}), arm, arm_of[arm], seed, given)
+        done += 1
+    if todo := missing(quick):
+        info(f"{len(todo)} runs are missing, or more: no result is shown before the last one")
+    else:
+        tell(quick)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,495 @@
+"""What the results say, from their JSON files alone: python experiments/report.py
+
+It writes the table of the eight claims of docs/notes/PLAN.md into docs/RESULTS.md, and their
+figure. run.py takes an experiment's table and figure from here.
+
+A difference is the mean over pairs of runs: both have the same seed, so they begin with the same
+weights and see the same data. Its 95 % interval is Student's. A result is taken as arm + seed +
+residual. The deviation of the residuals is pooled over all arms that were trained alike, in two
+classes: networks of the base's shapes, and the others, which vary more. Many questions were asked,
+so Holm's method (1979) raises the p-values of the planned ones: if nothing differs, one of them is
+below 0.05 in at most 5 % of all cases.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from support.settings import info
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments/results"
+TEXTS = "test_bpb", "val_bpb"  # bits per byte of the test text, and of the validation text
+Spread = tuple[float, int]  # a standard deviation or error, and its degrees of freedom
+
+# ---- Statistics ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def student(freedom: int) -> tuple[np.ndarray, np.ndarray]:
+    """Student's t distribution: values t >= 0, and how probable a larger |t| is at each.
+
+    With t = sqrt(freedom) tan(angle) its density is proportional to cos(angle)^(freedom - 1).
+    """
+    angle = np.linspace(0, np.pi / 2, 200_001)
+    density = np.cos(angle) ** (freedom - 1)
+    below = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
+    with np.errstate(over="ignore"):
+        return math.sqrt(freedom) * np.tan(angle), 1 - below / below[-1]
+
+
+def p_value(t: float, freedom: int) -> float:
+    """How probable a difference of at least |t| standard errors is by chance."""
+    return float(np.interp(abs(t), *student(freedom)))
+
+
+def quantile(freedom: int) -> float:
+    """The t beyond which |t| lies with probability 0.05."""
+    values, larger = student(freedom)
+    return float(np.interp(-0.05, -larger, values))
+
+
+def own_interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % interval, from the deviation of these values alone."""
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return mean, None
+    return mean, quantile(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def residual_deviation(values: dict[tuple[str, int], float]) -> Spread:
+    """Standard deviation and degrees of freedom of what is left of {(arm, seed): value} after the
+    best fit of a number for every arm and one for every seed; (0, 0) where nothing is left."""
+    if not values:
+        return 0.0, 0
+    arms, seeds = (sorted(set(x)) for x in zip(*values, strict=True))
+    design = np.array([[*(arm == a for a in arms), *(seed == s for s in seeds)]
+                       for arm, seed in values], float)  # fmt: skip
+    y = np.array(list(values.values()))
+    fit, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    freedom = len(y) - int(rank)
+    return (math.sqrt(((y - design @ fit) ** 2).sum() / freedom), freedom) if freedom else (0.0, 0)
+
+
+def standard_error(one: Spread, other: Spread, pairs: int) -> Spread:
+    """Of the mean difference of so many pairs, and its degrees of freedom: two arms of one class,
+    or of two (Welch, Satterthwaite). (0, 0) where nothing is known."""
+    if one == other:
+        return one[0] * math.sqrt(2 / pairs), one[1]
+    if not (one[1] and other[1]):
+        return 0.0, 0
+    a, b = one[0] ** 2, other[0] ** 2
+    return math.sqrt((a + b) / pairs), int((a + b) ** 2 / (a * a / one[1] + b * b / other[1]))
+
+
+def holm(p: dict[Any, float]) -> dict[Any, float]:
+    """The p-values, corrected for there being several: the smallest times their number, the next
+    times one less, and so on, none below the one before it."""
+    corrected, least = {}, 0.0
+    for i, name in enumerate(sorted(p, key=p.__getitem__)):
+        least = corrected[name] = min(1.0, max(least, (len(p) - i) * p[name]))
+    return corrected
+
+
+# ---- Results -------------------------------------------------------------------------------------
+
+
+def digest(*parts: Any) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def read_results(folder: Path | str, name: str) -> list[dict]:
+    path = Path(folder, f"{name}.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def add_result(folder: Path | str, name: str, result: dict):
+    """One more line, of six significant digits: more are noise. The file is read again first, since
+    another experiment may be running beside this one."""
+    path = Path(folder, f"{name}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.6g}"))
+    lines = [json.dumps(x) for x in [*read_results(folder, name), result]]
+    part = path.with_suffix(f".{os.getpid()}.tmp")
+    part.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def origin(x: dict) -> tuple:
+    """Length, code and data of a training: only results that have the same are compared."""
+    return x.get("steps"), x.get("source"), x.get("corpus")
+
+
+def usual(lines: list[dict]) -> list[dict]:
+    """Those of one length, code and corpus: of the set with most results, the newest of several."""
+    origins = [origin(x) for x in lines]
+    most = max(reversed(origins), key=origins.count, default=None)
+    return [x for x in lines if origin(x) == most]
+
+
+def collect(experiment, options) -> dict[str, list[dict]]:
+    """By arm of an experiment (run.py's), the newest result of every seed. The base's come first,
+    under the name that it has in this experiment. `against` is the difference to the base."""
+    own = usual(read_results(options.results, experiment.results or experiment.name))
+    # base.json has what every base run has; a line "base" of our own file, what we measure besides.
+    bases = [] if experiment.compute else read_results(options.results, "base")
+    bases = [x for x in bases if origin(x) == origin(own[0])] if own else usual(bases)
+    found = {("base", x["seed"]): x for x in bases}  # later lines replace earlier ones
+    for x in own:
+        known = found.get(("base", x["seed"]), {}) if x["arm"] == "base" else {}
+        found[x["arm"], x["seed"]] = known | x
+    label = {"base": f"{experiment.base} (base)" if experiment.base else "base"}
+    label |= {name: name for name in experiment.arms(options.base())}
+    results, key = {name: [] for name in label.values()}, experiment.against
+    for (name, seed), x in sorted(found.items(), key=lambda item: item[0][1]):
+        base = found.get(("base", seed), {})
+        if name != "base" and key in base and key in x:
+            x = x | {"against": x[key] - base[key]}
+        if name in label:
+            results[label[name]].append(x)
+    return results
+
+
+@dataclass
+class Difference:
+    """Of an arm to the base, or to another arm, over the seeds that both have."""
+
+    mean: float
+    half: float | None  # half of the 95 % interval, from the pooled deviations
+    alone: float | None  # the same, from the deviation of these pairs alone
+    pairs: int
+    error: Spread = (0.0, 0)  # standard error of the mean, degrees of freedom
+
+    @property
+    def p(self) -> float:
+        """How probable such a mean, or a larger one, is if nothing differs."""
+        return p_value(self.mean / self.error[0], self.error[1])
+
+    def p_equal(self, margin: float) -> float:
+        """How probable such a mean is where the true difference is as large as the margin: twice
+        the larger of two one-sided p-values, so it is below 0.05 exactly where the 95 % interval
+        lies within the margin."""
+        room = (margin - abs(self.mean)) / self.error[0]
+        return p_value(room, self.error[1]) if room > 0 else 1.0
+
+
+def shape(x: dict) -> tuple:
+    """Two networks are of one class if a token passes as many parameters of attention and FFN in
+    both, and they have as many MTP modules."""
+    return x.get("active"), len(x.get("val_mtp_losses", []))
+
+
+def spreads(key: str, folder: Path | str, results: dict[str, list[dict]]):
+    """How much a figure varies, as a function of a result. Bits/byte, which all runs have, by two
+    classes, of all runs in the folder that were trained alike; another figure in these results."""
+    first = {(name, x["seed"]): x for name, xs in results.items() for x in xs if key in x}
+    if key not in TEXTS:
+        every = residual_deviation({k: x[key] for k, x in first.items()})
+        return lambda x: every
+    base = next((shape(x) for x in first.values()), ())
+    origins, classes = {origin(x) for x in first.values()}, ({}, {})
+    for path in sorted(Path(folder).glob("*.json")):
+        for x in read_results(folder, path.stem):
+            if isinstance(x, dict) and key in x and origin(x) in origins:
+                classes[shape(x) != base][f"{path.stem} {x['arm']}", x["seed"]] = x[key]
+    like, others = map(residual_deviation, classes)
+    return lambda x: like if shape(x) == base else others
+
+
+def paired(runs: list[dict], others: list[dict], key: str) -> list[tuple[dict, dict]]:
+    """The results of the same seed, where both have this figure."""
+    of_seed = {x["seed"]: x for x in others if key in x}
+    return [(x, of_seed[x["seed"]]) for x in runs if key in x and x["seed"] in of_seed]
+
+
+def compare(one: list[dict], other: list[dict], key: str, varies=None) -> Difference | None:
+    """How much larger the figure is in the first, in runs of the same seed. varies: see spreads;
+    without it these pairs alone are known."""
+    if not (pairs := paired(one, other, key)):
+        return None
+    mean, alone = own_interval([x[key] - y[key] for x, y in pairs])
+    if not varies:
+        return Difference(mean, alone, alone, len(pairs))
+    error = standard_error(varies(pairs[0][0]), varies(pairs[0][1]), len(pairs))
+    half = quantile(error[1]) * error[0] if error[0] else None
+    return Difference(mean, half, alone, len(pairs), error)
+
+
+def differences(experiment, options, results: dict[str, list[dict]]) -> dict[str, Difference]:
+    """Of every arm to the base, and of every pair of the experiment."""
+    key, (base, *others) = experiment.against, results
+    asked = {name: (name, base) for name in others}
+    asked |= {f"{one} against {other}": (one, other) for one, other in experiment.pairs}
+    varies = None if experiment.compute else spreads(key, options.results, results)
+    found = {name: compare(*(results.get(arm, []) for arm in arms), key, varies)
+             for name, arms in asked.items()}  # fmt: skip
+    return {name: x for name, x in found.items() if x}
+
+
+# ---- An experiment's table and figure ------------------------------------------------------------
+
+
+def number(x: float) -> str:
+    if abs(x) >= 10:
+        return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+    return f"{x:.3f}" if abs(x) >= 0.01 or x == 0 else f"{x:.2g}"
+
+
+def with_half(text: str, half: float | None) -> str:
+    return text + (f" ± {number(half)}" if half else "")
+
+
+def signed(x: Difference) -> str:
+    return with_half(("+" if x.mean > 0 else "") + number(x.mean), x.half)
+
+
+def cell(values: list[float]) -> str:
+    mean, half = own_interval(values) if values else (0.0, None)
+    return with_half(number(mean), half) if values else ""
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
+
+
+def table(experiment, options) -> str:
+    """Markdown: a row for each arm, and below it further comparisons."""
+    results, columns, key = collect(experiment, options), experiment.columns, experiment.against
+    found, rows = differences(experiment, options, results), []
+    base = [x for x in next(iter(results.values())) if key in x]
+    for name, xs in results.items():
+        if xs := [x for x in xs if key in x]:
+            cells = {k: cell([x[k] for x in xs if k in x]) for k in columns}
+            if name in found and not experiment.compute:
+                # The arms may have other seeds than the base: so that rows can be compared.
+                for k in {key, "test_bpb"} & {*columns}:
+                    mean = statistics.mean(x[k] for x in base if k in x)
+                    cells[k] = number(mean + compare(xs, base, k).mean)
+            against = signed(found[name]) if name in found else ""
+            rows.append([name, str(len(xs)), *cells.values(), against])
+    text = markdown(["arm", "seeds", *columns.values(), f"{columns[key]} against base"], rows)
+    pairs = [f"* {name}: {signed(x)}." for name, x in found.items() if name not in results]
+    return "\n".join([text, *[""][: len(pairs)], *pairs])
+
+
+INK = "#7d8590"  # grey that can be read on white and on black
+COLOURS = ["#7d8590", "#2f81f7", "#db6d28", "#2da44e", "#bf4b8a", "#a475f9", "#b08800", "#1b9e9e"]
+COLOURS += ["#e5534b", "#57606a"]
+
+
+def dots(ax, results: dict[str, list[dict]], key: str, label: str):
+    """A line for each arm: its seeds as dots, its mean with the 95 % interval as a bar."""
+    names = [name for name, xs in results.items() if any(key in x for x in xs)]
+    for y, name in enumerate(reversed(names)):
+        values, colour = [x[key] for x in results[name] if key in x], colour_of(results, name)
+        mean, half = own_interval(values)
+        half = results[name][0].get("half") if key == "against" else half
+        ax.plot(values, [y + 0.2] * len(values), "o", color=colour, alpha=0.4, markersize=4)
+        ax.errorbar(mean, y - 0.1, xerr=half, fmt="|", color=colour, markersize=12, capsize=3)
+    ax.set(xlabel=label, yticks=range(len(names)), ylim=(-0.6, len(names) - 0.4))
+    ax.set_yticklabels(reversed(names))
+    ax.locator_params(axis="x", nbins=5)
+    if key == "against":
+        ax.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+
+
+def curves(ax, results: dict[str, list[dict]], key: str, label: str):
+    """The mean over the seeds of a figure in the log, against the step."""
+    for name, xs in results.items():
+        if xs := [x["curve"] for x in xs if "curve" in x]:
+            mean = [statistics.mean(values) for values in zip(*(x[key] for x in xs), strict=False)]
+            ax.plot(xs[0]["step"][: len(mean)], mean, color=colour_of(results, name), label=name)
+    ax.set(xlabel="step", ylabel=label)
+    ax.legend(frameon=False, fontsize=8)
+
+
+def colour_of(results: dict, name: str) -> str:
+    return COLOURS[list(results).index(name) % len(COLOURS)]
+
+
+def save_figure(path: Path, size: tuple[float, float], draw):
+    """`draw` is called with a matplotlib figure. The same bytes for the same data."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        info("no figure: it needs matplotlib (pip install matplotlib)")
+        return
+    grey = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    grey |= {"axes.edgecolor": INK, "axes.facecolor": "none", "font.size": 9}
+    grey |= {"axes.spines.top": False, "axes.spines.right": False}
+    grey |= {"svg.fonttype": "none", "svg.hashsalt": "nanoV3"}
+    with matplotlib.rc_context(grey):
+        figure = Figure(size, layout="constrained")
+        draw(figure)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, transparent=True, metadata={"Date": None})
+    info(f"figure: {path}")
+
+
+def show(experiment, options):
+    """Prints an experiment's table, writes it into the page, and draws the figure."""
+    text, name, results = table(experiment, options), experiment.name, collect(experiment, options)
+    print(text)
+    if experiment.draw and any(results.values()):
+        found = differences(experiment, options, results)
+        half = {arm: found[arm].half if arm in found else None for arm in results}
+        shown = {arm: [x | {"half": half[arm]} for x in xs] for arm, xs in results.items() if xs}
+        path = Path(options.docs, "figures", f"{name}.svg")
+        save_figure(path, (8, 3), lambda figure: experiment.draw(figure, shown))
+        text += f"\n\n![{name}](figures/{name}.svg)"
+    write_part(Path(options.docs, "RESULTS.md"), name, text)
+
+
+def write_part(page: Path, name: str, part: str):
+    """Between the two marks of this name, where the page has them."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    if begin in text:
+        before, after = text[: text.index(begin)], text[text.index(end) :]
+        page.write_text(before + begin + part + after, encoding="utf-8")
+
+
+# ---- The eight planned claims --------------------------------------------------------------------
+
+# Networks of the plan: (file, arm). Each has the learning rate that was best on validation text.
+FRESH = {
+    "MLA": ("attention", "MLA lr x0.67"), "no shared": ("experts", "no shared"),
+    "MHA": ("attention", "MHA"), "GQA 2": ("attention", "GQA 2"), "off": ("mtp", "off lr x0.67"),
+    "dense": ("experts", "dense lr x0.67"), "loss 0.01": ("balance", "loss 0.01 lr x0.67"),
+    "tiles": ("fp8_loss", "tiles lr x0.67"),
+}  # fmt: skip
+# The same on English prose, at the base's rate; two of them were not trained there.
+PROSE = {name: (file, arm.removesuffix(" lr x0.67")) for name, (file, arm) in FRESH.items()}
+PROSE |= {"MLA": ("base", "base")}
+
+
+@dataclass
+class Claim:
+    """That network `one` has less loss than `other`, or, with a margin, that both have the same."""
+
+    text: str
+    one: str
+    other: str
+    step: str = ""  # what one's training step takes more than other's, where that was measured
+    margin: float = 0.0  # as a part of the base's loss
+
+
+CLAIMS = [
+    Claim("A bias costs less than a sequence-wise loss", "MLA", "loss 0.01"),
+    Claim("MLA is better than multi-head attention", "MLA", "MHA", "+1 %"),
+    Claim("MLA is better than grouped queries", "MLA", "GQA 2"),
+    Claim("Grouped queries are worse than multi-head", "MHA", "GQA 2"),
+    Claim("Experts beat a dense network", "MLA", "dense", "+25 %"),
+    Claim("MTP leaves the loss as it is", "MLA", "off", "+38 %", 0.0022),
+    Claim("A shared expert helps", "MLA", "no shared"),
+    Claim("FP8 costs at most 0.25 %", "tiles", "MLA", "emulated", 0.0025),
+]
+PLACES = {"test text": ("confirmation", FRESH, "test_bpb")}
+PLACES |= {"validation text": ("confirmation", FRESH, "val_bpb")}
+PLACES |= {"prose": ("prose", PROSE, "test_bpb")}
+
+
+@dataclass
+class Asked:
+    """All claims in one place, by their text; a claim whose runs are missing is left out."""
+
+    found: dict[str, Difference]
+    base: float  # the mean loss of the base, bits/byte
+
+
+def ask(place: str) -> Asked:
+    folder, networks, key = PLACES[place]
+    folder = RESULTS / folder
+    runs = {name: [x for x in read_results(folder, file) if x["arm"] == arm]
+            for name, (file, arm) in networks.items()}  # fmt: skip
+    varies = spreads(key, folder, runs)
+    found = {x.text: compare(runs[x.other], runs[x.one], key, varies) for x in CLAIMS}
+    found = {text: x for text, x in found.items() if x}
+    return Asked(found, statistics.mean(x[key] for x in runs["MLA"]))
+
+
+def tests() -> dict[tuple[str, str], tuple[float, float]]:
+    """By claim and kind of test: p, and p corrected for all of the plan's ten tests. The difference
+    is asked on the test text, as planned; FP8's equality on both texts, so the larger p counts."""
+    asked, second, p = ask("test text"), ask("validation text"), {}
+    for x in CLAIMS:
+        p[x.text, "a difference"] = asked.found[x.text].p
+        if x.margin:
+            texts = [asked, second] if x.one == "tiles" else [asked]
+            p[x.text, "an equality"] = max(
+                a.found[x.text].p_equal(x.margin * a.base) for a in texts
+            )
+    corrected = holm(p)
+    return {test: (p[test], corrected[test]) for test in p}
+
+
+def p_in_words(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else number(p)
+
+
+def table_of_claims() -> str:
+    """Differences in bits per byte; above zero the claim's side has less loss."""
+    asked, p, rows = {place: ask(place) for place in PLACES}, tests(), []
+    for x in CLAIMS:
+        found = [asked[place].found.get(x.text) for place in PLACES]
+        test, validation, prose = (f"{y.mean:+.4f} ± {y.half:.4f}" if y else "" for y in found)
+        words = map(p_in_words, p[x.text, "a difference"])
+        pairs, alone = str(found[0].pairs), f"± {found[0].alone:.4f}"
+        rows.append([x.text, pairs, test, alone, *words, validation, prose])
+        if x.margin:
+            within = f"... within {100 * x.margin:.2f} %: {x.margin * asked['test text'].base:.4f}"
+            words = map(p_in_words, p[x.text, "an equality"])
+            rows.append([within, pairs, "", "", *words, "", ""])
+    heads = ["the claim", "seeds", "test text", "its pairs alone", "p", "of ten tests (Holm)"]
+    return markdown([*heads, "validation text", "prose, 3 seeds"], rows)
+
+
+MARKS = {"test text": ("o", "full"), "validation text": ("o", "none"), "prose": ("D", "none")}
+
+
+def draw_claims(figure):
+    """A row for each claim: a mark and an interval for each text, in percent of the base's loss."""
+    ax, asked = figure.subplots(), {place: ask(place) for place in PLACES}
+    for row, claim in enumerate(CLAIMS):
+        y = -row
+        ax.text(-0.55, y + 0.26, claim.text)
+        ax.text(1.4, y + 0.26, claim.step or "-", ha="right")
+        for i, (place, (marker, fill)) in enumerate(MARKS.items()):
+            if x := asked[place].found.get(claim.text):
+                mean, half = (100 * value / asked[place].base for value in (x.mean, x.half))
+                colour = INK if abs(mean) <= half else COLOURS[1]
+                ax.errorbar(mean, y + 0.06 - 0.2 * i, xerr=half, fmt=marker, fillstyle=fill,
+                            color=colour, markersize=5, elinewidth=1.2)  # fmt: skip
+        for x in {0.0, -100 * claim.margin, 100 * claim.margin}:
+            ax.plot([x, x], [y - 0.45, y + 0.17], ":" if x else "-", color=INK, linewidth=0.9)
+    ax.set(xlim=(-0.6, 1.42), ylim=(0.5 - len(CLAIMS), 1.05), yticks=[])
+    ax.set(xlabel="less loss on the claim's side, % of the loss", xticks=[-0.5, 0, 0.5, 1])
+    ax.spines["left"].set_visible(False)
+    ax.text(1.4, 0.62, "a step's time", ha="right", fontsize=8)
+    for place, (marker, fill) in MARKS.items():
+        ax.plot([], [], marker, fillstyle=fill, color=INK, markersize=5, label=place)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=3, handletextpad=0.1,
+              columnspacing=0.9, borderaxespad=0)  # fmt: skip
+
+
+def main():
+    write_part(ROOT / "docs/RESULTS.md", "claims", table_of_claims())
+    print(table_of_claims())
+    save_figure(ROOT / "docs/figures/claims.svg", (3.9, 5.2), draw_claims)
+
+
+if __name__ == "__main__":
+    main()
