@@ -10,11 +10,17 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 BLOCK = re.compile(r"(?s)```python\n(.*?)```\n\n```\n(.*?)```")  # code and what it prints
-# Jupyter runs a notebook in its own folder.
+# Jupyter runs a notebook in its own folder. It may also be opened without the repository.
 AT_ROOT = """import os
 import sys
 
-os.chdir(next(folder for folder in (".", "..") if os.path.exists(f"{folder}/model.py")))
+places = [place for place in (".", "..", "nanoV3") if os.path.exists(f"{place}/weights/small")]
+if not places:
+    raise FileNotFoundError(
+        "The tour needs the repository: run  !git clone ADDRESS nanoV3  in a cell above this one, "
+        "with the repository's address, and then this cell again."
+    )
+os.chdir(places[0])
 sys.path.insert(0, os.getcwd())
 """
 

@@ -9,6 +9,7 @@ results/scale.json and the figures of docs/SCALE.md are written anew.
 
 import functools
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -193,15 +194,35 @@ def svg(height: int, shapes: list[str]) -> str:
 
 
 def draw_bars(part: Part, unit: str) -> str:
-    """A bar for each number whose name begins with the unit."""
+    """A bar for each number whose name begins with the unit. Where the largest is a million times
+    the least, the axis is logarithmic: lines mark powers of ten, and a bar is a dot on it."""
     numbers = {f"{c}: {k}": x for c in part for k, x in part[c].items() if k.startswith(unit)}
-    shapes, look = [], f'height="16" fill="{COLOURS[1]}"'
+    shapes, height, high = [], 22 * len(numbers) + 8, max(numbers.values())
+    low = math.floor(math.log10(min(numbers.values())))
+    logarithmic = high > 1e6 * 10**low
+
+    def place(x: float) -> float:
+        return 350 * (
+            math.log10(x / 10**low) / math.log10(high / 10**low) if logarithmic else x / high
+        )
+
+    for power in range(low, math.ceil(math.log10(high)), 3) if logarithmic else ():
+        x = 430 + place(10.0**power)
+        shapes.append(f'<path d="M{x:.1f} 0V{height}" stroke="{INK}" opacity="0.4"/>')
+        told = f"10^{power}" if power else "1"
+        shapes.append(f'<text x="{x:.1f}" y="{height + 14}" text-anchor="middle">{told}</text>')
     for i, (name, x) in enumerate(numbers.items()):
-        y, width = 22 * i + 5, 350 * x / max(numbers.values())
-        shapes.append(f'<rect x="430" y="{y}" width="{width:.1f}" {look}/>')
+        y, end = 22 * i + 5, 430 + place(x)
+        if logarithmic:
+            shapes.append(f'<circle cx="{end:.1f}" cy="{y + 8}" r="6" fill="{COLOURS[1]}"/>')
+        else:
+            size = f'width="{end - 430:.1f}" height="16"'
+            shapes.append(f'<rect x="430" y="{y}" {size} fill="{COLOURS[1]}"/>')
         shapes.append(f'<text x="420" y="{y + 12}" text-anchor="end">{name}</text>')
-        shapes.append(f'<text x="{436 + width:.0f}" y="{y + 12}">{bench.cell(x)}</text>')
-    return svg(22 * len(numbers) + 8, shapes)
+        shapes.append(
+            f'<text x="{end + (12 if logarithmic else 6):.0f}" y="{y + 12}">{bench.cell(x)}</text>'
+        )
+    return svg(height + 22 * logarithmic, shapes)
 
 
 def main(argv: list[str]):

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 TINY, _ = split_configs(read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, TrainConfig))
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
-LINES = re.compile(r"\[([^\]]*)\]\(([^)\s#]+\.py)#L(\d+)(?:-L(\d+))?\)")
+NAMED = re.compile(r"\[`([\w.]+)`\]\(([^)\s#]+\.py)\)")  # a function or a class, and its file
 PATCHED = re.compile(r"--- a/(.+)\n\+\+\+ .*\n((?:(?!--- )[-+@ ].*\n|\n)+)")  # a file and its hunks
 HUNK = re.compile(r"@@ -.+? @@(.*)\n((?:[-+ ].*\n|\n)+)")
 
@@ -53,6 +53,10 @@ def test_links_lead_somewhere(document):
             heads = re.findall(r"(?m)^#+ (.*)$", file.read_text(encoding="utf-8"))
             slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
             assert fragment in slugs, target
+    for name, path in NAMED.findall(text):
+        source = (document.parent / path).read_text(encoding="utf-8")
+        for part in name.split(".") * (not name.endswith(".py")):
+            assert re.search(rf"(?m)^ *(def|class) {part}\b", source), f"{name} in {path}"
 
 
 def test_commands_name_files_and_keys_that_exist():
