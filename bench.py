@@ -4,7 +4,6 @@
     train [CONFIG]       a training step beside transformers' and the speed of bare products
     decode               decoding beside transformers' and the reading of weights and cache
     fp8                  FP8 products and layers beside bf16
-    count [CONFIG]       kernels, bytes, waits and memory of a step on an H100 that is not there
     plot RUN [RUN ...]   measures nothing: a picture of the losses and expert loads of runs
 
 `python bench.py COMMAND --help` lists a command's keys. Tables go to stdout and, with --json=FILE,
@@ -21,14 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -40,9 +37,7 @@ import train
 from huggingface import FP8_WEIGHTS, checkpoint_views, from_pretrained, save_pretrained
 from model import Cache, DeepSeekV3, ModelConfig
 from support import processes
-from support.counting import PRODUCTS, Count, as_compiled, on_a_card
 from support.flops import flops_per_token, peak_flops
-from support.llama_cpp import LLAMA_CPP, llama_cpp
 from support.ops import fast_dtype, laid_out
 from support.plot import PlotOptions, plot
 from support.processes import Machine
@@ -353,22 +348,13 @@ def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Modul
         greedy = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
         texts[name] = hf.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
 
-    def llama(name: str, complete: Callable[[Tensor], Tensor]):
-        texts[name] = complete(prompt)
-
     functions = {name: partial(transformers, name, hf) for name, hf in theirs.items()}
     for name, m in models.items():
         functions[name] = partial(ours, name, m, False)
         if options.compile:
             functions[f"{name} compiled"] = partial(ours, f"{name} compiled", m, True)
     memory = torch.ones(2**26, device=device)  # 268 MB, more than a CPU's caches hold
-    with ExitStack() as servers:
-        if device.type == "cpu" and find_spec("xllamacpp") and find_spec("gguf"):
-            functions["ours"]()
-            for dtype in LLAMA_CPP:
-                complete = servers.enter_context(llama_cpp(model, dtype, texts["ours"], new))
-                functions[f"llama.cpp {dtype}"] = partial(llama, f"llama.cpp {dtype}", complete)
-        t = interleaved({"read": memory.sum, **functions}, options.rounds)
+    t = interleaved({"read": memory.sum, **functions}, options.rounds)
     read = [seconds / memory.nbytes for seconds in t.pop("read")]  # per byte
     active = model.parameter_counts()["active"] - model.embed_tokens.weight.numel()
     reading = f"{active / 1e6:.2f}M active weights at {1e-9 / statistics.median(read):.1f} GB/s"
@@ -437,98 +423,6 @@ def context_rows(options: DecodeOptions, model: DeepSeekV3, hf: nn.Module) -> li
     return rows
 
 
-# ---- count ---------------------------------------------------------------------------------------
-
-# NVIDIA's data sheet of the H100 SXM: bytes a second, operations a second (dense) in bf16 and FP8.
-BANDWIDTH, BF16_PEAK, FP8_PEAK = 3.35e12, 989e12, 1979e12
-
-
-@dataclass
-class CountOptions(Options):
-    fp8: bool = False  # FP8 products, too
-    compile: bool = False  # compiled blocks, too; takes 15 seconds, with FP8 a minute more
-    recompute: bool = False  # with activation checkpointing
-    largest: int = 0  # a second table: so many operations, the largest by bytes
-
-
-def counted(
-    file: str, use_fp8: bool, recompute: bool = False, compile: bool = False
-) -> tuple[Count, float]:
-    """What forward and backward of a micro-batch need, and their FLOPs."""
-    network, settings = open_config(file)
-    config = train.TrainConfig(**settings)
-    windows, T = config.batch_size // config.grad_accum, config.block_size
-
-    def rows_of(counts: Tensor, x: Tensor) -> fp8.Rows:  # uneven, as a network's are
-        if torch.compiler.is_compiling():
-            return counts.cpu()
-        count.waits["rows of FP8's experts"] += 1
-        tiles, E = len(x) // 128, len(counts)
-        parts = [tiles * (i + 1) // E - tiles * i // E for i in range(E)]
-        parts[0], parts[-1] = parts[0] + parts[-1], 0
-        return [128 * n for n in parts]
-
-    def yes(*_) -> bool:
-        return True
-
-    fp8.tell_compiler()  # of has_blockwise_fp8, before another stands in for it
-    fakes = mock.patch.multiple(fp8, has_blockwise_fp8=yes, on_gpu=yes, rows_of=rows_of)
-    with on_a_card() as count, fakes:
-        model = DeepSeekV3(network.config)
-        model.recompute = recompute
-        if use_fp8:
-            fp8.use_fp8(model)
-        if compile:
-            backend = as_compiled(count)  # one for all, or each block would be traced anew
-            for block in (*model.layers, *model.mtp):
-                block.compile(backend=backend, dynamic=False)
-        machine = Machine(torch.device("cpu"), torch.bfloat16)
-        x, y = torch.zeros(2, windows, T, dtype=torch.long)
-        with fp8.quantized_once(model) if use_fp8 else nullcontext(), count:
-            for p in model.parameters():
-                count.follow(p)
-                count.live += 2 * p.nbytes  # AdamW's moments
-            with machine.autocast():
-                losses = model(x, y)
-            sum(losses.values()).backward()
-    return count, windows * T * flops_per_token(network, T)
-
-
-def count_row(name: str, count: Count, flops: float) -> dict[str, Any]:
-    """The share of the peak that is left if products run at their peak, and all else at the
-    memory's speed, one after the other."""
-    moved = sum(n for name, n in count.bytes.items() if name not in PRODUCTS)
-    low = min(count.fp8_flops, flops)  # which count padding, too
-    products = low / FP8_PEAK + (flops - low) / BF16_PEAK
-    return {
-        "": name, "kernels": count.kernels.total(), "GB": count.bytes.total() / 1e9,
-        "products": sum(n for name, n in count.kernels.items() if name in PRODUCTS),
-        "waits": count.waits.total(), "peak GB": count.peak / 1e9,
-        "products' ms": 1000 * products, "other bytes' ms": 1000 * moved / BANDWIDTH,
-        "of bf16's peak": flops / BF16_PEAK / (products + moved / BANDWIDTH),
-    }  # fmt: skip
-
-
-def count_(options: CountOptions, files: list[str]) -> Iterator[Table]:
-    """Forward and backward of a micro-batch of config/base_1b.py, or of the CONFIG named, counted
-    on fake tensors as an H100 would run them. How fast its kernels are, only a card can tell."""
-    file = files[0] if files else "config/base_1b.py"
-    rows, largest = [], []
-    kinds = product((False, True)[: 1 + options.fp8], (False, True)[: 1 + options.compile])
-    for use_fp8, compile in kinds:
-        count, flops = counted(file, use_fp8, options.recompute, compile)
-        name = f"{Path(file).stem} {'FP8' if use_fp8 else 'bf16'}{' compiled' * compile}"
-        rows.append(count_row(name, count, flops))
-        if compile:
-            rows[-1]["waits"] = None  # those within a graph are not seen
-        for operation, moved in count.bytes.most_common(options.largest):
-            n = count.kernels[operation]
-            largest.append({"": f"{name} {operation}", "kernels": n, "GB": moved / 1e9})
-    yield Table("a micro-batch: COUNTED, not measured; shares of the peak are limits", rows)
-    if largest:
-        yield Table("its largest operations", largest)
-
-
 # ---- fp8 -----------------------------------------------------------------------------------------
 
 # In and out features: DeepSeek-V3's dense FFN, o, q_b, expert, kv_b and kv_a projection.
@@ -593,7 +487,6 @@ COMMANDS = {  # function, options, its files in the usage, how many they may be
     "train": (train_, TrainOptions, "[CONFIG]", 1),
     "decode": (decode, DecodeOptions, "", 0),
     "fp8": (fp8_, FP8Options, "", 0),
-    "count": (count_, CountOptions, "[CONFIG]", 1),
     "plot": (plot, PlotOptions, "RUN [RUN ...]", 999),
 }
 

@@ -443,14 +443,13 @@ class FP8Experts(nn.Module):
     def ffn(self, x: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
         """x (rows, D) sorted by expert, counts (E,) of each expert's rows, gate values (rows,) ->
         (rows, D)."""
-        rows = rows_of(counts, x)
+        rows = rows_of(counts)
         gate, up = _linear(x, self.gate_up_proj, rows).chunk(2, dim=-1)  # (rows, F) each
         return _linear(gate, self.down_proj, rows, up, gain)
 
 
-def rows_of(counts: Tensor, x: Tensor) -> Rows:
-    """How many rows of x each expert has: in a layer the one thing that the host waits for. What
-    bench.py puts in its place, for fake tensors, reads x."""
+def rows_of(counts: Tensor) -> Rows:
+    """How many rows each expert has: in a layer the one thing that the host waits for."""
     rows = counts.cpu()
     return rows if torch.compiler.is_compiling() else rows.tolist()
 
