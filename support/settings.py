@@ -64,6 +64,8 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
     if type(x) is str and str not in kinds and x not in kinds:
         with suppress(Exception):  # text that is no literal
             x = ast.literal_eval(x.title() if x.strip().isalpha() else x)  # none is None
+    if int in kinds and type(x) in (int, float) and abs(x) >= 2**63:
+        raise Refusal(f"{name} is {short(repr(value))}, expected int of less than 2**63")
     if type(x) in kinds or x in kinds:  # to isinstance a bool would be an int
         return x
     for kind in kinds:

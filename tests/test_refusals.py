@@ -39,6 +39,7 @@ REFUSALS = [
     # train.py: what the command says.
     ("train.py", 2, "name a config file, for example: python train.py config/small.py"),
     (f"{NEW} --stepps=1", 2, "unknown key stepps; did you mean steps?"),
+    (f"{NEW} --seed={10**23}", 2, "seed is '100000000000000000000000', expected int of less than"),
     (f"{NEW} --optimizer=muon --parallel=fsdp", 1, "muon needs whole matrices"),
     (f"{NEW} --warmup=0.6", 1, "warmup is 0.6, but decay_start is 0.5: raise decay_start to 0.6"),
     (
@@ -81,6 +82,7 @@ REFUSALS = [
     ("huggingface.py release new", 1, "release has Hugging Face's layout, but SRC must be a run"),
     # bench.py
     ("bench.py", 2, "usage: python bench.py"),
+    ("bench.py decode --rounds=0", 1, "rounds is 0, but must be at least 1"),
 ]
 
 
