@@ -2,18 +2,18 @@
 
     sizes [CONFIG ...]   parameters, cache, FLOPs and bytes; nothing is allocated
     train [CONFIG]       a training step beside transformers' and the speed of bare products
-    decode               decoding beside transformers' and the reading of weights and cache
+    decode               decoding beside transformers', of one text and by length of the context
     fp8                  FP8 products and layers beside bf16
-    count [CONFIG]       kernels, bytes, waits and memory of a step on an H100 that is not there
+    cache [RUN]          is decoding, which reads in pieces on a cache, the same network?
     plot RUN [RUN ...]   measures nothing: a picture of the losses and expert loads of runs
 
-`python bench.py COMMAND --help` lists a command's keys. Tables go to stdout and, with --json=FILE,
-into a file. A machine's speed drifts, so the things compared take turns (A B A B ...), and a ratio
-is taken within a round: printed is the median of the rounds, with [least..most]. Close other
-programs; they slow both sides unequally.
+`python bench.py COMMAND --help` lists a command's keys. A machine's speed drifts, so the things
+compared take turns (A B A B ...), and a ratio is taken within a round: printed is the median of the
+rounds, with [least..most]. Close other programs; they slow both sides unequally.
 """
 
-import json
+import copy
+import itertools
 import math
 import re
 import statistics
@@ -21,14 +21,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -37,15 +33,18 @@ from torch import Tensor, nn
 import fp8
 import sample
 import train
-from huggingface import FP8_WEIGHTS, checkpoint_views, from_pretrained, save_pretrained
-from model import Cache, DeepSeekV3, ModelConfig
+from huggingface import (
+    FP8_WEIGHTS,
+    checkpoint_views,
+    from_pretrained,
+    load_model,
+    save_pretrained,
+)
+from model import MOST_NEW, Cache, DeepSeekV3, ModelConfig
 from support import processes
-from support.counting import PRODUCTS, Count, as_compiled, on_a_card
 from support.flops import flops_per_token, peak_flops
-from support.llama_cpp import LLAMA_CPP, llama_cpp
-from support.processes import fast_dtype
 from support.plot import PlotOptions, plot
-from support.processes import Machine
+from support.processes import Machine, fast_dtype
 from support.settings import Refusal, info, parse_args, read_config_file, run_command
 
 # The 20.8M-parameter model on which we and transformers' DeepseekV3ForCausalLM are compared.
@@ -60,11 +59,11 @@ REFERENCE = dict(
 
 @dataclass
 class Options:
-    json: str = ""  # also write the tables to this file
+    """Of a command that has none."""
 
 
 @dataclass
-class Timed(Options):
+class Timed:
     rounds: int = 7  # measured turns of everything that is compared
     device: str = "auto"  # auto, cpu or cuda
 
@@ -133,18 +132,13 @@ def processor() -> str:
     return name[1] if name else ""
 
 
-def print_tables(command: str, tables: Iterator[Table], options: Any):
+def print_tables(tables: Iterator[Table]):
     """Prints each table as soon as it is there, after a line on the machine and torch."""
     facts = {"cpu": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     facts |= {"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    done = []
     for table in tables:
         print(table, flush=True)
-        done.append(asdict(table))
-        if options.json:
-            result = {"command": command, **facts, "options": asdict(options), "tables": done}
-            Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
@@ -228,16 +222,6 @@ def training_step(model: nn.Module, config: train.TrainConfig, machine: Machine)
     return step
 
 
-def require_transformers(command: str) -> None:
-    """Called before anything is measured, which takes minutes."""
-    for package in ("safetensors", "transformers"):
-        if find_spec(package) is None:
-            raise Refusal(
-                f"{package} is not installed, and `bench.py {command}` measures beside "
-                "transformers: pip install transformers safetensors"
-            )
-
-
 def models_in(directory: str, device: torch.device) -> dict[str, nn.Module]:
     """Ours, and DeepseekV3ForCausalLM with each implementation of experts that may be fastest."""
     import transformers
@@ -259,7 +243,7 @@ def reference_table(options: TrainOptions) -> Table:
     base, steps = train.TrainConfig(batch_size=8, block_size=256, device=options.device), {}
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(DeepSeekV3(ModelConfig(**REFERENCE)), folder)
-        for dtype, compiled in product(FORMATS, (False, True)[: 1 + options.compile]):
+        for dtype, compiled in itertools.product(FORMATS, (False, True)[: 1 + options.compile]):
             config = replace(base, dtype=dtype, compile=compiled)
             machine = processes.start(config)
             for name, model in models_in(folder, machine.device).items():
@@ -303,7 +287,7 @@ def train_(options: TrainOptions, files: list[str]) -> Iterator[Table]:
     can make; without a CONFIG also the reference model beside transformers'."""
     file = files[0] if files else "config/small.py"
     if not files:
-        require_transformers("train")
+        import transformers  # noqa: F401, if it is missing this ends now and not in minutes
     gpu = processes.usable_device(options.device).type == "cuda"
     formats = FORMATS[1:] if gpu and files else FORMATS  # float32 takes a large network minutes
     rows = [config_row(file, dtype, options) for dtype in formats]  # first, for their peak of GB
@@ -326,7 +310,6 @@ class DecodeOptions(Timed):
 @torch.inference_mode()
 def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
     """Greedy decoding and the cost of a long context. Drafts: experiments/speculation.py."""
-    require_transformers("decode")
     device = processes.usable_device(options.device)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -339,62 +322,43 @@ def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
 
 
 def plain_table(options: DecodeOptions, models: dict, theirs: dict[str, nn.Module]) -> Table:
-    """How fast all of them write one text, and how much of our time the weights' reading takes."""
-    new, model, texts, steps = options.new_tokens, models["ours"], {}, {}
+    """How fast all of them write one text."""
+    new, model, texts = options.new_tokens, models["ours"], {}
     device = model.embed_tokens.weight.device
     prompt = torch.randint(model.config.vocab_size, (1, options.prompt)).to(device)
 
     def ours(name: str, model: DeepSeekV3, compile: bool):
-        settings = dict(temperature=0, speculative=0, compile=compile, stats=sample.Stats())
+        settings = dict(temperature=0, speculative=0, compile=compile)
         texts[name] = sample.generate(model, prompt, new, **settings)
-        steps.setdefault(name, []).append(settings["stats"].seconds / new)
 
     def transformers(name: str, hf: nn.Module):
         greedy = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
         texts[name] = hf.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
-
-    def llama(name: str, complete: Callable[[Tensor], Tensor]):
-        texts[name] = complete(prompt)
 
     functions = {name: partial(transformers, name, hf) for name, hf in theirs.items()}
     for name, m in models.items():
         functions[name] = partial(ours, name, m, False)
         if options.compile:
             functions[f"{name} compiled"] = partial(ours, f"{name} compiled", m, True)
-    memory = torch.ones(2**26, device=device)  # 268 MB, more than a CPU's caches hold
-    with ExitStack() as servers:
-        if device.type == "cpu" and find_spec("xllamacpp") and find_spec("gguf"):
-            functions["ours"]()
-            for dtype in LLAMA_CPP:
-                complete = servers.enter_context(llama_cpp(model, dtype, texts["ours"], new))
-                functions[f"llama.cpp {dtype}"] = partial(llama, f"llama.cpp {dtype}", complete)
-        t = interleaved({"read": memory.sum, **functions}, options.rounds)
-    read = [seconds / memory.nbytes for seconds in t.pop("read")]  # per byte
-    active = model.parameter_counts()["active"] - model.embed_tokens.weight.numel()
-    reading = f"{active / 1e6:.2f}M active weights at {1e-9 / statistics.median(read):.1f} GB/s"
     title = f"greedy decoding, batch 1, prompt {options.prompt}, {new} new tokens"
-    table = speed_table(f"{title}; reading: {reading}", t, new)
+    table = speed_table(title, interleaved(functions, options.rounds), new)
     for row in table.rows:
-        name, size = row[""], active * (2 if "bf16" in row[""] else 4)
-        row["same text"] = torch.equal(texts[name], texts["ours"])
-        if name in steps:
-            row["reading's share"] = ratio(read, steps[name][-options.rounds :], size)
+        row["same text"] = torch.equal(texts[row[""]], texts["ours"])
     return table
 
 
-def our_step_at(model: DeepSeekV3, S: int) -> tuple[list[Tensor], Callable]:
-    """A cache of S random latents, and a function that decodes one token after them."""
+def our_step_at(model: DeepSeekV3, S: int) -> Callable:
+    """A function that decodes one token after S tokens, of which a cache has random latents."""
     cache = Cache(model.config, model.layers, 1, S + 1, model.embed_tokens.weight)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.embed_tokens.weight.device)
-    kept = torch.utils._pytree.tree_leaves(cache.kept)
-    for x in kept:
+    for x in torch.utils._pytree.tree_leaves(cache.kept):
         x.normal_() if x.is_floating_point() else x.random_(0, 100)
 
     def step():
         cache.length = S
         model.logits(model.trunk(token, cache)).argmax()
 
-    return kept, step
+    return step
 
 
 def their_step_at(hf: nn.Module, S: int) -> Callable:
@@ -414,113 +378,16 @@ def their_step_at(hf: nn.Module, S: int) -> Callable:
 
 
 def context_table(options: DecodeOptions, model: DeepSeekV3, hf: nn.Module) -> Table:
-    """Each length beside an empty context: the difference is attention."""
-    rows, empty = [], our_step_at(model, 1)[1]
+    """One decoding step after contexts of several lengths."""
+    rows = []
     for S in map(int, options.contexts.split(",")):
-        kv, step = our_step_at(model, S)
-        functions = {"empty": empty, "ours": step, "theirs": their_step_at(hf, S)}
-        functions["read"] = lambda kv=kv: [x.sum() for x in kv]
+        functions = {"ours": our_step_at(model, S), "theirs": their_step_at(hf, S)}
         t = interleaved(functions, options.rounds)
-        attention = [a - b for a, b in zip(t["ours"], t["empty"], strict=True)]
         ms = {name: 1000 * statistics.median(values) for name, values in t.items()}
-        rows.append({
-            "cached tokens": S, "cache MB": sum(x.nbytes for x in kv) / 1e6, "step ms": ms["ours"],
-            "transformers ms": ms["theirs"], "times ours": ratio(t["theirs"], t["ours"]),
-            "reading ms": ms["read"], "attention/reading": ratio(attention, t["read"]),
-        })  # fmt: skip
-    return Table("one decoding step; attention: what it takes beyond a step after one token", rows)
-
-
-# ---- count ---------------------------------------------------------------------------------------
-
-# NVIDIA's data sheet of the H100 SXM: bytes a second, operations a second (dense) in bf16 and FP8.
-BANDWIDTH, BF16_PEAK, FP8_PEAK = 3.35e12, 989e12, 1979e12
-
-
-@dataclass
-class CountOptions(Options):
-    fp8: bool = False  # FP8 products, too
-    compile: bool = False  # compiled blocks, too; takes 15 seconds, with FP8 a minute more
-    recompute: bool = False  # with activation checkpointing
-    largest: int = 0  # a second table: so many operations, the largest by bytes
-
-
-def counted(
-    file: str, use_fp8: bool, recompute: bool = False, compile: bool = False
-) -> tuple[Count, float]:
-    """What forward and backward of a micro-batch need, and their FLOPs."""
-    network, settings = open_config(file)
-    config = train.TrainConfig(**settings)
-    windows, T = config.batch_size // config.grad_accum, config.block_size
-
-    def rows_of(counts: Tensor, x: Tensor) -> fp8.Rows:  # uneven, as a network's are
-        if torch.compiler.is_compiling():
-            return counts.cpu()
-        count.waits["rows of FP8's experts"] += 1
-        tiles, E = len(x) // 128, len(counts)
-        parts = [tiles * (i + 1) // E - tiles * i // E for i in range(E)]
-        parts[0], parts[-1] = parts[0] + parts[-1], 0
-        return [128 * n for n in parts]
-
-    def yes(*_) -> bool:
-        return True
-
-    fp8.tell_compiler()  # of has_blockwise_fp8, before another stands in for it
-    fakes = mock.patch.multiple(fp8, has_blockwise_fp8=yes, on_gpu=yes, rows_of=rows_of)
-    with on_a_card() as count, fakes:
-        model = DeepSeekV3(network.config)
-        model.recompute = recompute
-        if use_fp8:
-            fp8.use_fp8(model)
-        if compile:
-            backend = as_compiled(count)  # one for all, or each block would be traced anew
-            for block in (*model.layers, *model.mtp):
-                block.compile(backend=backend, dynamic=False)
-        machine = Machine(torch.device("cpu"), torch.bfloat16)
-        x, y = torch.zeros(2, windows, T, dtype=torch.long)
-        with fp8.quantized_once(model) if use_fp8 else nullcontext(), count:
-            for p in model.parameters():
-                count.follow(p)
-                count.live += 2 * p.nbytes  # AdamW's moments
-            with machine.autocast():
-                losses = model(x, y)
-            sum(losses.values()).backward()
-    return count, windows * T * flops_per_token(network, T)
-
-
-def count_row(name: str, count: Count, flops: float) -> dict[str, Any]:
-    """The share of the peak that is left if products run at their peak, and all else at the
-    memory's speed, one after the other."""
-    moved = sum(n for name, n in count.bytes.items() if name not in PRODUCTS)
-    low = min(count.fp8_flops, flops)  # which count padding, too
-    products = low / FP8_PEAK + (flops - low) / BF16_PEAK
-    return {
-        "": name, "kernels": count.kernels.total(), "GB": count.bytes.total() / 1e9,
-        "products": sum(n for name, n in count.kernels.items() if name in PRODUCTS),
-        "waits": count.waits.total(), "peak GB": count.peak / 1e9,
-        "products' ms": 1000 * products, "other bytes' ms": 1000 * moved / BANDWIDTH,
-        "of bf16's peak": flops / BF16_PEAK / (products + moved / BANDWIDTH),
-    }  # fmt: skip
-
-
-def count_(options: CountOptions, files: list[str]) -> Iterator[Table]:
-    """Forward and backward of a micro-batch of config/base_1b.py, or of the CONFIG named, counted
-    on fake tensors as an H100 would run them. How fast its kernels are, only a card can tell."""
-    file = files[0] if files else "config/base_1b.py"
-    rows, largest = [], []
-    kinds = product((False, True)[: 1 + options.fp8], (False, True)[: 1 + options.compile])
-    for use_fp8, compile in kinds:
-        count, flops = counted(file, use_fp8, options.recompute, compile)
-        name = f"{Path(file).stem} {'FP8' if use_fp8 else 'bf16'}{' compiled' * compile}"
-        rows.append(count_row(name, count, flops))
-        if compile:
-            rows[-1]["waits"] = None  # those within a graph are not seen
-        for operation, moved in count.bytes.most_common(options.largest):
-            n = count.kernels[operation]
-            largest.append({"": f"{name} {operation}", "kernels": n, "GB": moved / 1e9})
-    yield Table("a micro-batch: COUNTED, not measured; shares of the peak are limits", rows)
-    if largest:
-        yield Table("its largest operations", largest)
+        times = ratio(t["theirs"], t["ours"])
+        row = {"cached tokens": S, "step ms": ms["ours"], "transformers ms": ms["theirs"]}
+        rows.append(row | {"times ours": times})
+    return Table("one decoding step", rows)
 
 
 # ---- fp8 -----------------------------------------------------------------------------------------
@@ -580,6 +447,131 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
     }  # fmt: skip
 
 
+# ---- cache ---------------------------------------------------------------------------------------
+
+WAYS = {  # the pieces in which a text is read: tokens in each, how many of them are forgotten again
+    "one token at a time": [(1, 0)],
+    "several tokens at a time": [(n, 0) for n in range(2, MOST_NEW + 1)],
+    "drafts rejected": [(MOST_NEW, n) for n in (0, *range(MOST_NEW, 0, -1))],
+}
+
+
+@dataclass
+class CacheCheck:
+    """What `check_cache` found; print() tells it."""
+
+    ways: int  # of reading that were tried
+    size: float  # the standard deviation of the main model's logits
+    largest: float  # difference of a logit, in any of them
+    wrong: list[str]  # a sentence for each way in which the logits are not those of whole forwards
+
+    def __str__(self) -> str:
+        right = f"{self.ways - len(self.wrong)} of {self.ways} ways to read in pieces are right"
+        numbers = f"logits differ by up to {self.largest:.1g}, their spread is {self.size:.1g}"
+        return "\n".join((f"{right}; {numbers}", *self.wrong))
+
+
+@torch.inference_mode()
+def check_cache(model: DeepSeekV3, length: int = 256) -> CacheCheck:
+    """Reads a random text in pieces, as decoding does, and compares the logits with whole forwards.
+
+    A piece is one token, or several, or drafts of which some are rejected: a smaller `cache.length`
+    forgets them. Pieces begin the text, or follow a prompt. Positions are numbers, or tensors as in
+    a graph. The main model reads by itself, and so does every MTP module.
+
+    A copy of the model reads, in float64. There rounding leaves 12 digits or more, and a mistake
+    few: a logit is wrong if it is off by 1e-8 of the logits' spread, their standard deviation. All
+    weights of the copy are shaken a little, so that what was initialised as 0 counts, too. FP8
+    rounds more than that, so call it without use_fp8.
+    length: tokens of the text, more than twice the longest window of a layer.
+    """
+    model = copy.deepcopy(getattr(model, "_orig_mod", model))
+    device, config = sample.drawing_device(model.embed_tokens.weight.device), model.config
+    model.to(device, torch.float64).eval()
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        shake = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        p.add_(shake.to(device), alpha=config.initializer_range)
+    # Two texts, and two more from which the drafts come that are rejected.
+    shape = 4, min(length, config.max_position_embeddings)
+    tokens = torch.randint(config.vocab_size, shape, generator=generator)
+    # Special tokens are an end of the vocabulary, and rare in texts at random: every eighth here.
+    special = torch.randint(2, shape, generator=generator) * (config.vocab_size - 1)
+    rare = torch.randint(8, shape, generator=generator) == 0
+    tokens = torch.where(rare, special, tokens).to(device)
+    logits, mtp_logits = model(tokens[:2], return_mtp=True)
+    inputs = [tokens, model.trunk(tokens)]  # what the main model takes, then what every module
+    for k in range(1, len(mtp_logits)):
+        inputs.append(model.predict_next(k - 1, inputs[k][:, :-1], tokens[:, k:]))
+    check = CacheCheck(0, logits.std().item(), 0.0, [])
+    ways = [*itertools.product(WAYS, (0, shape[1] // 2), (False, True))]
+    with torch.autocast(device.type, enabled=False):
+        for k, whole in enumerate((logits, *mtp_logits)):
+            for way, prompt, as_tensor in ways:
+                found = read_in_pieces(model, k, inputs[k], tokens, way, prompt, as_tensor)
+                off = (found - whole).abs().amax((0, 2)).nan_to_num(math.inf)  # by position
+                check.ways += 1
+                check.largest = max(check.largest, off.max().item())
+                first = (off > 1e-8 * check.size).nonzero()[:1].tolist()
+                if first:
+                    reader = f"MTP module {k}" if k else "main model"
+                    where = f" behind a prompt of {prompt}" if prompt else ""
+                    graph = ", positions as tensors" if as_tensor else ""
+                    says = f"wrong from position {first[0][0]} on, by up to {off.max():.2g}"
+                    check.wrong.append(f"{reader}, {way}{where}{graph}: {says}")
+    return check
+
+
+def read_in_pieces(
+    model: DeepSeekV3, k: int, inputs: Tensor, tokens: Tensor, way: str, prompt: int, tensor: bool
+) -> Tensor:
+    """Logits of the main model, k = 0, or of MTP module k, on a cache: (B, length - k, V).
+
+    inputs: the tokens (2B, length), or the hidden states that the module takes (2B, .., D). The
+    first B rows are the texts, from the others come drafts.
+    """
+    B, length, logits = len(tokens) // 2, tokens.shape[1] - k, []
+    layers = model.mtp if k else model.layers
+    cache = Cache(model.config, layers, B, length, model.embed_tokens.weight)
+    for start, kept, read in pieces(way, prompt, length):
+        takes, later = (
+            torch.cat((x[:B, start : start + kept], x[B:, start + kept : start + read]), 1)
+            for x in (inputs, tokens[:, k:])
+        )
+        cache.length = torch.tensor(start, device=tokens.device) if tensor and start else start
+        h = model.predict_next(k - 1, takes, later, cache) if k else model.trunk(takes, cache)
+        logits.append(model.logits(h, k)[:, :kept])
+    return torch.cat(logits, 1)
+
+
+def pieces(way: str, prompt: int, length: int) -> Iterator[tuple[int, int, int]]:
+    """The pieces of a text: where each starts, how many tokens are kept, how many are read."""
+    most, start = max(forgotten for _, forgotten in WAYS[way]), 0
+    for n, forgotten in itertools.chain([(prompt + most, most)], itertools.cycle(WAYS[way])):
+        kept = min(n - forgotten, length - start)
+        read = min(n, length - start)
+        if read:
+            yield start, kept, read
+        start += kept
+        if start == length:
+            return
+
+
+@dataclass
+class CacheOptions:
+    length: int = 256  # tokens of the text; more than twice the longest window of a layer
+
+
+def cache(options: CacheOptions, files: list[str]):
+    """Reads a random text in pieces, as decoding does, with the weights of out/small or of the RUN
+    named, and compares the logits with whole forwards. Exit code 1 where a way is wrong."""
+    model, *_ = load_model(files[0] if files else "out/small")
+    check = check_cache(model, options.length)
+    print(check)
+    if check.wrong:
+        sys.exit(1)
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 COMMANDS = {  # function, options, its files in the usage, how many they may be
@@ -587,7 +579,7 @@ COMMANDS = {  # function, options, its files in the usage, how many they may be
     "train": (train_, TrainOptions, "[CONFIG]", 1),
     "decode": (decode, DecodeOptions, "", 0),
     "fp8": (fp8_, FP8Options, "", 0),
-    "count": (count_, CountOptions, "[CONFIG]", 1),
+    "cache": (cache, CacheOptions, "[RUN]", 1),
     "plot": (plot, PlotOptions, "RUN [RUN ...]", 999),
 }
 
@@ -606,9 +598,14 @@ def main(argv: list[str]):
     classes = kind.__mro__[-2::-1]  # a parent's fields first
     usage = f"%(prog)s {command} {usage}{' ' * bool(usage)}[--key=value ...]"
     options = kind(**parse_args(function.__doc__, keys, *classes, usage=usage)[1])
+    for name, value in vars(options).items():
+        if type(value) is int and value < 1:  # of a bool the type is another
+            raise Refusal(f"{name} is {value}, but must be at least 1.")
+    if command == "cache":
+        return cache(options, files)
     if command == "plot":
         return print(plot(options, files))
-    print_tables(command, function(options, files), options)
+    print_tables(function(options, files))
 
 
 if __name__ == "__main__":

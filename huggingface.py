@@ -15,15 +15,13 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import swap_tensors
 
 import fp8
 from model import DeepSeekV3, ModelConfig
@@ -95,48 +93,43 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**{key: value for key, value in stated.items() if key in known})
 
 
-class NoMemory(TorchFunctionMode):
-    """Within it torch.empty makes tensors without memory: matrices, which a constructor goes on to
-    fill with random numbers, cost neither memory nor time. All else is made as usual."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return function(*args, **kwargs | ({"device": "meta"} if function is torch.empty else {}))
-
-
 def outline(config: ModelConfig) -> DeepSeekV3:
-    """The network, to ask for names and shapes. Tensors that its constructor makes with torch.empty
-    (the matrices) have no memory; all others, such as norms, are real."""
+    """The network on meta, where tensors have names and shapes, but no memory."""
     try:
-        with NoMemory():
+        with torch.device("meta"):
             return DeepSeekV3(config)
-    except (RuntimeError, NotImplementedError):  # an edited one that computes with such tensors
+    except RuntimeError:  # the constructor of an edited one asks for numbers
         return DeepSeekV3(config)
 
 
-def to_fill(
+def filled(
     config: ModelConfig,
-    stored: Collection[str],
+    weights: dict[str, Tensor] | None,
     device: str | torch.device,
     dtype: torch.dtype,
-    ready: dict[str, Tensor] | None = None,
 ) -> DeepSeekV3:
-    """A network for a file with the tensors `stored`: these have memory, but need not have values.
-    The memory of those that are `ready` is taken, without a copy. All others, such as buffers that
-    are not saved, are as the constructor makes them."""
-    ready = ready or {}
-    model = outline(config)
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    empty = {name: x for name, x in tensors.items() if x.is_meta}
-    attributes = [x for module in model.modules() for x in vars(module).values()]
-    unsaved = any(isinstance(x, Tensor) and x.is_meta for x in attributes)
-    if unsaved or empty.keys() - stored:  # values that only a whole constructor makes
-        return DeepSeekV3(config).to(device, dtype)
-    for name, x in empty.items():  # in place: what two modules share stays shared
-        y = ready.get(name)
-        y = torch.empty_like(x, dtype=dtype, device=device) if y is None else y.detach()
-        swap_tensors(x, nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y)
-    return model.to(device, dtype)
+    """The network, made on meta, with copies of these weights: their file may be mapped, and be
+    written anew while the network is used. None: with memory that the caller is to fill. What the
+    weights lack is as the constructor makes it."""
+    model = outline(config).to(dtype)
+    state, found = model.state_dict(keep_vars=True), {}
+    for name, like in state.items():
+        if id(like) in found or (weights is not None and name not in weights):
+            continue  # what two modules share stays shared
+        x = torch.empty_like(like, device=device)
+        if weights is not None:
+            x.copy_(weights[name].detach())
+        parameter = isinstance(like, nn.Parameter)
+        found[id(like)] = nn.Parameter(x, like.requires_grad) if parameter else x
+    state = {name: found[id(like)] for name, like in state.items() if id(like) in found}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.expert_counts = torch.zeros_like(model.expert_counts, device=device)  # no part of a state
+
+    constants = [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor)]
+    if any(x.is_meta for x in (*model.parameters(), *model.buffers(), *constants)):
+        model = DeepSeekV3(config).to(device, dtype)  # of an edited network, or with a new part
+        model.load_state_dict(state, strict=False)
+    return model.to(device)
 
 
 def and_more(names: list[str]) -> str:
@@ -311,7 +304,7 @@ def from_pretrained(
     if named not in DTYPES:
         raise Refusal(f"config.json has dtype {kind!r:.100}, expected one such as float32.")
 
-    model = to_fill(config, shapes.state_dict().keys(), device, dtype or named)
+    model = filled(config, None, device, dtype or named)
     for name, view in checkpoint_views(model):
         view.copy_(read_tensor(name, stored, directory))
     copies = {name: x for name, x in checkpoint_copies(model) if name in stored}
@@ -411,8 +404,8 @@ def load_model(
         other = f"{path} was saved with another model.py than this one"
         info(f"{other}: where a formula is another, its weights mean something else")
     compare(weights, outline(config).state_dict(), path, told, extend)
-    model = to_fill(config, weights, device, dtype or weights["embed_tokens.weight"].dtype)
-    model.load_state_dict(weights, strict=False)
+    dtype = dtype or weights["embed_tokens.weight"].dtype
+    model = filled(config, weights, device, dtype)
     model.trained_length = saved.get("trained_length", config.max_position_embeddings)
     tokenizer = stored_tokenizer(path if path.is_dir() else path.parent)
     if tokenizer.n_vocab > config.vocab_size:
@@ -435,11 +428,7 @@ def with_settings(
     weights, like = model.state_dict(), model.embed_tokens.weight
     needed = outline(config).state_dict()
     compare(weights, needed, source, f"{source} cannot get {told}", extend)
-    # A weight with two names comes once here, unlike in `weights`. If the settings make two of it,
-    # the second gets memory of its own.
-    each_once = dict(model.named_parameters()) | dict(model.named_buffers())
-    other = to_fill(config, weights.keys(), like.device, like.dtype, ready=each_once)
-    other.load_state_dict(weights, strict=False)
+    other = filled(config, weights, like.device, like.dtype)
     other.trained_length = model.trained_length
     return other.eval()
 

@@ -21,7 +21,6 @@ support/checkpoints.py. Processes and devices: support/processes.py.
 Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
 """
 
-import bisect
 import functools
 import itertools
 import math
@@ -197,16 +196,6 @@ def batch_at(config: TrainConfig, step: int) -> int:
     ramp = max(1, config.batch_ramp * config.steps)  # in steps
     stage = int(stages * step / ramp)  # from 0 on
     return min(start * (1 + stage), config.batch_size)
-
-
-def stages_from(config: TrainConfig, step: int) -> Iterator[tuple[range, int]]:
-    """For every size of a batch from this step on: the steps that have it, and the size. A search
-    finds the end of each, as a look at every step of a long run takes too long."""
-    while step < config.steps:
-        size = batch_at(config, step)
-        end = bisect.bisect(range(config.steps), size, key=lambda x: batch_at(config, x))
-        yield range(step, end), size
-        step = end
 
 
 # ---- Optimiser -----------------------------------------------------------------------------------
@@ -488,7 +477,7 @@ def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, pr
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.why})"
     info(f"run: {config.steps} steps on {where}")
-    windows = sum(len(steps) * size for steps, size in stages_from(config, progress.step))
+    windows = sum(batch_at(config, step) for step in range(progress.step, config.steps))
     read, length = progress.tokens + windows * config.block_size, len(data.train)
     epochs = read / length
     shown = f"{epochs:.1f}" if epochs >= 1 else f"{epochs:.2g}"
@@ -518,14 +507,17 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
 
     with runs.open_run(states, config, machine, files) as run:
         tell_plan(model, data, config, machine, progress)
-        given_weights = progress.step == 0 and config.init_from
-        # A run may have stopped between a checkpoint and its evaluation. Weights from elsewhere are
-        # measured before they change.
-        if progress.owes_evaluation or given_weights:
-            run.note(evaluate(model, data, config, machine))
+        if progress.step == 0 and config.init_from:  # measured before they change
+            progress.owes_evaluation = True
 
-        save_due = False
-        while not (run.finished or run.stopped):
+        # After a step first the checkpoint, then the evaluation, which may take minutes. A run that
+        # stops between the two, for whatever reason, makes up for the evaluation when it goes on.
+        while not run.stopped:
+            if progress.owes_evaluation:
+                run.log_evaluation(evaluate(model, data, config, machine))
+            if run.finished:
+                break
+
             step = progress.step
             if extended(config, step):
                 extend_context(model, config)
@@ -554,14 +546,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             total = machine.sum(torch.stack([*losses.values()]))  # over processes
             means = dict(zip(losses, total / machine.world, strict=True)) | {"max_vio": vio}
             run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
-
-            evaluation = run.due(config.eval_every) and not run.stopped
-            save_due |= evaluation or run.stopped or run.due(config.save_every)
-            if finite and save_due:  # else after the next good step
+            if run.owes_checkpoint:
                 run.save()
-                save_due = False
-            if evaluation:
-                run.note(evaluate(model, data, config, machine))
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -580,8 +566,8 @@ def split_configs(values: dict) -> tuple[dict, dict]:
 def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
     """All settings by name, where the weights are (None: a new network), and the first step.
 
-    The command line overrules the checkpoint of a run that goes on or is evaluated, and that
-    overrules the config file.
+    The command line wins over the checkpoint of a run that goes on or is evaluated, that over the
+    config file, and that over the defaults.
     """
     kinds = (TrainConfig, ModelConfig)
     file, given = settings.parse_args(ABOUT, argv, *kinds, positional="config")
@@ -595,38 +581,34 @@ def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
     if not has_network or not (out or asked["eval_only"]):
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
-    source, own = find_weights(asked, given)
-    if not own:
-        return asked, source, 0
-
-    saved = load_checkpoint(source, whole=False)
-    stored = saved["model_config"] | saved["train_config"]
-    known = ModelConfig.__dataclass_fields__ | TrainConfig.__dataclass_fields__
-    stored = {k: x for k, x in stored.items() if k in known and k not in OF_THE_COMMAND}
-    return settings.merge(in_file, stored, given) | {"out": out}, source, saved["step"]
+    if own := own_checkpoint(asked, given):
+        saved = load_checkpoint(own, whole=False)
+        stored = saved["model_config"] | saved["train_config"]
+        known = ModelConfig.__dataclass_fields__ | TrainConfig.__dataclass_fields__
+        stored = {k: x for k, x in stored.items() if k in known and k not in OF_THE_COMMAND}
+        return settings.merge(in_file, stored, given) | {"out": out}, own, saved["step"]
+    return asked, Path(asked["init_from"]) if asked["init_from"] else None, 0
 
 
-def find_weights(asked: dict, given: dict) -> tuple[Path | None, bool]:
-    """Where the weights are (None: a new network), and whether they are those of the run in `out`,
-    which goes on or is evaluated. Raises Refusal where a new run may not write to its folder."""
+def own_checkpoint(asked: dict, given: dict) -> Path | None:
+    """The checkpoint of the run in `out` if this command goes on with it or evaluates it. None for
+    a new run, and where init_from's weights are evaluated. Raises Refusal where the command cannot
+    do with that folder what it asks for."""
     out, start = Path(asked["out"]), asked["init_from"]
     if asked["resume"]:
         if given.get("init_from") or given.get("overwrite"):
             raise Refusal("--resume goes on with a run: leave out --init_from and --overwrite.")
         runs.check_folder(out, resume=True, overwrite=False)
-        return out / "ckpt.pt", True
+        return out / "ckpt.pt"
     if asked["eval_only"]:  # writes nothing, so a run that is being trained may be evaluated
         # Once there is a run, what its config file has as init_from is history.
-        if start and (given.get("init_from") or not runs.holds_run(out)):
-            return Path(start), False
-        return checkpoint_file(out), True
+        elsewhere = start and (given.get("init_from") or not runs.holds_run(out))
+        return None if elsewhere else checkpoint_file(out)
     runs.check_folder(out, resume=False, overwrite=asked["overwrite"])
-    if not start:
-        return None, False
     source = Path(start).resolve()
-    if out.resolve() in (source, source.parent):
+    if start and out.resolve() in (source, source.parent):
         raise Refusal(f"{start} would be put aside: give another --out.")
-    return Path(start), False
+    return None
 
 
 def open_network(config: TrainConfig, network: dict, source: Path | None, machine: Machine):
@@ -670,15 +652,12 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
         less = f"long_block_size is {long}, less than the {trained} trained before"
         raise Refusal(f"{less}: give --long_block_size=0, or {trained} at least.")
     parts = machine.world * config.grad_accum
-    for steps, size in stages_from(config, first):
-        # Long windows come in every second step of the last phase. So if any of these steps has
-        # them, one of the last two has.
-        for step in (steps[0], *steps[-2:]):
-            tokens, T = size * config.block_size, block_at(config, step)
-            if tokens % (T * parts):
-                uneven = f"the {tokens} tokens of step {step} are no multiple of {parts}"
-                each = f"micro-batches (processes x grad_accum) of windows of {T} tokens"
-                raise Refusal(f"{uneven} {each}.")
+    for step in range(first, config.steps):
+        tokens, T = batch_at(config, step) * config.block_size, block_at(config, step)
+        if tokens % (T * parts):
+            uneven = f"the {tokens} tokens of step {step} are no multiple of {parts}"
+            each = f"micro-batches (processes x grad_accum) of windows of {T} tokens"
+            raise Refusal(f"{uneven} {each}.")
 
 
 def command(argv: list[str]):

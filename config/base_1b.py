@@ -11,7 +11,7 @@ Computed, not measured; no GPU has run this yet, which is also why compile is of
     run       10,000 steps of 524,288 tokens: 5.2B, 22 per active parameter
     FLOPs     1.64 GFLOP per token with MTP, 8.6e18 in all
     time      hardly less than 4.8 hours: a micro-batch's products take 54 ms at the peak of 989
-              TFLOP/s, and beside them it moves 0.18 TB, 53 ms at 3.35 TB/s (python bench.py count).
+              TFLOP/s, and beside them it moves 0.18 TB, 53 ms at 3.35 TB/s (counted).
               So 51 % of the peak is the limit; the four evaluations on 100M tokens add two to
               three minutes each
     memory    17 GB weights, gradients and AdamW (16 bytes a parameter, MTP included), with

@@ -6,6 +6,7 @@ far a run has come. Of sharded tensors a file has the whole (`gather`), and a pr
 (`cut_like`). support/runs.py says when a checkpoint is written, and where.
 """
 
+import ast
 import functools
 import hashlib
 import math
@@ -34,12 +35,6 @@ def checkpoint_file(path: str | Path) -> Path:
     return folder / ("best.pt" if (folder / "best.pt").exists() else "ckpt.pt")
 
 
-def foreign_type(error: Exception) -> str:
-    """Of an error of torch.load: the type that weights_only=True does not open; "" for others."""
-    named = re.search(r"GLOBAL (\S+)", str(error))
-    return short(named[1], 80) if named else ""
-
-
 def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     """What train.py saved in a file, or in a run's folder (best.pt, else ckpt.pt).
 
@@ -59,8 +54,8 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
         dict(saved["model_config"])  # raises where another program has saved it
     except Exception as error:  # a damaged file may lead to any
         told, why = f"{file} is damaged, or no checkpoint of train.py", short(error, 100)
-        if what := foreign_type(error):
-            why = f"it holds {what!r}; only tensors, numbers and text are opened"
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):  # weights_only does not open it
+            why = f"it holds {short(foreign[1], 80)!r}; only tensors, numbers and text are opened"
         raise Refusal(f"{told} ({why})") from None
     if damaged:
         raise Refusal(f"{file} is damaged: {damaged} in it has another checksum than when saved")
@@ -69,24 +64,32 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
 
 @functools.cache  # this process goes on with the code that it has read, whatever is edited later
 def code_of(config_class: type) -> str:
-    """The digits of the file that defines a network and this class of its settings: model.py (""
-    where a class is from no file, but from a prompt)."""
+    """Digits of the code of the file that defines a network and this class of its settings:
+    model.py. Comments and layout do not count. "" where a class is from no file, but a prompt."""
     file = getattr(sys.modules.get(config_class.__module__), "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8] if file else ""
+    code = ast.dump(ast.parse(Path(file).read_bytes())) if file else ""
+    return hashlib.sha256(code.encode()).hexdigest()[:8] if file else ""
 
 
 # ---- The tensors of a state ----------------------------------------------------------------------
 
+# What load_checkpoint opens besides tensors and these in dictionaries, lists and tuples.
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
 
 def gather(x: Any) -> Any:
     """x, a state, with all its tensors on the CPU, gathered where FSDP has cut them up (every
-    process has to call it; only process 0 gets the contents)."""
+    process has to call it; only process 0 gets the contents). Raises TypeError for what could be
+    saved, but not opened, such as a number of NumPy."""
     if isinstance(x, dict):
-        return {key: gather(value) for key, value in x.items()}
+        return {gather(key): gather(value) for key, value in x.items()}
     if isinstance(x, list | tuple):
         return type(x)(map(gather, x))
     if not isinstance(x, Tensor):
-        return x
+        if type(x) in PLAIN:  # NumPy's float64 is an instance of float
+            return x
+        may = "only tensors, numbers and text may be saved (of NumPy: x.tolist())"
+        raise TypeError(f"a state of this run holds {type(x)}, but {may}")
     x = x.detach()
     x = x.full_tensor() if hasattr(x, "full_tensor") else x
     return x.cpu() if os.environ.get("RANK", "0") == "0" else None

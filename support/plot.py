@@ -4,7 +4,6 @@ Losses by step, any other key of the log, and how busy every expert was. matplot
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +56,6 @@ def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.array(heights)
 
 
-def bits_per_byte(log: Log) -> float | None:
-    """How many bits per byte of the validation text are one nat per token; None: not yet known."""
-    evaluations = [line for line in log if line.get("val_loss") is not None]
-    return evaluations[-1]["val_bpb"] / evaluations[-1]["val_loss"] if evaluations else None
-
-
 def plot_validation(ax: Any, run: str, log: Log, colour: str) -> None:
     """A curve with points, and an entry in the legend with the last loss."""
     evaluations = [line for line in log if line.get("val_loss") is not None]
@@ -87,12 +80,6 @@ def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
     ax.set_title(title, fontsize=8)
     ax.set(xlabel="step", ylabel="nats per token")
     ax.grid(alpha=0.3)
-    # One axis in bits serves all runs only if their tokens have the same length in bytes.
-    factors = [bits_per_byte(log) for log in logs.values()]
-    if None not in factors and math.isclose(min(factors), max(factors), rel_tol=1e-3):
-        to_bits, to_nats = (lambda y: y * factors[0]), (lambda y: y / factors[0])
-        right = ax.secondary_yaxis("right", functions=(to_bits, to_nats))
-        right.set_ylabel("bits per byte of text")
 
 
 def plot_key(ax: Any, key: str, logs: dict[str, Log]) -> None:

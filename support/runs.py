@@ -4,12 +4,15 @@ train() names the things that have a state. This file knows no more of them.
 
     states = {"model": model, "progress": Progress(...), ...} | by_name(model, optimizers)
     with open_run(states, config, machine, files) as run:
-        ...                               a step
-        run.advance(tokens, finite, means, lr=lr, grad_norm=norm)
-        if run.due(config.save_every):
-            run.save()                    ckpt.pt
-        if run.due(config.eval_every):
-            run.note(evaluate(...))       a line of log.jsonl, and best.pt if it is the best so far
+        while not run.stopped:            by a signal
+            if progress.owes_evaluation:
+                run.log_evaluation(...)   a line of log.jsonl, and best.pt if it is the best so far
+            if run.finished:
+                break
+            ...                           a step
+            run.advance(tokens, finite, means, lr=lr, grad_norm=norm)
+            if run.owes_checkpoint:
+                run.save()                ckpt.pt
 
 One process at a time writes there. Files are written whole, or they stay what they were.
 """
@@ -17,12 +20,9 @@ One process at a time writes there. Files are written whole, or they stay what t
 import json
 import math
 import os
-import pickle
 import re
-import sys
-import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,20 +30,18 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from support.checkpoints import code_of, cut_like, foreign_type, gather, load_checkpoint
+from support.checkpoints import code_of, cut_like, gather, load_checkpoint
 from support.clock import Clock
 from support.files import put_aside, write_whole
 from support.flops import flops_per_token, peak_flops
 from support.processes import Machine
-from support.settings import Refusal, info, short
+from support.settings import Refusal, info
 from support.signals import Stop
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None
-
-RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
 
 # ---- The folder ----------------------------------------------------------------------------------
 
@@ -57,7 +55,8 @@ def open_here(path: Path, mode: str) -> BinaryIO:
 
 def holds_run(out: Path) -> bool:
     """Whether something of a run would be lost there."""
-    return any((out / name).exists() and (out / name).stat().st_size for name in RUN_FILES)
+    files = [out / name for name in ("ckpt.pt", "best.pt", "log.jsonl")]
+    return any(file.exists() and file.stat().st_size for file in files)
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool):
@@ -72,6 +71,9 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
     begun = {".lock", "log.jsonl"} <= names  # a run that has not written a line
     if names - {".lock"} and not (trained or begun):
         raise Refusal(f"{out} holds files, but no run: give another --out.")
+    if "best.pt" in names and "ckpt.pt" not in names and not overwrite:
+        start = f"--init_from={out}, and another --out"
+        raise Refusal(f"{out} holds best.pt, but no ckpt.pt to go on from: give {start}.")
     if resume and "ckpt.pt" not in names:
         instead = "give --overwrite instead" if trained else "begin without --resume"
         raise Refusal(f"{out} has no ckpt.pt to go on from: {instead}.")
@@ -80,30 +82,19 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
         raise Refusal(f"{out} holds a run: give {either}, or another --out.")
 
 
-def is_lock_of(file: BinaryIO, folder: Path) -> bool:
-    """Whether this open file is the folder's .lock still. It is not if someone has renamed the
-    folder; another run may have begun under its name."""
-    with suppress(OSError):
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / ".lock"))
-    return False
-
-
-def open_lock(folder: Path) -> BinaryIO:
+def lock_folder(folder: Path) -> BinaryIO:
     """The folder's file .lock, opened and locked until it is closed. The system takes the lock back
     however the process ends. Raises Refusal where another process has it. Readers need none."""
     file = open_here(folder / ".lock", "ab")
+    if fcntl is None:
+        info(f"this system cannot lock {folder}: let only one train.py write there")
+        return file
     try:
-        if fcntl is None:
-            raise OSError("this system has no such locks")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not is_lock_of(file, folder):
-            raise BlockingIOError  # another has put the folder aside since it was opened
     except BlockingIOError:
         file.close()
         other = f"another train.py is writing to {folder}"
         raise Refusal(f"{other}: wait for its end, or give another --out.") from None
-    except OSError as error:  # of some network drives, too
-        info(f"{folder} cannot be locked ({error}): let only one train.py write there")
     return file
 
 
@@ -111,27 +102,30 @@ def take_folder(out: Path, resume: bool, overwrite: bool) -> BinaryIO:
     """The lock of the folder, which is made if it is missing. A run that is there and is not to go
     on is put aside. Raises Refusal as check_folder does."""
     out.mkdir(parents=True, exist_ok=True)
-    lock = open_lock(out)
+    lock = lock_folder(out)
     check_folder(out, resume, overwrite)  # only now can no other process change the answer
-    if holds_run(out) and not resume:
-        lock.close()  # Windows renames no folder in which a file is open
+    if resume or not holds_run(out):
+        return lock
+    with lock:  # until the new folder is locked
         put_aside(out)
         out.mkdir()
-        lock = open_lock(out)
-    return lock
+        return lock_folder(out)
 
 
 def cut_log(path: Path, step: int):
     """Leaves out what a run that goes on from the checkpoint of this step writes again: all later
     lines, this step's evaluation, which comes after its checkpoint, and half a line."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-
-    def kept(line: bytes) -> bool:
-        found = re.match(rb'\{"step": (\d+), .*\}\n$', line)
-        return bool(found) and (int(found[1]), b'"val_loss"' in line) < (step, True)
-
-    if not all(map(kept, lines)):
-        write_whole(path, lambda file: file.writelines(filter(kept, lines)))
+    last, kept = 0, []
+    for line in lines:
+        if found := re.match(rb'\{"step": (\d+), .*\}\n$', line):
+            last = max(last, int(found[1]))
+            if (int(found[1]), b'"val_loss"' in line) < (step, True):
+                kept.append(line)
+    if last > step:
+        info(f"{path} went on to step {last}: it is cut back to the checkpoint's step, {step}")
+    if kept != lines:
+        write_whole(path, lambda file: file.writelines(kept))
 
 
 def to_json(values: dict) -> str:
@@ -145,19 +139,26 @@ def to_json(values: dict) -> str:
 class Run:
     """What a training writes into its folder, and when. `open_run` makes it."""
 
-    def __init__(self, states: dict[str, Any], config, machine: Machine, lock, stop: Stop):
+    def __init__(self, states: dict[str, Any], config, machine: Machine, stop: Stop):
         self.states, self.model, self.progress = states, states["model"], states["progress"]
         self.config, self.machine, self.out = config, machine, Path(config.out)
-        self.lock, self.stop, self.clock = lock, stop, Clock()  # the lock in process 0 alone
+        self.stop, self.clock = stop, Clock()
         self.code = code_of(type(self.model.config))
         self.saved_step = 0  # the step of ckpt.pt (0: there is none)
         self.bad_in_a_row = 0  # steps up to now whose gradient was not finite
+        self.save_due = False
         self.stopped = False  # by a signal
 
     @property
     def finished(self) -> bool:
         """Whether the last step has been made."""
         return self.progress.step >= self.config.steps
+
+    @property
+    def owes_checkpoint(self) -> bool:
+        """Whether one is due, and the last step's gradient was finite. Else it waits for the next
+        good step: from weights that lead to bad gradients no run can go on."""
+        return self.save_due and self.bad_in_a_row == 0
 
     def due(self, every: int) -> bool:
         """Whether something that comes every so many steps comes after this one. After the last
@@ -198,8 +199,8 @@ class Run:
 
     def advance(self, tokens: int, finite: bool, means: dict[str, Tensor], **now: Any):
         """After every step: counts it, and writes a line when it is time, with the means of these
-        numbers since the last line, by name, and with what is true now."""
-        progress = self.progress
+        numbers since the last line, by name, and with what is true now. Finds out what is due."""
+        progress, config = self.progress, self.config
         progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
         progress.skipped += not finite
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
@@ -210,12 +211,14 @@ class Run:
             progress.sums[name] = total + x.to(dtype), steps + 1
         # Up to four bad steps are left out, if a good one follows.
         lost = self.bad_in_a_row >= 5 or (self.finished and self.bad_in_a_row > 0)
-        if lost or self.due(self.config.log_every):
+        if lost or self.due(config.log_every):
             self.write_means(now)
-            self.clock.tell_if_busy()  # not in every step: it reads a file for each thread
         if lost:
             self.give_up()
         self.stopped = self.stop.agreed()
+        progress.owes_evaluation = self.due(config.eval_every)
+        due = self.stopped or progress.owes_evaluation or self.due(config.save_every)
+        self.save_due = self.save_due or due
 
     def write_means(self, now: dict):
         progress = self.progress
@@ -227,18 +230,14 @@ class Run:
             line["mfu"] = work / (peak * self.machine.world)  # as nanoGPT's: of bf16's peak
         left = (self.config.steps - progress.step) * self.config.batch_size * self.config.block_size
         skips = f", {progress.skipped} skipped: gradient not finite" if progress.skipped else ""
-        self.show(line, self.clock.time_left(left) + skips)
-        self.write_line(line)
+        self.write_line(line, self.clock.time_left(left) + skips)
         progress.sums, progress.skipped = {}, 0
 
-    def show(self, values: dict, more: str = ""):
+    def write_line(self, values: dict, more: str = ""):
+        """A line of log.jsonl, and one on the terminal."""
         numbers = ", ".join(f"{k} {v:.5g}" for k, v in values.items() if isinstance(v, float))
         info(f"step {self.progress.step}/{self.config.steps}: {numbers}{more}")
-
-    def write_line(self, values: dict):
-        """A line of log.jsonl."""
         if self.machine.rank == 0:
-            self.check_place()
             path = self.out / "log.jsonl"
             counts = {"step": self.progress.step, "tokens": self.progress.tokens}
             try:
@@ -247,23 +246,14 @@ class Run:
             except OSError as error:
                 raise Refusal(f"cannot write to {path} ({error}); {self.way_on()}.") from None
 
-    # -- Checkpoints --
-
-    def save(self):
-        """ckpt.pt, from which the run can go on."""
-        self.progress.owes_evaluation = self.due(self.config.eval_every)  # which comes after it
-        self.write("ckpt.pt", self.states)
-        self.saved_step = self.progress.step
-        self.clock.restart(self.progress.tokens)
-
-    def note(self, result: dict):
+    def log_evaluation(self, result: dict):
         """An evaluation: a line of log.jsonl, and best.pt if these weights are the best so far.
 
         Weights trained for longer windows always are; at the same length the lower loss is. (Those
         that a run starts from, at step 0, have files of their own.)
         """
-        self.show(result)
         progress, loss, length = self.progress, result["val_loss"], self.model.trained_length
+        progress.owes_evaluation = False
         better = (length, -loss) > (progress.best_length, -progress.best_loss)
         if better and math.isfinite(loss) and progress.step > 0:
             progress.best_length, progress.best_loss = length, loss
@@ -275,15 +265,16 @@ class Run:
             bad = f"the validation loss after step {progress.step} is not finite"
             raise Refusal(f"{bad}; {self.way_on(spoilt=True)} and a lower --lr.")
 
+    # -- Checkpoints --
+
+    def save(self):
+        """ckpt.pt, from which the run can go on."""
+        self.write("ckpt.pt", self.states)
+        self.saved_step, self.save_due = self.progress.step, False
+        self.clock.restart(self.progress.tokens)
+
     def write(self, name: str, states: dict[str, Any], **more: Any):
         """Every process calls it, as FSDP's tensors are gathered; process 0 writes."""
-        saved = {key: gather(thing.state_dict()) for key, thing in states.items()}
-        if self.machine.rank > 0:
-            return
-        for n, x in saved["model"].items():
-            if not x.isfinite().all():
-                bad = f"{n} is not finite after step {self.progress.step}, and was not saved"
-                raise Refusal(f"{bad}; {self.way_on()} and a lower --lr.")
         about = {
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
@@ -292,44 +283,31 @@ class Run:
             "step": self.progress.step,
             "tokens": self.progress.tokens,
         }
-        saved = dict(**saved, **about, **more)  # unlike |, an error where a name comes twice
-        self.check_place()
-
-        def write_and_open(file: BinaryIO):
-            torch.save(saved, file)
-            file.flush()
-            # A NumPy number in a state can be saved, but not opened: an error now. Opening reads no
-            # tensors, so it takes milliseconds.
-            try:
-                torch.load(file.name, "cpu", weights_only=True, mmap=True)
-            except pickle.UnpicklingError as error:
-                told = f"a state of this run holds {foreign_type(error) or short(error)}"
-                may = "only tensors, numbers and text may be saved (of NumPy: x.tolist())"
-                raise TypeError(f"{told}, but {may}") from error
-
+        states = {key: thing.state_dict() for key, thing in states.items()}
+        # Unlike |, dict() has an error where a name comes twice.
+        saved = gather(dict(**states, **about, **more))
+        if self.machine.rank > 0:
+            return
+        for n, x in saved["model"].items():
+            if not x.isfinite().all():
+                bad = f"{n} is not finite after step {self.progress.step}, and was not saved"
+                raise Refusal(f"{bad}; {self.way_on()} and a lower --lr.")
         try:
-            write_whole(self.out / name, write_and_open)
+            write_whole(self.out / name, lambda file: torch.save(saved, file))
         except Refusal as error:
-            self.check_place()  # a folder that was renamed meanwhile has a sentence of its own
             raise Refusal(f"{error} Mend that, then {self.way_on()}.") from None
-
-    def check_place(self):
-        """Raises Refusal where the folder is not the one that was locked."""
-        if not is_lock_of(self.lock, self.out):
-            told = f"{self.out} has been renamed, or lost its .lock, while a run was writing to it"
-            raise Refusal(f"{told}: go on in the renamed folder, with --resume and its --out.")
 
     # -- Ends --
 
     def way_on(self, spoilt: bool = False) -> str:
-        """Where a run that stops here can go on: not from ckpt.pt if its weights are spoilt."""
+        """Where a run that stops here can go on: from ckpt.pt unless its weights are spoilt, else
+        from best.pt, else from the beginning."""
+        ckpt, best = self.out / "ckpt.pt", self.out / "best.pt"
         if self.saved_step and not spoilt:
-            return f"go on from step {self.saved_step}, in {self.out}/ckpt.pt, with --resume"
-        best = self.out / "best.pt"
+            return f"go on from step {self.saved_step}, in {ckpt}, with --resume"
         if math.isfinite(self.progress.best_loss) and best.exists():
             return f"begin anew with --init_from={best}, another --out"
-        again = "begin again" + " with --overwrite" * holds_run(self.out)
-        return again if spoilt else f"nothing is saved: {again}"
+        return "begin again with --overwrite"
 
     def give_up(self):
         """Raises Refusal: the gradients of the last steps were not finite."""
@@ -360,7 +338,7 @@ def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iter
         lock = take_folder(Path(config.out), config.resume, config.overwrite)
     stop = Stop(machine)
     try:
-        run = Run(states, config, machine, lock, stop)
+        run = Run(states, config, machine, stop)
         if config.resume:
             run.restore()
         else:
@@ -370,12 +348,8 @@ def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iter
         try:
             yield run
         except RuntimeError:
-            if stop.heard:  # a compiler, or another process, may have heard the signal too
-                with suppress(OSError):  # of a terminal that is closed
-                    traceback.print_exc()  # of each process, for it may be the only one
-                    print(f"the step failed; {run.way_on()}.", file=sys.stderr)
-                raise KeyboardInterrupt from None
-            if machine.world > 1:  # another process may have ended, which knows why
+            # Another process, or a compiler, may have heard a signal, or may know what went wrong.
+            if machine.world > 1 or stop.heard:
                 info(f"this process cannot go on; {run.way_on()}.")
             raise
         if run.stopped:

@@ -64,6 +64,8 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
     if type(x) is str and str not in kinds and x not in kinds:
         with suppress(Exception):  # text that is no literal
             x = ast.literal_eval(x.title() if x.strip().isalpha() else x)  # none is None
+    if int in kinds and type(x) in (int, float) and abs(x) >= 2**63:
+        raise Refusal(f"{name} is {short(repr(value))}, expected int of less than 2**63")
     if type(x) in kinds or x in kinds:  # to isinstance a bool would be an int
         return x
     for kind in kinds:
@@ -186,22 +188,9 @@ def sentence_of(error: Exception) -> str | None:
     return None
 
 
-def open_closed_streams() -> None:
-    """Standard streams that are closed, as a daemon's may be, lead to the null device. The next
-    file to be opened would get the number of one, and then the text that is meant for it."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
-
-
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a script's main: an error that has a sentence ends with it and with exit code 1, another
     with its trace. Of several processes each one says why it ends, for it may be the only one."""
-    open_closed_streams()
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

@@ -45,7 +45,7 @@ class Stop:
     def on_signal(self, number, frame):
         self.heard = True
         if self.machine.rank == 0:
-            with suppress(OSError, ValueError):  # of a terminal that is closed
+            with suppress(OSError):  # of a terminal that is closed
                 os.write(sys.stderr.fileno(), b"\nstopping after this step\n")
         if "RANK" not in os.environ:  # else a scheduler and torchrun may both send this one signal
             self.end()

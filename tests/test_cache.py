@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from test_model import VARIANTS, tiny
 from torch import nn
 
+from bench import check_cache
 from model import MOST_NEW
-from sample import check_cache
 
 ONE, SEVERAL, REJECTED = "one token at a time", "several tokens at a time", "drafts rejected"
 

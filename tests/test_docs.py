@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 
+import bench
 import fp8
 import sample
 from model import DeepSeekV3, ModelConfig, balance_loss
@@ -172,11 +173,12 @@ def test_worked_changes(title, tmp_path, monkeypatch, capsys):
         torch.optim.SGD(model.parameters(), lr=0.05).step()
         model.update_bias(0.01)
         assert sum(model(c.x, c.y).values()) < before
-        monkeypatch.setattr(sample, "Cache", c.new.Cache)
+        for reader in (sample, bench):
+            monkeypatch.setattr(reader, "Cache", c.new.Cache)
         with torch.inference_mode():
             text = sample.generate(model.eval(), c.x[:1, :4], 4, temperature=0, speculative=2)
             assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
-        assert not sample.check_cache(model, 24).wrong
+        assert not bench.check_cache(model, 24).wrong
         assert ("it runs without its fast twin" in capsys.readouterr().err) == slower
     check(c)
 
@@ -269,7 +271,7 @@ def token_by_token(c: Changed):
         pieces = linear(h[:, :15], None, (kept, 0)), graph(h[:, 15:], None, (kept, at))
         assert torch.allclose(torch.cat(pieces, 1), linear(h, None), atol=1e-12)
     c.patch.setitem(c.new.LinearAttention.new_cache.__globals__, "MOST_NEW", 7)
-    wrong = sample.check_cache(c.model, 24).wrong  # of one state less
+    wrong = bench.check_cache(c.model, 24).wrong  # of one state less
     assert len(wrong) == 4 and all("main model, drafts rejected" in way for way in wrong)
 
 

@@ -1,7 +1,8 @@
 """Does llama.cpp compute the same network from our file? An oracle that shares no line with us.
 
-Random networks go through the real exporter, and llama.cpp (its wheel xllamacpp) has to give the
-same greedy tokens and, in float32, the same log-probabilities of the whole vocabulary to 1e-3.
+Random networks go through the real exporter, and llama.cpp has to give the same greedy tokens and,
+in float32, the same log-probabilities of the whole vocabulary to 1e-3. These tests need its wheel
+xllamacpp, which requirements-dev.txt does not name: pip install xllamacpp.
 """
 
 import math
@@ -25,7 +26,6 @@ from support.tokenizer import (
 )
 
 gguf = pytest.importorskip("gguf", reason="gguf, which writes the files, is not installed")
-llama = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp's wheel, is not installed")
 
 TEXT = "def f(x):\n    return x + 1\n\nprint(f(2), 'in the end', \"don't\")\n" * 3
 YARN = dict(type="yarn", factor=8, original_max_position_embeddings=16, mscale=1, mscale_all_dim=1)
@@ -76,6 +76,7 @@ def export(folder, tmp_path):
 
 def serve(file: Path):
     """llama.cpp's server, its cache in float32, too."""
+    llama = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
     params = llama.CommonParams()
     params.model.path, params.verbosity, params.fit_params = str(file), -1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1

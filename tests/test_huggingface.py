@@ -428,6 +428,32 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
         check_refusal(sentence, load_model, tmp_path)
 
 
+NEW_PARTS = {  # which a constructor adds; its sum is 6
+    "a constant": lambda m: setattr(m, "new", torch.arange(4.0)),
+    "a buffer that is not saved": lambda m: m.register_buffer("new", torch.ones(6), False),
+    "a parameter": lambda m: setattr(m, "new", torch.nn.Parameter(torch.ones(6))),
+    "a number": lambda m: setattr(m, "new", torch.tensor(torch.ones(6).sum().item())),
+}
+
+
+@pytest.mark.parametrize("add", NEW_PARTS.values(), ids=NEW_PARTS)
+def test_an_edited_network_opens_old_weights_and_has_the_rest_from_its_constructor(
+    add, run, monkeypatch
+):
+    class Edited(DeepSeekV3):
+        def __init__(self, config):
+            super().__init__(config)
+            add(self)
+            self.mtp[0].norm = self.norm  # shared
+
+    saved = load_model(run)[0]
+    monkeypatch.setattr(huggingface, "DeepSeekV3", Edited)
+    model = load_model(run, extend=True)[0]
+    assert model.new.sum() == 6 and not model.expert_counts.any()
+    assert model.mtp[0].norm is model.norm and model.norm.weight is model.mtp[0].norm.weight
+    assert torch.equal(model.lm_head.weight, saved.lm_head.weight)
+
+
 def copy_run(source: Path, target: Path, model: DeepSeekV3 | None = None, **changes) -> Path:
     """A run of the same tokenizer with another model, or other contents."""
     if model is not None:

@@ -39,6 +39,7 @@ REFUSALS = [
     # train.py: what the command says.
     ("train.py", 2, "name a config file, for example: python train.py config/small.py"),
     (f"{NEW} --stepps=1", 2, "unknown key stepps; did you mean steps?"),
+    (f"{NEW} --seed={10**23}", 2, "seed is '100000000000000000000000', expected int of less than"),
     (f"{NEW} --optimizer=muon --parallel=fsdp", 1, "muon needs whole matrices"),
     (f"{NEW} --warmup=0.6", 1, "warmup is 0.6, but decay_start is 0.5: raise decay_start to 0.6"),
     (
@@ -65,7 +66,9 @@ REFUSALS = [
     (f"{NEW} --out=alone", 1, "alone holds files, but no run: give another --out."),
     (RUN, 1, "run holds a run: give --resume, --overwrite, or another --out."),
     (f"{RUN} --overwrite --init_from=run", 1, "run would be put aside: give another --out."),
+    (f"{NEW} --out=best", 1, "best holds best.pt, but no ckpt.pt to go on from: give --init_from"),
     # Runs that go on.
+    (f"{NEW} --out=best --resume", 1, "no ckpt.pt to go on from: give --init_from=best, and ano"),
     (f"{ON} --overwrite", 1, "--resume goes on with a run: leave out --init_from and --overwrite."),
     (f"{ON} --hidden_size=64", 1, "run/ckpt.pt cannot get hidden_size 64"),
     (f"{ON} --optimizer=muon", 1, "run/ckpt.pt cannot be resumed: it has no state of Muon 1; use"),
@@ -81,6 +84,7 @@ REFUSALS = [
     ("huggingface.py release new", 1, "release has Hugging Face's layout, but SRC must be a run"),
     # bench.py
     ("bench.py", 2, "usage: python bench.py"),
+    ("bench.py decode --rounds=0", 1, "rounds is 0, but must be at least 1"),
 ]
 
 

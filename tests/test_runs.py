@@ -14,6 +14,7 @@ import signal
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from training import (
@@ -373,6 +374,16 @@ def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch):
     assert "layers.1.mlp.gate.e_score_correction_bias is not finite after step 3" in sentence
     assert sentence.endswith("go on from step 2, in run/ckpt.pt, with --resume and a lower --lr.")
     assert load("run")["step"] == 2
+
+
+@pytest.mark.parametrize("mistake", [np.float64(0.5), {np.int64(1): 2}, [b"", {1}]])
+def test_a_state_that_could_not_be_opened_again_is_an_error_before_it_is_written(
+    mistake, monkeypatch
+):
+    monkeypatch.setattr(checkpoints.RandomNumbers, "state_dict", lambda self: {"mine": mistake})
+    with pytest.raises(TypeError, match="only tensors, numbers and text may be saved"):
+        run("--steps=1")
+    assert not [*Path("run").glob("*.pt*")]
 
 
 # ---- Checkpoints of strangers --------------------------------------------------------------------
