@@ -95,21 +95,17 @@ def as_given(x: object, dtype: torch.dtype | None) -> object:
 
 def unlike(returned: tuple, right: Outcome, case: Case) -> str:
     """What is wrong with the kind of the results, before numbers are compared."""
-    if len(returned) != len(case.results):
+    if len(returned) != len(case.results) or not all(isinstance(x, Tensor) for x in returned):
         kinds = " and ".join(type(x).__name__ for x in returned)
         forgotten = ": is there a `return`?" if returned == (None,) else ""
-        return f"it returns {kinds}, expected {' and '.join(case.results)}{forgotten}"
+        return f"it returns {kinds}, expected tensors: {' and '.join(case.results)}{forgotten}"
     for name, x, y in zip(case.results, returned, right.returned, strict=True):
-        if not isinstance(x, Tensor):
-            forgotten = ": is there a `return`?" if x is None else ""
-            return f"{name} is of type {type(x).__name__}, expected a tensor{forgotten}"
         if x.shape != y.shape:
             return f"{name} is {tuple(x.shape)}, expected {tuple(y.shape)}"
         computed = y.dtype == torch.float64 and x.dtype == torch.float32  # is exact enough
         if x.dtype != y.dtype and not computed:
+            near = (x.double() - y.double()).abs().max() <= 0.01 * y.double().abs().max()
             told = f"{name} is {x.dtype}, expected {y.dtype}".replace("torch.", "")
-            x, y = x.double(), y.double()
-            near = (x - y).abs().max() <= 0.01 * y.abs().max()
             return f"{told}; the numbers are right" if near else told
     return ""
 

@@ -407,16 +407,16 @@ def effect(name: str, functions: SimpleNamespace, wrong: bool = False) -> tuple[
     whether something else is known to be wrong with them."""
     if not (WEIGHTS / "best.pt").exists():
         return "In the trained network: weights/small/best.pt is not there.", True
-    due = right(name)
+    due, where = right(name), "In training" if name == "training" else "In the trained network"
     try:
         with installed(EXERCISES[name], functions):
             mine = EFFECTS[name](functions)
         off = {key: distance(mine.numbers[key], x) for key, x in due.numbers.items()}
     except Exception as error:  # of the reader's code: any
         told = f"{type(error).__name__}: {error!s:.90}" if wrong else traceback.format_exc()
-        return f"In the trained network it fails:\n{told}", False
+        return f"{where} it fails:\n{told}", False
     differ = [key for key, (x, largest) in off.items() if not x <= due.within * largest]
-    told = "In the trained network: " + mine.headline
+    told = f"{where}: {mine.headline}"
     if differ and mine.headline == due.headline:
         told += f"; but the {differ[0]} differ, by up to {off[differ[0]][0]:.3g}."
     elif differ:
