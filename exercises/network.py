@@ -226,10 +226,9 @@ def drafting(functions) -> Effect:
     lines = ["what comes next     model    drafts     yours"]
     for i, *numbers in zip(tokens.tolist(), p, q, share, strict=True):
         lines.append(f"{tokenizer.decode([i])!r:16}" + "".join(f"{x:9.1%} " for x in numbers))
-    stats, generator = sample.Stats(), torch.Generator().manual_seed(1)
-    options = {"lookup": False, "generator": generator, "stats": stats}
-    options["top_k"] = sample.SampleConfig.top_k
-    text = sample.generate(model, encoded(PROMPT), 2 * LENGTH, **options)
+    stats, top_k = sample.Stats(), sample.SampleConfig.top_k
+    options = {"generator": torch.Generator().manual_seed(1), "stats": stats, "lookup": False}
+    text = sample.generate(model, encoded(PROMPT), 2 * LENGTH, top_k=top_k, **options)
     off, calls = (share - p).abs().sum() / 2, stats.tokens / stats.rounds
     headline = f"{off:.1%} of the tokens are others than the model wants, {calls:.2f} tokens a call"
     numbers = {"drawn tokens": first, "written tokens": text}

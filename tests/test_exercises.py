@@ -76,7 +76,7 @@ def test_known_mistakes_are_named_and_no_others(name):
         assert wrong and mistakes == [sentence], (sentence, wrong, mistakes)
         assert "Error" not in " ".join(wrong), "a mistake that runs"
     for question in exercise.questions:
-        assert not any("that is" not in check.answered(question, x) for x in question.slips)
+        assert all("that is" in check.answered(question, x) for x in question.slips)
         assert check.answered(question, -1).startswith(" is not -1: ")
 
 
