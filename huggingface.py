@@ -123,7 +123,8 @@ def filled(
         found[id(like)] = nn.Parameter(x, like.requires_grad) if parameter else x
     state = {name: found[id(like)] for name, like in state.items() if id(like) in found}
     model.load_state_dict(state, strict=False, assign=True)
-    model.expert_counts = torch.zeros_like(model.expert_counts, device=device)  # no part of a state
+    for gate in model.gates():  # no part of a state
+        gate.load = torch.zeros_like(gate.load, device=device)
 
     constants = [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor)]
     if any(x.is_meta for x in (*model.parameters(), *model.buffers(), *constants)):

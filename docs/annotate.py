@@ -222,7 +222,7 @@ The code takes the mean over the T - k targets that there are. train.py multipli
 
 @ The loss of one depth
 The head gives a score for every token. Targets below 0 do not count.
-> model.py head_loss
+> model.py cross_entropy
 
 ## Drafts: speculative sampling
 The MTP module drafts tokens, drawn from q. The model checks them in one call, with its own

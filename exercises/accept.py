@@ -1,4 +1,4 @@
-"""Exercise 10. Speculative sampling: cheap drafts, and a text with the model's own distribution.
+"""Exercise 8. Speculative sampling: cheap drafts, and a text with the model's own distribution.
 
 draft x, drawn from q, stays if u < min(1, p(x) / q(x))           arXiv 2211.17192, Algorithm 1
 the first that does not stay is replaced by a draw from norm(max(0, p - q))
@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 from sample import draw
+
+# First predict. Of three tokens the model has p = (0.2, 0.5, 0.3), the draft q = (0.5, 0.3, 0.2).
+STAYS = None  # the draft is token 0: with which probability does it stay?
+RATE = None  # with which probability does a draft from q stay, whichever it is?
+TOKENS = None  # one draft a round: how many new tokens does a round give on average?
 
 
 def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,22 @@
-"""Exercise 7. The balance loss, for each sequence by itself.
+"""Exercise 9. The balance loss, for each sequence by itself.
 
 f_i = E / (K T) * (how many of the T tokens have expert i among the K largest s)    Eq. 18
 P_i = mean over the T tokens of s_i / (sum over all experts of s_j)                 Eq. 19, 20
 loss = sum_i f_i P_i,  then the mean over the sequences                              Eq. 17
 
 The bias balances the experts over the whole batch. This loss, with a tiny weight, keeps one
-sequence from sending all its tokens to the same experts. It is 1 if the choices are spread evenly.
-f only counts and has no gradient; P has one. The K largest are taken by s, without the bias.
+sequence from sending all its tokens to the same experts. f only counts and has no gradient; P has
+one. The K largest are taken by s, without the bias.
 """
 
 import torch
 from torch import Tensor
+
+# First predict the loss of a sequence, with E = 8 and K = 2:
+EVEN = None  # every expert is chosen equally often, whatever the scores are
+SAME_TWO = None  # all tokens choose the same two experts, with s = 1; all other s are 0
+# All else equal, the busiest expert's f doubles. By which factor does the gradient by its P grow?
+GRADIENT = None
 
 
 def balance_loss(s: Tensor, K: int) -> Tensor:

@@ -2,23 +2,25 @@
 
     python exercises/check.py                   the exercises, and which of them are done
     python exercises/check.py gate              checks exercises/gate.py
-    python exercises/check.py gate --hint       how it can be written
+    python exercises/check.py gate --hint       an idea; --hint=2: the shapes; --hint=3: nearly all
     python exercises/check.py gate --solution   the lines of the network that answer
 
-A function is compared with a plain one on made-up inputs, most of them in float64. Where it gives
-what a known mistake gives, the mistake is named. Then it takes its place in the trained network,
-which has to write with it what it writes without.
-In a notebook: from exercises.check import check; check("gate", forward=my_function)
+An exercise begins with questions: predict or count, before you write. Then a function is compared
+with a plain one on made-up inputs. Where it gives what a known mistake gives, the mistake is named.
+Then it takes its place in the trained network, which has to write with it what it writes without.
+In a notebook: from exercises.check import check; check("gate", gate=my_function, GATE_VALUE=0.5)
 """
 
 import argparse
 import inspect
+import io
+import re
 import runpy
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -30,13 +32,12 @@ import torch
 from torch import Tensor, nn
 
 from exercises import solutions
-from exercises.known import EXERCISES, Case, Exercise
+from exercises.known import EXERCISES, Case, Exercise, Question
 from exercises.network import Multiplications, effect, place
 from support.settings import Refusal, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
-# What rounding may change, in parts of a case's largest number: in float64, and in other dtypes.
-EXACT, ROUNDED = 1e-10, 1e-5
+ROUNDED = 1e-5  # what rounding in float32 may change, in parts of a case's largest number
 CLEAR = 10  # a mistake is named if it changes that many times as much
 
 
@@ -50,30 +51,22 @@ class Outcome:
     problem: str = ""
     returned: tuple = ()
     values: list[Tensor] = field(default_factory=list)  # of `returned`, what is compared
-    learns: list[bool] = field(default_factory=list)  # which of them have a gradient
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of a weighted sum of the values
     multiplications: int = 0
 
 
 def run(case: Case, function: Callable, right: Outcome | None = None) -> Outcome:
-    """Calls the function. Without `right`, the function is the answer itself. It gets the same
-    numbers as the reader's, rounded to the case's dtype, but computes with them in float64."""
+    """Calls the function. Without `right`, the function is the answer itself."""
     names = list(inspect.signature(getattr(solutions, case.function)).parameters)
-    args = [as_given(x, case.dtype, right is None) for x in case.args]
+    args = [as_given(x, case.dtype) for x in case.args]
     given = dict(zip(names, args, strict=False))
-    passed = [x.clone() if isinstance(x, Tensor) else x for x in args]
-    before = state(given)
     try:
         count = Multiplications()
         with count if case.too_many else nullcontext():  # it slows a call down
-            returned = function(*passed)
+            returned = function(*args)
         returned = case.changes() if case.changes else as_tuple(returned, case)
         if problem := unlike(returned, right, case) if right else "":
             return Outcome(problem)
-        after = state(dict(zip(names, passed, strict=False)))
-        changed = [name for name, x in before.items() if not torch.equal(x, after[name])]
-        if changed and not case.changes:
-            return Outcome(f"it changes {changed[0]}, which it is given")
         values = list(case.compared(*returned))
         gradients = differentiate(values, given, case.learnt)
     except NotImplementedError:
@@ -83,9 +76,7 @@ def run(case: Case, function: Callable, right: Outcome | None = None) -> Outcome
         lines = [x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == file]
         where = f"line {lines[-1]}: " if lines else ""
         return Outcome(f"{where}{type(error).__name__}: {textwrap.shorten(str(error), 90)}")
-    learns = [x.requires_grad for x in values]
-    values = [x.detach() for x in values]
-    return Outcome("", returned, values, learns, gradients, count.total)
+    return Outcome("", returned, [x.detach() for x in values], gradients, count.total)
 
 
 def as_tuple(returned: object, case: Case) -> tuple:
@@ -93,55 +84,38 @@ def as_tuple(returned: object, case: Case) -> tuple:
     return returned if several else (returned,)
 
 
-def as_given(x: object, dtype: torch.dtype | None, exact: bool) -> object:
-    """An argument in the case's dtype; exact: rounded to that, but in float64."""
-    if dtype is None:
-        return x
-    if isinstance(x, nn.Module):
-        return x.to(dtype).double() if exact else x.to(dtype)
-    if not (isinstance(x, Tensor) and x.is_floating_point()):
-        return x
-    low = x.detach().to(dtype)
-    return (low.double() if exact else low).requires_grad_(x.requires_grad)
-
-
-def state(given: dict[str, object]) -> dict[str, Tensor]:
-    """The tensors among arguments, and those of modules."""
-    found = {name: x.detach() for name, x in given.items() if isinstance(x, Tensor)}
-    for name, x in given.items():
-        if isinstance(x, nn.Module):
-            found |= {f"{name}.{key}": value.clone() for key, value in x.state_dict().items()}
-    return found
+def as_given(x: object, dtype: torch.dtype | None) -> object:
+    """An argument in the case's dtype."""
+    if dtype and isinstance(x, nn.Module):
+        return x.to(dtype)
+    if dtype and isinstance(x, Tensor) and x.is_floating_point():
+        return x.detach().to(dtype).requires_grad_(x.requires_grad)
+    return x
 
 
 def unlike(returned: tuple, right: Outcome, case: Case) -> str:
     """What is wrong with the kind of the results, before numbers are compared."""
-    if len(returned) != len(case.results):
+    if len(returned) != len(case.results) or not all(isinstance(x, Tensor) for x in returned):
         kinds = " and ".join(type(x).__name__ for x in returned)
         forgotten = ": is there a `return`?" if returned == (None,) else ""
-        return f"it returns {kinds}, expected {' and '.join(case.results)}{forgotten}"
+        return f"it returns {kinds}, expected tensors: {' and '.join(case.results)}{forgotten}"
     for name, x, y in zip(case.results, returned, right.returned, strict=True):
-        if not isinstance(x, Tensor):
-            forgotten = ": is there a `return`?" if x is None else ""
-            return f"{name} is of type {type(x).__name__}, expected a tensor{forgotten}"
         if x.shape != y.shape:
             return f"{name} is {tuple(x.shape)}, expected {tuple(y.shape)}"
-        dtype = case.dtype if case.dtype and y.is_floating_point() else y.dtype
-        if x.dtype != dtype:
-            told = f"{name} is {x.dtype}, expected {dtype}".replace("torch.", "")
-            x, y = x.double(), y.double()
-            near = (x - y).abs().max() <= 0.01 * y.abs().max()
+        computed = y.dtype == torch.float64 and x.dtype == torch.float32  # is exact enough
+        if x.dtype != y.dtype and not computed:
+            near = (x.double() - y.double()).abs().max() <= 0.01 * y.double().abs().max()
+            told = f"{name} is {x.dtype}, expected {y.dtype}".replace("torch.", "")
             return f"{told}; the numbers are right" if near else told
     return ""
 
 
 def differentiate(values: list[Tensor], given: dict, learnt: dict) -> dict[str, Tensor]:
-    """The gradients of a weighted sum of the values."""
+    """The gradients of a weighted sum of the values; 0 where there is none."""
     leaves = {k: x for k, x in given.items() if isinstance(x, Tensor) and x.requires_grad} | learnt
-    ends = [x for x in values if x.requires_grad]
-    if not (leaves and ends):
-        return {}
-    total = sum((x * torch.linspace(1, 2, x.numel()).view_as(x)).sum() for x in ends)
+    total = sum((x * torch.linspace(1, 2, x.numel()).view_as(x)).sum() for x in values)
+    if not leaves or not total.requires_grad:
+        return {name: torch.zeros_like(x) for name, x in leaves.items()}
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     pairs = zip(leaves.items(), found, strict=True)
     return {name: torch.zeros_like(x) if g is None else g for (name, x), g in pairs}
@@ -150,64 +124,47 @@ def differentiate(values: list[Tensor], given: dict, learnt: dict) -> dict[str, 
 # ---- Comparing two outcomes ----------------------------------------------------------------------
 
 
-def tolerance(right: Outcome, y: Tensor, case: Case) -> float:
+def tolerance(right: Outcome, y: Tensor) -> float:
     """How far rounding may move y. Numbers are added up to y that are as large as the largest of
     the case. So a sum that is 0, a gradient for one, may be off by parts of these."""
     if not y.is_floating_point():
         return 0.0
-    part = EXACT if y.dtype == torch.float64 and not case.dtype else ROUNDED
     every = [x for x in (*right.values, *right.gradients.values()) if x.is_floating_point()]
-    return part * max(x.abs().max().item() for x in every)
+    return ROUNDED * max(x.abs().max().item() for x in every)
 
 
 def apart(x: Tensor, y: Tensor, tolerance: float) -> Tensor:
-    """Which numbers differ by more; y's may be rounded to x's dtype after that."""
-    low, high = (y - tolerance).to(x.dtype), (y + tolerance).to(x.dtype)
-    return ~((low <= x) & (x <= high) | (x.isnan() & y.isnan()))
+    """Which numbers differ by more."""
+    return ~(((x.double() - y.double()).abs() <= tolerance) | (x == y) | (x.isnan() & y.isnan()))
 
 
-def difference(mine: Outcome, right: Outcome, case: Case, exercise: Exercise) -> str:
+def difference(mine: Outcome, right: Outcome, case: Case) -> str:
     """What is wrong with an outcome, in words; "" if nothing."""
     if mine.problem:
         return mine.problem
     for name, x, y in zip(case.results, mine.values, right.values, strict=True):
-        if told := differing(x, y, right, case, exercise):
+        if told := differing(x, y, tolerance(right, y)):
             return f"{name}: {told}"
-    for name, one, other in zip(case.results, mine.learns, right.learns, strict=True):
-        if other and not one:
-            return f"{name} has no gradient: it was detached, or went through numbers of Python"
     for name, y in right.gradients.items():
-        x = mine.gradients[name]
-        if (bad := apart(x, y, tolerance(right, y, case))).any():
-            off = f"off by up to {(x - y).abs().max():.3g}, the largest is {y.abs().max():.3g}"
-            return f"the gradient by {name} is wrong in {bad.sum()} of {bad.numel()} numbers: {off}"
+        if told := differing(mine.gradients[name], y, tolerance(right, y)):
+            none = "" if mine.gradients[name].any() else ", since there is none: is it detached?"
+            return f"the gradient by {name}: {told}{none}"
     times = mine.multiplications / max(1, right.multiplications)
     if case.too_many and times > 3:
         return f"{times:.0f} times the multiplications that are needed: {case.too_many}"
     return ""
 
 
-def differing(x: Tensor, y: Tensor, right: Outcome, case: Case, exercise: Exercise) -> str:
-    """In how many of the exercise's units a result is wrong, and by how much."""
-    least = tolerance(right, y, case)
-    bad = apart(x, y, least)
+def differing(x: Tensor, y: Tensor, tolerance: float) -> str:
+    """In how many numbers a result is wrong, and by how much; "" if in none."""
+    bad = apart(x, y, tolerance)
     if not bad.any():
         return ""
-    dims = exercise.dims if exercise.dims >= 0 else bad.ndim + exercise.dims
-    rows = bad.flatten(dims).any(-1) if dims < bad.ndim else bad
-    told = f"{rows.sum()} of {rows.numel()} {exercise.unit} differ" if rows.ndim else "it is off"
+    told = f"{bad.sum()} of {bad.numel()} numbers differ" if bad.ndim else "it is off"
     if (x.isnan() & ~y.isnan()).any():
         return f"{told}, with NaN"
-    if not y.is_floating_point():
-        return told
-    off = (x - y).abs().max().item()
-    told += f", by up to {off:.3g} (the largest is {y.abs().max():.3g})"
-    if y.dtype == torch.float64 and not case.dtype and off < 1e-6 * y.abs().max():
-        return f"{told}: so little comes from float32, where float64 must stay, or an epsilon"
-    ordered = (z.flatten().sort().values for z in (x, y))
-    if y.unique().numel() > 3 and not apart(*ordered, least).any():
-        return f"{told}: the right numbers, in another order"
-    return told
+    off = (x.double() - y.double()).abs().max()
+    return f"{told}, by up to {off:.3g} (the largest is {y.double().abs().max():.3g})"
 
 
 # ---- Known mistakes ------------------------------------------------------------------------------
@@ -250,36 +207,34 @@ def outcomes(name: str, functions: SimpleNamespace, counted: bool = True) -> lis
     return found
 
 
-def alike(mine: Outcome, theirs: Outcome, right: Outcome, case: Case) -> bool:
+def alike(mine: Outcome, theirs: Outcome, right: Outcome) -> bool:
     """Whether mine is what a mistake gives, and that is clearly wrong. Where the mistake's values
     are wrong, gradients do not matter."""
     if mine.problem or theirs.problem:
         return mine.problem == theirs.problem
 
     def differ(x: list[Tensor], y: list[Tensor], times: float) -> bool:
-        limits = [times * tolerance(right, b, case) for b in y]
+        limits = [times * tolerance(right, b) for b in y]
         return any(apart(a, b, t).any() for a, b, t in zip(x, y, limits, strict=True))
 
     if differ(theirs.values, right.values, CLEAR):
         return not differ(mine.values, theirs.values, 1)
     a, b, c = (list(z.gradients.values()) for z in (mine, theirs, right))
-    if len(a) != len(b) or len(b) != len(c):  # something has no gradient at all
-        return mine.learns == theirs.learns
     return differ(b, c, CLEAR) and not differ(a, b, 1) and not differ(mine.values, theirs.values, 1)
 
 
 def judge(name: str, functions: SimpleNamespace) -> tuple[dict[str, str], list[str]]:
     """What is wrong with each case ("" if nothing); and which known mistakes give the same results
     in most of the wrong cases, and change no other."""
-    exercise, right = EXERCISES[name], right_outcomes(name)
-    mine, cases = outcomes(name, functions), list(exercise.cases())
-    told = [difference(*x, exercise) for x in zip(mine, right, cases, strict=True)]
+    right = right_outcomes(name)
+    mine, cases = outcomes(name, functions), list(EXERCISES[name].cases())
+    told = [difference(*x) for x in zip(mine, right, cases, strict=True)]
     wrong, found = [i for i, words in enumerate(told) if words], []
     unwritten = "not written yet" in told
     for sentence, theirs in mistaken_outcomes(name) if wrong and not unwritten else ():
-        same = sum(alike(mine[i], theirs[i], right[i], cases[i]) for i in wrong)
+        same = sum(alike(mine[i], theirs[i], right[i]) for i in wrong)
         rest = [i for i in range(len(cases)) if i not in wrong]
-        elsewhere = any(difference(theirs[i], right[i], cases[i], exercise) for i in rest)
+        elsewhere = any(difference(theirs[i], right[i], cases[i]) for i in rest)
         if 2 * same > len(wrong) and not elsewhere:
             found.append((same, sentence))
     most = max(found, default=(0, ""))[0]
@@ -291,54 +246,95 @@ def judge(name: str, functions: SimpleNamespace) -> tuple[dict[str, str], list[s
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def the_readers(name: str) -> SimpleNamespace:
-    """The functions in exercises/NAME.py. Raises Refusal if one is missing; an error in the file
-    keeps its trace."""
+def the_readers(name: str) -> dict[str, object]:
+    """The functions and the answers to the questions in exercises/NAME.py. Raises Refusal if one is
+    missing; an error in the file keeps its trace."""
     file = ROOT / f"exercises/{name}.py"
     names = runpy.run_path(str(file))
     for function in EXERCISES[name].functions:
         if not callable(names.get(function)):
             raise Refusal(f"{file} has no function {function}: it begins with def {function}(...")
-    return SimpleNamespace(**{function: names[function] for function in EXERCISES[name].functions})
+    for question in EXERCISES[name].questions:
+        if question.name not in names:
+            raise Refusal(f"{file} has no {question.name}: write {question.name} = your answer")
+    return names
 
 
-def check(name: str, **functions: Callable) -> bool:
-    """Checks exercises/NAME.py, or functions given by name: prints, and returns if all is right."""
-    if strange := functions.keys() - EXERCISES[name].functions.keys():
-        due = " and ".join(EXERCISES[name].functions)
-        raise TypeError(f"exercise {name} has no function {min(strange)}, but {due}")
-    mine = the_readers(name) if functions.keys() != EXERCISES[name].functions.keys() else None
-    mine = SimpleNamespace(**(vars(mine) if mine else {}) | functions)
+def answered(question: Question, said: object) -> str:
+    """What is wrong with the answer to a question; "" if nothing."""
+
+    def near(x: float | str) -> bool:
+        if isinstance(x, str) or isinstance(said, str):
+            return x == said
+        return abs(said - x) <= question.within * abs(x)
+
+    if said is None:
+        return ": not answered yet"
+    if not isinstance(said, int | float | str):
+        return f" is of type {type(said).__name__}, expected a number or a word"
+    if near(question.answer):
+        return ""
+    slip = [f"that is {words}" for x, words in question.slips.items() if near(x)]
+    shown = f"{said:,}" if isinstance(said, int | float) else repr(said)
+    return f" is not {shown}: {slip[0] if slip else question.why}"
+
+
+def check(name: str, **given: object) -> bool:
+    """Checks exercises/NAME.py, or functions and answers given by name: prints, and returns if all
+    is right. Where something is given, only the questions that are answered are looked at."""
+    exercise = EXERCISES[name]
+    questions = [x for x in exercise.questions if not given or x.name in given]
+    functions = {x for part in (name, *exercise.parts) for x in EXERCISES[part].functions}
+    if strange := given.keys() - functions - {x.name for x in questions}:
+        due = " and ".join([*exercise.functions, *(x.name for x in exercise.questions)])
+        raise TypeError(f"exercise {name} has no {min(strange)}, but {due}")
+    names = given if exercise.functions.keys() <= given.keys() else the_readers(name) | given
+    mine = SimpleNamespace(**{function: names[function] for function in exercise.functions})
+    answers = {x.name: answered(x, names[x.name]) for x in questions}
     wrong, mistakes = judge(name, mine)
-    print(f"{name}: {EXERCISES[name].title}")
-    for case, told in wrong.items():
-        print(f"  {'ok ' if not told else '-- '} {case}{f': {told}' if told else ''}")
+    print(f"{name}: {exercise.title}")
+    for what, told in (
+        answers | {case: told and f": {told}" for case, told in wrong.items()}
+    ).items():
+        print(f"  {'-- ' if told else 'ok '} {what}{told}")
     for sentence in mistakes:
         print(f"  It gives what would come out if {sentence}.")
     if "not written yet" in wrong.values():
-        names = " and ".join(EXERCISES[name].functions)
-        print(f"Write {names} in exercises/{name}.py; --hint says how, --solution where it stands.")
+        first = "Answer the questions, then write" if any(answers.values()) else "Now write"
+        blanks = " and ".join(exercise.functions)
+        print(f"{first} {blanks} in exercises/{name}.py; --hint gives an idea.")
         return False
+    missing = put_together(exercise, mine, given)
     told, same = effect(name, mine, any(wrong.values()))
     print(told)
-    return same and not any(wrong.values())
+    if missing:
+        print(f"The network's own stands in for exercise {' and '.join(missing)}: do that first.")
+    return same and not any((missing, *wrong.values(), *answers.values()))
+
+
+def put_together(exercise: Exercise, mine: SimpleNamespace, given: dict) -> list[str]:
+    """Adds the functions of the exercise's parts to its own; returns those that are not right."""
+    missing = []
+    for part in exercise.parts:
+        names = given if EXERCISES[part].functions.keys() <= given.keys() else the_readers(part)
+        functions = {key: names[key] for key in EXERCISES[part].functions}
+        if any(judge(part, SimpleNamespace(**functions))[0].values()):
+            missing.append(part)
+        else:
+            vars(mine).update(functions)
+    return missing
 
 
 def overview() -> None:
-    for name, exercise in EXERCISES.items():
+    for number, (name, exercise) in enumerate(EXERCISES.items(), 1):
         try:
-            mine = the_readers(name)
-            wrong = list(judge(name, mine)[0].values())
-            if "not written yet" in wrong:
-                done = "not written yet"
-            elif any(wrong):
-                done = f"{sum(map(bool, wrong))} of {len(wrong)} cases differ"
-            else:
-                done = "done" if effect(name, mine)[1] else "differs in the trained network"
+            with redirect_stdout(io.StringIO()) as out:
+                done = "done" if check(name) else "differs in the trained network"
+            if wrong := re.findall("  --  (.*)", out.getvalue()):
+                done = "not written yet" if "not written yet" in wrong[-1] else wrong[0]
         except Exception as error:  # of the reader's file: any
-            kind = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
-            done = textwrap.shorten(f"{kind}{error}", 100)
-        print(f"{name:9} {exercise.title:46} {done}")
+            done = f"{type(error).__name__}: {error}"
+        print(f"{number:2} {name:9} {exercise.title:46} {textwrap.shorten(done, 100)}")
     print("\npython exercises/check.py NAME checks one; its text and its blank: exercises/NAME.py")
 
 
@@ -346,9 +342,9 @@ def solution(name: str) -> None:
     """The lines of the network that answer, with their numbers."""
     exercise = EXERCISES[name]
     for theirs in exercise.functions.values():
-        function = inspect.unwrap(getattr(*place(exercise, theirs)))  # not its fast twin
+        function = inspect.unwrap(getattr(*place(exercise, theirs)))  # without decorators
         lines, first = inspect.getsourcelines(function)
-        print(f"{Path(exercise.module.__file__).name}:{first}, {theirs}")
+        print(f"{Path(inspect.getsourcefile(function)).name}:{first}, {theirs}")
         print("".join(f"{i:5}  {line}" for i, line in enumerate(lines, first)))
 
 
@@ -356,7 +352,7 @@ def main(argv: list[str]) -> bool:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("name", nargs="?", choices=[*EXERCISES], metavar="NAME")
-    parser.add_argument("--hint", action="store_true")
+    parser.add_argument("--hint", type=int, nargs="?", const=1, choices=(1, 2, 3))
     parser.add_argument("--solution", action="store_true")
     asked = parser.parse_args(argv)
     if (asked.hint or asked.solution) and not asked.name:
@@ -365,7 +361,9 @@ def main(argv: list[str]) -> bool:
     if not asked.name:
         overview()
     elif asked.hint:
-        print(EXERCISES[asked.name].hint)
+        print(EXERCISES[asked.name].hints[asked.hint - 1])
+        if asked.hint < 3:
+            print(f"\nMore: python exercises/check.py {asked.name} --hint={asked.hint + 1}")
     elif asked.solution:
         solution(asked.name)
     else:

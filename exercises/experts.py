@@ -1,4 +1,4 @@
-"""Exercise 8. Tokens to experts and back.
+"""Exercise 3. Tokens to experts and back.
 
 y = sum over the K chosen experts i of g_i FFN_i(x)                                  Eq. 12
 FFN_i(x) = W_down,i (silu(W_gate,i x) * W_up,i x)
@@ -9,21 +9,23 @@ their tokens, times the gate values, and are added up. No token is dropped, and 
 token that did not choose it.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# First count. A layer of V3: D = 7168, every expert is F = 2048 wide, a token visits 8 of 256 and
+# the shared one. How many FLOPs do the experts' matrices take for a token, forward? (A
+# multiplication and an addition are two. Leave the gate out. Write an expression, not its result.)
+FLOPS = None
+# How many times as many would it take if every token visited all 256 (and the shared one)?
+TIMES = None
 
-def routed_ffn(
-    x: Tensor, chosen: Tensor, gain: Tensor, gate_up: Tensor, down: Tensor, swiglu: Callable
-) -> Tensor:
+
+def experts(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
     """x (tokens, D), chosen experts (tokens, K) int64, their gate values gain (tokens, K) ->
     (tokens, D).
 
-    gate_up (E, 2F, D): of every expert first W_gate (F, D), then W_up (F, D). down (E, D, F):
-    W_down. swiglu(a, b, g) is silu(a) * b * g, for a and b (rows, F) and gate values g (rows,):
-    W_down is linear, so its input may be multiplied as well as its output.
+    self.gate_up_proj (E, 2F, D): of every expert first W_gate (F, D), then W_up (F, D).
+    self.down_proj (E, D, F): W_down.
     """
     raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Exercise 5. The gate: which experts a token visits, and how much each of them counts.
+"""Exercise 1. The gate: which experts a token visits, and how much each of them counts.
 
 s_i = sigmoid(u . e_i)                                                               Eq. 15
 chosen: the K experts with the largest s_i + b_i, in at most `topk_group` groups     Eq. 16
@@ -12,10 +12,17 @@ and the experts of the others cannot be chosen, whatever their biases are.
 import torch
 from torch import Tensor
 
-from support.ops import upcast  # float64 stays, all else becomes float32
+from model import upcast  # float64 stays, all else becomes float32
+
+# First predict. Four experts, one group, K = 2, routed_scaling_factor = 2.5. A token's scores s are
+# (0.8, 0.6, 0.5, 0.2), the biases b are (-0.5, 0, 0, 0.6). How large is the last one's gate value?
+GATE_VALUE = None
+# V3 has 256 experts in 8 groups, one group a node. Up to how many nodes would a token be sent to if
+# its 8 experts could lie in any group, and to how many is it sent at most with topk_group = 4?
+NODES_ANY, NODES_V3 = None, None
 
 
-def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, T, D) -> s (B, T, E), chosen experts (B, T, K) int64, their gate values (B, T, K).
 
     self.weight (E, D) has the e_i, self.e_score_correction_bias (E,) is b. self.config has n_group

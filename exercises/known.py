@@ -1,9 +1,11 @@
-"""What check.py knows of every exercise: made-up inputs, the trained network's part, hints.
+"""What check.py knows of every exercise: questions, made-up inputs, hints, mistakes.
 
-Most inputs are in float64. There rounding is so small that it is never taken for a mistake, and a
-mistake never for rounding.
+Most inputs are in float64, but answers may compute in float32: differences below 1e-5 of the
+largest number are taken for rounding. Numbers are generic, so that a wrong function cannot be right
+by chance: a power of two, for one, would hide where a function rounds.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 import fp8
 import model as v3
 import sample
+import train
 
 TINY = {
     "vocab_size": 32, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -43,14 +46,26 @@ class Case:
 
 
 @dataclass
+class Question:
+    """A constant that the reader fills in before the function is written."""
+
+    name: str
+    answer: float | str
+    why: str  # how one comes to the answer, without the answer itself
+    slips: dict[float | str, str] = field(default_factory=dict)  # wrong answers, and what they are
+    within: float = 0.01  # part of the answer by which a number may be off
+
+
+@dataclass
 class Exercise:
     title: str
     module: ModuleType  # where the network's function stands
     functions: dict[str, str]  # the reader's function: its name there, NAME or Class.NAME
     cases: Callable[[], Iterator[Case]]
-    unit: str = ""  # what the first dimensions of a result number: texts, tokens ...
-    dims: int = 0  # and how many these dimensions are
-    hint: str = ""
+    installs: bool = True  # whether the functions take the place of the network's
+    parts: tuple[str, ...] = ()  # exercises whose functions this one puts together
+    questions: tuple[Question, ...] = ()
+    hints: list[str] = field(default_factory=list)  # an idea, the shapes, nearly the code
     mistakes: list[tuple[str, str, str]] = field(default_factory=list)  # old text, new text, words
 
 
@@ -81,13 +96,11 @@ def rope_cases() -> Iterator[Case]:
         ("usual numbers", random(2, 3, 8), None),
         ("numbers of size 0.001 (eps counts)", random(4, 8, size=1e-3), None),
         ("a row of zeros", torch.zeros(2, 8).double(), None),
-        ("one dimension", random(5, seed=1), None),
+        ("one dimension", random(5, seed=1, size=3.0), None),
         ("float32", random(4, 8, seed=2).detach(), torch.float32),
-        ("bfloat16 comes back, float32 inside", random(64, 32, size=30.0).detach(), torch.bfloat16),
+        ("bfloat16 comes back, float32 inside", random(16, 32, size=30.0).detach(), torch.bfloat16),
     ):
-        # Powers of two, by which numbers of bfloat16 are multiplied exactly.
-        weight = torch.exp2(random(x.shape[-1], seed=3).detach().round())
-        weight.requires_grad_(dtype is None)
+        weight = random(x.shape[-1], seed=3).requires_grad_(dtype is None)
         case = Case(f"rms_norm: {name}", "rms_norm", (x, weight, 1e-6), ("y (..., D)",))
         case.dtype = dtype
         yield case
@@ -183,29 +196,36 @@ def gate_cases() -> Iterator[Case]:
         gate.e_score_correction_bias = bias
         results = ("scores (B, T, E)", "chosen experts (B, T, K)", "gate values (B, T, K)")
         learnt = {"weight": gate.weight}
-        case = Case(name, "forward", (gate, x), results, learnt, dtype=dtype)
+        case = Case(name, "gate", (gate, x), results, learnt, dtype=dtype)
         case.compared = sorted_by_expert
         yield case
 
 
 def bias_cases() -> Iterator[Case]:
-    uneven, even = [5, 1, 3, 3, 0, 6], [2, 2, 2, 2, 2, 2]
+    # Where a load is the mean, loads add up to a power of two: fractions of it are exact then.
+    uneven, even, odd = [9, 1, 4, 3, 0, 7, 4, 4], [4] * 8, [9, 4, 4, 3, 3, 3, 2, 1]
+    near = [1024, 1025, 1023, 1024, 1024, 1026, 1023, 1023]
     for name, counts, gamma in (
-        ("uneven loads", [uneven, even], 0.01),
-        ("all as busy as the mean: nothing moves", [even, even], 0.01),
-        ("layers with different totals", [[50, 10, 30, 30, 0, 60], [1, 0, 0, 0, 1, 4]], 0.01),
-        ("a mean that is no whole number", [[9, 4, 3, 3, 2, 2], [0, 0, 1, 1, 5, 7]], 0.01),
-        ("loads close to the mean", [[1000, 1001, 999, 1000, 1000, 1001], uneven], 0.01),
+        ("uneven loads", [uneven, even], 0.013),
+        ("all as busy as the mean: nothing moves", [even, even], 0.013),
+        ("layers with different totals", [[16 * n for n in uneven], uneven[::-1]], 0.013),
+        ("a mean that is no whole number", [odd, [0, 0, 1, 1, 5, 7, 2, 1]], 0.013),
+        ("loads close to the mean", [near, uneven], 0.013),
         ("gamma is 0", [uneven, uneven], 0.0),
     ):
-        net = v3.DeepSeekV3(config())  # one layer with experts, and that of the MTP module
-        biases = [gate.e_score_correction_bias.fill_(0.25) for gate in net.gates()]
-        net.expert_counts.copy_(torch.tensor(counts))
+        # One layer with experts, and that of the MTP module.
+        net = v3.DeepSeekV3(config(n_routed_experts=8))
+        biases = [gate.e_score_correction_bias for gate in net.gates()]
+        for i, bias in enumerate(biases):
+            bias.copy_(random(8, seed=i, size=1.5).detach())
+        loads = [
+            gate.load.copy_(torch.tensor(n)) for gate, n in zip(net.gates(), counts, strict=True)
+        ]
 
-        def after(net=net, biases=biases):
-            return *biases, net.expert_counts
+        def after(biases=biases, loads=loads):
+            return *biases, *loads
 
-        results = ("bias of layer 1 (E,)", "bias of layer 2 (E,)", "expert_counts (layers, E)")
+        results = [f"{what} of layer {i} (E,)" for what in ("bias", "load") for i in (1, 2)]
         yield Case(name, "update_bias", (net, gamma), results, changes=after)
 
 
@@ -237,9 +257,9 @@ def expert_cases() -> Iterator[Case]:
     ):
         experts = filled(v3.Experts(config(**changes)))
         x, gain = random(len(chosen), 12, seed=6), random(*chosen.shape, seed=7)
-        weights = experts.gate_up_proj, experts.down_proj
-        args = x, chosen.contiguous(), gain, *(w.detach().requires_grad_() for w in weights)
-        case = Case(name, "routed_ffn", (*args, v3.swiglu), ("y (tokens, D)",), dtype=dtype)
+        args = experts, x, chosen.contiguous(), gain
+        learnt = dict(experts.named_parameters())
+        case = Case(name, "experts", args, ("y (tokens, D)",), learnt, dtype=dtype)
         case.too_many = too_many
         yield case
 
@@ -258,7 +278,6 @@ def mtp_cases() -> Iterator[Case]:
         ("two modules", 8, 2, []),
         ("three modules", 8, 3, []),
         ("targets that are not there (-1)", 8, 2, [2, 3, 7]),
-        ("a text too short for the second module", 2, 2, []),
     ):
         fields = {"num_hidden_layers": 1, "num_nextn_predict_layers": depth}
         net = filled(v3.DeepSeekV3(config(**fields))).eval()
@@ -284,11 +303,11 @@ def accept_cases() -> Iterator[Case]:
         yield Case(name, "accept", (p.detach(), q.detach(), drafts, u), results)
     less = 1 - 1e-9
     for name, p, q, drafts, u in (
-        ("the drafts come from p itself: all stay", [0.5, 0.5, 0.2], [0.5, 0.5], [0, 1], 0.99),
-        ("the model rules the first draft out, u is 0", [0, 1, 0.5], [0.5, 0.5], [0, 1], 0),
-        ("the first draft goes, the second would stay", [0.9, 0.9, 0.5], [0.2, 0.5], [1, 0], 0.6),
-        ("drafts of which q is sure", [0.3, 0.6, 0.5], [1.0, 1.0], [0, 0], 0.5),
-        ("nothing is left of p - q", [0.5, 0.5, 0.5], [0.5, 0.5], [0, 1], less),
+        ("the drafts come from p itself: all stay", [0.3, 0.6, 0.2], [0.3, 0.6], [0, 1], 0.99),
+        ("the model rules the first draft out, u is 0", [0, 1, 0.3], [0.4, 0.7], [0, 1], 0),
+        ("the first draft goes, the second would stay", [0.9, 0.9, 0.3], [0.2, 0.4], [1, 0], 0.6),
+        ("drafts of which q is sure", [0.3, 0.6, 0.4], [1.0, 1.0], [0, 0], 0.5),
+        ("nothing is left of p - q", [0.4, 0.4, 0.4], [0.4, 0.4], [0, 1], less),
     ):  # of a vocabulary of two, the probability of token 0
         p, q = (torch.tensor([[[x, 1 - x] for x in z]]).double() for z in (p, q))
         if u == less:  # rounding can do that, in larger steps in float32
@@ -324,11 +343,113 @@ def tile_cases() -> Iterator[Case]:
         yield Case(name, "quantize", (x, block, pow2), results, compared=compared)
 
 
+def training_cases() -> Iterator[Case]:
+    """SGD, whose step is in proportion to the gradients: Adam's would hide factors."""
+    tokens = torch.arange(14).reshape(2, 7) * 5 % 32
+    usual = {"loss": 1.0, "mtp_loss": 0.37, "balance_loss": 0.23}
+    for name, old, weights in (
+        ("a first step", 0.0, usual),
+        ("gradients of an earlier step are still there", 0.7, usual),
+        ("large gradients", 0.0, {key: 300 * x for key, x in usual.items()}),
+    ):
+        net = filled(v3.DeepSeekV3(config())).train()
+        for parameter in net.parameters():
+            parameter.data *= 0.1 if parameter.ndim > 1 else 1
+            parameter.grad = torch.full_like(parameter, old) if old else None
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
+
+        def after(net=net):
+            layer, head = net.layers[1].mlp, net.lm_head.weight
+            bias, deep = layer.gate.e_score_correction_bias, net.mtp[0].eh_proj.weight
+            return tuple(x.detach() for x in (head, layer.gate.weight, deep, bias))
+
+        results = ("lm_head.weight", "the gate's weight", "the MTP module's eh_proj", "bias")
+        args = net, optimizer, tokens, tokens.roll(-1, 1), weights, 0.013
+        yield Case(name, "train_step", args, results, changes=after)
+
+
+# ---- Questions -----------------------------------------------------------------------------------
+
+D, F, L, H, C, N, R, V = 7168, 2048, 61, 128, 512, 128, 64, 128  # V3's sizes, as in the exercises
+TURNS = 4096 / (2 * math.pi * 10_000 ** (62 / 64))
+
+QUESTIONS = {
+    "gate": (
+        Question("GATE_VALUE", 2.5 * 0.2 / 0.8, "b chooses; then take the scores s of the chosen",
+                 {2.5 * 0.8 / 1.4: "from s + b: the bias only chooses", 0.25: "without the 2.5"}),
+        Question("NODES_ANY", 8, "each expert may be on a node of its own"),
+        Question("NODES_V3", 4, "groups are nodes: at most topk_group of them stay"),
+    ),
+    "bias": (
+        Question("STEPS", 25, "in a step each of the two moves by gamma, towards the other",
+                 {50: "as if only one of them moved"}),
+        Question("LOSS_WITHOUT_BIAS", "stays", "the bias never moved to lower a loss: it evens out "
+                 "the work, and the next expert in rank is nearly as good"),
+    ),
+    "experts": (
+        Question("FLOPS", 2 * 3 * D * F * 9, "three matrices of D x F numbers for each expert",
+                 {3 * D * F * 9: "multiplications only", 6 * D * F * 8: "without the shared one"}),
+        Question("TIMES", 257 / 9, "experts that are computed, over those that are needed",
+                 {32: "256 / 8: the shared expert is computed in both"}),
+    ),
+    "mla": (
+        Question("CACHE_MHA", 2 * L * H * (N + V), "layers x heads x (key and value) x 2 bytes",
+                 {L * H * (N + V): "numbers, not bytes", 2 * H * (N + V): "of one layer only"}),
+        Question("CACHE_GQA", 2 * L * 8 * (N + V), "as before, but only 8 heads are cached"),
+        Question("CACHE_MLA", 2 * L * (C + R), "one latent and one k^R a layer, for all heads",
+                 {2 * L * C: "without k^R", 2 * L * (C + H * R): "with a k^R for every head"}),
+    ),
+    "absorbed": (
+        Question("EXPANDED", N + R + V, "q . k takes N + R; then p times the value's V numbers",
+                 {N + R: "the score only", N + V: "without the part with position"}),
+        Question("ABSORBED", C + R + C, "the query is as wide as the cache; p times the latent",
+                 {C + R: "the score only", 2 * (C + R): "with k^R, which is no part of a value"}),
+        Question("MAKING", C * (N + V), "a product of the latent and the head's W^UK and W^UV"),
+    ),
+    "rope": (
+        Question("MATRICES", 4096, "one for each distance between query and key, from 0 on",
+                 {4096**2: "one for each pair: pairs at the same distance share a rotation"}),
+        Question("TURNED", H * N + C, "every head's own key of N numbers, and the latent"),
+        Question("SEPARATE", C + R, "the latent, and one small key for all heads"),
+    ),
+    "mtp": (
+        Question("POSITIONS", 8, "depth k has k positions fewer", {9: "that of depth 1"}),
+        Question("LAST_SEEN", 5, "position i of depth k knows the tokens up to i + k"),
+        Question("PREDICTED", 6, "the one after the newest that it knows"),
+    ),
+    "accept": (
+        Question("STAYS", 0.4, "min(1, p / q) of token 0", {0.2: "p: q has a part in it"}),
+        Question("RATE", 0.7, "the sum over the tokens of q times min(1, p / q), or min(p, q)"),
+        Question("TOKENS", 1.7, "one comes in any case; a draft that stays is one more"),
+    ),
+    "balance": (
+        Question("EVEN", 1, "then all f_i are 1, and the P_i add up to 1"),
+        Question("SAME_TWO", 4, "f is E / K for two experts, and P is 1/2 for them"),
+        Question("GRADIENT", 2, "the loss is the sum of f_i P_i, where f_i is as a constant"),
+    ),
+    "tiles": (
+        Question("BECOMES", 0, "s is 2,000, and 1 / s is less than half of 2^-9"),
+        Question("BYTES_ROW", 1 + 4 / 128, "a byte, and 4 bytes for every 128 numbers"),
+        Question("BYTES_BLOCK", 1 + 4 / 128**2, "a byte, and 4 for every 128 x 128", {}, 1e-4),
+    ),
+    "yarn": (
+        Question("FASTEST", 4096 / (2 * math.pi), "its frequency is 1: a turn takes 2 pi tokens"),
+        Question("SLOWEST", TURNS, "the angle after L tokens, L theta^(-62/64), over 2 pi"),
+        Question("SLOWEST_LONG", TURNS, "40 times the tokens, at a 40th part of the frequency"),
+    ),
+    "training": (
+        Question("FIRST_LOSS", math.log(512), "-ln of the probability 1 / 512", {9: "in bits"}),
+        Question("TOKENS", 30 * 8 * 64, "steps x windows x tokens"),
+    ),
+}  # fmt: skip
+
+
 # ---- The exercises -------------------------------------------------------------------------------
 
 
 def with_texts(exercises: dict[str, Exercise]) -> dict[str, Exercise]:
-    """Adds hints and mistakes: every section of hints.txt has both."""
+    """Adds questions, hints and mistakes: every section of hints.txt has three hints, then the
+    mistakes."""
     text = (Path(__file__).parent / "hints.txt").read_text(encoding="utf-8")
     for section in text.strip().split("\n\n")[1:]:
         heading, *lines = section.splitlines()
@@ -336,34 +457,35 @@ def with_texts(exercises: dict[str, Exercise]) -> dict[str, Exercise]:
         for line, words in zip(lines, [*lines[1:], ""], strict=True):
             if " => " in line:
                 exercise.mistakes.append((*line.split(" => "), words.strip()))
+            elif line.startswith(("  1. ", "  2. ", "  3. ")):
+                exercise.hints.append(line[5:])
             elif not exercise.mistakes:
-                exercise.hint += line.strip() + "\n"
+                exercise.hints[-1] += "\n" + line[5:]
+    for name, exercise in exercises.items():
+        exercise.questions = QUESTIONS[name]
     return exercises
 
 
-def names(*functions: str) -> dict[str, str]:
-    return {name.split(".")[-1]: name for name in functions}
-
-
 EXERCISES = with_texts({
-    "rope": Exercise("RMSNorm and RoPE", v3, names("rms_norm", "rotate"), rope_cases,
-                     "vectors", -1),
-    "yarn": Exercise("The rotary table, with YaRN", v3, names("rope_table"), yarn_cases,
-                     "positions", 1),
+    "gate": Exercise("The gate: bias, groups, gate values", v3, {"gate": "Gate.forward"},
+                     gate_cases),
+    "bias": Exercise("The update of the bias", v3, {"update_bias": "DeepSeekV3.update_bias"},
+                     bias_cases),
+    "experts": Exercise("Tokens to experts and back", v3, {"experts": "Experts.forward"},
+                        expert_cases),
     "mla": Exercise("Attention with keys and values from latents", v3,
-                    names("MLA.attend_expanded"), mla_cases, "tokens", 2),
+                    {"attend_expanded": "MLA.attend_expanded"}, mla_cases),
     "absorbed": Exercise("Attention on the cached latents", v3,
-                         names("MLA.attend_absorbed"), absorbed_cases, "tokens", 2),
-    "gate": Exercise("The gate: bias, groups, gate values", v3, names("Gate.forward"),
-                     gate_cases, "tokens", 2),
-    "bias": Exercise("The update of the bias", v3, names("DeepSeekV3.update_bias"), bias_cases,
-                     "numbers", 9),
-    "balance": Exercise("The balance loss of a sequence", v3, names("balance_loss"),
+                         {"attend_absorbed": "MLA.attend_absorbed"}, absorbed_cases),
+    "rope": Exercise("RMSNorm, RoPE and the key of its own", v3,
+                     {"rms_norm": "RMSNorm.forward", "rotate": "rotate"}, rope_cases),
+    "mtp": Exercise("MTP: shift and loss", v3, {"mtp_loss": "DeepSeekV3.forward"}, mtp_cases,
+                    installs=False),
+    "accept": Exercise("Speculative sampling", sample, {"accept": "accept"}, accept_cases),
+    "balance": Exercise("The balance loss of a sequence", v3, {"balance_loss": "balance_loss"},
                         balance_cases),
-    "experts": Exercise("Tokens to experts and back", v3, names("routed_ffn"), expert_cases,
-                        "tokens", 1),
-    "mtp": Exercise("MTP: shift and loss", v3, {"mtp_loss": "DeepSeekV3.forward"}, mtp_cases),
-    "accept": Exercise("Speculative sampling", sample, names("accept"), accept_cases, "texts", 1),
-    "tiles": Exercise("FP8 with a scale for every tile", fp8, names("quantize"), tile_cases,
-                      "numbers", 9),
+    "tiles": Exercise("FP8 with a scale for every tile", fp8, {"quantize": "quantize"}, tile_cases),
+    "yarn": Exercise("The rotary table, with YaRN", v3, {"rope_table": "rope_table"}, yarn_cases),
+    "training": Exercise("All together: a training step, a curve", train, {"train_step": "train"},
+                         training_cases, installs=False, parts=("gate", "experts", "mla")),
 })  # fmt: skip

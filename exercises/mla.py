@@ -1,11 +1,11 @@
-"""Exercise 3. Multi-head Latent Attention: keys and values of all heads from one latent.
+"""Exercise 4. Multi-head Latent Attention: keys and values of all heads from one latent.
 
 k_t^C = W^UK c_t^KV        v_t^C = W^UV c_t^KV        k_t,i = [k_t,i^C; k_t^R]        Eq. 2, 4, 5
 o_t,i = sum over j <= t of softmax_j(q_t,i . k_j,i * scale) v_j,i^C                   Eq. 10
 
 A token's latent c^KV is short; W^UK and W^UV make every head's key and value from it. The part with
-the position, k^R, is not made from the latent and is the same for all heads. The scale is
-1 / sqrt(N + R), with YaRN times a factor; `self.scale` has it.
+the position, k^R, is not made from the latent and is the same for all heads (exercise 6 says why).
+The scale is 1 / sqrt(N + R), with YaRN times a factor; `self.scale` has it.
 
 Letters: B texts, T tokens, H heads, C numbers in a latent, N and R numbers of a query or key
 without and with position, V numbers in a value.
@@ -13,6 +13,12 @@ without and with position, V numbers in a value.
 
 import torch
 from torch import Tensor
+
+# First count: how many bytes does the cache hold for a token, all layers together, in bfloat16 (2
+# bytes)? V3 has 61 layers, H = 128, N = 128, R = 64, V = 128, and C = 512.
+CACHE_MHA = None  # were it usual attention: keys of N numbers and values of V for every head
+CACHE_GQA = None  # with 8 heads of keys and values (128 numbers each) for the 128 heads of queries
+CACHE_MLA = None  # V3 itself: the latent c^KV and k^R
 
 
 def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor) -> Tensor:

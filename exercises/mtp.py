@@ -1,4 +1,4 @@
-"""Exercise 9. Multi-Token Prediction: what each depth sees, and what it has to predict.
+"""Exercise 7. Multi-Token Prediction: what each depth sees, and what it has to predict.
 
 h^k = module k of (h^{k-1}, embeddings of the tokens k later),  h^0 from the model   Eq. 21, 22
 p^k = softmax(W_head h^k)  predicts the token k + 1 later                            Eq. 23
@@ -10,9 +10,13 @@ later is targets[:, i + k]. (Eq. 24 divides by T. The code takes the mean over t
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model import head_loss
+# First predict. A window has 10 tokens and 10 targets. Both count from 0, target i is token i + 1.
+POSITIONS = None  # at how many positions does depth 2 predict?
+LAST_SEEN = None  # the newest token that depth 2 knows at position 3
+PREDICTED = None  # the token that it predicts there
 
 
 def mtp_loss(model, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -20,7 +24,7 @@ def mtp_loss(model, tokens: Tensor, targets: Tensor) -> Tensor:
 
     model.trunk(tokens) gives h^0 (B, T, D). model.predict_next(k - 1, h, later) runs module k on
     h = h^{k-1} and the tokens k later, both cut to the T - k positions that it has. model.mtp is
-    the list of modules. head_loss(h, model.lm_head.weight, targets) takes h (positions, D) and
-    targets (positions,) and gives the mean cross-entropy of those that are not -1.
+    the list of modules; T is larger than their number. model.logits(h) is W_head h. A depth's loss
+    is the mean over the targets that are not -1.
     """
     raise NotImplementedError

@@ -9,9 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from model import head_loss
+from model import upcast
 from sample import draw
-from support.ops import upcast
 
 
 def rms_norm(x, weight, eps):
@@ -22,10 +21,9 @@ def rms_norm(x, weight, eps):
 
 
 def rotate(x, rope, interleave):
-    x32 = upcast(x)
     cos, sin = rope[0][:, None], rope[1][:, None]  # (T, 1, R/2)
     pair = -1 if interleave else -2
-    a, b = x32.unflatten(-1, (-1, 2) if interleave else (2, -1)).unbind(pair)
+    a, b = upcast(x).unflatten(-1, (-1, 2) if interleave else (2, -1)).unbind(pair)
     first, second = a * cos - b * sin, a * sin + b * cos
     return torch.stack((first, second), pair).flatten(-2).to(x.dtype)
 
@@ -59,7 +57,7 @@ def attend_expanded(self, q_nope, q_pe, latent, k_pe):
     return torch.einsum("bhij,bjhd->bihd", p, v)
 
 
-def attend_absorbed(self, q_nope, q_pe, kv, start=None):
+def attend_absorbed(self, q_nope, q_pe, kv):
     (_, T, H, N), S, C = q_nope.shape, kv.shape[1], self.config.kv_lora_rank
     W = self.kv_b_proj.weight.view(H, -1, C)
     W_UK, W_UV = W[:, :N], W[:, N:]
@@ -74,7 +72,7 @@ def attend_absorbed(self, q_nope, q_pe, kv, start=None):
     return torch.einsum("bthc,hvc->bthv", latent, W_UV)
 
 
-def forward(self, x):
+def gate(self, x):
     config, b = self.config, self.e_score_correction_bias
     E, G, K = config.n_routed_experts, config.n_group, config.num_experts_per_tok
     s = (upcast(x) @ upcast(self.weight).T).sigmoid()
@@ -95,11 +93,11 @@ def forward(self, x):
 
 @torch.no_grad()
 def update_bias(self, gamma):
-    for gate, counts in zip(self.gates(), self.expert_counts, strict=True):
-        load = counts.float()
+    for gate in self.gates():
+        load = gate.load.float()
         mean = load.mean()
         gate.e_score_correction_bias += gamma * (mean - load).sign()
-    self.expert_counts.zero_()
+        gate.load.zero_()
 
 
 def balance_loss(s, K):
@@ -111,23 +109,23 @@ def balance_loss(s, K):
     return (f * P).sum(-1).mean()
 
 
-def routed_ffn(x, chosen, gain, gate_up, down, swiglu):
+def experts(self, x, chosen, gain):
     y = torch.zeros_like(x)
-    for i in range(len(down)):
+    for i in range(len(self.down_proj)):
         token, choice = (chosen == i).nonzero(as_tuple=True)
         rows, g = x[token], gain[token, choice]
-        a, b = (rows @ gate_up[i].T).chunk(2, -1)
-        rows = swiglu(a, b, g) @ down[i].T
-        y = y.index_add(0, token, rows)
+        a, b = (rows @ self.gate_up_proj[i].T).chunk(2, -1)
+        rows = (F.silu(a) * b) @ self.down_proj[i].T
+        y = y.index_add(0, token, g[:, None] * rows)
     return y
 
 
 def mtp_loss(model, tokens, targets):
-    h, losses, T = model.trunk(tokens), [], tokens.shape[1]
-    for k in range(1, min(len(model.mtp), T - 1) + 1):
+    h, losses = model.trunk(tokens), []
+    for k in range(1, len(model.mtp) + 1):
         h = model.predict_next(k - 1, h[:, :-1], tokens[:, k:])
-        due = targets[:, k:]
-        losses.append(head_loss(h.flatten(0, 1), model.lm_head.weight, due.flatten()))
+        logits, due = model.logits(h), targets[:, k:]
+        losses.append(F.cross_entropy(logits.flatten(0, 1), due.flatten(), ignore_index=-1))
     return sum(losses) / len(losses)
 
 
@@ -157,3 +155,14 @@ def quantize(x, block, pow2=False):
     q = (tiles / s).to(torch.float8_e4m3fn)
     q = q.flatten(-4, -3).flatten(-2)[..., :M, :K]
     return q, s.squeeze(-1).squeeze(-2)
+
+
+def train_step(model, optimizer, tokens, targets, weights, gamma):
+    optimizer.zero_grad()
+    losses = model(tokens, targets)
+    total = sum(weights[name] * loss for name, loss in losses.items())
+    total.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    model.update_bias(gamma)
+    return {name: loss.detach() for name, loss in losses.items()}

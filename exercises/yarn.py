@@ -1,4 +1,4 @@
-"""Exercise 2. The rotary table, with YaRN: what was trained on short texts reads long ones.
+"""Exercise 11. The rotary table, with YaRN: what was trained on short texts reads long ones.
 
 frequency_i = theta^(-2i/R),  i = 0 .. R/2 - 1          angle of position t = t * frequency_i
 i(n) = R ln(L / (2 pi n)) / (2 ln theta)                the pair that makes n turns in L tokens
@@ -16,6 +16,11 @@ import math
 
 import torch
 from torch import Tensor
+
+# First count. V3: R = 64, theta = 10,000, trained on L = 4,096 tokens before YaRN (factor 40).
+FASTEST = None  # how many turns does pair 0 make in L tokens?
+SLOWEST = None  # and the last pair, i = 31?
+SLOWEST_LONG = None  # and the last pair in a text of 40 L tokens, with YaRN?
 
 
 def rope_table(config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

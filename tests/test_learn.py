@@ -9,14 +9,12 @@ import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bench
-from exercises import check, network, solutions
-from exercises.known import EXERCISES
+from exercises import network
 from support.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -79,43 +77,6 @@ def test_sampling_from_the_stored_network():
     command = [sys.executable, "sample.py", "weights/small", "--prompt=def main("]
     run = subprocess.run([*command, "--max_new_tokens=8"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.startswith("def main(")
-
-
-def judged(name: str, functions) -> tuple[list[str], list[str]]:
-    """What is wrong, of each wrong case, and the mistakes that are named."""
-    wrong, mistakes = check.judge(name, functions)
-    return [words for words in wrong.values() if words], mistakes
-
-
-def the_networks_own(name: str) -> SimpleNamespace:
-    """model.py's functions, under the names that the reader's have."""
-    if name == "mtp":  # a part of forward, which a made-up model refuses
-        forward = type(network.trained()[0]).forward
-        return SimpleNamespace(mtp_loss=lambda net, x, y: forward(net, x, y)["mtp_loss"])
-    places = {k: network.place(EXERCISES[name], v) for k, v in EXERCISES[name].functions.items()}
-    return SimpleNamespace(**{k: getattr(*place) for k, place in places.items()})
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_blanks_fail_politely(name, capsys):
-    assert not check.check(name)
-    out = capsys.readouterr().out
-    assert "not written yet" in out and "--hint" in out and "Error" not in out
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_right_answers_pass(name):
-    for functions in (the_networks_own(name), solutions):
-        assert judged(name, functions) == ([], [])
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_known_mistakes_are_named_and_no_others(name):
-    assert EXERCISES[name].hint.count("\n") >= 2 and len(EXERCISES[name].mistakes) >= 12
-    for old, new, sentence in EXERCISES[name].mistakes:
-        wrong, mistakes = judged(name, check.with_mistake(name, old, new))
-        assert wrong and mistakes == [sentence], (sentence, wrong, mistakes)
-        assert "Error" not in " ".join(wrong), "a mistake that runs"
 
 
 # ---- In the trained network ----------------------------------------------------------------------

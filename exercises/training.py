@@ -1,0 +1,29 @@
+"""Exercise 12. All together: your gate, your experts and your attention train a network.
+
+L = L_main + lambda L_MTP + alpha (sum over the layers of L_Bal)                Eq. 17, 24-25
+gradients of L, scaled down to a norm of 1 at most; a step of the optimiser; the bias's update
+
+check.py builds the network of config/tiny.py, puts in your functions of exercises 1, 3 and 4, and
+trains it for 30 steps with your step, on the bytes of a text. Then it does the same with the
+network as it is, from the same random numbers. The two curves must lie on each other.
+"""
+
+import torch
+from torch import Tensor
+
+# First predict. config/tiny.py: a vocabulary of 512, steps of 8 windows of 64 tokens.
+FIRST_LOSS = None  # nats, before training, when every token is about as likely as any other
+TOKENS = None  # how many tokens have 30 steps read?
+
+
+def train_step(
+    model, optimizer, tokens: Tensor, targets: Tensor, weights: dict[str, float], gamma: float
+) -> dict[str, Tensor]:
+    """One step, from tokens (B, T) and targets (B, T). Returns the losses by name.
+
+    model(tokens, targets) gives the losses by name: "loss" (main), "mtp_loss", "balance_loss".
+    weights has by the same names what each counts in L. torch.nn.utils.clip_grad_norm_(parameters,
+    1.0) scales the gradients. Gradients of an earlier step may still be there. The bias moves last:
+    model.update_bias(gamma).
+    """
+    raise NotImplementedError

@@ -1,0 +1,91 @@
+"""Exercises: right answers pass however they are written, wrong ones do not and are named."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from exercises import check, network, solutions
+from exercises.known import EXERCISES
+
+# exercise | old text => new text in its answer in solutions.py | where that is wrong: the words
+ANSWERS = r"""
+rope | x32 = upcast(x) => x32 = x.float()
+rope | upcast(x).unflatten => x.float().unflatten
+rope | (x32 / (mean + eps).sqrt()).to(x.dtype) => F.rms_norm(x32, x.shape[-1:], eps=eps).to(x.dtype)
+rope | y = (x32 / (mean + eps).sqrt()).to(x.dtype) => return (weight * (x32 * torch.rsqrt(mean + eps))).to(x.dtype) | rounded after the weight
+bias | load = counts.float() => load = counts / counts.sum()
+bias | mean = load.mean() => load = load / load.sum(); mean = 1 / len(load)
+bias | gamma * (mean - load).sign() => gamma * (mean - load).sign(); gate.e_score_correction_bias.clamp_(-1, 1) | held between -1 and 1
+mtp | len(model.mtp) + 1) => min(len(model.mtp), tokens.shape[1] - 1) + 1)
+mtp | F.cross_entropy(logits.flatten(0, 1), due.flatten(), ignore_index=-1) => F.cross_entropy(logits[due >= 0], due[due >= 0])
+mla | p = score.softmax(-1) => p = score.float().softmax(-1).to(v.dtype)
+mla | q, k) * self.scale => q * self.scale, k) * self.scale | scaled twice
+mla | k, v = kv.view(B, T, H, N + V).split([N, V], -1) => k, v = kv.view(B, H, T, N + V).transpose(1, 2).split([N, V], -1) | .view took the place of a transpose
+mla | p, v) => p, v).transpose(1, 2).reshape(B, T, H, V) | .view took the place of a transpose in the result
+absorbed | (q, q_pe), -1) => (q, q_pe), -1) * self.scale | scaled twice
+absorbed | "bthc,hvc->bthv", latent, W_UV => "bhts,bshv->bthv", p, torch.einsum("bsc,hvc->bshv", kv[..., :C], W_UV) | multiplications
+gate | (upcast(x) @ upcast(self.weight).T) => (x.float() @ self.weight.float().T)
+gate | return s, chosen, gain => return s, chosen, gain * config.routed_scaling_factor | scaled twice
+gate | return s, chosen, gain => return s, chosen, gain / (1 + 1e-3) | gate values (B, T, K)
+experts | (chosen == i).nonzero(as_tuple=True) => (chosen == i).nonzero()[:1024].T | numbers differ
+training | weights[name] * loss for name, loss in losses.items() => losses[name] * x for name, x in weights.items()
+training | optimizer.zero_grad() => optimizer.zero_grad; model.train() | gradients of the earlier step
+"""  # noqa: E501
+
+
+def judged(name: str, functions) -> tuple[list[str], list[str]]:
+    wrong, mistakes = check.judge(name, functions)  # of each case; those that are named
+    return [words for words in wrong.values() if words], mistakes
+
+
+@pytest.mark.parametrize("line", ANSWERS.strip().splitlines())
+def test_answers_are_judged_rightly(line):
+    name, change, *says = line.split(" | ")
+    functions = check.with_mistake(name, *change.split(" => "))
+    wrong, mistakes = judged(name, functions)
+    if says:
+        assert says[0] in " ".join(wrong[:1] + mistakes), (wrong, mistakes)
+        assert name != "mla" or "The right answer shows" in network.effect(name, functions)[0]
+    else:
+        assert (wrong, mistakes) == ([], [])
+        if "float()" in change:
+            assert network.effect(name, functions)[1]
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_blanks_fail_with_a_sentence_and_solutions_pass(name, capsys):
+    assert not check.check(name)
+    out = capsys.readouterr().out
+    assert "not answered yet" in out and "not written yet" in out and "Error" not in out
+    parts = (name, *EXERCISES[name].parts)
+    functions = {x: getattr(solutions, x) for part in parts for x in EXERCISES[part].functions}
+    answers = {question.name: question.answer for question in EXERCISES[name].questions}
+    assert check.check(name, **functions, **answers)
+    if len(parts) > 1:  # a wrong part moves the curve
+        functions["gate"] = check.with_mistake("gate", "s.detach() + b", "s.detach()").gate
+        assert not network.effect(name, SimpleNamespace(**functions))[1]
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_known_mistakes_are_named_and_no_others(name):
+    exercise = EXERCISES[name]
+    assert len(exercise.hints) == 3 and exercise.mistakes
+    for old, new, sentence in exercise.mistakes:
+        wrong, mistakes = judged(name, check.with_mistake(name, old, new))
+        assert wrong and mistakes == [sentence], (sentence, wrong, mistakes)
+        assert "Error" not in " ".join(wrong), "a mistake that runs"
+    for question in exercise.questions:
+        assert all("that is" in check.answered(question, x) for x in question.slips)
+        assert check.answered(question, -1).startswith(" is not -1: ")
+
+
+@pytest.mark.parametrize("name", [x for x in EXERCISES if x != "training"])
+def test_solutions_give_what_the_network_gives(name):
+    own = SimpleNamespace(mtp_loss=lambda model, x, y: model(x, y)["mtp_loss"])
+    own.rotate, own.accept = network.v3.rotate, network.sample.accept
+    own.update_bias, own.quantize = network.v3.DeepSeekV3.update_bias, network.fp8.quantize
+    with torch.no_grad():
+        numbers = network.EFFECTS[name](own).numbers
+    for key, right in network.right(name).numbers.items():
+        torch.testing.assert_close(numbers[key], right, rtol=1e-9, atol=1e-8)
