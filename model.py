@@ -153,7 +153,9 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     """cos and sin of position * theta^(-2i/R), both (T, R/2), times YaRN's amplitude.
 
     YaRN (arXiv 2309.00071; report section 4.3) divides the frequencies of the slow pairs by
-    `factor`, keeps those of the fast ones and blends linearly in between, at every length.
+    `factor`, keeps those of the fast ones and blends linearly in between, at every length. Its
+    temperature, sqrt(t) = 0.1 ln(factor) + 1, multiplies queries and keys in the report. In V3 it
+    is in `MLA.scale` instead, as its square, and the amplitude is 1.
     """
     R, theta = config.qk_rope_head_dim, config.rope_theta
     i = torch.arange(R // 2, device=positions.device, dtype=dtype)
@@ -273,6 +275,13 @@ class MLA(nn.Module):
     o_t,i  = sum_j softmax_j(q_t,i . k_j,i / sqrt(N + R)) v_j,i                      Eq. 10
     u_t    = W^O [o_t,1; ...; o_t,H]                                                 Eq. 11
     Both latents are normalised before they are projected up (section 4.2).
+
+    Why position has a key of its own: with RoPE on k_t^C, a rotation that depends on the distance
+    would stand between W^UQ and W^UK. No one matrix could then be given to the query, and every key
+    would be made anew for each new token (DeepSeek-V2, arXiv 2405.04434, section 2.1.3).
+    Why prompts are expanded and decoding is absorbed: in V3 a query, a key and a head take 320
+    multiplications expanded (N + R + V) and 1,088 absorbed (C + R + C). But to expand a latent
+    takes C (N + V) = 131,072 once. From 171 queries on that pays: in a prompt, not in decoding.
     """
 
     def __init__(self, config: ModelConfig):
@@ -373,11 +382,17 @@ class MLP(nn.Module):
 class Gate(nn.Module):
     """Which K experts a token visits and how much each counts, Eq. 13-16.
 
-    s_i = sigmoid(u . e_i). A group's score is the sum of its two largest s + b (the released code's
-    rule; the report adds up K / topk_group of them). The topk_group groups with the largest scores
+    s_i = sigmoid(u . e_i): unlike in a softmax, scores do not compete, and their size does not
+    depend on E. It was found better than softmax (arXiv 2408.15664, section 4.1).
+    A group's score is the sum of its two largest s + b (the released code's rule; the report adds
+    up K / topk_group of them, as many experts as a token takes there on average: two in V3). The
+    topk_group groups with the largest scores
     stay, and of their experts those K are chosen that have the largest s + b. The bias b chooses
     and does nothing else: gate values come from s alone. No gradient reaches b;
     `DeepSeekV3.update_bias` moves it.
+    Why a factor: gate values that sum to one make a mean of K experts, which is about 1/sqrt(K) as
+    large as one of them. Moonlight computes its factor so (arXiv 2502.16982); V3's 2.5 is a little
+    less than sqrt(8), and the report does not explain it.
     """
 
     def __init__(self, config: ModelConfig):
@@ -424,7 +439,9 @@ def gates_in(module: nn.Module) -> list[Gate]:
 def balance_loss(s: Tensor, K: int) -> Tensor:
     """The complementary sequence-wise balance loss, Eq. 17-20, without its weight alpha.
 
-    s (B, T, E) are the gate's scores. 1 when the K best scores spread evenly over the experts.
+    s (B, T, E) are the gate's scores. 1 when the K best scores spread evenly over the experts. Its
+    gradient changes the scores without regard to the text, which costs quality where alpha is large
+    (arXiv 2408.15664). So alpha is tiny, against extremes in one sequence, and the bias balances.
     """
     B, T, E = s.shape
     P = (s / s.sum(-1, keepdim=True)).mean(1)  # (B, E), Eq. 19-20
@@ -503,7 +520,11 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """h' = sum_{i in top K} g_i FFN_i(u) + FFN_shared(u), Eq. 12 (Block adds the residual)."""
+    """h' = sum_{i in top K} g_i FFN_i(u) + FFN_shared(u), Eq. 12 (Block adds the residual).
+
+    What every token needs is learnt once, in the shared expert, and not again by each of the
+    others, which can differ more (DeepSeekMoE, arXiv 2401.06066, section 3.2).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -522,7 +543,10 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """x + MLA(norm(x)), then x + FFN(norm(x)): a dense MLP in the first layers, else MoE."""
+    """x + MLA(norm(x)), then x + FFN(norm(x)): a dense MLP in the first layers, else MoE.
+
+    In the first layer loads became even especially slowly (arXiv 2401.06066, section 5.1.2).
+    """
 
     def __init__(self, config: ModelConfig, dense: bool):
         super().__init__()
@@ -552,6 +576,10 @@ class MTP(nn.Module):
     h'_i^k = M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h_i^{k-1})],  h^k = RMSNorm(TRM_k(h'^k))
     The report writes the hidden state first and no norm around TRM_k; the released weights have
     the embedding first, and h^0 is the main model's hidden state after its final norm.
+
+    The module drafts tokens. It may also help the model: each position learns from more than one
+    token, and its state may plan what comes later (section 2.2). In arXiv 2404.19737 this helped
+    large models; small ones became worse.
     """
 
     def __init__(self, config: ModelConfig):
@@ -721,7 +749,8 @@ class DeepSeekV3(nn.Module):
     @torch.no_grad()
     def update_bias(self, gamma: float | Tensor):
         """b_i += gamma * sign(mean load - load of i), from the loads since the last call: the
-        balancing without an auxiliary loss (section 2.1.2; arXiv 2408.15664, Algorithm 1)."""
+        balancing without an auxiliary loss (section 2.1.2; arXiv 2408.15664, Algorithm 1). It adds
+        no gradient to the text's, and changes which experts are chosen, not how much they count."""
         for gate in self.gates():
             load = gate.load.float()
             gate.e_score_correction_bias += gamma * (load.mean() - load).sign()
