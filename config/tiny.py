@@ -34,4 +34,5 @@ decay_end = 1.0
 min_lr = 0.05
 gamma = 0.01
 eval_every = 50
+eval_tokens = 20_000  # a tenth of the validation text: all would take longer than the training
 save_every = 50

@@ -20,6 +20,7 @@ import os
 import pickle
 import re
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -226,8 +227,12 @@ class Run:
             work = speed * flops_per_token(self.model, self.config.block_size)
             line["mfu"] = work / (peak * self.machine.world)  # as nanoGPT's: of bf16's peak
         left = (self.config.steps - progress.step) * self.config.batch_size * self.config.block_size
+        every = self.config.eval_every
+        evaluations = (
+            -(-self.config.steps // every) - (progress.step - 1) // every
+        )  # this step's, too
         skips = f", {progress.skipped} skipped: gradient not finite" if progress.skipped else ""
-        self.show(line, self.clock.time_left(left) + skips)
+        self.show(line, self.clock.time_left(left, evaluations) + skips)
         self.write_line(line)
         progress.sums, progress.skipped = {}, 0
 
@@ -263,6 +268,7 @@ class Run:
         that a run starts from, at step 0, have files of their own.)
         """
         self.show(result)
+        self.clock.evaluation = time.perf_counter() - self.clock.since  # which a save has set
         progress, loss, length = self.progress, result["val_loss"], self.model.trained_length
         better = (length, -loss) > (progress.best_length, -progress.best_loss)
         if better and math.isfinite(loss) and progress.step > 0:
