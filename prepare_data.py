@@ -15,6 +15,7 @@ import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import runpy
@@ -32,7 +33,14 @@ from tqdm import tqdm
 
 from support.files import lies_in, new_folder
 from support.settings import Refusal, info, parse_args, place_of, run_command, short, with_home
-from support.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer, write_tokenizer
+from support.tokenizer import (
+    END_OF_TEXT,
+    Tokenizer,
+    open_tokenizer,
+    sample_texts,
+    train_tokenizer,
+    write_tokenizer,
+)
 from support.tokens import FEW_TOKENS, Dataset, load_dataset, read_tokens, write_tokens
 
 # GPT-2 tokens in shards of 100M on Hugging Face: where they lie and how many there are.
@@ -51,7 +59,7 @@ class DataConfig:
     name: str = ""  # name of the folder made ("": named after the source)
     out: str = "data"  # the folder that it is made in
     tokenizer: str = ""  # "": train one; gpt2, cl100k_base, o200k_base; or a folder, run or release
-    vocab_size: int = 4096  # tokens of a newly trained tokenizer, <|endoftext|> included
+    vocab_size: int = 0  # tokens of a newly trained tokenizer (0: 512 to 4096, by the text's size)
     val_fraction: float = 0.05  # share of the bytes kept for validation (not of downloads)
     test_fraction: float = 0.05  # and, in whole documents, for test.bin (0: none; not of downloads)
     text_key: str = "text"  # key (.jsonl) or column (.parquet) that holds the text
@@ -66,7 +74,7 @@ class DataConfig:
             raise Refusal(f"val_fraction={self.val_fraction}: expected above 0, at most 0.5")
         if not 0 <= self.test_fraction <= 0.4:
             raise Refusal(f"test_fraction={self.test_fraction}: expected 0 to 0.4")
-        if not self.tokenizer and self.vocab_size < 257:
+        if not self.tokenizer and self.vocab_size and self.vocab_size < 257:
             raise Refusal(f"vocab_size={self.vocab_size}: expected 257 (256 bytes and 1) or more")
         if self.source in SHARDS:
             most = SHARDS[self.source][1]
@@ -282,11 +290,31 @@ def read_parts(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
     return train, val, test
 
 
+def fitting_vocabulary(texts: list[str]) -> int:
+    """How many tokens a tokenizer trained on these texts should have: a power of two near one token
+    for 50 bytes, as was measured with networks like config/small.py (docs/notes/LOG.md)."""
+    size = sum(len(text.encode()) for text in texts)
+    return min(4096, max(512, 2 ** round(math.log2(size / 50))))
+
+
+def tell_if_unfit(tokenizer: Tokenizer, name: str, texts: list[str]) -> None:
+    """Says where a given tokenizer makes twice the tokens of one that is trained on the text."""
+    sample = sample_texts(texts, 100_000)
+    own = train_tokenizer(sample, fitting_vocabulary(sample))
+    given, fitting = (sum(map(len, x.encode_batch(sample))) for x in (tokenizer, own))
+    if given > 2 * fitting:
+        told = f"{name} cuts this text into {given / fitting:.1f} times the tokens"
+        info(f"{told} of a tokenizer trained on it: leave out --tokenizer for a new network")
+
+
 def make_tokens(config: DataConfig, folder: Path) -> None:
     """Make token files and their tokenizer in folder."""
     tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else None
     train, val, test = read_parts(config)
-    tokenizer = tokenizer or train_tokenizer(train, config.vocab_size)
+    if tokenizer:
+        tell_if_unfit(tokenizer, config.tokenizer, train)
+    else:
+        tokenizer = train_tokenizer(train, config.vocab_size or fitting_vocabulary(train))
     write_tokenizer(tokenizer, folder)
     write_tokens(folder, "train", train, tokenizer)
     write_tokens(folder, "val", val, tokenizer)
@@ -321,19 +349,25 @@ def next_command(config: DataConfig, folder: Path, data: Dataset) -> str:
     """How to train on the folder: the weights of the tokenizer's own folder, or a new network.
 
     A run reads a text five times at most: of a text read ten times a network learns much by heart.
+    A model of train.py's goes on as it was trained, at a tenth of its learning rate.
     """
     name = folder.name if folder.parent == Path("data") else str(folder)
-    small = runpy.run_path(str(Path(__file__).with_name("config") / "small.py"))
-    steps = max(1, 5 * len(data.train) // (small["batch_size"] * small["block_size"]))
-    words = [f"--data={name}", f"--out=out/{folder.name}"]
-    words += [f"--steps={min(steps, small['steps'])}"]
-    weights = ("best.pt", "ckpt.pt", "config.json")
-    if config.tokenizer and any((Path(config.tokenizer) / file).exists() for file in weights):
-        sizes = [f"--{key}={small[key]}" for key in ("batch_size", "block_size")]
-        words = [f"--init_from={config.tokenizer}", *words, *sizes]
+    had = runpy.run_path(str(Path(__file__).with_name("config") / "small.py"))
+    home, most, taken = Path(config.tokenizer), had["steps"], ["batch_size", "block_size"]
+    is_run = config.tokenizer and any((home / file).exists() for file in ("best.pt", "ckpt.pt"))
+    if is_run:
+        from support.checkpoints import load_checkpoint  # imports torch, which all else can spare
+
+        had |= load_checkpoint(home, whole=False)["train_config"]
+        taken += ["optimizer", "adamw_lr", "lr"]
+        had["lr"] = f"{had['lr'] / 10:g}"
+    steps = max(1, 5 * len(data.train) // (had["batch_size"] * had["block_size"]))
+    words = [f"--data={name}", f"--out=out/{folder.name}", f"--steps={min(steps, most)}"]
+    if is_run or (config.tokenizer and (home / "config.json").exists()):
+        words = [f"--init_from={home}", *words, *(f"--{key}={had[key]}" for key in taken)]
     else:
-        ours = data.vocab_size == small["vocab_size"]
-        words = words if steps < small["steps"] else words[:2]  # the file has this many itself
+        words = words if steps < most else words[:2]  # the file has this many itself
+        ours = data.vocab_size == had["vocab_size"]
         words = ["config/small.py", *words] + [f"--vocab_size={data.vocab_size}"] * (not ours)
     # A few evaluations of much more would read more than the training.
     words += [f"--eval_tokens={FEW_TOKENS}"] * (len(data.val) > 10 * FEW_TOKENS)
@@ -351,7 +385,7 @@ def main(argv: list[str]) -> None:
     print(folder)
     command = next_command(config, folder, load_dataset(folder))
     info(f"next: {command}")
-    if "--init_from" in command:
+    if "--init_from" in command and "--lr" not in command:
         info('docs/TUTORIAL.md, "Fine-tune", tells which --lr fits')
 
 
