@@ -15,11 +15,8 @@ import glob
 import gzip
 import hashlib
 import json
-import math
 import os
 import re
-import runpy
-import shlex
 import sysconfig
 import zlib
 from collections import Counter
@@ -31,17 +28,11 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from support import advice
 from support.files import lies_in, new_folder
 from support.settings import Refusal, info, parse_args, place_of, run_command, short, with_home
-from support.tokenizer import (
-    END_OF_TEXT,
-    Tokenizer,
-    open_tokenizer,
-    sample_texts,
-    train_tokenizer,
-    write_tokenizer,
-)
-from support.tokens import FEW_TOKENS, Dataset, load_dataset, read_tokens, write_tokens
+from support.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer, write_tokenizer
+from support.tokens import load_dataset, read_tokens, write_tokens
 
 # GPT-2 tokens in shards of 100M on Hugging Face: where they lie and how many there are.
 SHARDS = {"fineweb": ("kjj0/fineweb10B-gpt2", 103), "finewebedu": ("kjj0/finewebedu10B-gpt2", 99)}
@@ -290,31 +281,14 @@ def read_parts(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
     return train, val, test
 
 
-def fitting_vocabulary(texts: list[str]) -> int:
-    """How many tokens a tokenizer trained on these texts should have: a power of two near one token
-    for 50 bytes, as was measured with networks like config/small.py (docs/notes/LOG.md)."""
-    size = sum(len(text.encode()) for text in texts)
-    return min(4096, max(512, 2 ** round(math.log2(size / 50))))
-
-
-def tell_if_unfit(tokenizer: Tokenizer, name: str, texts: list[str]) -> None:
-    """Says where a given tokenizer makes twice the tokens of one that is trained on the text."""
-    sample = sample_texts(texts, 100_000)
-    own = train_tokenizer(sample, fitting_vocabulary(sample))
-    given, fitting = (sum(map(len, x.encode_batch(sample))) for x in (tokenizer, own))
-    if given > 2 * fitting:
-        told = f"{name} cuts this text into {given / fitting:.1f} times the tokens"
-        info(f"{told} of a tokenizer trained on it: leave out --tokenizer for a new network")
-
-
 def make_tokens(config: DataConfig, folder: Path) -> None:
     """Make token files and their tokenizer in folder."""
     tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else None
     train, val, test = read_parts(config)
     if tokenizer:
-        tell_if_unfit(tokenizer, config.tokenizer, train)
+        advice.tell_if_unfit(tokenizer, config.tokenizer, train)
     else:
-        tokenizer = train_tokenizer(train, config.vocab_size or fitting_vocabulary(train))
+        tokenizer = train_tokenizer(train, config.vocab_size or advice.fitting_vocabulary(train))
     write_tokenizer(tokenizer, folder)
     write_tokens(folder, "train", train, tokenizer)
     write_tokens(folder, "val", val, tokenizer)
@@ -345,35 +319,6 @@ def prepare(config: DataConfig) -> Path:
     return folder
 
 
-def next_command(config: DataConfig, folder: Path, data: Dataset) -> str:
-    """How to train on the folder: the weights of the tokenizer's own folder, or a new network.
-
-    A run reads a text five times at most: of a text read ten times a network learns much by heart.
-    A model of train.py's goes on as it was trained, at a tenth of its learning rate.
-    """
-    name = folder.name if folder.parent == Path("data") else str(folder)
-    had = runpy.run_path(str(Path(__file__).with_name("config") / "small.py"))
-    home, most, taken = Path(config.tokenizer), had["steps"], ["batch_size", "block_size"]
-    is_run = config.tokenizer and any((home / file).exists() for file in ("best.pt", "ckpt.pt"))
-    if is_run:
-        from support.checkpoints import load_checkpoint  # imports torch, which all else can spare
-
-        had |= load_checkpoint(home, whole=False)["train_config"]
-        taken += ["optimizer", "adamw_lr", "lr"]
-        had["lr"] = f"{had['lr'] / 10:g}"
-    steps = max(1, 5 * len(data.train) // (had["batch_size"] * had["block_size"]))
-    words = [f"--data={name}", f"--out=out/{folder.name}", f"--steps={min(steps, most)}"]
-    if is_run or (config.tokenizer and (home / "config.json").exists()):
-        words = [f"--init_from={home}", *words, *(f"--{key}={had[key]}" for key in taken)]
-    else:
-        words = words if steps < most else words[:2]  # the file has this many itself
-        ours = data.vocab_size == had["vocab_size"]
-        words = ["config/small.py", *words] + [f"--vocab_size={data.vocab_size}"] * (not ours)
-    # A few evaluations of much more would read more than the training.
-    words += [f"--eval_tokens={FEW_TOKENS}"] * (len(data.val) > 10 * FEW_TOKENS)
-    return shlex.join(["python", "train.py", *words])
-
-
 def main(argv: list[str]) -> None:
     description = "Turn text into token files and a tokenizer in data/<name>/."
     source, values = parse_args(description, argv, DataConfig, positional="source")
@@ -383,7 +328,7 @@ def main(argv: list[str]) -> None:
     config = DataConfig(**values | ({"source": source} if source else {}))
     folder = prepare(config)
     print(folder)
-    command = next_command(config, folder, load_dataset(folder))
+    command = advice.next_command(folder, load_dataset(folder), config.tokenizer)
     info(f"next: {command}")
     if "--init_from" in command and "--lr" not in command:
         info('docs/TUTORIAL.md, "Fine-tune", tells which --lr fits')

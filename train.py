@@ -44,14 +44,13 @@ import prepare_data
 import sample
 from huggingface import load_model, with_settings
 from model import DeepSeekV3, ModelConfig, count_chosen
-from support import checkpoints, processes, runs, settings
+from support import advice, checkpoints, processes, runs, settings
 from support.checkpoints import Progress, RandomNumbers, checkpoint_file, load_checkpoint
 from support.muon import Muon, muon_takes
-from support.plot import column, read_log
 from support.processes import Machine
 from support.settings import Refusal, info
 from support.tokenizer import check_tokenizer, stored_tokenizer, tokenizer_files
-from support.tokens import FEW_TOKENS, Dataset, data_folder, open_folder, text_digest
+from support.tokens import Dataset, data_folder, open_folder, text_digest
 
 PHASES = ("warmup", "decay_start", "decay_end", "final_start")  # of the learning rate, in order
 
@@ -452,12 +451,6 @@ def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is cut up
 
 
-# In a trial (docs/notes/LOG.md) 4 and 6 epochs of a small text gave about the same validation loss,
-# and 10 a much higher one. Up to 4 cost little in Muennighoff et al. (arXiv 2305.16264), too.
-FEW_EPOCHS, MANY_EPOCHS = 5, 8
-BY_HEART = 1.5  # validation loss over training loss; config/small.py ends with 1.28
-
-
 def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, progress: Progress):
     """What is to be trained, where, and on how much text."""
     total, active, mtp = (f"{n / 1e6:.2f}M" for n in model.parameter_counts().values())
@@ -465,19 +458,11 @@ def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, pr
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.why})"
     info(f"run: {config.steps} steps on {where}")
     windows = sum(len(steps) * size for steps, size in stages_from(config, progress.step))
-    read, length = progress.tokens + windows * config.block_size, len(data.train)
-    epochs = read / length
-    shown = f"{epochs:.1f}" if epochs >= 1 else f"{epochs:.2g}"
-    info(f"text: {length:,} tokens; the run reads {read:,}, which makes {shown} epochs")
-    if epochs > MANY_EPOCHS and progress.step == 0:
-        fewer = max(1, round(config.steps * FEW_EPOCHS / epochs))
-        told = f"in more than {MANY_EPOCHS} epochs the model learns its text by heart"
-        info(f"{told}; give --steps={fewer} for {FEW_EPOCHS}")
-    evaluations = math.ceil(config.steps / config.eval_every)
-    measured = evaluations * len(data.val)
-    if measured > max(read, 10**7) and progress.step == 0:  # fewer take no time worth a line
-        told = f"{evaluations} evaluations read {measured:,} tokens, more than the training"
-        info(f"{told}; give --eval_tokens={FEW_TOKENS}, or a larger --eval_every")
+    read = progress.tokens + windows * config.block_size
+    advice.tell_epochs(read, len(data.train), config.steps, new=progress.step == 0)
+    measured = math.ceil(config.steps / config.eval_every) * len(data.val)
+    if progress.step == 0:
+        advice.tell_if_evaluations_read_more(measured, read)
 
 
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=()):
@@ -700,12 +685,7 @@ def show_result(config: TrainConfig, data: Dataset):
     text = f"{best['val_bpb']:.4f} bits/byte in windows of {had['block_size']} tokens"
     if "val_bpb_long" in best:
         text += f", {best['val_bpb_long']:.4f} in windows of {had['long_block_size']}"
-    (_, seen), (_, unseen) = (column(read_log(config.out), key) for key in ("loss", "val_loss"))
-    if seen.size and unseen.size and unseen[-1] > BY_HEART * seen[-1]:
-        told = f"the validation loss ends at {unseen[-1]:.3g}, far above the training loss"
-        info(
-            f"{told}, {seen[-1]:.3g}: the text is learnt by heart; give fewer --steps or more text"
-        )
+    advice.tell_if_by_heart(config.out)
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
     tokens = data.val.arrays[0][1:9].tolist()  # after the end-of-text token
     # The run's own copy of the tokenizer: the data folder's may be gone by now.

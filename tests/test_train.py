@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from training import (
     MACHINE,
     ROOT,
+    SHOW_RESULT,
     TEXT,
     TINY,
     assert_same,
@@ -283,6 +284,13 @@ def test_a_line_has_the_means_since_the_last_one(shared):
         assert (line["lr"], line["grad_norm"]) == (since[-1]["lr"], since[-1]["grad_norm"])
 
 
+def test_what_is_left_counts_evaluations(capsys):
+    run("--steps=13", "--eval_every=12")
+    said = dict(re.findall(r"step (\d+)/13: loss .*, 0:00:0\d(.*) left\n", capsys.readouterr().err))
+    two = " and 2 evaluation(s)"  # after 12 steps and after 13; the first tells how long one takes
+    assert said == {"10": two, "11": two, "12": two, "13": ""}
+
+
 def test_a_bad_step_changes_neither_weights_nor_biases(faults, monkeypatch):
     faults.bad_gradients(3)
     updated, saved, update = [], [], DeepSeekV3.update_bias
@@ -461,6 +469,16 @@ def test_a_network_may_get_a_parameter_more_than_the_weights_it_starts_from(monk
 
 
 # ---- The command ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unseen", [4.4, 4.6])
+def test_a_text_that_is_learnt_by_heart_is_told(unseen, data, begun, monkeypatch, capsys):
+    log = [{"step": 1, "loss": 3.0}, {"step": 1, "val_loss": unseen}]
+    Path("run/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    monkeypatch.setattr(train.sample, "main", lambda argv: None)
+    SHOW_RESULT(train.TrainConfig(out="run"), load_dataset(data))
+    told = "the validation loss ends at 4.6, far above the training loss, 3: the text is learnt by"
+    assert (told in capsys.readouterr().err) == (unseen > 4.5)
 
 
 def test_from_text_to_text_on_the_command_line():
