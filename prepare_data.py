@@ -52,7 +52,7 @@ class DataConfig:
     tokenizer: str = ""  # "": train one; gpt2, cl100k_base, o200k_base; or a folder, run or release
     vocab_size: int = 0  # tokens of a newly trained tokenizer (0: 512 to 4096, by the text's size)
     val_fraction: float = 0.05  # share of the bytes kept for validation (not of downloads)
-    test_fraction: float = 0.05  # and, in whole documents, for test.bin (0: none; not of downloads)
+    test_fraction: float = 0.05  # share of the bytes kept for test.bin (0: none; not of downloads)
     text_key: str = "text"  # key (.jsonl) or column (.parquet) that holds the text
     shards: int = 1  # training shards of fineweb and finewebedu (100M tokens, 200 MB each)
     overwrite: bool = False  # rename a folder made before to NAME.old-1, and so on
