@@ -76,7 +76,7 @@ def plot_validation(ax: Any, run: str, log: Log, colour: str) -> None:
 def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
     """A colour for each run; pale is the log itself, strong the smoothed curve."""
     for i, (run, log) in enumerate(logs.items()):
-        modules = [key for key in log[-1] | log[0] if key.startswith("mtp_loss_")]
+        modules = sorted({key for line in log for key in line if key.startswith("mtp_loss_")})
         for key, style in ("loss", "-"), *((key, "--") for key in modules or ["mtp_loss"]):
             x, y = column(log, key)
             if not y.any():  # a network without MTP modules logs 0
