@@ -18,10 +18,10 @@ BY_HEART = 1.5  # validation loss over training loss; config/small.py ends with 
 
 
 def fitting_vocabulary(texts: list[str]) -> int:
-    """How many tokens a tokenizer trained on these texts should have: a power of two near one token
-    for 50 bytes, as was measured with networks like config/small.py (docs/notes/LOG.md)."""
+    """How many tokens a tokenizer trained on these texts should have: the power of two nearest to
+    5 times the square root of their bytes, 512 at least and 4,096, as config/small.py, at most."""
     size = sum(len(text.encode()) for text in texts)
-    return min(4096, max(512, 2 ** round(math.log2(size / 50))))
+    return min(4096, max(512, 2 ** round(math.log2(5 * math.sqrt(size)))))
 
 
 def tell_if_unfit(tokenizer: Tokenizer, name: str, texts: list[str]) -> None:
@@ -85,7 +85,6 @@ def tell_if_by_heart(run: str) -> None:
     """Says where the validation loss of a run ends far above its training loss."""
     (_, seen), (_, unseen) = (column(read_log(run), key) for key in ("loss", "val_loss"))
     if seen.size and unseen.size and unseen[-1] > BY_HEART * seen[-1]:
-        told = f"the validation loss ends at {unseen[-1]:.3g}, far above the training loss"
-        info(
-            f"{told}, {seen[-1]:.3g}: the text is learnt by heart; give fewer --steps or more text"
-        )
+        losses = f"at {unseen[-1]:.3g}, far above the training loss, {seen[-1]:.3g}"
+        told = f"the validation loss ends {losses}: part of the text is learnt by heart"
+        info(f"{told}; more text helps, or fewer --steps")

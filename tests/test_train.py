@@ -477,7 +477,7 @@ def test_a_text_that_is_learnt_by_heart_is_told(unseen, data, begun, monkeypatch
     Path("run/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     monkeypatch.setattr(train.sample, "main", lambda argv: None)
     SHOW_RESULT(train.TrainConfig(out="run"), load_dataset(data))
-    told = "the validation loss ends at 4.6, far above the training loss, 3: the text is learnt by"
+    told = "the validation loss ends at 4.6, far above the training loss, 3: part of the text"
     assert (told in capsys.readouterr().err) == (unseen > 4.5)
 
 
