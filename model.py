@@ -741,6 +741,7 @@ class DeepSeekV3(nn.Module):
         return {
             "loss": main,  # cross-entropy of the next token, in nats
             "mtp_loss": sum(mtp, zero) / max(1, len(mtp)),  # mean over depths, Eq. 24-25, in nats
+            **{f"mtp_loss_{k}": loss for k, loss in enumerate(mtp, 1) if len(mtp) > 1},
             "balance_loss": sum(balance, zero) / max(1, len(balance)),  # mean over layers, Eq. 17
         }
 
