@@ -2,7 +2,7 @@
 
 Every checkpoint is made at random here: by transformers, which model.py must then open with the
 same logits, routing and greedy text; or by model.py, which transformers must open. (The equations
-in float64 numpy, tests/reference.py, arbitrate in test_model.py.) Weights are drawn so large, and
+in float64 numpy, tests/reference.py, arbitrate in test_network.py.) Weights are drawn so large, and
 correction biases so different, that a mistake moves the logits by whole units.
 """
 
@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub
+import networks
 import pytest
-import test_model
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -38,11 +38,11 @@ from support.tokenizer import PATTERN, encoding_from, load_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent.parent
 # Transformers' grouped product wants even widths.
-TINY = test_model.TINY | {"max_position_embeddings": 640, "moe_intermediate_size": 12}
-YARN = test_model.YARN | {"factor": 40, "original_max_position_embeddings": 16}
+TINY = networks.TINY | {"max_position_embeddings": 640, "moe_intermediate_size": 12}
+YARN = networks.YARN | {"factor": 40, "original_max_position_embeddings": 16}
 YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}
 NO_GROUPS = {"n_group": 1, "topk_group": 1}
-VARIANTS = test_model.VARIANTS | {
+VARIANTS = networks.VARIANTS | {
     "DeepSeek-V3": {"rope_scaling": YARN},
     "Moonlight": NO_GROUPS
     | {"q_lora_rank": None, "n_shared_experts": 2, "rope_theta": 50000.0}
@@ -77,7 +77,7 @@ def theirs(directory: Path, **keys):
 
 @torch.no_grad()
 def ours(depth: int = 1, **keys) -> DeepSeekV3:
-    model = test_model.tiny(torch.float32, **TINY | keys | {"num_nextn_predict_layers": depth})
+    model = networks.tiny(torch.float32, **TINY | keys | {"num_nextn_predict_layers": depth})
     for gate in model.gates():  # mostly negative biases: a masked group must not win with a 0
         gate.e_score_correction_bias.uniform_(-1.2, 0.4)
     return model
@@ -114,7 +114,7 @@ def edit_tensors(directory: Path, change):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_same_network_both_ways(name, tmp_path):
     """Ours opened by transformers, and what it then saves opened by us: the same logits, experts
-    and greedy text; nothing is lost on the way. (The cache: test_model.py.)"""
+    and greedy text; nothing is lost on the way. (The cache: test_network.py.)"""
     model = ours(depth=0, **VARIANTS[name])
     huggingface.save_pretrained(model, tmp_path / "a")
     hf, report = theirs(tmp_path / "a", output_loading_info=True)
@@ -195,10 +195,10 @@ def test_mtp(name, depth, tmp_path, monkeypatch):
     assert text.shape == (1, 32) and torch.equal(model(text)[:, 23:-1].argmax(-1), text[:, 24:])
 
 
-@pytest.mark.parametrize("name", [*test_model.VARIANTS, *VARIANTS, "V3", "all dense"])
+@pytest.mark.parametrize("name", [*networks.VARIANTS, *VARIANTS, "V3", "all dense"])
 def test_the_layout_is_that_of_the_network(name):
     """It is written apart from model.py, so that an edit of model.py does not change it."""
-    variants = test_model.VARIANTS | VARIANTS | {"all dense": {"first_k_dense_replace": 9}}
+    variants = networks.VARIANTS | VARIANTS | {"all dense": {"first_k_dense_replace": 9}}
     config = ModelConfig() if name == "V3" else ModelConfig(**TINY | variants[name])
     with torch.device("meta"):
         views = checkpoint_views(DeepSeekV3(config))
