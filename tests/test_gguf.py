@@ -27,6 +27,7 @@ from support.tokenizer import (
 gguf = pytest.importorskip("gguf", reason="gguf, which writes the files, is not installed")
 llama = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp's wheel, is not installed")
 
+pytestmark = pytest.mark.usefixtures("v3")  # llama.cpp knows no other network
 TEXT = "def f(x):\n    return x + 1\n\nprint(f(2), 'in the end', \"don't\")\n" * 3
 YARN = dict(type="yarn", factor=8, original_max_position_embeddings=16, mscale=1, mscale_all_dim=1)
 V3 = networks.TINY | dict(vocab_size=300, rms_norm_eps=1e-6, max_position_embeddings=128)

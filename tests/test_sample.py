@@ -20,6 +20,7 @@ from networks import student, tiny
 
 import prepare_data
 import sample
+from huggingface import load_model
 from model import DeepSeekV3
 from sample import accept, draw, generate, probabilities
 from support.settings import Refusal, run_command
@@ -172,7 +173,7 @@ def test_an_edit_may_rule_tokens_out_but_not_all(monkeypatch):
     plain, model, prompt = DeepSeekV3.logits, tiny(), torch.tensor([[1, 2, 3]])
     for ruled_out, left in ((slice(5, None), True), (slice(None), False)):
         columns = torch.zeros(31).index_fill(0, torch.arange(31)[ruled_out], -math.inf)
-        monkeypatch.setattr(DeepSeekV3, "logits", lambda self, h, c=columns: plain(self, h) + c)
+        monkeypatch.setattr(DeepSeekV3, "logits", lambda *args, c=columns: plain(*args) + c)
         with contextlib.nullcontext() if left else pytest.raises(Refusal, match="not finite"):
             assert generate(model, prompt, 20)[0, 3:].max() < 5
 
@@ -208,6 +209,25 @@ def command(run, capsys):
         return capsys.readouterr()
 
     return call
+
+
+def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
+    path, saved = tmp_path / "ckpt.pt", torch.load(run / "ckpt.pt", weights_only=True)
+    config = saved["model_config"]
+    padded = f"embed_tokens.weight is ({config['vocab_size']}, 16)"
+    path.write_bytes(b"hello " * 50)
+    for bad, sentence in (
+        (None, f"{path} is damaged, or no checkpoint"),
+        ({"model_args": {}}, "is damaged, or no checkpoint"),  # another program's
+        (saved | {"model_config": config | {"wings": 2}}, "has wings, which only another model"),
+        (saved | {"model_config": config | {"vocab_size": 77}}, padded),
+        ({key: x for key, x in saved.items() if key != "model"}, "do not match: 'model'"),
+        (saved, "meta.json"),  # the tokenizer is missing
+    ):
+        if bad:
+            torch.save(bad, path)
+        with pytest.raises((Refusal, OSError), match=re.escape(sentence)):
+            load_model(tmp_path)
 
 
 def test_text_goes_to_stdout_and_the_rest_to_stderr(command, monkeypatch):
