@@ -152,6 +152,8 @@ def test_steps_equal_a_plain_training_loop(data):
     for t in range(4):
         x = torch.from_numpy(train.train_windows(dataset, config, t))
         losses = model(x[:, :-1], x[:, 1:])
+        if losses.keys() != {"loss", "mtp_loss", "balance_loss"}:
+            pytest.skip("an edit has another loss, whose weight this loop does not know")
         moe_layers = 3  # two in the main model, one in the MTP module
         loss = losses["loss"] + (0.4 if t < 2 else 0.2) * losses["mtp_loss"]
         loss += 0.3 * moe_layers * losses["balance_loss"]
@@ -237,7 +239,7 @@ def test_a_line_has_the_means_since_the_last_one(shared):
         assert (line["lr"], line["grad_norm"]) == (since[-1]["lr"], since[-1]["grad_norm"])
 
 
-def test_a_bad_step_changes_neither_weights_nor_biases(faults, monkeypatch):
+def test_a_bad_step_changes_neither_weights_nor_biases(faults, monkeypatch, capsys):
     faults.bad_gradients(3)
     updated, saved, update = [], [], DeepSeekV3.update_bias
 
@@ -253,6 +255,15 @@ def test_a_bad_step_changes_neither_weights_nor_biases(faults, monkeypatch):
     assert saved == [0, 1, 2, 2, 4, 5, 6, 7]  # in the bad step the older file stays
     line = log_of("run")[2]
     assert line["grad_norm"] is None and line["loss"] > 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert len(told) == 1 and told[0].startswith("step 3/8:") and "1 skipped" in told[0]
+
+
+def test_the_seed_draws_the_weights():
+    out = run("--steps=1", "--lr=0", "--gamma=0", "--seed=7")
+    torch.manual_seed(7)
+    fresh = DeepSeekV3(ModelConfig(**load(out)["model_config"])).double()
+    assert_same(load(out)["model"], dict(fresh.state_dict()))
 
 
 def test_no_limit_of_the_gradient_norm_is_none():
