@@ -37,6 +37,6 @@ for document in (Path("README.md"), *Path("docs").glob("**/*.md")):
         for part in name.split(".") if not name.endswith(".py") else ():
             if not re.search(rf"(?m)^ *(def|class) {part}\b", source):
                 wrong.append(f"{document}: {path} has no {name}")
-sys.exit("\n".join(wrong))
+sys.exit("\n".join(wrong) or 0)
 END
 exit $failed
