@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from networks import calm, in_bf16, tiny, tokens_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fp8
+import model as plain
 from fp8 import BLOCK, COLUMN, TILE, FP8Linear, dequantize, quantize, quantized_once
 
 BF16 = torch.bfloat16
@@ -316,3 +318,36 @@ def test_parallel_training_changes_no_bit(kind, request):
         assert torch.equal(y, step(twin, x)[0])
         for opt in optimizers:
             opt.step()
+
+
+# ---- The network ------------------------------------------------------------------------------
+
+
+def test_use_fp8_switches_projections_mlps_and_experts_and_nothing_else():
+    model = tiny(torch.float32, attention_bias=True)
+    keys, high = list(model.state_dict()), (nn.Linear, plain.Experts)
+    before = {name: type(x) for name, x in model.named_modules() if type(x) in high}
+    fp8.use_fp8(model)
+    assert list(model.state_dict()) == keys
+    for name, kind in before.items():
+        inside = ".self_attn." in name or ".mlp" in name
+        low = FP8Linear if kind is nn.Linear else fp8.FP8Experts
+        assert type(model.get_submodule(name)) is (low if inside else kind), name
+
+
+def test_a_network_in_fp8_is_close_to_full_precision():
+    """4 bits (E4M3) in every product: 10 to 17 % of the logits' norm over seeds, where gate and up
+    exchanged, or forgotten gate values, make 46 % and more."""
+    model = calm().train()
+    tokens = tokens_of(model, 2, 8)
+
+    def logits_losses_gradients():
+        logits, losses = in_bf16(model, tokens).detach(), in_bf16(model, tokens, tokens).values()
+        return [logits, *losses, *torch.autograd.grad(sum(losses), list(model.parameters()))]
+
+    exact = logits_losses_gradients()
+    fp8.use_fp8(model)
+    results = logits_losses_gradients()
+    logits, *losses = (error(a, b) for a, b in zip(results[:4], exact[:4], strict=True))
+    assert 0.02 < logits < 0.3 and max(losses) < 0.1
+    assert all(x.isfinite().all() and x.norm() > 0 for x in results)
