@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 
+import bench
 import sample
 from model import DeepSeekV3, ModelConfig, balance_loss
 from support.settings import read_config_file
@@ -169,7 +170,7 @@ def test_worked_changes(title, v3, tmp_path, monkeypatch):
         with torch.inference_mode():
             text = sample.generate(model.eval(), c.x[:1, :4], 4, temperature=0, speculative=2)
             assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
-        assert not sample.check_cache(model, 24).wrong
+        assert not bench.check_cache(model, 24).wrong
     check(c)
 
 
@@ -258,7 +259,7 @@ def token_by_token(c: Changed):
         pieces = linear(h[:, :15], None, (kept, 0)), graph(h[:, 15:], None, (kept, at))
         assert torch.allclose(torch.cat(pieces, 1), linear(h, None), atol=1e-12)
     c.patch.setitem(c.new.LinearAttention.new_cache.__globals__, "MOST_NEW", 7)
-    wrong = sample.check_cache(c.model, 24).wrong  # of one state less
+    wrong = bench.check_cache(c.model, 24).wrong  # of one state less
     assert len(wrong) == 4 and all("main model, drafts rejected" in way for way in wrong)
 
 

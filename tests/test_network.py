@@ -39,8 +39,9 @@ from training import assert_same_run, finish, load, run
 
 import model as plain
 import sample
+from bench import check_cache
 from model import MOST_NEW, Cache, DeepSeekV3, ModelConfig
-from sample import MOST_DRAFTS, Stats, accept, check_cache, draw, generate, probabilities
+from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
 from support.settings import Refusal
 
 LIMIT = 48  # max_position_embeddings
@@ -80,6 +81,20 @@ def test_every_parameters_gradient_equals_finite_differences():
             p += d * direction
         slope = (ends[0] - ends[1]) / (2 * d)
         assert abs((gradient * direction).sum() - slope) < 1e-6 * max(1, abs(slope)), name
+
+
+@pytest.mark.parametrize("targets", [[3, -1, 0, 10, 10, -100, 7], [-1] * 3], ids=["some", "none"])
+def test_a_loss_in_pieces_has_the_value_and_gradient_of_the_whole(targets, monkeypatch):
+    logits = torch.randn(len(targets), 11).double().requires_grad_()
+    targets = torch.tensor(targets)
+    chosen = -logits.log_softmax(-1)[targets >= 0, targets[targets >= 0]]
+    expected = chosen.sum() / max(1, len(chosen))
+    (slope,) = torch.autograd.grad(expected, logits)
+    for size in (1, 25, 1000):
+        monkeypatch.setattr(plain, "PIECE", size)
+        loss = plain.cross_entropy(logits, targets)
+        close(loss, expected)
+        close(torch.autograd.grad(loss, logits)[0], slope)
 
 
 def test_recomputing_activations_changes_neither_gradients_nor_counts():
