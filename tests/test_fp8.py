@@ -224,6 +224,16 @@ def test_each_expert_is_a_linear_layer(counts, dtype, machine, monkeypatch):
         assert len(dy_e) or not dw_e.any()
 
 
+def test_tensor_cores_get_whole_tiles_of_each_expert(monkeypatch):
+    """However many rows it has, and what they compute is what the emulation computes."""
+    experts, x, gain = Experts(3, 128, 64), torch.randn(50, 128), torch.rand(50, 2)
+    chosen = torch.rand(50, 3).topk(2).indices
+    expected = fp8.FP8Experts.forward(experts, x, chosen, gain)
+    monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device: True)
+    with TensorCores():
+        assert error(fp8.FP8Experts.forward(experts, x, chosen, gain), expected) < 1e-5
+
+
 # ---- The quantised weight ---------------------------------------------------------------------
 
 
