@@ -246,7 +246,7 @@ def test_a_signal_or_a_closed_terminal_stops_the_run_when_all_is_saved(number, f
     before = signal.getsignal(number)
 
     def close():
-        monkeypatch.setattr("sys.stderr", open("/dev/full", "w"))
+        monkeypatch.setattr("sys.stderr", open("/dev/full", "w"))  # noqa: SIM115
         signal.raise_signal(number)
         assert signal.getsignal(number) == before
 
