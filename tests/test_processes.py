@@ -31,18 +31,6 @@ from support.settings import Refusal
 pytestmark = pytest.mark.usefixtures("workplace")
 
 
-@pytest.mark.parametrize(
-    "parallel, accumulate, optimizer",
-    [("ddp", 2, "adamw"), ("fsdp", 2, "adamw"), ("ddp", 1, "muon")],
-)
-def test_two_processes_equal_one(parallel, accumulate, optimizer, start, shared):
-    """All that is logged and saved, with MTP, and experts that a batch leaves without tokens."""
-    options = ("--n_routed_experts=64", f"--optimizer={optimizer}")
-    parts = (f"--parallel={parallel}", f"--grad_accum={accumulate}")
-    finish(start(*options, *parts, world=2, out="together"))
-    assert_same_run(shared(*options), Path("together"), 1e-9)
-
-
 def test_a_run_moves_between_one_process_ddp_and_fsdp(start, shared):
     run(*CONSTANT, "--steps=2", out="moved")
     for parallel, steps in (("ddp", 4), ("fsdp", 6)):
