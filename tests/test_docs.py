@@ -52,6 +52,7 @@ def test_links_lead_somewhere(document):
             slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
             assert fragment in slugs, target
 
+
 def test_commands_name_files_and_keys_that_exist():
     """But those of docs/notes, which tell what was done."""
     commands = 0
