@@ -259,11 +259,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Posit
         return o[..., :V]
     # Written out: for the few queries of decoding, and for short texts on a CPU in bfloat16, where
     # this is three times as fast.
-    mask = q.new_zeros(1)  # for one query, the newest token's, which looks at all keys
-    if T > 1 or not isinstance(start, int):
-        query = start + torch.arange(T, device=q.device)[:, None]
-        later = torch.arange(S, device=q.device) > query  # (T, S), True where a key is ahead
-        mask = torch.where(later, -math.inf, 0.0).to(q.dtype).repeat(H // h, 1)
+    query = start + torch.arange(T, device=q.device)[:, None]
+    later = torch.arange(S, device=q.device) > query  # (T, S), True where a key is ahead
+    mask = torch.where(later, -math.inf, 0.0).to(q.dtype).repeat(H // h, 1)  # (H/h*T, S)
     q, k, v = q.reshape(B * h, -1, W), k.flatten(0, 1), v.flatten(0, 1)  # (B*h, H/h*T, W) ...
     p = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)  # (B*h, H/h*T, S)
     return (p @ v).view(B, H, T, V)

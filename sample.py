@@ -526,6 +526,8 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
         of = (f"{a} of {d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
         per_call = stats.tokens / stats.rounds / rows
         info(f"{per_call:.2f} tokens per model call; accepted drafts, by position: {', '.join(of)}")
+        if stats.drafted[0] >= 20 and stats.accepted[0] < stats.drafted[0] / 10:
+            info("few drafts were right: where model.py was edited, run python bench.py cache RUN")
     like = model.embed_tokens.weight
     # Of texts so long that a ring is full; on meta they take no memory.
     most, meta = model.config.max_position_embeddings, like.to("meta")
