@@ -258,9 +258,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Posit
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=h != H)
         return o[..., :V]
     # For a CPU in bfloat16, where it is three times as fast, and for few queries.
-    query = start + torch.arange(T, device=q.device)[:, None]
-    later = torch.arange(S, device=q.device) > query  # (T, S), True where a key is ahead
-    mask = torch.where(later, -math.inf, 0.0).to(q.dtype).repeat(H // h, 1)
+    mask = q.new_zeros(1)  # if there is one query, and no key after it
+    if T > 1 or not isinstance(start, int):
+        query = start + torch.arange(T, device=q.device)[:, None]
+        later = torch.arange(S, device=q.device) > query  # (T, S), True where a key is ahead
+        mask = torch.where(later, -math.inf, 0.0).to(q.dtype).repeat(H // h, 1)
     q, k, v = q.reshape(B * h, -1, W), k.flatten(0, 1), v.flatten(0, 1)  # (B*h, H/h*T, W) ...
     p = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)  # (B*h, H/h*T, S)
     return (p @ v).view(B, H, T, V)
@@ -495,13 +497,13 @@ class Experts(nn.Module):
         """x (tokens, D), chosen experts, their gate values (tokens, K) -> (tokens, D)."""
         (tokens, K), E = chosen.shape, len(self.down_proj)
         x = x.to(compute_dtype(x))
-        none = (chosen < 0) | (chosen >= E)
-        chosen, gain = chosen.clamp(0, E - 1), gain.to(x.dtype).masked_fill(none, 0)
+        known = chosen.clamp(0, E - 1)
+        chosen, gain = known, gain.to(x.dtype).masked_fill(known != chosen, 0)
         few = tokens * K <= 2 * E or (torch.compiler.is_compiling() and tokens <= 512)
         if few and not torch.is_grad_enabled():  # each token reads the weights of its experts
-            gate, up = torch.einsum("td,tkfd->tkf", x, self.gate_up_proj[chosen]).chunk(2, -1)
-            h = swiglu(gate, up) * gain[..., None]  # (tokens, K, F)
-            return torch.einsum("tkf,tkdf->td", h, self.down_proj[chosen])
+            gate, up = (self.gate_up_proj[chosen] @ x[:, None, :, None]).chunk(2, -2)
+            h = swiglu(gate, up) * gain[..., None, None]  # (tokens, K, F, 1)
+            return (self.down_proj[chosen] @ h).sum(1).squeeze(-1)  # (tokens, D)
         # Sorted by expert, so that the tokens of an expert are rows side by side.
         expert, gain, counts = chosen.flatten(), gain.flatten(), count_chosen(chosen, E)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu":
@@ -739,6 +741,7 @@ class DeepSeekV3(nn.Module):
         return {
             "loss": main,  # cross-entropy of the next token, in nats
             "mtp_loss": sum(mtp, zero) / max(1, len(mtp)),  # mean over depths, Eq. 24-25, in nats
+            **{f"mtp_loss_{k}": loss for k, loss in enumerate(mtp, 1) if len(mtp) > 1},
             "balance_loss": sum(balance, zero) / max(1, len(balance)),  # mean over layers, Eq. 17
         }
 

@@ -17,8 +17,6 @@ import hashlib
 import json
 import os
 import re
-import runpy
-import shlex
 import sysconfig
 import zlib
 from collections import Counter
@@ -30,10 +28,11 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from support import advice
 from support.files import lies_in, new_folder
 from support.settings import Refusal, info, parse_args, place_of, run_command, short, with_home
 from support.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer, write_tokenizer
-from support.tokens import FEW_TOKENS, Dataset, load_dataset, read_tokens, write_tokens
+from support.tokens import load_dataset, read_tokens, write_tokens
 
 # GPT-2 tokens in shards of 100M on Hugging Face: where they lie and how many there are.
 SHARDS = {"fineweb": ("kjj0/fineweb10B-gpt2", 103), "finewebedu": ("kjj0/finewebedu10B-gpt2", 99)}
@@ -51,9 +50,9 @@ class DataConfig:
     name: str = ""  # name of the folder made ("": named after the source)
     out: str = "data"  # the folder that it is made in
     tokenizer: str = ""  # "": train one; gpt2, cl100k_base, o200k_base; or a folder, run or release
-    vocab_size: int = 4096  # tokens of a newly trained tokenizer, <|endoftext|> included
+    vocab_size: int = 0  # tokens of a newly trained tokenizer (0: 512 to 4096, by the text's size)
     val_fraction: float = 0.05  # share of the bytes kept for validation (not of downloads)
-    test_fraction: float = 0.05  # and, in whole documents, for test.bin (0: none; not of downloads)
+    test_fraction: float = 0.05  # share of the bytes kept for test.bin (0: none; not of downloads)
     text_key: str = "text"  # key (.jsonl) or column (.parquet) that holds the text
     shards: int = 1  # training shards of fineweb and finewebedu (100M tokens, 200 MB each)
     overwrite: bool = False  # rename a folder made before to NAME.old-1, and so on
@@ -66,7 +65,7 @@ class DataConfig:
             raise Refusal(f"val_fraction={self.val_fraction}: expected above 0, at most 0.5")
         if not 0 <= self.test_fraction <= 0.4:
             raise Refusal(f"test_fraction={self.test_fraction}: expected 0 to 0.4")
-        if not self.tokenizer and self.vocab_size < 257:
+        if not self.tokenizer and self.vocab_size and self.vocab_size < 257:
             raise Refusal(f"vocab_size={self.vocab_size}: expected 257 (256 bytes and 1) or more")
         if self.source in SHARDS:
             most = SHARDS[self.source][1]
@@ -286,7 +285,10 @@ def make_tokens(config: DataConfig, folder: Path) -> None:
     """Make token files and their tokenizer in folder."""
     tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else None
     train, val, test = read_parts(config)
-    tokenizer = tokenizer or train_tokenizer(train, config.vocab_size)
+    if tokenizer:
+        advice.tell_if_unfit(tokenizer, config.tokenizer, train)
+    else:
+        tokenizer = train_tokenizer(train, config.vocab_size or advice.fitting_vocabulary(train))
     write_tokenizer(tokenizer, folder)
     write_tokens(folder, "train", train, tokenizer)
     write_tokens(folder, "val", val, tokenizer)
@@ -317,29 +319,6 @@ def prepare(config: DataConfig) -> Path:
     return folder
 
 
-def next_command(config: DataConfig, folder: Path, data: Dataset) -> str:
-    """How to train on the folder: the weights of the tokenizer's own folder, or a new network.
-
-    A run reads a text five times at most: of a text read ten times a network learns much by heart.
-    """
-    name = folder.name if folder.parent == Path("data") else str(folder)
-    small = runpy.run_path(str(Path(__file__).with_name("config") / "small.py"))
-    steps = max(1, 5 * len(data.train) // (small["batch_size"] * small["block_size"]))
-    words = [f"--data={name}", f"--out=out/{folder.name}"]
-    words += [f"--steps={min(steps, small['steps'])}"]
-    weights = ("best.pt", "ckpt.pt", "config.json")
-    if config.tokenizer and any((Path(config.tokenizer) / file).exists() for file in weights):
-        sizes = [f"--{key}={small[key]}" for key in ("batch_size", "block_size")]
-        words = [f"--init_from={config.tokenizer}", *words, *sizes]
-    else:
-        ours = data.vocab_size == small["vocab_size"]
-        words = words if steps < small["steps"] else words[:2]  # the file has this many itself
-        words = ["config/small.py", *words] + [f"--vocab_size={data.vocab_size}"] * (not ours)
-    # A few evaluations of much more would read more than the training.
-    words += [f"--eval_tokens={FEW_TOKENS}"] * (len(data.val) > 10 * FEW_TOKENS)
-    return shlex.join(["python", "train.py", *words])
-
-
 def main(argv: list[str]) -> None:
     description = "Turn text into token files and a tokenizer in data/<name>/."
     source, values = parse_args(description, argv, DataConfig, positional="source")
@@ -349,9 +328,9 @@ def main(argv: list[str]) -> None:
     config = DataConfig(**values | ({"source": source} if source else {}))
     folder = prepare(config)
     print(folder)
-    command = next_command(config, folder, load_dataset(folder))
+    command = advice.next_command(folder, load_dataset(folder), config.tokenizer)
     info(f"next: {command}")
-    if "--init_from" in command:
+    if "--init_from" in command and "--lr" not in command:
         info('docs/TUTORIAL.md, "Fine-tune", tells which --lr fits')
 
 

@@ -43,12 +43,13 @@ import prepare_data
 import sample
 from huggingface import load_model, with_settings
 from model import DeepSeekV3, ModelConfig, count_chosen
-from support import checkpoints, processes, runs, settings
+from support import advice, checkpoints, processes, runs, settings
 from support.checkpoints import Progress, RandomNumbers, checkpoint_file, load_checkpoint
+from support.muon import Muon, muon_takes
 from support.processes import Machine
 from support.settings import Refusal, info
 from support.tokenizer import check_tokenizer, stored_tokenizer, tokenizer_files
-from support.tokens import FEW_TOKENS, Dataset, data_folder, open_folder, text_digest
+from support.tokens import Dataset, data_folder, open_folder, text_digest
 
 PHASES = ("warmup", "decay_start", "decay_end", "final_start")  # of the learning rate, in order
 
@@ -60,46 +61,46 @@ class TrainConfig:
     data: str = "stdlib"  # folder under data/ made by prepare_data.py, or its path
     out: str = ""  # the run's folder (empty: out/<name of the config file>)
     steps: int = 1000  # optimiser steps
-    batch_size: int = 16  # windows per step, over all ranks and micro-batches
+    batch_size: int = 16  # windows per step, over all processes and micro-batches
     block_size: int = 256  # tokens per window
     long_block_size: int = 0  # tokens per window in every second step from long_start on (0: none)
-    long_start: float = 0.9  # fraction of the run from which YaRN stretches RoPE to that length
-    grad_accum: int = 1  # micro-batches per step and rank
+    long_start: float = 0.9  # fraction of the run from which YaRN stretches RoPE to long windows
+    grad_accum: int = 1  # micro-batches per step and process
     batch_start: int = 0  # windows in the first step, growing in multiples of it (0: constant)
-    batch_ramp: float = 0.032  # fraction of the run in which it grows (469B of 14.8T tokens)
+    batch_ramp: float = 0.032  # fraction of the run in which the batch grows (469B of 14.8T tokens)
     # optimiser and schedule; "fraction" is of the run, the report's values are the defaults
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices; AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices
     lr: float = 2.2e-4  # peak learning rate
     adamw_lr: float = 1.0  # AdamW's rate beside Muon, as a multiple of lr
-    warmup: float = 0.0085  # fraction with rising learning rate
-    decay_start: float = 0.676  # fraction at which the cosine begins
-    decay_end: float = 0.966  # fraction at which it has reached min_lr
+    warmup: float = 0.0085  # fraction of the run in which the learning rate rises
+    decay_start: float = 0.676  # fraction of the run at which the cosine begins
+    decay_end: float = 0.966  # fraction of the run at which the cosine has reached min_lr
     min_lr: float = 0.1  # learning rate after the cosine, as a share of lr
-    final_start: float = 0.9887  # fraction at which the last, lowest learning rate begins
-    final_lr: float = 0.0332  # that rate, as a share of lr
-    weight_decay: float = 0.1  # of matrices; norms and biases are excluded
-    beta1: float = 0.9
-    beta2: float = 0.95
+    final_start: float = 0.9887  # fraction of the run at which the last, lowest rate begins
+    final_lr: float = 0.0332  # the last learning rate, as a share of lr
+    weight_decay: float = 0.1  # of matrices, times the learning rate; none of norms and biases
+    beta1: float = 0.9  # AdamW's decay per step of the mean gradient
+    beta2: float = 0.95  # AdamW's decay per step of the mean squared gradient
     clip: float = 1.0  # largest gradient norm (0: no limit)
-    mtp_weight: float = 0.3  # lambda, weight of the MTP loss
-    mtp_weight_late: float = 0.1  # lambda from mtp_switch on
-    mtp_switch: float = 0.676  # fraction
-    gamma: float = 0.001  # step of the routing bias
-    gamma_stop: float = 0.966  # fraction from which the bias stands still
+    mtp_weight: float | list = 0.3  # lambda, weight of the MTP loss; [0.3,0.1]: one per module
+    mtp_weight_late: float | list = 0.1  # lambda from mtp_switch on
+    mtp_switch: float = 0.676  # fraction of the run at which lambda changes
+    gamma: float = 0.001  # what a routing bias moves in a step, up or down
+    gamma_stop: float = 0.966  # fraction of the run from which routing biases stand still
     alpha: float = 0.0001  # weight of the sequence-wise balance loss
-    seed: int = 1337
+    seed: int = 1337  # of initial weights and of the order of windows
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of the products
-    fp8: bool = False  # FP8 products (fp8.py)
-    compile: bool = False  # torch.compile the blocks
+    fp8: bool = False  # matrix products in FP8 (fp8.py)
+    compile: bool = False  # torch.compile the blocks: minutes at first, then faster
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights and optimiser, and recomputes
     deterministic: bool = False  # sums in a fixed order: a run resumes bit for bit on CUDA too
     # the run
     eval_every: int = 250  # steps between evaluations
     eval_tokens: int = 0  # tokens of the validation text to evaluate, from its start (0: all)
-    eval_batch: int = 16  # windows per evaluation batch and rank
+    eval_batch: int = 16  # windows per evaluation batch and process
     save_every: int = 250  # steps between checkpoints
     log_every: int = 10  # steps between lines in log.jsonl
     resume: bool = False  # go on from the run's ckpt.pt
@@ -152,8 +153,8 @@ def lr_at(config: TrainConfig, step: int) -> float:
     return config.lr * (config.min_lr if x < config.final_start else config.final_lr)
 
 
-def mtp_weight_at(config: TrainConfig, step: int) -> float:
-    """lambda, the weight of the MTP loss."""
+def mtp_weight_at(config: TrainConfig, step: int) -> float | list[float]:
+    """lambda, the weight of the MTP loss, or of each module's."""
     late = step >= config.mtp_switch * config.steps
     return config.mtp_weight_late if late else config.mtp_weight
 
@@ -201,66 +202,13 @@ def batch_at(config: TrainConfig, step: int) -> int:
 # ---- Optimiser -----------------------------------------------------------------------------------
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: Muon as in Moonlight (arXiv 2502.16982).
-
-    A parameter is a matrix (out, in) or a stack of matrices (E, out, in). Each matrix is made
-    orthogonal by itself, in `dtype`, and scaled to about the size of AdamW's updates. Matrices of
-    one shape are computed together. torch.optim.Muon gives the same results one by one.
-    """
-
-    def __init__(self, params, defaults: dict, dtype: torch.dtype):
-        super().__init__(params, defaults)
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            lr, of_shape = group["lr"], defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    of_shape[p.shape[-2:]].append(p)
-            for shape, params in of_shape.items():
-                stacks = [self.averaged(p, group["momentum"]).reshape(-1, *shape) for p in params]
-                updates = orthogonal(torch.cat(stacks), self.dtype).split([*map(len, stacks)])
-                for p, update in zip(params, updates, strict=True):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(update.view_as(p), alpha=-lr * 0.2 * math.sqrt(max(shape)))
-
-    def averaged(self, p: Tensor, momentum: float) -> Tensor:
-        """The gradient with Nesterov's momentum."""
-        if not self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(average, momentum)
-
-
-def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (n, a, b) with all singular values brought near 1, by five steps of the Newton-Schulz
-    iteration of Jordan et al. (2024) with their coefficients, in this dtype."""
-    tall = x.shape[1] > x.shape[2]
-    y = (x.mT if tall else x).to(dtype)
-    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = y @ y.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        y = torch.baddbmm(y, gram, y, beta=3.4445)
-    return y.mT if tall else y
-
-
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all, as in the report; or Muon for all matrices but embedding, head and gates, as
-    in Moonlight (arXiv 2502.16982), and AdamW for the rest, at adamw_lr times lr."""
-    matrices, others, vectors, muon = [], [], [], config.optimizer == "muon"
-    apart = (model.embed_tokens, model.lm_head, *model.gates()) if muon else ()
-    not_for_muon = {p for module in apart for p in module.parameters()}
-    for p in model.parameters():
-        if p.ndim <= 1:
-            vectors.append(p)
-        elif not muon or p in not_for_muon:
-            others.append(p)
-        else:
-            matrices.append(p)
+def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all, as in the report; or Muon for the matrices of the layers and AdamW for the
+    rest, at adamw_lr times lr. Says what Muon has."""
+    of_muon = muon_takes(model) if config.optimizer == "muon" else set()
+    matrices = [p for p in model.parameters() if p in of_muon]
+    others = [p for p in model.parameters() if p.ndim > 1 and p not in of_muon]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
     decay = config.weight_decay
     scale = config.adamw_lr if matrices else 1.0
     groups = [
@@ -270,6 +218,9 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     adamw = torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
     if not matrices:
         return [adamw]
+    count, largest = sum(p.shape[:-2].numel() for p in matrices), max(matrices, key=torch.numel)
+    name = next(name for name, p in model.named_parameters() if p is largest)
+    info(f"muon: {count} matrices, the largest in {name}, {tuple(largest.shape)}; AdamW: the rest")
     defaults = {"lr": config.lr, "lr_scale": 1.0, "weight_decay": decay, "momentum": 0.95}
     # processes.start has put the dtype that was chosen in the place of "auto".
     return [adamw, Muon(matrices, defaults, getattr(torch, config.dtype))]
@@ -368,12 +319,12 @@ def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) ->
 
 def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Machine) -> dict:
     """Over all windows of these tokens, and over all processes: the losses in nats per token, by
-    depth (0: the main model, k: MTP module k), and the sums of visits to every expert and of visits
-    to groups."""
+    depth (0: the main model, k: MTP module k), and the sums of visits to every expert, of visits to
+    groups, and of tokens that visit some, in all layers."""
     E, G = model.config.n_routed_experts, model.config.n_group
     sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens
     visits = torch.zeros(model.config.moe_layers, E, dtype=torch.long, device=machine.device)
-    groups = torch.zeros((), dtype=torch.long, device=machine.device)
+    groups, routed = torch.zeros(2, dtype=torch.long, device=machine.device)
     for windows in validation_windows(tokens, T, config, machine):
         x, y = to_device(windows, machine.device)
         with machine.autocast():
@@ -385,10 +336,14 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
             # MTP module k (from 1) has T - k rows, for the last T - k targets. -1 marks padding.
             used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
             visits[layer] += count_chosen(used, E)
-            groups += nn.functional.one_hot(used // (E // G), G).amax(1).sum()
+            real = (used >= 0) & (used < E)  # another number is none of the experts
+            group = torch.where(real, used // (E // G), G)
+            groups += nn.functional.one_hot(group, G + 1)[..., :G].amax(1).sum()
+            routed += len(used)
     nats, n = machine.sum(sums)
+    counted = {"visits": visits, "groups": groups, "routed": routed}
     losses = (nats / n.clamp(min=1)).tolist()
-    return {"losses": losses, "visits": machine.sum(visits), "groups": machine.sum(groups)}
+    return {"losses": losses} | {name: machine.sum(x) for name, x in counted.items()}
 
 
 @torch.no_grad()
@@ -407,7 +362,8 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     model.train(training)
     main, *mtp = total["losses"]
     share = total["visits"] / total["visits"].sum(1, keepdim=True).clamp(min=1)
-    visits, groups = total["visits"].sum().item(), total["groups"].item()  # 0 without experts
+    # All three are 0 without experts.
+    visits, groups, routed = (total[k].sum().item() for k in ("visits", "groups", "routed"))
     one_bpb = math.log(2) * data.val_bytes_per_token  # in nats per token
     result = {
         "val_loss": main,
@@ -416,8 +372,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
         "val_mtp_loss": sum(mtp) / max(1, len(mtp)),
         "val_mtp_losses": mtp,
         "max_vio_global": max_vio(total["visits"]).item(),
-        # A token makes num_experts_per_tok visits to experts.
-        "nodes_per_token": model.config.num_experts_per_tok * groups / max(1, visits),
+        "nodes_per_token": groups / max(1, routed),
         "experts_per_node": visits / max(1, groups),
         "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
     }
@@ -432,31 +387,50 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
 def loss_weights(model: DeepSeekV3, config: TrainConfig, step: int) -> dict[str, float]:
     """What each loss that the model returns counts in the sum that training minimises, Eq. 17 and
     24: L_main + lambda L_MTP + alpha sum_layers L_Bal."""
+    weight, depths = mtp_weight_at(config, step), len(model.mtp)
+    of_module = weight if isinstance(weight, list) else [weight] * depths
+    # Of several modules each has its loss, mtp_loss_1 and so on; of these mtp_loss is the mean.
     return {
         "loss": 1.0,
-        "mtp_loss": mtp_weight_at(config, step),
+        "mtp_loss": 0.0 if depths > 1 else sum(of_module),
+        **{f"mtp_loss_{k}": x / depths for k, x in enumerate(of_module, 1)},
         "balance_loss": config.alpha * model.config.moe_layers,  # times layers: it is their mean
     }
+
+
+def target_shares(
+    targets: list[Tensor], depths: int, machine: Machine, dtype: torch.dtype
+) -> Tensor:
+    """How many targets each micro-batch (B, T) has for each depth, over the mean of all processes'
+    micro-batches: (micro-batches, depths). It is exactly 1 where all have as many."""
+    n = torch.stack([torch.stack([(y[:, k:] >= 0).sum() for k in range(depths)]) for y in targets])
+    total = machine.sum(n.sum(0)).clamp(min=1)  # (depths,)
+    return (n * len(targets) * machine.world).to(dtype) / total.to(dtype)
 
 
 def backward(
     trainer: nn.Module, batches: list[np.ndarray], weight_of: dict[str, float], machine: Machine
 ) -> dict[str, Tensor]:
-    """Adds up the gradients of the weighted losses, averaged over the micro-batches (B, T + 1).
+    """Adds up the gradients of the weighted losses of the micro-batches (B, T + 1).
 
-    These count alike, however many targets each has. Returns the averages, each loss by name and
-    before its weight.
+    A cross-entropy is the mean over all targets of the step: where an edit of to_device leaves some
+    out (-1), a micro-batch counts by those that it has. Other losses are means over micro-batches.
+    Returns the means, each loss by name and before its weight.
     """
+    pairs = [to_device(batch, machine.device) for batch in batches]
+    depth = {"loss": 0, "mtp_loss": 1} | {f"mtp_loss_{k}": k for k in range(1, len(weight_of))}
+    dtype = next(trainer.parameters()).dtype
+    shares = target_shares([y for _, y in pairs], len(weight_of), machine, dtype)
     means = defaultdict(float)
-    for i, batch in enumerate(batches, 1):
-        processes.sync_gradients(trainer, now=i == len(batches))
-        x, y = to_device(batch, machine.device)
+    for i, (x, y) in enumerate(pairs):
+        processes.sync_gradients(trainer, now=i == len(pairs) - 1)
         with machine.autocast():
             losses = trainer(x, y)
+        losses |= {k: x * shares[i, depth[k]] for k, x in losses.items() if k in depth}
         total = sum(weight_of[name] * loss for name, loss in losses.items())
-        (total / len(batches)).backward()
+        (total / len(pairs)).backward()
         for name, loss in losses.items():
-            means[name] += loss.detach() / len(batches)
+            means[name] += loss.detach() / len(pairs)
     return means
 
 
@@ -466,11 +440,6 @@ def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is cut up
 
 
-# In a trial (docs/notes/LOG.md) 4 and 6 epochs of a small text gave about the same validation loss,
-# and 10 a much higher one. Up to 4 cost little in Muennighoff et al. (arXiv 2305.16264), too.
-FEW_EPOCHS, MANY_EPOCHS = 5, 8
-
-
 def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, progress: Progress):
     """What is to be trained, where, and on how much text."""
     total, active, mtp = (f"{n / 1e6:.2f}M" for n in model.parameter_counts().values())
@@ -478,19 +447,11 @@ def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, pr
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.why})"
     info(f"run: {config.steps} steps on {where}")
     windows = sum(batch_at(config, step) for step in range(progress.step, config.steps))
-    read, length = progress.tokens + windows * config.block_size, len(data.train)
-    epochs = read / length
-    shown = f"{epochs:.1f}" if epochs >= 1 else f"{epochs:.2g}"
-    info(f"text: {length:,} tokens; the run reads {read:,}, which makes {shown} epochs")
-    if epochs > MANY_EPOCHS and progress.step == 0:
-        fewer = max(1, round(config.steps * FEW_EPOCHS / epochs))
-        told = f"in more than {MANY_EPOCHS} epochs the model learns its text by heart"
-        info(f"{told}; give --steps={fewer} for {FEW_EPOCHS}")
-    evaluations = math.ceil(config.steps / config.eval_every)
-    measured = evaluations * len(data.val)
-    if measured > max(read, 10**7) and progress.step == 0:  # fewer take no time worth a line
-        told = f"{evaluations} evaluations read {measured:,} tokens, more than the training"
-        info(f"{told}; give --eval_tokens={FEW_TOKENS}, or a larger --eval_every")
+    read = progress.tokens + windows * config.block_size
+    advice.tell_epochs(read, len(data.train), config.steps, new=progress.step == 0)
+    measured = math.ceil(config.steps / config.eval_every) * len(data.val)
+    if progress.step == 0:
+        advice.tell_if_evaluations_read_more(measured, read)
 
 
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=()):
@@ -547,6 +508,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             means = dict(zip(losses, total / machine.world, strict=True)) | {"max_vio": vio}
             run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
             if run.owes_checkpoint:
+                if config.parallel == "ddp":  # FSDP's processes have parts, none of them twice
+                    machine.check_weights(model)
                 run.save()
 
 
@@ -645,6 +608,10 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
         raise Refusal(f"block_size is {config.block_size}, but must be at least {least} here.")
     if config.eval_only:  # compiles nothing and has no steps
         return
+    for name in ("mtp_weight", "mtp_weight_late"):
+        given, modules = getattr(config, name), len(model.mtp)
+        if isinstance(given, list) and len(given) != modules:
+            raise Refusal(f"{name} is {given}, but there are {modules} MTP modules: one each.")
     if config.compile and machine.device.type == "cpu" and machine.dtype != torch.bfloat16:
         info(f"--compile in {config.dtype} compiles for minutes on a CPU and gains nothing")
     trained = max(model.trained_length, config.block_size)
@@ -698,6 +665,7 @@ def show_result(config: TrainConfig, data: Dataset):
     text = f"{best['val_bpb']:.4f} bits/byte in windows of {had['block_size']} tokens"
     if "val_bpb_long" in best:
         text += f", {best['val_bpb_long']:.4f} in windows of {had['long_block_size']}"
+    advice.tell_if_by_heart(config.out)
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
     tokens = data.val.arrays[0][1:9].tolist()  # after the end-of-text token
     # The run's own copy of the tokenizer: the data folder's may be gone by now.

@@ -9,6 +9,7 @@ class Clock:
         self.restart(0)
         self.steps = 0  # made by this process
         self.speed = 0.0  # tokens/s, smoothed
+        self.evaluation = 0.0  # seconds that the last one took
 
     def restart(self, tokens: int):
         """Measuring begins here, after so many tokens. What has taken time until now, such as a
@@ -23,8 +24,10 @@ class Clock:
         self.speed = 0.7 * self.speed + 0.3 * speed if self.speed else speed
         return speed
 
-    def time_left(self, tokens: int) -> str:
-        """For so many tokens, at the smoothed speed. Nothing in the first ten steps, which may be
-        slow."""
-        seconds = min(round(tokens / self.speed), 10**13)  # a timedelta holds little more
-        return f", {timedelta(seconds=seconds)} left" if self.steps >= 10 else ""
+    def time_left(self, tokens: int, evaluations: int) -> str:
+        """For so many tokens, at the smoothed speed, and evaluations. These are only counted until
+        one has been timed. Nothing in the first ten steps, which may be slow."""
+        seconds = tokens / self.speed + evaluations * self.evaluation
+        left = timedelta(seconds=min(round(seconds), 10**13))  # it holds little more
+        more = f" and {evaluations} evaluation(s)" if evaluations and not self.evaluation else ""
+        return f", {left}{more} left" if self.steps >= 10 else ""

@@ -69,14 +69,15 @@ def plot_validation(ax: Any, run: str, log: Log, colour: str) -> None:
 def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
     """A colour for each run; pale is the log itself, strong the smoothed curve."""
     for i, (run, log) in enumerate(logs.items()):
-        for key, style in ("loss", "-"), ("mtp_loss", "--"):
+        modules = sorted({key for line in log for key in line if key.startswith("mtp_loss_")})
+        for key, style in ("loss", "-"), *((key, "--") for key in modules or ["mtp_loss"]):
             x, y = column(log, key)
             if not y.any():  # a network without MTP modules logs 0
                 continue
             ax.plot(x, y, style, color=f"C{i}", alpha=0.25)
             ax.plot(x, smooth(x, y), style, color=f"C{i}")
         plot_validation(ax, run, log, f"C{i}")
-    title = "solid: loss; dashed: mtp_loss; points: val_loss"
+    title = "solid: loss; dashed: mtp_loss, of every MTP module; points: val_loss"
     ax.set_title(title, fontsize=8)
     ax.set(xlabel="step", ylabel="nats per token")
     ax.grid(alpha=0.3)

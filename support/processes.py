@@ -7,6 +7,7 @@ torchrun ends the others.
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import sys
 import time
@@ -45,6 +46,12 @@ class Machine:
             dist.all_reduce(x)
         return x
 
+    def max(self, x: Tensor) -> Tensor:
+        """The largest of all processes, element by element, in place."""
+        if self.world > 1:
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x
+
     def any(self, x: bool) -> bool:
         """Whether it is so in any process."""
         return bool(self.sum(torch.tensor(float(x))))  # on the CPU, so that no GPU is waited for
@@ -57,6 +64,20 @@ class Machine:
             if differ := [name for name in first if other[name] != first[name]]:
                 told = f"{' and '.join(differ)} of process {rank} differ from those of process 0"
                 raise Refusal(f"{told}: all have to read the same folders, on a shared disk.")
+
+    def check_weights(self, model: nn.Module):
+        """Raises Refusal, on every process, where DDP's have parted: an edit has changed a weight
+        or buffer by what one process alone has seen. (Rounding may differ from card to card.)"""
+        if self.world == 1:
+            return
+        norms = {name: x.double().norm().item() for name, x in model.state_dict().items()}
+        first, *others = of_all(norms)
+        for rank, other in enumerate(others, 1):
+            for name, x in first.items():
+                if not math.isclose(x, other[name], rel_tol=1e-3, abs_tol=1e-9) and x == x:
+                    told = f"{name} of process {rank} differs from that of process 0"
+                    way = "make what changes it alike with machine.sum or machine.max"
+                    raise Refusal(f"{told}: {way} (docs/HACKING.md).")
 
 
 def start(config) -> Machine:

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -229,8 +230,10 @@ class Run:
             work = speed * flops_per_token(self.model, self.config.block_size)
             line["mfu"] = work / (peak * self.machine.world)  # as nanoGPT's: of bf16's peak
         left = (self.config.steps - progress.step) * self.config.batch_size * self.config.block_size
+        every = self.config.eval_every  # this step's evaluation is one of those that are left
+        evaluations = math.ceil(self.config.steps / every) - (progress.step - 1) // every
         skips = f", {progress.skipped} skipped: gradient not finite" if progress.skipped else ""
-        self.write_line(line, self.clock.time_left(left) + skips)
+        self.write_line(line, self.clock.time_left(left, evaluations) + skips)
         progress.sums, progress.skipped = {}, 0
 
     def write_line(self, values: dict, more: str = ""):
@@ -252,6 +255,7 @@ class Run:
         Weights trained for longer windows always are; at the same length the lower loss is. (Those
         that a run starts from, at step 0, have files of their own.)
         """
+        self.clock.evaluation = time.perf_counter() - self.clock.since  # which a save has set
         progress, loss, length = self.progress, result["val_loss"], self.model.trained_length
         progress.owes_evaluation = False
         better = (length, -loss) > (progress.best_length, -progress.best_loss)

@@ -41,8 +41,35 @@ def short(text: object, length: int = 200) -> str:
     return f"{words or line[:length]} ..."
 
 
+# What those who come from nanoGPT may type: its name, ours, and what differs.
+NANOGPT = {
+    "learning_rate": ("lr", ""),
+    "max_iters": ("steps", ""),
+    "lr_decay_iters": ("decay_end", ", a fraction of the run"),
+    "warmup_iters": ("warmup", ", a fraction of the run"),
+    "decay_lr": ("decay_start", ": 1 keeps the learning rate constant"),
+    "grad_clip": ("clip", ""),
+    "eval_interval": ("eval_every", ", in steps"),
+    "log_interval": ("log_every", ", in steps"),
+    "eval_iters": ("eval_tokens", ", in tokens"),
+    "always_save_checkpoint": ("save_every", ", in steps; best.pt is kept beside ckpt.pt"),
+    "gradient_accumulation_steps": ("grad_accum", "; batch_size is that of the whole step"),
+    "n_layer": ("num_hidden_layers", ""),
+    "n_head": ("num_attention_heads", ""),
+    "n_embd": ("hidden_size", ""),
+    "bias": ("attention_bias", ""),
+    "dropout": ("weight_decay", ": the network has no dropout"),
+    "dataset": ("data", ""),
+    "out_dir": ("out", ""),
+    "start": ("prompt", ""),
+}
+
+
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """The sentence for a key that does not exist."""
+    ours, note = NANOGPT.get(name, ("", ""))
+    if ours in known:
+        return f"unknown key {name}, nanoGPT's name; here it is {ours}{note}"
     close = difflib.get_close_matches(name, known, 1, 0.75)  # less hints at nonsense
     return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
 

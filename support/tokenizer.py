@@ -193,12 +193,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes
             where[left + right].add(word)
     heap = sorted((-count, token) for token, count in total.items())
     ranks = {bytes([byte]): byte for byte in range(256)}
+    bar = tqdm(desc="tokenizer", total=vocab_size - 256, disable=None, leave=False)
     while heap and heap[0][0] < 0 and len(ranks) < vocab_size:  # at 0 all words are one token
         count, token = heapq.heappop(heap)
         if -count != total[token]:  # it was pushed before other merges took some of it
             heapq.heappush(heap, (-total[token], token))
             continue
         ranks.setdefault(token, len(ranks))
+        bar.update(len(ranks) - 256 - bar.n)
         grown = set()
         for word in where.pop(token):
             old, new = parts[word], []
@@ -217,6 +219,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes
             parts[word] = new
         for joined in grown:
             heapq.heappush(heap, (-total[joined], joined))
+    bar.close()
     return ranks
 
 

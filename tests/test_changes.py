@@ -107,7 +107,7 @@ def learns_and_decodes(c: Changed, monkeypatch, sizes: dict, values: dict):
 
 
 @pytest.mark.parametrize("title", SECTIONS)
-def test_worked_changes(title, tmp_path, monkeypatch):
+def test_worked_changes(title, v3, tmp_path, monkeypatch):
     check, sizes, values = CHECKS[title]
     c = opened(applied(title, tmp_path), tmp_path)
     if "model.py" in c.files:
@@ -116,7 +116,7 @@ def test_worked_changes(title, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("title, file, old, new", LINES, ids=[x[0][:20] for x in LINES])
-def test_changes_of_a_line(title, file, old, new, tmp_path, monkeypatch):
+def test_changes_of_a_line(title, file, old, new, v3, tmp_path, monkeypatch):
     source = (ROOT / file).read_text(encoding="utf-8")
     if source.count(old) != 1:
         pytest.skip(f"{file} was edited where this change of docs/HACKING.md changes it: {old}")

@@ -1,6 +1,5 @@
-"""The documents say what is there: links, lines and commands. test_changes.py: HACKING.md's."""
+"""The documents say what is there: links and commands. test_changes.py: HACKING.md's changes."""
 
-import ast
 import re
 import sys
 from pathlib import Path
@@ -21,7 +20,6 @@ ROOT = Path(__file__).parent.parent
 TINY, _ = split_configs(read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, TrainConfig))
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
-NAMED = re.compile(r"\[`([\w.]+)`\]\(([^)\s#]+\.py)\)")  # a function or a class, and its file
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -35,15 +33,12 @@ def test_links_lead_somewhere(document):
             heads = re.findall(r"(?m)^#+ (.*)$", file.read_text(encoding="utf-8"))
             slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
             assert fragment in slugs, target
-    for name, path in NAMED.findall(text):
-        source = (document.parent / path).read_text(encoding="utf-8")
-        for part in name.split(".") * (not name.endswith(".py")):
-            assert re.search(rf"(?m)^ *(def|class) {part}\b", source), f"{name} in {path}"
 
 
 def test_commands_name_files_and_keys_that_exist():
+    """But those of docs/notes, which tell what was done."""
     commands = 0
-    for document in DOCUMENTS:
+    for document in (x for x in DOCUMENTS if x.parent.name != "notes"):
         text = document.read_text(encoding="utf-8")
         plain = re.sub(r"(?s)```.*?```", "", text).replace("\\\n", " ")
         for line in re.findall(r"(?m)^    .*$|`[^`]+`", plain):
@@ -71,8 +66,7 @@ def tiny(tmp_path, monkeypatch):
     model = DeepSeekV3(ModelConfig(**TINY)).eval()
     tokenizer = SimpleNamespace(encode=lambda text: [1, 2, 3], decode=str, eos=[0])
     tokenizer.to_bytes = lambda i: b"\n\t<"
-    for module in "huggingface", "drafts":
-        monkeypatch.setattr(f"{module}.load_model", lambda *_: (model, tokenizer, tmp_path))
+    monkeypatch.setattr("huggingface.load_model", lambda *_: (model, tokenizer, tmp_path))
     return model
 
 
@@ -90,20 +84,3 @@ def test_python_of_the_readme_runs(tiny):
 def test_the_plain_loop_of_hacking_samples(tiny):
     names = names_of((ROOT / "docs/HACKING.md").read_text(encoding="utf-8"))
     assert names["tokens"].shape == (1, 203) and names["cache"].length == 202
-
-
-# Which files may import which: one way, so that each is read without those below it.
-STAGES = "model", "fp8", "huggingface", "sample", "train", "bench"
-MAY_IMPORT = {f"{name}.py": {*STAGES[:i]} for i, name in enumerate(STAGES)}
-MAY_IMPORT["train.py"] |= {"prepare_data"}  # it makes missing data
-
-
-@pytest.mark.parametrize("file", [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")], ids=str)
-def test_imports_run_one_way(file):
-    imported = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names = [x.name for x in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        imported |= {name.partition(".")[0] for name in names}
-    ours = {*STAGES, "prepare_data", "experiments", "exercises"}
-    assert imported & ours <= MAY_IMPORT.get(file.name, set())

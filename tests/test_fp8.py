@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from networks import calm, in_bf16, tiny, tokens_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fp8
+import model as plain
 from fp8 import BLOCK, COLUMN, TILE, FP8Linear, dequantize, quantize, quantized_once
 
 BF16 = torch.bfloat16
@@ -44,14 +45,14 @@ def same(results, others):
 
 class Experts(fp8.FP8Experts):
     def __init__(self, E, D, width):
-        super().__init__()
+        nn.Module.__init__(self)
         self.gate_up_proj = nn.Parameter(torch.randn(E, 2 * width, D) * D**-0.5)
         self.down_proj = nn.Parameter(torch.randn(E, D, width) * width**-0.5)
 
-    def forward(self, x, counts=None, gain=None):
-        if counts is None:  # two experts share the rows of the network below
-            counts, gain = torch.tensor([len(x) // 2] * 2), torch.ones(len(x))
-        return self.ffn(x, counts, gain)
+    def forward(self, x):
+        """Two experts share the rows."""
+        chosen = (torch.arange(len(x)) >= len(x) // 2).long()[:, None]
+        return super().forward(x, chosen, torch.ones(len(x), 1))
 
 
 def network():
@@ -204,44 +205,33 @@ def test_products(T, K, N, dtype, autocast, machine, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("counts", [[0, 128, 384, 0, 128, 0], [0, 0]])
 def test_each_expert_is_a_linear_layer(counts, dtype, machine, monkeypatch):
-    """Alone, and after a SwiGLU. Behind the experts' rows there may be others."""
+    """Behind the experts' rows there may be others."""
     monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device: machine != "cpu")
     cores = TensorCores() if machine == "operands" else contextlib.nullcontext()
     T, weight = sum(counts), nn.Parameter(torch.randn(len(counts), 96, 700) * 0.05)
-    x, up = torch.randn(2, T, 700).to(dtype).requires_grad_()
-    dy, gain = torch.randn(T, 96).to(dtype), torch.rand(T, requires_grad=True)
-    for inputs in ([x], [x, up, gain]):
+    x = torch.randn(T, 700).to(dtype).requires_grad_()
+    dy = torch.randn(T, 96).to(dtype)
+    with cores:
+        y = fp8._linear(x, weight, counts)
+        dx, dw = torch.autograd.grad(y, [x, weight], dy)
+    by_expert = zip(*(z.split(counts) for z in (dy, y, x, dx)), strict=True)
+    for w, dw_e, (dy_e, y_e, x_e, dx_e) in zip(weight, dw, by_expert, strict=True):
+        leaves = [z.detach().requires_grad_() for z in (x_e, w)]
         with cores:
-            y = fp8._linear(x, weight, counts, *inputs[1:])
-            *grads, dw = torch.autograd.grad(y, [*inputs, weight], dy)
-        by_expert = zip(*(z.split(counts) for z in (dy, y, *inputs, *grads)), strict=True)
-        for w, dw_e, (dy_e, y_e, *parts) in zip(weight, dw, by_expert, strict=True):
-            leaves = [z.detach().requires_grad_() for z in (*parts[: len(inputs)], w)]
-            with cores:
-                want = fp8._linear(leaves[0], leaves[-1], None, *leaves[1:-1])
-                grads_e = torch.autograd.grad(want, leaves, dy_e)
-            assert same((y_e, *parts[len(inputs) :], dw_e), (want, *grads_e))
-            assert len(dy_e) or not dw_e.any()
+            want = fp8._linear(*leaves)
+            grads = torch.autograd.grad(want, leaves, dy_e)
+        assert same((y_e, dx_e, dw_e), (want, *grads))
+        assert len(dy_e) or not dw_e.any()
 
 
-def test_swiglu_is_recomputed_from_fp8():
-    """Forward: the product of the exact SwiGLU. Backward: of SwiGLU recomputed from FP8."""
-    T, K, N = 70, 200, 96
-    weight, dy = nn.Parameter(torch.randn(N, K)), torch.randn(T, N)
-    gate, up = (torch.randn(T, K, requires_grad=True) for _ in range(2))
-    gain = torch.rand(T, requires_grad=True)
-    y = fp8._linear(gate, weight, None, up, gain)
-    y.backward(dy)
-    leaves = reference(gate, TILE), reference(up, TILE), gain.detach().double()
-    g, u, a = (z.requires_grad_() for z in leaves)
-    recomputed = F.silu(g) * u * a[:, None]
-    want, dX, _ = reference_products(F.silu(gate) * up * gain[:, None], weight, dy)
-    recomputed.backward(dX)
-    for ours, exact in ((y, want), (gate.grad, g.grad), (up.grad, u.grad), (gain.grad, a.grad)):
-        assert error(ours, exact) < 1e-5
-    # Recomputing rounds in fp32: a number on the border of two codes may take the other.
-    want_dw = reference(dy.T, TILE) @ reference(recomputed.T, TILE).T
-    assert error(weight.grad, want_dw) < 3e-3
+def test_tensor_cores_get_whole_tiles_of_each_expert(monkeypatch):
+    """However many rows it has, and what they compute is what the emulation computes."""
+    experts, x, gain = Experts(3, 128, 64), torch.randn(50, 128), torch.rand(50, 2)
+    chosen = torch.rand(50, 3).topk(2).indices
+    expected = fp8.FP8Experts.forward(experts, x, chosen, gain)
+    monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device: True)
+    with TensorCores():
+        assert error(fp8.FP8Experts.forward(experts, x, chosen, gain), expected) < 1e-5
 
 
 # ---- The quantised weight ---------------------------------------------------------------------
@@ -274,10 +264,8 @@ def test_weights_are_quantised_once_and_not_a_bit_changes(monkeypatch):
 
 
 def test_compiles_into_one_graph():
-    model = fp8.FP8MLP()
-    model.gate_proj = model.up_proj = nn.Identity()
-    model.down_proj = FP8Linear(128, 64)
-    weight = model.down_proj.weight
+    model = FP8Linear(128, 64)
+    weight = model.weight
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -316,3 +304,36 @@ def test_parallel_training_changes_no_bit(kind, request):
         assert torch.equal(y, step(twin, x)[0])
         for opt in optimizers:
             opt.step()
+
+
+# ---- The network ------------------------------------------------------------------------------
+
+
+def test_use_fp8_switches_projections_mlps_and_experts_and_nothing_else():
+    model = tiny(torch.float32, attention_bias=True)
+    keys, high = list(model.state_dict()), (nn.Linear, plain.Experts)
+    before = {name: type(x) for name, x in model.named_modules() if type(x) in high}
+    fp8.use_fp8(model)
+    assert list(model.state_dict()) == keys
+    for name, kind in before.items():
+        inside = ".self_attn." in name or ".mlp" in name
+        low = FP8Linear if kind is nn.Linear else fp8.FP8Experts
+        assert type(model.get_submodule(name)) is (low if inside else kind), name
+
+
+def test_a_network_in_fp8_is_close_to_full_precision():
+    """4 bits (E4M3) in every product: 10 to 17 % of the logits' norm over seeds, where gate and up
+    exchanged, or forgotten gate values, make 46 % and more."""
+    model = calm().train()
+    tokens = tokens_of(model, 2, 8)
+
+    def logits_losses_gradients():
+        logits, losses = in_bf16(model, tokens).detach(), in_bf16(model, tokens, tokens).values()
+        return [logits, *losses, *torch.autograd.grad(sum(losses), list(model.parameters()))]
+
+    exact = logits_losses_gradients()
+    fp8.use_fp8(model)
+    results = logits_losses_gradients()
+    logits, *losses = (error(a, b) for a, b in zip(results[:4], exact[:4], strict=True))
+    assert 0.02 < logits < 0.3 and max(losses) < 0.1
+    assert all(x.isfinite().all() and x.norm() > 0 for x in results)

@@ -10,8 +10,8 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import networks
 import pytest
-import test_model
 import torch
 
 import huggingface
@@ -27,9 +27,10 @@ from support.tokenizer import (
 
 gguf = pytest.importorskip("gguf", reason="gguf, which writes the files, is not installed")
 
+pytestmark = pytest.mark.usefixtures("v3")  # llama.cpp knows no other network
 TEXT = "def f(x):\n    return x + 1\n\nprint(f(2), 'in the end', \"don't\")\n" * 3
 YARN = dict(type="yarn", factor=8, original_max_position_embeddings=16, mscale=1, mscale_all_dim=1)
-V3 = test_model.TINY | dict(vocab_size=300, rms_norm_eps=1e-6, max_position_embeddings=128)
+V3 = networks.TINY | dict(vocab_size=300, rms_norm_eps=1e-6, max_position_embeddings=128)
 NEVER = [*range(128, 256), 298]  # ids of halves of characters, and the end
 VARIANTS = {
     "as V3, without YaRN": {},
@@ -64,7 +65,7 @@ def export(folder, tmp_path):
     """Writes a network as a run does and exports it by the command: the model and the file."""
 
     def call(dtype: str = "F32", **changes) -> tuple[DeepSeekV3, Path]:
-        model = test_model.tiny(torch.float32, **V3 | changes)
+        model = networks.tiny(torch.float32, **V3 | changes)
         run, file = shutil.copytree(folder, tmp_path / "run"), tmp_path / "x.gguf"
         saved = {"model_config": asdict(model.config), "model": model.state_dict()}
         torch.save(saved | {"trained_length": 96}, run / "ckpt.pt")

@@ -17,6 +17,7 @@ import tiktoken
 import prepare_data as pd
 import support.tokenizer as tk
 import support.tokens as tf
+from support import advice
 from support.settings import Refusal
 
 ROOT = Path(pd.__file__).parent
@@ -288,3 +289,33 @@ def test_shards(hub, tmp_path, source):
 
 
 # ---- The command -------------------------------------------------------------------------------
+
+
+def test_the_vocabulary_follows_the_size_of_the_text(tmp_path, capsys):
+    sizes = {1_000: 512, 50_000: 1024, 100_000: 2048, 200_000: 2048, 700_000: 4096, 10**8: 4096}
+    assert {n: advice.fitting_vocabulary(["x" * n]) for n in sizes} == sizes
+    letters = random.Random(1).choices("abcdefghij ", k=60_000)
+    (tmp_path / "a.txt").write_text("".join(letters))
+    folder = make(tmp_path, tmp_path / "a.txt", vocab_size=0)
+    assert tf.load_dataset(folder).vocab_size == 1024
+    make(tmp_path, tmp_path / "a.txt", name="again", tokenizer=str(folder))
+    assert "times the tokens" not in capsys.readouterr().err
+    (tmp_path / "b.txt").write_text("Далеко-далеко за словесными горами в стране гласных. " * 99)
+    make(tmp_path, tmp_path / "b.txt", name="other", tokenizer=str(folder))
+    assert re.search(r"d cuts this text into \d+\.\d times the tokens", capsys.readouterr().err)
+
+
+def test_the_command_that_trains_on_a_folder(book, tmp_path):
+    torch = pytest.importorskip("torch")
+    data, words = tf.load_dataset(book), f"--data={book} --out=out/book"
+    steps = 5 * len(data.train) // 2048
+    command = advice.next_command(book, data, "")
+    new = f"python train.py config/small.py {words} --steps={steps} --vocab_size=300"
+    assert command == new
+    assert advice.next_command(book, data, str(book)) == new  # no weights
+    run = dict(lr=6e-3, optimizer="muon", adamw_lr=2.0, batch_size=2, block_size=64)
+    torch.save({"model_config": {}, "train_config": run}, book / "best.pt")
+    command = advice.next_command(book, data, str(book))
+    as_trained = "--batch_size=2 --block_size=64 --optimizer=muon --adamw_lr=2.0 --lr=0.0006"
+    steps *= 16  # its windows are a sixteenth of small.py's
+    assert command == f"python train.py --init_from={book} {words} --steps={steps} {as_trained}"

@@ -23,23 +23,12 @@ from training import (
 
 import huggingface
 import train
+from model import DeepSeekV3
 from support import tokens
 from support.checkpoints import load_checkpoint
 from support.settings import Refusal
 
 pytestmark = pytest.mark.usefixtures("workplace")
-
-
-@pytest.mark.parametrize(
-    "parallel, accumulate, optimizer",
-    [("ddp", 2, "adamw"), ("fsdp", 2, "adamw"), ("ddp", 1, "muon")],
-)
-def test_two_processes_equal_one(parallel, accumulate, optimizer, start, shared):
-    """All that is logged and saved, with MTP, and experts that a batch leaves without tokens."""
-    options = ("--n_routed_experts=64", f"--optimizer={optimizer}")
-    parts = (f"--parallel={parallel}", f"--grad_accum={accumulate}")
-    finish(start(*options, *parts, world=2, out="together"))
-    assert_same_run(shared(*options), Path("together"), 1e-9)
 
 
 def test_a_run_moves_between_one_process_ddp_and_fsdp(start, shared):
@@ -103,6 +92,22 @@ def test_processes_that_read_other_files_are_refused_before_anything_is_written(
     assert load("run")["step"] == 2
     for said in finish(start("--stepps=9", world=2), [2, 2]):
         assert "did you mean steps?" in said
+
+
+def own_clip_in_each_process():
+    update = DeepSeekV3.update_bias
+
+    def edited(model, gamma):
+        update(model, gamma)
+        model.layers[0].self_attn.kv_b_proj.weight.data.mul_(1 - 0.01 * int(os.environ["RANK"]))
+
+    DeepSeekV3.update_bias = edited
+
+
+def test_weights_that_an_edit_has_parted_are_not_saved(start):
+    for said in finish(start("--steps=2", world=2, setup=own_clip_in_each_process), [1, 1]):
+        assert "layers.0.self_attn.kv_b_proj.weight of process 1 differs" in said
+    assert not Path("run/ckpt.pt").exists()
 
 
 def raise_at_third_step():

@@ -43,29 +43,6 @@ pytestmark = pytest.mark.usefixtures("workplace")
 
 # ---- Going on ------------------------------------------------------------------------------------
 
-CASES = {
-    "bfloat16": ["--dtype=bfloat16"],
-    "ramp, accumulation, tied": ["--dtype=float32", "--batch_start=2", "--batch_ramp=0.7"],
-    "muon": ["--dtype=float32", "--optimizer=muon"],
-    "long": ["--dtype=float32", "--long_block_size=32", "--long_start=0.5", "--log_every=3"],
-}
-CASES["ramp, accumulation, tied"] += ["--grad_accum=2", "--tie_word_embeddings", "--log_every=3"]
-
-
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(options, shared, faults, capsys):
-    # In the fifth step, between two lines of the log where these come every third step.
-    faults.signal(signal.SIGTERM, step=4)
-    with pytest.raises(KeyboardInterrupt):
-        run(*options)
-    said = capsys.readouterr().err
-    assert "stopped at step 5" in said and "--resume" in said
-    assert load("run")["step"] == 5
-    with open("run/log.jsonl", "a") as file:  # what came after the checkpoint, and half a line
-        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
-    run(*options, "--resume")
-    assert_same_run(shared(*options), Path("run"))
-
 
 def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     """What the command line does not name stays, whatever the config file says by now."""
@@ -270,7 +247,7 @@ def test_a_signal_or_a_closed_terminal_stops_the_run_when_all_is_saved(number, f
     before = signal.getsignal(number)
 
     def close():
-        monkeypatch.setattr("sys.stderr", open("/dev/full", "w"))
+        monkeypatch.setattr("sys.stderr", open("/dev/full", "w"))  # noqa: SIM115
         signal.raise_signal(number)
         assert signal.getsignal(number) == before
 

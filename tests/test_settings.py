@@ -1,16 +1,21 @@
 """How words of the command line and config files become values, and errors sentences."""
 
+import inspect
 import re
 import runpy
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 from unittest import mock
 
 import pytest
 
+from model import ModelConfig
+from prepare_data import DataConfig
+from sample import SampleConfig
 from support import settings as config
+from train import TrainConfig
 
 
 @dataclass
@@ -59,6 +64,7 @@ def test_values_take_the_type_of_their_field_and_text_stays_text(word, value):
         ("--step=1", "unknown key step; did you mean steps?"),
         ("--batch-size=1", "unknown key batch-size; did you mean batch_size?"),
         ("--n_embd=1", "unknown key n_embd; see --help"),  # no such key here
+        ("--max_iters=1", "unknown key max_iters, nanoGPT's name; here it is steps"),
     ],
 )
 def test_wrong_keys_and_values_exit_with_2_and_a_sentence(word, sentence, capsys):
@@ -139,3 +145,13 @@ def test_a_bug_keeps_its_trace_which_ends_with_its_line(line, error, tmp_path):
     *_, where, theirs, last = (x.strip() for x in told.splitlines() if set(x) - set(" ^~"))
     assert where == f'File "{script}", line 5, in main' and theirs == line
     assert last.startswith(error)
+
+
+def test_every_option_says_in_words_what_it_is():
+    for kind in (TrainConfig, DataConfig, SampleConfig):
+        source = inspect.getsource(kind)
+        for field in fields(kind):
+            assert re.search(rf"(?m)^    {field.name}: .*  # .*\w+ \w+", source), field.name
+    ours = {ours for ours, _ in config.NANOGPT.values()}
+    kinds = (TrainConfig, SampleConfig, ModelConfig)
+    assert ours <= {field.name for kind in kinds for field in fields(kind)}

@@ -1,0 +1,217 @@
+"""Small networks of random weights, and the question whether the network is still DeepSeek-V3.
+
+They compute in float64, whose rounding is 1e-16. Through a few layers of sums of about ten terms of
+size 1 to 100 it grows to about 1e-13. ATOL is 100 times that, while the smallest mistake that the
+tests are after (an epsilon) moves the results by 1e-4.
+"""
+
+import functools
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+from huggingface import checkpoint_views, load_model
+from model import Cache, DeepSeekV3, ModelConfig
+
+ROOT = Path(__file__).parent.parent
+ATOL = 1e-11
+# No two widths are equal, nor rms_norm_eps and the latent norms' 1e-6: exchanged ones show.
+TINY = dict(
+    vocab_size=31, hidden_size=16, num_hidden_layers=3, num_attention_heads=3,
+    q_lora_rank=10, kv_lora_rank=7, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5,
+    intermediate_size=20, moe_intermediate_size=9, first_k_dense_replace=1, n_shared_experts=1,
+    n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+    rms_norm_eps=1e-3, num_nextn_predict_layers=1,
+)  # fmt: skip
+YARN_PLAIN = dict(type="yarn", factor=8, original_max_position_embeddings=64)
+YARN = YARN_PLAIN | dict(beta_fast=32, beta_slow=1, mscale=0.7, mscale_all_dim=1.3)
+FAR = YARN | dict(original_max_position_embeddings=512)
+VARIANTS = {
+    "base": {},
+    "no_query_latent": dict(q_lora_rank=None),
+    "yarn": dict(rope_scaling=YARN),
+    "yarn_without_mscale": dict(rope_scaling=YARN_PLAIN),
+    "yarn_beyond_the_last_pair": dict(rope_scaling=FAR, rope_theta=100.0),
+    "half_split_rope": dict(rope_interleave=False, rope_theta=50000.0),
+    "attention_bias": dict(attention_bias=True),
+    "tied_embeddings": dict(tie_word_embeddings=True),
+    "no_shared_expert": dict(n_shared_experts=0),
+    "all_dense": dict(first_k_dense_replace=9),
+    "all_moe": dict(first_k_dense_replace=0),
+    "no_mtp": dict(num_nextn_predict_layers=0),
+    "two_mtp_modules": dict(num_nextn_predict_layers=2),
+    "wide_values": dict(v_head_dim=13),
+}
+EVERYTHING = dict(rope_scaling=YARN, attention_bias=True, num_nextn_predict_layers=2)
+
+
+def tiny(dtype=torch.float64, **changes) -> DeepSeekV3:
+    """A model in which everything matters: no norm is 1, no bias 0."""
+    torch.manual_seed(0)
+    model = DeepSeekV3(ModelConfig(**(TINY | changes))).to(dtype).eval()
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if x.ndim >= 2:
+                x.normal_(std=1.5 * x.shape[-1] ** -0.5)
+            else:
+                x.normal_(0 if name.endswith("bias") else 1, 0.2)
+        for gate in model.gates():
+            gate.e_score_correction_bias.normal_(0, 0.3)
+    return model
+
+
+def calm() -> DeepSeekV3:
+    """A float32 model to be run in low precision: every token goes to every expert, so rounding
+    flips no choice, and the matrices are halved, so the layers hardly amplify it."""
+    model = tiny(torch.float32, n_group=1, topk_group=1, num_experts_per_tok=8)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if x.ndim >= 2 and "embed" not in name:
+                x *= 0.5
+    return model
+
+
+def tokens_of(model, *shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, shape, generator=generator)
+
+
+close = functools.partial(torch.testing.assert_close, rtol=0, atol=ATOL)
+
+
+@functools.cache
+def referenced(variant):
+    """A model, tokens, the reference's logits and, a row of the list each, those of its MTP."""
+    model = tiny(**(EVERYTHING if variant == "everything" else VARIANTS[variant]))
+    tokens, c = tokens_of(model, 2, 9), asdict(model.config)
+    w = {name: x.detach().double().numpy() for name, x in checkpoint_views(model)}
+    logits, mtp = zip(*(reference.forward(w, c, row) for row in tokens.tolist()), strict=True)
+    stacked = [torch.tensor(np.stack(x)) for x in (logits, *zip(*mtp, strict=True))]
+    return model, tokens, stacked[0], stacked[1:]
+
+
+def in_bf16(function, *args):
+    with torch.autocast("cpu", torch.bfloat16):
+        return function(*args)
+
+
+@torch.no_grad()
+def in_pieces(model, tokens, chunks, as_tensor: bool = False) -> list:
+    """Logits of the main model and of every MTP module on caches, of so many tokens at once; after
+    the first, positions may be tensors, as in a graph."""
+    B, depth, like, logits, at = len(tokens), len(model.mtp), model.norm.weight, [], 0
+    cache, mtp_cache = (Cache(model.config, x, B, 16, like) for x in (model.layers, model.mtp))
+    for n in chunks:
+        start = torch.tensor(at) if as_tensor and at else at
+        cache.length = start
+        h = [model.trunk(tokens[:, at : at + n], cache)]
+        for k in range(depth):
+            mtp_cache.length = start
+            later = tokens[:, at + k + 1 : at + k + 1 + n]
+            h.append(model.predict_next(k, h[-1], later, mtp_cache))
+        logits.append([model.logits(x) for x in h])
+        at += n
+    return [torch.cat(pieces, 1) for pieces in zip(*logits, strict=True)]
+
+
+def biases(model):
+    return torch.stack([gate.e_score_correction_bias.clone() for gate in model.gates()])
+
+
+def cached_logits(model, tokens, chunks, cache):
+    parts = tokens.split(chunks, 1)
+    return torch.cat([model.logits(model.trunk(part, cache)) for part in parts], 1)
+
+
+@torch.no_grad()
+def student(depth: int, attention=1.0, **changes) -> DeepSeekV3:
+    """One MoE layer whose drafts are often right: MTP modules are copies of it, fed almost with the
+    embedding alone. With little attention a token depends on the one before: greedy text loops."""
+    changes |= dict(num_nextn_predict_layers=depth)
+    model = tiny(num_hidden_layers=1, first_k_dense_replace=0, **changes)
+    model.embed_tokens.weight /= model.embed_tokens.weight.square().mean(1, True).sqrt()
+    model.layers[0].self_attn.o_proj.weight *= attention
+    for module in model.mtp:
+        module.block.load_state_dict(model.layers[0].state_dict())
+        module.norm.weight.copy_(model.norm.weight)
+        module.enorm.weight.fill_(1)
+        module.eh_proj.weight.mul_(0.03).add_(torch.eye(16, 32))
+    return model.requires_grad_(False)
+
+
+# ---- Is it still DeepSeek-V3? --------------------------------------------------------------------
+
+NO_LONGER_V3 = "the network is no longer V3, as an edit may wish"
+
+
+@torch.no_grad()
+def check_losses(model: DeepSeekV3, ignored: list[tuple[int, int]]):
+    """model(tokens, targets) against cross-entropies of its logits, and Eq. 17-20 of its scores.
+    text[i] is input i, text[i+1] its target; row i of mtp_k is compared with text[i+1+k]. The
+    balance loss is the mean of all MoE layers, of scores without biases."""
+    text, scores, means = tokens_of(model, 2, 9), [], []
+    tokens, targets = text[:, :-1], text[:, 1:].clone()
+    for b, i in ignored:
+        targets[b, i] = -1
+    logits, mtp = model(tokens, return_mtp=True)
+    for k, z in enumerate([logits, *mtp]):
+        places = [(b, i) for b in (0, 1) for i in range(8 - k) if (b, i + k) not in ignored]
+        losses = [z[b, i].logsumexp(0) - z[b, i, text[b, i + 1 + k]] for b, i in places]
+        means.append(sum(losses) / len(losses))
+    handles = [
+        gate.register_forward_hook(lambda g, x, _: scores.append((x[0] @ g.weight.T).sigmoid()))
+        for gate in model.gates()
+    ]
+    losses = model(tokens, targets)
+    for handle in handles:
+        handle.remove()
+    close(losses["loss"], means[0])
+    close(losses["mtp_loss"], sum(means[1:], logits.new_zeros(())) / max(1, len(mtp)))
+    balance = [sum(reference.balance(row.tolist(), 3) for row in s) / 2 for s in scores]
+    assert len(balance) == 2 + len(mtp)
+    assert losses["balance_loss"].item() == pytest.approx(sum(balance) / len(balance), abs=ATOL)
+
+
+@torch.no_grad()
+def stored_bits_per_byte() -> tuple[float, float]:
+    """The loss of weights/small on its text in windows of 256 tokens, and what its README tells."""
+    folder = ROOT / "weights/small"
+    model, tokenizer, _ = load_model(folder)
+    ids = torch.tensor(tokenizer.encode((folder / "text.txt").read_text(encoding="utf-8")))
+    nats = 0.0
+    for x, y in zip(ids[:-1].split(256), ids[1:].split(256), strict=True):
+        nats += len(x) * model(x[None], y[None])["loss"].item()
+    size = sum(len(tokenizer.to_bytes(i)) for i in ids[1:].tolist())
+    about = (folder / "README.md").read_text(encoding="utf-8")
+    told = re.search(r"(\d\.\d{4}) bits per byte on text.txt", about)
+    return nats / math.log(2) / size, float(told[1])
+
+
+def compare_with_v3():
+    """Raises an error where this is another network: by the reference with all that V3 has, and by
+    the weights that V3 was trained to."""
+    model, tokens, logits, mtp = referenced("everything")
+    with torch.no_grad():
+        ours, ours_mtp = model(tokens, return_mtp=True)
+    close(ours, logits)
+    close(ours_mtp, mtp)
+    check_losses(model, [(0, 0), (1, 7)])
+    found, told = stored_bits_per_byte()
+    assert found == pytest.approx(told, abs=1e-3), "weights/small has another loss"
+
+
+@functools.cache
+def departure() -> str:
+    """What tells this network from DeepSeek-V3; "" if nothing does. Whatever goes wrong in the
+    comparison tells: an edit may have renamed or removed what it asks for."""
+    try:
+        compare_with_v3()
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return ""

@@ -1,0 +1,640 @@
+"""Is this network right, whatever it is? No token sees a later one, gradients are slopes, a cache
+gives what whole forwards give, drafts change nothing but the speed, what is patched runs, a resumed
+run and two processes give what one run gives.
+
+All of this must hold after every right edit. Is it still DeepSeek-V3? test_deepseek.py.
+In float64 rounding never decides between two tokens: greedy texts must be exactly those of whole
+forwards.
+"""
+
+import functools
+import itertools
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import (
+    TINY,
+    VARIANTS,
+    YARN,
+    biases,
+    cached_logits,
+    calm,
+    close,
+    in_bf16,
+    in_pieces,
+    student,
+    tiny,
+    tokens_of,
+)
+from torch import nn
+from training import assert_same_run, finish, load, run
+
+import model as plain
+import sample
+from bench import check_cache
+from model import MOST_NEW, Cache, DeepSeekV3, ModelConfig
+from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
+from support.settings import Refusal
+
+LIMIT = 48  # max_position_embeddings
+
+
+# ---- Forward and backward ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_no_output_sees_a_later_token(variant):
+    """Texts may be short: modules that have nothing to predict are left out."""
+    model = tiny(**VARIANTS[variant])
+    tokens = tokens_of(model, 2, 70)
+    whole = model(tokens, return_mtp=True)
+    for n in (69, 40, 2, 1):
+        logits, mtp = model(tokens[:, :n], return_mtp=True)
+        close(logits, whole[0][:, :n])
+        close(mtp, [x[:, : n - k] for k, x in enumerate(whole[1], 1) if n > k])
+    close(model(tokens[1:]), whole[0][1:])  # nor does a text see another one
+
+
+def test_every_parameters_gradient_equals_finite_differences():
+    """The slope of the training loss along a random direction in each parameter. A central
+    difference of step d errs by d^2 + 1e-15 / d, here about 1e-10; no choice of experts flips."""
+    changes = dict(attention_bias=True, tie_word_embeddings=True, num_nextn_predict_layers=2)
+    model = tiny(num_hidden_layers=1, **changes).train()  # one dense, two with experts
+    tokens, targets = tokens_of(model, 2, 8), tokens_of(model, 2, 8, seed=2)
+    loss, d = lambda: sum(model(tokens, targets).values()), 1e-5
+    gradients = torch.autograd.grad(loss(), list(model.parameters()))
+    for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
+        direction, ends = torch.randn_like(p) / p.numel() ** 0.5, []
+        with torch.no_grad():
+            for step in (d, -2 * d):
+                p += step * direction
+                ends.append(loss())
+            p += d * direction
+        slope = (ends[0] - ends[1]) / (2 * d)
+        assert abs((gradient * direction).sum() - slope) < 1e-6 * max(1, abs(slope)), name
+
+
+@pytest.mark.parametrize("targets", [[3, -1, 0, 10, 10, -100, 7], [-1] * 3], ids=["some", "none"])
+def test_a_loss_in_pieces_has_the_value_and_gradient_of_the_whole(targets, monkeypatch):
+    logits = torch.randn(len(targets), 11).double().requires_grad_()
+    targets = torch.tensor(targets)
+    chosen = -logits.log_softmax(-1)[targets >= 0, targets[targets >= 0]]
+    expected = chosen.sum() / max(1, len(chosen))
+    (slope,) = torch.autograd.grad(expected, logits)
+    for size in (1, 25, 1000):
+        monkeypatch.setattr(plain, "PIECE", size)
+        loss = plain.cross_entropy(logits, targets)
+        close(loss, expected)
+        close(torch.autograd.grad(loss, logits)[0], slope)
+
+
+def test_recomputing_activations_changes_neither_gradients_nor_counts():
+    tokens, results, calls = tokens_of(tiny(), 2, 8), [], []
+    for recompute in (False, True):
+        model = tiny(num_nextn_predict_layers=2).train()
+        model.recompute = recompute
+        model.gates()[0].register_forward_hook(lambda *_: calls.append(recompute))  # noqa: B023
+        losses = [*model(tokens, tokens).values()]
+        gradients = torch.autograd.grad(sum(losses), list(model.parameters()))
+        model.update_bias(0.125)
+        results.append([*(x.detach() for x in losses), *gradients, biases(model)])
+    assert calls == [False, True, True]  # it did recompute: the gate ran again in backward
+    close(*results)
+
+
+def test_model_under_bf16_autocast_is_close_and_its_results_are_float32():
+    """8 bits through 4 layers: 1 to 2 % whatever the seed. Caches in float32 and in bf16."""
+    model = calm().train()
+    tokens = tokens_of(model, 2, 8)
+    exact, exact_losses = model(tokens).detach(), torch.stack([*model(tokens, tokens).values()])
+    losses = torch.stack([*in_bf16(model, tokens, tokens).values()])
+    for like in (exact, exact.bfloat16()):
+        cache = Cache(model.config, model.layers, 2, 8, like)
+        with torch.inference_mode():
+            logits = in_bf16(cached_logits, model, tokens, [3, 1, 4], cache)
+        assert (logits - exact).norm() < 0.05 * exact.norm()
+    losses.sum().backward()
+    torch.testing.assert_close(losses, exact_losses, rtol=0.05, atol=0)
+    assert {p.grad.dtype for p in model.parameters()} == {losses.dtype} == {torch.float32}
+    logits, mtp = model.bfloat16()(tokens, return_mtp=True)
+    assert {x.dtype for x in (logits, *mtp, *model(tokens, tokens).values())} == {torch.float32}
+
+
+@pytest.mark.parametrize("tokens, favour", [(130, 0), (70, 9), (1, 0)])
+def test_experts_under_bf16_autocast_are_close_and_drop_no_token(tokens, favour):
+    """Also with all tokens on the first three experts, and one token. Three bf16 roundings in a row
+    make about 1 % of the norm; a row gone astray would be 100 %."""
+    moe, x = tiny(torch.float32).layers[1].mlp, torch.randn(1, tokens, 16, requires_grad=True)
+    moe.gate.config = ModelConfig(**(TINY | dict(n_group=1, topk_group=1)))
+    moe.gate.e_score_correction_bias[:3] += favour
+
+    def value_and_gradients():
+        y, _ = moe(x)
+        weights = torch.linspace(-1, 2, y.numel()).view_as(y)
+        return y.detach()[0], *torch.autograd.grad((y * weights).sum(), [x, *moe.parameters()])
+
+    low, exact = in_bf16(value_and_gradients), value_and_gradients()
+    for a, b in zip(low[1:], exact[1:], strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
+    deviation = (low[0] - exact[0]).norm(dim=-1)
+    assert deviation.max() < 0.03 * exact[0].norm(dim=-1).max()
+
+
+# ---- Counts, biases, configurations --------------------------------------------------------------
+
+
+def test_biases_move_by_the_sign_of_mean_minus_load_in_training():
+    """Up for fewer tokens than the mean of the expert's own layer, down for more, whether few or
+    many. Loads add up over micro-batches, and not in an evaluation; the MTP modules' layers have
+    theirs. Then they start anew. No other call moves a bias."""
+    model = tiny(num_nextn_predict_layers=2)
+    places = ("layers.1", "layers.2", "mtp.0.block", "mtp.1.block")
+    assert model.gates() == [model.get_submodule(f"{place}.mlp.gate") for place in places]
+    chosen, before = [], biases(model)
+    for gate in model.gates():
+        gate.register_forward_hook(lambda gate, args, out: chosen.append(out[1]))
+    for _ in range(2):
+        counts = torch.zeros(4, 8)
+        for seed in range(3):
+            tokens = tokens_of(model, 2, 8, seed=seed)
+            chosen.clear()
+            model.train()(tokens, tokens)
+            close(chosen, model.routing, atol=0)
+            counts += torch.stack([x.flatten().bincount(minlength=8) for x in chosen])
+            model.eval()(tokens, tokens)  # an evaluation between two micro-batches
+        assert torch.equal(biases(model), before)
+        model.update_bias(0.125)
+        assert torch.equal(
+            biases(model), before := before + 0.125 * (counts.mean(1, True) - counts).sign()
+        )
+    even = tiny(num_experts_per_tok=8, topk_group=4).train()  # all have the mean
+    before = biases(even)
+    even(tokens, tokens)
+    even.update_bias(0.125)
+    assert torch.equal(biases(even), before)
+
+
+def test_nothing_that_is_kept_of_a_step_holds_its_graph():
+    """Activations would live until the next step."""
+    model = tiny(num_nextn_predict_layers=2).train()
+    model(tokens_of(model, 2, 8), tokens_of(model, 2, 8))
+    kept = torch.utils._pytree.tree_leaves([vars(module) for module in model.modules()])
+    kept = [x for x in kept if isinstance(x, torch.Tensor)]
+    assert len(kept) > 6 and not any(x.grad_fn for x in kept)
+
+
+def test_bias_is_no_parameter_and_stays_float32_and_unrounded_in_every_cast():
+    model = tiny(torch.float32)
+    assert not any("correction_bias" in name for name, _ in model.named_parameters())
+    before = biases(model)
+    for cast in (model.bfloat16, model.half, model.double, model.float):
+        cast()
+        assert biases(model).dtype == torch.float32 and torch.equal(biases(model), before)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(q_lora_rank=0), "q_lora_rank is 0"),
+        (dict(qk_rope_head_dim=5), "qk_rope_head_dim is 5"),
+        (dict(n_group=3), "n_group 3"),
+        (dict(topk_group=5), "topk_group 5"),
+        (dict(num_experts_per_tok=5), "num_experts_per_tok 5"),
+        (dict(n_group=8, topk_group=8), "n_group 8"),
+        (dict(rope_scaling={"type": "linear", "factor": 2}), "linear"),
+        (dict(rope_scaling=YARN | {"beta": 1}), "'beta'"),
+        (dict(rope_scaling={"type": "yarn", "beta_fast": 32}), "'factor'"),
+        (dict(rope_scaling=YARN | {"factor": [8]}), "['factor'] of the wrong type"),
+        (dict(rope_scaling=YARN | {"factor": math.nan}), "'factor'"),
+        (dict(rope_theta=1), "rope_theta is 1"),
+        (dict(hidden_size=16.5), "hidden_size is 16.5"),
+        (dict(initializer_range=-0.1), "initializer_range is -0.1"),
+    ],
+)
+def test_impossible_configurations_are_refused_with_one_sentence(changes, words):
+    with pytest.raises(Refusal) as error:
+        ModelConfig(**(TINY | changes))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- A cache -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "B, dtype, tolerance", [(1, torch.float32, 1e-5), (3, torch.float64, 1e-11)]
+)
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_tokens_behind_a_cache_equal_whole_forwards(name, as_tensor, B, dtype, tolerance):
+    """One and several tokens at an offset, of one text and of three; positions as numbers, and as
+    tensors as in a graph; in the main model and in the MTP modules."""
+    model = tiny(dtype, **VARIANTS[name])
+    tokens = tokens_of(model, B, 13 + len(model.mtp))
+    main, mtp = model(tokens, return_mtp=True)
+    with torch.inference_mode():
+        ours = in_pieces(model, tokens, (5, 1, 2, 4, 1), as_tensor)
+    for y, expected in zip(ours, [main, *mtp], strict=True):
+        assert y.dtype == dtype
+        assert (y - expected[:, :13]).norm() < tolerance * expected.norm()
+
+
+@torch.no_grad()
+def test_a_cache_may_forget_its_newest_tokens_and_refuses_too_many():
+    model = tiny()
+    tokens, other = tokens_of(model, 2, 9), tokens_of(model, 2, 9, seed=2)
+    cache = Cache(model.config, model.layers, 2, 9, like=model.norm.weight)
+    model.trunk(tokens, cache)
+    cache.length = 5
+    with pytest.raises(ValueError, match=r"^5 \+ 6 tokens exceed the cache of 9\.$"):
+        model.trunk(other[:, :6], cache)
+    mixed = torch.cat((tokens[:, :5], other[:, 5:]), 1)
+    close(cached_logits(model, mixed[:, 5:], [2, 2], cache), model(mixed)[:, 5:])
+
+
+ONE, SEVERAL, REJECTED = "one token at a time", "several tokens at a time", "drafts rejected"
+
+
+def ways_found(model, length=40) -> list[str]:
+    return check_cache(model, length).wrong
+
+
+@pytest.mark.parametrize("name", ["base", "no_mtp", "two_mtp_modules", "all_dense", "yarn"])
+def test_check_cache_finds_nothing_wrong(name):
+    model = tiny(torch.float32, **VARIANTS[name]).train()
+    model.layers[0].register_forward_hook(  # in training alone
+        lambda module, args, out: (F.dropout(out[0], 0.5, module.training), out[1])
+    )
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    check = check_cache(model, 40)
+    assert not check.wrong and check.largest < 1e-11 and check.size > 1
+    assert str(check).startswith(f"{check.ways} of {check.ways} ways") and check.ways >= 12
+    assert model.training and all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
+
+
+class Smeared(nn.Module):
+    """In attention's place the mean of the newest `window` inputs, which lie in a ring."""
+
+    def __init__(self, window: int, ring: int):
+        super().__init__()
+        self.window, self.ring, self.gain = window, ring, nn.Parameter(torch.ones(()))
+
+    def new_cache(self, batch, size, like):
+        return like.new_zeros(batch, self.ring, 16)
+
+    def forward(self, h, rope, past=None):
+        T, before = h.shape[1], self.window - 1
+        x = F.pad(h, (0, 0, before, 0))  # (B, before + T, D)
+        if past is not None:
+            ring, start = past
+            at = start + torch.arange(-before, T)
+            x[:, :before] = ring[:, at[:before] % self.ring] * (at[:before, None] >= 0)
+            ring[:, at[before:][-self.ring :] % self.ring] = h[:, -self.ring :]
+        return self.gain * x.unfold(1, self.window, 1).mean(-1)
+
+
+class Summed(nn.Module):
+    """In attention's place all inputs' sum: a state, which cannot go back."""
+
+    def new_cache(self, batch, size, like):
+        return (like.new_zeros(batch, 1, 16),)  # may be several tensors
+
+    def forward(self, h, rope, past=None):
+        total = h.cumsum(1)
+        if past is not None:
+            (before,), _ = past
+            total = total + before
+            before[:] = total[:, -1:]
+        return total / 10
+
+
+def mixed(attention: nn.Module, place="layers.1.self_attn", **changes):
+    model = tiny(**changes)
+    model.set_submodule(place, attention)
+    return model
+
+
+def test_a_ring_that_is_too_short_is_found():
+    """It needs the window's older tokens, and as many as may be forgotten."""
+    assert not ways_found(mixed(Smeared(12, 11 + MOST_NEW)))
+    wrong = ways_found(mixed(Smeared(12, 10 + MOST_NEW)))
+    assert wrong and all(f"main model, {REJECTED}" in x for x in wrong)
+    assert "behind a prompt of 20: wrong from position 20 on, by up to " in wrong[-2]
+    wrong = ways_found(mixed(Smeared(12, 10)))
+    assert all(way in str(wrong) for way in (ONE, SEVERAL, REJECTED))
+    assert f"main model, {ONE}: wrong from position 11 on" in wrong[0]
+
+
+def test_a_state_that_cannot_go_back_is_found_in_the_model_or_in_a_module():
+    wrong = ways_found(mixed(Summed()))
+    assert len(wrong) == 4 and all(f"main model, {REJECTED}" in x for x in wrong)
+    assert "from position 0 on" in wrong[0] and "prompt of 20: wrong from position 20" in wrong[2]
+    wrong = ways_found(mixed(Summed(), "mtp.1.block.self_attn", num_nextn_predict_layers=2))
+    assert len(wrong) == 4 and all(x.startswith(f"MTP module 2, {REJECTED}") for x in wrong)
+
+
+def test_a_token_shift_is_found():
+    """It looks at a token outside of the piece."""
+    model = tiny()
+    model.layers[2].self_attn.register_forward_pre_hook(
+        lambda module, args: (args[0] + F.pad(args[0], (0, 0, 1, -1)), *args[1:])
+    )
+    wrong = ways_found(model)
+    assert len(wrong) == 12 and f"{ONE}: wrong from position 1 on" in wrong[0]
+    assert f"{ONE} behind a prompt of 20: wrong from position 20 on" in wrong[2]
+
+
+# ---- Greedy texts and drafts ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def greedy(model, tokens, new):
+    """The text by whole forwards, without caches."""
+    for _ in range(min(new, model.config.max_position_embeddings - tokens.shape[1])):
+        tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), 1)
+    return tokens
+
+
+def same_text(model, expected, T, **options) -> Stats:
+    """Asserts that generate continues the first T tokens as expected."""
+    stats, new = Stats(), options.pop("new", expected.shape[1] - T)
+    out = generate(model, expected[:, :T], new, temperature=0, stats=stats, **options)
+    assert out.dtype == torch.long and torch.equal(out, expected), options
+    return stats
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_greedy_text_is_that_of_whole_forwards(name):
+    """To the end of the context, with a note of that and of the trained length."""
+    model = tiny(max_position_embeddings=LIMIT, **VARIANTS[name])
+    model.trained_length = LIMIT - 8
+    text = greedy(model, tokens_of(model, 2, 26), 99)
+    assert text.shape[1] == LIMIT
+    assert same_text(model, text[:, : LIMIT - 8], 30, speculative=2).note == ""
+    stats = same_text(model, text[:, : LIMIT - 7], 30, speculative=3, lookup=False)
+    assert f"beyond the {LIMIT - 8} tokens" in stats.note
+    for T, options in ((26, {}), (LIMIT - 3, dict(speculative=4)), (LIMIT, dict(speculative=4))):
+        stats = same_text(model, text, T, new=30, **options)
+        assert f"context limit of {LIMIT}" in stats.note
+    stats = same_text(model, text, LIMIT - 4, speculative=2)  # it ends where the limit is
+    assert f"beyond the {LIMIT - 8} tokens" in stats.note
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_every_draft_length_is_lossless(depth, capsys):
+    """With drafts of the MTP modules, looked up, or both."""
+    model = student(depth)
+    cases = ((1, 1, 8), (1, 6, 1), (2, 6, 2), (3, 9, 20), (4, 1, 12), (1, 20, 0), (1, 5, 60))
+    for B, T, new in cases:
+        text = greedy(model, tokens_of(model, B, T), new)
+        for G, lookup in itertools.product(range(MOST_DRAFTS + 1), [False, True]):
+            stats = same_text(model, text, T, speculative=G, lookup=lookup)
+            assert stats.tokens == B * new
+            if new == 60:
+                assert (stats.lookups > 0) == (lookup and G > 0)
+                # Every forward gives a token besides its drafts; the last may have no room for it.
+                assert stats.rounds + sum(stats.accepted) in (60, 61)
+                if depth > 0 and G in (1, 2, 3) and not lookup:
+                    assert 0.4 < sum(stats.accepted) / sum(stats.drafted) < 1
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("depth, attention", [(2, 1), (0, 1e-3)], ids=["drafted", "looked up"])
+@pytest.mark.parametrize("drafts", [0, 2, 3])
+def test_end_of_text_pads_its_row_and_leaves_the_others_alone(drafts, depth, attention):
+    """Where drafts are made, and where the rows that go on look theirs up."""
+    model = student(depth, attention)
+    tokens = tokens_of(model, 4, 6)
+    free = greedy(model, tokens, 24)[:, 6:].tolist()
+    for eos in (free[0][0], free[1][1], free[1][9], [free[2][5], free[3][7]], [23]):
+        ends = [eos] if isinstance(eos, int) else eos
+        options, stats, new = dict(speculative=drafts, eos_token_id=eos), Stats(), 0
+        out = generate(model, tokens, 24, temperature=0, stats=stats, **options)
+        for row, text in zip(out[:, 6:].tolist(), free, strict=True):
+            cut = next((i + 1 for i, token in enumerate(text) if token in ends), len(text))
+            assert row == text[:cut] + ends[:1] * (24 - cut)
+            new += cut
+        assert stats.tokens == new  # without what pads them
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@torch.inference_mode()
+def test_a_round_is_its_rule_by_whole_forwards_whatever_was_drafted_before(depth, n=12, G=4):
+    """Module k reads the text k tokens later; the last one goes on with its own output. Every draft
+    and every decision has a random number of its own. In rounds before, drafts were made or copied
+    (here at random), and some were rejected."""
+    model = tiny(num_nextn_predict_layers=depth)
+    text, seen = sample.Text(model, tokens_of(model, 1, n), 99, G, False, (1.0, None, None)), set()
+    for keep, copied in itertools.product((0, 4, 1, 3, 2), (False, True, True)):
+        copies = torch.randint(31, (1, G)) if copied else None
+        u = torch.rand(1, 2 * G + 1, dtype=torch.float64)
+        u[:, G:-1] = torch.where(torch.arange(G) < keep, 0.0, 0.9 + 0.1 * u[:, G:-1])
+        q, tokens = text.draft(n, copies, u), text.tokens[:, : n + G].clone()
+        hidden = model.trunk(tokens[:, :n])[:, :-1]  # of positions 0 .. n-2
+        for step in range(0 if copied else G):
+            k = min(step, depth - 1)
+            out = model.predict_next(k, hidden, tokens[:, k + 1 : n + step])
+            expected = probabilities(model.logits(out)[:, -1:], 1.0)
+            assert torch.allclose(q[:, step : step + 1], expected, atol=1e-12)
+            assert torch.equal(tokens[:, n + step, None], draw(expected, u[:, step : step + 1]))
+            hidden = torch.cat((hidden, out[:, -1:]), 1) if k == depth - 1 else out
+        if copied:
+            assert torch.equal(q, F.one_hot(copies, 31)) and torch.equal(tokens[:, n:], copies)
+        p = probabilities(model(tokens)[:, n - 1 :], 1.0)
+        (kept,), ((after,),) = (x.tolist() for x in accept(p, q, tokens[:, n:], u[:, G:]))
+        ((found, *ids),) = text.verify(n, q, u).tolist()
+        assert found == kept and ids[: kept + 1] == [*tokens[0, n : n + kept].tolist(), after]
+        seen.add(kept)
+        n += kept + 1
+    assert seen == {*range(G + 1)}
+
+
+# ---- Patches and compiled rounds -----------------------------------------------------------------
+
+
+def network(dtype=torch.float64) -> DeepSeekV3:
+    return tiny(dtype, max_position_embeddings=200)
+
+
+class Halved(plain.RMSNorm):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class Convolved(nn.Module):
+    """A module that nobody foresaw: a weight of three dimensions, and a bias."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp, self.mix = mlp, nn.Conv1d(16, 16, 1).double()
+
+    def forward(self, x):
+        return self.mlp(self.mix(x.mT).mT)
+
+
+def doubled(forward):
+    def double(self, x):
+        y = forward(self, x)
+        return (2 * y[0], y[1]) if isinstance(y, tuple) else 2 * y
+
+    return double
+
+
+def half_turned(rotate):
+    @functools.wraps(rotate)
+    def turn(x, rope, interleave):
+        return rotate(x, (rope[0], rope[1] / 2), interleave)
+
+    return turn
+
+
+PATCHES = {  # as one types them at a prompt; patch is monkeypatch.setattr
+    "another class": "norm.__class__ = Halved",
+    "a class's method": "patch(plain.MoE, 'forward', doubled(plain.MoE.forward))",
+    "a module's method": "mlp.forward = doubled(plain.MLP.forward).__get__(mlp)",
+    "a projection's method": "o_proj.forward = lambda x: 2 * x @ o_proj.weight.T",
+    "the model's method": "model.trunk = lambda *args, _f=model.trunk: _f(*args).flip(-1)",
+    "a hook": "mlp.register_forward_hook(lambda module, args, out: 2 * out)",
+    "a bias": "o_proj.bias = nn.Parameter(torch.linspace(-3, 3, 16).double())",
+    "a wrapped function": "patch(plain, 'rotate', half_turned(plain.rotate))",
+    "an attribute": "norm.eps = 0.3",
+    "a setting": "attention.config = ModelConfig(**TINY, rope_interleave=False)",
+    "a module": "model.layers[0].mlp = Convolved(mlp)",
+    "a layer": "model.layers.append(model.layers[2])",
+    "weights, unseen by torch": "model.lm_head.weight.data.neg_()",
+}
+
+
+@pytest.fixture
+def apply(monkeypatch):
+    def apply(patch: str, model: nn.Module):
+        attention, norm = model.layers[1].self_attn, model.layers[1].input_layernorm
+        names = dict(model=model, norm=norm, mlp=model.layers[0].mlp, patch=monkeypatch.setattr)
+        names |= dict(attention=attention, o_proj=attention.o_proj)
+        exec(PATCHES[patch], globals() | names)
+
+    return apply
+
+
+def is_the_models_text(model: nn.Module, T: int = 20, new: int = 40, **options) -> bool:
+    text = generate(model, tokens_of(model, 1, T), new, temperature=0, **options)
+    with torch.no_grad():
+        return torch.equal(text[0, T:], model(text)[0, T - 1 : -1].argmax(-1))
+
+
+@pytest.fixture
+def eager_graphs(monkeypatch):
+    """Graphs run operation by operation, which needs no C++ and takes no minute."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *x, **y: compile(*x, **y | {"backend": "eager"}))
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_patch_at_run_time_is_what_writes_the_next_text(patch, apply, eager_graphs):
+    """Also after texts by the unpatched network, one of which has left a graph behind."""
+    compiled = dict(compile=True, speculative=0, new=20)
+    model = network()
+    before = model(tokens_of(model, 1, 20))
+    assert is_the_models_text(model) and is_the_models_text(model, **compiled)
+    apply(patch, model)
+    assert not torch.equal(model(tokens_of(model, 1, 20)), before)
+    assert is_the_models_text(model)
+    assert is_the_models_text(model, **compiled) and is_the_models_text(model, **compiled)
+
+
+def texts(model, T=5, **options) -> Stats:
+    """Asserts that the compiled text is the eager one; returns what it took."""
+    runs, found = (Stats(), Stats()), []
+    for compile, stats in zip((False, True), runs, strict=True):
+        generator = torch.Generator().manual_seed(3)
+        options |= dict(compile=compile, stats=stats, generator=generator)
+        found.append(generate(model, tokens_of(model, 1, T), 40, **options))
+    assert torch.equal(*found) and runs[0].accepted == runs[1].accepted, options
+    return runs[1]
+
+
+SAMPLED = dict(temperature=0.8, top_k=5, speculative=1)
+
+
+def test_compiled_text_is_the_eager_one(eager_graphs):
+    """Greedy and sampled, drafted and looked up. A later text compiles nothing, whatever its prompt
+    and whatever has become of the weights."""
+    model = student(2, vocab_size=5)
+    assert texts(model, **SAMPLED).lookups > 2
+    greedily = dict(temperature=0, speculative=1, lookup=False)
+    assert sum(texts(model, **greedily).accepted) > 5
+    assert texts(model, **greedily | dict(speculative=0)).rounds == 40
+    counted = torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
+    for weight in (model.layers[0].self_attn.o_proj.weight, model.mtp[0].norm.weight):
+        weight.neg_()
+    texts(model, **greedily)
+    assert counted["unique_graphs"] == before
+
+
+IN_CPP = """
+import torch
+from networks import student
+from test_network import SAMPLED, texts
+
+torch.set_num_threads(1)
+assert sum(texts(student(1, vocab_size=5), **SAMPLED, lookup=False).accepted) > 5
+"""
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_a_graph_in_cpp_gives_the_same_text():
+    """In a process of its own: here graphs run operation by operation."""
+    root = Path(plain.__file__).parent
+    path = os.pathsep.join((str(root), str(root / "tests")))
+    done = subprocess.run([sys.executable, "-c", IN_CPP], env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 0
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+CASES = {
+    "bfloat16": ["--dtype=bfloat16"],
+    "ramp, accumulation, tied": ["--dtype=float32", "--batch_start=2", "--batch_ramp=0.7"],
+    "muon": ["--dtype=float32", "--optimizer=muon"],
+    "long": ["--dtype=float32", "--long_block_size=32", "--long_start=0.5", "--log_every=3"],
+}
+CASES["ramp, accumulation, tied"] += ["--grad_accum=2", "--tie_word_embeddings", "--log_every=3"]
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(options, shared, faults, capsys):
+    # In the fifth step, between two lines of the log where these come every third step.
+    faults.signal(signal.SIGTERM, step=4)
+    with pytest.raises(KeyboardInterrupt):
+        run(*options)
+    said = capsys.readouterr().err
+    assert "stopped at step 5" in said and "--resume" in said
+    assert load("run")["step"] == 5
+    with open("run/log.jsonl", "a") as file:  # what came after the checkpoint, and half a line
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    run(*options, "--resume")
+    assert_same_run(shared(*options), Path("run"))
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize(
+    "parallel, accumulate, optimizer",
+    [("ddp", 2, "adamw"), ("fsdp", 2, "adamw"), ("ddp", 1, "muon")],
+)
+def test_two_processes_equal_one(parallel, accumulate, optimizer, start, shared):
+    """All that is logged and saved, with MTP, and experts that a batch leaves without tokens."""
+    options = ("--n_routed_experts=64", f"--optimizer={optimizer}")
+    parts = (f"--parallel={parallel}", f"--grad_accum={accumulate}")
+    finish(start(*options, *parts, world=2, out="together"))
+    assert_same_run(shared(*options), Path("together"), 1e-9)
