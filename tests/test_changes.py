@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bench
 import sample
+import train
 from model import DeepSeekV3, ModelConfig, balance_loss
 from support.settings import read_config_file
 from train import TrainConfig, lr_at, split_configs
@@ -137,6 +138,21 @@ def test_changes_of_a_line(title, file, old, new, v3, tmp_path, monkeypatch):
 
 def test_all_changes_of_a_line_are_tried():
     assert len(LINES) == 3
+
+
+def test_a_run_says_that_its_network_was_edited(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    model = tmp_path / "model.py"
+    model.write_text("K = 8\n")
+    assert not train.network_edited()  # no repository
+    author = "-c", "user.name=A", "-c", "user.email=a@example.org"
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert not train.network_edited()
+    model.write_text("K = 4\n")
+    assert train.network_edited()
+    monkeypatch.setenv("PATH", "")  # no git
+    assert not train.network_edited()
 
 
 # ---- What else is checked of each ----------------------------------------------------------------
