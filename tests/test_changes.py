@@ -255,6 +255,8 @@ def follows_attention(c: Changed):
         now.backward()
         optimizer.step()
     assert now < 0.7 * loss
+    with torch.autocast("cpu", torch.bfloat16):  # a divergence, whose sums stay in float32
+        assert c.model.float()(c.x, c.y)["index_loss"] > 0
 
 
 @change("An average of the weights")
