@@ -1,10 +1,11 @@
 """The layout of the released models, both ways; opening a run's weights; the export.
 
-    python huggingface.py SRC DST [--quantize=True | --check=True] [--overwrite]
-    python huggingface.py SRC DST.gguf [--gguf_dtype=F32] [--overwrite]
+    python huggingface.py SRC DST [--quantize=True] [--check=False] [--overwrite]
+    python huggingface.py SRC DST.gguf [--gguf_dtype=F32] [--check=False] [--overwrite]
 
 SRC is a run's folder or a checkpoint file. DST, a new directory, opens in transformers and here;
-DST.gguf, a file, opens in llama.cpp.
+DST.gguf, a file, opens in llama.cpp. Both mean DeepSeek-V3, whatever formulas model.py has. So the
+logits are compared with those of transformers, where that is installed, and others are refused.
 Weights of the released layout are safetensors, in one file or shards, each tensor under its
 released name. In FP8 the decoding factors of a weight's blocks of 128x128 are stored beside it, as
 NAME_scale_inv. Optional packages are imported where they are needed: safetensors, tokenizers
@@ -15,6 +16,7 @@ import importlib.util
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 import fp8
 from model import DeepSeekV3, ModelConfig
-from support.checkpoints import code_of, load_checkpoint
+from support.checkpoints import checkpoint_file, load_checkpoint, tell_if_edited
 from support.files import check_free, new_folder, new_path, read_json
 from support.gguf import write_gguf
 from support.settings import Refusal, info, parse_args, run_command, short
@@ -401,9 +403,7 @@ def load_model(
         config, weights = ModelConfig(**saved["model_config"]), saved["model"]
     except (TypeError, KeyError, ValueError) as error:
         raise Refusal(f"{told}: {short(error)}") from None
-    if "code" in saved and saved["code"] != code_of(ModelConfig):
-        other = f"{path} was saved with another model.py than this one"
-        info(f"{other}: where a formula is another, its weights mean something else")
+    tell_if_edited(checkpoint_file(path), ModelConfig)
     compare(weights, outline(config).state_dict(), path, told, extend)
     dtype = dtype or weights["embed_tokens.weight"].dtype
     model = filled(config, weights, device, dtype)
@@ -440,7 +440,7 @@ def with_settings(
 @dataclass
 class ConvertConfig:
     quantize: bool = False  # FP8 weights with 128x128 block scales, as released
-    check: bool = False  # compare logits with those of transformers (not where weights are FP8)
+    check: bool = True  # compare logits with those of transformers, and refuse to write others
     gguf_dtype: Literal["F32", "F16", "BF16", "Q8_0"] = "F16"  # of the matrices in DST.gguf
     overwrite: bool = False  # rename what DST names to DST.old-1, and so on
 
@@ -449,9 +449,10 @@ class ConvertConfig:
 def check(directory: Path):
     """Compares logits with those of transformers, in float32, of random tokens with the end of a
     text among them. Raises Refusal."""
-    import transformers
+    import transformers  # where it is missing, main() has said so
 
     transformers.logging.set_verbosity_error()  # it would list the MTP modules, which it ignores
+    transformers.logging.disable_progress_bar()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, experts_implementation="eager"
     )
@@ -464,7 +465,24 @@ def check(directory: Path):
     info(f"logits differ from those of transformers by {error:.1e} of the largest")
     if not error < 1e-3:
         why = "this is more than rounding: model.py is not DeepSeek-V3 any more"
-        raise Refusal(f"{why}; nothing was written")
+        raise Refusal(f"{why}, and other programs would compute V3; nothing was written")
+
+
+def compares(config: ConvertConfig) -> bool:
+    """Whether an export is compared with transformers; says so in a line if not. Only this tells
+    of an edited formula: the layout has no place for it."""
+    installed = all(importlib.util.find_spec(x) for x in ("transformers", "safetensors"))
+    if not (config.check and installed):
+        why = "as asked" if not config.check else "pip install transformers safetensors"
+        info(f"nothing was compared ({why}): what is written means V3, whatever model.py computes")
+    return config.check and installed
+
+
+def check_alone(model: DeepSeekV3, source: Path, beside: Path):
+    """`check`, where what is written is not for transformers: by a copy beside it that is."""
+    with tempfile.TemporaryDirectory(dir=beside.parent, prefix=f"{beside.name}.part-") as scratch:
+        export(model, source, Path(scratch), quantize=False)
+        check(Path(scratch))
 
 
 def export(model: DeepSeekV3, source: Path, directory: Path, quantize: bool):
@@ -478,12 +496,15 @@ def export(model: DeepSeekV3, source: Path, directory: Path, quantize: bool):
     save_pretrained(model, directory, quantize=quantize, **keys)
 
 
-def export_gguf(source: Path, target: Path, dtype: str, overwrite: bool):
+def export_gguf(source: Path, target: Path, options: ConvertConfig):
     """Writes weights and tokenizer as one file for llama.cpp."""
     model, tokenizer, _ = load_model(source)
     check_layout(model)
     config = asdict(model.config) | {"max_position_embeddings": model.trained_length}
-    with new_path(target, overwrite) as file:
+    with new_path(target, options.overwrite) as file:
+        if compares(options):
+            check_alone(model, source, file)
+        dtype = options.gguf_dtype
         write_gguf(file, model.state_dict().items(), config, tokenizer.encoding, dtype)
     info(f"wrote {target}")
     if tokenizer.encoding._pat_str == PATTERN:
@@ -499,14 +520,11 @@ def main(argv: list[str]):
     options = [word for word in argv if word.startswith("-")]
     config = ConvertConfig(**parse_args(about, options, ConvertConfig, positional="src dst")[1])
     to_gguf = [path.suffix for path in paths[1:]] == [".gguf"]
-    if len(paths) != 2 or config.check + config.quantize + to_gguf > 1:
-        info(
-            "usage: python huggingface.py SRC DIR [--quantize=True | --check=True], or SRC DST.gguf"
-        )
+    if len(paths) != 2 or (config.quantize and to_gguf):
+        info("usage: python huggingface.py SRC DIR [--quantize=True], or SRC DST.gguf")
         sys.exit(2)
     source, target = paths
-    needed = ["tokenizers", "safetensors", *["transformers"] * config.check]
-    needed = ["gguf"] if to_gguf else needed
+    needed = ["gguf"] if to_gguf else ["tokenizers", "safetensors"]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         needs = f"the export needs {' and '.join(missing)}"
         raise Refusal(f"{needs}: pip install {' '.join(missing)}")
@@ -515,12 +533,12 @@ def main(argv: list[str]):
         told = f"{source} has Hugging Face's layout, but SRC must be a run or a checkpoint file"
         raise Refusal(f"{told}: to write it anew, use Python: from_pretrained, save_pretrained.")
     if to_gguf:
-        return export_gguf(source, target, config.gguf_dtype, config.overwrite)
+        return export_gguf(source, target, config)
     model, _, _ = load_model(source)
     with new_folder(target, config.overwrite) as folder:
         export(model, source, folder, config.quantize)
-        if config.check:
-            check(folder)
+        if compares(config):
+            check_alone(model, source, folder) if config.quantize else check(folder)
     info(f"wrote {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
     partly = [
         name

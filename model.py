@@ -56,33 +56,33 @@ class Past(NamedTuple):
 class ModelConfig:
     """The keys of DeepSeek's config.json that shape the network; defaults: V3, without YaRN."""
 
-    vocab_size: int = 129280
-    hidden_size: int = 7168  # D
-    num_hidden_layers: int = 61  # without the MTP modules
-    num_attention_heads: int = 128  # H
+    vocab_size: int = 129280  # tokens of the vocabulary: rows of embedding and head
+    hidden_size: int = 7168  # D, width of the hidden states
+    num_hidden_layers: int = 61  # layers of the main model, without the MTP modules
+    num_attention_heads: int = 128  # H, attention heads
     q_lora_rank: int | None = 1536  # width of the query latent; none = one direct projection
     kv_lora_rank: int = 512  # C, width of the joint key-value latent
-    qk_nope_head_dim: int = 128  # N, the part of a query or key head that carries content
-    qk_rope_head_dim: int = 64  # R, the part that carries position
-    v_head_dim: int = 128  # V
+    qk_nope_head_dim: int = 128  # N, width of the part of a query or key that carries content
+    qk_rope_head_dim: int = 64  # R, width of the part that carries position
+    v_head_dim: int = 128  # V, width of a value head
     intermediate_size: int = 18432  # width of the dense layers' MLP
     moe_intermediate_size: int = 2048  # F, width of one expert
     first_k_dense_replace: int = 3  # this many first layers have a dense MLP instead of experts
-    n_routed_experts: int = 256  # E
-    num_experts_per_tok: int = 8  # K
-    n_shared_experts: int = 1  # stored as one MLP of this many expert widths
+    n_routed_experts: int = 256  # E, routed experts in a layer
+    num_experts_per_tok: int = 8  # K, routed experts that a token visits
+    n_shared_experts: int = 1  # shared experts, one MLP of this many expert widths
     n_group: int = 8  # G, groups of experts (nodes, in the report)
     topk_group: int = 4  # a token's experts lie in at most this many groups
     norm_topk_prob: bool = True  # the K gate values sum to one before scaling
     routed_scaling_factor: float = 2.5  # multiplies the gate values
-    rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 163840  # longest window and text
-    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6  # added to the mean square before its root
+    max_position_embeddings: int = 163840  # tokens of the longest window and text
+    rope_theta: float = 10000.0  # base of the wavelengths of rotary positions
     rope_scaling: dict | None = None  # YaRN parameters, as in DeepSeek's config.json
     rope_interleave: bool = True  # pairs are neighbours (x0, x1), ...; false: (x0, x_{R/2}), ...
     attention_bias: bool = False  # biases of q_a_proj, kv_a_proj_with_mqa and o_proj
     tie_word_embeddings: bool = False  # one matrix for embedding and output head
-    num_nextn_predict_layers: int = 1  # depth of multi-token prediction
+    num_nextn_predict_layers: int = 1  # MTP modules: how many tokens beyond the next are predicted
     initializer_range: float = 0.006  # standard deviation of every initial matrix
 
     def __post_init__(self):
@@ -624,7 +624,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(upcast(logits), targets, ignore_index=-1, reduction="sum")
 
     count, targets = (targets >= 0).sum(), targets.clamp(min=-1)
-    if logits.numel() <= PIECE or not torch.is_grad_enabled():
+    if logits.numel() <= PIECE:
         total = piece(logits, targets)
     else:
         rows = max(1, PIECE // logits.shape[1])
@@ -762,8 +762,10 @@ class DeepSeekV3(nn.Module):
     def parameter_counts(self) -> dict[str, int]:
         """`total` and `active` (what one token uses) of the main model, embedding, head and
         correction biases counted; `mtp`, what the modules add. A token uses K of the E routed
-        experts."""
+        experts, and one row of a table beside the token embedding."""
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
+        tables = [x for x in self.modules() if isinstance(x, nn.Embedding)]
+        row = {x.weight: x.embedding_dim for x in tables if x is not self.embed_tokens}
         count, kept = {"total": 0, "active": 0, "mtp": 0}, self.state_dict().keys()
         for name, x in (*self.named_parameters(), *self.named_buffers()):  # a shared one once
             if name not in kept:  # such as a gate's load
@@ -772,7 +774,8 @@ class DeepSeekV3(nn.Module):
                 count["mtp"] += x.numel()
             else:
                 count["total"] += x.numel()
-                count["active"] += x.numel() * K // E if ".experts." in name else x.numel()
+                used = x.numel() * K // E if ".experts." in name else x.numel()
+                count["active"] += row.get(x, used)
         return count
 
 

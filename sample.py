@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +102,12 @@ def uniform(B: int, G: int, device: torch.device, generator=None) -> Tensor:
     return torch.rand(B, 2 * G + 1, dtype=torch.float64, device=where, generator=generator)
 
 
+class Filters(NamedTuple):
+    temperature: float | Tensor  # in a graph a tensor, so that it serves every temperature
+    top_k: int | None = None
+    top_p: float | None = None
+
+
 def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor:
     """Temperature, then top-k, then top-p: logits (..., V) -> probabilities (..., V) in float64.
 
@@ -181,21 +187,20 @@ class Text:
         new: int,
         G: int,
         compiled: bool,
-        filters: tuple,
+        filters: Filters,
         buffers: dict | None = None,
     ):
         """Reads the prompt, tokens (B, T), but for its last token. `new`: tokens that there must be
-        room for; G: drafts in a round; filters: temperature, top_k, top_p; buffers: as in
-        `generate`."""
+        room for; G: drafts in a round; buffers: as in `generate`."""
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
         self.model, self.compiled, self.drafts = model, compiled, G
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft
-        temperature, *others = filters
-        drawn = temperature >= COLDEST
-        if drawn:  # a tensor, so that a graph serves every temperature
+        drawn = filters.temperature >= COLDEST
+        if drawn:
             where = drawing_device(tokens.device)
-            temperature = torch.tensor(temperature, dtype=torch.float64, device=where)
-        self.filters = temperature, *others
+            heat = torch.tensor(filters.temperature, dtype=torch.float64, device=where)
+            filters = filters._replace(temperature=heat)
+        self.filters = filters
         # The last round may go beyond `new`. A graph serves one size: compiled, there are few.
         size = T + new + MOST_DRAFTS
         size = max(256, 1 << (size - 1).bit_length()) if compiled else size
@@ -208,9 +213,9 @@ class Text:
             if self.depth:  # only the modules read hidden states
                 self.hidden[:, : T - 1] = hidden
             for k in range(self.depth):
-                hidden = self.one_further(k, hidden, 0)
+                hidden = self.read_mtp(k, hidden, 0)
         if compiled:
-            self.kind = drawn, *others, B, size, G, like.dtype, like.device
+            self.kind = drawn, *filters[1:], B, size, G, like.dtype, like.device
             on_cpu = tokens.device.type == "cpu"
             self.graph = graphs.compiled(Text.round, on_cpu, graphs.methods(model, Text, Cache))
             self.played = set()  # the kinds of rounds: how many drafts, and whether copied
@@ -221,7 +226,7 @@ class Text:
         """Whether MTP modules can draft token n: their first position takes the second token."""
         return self.depth > 0 and n > 1
 
-    def one_further(self, k: int, hidden: Tensor, start: int | Tensor) -> Tensor:
+    def read_mtp(self, k: int, hidden: Tensor, start: int | Tensor) -> Tensor:
         """An MTP module reads the positions from `start` on: their hidden states at depth k, h^k
         (B, positions, D), become those at depth k + 1.
 
@@ -250,30 +255,34 @@ class Text:
         """
         if copies is not None:
             self.tokens[:, span(n, copies.shape[1])] = copies
-        count = self.drafts + self.depth
-        count = min(count, n - 1) if isinstance(n, int) else count  # the beginning has fewer
-        start, q = n - 1 - count, []
-        hidden = self.hidden[:, span(start, count)] if self.depth else None
+        again = self.drafts + self.depth  # positions that are read again
+        again = min(again, n - 1) if isinstance(n, int) else again  # a text begins with fewer
         steps = self.drafts if copies is None else self.depth
-        for step in range(steps if count else 0):
+        if not (steps and again):
+            return self.one_hot(copies, u)
+        start, q = n - 1 - again, []
+        hidden = self.hidden[:, span(start, again)]  # (B, again, D)
+        for step in range(steps):
             k = min(step, self.depth - 1)
-            if step > k:
+            if step > k:  # the last module goes on from its own newest state
                 start, hidden = n - 2 + step - k, hidden[:, -1:]
-            hidden = self.one_further(k, hidden, start)
+            hidden = self.read_mtp(k, hidden, start)
             if copies is None:
                 logits = self.model.logits(hidden[:, -1:], k + 1).to(u.device)  # (B, 1, V)
                 q.append(probabilities(logits, *self.filters))
                 token = draw(q[step], u[:, step : step + 1])
                 self.tokens[:, span(n + step, 1)] = token.to(hidden.device)
-        if copies is None:
-            return torch.cat(q, 1)
+        return torch.cat(q, 1) if copies is None else self.one_hot(copies, u)
+
+    def one_hot(self, copies: Tensor, u: Tensor) -> Tensor:
+        """Copied drafts (B, G) as distributions (B, G, V): each has all probability."""
         return F.one_hot(copies.to(u.device), self.model.config.vocab_size).to(u.dtype)
 
-    def verify(self, n: int | Tensor, q: Tensor, u: Tensor) -> Tensor:
+    def verify(self, n: int | Tensor, q: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """One forward of the model checks the drafts of tokens n .. n+G-1 and writes n .. n+G.
 
-        q (B, G, V): what the drafts come from. Returns how many of them each row keeps (-1 if
-        numbers are not finite), then its tokens, of which the first kept + 1 count: (B, 1+G+1).
+        q (B, G, V): what the drafts come from. Returns how many of them each row keeps (B,), -1 if
+        numbers are not finite, and its tokens (B, G+1), of which the first kept + 1 count.
         """
         G = q.shape[1]
         read = self.tokens[:, span(n - 1, G + 1)]  # (B, G+1): the newest token and the drafts
@@ -289,15 +298,16 @@ class Text:
         self.tokens[:, span(n, G + 1)] = out.to(hidden.device)
         # NaN, or nothing that can be drawn; a single -inf only rules a token out.
         finite = logits.amax(-1).sum().abs() + p.sum() < math.inf
-        kept = torch.where(finite, kept, -1)
-        return torch.cat((kept[:, None], out), 1)
+        return torch.where(finite, kept, -1), out
 
     def round(self, n: int | Tensor, copies: Tensor | None, u: Tensor) -> Tensor:
-        """`draft`, then `verify`; played again, it gives the same again."""
-        return self.verify(n, self.draft(n, copies, u), u)
+        """`draft`, then `verify`, whose results are one tensor here (B, 1+G+1), so that a GPU is
+        waited for once. Played again, it gives the same again."""
+        kept, out = self.verify(n, self.draft(n, copies, u), u)
+        return torch.cat((kept[:, None], out), 1)
 
     def play(self, n: int, copies: Tensor | None, u: Tensor) -> tuple[list[list[int]], float]:
-        """A round, eager or as a graph: what `verify` returns, and the seconds it took, without
+        """A round, eager or as a graph: what it returns, and the seconds it took, without
         compilation. The first rounds of a text, which read fewer positions, are eager."""
         position, run, stance = n, Text.round, contextlib.nullcontext()
         copies = copies if copies is None else copies.to(self.tokens.device)
@@ -350,14 +360,11 @@ class Row:
         return (found * count)[:count]  # at the end of the text what is copied goes on into itself
 
 
-def copied_drafts(rows: list[Row], live: list[int], G: int, made: bool) -> Tensor | None:
-    """G drafts for each row (B, G), copied from its own text, if every live row has some to copy:
-    all rows of a round do the same. If not: None where the MTP modules can draft (`made`), else no
-    drafts (B, 0)."""
+def copied_drafts(rows: list[Row], live: list[int], G: int) -> Tensor:
+    """G drafts for each row (B, G), copied from its own text; none (B, 0) unless every live row has
+    some to copy, as all rows of a round do the same."""
     found = [row.look_up(G) if b in live else [0] * G for b, row in enumerate(rows)]
-    if all(found):
-        return torch.tensor(found)
-    return None if made else torch.zeros(len(rows), 0, dtype=torch.long)
+    return torch.tensor(found if all(found) else [[] for _ in rows], dtype=torch.long)
 
 
 @torch.inference_mode()
@@ -398,12 +405,14 @@ def generate(
     end = min(T + max_new_tokens, model.config.max_position_embeddings)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     with torch.autocast(tokens.device.type, enabled=False):
-        filters = temperature, top_k, top_p
+        filters = Filters(temperature, top_k, top_p)
         text = Text(model, tokens, end - T, speculative, compile, filters, buffers)
         rows = [Row(ids) for ids in tokens.tolist()]
         live, n = list(range(B)), T  # the rows that have not reached eos; tokens of each of them
         while live and n < end:
-            copies = copied_drafts(rows, live, speculative if lookup else 0, text.can_draft(n))
+            copies = copied_drafts(rows, live, speculative if lookup else 0)
+            if not copies.shape[1] and text.can_draft(n):
+                copies = None  # then the MTP modules make them
             G = speculative if copies is None else copies.shape[1]
             outcome, seconds = text.play(n, copies, uniform(B, G, tokens.device, generator))
             # All advance by the drafts that all keep and a token more: new, or the next draft.

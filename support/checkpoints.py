@@ -6,9 +6,7 @@ far a run has come. Of sharded tensors a file has the whole (`gather`), and a pr
 (`cut_like`). support/runs.py says when a checkpoint is written, and where.
 """
 
-import ast
 import functools
-import hashlib
 import math
 import os
 import re
@@ -63,12 +61,19 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
 
 
 @functools.cache  # this process goes on with the code that it has read, whatever is edited later
-def code_of(config_class: type) -> str:
-    """Digits of the code of the file that defines a network and this class of its settings:
-    model.py. Comments and layout do not count. "" where a class is from no file, but a prompt."""
+def code_of(config_class: type) -> bytes:
+    """The file that defines a network and this class of its settings, model.py; nothing if that is
+    no file, but a prompt."""
     file = getattr(sys.modules.get(config_class.__module__), "__file__", None)
-    code = ast.dump(ast.parse(Path(file).read_bytes())) if file else ""
-    return hashlib.sha256(code.encode()).hexdigest()[:8] if file else ""
+    return Path(file).read_bytes() if file else b""
+
+
+def tell_if_edited(checkpoint: Path, config_class: type) -> None:
+    """Says so where model.py is another now than its copy beside the checkpoint."""
+    copy, code = checkpoint.with_name("model.py"), code_of(config_class)
+    if code and copy.exists() and copy.read_bytes() != code:
+        told = f"model.py has changed since {checkpoint} was saved (diff {copy} model.py)"
+        info(f"{told}: where a formula is another, the weights mean something else")
 
 
 # ---- The tensors of a state ----------------------------------------------------------------------

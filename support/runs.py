@@ -282,7 +282,6 @@ class Run:
         about = {
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
-            "code": self.code,
             "trained_length": self.model.trained_length,
             "step": self.progress.step,
             "tokens": self.progress.tokens,
@@ -297,9 +296,19 @@ class Run:
                 bad = f"{n} is not finite after step {self.progress.step}, and was not saved"
                 raise Refusal(f"{bad}; {self.way_on()} and a lower --lr.")
         try:
+            self.write_code()
             write_whole(self.out / name, lambda file: torch.save(saved, file))
         except Refusal as error:
             raise Refusal(f"{error} Mend that, then {self.way_on()}.") from None
+
+    def write_code(self):
+        """model.py, as this process has read it, beside the weights that it means; one of a former
+        process, if it was another, is put aside."""
+        copy = self.out / "model.py"
+        if copy.exists() and copy.read_bytes() != self.code:
+            put_aside(copy)
+        if self.code and not copy.exists():
+            write_whole(copy, lambda file: file.write(self.code))
 
     # -- Ends --
 

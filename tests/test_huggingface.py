@@ -470,7 +470,7 @@ def test_exported_tokenizer_gives_the_same_ids(gap):
 @torch.no_grad()
 def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, capsys):
     target = tmp_path / "hf"
-    huggingface.main([str(run), str(target), "--check=True"])
+    huggingface.main([str(run), str(target)])
     said = capsys.readouterr().err
     assert "differ from those of transformers by" in said and "as unexpected" in said
     model, tokenizer, path = load_model(run)
@@ -502,11 +502,14 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
         lambda tokens, eot: torch.nan,
     ],
 )
-def test_check_fails_where_logits_differ_and_nothing_is_written(change, run, tmp_path, monkeypatch):
+def test_an_edited_network_is_not_exported_as_v3(change, run, tmp_path, monkeypatch, capsys):
     model, tokenizer, _ = load_model(run)
     (eot,) = tokenizer.eos
     model.register_forward_hook(lambda model, given, logits: logits + change(*given, eot))
     monkeypatch.setattr(huggingface, "from_pretrained", lambda *args: model)
-    words = [str(run), str(tmp_path / "hf"), "--check"]
-    check_refusal("more than rounding", huggingface.main, words)
-    assert not [*tmp_path.iterdir()]
+    for name, *options in (("hf",), ("hf", "--quantize"), ("small.gguf",)):
+        words = [str(run), str(tmp_path / name), *options]
+        check_refusal("more than rounding", huggingface.main, words)
+        assert not [*tmp_path.iterdir()]
+    huggingface.main([str(run), str(tmp_path / "hf"), "--check=False"])
+    assert "nothing was compared (as asked)" in capsys.readouterr().err

@@ -433,7 +433,10 @@ def test_a_round_is_its_rule_by_whole_forwards_whatever_was_drafted_before(depth
     and every decision has a random number of its own. In rounds before, drafts were made or copied
     (here at random), and some were rejected."""
     model = tiny(num_nextn_predict_layers=depth)
-    text, seen = sample.Text(model, tokens_of(model, 1, n), 99, G, False, (1.0, None, None)), set()
+    text, seen = (
+        sample.Text(model, tokens_of(model, 1, n), 99, G, False, sample.Filters(1.0)),
+        set(),
+    )
     for keep, copied in itertools.product((0, 4, 1, 3, 2), (False, True, True)):
         copies = torch.randint(31, (1, G)) if copied else None
         u = torch.rand(1, 2 * G + 1, dtype=torch.float64)
@@ -451,7 +454,7 @@ def test_a_round_is_its_rule_by_whole_forwards_whatever_was_drafted_before(depth
             assert torch.equal(q, F.one_hot(copies, 31)) and torch.equal(tokens[:, n:], copies)
         p = probabilities(model(tokens)[:, n - 1 :], 1.0)
         (kept,), ((after,),) = (x.tolist() for x in accept(p, q, tokens[:, n:], u[:, G:]))
-        ((found, *ids),) = text.verify(n, q, u).tolist()
+        (found,), (ids,) = (x.tolist() for x in text.verify(n, q, u))
         assert found == kept and ids[: kept + 1] == [*tokens[0, n : n + kept].tolist(), after]
         seen.add(kept)
         n += kept + 1

@@ -33,6 +33,7 @@ from training import (
     wait_for,
 )  # fmt: skip
 
+import model
 import train
 from huggingface import load_model
 from model import DeepSeekV3
@@ -90,6 +91,21 @@ def test_a_checkpoint_comes_before_every_evaluation_which_a_resumed_run_makes_up
     assert_same_run(shared("--eval_batch=8"), Path("run"))
     run("--eval_batch=8", "--resume")  # the last evaluation comes after the last checkpoint too
     assert_same_run(shared("--eval_batch=8"), Path("run"))
+
+
+def test_a_run_has_a_copy_of_the_code_that_its_weights_mean(capsys):
+    """Another model.py is told by whoever opens the run; one that goes on puts its copy aside."""
+    run("--steps=1")
+    copy, code = Path("run/model.py"), Path(model.__file__).read_bytes()
+    assert copy.read_bytes() == code and "model.py has changed" not in capsys.readouterr().err
+    copy.write_bytes(b"# before\n" + code)
+    load_model("run")
+    told = "model.py has changed since run/ckpt.pt was saved (diff run/model.py model.py)"
+    assert told in capsys.readouterr().err.replace("best.pt", "ckpt.pt")
+    run("--resume", "--steps=2")
+    said = capsys.readouterr().err
+    assert told in said and "run/model.py, which was there, is now run/model.py.old-1" in said
+    assert copy.read_bytes() == code and b"# before" in Path("run/model.py.old-1").read_bytes()
 
 
 def test_a_log_is_cut_to_the_step_that_a_run_goes_on_from():

@@ -148,7 +148,7 @@ def test_a_bug_keeps_its_trace_which_ends_with_its_line(line, error, tmp_path):
 
 
 def test_every_option_says_in_words_what_it_is():
-    for kind in (TrainConfig, DataConfig, SampleConfig):
+    for kind in (TrainConfig, DataConfig, SampleConfig, ModelConfig):
         source = inspect.getsource(kind)
         for field in fields(kind):
             assert re.search(rf"(?m)^    {field.name}: .*  # .*\w+ \w+", source), field.name
