@@ -253,12 +253,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Posit
     (B, H, T, W), (h, S), V = q.shape, k.shape[1:3], v.shape[-1]
     prompt = isinstance(start, int) and start == 0 and T > 1
     if prompt and (q.is_cuda or T > 512 or q.dtype != torch.bfloat16):
-        # One kernel, which never holds all scores, for q, k and v of one width.
+        # PyTorch's kernel, which never holds all scores. It wants q, k and v of one width.
         q, k, v = (F.pad(x, (0, max(W, V) - x.shape[-1])) for x in (q, k, v))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=h != H)
         return o[..., :V]
-    # For a CPU in bfloat16, where it is three times as fast, and for few queries.
-    mask = q.new_zeros(1)  # if there is one query, and no key after it
+    # Written out: for the few queries of decoding, and for short texts on a CPU in bfloat16, where
+    # this is three times as fast.
+    mask = q.new_zeros(1)  # for one query, the newest token's, which looks at all keys
     if T > 1 or not isinstance(start, int):
         query = start + torch.arange(T, device=q.device)[:, None]
         later = torch.arange(S, device=q.device) > query  # (T, S), True where a key is ahead
@@ -353,7 +354,8 @@ class MLA(nn.Module):
         the cached latents kv (B, S, C+R), one key and one value for all heads:
         q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
         H, N, C = *q_nope.shape[2:], self.config.kv_lora_rank
-        W_UK, W_UV = self.kv_b_proj.weight.view(H, -1, C).split([N, self.config.v_head_dim], 1)
+        W = self.kv_b_proj.weight.view(H, -1, C)
+        W_UK, W_UV = W[:, :N], W[:, N:]  # (H, N, C), (H, V, C)
         q_c = torch.einsum("bthn,hnc->bthc", q_nope, W_UK)  # (B, T, H, C)
         q = torch.cat((q_c, q_pe), -1).transpose(1, 2)  # (B, H, T, C+R)
         k, v = kv[:, None], kv[:, None, :, :C]  # (B, 1, S, C+R), (B, 1, S, C)
@@ -365,6 +367,7 @@ class MLA(nn.Module):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, each (..., F)."""
     return F.silu(gate) * up
 
 
@@ -388,10 +391,9 @@ class Gate(nn.Module):
     depend on E. It was found better than softmax (arXiv 2408.15664, section 4.1).
     A group's score is the sum of its two largest s + b (the released code's rule; the report adds
     up K / topk_group of them, as many experts as a token takes there on average: two in V3). The
-    topk_group groups with the largest scores
-    stay, and of their experts those K are chosen that have the largest s + b. The bias b chooses
-    and does nothing else: gate values come from s alone. No gradient reaches b;
-    `DeepSeekV3.update_bias` moves it.
+    topk_group groups with the largest scores stay, and of their experts those K are chosen that
+    have the largest s + b. The bias b chooses and does nothing else: gate values come from s alone.
+    No gradient reaches b; `DeepSeekV3.update_bias` moves it.
     Why a factor: gate values that sum to one make a mean of K experts, which is about 1/sqrt(K) as
     large as one of them. Moonlight computes its factor so (arXiv 2502.16982); V3's 2.5 is a little
     less than sqrt(8), and the report does not explain it.
@@ -467,9 +469,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     PyTorch has one."""
     weight = weight.to(x.dtype)
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    known = x.dtype == torch.bfloat16 or (
-        x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    )
+    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    known = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and eager_cpu)
     if aligned and known:
         return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
     return torch.cat([x_e @ W.T for x_e, W in zip(x.split(counts.tolist()), weight, strict=True)])
