@@ -10,8 +10,8 @@ check ruff format --check .
 check python docs/annotate.py
 check python docs/notebook.py
 check git diff --stat --exit-code -- docs/annotated.html docs/tour.ipynb
-told=$(python -m pytest -q -rs tests/test_docs.py) || { echo "$told"; failed=1; }
-if grep "was edited where this diff" <<<"$told"; then failed=1; fi
+told=$(python -m pytest -q -rs tests/test_docs.py tests/test_changes.py) || { echo "$told"; failed=1; }
+if grep "was edited where this" <<<"$told"; then failed=1; fi
 check python - <<'END'
 import ast
 import re

@@ -1,0 +1,313 @@
+"""The worked changes of docs/HACKING.md apply, train, and decode what whole forwards compute."""
+
+import math
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import bench
+import sample
+import train
+from model import DeepSeekV3, ModelConfig, balance_loss
+from support.settings import read_config_file
+from train import TrainConfig, lr_at, split_configs
+
+ROOT = Path(__file__).parent.parent
+TINY, _ = split_configs(read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, TrainConfig))
+TINY |= {"num_hidden_layers": 2, "initializer_range": 0.1}
+LENGTH = 40  # tokens that the cache check reads, more than any of these networks looks at
+PATCHED = re.compile(r"--- a/(.+)\n\+\+\+ .*\n((?:(?!--- )[-+@ ].*\n|\n)+)")  # a file and its hunks
+HUNK = re.compile(r"@@ .+? @@.*\n((?:[-+ ].*\n|\n)+)")
+
+HACKING = (ROOT / "docs/HACKING.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"(?s)\n## \d+\. ([^\n]*)\n(.*?)(?=\n## |\Z)", HACKING))
+LINES = re.findall(r"(?m)^\| ([^|]+) \| `(\w+\.py)`, [^|]+ \| `([^|]+)` \| `([^|]+)` \|$", HACKING)
+
+
+@dataclass
+class Changed:
+    """What a change makes of a copy of the source."""
+
+    files: dict[str, SimpleNamespace]  # what those that it changes define
+    folder: Path
+    new: SimpleNamespace | None = None  # model.py
+    model: Any = None  # trained for a step
+    x: Any = None  # tokens (B, T)
+    y: Any = None  # the next tokens
+
+
+CHECKS = {}  # by title: a function of what was changed, sizes of the network, values in model.py
+
+
+def change(title: str, values: dict[str, Any] | None = None, **sizes):
+    """Marks what is special about a worked change."""
+    return lambda check: CHECKS.update({title: (check, sizes, values or {})})
+
+
+def applied(title: str, folder: Path) -> list[str]:
+    """Applies a section's diff, which stands in it or in the file that it names, to copies of the
+    source in the folder; returns the files' names."""
+    section = SECTIONS[title]
+    shown = re.search(r"(?s)```diff\n(.*?)```", section)
+    named = re.search(r"git apply (docs/changes/\w+\.diff)", section)
+    diff = shown[1] if shown else (ROOT / named[1]).read_text(encoding="utf-8")
+    files = re.findall(r"(?m)^\+\+\+ b/(.*)$", diff)
+    (folder / "config").mkdir()
+    for file in files:
+        if (ROOT / file).exists():
+            shutil.copy(ROOT / file, folder / file)
+    for file, hunks in PATCHED.findall(diff):
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for hunk in HUNK.findall(hunks):
+            before = "".join(f"{x[1:]}\n" for x in hunk.splitlines() if x[:1] != "+")
+            if before not in source:
+                told = f"{file} was edited where this change of docs/HACKING.md changes it"
+                pytest.skip(f"{told}: {before.splitlines()[0].strip()}")
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=folder, check=True)
+    return files
+
+
+def opened(files: list[str], folder: Path) -> Changed:
+    names = {x: SimpleNamespace(**runpy.run_path(str(folder / x))) for x in files}
+    return Changed(names, folder)
+
+
+def learns_and_decodes(c: Changed, monkeypatch, sizes: dict, values: dict):
+    """A step by gradient descent lowers the loss; drafts leave the text as it is; what is read in
+    pieces is what whole forwards compute."""
+    c.new = c.files["model.py"]
+    c.new.DeepSeekV3.forward.__globals__.update(values)
+    # In float64, where the sums of another CPU make no difference.
+    torch.manual_seed(0)
+    c.model = model = c.new.DeepSeekV3(c.new.ModelConfig(**TINY | sizes)).double()
+    tokens = torch.randint(512, (2, 24), generator=torch.Generator().manual_seed(1))
+    c.x, c.y = tokens[:, :-1], tokens[:, 1:]
+    before = sum(model.train()(c.x, c.y).values())
+    before.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    torch.optim.SGD(model.parameters(), lr=0.05).step()
+    model.update_bias(0.01)
+    assert sum(model(c.x, c.y).values()) < before
+    for reader in (sample, bench):
+        monkeypatch.setattr(reader, "Cache", c.new.Cache)
+    with torch.inference_mode():
+        text = sample.generate(model.eval(), c.x[:1, :4], 16, temperature=0, speculative=2)
+        assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
+    assert not bench.check_cache(model, LENGTH).wrong
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_worked_changes(title, v3, tmp_path, monkeypatch):
+    check, sizes, values = CHECKS[title]
+    c = opened(applied(title, tmp_path), tmp_path)
+    if "model.py" in c.files:
+        learns_and_decodes(c, monkeypatch, sizes, values)
+    check(c)
+
+
+@pytest.mark.parametrize("title, file, old, new", LINES, ids=[x[0][:20] for x in LINES])
+def test_changes_of_a_line(title, file, old, new, v3, tmp_path, monkeypatch):
+    source = (ROOT / file).read_text(encoding="utf-8")
+    if source.count(old) != 1:
+        pytest.skip(f"{file} was edited where this change of docs/HACKING.md changes it: {old}")
+    (tmp_path / file).write_text(source.replace(old, new), encoding="utf-8")
+    c = opened([file], tmp_path)
+    if file == "model.py":
+        learns_and_decodes(c, monkeypatch, {}, {})
+    if "balance_loss" in title:
+        s = torch.rand(2, 6, 8)
+        assert c.new.balance_loss(s, 2) == balance_loss(s.flatten(0, 1)[None], 2)
+        assert c.new.balance_loss(s, 2) != balance_loss(s, 2)
+    if file == "train.py":
+        config = TrainConfig(steps=1000, lr=1.0, decay_start=0.0, decay_end=1.0, warmup=0.0)
+        lr = c.files[file].lr_at
+        assert lr(config, 0) == lr_at(config, 0) == 1.0
+        assert lr(config, 250) == pytest.approx(0.1 + 0.9 * (1 - 0.5)) != lr_at(config, 250)
+
+
+def test_all_changes_of_a_line_are_tried():
+    assert len(LINES) == 3
+
+
+def test_a_run_says_that_its_network_was_edited(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    model = tmp_path / "model.py"
+    model.write_text("K = 8\n")
+    assert not train.network_edited()  # no repository
+    author = "-c", "user.name=A", "-c", "user.email=a@example.org"
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert not train.network_edited()
+    model.write_text("K = 4\n")
+    assert train.network_edited()
+    monkeypatch.setenv("PATH", "")  # no git
+    assert not train.network_edited()
+
+
+# ---- What else is checked of each ----------------------------------------------------------------
+
+
+@change("A softmax gate")
+def sums_to_one(c: Changed):
+    s, _, _ = c.model.gates()[0](torch.randn(5, 48).double())
+    assert torch.allclose(s.sum(-1), torch.ones(5).double())
+
+
+def small_with(**more):
+    def check(c: Changed):
+        (file,) = c.files
+        paths = ROOT / "config/small.py", c.folder / file
+        small, mine = (read_config_file(str(path), ModelConfig, TrainConfig) for path in paths)
+        assert mine == small | more
+
+    return check
+
+
+change("Your own data")(small_with(data="mine", vocab_size=2048))
+change("Two MTP modules")(small_with(num_nextn_predict_layers=2))
+
+
+@change("The last tokens: a short convolution")
+def looks_back_by_three(c: Changed):
+    conv = c.model.layers[0].conv
+    with torch.no_grad():
+        conv.conv.weight.normal_()
+    x = torch.randn(1, 9, 48).double().requires_grad_()
+    conv(x)[0, 6].sum().backward()
+    assert x.grad[0].abs().sum(-1).nonzero().flatten().tolist() == [3, 4, 5, 6]
+
+
+@change("A memory of n-grams")
+def rows_of_two_and_three_tokens(c: Changed):
+    tokens = torch.randint(512, (1, 2 + 30))
+    rows = c.model.memory.rows(tokens)
+    assert rows.shape == (1, 30, 4) and rows.min() >= 0 and rows.max() < 4 * 2003
+    for back, depends in ((1, [True] * 4), (2, [False, False, True, True]), (3, [False] * 4)):
+        other = tokens.clone()
+        other[0, 20 - back] += 1
+        assert (c.model.memory.rows(other) != rows)[0, 18].tolist() == depends
+
+
+@change("Ordinary multi-head attention")
+def of_queries_keys_and_values(c: Changed):
+    assert "layers.0.self_attn.qkv_proj.weight" in c.model.state_dict()
+
+
+@change("Hyper-connections: two streams")
+def keeps_the_sum_of_the_streams(c: Changed):
+    """What layers add aside; and two streams that are alike, with r = w / 2 = 1/2, are V3's."""
+    streams = c.model.layers[0].of_attn
+    x = torch.randn(1, 5, 2, 48).double()
+    _, mixed, _ = streams(x)
+    assert torch.allclose(mixed.sum(2), x.sum(2)) and not torch.allclose(mixed, x, atol=0.01)
+    old = DeepSeekV3(ModelConfig(**TINY)).double()
+    c.model.load_state_dict(old.state_dict(), strict=False)
+    for part in c.model.modules():
+        if isinstance(part, c.new.Streams):
+            torch.nn.init.zeros_(part.proj.weight)
+            torch.nn.init.zeros_(part.proj.bias)
+    assert torch.allclose(c.model(c.x), old(c.x), atol=1e-12)
+
+
+@change("A soft cap, and QK-clip", values={"TAU": 1.0})
+def clips_heads_alone(c: Changed):
+    q, v = torch.tensor([[0.0], [1e3]])[None, None], torch.tensor([[1.0], [2.0]])[None, None]
+    last = c.new.causal_attention(q, q, v, 1.0)[0, 0, 1, 0]  # scores 0 and 50
+    assert last == pytest.approx(2 - 1 / (1 + math.exp(50)), abs=1e-9)
+    mla = c.model.layers[0].self_attn
+    mla.largest.zero_()
+    with torch.no_grad():
+        mla.q_b_proj.weight.unflatten(0, (2, -1))[0] *= 20
+        c.model.train()(c.x)
+        before, kept = mla.largest.clone(), mla.q_b_proj.weight.unflatten(0, (2, -1))[1].clone()
+        assert before[0] > 1 > before[1]
+        mla.clip()
+        assert mla.largest.eq(0).all()
+        assert torch.equal(mla.q_b_proj.weight.unflatten(0, (2, -1))[1], kept)
+        c.model(c.x)
+    assert torch.allclose(mla.largest, before.clamp(max=1))
+
+
+@change("Sparse attention", values={"INDEX_TOPK": 6})
+def follows_attention(c: Changed):
+    """The indexer alone learns from its loss, until it chooses what attention looks at."""
+    c.model.zero_grad()
+    loss = c.model.train()(c.x, c.y)["index_loss"]
+    loss.backward()
+    learn = {name for name, p in c.model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learn == {name for name, _ in c.model.named_parameters() if ".indexer." in name}
+    index = [p for name, p in c.model.named_parameters() if name in learn]
+    optimizer = torch.optim.Adam(index, lr=0.01)
+    for _ in range(30):
+        now = c.model(c.x, c.y)["index_loss"]
+        optimizer.zero_grad()
+        now.backward()
+        optimizer.step()
+    assert now < 0.7 * loss
+    with torch.autocast("cpu", torch.bfloat16):  # a divergence, whose sums stay in float32
+        assert c.model.float()(c.x, c.y)["index_loss"] > 0
+
+
+@change("An average of the weights")
+def goes_on_from_its_state(c: Changed):
+    model = torch.nn.Linear(2, 2)
+    average = c.files["train.py"].Average(model, decay=0.9)
+    torch.nn.init.zeros_(model.weight)
+    was = average.state_dict()["weight"].clone()
+    average.update()
+    assert torch.allclose(average.state_dict()["weight"], 0.9 * was)
+    other = c.files["train.py"].Average(model)
+    other.load_state_dict(average.state_dict())
+    assert torch.equal(other.weights["weight"], average.weights["weight"])
+
+
+@change("A term of the loss")
+def has_a_weight(c: Changed):
+    weights = c.files["train.py"].loss_weights(c.model, TrainConfig(), 0)
+    losses = c.model.train()(c.x, c.y)
+    assert weights["z_loss"] == 1e-4 and losses.keys() <= weights.keys()
+
+
+@change("A new key: an attention sink", attention_sink=True)
+def as_an_older_token(c: Changed):
+    """Whose value is 0 and whose score is the sink's."""
+    q, k, v = (torch.randn(2, 3, 5, n, dtype=torch.double) for n in (4, 4, 6))
+    sink = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.double)
+    score = (q @ k.mT * 0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+    p = torch.cat((sink.view(3, 1, 1).expand(2, 3, 5, 1), score), -1).softmax(-1)
+    assert torch.allclose(c.new.causal_attention(q, k, v, 0.5, 0, sink), p[..., 1:] @ v, atol=1e-12)
+    # It grows: without the key the network is today's, and with a low sink nearly.
+    old = DeepSeekV3(ModelConfig(**TINY)).double().eval()
+    missing, _ = c.model.load_state_dict(old.state_dict(), strict=False)
+    assert {name.rpartition(".")[2] for name in missing} == {"sink"} and len(missing) == 3
+    grown, plain = c.model(c.x), old(c.x)
+    c.model.load_state_dict({name: torch.full((2,), -99.0) for name in missing}, strict=False)
+    assert torch.allclose(c.model(c.x), plain, atol=1e-12)
+    assert not torch.allclose(grown, plain, atol=1e-5)
+
+
+@change("A hybrid with linear attention", num_hidden_layers=4)
+def token_by_token(c: Changed):
+    linear, *_, mla = (block.self_attn for block in c.model.layers)
+    assert type(linear) is c.new.LinearAttention and type(mla) is c.new.MLA
+    h, o = torch.randn(1, 20, 48).double(), []
+    x = linear.qkva_proj(h).view(20, 2, 49)  # of two heads, a token after the other
+    S = torch.zeros(2, 16, 16).double()
+    for q, k, v, a in zip(*x.split([16, 16, 16, 1], -1), strict=True):
+        S = a[..., None].sigmoid() * S + k[..., None] * v[:, None]
+        o.append((q[..., None] * S).sum(1).flatten())
+    assert torch.allclose(linear(h, None), linear.o_proj(torch.stack(o)), atol=1e-12)
+    c.new.LinearAttention.new_cache.__globals__["MOST_NEW"] = 7
+    wrong = bench.check_cache(c.model, 24).wrong  # of one state less
+    assert len(wrong) == 4 and all("main model, drafts rejected" in way for way in wrong)
