@@ -51,10 +51,6 @@ def test_links_lead_somewhere(document):
             heads = re.findall(r"(?m)^#+ (.*)$", file.read_text(encoding="utf-8"))
             slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
             assert fragment in slugs, target
-    for name, path in NAMED.findall(text):
-        source = (document.parent / path).read_text(encoding="utf-8")
-        for part in name.split(".") * (not name.endswith(".py")):
-            assert re.search(rf"(?m)^ *(def|class) {part}\b", source), f"{name} in {path}"
 
 
 def test_commands_name_files_and_keys_that_exist():
