@@ -92,7 +92,7 @@ normalised (section 4.2).
 $ \c_t^{KV} = W^{DKV} \h_t
 $ \k_t^R = \operatorname{RoPE}(W^{KR} \h_t)
 One matrix computes both. Only these two are cached.
-> model.py MLA.forward | latent, k_pe = | q_pe, k_pe = pe
+> model.py MLA.forward | latent, k_pe = | k_pe = rotate
 
 @ The cache
 It takes them at the positions of these tokens, behind what is there, and gives all that is there.
