@@ -163,6 +163,7 @@ def test_an_original_length_outside_of_rope_scaling_has_the_last_word(tmp_path):
     huggingface.save_pretrained(ours(depth=0, rope_scaling=YARN), tmp_path, **{key: 64})
     model = huggingface.from_pretrained(tmp_path)
     assert model.config.rope_scaling[key] == 64 != YARN[key]
+    assert model.trained_length == model.config.max_position_embeddings  # sample.py's limit
     assert difference(model(TOKENS), theirs(tmp_path)(TOKENS).logits) < 2e-4
     assert config_from_json({key: 64}).rope_scaling is None
 
