@@ -92,21 +92,24 @@ normalised (section 4.2).
 $ \c_t^{KV} = W^{DKV} \h_t
 $ \k_t^R = \operatorname{RoPE}(W^{KR} \h_t)
 One matrix computes both. Only these two are cached.
-> model.py MLA.forward | latent, k_pe = | q_pe, k_pe = pe
+> model.py MLA.forward | latent, k_pe = | k_pe = rotate
 
 @ The cache
 It takes them at the positions of these tokens, behind what is there, and gives all that is there.
 > model.py remember
 
-@ Eq. 2, 4, 5, 10
+@ Eq. 2, 4, 5
 $ [\k_{t,1}^C; \k_{t,2}^C; \dots; \k_{t,n_h}^C] = \k_t^C = W^{UK} \c_t^{KV}
 $ \k_{t,i} = [\k_{t,i}^C; \k_t^R]
 $ [\v_{t,1}^C; \v_{t,2}^C; \dots; \v_{t,n_h}^C] = \v_t^C = W^{UV} \c_t^{KV}
+In training, and for a prompt, keys and values are made from the latents.
+> model.py MLA.attend_expanded
+
+@ Eq. 10
 $ \o_{t,i} = \sum_{j=1}^{t} \operatorname{softmax}_j (\q_{t,i}^T \k_{j,i} / \sqrt{d_h + d_h^R}) \,
   \v_{j,i}^C
-In training, and for a prompt, keys and values are made from the latents. No query looks ahead: the
-sum ends at t.
-> model.py MLA.attend_expanded
+No query looks ahead: the sum ends at t. Training, prompts and decoding call this one function.
+> model.py causal_attention
 
 @ The scale of Eq. 10
 $ t / \sqrt{d_h + d_h^R}

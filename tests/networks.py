@@ -171,6 +171,8 @@ def check_losses(model: DeepSeekV3, ignored: list[tuple[int, int]]):
     losses = model(tokens, targets)
     for handle in handles:
         handle.remove()
+    of_depths = {f"mtp_loss_{k}" for k in range(1, len(mtp) + 1) if len(mtp) > 1}
+    assert losses.keys() == {"loss", "mtp_loss", "balance_loss"} | of_depths, "other losses"
     close(losses["loss"], means[0])
     close(losses["mtp_loss"], sum(means[1:], logits.new_zeros(())) / max(1, len(mtp)))
     balance = [sum(reference.balance(row.tolist(), 3) for row in s) / 2 for s in scores]

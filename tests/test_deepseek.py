@@ -1,5 +1,6 @@
 """Is it still DeepSeek-V3? By plain loops of the report's equations (reference.py), the sizes of
-the releases, the stored weights, the exercises and the tour; test_huggingface.py asks transformers.
+the releases, the stored weights and the tour; test_huggingface.py asks transformers, and
+test_exercises.py the exercises.
 
 The first test answers the question. Where the answer is no, as after an edit, all that holds for V3
 alone is skipped, in every file (`v3` in conftest.py). Is the network right, whatever it is?
@@ -15,7 +16,6 @@ import subprocess
 import sys
 from dataclasses import asdict
 from decimal import Decimal
-from types import SimpleNamespace
 
 import pytest
 import reference
@@ -39,8 +39,7 @@ from networks import (
 from torch import nn
 
 import bench
-from exercises import check, network, solutions
-from exercises.known import EXERCISES
+from exercises import network
 from model import Cache, DeepSeekV3, Gate, ModelConfig, RMSNorm
 from support.checkpoints import load_checkpoint
 
@@ -230,7 +229,7 @@ def test_flops_are_six_per_weight_that_multiplies_and_half_of_attention():
     assert bench.flops_per_token(model, T) == 6 * (main + mtp + attention)
 
 
-# ---- The stored network, the tour, the exercises -------------------------------------------------
+# ---- The stored network, the tour ----------------------------------------------------------------
 
 TOUR = ROOT / "docs/TOUR.md"
 BLOCK = re.compile(r"(?s)```python\n(.*?)```\n\n```\n(.*?)```")  # code and what it prints
@@ -283,40 +282,3 @@ def test_sampling_from_the_stored_network():
     command = [sys.executable, "sample.py", "weights/small", "--prompt=def main("]
     run = subprocess.run([*command, "--max_new_tokens=8"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.startswith("def main(")
-
-
-def judged(name: str, functions) -> tuple[list[str], list[str]]:
-    """What is wrong, of each wrong case, and the mistakes that are named."""
-    wrong, mistakes = check.judge(name, functions)
-    return [words for words in wrong.values() if words], mistakes
-
-
-def the_networks_own(name: str) -> SimpleNamespace:
-    """model.py's functions, under the names that the reader's have."""
-    if name == "mtp":  # a part of forward, which a made-up model refuses
-        forward = type(network.trained()[0]).forward
-        return SimpleNamespace(mtp_loss=lambda net, x, y: forward(net, x, y)["mtp_loss"])
-    places = {k: network.place(EXERCISES[name], v) for k, v in EXERCISES[name].functions.items()}
-    return SimpleNamespace(**{k: getattr(*place) for k, place in places.items()})
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_blanks_fail_politely(name, capsys):
-    assert not check.check(name)
-    out = capsys.readouterr().out
-    assert "not written yet" in out and "--hint" in out and "Error" not in out
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_right_answers_pass(name):
-    for functions in (the_networks_own(name), solutions):
-        assert judged(name, functions) == ([], [])
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_known_mistakes_are_named_and_no_others(name):
-    assert EXERCISES[name].hint.count("\n") >= 2
-    for old, new, sentence in EXERCISES[name].mistakes:
-        wrong, mistakes = judged(name, check.with_mistake(name, old, new))
-        assert wrong and mistakes == [sentence], (sentence, wrong, mistakes)
-        assert "Error" not in " ".join(wrong), "a mistake that runs"

@@ -163,6 +163,7 @@ def test_an_original_length_outside_of_rope_scaling_has_the_last_word(tmp_path):
     huggingface.save_pretrained(ours(depth=0, rope_scaling=YARN), tmp_path, **{key: 64})
     model = huggingface.from_pretrained(tmp_path)
     assert model.config.rope_scaling[key] == 64 != YARN[key]
+    assert model.trained_length == model.config.max_position_embeddings  # sample.py's limit
     assert difference(model(TOKENS), theirs(tmp_path)(TOKENS).logits) < 2e-4
     assert config_from_json({key: 64}).rope_scaling is None
 
@@ -410,8 +411,11 @@ def test_files_refused(saved_by_us):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The vocabulary is padded."""
-    return make_run(tmp_path_factory, lambda vocab_size: ours(vocab_size=vocab_size + 4))
+    """The vocabulary is padded, and windows were shorter than they may be."""
+    folder = make_run(tmp_path_factory, lambda vocab_size: ours(vocab_size=vocab_size + 4))
+    saved = torch.load(folder / "ckpt.pt", weights_only=True)
+    torch.save(saved | {"trained_length": 48}, folder / "ckpt.pt")
+    return folder
 
 
 NEW_PARTS = {  # which a constructor adds; its sum is 6
@@ -483,6 +487,7 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
     assert theirs.eos_token_id == hf.generation_config.eos_token_id == eot
     again, opened, _ = load_model(target)
     assert len(again.mtp) == 1 and torch.equal(model(TOKENS), again(TOKENS))
+    assert again.trained_length == hf.config.max_position_embeddings == 48
     assert difference(model(TOKENS), hf(TOKENS).logits) < 2e-4
     # prepare_data.py takes an exported one, too.
     assert ids == opened.encode(TEXT) == load_tokenizer(target).encode_ordinary(TEXT)

@@ -203,3 +203,10 @@ def test_meta_json_names_no_file_outside_the_folder(name, copies, tmp_path):
     name = name.replace("SECRET", str(tmp_path / "secret"))
     edit(copies / "meta.json", files=["tiktoken.model", name])
     assert f"{name!r:.100} is no file of a tokenizer" in refusal(tk.tokenizer_files, copies)
+
+
+def test_a_link_out_of_the_folder_is_no_file_of_a_tokenizer(copies, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    (copies / "chat_template.jinja").unlink()
+    (copies / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    assert "chat_template.jinja is a link to" in refusal(tk.tokenizer_files, copies)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiktoken
 from test_prepare_data import BYTES, make, prose, text_of, write_shard
+from test_tokenizer import write_bytes_release
 
 import support.tokenizer as tk
 import support.tokens as tf
@@ -37,6 +38,15 @@ def test_vocabularies_over_65536_are_stored_as_uint32(tmp_path, monkeypatch):
     data = tf.load_dataset(folder)  # loads without the network
     assert data.vocab_size == 70_001 and data.val.arrays[0].dtype == np.uint32
     assert data.val.arrays[0][0] == 70_000
+
+
+def test_a_mark_that_a_text_has_does_not_come_twice(tmp_path):
+    """As in a chat that is written as its release writes it."""
+    write_bytes_release(tmp_path / "release", eos_token_id=257, bos_token_id=256)
+    tokenizer = tk.hf_tokenizer(tmp_path / "release")
+    texts = ["a", "[BOS]a", "a[EOS]", "[BOS]a[EOS]", "[EOS]a"]
+    files = list(tf.encode_all(texts, tokenizer, "val.bin"))
+    assert files == [[256, 97, 257]] * 4 + [[256, 257, 97, 257]]
 
 
 def test_shards_of_others_open_and_windows_never_span_two(book):
