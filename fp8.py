@@ -359,6 +359,8 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, there, back):
         ctx.save_for_backward(there, back)
+        if len(x) == 0:  # from which nothing can be read
+            return x.new_zeros(len(there), x.shape[1])
         return x.index_select(0, there.clamp(min=0)).masked_fill((there < 0)[:, None], 0)
 
     @staticmethod
