@@ -87,7 +87,8 @@ def quantize(x: Tensor, block: tuple[int, int], pow2: bool = False) -> Quantized
     if pow2:  # exact: any bit of the mantissa carries into the exponent; then the mantissa is cut
         bits = (s.view(torch.int32) + 0x7FFFFF) & ~0x7FFFFF
         s = torch.where(s.isnan(), s, bits.view(torch.float32))
-    q = (tiles.float() / s[..., :, None, :, None]).to(E4M3)  # even 448 (1 + 2^-23) is rounded to 448
+    # Even 448 (1 + 2^-23), the most that the division gives, is rounded to 448.
+    q = (tiles.float() / s[..., :, None, :, None]).to(E4M3)
     return Quantized(_joined(q, x).contiguous(), s)
 
 
