@@ -651,7 +651,11 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
         raise Refusal(f"block_size is {config.block_size}, but must be at least {least} here.")
     if config.eval_only:  # has no steps
         return
-    if config.compile is True and machine.device.type == "cpu" and machine.dtype != torch.bfloat16:
+    if config.compile is True and machine.device.type == "cpu" and config.fp8:
+        info("--compile compiles nothing here: with --fp8 a CPU's compiler rounds wrongly")
+    elif (
+        config.compile is True and machine.device.type == "cpu" and machine.dtype != torch.bfloat16
+    ):
         info(f"--compile in {config.dtype} compiles for minutes on a CPU and gains nothing")
     trained = max(model.trained_length, config.block_size)
     if 0 < long < trained:

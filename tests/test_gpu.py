@@ -29,11 +29,11 @@ hopper = pytest.mark.skipif(
 HOPPER_SUMS = 1e-3  # it adds 128 products in 14 bits or so before it promotes: 2^-13 at worst
 
 
-def compiled(network, how):
+def compiled(network, how, **settings):
     """The network as train.py would run it."""
     if how == "compiled":
         machine = processes.Machine(DEVICE, torch.float32)
-        processes.wrap(network, TrainConfig(compile=True), machine)
+        processes.wrap(network, TrainConfig(compile=True, **settings), machine)
     return network
 
 
@@ -84,7 +84,7 @@ def test_fp8_is_what_a_cpu_emulates(how):
     network = tiny()
     fp8.use_fp8(network)
     emulated, emulated_gradients = losses_and_gradients(copy.deepcopy(network))
-    network = compiled(network.to(DEVICE), how)
+    network = compiled(network.to(DEVICE), how, fp8=True)
     with fp8.quantized_once(network, how == "compiled" and ON_GPU):
         losses, gradients = losses_and_gradients(network, DEVICE)
     # A number on the border of two codes may take the other one.
