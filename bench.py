@@ -206,7 +206,7 @@ def training_step(model: nn.Module, config: train.TrainConfig, machine: Machine)
         if ours:
             parts = np.split(windows, config.grad_accum)
             weight_of = train.loss_weights(model, config, step=0)
-            with fp8.quantized_once(model):
+            with fp8.quantized_once(model, processes.compiles(config, machine.device)):
                 train.backward(trainer, parts, weight_of, machine)
             model.update_bias(config.gamma)
         else:
@@ -257,7 +257,8 @@ def reference_table(options: TrainOptions) -> Table:
 def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
     """A configuration's own step beside square products of its dtype: as fast as a machine gets."""
     model, settings = open_config(file)
-    asked = {k: True for k in ("compile", "recompute", "fp8") if getattr(options, k)}
+    asked = {k: True for k in ("recompute", "fp8") if getattr(options, k)}
+    asked["compile"] = options.compile
     config = train.TrainConfig(**settings | asked | {"device": options.device, "dtype": dtype})
     machine = processes.start(config)
     if machine.device.type == "cuda":
@@ -426,7 +427,7 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
     if fp8.has_blockwise_fp8(device):  # compiling fuses the quantiser
         plain, layer = torch.compile(plain), torch.compile(layer)
     a, w = x.detach(), plain.weight.detach()
-    qa, qw = fp8.quantize(a, fp8.TILE, pow2=True), fp8.quantize(w[None], fp8.BLOCK, pow2=True)
+    qa, qw = fp8.to_fp8(a, fp8.TILE), fp8.to_fp8(w, fp8.BLOCK)
 
     def both(module: nn.Module):
         x.grad = module.weight.grad = None
@@ -434,7 +435,7 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
 
     t = interleaved({
         "bf16": lambda: a @ w.T,
-        "fp8": lambda: fp8.multiply(qa, qw, [M], torch.bfloat16),
+        "fp8": lambda: fp8.multiply(qa, qw, torch.bfloat16),
         "bf16 layer": lambda: both(plain), "fp8 layer": lambda: both(layer),
     }, rounds)  # fmt: skip
     s = {name: statistics.median(values) for name, values in t.items()}

@@ -2,13 +2,13 @@
 
 A linear layer y = x W^T is three matrix products, and the report runs all three in FP8 (E4M3):
 
-    forward          y  = x W^T       x in 1x128 tiles along K      W in 128x128 blocks
-    input gradient   dx = dy W        dy in 1x128 tiles along N     the same blocks, transposed
-    weight gradient  dW = dy^T x      dy and x in 1x128 tiles along the tokens T
+    forward          y  = x W^T       x in 1x128 tiles along K       W in 128x128 blocks
+    input gradient   dx = dy W        dy in 1x128 tiles along N      the same blocks, transposed
+    weight gradient  dW = dy^T x      dy^T and x^T in 1x128 tiles along the tokens T
 
     T tokens (all leading dimensions as one), K in_features, N out_features, E experts
     q an E4M3 tensor, s the fp32 factors that decode it: x ~ q * s, one factor per tile
-    D hidden size, F expert width, as in model.py (outside comments F is torch.nn.functional)
+    (outside comments F is torch.nn.functional)
 
 E4M3 has 4 significant bits and spans 2^-9 .. 448, so a scale shared by a whole tensor loses the
 tokens that are 1e5 times smaller than the largest. One scale per 128 numbers loses none, and
@@ -20,14 +20,19 @@ the projection after attention (section 3.3.3), because turning 1x128 tiles into
 loses only what is too small for the new tile; DeepSeek-V3.1 does it throughout. On Gaussian data
 the error is 3.7 %, 0.1 points more than with other scales. In return bf16 holds the decoded numbers
 exactly. So machines without such products emulate them: they multiply the numbers that Hopper
-multiplies, slowly. On Hopper FP8 can be faster from widths of about 2000, with thousands of tokens.
+multiplies.
+
+This file shows what FP8 does to a loss, on any machine. It is not there to save time: the emulation
+is slow, and on Hopper the experts' products run one after another, since PyTorch 2.13 has no
+grouped product with these scales. Of what the report keeps in FP8 for backward (section 3.3.3) the
+inputs of linear layers are kept so, those of SwiGLU are not: they stay in the compute dtype.
 """
 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,25 +44,17 @@ from support.processes import fast_dtype
 from support.settings import info
 
 TILE = (1, 128)  # activations and gradients: one scale per token and 128 channels
-COLUMN = (128, 1)  # the same two for the weight gradient, whose sums run over the tokens
 BLOCK = (128, 128)  # weights: coarser, but the transpose of a block is a block
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-Quantized = tuple[Tensor, Tensor]  # (q, s)
-Rows = list[int] | Tensor  # of each expert; a tensor (E,) on the CPU in a graph that is compiled
 _emulated: set[torch.device] = set()  # devices for which has_blockwise_fp8 has said so
 
 
-def fused(function):
-    """The function, on a GPU compiled to one kernel or two in place of one for each operation."""
-    graph = torch.compile(function, dynamic=True)
+class Quantized(NamedTuple):
+    """A matrix in FP8, q (..., M, K) times s, one factor for each tile or block."""
 
-    @functools.wraps(function)
-    def choose(x, *args, **kwargs):
-        eager = torch.compiler.is_compiling() or not x.is_cuda
-        return (function if eager else graph)(x, *args, **kwargs)
-
-    return choose
+    q: Tensor
+    s: Tensor
 
 
 # ---- Quantiser --------------------------------------------------------------------------------
@@ -65,68 +62,54 @@ def fused(function):
 
 def _tiles(x: Tensor, block: tuple[int, int]) -> Tensor:
     """Cuts (..., M, K), zero-padded at the edges, into (..., M/bm, bm, K/bk, bk), where bm and bk
-    are the block's height and width. Raises ValueError for other blocks than the three."""
-    if tuple(block) not in (TILE, COLUMN, BLOCK) or x.ndim < 2:
+    are the block's height and width. Raises ValueError for other blocks than the two."""
+    if tuple(block) not in (TILE, BLOCK) or x.ndim < 2:
         given = f"x has shape {tuple(x.shape)} and block is {block}"
-        takes = f"(..., M, K), so x[None] for a row, and {TILE}, {COLUMN} or {BLOCK}"
-        raise ValueError(f"{given}; use {takes}.")
+        raise ValueError(f"{given}; use (..., M, K), so x[None] for a row, and {TILE} or {BLOCK}.")
     (bm, bk), (M, K) = block, x.shape[-2:]
     if M % bm or K % bk:
         x = F.pad(x, (0, -K % bk, 0, -M % bm))
     return x.reshape(*x.shape[:-2], -(-M // bm), bm, -(-K // bk), bk)
 
 
-@fused
-def quantize(
-    x: Tensor, block: tuple[int, int], pow2: bool = False, decode: bool = False
-) -> Quantized:
+def quantize(x: Tensor, block: tuple[int, int], pow2: bool = False) -> Quantized:
     """x (..., M, K) -> q (..., M, K) in E4M3 and s (..., ceil(M/bm), ceil(K/bk)) in fp32, x ~ q s.
 
     Leading dimensions are separate matrices: stacked experts never share a block. The scale comes
     from the current maximum (section 3.3.2, "Online Quantization") and is 1 for a tile of zeros;
     pow2 rounds it up to a power of two. A tile that holds a NaN or an infinity decodes to NaN.
-    decode: in place of the codes q has the numbers that these stand for, q s, in fp32.
-    Raises ValueError for another block than TILE, (1, 128), COLUMN, (128, 1), or BLOCK, (128, 128).
+    Raises ValueError for another block than TILE, (1, 128), or BLOCK, (128, 128).
     """
-    tiles = _tiles(x.float(), block)
-    amax = tiles.abs().amax((-3, -1))  # (..., M/bm, K/bk)
+    tiles = _tiles(x.contiguous(), block)
+    amax = tiles.abs().amax((-3, -1)).float()  # (..., M/bm, K/bk)
     # 2^-126 only avoids subnormals. A larger floor such as 1e-4 would ruin gradients of size 1e-9.
     s = torch.where(amax == 0, 1.0, (amax / E4M3_MAX).clamp(min=2.0**-126))
     if pow2:  # exact: any bit of the mantissa carries into the exponent; then the mantissa is cut
         bits = (s.view(torch.int32) + 0x7FFFFF) & ~0x7FFFFF
         s = torch.where(s.isnan(), s, bits.view(torch.float32))
-    q = tiles / s[..., :, None, :, None]  # even 448 (1 + 2^-23) is rounded to 448
-    q = _round(q).mul_(s[..., :, None, :, None]) if decode else q.to(E4M3)
-    q = q.flatten(-4, -3).flatten(-2)[..., : x.shape[-2], : x.shape[-1]]
-    return (q if decode else q.contiguous()), s  # Hopper's products take dense codes
+    # Even 448 (1 + 2^-23), the most that the division gives, is rounded to 448.
+    q = (tiles.float() / s[..., :, None, :, None]).to(E4M3)
+    return Quantized(_joined(q, x).contiguous(), s)
 
 
-def _round(x: Tensor) -> Tensor:
-    """x.to(E4M3).float() in place, for x in fp32, at most 448: in a quarter of the time.
-
-    From e = -6 on, E4M3 has the multiples of 2^(e-3) between 2^e and 2^(e+1). Around 1.5 * 2^(e+20)
-    fp32 has these multiples, too, and none between them. So adding 1.5 * 2^(e+20) to x rounds it to
-    one of E4M3's numbers, and subtracting it again gives that number.
-    """
-    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**-6)  # 2^e
-    return x.add_(power, alpha=1.5 * 2**20).sub_(power, alpha=1.5 * 2**20)
-
-
-@fused
 def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int], dtype=torch.float32) -> Tensor:
     """q (..., M, K), scale (..., ceil(M/bm), ceil(K/bk)) -> q * scale (..., M, K). bf16, too, holds
     it exactly if scales are powers of two. Raises ValueError where the shapes do not fit."""
-    tiles = _tiles(_decoded(q, dtype), block)
+    tiles = _tiles(_numbers(q, dtype), block)
     shape, expected = tuple(scale.shape), (*tiles.shape[:-3], tiles.shape[-2])
     if shape != expected:
         raise ValueError(
             f"scale is {shape}, but q {tuple(q.shape)} in {block} blocks needs {expected}."
         )
-    x = tiles * scale.to(dtype)[..., :, None, :, None]
-    return x.flatten(-4, -3).flatten(-2)[..., : q.shape[-2], : q.shape[-1]]
+    return _joined(tiles * scale.to(dtype)[..., :, None, :, None], q)
 
 
-def _decoded(q: Tensor, dtype: torch.dtype) -> Tensor:
+def _joined(tiles: Tensor, x: Tensor) -> Tensor:
+    """Tiles put together again, without the padding, in the shape of x."""
+    return tiles.flatten(-4, -3).flatten(-2)[..., : x.shape[-2], : x.shape[-1]]
+
+
+def _numbers(q: Tensor, dtype: torch.dtype) -> Tensor:
     """q.to(dtype), on a CPU by a table of the 256 codes, in a fifth of the time."""
     if q.device.type != "cpu" or q.dtype != E4M3:
         return q.to(dtype)
@@ -134,159 +117,136 @@ def _decoded(q: Tensor, dtype: torch.dtype) -> Tensor:
     return table.index_select(0, q.reshape(-1).view(torch.uint8).int()).view(q.shape)
 
 
+def to_fp8(x: Tensor, block: tuple[int, int]) -> Quantized:
+    """x as a factor of a product: the scales are powers of two."""
+    return Quantized(*quantize(x, block, pow2=True))
+
+
 # ---- Products: one meaning, two ways to multiply ----------------------------------------------
-#
-# A factor of a product is (q, s), q in E4M3. Where products are emulated q is decoded already, in
-# fp32, and s is not read.
-#
-# Experts are multiplied one by one: expert e has the next rows[e] rows of x (T, K), a multiple of
-# 128, so that no tile, also along the tokens, belongs to two experts. A linear layer is one expert
-# with any number of rows.
 
 
-def _factor(x: Tensor, block: tuple[int, int]) -> Quantized:
-    """x quantised for a product, by powers of two."""
-    return quantize(x, block, pow2=True, decode=not has_blockwise_fp8(x.device))
-
-
-def _numbers(q: Tensor, s: Tensor, block: tuple[int, int], dtype=torch.float32) -> Tensor:
-    """What a factor (q, s) stands for."""
-    return dequantize(q, s, block, dtype) if q.dtype == E4M3 else q.to(dtype)
-
-
-def multiply(x: Quantized, w: Quantized, rows: Rows, dtype: torch.dtype) -> Tensor:
-    """x (T, K) in tiles, w (E, N, K) in blocks -> (T, N): every x_e W_e^T, in dtype.
-
-    Sums are in fp32. Raises ValueError where x and W have different K.
-    """
-    if isinstance(rows, Tensor):
-        return _multiply(*x, *w, rows, dtype)
-    device, K, wide = x[0].device, x[0].shape[1], w[0].shape[2]
+def multiply(x: Quantized, w: Quantized, dtype: torch.dtype) -> Tensor:
+    """x (T, K) in tiles, w (N, K) in blocks -> x W^T (T, N) in dtype. Sums are in fp32. Raises
+    ValueError where x and W have different K."""
+    K, wide = x.q.shape[1], w.q.shape[1]
     if wide != K:  # 100 and 120 would agree once they are padded for Hopper
         raise ValueError(f"x has {K} features but the weight {wide}; give it as many.")
-    if has_blockwise_fp8(device):
-        return _hopper_multiply(x, w, rows, dtype)
-    # bf16 holds these numbers exactly, so it is taken where it is fast (not on CUDA: that might
-    # add up in bf16).
-    fast = dtype == torch.bfloat16 and device.type == "cpu" and multiplies_bf16(device)
-    exact = torch.bfloat16 if fast else torch.float32
-    x, w = _numbers(*x, TILE, exact), _numbers(*w, BLOCK, exact)
-    with torch.autocast(device.type, enabled=False):
-        y = [x_e @ w_e.t() for x_e, w_e in zip(x.split(rows), w, strict=True)]
+    if has_blockwise_fp8(x.q.device):
+        return _hopper_product(x, w, BLOCK, dtype)
+    x, w = _decoded(x, TILE, dtype), _decoded(w, BLOCK, dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return (x @ w.t()).to(dtype)
+
+
+def weight_gradient(dy: Quantized, x: Quantized) -> Tensor:
+    """dy^T (N, T) and x^T (K, T), both in tiles along the tokens -> dy^T x (N, K) in fp32."""
+    if has_blockwise_fp8(x.q.device):
+        return _hopper_product(dy, x, TILE, torch.float32)
+    dy, x = _decoded(dy, TILE), _decoded(x, TILE)
+    with torch.autocast(x.device.type, enabled=False):
+        return dy @ x.t()
+
+
+def _decoded(x: Quantized, block: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers of x, for products whose results are rounded to dtype. bf16 holds them exactly,
+    so it is taken where it is fast (not on CUDA: that might add up in bf16)."""
+    device = x.q.device
+    low = dtype == torch.bfloat16 and device.type == "cpu" and multiplies_bf16(device)
+    return dequantize(*x, block, torch.bfloat16 if low else torch.float32)
+
+
+# The experts' products, one after another. Expert e has the next rows[e] of the T rows, a multiple
+# of 128, so that no tile, also along the tokens, belongs to two experts. The host has to know
+# these numbers. A graph that is compiled does not, so each of the two is one operation, whose
+# inside the compiler does not see. `rows` (E,) is on the CPU.
+
+
+@torch.library.custom_op("nanov3::multiply_each", mutates_args=())
+def multiply_each(
+    xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, rows: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """x (T, K) in tiles, w (E, N, K) in blocks -> every x_e W_e^T, (T, N)."""
+    n = rows.tolist()
+    if has_blockwise_fp8(xq.device):
+        x, w = map(Quantized, xq.split(n), xs.split(n)), map(Quantized, wq, ws)
+        y = [_hopper_product(*pair, BLOCK, dtype) for pair in zip(x, w, strict=True)]
+    else:  # decoded all at once
+        x, w = _decoded(Quantized(xq, xs), TILE, dtype), _decoded(Quantized(wq, ws), BLOCK, dtype)
+        with torch.autocast(xq.device.type, enabled=False):
+            y = [x_e @ w_e.t() for x_e, w_e in zip(x.split(n), w, strict=True)]
     return torch.cat(y).to(dtype)
 
 
-def weight_gradient(dy: Quantized, x: Quantized, rows: Rows) -> Tensor:
-    """dy (T, N), x (T, K), both in columns -> (E, N, K) in fp32: every dy_e^T x_e."""
-    if isinstance(rows, Tensor):
-        return _weight_gradient(*dy, *x, rows)
-    device = dy[0].device
-    if has_blockwise_fp8(device):
-        return _hopper_weight_gradient(dy, x, rows)
-    dy, x = _numbers(*dy, COLUMN), _numbers(*x, COLUMN)
-    with torch.autocast(device.type, enabled=False):
-        pairs = zip(dy.split(rows), x.split(rows), strict=True)
-        return torch.stack([dy_e.t() @ x_e for dy_e, x_e in pairs])
+@torch.library.custom_op("nanov3::weight_gradient_each", mutates_args=())
+def weight_gradient_each(dq: Tensor, ds: Tensor, xq: Tensor, xs: Tensor, rows: Tensor) -> Tensor:
+    """dy^T (N, T) and x^T (K, T), both in tiles along the tokens -> every dy_e^T x_e, (E, N, K)."""
+    n, tiles = rows.tolist(), (rows // 128).tolist()
+    if has_blockwise_fp8(xq.device):
+        dy = map(Quantized, dq.split(n, 1), ds.split(tiles, 1))
+        x = map(Quantized, xq.split(n, 1), xs.split(tiles, 1))
+        dw = [_hopper_product(*pair, TILE, torch.float32) for pair in zip(dy, x, strict=True)]
+    else:
+        dy, x = _decoded(Quantized(dq, ds), TILE), _decoded(Quantized(xq, xs), TILE)
+        with torch.autocast(xq.device.type, enabled=False):
+            pairs = zip(dy.split(n, 1), x.split(n, 1), strict=True)
+            dw = [dy_e @ x_e.t() for dy_e, x_e in pairs]
+    return torch.stack(dw)
 
 
-# In a graph that is compiled no number is known: there rows is a tensor, and each of these is one
-# operation, whose inside the compiler does not see.
-
-
-@torch.library.custom_op("nanov3::multiply", mutates_args=())
-def _multiply(
-    xq: Tensor, xs: Tensor, wq: Tensor, ws: Tensor, rows: Tensor, dtype: torch.dtype
-) -> Tensor:
-    return multiply((xq, xs), (wq, ws), rows.tolist(), dtype).contiguous()
-
-
-@torch.library.custom_op("nanov3::weight_gradient", mutates_args=())
-def _weight_gradient(dq: Tensor, ds: Tensor, xq: Tensor, xs: Tensor, rows: Tensor) -> Tensor:
-    return weight_gradient((dq, ds), (xq, xs), rows.tolist()).contiguous()
-
-
-@_multiply.register_fake
+@multiply_each.register_fake
 def _(xq, xs, wq, ws, rows, dtype):
     return xq.new_empty(len(xq), wq.shape[1], dtype=dtype)
 
 
-@_weight_gradient.register_fake
+@weight_gradient_each.register_fake
 def _(dq, ds, xq, xs, rows):
-    return ds.new_empty(len(rows), dq.shape[1], xq.shape[1])
-
-
-def _whole(q: Tensor, s: Tensor, block: tuple[int, int]) -> Quantized:
-    """Both sides up to multiples of 128, by zeros."""
-    right, below = -q.shape[-1] % 128, -q.shape[-2] % 128
-    if right or below:  # as bytes, since padding is not written for float8; 0 is 0.0
-        q = F.pad(q.view(torch.uint8), (0, right, 0, below)).view(E4M3)
-        alone = [n == 1 for n in block]  # a row or a column that has its own scale
-        s = F.pad(s, (0, right * alone[1], 0, below * alone[0]), value=1.0)
-    return q, s
-
-
-def _hopper_multiply(x: Quantized, w: Quantized, rows: list[int], dtype: torch.dtype) -> Tensor:
-    """multiply by cuBLAS, which wants all sizes in multiples of 128.
-
-    A row of x and of W has L = K/128 scales. Those of x_e lie column by column, (L, rows) in
-    memory; those of W_e row by row, L rounded up to a multiple of 4. cuBLAS takes that for granted:
-    from unpadded scales it computes wrong numbers, without an error.
-    """
-    T, N = len(x[0]), w[0].shape[1]
-    (xq, xs), (wq, ws) = _whole(*x, TILE), _whole(*w, BLOCK)
-    wq = wq.contiguous()  # it may be a transposed weight
-    rows, L = rows if len(rows) > 1 else [len(xq)], xs.shape[1]
-    xs = xs.view(-1, 128, L).mT.reshape(-1, 128)  # (T/128 * L, 128), an expert's tile by tile
-    if len(rows) > 1:  # column by column
-        place = np.arange(len(xs)).reshape(-1, L)
-        ends = np.cumsum(rows) // 128
-        order = np.concatenate([z.T.ravel() for z in np.split(place, ends[:-1])])
-        xs = xs.index_select(0, torch.from_numpy(order).to(xs.device))
-    else:
-        xs = xs.view(-1, L, 128).transpose(0, 1)
-    xs, ws = xs.flatten(), (F.pad(ws, (0, -L % 4), value=1.0) if L % 4 else ws).contiguous()
-    y, begin = xq.new_empty(len(xq), wq.shape[1], dtype=_direct(dtype)), 0
-    for wq_e, ws_e, n in zip(wq, ws, rows, strict=True):
-        at, begin = slice(begin, begin + n), begin + n
-        s = xs[at.start * L : at.stop * L].view(L, n).t()
-        y = _hopper_mm(xq[at], s, wq_e.t(), ws_e.t(), BY_BLOCK, y, at)
-    return y[:T, :N].to(dtype)
-
-
-def _hopper_weight_gradient(dy: Quantized, x: Quantized, rows: list[int]) -> Tensor:
-    """weight_gradient by cuBLAS: as rows of dy^T times columns of x."""
-    N, K = dy[0].shape[1], x[0].shape[1]
-    (dq, ds), (xq, xs) = _whole(*dy, COLUMN), _whole(*x, COLUMN)
-    rows = rows if len(rows) > 1 else [len(xq)]
-    dq, xq = dq.t().contiguous(), xq.t().contiguous()  # (N, T), (K, T); see _by_column
-    dw, begin = ds.new_empty(len(rows), len(dq), len(xq)), 0
-    for e, n in enumerate(rows):
-        at, begin = slice(begin, begin + n), begin + n
-        tiles = slice(at.start // 128, at.stop // 128)
-        scales = ds[tiles].t(), xs[tiles].t()
-        dw = _hopper_mm(dq[:, at], scales[0], xq[:, at].t(), scales[1], BY_TILE, dw, e)
-    return dw.view(len(rows), len(dq), len(xq))[:, :N, :K]
+    return ds.new_empty(len(rows), len(dq), len(xq))
 
 
 BY_TILE, BY_BLOCK = 4, 5  # cuBLAS's numbers for a scale per 1x128 numbers, and per 128x128
 
 
-def _direct(dtype: torch.dtype) -> torch.dtype:  # what cuBLAS can return
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+def _hopper_product(a: Quantized, b: Quantized, block: tuple[int, int], dtype) -> Tensor:
+    """A B^T by cuBLAS: A (M, K) in tiles, B (N, K) in tiles or blocks -> (M, N).
+
+    All sizes have to be multiples of 128. The scales, L = K/128 for a row, lie in memory like this:
+
+        tiles    s[0,0] s[1,0] s[2,0] ... s[M-1,0]   s[0,1] s[1,1] ...      column by column
+        blocks   s[0,0] s[0,1] ... s[0,L-1] 1 1 1   s[1,0] s[1,1] ...       row by row, of 4, 8, ...
+
+    cuBLAS takes that for granted. From others it computes wrong numbers, without an error.
+    """
+    M, N = len(a.q), len(b.q)
+    if 0 in (M, N, a.q.shape[1]):
+        return torch.zeros(M, N, dtype=dtype, device=a.q.device)
+    if block == BLOCK:
+        s_b, recipe = F.pad(b.s, (0, -b.s.shape[1] % 4), value=1.0).contiguous().t(), BY_BLOCK
+    else:
+        s_b, recipe = _by_column(b.s), BY_TILE
+    y = torch.ops.aten._scaled_mm_v2.default(
+        _whole(a.q),
+        _whole(b.q).t(),
+        *([_by_column(a.s)], [BY_TILE], []),  # scales of A, their kind, no swizzle
+        *([s_b], [recipe], []),  # the same of B
+        None,  # bias
+        torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,  # of the result
+        [],  # dimensions of the sum: the usual ones
+        False,  # no fast accumulation: partial products are added up in fp32
+    )
+    return y[:M, :N].to(dtype)
 
 
-def _hopper_mm(a: Tensor, s_a: Tensor, b: Tensor, s_b: Tensor, recipe: int, y: Tensor, at):
-    """A B for A (M, K) with a scale per tile, and B (K, N) with a scale as recipe says: written to
-    y[at], or returned, which compilers prefer, where it is all of y."""
-    if 0 in a.shape or 0 in b.shape:
-        y[at] = 0
-        return y
-    rest = [s_a], [BY_TILE], [], [s_b], [recipe], [], None, y.dtype, [], False
-    product = torch.ops.aten._scaled_mm_v2
-    if a.shape[0] * b.shape[1] == y.numel():
-        return product.default(a, b, *rest)
-    product.out(a, b, *rest, out=y[at])
-    return y
+def _whole(q: Tensor) -> Tensor:
+    """Both sides up to multiples of 128, by zeros."""
+    right, below = -q.shape[1] % 128, -q.shape[0] % 128
+    if right or below:  # as bytes, since padding is not written for float8; 0 is 0.0
+        q = F.pad(q.view(torch.uint8), (0, right, 0, below)).view(E4M3)
+    return q
+
+
+def _by_column(s: Tensor) -> Tensor:
+    """Scales of tiles (M, L), M up to a multiple of 128, column by column in memory."""
+    return F.pad(s.t(), (0, -len(s) % 128), value=1.0).contiguous().t()
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -312,71 +272,58 @@ def has_blockwise_fp8(device: torch.device) -> bool:
 
 
 class _FP8Linear(torch.autograd.Function):
-    """Y_e = X_e W_e^T for the rows X_e (rows, K) of every expert e; a plain linear layer is one
-    expert. X is kept in FP8, and once more quantised, along the tokens, for the weight gradient.
+    """x (T, K), weight (N, K) -> x W^T (T, N). With `rows` the weight is (E, N, K), and each expert
+    has so many rows of x. x is kept in FP8, and once more quantised, along the tokens, for the
+    weight gradient.
 
     wq and ws are the quantised weight where quantized_once holds it. Else forward and backward
     quantise the weight each, so that no copy outlives FSDP's release of a gathered weight.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, wq, ws, rows: Rows):
-        X = _factor(x, TILE)
-        ctx.save_for_backward(weight, wq, ws, *X)
-        ctx.rows = rows
-        return multiply(X, _stacked(weight, wq, ws), rows, compute_dtype(x))  # (T, N)
+    def forward(ctx, x, weight, wq, ws, rows: Tensor | None):
+        x_fp8, w = to_fp8(x, TILE), to_fp8(weight, BLOCK) if wq is None else Quantized(wq, ws)
+        ctx.save_for_backward(weight, wq, ws, *x_fp8)
+        ctx.rows, dtype = rows, compute_dtype(x)
+        if rows is None:
+            return multiply(x_fp8, w, dtype)
+        return multiply_each(*x_fp8, *w, rows, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        weight, wq, ws, *X = ctx.saved_tensors
-        need_dx, need_dw, *_ = ctx.needs_input_grad
-        tiles, columns = _both_ways(dy, need_dx, need_dw)
+        weight, wq, ws, *x_fp8 = ctx.saved_tensors
+        rows, (need_dx, need_dw, *_) = ctx.rows, ctx.needs_input_grad
         dx = dw = None
         if need_dx:
-            q, s = _stacked(weight, wq, ws)
-            dx = multiply(tiles, (q.mT, s.mT), ctx.rows, dy.dtype)
+            q, s = to_fp8(weight, BLOCK) if wq is None else (wq, ws)
+            w, tiles = Quantized(q.mT.contiguous(), s.mT), to_fp8(dy, TILE)
+            if rows is None:
+                dx = multiply(tiles, w, dy.dtype)
+            else:
+                dx = multiply_each(*tiles, *w, rows, dy.dtype)
         if need_dw:
-            dw = weight_gradient(columns, _columns(*X), ctx.rows).view_as(weight)
+            x = dequantize(*x_fp8, TILE, dy.dtype)  # exact, in bf16 too
+            along_tokens = to_fp8(dy.t(), TILE), to_fp8(x.t(), TILE)
+            if rows is None:
+                dw = weight_gradient(*along_tokens)
+            else:
+                dw = weight_gradient_each(*along_tokens[0], *along_tokens[1], rows)
         return dx, dw, None, None, None
 
 
-@fused
-def _both_ways(dy: Tensor, tiles: bool, columns: bool) -> tuple[Quantized | None, Quantized | None]:
-    """dy, read once, in tiles and in columns, as far as they are needed."""
-    return _factor(dy, TILE) if tiles else None, _by_column(dy) if columns else None
-
-
-def _by_column(x: Tensor) -> Quantized:
-    """Quantised along the tokens. Hopper multiplies it transposed, so it is written that way."""
-    q, s = _factor(x, COLUMN)
-    return (q.t().contiguous().t() if x.is_cuda else q), s
-
-
-@fused
-def _columns(q: Tensor, s: Tensor) -> Quantized:
-    """X, which forward has quantised in tiles, quantised along the tokens."""
-    return _by_column(_numbers(q, s, TILE))
-
-
-def _stacked(weight: Tensor, q: Tensor | None, s: Tensor | None) -> Quantized:
-    """The weight, quantised here if it is not yet, as (E, N, K) also where E is 1."""
-    w = _factor(weight, BLOCK) if q is None else (q, s)
-    return w if weight.ndim == 3 else (w[0][None], w[1][None])
-
-
-def _linear(x: Tensor, weight: Tensor, rows: Rows | None = None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, rows: Tensor | None = None) -> Tensor:
     """x (..., K) -> (..., N), or (T, K) -> (T, N) with `rows` of each expert; see _FP8Linear."""
     flat = x.reshape(-1, x.shape[-1])  # (T, K)
-    wq, ws = getattr(weight, "_fp8", (None, None))
-    y = _FP8Linear.apply(flat, weight, wq, ws, [len(flat)] if rows is None else rows)
+    y = _FP8Linear.apply(flat, weight, *getattr(weight, "_fp8", (None, None)), rows)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 # ---- Modules ----------------------------------------------------------------------------------
 #
-# Those of model.py with FP8 arithmetic. `module.__class__ = FP8Linear` turns one into the other:
-# parameters stay as they are. Results have autocast's dtype or, without autocast, that of x.
+# Products of model.py are replaced, and nothing else. `module.__class__ = FP8Linear` turns an
+# nn.Linear into the other, `experts.product = grouped_fp8` does it for the experts; parameters stay
+# as they are. Results have autocast's dtype or, without autocast, that of x.
 
 
 class FP8Linear(nn.Linear):
@@ -391,25 +338,36 @@ class FP8Linear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class FP8Experts(Experts):
-    """model.Experts with FP8 products."""
+def grouped_fp8(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """model.grouped_linear with FP8 products. Each expert's rows are followed by rows of zeros up
+    to a multiple of 128."""
+    T, E, device = len(x), len(counts), x.device
+    size = (T + 127 * E) // 128 * 128  # enough, whatever the counts: so that nothing waits for them
+    rows = (counts + 127) // 128 * 128
+    rows[-1] += size - rows.sum()
+    further = (rows - counts).cumsum(0) - (rows - counts)  # (E,), how far an expert's rows move
+    old = torch.arange(T, device=device)
+    new = old + further.repeat_interleave(counts, output_size=T)  # (T,), where each row goes
+    source = torch.full((size,), -1, device=device).index_copy(0, new, old)  # (size,), -1: zeros
+    y = _linear(_Rows.apply(x, source, new), weight, rows.cpu())  # here the host waits
+    return _Rows.apply(y, new, source)
 
-    def product(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """Each expert gets rows of zeros up to a multiple of 128, so that no tile is of two."""
-        rows, size = counts + -counts % 128, len(x) + 128 * len(counts)
-        size -= size % 128
-        rows[-1] += size - rows.sum()  # what is left; so no size waits for the counts
-        moved = (rows - counts).cumsum(0) - (rows - counts)  # (E,)
-        place = torch.arange(len(x), device=x.device)
-        place = place + moved.repeat_interleave(counts, output_size=len(x))
-        padded = x.new_zeros(size, x.shape[1]).index_copy(0, place, x)
-        return _linear(padded, weight, rows_of(rows)).index_select(0, place)
 
+class _Rows(torch.autograd.Function):
+    """The rows `there` of x, zeros for -1. `back`, the way back, is read by the gradient: so both
+    are reads from many places, and none is a sum into them."""
 
-def rows_of(counts: Tensor) -> Rows:
-    """How many rows of x each expert has: in a layer the one thing that the host waits for."""
-    rows = counts.cpu()
-    return rows if torch.compiler.is_compiling() else rows.tolist()
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.save_for_backward(there, back)
+        if len(x) == 0:  # from which nothing can be read
+            return x.new_zeros(len(there), x.shape[1])
+        return x.index_select(0, there.clamp(min=0)).masked_fill((there < 0)[:, None], 0)
+
+    @staticmethod
+    def backward(ctx, dy):
+        there, back = ctx.saved_tensors
+        return _Rows.apply(dy, back, there), None, None
 
 
 @functools.cache
@@ -425,32 +383,38 @@ def tell_compiler():
 
 def use_fp8(model: nn.Module):
     """Section 3.3.1: the products of attention projections and FFNs in FP8. Embedding, head, norms,
-    attention core, eh_proj and gates, with all that these contain, stay in high precision."""
+    attention core, eh_proj and gates, with all that these contain, stay in high precision. So does
+    a linear layer of a class of your own, and experts with a `product` of their own."""
     tell_compiler()
-    swap = {nn.Linear: FP8Linear, Experts: FP8Experts}
     for block in [*model.layers, *(module.block for module in model.mtp)]:
         gates = {part for gate in gates_in(block) for part in gate.modules()}
         for module in block.modules():
-            if module not in gates:
-                module.__class__ = swap.get(type(module), type(module))
+            if type(module) is nn.Linear and module not in gates:
+                module.__class__ = FP8Linear
+            elif isinstance(module, Experts) and module.product is Experts.product:
+                module.product = grouped_fp8
 
 
 # ---- One quantisation of the weights per step -------------------------------------------------
 
 
 @contextmanager
-def quantized_once(model: nn.Module) -> Iterator[None]:
+def quantized_once(model: nn.Module, compiled: bool = False) -> Iterator[None]:
     """Quantises the weights once, for all that runs within `with quantized_once(model):`.
 
     The weights must not change there: put it around the micro-batches of a step, before
     optimizer.step(), or around an evaluation. (An optimiser's step within it ends the caching.)
     Outside it every forward and backward quantises the weight that it finds. No cache could tell
     by itself when a weight changes, since fused optimisers and `p.data` edits leave no trace.
-    FSDP's weights, gathered anew for every forward, are left alone.
+    FSDP's weights, gathered anew for every forward, are left alone. compiled: the quantiser, too,
+    which stands outside the compiled blocks.
     """
-    modules = [m for m in model.modules() if isinstance(m, FP8Linear | FP8Experts)]
-    weights = [w for m in modules for w in m.parameters(recurse=False) if w.ndim > 1]  # no biases
+    weights = [m.weight for m in model.modules() if isinstance(m, FP8Linear)]
+    for module in model.modules():
+        if getattr(module, "product", None) is grouped_fp8:
+            weights += module.parameters(recurse=False)
     weights = [w for w in weights if type(w) is nn.Parameter]  # FSDP's are DTensors
+    quantise = torch.compile(to_fp8, dynamic=False) if compiled else to_fp8
 
     def forget(*_) -> None:
         for weight in weights:
@@ -459,7 +423,7 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
     hook = register_optimizer_step_post_hook(forget)
     try:
         for weight in weights:
-            weight._fp8 = _factor(weight.detach(), BLOCK)
+            weight._fp8 = quantise(weight.detach(), BLOCK)
         yield
     finally:
         hook.remove()

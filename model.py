@@ -616,14 +616,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     (tokens, vocabulary), targets (tokens,), below 0 where there is none; 0 if all are.
 
     In float32 many logits take more memory than the network, and so does their gradient. So they
-    are upcast in pieces, and once more in backward.
+    are upcast in pieces, and once more in backward. (A compiler upcasts each when it is read.)
     """
 
     def piece(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(upcast(logits), targets, ignore_index=-1, reduction="sum")
 
     count, targets = (targets >= 0).sum(), targets.clamp(min=-1)
-    if logits.numel() <= PIECE:
+    if logits.numel() <= PIECE or torch.compiler.is_compiling():
         total = piece(logits, targets)
     else:
         rows = max(1, PIECE // logits.shape[1])
@@ -661,6 +661,8 @@ class DeepSeekV3(nn.Module):
         self.routing: list[Tensor] = []
         self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: drop activations, compute them again
+
+    cross_entropy = staticmethod(cross_entropy)  # support/processes.py may compile it
 
     def run_block(self, block: nn.Module, past: Past | None, *inputs) -> Tensor:
         """Calls block(*inputs, past), a Block or MTP module, and notes its routing (not where it
@@ -731,7 +733,7 @@ class DeepSeekV3(nn.Module):
             logits = [upcast(self.logits(h, k)) for k, h in enumerate(hidden)]
             return (logits[0], logits[1:]) if return_mtp else logits[0]
         main, *mtp = (
-            cross_entropy(self.logits(h, k).flatten(0, 1), targets[:, k:].flatten())
+            self.cross_entropy(self.logits(h, k).flatten(0, 1), targets[:, k:].flatten())
             for k, h in enumerate(hidden)
         )
         self.mtp_losses = [loss.detach() for loss in mtp]

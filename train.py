@@ -94,7 +94,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of the products
     fp8: bool = False  # matrix products in FP8 (fp8.py)
-    compile: bool = False  # torch.compile the blocks: minutes at first, then faster
+    compile: Literal["auto", True, False] = "auto"  # torch.compile, minutes at first; auto: on CUDA
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights and optimiser, and recomputes
     deterministic: bool = False  # sums in a fixed order: a run resumes bit for bit on CUDA too
@@ -354,8 +354,13 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     knows them, the loss in long ones."""
     text, training = data.val.arrays[0], model.training
     model.eval()
-    # Not compiled: a second set of graphs takes minutes, and an evaluation is to be short.
-    with fp8.quantized_once(model), torch.compiler.set_stance("force_eager"):
+    # On a CPU not compiled: a second set of graphs takes minutes, more than it saves.
+    compiled = machine.device.type == "cuda" and processes.compiles(config, machine.device)
+    with (
+        fp8.quantized_once(model, compiled),
+        torch.compiler.set_stance("default" if compiled else "force_eager"),
+        processes.telling_compilation(),
+    ):
         total = add_up(model, text, config.block_size, config, machine)
         long = None
         if config.long_block_size > 0 and config.long_block_size == model.trained_length:
@@ -461,6 +466,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     raises KeyboardInterrupt."""
     model.trained_length = max(model.trained_length, config.block_size)
     trainer = processes.wrap(model.train(), config, machine)
+    compiled = processes.compiles(config, machine.device)
     optimizers = make_optimizers(model, config)
     progress = Progress(measured=(text_digest(data), config.block_size))
     # All that a checkpoint keeps. Whatever has state_dict and load_state_dict is one entry more.
@@ -486,7 +492,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             windows = train_windows(data, config, step)
             batches = micro_batches(windows, config, machine)
 
-            with fp8.quantized_once(model):
+            with fp8.quantized_once(model, compiled), processes.telling_compilation():
                 losses = backward(trainer, batches, loss_weights(model, config, step), machine)
 
             norm = clip_gradients(model, config)
@@ -607,13 +613,16 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
     least = 1 + model.config.num_nextn_predict_layers
     if config.block_size < least:
         raise Refusal(f"block_size is {config.block_size}, but must be at least {least} here.")
-    if config.eval_only:  # compiles nothing and has no steps
+    if config.eval_only:  # has no steps
         return
     for name in ("mtp_weight", "mtp_weight_late"):
         given, modules = getattr(config, name), len(model.mtp)
         if isinstance(given, list) and len(given) != modules:
             raise Refusal(f"{name} is {given}, but there are {modules} MTP modules: one each.")
-    if config.compile and machine.device.type == "cpu" and machine.dtype != torch.bfloat16:
+    compiles_on_cpu = config.compile is True and machine.device.type == "cpu"
+    if compiles_on_cpu and config.fp8:
+        info("--compile compiles nothing here: with --fp8 a CPU's compiler rounds wrongly")
+    elif compiles_on_cpu and machine.dtype != torch.bfloat16:
         info(f"--compile in {config.dtype} compiles for minutes on a CPU and gains nothing")
     trained = max(model.trained_length, config.block_size)
     if 0 < long < trained:
@@ -645,6 +654,8 @@ def command(argv: list[str]):
         fp8.use_fp8(model)
 
     if config.eval_only:
+        if machine.device.type == "cuda":
+            processes.compile_network(model, config, machine)
         result = evaluate(model, data, config, machine)
         del result["expert_load"]
         if machine.rank == 0:

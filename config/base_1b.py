@@ -7,16 +7,16 @@ V3, about as large as the 1B model of the loss-free balancing paper (arXiv 2408.
 1024 wide, 8 heads, 64 routed experts, top 6; windows of 2048 tokens). Schedules (warm-up apart),
 gamma 0.001, alpha 0.0001 and the weights of the MTP loss are train.py's defaults, the report's.
 
-Computed, not measured; no GPU has run this yet, which is also why compile is off:
+Computed, not measured; no GPU has run this yet:
     run       10,000 steps of 524,288 tokens: 5.2B, 22 per active parameter
     FLOPs     1.64 GFLOP per token with MTP, 8.6e18 in all
-    time      hardly less than 4.8 hours: a micro-batch's products take 54 ms at the peak of 989
-              TFLOP/s, and beside them it moves 0.18 TB, 53 ms at 3.35 TB/s (counted).
-              So 51 % of the peak is the limit; the four evaluations on 100M tokens add two to
-              three minutes each
+    time      hardly less than 4.7 hours: a micro-batch's products take 54 ms at the peak of 989
+              TFLOP/s, and beside them it moves 0.17 TB, 51 ms at 3.35 TB/s (counted, compiled, with
+              its share of the optimiser). So 52 % of the peak is the limit; the four evaluations on
+              100M tokens add two to three minutes each. --fp8 shows FP8's numerics, and is slower
     memory    17 GB weights, gradients and AdamW (16 bytes a parameter, MTP included), with
-              activations of 16 windows x 2048 tokens, weights in bf16 and buffers 41 GB, by the
-              same count; with --fp8 33
+              activations of 16 windows x 2048 tokens, weights in bf16 and buffers 48 GB, by the
+              same count; with --fp8 37
 """
 
 # Every matrix is a multiple of 128 wide and high, for FP8 tiles and grouped products, save the

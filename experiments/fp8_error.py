@@ -26,16 +26,14 @@ from support.settings import Refusal, parse_args, run_command
 tilewise = fp8.quantize
 
 
-def one_scale(
-    x: Tensor, block: tuple[int, int], pow2: bool = False, decode: bool = False
-) -> fp8.Quantized:
+def one_scale(x: Tensor, block: tuple[int, int], pow2: bool = False) -> fp8.Quantized:
     """fp8.quantize with one scale for all of x in place of the report's tiles."""
     q, s = tilewise(x, block, pow2)
     if x.numel():
         _, scale = tilewise(x.float().abs().amax().view(1, 1), fp8.TILE, pow2)
         q = (x.float() / scale).clamp(-fp8.E4M3_MAX, fp8.E4M3_MAX).to(fp8.E4M3).contiguous()
         s = scale.expand_as(s).contiguous()
-    return (fp8.dequantize(q, s, block) if decode else q), s
+    return fp8.Quantized(q, s)
 
 
 SPREADS = (0, 2, 4, 6, 8)  # tokens' magnitudes lie evenly, by their logarithm, over so many decades

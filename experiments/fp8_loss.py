@@ -20,7 +20,8 @@ backward = fp8._FP8Linear.backward
 def backward_in_blocks(ctx, dy: Tensor):
     """Gradients share a scale per 128x128 block, on which training diverged in the report. They are
     rounded that way first; the tiles then change nothing."""
-    parts = [fp8.quantize(x, fp8.BLOCK, pow2=True) for x in dy.split(ctx.rows)]
+    rows = [len(dy)] if ctx.rows is None else ctx.rows.tolist()  # of each expert
+    parts = [fp8.quantize(x, fp8.BLOCK, pow2=True) for x in dy.split(rows)]
     return backward(ctx, torch.cat([fp8.dequantize(*x, fp8.BLOCK) for x in parts]).to(dy.dtype))
 
 

@@ -213,14 +213,7 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
     # work. (FSDP's mixed precision would not be exact: it rounds gate and norms to bf16 too.)
     model.recompute = config.recompute or sharded
     blocks = [*model.layers, *model.mtp]
-    if config.compile:
-        # One graph per block, mode and batch size; beyond 8 of them dynamo would stop compiling.
-        torch._dynamo.config.recompile_limit = 64
-        info("every new shape of a batch is compiled first, which may take minutes")
-        # It would cut every graph in pieces the size of DDP's buckets; a block is a small graph.
-        torch._dynamo.config.optimize_ddp = False
-        for block in blocks:
-            block.compile(dynamic=False)  # a graph for each length of windows
+    compile_network(model, config, machine)
     if sharded:
         from torch.distributed.fsdp import fully_shard
 
@@ -231,6 +224,68 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
         # Buffers are broadcast at a step's first forward alone, when all expert counts are 0.
         return DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy
     return model
+
+
+def compiles(config, device: torch.device) -> bool:
+    """Whether the network is to be compiled: as config.compile says; "auto" is on CUDA, unless a
+    trial finds that nothing can be compiled there. FP8 never is on a CPU: there torch 2.13 compiles
+    casts to E4M3 into wrong ones, where rows are no multiple of a vector's length."""
+    if config.fp8 and device.type == "cpu":
+        return False
+    if config.compile != "auto":
+        return bool(config.compile)
+    return device.type == "cuda" and can_compile(device)
+
+
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Tries it with one sum, in some seconds. Says in a line why not."""
+    try:
+        torch.compile(lambda x: x + x.sum())(torch.ones(8, device=device))
+    except Exception as error:  # no Triton, no C compiler, an old GPU: each has its own error
+        info(f"nothing is compiled, for {short(error)}")
+        return False
+    return True
+
+
+def compile_network(model: nn.Module, config, machine: Machine):
+    """Where `compiles` says so: each block becomes a graph, which torch compiles when it first
+    runs, for each length and number of windows. On CUDA the last norm and the loss, too, and
+    evaluations run these graphs. All is computed as model.py says, but for roundings."""
+    if not compiles(config, machine.device):
+        return
+    settings = torch._dynamo.config
+    # One graph per block, mode and batch size; beyond 8 of them dynamo would stop compiling.
+    settings.recompile_limit = 64
+    # Else every graph is cut in pieces the size of DDP's buckets; a block is a small graph.
+    settings.optimize_ddp = False
+    # What nobody has asked for must not end a run, if an edit is nothing that can be compiled.
+    settings.suppress_errors = config.compile == "auto"
+    parts = [*model.layers, *model.mtp]
+    told = "each length of windows is compiled when it first comes, for one to three minutes"
+    if machine.device.type == "cuda":
+        parts.append(model.norm)
+        # In a graph no logit is held in float32.
+        model.cross_entropy = torch.compile(model.cross_entropy, dynamic=False)
+    else:
+        told += "; on a CPU a block is several graphs, as its experts' rows are counted in between"
+    info(f"{told} (--compile=False does without)")
+    for part in parts:
+        part.compile(dynamic=False)  # a graph for each length of windows
+
+
+@contextmanager
+def telling_compilation() -> Iterator[None]:
+    """Says how long it took to run what is within, if graphs were compiled in it."""
+
+    def graphs() -> int:
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    loaded = "torch._dynamo" in sys.modules  # else nothing is compiled; to load it takes seconds
+    before, began = loaded and graphs(), time.perf_counter()
+    yield
+    if loaded and (new := graphs() - before):
+        info(f"compiled {new} graphs; with them this took {time.perf_counter() - began:.0f} s")
 
 
 @contextmanager

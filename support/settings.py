@@ -81,6 +81,11 @@ def type_name(annotation: Any) -> str:
     return inspect.formatannotation(annotation)
 
 
+def may_be_true(annotation: Any) -> bool:
+    """Whether a bare --name means True: the field is a bool, or True is among its choices."""
+    return annotation is bool or any(x is True for x in typing.get_args(annotation))
+
+
 def as_field(name: str, value: Any, annotation: Any) -> Any:
     """The value as its field's type: 1e6 may be an int, 1 a float. Raises Refusal.
 
@@ -121,7 +126,7 @@ def parse_args(
         text = (comment[1] if comment else "") + f" (default: {field.default!r})"
         help = text.replace("%", "%%")
         parser.add_argument("--" + name, metavar=type_name(field.type), help=help)
-    flags = ["--" + name for name, field in fields.items() if field.type is bool]
+    flags = ["--" + name for name, field in fields.items() if may_be_true(field.type)]
     given, unknown = parser.parse_known_args([a + "=true" if a in flags else a for a in argv])
     if unknown:
         word = unknown[0]

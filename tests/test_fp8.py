@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from networks import calm, in_bf16, tiny, tokens_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fp8
-import model as plain
-from fp8 import BLOCK, COLUMN, TILE, FP8Linear, dequantize, quantize, quantized_once
+import model
+from fp8 import BLOCK, TILE, FP8Linear, dequantize, quantize, quantized_once
 
 BF16 = torch.bfloat16
 
@@ -43,15 +42,18 @@ def same(results, others):
     return all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
 
 
-class Experts(fp8.FP8Experts):
+class Experts(model.Experts):
+    """Each row goes to an expert of its own choice."""
+
+    product = staticmethod(fp8.grouped_fp8)
+
     def __init__(self, E, D, width):
         nn.Module.__init__(self)
         self.gate_up_proj = nn.Parameter(torch.randn(E, 2 * width, D) * D**-0.5)
         self.down_proj = nn.Parameter(torch.randn(E, D, width) * width**-0.5)
 
     def forward(self, x):
-        """Two experts share the rows."""
-        chosen = (torch.arange(len(x)) >= len(x) // 2).long()[:, None]
+        chosen = torch.arange(len(x))[:, None] % len(self.down_proj)
         return super().forward(x, chosen, torch.ones(len(x), 1))
 
 
@@ -93,7 +95,7 @@ def reference_products(x, w, dy):
 
 
 @pytest.mark.parametrize("pow2", [False, True])
-@pytest.mark.parametrize("block", [TILE, COLUMN, BLOCK])
+@pytest.mark.parametrize("block", [TILE, BLOCK])
 def test_quantize_equals_reference(block, pow2):
     """Of any shape, any size (no floor on amax hides in between), at the ends of E4M3."""
     shapes = (130, 100), (2, 129, 257), (1, 1), (0, 64)
@@ -105,7 +107,6 @@ def test_quantize_equals_reference(block, pow2):
         decoded = dequantize(q, s, block)  # checks the shape of s
         assert q.dtype == fp8.E4M3 and s.dtype == decoded.dtype == torch.float32
         torch.testing.assert_close(decoded.double(), reference(x, block, pow2), rtol=2e-7, atol=0)
-        assert same(quantize(x, block, pow2, decode=True), (decoded, s))
         if pow2:
             assert torch.equal(decoded, dequantize(q, s, block, BF16).float())  # exact in bf16
             assert (torch.frexp(s).mantissa == 0.5).all()
@@ -115,7 +116,6 @@ def test_quantize_equals_reference(block, pow2):
         x = torch.randn(256, 256)
         x[3, 5] = bad
         lost = dequantize(*quantize(x, block, pow2), block).isnan()
-        assert torch.equal(quantize(x, block, pow2, decode=True)[0].isnan(), lost)
         rows, columns = (
             slice(i, i + 1) if n == 1 else slice(128) for i, n in ((3, block[0]), (5, block[1]))
         )
@@ -124,12 +124,6 @@ def test_quantize_equals_reference(block, pow2):
 
 
 # ---- The three products -----------------------------------------------------------------------
-
-
-hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="needs a Hopper GPU (SM90): blockwise FP8 products exist there only",
-)
 
 
 class TensorCores(TorchDispatchMode):
@@ -160,36 +154,40 @@ class TensorCores(TorchDispatchMode):
         for i in range(L):  # the order of the hardware: partial products, then scales
             at = slice(128 * i, 128 * i + 128)
             y = y + a[:, at].float() @ b[at].float() * sa[:, i, None] * per_row[:, i]
-        if func is torch.ops.aten._scaled_mm_v2.default:
-            return y.to(dtype)
-        out = kwargs["out"]
-        assert out.dtype == dtype and out.is_contiguous()
-        return out.copy_(y)
+        return y.to(dtype)
 
 
-@pytest.mark.parametrize("machine", ["cpu", "operands", pytest.param("cuda", marks=hopper)])
+@pytest.fixture(params=["emulated", "operands"])
+def products(request, monkeypatch):
+    """How products are made: as on a CPU, or with the operands that cuBLAS would get."""
+    if request.param == "emulated":
+        yield
+        return
+    monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device: True)
+    for name in ("multiply_each", "weight_gradient_each"):  # their insides, for TensorCores to see
+        monkeypatch.setattr(fp8, name, getattr(fp8, name)._init_fn)
+    with TensorCores():
+        yield
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float64])
 @pytest.mark.parametrize("T,K,N", [(130, 200, 140), (1, 128, 128)])
-def test_products(T, K, N, dtype, autocast, machine, monkeypatch):
-    """Emulated on a CPU, with the operands that cuBLAS would get, and on a Hopper GPU."""
-    device = "cuda" if machine == "cuda" else "cpu"
-    if machine == "cuda":
-        assert fp8.has_blockwise_fp8(torch.device("cuda", 0)), "CUDA or torch too old for Hopper"
-        K = 36 * K  # as long as V3's
-    monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device: machine != "cpu")
+def test_products(T, K, N, dtype, autocast, products):
+    check_products(T, K, N, dtype, autocast, torch.device("cpu"), fp32=2e-6)
+
+
+def check_products(T, K, N, dtype, autocast, device, fp32):
+    """A layer against the reference, and against no quantisation. fp32: the error of sums."""
     low = BF16 if autocast else dtype
     layer, x = FP8Linear(K, N), torch.randn(T, K).to(dtype)
     dy = (torch.randn(T, N) * torch.randn(T, 1).exp()).to(low)
-    cores = TensorCores() if machine == "operands" else contextlib.nullcontext()
-    with cores, torch.autocast(device, BF16, enabled=autocast):  # no bits lost in backward either
+    with torch.autocast(device.type, BF16, enabled=autocast):  # no bits lost in backward either
         results = step(layer.to(device), x.to(device), dy.to(device))
     *got, dw = (z.cpu() for z in results)
     assert [z.dtype for z in got] == [low, dtype] and dw.dtype == torch.float32
     layer.cpu()
     *want, want_dw = reference_products(x, layer.weight, dy)
-    # Hopper adds 128 products in 14 bits or so before it promotes: 2^-13 at worst.
-    fp32 = 1e-3 if machine == "cuda" else 2e-6
     assert error(dw, want_dw) < fp32
     ulp = 2.0**-8 if low == BF16 else 0  # half a unit of the last place, plus a sum that cancels
     for g, tight in zip(got, want, strict=True):
@@ -201,37 +199,27 @@ def test_products(T, K, N, dtype, autocast, machine, monkeypatch):
         assert error(g, exact) < (0.04 if T > 1 else 0.05)
 
 
-@pytest.mark.parametrize("machine", ["cpu", "operands"])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-@pytest.mark.parametrize("counts", [[0, 128, 384, 0, 128, 0], [0, 0]])
-def test_each_expert_is_a_linear_layer(counts, dtype, machine, monkeypatch):
-    """Behind the experts' rows there may be others."""
-    monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device: machine != "cpu")
-    cores = TensorCores() if machine == "operands" else contextlib.nullcontext()
-    T, weight = sum(counts), nn.Parameter(torch.randn(len(counts), 96, 700) * 0.05)
-    x = torch.randn(T, 700).to(dtype).requires_grad_()
-    dy = torch.randn(T, 96).to(dtype)
-    with cores:
-        y = fp8._linear(x, weight, counts)
-        dx, dw = torch.autograd.grad(y, [x, weight], dy)
-    by_expert = zip(*(z.split(counts) for z in (dy, y, x, dx)), strict=True)
-    for w, dw_e, (dy_e, y_e, x_e, dx_e) in zip(weight, dw, by_expert, strict=True):
-        leaves = [z.detach().requires_grad_() for z in (x_e, w)]
-        with cores:
-            want = fp8._linear(*leaves)
-            grads = torch.autograd.grad(want, leaves, dy_e)
-        assert same((y_e, dx_e, dw_e), (want, *grads))
-        assert len(dy_e) or not dw_e.any()
+@pytest.mark.parametrize("counts", [[0, 5, 130, 1], [0, 128, 384, 0, 128, 0], [0, 0]])
+def test_each_expert_is_a_linear_layer(counts, dtype, products):
+    check_experts(counts, dtype, torch.device("cpu"), fp32=2e-6)
 
 
-def test_tensor_cores_get_whole_tiles_of_each_expert(monkeypatch):
-    """However many rows it has, and what they compute is what the emulation computes."""
-    experts, x, gain = Experts(3, 128, 64), torch.randn(50, 128), torch.rand(50, 2)
-    chosen = torch.rand(50, 3).topk(2).indices
-    expected = fp8.FP8Experts.forward(experts, x, chosen, gain)
-    monkeypatch.setattr(fp8, "has_blockwise_fp8", lambda device: True)
-    with TensorCores():
-        assert error(fp8.FP8Experts.forward(experts, x, chosen, gain), expected) < 1e-5
+def check_experts(counts, dtype, device, fp32):
+    """Rows, results and gradients of an expert are those of an FP8Linear of its own."""
+    T, weight = sum(counts), nn.Parameter(torch.randn(len(counts), 96, 700, device=device) * 0.05)
+    x = torch.randn(T, 700, device=device).to(dtype).requires_grad_()
+    dy = torch.randn(T, 96, device=device).to(dtype)
+    y = fp8.grouped_fp8(x, weight, torch.tensor(counts, device=device))
+    dx, dw = torch.autograd.grad(y, [x, weight], dy)
+    assert y.shape == dy.shape and y.dtype == dx.dtype == dtype and dw.dtype == torch.float32
+    tolerance = dict(rtol=2.0**-7 if dtype == BF16 else 5 * fp32, atol=20 * fp32)
+    by_expert = zip(*(z.split(counts) for z in (x, dy, y, dx)), strict=True)
+    for w, dw_e, (x_e, dy_e, *found) in zip(weight, dw, by_expert, strict=True):
+        layer = FP8Linear(700, 96, device=device)
+        layer.weight = nn.Parameter(w.detach())
+        for ours, alone in zip((*found, dw_e), step(layer, x_e, dy_e), strict=True):
+            torch.testing.assert_close(ours.float(), alone.float(), **tolerance)
 
 
 # ---- The quantised weight ---------------------------------------------------------------------
@@ -263,22 +251,25 @@ def test_weights_are_quantised_once_and_not_a_bit_changes(monkeypatch):
 # ---- Company: compile, DDP, FSDP --------------------------------------------------------------
 
 
-def test_compiles_into_one_graph():
-    model = FP8Linear(128, 64)
-    weight = model.weight
+@pytest.mark.parametrize(
+    "part", [FP8Linear(128, 64), Experts(2, 128, 32)], ids=["linear", "experts"]
+)
+def test_compiles_into_one_graph(part):
+    part, counters = copy.deepcopy(part), torch._dynamo.utils.counters
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    opt = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    counters.clear()
+    compiled = torch.compile(part, fullgraph=True, backend="aot_eager")
+    opt = torch.optim.AdamW(part.parameters(), lr=0.1, fused=True)
+    *_, weight = part.parameters()
     for _ in range(3):
-        with quantized_once(model), torch.autocast("cpu", BF16):
+        with quantized_once(part), contextlib.nullcontext():
             x = torch.randn(30, 128, requires_grad=True)
-            assert same(step(model, x), step(compiled, x))
-            y, (q, s) = model(x), weight._fp8
-            weight._fp8 = 2 * q, s  # the graph uses the weight kept, here a doctored one
+            assert same(step(part, x), step(compiled, x))
+            (q, s), y = weight._fp8, part(x)
+            weight._fp8 = fp8.Quantized(q, 2 * s)  # the graph uses the weight kept, here doctored
             assert torch.equal(compiled(x), 2 * y)
         opt.step()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 1
     # Inductor's own form of the product would hand Hopper the scales in another order.
     assert torch.ops.aten._scaled_mm_v2.default not in torch._inductor.lowering.lowerings
 
@@ -309,32 +300,103 @@ def test_parallel_training_changes_no_bit(kind, request):
 # ---- The network ------------------------------------------------------------------------------
 
 
-def test_use_fp8_switches_projections_mlps_and_experts_and_nothing_else():
-    model = tiny(torch.float32, attention_bias=True)
-    model.gates()[0].own = nn.Linear(16, 8)  # a hacker's
-    keys, high = list(model.state_dict()), (nn.Linear, plain.Experts)
-    before = {name: type(x) for name, x in model.named_modules() if type(x) in high}
-    fp8.use_fp8(model)
-    assert list(model.state_dict()) == keys
-    for name, kind in before.items():
-        inside = (".self_attn." in name or ".mlp" in name) and ".gate." not in name
-        low = FP8Linear if kind is nn.Linear else fp8.FP8Experts
-        assert type(model.get_submodule(name)) is (low if inside else kind), name
+def tiny(**changes) -> model.DeepSeekV3:
+    """A network whose tokens go to all experts, so that no rounding changes a choice."""
+    torch.manual_seed(0)
+    network = model.DeepSeekV3(
+        model.ModelConfig(
+            vocab_size=31, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+            intermediate_size=48, moe_intermediate_size=16, n_routed_experts=4, n_group=1,
+            topk_group=1, num_experts_per_tok=4, num_nextn_predict_layers=1, **changes,
+        )
+    )  # fmt: skip
+    for x in network.parameters():
+        if x.ndim > 1:
+            nn.init.normal_(x, std=0.7 * x.shape[-1] ** -0.5)
+    return network
 
 
-def test_a_network_in_fp8_is_close_to_full_precision():
-    """4 bits (E4M3) in every product: 10 to 17 % of the logits' norm over seeds, where gate and up
-    exchanged, or forgotten gate values, make 46 % and more."""
-    model = calm().train()
-    tokens = tokens_of(model, 2, 8)
+def losses_and_gradients(network, device="cpu"):
+    x = torch.randint(31, (2, 17), generator=torch.Generator().manual_seed(1)).to(device)
+    losses = network(x[:, :-1], x[:, 1:]).values()
+    named = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(sum(losses), list(named.values()))
+    return torch.stack([*losses]), dict(zip(named, gradients, strict=True))
 
-    def logits_losses_gradients():
-        logits, losses = in_bf16(model, tokens).detach(), in_bf16(model, tokens, tokens).values()
-        return [logits, *losses, *torch.autograd.grad(sum(losses), list(model.parameters()))]
 
-    exact = logits_losses_gradients()
-    fp8.use_fp8(model)
-    results = logits_losses_gradients()
-    logits, *losses = (error(a, b) for a, b in zip(results[:4], exact[:4], strict=True))
-    assert 0.02 < logits < 0.3 and max(losses) < 0.1
-    assert all(x.isfinite().all() and x.norm() > 0 for x in results)
+def test_projections_and_experts_are_switched_and_nothing_else():
+    network = tiny(attention_bias=True)
+    network.gates()[0].own = nn.Linear(32, 8)  # a hacker's
+    keys, linear = list(network.state_dict()), nn.Linear
+    before = {name: type(x) for name, x in network.named_modules()}
+    fp8.use_fp8(network)
+    assert list(network.state_dict()) == keys
+    for name, x in network.named_modules():
+        inside = before[name] is linear and (".self_attn." in name or ".mlp" in name)
+        inside &= ".gate." not in name
+        assert type(x) is (FP8Linear if inside else before[name]), name
+        if isinstance(x, model.Experts):
+            assert x.product is fp8.grouped_fp8
+
+
+class MyExperts(model.Experts):
+    pass
+
+
+class Adapter(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, 4, bias=False)
+        self.up = nn.Linear(4, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def adapt(network, monkeypatch):
+    for block in (*network.layers, network.mtp[0].block):
+        block.self_attn.o_proj = Adapter(block.self_attn.o_proj)
+
+
+def activate(network, monkeypatch):
+    monkeypatch.setattr(model, "swiglu", lambda gate, up: gate.relu().square() * up)
+
+
+def leave_out(network, monkeypatch):
+    forward = model.Gate.forward
+
+    def without_the_first(gate, x):  # a choice of E, which is no expert
+        s, chosen, gain = forward(gate, x)
+        return s, chosen.masked_fill(chosen == 0, 4), gain
+
+    monkeypatch.setattr(model.Gate, "forward", without_the_first)
+
+
+def derive(network, monkeypatch):
+    for module in network.modules():
+        if type(module) is model.Experts:
+            module.__class__ = MyExperts
+
+
+@pytest.mark.parametrize("edit", [None, adapt, activate, leave_out, derive])
+def test_training_is_close_to_full_precision_with_every_edit(edit, monkeypatch):
+    """4 bits (E4M3) in every product change the losses by 0.2 to 0.5 % here, and all gradients
+    together by 14 to 21 % of their length."""
+    network = tiny()
+    if edit:
+        edit(network, monkeypatch)
+    exact, exact_gradients = losses_and_gradients(network)
+    calls, linear = [], fp8._linear
+    monkeypatch.setattr(fp8, "_linear", lambda *x: calls.append(x[1]) or linear(*x))
+    fp8.use_fp8(network)
+    losses, gradients = losses_and_gradients(network)
+    assert error(losses, exact) < 0.02
+    together, together_exact = (
+        torch.cat([x.flatten() for x in each.values()]) for each in (gradients, exact_gradients)
+    )
+    assert 0.01 < error(together, together_exact) < 0.3
+    everything = {id(x) for x in calls}
+    for name, x in network.named_parameters():
+        product = x.ndim > 1 and (".self_attn." in name or ".mlp." in name) and ".gate." not in name
+        assert (id(x) in everything) == product, name

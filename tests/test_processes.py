@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from training import (
     CONSTANT,
     ROOT,
@@ -24,7 +25,7 @@ from training import (
 import huggingface
 import train
 from model import DeepSeekV3
-from support import tokens
+from support import processes, tokens
 from support.checkpoints import load_checkpoint
 from support.settings import Refusal
 
@@ -152,3 +153,18 @@ def test_torchrun_trains_and_is_interrupted_and_resumed(shared):
     assert "stopped at step" in Path("said").read_text(), Path("said").read_text()
     subprocess.run([*argv, "--resume"], check=True)
     assert_same_run(shared("--steps=12"), Path("run"), 1e-9)
+
+
+def test_where_nothing_can_be_compiled_a_line_says_so_and_the_run_goes_on(monkeypatch, capsys):
+    """compile is "auto" and this machine's CPU stands for a GPU without Triton."""
+    monkeypatch.setattr(processes, "can_compile", processes.can_compile.__wrapped__)
+
+    def fail(function):
+        raise RuntimeError("cannot find Triton")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    network, gpu = torch.nn.Linear(2, 2), processes.Machine(torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(torch, "ones", lambda n, device: None)
+    processes.compile_network(network, train.TrainConfig(), gpu)
+    assert capsys.readouterr().err == "nothing is compiled, for cannot find Triton\n"
+    assert not processes.compiles(train.TrainConfig(), torch.device("cpu"))

@@ -27,7 +27,14 @@ from support.settings import Refusal, run_command, sentence_of
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "config" / "tiny.py")
-SHORT = ["--steps=8", "--batch_size=4", "--block_size=16", "--eval_batch=32", "--dtype=float64"]
+SHORT = [
+    "--device=cpu",
+    "--steps=8",
+    "--batch_size=4",
+    "--block_size=16",
+    "--eval_batch=32",
+    "--dtype=float64",
+]
 SHORT += ["--log_every=1", "--eval_every=4", "--save_every=4"]
 # Schedules that do not depend on the length of the run.
 CONSTANT = ("--warmup=0", "--decay_start=1", "--mtp_switch=1", "--gamma_stop=1")

@@ -1,0 +1,137 @@
+"""What only a GPU can show: python -m pytest tests/test_gpu.py. Everything else is tested on a CPU.
+
+GPU_TESTS_ON=cpu lets the bodies run where there is no GPU, to see that they still do.
+"""
+
+import copy
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_fp8 import check_experts, check_products, error, losses_and_gradients, tiny
+from training import assert_same_run, finish, run
+
+import fp8
+import sample
+from support import processes
+from train import TrainConfig
+
+DEVICE = torch.device(os.environ.get("GPU_TESTS_ON", "cuda"))
+ON_GPU, BF16 = DEVICE.type == "cuda", torch.bfloat16
+ready = DEVICE.type == "cpu" or torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(not ready, reason="needs a GPU")
+hopper = pytest.mark.skipif(
+    ON_GPU and ready and torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU (SM90): blockwise FP8 products exist there only",
+)
+HOPPER_SUMS = 1e-3  # it adds 128 products in 14 bits or so before it promotes: 2^-13 at worst
+
+
+def compiled(network, how, **settings):
+    """The network as train.py would run it."""
+    if how == "compiled":
+        machine = processes.Machine(DEVICE, torch.float32)
+        processes.wrap(network, TrainConfig(compile=True, **settings), machine)
+    return network
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("dtype, loss, gradient", [(torch.float32, 1e-5, 1e-4), (BF16, 0.01, 0.05)])
+def test_a_step_is_that_of_float64(dtype, loss, gradient, how):
+    """Losses and all gradients, under autocast in bfloat16. Every token goes to every expert, so
+    that no rounding changes a choice."""
+    network = tiny()
+    exact, exact_gradients = losses_and_gradients(copy.deepcopy(network).double())
+    network = compiled(network.to(DEVICE), how)
+    with torch.autocast(DEVICE.type, BF16, enabled=dtype == BF16):
+        losses, gradients = losses_and_gradients(network, DEVICE)
+    assert error(losses.cpu(), exact) < loss
+    for name, x in gradients.items():
+        assert x.isfinite().all() and x.norm() > 0, name
+    found, wanted = (
+        torch.cat([x.flatten().cpu().double() for x in each.values()])
+        for each in (gradients, exact_gradients)
+    )
+    assert error(found, wanted) < gradient
+
+
+# ---- FP8 ----------------------------------------------------------------------------------------
+
+
+@hopper
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float64])
+@pytest.mark.parametrize("T,K,N", [(130, 7200, 140), (1, 4608, 128), (1193, 640, 576)])
+def test_fp8_products(T, K, N, dtype, autocast):
+    """Also of 1,193 tokens, V3's 576 latents, and 5 scales a row, which is no multiple of 4."""
+    if ON_GPU:
+        assert fp8.has_blockwise_fp8(torch.device("cuda", 0)), "CUDA or torch too old for Hopper"
+    check_products(T, K, N, dtype, autocast, DEVICE, HOPPER_SUMS)
+
+
+@hopper
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("counts", [[0, 5, 130, 1], [0, 0]])
+def test_fp8_experts(counts, dtype):
+    check_experts(counts, dtype, DEVICE, HOPPER_SUMS)
+
+
+@hopper
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_fp8_is_what_a_cpu_emulates(how):
+    network = tiny()
+    fp8.use_fp8(network)
+    emulated, emulated_gradients = losses_and_gradients(copy.deepcopy(network))
+    network = compiled(network.to(DEVICE), how, fp8=True)
+    with fp8.quantized_once(network, how == "compiled" and ON_GPU):
+        losses, gradients = losses_and_gradients(network, DEVICE)
+    # A number on the border of two codes may take the other one.
+    assert error(losses.cpu(), emulated) < 1e-3
+    for name, x in gradients.items():
+        assert error(x.cpu(), emulated_gradients[name]) < 0.1, name
+
+
+# ---- Runs and texts -----------------------------------------------------------------------------
+
+ON_DEVICE = (f"--device={DEVICE.type}", "--dtype=auto", "--warmup=0", "--decay_start=1")
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_resumed_run_is_the_same_bit_for_bit(compile, workplace):
+    options = (*ON_DEVICE, "--deterministic", f"--compile={compile}", "--mtp_switch=1")
+    options += ("--gamma_stop=1",)
+    whole = run(*options, out="whole")
+    run(*options, "--steps=4", out="parts")
+    assert_same_run(whole, run("--resume", *options, "--steps=8", out="parts"), 0.0)
+
+
+def test_evaluations_are_compiled_and_say_so(workplace, capsys):
+    run(*ON_DEVICE, "--compile=True", "--steps=2")
+    told = capsys.readouterr().err
+    assert re.search(r"compiled \d+ graphs; with them this took \d+ s", told)
+    assert len(re.findall("compiled", told)) >= (3 if ON_GPU else 2)  # and evaluations' graphs
+
+
+def test_a_compiled_text_is_the_eager_one():
+    """Greedily and with drafts, whatever CUDA graphs were recorded before."""
+    network = tiny().to(DEVICE).eval().requires_grad_(False)
+    prompt = torch.arange(8, device=DEVICE)[None]
+    for new in (20, 12):
+        options = dict(temperature=0, speculative=1)
+        eager = sample.generate(network, prompt, new, **options)
+        assert torch.equal(sample.generate(network, prompt, new, compile=True, **options), eager)
+
+
+def own_gpu():
+    os.environ["LOCAL_RANK"] = os.environ["RANK"]
+
+
+@pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_equal_one(parallel, workplace, start):
+    options = (f"--device={DEVICE.type}", "--compile=False", "--steps=2")
+    one = run(*options, out="one")
+    finish(start(*options, f"--parallel={parallel}", world=2, out="two", setup=own_gpu))
+    assert_same_run(one, Path("two"), 1e-9)  # in float64
