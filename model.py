@@ -153,9 +153,9 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     """cos and sin of position * theta^(-2i/R), both (T, R/2), times YaRN's amplitude.
 
     YaRN (arXiv 2309.00071; report section 4.3) divides the frequencies of the slow pairs by
-    `factor`, keeps those of the fast ones and blends linearly in between, at every length. Its
-    temperature, sqrt(t) = 0.1 ln(factor) + 1, multiplies queries and keys in the report. In V3 it
-    is in `MLA.scale` instead, as its square, and the amplitude is 1.
+    `factor`, keeps those of the fast ones and blends linearly in between, at every length. It also
+    multiplies queries and keys by 0.1 ln(factor) + 1, the report's sqrt(t), through the amplitude.
+    In V3's code the square is in `MLA.scale` instead, and the amplitude is 1.
     """
     R, theta = config.qk_rope_head_dim, config.rope_theta
     i = torch.arange(R // 2, device=positions.device, dtype=dtype)

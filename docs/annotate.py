@@ -54,8 +54,10 @@ ramp is 1 - ρ.) The report calls these two numbers α = 1 and β = 32.
 
 @ YaRN's temperature
 $ \sqrt{t} = 0.1 \ln s + 1 \text{, where } s > 1
-The report multiplies queries and keys by it. The released code multiplies the scores by its square
-instead (the scale below), so cos and sin have the amplitude 1.
+More keys share the attention of a long text; larger scores make the softmax sharper. YaRN's paper
+multiplies queries and keys by this number, through cos and sin, and calls it √(1/t): its t divides.
+The report only gives the number. The released code multiplies the scores by its square instead (the
+scale below), so cos and sin have the amplitude 1.
 > model.py yarn_mscale
 
 @ RoPE

@@ -5,7 +5,7 @@ b_i += gamma * sign(mean load - load of expert i)          section 2.1.2; arXiv 
 After every step each layer with experts compares how often its experts were chosen. The bias of an
 expert that was busier than the mean falls by gamma, that of an idler one rises by gamma. The gate
 adds it to the score when it chooses (exercise 1). A balance loss would also move the weights, away
-from what predicts the next token. The bias has no gradient, so it disturbs no weight.
+from what predicts the next token. The bias has no gradient, so it adds nothing to that of the text.
 """
 
 import torch

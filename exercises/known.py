@@ -408,7 +408,8 @@ QUESTIONS = {
     ),
     "rope": (
         Question("MATRICES", 4096, "one for each distance between query and key, from 0 on",
-                 {4096**2: "one for each pair: pairs at the same distance share a rotation"}),
+                 {4096**2: "one for each pair: pairs at the same distance share a rotation",
+                  4095: "without distance 0: a token looks at itself, too"}, 1e-5),
         Question("TURNED", H * N + C, "every head's own key of N numbers, and the latent"),
         Question("SEPARATE", C + R, "the latent, and one small key for all heads"),
     ),

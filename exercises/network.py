@@ -128,7 +128,7 @@ def positions(functions) -> Effect:
     turned = [functions.rotate(x, rope, True).double() for x in (q, k)]
     absorbed = torch.einsum("bthn,hnc,bsc->bhts", q, W_UK, latent)  # one matrix for all distances
     distances = (0, 1, 8, 64)
-    lines = [f"{'Absorbed scores are off, at distance':38}" + "".join(f"{d:8}" for d in distances)]
+    lines = [f"{'W^UK alone absorbed, off at distance':38}" + "".join(f"{d:8}" for d in distances)]
     for name, pair in ("left as it is", (q, k)), ("turned, too", turned):
         scores = torch.einsum("bthn,bshn->bhts", *pair)
         off = ((absorbed - scores).diagonal(-d, 2, 3).norm() for d in distances)

@@ -19,6 +19,8 @@ rope | y = (x32 / (mean + eps).sqrt()).to(x.dtype) => return (weight * (x32 * to
 bias | load = gate.load.float() => load = gate.load / gate.load.sum()
 bias | mean = load.mean() => load = load / load.sum(); mean = 1 / len(load)
 bias | gamma * (mean - load).sign() => gamma * (mean - load).sign(); gate.e_score_correction_bias.clamp_(-1, 1) | held between -1 and 1
+bias | load = gate.load.float() => gate.load.zero_(); load = gate.load.float() | before the counts are set to 0
+bias | gate.load.zero_() => gate.load = torch.zeros_like(gate.load) | another tensor may be
 mtp | len(model.mtp) + 1) => min(len(model.mtp), tokens.shape[1] - 1) + 1)
 mtp | F.cross_entropy(logits.flatten(0, 1), due.flatten(), ignore_index=-1) => F.cross_entropy(logits[due >= 0], due[due >= 0])
 mla | p = score.softmax(-1) => p = score.float().softmax(-1).to(v.dtype)
