@@ -457,7 +457,7 @@ def check(directory: Path):
         directory, dtype=torch.float32, experts_implementation="eager"
     )
     model, generator = from_pretrained(directory, torch.float32), torch.Generator().manual_seed(0)
-    length, eos = min(128, model.config.max_position_embeddings), theirs.config.eos_token_id
+    length, eos = min(1024, model.config.max_position_embeddings), theirs.config.eos_token_id
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
     tokens[:, length // 3] = eos[0] if isinstance(eos, list) else eos
     logits, expected = model(tokens), theirs(tokens).logits

@@ -325,7 +325,7 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
     groups, and of tokens that visit some, in all layers."""
     E, G = model.config.n_routed_experts, model.config.n_group
     sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens
-    visits = torch.zeros(model.config.moe_layers, E, dtype=torch.long, device=machine.device)
+    visits = torch.zeros(0, E, dtype=torch.long, device=machine.device)
     groups, routed = torch.zeros(2, dtype=torch.long, device=machine.device)
     for windows in validation_windows(tokens, T, config, machine):
         x, y = to_device(windows, machine.device)
@@ -334,6 +334,8 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
         loss = torch.stack((main, *model.mtp_losses)).cpu()
         n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
         sums += torch.stack((loss * n, n))
+        # A block that an edit runs twice is two layers here.
+        visits = nn.functional.pad(visits, (0, 0, 0, len(model.routing) - len(visits)))
         for layer, chosen in enumerate(model.routing):
             # MTP module k (from 1) has T - k rows, for the last T - k targets. -1 marks padding.
             used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)

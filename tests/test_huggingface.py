@@ -502,7 +502,7 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
     "change",
     [
         lambda tokens, eot: (tokens == eot).cumsum(-1)[..., None] > 0,  # as a mask of documents
-        lambda tokens, eot: torch.arange(tokens.shape[1])[:, None] > 99,  # as a window of attention
+        lambda tokens, eot: torch.arange(tokens.shape[1])[:, None] > 499,  # as a window
         lambda tokens, eot: 0.02,
         lambda tokens, eot: torch.nan,
     ],

@@ -394,6 +394,15 @@ def test_groups_are_counted_where_a_token_has_fewer_experts(none, trained, monke
     assert result["experts_per_node"] == pytest.approx(visits / sum(map(len, real)))
 
 
+def test_a_block_that_runs_twice_is_evaluated(trained):
+    model, dataset, config = trained
+    model = copy.deepcopy(model)
+    model.layers.append(model.layers[-1])
+    result = train.evaluate(model, dataset, config, MACHINE)
+    assert len(result["expert_load"]) == len(model.routing) == model.config.moe_layers + 1
+    assert all(sum(row) == pytest.approx(1, abs=1e-3) for row in result["expert_load"])
+
+
 def test_an_evaluation_may_read_the_start_of_the_text_alone(shared, data, capsys):
     whole, part = shared("--steps=1"), run("--steps=1", "--eval_tokens=1000")
     assert_same(load(whole)["model"], load(part)["model"])
