@@ -35,10 +35,11 @@ def methods(*parts: nn.Module | type) -> frozenset:
 
 
 @functools.cache
-def compiled(function: Callable, on_cpu: bool, key: frozenset) -> Callable:
-    """The function, which torch compiles for each kind of arguments. key: what `methods` says."""
+def compiled(function: Callable, on_cpu: bool, key: tuple) -> Callable:
+    """The function, which torch compiles for each kind of round. key: what `methods` says, and the
+    kind of text. (All kinds of text in one function would soon reach the limit of its graphs.)"""
     torch._dynamo.config.skip_nnmodule_hook_guards = False  # a hook may come later
-    torch._dynamo.config.recompile_limit = 64  # a graph for each kind of round and size of text
+    torch._dynamo.config.recompile_limit = 64  # a graph for each kind of round, and after edits
     # torch.compile keeps graphs with a function's code object: each key has a copy of that.
     copy = types.FunctionType(function.__code__.replace(), function.__globals__)
     how = {"backend": as_sums} if on_cpu else {"options": {"triton.cudagraphs": True}}
