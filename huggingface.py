@@ -403,7 +403,7 @@ def load_model(
         config, weights = ModelConfig(**saved["model_config"]), saved["model"]
     except (TypeError, KeyError, ValueError) as error:
         raise Refusal(f"{told}: {short(error)}") from None
-    tell_if_edited(checkpoint_file(path), ModelConfig)
+    tell_if_edited(saved, checkpoint_file(path), ModelConfig)
     compare(weights, outline(config).state_dict(), path, told, extend)
     dtype = dtype or weights["embed_tokens.weight"].dtype
     model = filled(config, weights, device, dtype)

@@ -215,9 +215,9 @@ class Text:
             for k in range(self.depth):
                 hidden = self.read_mtp(k, hidden, 0)
         if compiled:
-            self.kind = drawn, *filters[1:], B, size, G, like.dtype, like.device
-            on_cpu = tokens.device.type == "cpu"
-            self.graph = graphs.compiled(Text.round, on_cpu, graphs.methods(model, Text, Cache))
+            kind = drawn, *filters[1:], B, size, G, like.dtype, like.device
+            code, on_cpu = graphs.methods(model, Text, Cache), tokens.device.type == "cpu"
+            self.graph = graphs.compiled(Text.round, on_cpu, (code, kind))
             self.played = set()  # the kinds of rounds: how many drafts, and whether copied
             if buffers is not None:
                 graphs.move((self, self.cache, self.mtp_cache), buffers)
@@ -318,7 +318,7 @@ class Text:
                 self.played.add(kind)
                 args, on_cpu = (self, position, copies, u), self.tokens.device.type == "cpu"
                 parts = self.model, *map(vars, (self, self.cache, self.mtp_cache))
-                graphs.first_round(run, args, self.kind + kind, parts, on_cpu)
+                graphs.first_round(run, args, kind, parts, on_cpu)
             # Within a text nothing changes that a graph depends on.
             stance = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
         with stance:

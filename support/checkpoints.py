@@ -68,11 +68,13 @@ def code_of(config_class: type) -> bytes:
     return Path(file).read_bytes() if file else b""
 
 
-def tell_if_edited(checkpoint: Path, config_class: type) -> None:
-    """Says so where model.py is another now than its copy beside the checkpoint."""
-    copy, code = checkpoint.with_name("model.py"), code_of(config_class)
-    if code and copy.exists() and copy.read_bytes() != code:
-        told = f"model.py has changed since {checkpoint} was saved (diff {copy} model.py)"
+def tell_if_edited(saved: dict[str, Any], checkpoint: Path, config_class: type) -> None:
+    """Says so where model.py is another now than when the checkpoint was saved."""
+    code, before = code_of(config_class), saved.get("code")
+    if code and before and before != code.decode():
+        copy = checkpoint.with_name("model.py")
+        older = f"it was {copy}, or an older copy there"
+        told = f"model.py has changed since {checkpoint} was saved ({older})"
         info(f"{told}: where a formula is another, the weights mean something else")
 
 

@@ -35,10 +35,11 @@ def methods(*parts: nn.Module | type) -> frozenset:
 
 
 @functools.cache
-def compiled(function: Callable, on_cpu: bool, key: frozenset) -> Callable:
-    """The function, which torch compiles for each kind of arguments. key: what `methods` says."""
+def compiled(function: Callable, on_cpu: bool, key: tuple) -> Callable:
+    """The function, which torch compiles for each kind of round. key: what `methods` says, and the
+    kind of text. (All kinds of text in one function would soon reach the limit of its graphs.)"""
     torch._dynamo.config.skip_nnmodule_hook_guards = False  # a hook may come later
-    torch._dynamo.config.recompile_limit = 64  # a graph for each kind of round and size of text
+    torch._dynamo.config.recompile_limit = 64  # a graph for each kind of round, and after edits
     # torch.compile keeps graphs with a function's code object: each key has a copy of that.
     copy = types.FunctionType(function.__code__.replace(), function.__globals__)
     how = {"backend": as_sums} if on_cpu else {"options": {"triton.cudagraphs": True}}
@@ -94,6 +95,11 @@ def move(objects: tuple, buffers: dict):
 # ---- Products of few rows, on a CPU --------------------------------------------------------------
 
 
+def upcast(x: Tensor) -> Tensor:
+    """What sums are in: float32, of float64 float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def mm(x: Tensor, w: Tensor) -> Tensor:
     """x (M, K), w (K, N): the weight is read once for all rows."""
     if len(x) > ROWS or x.device.type != "cpu":
@@ -101,7 +107,7 @@ def mm(x: Tensor, w: Tensor) -> Tensor:
     from torch._inductor.inductor_prims import force_stride_order
 
     # x is written to memory first, else it would be computed anew for every column of w.
-    x = x.float()
+    x = upcast(x)
     x = force_stride_order(x, x.stride())
     return torch.cat([(w.mT * row).sum(-1)[None] for row in x.split(1)]).to(w.dtype)
 
@@ -115,7 +121,7 @@ def bmm(x: Tensor, w: Tensor) -> Tensor:
     """x (n, M, K), w (n, K, N)."""
     if min(x.shape[1], w.shape[2]) > ROWS or x.device.type != "cpu":
         return NotImplemented
-    return (x.float()[:, :, None] * w.mT[:, None]).sum(-1).to(w.dtype)
+    return (upcast(x)[:, :, None] * w.mT[:, None]).sum(-1).to(w.dtype)
 
 
 def baddbmm(b: Tensor, x: Tensor, w: Tensor, *, beta=1, alpha=1) -> Tensor:

@@ -282,6 +282,8 @@ class Run:
         about = {
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
+            # best.pt may be older than the copy of model.py in the folder, and mean another.
+            "code": self.code.decode(),
             "trained_length": self.model.trained_length,
             "step": self.progress.step,
             "tokens": self.progress.tokens,

@@ -42,6 +42,7 @@ import sample
 from bench import check_cache
 from model import MOST_NEW, Cache, DeepSeekV3, ModelConfig
 from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
+from support import graphs
 from support.settings import Refusal
 
 LIMIT = 48  # max_position_embeddings
@@ -592,6 +593,12 @@ from test_network import SAMPLED, texts
 torch.set_num_threads(1)
 assert sum(texts(student(1, vocab_size=5), **SAMPLED, lookup=False).accepted) > 5
 """
+
+
+def test_products_of_few_rows_as_sums_keep_float64():
+    x, w = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 50), (2, 50, 20)))
+    assert (graphs.bmm(x, w) - x @ w).abs().max() < 1e-13
+    assert (graphs.mm(x[0], w[0]) - x[0] @ w[0]).abs().max() < 1e-13
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")

@@ -94,18 +94,24 @@ def test_a_checkpoint_comes_before_every_evaluation_which_a_resumed_run_makes_up
 
 
 def test_a_run_has_a_copy_of_the_code_that_its_weights_mean(capsys):
-    """Another model.py is told by whoever opens the run; one that goes on puts its copy aside."""
-    run("--steps=1")
+    """Another model.py is told by whoever opens the run; one that goes on puts its copy aside. Of
+    best.pt, too, which may be older than the copy that is there then."""
     copy, code = Path("run/model.py"), Path(model.__file__).read_bytes()
-    assert copy.read_bytes() == code and "model.py has changed" not in capsys.readouterr().err
-    copy.write_bytes(b"# before\n" + code)
+    with mock.patch.object(runs, "code_of", return_value=b"# before\n" + code):
+        run("--steps=1")
+    shutil.copy("run/best.pt", "best.pt")
+    told = "model.py has changed since run/ckpt.pt was saved (it was run/model.py"
     load_model("run")
-    told = "model.py has changed since run/ckpt.pt was saved (diff run/model.py model.py)"
-    assert told in capsys.readouterr().err.replace("best.pt", "ckpt.pt")
+    assert told.replace("ckpt.pt", "best.pt") in capsys.readouterr().err
     run("--resume", "--steps=2")
     said = capsys.readouterr().err
     assert told in said and "run/model.py, which was there, is now run/model.py.old-1" in said
     assert copy.read_bytes() == code and b"# before" in Path("run/model.py.old-1").read_bytes()
+    load_model("run/ckpt.pt")
+    assert "model.py has changed" not in capsys.readouterr().err
+    shutil.copy("best.pt", "run")  # as if it were the best still
+    load_model("run")
+    assert told.replace("ckpt.pt", "best.pt") in capsys.readouterr().err
 
 
 def test_a_log_is_cut_to_the_step_that_a_run_goes_on_from():
