@@ -22,14 +22,14 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def signals():
-    """As in a program that was started at a terminal: a shell lets those in the background of a
-    script ignore some signals."""
+    """As in a program that was started at a terminal (a shell lets those in the background of a
+    script ignore some signals). What a test installs is undone by whatever it runs."""
     usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL}
     usual |= {"SIGHUP": signal.SIG_DFL}
     before = {x: signal.signal(getattr(signal, x), usual[x]) for x in usual if hasattr(signal, x)}
     yield
-    for name, handler in before.items():
-        signal.signal(getattr(signal, name), handler)
+    after = {x: signal.signal(getattr(signal, x), handler) for x, handler in before.items()}
+    assert after == {x: usual[x] for x in before}
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +67,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workplace(data, tmp_path, monkeypatch):
-    """A folder with data alone, no sample after a run, and afterwards the old signal handlers."""
+    """A folder with data alone, and no sample after a run."""
     import training
 
     monkeypatch.chdir(tmp_path)
@@ -77,10 +77,6 @@ def workplace(data, tmp_path, monkeypatch):
         "PYTHONPATH", f"{training.ROOT}{os.pathsep}{training.ROOT / 'tests'}", prepend=os.pathsep
     )
     monkeypatch.setattr(training.train, "show_result", lambda *arguments: None)
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    assert {number: signal.getsignal(number) for number in before} == before
 
 
 @pytest.fixture

@@ -32,16 +32,13 @@ from networks import (
     close,
     departure,
     in_bf16,
-    in_pieces,
     referenced,
     tiny,
 )
 from torch import nn
 
 import bench
-from exercises import network
 from model import Cache, DeepSeekV3, Gate, ModelConfig, RMSNorm
-from support.checkpoints import load_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -70,15 +67,6 @@ def test_logits_and_mtp_logits_equal_the_reference(variant):
         close(ours, logits[:, :n])
         close(ours_mtp, [x[:, : n - k] for k, x in enumerate(mtp, 1) if n > k])
     close(model(tokens).detach(), logits)  # with gradients
-
-
-@pytest.mark.parametrize("as_tensor", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_tokens_in_chunks_through_caches_equal_the_reference(variant, as_tensor):
-    """Absorbed attention after the first token, in the main model and in the MTP modules."""
-    model, tokens, logits, mtp = referenced(variant)
-    ours = in_pieces(model, tokens, (1, 3, 1, 2), as_tensor)
-    close(ours, [x[:, :7] for x in (logits, *mtp)])
 
 
 # ---- Positions and cache -------------------------------------------------------------------------
@@ -265,16 +253,6 @@ def test_the_tour_prints_what_it_shows(at_root):
         for a, b in zip(number.findall(told), number.findall(printed), strict=True):
             digit = 10.0 ** Decimal(a).as_tuple().exponent  # what the last digit shown counts
             assert abs(float(a) - float(b)) < 1.1 * digit, printed
-
-
-def test_the_stored_network_opens():
-    """Its loss: compare_with_v3."""
-    model, _, _ = network.trained()
-    saved = load_checkpoint(ROOT / "weights/small")
-    assert (ROOT / "weights/small/best.pt").stat().st_size < 10.1e6
-    assert saved["model"]["norm.weight"].dtype == torch.bfloat16
-    assert saved["model"]["layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
-    assert model.trained_length == 1024 and model.config.rope_scaling["factor"] == 4
 
 
 def test_sampling_from_the_stored_network():

@@ -328,6 +328,7 @@ def losses_and_gradients(network, device="cpu"):
 def test_projections_and_experts_are_switched_and_nothing_else():
     network = tiny(attention_bias=True)
     network.gates()[0].own = nn.Linear(32, 8)  # a hacker's
+    network.mtp[0].block.mlp.experts.__class__ = type("OwnExperts", (model.Experts,), {})
     keys, linear = list(network.state_dict()), nn.Linear
     before = {name: type(x) for name, x in network.named_modules()}
     fp8.use_fp8(network)
@@ -340,10 +341,6 @@ def test_projections_and_experts_are_switched_and_nothing_else():
             assert x.product is fp8.grouped_fp8
 
 
-class MyExperts(model.Experts):
-    pass
-
-
 class Adapter(nn.Module):
     def __init__(self, base):
         super().__init__()
@@ -354,38 +351,18 @@ class Adapter(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-def adapt(network, monkeypatch):
+def adapt(network):
     for block in (*network.layers, network.mtp[0].block):
         block.self_attn.o_proj = Adapter(block.self_attn.o_proj)
 
 
-def activate(network, monkeypatch):
-    monkeypatch.setattr(model, "swiglu", lambda gate, up: gate.relu().square() * up)
-
-
-def leave_out(network, monkeypatch):
-    forward = model.Gate.forward
-
-    def without_the_first(gate, x):  # a choice of E, which is no expert
-        s, chosen, gain = forward(gate, x)
-        return s, chosen.masked_fill(chosen == 0, 4), gain
-
-    monkeypatch.setattr(model.Gate, "forward", without_the_first)
-
-
-def derive(network, monkeypatch):
-    for module in network.modules():
-        if type(module) is model.Experts:
-            module.__class__ = MyExperts
-
-
-@pytest.mark.parametrize("edit", [None, adapt, activate, leave_out, derive])
-def test_training_is_close_to_full_precision_with_every_edit(edit, monkeypatch):
+@pytest.mark.parametrize("edit", [None, adapt])
+def test_training_is_close_to_full_precision_with_adapters_too(edit, monkeypatch):
     """4 bits (E4M3) in every product change the losses by 0.2 to 0.5 % here, and all gradients
     together by 14 to 21 % of their length."""
     network = tiny()
     if edit:
-        edit(network, monkeypatch)
+        edit(network)
     exact, exact_gradients = losses_and_gradients(network)
     calls, linear = [], fp8._linear
     monkeypatch.setattr(fp8, "_linear", lambda *x: calls.append(x[1]) or linear(*x))

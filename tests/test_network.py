@@ -98,20 +98,6 @@ def test_a_loss_in_pieces_has_the_value_and_gradient_of_the_whole(targets, monke
         close(torch.autograd.grad(loss, logits)[0], slope)
 
 
-def test_recomputing_activations_changes_neither_gradients_nor_counts():
-    tokens, results, calls = tokens_of(tiny(), 2, 8), [], []
-    for recompute in (False, True):
-        model = tiny(num_nextn_predict_layers=2).train()
-        model.recompute = recompute
-        model.gates()[0].register_forward_hook(lambda *_: calls.append(recompute))  # noqa: B023
-        losses = [*model(tokens, tokens).values()]
-        gradients = torch.autograd.grad(sum(losses), list(model.parameters()))
-        model.update_bias(0.125)
-        results.append([*(x.detach() for x in losses), *gradients, biases(model)])
-    assert calls == [False, True, True]  # it did recompute: the gate ran again in backward
-    close(*results)
-
-
 def test_model_under_bf16_autocast_is_close_and_its_results_are_float32():
     """8 bits through 4 layers: 1 to 2 % whatever the seed. Caches in float32 and in bf16."""
     model = calm().train()
@@ -128,26 +114,6 @@ def test_model_under_bf16_autocast_is_close_and_its_results_are_float32():
     assert {p.grad.dtype for p in model.parameters()} == {losses.dtype} == {torch.float32}
     logits, mtp = model.bfloat16()(tokens, return_mtp=True)
     assert {x.dtype for x in (logits, *mtp, *model(tokens, tokens).values())} == {torch.float32}
-
-
-@pytest.mark.parametrize("tokens, favour", [(130, 0), (70, 9), (1, 0)])
-def test_experts_under_bf16_autocast_are_close_and_drop_no_token(tokens, favour):
-    """Also with all tokens on the first three experts, and one token. Three bf16 roundings in a row
-    make about 1 % of the norm; a row gone astray would be 100 %."""
-    moe, x = tiny(torch.float32).layers[1].mlp, torch.randn(1, tokens, 16, requires_grad=True)
-    moe.gate.config = ModelConfig(**(TINY | dict(n_group=1, topk_group=1)))
-    moe.gate.e_score_correction_bias[:3] += favour
-
-    def value_and_gradients():
-        y, _ = moe(x)
-        weights = torch.linspace(-1, 2, y.numel()).view_as(y)
-        return y.detach()[0], *torch.autograd.grad((y * weights).sum(), [x, *moe.parameters()])
-
-    low, exact = in_bf16(value_and_gradients), value_and_gradients()
-    for a, b in zip(low[1:], exact[1:], strict=True):
-        assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
-    deviation = (low[0] - exact[0]).norm(dim=-1)
-    assert deviation.max() < 0.03 * exact[0].norm(dim=-1).max()
 
 
 # ---- Counts, biases, configurations --------------------------------------------------------------
@@ -249,19 +215,6 @@ def test_tokens_behind_a_cache_equal_whole_forwards(name, as_tensor, B, dtype, t
         assert (y - expected[:, :13]).norm() < tolerance * expected.norm()
 
 
-@torch.no_grad()
-def test_a_cache_may_forget_its_newest_tokens_and_refuses_too_many():
-    model = tiny()
-    tokens, other = tokens_of(model, 2, 9), tokens_of(model, 2, 9, seed=2)
-    cache = Cache(model.config, model.layers, 2, 9, like=model.norm.weight)
-    model.trunk(tokens, cache)
-    cache.length = 5
-    with pytest.raises(ValueError, match=r"^5 \+ 6 tokens exceed the cache of 9\.$"):
-        model.trunk(other[:, :6], cache)
-    mixed = torch.cat((tokens[:, :5], other[:, 5:]), 1)
-    close(cached_logits(model, mixed[:, 5:], [2, 2], cache), model(mixed)[:, 5:])
-
-
 ONE, SEVERAL, REJECTED = "one token at a time", "several tokens at a time", "drafts rejected"
 
 
@@ -341,17 +294,6 @@ def test_a_state_that_cannot_go_back_is_found_in_the_model_or_in_a_module():
     assert "from position 0 on" in wrong[0] and "prompt of 20: wrong from position 20" in wrong[2]
     wrong = ways_found(mixed(Summed(), "mtp.1.block.self_attn", num_nextn_predict_layers=2))
     assert len(wrong) == 4 and all(x.startswith(f"MTP module 2, {REJECTED}") for x in wrong)
-
-
-def test_a_token_shift_is_found():
-    """It looks at a token outside of the piece."""
-    model = tiny()
-    model.layers[2].self_attn.register_forward_pre_hook(
-        lambda module, args: (args[0] + F.pad(args[0], (0, 0, 1, -1)), *args[1:])
-    )
-    wrong = ways_found(model)
-    assert len(wrong) == 12 and f"{ONE}: wrong from position 1 on" in wrong[0]
-    assert f"{ONE} behind a prompt of 20: wrong from position 20 on" in wrong[2]
 
 
 # ---- Greedy texts and drafts ---------------------------------------------------------------------
@@ -474,17 +416,6 @@ class Halved(plain.RMSNorm):
         return super().forward(x) / 2
 
 
-class Convolved(nn.Module):
-    """A module that nobody foresaw: a weight of three dimensions, and a bias."""
-
-    def __init__(self, mlp):
-        super().__init__()
-        self.mlp, self.mix = mlp, nn.Conv1d(16, 16, 1).double()
-
-    def forward(self, x):
-        return self.mlp(self.mix(x.mT).mT)
-
-
 def doubled(forward):
     def double(self, x):
         y = forward(self, x)
@@ -505,14 +436,11 @@ PATCHES = {  # as one types them at a prompt; patch is monkeypatch.setattr
     "another class": "norm.__class__ = Halved",
     "a class's method": "patch(plain.MoE, 'forward', doubled(plain.MoE.forward))",
     "a module's method": "mlp.forward = doubled(plain.MLP.forward).__get__(mlp)",
-    "a projection's method": "o_proj.forward = lambda x: 2 * x @ o_proj.weight.T",
     "the model's method": "model.trunk = lambda *args, _f=model.trunk: _f(*args).flip(-1)",
     "a hook": "mlp.register_forward_hook(lambda module, args, out: 2 * out)",
     "a bias": "o_proj.bias = nn.Parameter(torch.linspace(-3, 3, 16).double())",
     "a wrapped function": "patch(plain, 'rotate', half_turned(plain.rotate))",
-    "an attribute": "norm.eps = 0.3",
-    "a setting": "attention.config = ModelConfig(**TINY, rope_interleave=False)",
-    "a module": "model.layers[0].mlp = Convolved(mlp)",
+    "an attribute": "norm.eps = 30",  # so much that the text is another one
     "a layer": "model.layers.append(model.layers[2])",
     "weights, unseen by torch": "model.lm_head.weight.data.neg_()",
 }
@@ -521,10 +449,9 @@ PATCHES = {  # as one types them at a prompt; patch is monkeypatch.setattr
 @pytest.fixture
 def apply(monkeypatch):
     def apply(patch: str, model: nn.Module):
-        attention, norm = model.layers[1].self_attn, model.layers[1].input_layernorm
+        o_proj, norm = model.layers[1].self_attn.o_proj, model.layers[1].input_layernorm
         names = dict(model=model, norm=norm, mlp=model.layers[0].mlp, patch=monkeypatch.setattr)
-        names |= dict(attention=attention, o_proj=attention.o_proj)
-        exec(PATCHES[patch], globals() | names)
+        exec(PATCHES[patch], globals() | names | dict(o_proj=o_proj))
 
     return apply
 

@@ -68,9 +68,6 @@ def text_of(folder: Path, split: str) -> str:
     return tk.load_tokenizer(folder).decode(ids_of(folder, split))
 
 
-# ---- What a tokenizer is trained on ------------------------------------------------------------
-
-
 # ---- The default corpus and the split ----------------------------------------------------------
 
 
@@ -283,9 +280,6 @@ def test_shards(hub, tmp_path, source):
     with pytest.raises(Refusal, match="holds ids beyond gpt2's 50257 tokens"):
         make(tmp_path, source, name="", shards=2, overwrite=True)
     assert len(tf.load_dataset(folder).val) == 21  # the folder made before is kept
-
-
-# ---- Nothing half-made, nothing lost: see also test_files.py -------------------------------------
 
 
 # ---- The command -------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ REFUSALS = [
     (f"{NEW} --grad_accum=3", 1, "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
     (f"{NEW} --block_size=257", 1, "windows of 257 tokens exceed max_position_embeddings, 256"),
     (f"{NEW} --num_nextn_predict_layers=16", 1, "block_size is 16, but must be at least 17"),
+    (f"{NEW} --mtp_weight_late=[0.1,0.2]", 1, "is [0.1, 0.2], but there are 1 MTP modules: one e"),
     # Data.
     (
         f"{NEW} --data=nowhere --out=new/a/b",
@@ -89,16 +90,12 @@ REFUSALS = [
 
 
 FILES = {
-    "file": b"",
     "photos/me.png": b"",
-    "sizes.py": b"hidden_size = 64\n",
     "a.txt": b"some lines\n" * 50,
-    "latin.txt": "Müller ".encode("latin-1") * 50,
     "best/best.pt": b"x",
     "both/ckpt.pt": b"x",
     "both/val.bin": b"x",
     "alone/log.jsonl": b"",  # a run that has not written a line has a .lock beside it
-    "begun/log.jsonl": b'{"step"',
     "release/config.json": b"{}",
     "release/model.safetensors": b"",
 }

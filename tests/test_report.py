@@ -22,24 +22,6 @@ def test_intervals_and_p_values_are_those_of_the_textbooks():
     assert corrected == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5})
 
 
-def test_residuals_of_arms_and_seeds():
-    """Two arms and two seeds: each residual is a quarter of what the differences differ by."""
-    assert report.residual_deviation({}) == (0.0, 0)
-    four = {("a", 0): 1.0, ("a", 1): 2.0, ("b", 0): 4.0, ("b", 1): 4.0}
-    assert report.residual_deviation(four) == (pytest.approx(0.5), 1)
-    exact = {(arm, seed): 3.0 * i + seed for i, arm in enumerate("abc") for seed in range(3)}
-    exact.pop(("b", 1))
-    assert report.residual_deviation(exact) == (pytest.approx(0, abs=1e-9), 8 - 3 - 3 + 1)
-
-
-def test_errors_of_two_classes():
-    """Welch's error of the mean of 8 pairs, and the degrees of freedom of Satterthwaite."""
-    assert report.standard_error((2.0, 10), (2.0, 10), 8) == (pytest.approx(1.0), 10)
-    error, freedom = report.standard_error((3.0, 20), (4.0, 10), 25)
-    assert error == pytest.approx(1.0) and freedom == 21  # 25^2 / (81 / 20 + 256 / 10) = 21.08
-    assert report.standard_error((3.0, 20), (0.0, 0), 8) == (0.0, 0)
-
-
 def fresh(file: str, arm: str) -> list[float]:
     """Bits per byte of the test text, of seeds 8 to 15."""
     text = (ROOT / f"experiments/results/confirmation/{file}.json").read_text(encoding="utf-8")

@@ -39,7 +39,6 @@ SHORT += ["--log_every=1", "--eval_every=4", "--save_every=4"]
 # Schedules that do not depend on the length of the run.
 CONSTANT = ("--warmup=0", "--decay_start=1", "--mtp_switch=1", "--gamma_stop=1")
 CLIP = torch.nn.utils.clip_grad_norm_
-SHOW_RESULT = train.show_result  # a run shows no sample in these tests
 MACHINE = processes.Machine(torch.device("cpu"), torch.float64)
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["training"])  # so that no process needs time for its imports
@@ -132,19 +131,6 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 0.0):
         assert_same(x, y, tolerance)
 
 
-def spoil_gradients(*steps: int):
-    """From now on the gradients of these steps, counted from 1, are not finite."""
-    clip, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
-
-    def spoiling(parameters, *rest):
-        parameters = list(parameters)
-        if next(calls) in steps:
-            parameters[0].grad.fill_(math.inf)
-        return clip(parameters, *rest)
-
-    torch.nn.utils.clip_grad_norm_ = spoiling
-
-
 class Faults:
     """What goes wrong while a run is trained in this process. conftest.py undoes it."""
 
@@ -167,8 +153,16 @@ class Faults:
         self.at_step(step, lambda: signal.raise_signal(number))
 
     def bad_gradients(self, *steps: int):
-        self.monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", CLIP)
-        spoil_gradients(*steps)
+        """The gradients of these steps, counted from 1, are not finite."""
+        calls = itertools.count(1)
+
+        def spoiling(parameters, *rest):
+            parameters = list(parameters)
+            if next(calls) in steps:
+                parameters[0].grad.fill_(math.inf)
+            return CLIP(parameters, *rest)
+
+        self.monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoiling)
 
     def full_disk(self, size: int = 0):
         """From now on no file grows beyond so many bytes."""
