@@ -32,7 +32,7 @@ from training import (
 
 import train
 from huggingface import load_model
-from model import DeepSeekV3, ModelConfig
+from model import DeepSeekV3, Gate, ModelConfig
 from support import processes, tokens
 from support.settings import read_config_file
 from support.tokenizer import END_OF_TEXT, load_tokenizer
