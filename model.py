@@ -474,6 +474,12 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([x_e @ W.T for x_e, W in zip(x.split(counts.tolist()), weight, strict=True)])
 
 
+def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+    """Each row of x (rows, in) times its expert's weight, of (E, out, in): (rows, out). expert (rows,).
+    For decoding: few rows, and no size that depends on the choice of experts."""
+    return (weight[expert] * x[:, None]).sum(-1)
+
+
 class Experts(nn.Module):
     """The routed experts' FFNs, stacked in one parameter per projection.
 
@@ -498,14 +504,16 @@ class Experts(nn.Module):
         x = x.to(compute_dtype(x))
         known = chosen.clamp(0, E - 1)
         chosen, gain = known, gain.to(x.dtype).masked_fill(known != chosen, 0)
-        few = tokens * K <= 2 * E or (torch.compiler.is_compiling() and tokens <= 512)
-        if few and not torch.is_grad_enabled():  # each token reads the weights of its experts
-            gate, up = (self.gate_up_proj[chosen] @ x[:, None, :, None]).chunk(2, -2)
-            h = swiglu(gate, up) * gain[..., None, None]  # (tokens, K, F, 1)
-            return (self.down_proj[chosen] @ h).sum(1).squeeze(-1)  # (tokens, D)
+        graph, few = torch.compiler.is_compiling(), x.device.type == "cpu" and tokens * K <= 2 * E
+        if not torch.is_grad_enabled() and (tokens <= 512 if graph else few):
+            expert = chosen.flatten()  # (tokens * K,)
+            x = x.repeat_interleave(K, 0)  # (tokens * K, D)
+            gate, up = linear_by_row(x, self.gate_up_proj, expert).chunk(2, -1)
+            y = linear_by_row(swiglu(gate, up) * gain.flatten()[:, None], self.down_proj, expert)
+            return y.view(tokens, K, -1).sum(1)
         # Sorted by expert, so that the tokens of an expert are rows side by side.
         expert, gain, counts = chosen.flatten(), gain.flatten(), count_chosen(chosen, E)
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and tokens > MOST_NEW:
             # oneDNN compiles a kernel for every new number of rows. So each expert gets a few rows
             # more, of gate value 0, up to a multiple of 64.
             extra = -counts % 64
