@@ -475,8 +475,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
-    """Each row of x (rows, in) times its expert's weight, of (E, out, in): (rows, out). expert (rows,).
-    For decoding: few rows, and no size that depends on the choice of experts."""
+    """Each row of x (rows, in) times the weight of its expert (rows,), of weights (E, out, in):
+    (rows, out). For decoding: few rows, and no size that depends on the choice of experts."""
     return (weight[expert] * x[:, None]).sum(-1)
 
 
