@@ -496,23 +496,29 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D).normal_(std=std))
         self.down_proj = nn.Parameter(torch.empty(E, D, width).normal_(std=std))
 
-    product = staticmethod(grouped_linear)  # of all experts at once; fp8.py has another
+    # Of all experts at once; fp8.py has another. The few tokens of decoding do not call it: whoever
+    # edits it edits linear_by_row, too (`bench.py cache` tells if one of them is forgotten).
+    product = staticmethod(grouped_linear)
 
     def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
         """x (tokens, D), chosen experts, their gate values (tokens, K) -> (tokens, D)."""
         (tokens, K), E = chosen.shape, len(self.down_proj)
         x = x.to(compute_dtype(x))
-        known = chosen.clamp(0, E - 1)
-        chosen, gain = known, gain.to(x.dtype).masked_fill(known != chosen, 0)
-        graph, few = torch.compiler.is_compiling(), x.device.type == "cpu" and tokens * K <= 2 * E
-        if not torch.is_grad_enabled() and (tokens <= 512 if graph else few):
-            expert = chosen.flatten()  # (tokens * K,)
+        expert = chosen.clamp(0, E - 1)
+        gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)  # none of the E counts nothing
+        expert, gain = expert.flatten(), gain.flatten()  # (tokens * K,)
+        # Decoding, where tokens are few: each reads the weights of its experts. In a graph no size
+        # may depend on the choice, so there it is so for more tokens, too.
+        few = x.device.type == "cpu" and tokens * K <= 2 * E
+        if torch.compiler.is_compiling():
+            few = tokens <= 512
+        if few and not torch.is_grad_enabled():
             x = x.repeat_interleave(K, 0)  # (tokens * K, D)
             gate, up = linear_by_row(x, self.gate_up_proj, expert).chunk(2, -1)
-            y = linear_by_row(swiglu(gate, up) * gain.flatten()[:, None], self.down_proj, expert)
+            y = linear_by_row(swiglu(gate, up) * gain[:, None], self.down_proj, expert)
             return y.view(tokens, K, -1).sum(1)
         # Sorted by expert, so that the tokens of an expert are rows side by side.
-        expert, gain, counts = chosen.flatten(), gain.flatten(), count_chosen(chosen, E)
+        counts = count_chosen(expert, E)  # (E,)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and tokens > MOST_NEW:
             # oneDNN compiles a kernel for every new number of rows. So each expert gets a few rows
             # more, of gate value 0, up to a multiple of 64.
