@@ -73,8 +73,8 @@ def tell_if_edited(saved: dict[str, Any], checkpoint: Path, config_class: type) 
     code, before = code_of(config_class), saved.get("code")
     if code and before and before != code.decode():
         copy = checkpoint.with_name("model.py")
-        older = f"it was {copy}, or an older copy there"
-        told = f"model.py has changed since {checkpoint} was saved ({older})"
+        shown = f"diff {copy} model.py shows how, or an older copy there"
+        told = f"model.py has changed since {checkpoint} was saved ({shown})"
         info(f"{told}: where a formula is another, the weights mean something else")
 
 

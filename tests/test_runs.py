@@ -91,7 +91,7 @@ def test_a_run_has_a_copy_of_the_code_that_its_weights_mean(capsys):
     with mock.patch.object(runs, "code_of", return_value=b"# before\n" + code):
         run("--steps=1")
     shutil.copy("run/best.pt", "best.pt")
-    told = "model.py has changed since run/ckpt.pt was saved (it was run/model.py"
+    told = "model.py has changed since run/ckpt.pt was saved (diff run/model.py model.py shows how"
     load_model("run")
     assert told.replace("ckpt.pt", "best.pt") in capsys.readouterr().err
     run("--resume", "--steps=2")
