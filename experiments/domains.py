@@ -21,9 +21,14 @@ from support.settings import Refusal, info, parse_args, run_command
 from support.tokenizer import train_tokenizer, write_tokenizer
 from support.tokens import UINT16, encode_all, header
 
-CORPORA = ("code", "apart", "mixed")
+CORPORA = {  # and the ways in which experts are balanced on each
+    "code": ("bias", "sequence"),
+    "apart": ("bias", "sequence", "batch"),
+    "mixed": ("bias", "sequence"),
+}
 DATA, RESULTS = Path("data/domains"), "experiments/results/domains"
-T, WINDOWS = 256, 4800  # tokens of a window, windows of a training text: 600 steps of 8
+T, STEPS = 256, 450  # tokens of a window, steps of 8 windows
+WINDOWS = 8 * STEPS  # of a training text
 SEEDS, CHOOSING = range(24, 40), 100
 WEIGHTS = {"sequence": (0.005, 0.01, 0.02), "batch": (0.01, 0.02, 0.04)}
 MARGIN = 0.0026  # bits per byte
@@ -44,8 +49,8 @@ def arranged(corpus: str, code: np.ndarray, prose: np.ndarray, most: int) -> np.
 
 
 def make_corpora(texts: str):
-    code = split_documents(read_stdlib(), 0.05, 0.05)
-    prose = split_documents(read_paths(texts, "text"), 0.025, 0.025)
+    code = split_documents(read_stdlib(), 0.025, 0.025)
+    prose = split_documents(read_paths(texts, "text"), 0.0125, 0.0125)
     size, alike = sum(map(len, code[0])), []
     for text in prose[0]:
         alike += [text] if sum(map(len, alike)) < size else []
@@ -67,22 +72,23 @@ def make_corpora(texts: str):
 
 
 def arms(base: dict) -> dict[str, run.Arm]:
-    rate, no_bias = {"lr": 0.67 * base["lr"]}, {"gamma": 0.0}
-    found = {"bias": run.Arm(rate | {"alpha": 0.0})}
+    network = {"num_nextn_predict_layers": 0, "lr": 0.67 * base["lr"]}
+    found = {"bias": run.Arm(network | {"alpha": 0.0})}
     for kind, weights in WEIGHTS.items():
         stand_in = {"model.balance_loss": balance.batch_wise} if kind == "batch" else {}
-        found |= {f"{kind} {x}": run.Arm(rate | no_bias | {"alpha": x}, stand_in) for x in weights}
+        found |= {f"{kind} {x}": run.Arm(network | {"gamma": 0.0, "alpha": x}, stand_in)
+                  for x in weights}  # fmt: skip
     return found
 
 
 def options_of(corpus: str, quick: bool) -> run.Options:
-    small = {"steps": 6, "quick": True} if quick else {}
+    length = {"steps": 6, "quick": True} if quick else {"steps": STEPS}
     home = "out/quick/domains" if quick else RESULTS
-    return run.Options(data=str(DATA / corpus), results=home, **small)
+    return run.Options(data=str(DATA / corpus), results=home, **length)
 
 
 def results_of(corpus: str, quick: bool) -> dict[tuple[str, int], dict]:
-    lines = report.usual(report.read_results(options_of(corpus, quick).results, corpus))
+    lines = report.read_results(options_of(corpus, quick).results, corpus)
     return {(x["arm"], x["seed"]): x for x in lines}
 
 
@@ -98,12 +104,13 @@ def chosen(corpus: str, kind: str, quick: bool) -> str | None:
 
 def planned(quick: bool) -> list[tuple[str, str, int]]:
     """Corpus, arm and seed of every run, in order; the arms of later ones follow from earlier."""
-    first = [(corpus, arm, CHOOSING) for corpus in CORPORA for arm in arms(run.Options().base())]
-    kinds = [(corpus, chosen(corpus, kind, quick)) for corpus in CORPORA
-             for kind in ("bias", *WEIGHTS)]  # fmt: skip
+    first = [(corpus, arm, CHOOSING) for corpus, kinds in CORPORA.items()
+             for arm in arms(run.Options().base()) if arm.split()[0] in kinds]  # fmt: skip
+    later = [(corpus, chosen(corpus, kind, quick)) for corpus, kinds in CORPORA.items()
+             for kind in kinds]  # fmt: skip
     seeds = SEEDS[:2] if quick else SEEDS
-    later = [(corpus, arm, seed) for seed in seeds for corpus, arm in kinds]
-    return first + (later if all(arm for _, arm in kinds) else [])
+    known = all(arm for _, arm in later)
+    return first + [(*x, seed) for seed in seeds for x in later if known]
 
 
 def missing(quick: bool) -> list[tuple[str, str, int]]:
@@ -117,22 +124,22 @@ def missing(quick: bool) -> list[tuple[str, str, int]]:
 def differences(key: str, quick: bool) -> dict[tuple[str, str], list[float]]:
     """By corpus and kind of loss: its loss less that of the bias, of every seed."""
     found = {}
-    for corpus in CORPORA:
+    for corpus, kinds in CORPORA.items():
         runs, seeds = results_of(corpus, quick), SEEDS[:2] if quick else SEEDS
-        for kind in WEIGHTS:
+        for kind in kinds[1:]:
             arm = chosen(corpus, kind, quick)
             found[corpus, kind] = [runs[arm, s][key] - runs["bias", s][key] for s in seeds]
     return found
 
 
 def tell(quick: bool):
-    """The plan's five tests on the test text, and the same figures on the validation text."""
+    """The plan's three tests on the test text, and the same figures on the validation text."""
     for key in report.TEXTS:
         d, p, rows = differences(key, quick), {}, {}
         for one, other in ("apart", "code"), ("mixed", "apart"):
             pairs = zip(d[one, "sequence"], d[other, "sequence"], strict=True)
             rows[f"the gap on {one} less that on {other}"] = [a - b for a, b in pairs]
-        rows |= {f"batch less bias on {corpus}": d[corpus, "batch"] for corpus in CORPORA}
+        rows["batch less bias on apart"] = d["apart", "batch"]
         for name, values in rows.items():
             mean, half = report.own_interval(values)
             n = len(values) - 1
@@ -143,9 +150,9 @@ def tell(quick: bool):
             mean, half = report.own_interval(values)
             tests = f", p {p[name]:.4f}, Holm {corrected[name]:.4f}" if key == "test_bpb" else ""
             print(f"{key}: {name}: {mean:+.4f} ± {half:.4f}{tests}")
-    for corpus in CORPORA:
+    for corpus, kinds in CORPORA.items():
         runs = results_of(corpus, quick)
-        for arm in (chosen(corpus, kind, quick) for kind in ("bias", *WEIGHTS)):
+        for arm in (chosen(corpus, kind, quick) for kind in kinds):
             even = [x["max_vio_batch"] for (name, seed), x in runs.items()
                     if name == arm and seed != CHOOSING]  # fmt: skip
             print(f"{corpus}: {arm}: MaxVio of a batch {np.mean(even):.3f}")
@@ -154,14 +161,17 @@ def tell(quick: bool):
 
 
 def draw(figure, quick: bool):
-    for ax, kind in zip(figure.subplots(1, 2, sharey=True), WEIGHTS, strict=True):
-        for key, fill, shift in zip(report.TEXTS, ("full", "none"), (0.1, -0.1), strict=True):
-            for y, corpus in enumerate(reversed(CORPORA)):
-                mean, half = report.own_interval(differences(key, quick)[corpus, kind])
-                ax.errorbar(mean, y + shift, xerr=half, fmt="o", fillstyle=fill, color="#2f81f7")
-        ax.axvline(0, color=report.INK, linewidth=0.8)
-        ax.locator_params(axis="x", nbins=4)
-        ax.set(xlabel=f"{kind} less bias, bits/byte", yticks=range(3), yticklabels=CORPORA[::-1])
+    ax = figure.subplots()
+    for key, fill, shift in zip(report.TEXTS, ("full", "none"), (0.1, -0.1), strict=True):
+        rows = differences(key, quick)
+        for y, values in enumerate(rows.values()):
+            mean, half = report.own_interval(values)
+            ax.errorbar(mean, y + shift, xerr=half, fmt="o", fillstyle=fill, color="#2f81f7")
+    ax.axvline(0, color=report.INK, linewidth=0.8)
+    names = [f"{kind}, {corpus}" for corpus, kind in rows]
+    ax.set(xlabel="loss less that of the bias, bits/byte", yticks=range(len(rows)))
+    ax.set(yticklabels=names)
+    ax.invert_yaxis()
 
 
 @dataclass
@@ -169,7 +179,7 @@ class DomainsOptions:
     runs: int = 0  # train so many of those that are missing (0: all)
     part: int = 0  # of two cores one trains --of=2 --part=0, the other --of=2 --part=1
     of: int = 1
-    quick: bool = False  # a few steps in place of 600, two seeds, into out/quick: does all work?
+    quick: bool = False  # a few steps, two seeds, into out/quick: does all work?
 
 
 def main(argv: list[str]):
