@@ -236,7 +236,7 @@ def span(start: Position, length: int) -> slice | Tensor:
 
 
 def remember(past: Past, new: Tensor) -> Tensor:
-    """Writes new (B, T, C+R) behind the tokens that a layer has kept, and returns all (B, S, C+R).
+    """Writes new (B, T, C+R) after the tokens that a layer has kept, and returns all (B, S, C+R).
     In a graph, whose shapes are fixed, S is the cache's size: the empty rest is there, too."""
     (kept, start), T = past, new.shape[1]
     kept[:, span(start, T)] = new

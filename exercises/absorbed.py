@@ -1,11 +1,11 @@
-"""Exercise 5. Attention on the cached latents: why the cache can be so small.
+"""Exercise 2. Attention on the cached latents: why the cache can be so small.
 
 q . (W^UK c) = (W^UK^T q) . c                 sum_j p_j (W^UV c_j) = W^UV (sum_j p_j c_j)
 
 In decoding, keys and values of all old tokens would have to be made anew for every token. Instead
 W^UK goes over to the query and W^UV to the output. Then attention needs only what the cache holds:
 for every token the C numbers of its latent and the R numbers of its turned key. The result is that
-of exercise 4. Keys and values of the old tokens are never made: multiplications are counted.
+of exercise `mla`. Keys and values of the old tokens are never made: multiplications are counted.
 
 The last T of the S cached tokens are those of the queries: query i is token S - T + i.
 """

@@ -1,4 +1,4 @@
-"""Exercise 8. Speculative sampling: cheap drafts, and a text with the model's own distribution.
+"""Exercise 9. Speculative sampling: cheap drafts, and a text with the model's own distribution.
 
 draft x, drawn from q, stays if u < min(1, p(x) / q(x))           arXiv 2211.17192, Algorithm 1
 the first that does not stay is replaced by a draw from norm(max(0, p - q))

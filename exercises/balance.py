@@ -1,4 +1,4 @@
-"""Exercise 9. The balance loss, for each sequence by itself.
+"""Exercise 7. The balance loss, for each sequence by itself.
 
 f_i = E / (K T) * (how many of the T tokens have expert i among the K largest s)    Eq. 18
 P_i = mean over the T tokens of s_i / (sum over all experts of s_j)                 Eq. 19, 20

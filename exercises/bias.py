@@ -1,11 +1,13 @@
-"""Exercise 2. The update of the bias: balance without a loss.
+"""Exercise 8. The update of the bias: balance without a loss.
 
-b_i += gamma * sign(mean load - load of expert i)          section 2.1.2; arXiv 2408.15664
+After every step each layer with experts compares how often its experts were chosen, their loads.
+An expert with more than the layer's mean must become a little less likely, one with less a little
+more likely. The gate adds the bias to the score when it chooses (exercise `gate`). A step of a bias
+has the size gamma, however far the load is off. Write this as one formula for b_i. (Section 2.1.2;
+arXiv 2408.15664.) What happens to an expert whose load is exactly the mean?
 
-After every step each layer with experts compares how often its experts were chosen. The bias of an
-expert that was busier than the mean falls by gamma, that of an idler one rises by gamma. The gate
-adds it to the score when it chooses (exercise 1). A balance loss would also move the weights, away
-from what predicts the next token. The bias has no gradient, so it adds nothing to that of the text.
+A balance loss would also move the weights, away from what predicts the next token. The bias has no
+gradient, so it adds nothing to that of the text.
 """
 
 import torch
@@ -13,7 +15,11 @@ import torch
 # First predict. In a layer one expert is always busier than the mean, another always idler, and
 # gamma is 0.001. After how many steps is the idle one's bias 0.05 above the busy one's?
 STEPS = None
-# In the trained network all biases (about 0.1 to 0.2) are set to 0, and nothing else changes. What
+# Four experts have the loads 12, 2, 1 and 1. By how much does the mean of their biases move?
+DRIFT = None
+# 0.2 is added to all biases of a layer. How many tokens get other experts?
+CHANGED = None
+# In the trained network all biases (0.10 to 0.26) are set to 0, and nothing else changes. What
 # happens to the loss of a text: "rises", "stays" (within 1%) or "falls"?
 LOSS_WITHOUT_BIAS = None
 

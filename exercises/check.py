@@ -1,13 +1,14 @@
 """Exercises that check themselves: write a function of the network, and see what it does in it.
 
     python exercises/check.py                   the exercises, and which of them are done
-    python exercises/check.py gate              checks exercises/gate.py
-    python exercises/check.py gate --hint       an idea; --hint=2: the shapes; --hint=3: nearly all
-    python exercises/check.py gate --solution   the lines of the network that answer
+    python exercises/check.py mla               checks exercises/mla.py
+    python exercises/check.py mla --hint        an idea; --hint=2: the shapes; --hint=3: nearly all
+    python exercises/check.py mla --solution    the lines of the network that answer
 
 An exercise begins with questions: predict or count, before you write. Then a function is compared
 with a plain one on made-up inputs. Where it gives what a known mistake gives, the mistake is named.
-Then it takes its place in the trained network, which has to write with it what it writes without.
+Then it takes its place in the trained network, and the numbers that come out must be the network's
+own. (In `training` a small network is trained.)
 In a notebook: from exercises.check import check; check("gate", gate=my_function, GATE_VALUE=0.5)
 """
 
@@ -356,7 +357,7 @@ def main(argv: list[str]) -> bool:
     parser.add_argument("--solution", action="store_true")
     asked = parser.parse_args(argv)
     if (asked.hint or asked.solution) and not asked.name:
-        parser.error("name an exercise, as in: python exercises/check.py gate --hint")
+        parser.error("name an exercise, as in: python exercises/check.py mla --hint")
     torch.set_num_threads(1)  # is as fast for so little, and waits for no other program
     if not asked.name:
         overview()

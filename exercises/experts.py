@@ -1,4 +1,4 @@
-"""Exercise 3. Tokens to experts and back.
+"""Exercise 5. Tokens to experts and back.
 
 y = sum over the K chosen experts i of g_i FFN_i(x)                                  Eq. 12
 FFN_i(x) = W_down,i (silu(W_gate,i x) * W_up,i x)

@@ -1,4 +1,4 @@
-"""Exercise 1. The gate: which experts a token visits, and how much each of them counts.
+"""Exercise 4. The gate: which experts a token visits, and how much each of them counts.
 
 s_i = sigmoid(u . e_i)                                                               Eq. 15
 chosen: the K experts with the largest s_i + b_i, in at most `topk_group` groups     Eq. 16

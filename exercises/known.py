@@ -371,7 +371,6 @@ def training_cases() -> Iterator[Case]:
 # ---- Questions -----------------------------------------------------------------------------------
 
 D, F, L, H, C, N, R, V = 7168, 2048, 61, 128, 512, 128, 64, 128  # V3's sizes, as in the exercises
-TURNS = 4096 / (2 * math.pi * 10_000 ** (62 / 64))
 
 QUESTIONS = {
     "gate": (
@@ -383,8 +382,12 @@ QUESTIONS = {
     "bias": (
         Question("STEPS", 25, "in a step each of the two moves by gamma, towards the other",
                  {50: "as if only one of them moved"}),
-        Question("LOSS_WITHOUT_BIAS", "stays", "the bias never moved to lower a loss: it evens out "
-                 "the work, and the next expert in rank is nearly as good"),
+        Question("DRIFT", 0.0005, "one falls by gamma and three rise: by 2/4 gamma",
+                 {0: "as if as many rose as fell", 0.002: "the sum of the biases"}),
+        Question("CHANGED", 0, "the order of all s + b is as before, and so is that of the groups"),
+        Question("LOSS_WITHOUT_BIAS", "stays", "most of a bias is the same for all experts of a "
+                 "layer, which chooses nothing. Without the rest, the next expert in rank is as "
+                 "good, nearly"),
     ),
     "experts": (
         Question("FLOPS", 2 * 3 * D * F * 9, "three matrices of D x F numbers for each expert",
@@ -434,9 +437,12 @@ QUESTIONS = {
         Question("BYTES_BLOCK", 1 + 4 / 128**2, "a byte, and 4 for every 128 x 128", {}, 1e-4),
     ),
     "yarn": (
-        Question("FASTEST", 4096 / (2 * math.pi), "its frequency is 1: a turn takes 2 pi tokens"),
-        Question("SLOWEST", TURNS, "the angle after L tokens, L theta^(-62/64), over 2 pi"),
-        Question("SLOWEST_LONG", TURNS, "40 times the tokens, at a 40th part of the frequency"),
+        Question("KEPT", 11, "pair i makes L theta^(-2i/R) / (2 pi) turns in L tokens, which is 32 "
+                 "at i = 10.47; so low is 10", {10: "pair 0 is one of them"}),
+        Question("DIVIDED", 9, "it makes one turn at i = 22.51, so high is 23, and the last is 31",
+                 {8: "pair 23 is one of them"}),
+        Question("SLOWEST_LONG", 4096 / (2 * math.pi * 10_000 ** (62 / 64)),
+                 "40 times the tokens, at a 40th part of the frequency: as often as before in L"),
     ),
     "training": (
         Question("FIRST_LOSS", math.log(512), "-ln of the probability 1 / 512", {9: "in bits"}),
@@ -468,23 +474,23 @@ def with_texts(exercises: dict[str, Exercise]) -> dict[str, Exercise]:
 
 
 EXERCISES = with_texts({
-    "gate": Exercise("The gate: bias, groups, gate values", v3, {"gate": "Gate.forward"},
-                     gate_cases),
-    "bias": Exercise("The update of the bias", v3, {"update_bias": "DeepSeekV3.update_bias"},
-                     bias_cases),
-    "experts": Exercise("Tokens to experts and back", v3, {"experts": "Experts.forward"},
-                        expert_cases),
     "mla": Exercise("Attention with keys and values from latents", v3,
                     {"attend_expanded": "MLA.attend_expanded"}, mla_cases),
     "absorbed": Exercise("Attention on the cached latents", v3,
                          {"attend_absorbed": "MLA.attend_absorbed"}, absorbed_cases),
     "rope": Exercise("RMSNorm, RoPE and the key of its own", v3,
                      {"rms_norm": "RMSNorm.forward", "rotate": "rotate"}, rope_cases),
+    "gate": Exercise("The gate: bias, groups, gate values", v3, {"gate": "Gate.forward"},
+                     gate_cases),
+    "experts": Exercise("Tokens to experts and back", v3, {"experts": "Experts.forward"},
+                        expert_cases),
     "mtp": Exercise("MTP: shift and loss", v3, {"mtp_loss": "DeepSeekV3.forward"}, mtp_cases,
                     installs=False),
-    "accept": Exercise("Speculative sampling", sample, {"accept": "accept"}, accept_cases),
     "balance": Exercise("The balance loss of a sequence", v3, {"balance_loss": "balance_loss"},
                         balance_cases),
+    "bias": Exercise("The update of the bias", v3, {"update_bias": "DeepSeekV3.update_bias"},
+                     bias_cases),
+    "accept": Exercise("Speculative sampling", sample, {"accept": "accept"}, accept_cases),
     "tiles": Exercise("FP8 with a scale for every tile", fp8, {"quantize": "quantize"}, tile_cases),
     "yarn": Exercise("The rotary table, with YaRN", v3, {"rope_table": "rope_table"}, yarn_cases),
     "training": Exercise("All together: a training step, a curve", train, {"train_step": "train"},

@@ -1,4 +1,4 @@
-"""Exercise 7. Multi-Token Prediction: what each depth sees, and what it has to predict.
+"""Exercise 6. Multi-Token Prediction: what each depth sees, and what it has to predict.
 
 h^k = module k of (h^{k-1}, embeddings of the tokens k later),  h^0 from the model   Eq. 21, 22
 p^k = softmax(W_head h^k)  predicts the token k + 1 later                            Eq. 23

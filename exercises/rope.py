@@ -1,4 +1,4 @@
-"""Exercise 6. RMSNorm and RoPE, and why position has a small key of its own.
+"""Exercise 3. RMSNorm and RoPE, and why position has a small key of its own.
 
 RMSNorm       y = weight * x / sqrt(mean(x^2) + eps)     the mean is over the last dimension
 RoPE          pair number i of the token at position t is turned by the angle t theta^(-2i/R):
@@ -7,9 +7,9 @@ RoPE          pair number i of the token at position t is turned by the angle t 
 RoPE turns queries and keys, so that their product depends on the distance of the two tokens, not on
 where they stand: (R_t q) . (R_j k) = q . (R_{j-t} k). Were the key from the latent turned, k = W^UK
 c, this would be q . (R_{j-t} W^UK c). A rotation stands between q and W^UK, another one for every
-distance, so no single matrix can go over to the query (exercise 5). So V3 leaves that key as it is,
-and R more numbers, one small key for all heads, carry the position. check.py shows what happens
-otherwise.
+distance, so no single matrix can go over to the query (exercise `absorbed`). So V3 leaves that key
+as it is, and R more numbers, one small key for all heads, carry the position. check.py shows what
+happens otherwise.
 """
 
 import torch

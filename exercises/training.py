@@ -3,9 +3,10 @@
 L = L_main + lambda L_MTP + alpha (sum over the layers of L_Bal)                Eq. 17, 24-25
 gradients of L, scaled down to a norm of 1 at most; a step of the optimiser; the bias's update
 
-check.py builds the network of config/tiny.py, puts in your functions of exercises 1, 3 and 4, and
-trains it for 30 steps with your step, on the bytes of a text. Then it does the same with the
-network as it is, from the same random numbers. The two curves must lie on each other.
+check.py builds the network of config/tiny.py, puts in your functions of the exercises `gate`,
+`experts` and `mla`, and trains it for 30 steps with your step, on the bytes of a text. Then it does
+the same with the network as it is, from the same random numbers. The two curves must lie on each
+other.
 """
 
 import torch
