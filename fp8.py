@@ -209,7 +209,8 @@ BY_TILE, BY_BLOCK = 4, 5  # cuBLAS's numbers for a scale per 1x128 numbers, and 
 def _hopper_product(a: Quantized, b: Quantized, block: tuple[int, int], dtype) -> Tensor:
     """A B^T by cuBLAS: A (M, K) in tiles, B (N, K) in tiles or blocks -> (M, N).
 
-    All sizes have to be multiples of 128. The scales, L = K/128 for a row, lie in memory like this:
+    cuBLAS wants sizes that are multiples of 128: codes are padded with zeros, and the result is cut
+    to (M, N). The scales, L = K/128 for a row, have to lie in memory like this:
 
         tiles    s[0,0] s[1,0] s[2,0] ... s[M-1,0]   s[0,1] s[1,1] ...      column by column
         blocks   s[0,0] s[0,1] ... s[0,L-1] 1 1 1   s[1,0] s[1,1] ...       row by row, of 4, 8, ...

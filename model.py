@@ -106,7 +106,7 @@ class ModelConfig:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in the precision of gate, norms, softmax and loss: float64 stays, all else is float32."""
+    """x in the precision of gate, norms, rotation and loss: float64 stays, all else is float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -248,7 +248,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Posit
 
     The T queries q (B, H, T, W) are those of the tokens start .. start + T - 1. They look at the S
     keys k (B, h, S, W) and values v (B, h, S, V) of the tokens 0 .. S - 1; query i at those up to
-    start + i. h is H, or less where several heads look at the same keys. Sums are in float32.
+    start + i. h is H, or less where several heads look at the same keys. Sums are in float32. What
+    is written out below rounds scores and probabilities to q's dtype, as V3's own code does.
     """
     (B, H, T, W), (h, S), V = q.shape, k.shape[1:3], v.shape[-1]
     prompt = isinstance(start, int) and start == 0 and T > 1
@@ -467,9 +468,9 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     PyTorch has one."""
     weight = weight.to(x.dtype)
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    known = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and eager_cpu)
-    if aligned and known:
+    # PyTorch has it in bfloat16; in float32 on a CPU alone, and not in a graph.
+    in_float32 = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if aligned and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and in_float32)):
         return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
     return torch.cat([x_e @ W.T for x_e, W in zip(x.split(counts.tolist()), weight, strict=True)])
 

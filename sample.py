@@ -536,7 +536,8 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
     mha = model.config.cache_numbers()[1] * like.element_size()
     fixed = held - most * (more - held)  # what does not grow, such as a recurrent state
     also = f" and {fixed:,} per text" if fixed else ""
-    info(f"cache: {more - held:,} bytes per token{also}; multi-head attention would hold {mha:,}")
+    ours = f"{more - held:,} bytes per token{also}"
+    info(f"the model's cache: {ours}; multi-head attention would hold {mha:,}")
     if stats.note:
         info(f"note: {stats.note}")
 

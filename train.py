@@ -265,11 +265,11 @@ def train_windows(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
     """The step's windows (B, T + 1). They depend on seed and step alone.
 
     An epoch is a shuffled list of windows that lie side by side. Windows are numbered through all
-    epochs, and a step takes the next numbers. So every token comes once per epoch while batch and
-    window keep their size. Short and long windows are two lists, cut from the same text. Where they
-    take turns, a list goes on in every step, so what it would have had in the other's steps is not
-    read in that epoch. While the batch grows, a step leaves out the numbers that a full batch would
-    have taken.
+    epochs, and a step takes the next numbers. So every token comes once per epoch, but for less
+    than a window at the text's ends, while batch and window keep their size. Short and long windows
+    are two lists, cut from the same text. Where they take turns, a list goes on in every step, so
+    what it would have had in the other's steps is not read in that epoch. While the batch grows, a
+    step leaves out the numbers that a full batch would have taken.
     """
     T, length = block_at(config, step), len(data.train)
     first = step * config.batch_size * config.block_size // T  # windows before this step
@@ -291,7 +291,8 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor
     x, cuda = torch.from_numpy(windows), device.type == "cuda"
     if cuda:  # pinned, or the copy would wait for all work before it
         x = x.pin_memory()
-    x = x.to(device, non_blocking=cuda)  # on Apple's GPUs it may read what is freed by then
+    # Not on Apple's GPUs, where such a copy may read memory that is freed by then.
+    x = x.to(device, non_blocking=cuda)
     return x[:, :-1], x[:, 1:]
 
 
@@ -321,8 +322,8 @@ def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) ->
 
 def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Machine) -> dict:
     """Over all windows of these tokens, and over all processes: the losses in nats per token, by
-    depth (0: the main model, k: MTP module k), and the sums of visits to every expert, of visits to
-    groups, and of tokens that visit some, in all layers."""
+    depth (0: the main model, k: MTP module k); the visits to every expert, a row for each layer;
+    and, over all layers together, the visits to groups and the tokens that were routed."""
     E, G = model.config.n_routed_experts, model.config.n_group
     sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens
     visits = torch.zeros(0, E, dtype=torch.long, device=machine.device)
@@ -486,7 +487,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
         while not run.stopped:
             if progress.owes_evaluation:
                 run.log_evaluation(evaluate(model, data, config, machine))
-            if run.finished:
+            if run.finished or run.stopped:
                 break
 
             step = progress.step
@@ -622,6 +623,8 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
         given, modules = getattr(config, name), len(model.mtp)
         if isinstance(given, list) and len(given) != modules:
             raise Refusal(f"{name} is {given}, but there are {modules} MTP modules: one each.")
+        if isinstance(given, list) and not all(type(x) in (int, float) and x >= 0 for x in given):
+            raise Refusal(f"{name} is {given}, expected numbers that are at least 0.")
     compiles_on_cpu = config.compile is True and machine.device.type == "cpu"
     if compiles_on_cpu and config.fp8:
         info("--compile compiles nothing here: with --fp8 a CPU's compiler rounds wrongly")

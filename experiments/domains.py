@@ -132,32 +132,61 @@ def differences(key: str, quick: bool) -> dict[tuple[str, str], list[float]]:
     return found
 
 
-def tell(quick: bool):
-    """The plan's three tests on the test text, and the same figures on the validation text."""
-    for key in report.TEXTS:
-        d, p, rows = differences(key, quick), {}, {}
-        for one, other in ("apart", "code"), ("mixed", "apart"):
-            pairs = zip(d[one, "sequence"], d[other, "sequence"], strict=True)
-            rows[f"the gap on {one} less that on {other}"] = [a - b for a, b in pairs]
-        rows["batch less bias on apart"] = d["apart", "batch"]
-        for name, values in rows.items():
-            mean, half = report.own_interval(values)
-            n = len(values) - 1
-            x = report.Difference(mean, half, half, n + 1, (half / report.quantile(n), n))
-            p[name] = x.p_equal(MARGIN) if name.startswith("batch") else x.p
-        corrected = report.holm(p)
-        for name, values in rows.items():
-            mean, half = report.own_interval(values)
-            tests = f", p {p[name]:.4f}, Holm {corrected[name]:.4f}" if key == "test_bpb" else ""
-            print(f"{key}: {name}: {mean:+.4f} ± {half:.4f}{tests}")
+def asked(key: str, quick: bool) -> dict[str, list[float]]:
+    """The plan's three questions, with a difference for every seed."""
+    d, found = differences(key, quick), {}
+    for one, other in ("apart", "code"), ("mixed", "apart"):
+        pairs = zip(d[one, "sequence"], d[other, "sequence"], strict=True)
+        found[f"the gap on *{one}* less that on *{other}*"] = [a - b for a, b in pairs]
+    return found | {"*batch* less *bias* on *apart*": d["apart", "batch"]}
+
+
+def p_value(name: str, values: list[float]) -> float:
+    """Of a difference, or of an equality within the margin."""
+    (mean, half), n = report.own_interval(values), len(values)
+    error = half / report.quantile(n - 1), n - 1
+    x = report.Difference(mean, half, half, n, error)
+    return x.p_equal(MARGIN) if "batch" in name else x.p
+
+
+def tables(quick: bool) -> str:
+    """Markdown: every arm, the gaps, and the tests; bits per byte, test text before validation."""
+
+    def told(values: list[float]) -> str:
+        return "{:+.4f} ± {:.4f}".format(*report.own_interval(values))
+
+    questions = [asked(key, quick) for key in report.TEXTS]
+    p = {name: p_value(name, values) for name, values in questions[0].items()}
+    words, corrected = report.p_in_words, report.holm(p)
+    tests = [[name, told(values), words(p[name]), words(corrected[name]), told(questions[1][name])]
+             for name, values in questions[0].items()]  # fmt: skip
+    gaps, arms_of = [differences(key, quick) for key in report.TEXTS], []
     for corpus, kinds in CORPORA.items():
-        runs = results_of(corpus, quick)
-        for arm in (chosen(corpus, kind, quick) for kind in kinds):
-            even = [x["max_vio_batch"] for (name, seed), x in runs.items()
+        for kind in kinds:
+            arm = chosen(corpus, kind, quick)
+            runs = [x for (name, seed), x in results_of(corpus, quick).items()
                     if name == arm and seed != CHOOSING]  # fmt: skip
-            print(f"{corpus}: {arm}: MaxVio of a batch {np.mean(even):.3f}")
-    path = Path("out/quick" if quick else "docs/figures", "domains.svg")
-    report.save_figure(path, (6, 2.5), lambda figure: draw(figure, quick))
+            test, even = (np.mean([x[key] for x in runs]) for key in ("test_bpb", "max_vio_batch"))
+            less = [told(gap[corpus, kind]) if kind != "bias" else "" for gap in gaps]
+            arms_of.append([corpus, arm, str(len(runs)), f"{even:.3f}", f"{test:.4f}", *less])
+    heads = ["corpus", "arm", "seeds", "MaxVio, batch", "bits/byte", "less that of the bias"]
+    return "\n\n".join(
+        (
+            report.markdown([*heads, "the same, validation text"], arms_of),
+            report.markdown(
+                ["asked", "test text", "p", "of three tests (Holm)", "validation text"], tests
+            ),
+        )
+    )
+
+
+def tell(quick: bool):
+    docs = Path("out/quick" if quick else "docs")
+    text = tables(quick)
+    print(text)
+    report.write_part(docs / "RESULTS.md", "domains", f"{text}\n\n![domains](figures/domains.svg)")
+    path = docs / "figures/domains.svg"
+    report.save_figure(path, (6, 2.2), lambda figure: draw(figure, quick))
 
 
 def draw(figure, quick: bool):
@@ -187,9 +216,9 @@ def main(argv: list[str]):
     options = DomainsOptions(**values)
     if texts:
         return make_corpora(texts)
-    if not DATA.exists():
-        raise Refusal(f"there is no {DATA}: make it with python experiments/domains.py TEXTS.")
     done, quick = 0, options.quick
+    if missing(quick) and not DATA.exists():
+        raise Refusal(f"there is no {DATA}: make it with python experiments/domains.py TEXTS.")
     while mine := {*planned(quick)[options.part :: options.of]} & {*missing(quick)}:
         if options.runs and done == options.runs:
             break

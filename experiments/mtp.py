@@ -18,7 +18,7 @@ import torch
 from speculation import repeats, unseen_prompts
 
 import sample
-from support.tokenizer import load_tokenizer
+from support.tokenizer import stored_tokenizer
 
 ARMS = {
     "off": run.Arm({"num_nextn_predict_layers": 0}),
@@ -69,7 +69,7 @@ def acceptance(trained: run.Trained) -> dict:
     windows = torch.from_numpy(ids[: len(ids) // T * T]).view(-1, T).to(trained.machine.device)
     given = [on_given_text(net, x) for x in windows.split(4)]
     values = {k: torch.cat([x[k] for x in given]).float().mean().item() for k in given[0]}
-    encode = load_tokenizer(Path(trained.config.out)).encode_ordinary
+    encode = stored_tokenizer(Path(trained.config.out)).encoding.encode_ordinary
     prompts = unseen_prompts(encode, PROMPTS, min(100, T))
     return values | on_own_text(net, prompts, 0.0) | on_own_text(net, prompts, 0.8)
 

@@ -11,7 +11,7 @@ import numpy as np
 import run
 import torch
 
-from support.tokenizer import load_tokenizer
+from support.tokenizer import stored_tokenizer
 
 CLASSES = ["keyword", "name", "number", "string", "comment", "docstring", "operator", "space"]
 KINDS = {tokenize.NUMBER: "number", tokenize.STRING: "string", tokenize.COMMENT: "comment"}
@@ -41,7 +41,7 @@ def classes_of_text(text: str) -> list[int]:
 def classes_of(ids: np.ndarray, folder: Path) -> np.ndarray:
     """The class of every token, that of its first character that is no space; -1 in documents that
     are no Python, and for <|endoftext|>."""
-    encoding = load_tokenizer(folder)
+    encoding = stored_tokenizer(folder).encoding
     classes, ends = np.full(len(ids), -1), np.flatnonzero(ids == encoding.eot_token)
     for begin, end in zip([0, *(ends + 1)], [*ends, len(ids)], strict=True):
         pieces = encoding.decode_tokens_bytes(ids[begin:end].tolist())
@@ -92,7 +92,7 @@ def domain_texts(trained: run.Trained, tokens: int) -> list[np.ndarray]:
     """As many ids of each domain, none of which was trained on: source (the validation text),
     English (Python's reference documentation), tables (its 8-bit character sets, a row for every
     character; a few lines of code stand before each)."""
-    encode = load_tokenizer(trained.folder).encode_ordinary
+    encode = stored_tokenizer(trained.folder).encoding.encode_ordinary
     english = importlib.import_module("pydoc_data.topics").topics
     encodings = sorted(Path(sysconfig.get_path("stdlib"), "encodings").glob("cp*.py"))
     sets = [path.read_text(encoding="utf-8").partition("decoding_table")[2] for path in encodings]

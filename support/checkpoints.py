@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from support.processes import Machine, of_all
-from support.settings import Refusal, info, short
+from support.settings import Refusal, info, sentence_of, short
 
 # ---- The file ------------------------------------------------------------------------------------
 
@@ -51,6 +51,8 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
         saved = torch.load(file, "cpu", weights_only=True, mmap=True)
         dict(saved["model_config"])  # raises where another program has saved it
     except Exception as error:  # a damaged file may lead to any
+        if sentence_of(error):  # it may not be read, say: that is no damage
+            raise
         told, why = f"{file} is damaged, or no checkpoint of train.py", short(error, 100)
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):  # weights_only does not open it
             why = f"it holds {short(foreign[1], 80)!r}; only tensors, numbers and text are opened"

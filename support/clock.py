@@ -25,8 +25,9 @@ class Clock:
         return speed
 
     def time_left(self, tokens: int, evaluations: int) -> str:
-        """For so many tokens, at the smoothed speed, and evaluations. These are only counted until
-        one has been timed. Nothing in the first ten steps, which may be slow."""
+        """The time left for so many tokens, at the smoothed speed, and evaluations, as text. Until
+        an evaluation has been timed, their number is told instead. In the first ten steps, which
+        may be slow, the text is empty."""
         seconds = tokens / self.speed + evaluations * self.evaluation
         left = timedelta(seconds=min(round(seconds), 10**13))  # it holds little more
         more = f" and {evaluations} evaluation(s)" if evaluations and not self.evaluation else ""

@@ -13,7 +13,7 @@ from support.signals import interruptible
 
 
 def put_aside(folder: Path) -> Path:
-    """Renames a folder to NAME.old-1, or the first such name that is free, and says so."""
+    """Renames a folder or file to NAME.old-1, or the first such name that is free, and says so."""
     if folder.name in ("", ".."):
         raise Refusal(f"{folder} cannot be renamed: give the folder's name")
     number = 1

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from support.processes import compiling
 from support.settings import info
 
-ROWS = 16  # rows of x up to which a product is a sum
+ROWS = 16  # rows of x (in bmm: or columns of w) up to which a product is a sum
 COMPILED: set[tuple] = set()  # the kinds of graphs that this process has
 
 

@@ -56,11 +56,10 @@ def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def muon_takes(model: nn.Module) -> set[nn.Parameter]:
     """The matrices, and stacks of matrices, in the layers of a DeepSeekV3. As in Moonlight, neither
-    embedding, head nor gates; nor what else is no map between hidden states: any table, what has
-    as many rows as the vocabulary, the filter of a convolution."""
+    embedding, head nor gates; nor what else is no map between hidden states: any nn.Embedding and
+    the filter of a convolution."""
     kinds = nn.Embedding | nn.modules.conv._ConvNd
     apart = [*model.gates(), *(x for x in model.modules() if isinstance(x, kinds))]
     not_these = {p for module in apart for p in module.parameters()}
     in_layers = (p for part in (model.layers, model.mtp) for p in part.parameters())
-    V = model.config.vocab_size
-    return {p for p in in_layers if p.ndim in (2, 3) and p.shape[0] != V} - not_these
+    return {p for p in in_layers if p.ndim in (2, 3)} - not_these

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from support.checkpoints import code_of, cut_like, gather, load_checkpoint
+from support.checkpoints import Named, code_of, cut_like, gather, load_checkpoint
 from support.clock import Clock
 from support.files import put_aside, write_whole
 from support.flops import flops_per_token, peak_flops
@@ -184,7 +184,10 @@ class Run:
             if lacking := self.states.keys() - saved.keys():
                 raise Refusal(f"it has no state of {min(lacking)}")
             for name, thing in self.states.items():
-                thing.load_state_dict(cut_like(saved[name], thing.state_dict()))
+                kept = saved[name]
+                if not isinstance(thing, Named):  # which has no state yet, and cuts it by itself
+                    kept = cut_like(kept, thing.state_dict())
+                thing.load_state_dict(kept)
         except Refusal as error:
             raise Refusal(f"{file} cannot be resumed: {error}; use --init_from.") from None
         self.saved_step = self.progress.step
@@ -258,6 +261,7 @@ class Run:
         self.clock.evaluation = time.perf_counter() - self.clock.since  # which a save has set
         progress, loss, length = self.progress, result["val_loss"], self.model.trained_length
         progress.owes_evaluation = False
+        self.stopped = not self.finished and self.stop.agreed()
         better = (length, -loss) > (progress.best_length, -progress.best_loss)
         if better and math.isfinite(loss) and progress.step > 0:
             progress.best_length, progress.best_loss = length, loss
@@ -338,8 +342,8 @@ def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iter
     put aside if config.overwrite), or with config.resume the one that is there, every state as
     its ckpt.pt has it. `states` are its things by name, a Progress and the model among them.
 
-    SIGINT, SIGTERM and SIGHUP set run.stopped at the end of the step; if it is set in the end,
-    KeyboardInterrupt is raised. Raises Refusal where the folder cannot be used.
+    SIGINT, SIGTERM and SIGHUP set run.stopped at the end of the step or evaluation; if it is set in
+    the end, KeyboardInterrupt is raised. Raises Refusal where the folder cannot be used.
     """
     model, progress = states["model"], states["progress"]
     machine.check_alike(

@@ -98,8 +98,10 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
             x = ast.literal_eval(x.title() if x.strip().isalpha() else x)  # none is None
     if int in kinds and type(x) in (int, float) and abs(x) >= 2**63:
         raise Refusal(f"{name} is {short(repr(value))}, expected int of less than 2**63")
-    if type(x) in kinds or x in kinds:  # to isinstance a bool would be an int
+    if type(x) in kinds:  # to isinstance a bool would be an int
         return x
+    if x in kinds:  # 1 is True, 2.0 is 2
+        return kinds[kinds.index(x)]
     for kind in kinds:
         with suppress(OverflowError, ValueError):  # int(inf), int(nan)
             if kind in (bool, int, float) and type(x) in (int, float) and kind(x) == x:
@@ -182,8 +184,8 @@ def merge(in_file: dict[str, Any], stored: dict[str, Any], given: dict[str, Any]
 
 
 # Packages that training and sampling do without. That another cannot be found is a bug.
-OPTIONAL = ("gguf", "huggingface_hub", "matplotlib", "pyarrow", "safetensors", "tensorboard")
-OPTIONAL += ("tokenizers", "transformers", "wandb")
+OPTIONAL = ("gguf", "huggingface_hub", "matplotlib", "pyarrow", "safetensors", "tokenizers")
+OPTIONAL += ("transformers",)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

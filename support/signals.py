@@ -46,7 +46,7 @@ class Stop:
         self.heard = True
         if self.machine.rank == 0:
             with suppress(OSError):  # of a terminal that is closed
-                os.write(sys.stderr.fileno(), b"\nstopping after this step\n")
+                os.write(sys.stderr.fileno(), b"\nstopping after this step or evaluation\n")
         if "RANK" not in os.environ:  # else a scheduler and torchrun may both send this one signal
             self.end()
 

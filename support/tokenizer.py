@@ -405,11 +405,6 @@ def stored_tokenizer(folder: Path | str) -> Tokenizer:
         raise Refusal(f"{told}; {copy}") from None
 
 
-def load_tokenizer(folder: Path | str) -> tiktoken.Encoding | None:
-    """The tokenizer as a tiktoken.Encoding; None for one in a tokenizer.json. Raises Refusal."""
-    return stored_tokenizer(folder).encoding
-
-
 def open_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that --tokenizer names. Raises Refusal if its marks cannot be written."""
     if name in ("gpt2", "cl100k_base", "o200k_base"):

@@ -34,7 +34,7 @@ from huggingface import checkpoint_views, config_from_json, load_model
 from model import DeepSeekV3, ModelConfig
 from support.checkpoints import load_checkpoint
 from support.settings import Refusal, sentence_of
-from support.tokenizer import PATTERN, encoding_from, load_tokenizer, train_bpe
+from support.tokenizer import PATTERN, encoding_from, stored_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent.parent
 # Transformers' grouped product wants even widths.
@@ -477,7 +477,7 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
     assert again.trained_length == hf.config.max_position_embeddings == 48
     assert difference(model(TOKENS), hf(TOKENS).logits) < 2e-4
     # prepare_data.py takes an exported one, too.
-    assert ids == opened.encode(TEXT) == load_tokenizer(target).encode_ordinary(TEXT)
+    assert ids == opened.encode(TEXT) == stored_tokenizer(target).encoding.encode_ordinary(TEXT)
     assert (opened.eos, opened.bos) == ([eot], None)
     assert [opened.to_bytes(eot + i) for i in (0, 1)] == [b"<|endoftext|>", b""]
     for name, bad in (("tokenizer.json", "{"), ("tiktoken.model", "AAAA\n")):

@@ -65,7 +65,7 @@ def ids_of(folder: Path, split: str) -> list[int]:
 
 def text_of(folder: Path, split: str) -> str:
     """The text of a prepared folder with its document marks, decoded from the ids."""
-    return tk.load_tokenizer(folder).decode(ids_of(folder, split))
+    return tk.stored_tokenizer(folder).encoding.decode(ids_of(folder, split))
 
 
 # ---- The default corpus and the split ----------------------------------------------------------
@@ -83,7 +83,7 @@ def test_default_corpus_its_round_trip_and_counts(tmp_path, monkeypatch):
     some = dict(list(documents.items())[::16])  # all of them take seconds
     monkeypatch.setattr(pd, "read_stdlib", lambda: some)
     folder = pd.prepare(pd.DataConfig(out=str(tmp_path)))
-    data, encoding = tf.load_dataset(folder), tk.load_tokenizer(folder)
+    data, encoding = tf.load_dataset(folder), tk.stored_tokenizer(folder).encoding
     assert data.vocab_size == encoding.eot_token + 1 == 4096 and 3 < data.val_bytes_per_token < 4
     train, val, _ = pd.split_documents(some, 0.05, 0.05)
     assert text_of(folder, "val") == "".join(tk.END_OF_TEXT + text for text in val)
@@ -144,7 +144,7 @@ def test_the_tokenizer_is_trained_on_the_training_text_alone_and_all_three_are_w
     for split, part in ("train", train), ("val", val), ("test", test):
         assert text_of(folder, split) == "".join(tk.END_OF_TEXT + text for text in part)
     assert "zyxw" in text_of(folder, "test") and "zyxw" not in text_of(folder, "train")
-    ranks = tk.load_tokenizer(folder)._mergeable_ranks
+    ranks = tk.stored_tokenizer(folder).encoding._mergeable_ranks
     assert ranks == tk.train_bpe(train, 599, tk.PATTERN) and not [x for x in ranks if b"zy" in x]
 
 

@@ -51,6 +51,7 @@ REFUSALS = [
     (f"{NEW} --grad_accum=3", 1, "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
     (f"{NEW} --block_size=257", 1, "windows of 257 tokens exceed max_position_embeddings, 256"),
     (f"{NEW} --num_nextn_predict_layers=16", 1, "block_size is 16, but must be at least 17"),
+    (f"{NEW} --mtp_weight=[-1]", 1, "is [-1], expected numbers that are at least 0."),
     (f"{NEW} --mtp_weight_late=[0.1,0.2]", 1, "is [0.1, 0.2], but there are 1 MTP modules: one e"),
     # Data.
     (

@@ -249,6 +249,20 @@ def test_a_signal_or_a_closed_terminal_stops_the_run_when_all_is_saved(number, f
     assert load("run")["step"] == 3
 
 
+def test_a_signal_in_an_evaluation_stops_the_run_after_it(shared, monkeypatch):
+    evaluate = train.evaluate
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "evaluate", interrupted)
+        run("--eval_every=2")
+    assert load("run")["step"] == 2
+    assert_same_run(shared("--eval_every=2"), run("--eval_every=2", "--resume"))
+
+
 def test_a_signal_that_is_ignored_stays_so(faults):
     """As SIGHUP is under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

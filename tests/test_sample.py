@@ -3,6 +3,7 @@ what it says. Texts, caches and drafts: test_network.py.
 """
 
 import contextlib
+import errno
 import io
 import itertools
 import math
@@ -24,7 +25,7 @@ from huggingface import load_model
 from model import DeepSeekV3
 from sample import accept, draw, generate, probabilities
 from support.settings import Refusal, run_command
-from support.tokenizer import load_tokenizer
+from support.tokenizer import stored_tokenizer
 
 COLOUR = re.compile(r"\033\[[\d;]*m")
 LIMIT = 48  # max_position_embeddings
@@ -189,7 +190,7 @@ def make_run(tmp_path_factory, make_model) -> Path:
     source.write_text(TEXT)
     config = prepare_data.DataConfig(str(source), "run", str(source.parent), vocab_size=300)
     folder = prepare_data.prepare(config)
-    model = make_model(vocab_size=load_tokenizer(folder).n_vocab)
+    model = make_model(vocab_size=stored_tokenizer(folder).encoding.n_vocab)
     saved = {"model_config": asdict(model.config), "model": model.state_dict()}
     torch.save(saved, folder / "ckpt.pt")
     return folder
@@ -228,6 +229,15 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
             torch.save(bad, path)
         with pytest.raises((Refusal, OSError), match=re.escape(sentence)):
             load_model(tmp_path)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(run, monkeypatch):
+    def refuse(file):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr("zipfile.ZipFile", refuse)
+    with pytest.raises(PermissionError):
+        load_model(run)
 
 
 def test_text_goes_to_stdout_and_the_rest_to_stderr(command, monkeypatch):

@@ -27,6 +27,7 @@ class Config:
     limit: int | None = 5
     scaling: dict | None = None
     mode: Literal["", "auto", "0"] = "auto"
+    compile: Literal["auto", True, False] = "auto"
     batch_size: int = 8
 
 
@@ -43,6 +44,7 @@ def parse(*words):
         ("name=none", "none"), ("name= x ", " x "), ("name=(", "("),
         ("limit=none", None), ("limit=7", 7), ("scaling={'factor': 4}", {"factor": 4}),
         ("scaling=none", None), ("mode=0", "0"), ("mode=", ""),
+        ("compile=1", True), ("compile=0.0", False),
     ],
 )  # fmt: skip
 def test_values_take_the_type_of_their_field_and_text_stays_text(word, value):

@@ -16,7 +16,7 @@ from support.settings import Refusal
 
 
 def test_files_word_by_word(book):
-    content, encoding = (book / "val.bin").read_bytes(), tk.load_tokenizer(book)
+    content, encoding = (book / "val.bin").read_bytes(), tk.stored_tokenizer(book).encoding
     words = np.frombuffer(content, "<i4", 256).tolist()
     assert words[:3] == [20240520, 1, (len(content) - 1024) // 2] and not any(words[3:])
     text = text_of(book, "val").removeprefix(tk.END_OF_TEXT)

@@ -35,7 +35,7 @@ from huggingface import load_model
 from model import DeepSeekV3, Gate, ModelConfig
 from support import processes, tokens
 from support.settings import read_config_file
-from support.tokenizer import END_OF_TEXT, load_tokenizer
+from support.tokenizer import END_OF_TEXT, stored_tokenizer
 from support.tokens import Dataset, Tokens, load_dataset
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -172,9 +172,9 @@ def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(shared, capsys):
     """In bfloat16, as torch.optim.Muon does."""
     model = load_model(shared("--n_routed_experts=64", "--optimizer=adamw"))[0].float()
     layer = model.layers[1]
-    layer.o_gate = torch.nn.Linear(8, 6, bias=False)  # a hacker's matrix
+    layer.o_gate = torch.nn.Linear(8, 512, bias=False)  # a hacker's; rows as the vocabulary's
     # And what is none, or is no part of a layer.
-    layer.table, layer.own_head = torch.nn.Embedding(9, 6), torch.nn.Linear(6, 512, bias=False)
+    layer.table, model.own_head = torch.nn.Embedding(9, 6), torch.nn.Linear(6, 512, bias=False)
     layer.conv, model.own_mix = torch.nn.Conv1d(6, 6, 3), torch.nn.Linear(6, 6, bias=False)
     settings = dict(optimizer="muon", lr=0.01, adamw_lr=2.0, weight_decay=0.3, dtype="bfloat16")
     config, own = train.TrainConfig(**settings), "table|own_head|conv|own_mix"
@@ -331,7 +331,7 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
     assert_same(torch.tensor(result.pop("expert_load")), shares, 1e-5)
     assert result.pop("val_mtp_losses") == [result["val_mtp_loss"]]
     tokens_of_file = (data / "val.bin").stat().st_size // 2 - 512
-    whole = load_tokenizer(data).decode(np.fromfile(data / "val.bin", "<u2")[512:])
+    whole = stored_tokenizer(data).encoding.decode(np.fromfile(data / "val.bin", "<u2")[512:])
     bytes_of_file = len(whole.replace(END_OF_TEXT, "").encode())
     assert result == pytest.approx({
         "val_loss": np.mean(nats),
@@ -378,7 +378,7 @@ def test_an_evaluation_may_read_the_start_of_the_text_alone(shared, data, capsys
     assert_same(load(whole)["model"], load(part)["model"])
     dataset, config = load_dataset(data), train.TrainConfig(block_size=16, eval_batch=32)
     dataset.val = Tokens([dataset.val.arrays[0][:1000]])
-    text = load_tokenizer(data).decode(dataset.val.arrays[0]).replace(END_OF_TEXT, "")
+    text = stored_tokenizer(data).encoding.decode(dataset.val.arrays[0]).replace(END_OF_TEXT, "")
     dataset.val_bytes_per_token = len(text.encode()) / 1000
     expected = train.evaluate(load_model(part)[0], dataset, config, MACHINE)
     assert_same({key: log_of(part)[-1][key] for key in expected}, expected, 1e-6)
@@ -474,7 +474,7 @@ def test_from_text_to_text_on_the_command_line():
     for words in ("M parameters", "bits/byte", "python sample.py out/tiny"):
         assert words in done.stderr
     first = load_dataset("data/text").val.arrays[0][1:9].tolist()
-    prompt = load_tokenizer("out/tiny").decode(first).strip()
+    prompt = stored_tokenizer("out/tiny").encoding.decode(first).strip()
     assert done.stdout.startswith(prompt)
     files = {path.name for path in Path("out/tiny").iterdir()}
     copies = {"tokenizer.tiktoken", "meta.json", "model.py"}
