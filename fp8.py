@@ -47,7 +47,7 @@ TILE = (1, 128)  # activations and gradients: one scale per token and 128 channe
 BLOCK = (128, 128)  # weights: coarser, but the transpose of a block is a block
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-_emulated: set[torch.device] = set()  # devices for which has_blockwise_fp8 has said so
+_emulated: set[torch.device] = set()  # devices whose emulation has been told
 
 
 class Quantized(NamedTuple):
@@ -265,7 +265,7 @@ def has_blockwise_fp8(device: torch.device) -> bool:
     )
     if not hopper and device not in _emulated:
         _emulated.add(device)
-        info(f"fp8: emulated on {device}: exact, slow (Hopper, CUDA 12.9: fast)")
+        info(f"fp8: emulated on {device}: exact, slow (Hopper cards with CUDA 12.9 need none)")
     return hopper
 
 
@@ -407,8 +407,8 @@ def quantized_once(model: nn.Module, compiled: bool = False) -> Iterator[None]:
     optimizer.step(), or around an evaluation. (An optimiser's step within it ends the caching.)
     Outside it every forward and backward quantises the weight that it finds. No cache could tell
     by itself when a weight changes, since fused optimisers and `p.data` edits leave no trace.
-    FSDP's weights, gathered anew for every forward, are left alone. compiled: the quantiser, too,
-    which stands outside the compiled blocks.
+    FSDP's weights, gathered anew for every forward, are left alone. compiled: compile the
+    quantiser as well, which runs outside of the compiled blocks.
     """
     weights = [m.weight for m in model.modules() if isinstance(m, FP8Linear)]
     for module in model.modules():

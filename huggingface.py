@@ -4,8 +4,10 @@
     python huggingface.py SRC DST.gguf [--gguf_dtype=F32] [--check=False] [--overwrite]
 
 SRC is a run's folder or a checkpoint file. DST, a new directory, opens in transformers and here;
-DST.gguf, a file, opens in llama.cpp. Both mean DeepSeek-V3, whatever formulas model.py has. So the
-logits are compared with those of transformers, where that is installed, and others are refused.
+DST.gguf, a file, opens in llama.cpp. Programs that open either compute DeepSeek-V3's formulas, not
+those of an edited model.py. So, where transformers is installed, it computes logits from what is
+written, and a network whose own logits differ is not exported. (It has no MTP modules: an edit of
+these alone is not noticed.)
 Weights of the released layout are safetensors, in one file or shards, each tensor under its
 released name. In FP8 the decoding factors of a weight's blocks of 128x128 are stored beside it, as
 NAME_scale_inv. Optional packages are imported where they are needed: safetensors, tokenizers
@@ -159,8 +161,8 @@ def checkpoint_views(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
 
 
 def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that a released checkpoint has once more, under other names: a tied head, and
-    embedding and head beside every MTP module."""
+    """Duplicates in a released checkpoint, under other names: a tied head, and embedding and head
+    beside every MTP module."""
     if model.config.tie_word_embeddings:
         yield "lm_head.weight", model.lm_head.weight
     for k in range(len(model.mtp)):
@@ -171,7 +173,7 @@ def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
 
 def layout(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a release with this config.json, whatever model.py says.
-    What it has once more is left out. Letters are model.py's; Q is q_lora_rank."""
+    Duplicates are left out. Letters are model.py's; Q is q_lora_rank."""
     D, H, C = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     E, L, Q = config.n_routed_experts, config.num_hidden_layers, config.q_lora_rank
@@ -252,7 +254,7 @@ def open_files(directory: Path, device: str) -> dict[str, Any]:
 
 def check_tensors(model: DeepSeekV3, stored: dict[str, Any], directory: Path):
     """Raises Refusal unless the names and shapes are those of the model, which may be without
-    memory. What is stored once more may be missing."""
+    memory. Duplicates may be missing."""
     needed, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))
     if missing := sorted(needed.keys() - stored.keys()):
         lacks = f"{directory} lacks {and_more(missing)}"
@@ -384,8 +386,8 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     extend: bool = False,
-) -> tuple[DeepSeekV3, Tokenizer | None, Path]:
-    """The model of a run, file or Hugging Face directory, its tokenizer, and where they lie.
+) -> tuple[DeepSeekV3, Tokenizer | None]:
+    """The model of a run, file or Hugging Face directory, and its tokenizer.
 
     dtype None is the stored one. The tokenizer is None if a Hugging Face directory has none.
     extend: parameters that a run's weights lack, because model.py has more today, start as
@@ -393,7 +395,7 @@ def load_model(
     """
     path = Path(ckpt)
     if (path / "config.json").exists():
-        return from_pretrained(path, dtype, str(device)), hf_tokenizer(path), path
+        return from_pretrained(path, dtype, str(device)), hf_tokenizer(path)
     saved = load_checkpoint(path)
     told = f"{path}: weights and settings do not match"
     if strange := sorted(saved["model_config"].keys() - ModelConfig.__dataclass_fields__.keys()):
@@ -412,7 +414,7 @@ def load_model(
     if tokenizer.n_vocab > config.vocab_size:
         told = f"{path} has weights for {config.vocab_size} tokens, but its tokenizer"
         raise Refusal(f"{told} has {tokenizer.n_vocab}: copy that of their run.")
-    return model.eval(), tokenizer, path
+    return model.eval(), tokenizer
 
 
 def with_settings(
@@ -459,7 +461,7 @@ def check(directory: Path):
     model, generator = from_pretrained(directory, torch.float32), torch.Generator().manual_seed(0)
     length, eos = min(1024, model.config.max_position_embeddings), theirs.config.eos_token_id
     errors = torch.zeros(2)
-    for i in range(2):  # texts: in one of them rounding may choose another of two equal experts
+    for i in range(2):  # texts, of which the closer one counts: rounding may swap equal experts
         tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
         tokens[:, length // 3] = eos[0] if isinstance(eos, list) else eos
         logits, expected = model(tokens), theirs(tokens).logits
@@ -481,16 +483,15 @@ def compares(config: ConvertConfig) -> bool:
     return config.check and installed
 
 
-def check_alone(model: DeepSeekV3, source: Path, beside: Path):
+def check_alone(model: DeepSeekV3, tokenizer: Tokenizer, beside: Path):
     """`check`, where what is written is not for transformers: by a copy beside it that is."""
     with tempfile.TemporaryDirectory(dir=beside.parent, prefix=f"{beside.name}.part-") as scratch:
-        export(model, source, Path(scratch), quantize=False)
+        export(model, tokenizer, Path(scratch), quantize=False)
         check(Path(scratch))
 
 
-def export(model: DeepSeekV3, source: Path, directory: Path, quantize: bool):
-    """Writes the model, and the tokenizer of its run or file, as transformers opens them."""
-    tokenizer = stored_tokenizer(source if source.is_dir() else source.parent)
+def export(model: DeepSeekV3, tokenizer: Tokenizer, directory: Path, quantize: bool):
+    """Writes the model and its tokenizer as transformers opens them."""
     export_tokenizer(tokenizer, directory)
     eos = tokenizer.eos[0] if len(tokenizer.eos) == 1 else tokenizer.eos
     bos = tokenizer.bos if tokenizer.files else eos  # of a release None where no text begins so
@@ -501,12 +502,12 @@ def export(model: DeepSeekV3, source: Path, directory: Path, quantize: bool):
 
 def export_gguf(source: Path, target: Path, options: ConvertConfig):
     """Writes weights and tokenizer as one file for llama.cpp."""
-    model, tokenizer, _ = load_model(source)
+    model, tokenizer = load_model(source)
     check_layout(model)
     config = asdict(model.config) | {"max_position_embeddings": model.trained_length}
     with new_path(target, options.overwrite) as file:
         if compares(options):
-            check_alone(model, source, file)
+            check_alone(model, tokenizer, file)
         dtype = options.gguf_dtype
         write_gguf(file, model.state_dict().items(), config, tokenizer.encoding, dtype)
     info(f"wrote {target}")
@@ -537,11 +538,11 @@ def main(argv: list[str]):
         raise Refusal(f"{told}: to write it anew, use Python: from_pretrained, save_pretrained.")
     if to_gguf:
         return export_gguf(source, target, config)
-    model, _, _ = load_model(source)
+    model, tokenizer = load_model(source)
     with new_folder(target, config.overwrite) as folder:
-        export(model, source, folder, config.quantize)
+        export(model, tokenizer, folder, config.quantize)
         if compares(config):
-            check_alone(model, source, folder) if config.quantize else check(folder)
+            check_alone(model, tokenizer, folder) if config.quantize else check(folder)
     info(f"wrote {target}: {', '.join(sorted(file.name for file in target.iterdir()))}")
     partly = [
         name

@@ -2,7 +2,7 @@
 
     text -> documents -> train / validation / test -> byte-level BPE -> data/<name>/
         train.bin, val.bin      token ids behind a header of 1024 bytes
-        test.bin                whole documents that no choice is made on, if there are many
+        test.bin                whole documents for final results, which decide no setting
         tokenizer.tiktoken      one line per token: base64 of its bytes, rank
         meta.json               split pattern, special tokens, hash
 
@@ -189,7 +189,9 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
     for path in tqdm(paths, desc="reading", unit=" files", disable=None, leave=False):
         try:
             records = list(read_file(path, text_key))
-        except UnicodeDecodeError:
+        except UnicodeDecodeError as error:
+            if ".jsonl" in path.suffixes:  # meant for reading, unlike a binary in a folder of texts
+                raise Refusal(f"{path} cannot be read: {error}; convert it to UTF-8") from None
             info(f"skipped {path}: not UTF-8 text")
             continue
         except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -231,7 +233,7 @@ def split_documents(
     tenth. If that is less than half of the target, the end of the largest document is cut off at a
     newline; so it is with a single file.
     The test takes the documents that follow, except those of over a tenth of its target, so that
-    its loss is not decided by a few. A source of few documents has no test.
+    its loss is not decided by a few. If that is less than half of the target, there is no test.
     """
     size = {name: len(text.encode()) for name, text in documents.items()}
     val_target = val_fraction * sum(size.values())
@@ -249,6 +251,8 @@ def split_documents(
         elif test_bytes < test_target and size[name] <= 0.1 * test_target:
             test[name] = train.pop(name)
             test_bytes += size[name]
+    if test_bytes < test_target / 2:
+        train, test = train | test, {}
     if val_bytes < val_target / 2:
         name = max(train, key=size.__getitem__)
         text, share = train[name], min(0.5, (val_target - val_bytes) / size[name])

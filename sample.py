@@ -573,9 +573,9 @@ def main(argv: list[str]):
     if dtype == "auto":  # a small model decodes no faster in bfloat16 on a CPU
         fast = device.type == "cuda" and fast_dtype(device)[0] == torch.bfloat16
         dtype = "bfloat16" if fast else "float32"
-    model, tokenizer, path = load_model(ckpt or config.ckpt, device, getattr(torch, dtype))
+    model, tokenizer = load_model(ckpt or config.ckpt, device, getattr(torch, dtype))
     if tokenizer is None:
-        lacks = f"{path} has no tokenizer.json or tiktoken.model"
+        lacks = f"{ckpt or config.ckpt} has no tokenizer.json or tiktoken.model"
         raise Refusal(f"{lacks}, so there is no text to write: copy the release's there.")
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none, and needs none
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")

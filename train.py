@@ -596,7 +596,7 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
             raise Refusal(f"the config file has to set {sizes}: take config/small.py's.")
         return DeepSeekV3(ModelConfig(**network)).to(place, dtype), None
     extend = not config.resume  # whether the network may have other parts than the weights
-    opened, tokenizer, _ = load_model(source, place, dtype, extend)
+    opened, tokenizer = load_model(source, place, dtype, extend)
     model = with_settings(opened, network, source, extend)
     if not (config.resume or config.eval_only):
         info(f"start: from {source}")

@@ -68,7 +68,7 @@ class Multiplications(TorchDispatchMode):
 def trained():
     """The trained network in float64, its tokenizer, and a text in windows of 256 tokens: of each
     the tokens (1, T) and the next tokens (1, T)."""
-    model, tokenizer, _ = load_model(WEIGHTS, dtype=torch.float64)
+    model, tokenizer = load_model(WEIGHTS, dtype=torch.float64)
     ids = torch.tensor([tokenizer.encode(TEXT.read_text(encoding="utf-8"))])
     pieces = [ids[:, i : i + WINDOW + 1] for i in range(0, ids.shape[1] - 1, WINDOW)]
     return model, tokenizer, [(piece[:, :-1], piece[:, 1:]) for piece in pieces]

@@ -53,7 +53,7 @@ def picture(pieces: list[tuple[str, str]], caption: str) -> str:
 def main(argv: list[str]):
     ckpt, values = parse_args(__doc__, argv, DraftsOptions, positional="ckpt")
     options, forwards = DraftsOptions(**values), 0
-    model, tokenizer, _ = load_model(ckpt or "out/small", "cpu", torch.float32)
+    model, tokenizer = load_model(ckpt or "out/small", "cpu", torch.float32)
     pieces, decoder = [(options.prompt, "p")], codecs.getincrementaldecoder("utf-8")("replace")
 
     def on_token(row: int, ids: list[int], drafted: int):  # once a forward

@@ -146,7 +146,7 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
     config.resume, config.overwrite = file.exists(), not file.exists()
     machine = processes.start(config)
     if config.resume:
-        net, _, _ = load_model(file, machine.device)
+        net, _ = load_model(file, machine.device)
     else:
         net = begin_alike(new_network(settings, seed), first).to(machine.device)
     data, source = train.open_data(config, net.config.vocab_size)

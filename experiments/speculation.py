@@ -98,7 +98,7 @@ def speculation(
 
 def tables(ckpt: str, options: SpeculationOptions) -> Iterator[Table]:
     device = usable_device(options.device)
-    model, tokenizer, _ = load_model(ckpt, device, torch.float32)
+    model, tokenizer = load_model(ckpt, device, torch.float32)
     if not len(model.mtp) or tokenizer is None:
         raise Refusal(f"{ckpt} has no MTP module or no tokenizer: name another checkpoint.")
     prompts = unseen_prompts(tokenizer.encode, options.prompts, 100)
@@ -112,7 +112,7 @@ def main(argv: list[str]):
     ckpt, values = parse_args(__doc__, argv, Options, Timed, SpeculationOptions, positional="ckpt")
     options = SpeculationOptions(**values)
     ckpt = ckpt or "out/small"
-    print_tables(f"speculation {ckpt}", tables(ckpt, options), options)
+    print_tables(tables(ckpt, options))
 
 
 if __name__ == "__main__":

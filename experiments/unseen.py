@@ -90,7 +90,7 @@ def main(argv: list[str]):
     config = train.TrainConfig(device=options.device, dtype=dtype, eval_batch=options.batch)
     config.block_size = saved["block_size"]
     machine = processes.start(config)
-    model, _, _ = load_model(run, machine.device)
+    model, _ = load_model(run, machine.device)
     folder = train.data_folder(saved["data"])
     data = load_dataset(folder)
     for T in dict.fromkeys((saved["block_size"], model.trained_length)):

@@ -11,8 +11,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: Muon as in Moonlight (arXiv 2502.16982).
 
     A parameter is a matrix (out, in) or a stack of matrices (E, out, in). Each matrix is made
-    orthogonal by itself, in `dtype`, and scaled to about the size of AdamW's updates. Matrices of
-    one shape are computed together. torch.optim.Muon gives the same results one by one.
+    orthogonal by itself, in `dtype`, and scaled to about the size of AdamW's updates. (W_gate and
+    W_up of an expert are one matrix here, those of an MLP two.) Matrices of one shape are computed
+    together. torch.optim.Muon gives the same results one by one.
     """
 
     def __init__(self, params, defaults: dict, dtype: torch.dtype):
@@ -56,8 +57,8 @@ def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def muon_takes(model: nn.Module) -> set[nn.Parameter]:
     """The matrices, and stacks of matrices, in the layers of a DeepSeekV3. As in Moonlight, neither
-    embedding, head nor gates; nor what else is no map between hidden states: any nn.Embedding and
-    the filter of a convolution."""
+    embedding nor head. Here no gates either, nor what else is no map between hidden states: any
+    nn.Embedding and the filter of a convolution."""
     kinds = nn.Embedding | nn.modules.conv._ConvNd
     apart = [*model.gates(), *(x for x in model.modules() if isinstance(x, kinds))]
     not_these = {p for module in apart for p in module.parameters()}

@@ -412,6 +412,9 @@ def open_tokenizer(name: str) -> Tokenizer:
             return tokenizer_of(tiktoken.get_encoding(name))  # downloaded once
         except Exception as error:  # of the network, say
             raise Refusal(f"the tokenizer {name} cannot be fetched ({short(error)})") from None
+    if not Path(name).exists():
+        known = "gpt2, cl100k_base, o200k_base, or a folder that has one"
+        raise Refusal(f"there is no tokenizer {name}: name {known}")
     prepared = (Path(name) / "meta.json").exists()  # or a run; else a Hugging Face directory
     tokenizer = (None if prepared else hf_tokenizer(Path(name))) or stored_tokenizer(name)
     if not tokenizer.eos:

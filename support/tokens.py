@@ -191,8 +191,8 @@ def open_folder(
 
 
 def text_digest(data: Dataset) -> str:
-    """Digits that tell one prepared text from another: of all sizes, the validation text, and the
-    training text, in which 1,000 places are looked at for 8,192 tokens each: all, up to 8M."""
+    """Digits that tell one prepared text from another: of the training files' sizes, of the whole
+    validation text, and of 8,192 tokens at 1,000 places of the training text (up to 8M: of all)."""
     digest = hashlib.sha256(repr([*map(len, data.train.arrays)]).encode())
     digest.update(np.ascontiguousarray(data.val.arrays[0]).data)
     length = min(8192, *map(len, data.train.arrays))

@@ -184,7 +184,7 @@ def check_losses(model: DeepSeekV3, ignored: list[tuple[int, int]]):
 def stored_bits_per_byte() -> tuple[float, float]:
     """The loss of weights/small on its text in windows of 256 tokens, and what its README tells."""
     folder = ROOT / "weights/small"
-    model, tokenizer, _ = load_model(folder)
+    model, tokenizer = load_model(folder)
     ids = torch.tensor(tokenizer.encode((folder / "text.txt").read_text(encoding="utf-8")))
     nats = 0.0
     for x, y in zip(ids[:-1].split(256), ids[1:].split(256), strict=True):

@@ -2,8 +2,8 @@
 
 Every checkpoint is made at random here: by transformers, which model.py must then open with the
 same logits, routing and greedy text; or by model.py, which transformers must open. (The equations
-in float64 numpy, tests/reference.py, arbitrate in test_network.py.) Weights are drawn so large, and
-correction biases so different, that a mistake moves the logits by whole units.
+in float64 numpy, tests/reference.py, arbitrate in test_deepseek.py.) Weights are drawn so large,
+and correction biases so different, that a mistake moves the logits by whole units.
 """
 
 import functools
@@ -464,15 +464,15 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
     huggingface.main([str(run), str(target)])
     said = capsys.readouterr().err
     assert "differ from those of transformers by" in said and "as unexpected" in said
-    model, tokenizer, path = load_model(run)
+    model, tokenizer = load_model(run)
     saved, ids, (eot,) = load_checkpoint(run)["model"], tokenizer.encode(TEXT), tokenizer.eos
     assert all(torch.equal(x, saved[name]) for name, x in model.state_dict().items())
-    assert path == run and not model.training and tokenizer.bos is None
+    assert not model.training and tokenizer.bos is None
     hf = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     theirs = transformers.AutoTokenizer.from_pretrained(target)
     assert theirs(TEXT)["input_ids"] == ids and theirs.decode(ids) == TEXT
     assert theirs.eos_token_id == hf.generation_config.eos_token_id == eot
-    again, opened, _ = load_model(target)
+    again, opened = load_model(target)
     assert len(again.mtp) == 1 and torch.equal(model(TOKENS), again(TOKENS))
     assert again.trained_length == hf.config.max_position_embeddings == 48
     assert difference(model(TOKENS), hf(TOKENS).logits) < 2e-4
@@ -495,7 +495,7 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
     ],
 )
 def test_an_edited_network_is_not_exported_as_v3(change, run, tmp_path, monkeypatch, capsys):
-    model, tokenizer, _ = load_model(run)
+    model, tokenizer = load_model(run)
     (eot,) = tokenizer.eos
     model.register_forward_hook(lambda model, given, logits: logits + change(*given, eot))
     monkeypatch.setattr(huggingface, "from_pretrained", lambda *args: model)

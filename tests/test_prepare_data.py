@@ -124,6 +124,15 @@ def test_split_cuts_the_end_off_a_single_file(newline):
     assert not newline or train.endswith("\n")
 
 
+@pytest.mark.parametrize("small, tested", [(4, False), (5, True)])
+def test_a_test_text_of_less_than_half_its_size_is_left_to_training(small, tested):
+    few = [lines_of(letter, 1) for letter in "bcdefgh"[:small]]  # of 1000 bytes, a tenth is due
+    texts = [lines_of("a", 10), *few, lines_of("z", 90 - small)]
+    train, val, test = pd.split_documents(by_hash(texts), 0.1, 0.1)
+    assert (val, test) == (texts[:1], few if tested else [])
+    assert sorted(train + test) == sorted(texts[1:])
+
+
 # ---- The test text -----------------------------------------------------------------------------
 
 
@@ -230,6 +239,7 @@ UNREADABLE = [  # a file, what is in it, and what the sentence says besides the 
     ("a.jsonl", FINE + b'["text"]', """line 3 is ["text"], expected an object with 'text'"""),
     ("a.jsonl", FINE + b'{"text": "a"', "line 3 is no JSON (Expecting ',' delimiter); correct or"),
     ("a.jsonl", FINE + b'{"t": "a"}', "line 3 has keys ['t'], not 'text'; is the text under anoth"),
+    ("a.jsonl", FINE + '{"text": "é"}'.encode("latin1"), "byte 0xe9"),
     ("a.jsonl.gz", b"not compressed", "BadGzipFile("),
     ("a.parquet", {"n": ["a"], "m": [1]}, "it has columns ['n', 'm'], not 'text'; is the text und"),
 ]

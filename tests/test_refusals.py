@@ -35,6 +35,7 @@ REFUSALS = [
     ("prepare_data.py a.txt --name=tiny", 1, "data/tiny exists; choose another name, or give --ov"),
     ("prepare_data.py a.txt --val_fraction=0.6", 1, "val_fraction=0.6: expected above 0"),
     ("prepare_data.py a.txt --val_fraction=0", 1, "val_fraction=0.0: expected above 0"),
+    ("prepare_data.py a.txt --tokenizer=gpt-2", 1, "there is no tokenizer gpt-2: name gpt2,"),
     ("prepare_data.py a.txt --tokenizer=release", 1, "or their release's tokenizer.json or tikto"),
     # train.py: what the command says.
     ("train.py", 2, "name a config file, for example: python train.py config/small.py"),

@@ -148,9 +148,9 @@ def test_a_release_is_trained_sampled_and_given_back(capsys):
     for file in stored_tokenizer("run").files:
         assert (Path("back") / file.name).read_bytes() == (Path("release") / file.name).read_bytes()
     assert {"tokenizer.tiktoken", "meta.json"}.isdisjoint(x.name for x in Path("back").iterdir())
-    model, tokenizer, _ = load_model("run")
+    model, tokenizer = load_model("run")
     hf = theirs(Path("back"), dtype=torch.float32)
-    again, reopened, _ = load_model("back")
+    again, reopened = load_model("back")
     ids = tokenizer.encode(PROMPT)
     assert ids == reopened.encode(PROMPT) and reopened.eos == tokenizer.eos
     assert ids + tokenizer.eos == expected_ids(Path("back"), PROMPT)
