@@ -262,10 +262,13 @@ def has_blockwise_fp8(device: torch.device) -> bool:
         and torch.version.cuda is not None  # AMD's cards number their generations alike
         and torch.cuda.get_device_capability(device) == (9, 0)
         and tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 9)
+        and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)  # 2.10 reorders scales
     )
     if not hopper and device not in _emulated:
         _emulated.add(device)
-        info(f"fp8: emulated on {device}: exact, slow (Hopper cards with CUDA 12.9 need none)")
+        info(
+            f"fp8: emulated on {device}: exact, slow (not with a Hopper card, CUDA 12.9, torch 2.11)"
+        )
     return hopper
 
 

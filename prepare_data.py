@@ -233,7 +233,7 @@ def split_documents(
     tenth. If that is less than half of the target, the end of the largest document is cut off at a
     newline; so it is with a single file.
     The test takes the documents that follow, except those of over a tenth of its target, so that
-    its loss is not decided by a few. If that is less than half of the target, there is no test.
+    its loss is not decided by a few. Where these are fewer than five, there is no test.
     """
     size = {name: len(text.encode()) for name, text in documents.items()}
     val_target = val_fraction * sum(size.values())
@@ -251,7 +251,7 @@ def split_documents(
         elif test_bytes < test_target and size[name] <= 0.1 * test_target:
             test[name] = train.pop(name)
             test_bytes += size[name]
-    if test_bytes < test_target / 2:
+    if len(test) < 5:
         train, test = train | test, {}
     if val_bytes < val_target / 2:
         name = max(train, key=size.__getitem__)

@@ -15,7 +15,8 @@ import torch
 # First predict. In a layer one expert is always busier than the mean, another always idler, and
 # gamma is 0.001. After how many steps is the idle one's bias 0.05 above the busy one's?
 STEPS = None
-# Four experts have the loads 12, 2, 1 and 1. By how much does the mean of their biases move?
+# Four experts have the loads 12, 2, 1 and 1. By how much does one step, with the same gamma, move
+# the mean of their biases?
 DRIFT = None
 # 0.2 is added to all biases of a layer. How many tokens get other experts?
 CHANGED = None

@@ -7,8 +7,8 @@
 
 An exercise begins with questions: predict or count, before you write. Then a function is compared
 with a plain one on made-up inputs. Where it gives what a known mistake gives, the mistake is named.
-Then it takes its place in the trained network, and the numbers that come out must be the network's
-own. (In `training` a small network is trained.)
+Then it is used with the trained network, and the numbers that come out must be the network's own.
+(In `training` a small network is trained.)
 In a notebook: from exercises.check import check; check("gate", gate=my_function, GATE_VALUE=0.5)
 """
 

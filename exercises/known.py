@@ -382,12 +382,12 @@ QUESTIONS = {
     "bias": (
         Question("STEPS", 25, "in a step each of the two moves by gamma, towards the other",
                  {50: "as if only one of them moved"}),
-        Question("DRIFT", 0.0005, "one falls by gamma and three rise: by 2/4 gamma",
-                 {0: "as if as many rose as fell", 0.002: "the sum of the biases"}),
-        Question("CHANGED", 0, "the order of all s + b is as before, and so is that of the groups"),
+        Question("DRIFT", 0.0005, "count the biases that fall and those that rise, each by gamma",
+                 {0: "as if as many rose as fell", 0.002: "by how much their sum moves"}),
+        Question("CHANGED", 0, "compare the s + b of two experts before and after, then two groups"),
         Question("LOSS_WITHOUT_BIAS", "stays", "most of a bias is the same for all experts of a "
-                 "layer, which chooses nothing. Without the rest, the next expert in rank is as "
-                 "good, nearly"),
+                 "layer, which chooses nothing. Without the rest a token gets the next expert in "
+                 "rank, which is nearly as good"),
     ),
     "experts": (
         Question("FLOPS", 2 * 3 * D * F * 9, "three matrices of D x F numbers for each expert",
@@ -437,10 +437,10 @@ QUESTIONS = {
         Question("BYTES_BLOCK", 1 + 4 / 128**2, "a byte, and 4 for every 128 x 128", {}, 1e-4),
     ),
     "yarn": (
-        Question("KEPT", 11, "pair i makes L theta^(-2i/R) / (2 pi) turns in L tokens, which is 32 "
-                 "at i = 10.47; so low is 10", {10: "pair 0 is one of them"}),
-        Question("DIVIDED", 9, "it makes one turn at i = 22.51, so high is 23, and the last is 31",
-                 {8: "pair 23 is one of them"}),
+        Question("KEPT", 11, "those from 0 to low, which is i(32), rounded down",
+                 {10: "low: pair 0 is one more"}),
+        Question("DIVIDED", 9, "those from high to the last; high is i(1), rounded up",
+                 {8: "without pair high itself"}),
         Question("SLOWEST_LONG", 4096 / (2 * math.pi * 10_000 ** (62 / 64)),
                  "40 times the tokens, at a 40th part of the frequency: as often as before in L"),
     ),

@@ -183,6 +183,11 @@ def tables(quick: bool) -> str:
 
 
 def tell(quick: bool):
+    for corpus in CORPORA:
+        runs = results_of(corpus, quick).values()
+        if len({(x["steps"], x["corpus"], x["commit"]) for x in runs}) > 1:
+            several = "several lengths, texts or commits"
+            raise Refusal(f"{corpus} has results of {several}: put those of one aside.")
     docs = Path("out/quick" if quick else "docs")
     text = tables(quick)
     print(text)

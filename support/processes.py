@@ -24,6 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.settings import Refusal, info, short
 
+# Large tensors in pages of 2 MB, where Linux has them: forward and backward take a sixth less time
+# on a CPU (docs/notes/LOG.md). PyTorch reads this at its first tensor, so it is set at import.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 @dataclass
 class Machine:
@@ -83,8 +87,6 @@ class Machine:
 def start(config) -> Machine:
     """Joins the processes of torchrun and opens the device. It sets config.dtype, which a
     checkpoint keeps. Raises Refusal where the device cannot be used."""
-    # Large tensors in pages of 2 MB, where Linux has them: a tenth to a fifth of a step on a CPU.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first tensor
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         join()

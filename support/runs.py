@@ -1,13 +1,14 @@
 """The folder of a run: its lock, what is written there and when, and how a run ends.
 
-train() names the things that have a state. This file knows no more of them.
+train() names the things that have a state. This file knows no more of them, but that an optimiser
+(Named) cuts its own tensors.
 
     states = {"model": model, "progress": Progress(...), ...} | by_name(model, optimizers)
     with open_run(states, config, machine, files) as run:
         while not run.stopped:            by a signal
             if progress.owes_evaluation:
                 run.log_evaluation(...)   a line of log.jsonl, and best.pt if it is the best so far
-            if run.finished:
+            if run.finished or run.stopped:   done, or a signal in the evaluation
                 break
             ...                           a step
             run.advance(tokens, finite, means, lr=lr, grad_norm=norm)
@@ -185,7 +186,7 @@ class Run:
                 raise Refusal(f"it has no state of {min(lacking)}")
             for name, thing in self.states.items():
                 kept = saved[name]
-                if not isinstance(thing, Named):  # which has no state yet, and cuts it by itself
+                if not isinstance(thing, Named):  # it has no tensors yet to cut by
                     kept = cut_like(kept, thing.state_dict())
                 thing.load_state_dict(kept)
         except Refusal as error:

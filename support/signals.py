@@ -31,7 +31,8 @@ def interruptible() -> Iterator[None]:
 
 
 class Stop:
-    """A training that gets one of these signals finishes its step, saves a checkpoint and stops."""
+    """A training that gets one of these signals finishes its step or evaluation and stops. A
+    checkpoint is saved after the step."""
 
     def __init__(self, machine):
         self.machine, self.heard = machine, False

@@ -61,12 +61,12 @@ def test_commands_name_files_and_keys_that_exist():
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
+def tiny(monkeypatch):
     """A model made of random numbers in place of those that are loaded."""
     model = DeepSeekV3(ModelConfig(**TINY)).eval()
     tokenizer = SimpleNamespace(encode=lambda text: [1, 2, 3], decode=str, eos=[0])
     tokenizer.to_bytes = lambda i: b"\n\t<"
-    monkeypatch.setattr("huggingface.load_model", lambda *_: (model, tokenizer, tmp_path))
+    monkeypatch.setattr("huggingface.load_model", lambda *_: (model, tokenizer))
     return model
 
 

@@ -125,8 +125,8 @@ def test_split_cuts_the_end_off_a_single_file(newline):
 
 
 @pytest.mark.parametrize("small, tested", [(4, False), (5, True)])
-def test_a_test_text_of_less_than_half_its_size_is_left_to_training(small, tested):
-    few = [lines_of(letter, 1) for letter in "bcdefgh"[:small]]  # of 1000 bytes, a tenth is due
+def test_a_test_text_of_less_than_five_documents_is_left_to_training(small, tested):
+    few = [lines_of(letter, 1) for letter in "bcdef"[:small]]
     texts = [lines_of("a", 10), *few, lines_of("z", 90 - small)]
     train, val, test = pd.split_documents(by_hash(texts), 0.1, 0.1)
     assert (val, test) == (texts[:1], few if tested else [])

@@ -60,3 +60,33 @@ def test_the_corpora_apart_and_mixed_have_the_same_tokens():
     apart, mixed = (domains.arranged(x, code, prose, 4)[:-1] for x in ("apart", "mixed"))
     assert apart.reshape(4, 256).mean(1).tolist() == [0, 1, 0, 1]
     assert mixed.reshape(8, 128).mean(1).tolist() == [0, 1, 1, 0] * 2
+
+
+def test_the_three_tests_of_plan_2(monkeypatch):
+    """Beside gaps made by hand; t of 15 degrees of freedom is 2.1314."""
+    noise = 1e-3 * np.random.default_rng(0).standard_normal((3, 3, 16))
+    mean = {"code": (0, 0.002, 0), "apart": (0, 0.004, 0.001), "mixed": (0, 0.001, 0)}
+    figure = {
+        (corpus, kind): mean[corpus][k] + noise[c, k]
+        for c, corpus in enumerate(mean) for k, kind in enumerate(("bias", "sequence", "batch"))
+    }  # fmt: skip
+
+    def results_of(corpus, quick):
+        return {(kind, seed): {"test_bpb": values[i], "val_bpb": values[i]}
+                for (where, kind), values in figure.items() if where == corpus
+                for i, seed in enumerate(domains.SEEDS)}  # fmt: skip
+
+    monkeypatch.setattr(domains, "results_of", results_of)
+    monkeypatch.setattr(domains, "chosen", lambda corpus, kind, quick: kind)
+    gap = {corpus: figure[corpus, "sequence"] - figure[corpus, "bias"] for corpus in mean}
+    right = [gap["apart"] - gap["code"], gap["mixed"] - gap["apart"]]
+    right.append(figure["apart", "batch"] - figure["apart", "bias"])
+    for (name, values), expected in zip(
+        domains.asked("test_bpb", False).items(), right, strict=True
+    ):
+        np.testing.assert_allclose(values, expected, atol=1e-12)
+        half = 2.1314 * expected.std(ddof=1) / 4
+        inside = (
+            half + abs(expected.mean()) < 0.0026 if "batch" in name else half < abs(expected.mean())
+        )
+        assert inside == (domains.p_value(name, values) < 0.05)
