@@ -266,9 +266,8 @@ def has_blockwise_fp8(device: torch.device) -> bool:
     )
     if not hopper and device not in _emulated:
         _emulated.add(device)
-        info(
-            f"fp8: emulated on {device}: exact, slow (not with a Hopper card, CUDA 12.9, torch 2.11)"
-        )
+        needs = "Hopper cards with CUDA 12.9 and torch 2.11 need none"
+        info(f"fp8: emulated on {device}: exact, slow ({needs})")
     return hopper
 
 

@@ -384,7 +384,7 @@ QUESTIONS = {
                  {50: "as if only one of them moved"}),
         Question("DRIFT", 0.0005, "count the biases that fall and those that rise, each by gamma",
                  {0: "as if as many rose as fell", 0.002: "by how much their sum moves"}),
-        Question("CHANGED", 0, "compare the s + b of two experts before and after, then two groups"),
+        Question("CHANGED", 0, "compare two experts' s + b before and after, then two groups"),
         Question("LOSS_WITHOUT_BIAS", "stays", "most of a bias is the same for all experts of a "
                  "layer, which chooses nothing. Without the rest a token gets the next expert in "
                  "rank, which is nearly as good"),
