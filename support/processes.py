@@ -24,10 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.settings import Refusal, info, short
 
-# Large tensors in pages of 2 MB, where Linux has them: forward and backward take a sixth less time
-# on a CPU (docs/notes/LOG.md). PyTorch reads this at its first tensor, so it is set at import.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 
 @dataclass
 class Machine:
