@@ -172,22 +172,17 @@ def tables(quick: bool) -> str:
             arms_of.append([corpus, arm, str(len(runs)), *means, *less])
     heads = ["corpus", "arm", "seeds", "MaxVio, batch", "MaxVio, validation", "bits/byte"]
     heads += ["less that of the bias"]
-    return "\n\n".join(
-        (
-            report.markdown([*heads, "the same, validation text"], arms_of),
-            report.markdown(
-                ["asked", "test text", "p", "of three tests (Holm)", "validation text"], tests
-            ),
-        )
-    )
+    heads_of_tests = ["asked", "test text", "p", "of three tests (Holm)", "validation text"]
+    arms_told = report.markdown([*heads, "the same, validation text"], arms_of)
+    return f"{arms_told}\n\n{report.markdown(heads_of_tests, tests)}"
 
 
 def tell(quick: bool):
     for corpus in CORPORA:
         runs = results_of(corpus, quick).values()
         if len({(x["steps"], x["corpus"], x["commit"]) for x in runs}) > 1:
-            several = "several lengths, texts or commits"
-            raise Refusal(f"{corpus} has results of {several}: put those of one aside.")
+            several = f"{options_of(corpus, quick).results}/{corpus}.json has results of several"
+            raise Refusal(f"{several} lengths, texts or commits: keep those of one.")
     docs = Path("out/quick" if quick else "docs")
     text = tables(quick)
     print(text)
@@ -197,6 +192,8 @@ def tell(quick: bool):
 
 
 def draw(figure, quick: bool):
+    """The differences to the bias with their intervals: full dots for the test text, hollow ones
+    for the validation text."""
     ax = figure.subplots()
     for key, fill, shift in zip(report.TEXTS, ("full", "none"), (0.1, -0.1), strict=True):
         rows = differences(key, quick)
