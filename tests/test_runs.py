@@ -261,9 +261,11 @@ def test_a_signal_in_an_evaluation_stops_the_run_after_it(shared, monkeypatch):
         run("--eval_every=2")
     assert load("run")["step"] == 2
     assert_same_run(shared("--eval_every=2"), run("--eval_every=2", "--resume"))
-    with monkeypatch.context() as patch:  # in the last evaluation nothing is left to stop
-        patch.setattr(train, "evaluate", interrupted)
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    try:
         run("--steps=2", "--overwrite")
+    except KeyboardInterrupt:
+        pytest.fail("after the last evaluation nothing is left to stop")
 
 
 def test_a_signal_that_is_ignored_stays_so(faults):
