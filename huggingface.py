@@ -6,8 +6,8 @@
 SRC is a run's folder or a checkpoint file. DST, a new directory, opens in transformers and here;
 DST.gguf, a file, opens in llama.cpp. Programs that open either compute DeepSeek-V3's formulas, not
 those of an edited model.py. So, where transformers is installed, it computes logits from what is
-written, and a network whose own logits differ is not exported. (It has no MTP modules: an edit of
-these alone is not noticed.)
+written, and a network whose own logits differ is not exported. (transformers has no MTP modules:
+an edit of these alone is not noticed.)
 Weights of the released layout are safetensors, in one file or shards, each tensor under its
 released name. In FP8 the decoding factors of a weight's blocks of 128x128 are stored beside it, as
 NAME_scale_inv. Optional packages are imported where they are needed: safetensors, tokenizers

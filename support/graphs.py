@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model import upcast
 from support.processes import compiling
 from support.settings import info
 
@@ -93,11 +94,6 @@ def move(objects: tuple, buffers: dict):
 
 
 # ---- Products of few rows, on a CPU --------------------------------------------------------------
-
-
-def upcast(x: Tensor) -> Tensor:
-    """What sums are in: float32, of float64 float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def mm(x: Tensor, w: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ class Run:
                 raise Refusal(f"it has no state of {min(lacking)}")
             for name, thing in self.states.items():
                 kept = saved[name]
-                if not isinstance(thing, Named):  # it has no tensors yet to cut by
+                if not isinstance(thing, Named):  # which cuts by its parameters
                     kept = cut_like(kept, thing.state_dict())
                 thing.load_state_dict(kept)
         except Refusal as error:
