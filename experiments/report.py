@@ -461,7 +461,9 @@ MARKS = {"test text": ("o", "full"), "validation text": ("o", "none"), "prose": 
 
 
 def draw_claims(figure):
-    """A row for each claim: a mark and an interval for each text, in percent of the base's loss."""
+    """A row for each claim: a mark and an interval for each text, in percent of the base's loss. The
+    interval is blue where it agrees with the claim, orange where it disagrees, grey where neither.
+    A claim of a difference agrees above 0, one of an equality within its margin."""
     ax, asked = figure.subplots(), {place: ask(place) for place in PLACES}
     for row, claim in enumerate(CLAIMS):
         y = -row
@@ -470,11 +472,15 @@ def draw_claims(figure):
         for i, (place, (marker, fill)) in enumerate(MARKS.items()):
             if x := asked[place].found.get(claim.text):
                 mean, half = (100 * value / asked[place].base for value in (x.mean, x.half))
-                colour = INK if abs(mean) <= half else COLOURS[1]
+                low, high, margin = mean - half, mean + half, 100 * claim.margin
+                agrees = -margin <= low and high <= margin if margin else low > 0
+                differs = not agrees and (low > 0 or high < 0)
+                colour = COLOURS[1] if agrees else COLOURS[2] if differs else INK
                 ax.errorbar(mean, y + 0.06 - 0.2 * i, xerr=half, fmt=marker, fillstyle=fill,
                             color=colour, markersize=5, elinewidth=1.2)  # fmt: skip
-        for x in {0.0, -100 * claim.margin, 100 * claim.margin}:
-            ax.plot([x, x], [y - 0.45, y + 0.17], ":" if x else "-", color=INK, linewidth=0.9)
+        ax.plot([0, 0], [y - 0.45, y + 0.17], color=INK, linewidth=0.9)
+        edge = 100 * claim.margin  # the band within which two networks count as equal
+        ax.fill_between([-edge, edge], y - 0.45, y + 0.17, color=COLOURS[1], alpha=0.2, linewidth=0)
     ax.set(xlim=(-0.6, 1.42), ylim=(0.5 - len(CLAIMS), 1.05), yticks=[])
     ax.set(xlabel="less loss on the claim's side, % of the loss", xticks=[-0.5, 0, 0.5, 1])
     ax.spines["left"].set_visible(False)
