@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # LaTeX, in which \h is a vector h.
 SECTIONS = r"""
 ## RMSNorm
-Every block begins by giving its input a known size. The norm divides a vector by the root of the
-mean of its squares, and multiplies each number by a weight g that is learnt.
+Attention and feed-forward networks begin by giving their input a known size. The norm divides a
+vector by the root of its mean square, and multiplies each number by a learnt weight g.
 
 @ arXiv 1910.07467
 $ y = g \odot \frac{x}{\sqrt{\operatorname{mean}(x^2) + \epsilon}}
@@ -54,10 +54,10 @@ ramp is 1 - ρ.) The report calls these two numbers α = 1 and β = 32.
 
 @ YaRN's temperature
 $ \sqrt{t} = 0.1 \ln s + 1 \text{, where } s > 1
-More keys share the attention of a long text; larger scores make the softmax sharper. YaRN's paper
-multiplies queries and keys by this number, through cos and sin, and calls it √(1/t): its t divides.
-The report only gives the number. The released code multiplies the scores by its square instead (the
-scale below), so cos and sin have the amplitude 1.
+YaRN also makes the softmax sharper. Its paper multiplies queries and keys by this number, through
+cos and sin, and calls it √(1/t): its t divides. The report applies YaRN to the position's key alone.
+The released code multiplies all scores by the square instead (the scale below), so cos and sin have
+the amplitude 1.
 > model.py yarn_mscale
 
 @ RoPE
@@ -86,8 +86,8 @@ $ \c_t^Q = W^{DQ} \h_t
 $ [\q_{t,1}^C; \q_{t,2}^C; \dots; \q_{t,n_h}^C] = \q_t^C = W^{UQ} \c_t^Q
 $ [\q_{t,1}^R; \q_{t,2}^R; \dots; \q_{t,n_h}^R] = \q_t^R = \operatorname{RoPE}(W^{QR} \c_t^Q)
 $ \q_{t,i} = [\q_{t,i}^C; \q_{t,i}^R]
-Queries come from a latent, too. That saves memory in training, not in the cache. Both latents are
-normalised (section 4.2).
+Queries come from a latent, too. That saves memory in training (section 2.1.1), not in the cache.
+Both latents are normalised (section 4.2).
 > model.py MLA.forward | if config.q_lora_rank is None | q_nope, q_pe =
 
 @ Eq. 1, 3
@@ -97,7 +97,7 @@ One matrix computes both. Only these two are cached.
 > model.py MLA.forward | latent, k_pe = | k_pe = rotate
 
 @ The cache
-It takes them at the positions of these tokens, behind what is there, and gives all that is there.
+Writes both at the positions of these tokens, and returns those of all tokens up to now.
 > model.py remember
 
 @ Eq. 2, 4, 5
@@ -121,8 +121,8 @@ With YaRN the scores are multiplied by t, the square of its √t. Without, t is 
 @ DeepSeek-V2 (arXiv 2405.04434), section 2.1.2
 $ \q \cdot (W^{UK} \c_j^{KV}) = ((W^{UK})^T \q) \cdot \c_j^{KV}
 $ \sum_j p_j (W^{UV} \c_j^{KV}) = W^{UV} \sum_j p_j \c_j^{KV}
-In decoding, W^UK moves over to the query and W^UV to the output. Attention then runs on the cached
-latents, and no key or value is ever made. p is the softmax of Eq. 10.
+In decoding, the query is multiplied by W^UK and the output by W^UV. Attention then runs on the
+cached latents, and no key or value is ever made. p is the softmax of Eq. 10.
 > model.py MLA.attend_absorbed
 
 @ Eq. 11
@@ -130,8 +130,9 @@ $ \u_t = W^O [\o_{t,1}; \o_{t,2}; \dots; \o_{t,n_h}]
 > model.py MLA.forward | return self.o_proj | return self.o_proj
 
 ## DeepSeekMoE: the gate
-In place of one wide network behind the attention there are many narrow ones, the experts, and each
-token visits K of them. The gate says which, and how much each one counts.
+In place of one wide feed-forward network a layer has many narrow ones, the experts, and each token
+visits K of them. So the network can have many parameters and few FLOPs a token. The gate says which
+experts a token visits, and how much each counts.
 ? \u_t, \e_i | the experts' input after its norm; the vector of expert i, row i of the gate's weight
 ? s_{i,t}, g_{i,t} | the score of expert i for token t, between 0 and 1; how much it counts
 ? b_i | the bias of expert i, e_score_correction_bias
@@ -151,7 +152,8 @@ groups can be chosen. A group's score is the sum of its two largest s + b, as in
 
 @ Eq. 13
 $ g_{i,t} = \frac{g'_{i,t}}{\sum_{j=1}^{N_r} g'_{j,t}}
-Then times routed_scaling_factor, which the report does not mention.
+Then times routed_scaling_factor, which the report does not mention. (It may be one of the scaling
+factors of DeepSeek-V2's section 3.1.2.)
 > model.py Gate.forward | gain = s.gather | return
 
 @ Section 2.1.2; arXiv 2408.15664, Algorithm 1
@@ -211,7 +213,7 @@ further. It shares embedding and head with the model.
 $ \h'_i^k = M_k [\operatorname{RMSNorm}(\h_i^{k-1}); \operatorname{RMSNorm}
   (\operatorname{Emb}(t_{i+k}))]
 $ \h_{1:T-k}^k = \operatorname{TRM}_k (\h'_{1:T-k}^k)
-The released weights have the embedding first, and a norm behind the block.
+The released weights have the embedding first, and a norm after the block.
 > model.py MTP.forward
 
 @ The shift
@@ -235,7 +237,7 @@ distribution p at each place. The text is distributed as if the model had writte
 
 @ arXiv 2211.17192, Algorithm 1
 $ \text{keep } x \text{ with probability } \min(1, p(x) / q(x))
-u is uniform in [0, 1): u q(x) < p(x). All behind the first rejected draft goes.
+u is uniform in [0, 1): u q(x) < p(x). All drafts after the first rejected one go, too.
 > sample.py accept | p_x = | kept =
 
 @ The token after the kept drafts
@@ -249,8 +251,8 @@ and every 128 x 128 of a weight, have a scale of their own.
 
 @ Section 3.3.2
 $ s = \frac{\max |x|}{448} , \quad q = \text{E4M3}(\frac{x}{s}) , \quad x \approx s q
-The maximum is that of the tile, taken anew each time. Where scales shall be powers of two (section
-3.3.3), they are rounded up.
+The maximum is that of the tile, taken anew each time. For scales that are powers of two (section
+3.3.3), it rounds up.
 > fp8.py quantize
 """
 STYLE = """
