@@ -3,9 +3,10 @@
 What the network computes, for tokens t_1 .. t_T (equations are numbered as in the DeepSeek-V3
 technical report, arXiv 2412.19437, section 2):
 
-    x   = embedding of t                               then, in each layer, with u = RMSNorm(x):
-    x  += W^O attention(queries from one latent of u, keys and values from another)       Eq. 1-11
-    x  += shared FFN(u) + sum over the K chosen experts of gate value * FFN(u)           Eq. 12-16
+    x   = embedding of t
+    in each layer, with u = RMSNorm(x) in both lines:
+        x += W^O attention(queries from one latent of u, keys and values from another)    Eq. 1-11
+        x += shared FFN(u) + sum over the K chosen experts of gate value * FFN(u)        Eq. 12-16
     h^0 = RMSNorm(x),  p = softmax(W_head h^0)         predicts the next token
     h^k = RMSNorm(block(M_k [RMSNorm(embedding k later); RMSNorm(h^{k-1})]))             Eq. 21-22
     p^k = softmax(W_head h^k)                          predicts the token k + 1 later       Eq. 23
@@ -16,6 +17,8 @@ Read it top to bottom: configuration, rotary positions, attention, experts, MTP,
 the only network here: it trains, reads prompts and writes, and all that runs is what you read.
 Where a plain formula would be too slow or too large, the docstring has the formula and the code is
 a faster form of it. tests/reference.py has all formulas as plain loops, and the tests compare.
+Decoding may run as a *graph*: torch.compile records one round and replays it at every position. So
+in a graph a position is a tensor, and no shape may depend on it or on which experts are chosen.
 
 Where the report is silent (which norm, epsilon) or the released weights differ (order of
 concatenation in MTP), the weights decide; huggingface.py opens them.
@@ -24,9 +27,9 @@ Depth 0 is the main model, depth k is MTP module k, and k = 1, 2, ... as in the 
 lists begin at 0, so module k is `mtp[k - 1]`.
 
 Shapes: B batch, T time, D hidden size, H heads, C kv_lora_rank, R rope dim, N nope dim,
-V v_head_dim, E routed experts, K experts per token, F expert width, G groups of experts, S cached
-positions; tokens = B * T as one dimension; rows: the tokens of one expert. The last dimension of
-logits is the vocabulary. Outside comments F is torch.nn.functional.
+V v_head_dim, E routed experts, K experts per token, F expert width (in code, F is
+torch.nn.functional), G groups of experts, S cached positions. `tokens` is B and T as one dimension,
+`rows` are token-expert pairs, sorted by expert. Logits are (..., vocabulary).
 """
 
 import math
@@ -41,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 from support.settings import Refusal
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
-Position = int | Tensor  # in a graph, which serves every position, a tensor without dimensions
+Position = int | Tensor  # in a graph a tensor without dimensions
 Routing = tuple[Tensor, Tensor] | None  # scores (B, T, E), chosen experts (B, T, K); None if dense
 
 
@@ -127,7 +130,7 @@ def linear(config: ModelConfig, inputs: int, outputs: int, bias: bool = False) -
 
 
 class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps), the mean over the last dimension."""
+    """weight * x / sqrt(mean(x^2) + eps), the mean over the last dimension (arXiv 1910.07467)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -145,7 +148,7 @@ class RMSNorm(nn.Module):
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """How much YaRN sharpens attention for texts `factor` times as long: 0.1 m ln(factor) + 1."""
+    """YaRN's sqrt(t), by which it sharpens attention: 0.1 m ln(factor) + 1."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -185,8 +188,9 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
 
 
 def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
-    """RoPE: every pair of x (B, T, H, R) turned by its position's angle. A pair is two neighbours,
-    or, without interleave, a number of the first half and its counterpart in the second."""
+    """RoPE: every pair of x (B, T, H, R) rotated by its position's angle, so that a query at t and
+    a key at s have the product q . R_t^T R_s k = q . R_{s-t} k. A pair is two neighbours, or,
+    without interleave, a number of the first half and its counterpart in the second."""
     cos, sin = (table[:, None] for table in rope)  # (T, 1, R/2)
     pair = -1 if interleave else -2  # the dimension of a pair's two: (R/2, 2) or (2, R/2)
     a, b = upcast(x).unflatten(-1, (-1, 2) if interleave else (2, -1)).unbind(pair)
@@ -200,12 +204,12 @@ MOST_NEW = 8  # after the prompt decoding reads at most 8 tokens at once, and fo
 
 
 class Cache:
-    """What decoding keeps of B texts: `kept`, of every layer what its attention says (`new_cache`).
+    """What decoding keeps of B texts: `kept`, for every layer what its attention asks for.
 
-    Allocated once, for `size` tokens. The first `length` have been read, in all texts alike. A
-    smaller `length` forgets the newest of them, MOST_NEW at most. That is how decoding rolls back:
-    drafts that are rejected are forgotten, then it reads on. Every layer must bear that, also with
-    positions as tensors; `python bench.py cache RUN` finds out whether it does.
+    It has room for `size` tokens, of which the first `length` have been read, in all texts alike.
+    To forget rejected drafts, decoding lowers `length`, by MOST_NEW at most, and reads on from
+    there. Every layer must allow that, with positions as tensors, too: `python bench.py cache RUN`
+    checks it.
     """
 
     def __init__(
@@ -278,12 +282,15 @@ class MLA(nn.Module):
     u_t    = W^O [o_t,1; ...; o_t,H]                                                 Eq. 11
     Both latents are normalised before they are projected up (section 4.2).
 
+    Why latents: decoding keeps c_t^KV and k_t^R of every token, in V3 576 numbers a layer, where
+    128 heads' keys and values have 32,768. The queries' latent saves memory in training.
     Why position has a key of its own: with RoPE on k_t^C, a rotation that depends on the distance
-    would stand between W^UQ and W^UK. No one matrix could then be given to the query, and every key
-    would be made anew for each new token (DeepSeek-V2, arXiv 2405.04434, section 2.1.3).
-    Why prompts are expanded and decoding is absorbed: in V3 a query, a key and a head take 320
-    multiplications expanded (N + R + V) and 1,088 absorbed (C + R + C). But to expand a latent
-    takes C (N + V) = 131,072 once. From 171 queries on that pays: in a prompt, not in decoding.
+    would stand between W^UQ and W^UK, and `attend_absorbed` could not multiply the query by W^UK
+    (DeepSeek-V2, arXiv 2405.04434, section 2.1.3).
+    Why prompts are expanded and decoding is absorbed: one query, key and head of V3 take 320
+    multiplications expanded (N + R + V) and 1,088 absorbed (C + R + C). Before that every key is
+    expanded, or every query and its output absorbed, for C (N + V) = 131,072 each. A prompt has as
+    many queries as keys, so 320 wins. In decoding one query meets many keys, so 1,088 wins.
     """
 
     def __init__(self, config: ModelConfig):
@@ -307,7 +314,8 @@ class MLA(nn.Module):
 
     @property
     def scale(self) -> float:
-        """1 / sqrt(N + R) of Eq. 10, times the square of YaRN's mscale (of mscale_all_dim)."""
+        """1 / sqrt(N + R) of Eq. 10, times the square of YaRN's mscale (of mscale_all_dim), as in
+        V3's code. The report applies YaRN to k_t^R alone (section 4.3)."""
         config, yarn = self.config, self.config.rope_scaling or {}
         mscale = yarn_mscale(yarn.get("factor", 1), yarn.get("mscale_all_dim") or 0)
         return (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5 * mscale**2
@@ -371,7 +379,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """W_down (silu(W_gate x) * W_up x), the FFN of the dense layers and of the shared experts."""
+    """W_down (silu(W_gate x) * W_up x), SwiGLU (arXiv 2002.05202): the first factor decides how
+    much of each number of the second passes. The FFN of the dense layers and the shared experts."""
 
     def __init__(self, config: ModelConfig, width: int):
         super().__init__()
@@ -388,14 +397,15 @@ class Gate(nn.Module):
 
     s_i = sigmoid(u . e_i): unlike in a softmax, scores do not compete, and their size does not
     depend on E. It was found better than softmax (arXiv 2408.15664, section 4.1).
-    A group's score is the sum of its two largest s + b (the released code's rule; the report adds
-    up K / topk_group of them, as many experts as a token takes there on average: two in V3). The
-    topk_group groups with the largest scores stay, and of their experts those K are chosen that
-    have the largest s + b. The bias b chooses and does nothing else: gate values come from s alone.
-    No gradient reaches b; `DeepSeekV3.update_bias` moves it.
+    First the node limit: a group's score is the sum of its two largest s + b, and only the best
+    topk_group groups stay. (Two is the released code's rule. The report says K / topk_group, as
+    many experts as a token takes from a group on average, which is two in V3.) Of their experts the
+    K with the largest s + b are chosen.
+    The bias b chooses and does nothing else: gate values come from s alone. No gradient reaches b;
+    `DeepSeekV3.update_bias` moves it.
     Why a factor: gate values that sum to one make a mean of K experts, which is about 1/sqrt(K) as
-    large as one of them. Moonlight computes its factor so (arXiv 2502.16982); V3's 2.5 is a little
-    less than sqrt(8), and the report does not explain it.
+    large as one of them. Moonlight computes its factor so (arXiv 2502.16982). V3's 2.5, a little
+    less than sqrt(8), may be a "scaling factor" of DeepSeek-V2 (arXiv 2405.04434, section 3.1.2).
     """
 
     def __init__(self, config: ModelConfig):
@@ -435,16 +445,17 @@ class Gate(nn.Module):
 
 
 def gates_in(module: nn.Module) -> list[Gate]:
-    """The gates among its parts, in order. A gate of your own is a subclass of Gate."""
+    """The gates among its parts, in order (subclasses of Gate, too)."""
     return [part for part in module.modules() if isinstance(part, Gate)]
 
 
 def balance_loss(s: Tensor, K: int) -> Tensor:
     """The complementary sequence-wise balance loss, Eq. 17-20, without its weight alpha.
 
-    s (B, T, E) are the gate's scores. 1 when the K best scores spread evenly over the experts. Its
-    gradient changes the scores without regard to the text, which costs quality where alpha is large
-    (arXiv 2408.15664). So alpha is tiny, against extremes in one sequence, and the bias balances.
+    s (B, T, E) are the gate's scores. The loss is 1 when the K best scores spread evenly over the
+    experts. Its gradient changes the scores without regard to the text, which costs quality where
+    alpha is large (arXiv 2408.15664). So alpha is tiny, against extremes in one sequence, and the
+    bias does the balancing.
     """
     B, T, E = s.shape
     P = (s / s.sum(-1, keepdim=True)).mean(1)  # (B, E), Eq. 19-20
@@ -455,8 +466,8 @@ def balance_loss(s: Tensor, K: int) -> Tensor:
 
 
 def count_chosen(chosen: Tensor, E: int) -> Tensor:
-    """How often each of the E experts is among the chosen (any shape): (E,) int64. What is none of
-    them, such as E itself, is not counted."""
+    """How often each of the E experts is among the chosen (any shape): (E,) int64. Ids outside
+    0 .. E - 1 are not counted."""
     ids = chosen.flatten()
     one = ((ids >= 0) & (ids < E)).long()
     return one.new_zeros(E).scatter_add_(0, ids.clamp(0, E - 1), one)
@@ -484,9 +495,16 @@ def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
 class Experts(nn.Module):
     """The routed experts' FFNs, stacked in one parameter per projection.
 
-    y = sum_{i in top K} g_i W_down,i (silu(W_gate,i x) * W_up,i x), Eq. 12. W_down is linear, so
-    its input is multiplied by g_i in place of its output: that is narrower (F numbers, not D).
-    No token is dropped. A choice that is none of the E experts, such as E itself, adds nothing.
+    y = sum_{i in top K} g_i W_down,i (silu(W_gate,i x) * W_up,i x), Eq. 12. As a plain loop:
+
+        for t in range(tokens):
+            for i, g in zip(chosen[t], gain[t]):
+                gate, up = (gate_up_proj[i] @ x[t]).chunk(2)
+                y[t] += down_proj[i] @ (swiglu(gate, up) * g)
+
+    (W_down is linear, so g may multiply its input, which is narrower than its output: F numbers in
+    place of D.) `forward` has the same sum in forms that are fast: by token for the few tokens of
+    decoding, else by expert, whose tokens are multiplied in one product. No token is dropped.
     """
 
     def __init__(self, config: ModelConfig):
@@ -497,8 +515,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D).normal_(std=std))
         self.down_proj = nn.Parameter(torch.empty(E, D, width).normal_(std=std))
 
-    # Of all experts at once; fp8.py has another. The few tokens of decoding do not call it: whoever
-    # edits it edits linear_by_row, too (`bench.py cache` tells if one of them is forgotten).
+    # Of all experts at once; fp8.py has another. Decoding uses linear_by_row in its place.
     product = staticmethod(grouped_linear)
 
     def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
@@ -538,8 +555,10 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """h' = sum_{i in top K} g_i FFN_i(u) + FFN_shared(u), Eq. 12 (Block adds the residual).
 
-    What every token needs is learnt once, in the shared expert, and not again by each of the
-    others, which can differ more (DeepSeekMoE, arXiv 2401.06066, section 3.2).
+    Why experts: many parameters for few FLOPs. A token of V3 uses 37 of 671 billion parameters, and
+    costs what a dense network of 37 billion costs. Why many small ones: K of E can be combined in
+    more ways (arXiv 2401.06066, section 3.1). Why a shared one: what every token needs is learnt
+    once, and not again by each of the others, which can differ more (section 3.2 there).
     """
 
     def __init__(self, config: ModelConfig):
@@ -650,10 +669,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
-    After every call `routing` holds the chosen experts of each MoE layer that ran, (B, T, K), then
-    of the MTP modules k, (B, T-k, K) (decoding notes none); after a call with targets `mtp_losses`
-    holds the loss of each MTP depth. In training mode every gate's `load` adds up how often each
-    expert was chosen, until `update_bias` uses that.
+    After a call, `routing` holds the chosen experts of each MoE layer that ran, (B, T, K), then
+    those of the MTP modules k, (B, T-k, K). (Decoding leaves it as it is.) After a call with
+    targets, `mtp_losses` holds the loss of each MTP depth. In training mode every gate's `load`
+    adds up how often each expert was chosen, until `update_bias` uses that.
     """
 
     def __init__(self, config: ModelConfig):
@@ -680,8 +699,8 @@ class DeepSeekV3(nn.Module):
     cross_entropy = staticmethod(cross_entropy)  # support/processes.py may compile it
 
     def run_block(self, block: nn.Module, past: Past | None, *inputs) -> Tensor:
-        """Calls block(*inputs, past), a Block or MTP module, and notes its routing (not where it
-        decodes, behind a cache)."""
+        """Calls block(*inputs, past), a Block or MTP module, and notes its routing, but not in
+        decoding. It is noted here and not in the gate, since `recompute` runs a block twice."""
         if self.recompute and torch.is_grad_enabled():
             x, routing = checkpoint(block, *inputs, past, use_reentrant=False)
         else:
@@ -723,7 +742,7 @@ class DeepSeekV3(nn.Module):
 
     def logits(self, h: Tensor, k: int = 0) -> Tensor:
         """h^k (B, T, D) of depth k -> its logits (B, T, vocabulary), Eq. 23, in the dtype of h. All
-        depths share the head, so k is not used; losses, drafts and `bench.py cache` ask this."""
+        depths share the head, so k is not used. Losses and drafts both call this."""
         return self.lm_head(h)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, return_mtp: bool = False):
@@ -731,15 +750,14 @@ class DeepSeekV3(nn.Module):
 
         return_mtp: also a list with the logits of each depth k = 1, 2, ..., (B, T-k, vocabulary).
         Their row i predicts token i + 1 + k.
-        targets (B, T): the next tokens, a number below 0 where there is none. Then the losses are
-        returned in place of logits, by name. train.py gives each its weight, adds them up, and logs
-        each.
+        targets (B, T): the next tokens, a number below 0 where there is none. With them it returns
+        the losses by name in place of logits. train.py weighs, adds and logs them.
         """
         hidden = [self.trunk(tokens)]  # h^0; then h^1, h^2, ...
         if targets is not None or return_mtp:
             for k in range(min(len(self.mtp), tokens.shape[1] - 1)):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
-        routed, self.routed = self.routed, []  # scores hold the graph of a training step
+        routed, self.routed = self.routed, []  # the scores keep a step's activations alive
         self.routing = [chosen for _, _, chosen in routed]
         if self.training:
             for gate, _, chosen in routed:
@@ -776,9 +794,9 @@ class DeepSeekV3(nn.Module):
             gate.load.zero_()
 
     def parameter_counts(self) -> dict[str, int]:
-        """`total` and `active` (what one token uses) of the main model, embedding, head and
-        correction biases counted; `mtp`, what the modules add. A token uses K of the E routed
-        experts, and one row of a table beside the token embedding."""
+        """`total`: all parameters of the main model, with embedding, head and correction biases;
+        `active`: those that one token uses, with K of the E routed experts; `mtp`: what the MTP
+        modules add to `total`."""
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
         tables = [x for x in self.modules() if isinstance(x, nn.Embedding)]
         row = {x.weight: x.embedding_dim for x in tables if x is not self.embed_tokens}

@@ -55,7 +55,7 @@ ramp is 1 - ρ.) The report calls these two numbers α = 1 and β = 32.
 @ YaRN's temperature
 $ \sqrt{t} = 0.1 \ln s + 1 \text{, where } s > 1
 YaRN also makes the softmax sharper. Its paper multiplies queries and keys by this number, through
-cos and sin, and calls it √(1/t): its t divides. The report applies YaRN to the position's key alone.
+cos and sin, and calls it √(1/t): its t divides. The report applies YaRN to the position's key only.
 The released code multiplies all scores by the square instead (the scale below), so cos and sin have
 the amplitude 1.
 > model.py yarn_mscale

@@ -461,9 +461,9 @@ MARKS = {"test text": ("o", "full"), "validation text": ("o", "none"), "prose": 
 
 
 def draw_claims(figure):
-    """A row for each claim: a mark and an interval for each text, in percent of the base's loss. The
-    interval is blue where it agrees with the claim, orange where it disagrees, grey where neither.
-    A claim of a difference agrees above 0, one of an equality within its margin."""
+    """A row for each claim: a mark and an interval for each text, in percent of the base's loss.
+    Blue agrees with the claim, orange disagrees, grey can tell neither. An interval agrees with a
+    claim of a difference above 0, and with one of an equality within its margin."""
     ax, asked = figure.subplots(), {place: ask(place) for place in PLACES}
     for row, claim in enumerate(CLAIMS):
         y = -row
