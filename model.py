@@ -223,8 +223,8 @@ class Cache:
         self.rope = rope_table(config, positions, torch.promote_types(like.dtype, torch.float32))
 
     def advance(self, T: int) -> Position:
-        """Makes room for T new tokens; returns the position of the first. ValueError if full (not
-        in a graph, where nothing can be asked)."""
+        """Makes room for T new tokens; returns the position of the first. Raises ValueError if the
+        cache is full (but not in a graph, where a position's value is not known)."""
         if isinstance(self.length, int) and self.length + T > self.size:
             raise ValueError(f"{self.length} + {T} tokens exceed the cache of {self.size}.")
         start = self.length
@@ -241,7 +241,7 @@ def span(start: Position, length: int) -> slice | Tensor:
 
 def remember(past: Past, new: Tensor) -> Tensor:
     """Writes new (B, T, C+R) after the tokens that a layer has kept, and returns all (B, S, C+R).
-    In a graph, whose shapes are fixed, S is the cache's size: the empty rest is there, too."""
+    In a graph, whose shapes are fixed, S is the cache's size, with the part not yet written."""
     (kept, start), T = past, new.shape[1]
     kept[:, span(start, T)] = new
     return kept[:, : start + T] if isinstance(start, int) else kept
