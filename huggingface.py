@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import fp8
 from model import DeepSeekV3, ModelConfig
-from support.checkpoints import checkpoint_file, load_checkpoint, tell_if_edited
+from support.checkpoints import checkpoint_file, load_checkpoint, note_edit
 from support.files import check_free, new_folder, new_path, read_json
 from support.gguf import write_gguf
 from support.settings import Refusal, info, parse_args, run_command, short
@@ -405,7 +405,8 @@ def load_model(
         config, weights = ModelConfig(**saved["model_config"]), saved["model"]
     except (TypeError, KeyError, ValueError) as error:
         raise Refusal(f"{told}: {short(error)}") from None
-    tell_if_edited(saved, checkpoint_file(path), ModelConfig)
+    meaning = "where a formula is another, the weights mean something else"
+    note_edit("model.py", saved, checkpoint_file(path), meaning)
     compare(weights, outline(config).state_dict(), path, told, extend)
     dtype = dtype or weights["embed_tokens.weight"].dtype
     model = filled(config, weights, device, dtype)

@@ -5,7 +5,7 @@
         best.pt      the weights with the lowest validation loss (once YaRN is on, of later steps)
         log.jsonl    one JSON object per logged step or evaluation
         tokenizer.tiktoken (or a release's files), meta.json    what sample.py needs besides
-        model.py     a copy of the code that the weights mean
+        model.py, train.py    copies of the code that made the weights
         .lock        held by the train.py that writes there
 
 The loss is L_main + lambda * mean_k L_MTP^k + alpha * sum_layers L_Bal (report, sections 2.1.2 and

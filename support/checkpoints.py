@@ -6,11 +6,9 @@ far a run has come. Of sharded tensors a file has the whole (`gather`), and a pr
 (`cut_like`). support/runs.py says when a checkpoint is written, and where.
 """
 
-import functools
 import math
 import os
 import re
-import sys
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,10 @@ from torch import Tensor, nn
 
 from support.processes import Machine, of_all
 from support.settings import Refusal, info, sentence_of, short
+
+ROOT = Path(__file__).parent.parent
+# The code that a run means, read when the process starts: what is edited later does not run in it.
+CODE = {name: (ROOT / name).read_text("utf-8") for name in ("model.py", "train.py")}
 
 # ---- The file ------------------------------------------------------------------------------------
 
@@ -62,22 +64,12 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     return saved
 
 
-@functools.cache  # this process goes on with the code that it has read, whatever is edited later
-def code_of(config_class: type) -> bytes:
-    """The file that defines a network and this class of its settings, model.py; nothing if that is
-    no file, but a prompt."""
-    file = getattr(sys.modules.get(config_class.__module__), "__file__", None)
-    return Path(file).read_bytes() if file else b""
-
-
-def tell_if_edited(saved: dict[str, Any], checkpoint: Path, config_class: type) -> None:
-    """Says so where model.py is another now than when the checkpoint was saved."""
-    code, before = code_of(config_class), saved.get("code")
-    if code and before and before != code.decode():
-        copy = checkpoint.with_name("model.py")
-        shown = f"diff {copy} model.py shows how, or an older copy there"
-        told = f"model.py has changed since {checkpoint} was saved ({shown})"
-        info(f"{told}: where a formula is another, the weights mean something else")
+def note_edit(name: str, saved: dict[str, Any], checkpoint: Path, meaning: str) -> None:
+    """Prints a line if this file of CODE is not the one that the checkpoint was saved with."""
+    if saved.get(name, CODE[name]) != CODE[name]:
+        copy = checkpoint.with_name(name)
+        shown = f"diff {copy} {name} shows how, or an older copy there"
+        info(f"{name} has changed since {checkpoint} was saved ({shown}): {meaning}")
 
 
 # ---- The tensors of a state ----------------------------------------------------------------------

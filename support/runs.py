@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from support.checkpoints import Named, code_of, cut_like, gather, load_checkpoint
+from support.checkpoints import CODE, Named, cut_like, gather, load_checkpoint, note_edit
 from support.clock import Clock
 from support.files import put_aside, write_whole
 from support.flops import flops_per_token, peak_flops
@@ -145,7 +145,6 @@ class Run:
         self.states, self.model, self.progress = states, states["model"], states["progress"]
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.stop, self.clock = stop, Clock()
-        self.code = code_of(type(self.model.config))
         self.saved_step = 0  # the step of ckpt.pt (0: there is none)
         self.bad_in_a_row = 0  # steps up to now whose gradient was not finite
         self.save_due = False
@@ -181,6 +180,7 @@ class Run:
         """Goes back to ckpt.pt: every state is what it was."""
         file = self.out / "ckpt.pt"
         saved = load_checkpoint(file, whole=False)  # load_model has compared its checksums
+        note_edit("train.py", saved, file, "from here on the run may be trained another way")
         try:
             if lacking := self.states.keys() - saved.keys():
                 raise Refusal(f"it has no state of {min(lacking)}")
@@ -287,8 +287,7 @@ class Run:
         about = {
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
-            # best.pt may be older than the copy of model.py in the folder, and mean another.
-            "code": self.code.decode(),
+            **CODE,  # best.pt may be older than the copies in the folder, and mean others
             "trained_length": self.model.trained_length,
             "step": self.progress.step,
             "tokens": self.progress.tokens,
@@ -309,13 +308,14 @@ class Run:
             raise Refusal(f"{error} Mend that, then {self.way_on()}.") from None
 
     def write_code(self):
-        """model.py, as this process has read it, beside the weights that it means; one of a former
-        process, if it was another, is put aside."""
-        copy = self.out / "model.py"
-        if copy.exists() and copy.read_bytes() != self.code:
-            put_aside(copy)
-        if self.code and not copy.exists():
-            write_whole(copy, lambda file: file.write(self.code))
+        """Copies of CODE beside the weights. A copy that differs, of an earlier process, is put
+        aside."""
+        for name, text in CODE.items():
+            copy, code = self.out / name, text.encode()
+            if copy.exists() and copy.read_bytes() != code:
+                put_aside(copy)
+            if not copy.exists():
+                write_whole(copy, lambda file, code=code: file.write(code))
 
     # -- Ends --
 

@@ -33,7 +33,6 @@ from training import (
     wait_for,
 )  # fmt: skip
 
-import model
 import train
 from huggingface import load_model
 from model import DeepSeekV3
@@ -84,25 +83,42 @@ def test_a_checkpoint_comes_before_every_evaluation_which_a_resumed_run_makes_up
     assert_same_run(shared("--eval_batch=8"), Path("run"))
 
 
-def test_a_run_has_a_copy_of_the_code_that_its_weights_mean(capsys):
-    """Another model.py is told by whoever opens the run; one that goes on puts its copy aside. Of
-    best.pt, too, which may be older than the copy that is there then."""
-    copy, code = Path("run/model.py"), Path(model.__file__).read_bytes()
-    with mock.patch.object(runs, "code_of", return_value=b"# before\n" + code):
-        run("--steps=1")
+def test_a_run_has_copies_of_the_code_that_made_its_weights(monkeypatch, capsys):
+    """Whoever opens a run with another model.py, or resumes it with another train.py, gets a line.
+    A run that goes on puts its copies aside. best.pt may be older than the copies."""
+    for name, code in (now := dict(checkpoints.CODE)).items():
+        monkeypatch.setitem(checkpoints.CODE, name, f"# before\n{code}")
+    run("--steps=1")
+    checkpoints.CODE.update(now)
     shutil.copy("run/best.pt", "best.pt")
-    told = "model.py has changed since run/ckpt.pt was saved (diff run/model.py model.py shows how"
+    first, then = (
+        f"{name} has changed since run/ckpt.pt was saved (diff run/{name} {name} shows how"
+        for name in now
+    )
     load_model("run")
-    assert told.replace("ckpt.pt", "best.pt") in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert first.replace("ckpt.pt", "best.pt") in said and "train.py has changed" not in said
     run("--resume", "--steps=2")
     said = capsys.readouterr().err
-    assert told in said and "run/model.py, which was there, is now run/model.py.old-1" in said
-    assert copy.read_bytes() == code and b"# before" in Path("run/model.py.old-1").read_bytes()
-    load_model("run/ckpt.pt")
-    assert "model.py has changed" not in capsys.readouterr().err
+    for name, told in ("model.py", first), ("train.py", then):
+        assert told in said and f"run/{name}, which was there, is now run/{name}.old-1" in said
+        assert Path(f"run/{name}").read_text() == Path(checkpoints.ROOT / name).read_text()
+        assert Path(f"run/{name}.old-1").read_text().startswith("# before")
+    run("--resume", "--steps=3")
+    assert "has changed" not in capsys.readouterr().err
     shutil.copy("best.pt", "run")  # as if it were the best still
     load_model("run")
-    assert told.replace("ckpt.pt", "best.pt") in capsys.readouterr().err
+    assert first.replace("ckpt.pt", "best.pt") in capsys.readouterr().err
+
+
+def test_an_edit_while_a_run_trains_is_not_saved_as_its_code(monkeypatch, tmp_path):
+    for name in checkpoints.CODE:
+        (tmp_path / name).write_text("# edited while the data were made")
+    code = {name: (checkpoints.ROOT / name).read_text() for name in checkpoints.CODE}
+    monkeypatch.setattr(checkpoints, "ROOT", tmp_path)
+    saved = load(run("--steps=1"))
+    for name in ("model.py", "train.py"):
+        assert saved[name] == Path(f"run/{name}").read_text() == code[name]
 
 
 @pytest.mark.parametrize("name", ["SGD", "NAdam"])

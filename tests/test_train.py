@@ -477,7 +477,7 @@ def test_from_text_to_text_on_the_command_line():
     prompt = stored_tokenizer("out/tiny").encoding.decode(first).strip()
     assert done.stdout.startswith(prompt)
     files = {path.name for path in Path("out/tiny").iterdir()}
-    copies = {"tokenizer.tiktoken", "meta.json", "model.py"}
+    copies = {"tokenizer.tiktoken", "meta.json", "model.py", "train.py"}
     assert files == {"ckpt.pt", "best.pt", "log.jsonl", ".lock"} | copies
     losses = [line["loss"] for line in log_of("out/tiny") if "loss" in line]
     assert losses[0] > losses[-1] and len(losses) == 20
