@@ -437,6 +437,8 @@ def backward(
         with machine.autocast():
             losses = trainer(x, y)
         losses |= {k: x * shares[i, depth[k]] for k, x in losses.items() if k in depth}
+        if modules := [x for name, x in losses.items() if name.startswith("mtp_loss_")]:
+            losses["mtp_loss"] = sum(modules) / len(modules)
         total = sum(weight_of[name] * loss for name, loss in losses.items())
         (total / len(pairs)).backward()
         for name, loss in losses.items():
