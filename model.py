@@ -175,7 +175,7 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
         if yarn.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, R - 1)
-        ramp = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # 0 for fast pairs, 1 for slow
+        ramp = ((i - low) / (high - low or 0.001)).clamp(0, 1)  # 0 for fast pairs, 1 for slow
         frequency = frequency * (1 - ramp) + frequency / factor * ramp
         m, m_all = yarn.get("mscale"), yarn.get("mscale_all_dim")
         amplitude = yarn_mscale(factor, 1.0)

@@ -37,7 +37,7 @@ def rope_table(config, positions, dtype):
         low = R * math.log(length / (2 * math.pi * 32)) / (2 * math.log(theta))
         high = R * math.log(length / (2 * math.pi * 1)) / (2 * math.log(theta))
         low, high = max(math.floor(low), 0), min(math.ceil(high), R - 1)
-        ramp = ((i - low) / max(high - low, 0.001)).clamp(0, 1)
+        ramp = ((i - low) / (high - low or 0.001)).clamp(0, 1)
         frequency = frequency * (1 - ramp) + frequency / factor * ramp
     angle = positions.to(dtype)[:, None] * frequency
     return angle.cos(), angle.sin()

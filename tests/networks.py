@@ -31,13 +31,14 @@ TINY = dict(
 )  # fmt: skip
 YARN_PLAIN = dict(type="yarn", factor=8, original_max_position_embeddings=64)
 YARN = YARN_PLAIN | dict(beta_fast=32, beta_slow=1, mscale=0.7, mscale_all_dim=1.3)
-FAR = YARN | dict(original_max_position_embeddings=512)
+FAR, NEAR = (YARN | dict(original_max_position_embeddings=length) for length in (512, 1))
 VARIANTS = {
     "base": {},
     "no_query_latent": dict(q_lora_rank=None),
     "yarn": dict(rope_scaling=YARN),
     "yarn_without_mscale": dict(rope_scaling=YARN_PLAIN),
     "yarn_beyond_the_last_pair": dict(rope_scaling=FAR, rope_theta=100.0),
+    "yarn_before_the_first_pair": dict(rope_scaling=NEAR, rope_theta=100.0),
     "half_split_rope": dict(rope_interleave=False, rope_theta=50000.0),
     "attention_bias": dict(attention_bias=True),
     "tied_embeddings": dict(tie_word_embeddings=True),
