@@ -458,7 +458,7 @@ def balance_loss(s: Tensor, K: int) -> Tensor:
     bias does the balancing.
     """
     B, T, E = s.shape
-    P = (s / s.sum(-1, keepdim=True)).mean(1)  # (B, E), Eq. 19-20
+    P = (s / (s.sum(-1, keepdim=True) + 1e-20)).mean(1)  # (B, E), Eq. 19-20
     best = s.detach().topk(K).indices.flatten(1)  # (B, T*K), by s without the bias
     # (B, E), Eq. 18: every expert's share of the choices, times E.
     f = P.new_zeros(B, E).scatter_add_(1, best, torch.ones_like(best, dtype=P.dtype)) * E / (K * T)

@@ -38,7 +38,7 @@ from networks import (
 from torch import nn
 
 import bench
-from model import Cache, DeepSeekV3, Gate, ModelConfig, RMSNorm
+from model import Cache, DeepSeekV3, Gate, ModelConfig, RMSNorm, balance_loss
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +130,16 @@ def test_gate_computes_in_float32_under_autocast_and_in_a_bf16_model():
 @pytest.mark.parametrize("ignored", [[], [(0, 0), (0, 5), (1, 3), (1, 7)]], ids=["all", "some"])
 def test_losses_are_those_of_the_logits_and_of_the_gates_scores(depth, ignored):
     check_losses(tiny(num_nextn_predict_layers=depth), ignored)
+
+
+def test_scores_that_underflow_have_finite_losses_and_gradients():
+    """All of a token's scores may be 0 in float32, and two formulas divide by their sum."""
+    gate = tiny(torch.float32).gates()[0]
+    nn.init.constant_(gate.weight, -20.0)
+    s, _, gain = gate(torch.ones(1, 3, 16))  # sigmoid(-320)
+    loss = gain.sum() + balance_loss(s, 3)
+    loss.backward()
+    assert not s.any() and loss.isfinite() and gate.weight.grad.isfinite().all()
 
 
 # ---- Norm, dtypes --------------------------------------------------------------------------------
