@@ -160,6 +160,10 @@ class Named:
                     raise Refusal(f"{key} of {name} is {tuple(x.shape)}, expected {shape}")
             moments[i] = {key: cut_like(x, self.params[i]) for key, x in kept.items()}
         self.optimizer.load_state_dict(stored | {"state": moments, "param_groups": groups})
+        # torch has cast them to the parameters' dtype, which only a fused optimiser depends on.
+        for i, kept in moments.items() if not fused else ():
+            state = self.optimizer.state[self.params[i]]
+            state |= {k: x.to(state[k].device) for k, x in kept.items() if isinstance(x, Tensor)}
 
 
 def by_name(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Named]:

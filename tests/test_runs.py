@@ -121,20 +121,32 @@ def test_an_edit_while_a_run_trains_is_not_saved_as_its_code(monkeypatch, tmp_pa
         assert saved[name] == Path(f"run/{name}").read_text() == code[name]
 
 
-@pytest.mark.parametrize("name", ["SGD", "NAdam"])
-def test_the_whole_state_of_any_optimiser_goes_on(name, monkeypatch):
-    """SGD keeps nothing, NAdam a tensor without dimensions."""
+class LowMomentum(torch.optim.Optimizer):
+    def __init__(self, groups: list[dict], lr: float):
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                zeros = torch.zeros_like(p, dtype=torch.bfloat16)
+                momentum = self.state[p].setdefault("momentum", zeros).mul_(0.9).add_(p.grad)
+                p -= group["lr"] * momentum
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.NAdam, LowMomentum])
+def test_the_whole_state_of_any_optimiser_goes_on(kind, monkeypatch):
+    """SGD keeps nothing, NAdam a tensor without dimensions, LowMomentum bfloat16."""
 
     def one_group(model, config):
-        group = {"params": [*model.parameters()], "lr_scale": 1.0}
-        return [getattr(torch.optim, name)([group], config.lr)]
+        return [kind([{"params": [*model.parameters()], "lr_scale": 1.0}], config.lr)]
 
     monkeypatch.setattr(train, "make_optimizers", one_group)
     options = (*CONSTANT, "--dtype=float32")  # to which torch casts what it loads
     straight = run(*options, "--steps=4", out="straight")
     run(*options, "--steps=2")
     run(*options, "--steps=4", "--resume")
-    for key in ("model", f"{name} 0", "tokens"):
+    for key in ("model", f"{kind.__name__} 0", "tokens"):
         assert_same(load(straight)[key], load("run")[key])
 
 
