@@ -90,6 +90,9 @@ class ModelConfig:
 
     def __post_init__(self):
         check_config(self)  # this and with_original_length stand at the end of the file
+        for field in fields(self):
+            if field.type is float:  # transformers opens no file with 1 in place of 1.0
+                setattr(self, field.name, float(getattr(self, field.name)))
         self.rope_scaling = with_original_length(self)
 
     @property

@@ -209,6 +209,15 @@ def test_the_layout_is_that_of_the_network(name):
     assert huggingface.layout(config) == {name: tuple(x.shape) for name, x in views}
 
 
+@torch.no_grad()
+def test_a_network_with_whole_numbers_for_fractions_opens_in_transformers(tmp_path):
+    """transformers takes 1.0 for a fraction, and refuses 1."""
+    whole = dict(routed_scaling_factor=0, rope_theta=10, rms_norm_eps=1, initializer_range=1)
+    model = ours(depth=0, **whole)
+    huggingface.save_pretrained(model, tmp_path)
+    assert difference(model(TOKENS), theirs(tmp_path)(TOKENS).logits) < 2e-4
+
+
 class NullGate(model_py.Gate):
     """Its shapes are others, not its names: two more ids, of experts that do nothing."""
 
