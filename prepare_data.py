@@ -100,8 +100,8 @@ def parse_record(line: str, where: str, text_key: str) -> str | None:
     """The text of a line of .jsonl."""
     try:
         record = json.loads(line)
-    except ValueError as error:  # json's own counts lines, but this one is all it has seen
-        why = getattr(error, "msg", error)
+    except (ValueError, RecursionError) as error:
+        why = getattr(error, "msg", error)  # json's whole message counts lines, and it has seen one
         raise Refusal(f"{where} is no JSON ({why}); correct or delete it") from None
     if not isinstance(record, dict):
         raise Refusal(f"{where} is {line.strip():.60}, expected an object with {text_key!r}")
@@ -121,8 +121,8 @@ def read_file(path: Path, text_key: str) -> Iterator[str | None]:
         from pyarrow.parquet import ParquetFile
 
         file = ParquetFile(path)
-        if text_key not in (columns := file.schema_arrow.names):
-            raise Refusal(f"it has columns {columns!r:.100}, not {text_key!r}{OTHER_KEY}")
+        if (columns := file.schema_arrow.names).count(text_key) != 1:
+            raise Refusal(f"it has columns {columns!r:.100}, but not one {text_key!r}{OTHER_KEY}")
         for batch in file.iter_batches(columns=[text_key]):
             for value in batch.column(text_key).to_pylist():
                 yield as_text(value, "a record", text_key)
@@ -190,7 +190,8 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
         try:
             records = list(read_file(path, text_key))
         except UnicodeDecodeError as error:
-            if ".jsonl" in path.suffixes:  # meant for reading, unlike a binary in a folder of texts
+            # Meant for reading, unlike a binary in a folder of texts.
+            if {".jsonl", ".parquet"} & {*path.suffixes}:
                 raise Refusal(f"{path} cannot be read: {error}; convert it to UTF-8") from None
             info(f"skipped {path}: not UTF-8 text")
             continue
@@ -241,7 +242,7 @@ def split_documents(
     seen = Counter(line for text in documents.values() for line in set(text.splitlines()))
     train, val, test = dict(documents), {}, {}
     val_bytes = test_bytes = 0
-    for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest()):
+    for name in sorted(documents, key=lambda name: hashlib.sha256(os.fsencode(name)).digest()):
         copied = sum(len(line) for line in train[name].splitlines() if seen[line] > 1)
         if copied > len(train[name]) / 2:
             continue

@@ -174,6 +174,9 @@ def open_folder(
         make += f" --out={folder.parent}" if folder.parent != Path("data") else ""
         raise Refusal(f"no data in {folder}; make it with: {make}.")
     data = load_dataset(folder, val_tokens)
+    if data.val_bytes_per_token == 0:  # the mark at its start is no text
+        none = f"the first {len(data.val)} validation tokens of {folder} hold no text"
+        raise Refusal(f"{none}: give more --eval_tokens.")
     # The embedding may have more rows than there are tokens: fewer than 128 more, or exactly as
     # many as in the release that the tokenizer is from.
     padding = vocab_size - data.vocab_size

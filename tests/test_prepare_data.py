@@ -118,7 +118,8 @@ def test_split_at_its_thresholds(texts, taken):
 @pytest.mark.parametrize("newline", ["\n", ""])
 def test_split_cuts_the_end_off_a_single_file(newline):
     text = "title\n" + prose(1, 300).replace("\n", newline)
-    (train,), (val,), test = pd.split_documents({"a": text}, 0.1, 0.1)
+    name = "caf\udce9"  # as Python has a file name that is no UTF-8
+    (train,), (val,), test = pd.split_documents({name: text}, 0.1, 0.1)
     assert test == []
     assert train + val == text and abs(len(val) / len(text) - 0.1) < 0.01
     assert not newline or train.endswith("\n")
@@ -211,8 +212,11 @@ def test_no_text_is_read_from_outside_the_source_folder(tmp_path, capsys):
     assert pd.find_files(str(source / "secret.*")) == []
 
 
-def write_parquet(path: Path, **columns: list):
-    table = pytest.importorskip("pyarrow").table(columns)
+def write_parquet(path: Path, *columns: tuple[str, list]):
+    """Texts as a stranger may have written them: not in UTF-8."""
+    pa = pytest.importorskip("pyarrow")
+    arrays = [pa.array(x).cast(pa.string(), safe=False) for _, x in columns]
+    table = pa.table(arrays, names=[name for name, _ in columns])
     pytest.importorskip("pyarrow.parquet").write_table(table, path)
 
 
@@ -221,7 +225,7 @@ def test_collections_of_documents(tmp_path, kind, capsys):
     texts = [prose(i, 10) + tk.END_OF_TEXT for i in range(40)]  # in a document it is text
     path = tmp_path / f"docs.{kind}"
     if kind == "parquet":
-        write_parquet(path, body=[*texts, None])
+        write_parquet(path, ("body", [*texts, None]))
     else:
         lines = (json.dumps({"body": text}) + "\n" for text in [*texts, None])
         lines = "\n".join(lines)  # and blank ones
@@ -241,15 +245,18 @@ UNREADABLE = [  # a file, what is in it, and what the sentence says besides the 
     ("a.jsonl", FINE + b'{"t": "a"}', "line 3 has keys ['t'], not 'text'; is the text under anoth"),
     ("a.jsonl", FINE + '{"text": "é"}'.encode("latin1"), "byte 0xe9"),
     ("a.jsonl.gz", b"not compressed", "BadGzipFile("),
-    ("a.parquet", {"n": ["a"], "m": [1]}, "it has columns ['n', 'm'], not 'text'; is the text und"),
+    ("a.jsonl", FINE + b'{"text": ' + b"[" * 100_000, "line 3 is no JSON (maximum recursion depth"),
+    ("a.parquet", [("n", ["a"]), ("m", ["a"])], "columns ['n', 'm'], but not one 'text'; is the"),
+    ("a.parquet", [("text", ["a"])] * 2, "columns ['text', 'text'], but not one 'text'; is"),
+    ("a.parquet", [("text", [b"fine", b"caf\xe9"])], "byte 0xe9"),
 ]
 
 
 @pytest.mark.parametrize("name, content, said", UNREADABLE)
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(name, content, said, tmp_path):
     path = tmp_path / name
-    if isinstance(content, dict):
-        write_parquet(path, **content)
+    if isinstance(content, list):
+        write_parquet(path, *content)
     else:
         path.write_bytes(content)
     with pytest.raises(Refusal, match=re.escape(f"{path} cannot be read")) as caught:
