@@ -34,6 +34,7 @@ from support.tokenizer import Tokenizer
 
 MOST_DRAFTS = 4
 MOST_TEXTS = 10_000  # that are decoded together; far more take minutes and then all memory
+MOST_IN_GRAPH = 512  # tokens that a graph reads at once; of more, Experts.forward sorts the experts
 MATCH = 3  # so many last tokens must stand earlier in the text before drafts are copied from there
 COLDEST = 1e-6  # a lower temperature is greedy: the likeliest token has nearly all probability
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -195,6 +196,9 @@ class Text:
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
         self.model, self.compiled, self.drafts = model, compiled, G
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft
+        most = MOST_IN_GRAPH // (G + max(1, self.depth))  # a round reads so many tokens of a text
+        if compiled and most < B:
+            raise Refusal(f"{B} samples are too many: --compile decodes at most {most} together")
         drawn = filters.temperature >= COLDEST
         if drawn:
             where = drawing_device(tokens.device)

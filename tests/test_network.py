@@ -493,6 +493,18 @@ def texts(model, T=5, **options) -> Stats:
     return runs[1]
 
 
+@pytest.mark.parametrize("depth, drafts, most", [(0, 0, 512), (2, 2, 128)])
+def test_a_graph_decodes_so_many_texts(depth, drafts, most, eager_graphs):
+    """More would be sorted by expert, and the number of an expert's tokens is no fixed size."""
+    model, options = student(depth, vocab_size=5), dict(temperature=0, speculative=drafts)
+    if depth == 0:  # with modules it takes longer
+        prompts = tokens_of(model, 1, 5).expand(most, -1)
+        texts = [generate(model, prompts, 1, compile=x, **options) for x in (False, True)]
+        assert torch.equal(*texts)
+    with pytest.raises(Refusal, match=f"{most + 1} samples are too many: .* at most {most} tog"):
+        generate(model, tokens_of(model, most + 1, 5), 3, compile=True, **options)
+
+
 SAMPLED = dict(temperature=0.8, top_k=5, speculative=1)
 
 
