@@ -51,7 +51,7 @@ from support.muon import Muon, muon_takes
 from support.processes import Machine
 from support.settings import Refusal, info
 from support.tokenizer import check_tokenizer, stored_tokenizer, tokenizer_files
-from support.tokens import Dataset, data_folder, open_folder, text_digest
+from support.tokens import OURS, Dataset, data_folder, open_folder, text_digest
 
 PHASES = ("warmup", "decay_start", "decay_end", "final_start")  # of the learning rate, in order
 
@@ -239,8 +239,7 @@ def open_data(
     folder = data_folder(config.data)
 
     def make():
-        ours = (config.data, vocab_size) in (("stdlib", 4096), ("tiny", 512))
-        if ours and not folder.exists():
+        if OURS.get(config.data) == vocab_size and not folder.exists():
             wanted = prepare_data.DataConfig("stdlib", config.data, vocab_size=vocab_size)
             try:
                 prepare_data.prepare(wanted)

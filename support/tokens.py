@@ -121,6 +121,8 @@ class Tokens:
         return rows
 
 
+# Folders in data/ that train.py makes for config/*.py if they are missing: their vocabularies.
+OURS = {"stdlib": 4096, "tiny": 512}
 FEW_TOKENS = 100_000  # of a validation text are enough to compare runs; stdlib's has as many
 
 
@@ -168,10 +170,13 @@ def open_folder(
     `weights`: the file or folder of given weights, whose tokenizer the data must have. `val_tokens`
     is load_dataset's. Raises OSError or Refusal where they do not fit."""
     if not folder.exists():
-        make = f"python prepare_data.py SOURCE --name={folder.name} "
+        # With another vocabulary, OURS would be in the way of their own configurations.
+        name = f"{folder.name}-{vocab_size}" if folder.name in OURS else folder.name
+        make = f"python prepare_data.py SOURCE --name={name} "
         home = weights.parent if weights and weights.is_file() else weights
         make += f"--tokenizer={home}" if weights else f"--vocab_size={vocab_size}"
         make += f" --out={folder.parent}" if folder.parent != Path("data") else ""
+        make += f", and give --data={folder.with_name(name)}" if name != folder.name else ""
         raise Refusal(f"no data in {folder}; make it with: {make}.")
     data = load_dataset(folder, val_tokens)
     if data.val_bytes_per_token == 0:  # the mark at its start is no text
