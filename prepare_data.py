@@ -290,9 +290,7 @@ def make_tokens(config: DataConfig, folder: Path) -> None:
     """Make token files and their tokenizer in folder."""
     tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else None
     train, val, test = read_parts(config)
-    if tokenizer:
-        advice.tell_if_unfit(tokenizer, config.tokenizer, train)
-    else:
+    if not tokenizer:
         tokenizer = train_tokenizer(train, config.vocab_size or advice.fitting_vocabulary(train))
     write_tokenizer(tokenizer, folder)
     write_tokens(folder, "train", train, tokenizer)

@@ -460,9 +460,6 @@ def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, pr
     windows = sum(batch_at(config, step) for step in range(progress.step, config.steps))
     read = progress.tokens + windows * config.block_size
     advice.tell_epochs(read, len(data.train), config.steps, new=progress.step == 0)
-    measured = math.ceil(config.steps / config.eval_every) * len(data.val)
-    if progress.step == 0:
-        advice.tell_if_evaluations_read_more(measured, read)
 
 
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=()):
@@ -694,7 +691,6 @@ def show_result(config: TrainConfig, data: Dataset):
     text = f"{best['val_bpb']:.4f} bits/byte in windows of {had['block_size']} tokens"
     if "val_bpb_long" in best:
         text += f", {best['val_bpb_long']:.4f} in windows of {had['long_block_size']}"
-    advice.tell_if_by_heart(config.out)
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
     tokens = data.val.arrays[0][1:9].tolist()  # after the end-of-text token
     # The run's own copy of the tokenizer: the data folder's may be gone by now.
