@@ -428,7 +428,7 @@ def with_settings(
     changed = [key for key, x in vars(config).items() if x != vars(model.config)[key]]
     if not changed:
         return model
-    told = " and ".join(f"{key} {vars(config)[key]}" for key in changed)
+    told = and_more([f"{key} {vars(config)[key]}" for key in changed])
     weights, like = model.state_dict(), model.embed_tokens.weight
     needed = outline(config).state_dict()
     compare(weights, needed, source, f"{source} cannot get {told}", extend)

@@ -536,7 +536,7 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
     # Of texts so long that a ring is full; on meta they take no memory.
     most, meta = model.config.max_position_embeddings, like.to("meta")
     caches = (Cache(model.config, model.layers, 1, n, meta).kept for n in (most, most + 1))
-    held, more = (sum(x.nbytes for x in torch.utils._pytree.tree_leaves(kept)) for kept in caches)
+    held, more = (sum(x.nbytes for x in graphs.tensors(kept)) for kept in caches)
     mha = model.config.cache_numbers()[1] * like.element_size()
     fixed = held - most * (more - held)  # what does not grow, such as a recurrent state
     also = f" and {fixed:,} per text" if fixed else ""

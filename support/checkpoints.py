@@ -45,7 +45,7 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     kinds = "a run's folder, a checkpoint file, or a directory with a config.json"
     if not file.exists():
         raise Refusal(f"there is no {file}: name {kinds}.")
-    if file.suffix in (".safetensors", ".gguf"):
+    if file.suffix in (".safetensors", ".gguf", ".py"):
         raise Refusal(f"{file} is no checkpoint of train.py: name {kinds}.")
     try:
         with zipfile.ZipFile(file) as archive:  # torch does not look at the records' checksums

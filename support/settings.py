@@ -159,7 +159,10 @@ def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     """The assignments of a config file, checked against the fields of the dataclasses."""
     if not os.path.isfile(path):
         raise Refusal(f"there is no config file {path}: name one, as config/small.py")
-    values = runpy.run_path(path)
+    try:
+        values = runpy.run_path(path)
+    except SyntaxError as error:
+        raise Refusal(f"{error.filename}, line {error.lineno}: {error.msg}") from None
     fields = {f.name: f for kind in config_classes for f in dataclasses.fields(kind)}
     values = {name: x for name, x in values.items() if not name.startswith("_")}
     for name, value in values.items():

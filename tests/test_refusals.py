@@ -54,6 +54,7 @@ REFUSALS = [
     (f"{NEW} --num_nextn_predict_layers=16", 1, "block_size is 16, but must be at least 17"),
     (f"{NEW} --mtp_weight=[-1]", 1, "is [-1], expected numbers that are at least 0."),
     (f"{NEW} --mtp_weight_late=[0.1,0.2]", 1, "is [0.1, 0.2], but there are 1 MTP modules: one e"),
+    ("train.py bad.py", 1, "bad.py, line 2: invalid syntax"),
     # Data.
     (
         f"{NEW} --data=nowhere --out=new/a/b",
@@ -75,10 +76,12 @@ REFUSALS = [
     # Runs that go on.
     (f"{NEW} --out=best --resume", 1, "no ckpt.pt to go on from: give --init_from=best, and ano"),
     (f"{ON} --overwrite", 1, "--resume goes on with a run: leave out --init_from and --overwrite."),
-    (f"{ON} --hidden_size=64", 1, "run/ckpt.pt cannot get hidden_size 64"),
+    (f"{ON} --hidden_size=64", 1, "run/ckpt.pt cannot get hidden_size 64: embed_tokens.weight is"),
+    (f"{ON} --hidden_size=64 --kv_lora_rank=3", 1, "cannot get hidden_size 64 and 1 more: embed_t"),
     (f"{ON} --optimizer=muon", 1, "run/ckpt.pt cannot be resumed: it has no state of Muon 1; use"),
     # sample.py
     ("sample.py run 'a text'", 2, "write --prompt='a text'"),
+    (f"sample.py {TINY} --prompt=x", 1, "tiny.py is no checkpoint of train.py: name a run's"),
     ("sample.py nowhere --prompt=x", 1, "there is no nowhere: name a run's folder, a checkpoint"),
     ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
     ("sample.py run --num_samples=100000000", 1, "is 100000000, but must be at most 10000"),
@@ -96,6 +99,7 @@ REFUSALS = [
 FILES = {
     "photos/me.png": b"",
     "a.txt": b"some lines\n" * 50,
+    "bad.py": b"steps = 1\nlr = = 2\n",
     "best/best.pt": b"x",
     "both/ckpt.pt": b"x",
     "both/val.bin": b"x",

@@ -252,6 +252,13 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(command, monkeypatch):
     assert command("--prompt=Gr", "--max_new_tokens=0", "--num_samples=2").out.count("Gr") == 2
 
 
+def test_a_layer_that_keeps_nothing_has_a_cache_of_0_bytes(capsys):
+    model = student(0)
+    model.layers[0].new_cache = lambda batch, size, like: None
+    sample.print_stats(model, sample.Stats(), 1)
+    assert "the model's cache: 0 bytes per token" in capsys.readouterr().err
+
+
 def test_a_seed_fixes_the_text(command):
     texts = [command("--prompt=", f"--seed={seed}").out for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
