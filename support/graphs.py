@@ -28,10 +28,12 @@ COMPILED: set[tuple] = set()  # the kinds of graphs that this process has
 
 
 def methods(*parts: nn.Module | type) -> frozenset:
-    """The code of all methods of these classes, of the modules and of their parts."""
+    """The code of all methods of these classes, of the modules and of their parts, but for those of
+    nn.Module, two of which torch replaces when it first compiles."""
     modules = [x for part in parts if isinstance(part, nn.Module) for x in part.modules()]
     kinds = {type(x) for x in modules} | {x for x in parts if isinstance(x, type)}
-    every = (x for kind in kinds for base in kind.__mro__ for x in vars(base).values())
+    bases = {base for kind in kinds for base in kind.__mro__} - {nn.Module}
+    every = (x for base in bases for x in vars(base).values())
     return frozenset(code for x in every if (code := getattr(x, "__code__", None)))
 
 

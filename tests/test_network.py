@@ -482,6 +482,16 @@ def test_a_patch_at_run_time_is_what_writes_the_next_text(patch, apply, eager_gr
     assert is_the_models_text(model, **compiled) and is_the_models_text(model, **compiled)
 
 
+def test_what_torch_replaces_in_a_module_asks_for_no_other_graph(monkeypatch):
+    """It does so when it first compiles, so the second text would compile again."""
+    model = student(1)
+    before = graphs.methods(model)
+    monkeypatch.setattr(nn.Module, "__dir__", lambda self: [])
+    assert graphs.methods(model) == before
+    monkeypatch.setattr(plain.MLP, "forward", lambda self, x: x)
+    assert graphs.methods(model) != before
+
+
 def texts(model, T=5, **options) -> Stats:
     """Asserts that the compiled text is the eager one; returns what it took."""
     runs, found = (Stats(), Stats()), []
