@@ -65,7 +65,7 @@ def run(case: Case, function: Callable, right: Outcome | None = None) -> Outcome
         count = Multiplications()
         with count if case.too_many else nullcontext():  # it slows a call down
             returned = function(*args)
-        returned = case.changes() if case.changes else as_tuple(returned, case)
+        returned = case.changes(returned) if case.changes else as_tuple(returned, case)
         if problem := unlike(returned, right, case) if right else "":
             return Outcome(problem)
         values = list(case.compared(*returned))

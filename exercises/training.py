@@ -23,8 +23,8 @@ def train_step(
     """One step, from tokens (B, T) and targets (B, T). Returns the losses by name.
 
     model(tokens, targets) gives the losses by name: "loss" (main), "mtp_loss", "balance_loss".
-    weights has by the same names what each counts in L. torch.nn.utils.clip_grad_norm_(parameters,
-    1.0) scales the gradients. Gradients of an earlier step may still be there. The bias moves last:
-    model.update_bias(gamma).
+    weights has what each counts in L, by these three names. The gradients of an earlier step may
+    still be there. torch.nn.utils.clip_grad_norm_(parameters, 1.0) scales gradients. The bias moves
+    last: model.update_bias(gamma).
     """
     raise NotImplementedError
