@@ -17,6 +17,9 @@ EVEN = None  # every expert is chosen equally often, whatever the scores are
 SAME_TWO = None  # all tokens choose the same two experts, with s = 1; all other s are 0
 # All else equal, the busiest expert's f doubles. By which factor does the gradient by its P grow?
 GRADIENT = None
+# E = 4, K = 2, and a batch of two sequences. In one all tokens choose experts 0 and 1, in the other
+# experts 2 and 3, with s = 1; all other s are 0. So in the batch all are equally busy. The loss?
+TWO_SEQUENCES = None
 
 
 def balance_loss(s: Tensor, K: int) -> Tensor:

@@ -5,23 +5,21 @@
     python exercises/check.py mla --hint        an idea; --hint=2: the shapes; --hint=3: nearly all
     python exercises/check.py mla --solution    the lines of the network that answer
 
-An exercise begins with questions: predict or count, before you write. Then a function is compared
-with a plain one on made-up inputs. Where it gives what a known mistake gives, the mistake is named.
-Then it is used with the trained network, and the numbers that come out must be the network's own.
-(In `training` a small network is trained.)
-In a notebook: from exercises.check import check; check("gate", gate=my_function, GATE_VALUE=0.5)
+An exercise begins with questions: predict or count, before you write. Then your function is judged
+on made-up inputs, against a plain answer. Where it gives what a known mistake gives, the mistake is
+named. Finally your function runs in the trained network, beside the network's own. (In the exercise
+`training` it trains a small one.)
+In a notebook: from exercises.check import check; check("gate", globals())
 """
 
 import argparse
 import inspect
-import io
-import re
 import runpy
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -30,16 +28,16 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from exercises import solutions
-from exercises.known import EXERCISES, Case, Exercise, Question
-from exercises.network import Multiplications, effect, place
+from exercises.known import EXERCISES, Case, Question
+from exercises.network import effect
 from support.settings import Refusal, run_command
 
-ROOT = Path(__file__).resolve().parent.parent
 ROUNDED = 1e-5  # what rounding in float32 may change, in parts of a case's largest number
-CLEAR = 10  # a mistake is named if it changes that many times as much
+UNWRITTEN = "not written yet"
 
 
 # ---- One call ------------------------------------------------------------------------------------
@@ -47,51 +45,35 @@ CLEAR = 10  # a mistake is named if it changes that many times as much
 
 @dataclass
 class Outcome:
-    """What a function gives in a case; or why there is nothing to compare."""
+    """What a function gives in a case, or the problem that leaves nothing to compare."""
 
     problem: str = ""
     returned: tuple = ()
-    values: list[Tensor] = field(default_factory=list)  # of `returned`, what is compared
-    gradients: dict[str, Tensor] = field(default_factory=dict)  # of a weighted sum of the values
-    multiplications: int = 0
+    numbers: dict[str, Tensor] = field(default_factory=dict)  # what is compared, by name
+    flops: int = 0  # of products of matrices, where a case limits them
 
 
 def run(case: Case, function: Callable, right: Outcome | None = None) -> Outcome:
     """Calls the function. Without `right`, the function is the answer itself."""
-    names = list(inspect.signature(getattr(solutions, case.function)).parameters)
-    args = [as_given(x, case.dtype) for x in case.args]
-    given = dict(zip(names, args, strict=False))
     try:
-        count = Multiplications()
-        with count if case.too_many else nullcontext():  # it slows a call down
-            returned = function(*args)
-        returned = case.changes(returned) if case.changes else as_tuple(returned, case)
+        with FlopCounterMode(display=False) if case.too_many else nullcontext() as counter:
+            returned = function(*case.args)
+        returned = case.changes(returned) if case.changes else returned
+        if not (isinstance(returned, tuple) and len(case.results) > 1):
+            returned = (returned,)
         if problem := unlike(returned, right, case) if right else "":
             return Outcome(problem)
-        values = list(case.compared(*returned))
-        gradients = differentiate(values, given, case.learnt)
+        values = case.compared(*returned)
+        numbers = dict(zip(case.results, values, strict=True)) | gradients(values, case)
     except NotImplementedError:
-        return Outcome("not written yet")
+        return Outcome(UNWRITTEN)
     except Exception as error:  # of the reader's code: any
         file = getattr(getattr(function, "__code__", None), "co_filename", "")
         lines = [x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == file]
         where = f"line {lines[-1]}: " if lines else ""
         return Outcome(f"{where}{type(error).__name__}: {textwrap.shorten(str(error), 90)}")
-    return Outcome("", returned, [x.detach() for x in values], gradients, count.total)
-
-
-def as_tuple(returned: object, case: Case) -> tuple:
-    several = len(case.results) > 1 and isinstance(returned, tuple)
-    return returned if several else (returned,)
-
-
-def as_given(x: object, dtype: torch.dtype | None) -> object:
-    """An argument in the case's dtype."""
-    if dtype and isinstance(x, nn.Module):
-        return x.to(dtype)
-    if dtype and isinstance(x, Tensor) and x.is_floating_point():
-        return x.detach().to(dtype).requires_grad_(x.requires_grad)
-    return x
+    flops = counter.get_total_flops() if counter else 0
+    return Outcome("", returned, {name: x.detach() for name, x in numbers.items()}, flops)
 
 
 def unlike(returned: tuple, right: Outcome, case: Case) -> str:
@@ -105,70 +87,51 @@ def unlike(returned: tuple, right: Outcome, case: Case) -> str:
             return f"{name} is {tuple(x.shape)}, expected {tuple(y.shape)}"
         computed = y.dtype == torch.float64 and x.dtype == torch.float32  # is exact enough
         if x.dtype != y.dtype and not computed:
-            near = (x.double() - y.double()).abs().max() <= 0.01 * y.double().abs().max()
-            told = f"{name} is {x.dtype}, expected {y.dtype}".replace("torch.", "")
-            return f"{told}; the numbers are right" if near else told
+            return f"{name} is {x.dtype}, expected {y.dtype}".replace("torch.", "")
     return ""
 
 
-def differentiate(values: list[Tensor], given: dict, learnt: dict) -> dict[str, Tensor]:
+def gradients(values: tuple[Tensor, ...], case: Case) -> dict[str, Tensor]:
     """The gradients of a weighted sum of the values; 0 where there is none."""
-    leaves = {k: x for k, x in given.items() if isinstance(x, Tensor) and x.requires_grad} | learnt
+    names = inspect.signature(getattr(solutions, case.function)).parameters
+    leaves = {name: x for name, x in zip(names, case.args, strict=False) if isinstance(x, Tensor)}
+    leaves = {name: x for name, x in leaves.items() if x.requires_grad} | case.learnt
     total = sum((x * torch.linspace(1, 2, x.numel()).view_as(x)).sum() for x in values)
-    if not leaves or not total.requires_grad:
-        return {name: torch.zeros_like(x) for name, x in leaves.items()}
-    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    found = [None] * len(leaves)
+    if leaves and total.requires_grad:
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     pairs = zip(leaves.items(), found, strict=True)
-    return {name: torch.zeros_like(x) if g is None else g for (name, x), g in pairs}
+    return {
+        f"the gradient by {name}": torch.zeros_like(x) if g is None else g for (name, x), g in pairs
+    }
 
 
-# ---- Comparing two outcomes ----------------------------------------------------------------------
+# ---- Right, wrong, and wrong in a known way ------------------------------------------------------
 
 
-def tolerance(right: Outcome, y: Tensor) -> float:
-    """How far rounding may move y. Numbers are added up to y that are as large as the largest of
-    the case. So a sum that is 0, a gradient for one, may be off by parts of these."""
-    if not y.is_floating_point():
-        return 0.0
-    every = [x for x in (*right.values, *right.gradients.values()) if x.is_floating_point()]
-    return ROUNDED * max(x.abs().max().item() for x in every)
+def rounding(right: Outcome) -> float:
+    """How far rounding may move a number. Numbers are added up to it that are as large as the
+    largest of the case. So a sum that is 0, a gradient for one, may be off by parts of these."""
+    numbers = [x for x in right.numbers.values() if x.is_floating_point()]
+    return ROUNDED * max((x.abs().max().item() for x in numbers), default=0.0)
 
 
-def apart(x: Tensor, y: Tensor, tolerance: float) -> Tensor:
-    """Which numbers differ by more."""
-    return ~(((x.double() - y.double()).abs() <= tolerance) | (x == y) | (x.isnan() & y.isnan()))
-
-
-def difference(mine: Outcome, right: Outcome, case: Case) -> str:
-    """What is wrong with an outcome, in words; "" if nothing."""
-    if mine.problem:
-        return mine.problem
-    for name, x, y in zip(case.results, mine.values, right.values, strict=True):
-        if told := differing(x, y, tolerance(right, y)):
-            return f"{name}: {told}"
-    for name, y in right.gradients.items():
-        if told := differing(mine.gradients[name], y, tolerance(right, y)):
-            none = "" if mine.gradients[name].any() else ", since there is none: is it detached?"
-            return f"the gradient by {name}: {told}{none}"
-    times = mine.multiplications / max(1, right.multiplications)
-    if case.too_many and times > 3:
-        return f"{times:.0f} times the multiplications that are needed: {case.too_many}"
+def difference(mine: Outcome, expected: Outcome, tolerance: float) -> str:
+    """The first difference between two outcomes, in words; "" if there is none."""
+    if mine.problem or expected.problem:
+        return "" if mine.problem == expected.problem else mine.problem or "it runs"
+    for name, y in expected.numbers.items():
+        x, limit = mine.numbers[name].double(), tolerance if y.is_floating_point() else 0
+        y = y.double()
+        bad = ~(((x - y).abs() <= limit) | (x == y) | (x.isnan() & y.isnan()))
+        if bad.any():
+            found = f"{name}: {bad.sum()} of {bad.numel()} numbers differ" if bad.ndim else name
+            if (x.isnan() & ~y.isnan()).any():
+                return f"{found}, with NaN"
+            none = "" if x.any() else ": yours are 0. Is something detached?"
+            largest = f"the largest is {y.abs().max():.3g}"
+            return f"{found}, by up to {(x - y).abs().max():.3g} ({largest}){none}"
     return ""
-
-
-def differing(x: Tensor, y: Tensor, tolerance: float) -> str:
-    """In how many numbers a result is wrong, and by how much; "" if in none."""
-    bad = apart(x, y, tolerance)
-    if not bad.any():
-        return ""
-    told = f"{bad.sum()} of {bad.numel()} numbers differ" if bad.ndim else "it is off"
-    if (x.isnan() & ~y.isnan()).any():
-        return f"{told}, with NaN"
-    off = (x.double() - y.double()).abs().max()
-    return f"{told}, by up to {off:.3g} (the largest is {y.double().abs().max():.3g})"
-
-
-# ---- Known mistakes ------------------------------------------------------------------------------
 
 
 def with_mistake(name: str, old: str, new: str) -> SimpleNamespace:
@@ -179,173 +142,142 @@ def with_mistake(name: str, old: str, new: str) -> SimpleNamespace:
         raise ValueError(f"hints.txt, {name}: {old!r} stands {text.count(old)} times in the answer")
     namespace = dict(vars(solutions))
     exec(text.replace(old, new), namespace)
-    return SimpleNamespace(**namespace)
+    return SimpleNamespace(
+        **{function: namespace[function] for function in EXERCISES[name].functions}
+    )
 
 
 @cache
 def right_outcomes(name: str) -> list[Outcome]:
-    cases = EXERCISES[name].cases()
-    return [run(case, getattr(solutions, case.function)) for case in cases]
+    return [run(case, getattr(solutions, case.function)) for case in EXERCISES[name].cases()]
+
+
+def outcomes(name: str, functions: SimpleNamespace) -> list[Outcome]:
+    pairs = zip(EXERCISES[name].cases(), right_outcomes(name), strict=True)
+    return [run(case, getattr(functions, case.function), right) for case, right in pairs]
 
 
 @cache
 def mistaken_outcomes(name: str) -> list[tuple[str, list[Outcome]]]:
-    """What each known mistake gives, in each case."""
-    return [
-        (sentence, outcomes(name, with_mistake(name, old, new), counted=False))
-        for old, new, sentence in EXERCISES[name].mistakes
-    ]
-
-
-def outcomes(name: str, functions: SimpleNamespace, counted: bool = True) -> list[Outcome]:
-    """counted: with multiplications, where a case has a limit."""
-    pairs = zip(EXERCISES[name].cases(), right_outcomes(name), strict=True)
-    found = []
-    for case, right in pairs:
-        if not counted:
-            case.too_many = ""
-        found.append(run(case, getattr(functions, case.function), right))
-    return found
-
-
-def alike(mine: Outcome, theirs: Outcome, right: Outcome) -> bool:
-    """Whether mine is what a mistake gives, and that is clearly wrong. Where the mistake's values
-    are wrong, gradients do not matter."""
-    if mine.problem or theirs.problem:
-        return mine.problem == theirs.problem
-
-    def differ(x: list[Tensor], y: list[Tensor], times: float) -> bool:
-        limits = [times * tolerance(right, b) for b in y]
-        return any(apart(a, b, t).any() for a, b, t in zip(x, y, limits, strict=True))
-
-    if differ(theirs.values, right.values, CLEAR):
-        return not differ(mine.values, theirs.values, 1)
-    a, b, c = (list(z.gradients.values()) for z in (mine, theirs, right))
-    return differ(b, c, CLEAR) and not differ(a, b, 1) and not differ(mine.values, theirs.values, 1)
+    """Each known mistake, and what it gives in each case."""
+    mistakes = EXERCISES[name].mistakes
+    return [(words, outcomes(name, with_mistake(name, *change))) for *change, words in mistakes]
 
 
 def judge(name: str, functions: SimpleNamespace) -> tuple[dict[str, str], list[str]]:
-    """What is wrong with each case ("" if nothing); and which known mistakes give the same results
-    in most of the wrong cases, and change no other."""
-    right = right_outcomes(name)
-    mine, cases = outcomes(name, functions), list(EXERCISES[name].cases())
-    told = [difference(*x) for x in zip(mine, right, cases, strict=True)]
-    wrong, found = [i for i, words in enumerate(told) if words], []
-    unwritten = "not written yet" in told
-    for sentence, theirs in mistaken_outcomes(name) if wrong and not unwritten else ():
-        same = sum(alike(mine[i], theirs[i], right[i]) for i in wrong)
-        rest = [i for i in range(len(cases)) if i not in wrong]
-        elsewhere = any(difference(theirs[i], right[i], cases[i]) for i in rest)
-        if 2 * same > len(wrong) and not elsewhere:
-            found.append((same, sentence))
+    """What is wrong in each case ("" if nothing); and the known mistakes that give the same, in all
+    cases or at least in most of the wrong ones."""
+    mine, right, wrong = outcomes(name, functions), right_outcomes(name), {}
+    for case, x, y in zip(EXERCISES[name].cases(), mine, right, strict=True):
+        many = case.too_many if x.flops > 3 * y.flops else ""
+        wrong[case.name] = difference(x, y, rounding(y)) or many
+    if UNWRITTEN in wrong.values():
+        return wrong, []
+    total, found = sum(map(bool, wrong.values())), []
+    for sentence, theirs in mistaken_outcomes(name) if total else ():
+        each = zip(wrong.values(), mine, right, theirs, strict=True)
+        others = [words for words, x, y, z in each if difference(x, z, rounding(y))]
+        if all(others) and 2 * len(others) < total:
+            found.append((total - len(others), sentence))
     most = max(found, default=(0, ""))[0]
-    where = "" if most == len(wrong) else f", in {most} of {len(wrong)} cases"
-    sentences = [sentence + where for same, sentence in found if same == most]
-    return {case.name: words for case, words in zip(cases, told, strict=True)}, sentences
+    where = "" if most == total else f", in {most} of {total} cases"
+    return wrong, [sentence + where for same, sentence in found if same == most]
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
 
 def the_readers(name: str) -> dict[str, object]:
-    """The functions and the answers to the questions in exercises/NAME.py. Raises Refusal if one is
-    missing; an error in the file keeps its trace."""
-    file = ROOT / f"exercises/{name}.py"
-    names = runpy.run_path(str(file))
-    for function in EXERCISES[name].functions:
-        if not callable(names.get(function)):
-            raise Refusal(f"{file} has no function {function}: it begins with def {function}(...")
-    for question in EXERCISES[name].questions:
-        if question.name not in names:
-            raise Refusal(f"{file} has no {question.name}: write {question.name} = your answer")
+    """What exercises/NAME.py defines, and the files of the exercises that it puts together."""
+    names = {}
+    for part in (*EXERCISES[name].parts, name):
+        names |= runpy.run_path(str(Path(__file__).parent / f"{part}.py"))
     return names
 
 
-def answered(question: Question, said: object) -> str:
+def functions_of(name: str, names: dict) -> SimpleNamespace:
+    for function in EXERCISES[name].functions:
+        if not callable(names.get(function)):
+            raise Refusal(f"exercises/{name}.py has no function {function}: write def {function}(")
+    return SimpleNamespace(**{function: names[function] for function in EXERCISES[name].functions})
+
+
+def wrong_answer(question: Question, answer: object) -> str:
     """What is wrong with the answer to a question; "" if nothing."""
 
     def near(x: float | str) -> bool:
-        if isinstance(x, str) or isinstance(said, str):
-            return x == said
-        return abs(said - x) <= question.within * abs(x)
+        if isinstance(x, str) or isinstance(answer, str):
+            return x == answer
+        return abs(answer - x) <= question.within * abs(x)
 
-    if said is None:
-        return ": not answered yet"
-    if not isinstance(said, int | float | str):
-        return f" is of type {type(said).__name__}, expected a number or a word"
+    if answer is None:
+        return "not answered yet"
+    if not isinstance(answer, int | float | str):
+        return f"it is of type {type(answer).__name__}, expected a number or a word"
     if near(question.answer):
         return ""
     slip = [f"that is {words}" for x, words in question.slips.items() if near(x)]
-    shown = f"{said:,}" if isinstance(said, int | float) else repr(said)
-    return f" is not {shown}: {slip[0] if slip else question.why}"
+    shown = f"{answer:,}" if isinstance(answer, int | float) else repr(answer)
+    return f"not {shown}: {slip[0] if slip else question.why}"
 
 
-def check(name: str, **given: object) -> bool:
-    """Checks exercises/NAME.py, or functions and answers given by name: prints, and returns if all
-    is right. Where something is given, only the questions that are answered are looked at."""
-    exercise = EXERCISES[name]
-    questions = [x for x in exercise.questions if not given or x.name in given]
-    functions = {x for part in (name, *exercise.parts) for x in EXERCISES[part].functions}
-    if strange := given.keys() - functions - {x.name for x in questions}:
-        due = " and ".join([*exercise.functions, *(x.name for x in exercise.questions)])
-        raise TypeError(f"exercise {name} has no {min(strange)}, but {due}")
-    names = given if exercise.functions.keys() <= given.keys() else the_readers(name) | given
-    mine = SimpleNamespace(**{function: names[function] for function in exercise.functions})
-    answers = {x.name: answered(x, names[x.name]) for x in questions}
-    wrong, mistakes = judge(name, mine)
+def verdict(name: str, names: dict) -> tuple[dict[str, str], list[str]]:
+    """What is wrong with each answer and in each case, and the known mistakes."""
+    answers = {x.name: wrong_answer(x, names.get(x.name)) for x in EXERCISES[name].questions}
+    cases, mistakes = judge(name, functions_of(name, names))
+    return answers | cases, mistakes
+
+
+def check(name: str, names: dict | None = None) -> bool:
+    """Checks exercises/NAME.py, where `names` (a notebook's globals()) does not define the same:
+    prints, and returns whether all is right."""
+    exercise, names = EXERCISES[name], the_readers(name) | (names or {})
+    problems, mistakes = verdict(name, names)
     print(f"{name}: {exercise.title}")
-    for what, told in (
-        answers | {case: told and f": {told}" for case, told in wrong.items()}
-    ).items():
-        print(f"  {'-- ' if told else 'ok '} {what}{told}")
+    for what, problem in problems.items():
+        print(f"  -- {what}: {problem}" if problem else f"  ok {what}")
     for sentence in mistakes:
         print(f"  It gives what would come out if {sentence}.")
-    if "not written yet" in wrong.values():
-        first = "Answer the questions, then write" if any(answers.values()) else "Now write"
+    if UNWRITTEN in problems.values():
         blanks = " and ".join(exercise.functions)
-        print(f"{first} {blanks} in exercises/{name}.py; --hint gives an idea.")
+        print(f"Answer the questions, then write {blanks} in exercises/{name}.py; --hint helps.")
         return False
-    missing = put_together(exercise, mine, given)
-    told, same = effect(name, mine, any(wrong.values()))
-    print(told)
-    if missing:
-        print(f"The network's own stands in for exercise {' and '.join(missing)}: do that first.")
-    return same and not any((missing, *wrong.values(), *answers.values()))
-
-
-def put_together(exercise: Exercise, mine: SimpleNamespace, given: dict) -> list[str]:
-    """Adds the functions of the exercise's parts to its own; returns those that are not right."""
-    missing = []
+    functions, missing = functions_of(name, names), []
     for part in exercise.parts:
-        names = given if EXERCISES[part].functions.keys() <= given.keys() else the_readers(part)
-        functions = {key: names[key] for key in EXERCISES[part].functions}
-        if any(judge(part, SimpleNamespace(**functions))[0].values()):
+        theirs = functions_of(part, names)
+        if any(judge(part, theirs)[0].values()):
             missing.append(part)
+            print(f"Exercise {part} is not done: the network's own stands in.")
         else:
-            vars(mine).update(functions)
-    return missing
+            vars(functions).update(vars(theirs))
+    try:
+        shown = effect(name, functions)
+    except Exception as error:
+        if not any(problems.values()):
+            raise
+        shown = f"{type(error).__name__}: {error}"
+    where = "In training" if name == "training" else "In the trained network"
+    print(f"{where}:\n{textwrap.indent(shown, '    ')}")
+    return not any(problems.values()) and not missing
 
 
 def overview() -> None:
     for number, (name, exercise) in enumerate(EXERCISES.items(), 1):
         try:
-            with redirect_stdout(io.StringIO()) as out:
-                done = "done" if check(name) else "differs in the trained network"
-            if wrong := re.findall("  --  (.*)", out.getvalue()):
-                done = "not written yet" if "not written yet" in wrong[-1] else wrong[0]
+            found, _ = verdict(name, the_readers(name))
+            wrong = [f"{what}: {problem}" for what, problem in found.items() if problem]
+            state = UNWRITTEN if UNWRITTEN in found.values() else (wrong or ["done"])[0]
         except Exception as error:  # of the reader's file: any
-            done = f"{type(error).__name__}: {error}"
-        print(f"{number:2} {name:9} {exercise.title:46} {textwrap.shorten(done, 100)}")
+            state = f"{type(error).__name__}: {error}"
+        print(f"{number:2} {name:9} {exercise.title:46} {textwrap.shorten(state, 100)}")
     print("\npython exercises/check.py NAME checks one; its text and its blank: exercises/NAME.py")
 
 
 def solution(name: str) -> None:
     """The lines of the network that answer, with their numbers."""
-    exercise = EXERCISES[name]
-    for theirs in exercise.functions.values():
-        function = inspect.unwrap(getattr(*place(exercise, theirs)))  # without decorators
-        lines, first = inspect.getsourcelines(function)
-        print(f"{Path(inspect.getsourcefile(function)).name}:{first}, {theirs}")
+    for owner, function in EXERCISES[name].functions.values():
+        lines, first = inspect.getsourcelines(inspect.unwrap(getattr(owner, function)))
+        print(f"{Path(inspect.getsourcefile(owner)).name}:{first}")
         print("".join(f"{i:5}  {line}" for i, line in enumerate(lines, first)))
 
 
@@ -355,20 +287,20 @@ def main(argv: list[str]) -> bool:
     parser.add_argument("name", nargs="?", choices=[*EXERCISES], metavar="NAME")
     parser.add_argument("--hint", type=int, nargs="?", const=1, choices=(1, 2, 3))
     parser.add_argument("--solution", action="store_true")
-    asked = parser.parse_args(argv)
-    if (asked.hint or asked.solution) and not asked.name:
+    args = parser.parse_args(argv)
+    if (args.hint or args.solution) and not args.name:
         parser.error("name an exercise, as in: python exercises/check.py mla --hint")
     torch.set_num_threads(1)  # is as fast for so little, and waits for no other program
-    if not asked.name:
+    if not args.name:
         overview()
-    elif asked.hint:
-        print(EXERCISES[asked.name].hints[asked.hint - 1])
-        if asked.hint < 3:
-            print(f"\nMore: python exercises/check.py {asked.name} --hint={asked.hint + 1}")
-    elif asked.solution:
-        solution(asked.name)
+    elif args.hint:
+        print(EXERCISES[args.name].hints[args.hint - 1])
+        if args.hint < 3:
+            print(f"\nMore: python exercises/check.py {args.name} --hint={args.hint + 1}")
+    elif args.solution:
+        solution(args.name)
     else:
-        return check(asked.name)
+        return check(args.name)
     return True
 
 

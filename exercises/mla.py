@@ -20,6 +20,9 @@ from torch import Tensor
 CACHE_MHA = None  # were it usual attention: keys of N numbers and values of V for every head
 CACHE_GQA = None  # with 8 heads of keys and values (128 numbers each) for the 128 heads of queries
 CACHE_MLA = None  # V3 itself: the latent c^KV and k^R
+# In V3 the k^C and v^C of one token, all heads together, are 32,768 numbers. All are linear in its
+# latent. In a space of how many dimensions do they lie?
+DIMENSIONS = None
 
 
 def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor) -> Tensor:

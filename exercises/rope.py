@@ -8,8 +8,8 @@ RoPE turns queries and keys, so that their product depends on the distance of th
 where they stand: (R_t q) . (R_j k) = q . (R_{j-t} k). Were the key from the latent turned, k = W^UK
 c, this would be q . (R_{j-t} W^UK c). A rotation stands between q and W^UK, another one for every
 distance, so no single matrix can go over to the query (exercise `absorbed`). So V3 leaves that key
-as it is, and R more numbers, one small key for all heads, carry the position. check.py shows what
-happens otherwise.
+as it is, and R more numbers, one small key for all heads, carry the position. (Part 5
+of docs/TOUR.md tries it without.)
 """
 
 import torch

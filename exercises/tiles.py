@@ -12,6 +12,9 @@ from torch import Tensor
 
 # First predict. One number of a tensor is 896,000, another is 1, and all have one scale.
 BECOMES = None  # what is q s for the number 1?
+# In a matrix of 1,024 x 1,024 one number is 896,000 and all others are about 1. How many of these
+# become 0 if every row of 128 has a scale? (And how many with one scale for all?)
+LOST = None
 BYTES_ROW = None  # bytes a number of activations, its share of the scale (4 bytes) included
 BYTES_BLOCK = None  # bytes a number of a weight, likewise
 

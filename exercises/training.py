@@ -5,8 +5,7 @@ gradients of L, scaled down to a norm of 1 at most; a step of the optimiser; the
 
 check.py builds the network of config/tiny.py, puts in your functions of the exercises `gate`,
 `experts` and `mla`, and trains it for 30 steps with your step, on the bytes of a text. Then it does
-the same with the network as it is, from the same random numbers. The two curves must lie on each
-other.
+the same with the network as it is, from the same random numbers: compare the two curves.
 """
 
 import torch
@@ -15,6 +14,9 @@ from torch import Tensor
 # First predict. config/tiny.py: a vocabulary of 512, steps of 8 windows of 64 tokens.
 FIRST_LOSS = None  # nats, before training, when every token is about as likely as any other
 TOKENS = None  # how many tokens have 30 steps read?
+# The gradient of L has the norm 5. All weights of the losses are doubled. By which factor does the
+# gradient change that the optimiser sees?
+DOUBLED = None
 
 
 def train_step(

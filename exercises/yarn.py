@@ -22,6 +22,9 @@ from torch import Tensor
 # First count. V3: R = 64, theta = 10,000, trained on L = 4,096 tokens before YaRN (factor 40).
 KEPT = None  # how many of the 32 pairs keep their frequency?
 DIVIDED = None  # how many get the 40th part of it?
+# Why not divide every frequency by 40? Then by which angle, in radians, would even the fastest pair
+# turn from one token to the next?
+NEIGHBOURS = None
 SLOWEST_LONG = None  # how many turns does the last pair make in a text of 40 L tokens, with YaRN?
 
 

@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 
+import model as v3
 from exercises import check, network, solutions
 from exercises.known import EXERCISES
 
@@ -23,7 +23,7 @@ bias | load = gate.load.float() => gate.load.zero_(); load = gate.load.float() |
 bias | gate.load.zero_() => gate.load = torch.zeros_like(gate.load) | another tensor may be
 mtp | len(model.mtp) + 1) => min(len(model.mtp), tokens.shape[1] - 1) + 1)
 mtp | F.cross_entropy(logits.flatten(0, 1), due.flatten(), ignore_index=-1) => F.cross_entropy(logits[due >= 0], due[due >= 0])
-mla | p = score.softmax(-1) => p = score.float().softmax(-1).to(v.dtype)
+mla | p = score.softmax(-1) => p, v = score.float().softmax(-1), v.float()
 mla | q, k) * self.scale => q * self.scale, k) * self.scale | scaled twice
 mla | k, v = kv.view(B, T, H, N + V).split([N, V], -1) => k, v = kv.view(B, H, T, N + V).transpose(1, 2).split([N, V], -1) | .view took the place of a transpose
 mla | p, v) => p, v).transpose(1, 2).reshape(B, T, H, V) | .view took the place of a transpose in the result
@@ -34,6 +34,7 @@ gate | return s, chosen, gain => return s, chosen, gain * config.routed_scaling_
 gate | return s, chosen, gain => return s, chosen, gain / (1 + 1e-3) | gate values (B, T, K)
 experts | (chosen == i).nonzero(as_tuple=True) => (chosen == i).nonzero()[:1024].T | numbers differ
 training | weights[name] * loss for name, loss in losses.items() => losses[name] * x for name, x in weights.items()
+experts | (rows @ self.gate_up_proj[i].T) => (x @ self.gate_up_proj[i].T)[token] | multiplications
 training | optimizer.zero_grad() => optimizer.zero_grad; model.train() | gradients of the earlier step
 training | return {name: loss.detach() for name, loss in losses.items()} => return None | losses by name
 accept | torch.where(empty, p_after, rest) => torch.where(empty, torch.ones_like(rest), rest) | token after them
@@ -53,11 +54,10 @@ def test_answers_are_judged_rightly(line):
     wrong, mistakes = judged(name, functions)
     if says:
         assert says[0] in " ".join(wrong[:1] + mistakes), (wrong, mistakes)
-        assert name != "mla" or "The right answer shows" in network.effect(name, functions)[0]
-    else:
-        assert (wrong, mistakes) == ([], [])
-        if name == "training" or "float()" in change:  # with the network's inputs, in float64
-            assert network.effect(name, functions)[1]
+        return
+    assert (wrong, mistakes) == ([], [])
+    if "float()" in change or name == "training":  # float32 in a network of float64; its weights
+        assert "give the same" in network.effect(name, functions)
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -65,13 +65,25 @@ def test_blanks_fail_with_a_sentence_and_solutions_pass(name, capsys):
     assert not check.check(name)
     out = capsys.readouterr().out
     assert "not answered yet" in out and "not written yet" in out and "Error" not in out
-    parts = (name, *EXERCISES[name].parts)
-    functions = {x: getattr(solutions, x) for part in parts for x in EXERCISES[part].functions}
     answers = {question.name: question.answer for question in EXERCISES[name].questions}
-    assert check.check(name, **functions, **answers)
-    if len(parts) > 1:  # a wrong part moves the curve
-        functions["gate"] = check.with_mistake("gate", "s.detach() + b", "s.detach()").gate
-        assert not network.effect(name, SimpleNamespace(**functions))[1]
+    assert check.check(name, vars(solutions) | answers)
+    assert "The network's own functions give the same." in capsys.readouterr().out
+    if name == "balance":
+        assert not check.check(name, vars(solutions) | answers | {"EVEN": 9})
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_mistake_shows_in_the_network(name):
+    def shown(functions):
+        return network.effect(name, functions)
+
+    mistaken = (check.with_mistake(name, *change) for *change, _ in EXERCISES[name].mistakes)
+    assert any("The network's own functions give:" in shown(x) for x in mistaken)
+    for part in EXERCISES[name].parts[:1]:  # a wrong part moves the curve
+        old, new, _ = EXERCISES[part].mistakes[0]
+        functions = vars(check.with_mistake(part, old, new))
+        functions |= {"train_step": solutions.train_step}
+        assert "The network's own functions give:" in shown(SimpleNamespace(**functions))
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -83,16 +95,21 @@ def test_known_mistakes_are_named_and_no_others(name):
         assert wrong and mistakes == [sentence], (sentence, wrong, mistakes)
         assert "Error" not in " ".join(wrong), "a mistake that runs"
     for question in exercise.questions:
-        assert all("that is" in check.answered(question, x) for x in question.slips)
-        assert check.answered(question, -1).startswith(" is not -1: ")
+        assert all("that is" in check.wrong_answer(question, x) for x in question.slips)
+        assert check.wrong_answer(question, -1).startswith("not -1: ")
 
 
 @pytest.mark.parametrize("name", [x for x in EXERCISES if x != "training"])
-def test_solutions_give_what_the_network_gives(name):
-    own = SimpleNamespace(mtp_loss=lambda model, x, y: model(x, y)["mtp_loss"])
-    own.rotate, own.accept = network.v3.rotate, network.sample.accept
-    own.update_bias, own.quantize = network.v3.DeepSeekV3.update_bias, network.fp8.quantize
-    with torch.no_grad():
-        numbers = network.EFFECTS[name](own).numbers
-    for key, right in network.right(name).numbers.items():
-        torch.testing.assert_close(numbers[key], right, rtol=1e-9, atol=1e-8)
+def test_the_networks_own_functions_are_right(name):
+    places = EXERCISES[name].functions.items()
+    own = {mine: getattr(owner, theirs) for mine, (owner, theirs) in places}
+    own |= {
+        "rms_norm": lambda x, weight, eps: v3.RMSNorm.forward(
+            SimpleNamespace(weight=weight, eps=eps), x
+        ),
+        "attend_absorbed": lambda mla, q_nope, q_pe, kv: mla.attend_absorbed(
+            q_nope, q_pe, kv, kv.shape[1] - q_nope.shape[1]
+        ),
+        "mtp_loss": lambda model, x, y: v3.DeepSeekV3.forward(model, x, y)["mtp_loss"],
+    }
+    assert judged(name, SimpleNamespace(**own)) == ([], [])
