@@ -491,8 +491,43 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
     """Each row of x (rows, in) times the weight of its expert (rows,), of weights (E, out, in):
-    (rows, out). For decoding: few rows, and no size that depends on the choice of experts."""
-    return (weight[expert] * x[:, None]).sum(-1)
+    (rows, out). For the few rows of decoding. In a graph no shape may depend on the choice of
+    experts, so there the rows' weights are copied first."""
+    if torch.compiler.is_compiling():
+        return (weight[expert] * x[:, None]).sum(-1)
+    return torch.stack([weight[i] @ row for i, row in zip(expert.tolist(), x, strict=True)])
+
+
+class Dispatch(torch.autograd.Function):
+    """Copies every token to its K rows: x (tokens, D) -> (rows, D). Row i holds token[i] (rows,),
+    and token t is in the rows place[t] (tokens, K).
+
+    Its gradient is Combine, and the gradient of Combine is Dispatch. So forward and backward only
+    read, and a token's K rows are added up in float32 and rounded once. PyTorch's own gradient of
+    `x[token]` rounds after every addition, on a GPU in an order that changes from run to run.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(token, place)
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return Combine.apply(dy, *ctx.saved_tensors), None, None
+
+
+class Combine(torch.autograd.Function):
+    """Adds up the K rows of every token: y (rows, D) -> (tokens, D)."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(token, place)
+        return F.embedding_bag(place, y, mode="sum")
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return Dispatch.apply(dy, *ctx.saved_tensors), None, None
 
 
 class Experts(nn.Module):
@@ -518,7 +553,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D).normal_(std=std))
         self.down_proj = nn.Parameter(torch.empty(E, D, width).normal_(std=std))
 
-    # Of all experts at once; fp8.py has another. Decoding uses linear_by_row in its place.
+    # Of all experts at once; fp8.py has another. Decoding uses linear_by_row in place of this one.
     product = staticmethod(grouped_linear)
 
     def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
@@ -528,31 +563,34 @@ class Experts(nn.Module):
         expert = chosen.clamp(0, E - 1)
         gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)  # none of the E counts nothing
         expert, gain = expert.flatten(), gain.flatten()  # (tokens * K,)
-        # Decoding, where tokens are few: each reads the weights of its experts. In a graph no size
-        # may depend on the choice, so there it is so for more tokens, too.
-        few = x.device.type == "cpu" and tokens * K <= 2 * E
-        if torch.compiler.is_compiling():
+        # The few tokens of decoding each read the weights of their experts.
+        few = tokens * K <= E and x.device.type == "cpu"
+        if torch.compiler.is_compiling():  # no shape may depend on the choice
             few = tokens <= 512
-        if few and not torch.is_grad_enabled():
+        if few and self.product is grouped_linear and not torch.is_grad_enabled():
             x = x.repeat_interleave(K, 0)  # (tokens * K, D)
             gate, up = linear_by_row(x, self.gate_up_proj, expert).chunk(2, -1)
             y = linear_by_row(swiglu(gate, up) * gain[:, None], self.down_proj, expert)
             return y.view(tokens, K, -1).sum(1)
-        # Sorted by expert, so that the tokens of an expert are rows side by side.
         counts = count_chosen(expert, E)  # (E,)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and tokens > MOST_NEW:
             # oneDNN compiles a kernel for every new number of rows. So each expert gets a few rows
-            # more, of gate value 0, up to a multiple of 64.
-            extra = -counts % 64
+            # more, of gate value 0, up to a multiple of 64, or of 16 in a short prompt.
+            extra = -counts % (64 if tokens > 512 else 16)
             padding = torch.arange(E).repeat_interleave(extra)
             expert, gain = torch.cat((expert, padding)), F.pad(gain, (0, len(padding)))
             counts = counts + extra
+        # Sorted by expert, so that the tokens of an expert are rows side by side.
         order = expert.argsort(stable=True)  # (rows,)
         token = order.clamp(max=tokens * K - 1) // K  # (rows,), any token for the padding
+        place = torch.empty_like(order)  # the inverse of order
+        place[order] = torch.arange(len(order), device=order.device)
+        place = place[: tokens * K].view(tokens, K)
         gain = gain.index_select(0, order)[:, None]  # (rows, 1)
-        gate, up = self.product(x.index_select(0, token), self.gate_up_proj, counts).chunk(2, -1)
+        rows = Dispatch.apply(x, token, place)  # (rows, D)
+        gate, up = self.product(rows, self.gate_up_proj, counts).chunk(2, -1)
         y = self.product(swiglu(gate, up) * gain, self.down_proj, counts)  # (rows, D)
-        return torch.zeros_like(x).index_add(0, token, y)
+        return Combine.apply(y, token, place)
 
 
 class MoE(nn.Module):
