@@ -65,7 +65,7 @@ class Stats:
 
     seconds: float = 0.0  # without the prompt and without compilation
     tokens: int = 0  # new ones
-    rounds: int = 0  # forwards of the main model after the prompt's
+    rounds: int = 0  # forwards of the main model, the prompt's among them
     lookups: int = 0  # rounds whose drafts were copied
     # By position in a round: `drafted` counts the drafts that lie before the end of the text,
     # `accepted` those that became part of it. All rows advance as far as the slowest: a draft
@@ -176,9 +176,10 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
 class Text:
     """B rows of text, all of n tokens, and what it takes to continue them.
 
-    The model has read all of them but the newest, token n-1: the next round reads it together with
-    the drafts. What `cache`, `hidden` and `mtp_cache` hold behind the text comes from drafts that
-    were rejected. It is written over before it is read, so it is forgotten by length alone.
+    After the prompt, the model has read all of them but the newest, token n-1: the next round reads
+    it together with the drafts. What `cache`, `hidden` and `mtp_cache` hold behind the text comes
+    from drafts that were rejected. It is written over before it is read, so it is forgotten by
+    length alone.
     """
 
     def __init__(
@@ -191,8 +192,8 @@ class Text:
         filters: Filters,
         buffers: dict | None = None,
     ):
-        """Reads the prompt, tokens (B, T), but for its last token. `new`: tokens that there must be
-        room for; G: drafts in a round; buffers: as in `generate`."""
+        """Reads the prompt, tokens (B, T). `new`: tokens that there must be room for; G: drafts in
+        a round; buffers: as in `generate`."""
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
         self.model, self.compiled, self.drafts = model, compiled, G
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft
@@ -212,10 +213,12 @@ class Text:
         self.cache = Cache(config, model.layers, B, size, like)
         self.mtp_cache = Cache(config, model.mtp[: self.depth], B, size, like)
         self.hidden = like.new_zeros(B, size if self.depth else 0, config.hidden_size)
+        hidden = model.trunk(tokens, self.cache)  # (B, T, D)
+        self.prompt, self.newest = T, hidden[:, -1:]  # of the newest token, (B, 1, D)
+        if self.depth:  # only the modules read hidden states
+            self.hidden[:, :T] = hidden
         if T > 1:
-            hidden = model.trunk(tokens[:, :-1], self.cache)  # (B, T-1, D)
-            if self.depth:  # only the modules read hidden states
-                self.hidden[:, : T - 1] = hidden
+            hidden = hidden[:, :-1]
             for k in range(self.depth):
                 hidden = self.read_mtp(k, hidden, 0)
         if compiled:
@@ -225,10 +228,6 @@ class Text:
             self.played = set()  # the kinds of rounds: how many drafts, and whether copied
             if buffers is not None:
                 graphs.move((self, self.cache, self.mtp_cache), buffers)
-
-    def can_draft(self, n: int) -> bool:
-        """Whether MTP modules can draft token n: their first position takes the second token."""
-        return self.depth > 0 and n > 1
 
     def read_mtp(self, k: int, hidden: Tensor, start: int | Tensor) -> Tensor:
         """An MTP module reads the positions from `start` on: their hidden states at depth k, h^k
@@ -282,18 +281,22 @@ class Text:
         """Copied drafts (B, G) as distributions (B, G, V): each has all probability."""
         return F.one_hot(copies.to(u.device), self.model.config.vocab_size).to(u.dtype)
 
-    def verify(self, n: int | Tensor, q: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    def verify(
+        self, n: int | Tensor, q: Tensor, u: Tensor, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One forward of the model checks the drafts of tokens n .. n+G-1 and writes n .. n+G.
 
-        q (B, G, V): what the drafts come from. Returns how many of them each row keeps (B,), -1 if
-        numbers are not finite, and its tokens (B, G+1), of which the first kept + 1 count.
+        q (B, G, V): what the drafts come from. hidden (B, G+1, D): what the forward would give, if
+        it is known. Returns how many drafts each row keeps (B,), -1 if numbers are not finite, and
+        its tokens (B, G+1), of which the first kept + 1 count.
         """
         G = q.shape[1]
         read = self.tokens[:, span(n - 1, G + 1)]  # (B, G+1): the newest token and the drafts
-        self.cache.length = n - 1
-        hidden = self.model.trunk(read, self.cache)
-        if self.depth:
-            self.hidden[:, span(n - 1, G + 1)] = hidden
+        if hidden is None:
+            self.cache.length = n - 1
+            hidden = self.model.trunk(read, self.cache)
+            if self.depth:
+                self.hidden[:, span(n - 1, G + 1)] = hidden
         logits = self.model.logits(hidden).to(u.device)  # (B, G+1, V)
         drafts = read[:, 1:].to(u.device)  # (B, G)
         p = probabilities(logits, *self.filters)  # (B, G+1, V)
@@ -310,12 +313,19 @@ class Text:
         kept, out = self.verify(n, self.draft(n, copies, u), u)
         return torch.cat((kept[:, None], out), 1)
 
+    def first(self, n: int, copies: Tensor, u: Tensor) -> Tensor:
+        """The same for the token after the prompt: without drafts, and the model has read all."""
+        kept, out = self.verify(n, self.one_hot(copies, u), u, self.newest)
+        return torch.cat((kept[:, None], out), 1)
+
     def play(self, n: int, copies: Tensor | None, u: Tensor) -> tuple[list[list[int]], float]:
         """A round, eager or as a graph: what it returns, and the seconds it took, without
         compilation. The first rounds of a text, which read fewer positions, are eager."""
         position, run, stance = n, Text.round, contextlib.nullcontext()
         copies = copies if copies is None else copies.to(self.tokens.device)
-        if self.compiled and n > self.drafts + self.depth:
+        if n == self.prompt:
+            run = Text.first
+        elif self.compiled and n > self.drafts + self.depth:
             position, run = torch.tensor(n, device=self.tokens.device), self.graph
             kind = copies is None, u.shape
             if kind not in self.played:
@@ -414,8 +424,8 @@ def generate(
         rows = [Row(ids) for ids in tokens.tolist()]
         live, n = list(range(B)), T  # the rows that have not reached eos; tokens of each of them
         while live and n < end:
-            copies = copied_drafts(rows, live, speculative if lookup else 0)
-            if not copies.shape[1] and text.can_draft(n):
+            copies = copied_drafts(rows, live, speculative if lookup and n > T else 0)
+            if n > T and not copies.shape[1] and text.depth:
                 copies = None  # then the MTP modules make them
             G = speculative if copies is None else copies.shape[1]
             outcome, seconds = text.play(n, copies, uniform(B, G, tokens.device, generator))
