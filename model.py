@@ -503,8 +503,8 @@ class Dispatch(torch.autograd.Function):
     and token t is in the rows place[t] (tokens, K).
 
     Its gradient is Combine, and the gradient of Combine is Dispatch. So forward and backward only
-    read, and a token's K rows are added up in float32 and rounded once. PyTorch's own gradient of
-    `x[token]` rounds after every addition, on a GPU in an order that changes from run to run.
+    read, and a token's K rows are added up in float32 and rounded once. The gradient of `x[token]`
+    would add on a GPU in an order that changes from run to run, and round each time.
     """
 
     @staticmethod

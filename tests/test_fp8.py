@@ -341,6 +341,16 @@ def test_projections_and_experts_are_switched_and_nothing_else():
             assert x.product is fp8.grouped_fp8
 
 
+def test_few_tokens_without_gradients_are_in_fp8_too(monkeypatch):
+    network = tiny(first_k_dense_replace=0)
+    fp8.use_fp8(network)
+    called, multiply_each = [], fp8.multiply_each
+    monkeypatch.setattr(fp8, "multiply_each", lambda *x: called.append(1) or multiply_each(*x))
+    with torch.no_grad():
+        network(torch.zeros(1, 1, dtype=torch.long))
+    assert len(called) == 4  # two of the experts in each of two layers
+
+
 class Adapter(nn.Module):
     def __init__(self, base):
         super().__init__()
