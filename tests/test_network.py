@@ -336,7 +336,7 @@ def test_greedy_text_is_that_of_whole_forwards(name):
 def test_every_draft_length_is_lossless(depth, capsys):
     """With drafts of the MTP modules, looked up, or both."""
     model = student(depth)
-    cases = ((1, 1, 8), (1, 6, 1), (2, 6, 2), (3, 9, 20), (4, 1, 12), (1, 20, 0), (1, 5, 60))
+    cases = ((1, 1, 8), (1, 6, 1), (2, 6, 2), (3, 9, 20), (4, 1, 12), (1, 20, 0), (1, 4, 60))
     for B, T, new in cases:
         text = greedy(model, tokens_of(model, B, T), new)
         for G, lookup in itertools.product(range(MOST_DRAFTS + 1), [False, True]):
