@@ -36,8 +36,9 @@ def test_links_lead_somewhere(document):
 
 
 def test_commands_name_files_and_keys_that_exist():
-    """But those of docs/notes, which tell what was done."""
+    """But those of docs/notes, which record what was done."""
     commands = 0
+    diffs = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/changes/*.diff"))
     for document in (x for x in DOCUMENTS if x.parent.name != "notes"):
         text = document.read_text(encoding="utf-8")
         plain = re.sub(r"(?s)```.*?```", "", text).replace("\\\n", " ")
@@ -53,7 +54,8 @@ def test_commands_name_files_and_keys_that_exist():
                 files += ["experiments/run.py", "bench.py"]
             source = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
             for key in re.findall(r"--(\w+)", command[2]):
-                assert re.search(rf"(?m)^\+?    {key}: ", source + text), line  # "+": of a diff
+                known = source + text + diffs  # where a line of a diff begins with "+"
+                assert re.search(rf"(?m)^\+?    {key}: ", known), line
             for config in re.findall(r"config/\w+\.py", command[2]):
                 assert (ROOT / config).exists() or f"+++ b/{config}" in text, line
             commands += 1
