@@ -519,8 +519,7 @@ def export_gguf(source: Path, target: Path, options: ConvertConfig):
         write_gguf(file, model.state_dict().items(), config, tokenizer.encoding, dtype)
     info(f"wrote {target}")
     if tokenizer.encoding._pat_str == PATTERN:
-        told = "several blanks before a number have other ids in llama.cpp than here"
-        info(f"{told}; their characters are the same")
+        info("llama.cpp gives several blanks before a number other ids, for the same characters")
     if model.mtp:
         info("left out the MTP modules: llama.cpp decodes without drafts")
 

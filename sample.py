@@ -43,7 +43,7 @@ GREEN, PLAIN = "\033[32m", "\033[0m"
 @dataclass
 class SampleConfig:
     ckpt: str = "out/small"  # a run (best.pt, else ckpt.pt), a file, or a Hugging Face directory
-    prompt: str = ""  # the text to go on from; without it what is piped in, or a new document
+    prompt: str = ""  # the text to continue; without it standard input, or a new document
     num_samples: int = 1  # texts from the same prompt, decoded together
     max_new_tokens: int = 256  # where a text ends at the latest
     temperature: float = 0.8  # 0 takes the likeliest token

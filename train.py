@@ -105,7 +105,7 @@ class TrainConfig:
     eval_batch: int = 16  # windows per evaluation batch and process
     save_every: int = 250  # steps between checkpoints
     log_every: int = 10  # steps between lines in log.jsonl
-    resume: bool = False  # go on from the run's ckpt.pt
+    resume: bool = False  # continue from the run's ckpt.pt
     overwrite: bool = False  # begin anew: a run that is there is renamed to NAME.old-1
     init_from: str = ""  # start from the weights of a run, checkpoint or Hugging Face directory
     eval_only: bool = False  # evaluate the run's (or init_from's) weights and stop
@@ -569,7 +569,7 @@ def own_checkpoint(asked: dict, given: dict) -> Path | None:
     out, start = Path(asked["out"]), asked["init_from"]
     if asked["resume"]:
         if given.get("init_from") or given.get("overwrite"):
-            raise Refusal("--resume goes on with a run: leave out --init_from and --overwrite.")
+            raise Refusal("--resume continues a run: leave out --init_from and --overwrite.")
         runs.check_folder(out, resume=True, overwrite=False)
         return out / "ckpt.pt"
     if asked["eval_only"]:  # writes nothing, so a run that is being trained may be evaluated

@@ -54,7 +54,7 @@ def tell_epochs(read: int, length: int, steps: int, new: bool) -> None:
     """How often a run of so many steps, which reads so many tokens, reads a text of this length."""
     epochs = read / length
     shown = f"{epochs:.1f}" if epochs >= 1 else f"{epochs:.2g}"
-    info(f"text: {length:,} tokens; the run reads {read:,}, which makes {shown} epochs")
+    info(f"text: {length:,} tokens; the run reads {read:,} ({shown} epochs)")
     if epochs > MANY_EPOCHS and new:
         fewer = max(1, round(steps * FEW_EPOCHS / epochs))
         told = f"in more than {MANY_EPOCHS} epochs the model learns its text by heart"

@@ -75,10 +75,10 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
         raise Refusal(f"{out} holds files, but no run: give another --out.")
     if "best.pt" in names and "ckpt.pt" not in names and not overwrite:
         start = f"--init_from={out}, and another --out"
-        raise Refusal(f"{out} holds best.pt, but no ckpt.pt to go on from: give {start}.")
+        raise Refusal(f"{out} holds best.pt, but no ckpt.pt to resume from: give {start}.")
     if resume and "ckpt.pt" not in names:
         instead = "give --overwrite instead" if trained else "begin without --resume"
-        raise Refusal(f"{out} has no ckpt.pt to go on from: {instead}.")
+        raise Refusal(f"{out} has no ckpt.pt to resume from: {instead}.")
     if trained and not (resume or overwrite):
         either = "--resume, --overwrite" if "ckpt.pt" in names else "--overwrite"
         raise Refusal(f"{out} holds a run: give {either}, or another --out.")
@@ -324,7 +324,7 @@ class Run:
         from best.pt, else from the beginning."""
         ckpt, best = self.out / "ckpt.pt", self.out / "best.pt"
         if self.saved_step and not spoilt:
-            return f"go on from step {self.saved_step}, in {ckpt}, with --resume"
+            return f"continue from step {self.saved_step} ({ckpt}) with --resume"
         if math.isfinite(self.progress.best_loss) and best.exists():
             return f"begin anew with --init_from={best}, another --out"
         return "begin again with --overwrite"
@@ -334,7 +334,7 @@ class Run:
         n, step = self.bad_in_a_row, self.progress.step
         way = self.way_on(spoilt=self.saved_step == step - n)  # then its weights gave all of them
         bad = f"{n} gradient(s) up to step {step} are not finite"
-        raise Refusal(f"{bad}; {way} and a lower --lr, or mend the edit that makes them so.")
+        raise Refusal(f"{bad}; {way} and a lower --lr, or fix the edit that causes them.")
 
 
 @contextmanager
@@ -370,7 +370,7 @@ def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iter
         except RuntimeError:
             # Another process, or a compiler, may have heard a signal, or may know what went wrong.
             if machine.world > 1 or stop.heard:
-                info(f"this process cannot go on; {run.way_on()}.")
+                info(f"this process cannot continue; {run.way_on()}.")
             raise
         if run.stopped:
             bad = ", whose gradient was not finite" if run.bad_in_a_row else ""

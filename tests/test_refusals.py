@@ -72,10 +72,10 @@ REFUSALS = [
     (f"{NEW} --out=alone", 1, "alone holds files, but no run: give another --out."),
     (RUN, 1, "run holds a run: give --resume, --overwrite, or another --out."),
     (f"{RUN} --overwrite --init_from=run", 1, "run would be put aside: give another --out."),
-    (f"{NEW} --out=best", 1, "best holds best.pt, but no ckpt.pt to go on from: give --init_from"),
+    (f"{NEW} --out=best", 1, "best holds best.pt, but no ckpt.pt to resume from: give --init_from"),
     # Runs that go on.
-    (f"{NEW} --out=best --resume", 1, "no ckpt.pt to go on from: give --init_from=best, and ano"),
-    (f"{ON} --overwrite", 1, "--resume goes on with a run: leave out --init_from and --overwrite."),
+    (f"{NEW} --out=best --resume", 1, "no ckpt.pt to resume from: give --init_from=best, and ano"),
+    (f"{ON} --overwrite", 1, "--resume continues a run: leave out --init_from and --overwrite."),
     (f"{ON} --hidden_size=64", 1, "run/ckpt.pt cannot get hidden_size 64: embed_tokens.weight is"),
     (f"{ON} --hidden_size=64 --kv_lora_rank=3", 1, "cannot get hidden_size 64 and 1 more: embed_t"),
     (f"{ON} --optimizer=muon", 1, "run/ckpt.pt cannot be resumed: it has no state of Muon 1; use"),

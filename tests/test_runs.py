@@ -311,7 +311,7 @@ def test_a_signal_that_is_ignored_stays_so(faults):
 
 FULL = {
     "run/tokenizer.tiktoken": (0, lambda: 20, "what it held before is intact"),
-    "run/log.jsonl": (4, lambda: Path("run/log.jsonl").stat().st_size, "go on from step 4, in run"),
+    "run/log.jsonl": (4, lambda: Path("run/log.jsonl").stat().st_size, "continue from step 4 (run"),
     "run/ckpt.pt": (4, lambda: 60_000, "what it held before is intact"),
 }
 
@@ -350,8 +350,8 @@ AGAIN = "begin again with --overwrite and a lower --lr"
         (range(6, 99), 8, 1, ANEW),
         (range(4, 99), 4, 1, AGAIN),
         (range(2, 99), 40, 3, ANEW),
-        (range(8, 99), 40, 4, "go on from step 4, in run/ckpt.pt, with --resume and a lower --lr"),
-        (range(4, 99), 4, 2, "go on from step 2, in run/ckpt.pt, with --resume and a lower --lr"),
+        (range(8, 99), 40, 4, "continue from step 4 (run/ckpt.pt) with --resume and a lower --lr"),
+        (range(4, 99), 4, 2, "continue from step 2 (run/ckpt.pt) with --resume and a lower --lr"),
     ],
 )
 def test_a_diverging_run_stops_or_has_failed_at_its_end(bad, steps, every, way, faults):
@@ -360,7 +360,7 @@ def test_a_diverging_run_stops_or_has_failed_at_its_end(bad, steps, every, way, 
     said = refused(f"--steps={steps}", f"--save_every={every}", "--log_every=50")
     last = min(bad[0] + 4, steps)
     told = f"{last - bad[0] + 1} gradient(s) up to step {last} are not finite"
-    assert said == f"{told}; {way}, or mend the edit that makes them so."
+    assert said == f"{told}; {way}, or fix the edit that causes them."
     assert log_of("run")[-1]["grad_norm"] is None  # though no line was due
 
 
@@ -376,7 +376,7 @@ def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch):
     monkeypatch.setattr(DeepSeekV3, "update_bias", poisoned)
     sentence = refused("--save_every=1")
     assert "layers.1.mlp.gate.e_score_correction_bias is not finite after step 3" in sentence
-    assert sentence.endswith("go on from step 2, in run/ckpt.pt, with --resume and a lower --lr.")
+    assert sentence.endswith("continue from step 2 (run/ckpt.pt) with --resume and a lower --lr.")
     assert load("run")["step"] == 2
 
 
