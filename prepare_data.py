@@ -334,7 +334,7 @@ def main(argv: list[str]) -> None:
     command = advice.next_command(folder, load_dataset(folder), config.tokenizer)
     info(f"next: {command}")
     if "--init_from" in command and "--lr" not in command:
-        info('docs/TUTORIAL.md, "Fine-tune", tells which --lr fits')
+        info('for a suitable --lr see "Fine-tune" in docs/TUTORIAL.md')
 
 
 if __name__ == "__main__":
