@@ -262,7 +262,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Posit
     prompt = isinstance(start, int) and start == 0 and T > 1
     if prompt and (q.is_cuda or T > 512 or q.dtype != torch.bfloat16):
         # PyTorch's kernel, which never holds all scores. It wants q, k and v of one width.
-        q, k, v = (F.pad(x, (0, max(W, V) - x.shape[-1])) for x in (q, k, v))
+        q, k, v = (F.pad(x, (0, n)) if (n := max(W, V) - x.shape[-1]) else x for x in (q, k, v))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=h != H)
         return o[..., :V]
     # Written out: for the few queries of decoding, and for short texts on a CPU in bfloat16, where
