@@ -506,7 +506,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
                     for group in optimizer.param_groups:
                         group["lr"] = lr * group.get("lr_scale", 1.0)
                     optimizer.step()
-            model.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=trainer is model)  # DDP's are views of its buckets
 
             for gate in model.gates():
                 machine.sum(gate.load)  # in place: update_bias needs all processes' counts

@@ -222,7 +222,9 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
             fully_shard(module, mesh=mesh)
     elif machine.world > 1:
         # Buffers are broadcast at a step's first forward alone, when all expert counts are 0.
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy
+        # Gradients are views of its buckets, as long as they are set to zero and not to None: else
+        # those of a step's first micro-batch would be a second copy.
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
 
 

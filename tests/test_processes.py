@@ -1,5 +1,6 @@
 """Any number of processes, DDP or FSDP, train as one does; a device and a dtype that are fast."""
 
+import itertools
 import os
 import re
 import signal
@@ -32,11 +33,25 @@ from support.settings import Refusal
 pytestmark = pytest.mark.usefixtures("workplace")
 
 
+def no_second_copy():
+    """From the second step on a first micro-batch's gradients lie in DDP's buckets, two or so."""
+    calls, sync = itertools.count(), processes.sync_gradients
+
+    def look(trainer, now):
+        if now and next(calls):
+            grads = [p.grad.untyped_storage().data_ptr() for p in trainer.parameters()]
+            assert len(grads) > 50 and len({*grads}) < 5, "gradients are copies"
+        sync(trainer, now)
+
+    processes.sync_gradients = look
+
+
 def test_a_run_moves_between_one_process_ddp_and_fsdp(start, shared):
     run(*CONSTANT, "--steps=2", out="moved")
-    for parallel, steps in (("ddp", 4), ("fsdp", 6)):
-        options = (f"--parallel={parallel}", f"--steps={steps}", "--resume")
-        finish(start(*CONSTANT, *options, world=2, out="moved"))
+    ways = ("ddp", 4, 2, no_second_copy), ("fsdp", 6, 1, None)
+    for parallel, steps, parts, setup in ways:
+        options = (f"--parallel={parallel}", f"--steps={steps}", f"--grad_accum={parts}")
+        finish(start(*CONSTANT, *options, "--resume", world=2, out="moved", setup=setup))
     run("--resume", "--steps=8", out="moved")
     moved, straight = load("moved"), load(shared(*CONSTANT))
     for key in ("model", "step", "tokens"):
