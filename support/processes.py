@@ -7,8 +7,10 @@ torchrun ends the others.
 import ctypes
 import functools
 import hashlib
+import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -229,14 +231,16 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
 
 
 def compiles(config, device: torch.device) -> bool:
-    """Whether the network is to be compiled: as config.compile says; "auto" is on CUDA, unless a
-    trial finds that nothing can be compiled there. FP8 never is on a CPU: there torch 2.13 compiles
-    casts to E4M3 into wrong ones, where rows are no multiple of a vector's length."""
+    """Whether the network is to be compiled: as config.compile says; "auto" is on CUDA in bfloat16,
+    unless a trial finds that nothing can be compiled there. (In other formats the experts' counts
+    are constants of the graphs, so that each step would compile its own.) FP8 never is on a CPU:
+    there torch, up to 2.15 at least, compiles casts to E4M3 into wrong ones, where rows are no
+    multiple of a vector's length."""
     if config.fp8 and device.type == "cpu":
         return False
     if config.compile != "auto":
         return bool(config.compile)
-    return device.type == "cuda" and can_compile(device)
+    return device.type == "cuda" and config.dtype == "bfloat16" and can_compile(device)
 
 
 @functools.cache
@@ -257,12 +261,14 @@ def compile_network(model: nn.Module, config, machine: Machine):
     if not compiles(config, machine.device):
         return
     settings = torch._dynamo.config
-    # One graph per block, mode and batch size; beyond 8 of them dynamo would stop compiling.
+    # Layers of a kind share their graphs, one for each mode and size of windows. Beyond 8 of one
+    # function dynamo would stop compiling.
     settings.recompile_limit = 64
     # Else every graph is cut in pieces the size of DDP's buckets; a block is a small graph.
     settings.optimize_ddp = False
     # What nobody has asked for must not end a run, if an edit is nothing that can be compiled.
     settings.suppress_errors = config.compile == "auto"
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(tell_uncompiled)
     parts = [*model.layers, *model.mtp]
     told = "each length of windows is compiled when it first comes, for one to three minutes"
     if machine.device.type == "cuda":
@@ -274,6 +280,18 @@ def compile_network(model: nn.Module, config, machine: Machine):
     info(f"{told} (--compile=False does without)")
     for part in parts:
         part.compile(dynamic=False)  # a graph for each length of windows
+
+
+def tell_uncompiled(record: logging.LogRecord) -> bool:
+    """A filter of dynamo's log. Its warning that a function could not be compiled and stays eager
+    is a page long; this prints a line in its place."""
+    found = re.search(r"WON'T CONVERT (\S+) (\S+) line (\d+)", record.getMessage())
+    if found and record.exc_info:
+        function, file, line = found.groups()
+        why = short(record.exc_info[1], 100)
+        costs = "it runs eagerly, slower and with more memory (--compile=True ends the run there)"
+        info(f"{function} at {file}:{line} is not compiled ({why}): {costs}")
+    return not found
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Any number of processes, DDP or FSDP, train as one does; a device and a dtype that are fast."""
 
+import functools
 import itertools
 import os
 import re
@@ -180,6 +181,29 @@ def test_where_nothing_can_be_compiled_a_line_says_so_and_the_run_goes_on(monkey
     monkeypatch.setattr(torch, "compile", fail)
     network, gpu = torch.nn.Linear(2, 2), processes.Machine(torch.device("cuda"), torch.float32)
     monkeypatch.setattr(torch, "ones", lambda n, device: None)
-    processes.compile_network(network, train.TrainConfig(), gpu)
+    config = train.TrainConfig(dtype="bfloat16")  # in float32 "auto" does not compile
+    processes.compile_network(network, config, gpu)
     assert capsys.readouterr().err == "nothing is compiled, for cannot find Triton\n"
-    assert not processes.compiles(train.TrainConfig(), torch.device("cpu"))
+    assert not processes.compiles(config, torch.device("cpu"))
+    monkeypatch.setattr(processes, "can_compile", lambda device: True)
+    assert processes.compiles(config, gpu.device)
+    assert not processes.compiles(train.TrainConfig(dtype="float32"), gpu.device)
+
+
+def compile_in_vain():
+    """As an edit's blocks under "auto" on CUDA."""
+
+    def fail(graph, inputs):
+        raise RuntimeError("no kernel for this")
+
+    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend=fail)
+    processes.compiles = lambda config, device: config.compile == "auto"
+
+
+def test_a_block_that_cannot_be_compiled_stays_eager_and_a_line_names_it(start, shared):
+    (said,) = finish(start("--steps=1", setup=compile_in_vain))
+    lines = [line for line in said.splitlines() if "is not compiled" in line]
+    assert any(re.match(r"forward at .*model.py:\d+ .*no kernel for this", line) for line in lines)
+    assert len({line.split(" is not")[0] for line in lines}) == len(lines)  # once each
+    assert "Traceback" not in said
+    assert_same(load("run")["model"], load(shared("--steps=1"))["model"])
