@@ -248,6 +248,11 @@ def open_data(
                     raise
 
     processes.once(make)
+    if config.data in prepare_data.SHARDS and not folder.exists():
+        shards = prepare_data.SHARDS[config.data][1]
+        whole = f"python prepare_data.py {config.data} --shards={shards}"
+        size = f"{shards / 10:.1f}B tokens, {shards / 5:.0f} GB; fewer --shards are less"
+        raise Refusal(f"no data in {folder}; make it with: {whole} ({size}).")
     longest = max(config.block_size, config.long_block_size)
     return open_folder(folder, vocab_size, longest, source, config.eval_tokens), folder
 

@@ -62,6 +62,7 @@ REFUSALS = [
         "make it with: python prepare_data.py SOURCE --name=nowhere",
     ),
     (f"{NEW} --data=stdlib", 1, "--name=stdlib-512 --vocab_size=512, and give --data=data/stdlib-"),
+    (f"{NEW} --data=finewebedu", 1, "python prepare_data.py finewebedu --shards=99 (9.9B tokens"),
     (f"{NEW} --vocab_size=1024", 1, "set vocab_size to 512, as by --vocab_size;"),
     (f"{NEW} --block_size=900000 --max_position_embeddings=900000", 1, "do not fit in data/tiny"),
     (f"{NEW} --eval_tokens=1", 1, "first 1 validation tokens of data/tiny hold no text: give"),
