@@ -23,7 +23,7 @@ exactly. So machines without such products emulate them: they multiply the numbe
 multiplies.
 
 This file shows what FP8 does to a loss, on any machine. It is not there to save time: the emulation
-is slow, and on Hopper the experts' products run one after another, since PyTorch 2.13 has no
+is slow, and on Hopper the experts' products run one after another, since PyTorch 2.15 has no
 grouped product with these scales. Of what the report keeps in FP8 for backward (section 3.3.3) the
 inputs of linear layers are kept so, those of SwiGLU are not: they stay in the compute dtype.
 """
@@ -262,11 +262,10 @@ def has_blockwise_fp8(device: torch.device) -> bool:
         and torch.version.cuda is not None  # AMD's cards number their generations alike
         and torch.cuda.get_device_capability(device) == (9, 0)
         and tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 9)
-        and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)  # 2.10 reorders scales
     )
     if not hopper and device not in _emulated:
         _emulated.add(device)
-        needs = "Hopper cards with CUDA 12.9 and torch 2.11 need none"
+        needs = "Hopper cards with CUDA 12.9 need none"
         info(f"fp8: emulated on {device}: exact, slow ({needs})")
     return hopper
 
@@ -378,7 +377,7 @@ def tell_compiler():
     """What torch.compile must know, told when FP8 is first used: importing that takes seconds."""
     from torch._inductor.lowering import lowerings
 
-    # Else torch 2.13 compiles it to _scaled_mm, which reads scales in another order.
+    # Else torch 2.13 (2.15 no more) makes _scaled_mm of it, which reads scales in another order.
     lowerings.pop(torch.ops.aten._scaled_mm_v2.default, None)
     torch.compiler.assume_constant_result(has_blockwise_fp8)
     torch.compiler.assume_constant_result(multiplies_bf16)

@@ -389,13 +389,11 @@ def test_training_is_close_to_full_precision_with_adapters_too(edit, monkeypatch
         assert (id(x) in everything) == product, name
 
 
-@pytest.mark.parametrize("capability, cuda, version, right", [
-    ((9, 0), "12.9", "2.11.0+cu129", True), ((9, 0), "13.0", "2.13.0", True),
-    ((9, 0), "12.8", "2.13.0", False), ((9, 0), "12.9", "2.10.1", False),
-    ((10, 0), "12.9", "2.13.0", False), ((9, 0), None, "2.13.0", False),
+@pytest.mark.parametrize("capability, cuda, right", [
+    ((9, 0), "12.9", True), ((9, 0), "13.2", True), ((9, 0), "12.8", False),
+    ((10, 0), "12.9", False), ((9, 0), None, False),
 ])  # fmt: skip
-def test_which_cards_multiply_fp8_by_tiles(capability, cuda, version, right, monkeypatch):
+def test_which_cards_multiply_fp8_by_tiles(capability, cuda, right, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     monkeypatch.setattr("torch.version.cuda", cuda)
-    monkeypatch.setattr("torch.__version__", version)
     assert fp8.has_blockwise_fp8(torch.device("cuda", 0)) is right

@@ -67,7 +67,7 @@ def test_a_step_is_that_of_float64(dtype, loss, gradient, how):
 def test_fp8_products(T, K, N, dtype, autocast):
     """Also of 1,193 tokens, V3's 576 latents, and 5 scales a row, which is no multiple of 4."""
     if ON_GPU:
-        assert fp8.has_blockwise_fp8(torch.device("cuda", 0)), "CUDA or torch too old for Hopper"
+        assert fp8.has_blockwise_fp8(torch.device("cuda", 0)), "CUDA too old for Hopper"
     check_products(T, K, N, dtype, autocast, DEVICE, HOPPER_SUMS)
 
 
