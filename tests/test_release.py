@@ -139,7 +139,8 @@ def test_a_release_is_trained_sampled_and_given_back(capsys):
     assert lines[-1]["val_bpb"] == pytest.approx(bits)
 
     capsys.readouterr()
-    sample.main(["run", f"--prompt={PROMPT}", "--temperature=0", "--max_new_tokens=12"])
+    options = ("--temperature=0", "--max_new_tokens=12", "--device=cpu")
+    sample.main(["run", f"--prompt={PROMPT}", *options])
     said = capsys.readouterr().out
     huggingface.main(["run", "back"])
     assert "differ from those of transformers by" in capsys.readouterr().err

@@ -203,10 +203,10 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def command(run, capsys):
-    """Runs the command on that run: stdout and stderr."""
+    """Runs the command on that run, on a CPU: texts are compared. Returns stdout and stderr."""
 
     def call(*options):
-        sample.main([str(run), *options])
+        sample.main([str(run), "--device=cpu", *options])
         return capsys.readouterr()
 
     return call

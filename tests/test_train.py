@@ -374,12 +374,12 @@ def test_a_block_that_runs_twice_is_evaluated(trained):
 
 
 def test_an_evaluation_may_read_the_start_of_the_text_alone(shared, data, capsys):
-    whole, part = shared("--steps=1"), run("--steps=1", "--eval_tokens=1000")
+    whole, part = shared("--steps=1"), run("--steps=1", "--eval_tokens=500")
     assert_same(load(whole)["model"], load(part)["model"])
     dataset, config = load_dataset(data), train.TrainConfig(block_size=16, eval_batch=32)
-    dataset.val = Tokens([dataset.val.arrays[0][:1000]])
+    dataset.val = Tokens([dataset.val.arrays[0][:500]])
     text = stored_tokenizer(data).encoding.decode(dataset.val.arrays[0]).replace(END_OF_TEXT, "")
-    dataset.val_bytes_per_token = len(text.encode()) / 1000
+    dataset.val_bytes_per_token = len(text.encode()) / 500
     expected = train.evaluate(load_model(part)[0], dataset, config, MACHINE)
     assert_same({key: log_of(part)[-1][key] for key in expected}, expected, 1e-6)
     train.main(["--out=run", "--eval_only", "--eval_tokens=0"])
@@ -465,7 +465,8 @@ def test_from_text_to_text_on_the_command_line():
         argv = [sys.executable, str(ROOT / script), *argv]
         done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+        warnings = [x for x in done.stderr.splitlines() if "Warning" in x and "/torch/" not in x]
+        assert "Traceback" not in done.stderr and not warnings, done.stderr
         assert "\r" not in done.stderr, "no progress bars in a file"
         return done
 
