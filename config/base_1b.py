@@ -1,5 +1,6 @@
 """One H100 (80 GB): 1B parameters, 0.23B of them active per token, on FineWeb-Edu.
 
+    pip install huggingface_hub                        # for the download
     python prepare_data.py finewebedu --shards=99      # GPT-2 tokens, 9.9B of them, 20 GB
     python train.py config/base_1b.py
 
@@ -10,13 +11,15 @@ gamma 0.001, alpha 0.0001 and the weights of the MTP loss are train.py's default
 Computed, not measured; no GPU has run this yet:
     run       10,000 steps of 524,288 tokens: 5.2B, 22 per active parameter
     FLOPs     1.64 GFLOP per token with MTP, 8.6e18 in all
-    time      hardly less than 4.7 hours: a micro-batch's products take 54 ms at the peak of 989
-              TFLOP/s, and beside them it moves 0.17 TB, 51 ms at 3.35 TB/s (counted, compiled, with
-              its share of the optimiser). So 52 % of the peak is the limit; the four evaluations on
-              100M tokens add two to three minutes each. --fp8 shows FP8's numerics, and is slower
-    memory    17 GB weights, gradients and AdamW (16 bytes a parameter, MTP included), with
-              activations of 16 windows x 2048 tokens, weights in bf16 and buffers 48 GB, by the
-              same count; with --fp8 37
+    time      expected 8 to 9 hours: 175 to 200 ms a micro-batch, 27 to 31 % of the peak, if grouped
+              products run as fast as others have measured (docs/notes/LOG.md). Hardly less than
+              4.7: a micro-batch's products take 54 ms at the peak of 989 TFLOP/s, and beside them
+              it moves 0.17 TB, 51 ms at 3.35 TB/s (counted, compiled, with its share of the
+              optimiser). The four evaluations on 100M tokens add two to three minutes each. --fp8
+              shows FP8's numerics, and is slower
+    memory    52 GB: 17 weights, gradients and AdamW (16 bytes a parameter, MTP included), 32 what
+              a micro-batch of 16 windows keeps for its backward pass, 3 the logits' gradient
+    disk      65 GB: the text 20, Python's packages 6, checkpoints up to 35 while they are replaced
 """
 
 # Every matrix is a multiple of 128 wide and high, for FP8 tiles and grouped products, save the
