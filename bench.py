@@ -4,7 +4,7 @@
     train [CONFIG]       a training step beside transformers' and the speed of bare products
     decode               decoding beside transformers', of one text and by length of the context
     fp8                  FP8 products and layers beside bf16
-    cache [RUN]          does a text read in pieces, as in decoding, give the logits of a whole one?
+    check [RUN]          after an edit of model.py: is what it computes what you meant? (check.py)
     plot RUN [RUN ...]   measures nothing: a picture of the losses and expert loads of runs
 
 `python bench.py COMMAND --help` lists a command's keys. A machine's speed drifts, so the things
@@ -12,7 +12,6 @@ compared take turns (A B A B ...), and a ratio is taken within a round: printed 
 rounds, with [least..most]. Close other programs; they slow both sides unequally.
 """
 
-import copy
 import itertools
 import math
 import re
@@ -28,8 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+import check
 import fp8
 import sample
 import train
@@ -37,10 +37,9 @@ from huggingface import (
     FP8_WEIGHTS,
     checkpoint_views,
     from_pretrained,
-    load_model,
     save_pretrained,
 )
-from model import MOST_NEW, Cache, DeepSeekV3, ModelConfig
+from model import Cache, DeepSeekV3, ModelConfig
 from support import processes
 from support.flops import flops_per_token, peak_flops
 from support.plot import PlotOptions, plot
@@ -442,131 +441,6 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
     }  # fmt: skip
 
 
-# ---- cache ---------------------------------------------------------------------------------------
-
-WAYS = {  # the pieces in which a text is read: tokens in each, how many of them are forgotten again
-    "one token at a time": [(1, 0)],
-    "several tokens at a time": [(n, 0) for n in range(2, MOST_NEW + 1)],
-    "drafts rejected": [(MOST_NEW, n) for n in (0, *range(MOST_NEW, 0, -1))],
-}
-
-
-@dataclass
-class CacheCheck:
-    """What `check_cache` found; print() tells it."""
-
-    ways: int  # of reading that were tried
-    size: float  # the standard deviation of the main model's logits
-    largest: float  # difference of a logit, in any of them
-    wrong: list[str]  # a sentence for each way in which the logits are not those of whole forwards
-
-    def __str__(self) -> str:
-        right = f"{self.ways - len(self.wrong)} of {self.ways} ways to read in pieces are right"
-        numbers = f"logits differ by up to {self.largest:.1g}, their spread is {self.size:.1g}"
-        return "\n".join((f"{right}; {numbers}", *self.wrong))
-
-
-@torch.inference_mode()
-def check_cache(model: DeepSeekV3, length: int = 256) -> CacheCheck:
-    """Reads a random text in pieces, as decoding does, and compares the logits with whole forwards.
-
-    A piece is one token, or several, or drafts of which some are rejected: a smaller `cache.length`
-    forgets them. Pieces begin the text, or follow a prompt. Positions are numbers, or tensors as in
-    a graph. The main model reads by itself, and so does every MTP module.
-
-    A copy of the model reads, in float64. There rounding leaves 12 digits or more, and a mistake
-    few: a logit is wrong if it is off by 1e-8 of the logits' spread, their standard deviation. All
-    weights of the copy are shaken a little, so that what was initialised as 0 counts, too. FP8
-    rounds more than that, so call it without use_fp8.
-    length: tokens of the text, more than twice the longest window of a layer.
-    """
-    model = copy.deepcopy(getattr(model, "_orig_mod", model))
-    device, config = sample.drawing_device(model.embed_tokens.weight.device), model.config
-    model.to(device, torch.float64).eval()
-    generator = torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        shake = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-        p.add_(shake.to(device), alpha=config.initializer_range)
-    # Two texts, and two more from which the drafts come that are rejected.
-    shape = 4, min(length, config.max_position_embeddings)
-    tokens = torch.randint(config.vocab_size, shape, generator=generator)
-    # Special tokens are an end of the vocabulary, and rare in texts at random: every eighth here.
-    special = torch.randint(2, shape, generator=generator) * (config.vocab_size - 1)
-    rare = torch.randint(8, shape, generator=generator) == 0
-    tokens = torch.where(rare, special, tokens).to(device)
-    logits, mtp_logits = model(tokens[:2], return_mtp=True)
-    inputs = [tokens, model.trunk(tokens)]  # what the main model takes, then what every module
-    for k in range(1, len(mtp_logits)):
-        inputs.append(model.predict_next(k - 1, inputs[k][:, :-1], tokens[:, k:]))
-    check = CacheCheck(0, logits.std().item(), 0.0, [])
-    ways = [*itertools.product(WAYS, (0, shape[1] // 2), (False, True))]
-    with torch.autocast(device.type, enabled=False):
-        for k, whole in enumerate((logits, *mtp_logits)):
-            for way, prompt, as_tensor in ways:
-                found = read_in_pieces(model, k, inputs[k], tokens, way, prompt, as_tensor)
-                off = (found - whole).abs().amax((0, 2)).nan_to_num(math.inf)  # by position
-                check.ways += 1
-                check.largest = max(check.largest, off.max().item())
-                first = (off > 1e-8 * check.size).nonzero()[:1].tolist()
-                if first:
-                    reader = f"MTP module {k}" if k else "main model"
-                    where = f" behind a prompt of {prompt}" if prompt else ""
-                    graph = ", positions as tensors" if as_tensor else ""
-                    says = f"wrong from position {first[0][0]} on, by up to {off.max():.2g}"
-                    check.wrong.append(f"{reader}, {way}{where}{graph}: {says}")
-    return check
-
-
-def read_in_pieces(
-    model: DeepSeekV3, k: int, inputs: Tensor, tokens: Tensor, way: str, prompt: int, tensor: bool
-) -> Tensor:
-    """Logits of the main model, k = 0, or of MTP module k, on a cache: (B, length - k, V).
-
-    inputs: the tokens (2B, length), or the hidden states that the module takes (2B, .., D). The
-    first B rows are the texts, from the others come drafts.
-    """
-    B, length, logits = len(tokens) // 2, tokens.shape[1] - k, []
-    layers = model.mtp if k else model.layers
-    cache = Cache(model.config, layers, B, length, model.embed_tokens.weight)
-    for start, kept, read in pieces(way, prompt, length):
-        takes, later = (
-            torch.cat((x[:B, start : start + kept], x[B:, start + kept : start + read]), 1)
-            for x in (inputs, tokens[:, k:])
-        )
-        cache.length = torch.tensor(start, device=tokens.device) if tensor and start else start
-        h = model.predict_next(k - 1, takes, later, cache) if k else model.trunk(takes, cache)
-        logits.append(model.logits(h, k)[:, :kept])
-    return torch.cat(logits, 1)
-
-
-def pieces(way: str, prompt: int, length: int) -> Iterator[tuple[int, int, int]]:
-    """The pieces of a text: where each starts, how many tokens are kept, how many are read."""
-    most, start = max(forgotten for _, forgotten in WAYS[way]), 0
-    for n, forgotten in itertools.chain([(prompt + most, most)], itertools.cycle(WAYS[way])):
-        kept = min(n - forgotten, length - start)
-        read = min(n, length - start)
-        if read:
-            yield start, kept, read
-        start += kept
-        if start == length:
-            return
-
-
-@dataclass
-class CacheOptions:
-    length: int = 256  # tokens of the text; more than twice the longest window of a layer
-
-
-def cache(options: CacheOptions, files: list[str]):
-    """Reads a random text in pieces, as decoding does, with the weights of out/small or of the RUN
-    named, and compares the logits with whole forwards. Exit code 1 where a way is wrong."""
-    model, _ = load_model(files[0] if files else "out/small")
-    check = check_cache(model, options.length)
-    print(check)
-    if check.wrong:
-        sys.exit(1)
-
-
 # ---- The command ---------------------------------------------------------------------------------
 
 COMMANDS = {  # function, options, its files in the usage, how many they may be
@@ -574,7 +448,7 @@ COMMANDS = {  # function, options, its files in the usage, how many they may be
     "train": (train_, TrainOptions, "[CONFIG]", 1),
     "decode": (decode, DecodeOptions, "", 0),
     "fp8": (fp8_, Timed, "", 0),
-    "cache": (cache, CacheOptions, "[RUN]", 1),
+    "check": (check.check, check.CheckOptions, "[RUN]", 1),
     "plot": (plot, PlotOptions, "RUN [RUN ...]", 999),
 }
 
@@ -596,8 +470,10 @@ def main(argv: list[str]):
     for name, value in vars(options).items():
         if type(value) is int and value < 1:  # of a bool the type is another
             raise Refusal(f"{name} is {value}, but must be at least 1.")
-    if command == "cache":
-        return cache(options, files)
+    if command == "check":
+        if not check.check(options, files):
+            sys.exit(1)
+        return
     if command == "plot":
         return print(plot(options, files))
     print_tables(function(options, files))

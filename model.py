@@ -211,7 +211,7 @@ class Cache:
 
     It has room for `size` tokens, of which the first `length` have been read, in all texts alike.
     To forget rejected drafts, decoding lowers `length`, by MOST_NEW at most, and reads on from
-    there. Every layer must allow that, with positions as tensors, too: `python bench.py cache RUN`
+    there. Every layer must allow that, with positions as tensors, too: `python bench.py check RUN`
     checks it.
     """
 

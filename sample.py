@@ -212,8 +212,8 @@ class Text:
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
         self.cache = Cache(config, model.layers, B, size, like)
         self.mtp_cache = Cache(config, model.mtp[: self.depth], B, size, like)
-        self.hidden = like.new_zeros(B, size if self.depth else 0, config.hidden_size)
-        hidden = model.trunk(tokens, self.cache)  # (B, T, D)
+        hidden = model.trunk(tokens, self.cache)  # (B, T, D), or wider in an edited network
+        self.hidden = hidden.new_zeros(B, size if self.depth else 0, hidden.shape[-1])
         self.prompt, self.newest = T, hidden[:, -1:]  # of the newest token, (B, 1, D)
         if self.depth:  # only the modules read hidden states
             self.hidden[:, :T] = hidden
@@ -541,7 +541,7 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
         per_call = stats.tokens / stats.rounds / rows
         info(f"{per_call:.2f} tokens per model call; accepted drafts, by position: {', '.join(of)}")
         if stats.drafted[0] >= 20 and stats.accepted[0] < stats.drafted[0] / 10:
-            info("few drafts were right: where model.py was edited, run python bench.py cache RUN")
+            info("few drafts were right: where model.py was edited, run python bench.py check RUN")
     like = model.embed_tokens.weight
     # Of texts so long that a ring is full; on meta they take no memory.
     most, meta = model.config.max_position_embeddings, like.to("meta")

@@ -26,7 +26,6 @@ import functools
 import itertools
 import math
 import shlex
-import subprocess
 import sys
 import traceback
 from collections import defaultdict
@@ -676,16 +675,6 @@ def command(argv: list[str]):
         show_result(config, data)
 
 
-def network_edited() -> bool:
-    """Whether model.py differs from the repository's last commit, where git can tell."""
-    command = "git", "--no-optional-locks", "status", "--porcelain", "-uno", "--", "model.py"
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True)
-    except OSError:  # there is no git
-        return False
-    return bool(done.stdout)
-
-
 def show_result(config: TrainConfig, data: Dataset):
     """The last lines of a run: its validation loss, a short sample, how to get more."""
     file = Path(config.out) / "best.pt"
@@ -711,9 +700,7 @@ def show_result(config: TrainConfig, data: Dataset):
         info(f"no sample: {settings.short(why or error)}")
     start = shlex.quote(prompt[:20].partition("\n")[0])
     info(f"\nMore: python sample.py {shlex.quote(config.out)} --prompt={start}")
-    if network_edited():
-        told = "model.py was edited. Does it decode what it has learnt?"
-        info(f"{told} python bench.py cache {shlex.quote(config.out)}")
+    info(f"After an edit of model.py: python bench.py check {shlex.quote(config.out)}")
 
 
 def main(argv: list[str]):

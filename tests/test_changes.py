@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import bench
+import check
 import sample
 from model import DeepSeekV3, ModelConfig, balance_loss
 from support.settings import read_config_file
@@ -25,7 +25,7 @@ from train import TrainConfig, lr_at, split_configs
 ROOT = Path(__file__).parent.parent
 TINY, _ = split_configs(read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, TrainConfig))
 TINY |= {"num_hidden_layers": 2, "initializer_range": 0.1}
-LENGTH = 40  # tokens that the cache check reads, more than any of these networks looks at
+LENGTH = 40  # tokens that are decoded in pieces, more than any of these networks looks back
 PATCHED = re.compile(r"--- a/(.+)\n\+\+\+ .*\n((?:(?!--- )[-+@ ].*\n|\n)+)")  # a file and its hunks
 HUNK = re.compile(r"@@ .+? @@.*\n((?:[-+ ].*\n|\n)+)")
 
@@ -44,6 +44,7 @@ class Changed:
     model: Any = None  # trained for a step
     x: Any = None  # tokens (B, T)
     y: Any = None  # the next tokens
+    wrong: list[str] | None = None  # what `bench.py check` says
 
 
 CHECKS = {}  # by title: a function of what was changed, sizes of the network, values in model.py
@@ -83,8 +84,8 @@ def opened(files: list[str], folder: Path) -> Changed:
 
 
 def learns_and_decodes(c: Changed, monkeypatch, sizes: dict, values: dict):
-    """A step by gradient descent lowers the loss; drafts leave the text as it is; what is read in
-    pieces is what whole forwards compute."""
+    """A step by gradient descent lowers the loss; drafts leave the text as it is. Keeps what
+    check.py finds wrong."""
     c.new = c.files["model.py"]
     c.new.DeepSeekV3.forward.__globals__.update(values)
     # In float64, where the sums of another CPU make no difference.
@@ -98,12 +99,15 @@ def learns_and_decodes(c: Changed, monkeypatch, sizes: dict, values: dict):
     torch.optim.SGD(model.parameters(), lr=0.05).step()
     model.update_bias(0.01)
     assert sum(model(c.x, c.y).values()) < before
-    for reader in (sample, bench):
+    for reader in (sample, check):
         monkeypatch.setattr(reader, "Cache", c.new.Cache)
     with torch.inference_mode():
         text = sample.generate(model.eval(), c.x[:1, :4], 16, temperature=0, speculative=2)
         assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
-    assert not bench.check_cache(model, LENGTH).wrong
+    if "train.py" in c.files:
+        monkeypatch.setattr(check.train, "loss_weights", c.files["train.py"].loss_weights)
+    found = check.answers(model, TrainConfig(block_size=16), LENGTH)
+    c.wrong = [sentence for answer in found for sentence in answer.wrong]
 
 
 @pytest.mark.parametrize("title", SECTIONS)
@@ -112,6 +116,7 @@ def test_worked_changes(title, v3, tmp_path, monkeypatch):
     c = opened(applied(title, tmp_path), tmp_path)
     if "model.py" in c.files:
         learns_and_decodes(c, monkeypatch, sizes, values)
+        assert not c.wrong
     check(c)
 
 
@@ -124,6 +129,8 @@ def test_changes_of_a_line(title, file, old, new, v3, tmp_path, monkeypatch):
     c = opened([file], tmp_path)
     if file == "model.py":
         learns_and_decodes(c, monkeypatch, {}, {})
+        of_batch = [x for x in c.wrong if x.startswith("in two micro-batches: ")]
+        assert c.wrong == of_batch and len(of_batch) == ("balance_loss" in title)
     if "balance_loss" in title:
         s = torch.rand(2, 6, 8)
         assert c.new.balance_loss(s, 2) == balance_loss(s.flatten(0, 1)[None], 2)
@@ -288,5 +295,5 @@ def token_by_token(c: Changed):
         o.append((q[..., None] * S).sum(1).flatten())
     assert torch.allclose(linear(h, None), linear.o_proj(torch.stack(o)), atol=1e-12)
     c.new.LinearAttention.new_cache.__globals__["MOST_NEW"] = 7
-    wrong = bench.check_cache(c.model, 24).wrong  # of one state less
+    wrong = check.decoding(c.model, 24).wrong  # of one state less
     assert len(wrong) == 4 and all("main model, drafts rejected" in way for way in wrong)

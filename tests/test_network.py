@@ -39,8 +39,7 @@ from training import assert_same_run, finish, load, run
 
 import model as plain
 import sample
-from bench import check_cache
-from model import MOST_NEW, Cache, DeepSeekV3, ModelConfig
+from model import Cache, DeepSeekV3, ModelConfig
 from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
 from support import graphs
 from support.settings import Refusal
@@ -213,87 +212,6 @@ def test_tokens_behind_a_cache_equal_whole_forwards(name, as_tensor, B, dtype, t
     for y, expected in zip(ours, [main, *mtp], strict=True):
         assert y.dtype == dtype
         assert (y - expected[:, :13]).norm() < tolerance * expected.norm()
-
-
-ONE, SEVERAL, REJECTED = "one token at a time", "several tokens at a time", "drafts rejected"
-
-
-def ways_found(model, length=40) -> list[str]:
-    return check_cache(model, length).wrong
-
-
-@pytest.mark.parametrize("name", ["base", "no_mtp", "two_mtp_modules", "all_dense", "yarn"])
-def test_check_cache_finds_nothing_wrong(name):
-    model = tiny(torch.float32, **VARIANTS[name]).train()
-    model.layers[0].register_forward_hook(  # in training alone
-        lambda module, args, out: (F.dropout(out[0], 0.5, module.training), out[1])
-    )
-    before = {key: x.clone() for key, x in model.state_dict().items()}
-    check = check_cache(model, 40)
-    assert not check.wrong and check.largest < 1e-11 and check.size > 1
-    assert str(check).startswith(f"{check.ways} of {check.ways} ways") and check.ways >= 12
-    assert model.training and all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
-
-
-class Smeared(nn.Module):
-    """In attention's place the mean of the newest `window` inputs, which lie in a ring."""
-
-    def __init__(self, window: int, ring: int):
-        super().__init__()
-        self.window, self.ring, self.gain = window, ring, nn.Parameter(torch.ones(()))
-
-    def new_cache(self, batch, size, like):
-        return like.new_zeros(batch, self.ring, 16)
-
-    def forward(self, h, rope, past=None):
-        T, before = h.shape[1], self.window - 1
-        x = F.pad(h, (0, 0, before, 0))  # (B, before + T, D)
-        if past is not None:
-            ring, start = past
-            at = start + torch.arange(-before, T)
-            x[:, :before] = ring[:, at[:before] % self.ring] * (at[:before, None] >= 0)
-            ring[:, at[before:][-self.ring :] % self.ring] = h[:, -self.ring :]
-        return self.gain * x.unfold(1, self.window, 1).mean(-1)
-
-
-class Summed(nn.Module):
-    """In attention's place all inputs' sum: a state, which cannot go back."""
-
-    def new_cache(self, batch, size, like):
-        return (like.new_zeros(batch, 1, 16),)  # may be several tensors
-
-    def forward(self, h, rope, past=None):
-        total = h.cumsum(1)
-        if past is not None:
-            (before,), _ = past
-            total = total + before
-            before[:] = total[:, -1:]
-        return total / 10
-
-
-def mixed(attention: nn.Module, place="layers.1.self_attn", **changes):
-    model = tiny(**changes)
-    model.set_submodule(place, attention)
-    return model
-
-
-def test_a_ring_that_is_too_short_is_found():
-    """It needs the window's older tokens, and as many as may be forgotten."""
-    assert not ways_found(mixed(Smeared(12, 11 + MOST_NEW)))
-    wrong = ways_found(mixed(Smeared(12, 10 + MOST_NEW)))
-    assert wrong and all(f"main model, {REJECTED}" in x for x in wrong)
-    assert "behind a prompt of 20: wrong from position 20 on, by up to " in wrong[-2]
-    wrong = ways_found(mixed(Smeared(12, 10)))
-    assert all(way in str(wrong) for way in (ONE, SEVERAL, REJECTED))
-    assert f"main model, {ONE}: wrong from position 11 on" in wrong[0]
-
-
-def test_a_state_that_cannot_go_back_is_found_in_the_model_or_in_a_module():
-    wrong = ways_found(mixed(Summed()))
-    assert len(wrong) == 4 and all(f"main model, {REJECTED}" in x for x in wrong)
-    assert "from position 0 on" in wrong[0] and "prompt of 20: wrong from position 20" in wrong[2]
-    wrong = ways_found(mixed(Summed(), "mtp.1.block.self_attn", num_nextn_predict_layers=2))
-    assert len(wrong) == 4 and all(x.startswith(f"MTP module 2, {REJECTED}") for x in wrong)
 
 
 # ---- Greedy texts and drafts ---------------------------------------------------------------------

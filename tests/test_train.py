@@ -472,7 +472,12 @@ def test_from_text_to_text_on_the_command_line():
 
     user("prepare_data.py", TEXT, "--name=text", "--vocab_size=512")
     done = user("train.py", TINY, "--data=text", "--steps=40", "--block_size=32", "--log_every=2")
-    for words in ("M parameters", "bits/byte", "python sample.py out/tiny"):
+    for words in (
+        "M parameters",
+        "bits/byte",
+        "python sample.py out/tiny",
+        "bench.py check out/tiny",
+    ):
         assert words in done.stderr
     first = load_dataset("data/text").val.arrays[0][1:9].tolist()
     prompt = stored_tokenizer("out/tiny").encoding.decode(first).strip()

@@ -1,0 +1,297 @@
+"""Edits that train without an error and are wrong, each named by its line of `bench.py check`; and
+right ones, of which no line complains. Networks are tiny, as in test_network.py."""
+
+import functools
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import VARIANTS, calm, tiny
+from torch import nn
+
+import bench
+import check
+from check import bfloat16, causality, decoding, drafts, gradients, losses
+from model import MOST_NEW, DeepSeekV3, Past, remember, span, upcast
+from train import TrainConfig
+
+CONFIG = TrainConfig(block_size=16)
+
+
+@pytest.mark.parametrize("name", ["base", "no_mtp", "two_mtp_modules", "all_dense", "yarn"])
+def test_nothing_is_wrong_with_this_network(name):
+    """Nor with dropout, in training alone; and the network is as it was."""
+    model = tiny(torch.float32, max_position_embeddings=128, **VARIANTS[name]).train()
+    model.layers[0].register_forward_hook(
+        lambda module, args, out: (F.dropout(out[0], 0.5, module.training), out[1])
+    )
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    found = {}
+    with mock.patch.object(check, "gradients", lambda *x: check.Answer("")):  # below
+        for answer in check.answers(model, CONFIG, 40):
+            assert not answer.wrong, answer
+            found[answer.what.partition(":")[0]] = str(answer)
+    assert found.keys() >= {"decoding", "bfloat16", "causality", "losses", "drafts"}
+    n = 12 * (1 + len(model.mtp))
+    assert f"right decoding: {n} of {n} ways to read a text of 40 tokens" in found["decoding"]
+    assert model.training and all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["base", "two_mtp_modules", "all_dense"])
+def test_no_gradient_of_this_network_is_wrong(name):
+    answer = gradients(tiny(**VARIANTS[name]), CONFIG)
+    assert not answer.wrong and "in two micro-batches: they differ by up to" in str(answer)
+
+
+def test_the_command_checks_a_run_with_its_settings(workplace, shared, capsys, monkeypatch):
+    run, asked = shared("--alpha=0.02"), []
+    monkeypatch.setattr(check, "answers", lambda *x: asked.append(x) or [check.Answer("this")])
+    bench.main(["check", str(run), "--length=30"])
+    ((model, config, length, compiled),) = asked
+    assert isinstance(model, DeepSeekV3) and config.alpha == 0.02 and length == 30 and not compiled
+    monkeypatch.setattr(check, "answers", lambda *x: [check.Answer("a", ["b"]), check.Answer("c")])
+    with pytest.raises(SystemExit) as error:
+        bench.main(["check", str(run)])
+    assert error.value.code == 1
+    assert capsys.readouterr().out == "right this\nWRONG a\n      b\nright c\n"
+
+
+# ---- Decoding ------------------------------------------------------------------------------------
+
+ONE, SEVERAL, REJECTED = "one token at a time", "several tokens at a time", "drafts rejected"
+
+
+def ways_found(model, length=40) -> list[str]:
+    return decoding(model, length).wrong
+
+
+class Smeared(nn.Module):
+    """In attention's place the mean of the newest `window` inputs, which lie in a ring."""
+
+    def __init__(self, window: int, ring: int):
+        super().__init__()
+        self.window, self.ring, self.gain = window, ring, nn.Parameter(torch.ones(()))
+
+    def new_cache(self, batch, size, like):
+        return like.new_zeros(batch, self.ring, 16)
+
+    def forward(self, h, rope, past=None):
+        T, before = h.shape[1], self.window - 1
+        x = F.pad(h, (0, 0, before, 0))  # (B, before + T, D)
+        if past is not None:
+            ring, start = past
+            at = start + torch.arange(-before, T)
+            x[:, :before] = ring[:, at[:before] % self.ring] * (at[:before, None] >= 0)
+            ring[:, at[before:][-self.ring :] % self.ring] = h[:, -self.ring :]
+        return self.gain * x.unfold(1, self.window, 1).mean(-1)
+
+
+class Summed(nn.Module):
+    """In attention's place all inputs' sum: a state, which cannot go back."""
+
+    def new_cache(self, batch, size, like):
+        return (like.new_zeros(batch, 1, 16),)  # may be several tensors
+
+    def forward(self, h, rope, past=None):
+        total = h.cumsum(1)
+        if past is not None:
+            (before,), _ = past
+            total = total + before
+            before[:] = total[:, -1:]
+        return total / 10
+
+
+def mixed(attention: nn.Module, place="layers.1.self_attn", **changes):
+    model = tiny(**changes)
+    model.set_submodule(place, attention)
+    return model
+
+
+def test_a_ring_that_is_too_short_is_found():
+    """It needs the window's older tokens, and as many as may be forgotten."""
+    assert not ways_found(mixed(Smeared(12, 11 + MOST_NEW)))
+    wrong = ways_found(mixed(Smeared(12, 10 + MOST_NEW)))
+    assert wrong and all(f"main model, {REJECTED}" in x for x in wrong)
+    assert "behind a prompt of 20: wrong from position 20 on, by up to " in wrong[-2]
+    wrong = ways_found(mixed(Smeared(12, 10)))
+    assert all(way in str(wrong) for way in (ONE, SEVERAL, REJECTED))
+    assert f"main model, {ONE}: wrong from position 11 on" in wrong[0]
+
+
+def test_a_state_that_cannot_go_back_is_found_in_the_model_or_in_a_module():
+    wrong = ways_found(mixed(Summed()))
+    assert len(wrong) == 4 and all(f"main model, {REJECTED}" in x for x in wrong)
+    assert "from position 0 on" in wrong[0] and "prompt of 20: wrong from position 20" in wrong[2]
+    wrong = ways_found(mixed(Summed(), "mtp.1.block.self_attn", num_nextn_predict_layers=2))
+    assert len(wrong) == 4 and all(x.startswith(f"MTP module 2, {REJECTED}") for x in wrong)
+
+
+def test_a_text_is_longer_than_twice_the_longest_window():
+    model = mixed(Smeared(150, 149 + MOST_NEW), max_position_embeddings=400)
+    assert check.longest_window(model) == 149 + MOST_NEW and check.longest_window(tiny()) == 0
+    with mock.patch.object(check, "WAYS", {SEVERAL: [(8, 0)]}):
+        assert "a text of 314 tokens (some layers keep 157 places)" in decoding(model).what
+        assert "a text of 256 tokens in" in decoding(tiny()).what
+
+
+class Forgetting(nn.Module):
+    """Attention whose scores fall with every token in between (arXiv 2503.02130), by logarithms
+    that are kept as running sums, row t + 1 up to token t."""
+
+    def __init__(self, low: bool, D=16):
+        super().__init__()
+        self.low, self.D = low, D
+        self.qkv, self.f = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, 1)
+
+    def new_cache(self, batch, size, like):
+        sums = like.new_zeros(batch, size + 1, 1)
+        return [like.new_zeros(batch, size, 2 * self.D), sums if self.low else upcast(sums)]
+
+    def forward(self, h, rope, past=None):
+        T, start = h.shape[1], past.start if past else 0
+        q, kv = self.qkv(h).split([self.D, 2 * self.D], -1)
+        total = F.logsigmoid(upcast(self.f(h))).cumsum(1)  # (B, T, 1)
+        rows = total
+        if past is not None:
+            room, sums = past.kept
+            total = total + sums[:, span(start, 1)]
+            sums[:, span(start + 1, T)] = total.to(sums.dtype)
+            kv = remember(Past(room, start), kv)
+            rows = sums[:, 1 : 1 + kv.shape[1]]
+        k, v = kv.chunk(2, -1)
+        later = torch.arange(k.shape[1]) > start + torch.arange(T)[:, None]
+        score = upcast(q @ k.mT) / 4 + total - upcast(rows).mT
+        return score.masked_fill(later, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_running_sums_in_bfloat16_are_found(low):
+    model = calm()
+    model.layers[1].self_attn = Forgetting(low)
+    assert not ways_found(model)
+    assert bool(bfloat16(model).wrong) == low
+
+
+# ---- A look ahead --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["in evaluation", "in training"])
+def test_a_layer_that_looks_ahead_is_found(mode):
+    """In training alone, too, where decoding is right. (A module knows the next token.)"""
+
+    def mix(module, args, out):
+        sees = module.training if mode == "in training" else True
+        return (out[0] + sees * 1e-3 * out[0].roll(-1, 1), out[1])
+
+    model = tiny()
+    model.layers[1].register_forward_hook(mix)
+    wrong = causality(model, 40).wrong
+    assert f"main model, {mode}: position 18 sees tokens from position 19 on" in wrong[0]
+    assert len(wrong) == (1 if mode == "in training" else 2)
+    assert bool(ways_found(model)) == (mode == "in evaluation")
+    if mode == "in evaluation":
+        assert "from position 0 on" in ways_found(model)[0]
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dense", [4, 0])
+def test_what_layers_hand_on_by_the_side_is_found(dense):
+    """The second layer of each pair reads what the first has left. Recomputed, it finds what the
+    next pair has left; and its tokens choose other experts."""
+    model, left = tiny(num_hidden_layers=4, first_k_dense_replace=dense), {}
+
+    def leave(module, args, out):
+        left["x"] = out
+
+    for i, layer in enumerate(model.layers):
+        look = lambda module, args, out: out * left["x"].sigmoid()  # noqa: E731
+        layer.self_attn.register_forward_hook(look if i % 2 else leave)
+    (wrong,) = gradients(model, CONFIG).wrong
+    assert wrong.startswith("recomputed: ")
+    assert ("differ, that of layers." if dense else "a block does not compute") in wrong
+
+
+def test_a_loss_of_the_whole_batch_and_a_parameter_without_gradient_are_found():
+    def of_batch(s, K, balance=check.train.DeepSeekV3.forward.__globals__["balance_loss"]):
+        return balance(s.flatten(0, 1)[None], K)
+
+    model = tiny()
+    with mock.patch("model.balance_loss", of_batch):
+        (wrong,) = gradients(model, CONFIG).wrong
+    assert wrong.startswith("in two micro-batches: ") and "mlp.gate.weight by" in wrong
+    model.layers[1].unused = nn.Parameter(torch.ones(2))
+    assert gradients(model, CONFIG).wrong == ["layers.1.unused gets no gradient"]
+
+
+def test_a_block_that_compiles_to_another_is_found():
+    model = tiny(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+
+    class Other(type(model.layers[0])):
+        def forward(self, x, *args):
+            x, routing = super().forward(x, *args)
+            return (x * 1.01 if torch.compiler.is_compiling() else x), routing
+
+    compile = functools.partialmethod(nn.Module.compile, backend="eager")
+    with mock.patch.object(nn.Module, "compile", compile):
+        answer = gradients(model, CONFIG, True)
+        assert "compiled: they differ" in str(answer) and not answer.wrong
+        model.layers[0].__class__ = Other
+        (wrong,) = gradients(model, CONFIG, True).wrong
+    assert wrong.startswith("compiled: ")
+
+
+def test_a_loss_that_is_not_the_cross_entropy_is_found():
+    def hardest(logits, targets):
+        each = F.cross_entropy(logits, targets, reduction="none")
+        return each.topk(len(each) * 6 // 10).values.mean()
+
+    model = tiny()
+    model.cross_entropy = hardest
+    loss, mtp_loss = losses(model).wrong
+    assert loss.startswith("loss is ") and mtp_loss.startswith("mtp_loss is ")
+    assert ", but the logits' cross-entropy is " in loss
+
+
+# ---- Drafts --------------------------------------------------------------------------------------
+
+
+class Taps(DeepSeekV3):
+    """A module reads, beside the last hidden states, those of the first layer (EAGLE-3)."""
+
+    def trunk(self, tokens, cache=None):
+        first = []
+        hook = self.layers[0].register_forward_hook(lambda *x: first.append(x[2][0]))
+        h = super().trunk(tokens, cache)
+        hook.remove()
+        return torch.cat((h, first[0]), -1)  # (B, T, 2D)
+
+    def run_block(self, block, past, h, *more):
+        return super().run_block(block, past, self.fuse(h) if h.shape[-1] == 32 else h, *more)
+
+    def logits(self, h, k=0):
+        return super().logits(h[..., :16], k)
+
+
+def taps() -> DeepSeekV3:
+    model = tiny()
+    model.__class__, model.fuse = Taps, nn.Linear(32, 16, bias=False).double()
+    return model
+
+
+def test_modules_may_read_states_of_another_width():
+    for answer in check.answers(taps(), CONFIG, 40):
+        assert not answer.wrong, answer
+
+
+def test_drafts_that_change_the_text_are_found(monkeypatch):
+    def accept_all(p, q, x, u):
+        return x.new_full((len(p),), x.shape[1]), p[:, -1:].argmax(-1)
+
+    model = tiny()
+    assert not drafts(model).wrong
+    monkeypatch.setattr(check.sample, "accept", accept_all)
+    wrong = drafts(model).wrong
+    assert len(wrong) == 4 and "with 4 in a round the text is another from token " in wrong[3]
