@@ -153,8 +153,9 @@ def open_config(file: str | Path) -> tuple[DeepSeekV3, dict[str, Any]]:
 
 def size_row(file: str | Path) -> dict[str, Any]:
     model, settings = open_config(file)
-    count, (latent, heads) = model.parameter_counts(), model.config.cache_numbers()
+    count, (latent, _, heads) = model.parameter_counts(), model.bfloat16().cache_numbers()
     T, in_fp8 = settings.get("block_size", 4096), 0
+    flops = flops_per_token(model, T)
     for name, x in checkpoint_views(model):
         in_fp8 += 2 * x.numel()
         if FP8_WEIGHTS.search(name):  # a byte each, and an fp32 scale per 128x128 block
@@ -162,8 +163,8 @@ def size_row(file: str | Path) -> dict[str, Any]:
     return {
         "": Path(file).stem, "parameters": count["total"], "active": count["active"],
         "MTP adds": count["mtp"], "cached numbers": latent, "bf16 bytes": 2 * latent,
-        "MHA bytes": 2 * heads, "times": heads / latent, "window": T,
-        "GFLOP/trained token": flops_per_token(model, T) / 1e9,
+        "MHA bytes": 2 * heads, "times": heads / latent if latent else None, "window": T,
+        "GFLOP/trained token": flops and flops / 1e9,
         "bf16 GB": 2e-9 * (count["total"] + count["mtp"]), "FP8 GB": in_fp8 / 1e9,
     }  # fmt: skip
 
@@ -261,6 +262,7 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
     asked = {k: True for k in ("recompute", "fp8") if getattr(options, k)}
     asked["compile"] = options.compile
     config = train.TrainConfig(**settings | asked | {"device": options.device, "dtype": dtype})
+    flops = flops_per_token(model, config.block_size)
     machine = processes.start(config)
     if machine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # another format's is not this one's
@@ -269,7 +271,7 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
         fp8.use_fp8(model)
     n = 8192 if machine.device.type == "cuda" else 2048
     tokens = config.batch_size * config.block_size
-    flops, bare = tokens * flops_per_token(model, config.block_size), 2 * n**3
+    flops, bare = flops and tokens * flops, 2 * n**3
     a = torch.randn(n, n, device=machine.device).to(machine.dtype)
     step = training_step(model, config, machine)
     t = interleaved({"product": lambda: a @ a, "step": step}, options.rounds)
@@ -277,10 +279,10 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
     peak = peak_flops(machine.device)
     return {
         "": Path(file).stem, "dtype": dtype, "auto": machine.dtype == fast_dtype(machine.device)[0],
-        "tokens": tokens,
-        "seconds": t["step"], "tokens/s": tokens / seconds, "GFLOP/s": flops / seconds / 1e9,
-        "of bare products": ratio(t["product"], t["step"], flops / bare),
-        "MFU": flops / seconds / peak if peak else None, "peak GB": memory / 1e9 or None,
+        "tokens": tokens, "seconds": t["step"], "tokens/s": tokens / seconds,
+        "GFLOP/s": flops and flops / seconds / 1e9,
+        "of bare products": flops and ratio(t["product"], t["step"], flops / bare),
+        "MFU": flops / seconds / peak if flops and peak else None, "peak GB": memory / 1e9 or None,
     }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from support.settings import Refusal
@@ -94,18 +95,6 @@ class ModelConfig:
             if field.type is float:  # transformers opens no file with 1 in place of 1.0
                 setattr(self, field.name, float(getattr(self, field.name)))
         self.rope_scaling = with_original_length(self)
-
-    @property
-    def moe_layers(self) -> int:
-        """Layers with routed experts, those of the MTP modules included."""
-        main = max(0, self.num_hidden_layers - self.first_k_dense_replace)
-        return main + self.num_nextn_predict_layers
-
-    def cache_numbers(self) -> tuple[int, int]:
-        """Numbers cached per token, all main layers: ours (C + R each), multi-head attention's."""
-        ours = self.kv_lora_rank + self.qk_rope_head_dim
-        theirs = self.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
-        return self.num_hidden_layers * ours, self.num_hidden_layers * theirs
 
 
 # ---- Precision, projections, norm ----------------------------------------------------------------
@@ -711,9 +700,10 @@ class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
     After a call, `routing` holds the chosen experts of each MoE layer that ran, (B, T, K), then
-    those of the MTP modules k, (B, T-k, K). (Decoding leaves it as it is.) After a call with
-    targets, `mtp_losses` holds the loss of each MTP depth. In training mode every gate's `load`
-    adds up how often each expert was chosen, until `update_bias` uses that.
+    those of the MTP modules k, (B, T-k, K); `routed_by` holds their gates. (Decoding leaves both as
+    they are.) After a call with targets, `mtp_losses` holds the loss of each MTP depth. In training
+    mode every gate's `load` adds up how often each expert was chosen, until `update_bias` uses
+    that.
     """
 
     def __init__(self, config: ModelConfig):
@@ -734,6 +724,7 @@ class DeepSeekV3(nn.Module):
         # While forward runs, of each MoE layer: its gate, scores and chosen experts.
         self.routed: list[tuple[Gate, Tensor, Tensor]] = []
         self.routing: list[Tensor] = []
+        self.routed_by: list[Gate] = []
         self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: drop activations, compute them again
 
@@ -800,6 +791,7 @@ class DeepSeekV3(nn.Module):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
         routed, self.routed = self.routed, []  # the scores keep a step's activations alive
         self.routing = [chosen for _, _, chosen in routed]
+        self.routed_by = [gate for gate, _, _ in routed]
         if self.training:
             for gate, _, chosen in routed:
                 gate.load += count_chosen(chosen, len(gate.load))
@@ -824,6 +816,11 @@ class DeepSeekV3(nn.Module):
         """The gates of the MoE layers in order, those of the MTP modules last."""
         return gates_in(self)
 
+    @property
+    def moe_layers(self) -> int:
+        """Layers with routed experts, those of the MTP modules included."""
+        return len(self.gates())
+
     @torch.no_grad()
     def update_bias(self, gamma: float | Tensor):
         """b_i += gamma * sign(mean load - load of i), from the loads since the last call: the
@@ -834,11 +831,30 @@ class DeepSeekV3(nn.Module):
             gate.e_score_correction_bias += gamma * (load.mean() - load).sign()
             gate.load.zero_()
 
+    def cache_numbers(self) -> tuple[int, int, int]:
+        """What decoding keeps by `new_cache`, in numbers of the weights' dtype: per token, and per
+        text beside that, such as a ring or a state. Then what multi-head attention would keep per
+        token: keys and values of every head."""
+        config, like = self.config, self.embed_tokens.weight.to("meta")
+        most = config.max_position_embeddings
+        kept, of_twice = (
+            sum(x.nbytes for y in self.layers for x in tree_leaves(y.new_cache(1, n, like)))
+            for n in (most, 2 * most)
+        )
+        per_token, size = (of_twice - kept) // most, like.element_size()
+        head = config.qk_nope_head_dim + config.v_head_dim
+        heads = len(self.layers) * config.num_attention_heads * head
+        return per_token // size, (kept - per_token * most) // size, heads
+
     def parameter_counts(self) -> dict[str, int]:
         """`total`: all parameters of the main model, with embedding, head and correction biases;
-        `active`: those that one token uses, with K of the E routed experts; `mtp`: what the MTP
-        modules add to `total`."""
+        `active`: those that one token uses, with K of the E routed experts, or as many as in the
+        last call; `mtp`: what the MTP modules add to `total`."""
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
+        if self.routing:
+            each = zip(self.routed_by, self.routing, strict=True)
+            visits = sum(count_chosen(x, len(gate.load)).sum().item() for gate, x in each)
+            K = visits / sum(x[..., 0].numel() for x in self.routing)
         tables = [x for x in self.modules() if isinstance(x, nn.Embedding)]
         row = {x.weight: x.embedding_dim for x in tables if x is not self.embed_tokens}
         count, kept = {"total": 0, "active": 0, "mtp": 0}, self.state_dict().keys()
@@ -849,7 +865,7 @@ class DeepSeekV3(nn.Module):
                 count["mtp"] += x.numel()
             else:
                 count["total"] += x.numel()
-                used = x.numel() * K // E if ".experts." in name else x.numel()
+                used = int(x.numel() * K / E) if ".experts." in name else x.numel()
                 count["active"] += row.get(x, used)
         return count
 

@@ -543,15 +543,10 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
         if stats.drafted[0] >= 20 and stats.accepted[0] < stats.drafted[0] / 10:
             info("few drafts were right: where model.py was edited, run python bench.py check RUN")
     like = model.embed_tokens.weight
-    # Of texts so long that a ring is full; on meta they take no memory.
-    most, meta = model.config.max_position_embeddings, like.to("meta")
-    caches = (Cache(model.config, model.layers, 1, n, meta).kept for n in (most, most + 1))
-    held, more = (sum(x.nbytes for x in graphs.tensors(kept)) for kept in caches)
-    mha = model.config.cache_numbers()[1] * like.element_size()
-    fixed = held - most * (more - held)  # what does not grow, such as a recurrent state
+    ours, fixed, heads = (n * like.element_size() for n in model.cache_numbers())
     also = f" and {fixed:,} per text" if fixed else ""
-    ours = f"{more - held:,} bytes per token{also}"
-    info(f"the model's cache: {ours}; multi-head attention would hold {mha:,}")
+    also += f"; multi-head attention would hold {heads:,}"
+    info(f"the model's cache: {ours:,} bytes per token{also}")
     if stats.note:
         info(f"note: {stats.note}")
 

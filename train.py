@@ -42,10 +42,11 @@ from tqdm import tqdm
 import fp8
 import prepare_data
 import sample
-from huggingface import load_model, with_settings
+from huggingface import load_model, outline, with_settings
 from model import DeepSeekV3, ModelConfig, count_chosen
 from support import advice, checkpoints, processes, runs, settings
 from support.checkpoints import Progress, RandomNumbers, checkpoint_file, load_checkpoint
+from support.flops import flops_per_token, peak_flops
 from support.muon import Muon, muon_takes
 from support.processes import Machine
 from support.settings import Refusal, info
@@ -325,11 +326,10 @@ def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) ->
 
 def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Machine) -> dict:
     """Over all windows of these tokens, and over all processes: the losses in nats per token, by
-    depth (0: the main model, k: MTP module k); the visits to every expert, a row for each layer;
+    depth (0: the main model, k: MTP module k); the visits to every expert of each MoE layer, (E,);
     and, over all layers together, the visits to groups and the tokens that were routed."""
-    E, G = model.config.n_routed_experts, model.config.n_group
+    G, visits = model.config.n_group, []
     sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens
-    visits = torch.zeros(0, E, dtype=torch.long, device=machine.device)
     groups, routed = torch.zeros(2, dtype=torch.long, device=machine.device)
     for windows in validation_windows(tokens, T, config, machine):
         x, y = to_device(windows, machine.device)
@@ -338,20 +338,21 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
         loss = torch.stack((main, *model.mtp_losses)).cpu()
         n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
         sums += torch.stack((loss * n, n))
-        # A block that an edit runs twice is two layers here.
-        visits = nn.functional.pad(visits, (0, 0, 0, len(model.routing) - len(visits)))
-        for layer, chosen in enumerate(model.routing):
+        for layer, (gate, chosen) in enumerate(zip(model.routed_by, model.routing, strict=True)):
+            E = len(gate.load)
+            if layer == len(visits):  # a block that an edit runs twice is two layers here
+                visits.append(torch.zeros_like(gate.load))
             # MTP module k (from 1) has T - k rows, for the last T - k targets. -1 marks padding.
             used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
             visits[layer] += count_chosen(used, E)
             real = (used >= 0) & (used < E)  # another number is none of the experts
-            group = torch.where(real, used // (E // G), G)
+            group = torch.where(real, used * G // E, G)
             groups += nn.functional.one_hot(group, G + 1)[..., :G].amax(1).sum()
             routed += len(used)
     nats, n = machine.sum(sums)
-    counted = {"visits": visits, "groups": groups, "routed": routed}
-    losses = (nats / n.clamp(min=1)).tolist()
-    return {"losses": losses} | {name: machine.sum(x) for name, x in counted.items()}
+    losses, visits = (nats / n.clamp(min=1)).tolist(), [machine.sum(x) for x in visits]
+    counts = {"groups": machine.sum(groups).item(), "routed": machine.sum(routed).item()}
+    return {"losses": losses, "visits": visits} | counts
 
 
 @torch.no_grad()
@@ -374,9 +375,9 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
             long = add_up(model, text, config.long_block_size, config, machine)
     model.train(training)
     main, *mtp = total["losses"]
-    share = total["visits"] / total["visits"].sum(1, keepdim=True).clamp(min=1)
-    # All three are 0 without experts.
-    visits, groups, routed = (total[k].sum().item() for k in ("visits", "groups", "routed"))
+    groups, routed = total["groups"], total["routed"]  # 0 without experts
+    visits = sum(x.sum().item() for x in total["visits"])
+    shares = [(x / x.sum().clamp(min=1)).tolist() for x in total["visits"]]
     one_bpb = math.log(2) * data.val_bytes_per_token  # in nats per token
     result = {
         "val_loss": main,
@@ -387,7 +388,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
         "max_vio_global": max_vio(total["visits"]).item(),
         "nodes_per_token": groups / max(1, routed),
         "experts_per_node": visits / max(1, groups),
-        "expert_load": [[round(v, 5) for v in row] for row in share.tolist()],
+        "expert_load": [[round(v, 5) for v in row] for row in shares],
     }
     if long:
         result["val_bpb_long"] = long["losses"][0] / one_bpb
@@ -407,7 +408,7 @@ def loss_weights(model: DeepSeekV3, config: TrainConfig, step: int) -> dict[str,
         "loss": 1.0,
         "mtp_loss": 0.0 if depths > 1 else sum(of_module),
         **{f"mtp_loss_{k}": x / depths for k, x in enumerate(of_module, 1)},
-        "balance_loss": config.alpha * model.config.moe_layers,  # times layers: it is their mean
+        "balance_loss": config.alpha * model.moe_layers,  # times layers: it is their mean
     }
 
 
@@ -479,7 +480,11 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     states = {"model": model, "progress": progress, "random": RandomNumbers(machine)}
     states |= checkpoints.by_name(model, optimizers)
 
-    with runs.open_run(states, config, machine, files) as run:
+    # Of model.py's own network: this one may be compiled, cut up, in FP8.
+    known = peak_flops(machine.device)
+    flops = flops_per_token(outline(model.config), config.block_size) if known else None
+
+    with runs.open_run(states, config, machine, files, flops) as run:
         tell_plan(model, data, config, machine, progress)
         if progress.step == 0 and config.init_from:  # measured before they change
             progress.owes_evaluation = True

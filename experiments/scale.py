@@ -134,8 +134,8 @@ def memory(file: Path) -> dict[str, float]:
     queries = c.q_lora_rank or H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     kept = 2 * (2 * D + queries + c.kv_lora_rank + c.qk_rope_head_dim) + 1.5 * H * c.v_head_dim
     kept *= c.num_hidden_layers + c.num_nextn_predict_layers
-    kept += c.moe_layers * visits * (D + 2 * c.moe_intermediate_size)
-    dense = c.num_hidden_layers + c.num_nextn_predict_layers - c.moe_layers
+    kept += model.moe_layers * visits * (D + 2 * c.moe_intermediate_size)
+    dense = c.num_hidden_layers + c.num_nextn_predict_layers - model.moe_layers
     kept += dense * (D + 2 * c.intermediate_size)
     # A card receives as many tokens for its experts as it sends: FP8 in, bf16 out, of a forward and
     # a backward at once.
@@ -147,7 +147,7 @@ def memory(file: Path) -> dict[str, float]:
         "GB of activations [17 micro-batches: Table 2]": (RANKS + 1) * MICRO * kept / RANKS / 1e9,
         "GB of buffers for the experts' tokens": buffers / 1e9,
     }
-    mla, heads = (2 * 131072 * numbers / 1e9 for numbers in c.cache_numbers())
+    mla, heads = (2 * 131072 * numbers / 1e9 for numbers in model.cache_numbers()[::2])
     # One expert of each layer and all else in FP8, embedding and head in bf16.
     serving = size["experts"] / c.n_routed_experts + size["rest"] + 2 * size["ends"]
     return training | {
@@ -158,7 +158,7 @@ def memory(file: Path) -> dict[str, float]:
         "GB of weights in serving": serving,
         "GB of cache for 128K tokens, MLA": mla,
         "GB of cache for 128K tokens, multi-head": heads,
-        "KB of cache per token, MLA [70.272: arXiv 2505.09343]": 2 * c.cache_numbers()[0] / 1e3,
+        "KB of cache per token, MLA [70.272: arXiv 2505.09343]": 2 * model.cache_numbers()[0] / 1e3,
         "users of 128K tokens, MLA": (CARD - serving) / mla,
         "users of 128K tokens, multi-head": (CARD - serving) / heads,
     }

@@ -74,7 +74,7 @@ def expert_visits(trained: run.Trained) -> dict:
     ids = np.asarray(trained.data.val.arrays[0]).astype(np.int64)
     ids = ids[: len(ids) // T * T]
     classes = classes_of(ids, Path(trained.config.out)).reshape(-1, T)
-    visits = np.zeros((c.moe_layers - len(net.mtp), len(CLASSES), c.n_routed_experts), int)
+    visits = np.zeros((net.moe_layers - len(net.mtp), len(CLASSES), c.n_routed_experts), int)
     for x, kind in zip(
         np.split(ids.reshape(-1, T), range(16, len(classes), 16)),
         np.split(classes, range(16, len(classes), 16)),
@@ -105,7 +105,7 @@ def visits_by_domain(trained: run.Trained, tokens: int = 1 << 14) -> dict:
     """How often tokens of each domain visit each expert (layers, domains, E), and what a visit
     tells of the domain in bits, as the mean over the layers."""
     net, T, c = trained.net, trained.config.block_size, trained.net.config
-    visits = np.zeros((c.moe_layers - len(net.mtp), len(DOMAINS), c.n_routed_experts), int)
+    visits = np.zeros((net.moe_layers - len(net.mtp), len(DOMAINS), c.n_routed_experts), int)
     for domain, ids in enumerate(domain_texts(trained, tokens)):
         rows = torch.from_numpy(ids[: len(ids) // T * T]).view(-1, T)
         for x in rows.split(16):

@@ -1,12 +1,19 @@
 """FLOPs that a training step takes, and that a card can do. Their ratio is nanoGPT's mfu."""
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 # bf16 products, dense, operations a second, by NVIDIA's data sheets: of the A100 (2021), the H100
 # (2022; SXM and PCIe) and the H200 (2023), which give twice as many with sparsity. The H800 is the
 # H100 with slower links.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}
+GROUPED, ATTENTION = "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -17,14 +24,45 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
 
 
-def flops_per_token(model: nn.Module, T: int) -> float:
-    """In a training step with windows of T tokens. Forward and backward, MTP modules included: 6
-    per weight that multiplies a token, and the causal half of attention."""
-    c, depths = model.config, 1 + len(model.mtp)
-    weights = depths * c.vocab_size * c.hidden_size  # the output head
-    for name, x in model.named_parameters():
-        if not name.startswith(("embed_tokens", "lm_head")):
-            routed = ".experts." in name
-            weights += x.numel() * (c.num_experts_per_tok / c.n_routed_experts if routed else 1)
-    per_pair = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
-    return 6 * weights + 6 * (c.num_hidden_layers + len(model.mtp)) * per_pair * T / 2
+class Products(TorchDispatchMode):
+    """Adds up the FLOPs of all matrix products within `with Products() as products:`, by torch's
+    formulas; of causal attention the half below the diagonal."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0.0
+
+    def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if name == GROUPED:  # torch has no formula, nor shapes in float32
+            x, weight = args[:2]
+            self.flops += 2 * x.numel() * weight.shape[-1]
+            return x.new_empty(len(x), weight.shape[-1])
+        out = func(*args, **kwargs)
+        if name == ATTENTION:
+            q, k, v, _, causal = (*args, 0.0, False)[:5]
+            pairs = q[..., 0].numel() * k.shape[-2] / (2 if causal else 1)
+            self.flops += 2 * pairs * sum(getattr(x, "width", x.shape[-1]) for x in (k, v))
+        elif name == "constant_pad_nd":  # a kernel may want equal widths; the rest are zeros
+            out.width = args[0].shape[-1]
+        elif func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+
+def flops_per_token(model: nn.Module, T: int) -> float | None:
+    """In a training step with windows of T tokens, MTP modules included. Counted in a forward of
+    the network as it is, on tensors that are shapes only; a backward takes twice as much. None
+    where it cannot run so, such as one that asks for the value of a tensor."""
+    with FakeTensorMode(), torch.no_grad():
+        fakes = {}  # by what they stand for, as deepcopy asks for it
+        for x in (*model.parameters(), *model.buffers()):
+            empty = torch.empty(x.shape, dtype=x.dtype)
+            fakes[id(x)] = empty.float() if x.is_floating_point() else empty
+        tokens = torch.zeros(1, T, dtype=torch.long)
+        try:
+            with Products() as products:
+                copy.deepcopy(model, fakes)(tokens, tokens)
+        except Exception:  # each kind of network has its own
+            return None
+    return 3 * products.flops / T

@@ -35,7 +35,7 @@ from torch import Tensor
 from support.checkpoints import CODE, Named, cut_like, gather, load_checkpoint, note_edit
 from support.clock import Clock
 from support.files import put_aside, write_whole
-from support.flops import flops_per_token, peak_flops
+from support.flops import peak_flops
 from support.processes import Machine
 from support.settings import Refusal, info
 from support.signals import Stop
@@ -141,10 +141,12 @@ def to_json(values: dict) -> str:
 class Run:
     """What a training writes into its folder, and when. `open_run` makes it."""
 
-    def __init__(self, states: dict[str, Any], config, machine: Machine, stop: Stop):
+    def __init__(
+        self, states: dict[str, Any], config, machine: Machine, stop: Stop, flops: float | None
+    ):
         self.states, self.model, self.progress = states, states["model"], states["progress"]
         self.config, self.machine, self.out = config, machine, Path(config.out)
-        self.stop, self.clock = stop, Clock()
+        self.stop, self.clock, self.flops = stop, Clock(), flops
         self.saved_step = 0  # the step of ckpt.pt (0: there is none)
         self.bad_in_a_row = 0  # steps up to now whose gradient was not finite
         self.save_due = False
@@ -230,9 +232,9 @@ class Run:
         line = {name: float(total) / steps for name, (total, steps) in progress.sums.items()}
         line |= {name: float(x) for name, x in now.items()}
         line["tokens_per_s"] = speed = round(self.clock.measure(progress.tokens), 1)
-        if peak := peak_flops(self.machine.device):
-            work = speed * flops_per_token(self.model, self.config.block_size)
-            line["mfu"] = work / (peak * self.machine.world)  # as nanoGPT's: of bf16's peak
+        if self.flops:  # as nanoGPT's mfu: of bf16's peak
+            peak = peak_flops(self.machine.device) * self.machine.world
+            line["mfu"] = speed * self.flops / peak
         left = (self.config.steps - progress.step) * self.config.batch_size * self.config.block_size
         every = self.config.eval_every  # this step's evaluation is one of those that are left
         evaluations = math.ceil(self.config.steps / every) - (progress.step - 1) // every
@@ -338,10 +340,13 @@ class Run:
 
 
 @contextmanager
-def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iterator[Run]:
+def open_run(
+    states: dict[str, Any], config, machine: Machine, files=(), flops: float | None = None
+) -> Iterator[Run]:
     """The run in the folder config.out: a new one, with copies of `files` (a run that is there is
     put aside if config.overwrite), or with config.resume the one that is there, every state as
-    its ckpt.pt has it. `states` are its things by name, a Progress and the model among them.
+    its ckpt.pt has it. `states` are its things by name, a Progress and the model among them;
+    `flops`: of a token, for the mfu.
 
     SIGINT, SIGTERM and SIGHUP set run.stopped at the end of the step or evaluation; if it is set in
     the end, KeyboardInterrupt is raised. Raises Refusal where the folder cannot be used.
@@ -358,7 +363,7 @@ def open_run(states: dict[str, Any], config, machine: Machine, files=()) -> Iter
         lock = take_folder(Path(config.out), config.resume, config.overwrite)
     stop = Stop(machine)
     try:
-        run = Run(states, config, machine, stop)
+        run = Run(states, config, machine, stop, flops)
         if config.resume:
             run.restore()
         else:

@@ -236,13 +236,16 @@ def test_sizes_are_those_of_the_releases(name, total, active, mtp, cache_bytes, 
 
 
 def test_flops_are_six_per_weight_that_multiplies_and_half_of_attention():
-    """By hand for V3: no embedding or correction bias, 8 of MTP's 256 experts and a second head."""
+    """By hand for V3: no embedding, norm or correction bias, 8 of MTP's 256 experts and a second
+    head, which read a token less than the layers."""
     D, V, T = 7168, 129_280, 4096
-    main = 37_552_297_472 - V * D - 58 * 256
-    mtp = 11_610_068_224 - 256 - 248 * 3 * D * 2048 + V * D
-    attention = 62 * 128 * (128 + 64 + 128) * T / 2
+    norms = 2 * D + 1536 + 512
+    main = 37_552_297_472 - V * D - 58 * 256 - 61 * norms - D
+    mtp = 11_610_068_224 - 256 - 248 * 3 * D * 2048 + V * D - norms - 3 * D
+    pairs = (61 * T**2 + (T - 1) ** 2) / 2
     model, _ = bench.open_config(ROOT / "config/v3_671b.py")
-    assert bench.flops_per_token(model, T) == 6 * (main + mtp + attention)
+    flops = 6 * (main * T + mtp * (T - 1) + 128 * (128 + 64 + 128) * pairs)
+    assert bench.flops_per_token(model, T) == pytest.approx(flops / T, rel=1e-9)
 
 
 # ---- The stored network, the tour ----------------------------------------------------------------

@@ -42,6 +42,7 @@ import sample
 from model import Cache, DeepSeekV3, ModelConfig
 from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
 from support import graphs
+from support.flops import flops_per_token
 from support.settings import Refusal
 
 LIMIT = 48  # max_position_embeddings
@@ -190,6 +191,29 @@ def test_impossible_configurations_are_refused_with_one_sentence(changes, words)
     with pytest.raises(Refusal) as error:
         ModelConfig(**(TINY | changes))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_numbers_are_of_what_runs():
+    """Of a layer that runs twice, and of tokens that visit fewer experts than they may."""
+    model = tiny(moe_intermediate_size=8, num_nextn_predict_layers=0, v_head_dim=14)
+    once, numbers = flops_per_token(model, 64), model.cache_numbers()
+    assert numbers == (3 * 15, 0, 3 * 3 * (6 + 14))
+    model.layers.append(model.layers[1])
+    assert model.cache_numbers() == (4 * 15, 0, 4 * 3 * (6 + 14)) and model.moe_layers == 2
+    # Of its matrices, three of eight experts and half of its attention.
+    block = sum(x.numel() * (3 / 8 if x.ndim == 3 else 1) for x in model.layers[1].parameters()
+                if x.ndim > 1)  # fmt: skip
+    expected = 6 * (block + 3 * 28 * 64 / 2)
+    assert flops_per_token(model, 64) - once == pytest.approx(expected, rel=1e-9)
+    assert model.routing == []  # nothing was called
+    active = model.parameter_counts()["active"]
+    model(tokens_of(model, 2, 9))
+    assert model.parameter_counts()["active"] == active
+    model.routing[0][..., 0] = 8  # is none
+    experts = sum(x.numel() for name, x in model.named_parameters() if ".experts." in name)
+    fewer = active - model.parameter_counts()["active"]
+    assert fewer == pytest.approx(experts / len(model.routing) / 8, abs=2)
 
 
 # ---- A cache -------------------------------------------------------------------------------------

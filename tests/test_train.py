@@ -364,12 +364,30 @@ def test_groups_are_counted_where_a_token_has_fewer_experts(none, trained, monke
     assert result["experts_per_node"] == pytest.approx(visits / sum(map(len, real)))
 
 
+def test_loads_are_those_of_each_gate(trained, monkeypatch):
+    """One has a ninth and a tenth choice, in groups of 2 1/2; all always take the last."""
+    model, dataset, config = trained
+    model, choose = copy.deepcopy(model), Gate.forward
+    gate, *others = model.gates()
+    gate.load = torch.zeros(10, dtype=torch.long)
+
+    def last(self, x):
+        scores, chosen, gain = choose(self, x)
+        return scores, torch.full_like(chosen, len(self.load) - 1), gain
+
+    monkeypatch.setattr(Gate, "forward", last)
+    result = train.evaluate(model, dataset, config, MACHINE)
+    assert result["expert_load"] == [[0.0] * (n - 1) + [1.0] for n in (10, *[8] * len(others))]
+    assert result["max_vio_global"] == pytest.approx(np.mean([9] + [7] * len(others)))
+    assert (result["nodes_per_token"], result["experts_per_node"]) == (1, 2)
+
+
 def test_a_block_that_runs_twice_is_evaluated(trained):
     model, dataset, config = trained
     model = copy.deepcopy(model)
     model.layers.append(model.layers[-1])
     result = train.evaluate(model, dataset, config, MACHINE)
-    assert len(result["expert_load"]) == len(model.routing) == model.config.moe_layers + 1
+    assert len(result["expert_load"]) == len(model.routing) == model.moe_layers + 1
     assert all(sum(row) == pytest.approx(1, abs=1e-3) for row in result["expert_load"])
 
 
