@@ -13,6 +13,15 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # whatever the shell has
 
 
+def pytest_addoption(parser):
+    about = "a key of the network for all tests, such as attention_sink=True (docs/HACKING.md)"
+    parser.addoption("--set", action="append", default=[], metavar="KEY=VALUE", help=about)
+
+
+def pytest_configure(config):
+    os.environ["SET_KEYS"] = " ".join(config.getoption("--set"))  # networks.py reads it
+
+
 @pytest.fixture(autouse=True)
 def seed():
     import torch  # after the number of threads is known

@@ -7,9 +7,11 @@ tests are after (an epsilon) moves the results by 1e-4.
 
 import functools
 import math
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -18,17 +20,21 @@ import torch
 
 from huggingface import checkpoint_views, load_model
 from model import Cache, DeepSeekV3, ModelConfig
+from support.settings import as_field
 
 ROOT = Path(__file__).parent.parent
 ATOL = 1e-11
 # No two widths are equal, nor rms_norm_eps and the latent norms' 1e-6: exchanged ones show.
 TINY = dict(
-    vocab_size=31, hidden_size=16, num_hidden_layers=3, num_attention_heads=3,
+    vocab_size=31, hidden_size=16, num_hidden_layers=3, num_attention_heads=4,
     q_lora_rank=10, kv_lora_rank=7, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5,
     intermediate_size=20, moe_intermediate_size=9, first_k_dense_replace=1, n_shared_experts=1,
     n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2, routed_scaling_factor=2.5,
     rms_norm_eps=1e-3, num_nextn_predict_layers=1,
 )  # fmt: skip
+# Of the network's keys those that `pytest --set=KEY=VALUE` gives to all networks (conftest.py).
+SET = dict(word.split("=", 1) for word in os.environ.get("SET_KEYS", "").split())
+TINY |= {key: as_field(key, x, get_type_hints(ModelConfig)[key]) for key, x in SET.items()}
 YARN_PLAIN = dict(type="yarn", factor=8, original_max_position_embeddings=64)
 YARN = YARN_PLAIN | dict(beta_fast=32, beta_slow=1, mscale=0.7, mscale_all_dim=1.3)
 FAR, NEAR = (YARN | dict(original_max_position_embeddings=length) for length in (512, 1))

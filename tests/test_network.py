@@ -198,13 +198,13 @@ def test_numbers_are_of_what_runs():
     """Of a layer that runs twice, and of tokens that visit fewer experts than they may."""
     model = tiny(moe_intermediate_size=8, num_nextn_predict_layers=0, v_head_dim=14)
     once, numbers = flops_per_token(model, 64), model.cache_numbers()
-    assert numbers == (3 * 15, 0, 3 * 3 * (6 + 14))
+    assert numbers == (3 * 15, 0, 3 * 4 * (6 + 14))
     model.layers.append(model.layers[1])
-    assert model.cache_numbers() == (4 * 15, 0, 4 * 3 * (6 + 14)) and model.moe_layers == 2
+    assert model.cache_numbers() == (4 * 15, 0, 4 * 4 * (6 + 14)) and model.moe_layers == 2
     # Of its matrices, three of eight experts and half of its attention.
     block = sum(x.numel() * (3 / 8 if x.ndim == 3 else 1) for x in model.layers[1].parameters()
                 if x.ndim > 1)  # fmt: skip
-    expected = 6 * (block + 3 * 28 * 64 / 2)
+    expected = 6 * (block + 4 * 28 * 64 / 2)
     assert flops_per_token(model, 64) - once == pytest.approx(expected, rel=1e-9)
     assert model.routing == []  # nothing was called
     active = model.parameter_counts()["active"]
@@ -311,6 +311,18 @@ def test_end_of_text_pads_its_row_and_leaves_the_others_alone(drafts, depth, att
         assert stats.tokens == new  # without what pads them
 
 
+def in_turn(model, k: int, hidden: list, tokens) -> torch.Tensor:
+    """What module k + 1 makes of hidden states, one piece after the other: the first is of the
+    model, and may have another width than its own."""
+    cache = Cache(model.config, model.mtp, 1, tokens.shape[1], model.norm.weight)
+    out, at = [], 0
+    for h in hidden:
+        cache.length, n = at, h.shape[1]
+        out.append(model.predict_next(k, h, tokens[:, at : at + n], cache))
+        at += n
+    return torch.cat(out, 1)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @torch.inference_mode()
 def test_a_round_is_its_rule_by_whole_forwards_whatever_was_drafted_before(depth, n=12, G=4):
@@ -327,14 +339,14 @@ def test_a_round_is_its_rule_by_whole_forwards_whatever_was_drafted_before(depth
         u = torch.rand(1, 2 * G + 1, dtype=torch.float64)
         u[:, G:-1] = torch.where(torch.arange(G) < keep, 0.0, 0.9 + 0.1 * u[:, G:-1])
         q, tokens = text.draft(n, copies, u), text.tokens[:, : n + G].clone()
-        hidden = model.trunk(tokens[:, :n])[:, :-1]  # of positions 0 .. n-2
+        hidden = [model.trunk(tokens[:, :n])[:, :-1]]  # of positions 0 .. n-2
         for step in range(0 if copied else G):
             k = min(step, depth - 1)
-            out = model.predict_next(k, hidden, tokens[:, k + 1 : n + step])
+            out = in_turn(model, k, hidden, tokens[:, k + 1 : n + step])
             expected = probabilities(model.logits(out)[:, -1:], 1.0)
             assert torch.allclose(q[:, step : step + 1], expected, atol=1e-12)
             assert torch.equal(tokens[:, n + step, None], draw(expected, u[:, step : step + 1]))
-            hidden = torch.cat((hidden, out[:, -1:]), 1) if k == depth - 1 else out
+            hidden = [*hidden, out[:, -1:]] if k == depth - 1 else [out]
         if copied:
             assert torch.equal(q, F.one_hot(copies, 31)) and torch.equal(tokens[:, n:], copies)
         p = probabilities(model(tokens)[:, n - 1 :], 1.0)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+import networks
 import pytest
 import torch
 
@@ -36,6 +37,7 @@ SHORT = [
     "--dtype=float64",
 ]
 SHORT += ["--log_every=1", "--eval_every=4", "--save_every=4"]
+SHORT += [f"--{key}={x}" for key, x in networks.SET.items()]
 # Schedules that do not depend on the length of the run.
 CONSTANT = ("--warmup=0", "--decay_start=1", "--mtp_switch=1", "--gamma_stop=1")
 CLIP = torch.nn.utils.clip_grad_norm_
