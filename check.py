@@ -29,14 +29,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
 
 import sample
 import train
 from huggingface import load_model
 from model import MOST_NEW, Cache, DeepSeekV3
-from support import processes
+from support import graphs, processes
 from support.checkpoints import load_checkpoint
 
 SAME = 1e-8  # a difference that is smaller, relative to what is compared, is rounding
@@ -129,7 +128,7 @@ def longest_window(model: DeepSeekV3) -> int:
     like, most = model.embed_tokens.weight.to("meta"), model.config.max_position_embeddings
     layers = *model.layers, *model.mtp
     kept, of_twice = (
-        [x.shape for layer in layers for x in tree_leaves(layer.new_cache(1, tokens, like))]
+        [x.shape for x in graphs.tensors([layer.new_cache(1, tokens, like) for layer in layers])]
         for tokens in (most, 2 * most)
     )
     return max((x[1] for x, y in zip(kept, of_twice, strict=True) if x == y), default=0)

@@ -838,9 +838,10 @@ class DeepSeekV3(nn.Module):
         config, like = self.config, self.embed_tokens.weight.to("meta")
         most = config.max_position_embeddings
         kept, of_twice = (
-            sum(x.nbytes for y in self.layers for x in tree_leaves(y.new_cache(1, n, like)))
+            sum(x.nbytes for x in tree_leaves([y.new_cache(1, n, like) for y in self.layers])
+                if x is not None)
             for n in (most, 2 * most)
-        )
+        )  # fmt: skip
         per_token, size = (of_twice - kept) // most, like.element_size()
         head = config.qk_nope_head_dim + config.v_head_dim
         heads = len(self.layers) * config.num_attention_heads * head

@@ -25,10 +25,11 @@ Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
 import functools
 import itertools
 import math
+import re
 import shlex
 import sys
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -206,7 +207,7 @@ def batch_at(config: TrainConfig, step: int) -> int:
 
 def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, as in the report; or Muon for the matrices of the layers and AdamW for the
-    rest, at adamw_lr times lr. Says what Muon has."""
+    rest, at adamw_lr times lr. Says what Muon has, by kind: a stranger among them shows."""
     of_muon = muon_takes(model) if config.optimizer == "muon" else set()
     matrices = [p for p in model.parameters() if p in of_muon]
     others = [p for p in model.parameters() if p.ndim > 1 and p not in of_muon]
@@ -220,9 +221,11 @@ def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.
     adamw = torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
     if not matrices:
         return [adamw]
-    count, largest = sum(p.shape[:-2].numel() for p in matrices), max(matrices, key=torch.numel)
-    name = next(name for name, p in model.named_parameters() if p is largest)
-    info(f"muon: {count} matrices, the largest in {name}, {tuple(largest.shape)}; AdamW: the rest")
+    names = [name for name, p in model.named_parameters() if p in of_muon]
+    kinds = Counter(re.sub(r".*?\.\d+\.(block\.)?", "", x, count=1) for x in names)
+    count = sum(p.shape[:-2].numel() for p in matrices)
+    taken = ", ".join(f"{kind.removesuffix('.weight')} x {n}" for kind, n in kinds.items())
+    info(f"muon: {count} matrices, in {taken}; AdamW: all other parameters")
     defaults = {"lr": config.lr, "lr_scale": 1.0, "weight_decay": decay, "momentum": 0.95}
     # processes.start has put the dtype that was chosen in the place of "auto".
     return [adamw, Muon(matrices, defaults, getattr(torch, config.dtype))]
@@ -519,11 +522,10 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
 
             for gate in model.gates():
                 machine.sum(gate.load)  # in place: update_bias needs all processes' counts
-            vio = max_vio([gate.load for gate in model.gates()])
-            model.update_bias(gamma_at(config, step) if finite else 0.0)
-
             total = machine.sum(torch.stack([*losses.values()]))  # over processes
-            means = dict(zip(losses, total / machine.world, strict=True)) | {"max_vio": vio}
+            means = dict(zip(losses, total / machine.world, strict=True))
+            means["max_vio"] = max_vio([gate.load for gate in model.gates()])
+            model.update_bias(gamma_at(config, step) if finite else 0.0)  # loads are 0 from here on
             run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
             if run.owes_checkpoint:
                 if config.parallel == "ddp":  # FSDP's processes have parts, none of them twice
