@@ -166,7 +166,18 @@ def small_with(**more):
 
 
 change("Your own data")(small_with(data="mine", vocab_size=2048))
-change("Two MTP modules")(small_with(num_nextn_predict_layers=2))
+
+
+@change("Document masks", document_token=511, num_nextn_predict_layers=2)
+def sees_no_other_document(c: Changed):
+    """A document has the same logits behind another one as alone."""
+    tokens = c.x[:1].masked_fill(c.x[:1] == 511, 0)
+    tokens[:, 9] = 511
+    with torch.no_grad():
+        together, alone = c.model(tokens), c.model(tokens[:, 9:])
+        assert torch.allclose(together[:, 9:], alone, atol=1e-12)
+        c.model.config.document_token = None
+        assert not torch.allclose(c.model(tokens)[:, 9:], alone, atol=1e-3)
 
 
 @change("The last tokens: a short convolution")
