@@ -484,7 +484,8 @@ def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
     experts, so there the rows' weights are copied first."""
     if torch.compiler.is_compiling():
         return (weight[expert] * x[:, None]).sum(-1)
-    return torch.stack([weight[i] @ row for i, row in zip(expert.tolist(), x, strict=True)])
+    pairs = zip(expert.tolist(), x, strict=True)
+    return torch.stack([(weight[i] * row).sum(-1) for i, row in pairs])
 
 
 class Dispatch(torch.autograd.Function):
