@@ -25,8 +25,8 @@ class MultiHeadAttention(model.MLA):
         nn.Module.__init__(self)
         self.config, D, H = config, config.hidden_size, config.num_attention_heads
         W, G = config.qk_nope_head_dim + config.qk_rope_head_dim, self.kv_heads or H
-        self.q_proj, self.o_proj = nn.Linear(D, H * W, bias=False), nn.Linear(H * W, D, bias=False)
-        self.k_proj, self.v_proj = (nn.Linear(D, G * W, bias=False) for _ in "kv")
+        self.q_proj, self.o_proj = model.linear(config, D, H * W), model.linear(config, H * W, D)
+        self.k_proj, self.v_proj = (model.linear(config, D, G * W) for _ in "kv")
 
     def forward(self, h: Tensor, rope: model.Rope, past=None) -> Tensor:
         c, (B, T, _) = self.config, h.shape

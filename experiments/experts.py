@@ -11,21 +11,15 @@ with and without it is trained with both.
 
 import report
 import run
-from torch import nn
 
 import model
 
 
 class Dense(model.MLP):
-    """In place of the experts one FFN as wide as all that a token visits, without a gate."""
+    """In place of the experts a single one, without a gate."""
 
     def __init__(self, config: model.ModelConfig):
-        visited = config.num_experts_per_tok + config.n_shared_experts
-        super().__init__(config.hidden_size, visited * config.moe_intermediate_size)
-
-
-def nothing_to_balance(net: nn.Module, gamma: float):
-    """In place of update_bias, which expects a gate in every layer."""
+        super().__init__(config, config.moe_intermediate_size)
 
 
 def arms(base: dict) -> dict[str, run.Arm]:
@@ -36,14 +30,14 @@ def arms(base: dict) -> dict[str, run.Arm]:
     large |= {"n_shared_experts": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
     dense = {"n_routed_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": width}
     dense |= {"n_shared_experts": 0, "n_group": 1, "topk_group": 1}
-    without = {"model.MoE": Dense, "model.DeepSeekV3.update_bias": nothing_to_balance}
     alone = {"n_shared_experts": 0, "num_experts_per_tok": width // F}
     scaled = {"routed_scaling_factor": 2.5}  # V3's: what is routed counts for more
     return {
         "no shared": run.Arm(alone),
         "4 large": run.Arm(large),
-        "dense": run.Arm(dense, without),
-        "dense longer": run.Arm(dense, without, longer=1.25),  # the base's seconds, both alone
+        "dense": run.Arm(dense, {"model.MoE": Dense}),
+        # The base's seconds, both measured alone.
+        "dense longer": run.Arm(dense, {"model.MoE": Dense}, longer=1.25),
         "shared x2.5": run.Arm(scaled),
         "no shared x2.5": run.Arm(alone | scaled),
     }

@@ -80,7 +80,7 @@ def expert_visits(trained: run.Trained) -> dict:
         np.split(classes, range(16, len(classes), 16)),
         strict=True,
     ):
-        net.trunk(torch.from_numpy(x).to(trained.machine.device))
+        net(torch.from_numpy(x).to(trained.machine.device))  # which notes its routing
         for layer, chosen in enumerate(net.routing):  # (B, T, K)
             known = kind >= 0
             np.add.at(visits[layer], (kind[known][:, None], chosen.cpu().numpy()[known]), 1)
@@ -109,7 +109,7 @@ def visits_by_domain(trained: run.Trained, tokens: int = 1 << 14) -> dict:
     for domain, ids in enumerate(domain_texts(trained, tokens)):
         rows = torch.from_numpy(ids[: len(ids) // T * T]).view(-1, T)
         for x in rows.split(16):
-            net.trunk(x.to(trained.machine.device))
+            net(x.to(trained.machine.device))
             for layer, chosen in enumerate(net.routing):  # (B, T, K)
                 visits[layer, domain] += np.bincount(
                     chosen.flatten().cpu().numpy(), minlength=c.n_routed_experts
