@@ -18,6 +18,7 @@ import math
 import os
 import statistics
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,16 @@ def add_result(folder: Path | str, name: str, result: dict):
 def origin(x: dict) -> tuple:
     """Length, code and data of a training: only results that have the same are compared."""
     return x.get("steps"), x.get("source"), x.get("corpus")
+
+
+def compare_sources(name: str, lines: list[dict], current: str = ""):
+    """Prints one line if the results have several sources (run.py's source_of), or another one than
+    the current code."""
+    count = Counter(x["source"] for x in lines)
+    if len(count.keys() | ({current} - {""})) > 1:
+        recorded = ", ".join(f"{source} ({n})" for source, n in count.items())
+        current = f"; the current code on this machine has {current}" if current else ""
+        info(f"{name}: the results have source {recorded}{current}")
 
 
 def usual(lines: list[dict]) -> list[dict]:
@@ -339,10 +350,13 @@ def save_figure(path: Path, size: tuple[float, float], draw):
     info(f"figure: {path}")
 
 
-def show(experiment, options):
-    """Prints an experiment's table, writes it into the page, and draws the figure."""
+def show(experiment, options, source: str):
+    """Prints an experiment's table, writes it into the page, and draws the figure. source: of
+    the current code."""
     text, name, results = table(experiment, options), experiment.name, collect(experiment, options)
     print(text)
+    file = experiment.results or name
+    compare_sources(f"{file}.json", read_results(options.results, file), source)
     if experiment.draw and any(results.values()):
         found = differences(experiment, options, results)
         half = {arm: found[arm].half if arm in found else None for arm in results}
@@ -492,6 +506,9 @@ def draw_claims(figure):
 
 
 def main():
+    for folder in {folder for folder, _, _ in PLACES.values()}:
+        files = (RESULTS / folder).glob("*.json")
+        compare_sources(folder, [x for file in files for x in read_results(file.parent, file.stem)])
     write_part(ROOT / "docs/RESULTS.md", "claims", table_of_claims())
     print(table_of_claims())
     save_figure(ROOT / "docs/figures/claims.svg", (3.9, 5.2), draw_claims)

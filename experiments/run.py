@@ -29,7 +29,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,6 +56,7 @@ from support.tokenizer import tokenizer_files
 from support.tokens import Dataset, Tokens
 
 ROOT = Path(train.__file__).parent
+TINY = str(ROOT / "config/tiny.py")
 # A run so small that it takes two seconds, with every phase of a training in it.
 SMALL = {"out": "", "steps": 10, "batch_size": 4, "block_size": 16, "long_block_size": 32}
 SMALL |= {"long_start": 0.8, "eval_every": 10, "log_every": 1, "device": "cpu"}
@@ -83,7 +83,7 @@ class Options:
         return settings | {"steps": self.steps, "log_every": max(1, self.steps // 60)}
 
 
-@dataclass
+@dataclass(eq=False)  # so that functools.cache takes it
 class Arm:
     """What is changed: settings of the base configuration, and what stands in for names of the
     code while this arm trains, such as {"model.MLA": MultiHeadAttention}."""
@@ -91,6 +91,17 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     replace: dict[str, Any] = field(default_factory=dict)
     longer: float = 1.0  # times as many steps as the base
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """A context in which the stand-ins are in place."""
+        with contextlib.ExitStack() as stack:
+            for target, stand_in in self.replace.items():
+                stack.enter_context(mock.patch(target, stand_in))
+            yield
+
+
+BASE = Arm()
 
 
 @dataclass
@@ -185,29 +196,29 @@ def figures_of(run: Trained) -> dict[str, Any]:
 # ---- Results -------------------------------------------------------------------------------------
 
 
-def code_hash(*texts: str) -> str:
-    """Of code, docstrings included, without comments and layout."""
-    return digest(*(ast.dump(ast.parse(textwrap.dedent(text))) for text in texts))
+def code_hash(*functions: Callable) -> str:
+    """Of their code, docstrings included, without comments and layout."""
+    return digest(*(ast.dump(ast.parse(inspect.getsource(x))) for x in functions))
 
 
 @functools.cache
-def code_id(dtype: str = "float64", fp8: bool = False) -> str:
+def code_id(dtype: str = "float64", arm: Arm = BASE, file: str = TINY) -> str:
     """Two versions of the code are the same if they train alike: the losses of a few steps in this
-    dtype, of a tiny network on random tokens, to eight digits. In bfloat16 another kind of machine
-    may round differently: its results are another set."""
-    kind = f"{dtype} with FP8" if fp8 else dtype
-    info(f"a few steps in {kind} are trained: do code and machine round as in the tables?")
-    settings = read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, train.TrainConfig)
-    settings |= SMALL | {"optimizer": "muon", "alpha": 0.01, "dtype": dtype, "fp8": fp8}
-    rng = np.random.default_rng(0)
-    tokens = Tokens([rng.integers(0, 512, 2000).astype(np.uint16)])
-    data = SimpleNamespace(train=tokens, val=tokens, vocab_size=512, val_bytes_per_token=3.0)
+    dtype, of the file's network with the arm's changes, on random tokens, to eight digits. In
+    bfloat16 another kind of machine may round differently: its results are another set."""
+    info(f"a few steps in {dtype} are trained: do code and machine round as in the tables?")
+    settings = read_config_file(file, ModelConfig, train.TrainConfig)
+    settings |= {"optimizer": "muon", "alpha": 0.01} | arm.settings | SMALL | {"dtype": dtype}
+    rng, vocab_size = np.random.default_rng(0), settings["vocab_size"]
+    tokens = Tokens([rng.integers(0, vocab_size, 2000).astype(np.uint16)])
+    data = SimpleNamespace(train=tokens, val=tokens, vocab_size=vocab_size, val_bytes_per_token=3.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several add up in another order
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+    quiet = contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, quiet, arm.in_place():
         config = train.TrainConfig(**train.split_configs(settings | {"out": folder})[1])
         net = new_network(settings, 0).to(torch.float64 if dtype == "float64" else torch.float32)
-        if fp8:
+        if config.fp8:
             use_fp8(net)
         train.train(net, data, config, processes.start(config))
         log = [json.loads(x) for x in (Path(folder) / "log.jsonl").read_text().splitlines()]
@@ -216,17 +227,21 @@ def code_id(dtype: str = "float64", fp8: bool = False) -> str:
     return digest(*(f"{x[key]:.8g}" for x in log for key in keys if key in x))
 
 
-def change_hash(arm: Arm, measure: Callable | None) -> str:
-    """Of the arm's settings, and the code of its stand-ins and of measure (not what these call)."""
-    parts = [arm.replace[name] for name in sorted(arm.replace)] + ([measure] if measure else [])
-    texts = []
-    for part in parts:
-        part = getattr(part, "__func__", part)  # of a staticmethod
-        inherited = part.__mro__ if inspect.isclass(part) else [part]
-        texts += [inspect.getsource(x) for x in inherited if x.__module__ == part.__module__]
-    low = code_id("bfloat16", fp8=True) if arm.settings.get("fp8") else ""
+def change_hash(arm: Arm, measure: Callable | None, options: Options) -> str:
+    """Of the arm's settings, of how the code trains with them and with the stand-ins, and of the
+    code of measure (not of the functions that it calls)."""
+    code = ""  # the base's is in its source
+    if arm.settings or arm.replace:
+        code = code_id(options.base()["dtype"], arm, options.config)
     changed = sorted(arm.settings.items()), arm.longer, sorted(arm.replace)
-    return digest(*changed, code_hash(*texts), low)
+    return digest(*changed, code_hash(*([measure] if measure else [])), code)
+
+
+def source_of(options: Options) -> str:
+    """Of the base's settings, and of how the code trains on this machine."""
+    base = options.base()
+    settings = sorted((k, v) for k, v in base.items() if "_every" not in k)
+    return digest(code_id(), code_id(base["dtype"]), settings)
 
 
 def missing(experiment: Experiment, name: str, arm: Arm, seed: int, options: Options):
@@ -236,22 +251,20 @@ def missing(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
     data = train.TrainConfig(data=base["data"], block_size=base["block_size"])
     _, data = train.open_data(data, base["vocab_size"])
     corpus = digest(*(hashlib.sha256(x.read_bytes()).digest() for x in sorted(data.glob("*.bin"))))
-    code = code_id(), code_id(base["dtype"])
-    source = digest(*code, sorted((k, v) for k, v in base.items() if "_every" not in k))
     common = {"seed": seed, "steps": options.steps, "dtype": base["dtype"]}
-    common |= {"source": source, "corpus": corpus}
+    common |= {"source": source_of(options), "corpus": corpus}
     # The base is in two files: base.json has what every run has, ours what is measured besides.
     parts = [(experiment.name, experiment.measure)]
     if name == "base":
         parts = [("base", None), *(parts if experiment.measure else [])]
     found = []
     for file, measure in parts:
-        identity = {"arm": name, **common, "change": change_hash(arm, measure)}
+        identity = {"arm": name, **common, "change": change_hash(arm, measure, options)}
         if not any(identity.items() <= x.items() for x in read_results(options.results, file)):
             found.append((file, measure, identity))
     where = "base" if name == "base" else f"{experiment.name}-{name.replace(' ', '-')}"
     folder = Path("out/quick" if options.quick else "out/experiments")
-    return found, folder / f"{where}-{seed}-{digest(common, change_hash(arm, None))[:8]}"
+    return found, folder / f"{where}-{seed}-{digest(common, change_hash(arm, None, options))[:8]}"
 
 
 def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Options):
@@ -261,9 +274,7 @@ def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
         return
     info(f"\n{experiment.name}: {name}, seed {seed}, {options.steps} steps, in {folder}")
     first = new_network(options.base(), seed)  # before anything stands in for its parts
-    with contextlib.ExitStack() as stack:
-        for target, stand_in in arm.replace.items():
-            stack.enter_context(mock.patch(target, stand_in))
+    with arm.in_place():
         run = train_arm(arm, options, seed, folder, first)
         for file, measure, identity in todo:
             values = {} if name == "base" and file != "base" else figures_of(run)
@@ -277,7 +288,7 @@ def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
 def compute_arm(experiment: Experiment, name: str, seed: int, options: Options):
     """The same without a training; the code that `compute` calls does not count."""
     identity = {"arm": name, "seed": seed, "steps": 0, "source": "", "corpus": ""}
-    identity["change"] = code_hash(inspect.getsource(experiment.compute))
+    identity["change"] = code_hash(experiment.compute)
     done = read_results(options.results, experiment.name)
     if not any(identity.items() <= x.items() for x in done):
         values = experiment.compute(name, seed)
@@ -310,7 +321,7 @@ def main(argv: list[str], experiment: Experiment):
         quick = {"steps": 20, "seeds": "0,1", "config": "config/tiny.py"}
         quick |= {"results": "out/quick", "docs": "out/quick"}
         options = Options(**quick | values)
-    arms = {"base": Arm()} | experiment.arms(options.base())
+    arms = {"base": BASE} | experiment.arms(options.base())
     chosen = options.arms.split(",") if options.arms else list(arms)
     if unknown := [name for name in chosen if name not in arms]:
         raise Refusal(f"there is no arm {unknown[0]!r}; choose from {', '.join(arms)}.")
@@ -330,7 +341,7 @@ def main(argv: list[str], experiment: Experiment):
             compute_arm(experiment, name, seed, options)
         else:
             run_arm(trainer, name, arms[name], seed, options)
-    show(experiment, options)
+    show(experiment, options, "" if experiment.compute else source_of(options))
 
 
 def command(experiment: Experiment):
