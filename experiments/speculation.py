@@ -39,9 +39,11 @@ def unseen_prompts(encode: Callable[[str], list[int]], count: int, length: int) 
     files = sorted(Path(sysconfig.get_path("stdlib"), "test").glob("test_*.py"))
     rng, prompts = random.Random(0), []
     for file in rng.sample(files, len(files)):
+        if len(prompts) == count:
+            break
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         ids = encode("".join(lines[rng.randrange(len(lines)) :][:100])) if lines else []
-        if len(ids) >= length and len(prompts) < count:
+        if len(ids) >= length:
             prompts.append(ids[:length])
     return prompts or [encode("class Parser:\n    def __init__(self, text):\n")]
 
