@@ -1,17 +1,13 @@
 """experiments/report.py beside tables of a textbook and one difference that is computed by hand."""
 
-import itertools
 import json
 import math
 from pathlib import Path
 
-import domains
-import numpy as np
 import pytest
 import report
 
 ROOT = Path(__file__).parent.parent
-KINDS = "bias", "sequence", "batch"
 
 
 def test_intervals_and_p_values_are_those_of_the_textbooks():
@@ -55,38 +51,3 @@ def test_a_difference_by_hand():
 def test_the_page_has_the_table():
     page = (ROOT / "docs/RESULTS.md").read_text(encoding="utf-8")
     assert report.table_of_claims() in page and len(report.tests()) == 10
-
-
-def test_the_corpora_apart_and_mixed_have_the_same_tokens():
-    code, prose = np.zeros(700, int), np.ones(900, int)
-    apart, mixed = (domains.arranged(x, code, prose, 4)[:-1] for x in ("apart", "mixed"))
-    assert apart.reshape(4, 256).mean(1).tolist() == [0, 1, 0, 1]
-    assert mixed.reshape(8, 128).mean(1).tolist() == [0, 1, 1, 0] * 2
-
-
-def test_the_three_tests_of_plan_2(monkeypatch):
-    """Beside gaps made by hand; t of 15 degrees of freedom is 2.1314."""
-    losses = {
-        (corpus, kind): np.random.default_rng(i).standard_normal(16)
-        for i, (corpus, kind) in enumerate(itertools.product(domains.CORPORA, KINDS))
-    }
-
-    def results_of(corpus, quick):
-        return {(kind, seed): {"test_bpb": losses[corpus, kind][i]}
-                for kind in KINDS for i, seed in enumerate(domains.SEEDS)}  # fmt: skip
-
-    monkeypatch.setattr(domains, "results_of", results_of)
-    monkeypatch.setattr(domains, "chosen", lambda corpus, kind, quick: kind)
-    gap = {
-        corpus: losses[corpus, "sequence"] - losses[corpus, "bias"] for corpus in domains.CORPORA
-    }
-    right = [gap["apart"] - gap["code"], gap["mixed"] - gap["apart"]]
-    right.append(losses["apart", "batch"] - losses["apart", "bias"])
-    found = domains.asked("test_bpb", False)
-    np.testing.assert_allclose([*found.values()], right, atol=1e-12)
-    # Where an interval ends at zero, or at the margin, the p-value is 0.05.
-    values = 1e-4 * (right[0] - right[0].mean())
-    half = 2.1314 * values.std(ddof=1) / 4
-    for name in found:
-        end = domains.MARGIN - half if "batch" in name else half
-        assert domains.p_value(name, values + end) == pytest.approx(0.05, abs=1e-4)
