@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import check
+import bench
 import sample
 from model import DeepSeekV3, ModelConfig, balance_loss
 from support.settings import read_config_file
@@ -85,7 +85,7 @@ def opened(files: list[str], folder: Path) -> Changed:
 
 def learns_and_decodes(c: Changed, monkeypatch, sizes: dict, values: dict):
     """A step by gradient descent lowers the loss; drafts leave the text as it is. Keeps what
-    check.py finds wrong."""
+    bench.py check finds wrong."""
     c.new = c.files["model.py"]
     c.new.DeepSeekV3.forward.__globals__.update(values)
     # In float64, where the sums of another CPU make no difference.
@@ -99,14 +99,14 @@ def learns_and_decodes(c: Changed, monkeypatch, sizes: dict, values: dict):
     torch.optim.SGD(model.parameters(), lr=0.05).step()
     model.update_bias(0.01)
     assert sum(model(c.x, c.y).values()) < before
-    for reader in (sample, check):
+    for reader in (sample, bench):
         monkeypatch.setattr(reader, "Cache", c.new.Cache)
     with torch.inference_mode():
         text = sample.generate(model.eval(), c.x[:1, :4], 16, temperature=0, speculative=2)
         assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
     if "train.py" in c.files:
-        monkeypatch.setattr(check.train, "loss_weights", c.files["train.py"].loss_weights)
-    found = check.answers(model, TrainConfig(block_size=16), LENGTH)
+        monkeypatch.setattr(bench.train, "loss_weights", c.files["train.py"].loss_weights)
+    found = bench.answers(model, TrainConfig(block_size=16), LENGTH)
     c.wrong = [sentence for answer in found for sentence in answer.wrong]
 
 
@@ -306,5 +306,5 @@ def token_by_token(c: Changed):
         o.append((q[..., None] * S).sum(1).flatten())
     assert torch.allclose(linear(h, None), linear.o_proj(torch.stack(o)), atol=1e-12)
     c.new.LinearAttention.new_cache.__globals__["MOST_NEW"] = 7
-    wrong = check.decoding(c.model, 24).wrong  # of one state less
+    wrong = bench.decoding(c.model, 24).wrong  # of one state less
     assert len(wrong) == 4 and all("main model, drafts rejected" in way for way in wrong)

@@ -11,8 +11,7 @@ from networks import VARIANTS, calm, tiny
 from torch import nn
 
 import bench
-import check
-from check import bfloat16, causality, decoding, drafts, gradients, losses
+from bench import bfloat16, causality, decoding, drafts, gradients, losses
 from model import MOST_NEW, DeepSeekV3, Past, remember, span, upcast
 from train import TrainConfig
 
@@ -28,8 +27,8 @@ def test_nothing_is_wrong_with_this_network(name):
     )
     before = {key: x.clone() for key, x in model.state_dict().items()}
     found = {}
-    with mock.patch.object(check, "gradients", lambda *x: check.Answer("")):  # below
-        for answer in check.answers(model, CONFIG, 40):
+    with mock.patch.object(bench, "gradients", lambda *x: bench.Answer("")):  # below
+        for answer in bench.answers(model, CONFIG, 40):
             assert not answer.wrong, answer
             found[answer.what.partition(":")[0]] = str(answer)
     assert found.keys() >= {"decoding", "bfloat16", "causality", "losses", "drafts"}
@@ -46,11 +45,11 @@ def test_no_gradient_of_this_network_is_wrong(name):
 
 def test_the_command_checks_a_run_with_its_settings(workplace, shared, capsys, monkeypatch):
     run, asked = shared("--alpha=0.02"), []
-    monkeypatch.setattr(check, "answers", lambda *x: asked.append(x) or [check.Answer("this")])
+    monkeypatch.setattr(bench, "answers", lambda *x: asked.append(x) or [bench.Answer("this")])
     bench.main(["check", str(run), "--length=30"])
     ((model, config, length, compiled),) = asked
     assert isinstance(model, DeepSeekV3) and config.alpha == 0.02 and length == 30 and not compiled
-    monkeypatch.setattr(check, "answers", lambda *x: [check.Answer("a", ["b"]), check.Answer("c")])
+    monkeypatch.setattr(bench, "answers", lambda *x: [bench.Answer("a", ["b"]), bench.Answer("c")])
     with pytest.raises(SystemExit) as error:
         bench.main(["check", str(run)])
     assert error.value.code == 1
@@ -129,8 +128,8 @@ def test_a_state_that_cannot_go_back_is_found_in_the_model_or_in_a_module():
 
 def test_a_text_is_longer_than_twice_the_longest_window():
     model = mixed(Smeared(150, 149 + MOST_NEW), max_position_embeddings=400)
-    assert check.longest_window(model) == 149 + MOST_NEW and check.longest_window(tiny()) == 0
-    with mock.patch.object(check, "WAYS", {SEVERAL: [(8, 0)]}):
+    assert bench.longest_window(model) == 149 + MOST_NEW and bench.longest_window(tiny()) == 0
+    with mock.patch.object(bench, "WAYS", {SEVERAL: [(8, 0)]}):
         assert "a text of 314 tokens (some layers keep 157 places)" in decoding(model).what
         assert "a text of 256 tokens in" in decoding(tiny()).what
 
@@ -215,7 +214,7 @@ def test_what_layers_hand_on_by_the_side_is_found(dense):
 
 
 def test_a_loss_of_the_whole_batch_and_a_parameter_without_gradient_are_found():
-    def of_batch(s, K, balance=check.train.DeepSeekV3.forward.__globals__["balance_loss"]):
+    def of_batch(s, K, balance=bench.train.DeepSeekV3.forward.__globals__["balance_loss"]):
         return balance(s.flatten(0, 1)[None], K)
 
     model = tiny()
@@ -282,7 +281,7 @@ def taps() -> DeepSeekV3:
 
 
 def test_modules_may_read_states_of_another_width():
-    for answer in check.answers(taps(), CONFIG, 40):
+    for answer in bench.answers(taps(), CONFIG, 40):
         assert not answer.wrong, answer
 
 
@@ -292,6 +291,6 @@ def test_drafts_that_change_the_text_are_found(monkeypatch):
 
     model = tiny()
     assert not drafts(model).wrong
-    monkeypatch.setattr(check.sample, "accept", accept_all)
+    monkeypatch.setattr(bench.sample, "accept", accept_all)
     wrong = drafts(model).wrong
     assert len(wrong) == 4 and "with 4 in a round the text is another from token " in wrong[3]
