@@ -10,22 +10,22 @@ A linear layer y = x W^T is three matrix products, and the report runs all three
     q an E4M3 tensor, s the fp32 factors that decode it: x ~ q * s, one factor per tile
     (outside comments F is torch.nn.functional)
 
-E4M3 has 4 significant bits and spans 2^-9 .. 448, so a scale shared by a whole tensor loses the
-tokens that are 1e5 times smaller than the largest. One scale per 128 numbers loses none, and
-the partial product of 128 numbers is multiplied by its two scales and added up in fp32.
-Master weight and weight gradient are fp32; y and dx have the compute dtype (bf16).
+E4M3 has 4 significant bits and spans 2^-9 .. 448. With a single scale for a whole tensor, tokens
+1e5 times smaller than the largest would be lost; with one scale per 128 numbers they are not. Each
+partial product of 128 numbers is multiplied by its two scales and accumulated in fp32. Master
+weights and weight gradients are fp32; y and dx have the compute dtype (bf16).
 
-Every scale of a product is a power of two. The report does that for the inputs of experts and of
-the projection after attention (section 3.3.3), because turning 1x128 tiles into 128x1 tiles then
-loses only what is too small for the new tile; DeepSeek-V3.1 does it throughout. On Gaussian data
-the error is 3.7 %, 0.1 points more than with other scales. In return bf16 holds the decoded numbers
-exactly. So machines without such products emulate them: they multiply the numbers that Hopper
-multiplies.
+All scales in products are powers of two. The report rounds scales this way for the inputs of
+experts and of the projection after attention (section 3.3.3), so that turning 1x128 tiles into
+128x1 tiles loses only numbers too small for the new tile; DeepSeek-V3.1 does it throughout. On
+Gaussian data the error is 3.7 %, 0.1 points more than with unrounded scales. In return, bf16 holds
+the decoded numbers exactly, so a machine without FP8 products can emulate them: it multiplies the
+same numbers as Hopper does.
 
-This file shows what FP8 does to a loss, on any machine. It is not there to save time: the emulation
-is slow, and on Hopper the experts' products run one after another, since PyTorch 2.15 has no
-grouped product with these scales. Of what the report keeps in FP8 for backward (section 3.3.3) the
-inputs of linear layers are kept so, those of SwiGLU are not: they stay in the compute dtype.
+This file shows, on any machine, how FP8 changes the loss. It does not save time: the emulation is
+slow, and on Hopper the experts' products run one after another, since PyTorch 2.15 has no grouped
+product with these scales. For the backward pass, the report keeps the inputs of linear layers and
+of SwiGLU in FP8 (section 3.3.3). Here the inputs of SwiGLU stay in the compute dtype.
 """
 
 import functools
@@ -47,11 +47,11 @@ TILE = (1, 128)  # activations and gradients: one scale per token and 128 channe
 BLOCK = (128, 128)  # weights: coarser, but the transpose of a block is a block
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-_emulated: set[torch.device] = set()  # devices whose emulation has been told
+_emulated: set[torch.device] = set()  # devices with the emulation message printed
 
 
 class Quantized(NamedTuple):
-    """A matrix in FP8, q (..., M, K) times s, one factor for each tile or block."""
+    """A matrix in FP8: q (..., M, K), and s, one decoding factor for each tile or block."""
 
     q: Tensor
     s: Tensor
@@ -62,10 +62,12 @@ class Quantized(NamedTuple):
 
 def _tiles(x: Tensor, block: tuple[int, int]) -> Tensor:
     """Cuts (..., M, K), zero-padded at the edges, into (..., M/bm, bm, K/bk, bk), where bm and bk
-    are the block's height and width. Raises ValueError for other blocks than the two."""
+    are the block's height and width. Raises ValueError unless block is TILE or BLOCK."""
     if tuple(block) not in (TILE, BLOCK) or x.ndim < 2:
-        given = f"x has shape {tuple(x.shape)} and block is {block}"
-        raise ValueError(f"{given}; use (..., M, K), so x[None] for a row, and {TILE} or {BLOCK}.")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and block is {block}; "
+            f"expected x (..., M, K), so x[None] for a vector, and {TILE} or {BLOCK}."
+        )
     (bm, bk), (M, K) = block, x.shape[-2:]
     if M % bm or K % bk:
         x = F.pad(x, (0, -K % bk, 0, -M % bm))
@@ -75,26 +77,26 @@ def _tiles(x: Tensor, block: tuple[int, int]) -> Tensor:
 def quantize(x: Tensor, block: tuple[int, int], pow2: bool = False) -> Quantized:
     """x (..., M, K) -> q (..., M, K) in E4M3 and s (..., ceil(M/bm), ceil(K/bk)) in fp32, x ~ q s.
 
-    Leading dimensions are separate matrices: stacked experts never share a block. The scale comes
-    from the current maximum (section 3.3.2, "Online Quantization") and is 1 for a tile of zeros;
-    pow2 rounds it up to a power of two. A tile that holds a NaN or an infinity decodes to NaN.
-    Raises ValueError for another block than TILE, (1, 128), or BLOCK, (128, 128).
+    Leading dimensions are separate matrices: stacked experts never share a block. Scales come from
+    the current maximum (section 3.3.2, "Online Quantization"); a tile of zeros has scale 1. pow2
+    rounds scales up to powers of two. A tile with a NaN or an infinity decodes to NaN. Raises
+    ValueError unless block is TILE, (1, 128), or BLOCK, (128, 128).
     """
     tiles = _tiles(x.contiguous(), block)
     amax = tiles.abs().amax((-3, -1)).float()  # (..., M/bm, K/bk)
     # 2^-126 only avoids subnormals. A larger floor such as 1e-4 would ruin gradients of size 1e-9.
     s = torch.where(amax == 0, 1.0, (amax / E4M3_MAX).clamp(min=2.0**-126))
-    if pow2:  # exact: any bit of the mantissa carries into the exponent; then the mantissa is cut
+    if pow2:  # exact: any bit of the mantissa carries into the exponent, then the mantissa is cut
         bits = (s.view(torch.int32) + 0x7FFFFF) & ~0x7FFFFF
         s = torch.where(s.isnan(), s, bits.view(torch.float32))
-    # Even 448 (1 + 2^-23), the most that the division gives, is rounded to 448.
+    # The largest possible quotient, 448 (1 + 2^-23), is still rounded to 448.
     q = (tiles.float() / s[..., :, None, :, None]).to(E4M3)
     return Quantized(_joined(q, x).contiguous(), s)
 
 
 def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int], dtype=torch.float32) -> Tensor:
-    """q (..., M, K), scale (..., ceil(M/bm), ceil(K/bk)) -> q * scale (..., M, K). bf16, too, holds
-    it exactly if scales are powers of two. Raises ValueError where the shapes do not fit."""
+    """q (..., M, K), scale (..., ceil(M/bm), ceil(K/bk)) -> q * scale (..., M, K), which is exact
+    in bf16, too, if scales are powers of two. Raises ValueError if the shapes do not match."""
     tiles = _tiles(_numbers(q, dtype), block)
     shape, expected = tuple(scale.shape), (*tiles.shape[:-3], tiles.shape[-2])
     if shape != expected:
@@ -105,12 +107,12 @@ def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int], dtype=torch.flo
 
 
 def _joined(tiles: Tensor, x: Tensor) -> Tensor:
-    """Tiles put together again, without the padding, in the shape of x."""
+    """Joins tiles into a matrix in the shape of x, without the padding."""
     return tiles.flatten(-4, -3).flatten(-2)[..., : x.shape[-2], : x.shape[-1]]
 
 
 def _numbers(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """q.to(dtype), on a CPU by a table of the 256 codes, in a fifth of the time."""
+    """q.to(dtype). On a CPU a table of the 256 codes takes a fifth of the time."""
     if q.device.type != "cpu" or q.dtype != E4M3:
         return q.to(dtype)
     table = torch.arange(256, dtype=torch.uint8).view(E4M3).to(dtype)
@@ -118,7 +120,7 @@ def _numbers(q: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def to_fp8(x: Tensor, block: tuple[int, int]) -> Quantized:
-    """x as a factor of a product: the scales are powers of two."""
+    """Quantises a factor of a product, with powers of two as scales."""
     return Quantized(*quantize(x, block, pow2=True))
 
 
@@ -126,11 +128,11 @@ def to_fp8(x: Tensor, block: tuple[int, int]) -> Quantized:
 
 
 def multiply(x: Quantized, w: Quantized, dtype: torch.dtype) -> Tensor:
-    """x (T, K) in tiles, w (N, K) in blocks -> x W^T (T, N) in dtype. Sums are in fp32. Raises
-    ValueError where x and W have different K."""
+    """x (T, K) in tiles, w (N, K) in blocks -> x W^T (T, N) in dtype, accumulated in fp32. Raises
+    ValueError if x and W differ in K."""
     K, wide = x.q.shape[1], w.q.shape[1]
-    if wide != K:  # 100 and 120 would agree once they are padded for Hopper
-        raise ValueError(f"x has {K} features but the weight {wide}; give it as many.")
+    if wide != K:  # else 100 and 120 would both be padded to 128 for Hopper
+        raise ValueError(f"x has {K} features, but the weight expects {wide}.")
     if has_blockwise_fp8(x.q.device):
         return _hopper_product(x, w, BLOCK, dtype)
     x, w = _decoded(x, TILE, dtype), _decoded(w, BLOCK, dtype)
@@ -148,17 +150,17 @@ def weight_gradient(dy: Quantized, x: Quantized) -> Tensor:
 
 
 def _decoded(x: Quantized, block: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers of x, for products whose results are rounded to dtype. bf16 holds them exactly,
-    so it is taken where it is fast (not on CUDA: that might add up in bf16)."""
+    """The numbers of x, for a product whose result is rounded to dtype. bf16 holds them exactly and
+    is used where it is fast, except on CUDA, which might accumulate in bf16."""
     device = x.q.device
     low = dtype == torch.bfloat16 and device.type == "cpu" and multiplies_bf16(device)
     return dequantize(*x, block, torch.bfloat16 if low else torch.float32)
 
 
-# The experts' products, one after another. Expert e has the next rows[e] of the T rows, a multiple
-# of 128, so that no tile, also along the tokens, belongs to two experts. The host has to know
-# these numbers. A graph that is compiled does not, so each of the two is one operation, whose
-# inside the compiler does not see. `rows` (E,) is on the CPU.
+# The experts' products, one after another. Expert e has the next rows[e] of the T rows. Every
+# rows[e] is a multiple of 128, so that no tile belongs to two experts, not even one along the
+# tokens. The host needs these numbers, and a compiled graph cannot pass them to it. So each of the
+# two functions is an operation that the compiler does not look into. `rows` (E,) is on the CPU.
 
 
 @torch.library.custom_op("nanov3::multiply_each", mutates_args=())
@@ -209,13 +211,13 @@ BY_TILE, BY_BLOCK = 4, 5  # cuBLAS's numbers for a scale per 1x128 numbers, and 
 def _hopper_product(a: Quantized, b: Quantized, block: tuple[int, int], dtype) -> Tensor:
     """A B^T by cuBLAS: A (M, K) in tiles, B (N, K) in tiles or blocks -> (M, N).
 
-    cuBLAS wants sizes that are multiples of 128: codes are padded with zeros, and the result is cut
-    to (M, N). The scales, L = K/128 for a row, have to lie in memory like this:
+    cuBLAS expects sizes that are multiples of 128: codes are padded with zeros, and the result is
+    cut to (M, N). The scales, L = K/128 for a row, must be laid out in memory like this:
 
         tiles    s[0,0] s[1,0] s[2,0] ... s[M-1,0]   s[0,1] s[1,1] ...      column by column
         blocks   s[0,0] s[0,1] ... s[0,L-1] 1 1 1   s[1,0] s[1,1] ...       row by row, of 4, 8, ...
 
-    cuBLAS takes that for granted. From others it computes wrong numbers, without an error.
+    cuBLAS does not check the layout: any other gives wrong numbers without an error.
     """
     M, N = len(a.q), len(b.q)
     if 0 in (M, N, a.q.shape[1]):
@@ -232,41 +234,41 @@ def _hopper_product(a: Quantized, b: Quantized, block: tuple[int, int], dtype) -
         None,  # bias
         torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,  # of the result
         [],  # dimensions of the sum: the usual ones
-        False,  # no fast accumulation: partial products are added up in fp32
+        False,  # no fast accumulation: partial products are accumulated in fp32
     )
     return y[:M, :N].to(dtype)
 
 
 def _whole(q: Tensor) -> Tensor:
-    """Both sides up to multiples of 128, by zeros."""
+    """Pads both sides with zeros to multiples of 128."""
     right, below = -q.shape[1] % 128, -q.shape[0] % 128
-    if right or below:  # as bytes, since padding is not written for float8; 0 is 0.0
+    if right or below:  # as bytes, since float8 has no padding; byte 0 is 0.0
         q = F.pad(q.view(torch.uint8), (0, right, 0, below)).view(E4M3)
     return q
 
 
 def _by_column(s: Tensor) -> Tensor:
-    """Scales of tiles (M, L), M up to a multiple of 128, column by column in memory."""
+    """Scales of tiles (M, L), column by column in memory, with M padded to a multiple of 128."""
     return F.pad(s.t(), (0, -len(s) % 128), value=1.0).contiguous().t()
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is the fast format; a function of its own, for tell_compiler."""
+    """Whether bfloat16 is the fast format; a function of its own because of tell_compiler."""
     return fast_dtype(device)[0] == torch.bfloat16
 
 
 def has_blockwise_fp8(device: torch.device) -> bool:
-    """Whether this device multiplies FP8 with a scale per tile itself; says once if it does not."""
+    """Whether this device multiplies FP8 with a scale per tile. Prints a message once if not."""
     hopper = (
         device.type == "cuda"
-        and torch.version.cuda is not None  # AMD's cards number their generations alike
+        and torch.version.cuda is not None  # AMD's cards may have the same capability numbers
         and torch.cuda.get_device_capability(device) == (9, 0)
         and tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 9)
     )
     if not hopper and device not in _emulated:
         _emulated.add(device)
-        needs = "Hopper cards with CUDA 12.9 need none"
-        info(f"fp8: emulated on {device}: exact, slow ({needs})")
+        message = "exact but slow (native on Hopper with CUDA 12.9)"
+        info(f"fp8: emulated on {device}: {message}")
     return hopper
 
 
@@ -274,12 +276,12 @@ def has_blockwise_fp8(device: torch.device) -> bool:
 
 
 class _FP8Linear(torch.autograd.Function):
-    """x (T, K), weight (N, K) -> x W^T (T, N). With `rows` the weight is (E, N, K), and each expert
-    has so many rows of x. x is kept in FP8, and once more quantised, along the tokens, for the
-    weight gradient.
+    """x (T, K), weight (N, K) -> x W^T (T, N). With `rows` (E,) the weight is (E, N, K), and expert
+    e multiplies the next rows[e] rows of x. For the weight gradient x is saved in FP8, and backward
+    quantises it again, along the tokens.
 
-    wq and ws are the quantised weight where quantized_once holds it. Else forward and backward
-    quantise the weight each, so that no copy outlives FSDP's release of a gathered weight.
+    wq and ws are the quantised weight if quantized_once holds one. Otherwise forward and backward
+    both quantise the weight, so that no copy outlives FSDP's release of a gathered weight.
     """
 
     @staticmethod
@@ -305,7 +307,7 @@ class _FP8Linear(torch.autograd.Function):
             else:
                 dx = multiply_each(*tiles, *w, rows, dy.dtype)
         if need_dw:
-            x = dequantize(*x_fp8, TILE, dy.dtype)  # exact, in bf16 too
+            x = dequantize(*x_fp8, TILE, dy.dtype)  # exact, even in bf16
             along_tokens = to_fp8(dy.t(), TILE), to_fp8(x.t(), TILE)
             if rows is None:
                 dw = weight_gradient(*along_tokens)
@@ -315,7 +317,7 @@ class _FP8Linear(torch.autograd.Function):
 
 
 def _linear(x: Tensor, weight: Tensor, rows: Tensor | None = None) -> Tensor:
-    """x (..., K) -> (..., N), or (T, K) -> (T, N) with `rows` of each expert; see _FP8Linear."""
+    """x (..., K) -> (..., N), or with `rows` (T, K) -> (T, N); see _FP8Linear."""
     flat = x.reshape(-1, x.shape[-1])  # (T, K)
     y = _FP8Linear.apply(flat, weight, *getattr(weight, "_fp8", (None, None)), rows)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -323,9 +325,9 @@ def _linear(x: Tensor, weight: Tensor, rows: Tensor | None = None) -> Tensor:
 
 # ---- Modules ----------------------------------------------------------------------------------
 #
-# Products of model.py are replaced, and nothing else. `module.__class__ = FP8Linear` turns an
-# nn.Linear into the other, `experts.product = grouped_fp8` does it for the experts; parameters stay
-# as they are. Results have autocast's dtype or, without autocast, that of x.
+# Only products of model.py are replaced: `module.__class__ = FP8Linear` for an nn.Linear,
+# `experts.product = grouped_fp8` for the experts. Parameters stay as they are. Results have
+# autocast's dtype or, without autocast, the dtype of x.
 
 
 class FP8Linear(nn.Linear):
@@ -341,13 +343,13 @@ class FP8Linear(nn.Linear):
 
 
 def grouped_fp8(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """model.grouped_linear with FP8 products. Each expert's rows are followed by rows of zeros up
-    to a multiple of 128."""
+    """model.grouped_linear with FP8 products. Each expert's rows are padded with rows of zeros to a
+    multiple of 128."""
     T, E, device = len(x), len(counts), x.device
-    size = (T + 127 * E) // 128 * 128  # enough, whatever the counts: so that nothing waits for them
+    size = (T + 127 * E) // 128 * 128  # enough for any counts, so nothing waits for them
     rows = (counts + 127) // 128 * 128
     rows[-1] += size - rows.sum()
-    further = (rows - counts).cumsum(0) - (rows - counts)  # (E,), how far an expert's rows move
+    further = (rows - counts).cumsum(0) - (rows - counts)  # (E,), how far each expert's rows move
     old = torch.arange(T, device=device)
     new = old + further.repeat_interleave(counts, output_size=T)  # (T,), where each row goes
     source = torch.full((size,), -1, device=device).index_copy(0, new, old)  # (size,), -1: zeros
@@ -356,13 +358,13 @@ def grouped_fp8(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 class _Rows(torch.autograd.Function):
-    """The rows `there` of x, zeros for -1. `back`, the way back, is read by the gradient: so both
-    are reads from many places, and none is a sum into them."""
+    """The rows `there` of x, zeros for -1. The gradient reads the rows `back`, the inverse of
+    `there`: both directions read rows, and neither adds into rows that others write."""
 
     @staticmethod
     def forward(ctx, x, there, back):
         ctx.save_for_backward(there, back)
-        if len(x) == 0:  # from which nothing can be read
+        if len(x) == 0:  # index_select cannot read from it
             return x.new_zeros(len(there), x.shape[1])
         return x.index_select(0, there.clamp(min=0)).masked_fill((there < 0)[:, None], 0)
 
@@ -374,19 +376,19 @@ class _Rows(torch.autograd.Function):
 
 @functools.cache
 def tell_compiler():
-    """What torch.compile must know, told when FP8 is first used: importing that takes seconds."""
+    """Prepares torch.compile, when FP8 is first used: the import takes seconds."""
     from torch._inductor.lowering import lowerings
 
-    # Else torch 2.13 (2.15 no more) makes _scaled_mm of it, which reads scales in another order.
+    # Torch 2.13 would compile it to _scaled_mm, which reads scales in another order. 2.15 does not.
     lowerings.pop(torch.ops.aten._scaled_mm_v2.default, None)
     torch.compiler.assume_constant_result(has_blockwise_fp8)
     torch.compiler.assume_constant_result(multiplies_bf16)
 
 
 def use_fp8(model: nn.Module):
-    """Section 3.3.1: the products of attention projections and FFNs in FP8. Embedding, head, norms,
-    attention core, eh_proj and gates, with all that these contain, stay in high precision. So does
-    a linear layer of a class of your own, and experts with a `product` of their own."""
+    """Section 3.3.1: computes attention projections and FFNs in FP8. Embedding, head, norms,
+    attention core, eh_proj and gates, including their submodules, stay in high precision. So do
+    linear layers of a class of your own, and experts with a `product` of their own."""
     tell_compiler()
     for block in [*model.layers, *(module.block for module in model.mtp)]:
         gates = {part for gate in gates_in(block) for part in gate.modules()}
@@ -402,14 +404,14 @@ def use_fp8(model: nn.Module):
 
 @contextmanager
 def quantized_once(model: nn.Module, compiled: bool = False) -> Iterator[None]:
-    """Quantises the weights once, for all that runs within `with quantized_once(model):`.
+    """Quantises the weights once, for everything within `with quantized_once(model):`.
 
-    The weights must not change there: put it around the micro-batches of a step, before
-    optimizer.step(), or around an evaluation. (An optimiser's step within it ends the caching.)
-    Outside it every forward and backward quantises the weight that it finds. No cache could tell
-    by itself when a weight changes, since fused optimisers and `p.data` edits leave no trace.
-    FSDP's weights, gathered anew for every forward, are left alone. compiled: compile the
-    quantiser as well, which runs outside of the compiled blocks.
+    The weights must not change in the meantime: wrap the micro-batches of a step, before
+    optimizer.step(), or an evaluation. (If an optimiser does step, the quantised weights are
+    dropped.) Otherwise every forward and backward quantises the current weight. A cache could not
+    detect a changed weight: fused optimisers and `p.data` edits leave no trace. FSDP's weights,
+    gathered anew for every forward, are not cached. compiled: compile the quantiser, too, which
+    runs outside the compiled blocks.
     """
     weights = [m.weight for m in model.modules() if isinstance(m, FP8Linear)]
     for module in model.modules():

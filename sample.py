@@ -1,15 +1,15 @@
 """Write text with a trained model: python sample.py out/small --prompt="def main(".
 
-Decoding is speculative. A round drafts a few tokens, one forward of the model checks them all, and
-the first that does not stay is replaced. Drafts come from the MTP modules, or are copied from
-earlier in the text where its last three tokens stood before. Either way the text has exactly the
-distribution of plain sampling (Leviathan et al., arXiv 2211.17192). The text goes to stdout,
-everything else to stderr.
+Decoding is speculative. Each round drafts a few tokens and checks all of them in one forward pass
+of the model; the first rejected draft is replaced. The MTP modules make the drafts or, where the
+last three tokens occurred earlier in the text, the drafts are copied from there. Either way the
+text has exactly the distribution of plain sampling (Leviathan et al., arXiv 2211.17192). The text
+goes to stdout, everything else to stderr.
 
 `generate` is the loop over rounds; a round is Text.draft, then Text.verify.
 
-Shapes: B rows (texts decoded together), T tokens of the prompt, G drafts in a round, V vocabulary,
-D hidden size.
+Shapes: B texts decoded together, T tokens of the prompt, G drafts in a round, V vocabulary, D
+hidden size.
 """
 
 import codecs
@@ -33,27 +33,27 @@ from support.settings import Refusal, info, parse_args, run_command, with_home
 from support.tokenizer import Tokenizer
 
 MOST_DRAFTS = 4
-MOST_TEXTS = 10_000  # that are decoded together; far more take minutes and then all memory
-MOST_IN_GRAPH = 512  # tokens that a graph reads at once; of more, Experts.forward sorts the experts
-MATCH = 3  # so many last tokens must stand earlier in the text before drafts are copied from there
-COLDEST = 1e-6  # a lower temperature is greedy: the likeliest token has nearly all probability
+MOST_TEXTS = 10_000  # decoded together; many more would run out of memory, after minutes
+MOST_IN_GRAPH = 512  # tokens that a graph reads at once; Experts.forward would sort more by expert
+MATCH = 3  # drafts are copied where the last 3 tokens occurred earlier in the text
+COLDEST = 1e-6  # a lower temperature counts as 0: the likeliest token has nearly all probability
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
 @dataclass
 class SampleConfig:
     ckpt: str = "out/small"  # a run (best.pt, else ckpt.pt), a file, or a Hugging Face directory
-    prompt: str = ""  # the text to continue; without it standard input, or a new document
+    prompt: str = ""  # text to continue; default: standard input if piped, else a new document
     num_samples: int = 1  # texts from the same prompt, decoded together
-    max_new_tokens: int = 256  # where a text ends at the latest
-    temperature: float = 0.8  # 0 takes the likeliest token
+    max_new_tokens: int = 256  # at most, for each text
+    temperature: float = 0.8  # 0: always the likeliest token
     top_k: int | None = 200  # sample among the k likeliest tokens; none: among all
-    top_p: float | None = None  # among the fewest tokens that have this much probability
+    top_p: float | None = None  # sample among the fewest tokens with this much probability
     seed: int = 1337  # the same seed and options give the same text
-    speculative: Literal[0, 1, 2, 3, 4] = 2  # drafts in a round, by the MTP module or lookup
-    lookup: bool = True  # copy the drafts from the text itself where it repeats
-    compile: bool = False  # several times faster; first it compiles for a minute or two
-    show: Literal["", "drafts"] = ""  # drafts: those that were accepted are green
+    speculative: Literal[0, 1, 2, 3, 4] = 2  # drafts per round, by MTP module or lookup
+    lookup: bool = True  # copy drafts from earlier in the text where it repeats itself
+    compile: bool = False  # several times faster, after a minute or two of compilation
+    show: Literal["", "drafts"] = ""  # drafts: print accepted drafts in green
     interactive: bool = False  # ask for one prompt after another
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto: cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: float32 on a CPU
@@ -61,21 +61,21 @@ class SampleConfig:
 
 @dataclass
 class Stats:
-    """What happened during `generate`, all rows together."""
+    """Counts over one call of `generate`, summed over all texts."""
 
-    seconds: float = 0.0  # without the prompt and without compilation
-    tokens: int = 0  # new ones
-    rounds: int = 0  # forwards of the main model, the prompt's among them
-    lookups: int = 0  # rounds whose drafts were copied
-    # By position in a round: `drafted` counts the drafts that lie before the end of the text,
-    # `accepted` those that became part of it. All rows advance as far as the slowest: a draft
-    # beyond that counts as rejected, though its own row could have kept it.
+    seconds: float = 0.0  # excluding the prompt and compilation
+    tokens: int = 0  # new tokens
+    rounds: int = 0  # forward passes of the main model, including the prompt's
+    lookups: int = 0  # rounds with copied drafts
+    # By position in a round: `drafted` counts the drafts before the end of the text, `accepted`
+    # those that became part of it. All texts advance as far as the slowest: a draft beyond that
+    # point counts as rejected, even if its own text would have kept it.
     drafted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
     accepted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
-    note: str = ""  # what its reader should know
+    note: str = ""  # a remark for the reader of the text
 
     def count(self, new: int, accepted: int, drafted: int):
-        """A row's part of a round: its new tokens, how many of these were drafts, all drafts."""
+        """Adds a round of one text: `new` tokens, and `accepted` of `drafted` drafts."""
         self.tokens += new
         for position in range(drafted):
             self.drafted[position] += 1
@@ -91,20 +91,20 @@ class Stats:
 
 
 def drawing_device(device: torch.device) -> torch.device:
-    """Where tokens are drawn, in float64: on the model's device, or, as Apple's GPUs lack float64,
-    on the CPU."""
+    """The device on which tokens are drawn, in float64: the model's, but the CPU for Apple's GPUs,
+    which lack float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def uniform(B: int, G: int, device: torch.device, generator=None) -> Tensor:
-    """The random numbers of a round with G drafts, uniform in [0, 1): (B, 2G+1) in float64. G draw
-    the drafts, G decide which of them stay, one draws the token after those."""
+    """The random numbers of a round with G drafts: (B, 2G+1) in float64, uniform in [0, 1). G draw
+    the drafts, G decide which drafts stay, and one draws the token after them."""
     where = drawing_device(device)
     return torch.rand(B, 2 * G + 1, dtype=torch.float64, device=where, generator=generator)
 
 
 class Filters(NamedTuple):
-    temperature: float | Tensor  # in a graph a tensor, so that it serves every temperature
+    temperature: float | Tensor  # a tensor in a graph, which then serves every temperature
     top_k: int | None = None
     top_p: float | None = None
 
@@ -132,40 +132,42 @@ def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:
-    """From each of the distributions p (B, n, V) one token (B, n): the one in whose part of [0, 1)
-    u (B, n) lies. Such a part is as long as the token's probability.
+    """Draws one token (B, n) from each of the distributions p (B, n, V).
 
-    Running sums of rounded numbers are inexact: over a large vocabulary in float32 by up to 1e-3.
-    On a GPU, which adds in parallel, the sum may even go up where the probability is 0, so that a
-    token that was ruled out could be drawn, or go down. So probabilities become whole numbers of
-    2^-52, which float64 adds without rounding, in any order. Then every token has its probability
-    up to 2^-52, and none if that is 0.
+    The tokens divide [0, 1) into intervals as long as their probabilities. The token drawn is the
+    one whose interval contains u (B, n).
+
+    A running sum of rounded numbers is inexact: over a large vocabulary in float32, by up to 1e-3.
+    On a GPU, which adds in parallel, the sum may even fall from one token to the next, or rise at
+    a token of probability 0, which could then be drawn. So probabilities are rounded down to
+    multiples of 2^-52, which float64 adds exactly, in any order. Every token then has its
+    probability to within 2^-52, and a token of probability 0 is never drawn.
     """
     p = p.double()
     total = (p / p.sum(-1, keepdim=True) * 2.0**52).floor().cumsum(-1)  # (B, n, V)
     token = torch.searchsorted(total, u[..., None] * total[..., -1:], right=True).squeeze(-1)
-    return token.clamp(max=p.shape[-1] - 1)  # it is past the end only where p is not finite
+    return token.clamp(max=p.shape[-1] - 1)  # beyond the last token only if p is not finite
 
 
 def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Speculative sampling: how many drafts stay (B,), and the token after them (B, 1).
 
-    Draft x, drawn from q, stays with probability min(1, p(x) / q(x)). The first that does not is
-    replaced by a draw from norm(max(0, p - q)); if all stay, one more token is drawn from p. Then
-    every token is distributed as p, whatever q is. p (B, G+1, V) of the model, q (B, G, V) of the
-    drafts (B, G), u (B, G+1) uniform in [0, 1).
+    Draft x, drawn from q, stays with probability min(1, p(x) / q(x)). The first rejected draft is
+    replaced by a draw from norm(max(0, p - q)); if all stay, one more token is drawn from p. Every
+    token is then distributed as p, whatever q is. p (B, G+1, V) are the model's distributions,
+    q (B, G, V) those of the drafts (B, G); u (B, G+1) is uniform in [0, 1).
     """
-    if not drafts.shape[1]:  # the rule below, in one step
+    if not drafts.shape[1]:  # then the rule below is a draw from p
         return drafts.new_zeros(len(p)), draw(p, u)
     p_x = p[:, :-1].gather(2, drafts[..., None]).squeeze(2)  # (B, G)
     q_x = q.gather(2, drafts[..., None]).squeeze(2)  # (B, G)
     stays = (u[:, :-1] * q_x < p_x).long()  # (B, G)
-    kept = stays.cumprod(1).sum(1)  # (B,): those before the first that does not stay
-    rows = torch.arange(len(p), device=p.device)
-    p_after = p[rows, kept]  # (B, V)
-    q_after = F.pad(q, (0, 0, 0, 1))[rows, kept]  # (B, V): 0 after the last draft
+    kept = stays.cumprod(1).sum(1)  # (B,), drafts before the first rejected one
+    b = torch.arange(len(p), device=p.device)  # (B,)
+    p_after = p[b, kept]  # (B, V)
+    q_after = F.pad(q, (0, 0, 0, 1))[b, kept]  # (B, V), 0 after the last draft
     rest = (p_after - q_after).clamp(min=0)
-    # Where p and q differ by rounding only, nothing may be left of p - q.
+    # Where p and q differ only by rounding, p - q may be 0 or less everywhere.
     rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p_after)
     return kept, draw(rest[:, None], u[:, -1:])
 
@@ -174,12 +176,11 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
 
 
 class Text:
-    """B rows of text, all of n tokens, and what it takes to continue them.
+    """B texts of n tokens each, and what it takes to continue them.
 
-    After the prompt, the model has read all of them but the newest, token n-1: the next round reads
-    it together with the drafts. What `cache`, `hidden` and `mtp_cache` hold behind the text comes
-    from drafts that were rejected. It is written over before it is read, so it is forgotten by
-    length alone.
+    After the prompt, the model has read all tokens but the newest, token n-1: the next round reads
+    it together with the drafts. Rejected drafts leave entries in `cache`, `hidden` and `mtp_cache`
+    beyond the end of the text. Nothing clears these: they are overwritten before they are read.
     """
 
     def __init__(
@@ -192,12 +193,12 @@ class Text:
         filters: Filters,
         buffers: dict | None = None,
     ):
-        """Reads the prompt, tokens (B, T). `new`: tokens that there must be room for; G: drafts in
-        a round; buffers: as in `generate`."""
+        """Reads the prompt, tokens (B, T), and leaves room for `new` tokens. G: drafts per round;
+        buffers: as in `generate`."""
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
         self.model, self.compiled, self.drafts = model, compiled, G
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft
-        most = MOST_IN_GRAPH // (G + max(1, self.depth))  # a round reads so many tokens of a text
+        most = MOST_IN_GRAPH // (G + max(1, self.depth))  # a round reads G + depth tokens of a text
         if compiled and most < B:
             raise Refusal(f"{B} samples are too many: --compile decodes at most {most} together")
         drawn = filters.temperature >= COLDEST
@@ -206,7 +207,7 @@ class Text:
             heat = torch.tensor(filters.temperature, dtype=torch.float64, device=where)
             filters = filters._replace(temperature=heat)
         self.filters = filters
-        # The last round may go beyond `new`. A graph serves one size: compiled, there are few.
+        # The last round may write beyond `new`. A graph serves a single size, so sizes are few.
         size = T + new + MOST_DRAFTS
         size = max(256, 1 << (size - 1).bit_length()) if compiled else size
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
@@ -214,7 +215,7 @@ class Text:
         self.mtp_cache = Cache(config, model.mtp[: self.depth], B, size, like)
         hidden = model.trunk(tokens, self.cache)  # (B, T, D), or wider in an edited network
         self.hidden = hidden.new_zeros(B, size if self.depth else 0, hidden.shape[-1])
-        self.prompt, self.newest = T, hidden[:, -1:]  # of the newest token, (B, 1, D)
+        self.prompt, self.newest = T, hidden[:, -1:]  # (B, 1, D), the newest token's
         if self.depth:  # only the modules read hidden states
             self.hidden[:, :T] = hidden
         if T > 1:
@@ -225,41 +226,41 @@ class Text:
             kind = drawn, *filters[1:], B, size, G, like.dtype, like.device
             code, on_cpu = graphs.methods(model, Text, Cache), tokens.device.type == "cpu"
             self.graph = graphs.compiled(Text.round, on_cpu, (code, kind))
-            self.played = set()  # the kinds of rounds: how many drafts, and whether copied
+            self.played = set()  # kinds of rounds so far: how many drafts, copied or not
             if buffers is not None:
                 graphs.move((self, self.cache, self.mtp_cache), buffers)
 
     def read_mtp(self, k: int, hidden: Tensor, start: int | Tensor) -> Tensor:
-        """An MTP module reads the positions from `start` on: their hidden states at depth k, h^k
+        """MTP module k + 1 reads the positions from `start` on: their hidden states at depth k, h^k
         (B, positions, D), become those at depth k + 1.
 
-        At position i it takes h^k_i and token i+k+1. What comes out predicts token i+k+2.
+        At position i the module reads h^k_i and token i+k+1. Its output predicts token i+k+2.
         """
         tokens = self.tokens[:, span(start + k + 1, hidden.shape[1])]
         self.mtp_cache.length = start
         return self.model.predict_next(k, hidden, tokens, self.mtp_cache)
 
     def draft(self, n: int | Tensor, copies: Tensor | None, u: Tensor) -> Tensor:
-        """Writes drafts of tokens n .. n+G-1: the copies (B, G), or, if None, what the MTP modules
-        make. Returns the distributions that they come from, q (B, G, V).
+        """Writes drafts of tokens n .. n+G-1: `copies` (B, G) or, if None, drafts by the MTP
+        modules. Returns the distributions of the drafts, q (B, G, V).
 
-        In every round the modules read positions again, up to n-2: the G + 1 that the previous
-        round may have added, and depth - 1 before these, which may hold what a deeper module made
-        of a draft that was rejected. Positions that were right give the same again.
+        In every round the modules read the last positions, up to n-2, once more: the G + 1 that the
+        previous round may have added, and depth - 1 before these, where a deeper module may have
+        read a draft that was then rejected. Reading a correct position again changes nothing.
 
-        At n-2 module 1 drafts token n, then module 2 token n+1, and so on. For more drafts the last
-        module goes on, one position further each time, from its own output. With two modules, at
-        most three drafts (so 5 positions):
+        At n-2 module 1 drafts token n, module 2 token n+1, and so on. For further drafts the last
+        module continues from its own output, one position further each time. With two modules and
+        at most three drafts (so 5 positions):
 
-            module   reads positions   takes their states   and the tokens    drafts token
+            module   reads positions   hidden states        tokens            drafts token
             1        n-6 .. n-2        of the model         n-5 .. n-1        n
             2        n-6 .. n-2        of module 1          n-4 .. n          n+1
-            2        n-1               its own, of n-2      n+1               n+2
+            2        n-1               its own at n-2       n+1               n+2
         """
         if copies is not None:
             self.tokens[:, span(n, copies.shape[1])] = copies
-        again = self.drafts + self.depth  # positions that are read again
-        again = min(again, n - 1) if isinstance(n, int) else again  # a text begins with fewer
+        again = self.drafts + self.depth  # positions to read again
+        again = min(again, n - 1) if isinstance(n, int) else again  # a short text has fewer
         steps = self.drafts if copies is None else self.depth
         if not (steps and again):
             return self.one_hot(copies, u)
@@ -267,7 +268,7 @@ class Text:
         hidden = self.hidden[:, span(start, again)]  # (B, again, D)
         for step in range(steps):
             k = min(step, self.depth - 1)
-            if step > k:  # the last module goes on from its own newest state
+            if step > k:  # the last module continues from its own newest state
                 start, hidden = n - 2 + step - k, hidden[:, -1:]
             hidden = self.read_mtp(k, hidden, start)
             if copies is None:
@@ -278,17 +279,18 @@ class Text:
         return torch.cat(q, 1) if copies is None else self.one_hot(copies, u)
 
     def one_hot(self, copies: Tensor, u: Tensor) -> Tensor:
-        """Copied drafts (B, G) as distributions (B, G, V): each has all probability."""
+        """Copied drafts (B, G) as distributions (B, G, V) that have all probability there."""
         return F.one_hot(copies.to(u.device), self.model.config.vocab_size).to(u.dtype)
 
     def verify(
         self, n: int | Tensor, q: Tensor, u: Tensor, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One forward of the model checks the drafts of tokens n .. n+G-1 and writes n .. n+G.
+        """One forward pass of the model checks the drafts, tokens n .. n+G-1, and writes tokens
+        n .. n+G.
 
-        q (B, G, V): what the drafts come from. hidden (B, G+1, D): what the forward would give, if
-        it is known. Returns how many drafts each row keeps (B,), -1 if numbers are not finite, and
-        its tokens (B, G+1), of which the first kept + 1 count.
+        q (B, G, V): the distributions of the drafts. hidden (B, G+1, D): the result of the forward
+        pass, if it is known. Returns how many drafts each text keeps (B,), -1 if numbers are not
+        finite, and its tokens (B, G+1), of which the first kept + 1 count.
         """
         G = q.shape[1]
         read = self.tokens[:, span(n - 1, G + 1)]  # (B, G+1): the newest token and the drafts
@@ -303,24 +305,25 @@ class Text:
         kept, token = accept(p, q, drafts, u[:, G:])
         out = torch.cat((drafts, token), 1).scatter(1, kept[:, None], token)  # (B, G+1)
         self.tokens[:, span(n, G + 1)] = out.to(hidden.device)
-        # NaN, or nothing that can be drawn; a single -inf only rules a token out.
+        # Not finite: NaN, inf, or -inf for all tokens. A single -inf only rules a token out.
         finite = logits.amax(-1).sum().abs() + p.sum() < math.inf
         return torch.where(finite, kept, -1), out
 
     def round(self, n: int | Tensor, copies: Tensor | None, u: Tensor) -> Tensor:
-        """`draft`, then `verify`, whose results are one tensor here (B, 1+G+1), so that a GPU is
-        waited for once. Played again, it gives the same again."""
+        """`draft`, then `verify`. Returns kept and tokens as one tensor (B, 1+G+1), so that the
+        host waits for a GPU once. A round that is played twice gives the same results."""
         kept, out = self.verify(n, self.draft(n, copies, u), u)
         return torch.cat((kept[:, None], out), 1)
 
     def first(self, n: int, copies: Tensor, u: Tensor) -> Tensor:
-        """The same for the token after the prompt: without drafts, and the model has read all."""
+        """The round after the prompt: no drafts, and the model has read the whole text."""
         kept, out = self.verify(n, self.one_hot(copies, u), u, self.newest)
         return torch.cat((kept[:, None], out), 1)
 
     def play(self, n: int, copies: Tensor | None, u: Tensor) -> tuple[list[list[int]], float]:
-        """A round, eager or as a graph: what it returns, and the seconds it took, without
-        compilation. The first rounds of a text, which read fewer positions, are eager."""
+        """Plays a round, eagerly or as a graph. Returns the round's results as lists, and the
+        seconds it took without compilation. The first rounds of a text are eager, because they read
+        fewer positions than a graph does."""
         position, run, stance = n, Text.round, contextlib.nullcontext()
         copies = copies if copies is None else copies.to(self.tokens.device)
         if n == self.prompt:
@@ -333,7 +336,7 @@ class Text:
                 args, on_cpu = (self, position, copies, u), self.tokens.device.type == "cpu"
                 parts = self.model, *map(vars, (self, self.cache, self.mtp_cache))
                 graphs.first_round(run, args, kind, parts, on_cpu)
-            # Within a text nothing changes that a graph depends on.
+            # Nothing that a graph depends on changes within a text, so no guard is checked.
             stance = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
         with stance:
             began = time.perf_counter()
@@ -341,8 +344,8 @@ class Text:
             seconds = time.perf_counter() - began
         if outcome[0][0] < 0:
             raise Refusal(
-                "logits or probabilities are not finite: weights are damaged, or an edit makes "
-                "them so"
+                "logits or probabilities are not finite: either the weights are damaged, or an "
+                "edit of the model is wrong"
             )
         return outcome, seconds
 
@@ -350,12 +353,12 @@ class Text:
 # ---- Whole texts ---------------------------------------------------------------------------------
 
 
-class Row:
-    """The ids of one text, and where any MATCH tokens in a row stood last."""
+class Sample:
+    """The ids of one text, and where every sequence of MATCH tokens last occurred."""
 
     def __init__(self, ids: list[int]):
         self.ids: list[int] = []
-        self.after: dict[tuple, int] = {}  # MATCH tokens -> the place of what followed
+        self.after: dict[tuple, int] = {}  # MATCH tokens -> the index of the next one
         self.extend(ids)
 
     def extend(self, ids: list[int]):
@@ -365,20 +368,20 @@ class Row:
             self.ids.append(token)
 
     def look_up(self, count: int) -> list[int]:
-        """The `count` tokens that followed when the last MATCH ones stood in the text before; none
-        if they did not."""
+        """The `count` tokens that followed the last MATCH tokens where these occurred before; [] if
+        they did not."""
         place = self.after.get(tuple(self.ids[-MATCH:]))
         if place is None:
             return []
         found = self.ids[place : place + count]
-        return (found * count)[:count]  # at the end of the text what is copied goes on into itself
+        return (found * count)[:count]  # at the end of the text the copy repeats itself
 
 
-def copied_drafts(rows: list[Row], live: list[int], G: int) -> Tensor:
-    """G drafts for each row (B, G), copied from its own text; none (B, 0) unless every live row has
-    some to copy, as all rows of a round do the same."""
-    found = [row.look_up(G) if b in live else [0] * G for b, row in enumerate(rows)]
-    return torch.tensor(found if all(found) else [[] for _ in rows], dtype=torch.long)
+def copied_drafts(samples: list[Sample], live: list[int], G: int) -> Tensor:
+    """G drafts for each text (B, G), copied from the text itself. A round copies for all texts or
+    for none: if one live text has nothing to copy, there are no drafts, (B, 0)."""
+    found = [sample.look_up(G) if b in live else [0] * G for b, sample in enumerate(samples)]
+    return torch.tensor(found if all(found) else [[] for _ in samples], dtype=torch.long)
 
 
 @torch.inference_mode()
@@ -395,22 +398,22 @@ def generate(
     compile: bool = False,
     eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-    on_token: Callable[[int, list[int], int], None] = lambda row, ids, accepted: None,
+    on_token: Callable[[int, list[int], int], None] = lambda b, ids, accepted: None,
     stats: Stats | None = None,
     buffers: dict | None = None,
 ) -> Tensor:
-    """Continues every row of tokens (B, T): (B, T + max_new_tokens), the prompt included.
+    """Continues B texts, tokens (B, T). Returns (B, T + max_new_tokens), the prompt included.
 
-    speculative: drafts in a round, 0 to 4. The MTP modules make them, if there are any.
-    lookup: where the last tokens stood before, drafts are copied from what followed them.
-    compile: rounds become graphs.
-    eos_token_id: one or several; a row that reaches one is filled up with the first of them.
-    generator: on drawing_device(tokens.device); the same state gives the same text.
-    on_token(row, ids, accepted): called with new tokens; the first `accepted` of them were drafts.
+    speculative: drafts per round, 0 to 4, by the MTP modules if the model has any.
+    lookup: where the last tokens occurred before, copy drafts from what followed them.
+    compile: play rounds as compiled graphs.
+    eos_token_id: one or several; a text that reaches one is padded with the first of them.
+    generator: on drawing_device(tokens.device); the same state gives the same texts.
+    on_token(b, ids, accepted): called with new tokens of text b; the first `accepted` were drafts.
     stats: a Stats to fill in.
-    buffers: {} at first; compiled texts that come one after the other leave their tensors there.
+    buffers: a dict, {} at first, in which compiled texts leave their tensors for the next one.
 
-    At max_position_embeddings decoding stops early, and stats.note says so.
+    Decoding stops early at max_position_embeddings, and stats.note says so.
     """
     check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
@@ -421,32 +424,34 @@ def generate(
     with torch.autocast(tokens.device.type, enabled=False):
         filters = Filters(temperature, top_k, top_p)
         text = Text(model, tokens, end - T, speculative, compile, filters, buffers)
-        rows = [Row(ids) for ids in tokens.tolist()]
-        live, n = list(range(B)), T  # the rows that have not reached eos; tokens of each of them
+        samples = [Sample(ids) for ids in tokens.tolist()]
+        live, n = list(range(B)), T  # the texts that have not reached eos; tokens of each of them
         while live and n < end:
-            copies = copied_drafts(rows, live, speculative if lookup and n > T else 0)
+            copies = copied_drafts(samples, live, speculative if lookup and n > T else 0)
             if n > T and not copies.shape[1] and text.depth:
-                copies = None  # then the MTP modules make them
+                copies = None  # nothing to copy: the MTP modules make the drafts
             G = speculative if copies is None else copies.shape[1]
             outcome, seconds = text.play(n, copies, uniform(B, G, tokens.device, generator))
-            # All advance by the drafts that all keep and a token more: new, or the next draft.
+            # All texts advance by the drafts that every one of them keeps, and by one token more:
+            # the token after these or, in a text that keeps more of them, its next draft.
             advance = min(1 + min(outcome[b][0] for b in live), end - n)
             for b in live:
                 kept, ids = outcome[b][0], up_to_eos(outcome[b][1 : 1 + advance], eos)
                 accepted = min(kept, len(ids))
-                rows[b].extend(ids)
+                samples[b].extend(ids)
                 on_token(b, ids, accepted)
-                room = len(ids) if ids[-1] in eos else end - n  # tokens up to the end of the text
+                room = len(ids) if ids[-1] in eos else end - n  # tokens before the end of the text
                 stats.count(len(ids), accepted, min(G, room))
-            live = [b for b in live if rows[b].ids[-1] not in eos]
+            live = [b for b in live if samples[b].ids[-1] not in eos]
             n += advance
             stats.count_round(seconds, copied=copies is not None and G > 0)
-    stats.note = note(max(len(row.ids) for row in rows), end, T + max_new_tokens, model)
-    return torch.tensor([x.ids + eos[:1] * (end - len(x.ids)) for x in rows], device=tokens.device)
+    stats.note = note(max(len(x.ids) for x in samples), end, T + max_new_tokens, model)
+    padded = [x.ids + eos[:1] * (end - len(x.ids)) for x in samples]
+    return torch.tensor(padded, device=tokens.device)
 
 
 def note(length: int, end: int, wanted: int, model: DeepSeekV3) -> str:
-    """What the reader of a text of so many tokens should know."""
+    """A remark for the reader of a text of `length` tokens, or ""."""
     if length == end < wanted:
         return f"stopped at the context limit of {end} tokens (max_position_embeddings)"
     if length > model.trained_length > 0:
@@ -455,7 +460,7 @@ def note(length: int, end: int, wanted: int, model: DeepSeekV3) -> str:
 
 
 def up_to_eos(ids: list[int], eos: list[int]) -> list[int]:
-    """The ids up to the first that ends a text, which stays."""
+    """The ids up to and including the first that ends a text."""
     for i, token in enumerate(ids):
         if token in eos:
             return ids[: i + 1]
@@ -463,7 +468,7 @@ def up_to_eos(ids: list[int], eos: list[int]) -> list[int]:
 
 
 def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative):
-    """Raises Refusal, with one sentence, for a call of `generate` that cannot be served."""
+    """Raises Refusal, with one sentence, if `generate` cannot use these arguments."""
     if tokens.ndim != 2:
         raise Refusal(f"tokens have shape {tuple(tokens.shape)}, but must have (B, T).")
     (B, T), V, limit = tokens.shape, model.config.vocab_size, model.config.max_position_embeddings
@@ -489,26 +494,26 @@ def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, spec
 def complete(
     model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig, buffers=None
 ):
-    """Writes num_samples continuations of the prompt to stdout, the first as it comes.
+    """Writes num_samples continuations of the prompt to stdout, the first while it is decoded.
 
-    After Ctrl-C it still shows what there is of them, then raises KeyboardInterrupt.
+    After Ctrl-C, prints all texts as far as they go, then raises KeyboardInterrupt.
     """
     device, stats, colour = model.embed_tokens.weight.device, Stats(), config.show == "drafts"
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise Refusal(f"the prompt is no text ({error})") from None
+        raise Refusal(f"the prompt is not valid text ({error})") from None
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
-    texts = [prompt] * config.num_samples  # what is not yet printed
-    # A character appears once all its bytes are there.
+    texts = [prompt] * config.num_samples  # not yet printed
+    # A character is printed once all of its bytes have been decoded.
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in texts]
 
-    def on_token(row: int, new: list[int], accepted: int):
+    def on_token(b: int, new: list[int], accepted: int):
         for i, token in enumerate(new):
             content = b"" if token in tokenizer.eos else tokenizer.to_bytes(token)
-            piece = decoders[row].decode(content)
-            texts[row] += f"{GREEN}{piece}{PLAIN}" if colour and piece and i < accepted else piece
-        if row == 0:
+            piece = decoders[b].decode(content)
+            texts[b] += f"{GREEN}{piece}{PLAIN}" if colour and piece and i < accepted else piece
+        if b == 0:
             text, texts[0] = texts[0], ""
             print(text, end="", flush=True)
 
@@ -521,27 +526,27 @@ def complete(
             eos_token_id=tokenizer.eos, on_token=on_token, stats=stats, buffers=buffers,
             generator=torch.Generator(drawing_device(device)).manual_seed(config.seed),
         )  # fmt: skip
-    except KeyboardInterrupt:  # what there is of the text is shown
+    except KeyboardInterrupt:  # raised again below, after the texts are printed
         interrupted = True
-    for row, decoder in enumerate(decoders):
-        texts[row] += decoder.decode(b"", final=True)
+    for b, decoder in enumerate(decoders):
+        texts[b] += decoder.decode(b"", final=True)
     print(f"\n{'-' * 80}\n".join(texts))
     if colour:
-        info(f"{GREEN}green{PLAIN}: drafts that the model accepted; all else is its own choice")
+        info(f"{GREEN}green{PLAIN}: drafts that the model accepted; it chose the rest itself")
     print_stats(model, stats, config.num_samples)
     if interrupted:
         raise KeyboardInterrupt
 
 
-def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
+def print_stats(model: DeepSeekV3, stats: Stats, num_samples: int):
     if stats.rounds:
         info(f"{stats.tokens} tokens, {stats.tokens / stats.seconds:.1f} tokens/s after the prompt")
     if stats.rounds and any(stats.drafted):
         of = (f"{a} of {d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
-        per_call = stats.tokens / stats.rounds / rows
+        per_call = stats.tokens / stats.rounds / num_samples
         info(f"{per_call:.2f} tokens per model call; accepted drafts, by position: {', '.join(of)}")
         if stats.drafted[0] >= 20 and stats.accepted[0] < stats.drafted[0] / 10:
-            info("few drafts were right: where model.py was edited, run python bench.py check RUN")
+            info("few drafts were accepted: if model.py was edited, run python bench.py check RUN")
     like = model.embed_tokens.weight
     ours, fixed, heads = (n * like.element_size() for n in model.cache_numbers())
     also = f" and {fixed:,} per text" if fixed else ""
@@ -552,10 +557,10 @@ def print_stats(model: DeepSeekV3, stats: Stats, rows: int):
 
 
 def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
-    """One prompt after another, each the beginning of a new text."""
+    """Reads one prompt after another and continues each as a new text."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, gives input() line editing and a history
-    info("a prompt per line, \\n for a line break; Ctrl-C ends a text, an empty line or Ctrl-D all")
+    info("one prompt per line (\\n: line break); Ctrl-C ends a text, an empty line or Ctrl-D quits")
     buffers = {}
     with contextlib.suppress(EOFError):
         while line := input("> " if sys.stdout.isatty() else ""):
@@ -575,7 +580,7 @@ def main(argv: list[str]):
     if config.interactive and config.prompt:
         raise Refusal("--interactive asks for prompts: leave out --prompt")
     if ckpt and "ckpt" in values:
-        raise Refusal(f"there are two checkpoints, {ckpt} and --ckpt={config.ckpt}: name one")
+        raise Refusal(f"two checkpoints, {ckpt} and --ckpt={config.ckpt}: name one")
     if config.num_samples > MOST_TEXTS:
         raise Refusal(f"num_samples is {config.num_samples}, but must be at most {MOST_TEXTS}")
     device, dtype = usable_device(config.device), config.dtype
@@ -584,9 +589,11 @@ def main(argv: list[str]):
         dtype = "bfloat16" if fast else "float32"
     model, tokenizer = load_model(ckpt or config.ckpt, device, getattr(torch, dtype))
     if tokenizer is None:
-        lacks = f"{ckpt or config.ckpt} has no tokenizer.json or tiktoken.model"
-        raise Refusal(f"{lacks}, so there is no text to write: copy the release's there.")
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none, and needs none
+        raise Refusal(
+            f"{ckpt or config.ckpt} has neither tokenizer.json nor tiktoken.model, so tokens "
+            "cannot become text: copy the release's file there."
+        )
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout lacks it, and is UTF-8
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     if config.interactive:
         chat(model, tokenizer, config)
@@ -596,7 +603,7 @@ def main(argv: list[str]):
             try:
                 config.prompt = sys.stdin.buffer.read().decode()
             except UnicodeDecodeError as error:
-                raise Refusal(f"what standard input holds is no text ({error})") from None
+                raise Refusal(f"standard input is not UTF-8 text ({error})") from None
         complete(model, tokenizer, config.prompt, config)
 
 

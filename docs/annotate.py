@@ -243,7 +243,7 @@ u is uniform in [0, 1): u q(x) < p(x). All drafts after the first rejected one g
 @ The token after the kept drafts
 $ p'(x) = \operatorname{norm}(\max(0, p(x) - q(x)))
 The rejected draft is replaced by a draw from p′. If all stay, one more token is drawn from p.
-> sample.py accept | rows = | return
+> sample.py accept | b = torch | return
 
 ## FP8: a scale for every tile
 Numbers of 8 bits (E4M3) end at 448 and have 4 significant bits. Every 128 numbers of an activation,

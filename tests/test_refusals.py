@@ -87,7 +87,7 @@ REFUSALS = [
     ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
     ("sample.py run --num_samples=100000000", 1, "is 100000000, but must be at most 10000"),
     ("sample.py run --interactive --prompt=x", 1, "--interactive asks for prompts: leave out"),
-    ("sample.py run", 1, "what standard input holds is no text"),
+    ("sample.py run", 1, "standard input is not UTF-8 text"),
     # huggingface.py
     ("huggingface.py run photos", 1, "photos exists; choose another name, or give --overwrite"),
     ("huggingface.py release new", 1, "release has Hugging Face's layout, but SRC must be a run"),
