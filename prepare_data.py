@@ -2,13 +2,14 @@
 
     text -> documents -> train / validation / test -> byte-level BPE -> data/<name>/
         train.bin, val.bin      token ids behind a header of 1024 bytes
-        test.bin                whole documents for final results, which decide no setting
+        test.bin                whole documents for final results; no setting is chosen by them
         tokenizer.tiktoken      one line per token: base64 of its bytes, rank
         meta.json               split pattern, special tokens, hash
 
-Every document begins with <|endoftext|>. With --tokenizer=DIR, a released model, copies of its
-tokenizer's files take the place of tokenizer.tiktoken, and every document ends with the release's
-own end token. support/tokenizer.py has the tokenizers, support/tokens.py the token files.
+Every document begins with <|endoftext|>. With --tokenizer=DIR, a released model, the folder has
+copies of the release's tokenizer files instead of tokenizer.tiktoken, and every document ends with
+the release's own end token. Tokenizers are in support/tokenizer.py, token files in
+support/tokens.py.
 """
 
 import glob
@@ -34,9 +35,9 @@ from support.settings import Refusal, info, parse_args, place_of, run_command, s
 from support.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer, write_tokenizer
 from support.tokens import load_dataset, read_tokens, write_tokens
 
-# GPT-2 tokens in shards of 100M on Hugging Face: where they lie and how many there are.
+# GPT-2 tokens in shards of 100M on Hugging Face: repository and number of shards.
 SHARDS = {"fineweb": ("kjj0/fineweb10B-gpt2", 103), "finewebedu": ("kjj0/finewebedu10B-gpt2", 99)}
-# Folders and files of an installation that are tests, generated, or near-copies of one another.
+# Folders and files of a Python installation that are tests, generated, or near-copies.
 NOT_CORPUS = re.compile(
     r"(^|/)((site|dist)-packages|__pycache__|tests?|idle_test|idlelib|lib2to3|turtledemo|ensurepip"
     r"|encodings|pydoc_data|_sysconfigdata[^/]*)(/|$)"
@@ -47,19 +48,19 @@ OTHER_KEY = "; is the text under another --text_key=KEY?"
 @dataclass
 class DataConfig:
     source: str = "stdlib"  # a name, or a file, folder or glob of text, .jsonl[.gz], .parquet
-    name: str = ""  # name of the folder made ("": named after the source)
-    out: str = "data"  # the folder that it is made in
+    name: str = ""  # name of the new folder ("": named after the source)
+    out: str = "data"  # parent of the new folder
     tokenizer: str = ""  # "": train one; gpt2, cl100k_base, o200k_base; or a folder, run or release
     vocab_size: int = 0  # tokens of a newly trained tokenizer (0: 512 to 4096, by the text's size)
     val_fraction: float = 0.05  # share of the bytes kept for validation (not of downloads)
     test_fraction: float = 0.05  # share of the bytes kept for test.bin (0: none; not of downloads)
     text_key: str = "text"  # key (.jsonl) or column (.parquet) that holds the text
     shards: int = 1  # training shards of fineweb and finewebedu (100M tokens, 200 MB each)
-    overwrite: bool = False  # rename a folder made before to NAME.old-1, and so on
+    overwrite: bool = False  # rename an existing folder to NAME.old-1, and so on
 
     def __post_init__(self):
         self.name = self.name or Path(self.source).resolve().name.strip(".").split(".")[0]
-        if not re.fullmatch(r"\w[\w .-]*", self.name):  # no path out of the folder `out`
+        if not re.fullmatch(r"\w[\w .-]*", self.name):  # no path that leaves `out`
             raise Refusal(f"name={self.name!r}: expected a plain folder name; give --name=NAME")
         if not 0 < self.val_fraction <= 0.5:
             raise Refusal(f"val_fraction={self.val_fraction}: expected above 0, at most 0.5")
@@ -70,22 +71,24 @@ class DataConfig:
         if self.source in SHARDS:
             most = SHARDS[self.source][1]
             if not 1 <= self.shards <= most:
-                raise Refusal(f"shards={self.shards}: expected 1 to {most}, all that there are")
+                raise Refusal(f"shards={self.shards}: expected 1 to {most}")
             if self.tokenizer not in ("", "gpt2"):
-                given = f"{self.source} is made of gpt2's tokens, but tokenizer={self.tokenizer!r}"
-                raise Refusal(f"{given}; leave --tokenizer out, or give a source of text")
+                raise Refusal(
+                    f"{self.source} consists of gpt2's tokens, but tokenizer={self.tokenizer!r}; "
+                    "leave --tokenizer out, or give a source of text"
+                )
 
 
 # ---- Text ----------------------------------------------------------------------------------------
 
 
 def download(repo: str, file: str) -> Path:
-    """A file of a dataset on Hugging Face, fetched once into the cache of huggingface_hub."""
+    """Downloads a file of a dataset on Hugging Face into the cache of huggingface_hub, once."""
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset")).resolve()
-    except Exception as error:  # of the network, of the server, of the disk: any
+    except Exception as error:  # any: of the network, the server, the disk
         raise Refusal(f"{file} of {repo} cannot be downloaded ({short(error)})") from None
 
 
@@ -101,21 +104,21 @@ def parse_record(line: str, where: str, text_key: str) -> str | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        why = getattr(error, "msg", error)  # json's whole message counts lines, and it has seen one
-        raise Refusal(f"{where} is no JSON ({why}); correct or delete it") from None
+        message = getattr(error, "msg", error)  # str(error) adds a line number, which is always 1
+        raise Refusal(f"{where} is not JSON ({message}); correct or delete it") from None
     if not isinstance(record, dict):
         raise Refusal(f"{where} is {line.strip():.60}, expected an object with {text_key!r}")
     if text_key not in record:
         raise Refusal(f"{where} has keys {list(record)!r:.100}, not {text_key!r}{OTHER_KEY}")
     text = as_text(record[text_key], where, text_key)
-    # JSON can spell half a surrogate pair, which UTF-8 cannot.
+    # JSON can hold half of a surrogate pair, UTF-8 cannot.
     return text and text.encode("utf-8", "replace").decode()
 
 
 def read_file(path: Path, text_key: str) -> Iterator[str | None]:
-    """The documents of one file, None for a record whose text is null.
+    """The documents of one file, with None for a record whose text is null.
 
-    Plain text is cut into documents at <|endoftext|>.
+    Plain text is split into documents at <|endoftext|>.
     """
     if path.suffix == ".parquet":
         from pyarrow.parquet import ParquetFile
@@ -133,19 +136,19 @@ def read_file(path: Path, text_key: str) -> Iterator[str | None]:
                 if line.strip():
                     yield parse_record(line, f"line {number}", text_key)
     else:
-        with path.open(encoding="utf-8-sig") as file:  # Windows puts a mark before the text
-            start = file.read(2**16)  # a binary file fails here, before all of it is read
+        with path.open(encoding="utf-8-sig") as file:  # Windows may put a byte order mark first
+            start = file.read(2**16)  # a binary file fails here, before it is read whole
             yield from (start + file.read()).split(END_OF_TEXT)
 
 
 def refuse(error: OSError) -> NoReturn:
-    """Names a file or folder that the system does not let us read."""
+    """Raises Refusal for a file or folder that the system does not let us read."""
     raise Refusal(f"{error.filename} cannot be read ({error.strerror}); allow it or leave it out")
 
 
 def walk(root: Path) -> Iterator[Path]:
-    """The files of a folder and its links to folders, without what is hidden. No link is entered:
-    what it leads to in the folder is met in its own place."""
+    """The files of a folder and its links to folders, except hidden ones. Links are not followed:
+    a target inside the folder is visited in its own place."""
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
@@ -153,10 +156,10 @@ def walk(root: Path) -> Iterator[Path]:
 
 
 def find_files(source: str) -> list[Path]:
-    """The files of a folder, those that match a glob, or the one named; each is read once.
+    """The files of a folder, the files that match a glob, or a single file; each only once.
 
-    Links that lead out of the folder are left out: whoever packed it must not choose what else of
-    this machine becomes text.
+    Links out of the folder are skipped: whoever packed the folder must not choose which other files
+    of this machine become text.
     """
     root = Path(source).expanduser()
     if root.is_file():
@@ -166,20 +169,22 @@ def find_files(source: str) -> list[Path]:
     else:
         paths = map(Path, glob.glob(str(root), recursive=True))
         root = Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
-    found, out = {}, []
+    found, outside = {}, []
     for path in sorted(paths):
         if not lies_in(path, root):
-            out.append(path)
+            outside.append(path)
         elif path.is_file():
             found.setdefault(path.resolve(), path)
-    if out:
-        left = f"left out {len(out)} links out of {root}, such as {out[0]}"
-        info(f"{left}; prepare what they lead to as a source of its own")
+    if outside:
+        info(
+            f"skipped {len(outside)} links out of {root}, such as {outside[0]}; "
+            "to include a target, prepare it as a source of its own"
+        )
     return list(found.values())
 
 
 def read_paths(source: str, text_key: str) -> dict[str, str]:
-    """{name: text}, the documents of a file, a folder or a glob."""
+    """{name: text} for the documents of a file, a folder or a glob."""
     paths = find_files(source)
     if not paths:
         names = f"files, a folder, stdlib, tinystories, {', '.join(SHARDS)}"
@@ -190,29 +195,29 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
         try:
             records = list(read_file(path, text_key))
         except UnicodeDecodeError as error:
-            # Meant for reading, unlike a binary in a folder of texts.
+            # These are meant as text, unlike a binary file in a folder of texts.
             if {".jsonl", ".parquet"} & {*path.suffixes}:
                 raise Refusal(f"{path} cannot be read: {error}; convert it to UTF-8") from None
             info(f"skipped {path}: not UTF-8 text")
             continue
         except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            if type(error) is ValueError:  # of Python in a reader that one has edited: a bug
+            if type(error) is ValueError:  # a bug in an edited reader
                 raise
-            why = error if type(error) is Refusal else f"{error!r:.200}{place_of(error)}"
-            raise Refusal(f"{path} cannot be read: {why}") from None
+            message = error if type(error) is Refusal else f"{error!r:.200}{place_of(error)}"
+            raise Refusal(f"{path} cannot be read: {message}") from None
         except OSError as error:
-            why = error.strerror or error  # pyarrow's has no more than a message
-            raise Refusal(f"{path} cannot be read ({why}); allow it or leave it out") from None
+            message = error.strerror or error  # pyarrow's errors have no strerror
+            raise Refusal(f"{path} cannot be read ({message}); allow it or leave it out") from None
         texts = [text for text in records if text is not None]
         if nulls := len(records) - len(texts):
-            info(f"left out {nulls} empty records of {path}: their {text_key!r} is null")
+            info(f"skipped {nulls} empty records of {path}: their {text_key!r} is null")
         name = path.relative_to(top).as_posix()
         documents |= {f"{name}:{i}": text for i, text in enumerate(texts) if text.strip()}
     return documents
 
 
 def read_stdlib() -> dict[str, str]:
-    """{name: text}: the running Python's library, without equal, very short or very long files."""
+    """{name: text} for Python's own library, without duplicates and very short or long files."""
     root, names = Path(sysconfig.get_paths()["stdlib"]), {}
     for path in sorted(root.rglob("*.py")):
         if not NOT_CORPUS.search(name := path.relative_to(root).as_posix()):
@@ -226,15 +231,16 @@ def read_stdlib() -> dict[str, str]:
 def split_documents(
     documents: dict[str, str], val_fraction: float, test_fraction: float = 0.0
 ) -> tuple[list[str], list[str], list[str]]:
-    """(training texts, validation texts, test texts), the last two of about these shares of bytes.
+    """(training texts, validation texts, test texts), the last two with about these shares of the
+    bytes.
 
-    Documents are taken in the order of the sha256 of their names. Those mostly made of lines that
-    other documents have too stay in training: they would measure memorising.
-    Validation takes whole documents up to its target, except one that would overshoot it by over a
-    tenth. If that is less than half of the target, the end of the largest document is cut off at a
-    newline; so it is with a single file.
-    The test takes the documents that follow, except those of over a tenth of its target, so that
-    its loss is not decided by a few. Where these are fewer than five, there is no test.
+    Documents are visited in the order of the sha256 of their names. A document stays in training if
+    most of it is lines that other documents have, too: it would measure memorisation.
+    Validation takes whole documents up to its target, but none that would exceed the target by over
+    a tenth. If validation has less than half of its target then, as with a single file, the end of
+    the largest document is cut off at a newline and added.
+    The test text takes the documents that follow, but none larger than a tenth of its target, so
+    that no few documents decide its loss. With fewer than five documents there is no test text.
     """
     size = {name: len(text.encode()) for name, text in documents.items()}
     val_target = val_fraction * sum(size.values())
@@ -258,7 +264,7 @@ def split_documents(
         name = max(train, key=size.__getitem__)
         text, share = train[name], min(0.5, (val_target - val_bytes) / size[name])
         end = len(text) - round(share * len(text))
-        end = text.rfind("\n", end // 2, end) + 1 or end  # none near: in the line
+        end = text.rfind("\n", end // 2, end) + 1 or end  # no newline near: within a line
         train[name], val[name + ":end"] = text[:end], text[end:]
     return list(train.values()), list(val.values()), list(test.values())
 
@@ -267,8 +273,8 @@ def split_documents(
 
 
 def read_parts(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
-    """The texts for training, validation and test. Raises Refusal where they are too few."""
-    if config.source == "tinystories":  # it brings its own validation file
+    """The texts for training, validation and test. Raises Refusal if there is too little text."""
+    if config.source == "tinystories":  # with a validation file of its own
         files = [f"TinyStoriesV2-GPT4-{split}.txt" for split in ("train", "valid")]
         paths = [download("roneneldan/TinyStories", file) for file in files]
         train, val = (list(read_file(path, config.text_key)) for path in paths)
@@ -281,13 +287,15 @@ def read_parts(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
         train, val, test = split_documents(documents, config.val_fraction, config.test_fraction)
     for split, texts in ("training", train), ("validation", val):
         if not any(texts):
-            has = f"{config.source} has no text for {split}"
-            raise Refusal(f"{has} (val_fraction={config.val_fraction}); give more")
+            raise Refusal(
+                f"{config.source} has no text for {split} (val_fraction={config.val_fraction}); "
+                "give more text"
+            )
     return train, val, test
 
 
 def make_tokens(config: DataConfig, folder: Path) -> None:
-    """Make token files and their tokenizer in folder."""
+    """Make token files and their tokenizer in the folder."""
     tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else None
     train, val, test = read_parts(config)
     if not tokenizer:
@@ -300,7 +308,7 @@ def make_tokens(config: DataConfig, folder: Path) -> None:
 
 
 def link_shards(config: DataConfig, folder: Path) -> None:
-    """Link token files that others have made into folder, and write their tokenizer."""
+    """Link downloaded token files into the folder, and write their tokenizer."""
     tokenizer = open_tokenizer("gpt2")
     for number in range(config.shards + 1):
         split, name = ("train", f"train_{number:06d}.bin") if number else ("val", "val.bin")
@@ -317,7 +325,7 @@ def prepare(config: DataConfig) -> Path:
     with new_folder(folder, config.overwrite) as new:
         make = link_shards if config.source in SHARDS else make_tokens
         make(config, new)
-        data = load_dataset(new)  # checked by reading
+        data = load_dataset(new)  # reading checks the files
     info(f"{folder} is ready, with a vocabulary of {data.vocab_size:,} tokens")
     return folder
 
@@ -327,7 +335,7 @@ def main(argv: list[str]) -> None:
     source, values = parse_args(description, argv, DataConfig, positional="source")
     if source and "source" in values:
         raise Refusal(f"two sources: {source} and --source={values['source']}; give one")
-    values |= with_home(values, "out", "tokenizer")  # find_files does so for the source
+    values |= with_home(values, "out", "tokenizer")  # find_files expands the source
     config = DataConfig(**values | ({"source": source} if source else {}))
     folder = prepare(config)
     print(folder)

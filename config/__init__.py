@@ -1,2 +1,2 @@
-"""Settings of runs, a file for each. The folder is a package, so that a config file may begin with
-another, `from config.small import *`, whatever else on Python's path is named config."""
+"""Settings of runs, one file each. The folder is a package, so that a config file may build on
+another, `from config.small import *`, even if something else on Python's path is named config."""

@@ -1,6 +1,7 @@
-"""Half an hour on two CPU cores: half as wide again as config/small.py, one layer fewer.
+"""Half an hour on two CPU cores: 1.5 times as wide as config/small.py, with one layer fewer.
 
-8.3M parameters, and twice as many tokens per step, as Muon's cost is per step (docs/notes/LOG.md).
+8.3M parameters. A step has twice as many tokens, because Muon's cost is per step
+(docs/notes/LOG.md).
 """
 
 vocab_size = 4096
@@ -38,9 +39,9 @@ warmup = 0.02
 decay_start = 0.3
 decay_end = 1.0
 min_lr = 0.02
-weight_decay = 0.3  # the text is seen 4.6 times
+weight_decay = 0.3  # the run reads the text 4.6 times
 gamma = 0.003
 gamma_stop = 1.0
-alpha = 0.01  # small.py's when this was tried
+alpha = 0.01  # that of small.py at the time of the trial
 eval_every = 600
 save_every = 300

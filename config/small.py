@@ -1,8 +1,8 @@
-"""A quarter of an hour on two CPU cores: a whole DeepSeek-V3 that writes recognisable Python.
+"""A quarter of an hour on two CPU cores: a complete DeepSeek-V3 that writes recognisable Python.
 
-Its sizes were chosen by trials (docs/notes/LOG.md): at this budget a narrow network that sees more
-tokens beats a wide one. With 8 layers a draft costs about a quarter of a plain
-step, so drafts save time. 7 MoE layers of 16 experts in 4 groups, and one MTP module.
+8 layers, 7 of them MoE layers of 16 experts in 4 groups, and one MTP module. The sizes come from
+trials (docs/notes/LOG.md): within this time a narrow network that reads more tokens beats a wide
+one. With 8 layers a draft costs about a quarter of a plain decoding step, so drafts save time.
 """
 
 vocab_size = 4096
@@ -22,7 +22,7 @@ num_experts_per_tok = 4
 n_shared_experts = 1
 n_group = 4
 topk_group = 2
-routed_scaling_factor = 1.0  # a plain mean; 2.5 made no difference seen (docs/RESULTS.md)
+routed_scaling_factor = 1.0  # a plain mean; 2.5 made no measurable difference (docs/RESULTS.md)
 max_position_embeddings = 1024
 num_nextn_predict_layers = 1
 initializer_range = 0.02  # the report's 0.006 belongs to matrices 7168 wide
@@ -40,9 +40,9 @@ warmup = 0.02
 decay_start = 0.3
 decay_end = 1.0
 min_lr = 0.02
-mtp_weight_late = 0.3  # the report: 0.1. A few more drafts are kept, for the same loss
+mtp_weight_late = 0.3  # the report: 0.1. More drafts are accepted, at the same loss
 gamma = 0.003  # the report's 0.001 moves a bias by 1 in 1000 steps: too slow for a run this short
 gamma_stop = 1.0  # the biases are updated until the end of the run
-alpha = 0.005  # fifty times the report's: loads are evener; 0.02 harms (docs/notes/LOG.md)
+alpha = 0.005  # 50 times the report's, for more even loads; 0.02 harms (docs/notes/LOG.md)
 eval_every = 600
 save_every = 200

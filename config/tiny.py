@@ -1,5 +1,5 @@
-"""Half a minute on one core, to see that all is in place: it reaches 3.0 bits per byte, and its
-text is made of pieces of words (config/small.py reaches 1.23)."""
+"""Half a minute on one core, to check an installation: the run reaches 3.0 bits per byte and writes
+fragments of words (config/small.py reaches 1.23)."""
 
 vocab_size = 512
 hidden_size = 48
@@ -34,5 +34,5 @@ decay_end = 1.0
 min_lr = 0.05
 gamma = 0.01
 eval_every = 50
-eval_tokens = 20_000  # a tenth of the validation text: all would take longer than the training
+eval_tokens = 20_000  # a tenth of the text: evaluating on all would take longer than training
 save_every = 50

@@ -7,17 +7,17 @@ from datetime import timedelta
 class Clock:
     def __init__(self):
         self.restart(0)
-        self.steps = 0  # made by this process
+        self.steps = 0  # by this process
         self.speed = 0.0  # tokens/s, smoothed
-        self.evaluation = 0.0  # seconds that the last one took
+        self.evaluation = 0.0  # seconds, of the last evaluation
 
     def restart(self, tokens: int):
-        """Measuring begins here, after so many tokens. What has taken time until now, such as a
-        save or an evaluation, does not count, nor do the steps since the last measurement."""
+        """Starts a new measurement, with `tokens` tokens read so far. Whatever took time until now,
+        such as a save or an evaluation, does not count, nor do the steps before it."""
         self.since, self.tokens_before = time.perf_counter(), tokens
 
     def measure(self, tokens: int) -> float:
-        """Tokens per second since the last measurement, or restart."""
+        """Tokens per second since the last measurement or restart."""
         since, before = self.since, self.tokens_before
         self.restart(tokens)
         speed = (tokens - before) / (self.since - since)
@@ -25,10 +25,10 @@ class Clock:
         return speed
 
     def time_left(self, tokens: int, evaluations: int) -> str:
-        """The time left for so many tokens, at the smoothed speed, and evaluations, as text. Until
-        an evaluation has been timed, their number is told instead. In the first ten steps, which
-        may be slow, the text is empty."""
+        """As text, the time that remains for `tokens` tokens, at the smoothed speed, and for the
+        evaluations. Before the first evaluation the text counts them instead. It is empty in the
+        first ten steps, which may be slow."""
         seconds = tokens / self.speed + evaluations * self.evaluation
-        left = timedelta(seconds=min(round(seconds), 10**13))  # it holds little more
+        left = timedelta(seconds=min(round(seconds), 10**13))  # near timedelta's limit
         more = f" and {evaluations} evaluation(s)" if evaluations and not self.evaluation else ""
         return f", {left}{more} left" if self.steps >= 10 else ""

@@ -1,8 +1,8 @@
 """A network and its tokenizer as one GGUF file, for llama.cpp (its architecture deepseek2).
 
-The layout is that of llama.cpp's converter (conversion/deepseek.py) and its network that of
-src/models/deepseek2.cpp. It differs from a checkpoint in three ways: kv_b_proj is stored as two
-matrices, because llama.cpp always attends in the absorbed form; all experts of a layer are one
+The layout follows llama.cpp's converter (conversion/deepseek.py); its network is
+src/models/deepseek2.cpp. The file differs from a checkpoint in three ways: kv_b_proj is stored as
+two matrices, because llama.cpp always attends in the absorbed form; all experts of a layer are one
 tensor; a rotary pair is always two neighbours. MTP modules are left out.
 
 Shapes as in model.py: H heads, C kv_lora_rank, R rope dim, N nope dim, V v_head_dim, D hidden size,
@@ -21,11 +21,11 @@ from torch import Tensor
 from support.settings import Refusal
 from support.tokenizer import END_OF_TEXT, PATTERN, STAND_INS
 
-# How llama.cpp names the way to split a text. It has DeepSeek-V3's, so that what PATTERN does
-# otherwise is a difference here, too: in 1,264 of the standard library's 2.4 million ids.
+# llama.cpp's names for the patterns that split a text. Its "deepseek-v3" is the released one, from
+# which PATTERN differs slightly: in 1,264 of the standard library's 2.4 million ids.
 PRE_TOKENIZERS = {PATTERN: "deepseek-v3", r50k_pat_str: "gpt-2"}
-# model.py's names and llama.cpp's: outside the layers, and of layer i behind "blk.i.". Where
-# two names stand, llama.cpp has two tensors, and model.py has them in one.
+# model.py's names and llama.cpp's: first outside the layers, then in layer i, where llama.cpp's
+# begin with "blk.i.". Two names: model.py has one tensor for two of llama.cpp's.
 NAMES = {
     "embed_tokens.weight": "token_embd.weight",
     "norm.weight": "output_norm.weight",
@@ -53,18 +53,18 @@ LAYER_NAMES = {
     "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
     "mlp.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
 }
-INSTEAD = "give a directory as DST: transformers computes it"
+INSTEAD = "give a directory as DST, which transformers can open"
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Raises Refusal where llama.cpp would compute another network, mostly without a word."""
+    """Raises Refusal if llama.cpp would compute another network, in most cases silently."""
     yarn, eps, q = config["rope_scaling"] or {}, config["rms_norm_eps"], config["q_lora_rank"]
     m, m_all, factor = (yarn.get(key) for key in ("mscale", "mscale_all_dim", "attention_factor"))
     fast, slow = yarn.get("beta_fast") or 32, yarn.get("beta_slow") or 1
     layers, moe = config["num_hidden_layers"], config["first_k_dense_replace"]
     lite = layers in (26, 27) or (layers == 48 and config["vocab_size"] == 128256)
-    lite_has = "none in a network that it takes for DeepSeek-V2-Lite or a relative, by its size"
-    refusals = (  # whether, what the network has, what llama.cpp has in its place
+    lite_has = "none in a network of this size, which it takes for DeepSeek-V2-Lite or a relative"
+    refusals = (  # whether to refuse, what the network has, what llama.cpp has instead
         (yarn and not (m and m == m_all), f"mscale {m}, mscale_all_dim {m_all}", "two equal ones"),
         (yarn and yarn["factor"] < 1, f"a YaRN factor of {yarn.get('factor')}", "1 or more"),
         (factor is not None, f"attention_factor {factor}", "none"),
@@ -82,7 +82,7 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def metadata(config: dict[str, Any]) -> dict[str, int | float | bool | str]:
-    """llama.cpp's keys behind "deepseek2."; it caches and attends as with one head of C + R."""
+    """llama.cpp's keys, without "deepseek2."; its cache is that of a single head of C + R."""
     N, R, C = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["kv_lora_rank"]
     keys = {
         "vocab_size": config["vocab_size"],
@@ -124,21 +124,21 @@ def metadata(config: dict[str, Any]) -> dict[str, int | float | bool | str]:
 
 
 def as_neighbours(x: Tensor, heads: int, R: int) -> Tensor:
-    """x (heads * (N + R), in) whose last R rows of each head have rotary pairs (i, i + R/2): the
-    same rows in another order, so that a pair is two neighbours."""
+    """x (heads * (N + R), in), whose last R rows of each head have rotary pairs (i, i + R/2), with
+    these rows reordered so that a pair is two neighbours."""
     x = x.unflatten(0, (heads, -1)).clone()  # (heads, N+R, in)
     x[:, -R:] = x[:, -R:].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
     return x.flatten(0, 1)
 
 
 def parts_of(name: str, x: Tensor, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """A parameter of model.py as llama.cpp's one tensor or two. Raises Refusal for others."""
+    """A parameter of model.py as one or two tensors of llama.cpp. Raises Refusal for others."""
     H, N, R = (config[k] for k in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"))
     found = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
     prefix, kind = (f"blk.{found[1]}.", found[2]) if found else ("", name)
     names = (LAYER_NAMES if found else NAMES).get(kind)
     if names is None:
-        raise Refusal(f"{name} is no weight of DeepSeek-V3, so llama.cpp has no place for it.")
+        raise Refusal(f"{name} is not a weight of DeepSeek-V3, so llama.cpp has no place for it.")
     parts = [x]
     if kind == "self_attn.kv_b_proj.weight":
         W = x.unflatten(0, (H, -1))  # (H, N+V, C)
@@ -152,16 +152,16 @@ def parts_of(name: str, x: Tensor, config: dict[str, Any]) -> Iterator[tuple[str
 
 
 def add_tokenizer(writer: Any, encoding: tiktoken.Encoding | None, rows: int) -> None:
-    """The vocabulary as GPT-2 writes it, filled up to the rows of the embedding.
+    """The vocabulary in GPT-2's format, padded to the rows of the embedding.
 
     tiktoken joins any two neighbours whose concatenation has a rank, lowest rank first; llama.cpp
-    wants every pair listed. So every way to split a token in two becomes a merge, in rank order.
+    needs a list of pairs. So every way to split a token in two becomes a merge, in rank order.
     """
     import gguf
 
     if encoding is None or encoding._pat_str not in PRE_TOKENIZERS:
         raise Refusal(
-            "llama.cpp has no known name for the way in which this run's tokenizer splits texts: "
+            "llama.cpp has no name for the pattern with which this run's tokenizer splits texts: "
             "give a directory as DST, which llama.cpp's convert_hf_to_gguf.py may read."
         )
     ordered = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
@@ -180,11 +180,11 @@ def add_tokenizer(writer: Any, encoding: tiktoken.Encoding | None, rows: int) ->
     writer.add_token_merges([f"{a} {b}" for a, b in splits if a in ranks and b in ranks])
     writer.add_bos_token_id(end)
     writer.add_eos_token_id(end)
-    writer.add_add_bos_token(False)  # sample.py puts none before a prompt either
+    writer.add_add_bos_token(False)  # nor does sample.py add one to a prompt
 
 
 def stored_type(name: str, x: Tensor, dtype: str) -> str:
-    """How a tensor is stored: Q8_0 wants rows of whole blocks of 32 numbers."""
+    """The type of a stored tensor. Q8_0 requires rows of whole blocks of 32 numbers."""
     if x.ndim == 1 or "ffn_gate_inp" in name:
         return "F32"
     return "F16" if dtype == "Q8_0" and x.shape[-1] % 32 else dtype
@@ -197,7 +197,7 @@ def write_gguf(
     encoding: tiktoken.Encoding | None,
     dtype: str = "F16",
 ) -> None:
-    """Writes path. tensors: model.py's names and parameters; config: config.json's keys, of which
+    """Writes the file. tensors: model.py's names and parameters; config: config.json's keys, where
     max_position_embeddings is the longest text. Raises Refusal before anything is written."""
     import gguf
 

@@ -1,4 +1,4 @@
-"""Muon, an optimiser for matrices, and which parameters of a network it takes."""
+"""Muon, an optimiser for matrices, and the parameters of a network that it optimises."""
 
 import math
 from collections import defaultdict
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: Muon as in Moonlight (arXiv 2502.16982).
+    """Orthogonalised momentum: Muon as in Moonlight (arXiv 2502.16982).
 
-    A parameter is a matrix (out, in) or a stack of matrices (E, out, in). Each matrix is made
-    orthogonal by itself, in `dtype`, and scaled to about the size of AdamW's updates. (W_gate and
-    W_up of an expert are one matrix here, those of an MLP two.) Matrices of one shape are computed
-    together. torch.optim.Muon gives the same results one by one.
+    A parameter is a matrix (out, in) or a stack of matrices (E, out, in). The update of each matrix
+    is orthogonalised by itself, in `dtype`, and scaled to about the size of AdamW's updates.
+    (W_gate and W_up of an expert are one matrix here, those of an MLP two.) Matrices of the same
+    shape are computed together. torch.optim.Muon gives the same results, one matrix at a time.
     """
 
     def __init__(self, params, defaults: dict, dtype: torch.dtype):
@@ -43,8 +43,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (n, a, b) with all singular values brought near 1, by five steps of the Newton-Schulz
-    iteration of Jordan et al. (2024) with their coefficients, in this dtype."""
+    """x (n, a, b) with all singular values near 1: five steps of the Newton-Schulz iteration of
+    Jordan et al. (2024), with their coefficients, in this dtype."""
     tall = x.shape[1] > x.shape[2]
     y = (x.mT if tall else x).to(dtype)
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -56,9 +56,9 @@ def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def muon_takes(model: nn.Module) -> set[nn.Parameter]:
-    """The matrices, and stacks of matrices, in the layers of a DeepSeekV3. As in Moonlight, neither
-    embedding nor head. Here no gates either, nor what else is no map between hidden states: any
-    nn.Embedding and the filter of a convolution."""
+    """The matrices and stacks of matrices in the layers of a DeepSeekV3. As in Moonlight, embedding
+    and head are left out; so are, here, the gates and everything else that is not a map between
+    hidden states: any nn.Embedding and the filters of convolutions."""
     kinds = nn.Embedding | nn.modules.conv._ConvNd
     apart = [*model.gates(), *(x for x in model.modules() if isinstance(x, kinds))]
     not_these = {p for module in apart for p in module.parameters()}

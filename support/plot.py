@@ -1,6 +1,6 @@
-"""A picture of runs from their logs: python bench.py plot RUN [RUN ...].
+"""Plots runs from their logs: python bench.py plot RUN [RUN ...].
 
-Losses by step, any other key of the log, and how busy every expert was. matplotlib is optional.
+Losses by step, any other key of the log, and the load of every expert. Needs matplotlib.
 """
 
 import json
@@ -17,16 +17,18 @@ Log = list[dict[str, Any]]  # the lines of log.jsonl
 
 @dataclass
 class PlotOptions:
-    out: str = ""  # the picture, .svg or .png; empty: RUN/plot.png, of several runs RUN-RUN.png
-    keys: str = ""  # keys of the log, with commas between them, drawn below the losses
+    out: str = ""  # file, .svg or .png; empty: RUN/plot.png, for several runs RUN-RUN.png
+    keys: str = ""  # more keys of the log, comma-separated, plotted below the losses
 
 
 def read_log(run: str) -> Log:
-    """The lines of a run's log; the last may be half written, and is left out then."""
+    """The lines of a run's log, without a half-written last line."""
     path = Path(run) / "log.jsonl"
     if not path.is_file():
-        hint = "name folders of runs, such as out/small, and the picture with --out=FILE"
-        raise Refusal(f"{run} has no log.jsonl: {hint}.")
+        raise Refusal(
+            f"{run} has no log.jsonl: name folders of runs, such as out/small, "
+            "and the picture with --out=FILE."
+        )
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     if not lines:
         raise Refusal(f"{path} has no line yet: try again after a few steps of training.")
@@ -34,18 +36,18 @@ def read_log(run: str) -> Log:
 
 
 def column(log: Log, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the lines that have this key, not null."""
+    """Steps and values of the lines in which this key is present and not null."""
     points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
     return steps, values
 
 
 def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The curve without its noise and without lag: for every point, the height of the straight line
-    through its neighbours, a twentieth of all points, half of them on either side.
+    """The curve without noise and without lag: for every point, the height of a straight line
+    fitted to its neighbours, a twentieth of all points, half of them on either side.
 
-    There are fewer at first, where the curve is too steep for a long line. At the end, where none
-    follow, the line runs through those before.
+    The first points have fewer neighbours, because the curve is too steep there for a long line.
+    The last points have neighbours on the left only.
     """
     heights = []
     for i in range(len(y)):
@@ -57,7 +59,7 @@ def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def plot_validation(ax: Any, run: str, log: Log, colour: str) -> None:
-    """A curve with points, and an entry in the legend with the last loss."""
+    """A curve with markers, whose legend entry has the last loss."""
     evaluations = [line for line in log if line.get("val_loss") is not None]
     label = run
     if evaluations:
@@ -67,7 +69,7 @@ def plot_validation(ax: Any, run: str, log: Log, colour: str) -> None:
 
 
 def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
-    """A colour for each run; pale is the log itself, strong the smoothed curve."""
+    """One colour per run; the pale curve is the log, the strong one is smoothed."""
     for i, (run, log) in enumerate(logs.items()):
         modules = sorted({key for line in log for key in line if key.startswith("mtp_loss_")})
         for key, style in ("loss", "-"), *((key, "--") for key in modules or ["mtp_loss"]):
@@ -84,7 +86,7 @@ def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
 
 
 def plot_key(ax: Any, key: str, logs: dict[str, Log]) -> None:
-    """Any number in the log: a curve for each run. Raises Refusal where no log has it."""
+    """Any key of the log, a curve for each run. Raises Refusal if no log has the key."""
     curves = [column(log, key) for log in logs.values()]
     if not any(len(x) for x, _ in curves):
         raise Refusal(f"no log of {', '.join(logs)} has the key {key!r}: look into a log.jsonl.")
@@ -95,12 +97,12 @@ def plot_key(ax: Any, key: str, logs: dict[str, Log]) -> None:
 
 
 def plot_load(ax: Any, run: str, evaluation: dict[str, Any]) -> None:
-    """How busy every expert was in an evaluation: a row for a layer, those of MTP modules last."""
+    """The load of every expert in an evaluation: one layer per line, MTP modules last."""
     share = np.array(evaluation["expert_load"])
-    rows, experts = share.shape
+    layers, experts = share.shape
     image = ax.imshow(
         share * experts, "RdBu_r", aspect="auto", vmin=0, vmax=2, interpolation="nearest",
-        extent=(-0.5, experts - 0.5, rows + 0.5, 0.5),  # experts count from 0, layers from 1
+        extent=(-0.5, experts - 0.5, layers + 0.5, 0.5),  # experts count from 0, layers from 1
     )  # fmt: skip
     ax.figure.colorbar(image, ax=ax, label="1 = even load", extend="max")
     with_mtp = bool(evaluation["val_mtp_losses"])
@@ -117,20 +119,20 @@ def picture_beside(runs: list[str]) -> Path:
 
 
 def plot(options: PlotOptions, runs: list[str]) -> Path:
-    """A picture of the losses of runs, and of how busy their experts were at the last evaluation.
-    RUN is a folder with a log.jsonl, which may still grow. Several runs share the curves' axes."""
+    """Plots the losses of runs, and the load of their experts at the last evaluation. A run is a
+    folder with a log.jsonl, which may still grow. The curves of several runs share their axes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     if not runs:
-        raise Refusal("no run is named: python bench.py plot out/small")
+        raise Refusal("name a run, as in: python bench.py plot out/small")
     logs, loads = {run: read_log(run) for run in runs}, {}
     for run, log in logs.items():
         for line in log:
-            if line.get("expert_load"):  # empty without experts
+            if line.get("expert_load"):  # empty for a network without experts
                 loads[run] = line  # the last one stays
     path = Path(options.out) if options.out else picture_beside(runs)
-    # Text stays text, and the same logs give the same file.
+    # In an .svg text stays text, and the same logs give the same file.
     with rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "nanoV3"}):
         keys = [key for key in options.keys.split(",") if key]
         heights = [4, *([1.8] * (len(keys) + len(loads)))]  # inches

@@ -20,20 +20,20 @@ from typing import Any
 
 
 class Refusal(ValueError):
-    """What a user has given cannot be used. The message is one sentence: what it is, what was
-    expected, what to do. A command ends with it, without a trace, and with exit code 1."""
+    """Input that cannot be used. The message is one sentence: what is wrong, what was expected,
+    what to do. A command that raises it prints the sentence, without a trace, and exits with 1."""
 
 
 def info(text: str) -> None:
-    """Print to stderr, as stdout is for results; of several processes, only the first prints. A
-    terminal that is closed meanwhile does not end the command."""
+    """Print to stderr, since stdout is for results. Of several processes only the first prints. A
+    closed terminal does not end the command."""
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 
 
 def short(text: object, length: int = 200) -> str:
-    """In one line of at most so many characters and " ...", cut between two words."""
+    """The text as one line, cut between two words to `length` characters and " ..."."""
     line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(text)).split())  # torch prints in bold
     if len(line) <= length:
         return line
@@ -66,11 +66,11 @@ NANOGPT = {
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
-    """The sentence for a key that does not exist."""
+    """The message for a key that does not exist."""
     ours, note = NANOGPT.get(name, ("", ""))
     if ours in known:
         return f"unknown key {name}, nanoGPT's name; here it is {ours}{note}"
-    close = difflib.get_close_matches(name, known, 1, 0.75)  # less hints at nonsense
+    close = difflib.get_close_matches(name, known, 1, 0.75)  # a lower cutoff suggests nonsense
     return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
 
 
@@ -87,18 +87,18 @@ def may_be_true(annotation: Any) -> bool:
 
 
 def as_field(name: str, value: Any, annotation: Any) -> Any:
-    """The value as its field's type: 1e6 may be an int, 1 a float. Raises Refusal.
+    """The value, converted to its field's type: 1e6 may become an int, 1 a float. Raises Refusal.
 
-    Text, which is all that a command line has, may spell a literal of Python, true, false and none
-    in any case, but in a field for text it stays as it is: a prompt may look like anything.
+    Text, as on a command line, may spell a Python literal, with true, false and none in upper or
+    lower case. In a field for text it stays text: a prompt may look like anything.
     """
-    kinds, x = typing.get_args(annotation) or (annotation,), value  # of a Literal the choices
+    kinds, x = typing.get_args(annotation) or (annotation,), value  # for a Literal, the choices
     if type(x) is str and str not in kinds and x not in kinds:
-        with suppress(Exception):  # text that is no literal
-            x = ast.literal_eval(x.title() if x.strip().isalpha() else x)  # none is None
+        with suppress(Exception):  # not a literal
+            x = ast.literal_eval(x.title() if x.strip().isalpha() else x)  # none becomes None
     if int in kinds and type(x) in (int, float) and abs(x) >= 2**63:
         raise Refusal(f"{name} is {short(repr(value))}, expected int of less than 2**63")
-    if type(x) in kinds:  # to isinstance a bool would be an int
+    if type(x) in kinds:  # isinstance would take a bool for an int
         return x
     if x in kinds:  # 1 is True, 2.0 is 2
         return kinds[kinds.index(x)]
@@ -112,10 +112,10 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
 def parse_args(
     description: str, argv: list[str], *config_classes: type, positional: str = "", usage: str = ""
 ) -> tuple[str | None, dict[str, Any]]:
-    """Read [POSITIONAL] [--key=value ...], the keys being the fields of the dataclasses.
+    """Parse [POSITIONAL] [--key=value ...], where the keys are the fields of the dataclasses.
 
-    Returns the positional argument or None, and the values given. Exits with 2 and a sentence
-    where a key is unknown or a value is not of its field's type.
+    Returns the positional argument or None, and the given values. Exits with code 2 and a message
+    if a key is unknown or a value does not have its field's type.
     """
     usage = usage or f"%(prog)s {f'[{positional.upper()}] ' if positional else ''}[--key=value ...]"
     parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
@@ -137,9 +137,10 @@ def parse_args(
         if alone and getattr(fields.get("prompt"), "type", None) is str:
             parser.error(f"{word!r} stands alone; write --prompt={shlex.quote(word)}")
         if alone:
-            pattern = "put a pattern such as '*.txt' in quotes"
-            mend = pattern if "source" in fields else "write an option as --key=value"
-            parser.error(f"{word!r} is one word too many; {mend}")
+            hint = "write an option as --key=value"
+            if "source" in fields:
+                hint = "put a pattern such as '*.txt' in quotes"
+            parser.error(f"{word!r} is one word too many; {hint}")
         parser.error(f"write --{word}" if name in fields else unknown_key(name, fields))
     values = {name: text for name, text in vars(given).items() if text is not None}
     argument = values.pop("0", None)
@@ -150,15 +151,14 @@ def parse_args(
 
 
 def with_home(values: dict[str, Any], *names: str) -> dict[str, str]:
-    """Those of the named values that are given, with ~ as the home folder: a shell leaves ~ after
-    an = as it is."""
+    """The named values, if given, with ~ expanded: a shell does not expand it in --key=~/path."""
     return {name: os.path.expanduser(values[name]) for name in names if name in values}
 
 
 def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
-    """The assignments of a config file, checked against the fields of the dataclasses."""
+    """The assignments in a config file, checked against the fields of the dataclasses."""
     if not os.path.isfile(path):
-        raise Refusal(f"there is no config file {path}: name one, as config/small.py")
+        raise Refusal(f"there is no config file {path}: name one, such as config/small.py")
     try:
         values = runpy.run_path(path)
     except SyntaxError as error:
@@ -173,10 +173,10 @@ def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
 
 
 def merge(in_file: dict[str, Any], stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """A setting may be given in several places: in the config file, in the checkpoint of the run
-    that goes on (`stored`), on the command line. Each overrules those before it, so a run keeps its
-    settings though the file has changed since. Says what is now another one than stored, and what
-    in the file has no effect."""
+    """Merges settings from the config file, from the checkpoint of a resumed run (`stored`) and
+    from the command line (`given`). Later sources override earlier ones, so a resumed run keeps its
+    settings even if the file has changed. Prints each stored setting that the command line changes,
+    and each one in the file that has no effect."""
     for key, value in stored.items():
         if key in given:
             if given[key] != value:
@@ -186,37 +186,37 @@ def merge(in_file: dict[str, Any], stored: dict[str, Any], given: dict[str, Any]
     return in_file | stored | given
 
 
-# Packages that training and sampling do without. That another cannot be found is a bug.
+# Packages that training and sampling do not need. Any other missing package is a bug.
 OPTIONAL = ("gguf", "huggingface_hub", "matplotlib", "pyarrow", "safetensors", "tokenizers")
 OPTIONAL += ("transformers",)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, of torch on a CPU, of numpy or of Python, whose own error has no words."""
-    told = "out of memory|(can't|Cannot) allocate memory"
-    by_torch = isinstance(error, RuntimeError) and re.search(told, str(error))
+    """Whether a GPU, torch on a CPU, numpy or Python itself has run out of memory."""
+    message = "out of memory|(can't|Cannot) allocate memory"
+    by_torch = isinstance(error, RuntimeError) and re.search(message, str(error))
     by_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or bool(by_torch or by_system)
 
 
 def place_of(error: BaseException) -> str:
-    """The last line of this repository that an error came through, as " at FILE:LINE, in FUNCTION".
-    Returns "" if there is none."""
+    """The innermost line of this repository in an error's trace, as " at FILE:LINE, in FUNCTION",
+    or ""."""
     root, lines = str(Path(__file__).parent.parent), traceback.extract_tb(error.__traceback__)
     own = [x for x in lines if x.filename.startswith(root) and x.filename != __file__]
-    own = [x for x in own if "site-packages" not in x.filename]  # a .venv lies here, too
+    own = [x for x in own if "site-packages" not in x.filename]  # a .venv may be in this folder
     return f" at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name}" if own else ""
 
 
 def sentence_of(error: Exception) -> str | None:
-    """The sentence in which an error ends a command: of a refusal; of a file that the system
-    refuses by name, with the line of this repository that asked for it; of lack of memory, of space
-    or of an optional package. None for all else: that is a bug, which keeps its trace."""
+    """The sentence with which an error ends a command: for a Refusal; for an error of the system
+    that names its file, with the line of this repository that caused it; for lack of memory, of
+    disk space or of an optional package. None for all others: bugs, which keep their trace."""
     if isinstance(error, Refusal):
         return str(error)
     if is_out_of_memory(error):
-        why = f" ({short(error, 100)})" if str(error) else ""
-        return f"out of memory{place_of(error)}{why}"
+        details = f" ({short(error, 100)})" if str(error) else ""  # Python's own error has none
+        return f"out of memory{place_of(error)}{details}"
     if isinstance(error, OSError):
         named = error.errno is not None and error.filename is not None
         return f"{error}{place_of(error)}" if named or error.errno == errno.ENOSPC else None
@@ -226,20 +226,21 @@ def sentence_of(error: Exception) -> str | None:
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main: an error that has a sentence ends with it and with exit code 1, another
-    with its trace. Of several processes each one says why it ends, for it may be the only one."""
+    """Run a script's main. An error that has a sentence (see sentence_of) prints it and exits with
+    code 1; others keep their trace. Of several processes each prints its own error, since it may be
+    the only one with an error."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
         info("interrupted")
         sys.exit(130)
-    except BrokenPipeError:  # the reader, head for one, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if (why := sentence_of(error)) is None:
+        if (message := sentence_of(error)) is None:
             raise
         rank = os.environ.get("RANK", "0")
         who = "error:" if rank == "0" else f"error in process {rank}:"
-        print(who, " ".join(why.split()), file=sys.stderr)
+        print(who, " ".join(message.split()), file=sys.stderr)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Ctrl-C, pre-emption (SIGTERM), a closed terminal (SIGHUP): a command ends in good order."""
+"""Clean ends after Ctrl-C, pre-emption (SIGTERM) and a closed terminal (SIGHUP)."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# Windows lacks the last.
+# Windows has no SIGHUP.
 NUMBERS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
 
 
@@ -31,31 +31,31 @@ def interruptible() -> Iterator[None]:
 
 
 class Stop:
-    """A training that gets one of these signals finishes its step or evaluation and stops. A
-    checkpoint is saved after the step."""
+    """Lets a training run finish its step or evaluation after one of these signals. The run then
+    saves a checkpoint and stops."""
 
     def __init__(self, machine):
         self.machine, self.heard = machine, False
         handlers = {number: signal.getsignal(number) for number in NUMBERS}
-        # What is ignored, as under nohup, stays so, and what Python has not set up (None).
-        left = (signal.SIG_IGN, None)
-        self.before = {x: handler for x, handler in handlers.items() if handler not in left}
+        # Signals that are ignored, as under nohup, stay ignored. None: a handler not from Python.
+        kept = (signal.SIG_IGN, None)
+        self.before = {x: handler for x, handler in handlers.items() if handler not in kept}
         for number in self.before:
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         self.heard = True
         if self.machine.rank == 0:
-            with suppress(OSError):  # of a terminal that is closed
+            with suppress(OSError):  # the terminal may be closed
                 os.write(sys.stderr.fileno(), b"\nstopping after this step or evaluation\n")
-        if "RANK" not in os.environ:  # else a scheduler and torchrun may both send this one signal
+        if "RANK" not in os.environ:  # else a scheduler and torchrun may both send the same signal
             self.end()
 
     def end(self):
-        """The handlers from before are back: a second Ctrl-C ends the run at once."""
+        """Restores the previous handlers: a second Ctrl-C ends the run at once."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def agreed(self) -> bool:
-        """Whether any process has heard a signal, so that all stop together."""
+        """Whether any process has received a signal, so that all stop together."""
         return self.machine.any(self.heard)

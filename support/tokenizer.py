@@ -1,7 +1,7 @@
 """Byte-level BPE: our tokenizer, trained on the text, and a release's, read from its files.
 
-A prepared folder or a run has the tokenizer beside its data or weights: tokenizer.tiktoken, a line
-per token (base64 of its bytes, rank), or copies of a release's files; and meta.json.
+A prepared folder or a run has its tokenizer beside the data or weights: meta.json, and either
+tokenizer.tiktoken, a line per token (base64 of its bytes, rank), or copies of a release's files.
 """
 
 import base64
@@ -27,12 +27,12 @@ from support.files import lies_in, naming, read_json
 from support.settings import Refusal, short
 
 END_OF_TEXT = "<|endoftext|>"
-AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder is there)"
+AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder exists)"
 
 
 def without_panic(encode: Callable) -> Callable:
-    """The same function, where a panic of tiktoken's is a Refusal. A panic, such as that of a
-    pattern that tries too many ways to split a text, is no Exception."""
+    """The same function, with tiktoken's panics as Refusals. A panic is not an Exception. A pattern
+    with too many ways to split a text causes one, for example."""
 
     def refusing(texts: list[str]) -> list[list[int]]:
         try:
@@ -40,24 +40,26 @@ def without_panic(encode: Callable) -> Callable:
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
-            told = "the tokenizer's pattern cannot split this text"
-            raise Refusal(f"{told} ({short(error, 100)}); take another tokenizer") from None
+            raise Refusal(
+                f"the tokenizer's pattern cannot split this text ({short(error, 100)}); "
+                "choose another tokenizer"
+            ) from None
 
     return refusing
 
 
 @dataclass
 class Tokenizer:
-    """Texts to ids, an id to bytes, and the ids that begin and end a text: ours or a release's."""
+    """Encodes texts, decodes ids, and names the ids that begin and end a text."""
 
     encode_batch: Callable[[list[str]], list[list[int]]]
     texts: dict[int, bytes]
-    special: dict[int, str]  # names of the other tokens: marks in a text, which have no bytes of it
+    special: dict[int, str]  # names of the other tokens, marks that have no bytes of a text
     eos: list[int]  # a release may have several
-    bos: int | None = None  # where every text begins with it
-    encoding: tiktoken.Encoding | None = None  # not of a tokenizer.json
-    files: list[Path] = field(default_factory=list)  # of a release, its vocabulary first
-    rows: int = 0  # of the release's embedding, where they are known
+    bos: int | None = None  # if every text begins with it
+    encoding: tiktoken.Encoding | None = None  # None for a tokenizer.json
+    files: list[Path] = field(default_factory=list)  # a release's, the vocabulary first
+    rows: int = 0  # of the release's embedding, if known
 
     def __post_init__(self):
         self.encode_batch = without_panic(self.encode_batch)
@@ -74,7 +76,7 @@ class Tokenizer:
         return [] if self.bos is None else [self.bos], self.eos[:1]
 
     def encode(self, text: str) -> list[int]:
-        """The ids begin with bos, if there is one; the text may have it already, as a chat has."""
+        """The ids, beginning with bos if there is one. A text, such as a chat, may have it."""
         (ids,) = self.encode_batch([text])
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
@@ -101,27 +103,27 @@ def tokenizer_of(encoding: tiktoken.Encoding) -> Tokenizer:
 
 
 def parse_ranks(content: bytes) -> dict[bytes, int]:
-    """{token: rank} of a file like tiktoken's, whose own loader would miss changes: it caches."""
+    """{token: rank} in a file like tiktoken's, whose own loader caches and so misses changes."""
     rows = [line.split() for line in content.splitlines()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
-    if len({*ranks.values()}) < len(rows):  # tiktoken would panic
+    if len({*ranks.values()}) < len(rows):  # on which tiktoken panics
         raise Refusal("a token or a rank occurs twice")
     return ranks
 
 
 # ---- Our tokenizer -------------------------------------------------------------------------------
 
-# DeepSeek-V3's tokenizer splits text in three stages: numbers; then runs of Chinese and Japanese;
-# then all that is left, and those runs once more, into words, marks and blanks. PATTERN gives the
-# same pieces in one expression, except that
-# * of several blanks before a number, the last is a piece of its own here, but part of the blanks
-#   there (changing it would change the tokenizer of the default corpus);
-# * U+3040, U+3097 and U+3098, which are no characters, may stay with their neighbours here.
-# regex, tiktoken and Hugging Face's tokenizers all read it. They agree on negated classes, but not
-# on unions and differences. So letters and marks are what is no control, number, punctuation,
-# symbol or separator.
+# DeepSeek-V3's tokenizer splits text in three stages: first numbers; then runs of Chinese and
+# Japanese; then the remaining text, and those runs again, into words, marks and blanks. PATTERN
+# gives the same pieces in one expression, with two differences:
+# * The last of several blanks before a number is a piece of its own here, and part of the blanks
+#   there. (Changing this would change the tokenizer of the default corpus.)
+# * U+3040, U+3097 and U+3098, which are not assigned, may stay with their neighbours here.
+# regex, tiktoken and Hugging Face's tokenizers all accept PATTERN. They agree on negated classes,
+# but not on unions and differences. So letters and marks are written as everything except control
+# characters, numbers, punctuation, symbols and separators.
 _CJK = r"\u4e00-\u9fa5\u3040-\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"  # of the second stage
-_CJK_SIGNS = r"\u309b\u309c\u30a0\u30fb"  # these, too; the third stage cuts them off as marks
+_CJK_SIGNS = r"\u309b\u309c\u30a0\u30fb"  # also of the second; the third splits them off as marks
 _LETTER = rf"[^\p{{C}}\p{{N}}\p{{P}}\p{{S}}\p{{Z}}{_CJK}]"
 _SIGN = rf"[^\p{{C}}\p{{L}}\p{{M}}\p{{N}}\p{{Z}}{_CJK_SIGNS}]"
 PATTERN = "|".join(
@@ -132,22 +134,22 @@ PATTERN = "|".join(
         rf"[^\r\n\p{{L}}\p{{P}}\p{{S}}]?{_LETTER}+",  # a word, often with the blank before it
         rf" ?{_SIGN}+[\r\n]*",
         r"\s*[\r\n]+",
-        # Blanks: the last of several is left to what follows, if that is not of the second stage.
+        # Blanks. The last of several goes to the next piece, except before the second stage's.
         rf"\s+(?![^\s{_CJK}{_CJK_SIGNS}])|\s+",
-        # What no other takes, control characters for one, or text would be lost.
+        # Anything else, such as control characters: no text may be lost.
         rf"[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}]+(?!{_LETTER})",
     )
 )
-# None of the patterns, ours or a release's, has a piece that goes on after such a line end.
+# In no pattern, ours or a release's, does a piece continue after such a line end.
 LINE_END = re.compile(r"\n(?=[^\s/])")
-BPE_SAMPLE = 100_000_000  # characters that a new tokenizer is trained on, at most about
+BPE_SAMPLE = 100_000_000  # characters, about, that a new tokenizer is trained on at most
 PIECE = 100_000  # characters; longer documents are sampled and encoded piece by piece
 
 
 def cut(text: str, length: int) -> Iterator[str]:
-    """The text in pieces of at most `length` characters, each up to the end of a line if it can.
+    """The text in pieces of at most `length` characters, which end at a LINE_END if possible.
 
-    The next line begins without a blank, so that PATTERN splits the pieces as it does the whole.
+    PATTERN then splits the pieces exactly as it splits the whole text.
     """
     start = 0
     while len(text) - start > length:
@@ -159,14 +161,14 @@ def cut(text: str, length: int) -> Iterator[str]:
 
 
 def sample_texts(texts: list[str], limit: int) -> list[str]:
-    """All texts, or pieces of about `limit` characters together, spread evenly over them."""
+    """All texts or, beyond `limit` characters, pieces of about that many, spread evenly."""
     total = sum(map(len, texts))
     if total <= limit:
         return texts
     sample, passed, taken = [], 0, 0  # passed and taken count characters
     for text in texts:
         for piece in cut(text, PIECE):
-            if taken * total <= passed * limit:  # what is taken so far is no more than its share
+            if taken * total <= passed * limit:  # no more than a fair share so far
                 sample.append(piece)
                 taken += len(piece)
             passed += len(piece)
@@ -174,12 +176,11 @@ def sample_texts(texts: list[str], limit: int) -> list[str]:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes, int]:
-    """Byte-level BPE: {token: rank}, at most vocab_size of them, the first 256 the single bytes.
+    """Byte-level BPE: {token: rank}, with at most vocab_size tokens. The first 256 are the bytes.
 
-    Again and again the commonest concatenation of two neighbours becomes a token, of equally
-    common ones the first in byte order. tiktoken joins any two neighbours whose concatenation has
-    a rank, so concatenations are counted here, not pairs: training then sees the very merges that
-    encoding makes.
+    Each step makes the most common concatenation of two neighbours a token; ties go to the first in
+    byte order. Concatenations are counted, not pairs, because tiktoken joins any two neighbours
+    whose concatenation has a rank: training then makes the same merges as encoding.
     """
     counts = Counter()
     for text in tqdm(texts, desc="words", disable=None, leave=False):
@@ -196,7 +197,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes
     bar = tqdm(desc="tokenizer", total=vocab_size - 256, disable=None, leave=False)
     while heap and heap[0][0] < 0 and len(ranks) < vocab_size:  # at 0 all words are one token
         count, token = heapq.heappop(heap)
-        if -count != total[token]:  # it was pushed before other merges took some of it
+        if -count != total[token]:  # stale: later merges have used some of these
             heapq.heappush(heap, (-total[token], token))
             continue
         ranks.setdefault(token, len(ranks))
@@ -230,29 +231,29 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 # ---- A release's tokenizer -----------------------------------------------------------------------
 #
-# A released model has a tokenizer.json (DeepSeek-V3's splits text in three stages, which no
-# tiktoken.Encoding can) or a tiktoken.model (Moonlight, Kimi). What else is to be known of it is
-# spread over its config files. A prepared folder or a run has copies of the tokenizer's files, so
-# that an export can give them back, and in meta.json all that we need besides the vocabulary.
+# A released model has a tokenizer.json (DeepSeek-V3's splits text in three stages, which a
+# tiktoken.Encoding cannot) or a tiktoken.model (Moonlight, Kimi). Its special tokens are spread
+# over its config files. A prepared folder or a run has copies of the tokenizer's files, which an
+# export copies again; meta.json has everything else that we need.
 
-# The files of its tokenizer, as globs; one of the first two holds the vocabulary.
+# The files of a release's tokenizer, as globs; one of the first two holds the vocabulary.
 RELEASE_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json")
 RELEASE_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-RELEASE_FILES += ("tokenization_*.py",)  # transformers may run it, we do not
-# How Moonlight and Kimi split text (&& is intersection): their release has it in code, not in data.
+RELEASE_FILES += ("tokenization_*.py",)  # transformers may run these, we do not
+# How Moonlight and Kimi split text (&& is intersection). Their releases have it only in code.
 _PRE, _END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _U = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _L = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 KIMI_PATTERN = rf"[\p{{Han}}]+|{_PRE}{_U}*{_L}+{_END}|{_PRE}{_U}+{_L}*{_END}|{_REST}"
-# GPT-2's stand-ins, from 256 on, for the bytes in tokenizer.json that cannot be seen.
+# In a tokenizer.json, invisible bytes are written as characters from 256 on, as GPT-2 does.
 _HIDDEN = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
 STAND_INS = {byte: 256 + i for i, byte in enumerate(_HIDDEN)}
 
 
 def read_vocabulary(path: Path, special_tokens: dict[str, int]) -> Tokenizer:
     """The tokenizer in a tiktoken.model, with these special tokens, or in a tokenizer.json, which
-    has its own. As in transformers, the name of a special token in a text is that token."""
+    has its own. As in transformers, the name of a special token in a text encodes to the token."""
     if path.name == "tokenizer.json":
         return read_tokenizer_json(path)
     encoding = encoding_from(parse_ranks(path.read_bytes()), KIMI_PATTERN, special_tokens)
@@ -265,67 +266,67 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
 
     try:
         parsed = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more special
-        raise Refusal(f"{path.name} is damaged, or unknown ({short(error, 300)})") from None
-    parsed.no_truncation()  # a file may ask for either; both would change the ids of a text
+    except Exception as error:  # the library raises no specific type
+        raise Refusal(f"{path.name} is damaged or unknown ({short(error, 300)})") from None
+    parsed.no_truncation()  # a file may enable either; both would change a text's ids
     parsed.no_padding()
     special = {i: token.content for i, token in parsed.get_added_tokens_decoder().items()}
     byte_of = {char: byte for byte, char in STAND_INS.items()}
     vocab = {i: x for x, i in parsed.get_vocab(with_added_tokens=False).items() if i not in special}
     try:
         texts = {i: x.translate(byte_of).encode("latin-1") for i, x in vocab.items()}
-    except UnicodeEncodeError:  # SentencePiece's kind
+    except UnicodeEncodeError:  # SentencePiece, say
         raise Refusal(f"{path.name} is not byte-level, which is not supported") from None
 
     def encode_batch(batch: list[str]) -> list[list[int]]:
         return [found.ids for found in parsed.encode_batch(batch, add_special_tokens=False)]
 
-    # What the file itself puts before a text: transformers 5 writes add_bos_token nowhere else.
+    # The token that the file itself adds before a text: transformers 5 stores add_bos_token so.
     first, bare = (parsed.encode("a", add_special_tokens=x).ids[:1] for x in (True, False))
     bos = first[0] if first != bare and first[0] in special else None
     return Tokenizer(encode_batch, texts, special, eos=[], bos=bos)
 
 
 def own_files(folder: Path, names: Iterable[str]) -> list[Path]:
-    """The files of these names in a folder. Raises Refusal for a name that is none of a
-    tokenizer's files, and for a link to another folder: what is copied may be given to others."""
+    """The paths of these files in a folder. Raises Refusal for a name that is not a tokenizer's
+    file, and for a link to another folder, because copies of these files may be published."""
     paths = [folder / name for name in names]
     for path, name in zip(paths, names, strict=True):
         if "/" in name or not any(fnmatchcase(name, known) for known in OUR_FILES + RELEASE_FILES):
-            raise Refusal(f"{name!r:.100} is no file of a tokenizer")
+            raise Refusal(f"{name!r:.100} is not a file of a tokenizer")
         if not lies_in(path, folder):
             raise Refusal(f"{path} is a link to {path.resolve()}; put a copy in its place")
     return paths
 
 
 def read_release(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory, if any; its config files tell what begins and
-    ends texts, by number or by name."""
-    told = {}  # a later file has the last word, but null is none
+    """The tokenizer of a Hugging Face directory, if any. The config files give the tokens that
+    begin and end a text, by number or by name."""
+    config = {}  # a later file overrides an earlier one, except with null
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            told |= {k: value for k, value in read_json(folder / name).items() if value is not None}
+            config |= {k: x for k, x in read_json(folder / name).items() if x is not None}
     names = [path.name for name in RELEASE_FILES for path in sorted(folder.glob(name))]
     if not names or names[0] not in RELEASE_FILES[:2]:
         return None
 
     files = own_files(folder, names)
-    added = {x["content"]: int(i) for i, x in told.get("added_tokens_decoder", {}).items()}
+    added = {x["content"]: int(i) for i, x in config.get("added_tokens_decoder", {}).items()}
     tokenizer = read_vocabulary(files[0], added)
     number = {name: i for i, name in tokenizer.special.items()}
 
     def named(key: str) -> int | None:
-        name = told.get(key)  # a text, or an object that has it as "content"
+        name = config.get(key)  # a string, or an object with the string as "content"
         return number.get(name["content"] if isinstance(name, dict) else name)
 
-    eos = told.get("eos_token_id", [])
+    eos = config.get("eos_token_id", [])
     eos = eos if isinstance(eos, list) else [eos]
     if not eos and (end := named("eos_token")) is not None:
         eos = [end]
     bos = tokenizer.bos
-    if told.get("add_bos_token"):
-        bos = told.get("bos_token_id", named("bos_token"))
-    return replace(tokenizer, eos=eos, bos=bos, files=files, rows=told.get("vocab_size", 0))
+    if config.get("add_bos_token"):
+        bos = config.get("bos_token_id", named("bos_token"))
+    return replace(tokenizer, eos=eos, bos=bos, files=files, rows=config.get("vocab_size", 0))
 
 
 def hf_tokenizer(folder: Path) -> Tokenizer | None:
@@ -342,7 +343,7 @@ OUR_FILES = ("tokenizer.tiktoken", "meta.json")
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the vocabulary and meta.json, which stored_tokenizer reads; of a release, all files."""
+    """Write the vocabulary (or all of a release's files) and meta.json, for stored_tokenizer."""
     if tokenizer.files:
         for path in tokenizer.files:
             with naming(folder / path.name):
@@ -370,14 +371,14 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def tokenizer_files(folder: Path, meta: dict[str, Any] | None = None) -> list[Path]:
-    """The files that are the tokenizer of a prepared folder or a run: vocabulary first, meta.json
-    last. Raises Refusal."""
+    """The tokenizer's files in a prepared folder or a run, the vocabulary first and meta.json last.
+    Raises Refusal."""
     meta = meta or read_json(folder / "meta.json")
     return own_files(folder, [*meta.get("files", OUR_FILES[:1]), "meta.json"])
 
 
 def tokenizer_identity(folder: Path) -> dict[str, Any] | None:
-    """The entries of meta.json that tell tokenizers apart; None if the folder has no meta.json."""
+    """The entries of meta.json that identify a tokenizer; None if there is no meta.json."""
     if not (folder / "meta.json").exists():
         return None
     meta = read_json(folder / "meta.json")
@@ -394,46 +395,54 @@ def stored_tokenizer(folder: Path | str) -> Tokenizer:
         if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
             raise Refusal(f"the sha256 of {files[0].name} is not that in meta.json")
         if "files" in meta:
-            told = {key: meta[key] for key in ("eos", "bos", "rows")}
-            return replace(read_vocabulary(files[0], meta["special_tokens"]), files=files, **told)
+            entries = {key: meta[key] for key in ("eos", "bos", "rows")}
+            tokenizer = read_vocabulary(files[0], meta["special_tokens"])
+            return replace(tokenizer, files=files, **entries)
         ranks = parse_ranks(content)
         return tokenizer_of(encoding_from(ranks, meta["pattern"], meta["special_tokens"]))
     except (OSError, ValueError, KeyError) as error:  # a file is missing, or cut short
-        told = f"{folder} has no whole tokenizer ({short(error, 500)}); {AGAIN}"
-        ours, theirs = "tokenizer and meta.json", "tokenizer.json or tiktoken.model"
-        copy = f"for weights, copy their run's {ours}, or their release's {theirs}"
-        raise Refusal(f"{told}; {copy}") from None
+        raise Refusal(
+            f"{folder} has no complete tokenizer ({short(error, 500)}); {AGAIN}; for weights, copy "
+            "their run's tokenizer and meta.json, or their release's tokenizer.json or "
+            "tiktoken.model"
+        ) from None
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that --tokenizer names. Raises Refusal if its marks cannot be written."""
+    """The tokenizer that --tokenizer names. Raises Refusal if it lacks the marks of a document."""
     if name in ("gpt2", "cl100k_base", "o200k_base"):
         try:
             return tokenizer_of(tiktoken.get_encoding(name))  # downloaded once
-        except Exception as error:  # of the network, say
-            raise Refusal(f"the tokenizer {name} cannot be fetched ({short(error)})") from None
+        except Exception as error:  # the network, say
+            raise Refusal(f"the tokenizer {name} cannot be downloaded ({short(error)})") from None
     if not Path(name).exists():
-        known = "gpt2, cl100k_base, o200k_base, or a folder that has one"
-        raise Refusal(f"there is no tokenizer {name}: name {known}")
+        raise Refusal(
+            f"there is no tokenizer {name}: name gpt2, cl100k_base, o200k_base or a folder that "
+            "has one"
+        )
     prepared = (Path(name) / "meta.json").exists()  # or a run; else a Hugging Face directory
     tokenizer = (None if prepared else hf_tokenizer(Path(name))) or stored_tokenizer(name)
     if not tokenizer.eos:
-        where = "eos_token_id in config.json or eos_token in tokenizer_config.json"
-        raise Refusal(f"{name} names no end token, which separates documents; give it {where}")
+        raise Refusal(
+            f"{name} names no end token to separate documents; give it eos_token_id in config.json "
+            "or eos_token in tokenizer_config.json"
+        )
     before, after = tokenizer.marks
     for i in (*before, *after):
         if i not in tokenizer.texts and i not in tokenizer.special:
-            wrong = f"{name} has bos_token_id or eos_token_id {i}, which its vocabulary lacks"
-            raise Refusal(f"{wrong}; correct it in its config.json or generation_config.json")
+            raise Refusal(
+                f"{name} has bos_token_id or eos_token_id {i}, which its vocabulary lacks; "
+                "correct it in its config.json or generation_config.json"
+            )
     return tokenizer
 
 
 def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
     """Raises Refusal unless the weights in `source` have the tokenizer of the data.
 
-    Of our tokenizers the entries of meta.json are compared. Of a release's tokenizer the tokens are
-    compared, and the ids of a sample text (this source file), since transformers may have written
-    tokenizer.json anew.
+    Our tokenizers are compared by their entries in meta.json; those of releases by their tokens and
+    by the ids of a sample text (this source file), since transformers may have rewritten
+    tokenizer.json.
     """
     folder = source if source.is_dir() else source.parent
     identity = tokenizer_identity(folder)
@@ -443,26 +452,28 @@ def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
         other, sample = stored_tokenizer(data), [Path(__file__).read_text(encoding="utf-8")]
         same = (tokenizer.texts, tokenizer.special) == (other.texts, other.special)
         same = same and tokenizer.encode_batch(sample) == other.encode_batch(sample)
-    else:  # the directory has none
+    else:  # the directory has no tokenizer
         same = True
     if not same:
-        differ = f"{source} has another tokenizer than {data}"
-        raise Refusal(f"{differ}; prepare the data with --tokenizer={folder}.")
+        raise Refusal(
+            f"{source} and {data} have different tokenizers; "
+            f"prepare the data with --tokenizer={folder}."
+        )
 
 
 # ---- The tokenizer of an export ------------------------------------------------------------------
 
 
 def tokenizer_json(encoding: tiktoken.Encoding) -> str:
-    """The tokenizer in the format of Hugging Face's tokenizers, giving the same ids (but for
-    <|endoftext|> in a text, which is the token there, as transformers' users expect).
+    """The tokenizer in the format of Hugging Face's tokenizers. It gives the same ids, except that
+    <|endoftext|> in a text becomes the token, as users of transformers expect.
 
-    tiktoken joins any two neighbours whose concatenation has a rank, lowest rank first; there each
-    pair is listed by itself. So every way to split a token in two becomes a merge, in rank order.
+    tiktoken joins any two neighbours whose concatenation has a rank, lowest rank first. The format
+    lists every pair. So every way to split a token in two becomes a merge, in rank order.
     """
     import tokenizers
 
-    ranks = encoding._mergeable_ranks.items()  # the lowest first, as stored_tokenizer has them
+    ranks = encoding._mergeable_ranks.items()  # lowest first, as in stored_tokenizer
     vocab = {token.decode("latin-1").translate(STAND_INS): rank for token, rank in ranks}
     splits = ((text[:i], text[i:]) for text in vocab for i in range(1, len(text)))
     merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
@@ -478,8 +489,8 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
 
 
 def export_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write what transformers opens: a release's own files, or ours in its format and as they are,
-    so that prepare_data.py takes an export, too."""
+    """Write a release's own files, or our tokenizer both in transformers' format and in ours, so
+    that prepare_data.py accepts an export, too."""
     if tokenizer.files:
         for path in tokenizer.files:
             shutil.copyfile(path, directory / path.name)

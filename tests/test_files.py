@@ -121,7 +121,9 @@ def test_what_is_there_is_refused_or_put_aside_with_every_file_in_it(old, tmp_pa
     assert contents(tmp_path) == old
     for name in NAMES * 2:
         make(tmp_path / name, overwrite=True)
-    assert f"folder, which was there, is now {tmp_path}/folder.old-1" in capsys.readouterr().err
+    assert (
+        f"the existing {tmp_path}/folder is now {tmp_path}/folder.old-1" in capsys.readouterr().err
+    )
     aside = {"file.gguf": "new", "file.gguf.old-1": "old", "file.gguf.old-2": "new"}
     twice = {"folder.old-2/a": "new", "folder.old-2/b": "new"}
     assert contents(tmp_path) == NEW | OLD | twice | aside

@@ -410,7 +410,7 @@ def test_files_refused(saved_by_us):
     (saved_by_us / "model-00001-of-00002.safetensors").rename(saved_by_us / "pytorch_model.bin")
     check_refusal("has no weights in model*.safeten", huggingface.from_pretrained, saved_by_us)
     (saved_by_us / "config.json").write_text("{")
-    check_refusal("config.json is no JSON", huggingface.from_pretrained, saved_by_us)
+    check_refusal("config.json is not JSON", huggingface.from_pretrained, saved_by_us)
 
 
 # ---- Our runs ------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def test_no_text_is_read_from_outside_the_source_folder(tmp_path, capsys):
         found = [path.resolve() for path in pd.find_files(str(pattern))]
         assert found == [source / "a.txt", source / "sub/b.txt"]
         said = capsys.readouterr().err
-        assert re.search(rf"left out \d+ links out of {source}, such as {source}/\S+; prep", said)
+        assert re.search(rf"skipped \d+ links out of {source}, such as {source}/\S+; to include", said)
     (source / "up").symlink_to("..")
     (source / "sub/round").symlink_to(".")
     assert [path.resolve() for path in pd.find_files(str(source))] == found
@@ -234,7 +234,7 @@ def test_collections_of_documents(tmp_path, kind, capsys):
     folder = make(tmp_path, path, text_key="body", val_fraction=0.1, name="")
     train, val = text_of(folder, "train"), text_of(folder, "val")
     assert sorted((train + val).split(tk.END_OF_TEXT)[1::2]) == sorted(t[:-13] for t in texts)
-    assert f"left out 1 empty records of {path}: their 'body' is null" in capsys.readouterr().err
+    assert f"skipped 1 empty records of {path}: their 'body' is null" in capsys.readouterr().err
     assert folder.name == "docs" and 3 <= ids_of(folder, "val").count(299) <= 4
 
 
@@ -242,11 +242,15 @@ FINE = b'{"text": "fine"}\n\n'
 UNREADABLE = [  # a file, what is in it, and what the sentence says besides the file's name
     ("a.jsonl", FINE + b'{"text": 5}', "line 3 has 5 as 'text', expected text or null; is the"),
     ("a.jsonl", FINE + b'["text"]', """line 3 is ["text"], expected an object with 'text'"""),
-    ("a.jsonl", FINE + b'{"text": "a"', "line 3 is no JSON (Expecting ',' delimiter); correct or"),
+    ("a.jsonl", FINE + b'{"text": "a"', "line 3 is not JSON (Expecting ',' delimiter); correct or"),
     ("a.jsonl", FINE + b'{"t": "a"}', "line 3 has keys ['t'], not 'text'; is the text under anoth"),
     ("a.jsonl", FINE + '{"text": "é"}'.encode("latin1"), "byte 0xe9"),
     ("a.jsonl.gz", b"not compressed", "BadGzipFile("),
-    ("a.jsonl", FINE + b'{"text": ' + b"[" * 100_000, "line 3 is no JSON (maximum recursion depth"),
+    (
+        "a.jsonl",
+        FINE + b'{"text": ' + b"[" * 100_000,
+        "line 3 is not JSON (maximum recursion",
+    ),
     ("a.parquet", [("n", ["a"]), ("m", ["a"])], "columns ['n', 'm'], but not one 'text'; is the"),
     ("a.parquet", [("text", ["a"])] * 2, "columns ['text', 'text'], but not one 'text'; is"),
     ("a.parquet", [("text", [b"fine", b"caf\xe9"])], "byte 0xe9"),

@@ -101,7 +101,7 @@ def test_a_run_has_copies_of_the_code_that_made_its_weights(monkeypatch, capsys)
     run("--resume", "--steps=2")
     said = capsys.readouterr().err
     for name, told in ("model.py", first), ("train.py", then):
-        assert told in said and f"run/{name}, which was there, is now run/{name}.old-1" in said
+        assert told in said and f"the existing run/{name} is now run/{name}.old-1" in said
         assert Path(f"run/{name}").read_text() == Path(checkpoints.ROOT / name).read_text()
         assert Path(f"run/{name}.old-1").read_text().startswith("# before")
     run("--resume", "--steps=3")
@@ -208,7 +208,7 @@ def test_with_overwrite_a_run_is_put_aside_whole(begun, capsys):
     before = {path.name: path.read_bytes() for path in begun.iterdir()}
     run("--steps=2", "--overwrite")
     assert {path.name: path.read_bytes() for path in Path("run.old-1").iterdir()} == before
-    assert "run, which was there, is now run.old-1\n" in capsys.readouterr().err
+    assert "the existing run is now run.old-1\n" in capsys.readouterr().err
     assert [x["step"] for x in log_of("run")] == [1, 2, 2]
     assert not Path("run/photo.png").exists()
 
@@ -310,9 +310,9 @@ def test_a_signal_that_is_ignored_stays_so(faults):
 
 
 FULL = {
-    "run/tokenizer.tiktoken": (0, lambda: 20, "what it held before is intact"),
+    "run/tokenizer.tiktoken": (0, lambda: 20, "its previous content is intact"),
     "run/log.jsonl": (4, lambda: Path("run/log.jsonl").stat().st_size, "continue from step 4 (run"),
-    "run/ckpt.pt": (4, lambda: 60_000, "what it held before is intact"),
+    "run/ckpt.pt": (4, lambda: 60_000, "its previous content is intact"),
 }
 
 

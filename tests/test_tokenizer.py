@@ -202,7 +202,7 @@ def test_meta_json_names_no_file_outside_the_folder(name, copies, tmp_path):
     (copies / "sub/tokenizer.json").write_text("{}")
     name = name.replace("SECRET", str(tmp_path / "secret"))
     edit(copies / "meta.json", files=["tiktoken.model", name])
-    assert f"{name!r:.100} is no file of a tokenizer" in refusal(tk.tokenizer_files, copies)
+    assert f"{name!r:.100} is not a file of a tokenizer" in refusal(tk.tokenizer_files, copies)
 
 
 def test_a_link_out_of_the_folder_is_no_file_of_a_tokenizer(copies, tmp_path):

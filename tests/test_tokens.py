@@ -66,13 +66,13 @@ def test_shards_of_others_open_and_windows_never_span_two(book):
 
 DAMAGES = {  # what the sentence says: how the folder is damaged
     "No such file": lambda d: (d / "val.bin").unlink(),
-    "val.bin is no whole token file": lambda d: os.truncate(d / "val.bin", 1500),
-    "train.bin is no whole token file": lambda d: (d / "train.bin").write_bytes(b""),
-    "test.bin is no whole token file": lambda d: write_shard(d / "test.bin", [1], version=2),
+    "val.bin is not a complete token file": lambda d: os.truncate(d / "val.bin", 1500),
+    "train.bin is not a complete token file": lambda d: (d / "train.bin").write_bytes(b""),
+    "test.bin is not a complete token file": lambda d: write_shard(d / "test.bin", [1], version=2),
     "holds id 300 of 300 tokens": lambda d: write_shard(d / "val.bin", [1] * 5000 + [300]),
     "train.bin holds id 301": lambda d: write_shard(d / "train.bin", [301] + [1] * 5000),
     "/meta.json'); make it": lambda d: (d / "meta.json").unlink(),
-    "meta.json is no JSON": lambda d: os.truncate(d / "meta.json", 50),
+    "meta.json is not JSON": lambda d: os.truncate(d / "meta.json", 50),
     "sha256 of tokenizer.tiktoken is not": lambda d: os.truncate(d / "tokenizer.tiktoken", 1000),
 }
 

@@ -461,7 +461,7 @@ def test_data_of_another_tokenizer_are_refused(data, begun):
         ["--out=new", "--init_from=run", "--eval_only"],
     ):
         sentence = refused("--data=other", *options)
-        assert "another tokenizer than data/other" in sentence
+        assert "and data/other have different tokenizers" in sentence
         assert sentence.endswith("with --tokenizer=run.")
 
 
