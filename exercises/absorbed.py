@@ -2,21 +2,22 @@
 
 q . (W^UK c) = (W^UK^T q) . c                 sum_j p_j (W^UV c_j) = W^UV (sum_j p_j c_j)
 
-In decoding, keys and values of all old tokens would have to be made anew for every token. Instead
-W^UK goes over to the query and W^UV to the output. Then attention needs only what the cache holds:
-for every token the C numbers of its latent and the R numbers of its turned key. The result is that
-of exercise `mla`. Keys and values of the old tokens are never made: multiplications are counted.
+Decoding as in exercise `mla` would compute keys and values of all earlier tokens again for every
+new token. Instead, W^UK is applied to the query and W^UV to the output. Attention then needs only
+the cache: for every token the C numbers of its latent and the R numbers of its rotated key. The
+result is the same as in exercise `mla`, but keys and values of cached tokens are never computed:
+check.py counts multiplications.
 
-The last T of the S cached tokens are those of the queries: query i is token S - T + i.
+The queries belong to the last T of the S cached tokens: query i is token S - T + i.
 """
 
 import torch
 from torch import Tensor
 
 # First count, for V3 (N = 128, R = 64, V = 128, C = 512), the multiplications of one head:
-EXPANDED = None  # for one query and one key that is there: the score, and its share of the output
+EXPANDED = None  # for one query and one existing key: the score, and the key's share of the output
 ABSORBED = None  # the same on the cached latents
-MAKING = None  # to make the key (N) and the value (V) of one cached token from its latent
+MAKING = None  # to compute the key (N) and the value (V) of one cached token from its latent
 
 
 def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""Exercise 7. The balance loss, for each sequence by itself.
+"""Exercise 7. The balance loss, for each sequence separately.
 
 f_i = E / (K T) * (how many of the T tokens have expert i among the K largest s)    Eq. 18
 P_i = mean over the T tokens of s_i / (sum over all experts of s_j)                 Eq. 19, 20
 loss = sum_i f_i P_i,  then the mean over the sequences                              Eq. 17
 
 The bias balances the experts over the whole batch. This loss, with a tiny weight, keeps one
-sequence from sending all its tokens to the same experts. f only counts and has no gradient; P has
-one. The K largest are taken by s, without the bias.
+sequence from sending all its tokens to the same experts. f is a count without a gradient; P has
+one. The K largest are those by s, without the bias.
 """
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 # First predict the loss of a sequence, with E = 8 and K = 2:
 EVEN = None  # every expert is chosen equally often, whatever the scores are
 SAME_TWO = None  # all tokens choose the same two experts, with s = 1; all other s are 0
-# All else equal, the busiest expert's f doubles. By which factor does the gradient by its P grow?
+# The busiest expert's f doubles, all else equal. By what factor does the gradient of its P grow?
 GRADIENT = None
 # E = 4, K = 2, and a batch of two sequences. In one all tokens choose experts 0 and 1, in the other
-# experts 2 and 3, with s = 1; all other s are 0. So in the batch all are equally busy. The loss?
+# experts 2 and 3, with s = 1; all other s are 0. Over the batch, then, all experts are equally
+# busy. What is the loss?
 TWO_SEQUENCES = None
 
 

@@ -1,24 +1,24 @@
 """Exercise 8. The update of the bias: balance without a loss.
 
-After every step each layer with experts compares how often its experts were chosen, their loads.
-An expert with more than the layer's mean must become a little less likely, one with less a little
-more likely. The gate adds the bias to the score when it chooses (exercise `gate`). A step of a bias
-has the size gamma, however far the load is off. Write this as one formula for b_i. (Section 2.1.2;
-arXiv 2408.15664.) What happens to an expert whose load is exactly the mean?
+After every step each MoE layer compares the loads of its experts, how often each was chosen. An
+expert with a load above the layer's mean must become a little less likely, one below the mean a
+little more likely. The gate adds the bias to the score when it chooses (exercise `gate`). Each step
+changes a bias by gamma, however far the load is from the mean. Write this as one formula for b_i.
+(Section 2.1.2; arXiv 2408.15664.) What happens to an expert whose load is exactly the mean?
 
-A balance loss would also move the weights, away from what predicts the next token. The bias has no
-gradient, so it adds nothing to that of the text.
+A balance loss would also move the weights, away from what predicts the next token best. The bias
+has no gradient, so it does not interfere with that of the text.
 """
 
 import torch
 
-# First predict. In a layer one expert is always busier than the mean, another always idler, and
-# gamma is 0.001. After how many steps is the idle one's bias 0.05 above the busy one's?
+# First predict. In a layer one expert's load is always above the mean, another's always below, and
+# gamma is 0.001. After how many steps is the second one's bias 0.05 above the first one's?
 STEPS = None
-# Four experts have the loads 12, 2, 1 and 1. By how much does one step, with the same gamma, move
+# Four experts have loads of 12, 2, 1 and 1. By how much does one step, with the same gamma, change
 # the mean of their biases?
 DRIFT = None
-# 0.2 is added to all biases of a layer. How many tokens get other experts?
+# 0.2 is added to all biases of a layer. How many tokens are routed to other experts?
 CHANGED = None
 # In the trained network all biases (0.10 to 0.26) are set to 0, and nothing else changes. What
 # happens to the loss of a text: "rises", "stays" (within 1%) or "falls"?
@@ -29,8 +29,7 @@ LOSS_WITHOUT_BIAS = None
 def update_bias(self, gamma: float) -> None:
     """Moves the bias of every gate of the model, then sets its load to 0.
 
-    self.gates(): the gates of the layers with experts. A gate's load (E,) int64 is how often each
-    expert was chosen since the last call; its bias is its e_score_correction_bias (E,). Both are to
-    be changed in place.
+    self.gates(): the gates of all MoE layers. A gate's load (E,) int64 is how often each expert was
+    chosen since the last call; its bias is e_score_correction_bias (E,). Change both in place.
     """
     raise NotImplementedError

@@ -3,10 +3,10 @@
 y = sum over the K chosen experts i of g_i FFN_i(x)                                  Eq. 12
 FFN_i(x) = W_down,i (silu(W_gate,i x) * W_up,i x)
 
-A token visits K of E experts. So every expert takes the tokens that have chosen it, as the rows of
-a matrix, and computes them in one product for each of its three matrices. The results go back to
-their tokens, times the gate values, and are added up. No token is dropped, and no expert computes a
-token that did not choose it.
+A token visits K of E experts. Each expert gathers the tokens that chose it as the rows of a matrix,
+which takes one product for each of its three matrices. The results are multiplied by the gate
+values and added up, token by token. No token is dropped, and no expert computes a token that did
+not choose it.
 """
 
 import torch
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # First count. A layer of V3: D = 7168, every expert is F = 2048 wide, a token visits 8 of 256 and
-# the shared one. How many FLOPs do the experts' matrices take for a token, forward? (A
-# multiplication and an addition are two. Leave the gate out. Write an expression, not its result.)
+# the shared one. How many FLOPs do the experts' matrices take per token, forward? (A
+# multiplication and an addition are two. Leave out the gate. You may write an expression.)
 FLOPS = None
 # How many times as many would it take if every token visited all 256 (and the shared one)?
 TIMES = None

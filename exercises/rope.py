@@ -1,15 +1,15 @@
 """Exercise 3. RMSNorm and RoPE, and why position has a small key of its own.
 
 RMSNorm       y = weight * x / sqrt(mean(x^2) + eps)     the mean is over the last dimension
-RoPE          pair number i of the token at position t is turned by the angle t theta^(-2i/R):
+RoPE          pair i of the token at position t is rotated by the angle t theta^(-2i/R):
               (a, b) -> (a cos - b sin, a sin + b cos)
 
-RoPE turns queries and keys, so that their product depends on the distance of the two tokens, not on
-where they stand: (R_t q) . (R_j k) = q . (R_{j-t} k). Were the key from the latent turned, k = W^UK
-c, this would be q . (R_{j-t} W^UK c). A rotation stands between q and W^UK, another one for every
-distance, so no single matrix can go over to the query (exercise `absorbed`). So V3 leaves that key
-as it is, and R more numbers, one small key for all heads, carry the position. (Part 5
-of docs/TOUR.md tries it without.)
+RoPE rotates queries and keys, so that their product depends on the distance between two tokens, not
+on their positions: (R_t q) . (R_j k) = q . (R_{j-t} k). If the key from the latent, k = W^UK c,
+were rotated, the product would be q . (R_{j-t} W^UK c). The rotation between q and W^UK is a
+different one for every distance, so no single matrix could be applied to the query instead
+(exercise `absorbed`). V3 therefore does not rotate that key. R more numbers, one small key for all
+heads, carry the position. (Part 5 of docs/TOUR.md tries attention without them.)
 """
 
 import torch
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from model import upcast  # float64 stays, all else becomes float32
 
-# First count. Were the keys from the latents turned in V3, too (H = 128, N = 128, C = 512, R = 64):
+# First count. Suppose V3 rotated the keys from the latents (H = 128, N = 128, C = 512, R = 64):
 MATRICES = None  # how many different R_{j-t} W^UK would a head's query need in 4,096 tokens?
-# Instead one could cache all heads' turned keys, beside the latents for the values. How many
-# numbers a token and layer would that be, and how many does V3 cache?
+# Alternatively, one could cache the rotated keys of all heads, and the latents for the values. How
+# many numbers would that be per token and layer, and how many does V3 cache?
 TURNED, SEPARATE = None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., D), weight (D,) -> (..., D) in x's dtype. All before the weight is computed in
-    float32 at least (upcast), and rounded to x's dtype; then the weight multiplies."""
+    """x (..., D), weight (D,) -> (..., D) in x's dtype. The normalised x is computed in float32 at
+    least (upcast) and rounded to x's dtype before it is multiplied by the weight."""
     raise NotImplementedError
 
 

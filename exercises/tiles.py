@@ -2,21 +2,21 @@
 
 s = max |x| over the tile / 448       q = x / s in E4M3       x is about q s         section 3.3.2
 
-E4M3 has 4 significant bits and ends at 448. Its smallest number above 0 is 2^-9. So every row of
-128 numbers (activations) or every block of 128 x 128 (weights) has a scale of its own, which puts
-its largest number at 448.
+E4M3 has 4 significant bits, the largest number 448 and the smallest number above 0, 2^-9. So each
+tile, 1 x 128 numbers for activations or 128 x 128 for weights, has its own scale, which maps its
+largest number to 448.
 """
 
 import torch  # torch.float8_e4m3fn is E4M3
 from torch import Tensor
 
-# First predict. One number of a tensor is 896,000, another is 1, and all have one scale.
+# First predict. One number of a tensor is 896,000, another is 1, and one scale serves all.
 BECOMES = None  # what is q s for the number 1?
 # In a matrix of 1,024 x 1,024 one number is 896,000 and all others are about 1. How many of these
-# become 0 if every row of 128 has a scale? (And how many with one scale for all?)
+# become 0 if every 1 x 128 tile has a scale? (And how many with a single scale?)
 LOST = None
-BYTES_ROW = None  # bytes a number of activations, its share of the scale (4 bytes) included
-BYTES_BLOCK = None  # bytes a number of a weight, likewise
+BYTES_ROW = None  # bytes per number of activations, including its share of the scale (4 bytes)
+BYTES_BLOCK = None  # bytes per number of a weight, likewise
 
 
 def quantize(x: Tensor, block: tuple[int, int], pow2: bool = False) -> tuple[Tensor, Tensor]:

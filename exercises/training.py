@@ -1,11 +1,11 @@
 """Exercise 12. All together: your gate, your experts and your attention train a network.
 
 L = L_main + lambda L_MTP + alpha (sum over the layers of L_Bal)                Eq. 17, 24-25
-gradients of L, scaled down to a norm of 1 at most; a step of the optimiser; the bias's update
+gradients of L, clipped to a norm of at most 1; a step of the optimiser; the update of the bias
 
-check.py builds the network of config/tiny.py, puts in your functions of the exercises `gate`,
-`experts` and `mla`, and trains it for 30 steps with your step, on the bytes of a text. Then it does
-the same with the network as it is, from the same random numbers: compare the two curves.
+check.py builds the network of config/tiny.py with your functions from the exercises `gate`,
+`experts` and `mla`, and trains it for 30 steps with your step, on the bytes of a text. Then it
+trains the original network from the same random numbers, so that you can compare the two curves.
 """
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 
 # First predict. config/tiny.py: a vocabulary of 512, steps of 8 windows of 64 tokens.
 FIRST_LOSS = None  # nats, before training, when every token is about as likely as any other
-TOKENS = None  # how many tokens have 30 steps read?
-# The gradient of L has the norm 5. All weights of the losses are doubled. By which factor does the
-# gradient change that the optimiser sees?
+TOKENS = None  # how many tokens do 30 steps read?
+# The gradient of L has the norm 5. All weights of the losses are doubled. By what factor does this
+# change the gradient that the optimiser receives?
 DOUBLED = None
 
 
@@ -25,8 +25,8 @@ def train_step(
     """One step, from tokens (B, T) and targets (B, T). Returns the losses by name.
 
     model(tokens, targets) gives the losses by name: "loss" (main), "mtp_loss", "balance_loss".
-    weights has what each counts in L, by these three names. The gradients of an earlier step may
-    still be there. torch.nn.utils.clip_grad_norm_(parameters, 1.0) scales gradients. The bias moves
+    weights has the weight of each in L, by the same names. Gradients of the previous step may still
+    be stored. torch.nn.utils.clip_grad_norm_(parameters, 1.0) clips gradients. Update the bias
     last: model.update_bias(gamma).
     """
     raise NotImplementedError
