@@ -1,17 +1,17 @@
-"""The layout of the released models, both ways; opening a run's weights; the export.
+"""Reads and writes the released models' layout, opens the weights of runs, and exports them.
 
     python huggingface.py SRC DST [--quantize=True] [--check=False] [--overwrite]
     python huggingface.py SRC DST.gguf [--gguf_dtype=F32] [--check=False] [--overwrite]
 
 SRC is a run's folder or a checkpoint file. DST, a new directory, opens in transformers and here;
-DST.gguf, a file, opens in llama.cpp. Programs that open either compute DeepSeek-V3's formulas, not
-those of an edited model.py. So, where transformers is installed, it computes logits from what is
-written, and a network whose own logits differ is not exported. (transformers has no MTP modules:
-an edit of these alone is not noticed.)
-Weights of the released layout are safetensors, in one file or shards, each tensor under its
-released name. In FP8 the decoding factors of a weight's blocks of 128x128 are stored beside it, as
-NAME_scale_inv. Optional packages are imported where they are needed: safetensors, tokenizers
-(which brings huggingface_hub), transformers, gguf.
+DST.gguf, a file, opens in llama.cpp. These programs compute DeepSeek-V3's formulas, not those of an
+edited model.py. So transformers, if it is installed, computes logits from the written files, and a
+network with other logits is not exported. (transformers has no MTP modules: an edit that changes
+only these goes unnoticed.)
+In the released layout weights are safetensors, in one file or in shards, each tensor under its
+released name. An FP8 weight's decoding factors, one per 128x128 block, are stored beside it as
+NAME_scale_inv. Optional packages are imported where they are needed: safetensors, tokenizers (which
+installs huggingface_hub), transformers, gguf.
 """
 
 import importlib.util
@@ -45,8 +45,8 @@ FAMILY = ("deepseek_v3", "kimi_k2")  # the values of model_type with V3's networ
 # config.json's other keys that matter, each with the only value that model.py computes.
 FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}
 FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
-# The fields of ModelConfig that DeepSeek-V3 has. A network in which another field, one of your own,
-# is not at its default is no V3 (check_layout).
+# The fields of ModelConfig that DeepSeek-V3 has. A network in which any other field, one of your
+# own, differs from its default is not V3 (check_layout).
 KEYS = {
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank"),
     *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size"),
@@ -57,19 +57,19 @@ KEYS = {
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights not in FP8
 FP8_KEYS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-# Stored in FP8 are the projections of attention and FFN, not gate, norms or eh_proj.
+# The projections of attention and FFN are stored in FP8; gate, norms and eh_proj are not.
 FP8_WEIGHTS = re.compile(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
-# Our stacked experts (E, 2F, D) and (E, D, F) are stored expert by expert, gate and up apart.
+# Our stacked experts (E, 2F, D) and (E, D, F) are stored one by one, gate and up separately.
 STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 # ---- Weights -------------------------------------------------------------------------------------
 
 
 def config_from_json(config: dict[str, Any]) -> ModelConfig:
-    """From a Hugging Face config.json, in the style of transformers 4 or 5.
+    """The ModelConfig of a Hugging Face config.json, in the style of transformers 4 or 5.
 
-    Keys without effect on the network are ignored. Raises Refusal for another architecture
-    and for a value that would change the logits in a way that is not implemented.
+    Keys without effect on the network are ignored. Raises Refusal for another architecture, and for
+    a value that would change the logits in a way that model.py does not implement.
     """
     family, text_part = config.get("model_type"), config.get("text_config")
     if family not in (None, *FAMILY):
@@ -82,10 +82,10 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     # transformers 5 gathers rope_theta and rope_scaling in one dictionary.
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     original = "original_max_position_embeddings"
-    if config.get(original):  # outside of that dictionary it has the last word
+    if config.get(original):  # it overrides the value in that dictionary
         rope[original] = config[original]
-    # The keys of the file and of the two objects in it, in one dictionary. A key that is missing
-    # has transformers' default, which is ours except for these two.
+    # The keys of the file and of its two nested objects in one dictionary. Missing keys have
+    # transformers' defaults, which are ours except for these two.
     stated = {"max_position_embeddings": 4096, "initializer_range": 0.02} | config | rope
     stated |= config.get("quantization_config") or {}
     for key, value in (FIXED_KEYS | FP8_KEYS | {"partial_rotary_factor": 1}).items():
@@ -98,11 +98,11 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
 
 
 def outline(config: ModelConfig) -> DeepSeekV3:
-    """The network on meta, where tensors have names and shapes, but no memory."""
+    """The network on meta, where tensors have names and shapes but no memory."""
     try:
         with torch.device("meta"):
             return DeepSeekV3(config)
-    except RuntimeError:  # the constructor of an edited one asks for numbers
+    except RuntimeError:  # the constructor of an edited network needs actual numbers
         return DeepSeekV3(config)
 
 
@@ -112,14 +112,14 @@ def filled(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> DeepSeekV3:
-    """The network, made on meta, with copies of these weights: their file may be mapped, and be
-    written anew while the network is used. None: with memory that the caller is to fill. What the
-    weights lack is as the constructor makes it."""
+    """The network, made on meta, with copies of these weights. (Their file may be memory-mapped and
+    overwritten while the network is in use.) weights=None: with memory for the caller to fill.
+    Parameters missing from the weights have the constructor's values."""
     model = outline(config).to(dtype)
     state, found = model.state_dict(keep_vars=True), {}
     for name, like in state.items():
         if id(like) in found or (weights is not None and name not in weights):
-            continue  # what two modules share stays shared
+            continue  # shared parameters stay shared
         x = torch.empty_like(like, device=device)
         if weights is not None:
             x.copy_(weights[name].detach())
@@ -127,24 +127,24 @@ def filled(
         found[id(like)] = nn.Parameter(x, like.requires_grad) if parameter else x
     state = {name: found[id(like)] for name, like in state.items() if id(like) in found}
     model.load_state_dict(state, strict=False, assign=True)
-    for gate in model.gates():  # no part of a state
+    for gate in model.gates():  # not in the state
         gate.load = torch.zeros_like(gate.load, device=device)
 
     constants = [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor)]
     if any(x.is_meta for x in (*model.parameters(), *model.buffers(), *constants)):
-        model = DeepSeekV3(config).to(device, dtype)  # of an edited network, or with a new part
+        model = DeepSeekV3(config).to(device, dtype)  # an edited network, or new parameters
         model.load_state_dict(state, strict=False)
     return model.to(device)
 
 
 def and_more(names: list[str]) -> str:
-    """The first of the names, and how many there are besides."""
+    """The first name, and the number of the others."""
     return f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
 
 
 def checkpoint_views(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a released checkpoint: each one's name there, and the part of our parameters
-    that it is, as a view: to read when saving, to write when opening."""
+    """The tensors of a released checkpoint: the name of each and, as a view, the part of our
+    parameters it corresponds to. Saving reads the views, opening writes to them."""
     L = model.config.num_hidden_layers
     for name, x in model.state_dict().items():
         # MTP module k is stored as layer L + k, and the norm after it as shared_head.norm.
@@ -161,8 +161,8 @@ def checkpoint_views(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
 
 
 def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
-    """Duplicates in a released checkpoint, under other names: a tied head, and embedding and head
-    beside every MTP module."""
+    """The tensors that a released checkpoint repeats under other names: a tied head, and embedding
+    and head in every MTP module."""
     if model.config.tie_word_embeddings:
         yield "lm_head.weight", model.lm_head.weight
     for k in range(len(model.mtp)):
@@ -172,8 +172,8 @@ def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
 
 
 def layout(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a release with this config.json, whatever model.py says.
-    Duplicates are left out. Letters are model.py's; Q is q_lora_rank."""
+    """Names and shapes of the tensors in a release with this config.json, independent of model.py
+    and without duplicates. Letters as in model.py; Q is q_lora_rank."""
     D, H, C = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     E, L, Q = config.n_routed_experts, config.num_hidden_layers, config.q_lora_rank
@@ -218,24 +218,28 @@ def layout(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_layout(model: DeepSeekV3):
-    """Raises Refusal unless the network has the keys of DeepSeek-V3, and its tensors by name and
-    shape: readers of the layout would make another network of them, mostly without a word."""
+    """Raises Refusal unless the network has DeepSeek-V3's keys, and tensors of its names and
+    shapes. Other programs would make a different network of any others, in most cases silently."""
     for field in fields(model.config):
         value = getattr(model.config, field.name)
         if field.name not in KEYS and value != field.default:
-            told = f"{field.name} is {value} in this network, a key that DeepSeek-V3 does not have"
-            raise Refusal(f"{told}: other programs would compute another network.")
+            raise Refusal(
+                f"{field.name} is {value} in this network, a key that DeepSeek-V3 does not have: "
+                "other programs would compute another network."
+            )
     ours = {name: tuple(x.shape) for name, x in checkpoint_views(model)}
     released = layout(model.config)
     for name in sorted(ours.keys() | released.keys()):
         have, due = ours.get(name, "missing"), released.get(name, "missing")
         if have != due:
-            told = f"{name} is {have} in this network, but {due} in DeepSeek-V3's layout"
-            raise Refusal(f"{told}: other programs would compute another network.")
+            raise Refusal(
+                f"{name} is {have} in this network, but {due} in DeepSeek-V3's layout: "
+                "other programs would compute another network."
+            )
 
 
 def open_files(directory: Path, device: str) -> dict[str, Any]:
-    """{tensor: the open file that has it}; files are mapped, not read. Raises Refusal."""
+    """{tensor: the open file with it}. Files are memory-mapped, not read. Raises Refusal."""
     import safetensors
 
     stored = {}
@@ -246,19 +250,21 @@ def open_files(directory: Path, device: str) -> dict[str, Any]:
                 raise Refusal(f"it repeats {min(twice)}, so one file is of another version")
             stored |= dict.fromkeys(file.keys(), file)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise Refusal(f"{path} cannot be used ({short(error)}): fetch all anew.") from None
+            raise Refusal(f"{path} cannot be used ({short(error)}): download all again.") from None
     if not stored:
-        raise Refusal(f"{directory} has no weights in model*.safetensors; no other format opens.")
+        raise Refusal(f"{directory} has no weights in model*.safetensors, the only known format.")
     return stored
 
 
 def check_tensors(model: DeepSeekV3, stored: dict[str, Any], directory: Path):
-    """Raises Refusal unless the names and shapes are those of the model, which may be without
-    memory. Duplicates may be missing."""
+    """Raises Refusal unless names and shapes are those of the model, which may be on meta.
+    Duplicates may be missing."""
     needed, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))
     if missing := sorted(needed.keys() - stored.keys()):
-        lacks = f"{directory} lacks {and_more(missing)}"
-        raise Refusal(f"{lacks}, due by its config.json: is a file missing?")
+        raise Refusal(
+            f"{directory} lacks {and_more(missing)}, expected by its config.json: "
+            "is a file missing?"
+        )
     for name in sorted(stored.keys() - needed.keys() - copies.keys()):
         empty = 0 in stored[name].get_slice(name).get_shape()  # transformers' n_shared_experts 0
         if not (empty or name.endswith(("_scale_inv", "rotary_emb.inv_freq"))):
@@ -293,9 +299,8 @@ def from_pretrained(
     """Opens a checkpoint of the DeepSeek-V3 family in bf16, fp16, fp32 or block-wise FP8, in one
     file or several.
 
-    dtype None is the one config.json names, else that of the final norm; for FP8 bf16. MTP
-    modules are there if their tensors are. Raises Refusal naming the file, key or tensor that is
-    wrong.
+    dtype None: the one in config.json, else that of the final norm; bf16 for FP8. The model has MTP
+    modules if their tensors exist. Raises Refusal, which names the wrong file, key or tensor.
     """
     directory = Path(directory)
     raw, stored = read_json(directory / "config.json"), open_files(directory, str(device))
@@ -315,21 +320,21 @@ def from_pretrained(
     copies = {name: x for name, x in checkpoint_copies(model) if name in stored}
     for name, original in copies.items():
         if not torch.equal(stored[name].get_tensor(name).to(original.dtype), original):
-            why = "this is another architecture"
+            message = "this is another architecture"
             if name == "lm_head.weight":
-                why = "set tie_word_embeddings to false in config.json"
-            raise Refusal(f"{name} differs from its original: {why}.")
+                message = "set tie_word_embeddings to false in config.json"
+            raise Refusal(f"{name} differs from its original: {message}.")
     model.trained_length = config.max_position_embeddings
     return model.eval()
 
 
 @torch.no_grad()
 def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = False, **extra: Any):
-    """Writes the checkpoint in the layout of the released ones, for transformers and others.
+    """Writes a checkpoint in the released layout, for transformers and other programs.
 
     quantize: FP8 weights with 128x128 block scales, as released. extra: further keys of
-    config.json, which is written last: without it the directory does not open. Raises Refusal for
-    a network with other parameters than DeepSeek-V3's.
+    config.json. config.json is written last, because the directory does not open without it. Raises
+    Refusal for a network whose parameters are not DeepSeek-V3's.
     """
     from huggingface_hub import save_torch_state_dict
     from safetensors import SafetensorError
@@ -342,7 +347,7 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     config |= FIXED_KEYS | {
         "model_type": "deepseek_v3",
         "num_key_value_heads": model.config.num_attention_heads,
-        "bos_token_id": None,  # unless given in extra: readers would stop at token 1
+        "bos_token_id": None,  # unless given in extra; by default readers would stop at token 1
         "eos_token_id": None,
         "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
     }
@@ -351,7 +356,7 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
         config["quantization_config"] = FP8_KEYS | {"activation_scheme": "dynamic"}
         for name in filter(FP8_WEIGHTS.search, [*tensors]):
             tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantize(tensors[name], fp8.BLOCK)
-    # Copies: what shares memory (experts; MTP's ends) would be refused or dropped.
+    # Copies: tensors that share memory (experts, embedding and head) would be refused or dropped.
     tensors = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
     try:
         save_torch_state_dict(tensors, directory)
@@ -364,21 +369,19 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
 
 
 def compare(
-    stored: dict[str, Tensor], needed: dict[str, Tensor], source: Path, told: str, extend: bool
+    stored: dict[str, Tensor], needed: dict[str, Tensor], source: Path, message: str, extend: bool
 ):
-    """Raises Refusal, which begins as told, where a weight has another shape than is needed, is
-    missing, or has no place. With extend the last two are only named, in a line each."""
+    """Raises Refusal, beginning with `message`, if a stored weight has the wrong shape, is missing
+    or is not needed. With extend, a line names missing weights, and one those not needed."""
     for name in sorted(needed.keys() | stored.keys()):
         have = tuple(stored[name].shape) if name in stored else "missing"
         want = tuple(needed[name].shape) if name in needed else "no part of this network"
         if have != want and not (extend and (name not in stored or name not in needed)):
-            raise Refusal(f"{told}: {name} is {have} in the file, but {want} by the settings")
+            raise Refusal(f"{message}: {name} is {have} in the file, but {want} by the settings")
     if new := sorted(needed.keys() - stored.keys()):
-        info(f"{source} lacks {and_more(new)}: of this network, what is new starts as initialised")
+        info(f"{source} lacks {and_more(new)}: missing weights of this network are initialised")
     if old := sorted(stored.keys() - needed.keys()):
-        info(
-            f"{source} has {and_more(old)}: this network has no place for them, and leaves them out"
-        )
+        info(f"{source} has {and_more(old)}: this network has no place for these, and omits them")
 
 
 def load_model(
@@ -389,49 +392,52 @@ def load_model(
 ) -> tuple[DeepSeekV3, Tokenizer | None]:
     """The model of a run, file or Hugging Face directory, and its tokenizer.
 
-    dtype None is the stored one. The tokenizer is None if a Hugging Face directory has none.
-    extend: parameters that a run's weights lack, because model.py has more today, start as
-    initialised, what it has no place for is left out, and a line names either. Raises Refusal.
+    dtype None: the stored one. The tokenizer is None if a Hugging Face directory has none. extend:
+    if model.py has changed since a run, parameters that are missing from its weights are
+    initialised, weights that have no place are left out, and a line names each kind. Raises
+    Refusal.
     """
     path = Path(ckpt)
     if (path / "config.json").exists():
         return from_pretrained(path, dtype, str(device)), hf_tokenizer(path)
     saved = load_checkpoint(path)
-    told = f"{path}: weights and settings do not match"
+    message = f"{path}: weights and settings do not match"
     if strange := sorted(saved["model_config"].keys() - ModelConfig.__dataclass_fields__.keys()):
         keys = and_more(strange)
-        raise Refusal(f"{path} has {keys}, which only another model.py knows: open it with that.")
+        raise Refusal(f"{path} has {keys}, unknown to this model.py: use the one that trained it.")
     try:
         config, weights = ModelConfig(**saved["model_config"]), saved["model"]
     except (TypeError, KeyError, ValueError) as error:
-        raise Refusal(f"{told}: {short(error)}") from None
-    meaning = "where a formula is another, the weights mean something else"
+        raise Refusal(f"{message}: {short(error)}") from None
+    meaning = "if a formula is different, the weights mean something else"
     note_edit("model.py", saved, checkpoint_file(path), meaning)
-    compare(weights, outline(config).state_dict(), path, told, extend)
+    compare(weights, outline(config).state_dict(), path, message, extend)
     dtype = dtype or weights["embed_tokens.weight"].dtype
     model = filled(config, weights, device, dtype)
     model.trained_length = saved.get("trained_length", config.max_position_embeddings)
     tokenizer = stored_tokenizer(path if path.is_dir() else path.parent)
     if tokenizer.n_vocab > config.vocab_size:
-        told = f"{path} has weights for {config.vocab_size} tokens, but its tokenizer"
-        raise Refusal(f"{told} has {tokenizer.n_vocab}: copy that of their run.")
+        raise Refusal(
+            f"{path} has weights for {config.vocab_size} tokens, but its tokenizer has "
+            f"{tokenizer.n_vocab}: copy the tokenizer of the weights' run."
+        )
     return model.eval(), tokenizer
 
 
 def with_settings(
     model: DeepSeekV3, settings: dict[str, Any], source: Path, extend: bool
 ) -> DeepSeekV3:
-    """The network with other settings and the weights that it has, with extend as far as it needs
-    them: what is new starts as initialised. Raises Refusal where a weight would change its shape,
-    or without extend where one is missing or has no place."""
+    """The network with other settings and the same weights. With extend, new parameters are
+    initialised and weights not needed are left out. Raises Refusal if a weight would change its
+    shape or, without extend, if one is missing or not needed."""
     config = replace(model.config, **settings)
     changed = [key for key, x in vars(config).items() if x != vars(model.config)[key]]
     if not changed:
         return model
-    told = and_more([f"{key} {vars(config)[key]}" for key in changed])
+    message = f"{source} cannot get {and_more([f'{key} {vars(config)[key]}' for key in changed])}"
     weights, like = model.state_dict(), model.embed_tokens.weight
     needed = outline(config).state_dict()
-    compare(weights, needed, source, f"{source} cannot get {told}", extend)
+    compare(weights, needed, source, message, extend)
     other = filled(config, weights, like.device, like.dtype)
     other.trained_length = model.trained_length
     return other.eval()
@@ -443,65 +449,68 @@ def with_settings(
 @dataclass
 class ConvertConfig:
     quantize: bool = False  # FP8 weights with 128x128 block scales, as released
-    check: bool = True  # compare logits with those of transformers, and refuse to write others
-    gguf_dtype: Literal["F32", "F16", "BF16", "Q8_0"] = "F16"  # of the matrices in DST.gguf
-    overwrite: bool = False  # rename what DST names to DST.old-1, and so on
+    check: bool = True  # compare logits with transformers, and refuse to export if they differ
+    gguf_dtype: Literal["F32", "F16", "BF16", "Q8_0"] = "F16"  # of matrices in DST.gguf
+    overwrite: bool = False  # rename an existing DST to DST.old-1, and so on
 
 
 @torch.no_grad()
 def check(directory: Path):
-    """Compares logits with those of transformers, in float32, of random tokens with the end of a
-    text among them; one text of four that agrees is enough. Raises Refusal."""
-    import transformers  # where it is missing, main() has said so
+    """Compares our logits with transformers', in float32, on texts of random tokens that include an
+    end of text. One text of four must agree. Raises Refusal otherwise."""
+    import transformers  # installed: see compares()
 
-    transformers.logging.set_verbosity_error()  # it would list the MTP modules, which it ignores
+    transformers.logging.set_verbosity_error()  # else it lists the MTP modules, which it ignores
     transformers.logging.disable_progress_bar()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, experts_implementation="eager"
     )
     model, generator = from_pretrained(directory, torch.float32), torch.Generator()
-    generator.seed()  # by chance, so that another export draws other texts
+    generator.seed()  # a random seed, so that another export draws other texts
     config, eos = model.config, theirs.config.eos_token_id
     if config.n_routed_experts == 1 and config.first_k_dense_replace < config.num_hidden_layers:
-        raise Refusal("transformers computes no network of one routed expert: give --check=False.")
+        raise Refusal("transformers cannot compute a single routed expert: give --check=False.")
     length = min(1024, config.max_position_embeddings)
-    for _ in range(4):  # in some texts rounding may swap two experts of nearly equal scores
+    for _ in range(4):  # in some texts rounding swaps two experts with nearly equal scores
         tokens = torch.randint(config.vocab_size, (1, length), generator=generator)
         tokens[:, length // 3] = eos[0] if isinstance(eos, list) else eos
         logits, expected = model(tokens), theirs(tokens).logits
         error = ((logits - expected).abs().max() / expected.abs().max()).item()
         if error < 1e-3:
             break
-    left_out = "; it has no MTP modules, so these were not compared" if model.mtp else ""
-    info(f"logits differ from those of transformers by {error:.1e} of the largest{left_out}")
+    without = "; it has no MTP modules, so these were not compared" if model.mtp else ""
+    info(f"logits differ from those of transformers by {error:.1e} of the largest{without}")
     if not error < 1e-3:  # nan, too
-        why = "this is more than rounding, in 4 random texts: model.py is not DeepSeek-V3 any more"
-        told = f"{why}, and other programs would compute V3; nothing was written"
-        raise Refusal(f"{told} (if model.py is unchanged, export again: other texts are drawn)")
+        raise Refusal(
+            "the difference is more than rounding, in 4 random texts: model.py no longer computes "
+            "DeepSeek-V3, but other programs would; nothing was written (if model.py is unchanged, "
+            "export again, which draws other texts)"
+        )
 
 
 def compares(config: ConvertConfig) -> bool:
-    """Whether an export is compared with transformers; says so in a line if not. Only this tells
-    of an edited formula: the layout has no place for it."""
+    """Whether to compare an export with transformers; prints a line if not. Only the comparison
+    detects an edited formula, since the layout holds weights alone."""
     installed = all(importlib.util.find_spec(x) for x in ("transformers", "safetensors"))
     if not (config.check and installed):
-        why = "as asked" if not config.check else "pip install transformers safetensors"
-        info(f"nothing was compared ({why}): what is written means V3, whatever model.py computes")
+        reason = "pip install transformers safetensors" if config.check else "--check=False"
+        info(f"nothing was compared ({reason}): readers compute V3, whatever model.py computes")
     return config.check and installed
 
 
 def check_alone(model: DeepSeekV3, tokenizer: Tokenizer, beside: Path):
-    """`check`, where what is written is not for transformers: by a copy beside it that is."""
+    """Like `check`, for an export that transformers does not read: writes and checks a copy that it
+    does."""
     with tempfile.TemporaryDirectory(dir=beside.parent, prefix=f"{beside.name}.part-") as scratch:
         export(model, tokenizer, Path(scratch), quantize=False)
         check(Path(scratch))
 
 
 def export(model: DeepSeekV3, tokenizer: Tokenizer, directory: Path, quantize: bool):
-    """Writes the model and its tokenizer as transformers opens them."""
+    """Writes the model and its tokenizer for transformers."""
     export_tokenizer(tokenizer, directory)
     eos = tokenizer.eos[0] if len(tokenizer.eos) == 1 else tokenizer.eos
-    bos = tokenizer.bos if tokenizer.files else eos  # of a release None where no text begins so
+    bos = tokenizer.bos if tokenizer.files else eos  # a release's may be None
     keys = {"bos_token_id": bos, "eos_token_id": eos}
     keys["max_position_embeddings"] = model.trained_length
     save_pretrained(model, directory, quantize=quantize, **keys)
@@ -536,12 +545,13 @@ def main(argv: list[str]):
     source, target = paths
     needed = ["gguf"] if to_gguf else ["tokenizers", "safetensors"]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        needs = f"the export needs {' and '.join(missing)}"
-        raise Refusal(f"{needs}: pip install {' '.join(missing)}")
+        raise Refusal(f"an export needs more packages: pip install {' '.join(missing)}")
     check_free(target, config.overwrite)
     if (source / "config.json").exists():
-        told = f"{source} has Hugging Face's layout, but SRC must be a run or a checkpoint file"
-        raise Refusal(f"{told}: to write it anew, use Python: from_pretrained, save_pretrained.")
+        raise Refusal(
+            f"{source} has Hugging Face's layout, but SRC must be a run or a checkpoint file: "
+            "to rewrite it, use from_pretrained and save_pretrained in Python."
+        )
     if to_gguf:
         return export_gguf(source, target, config)
     model, tokenizer = load_model(source)
@@ -556,8 +566,8 @@ def main(argv: list[str]):
         if FP8_WEIGHTS.search(name) and any(n > 128 and n % 128 for n in shape)
     ]
     if config.quantize and partly:
-        told = "transformers cannot read FP8 weights whose last blocks are not full"
-        info(f"{told}: {and_more(partly)}")
+        names = and_more(partly)
+        info(f"transformers cannot read FP8 weights whose last blocks are partly filled: {names}")
     if model.mtp:
         info("transformers will list the MTP modules' tensors as unexpected: it does not use them")
 
