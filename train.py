@@ -490,16 +490,9 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     with runs.open_run(states, config, machine, files, flops) as run:
         tell_plan(model, data, config, machine, progress)
         if progress.step == 0 and config.init_from:  # measured before they change
-            progress.owes_evaluation = True
+            run.log_evaluation(evaluate(model, data, config, machine))
 
-        # After a step first the checkpoint, then the evaluation, which may take minutes. A run that
-        # stops between the two, for whatever reason, makes up for the evaluation when it goes on.
-        while not run.stopped:
-            if progress.owes_evaluation:
-                run.log_evaluation(evaluate(model, data, config, machine))
-            if run.finished or run.stopped:
-                break
-
+        while not (run.finished or run.stopped):
             step = progress.step
             if extended(config, step):
                 extend_context(model, config)
@@ -527,6 +520,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             means["max_vio"] = max_vio([gate.load for gate in model.gates()])
             model.update_bias(gamma_at(config, step) if finite else 0.0)  # loads are 0 from here on
             run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
+            if run.owes_evaluation:
+                run.log_evaluation(evaluate(model, data, config, machine))
             if run.owes_checkpoint:
                 if config.parallel == "ddp":  # FSDP's processes have parts, none of them twice
                     machine.check_weights(model)

@@ -182,7 +182,6 @@ class Progress:
     # for it; and of how many steps it is.
     sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     skipped: int = 0  # steps since that line whose gradient was not finite
-    owes_evaluation: bool = False  # after this step, which has only been saved
     best_length: int = 0  # of best.pt: tokens of the windows trained for
     best_loss: float = math.inf  # of best.pt
 

@@ -5,13 +5,11 @@ train() names the things that have a state. This file knows no more of them, but
 
     states = {"model": model, "progress": Progress(...), ...} | by_name(model, optimizers)
     with open_run(states, config, machine, files) as run:
-        while not run.stopped:            by a signal
-            if progress.owes_evaluation:
-                run.log_evaluation(...)   a line of log.jsonl, and best.pt if it is the best so far
-            if run.finished or run.stopped:   done, or a signal in the evaluation
-                break
+        while not (run.finished or run.stopped):     stopped by a signal
             ...                           a step
             run.advance(tokens, finite, means, lr=lr, grad_norm=norm)
+            if run.owes_evaluation:
+                run.log_evaluation(...)   a line of log.jsonl, and best.pt if it is the best so far
             if run.owes_checkpoint:
                 run.save()                ckpt.pt
 
@@ -115,14 +113,14 @@ def take_folder(out: Path, resume: bool, overwrite: bool) -> BinaryIO:
 
 
 def cut_log(path: Path, step: int):
-    """Leaves out what a run that goes on from the checkpoint of this step writes again: all later
-    lines, this step's evaluation, which comes after its checkpoint, and half a line."""
+    """Leaves out what a run that goes on from the checkpoint of this step writes again, all later
+    lines, and half a line."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     last, kept = 0, []
     for line in lines:
         if found := re.match(rb'\{"step": (\d+), .*\}\n$', line):
             last = max(last, int(found[1]))
-            if (int(found[1]), b'"val_loss"' in line) < (step, True):
+            if int(found[1]) <= step:
                 kept.append(line)
     if last > step:
         info(f"{path} went on to step {last}: it is cut back to the checkpoint's step, {step}")
@@ -156,6 +154,11 @@ class Run:
     def finished(self) -> bool:
         """Whether the last step has been made."""
         return self.progress.step >= self.config.steps
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether one is due after this step."""
+        return self.due(self.config.eval_every)
 
     @property
     def owes_checkpoint(self) -> bool:
@@ -223,9 +226,10 @@ class Run:
         if lost:
             self.give_up()
         self.stopped = self.stop.agreed()
-        progress.owes_evaluation = self.due(config.eval_every)
-        due = self.stopped or progress.owes_evaluation or self.due(config.save_every)
+        due = self.stopped or self.owes_evaluation or self.due(config.save_every)
         self.save_due = self.save_due or due
+        if self.owes_evaluation:  # it is timed from here
+            self.clock.restart(progress.tokens)
 
     def write_means(self, now: dict):
         progress = self.progress
@@ -261,10 +265,9 @@ class Run:
         Weights trained for longer windows always are; at the same length the lower loss is. (Those
         that a run starts from, at step 0, have files of their own.)
         """
-        self.clock.evaluation = time.perf_counter() - self.clock.since  # which a save has set
+        self.clock.evaluation = time.perf_counter() - self.clock.since
         progress, loss, length = self.progress, result["val_loss"], self.model.trained_length
-        progress.owes_evaluation = False
-        self.stopped = not self.finished and self.stop.agreed()
+        self.stopped = self.stop.agreed()
         better = (length, -loss) > (progress.best_length, -progress.best_loss)
         if better and math.isfinite(loss) and progress.step > 0:
             progress.best_length, progress.best_loss = length, loss
@@ -348,8 +351,8 @@ def open_run(
     its ckpt.pt has it. `states` are its things by name, a Progress and the model among them;
     `flops`: of a token, for the mfu.
 
-    SIGINT, SIGTERM and SIGHUP set run.stopped at the end of the step or evaluation; if it is set in
-    the end, KeyboardInterrupt is raised. Raises Refusal where the folder cannot be used.
+    SIGINT, SIGTERM and SIGHUP set run.stopped at the end of the step or evaluation. A run that has
+    steps left then ends with KeyboardInterrupt. Raises Refusal where the folder cannot be used.
     """
     model, progress = states["model"], states["progress"]
     machine.check_alike(
@@ -377,7 +380,7 @@ def open_run(
             if machine.world > 1 or stop.heard:
                 info(f"this process cannot continue; {run.way_on()}.")
             raise
-        if run.stopped:
+        if run.stopped and not run.finished:
             bad = ", whose gradient was not finite" if run.bad_in_a_row else ""
             info(f"stopped at step {progress.step}{bad}; {run.way_on()}.")
             raise KeyboardInterrupt  # so that no script takes the run for finished

@@ -66,21 +66,33 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     assert after.abs().max() < 1e-2 < before.abs().max()
 
 
-def test_a_checkpoint_comes_before_every_evaluation_which_a_resumed_run_makes_up_for(shared):
+def test_a_run_that_is_killed_in_an_evaluation_goes_on_from_the_checkpoint_before(shared):
     def die(windows, device):
         if to_device.call_count == 7:  # after four steps and two of many batches
             raise KeyboardInterrupt
         return mock.DEFAULT
 
+    options = ("--eval_batch=8", "--save_every=3")
     patch = mock.patch.object(train, "to_device", wraps=train.to_device, side_effect=die)
     with patch as to_device, pytest.raises(KeyboardInterrupt):
-        run("--eval_batch=8")
+        run(*options)
     assert [len(call.args[0]) for call in to_device.call_args_list] == [4] * 4 + [8] * 3
-    assert load("run")["step"] == 4 and "val_loss" not in log_of("run")[-1]
-    run("--eval_batch=8", "--resume")
-    assert_same_run(shared("--eval_batch=8"), Path("run"))
-    run("--eval_batch=8", "--resume")  # the last evaluation comes after the last checkpoint too
-    assert_same_run(shared("--eval_batch=8"), Path("run"))
+    assert load("run")["step"] == 3 and "val_loss" not in log_of("run")[-1]
+    run(*options, "--resume")
+    assert_same_run(shared(*options), Path("run"))
+    run(*options, "--resume")  # it is complete: nothing changes
+    assert_same_run(shared(*options), Path("run"))
+
+
+def test_the_weights_that_a_run_starts_from_are_not_evaluated_again_when_it_is_resumed(shared):
+    """The config file still has init_from, as the command line of a resumed run has not."""
+    source = shared("--steps=1")
+    Path("my.py").write_text(f"{Path(TINY).read_text()}init_from = {str(source)!r}\n")
+    options = ("my.py", "--out=run", *SHORT, "--eval_every=9")
+    train.main([*options, "--steps=1"])
+    train.main([*options, "--steps=2", "--resume"])
+    evaluated = [line["step"] for line in log_of("run") if "val_loss" in line]
+    assert evaluated == [0, 1, 2]
 
 
 def test_a_run_has_copies_of_the_code_that_made_its_weights(monkeypatch, capsys):
@@ -197,7 +209,7 @@ def test_losses_are_compared_on_the_same_text_in_the_same_windows(
     run("--resume", "--steps=9", "--data=data/mine", *options)
     told = "the text, eval_tokens or block_size is another one now" in capsys.readouterr().err
     found = told, load("run", "best.pt")["step"], load("run", "best.pt")["val_loss"]
-    assert found == ((True, 8, 9.0) if changed else (False, 4, 2.0))
+    assert found == ((True, 9, 9.0) if changed else (False, 4, 2.0))
 
 
 # ---- The folder ----------------------------------------------------------------------------------
@@ -387,7 +399,7 @@ def test_a_state_that_could_not_be_opened_again_is_an_error_before_it_is_written
     monkeypatch.setattr(checkpoints.RandomNumbers, "state_dict", lambda self: {"mine": mistake})
     with pytest.raises(TypeError, match="only tensors, numbers and text may be saved"):
         run("--steps=1")
-    assert not [*Path("run").glob("*.pt*")]
+    assert not [*Path("run").glob("ckpt.pt*")]
 
 
 # ---- Checkpoints of strangers --------------------------------------------------------------------
