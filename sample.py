@@ -191,10 +191,8 @@ class Text:
         G: int,
         compiled: bool,
         filters: Filters,
-        buffers: dict | None = None,
     ):
-        """Reads the prompt, tokens (B, T), and leaves room for `new` tokens. G: drafts per round;
-        buffers: as in `generate`."""
+        """Reads the prompt, tokens (B, T), and leaves room for `new` tokens. G: drafts per round."""
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
         self.model, self.compiled, self.drafts = model, compiled, G
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft
@@ -227,8 +225,6 @@ class Text:
             code, on_cpu = graphs.methods(model, Text, Cache), tokens.device.type == "cpu"
             self.graph = graphs.compiled(Text.round, on_cpu, (code, kind))
             self.played = set()  # kinds of rounds so far: how many drafts, copied or not
-            if buffers is not None:
-                graphs.move((self, self.cache, self.mtp_cache), buffers)
 
     def read_mtp(self, k: int, hidden: Tensor, start: int | Tensor) -> Tensor:
         """MTP module k + 1 reads the positions from `start` on: their hidden states at depth k, h^k
@@ -400,7 +396,6 @@ def generate(
     generator: torch.Generator | None = None,
     on_token: Callable[[int, list[int], int], None] = lambda b, ids, accepted: None,
     stats: Stats | None = None,
-    buffers: dict | None = None,
 ) -> Tensor:
     """Continues B texts, tokens (B, T). Returns (B, T + max_new_tokens), the prompt included.
 
@@ -411,7 +406,6 @@ def generate(
     generator: on drawing_device(tokens.device); the same state gives the same texts.
     on_token(b, ids, accepted): called with new tokens of text b; the first `accepted` were drafts.
     stats: a Stats to fill in.
-    buffers: a dict, {} at first, in which compiled texts leave their tensors for the next one.
 
     Decoding stops early at max_position_embeddings, and stats.note says so.
     """
@@ -423,7 +417,7 @@ def generate(
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     with torch.autocast(tokens.device.type, enabled=False):
         filters = Filters(temperature, top_k, top_p)
-        text = Text(model, tokens, end - T, speculative, compile, filters, buffers)
+        text = Text(model, tokens, end - T, speculative, compile, filters)
         samples = [Sample(ids) for ids in tokens.tolist()]
         live, n = list(range(B)), T  # the texts that have not reached eos; tokens of each of them
         while live and n < end:
@@ -491,9 +485,7 @@ def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, spec
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def complete(
-    model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig, buffers=None
-):
+def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig):
     """Writes num_samples continuations of the prompt to stdout, the first while it is decoded.
 
     After Ctrl-C, prints all texts as far as they go, then raises KeyboardInterrupt.
@@ -523,7 +515,7 @@ def complete(
             model, torch.tensor([ids], device=device).repeat(len(texts), 1), config.max_new_tokens,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             speculative=config.speculative, lookup=config.lookup, compile=config.compile,
-            eos_token_id=tokenizer.eos, on_token=on_token, stats=stats, buffers=buffers,
+            eos_token_id=tokenizer.eos, on_token=on_token, stats=stats,
             generator=torch.Generator(drawing_device(device)).manual_seed(config.seed),
         )  # fmt: skip
     except KeyboardInterrupt:  # raised again below, after the texts are printed
@@ -561,11 +553,10 @@ def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, gives input() line editing and a history
     info("one prompt per line (\\n: line break); Ctrl-C ends a text, an empty line or Ctrl-D quits")
-    buffers = {}
     with contextlib.suppress(EOFError):
         while line := input("> " if sys.stdout.isatty() else ""):
             try:
-                complete(model, tokenizer, line.replace("\\n", "\n"), config, buffers)
+                complete(model, tokenizer, line.replace("\\n", "\n"), config)
             except KeyboardInterrupt:
                 info("text interrupted")
             except Refusal as error:

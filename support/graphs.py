@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model import upcast
 from support.processes import compiling
 from support.settings import info
 
@@ -84,18 +83,12 @@ def tensors(parts: Any) -> list[Tensor]:
     return leaves
 
 
-def move(objects: tuple, buffers: dict):
-    """Puts the objects' tensors into the memory in which an earlier call left tensors of the same
-    sizes; `buffers` holds it. So a CUDA graph recorded with those addresses need not be recorded
-    again."""
-    tree = torch.utils._pytree
-    new = [x for x in tree.tree_leaves([*map(vars, objects)]) if isinstance(x, Tensor)]
-    old = iter(buffers.setdefault(tuple((x.shape, x.dtype, x.device) for x in new), new))
-    for x in objects:
-        vars(x).update(tree.tree_map_only(Tensor, lambda new: next(old).copy_(new), vars(x)))
-
-
 # ---- Products of few rows, on a CPU --------------------------------------------------------------
+
+
+def in_float32(x: Tensor) -> Tensor:
+    """float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def mm(x: Tensor, w: Tensor) -> Tensor:
@@ -105,8 +98,7 @@ def mm(x: Tensor, w: Tensor) -> Tensor:
     from torch._inductor.inductor_prims import force_stride_order
 
     # x is written to memory first, else it would be computed anew for every column of w.
-    x = upcast(x)
-    x = force_stride_order(x, x.stride())
+    x = force_stride_order(in_float32(x), x.stride())
     return torch.cat([(w.mT * row).sum(-1)[None] for row in x.split(1)]).to(w.dtype)
 
 
@@ -119,7 +111,7 @@ def bmm(x: Tensor, w: Tensor) -> Tensor:
     """x (n, M, K), w (n, K, N)."""
     if min(x.shape[1], w.shape[2]) > ROWS or x.device.type != "cpu":
         return NotImplemented
-    return (upcast(x)[:, :, None] * w.mT[:, None]).sum(-1).to(w.dtype)
+    return (in_float32(x)[:, :, None] * w.mT[:, None]).sum(-1).to(w.dtype)
 
 
 def baddbmm(b: Tensor, x: Tensor, w: Tensor, *, beta=1, alpha=1) -> Tensor:
