@@ -449,6 +449,18 @@ def test_what_torch_replaces_in_a_module_asks_for_no_other_graph(monkeypatch):
     assert graphs.methods(model) != before
 
 
+class Inheriting(plain.MLP):
+    """All its methods are those of its base."""
+
+
+def test_another_method_of_a_base_class_asks_for_another_graph(monkeypatch):
+    mlp = Inheriting(tiny().config, 8)
+    before = graphs.methods(mlp)
+    assert graphs.methods(mlp) == before
+    monkeypatch.setattr(plain.MLP, "forward", lambda self, x: x)
+    assert graphs.methods(mlp) != before
+
+
 def texts(model, T=5, **options) -> Stats:
     """Asserts that the compiled text is the eager one; returns what it took."""
     runs, found = (Stats(), Stats()), []
