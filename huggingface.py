@@ -32,7 +32,7 @@ from model import DeepSeekV3, ModelConfig
 from support.checkpoints import checkpoint_file, load_checkpoint, note_edit
 from support.files import check_free, new_folder, new_path, read_json
 from support.gguf import write_gguf
-from support.settings import Refusal, info, parse_args, run_command, short
+from support.settings import Refusal, as_field, info, parse_args, run_command, short
 from support.tokenizer import (
     PATTERN,
     Tokenizer,
@@ -84,7 +84,8 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     apart = ("rope_theta", "partial_rotary_factor")  # the other keys of `rope` are YaRN's
     stated["rope_scaling"] = {key: value for key, value in rope.items() if key not in apart}
     known = ModelConfig.__dataclass_fields__
-    return ModelConfig(**{key: value for key, value in stated.items() if key in known})
+    stated = {k: as_field(k, x, known[k].type) for k, x in stated.items() if k in known}
+    return ModelConfig(**stated)
 
 
 def outline(config: ModelConfig) -> DeepSeekV3:
