@@ -192,7 +192,7 @@ class Text:
         compiled: bool,
         filters: Filters,
     ):
-        """Reads the prompt, tokens (B, T), and leaves room for `new` tokens. G: drafts per round."""
+        """Reads the prompt, tokens (B, T), and leaves room for `new` tokens; G drafts per round."""
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
         self.model, self.compiled, self.drafts = model, compiled, G
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft

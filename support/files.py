@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from support.settings import Refusal, info, short
-from support.signals import interruptible
 
 
 def put_aside(folder: Path) -> Path:
@@ -53,8 +52,7 @@ def new_path(path: Path, overwrite: bool) -> Iterator[Path]:
     """
     check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.part-")
-    with interruptible(), scratch as own:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.part-") as own:
         new = Path(own) / path.name
         with naming(new):
             yield new

@@ -1,33 +1,12 @@
-"""Clean ends after Ctrl-C, pre-emption (SIGTERM) and a closed terminal (SIGHUP)."""
+"""How a training run ends after Ctrl-C, pre-emption (SIGTERM) or a closed terminal (SIGHUP)."""
 
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 # Windows has no SIGHUP.
 NUMBERS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Within `with interruptible():` SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does,
-    so that unfinished files are removed."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    in_main = threading.current_thread() is threading.main_thread()  # else no handler may be set
-    ours = [x for x in NUMBERS if in_main and signal.getsignal(x) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
 
 
 class Stop:

@@ -30,24 +30,6 @@ END_OF_TEXT = "<|endoftext|>"
 AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder exists)"
 
 
-def without_panic(encode: Callable) -> Callable:
-    """The same function, with tiktoken's panics as Refusals. A panic is not an Exception. A pattern
-    with too many ways to split a text causes one, for example."""
-
-    def refusing(texts: list[str]) -> list[list[int]]:
-        try:
-            return encode(texts)
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":
-                raise
-            raise Refusal(
-                f"the tokenizer's pattern cannot split this text ({short(error, 100)}); "
-                "choose another tokenizer"
-            ) from None
-
-    return refusing
-
-
 @dataclass
 class Tokenizer:
     """Encodes texts, decodes ids, and names the ids that begin and end a text."""
@@ -60,9 +42,6 @@ class Tokenizer:
     encoding: tiktoken.Encoding | None = None  # None for a tokenizer.json
     files: list[Path] = field(default_factory=list)  # a release's, the vocabulary first
     rows: int = 0  # of the release's embedding, if known
-
-    def __post_init__(self):
-        self.encode_batch = without_panic(self.encode_batch)
 
     @property
     def n_vocab(self) -> int:
