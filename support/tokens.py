@@ -1,12 +1,11 @@
 """Token files, and a prepared folder as a Dataset.
 
 Token files have the layout of llm.c and modded-nanogpt: a header of 256 little-endian int32, which
-begins with magic number, version and number of tokens, then the ids. More than 2^30 training tokens
-are split into train_000001.bin and so on.
+begins with magic number, version and number of tokens, then the ids. A download has several files
+of training tokens: train_000001.bin and so on.
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +18,7 @@ from support.files import naming
 from support.settings import Refusal, info
 from support.tokenizer import AGAIN, PIECE, Tokenizer, cut, stored_tokenizer
 
-TOKENS_PER_FILE = 1 << 30  # at most; the header counts them in an int32
+MOST_TOKENS = 1 << 30  # of a file that is written; the header counts them in an int32
 HEADER_BYTES = 1024
 UINT16, UINT32 = (20240520, 1), (20240801, 7)  # magic number and version
 DTYPES = {UINT16: np.dtype("<u2"), UINT32: np.dtype("<u4")}
@@ -52,31 +51,19 @@ def encode_all(texts: list[str], tokenizer: Tokenizer, name: str) -> Iterator[li
 
 
 def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenizer) -> None:
-    """Encode the texts into the token file <split>.bin.
-
-    More than TOKENS_PER_FILE tokens are distributed evenly over <split>_000001.bin and so on: all
-    are first written to one file, whose last parts are then moved to files of their own.
-    """
+    """Encode the texts into the token file <split>.bin. Raises Refusal beyond MOST_TOKENS."""
     kind = UINT16 if tokenizer.n_vocab <= 1 << 16 else UINT32
     dtype, path, count = DTYPES[kind], folder / f"{split}.bin", 0
-    with naming(path), open(path, "wb+") as file:
+    with naming(path), open(path, "wb") as file:
         file.write(bytes(HEADER_BYTES))  # zeros: no reader accepts an incomplete file
         for ids in encode_all(texts, tokenizer, path.name):
             file.write(np.array(ids, dtype).tobytes())
             count += len(ids)
-        files = -(-count // TOKENS_PER_FILE)  # rounded up
-        for number in range(files, 1, -1):
-            start = count * (number - 1) // files
-            place = HEADER_BYTES + start * dtype.itemsize
-            file.seek(place)
-            with open(folder / f"{split}_{number:06d}.bin", "wb") as shard:
-                shard.write(header(kind, count * number // files - start))
-                shutil.copyfileobj(file, shard)
-            file.truncate(place)
+            if count > MOST_TOKENS:
+                limit = f"more than {MOST_TOKENS:,} tokens, the limit of a token file"
+                raise Refusal(f"the {split} text has {limit}: give a shorter SOURCE.")
         file.seek(0)
-        file.write(header(kind, count // files))
-    if files > 1:
-        path.rename(folder / f"{split}_000001.bin")
+        file.write(header(kind, count))
     length = sum(len(text.encode()) for text in texts)
     info(f"{split}: {len(texts):,} documents, {length:,} bytes, {count:,} tokens")
 

@@ -49,6 +49,17 @@ def test_a_mark_that_a_text_has_does_not_come_twice(tmp_path):
     assert files == [[256, 97, 257]] * 4 + [[256, 257, 97, 257]]
 
 
+def test_a_text_too_long_for_a_token_file_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(prose(1, 50))
+    count = len(tf.load_dataset(make(tmp_path, tmp_path / "a.txt")).train)
+    monkeypatch.setattr(tf, "MOST_TOKENS", count)
+    make(tmp_path, tmp_path / "a.txt", name="just")
+    monkeypatch.setattr(tf, "MOST_TOKENS", count - 1)
+    with pytest.raises(Refusal, match=f"train text has more than {count - 1:,} tokens, the limit"):
+        make(tmp_path, tmp_path / "a.txt", name="long")
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"d", "just"}
+
+
 def test_shards_of_others_open_and_windows_never_span_two(book):
     (book / "train.bin").unlink()
     write_shard(book / "train_000001.bin", list(range(0, 10)))
