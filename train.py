@@ -52,7 +52,7 @@ from support.muon import Muon, muon_takes
 from support.processes import Machine
 from support.settings import Refusal, info
 from support.tokenizer import check_tokenizer, stored_tokenizer, tokenizer_files
-from support.tokens import OURS, Dataset, data_folder, open_folder, text_digest
+from support.tokens import OURS, Dataset, data_folder, open_folder
 
 PHASES = ("warmup", "decay_start", "decay_end", "final_start")  # of the learning rate, in order
 
@@ -478,7 +478,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     trainer = processes.wrap(model.train(), config, machine)
     compiled = processes.compiles(config, machine.device)
     optimizers = make_optimizers(model, config)
-    progress = Progress(measured=(text_digest(data), config.block_size))
+    progress = Progress()
+    machine.check_alike(data=[*map(len, (*data.train.arrays, *data.val.arrays)), data.vocab_size])
     # All that a checkpoint keeps. Whatever has state_dict and load_state_dict is one entry more.
     states = {"model": model, "progress": progress, "random": RandomNumbers(machine)}
     states |= checkpoints.by_name(model, optimizers)

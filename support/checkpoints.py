@@ -175,7 +175,6 @@ def by_name(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[s
 class Progress:
     """How far a run has come."""
 
-    measured: tuple  # what a validation loss depends on besides the weights: text, window
     step: int = 0
     tokens: int = 0  # trained on
     # By name: the sum since the last line of the log, on the device, so that no step has to wait
@@ -189,12 +188,7 @@ class Progress:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]):
-        now = self.measured
         vars(self).update(state)
-        if self.measured != now:  # only like losses are compared
-            self.measured, self.best_length, self.best_loss = now, 0, math.inf
-            what = "the text, eval_tokens or block_size"
-            info(f"{what} is another one now, so best.pt will be chosen anew")
 
 
 class RandomNumbers:

@@ -359,7 +359,6 @@ def open_run(
         settings=asdict(config),
         network=asdict(model.config),
         tokenizer=[Path(file).read_bytes() for file in files],
-        data=progress.measured,
     )
     lock = None
     if machine.rank == 0:

@@ -5,7 +5,6 @@ begins with magic number, version and number of tokens, then the ids. A download
 of training tokens: train_000001.bin and so on.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -187,15 +186,3 @@ def open_folder(
             "lower --block_size and --long_block_size, or add text."
         )
     return data
-
-
-def text_digest(data: Dataset) -> str:
-    """A digest that identifies a prepared text. It covers the training files' sizes, the whole
-    validation text, and 8,192 tokens at 1,000 places of the training text (all, up to 8M)."""
-    digest = hashlib.sha256(repr([*map(len, data.train.arrays)]).encode())
-    digest.update(np.ascontiguousarray(data.val.arrays[0]).data)
-    length = min(8192, *map(len, data.train.arrays))
-    places = min(1000, -(-len(data.train) // length))
-    for start in np.linspace(0, len(data.train) - length, places).astype(int):
-        digest.update(data.train.windows([start], length).data)
-    return digest.hexdigest()

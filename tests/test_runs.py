@@ -191,27 +191,6 @@ def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch):
     assert checkpoints.checkpoint_file("run").name == "ckpt.pt"
 
 
-@pytest.mark.parametrize(
-    "changed", ["", "val.bin", "train.bin", "--block_size=8", "--eval_tokens=99"]
-)
-def test_losses_are_compared_on_the_same_text_in_the_same_windows(
-    changed, data, monkeypatch, capsys
-):
-    """By another name a text is the same; prepared anew, it may differ in one id."""
-    shutil.copytree(data, "data/mine")
-    give_losses(monkeypatch, 2.0, 3.0, 9.0, 9.0)
-    run("--data=mine")
-    if changed.endswith(".bin"):
-        with open(f"data/mine/{changed}", "r+b") as file:
-            file.seek(1024 + 2 * 500)
-            file.write(b"\1\0")
-    options = [changed] if changed.startswith("--") else []
-    run("--resume", "--steps=9", "--data=data/mine", *options)
-    told = "the text, eval_tokens or block_size is another one now" in capsys.readouterr().err
-    found = told, load("run", "best.pt")["step"], load("run", "best.pt")["val_loss"]
-    assert found == ((True, 9, 9.0) if changed else (False, 4, 2.0))
-
-
 # ---- The folder ----------------------------------------------------------------------------------
 
 
