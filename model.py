@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from support.settings import Refusal
+from support.settings import Refusal, check_ranges
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
 Position = int | Tensor  # in a graph a tensor without dimensions
@@ -874,7 +874,7 @@ class DeepSeekV3(nn.Module):
 
 # ---- What a ModelConfig may hold -----------------------------------------------------------------
 
-MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+MAY_BE_ZERO = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"}
 YARN_KEYS = {
     *("type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     *("mscale", "mscale_all_dim", "attention_factor", "truncate"),
@@ -883,14 +883,8 @@ YARN_KEYS = {
 
 def check_config(config: ModelConfig):
     """Raises Refusal, in one sentence, if these values make no network."""
-    for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
-        whole = field.type in (int, int | None)  # a width, a number of heads or layers ...
-        least = 1 if whole and name not in MAY_BE_ZERO else 0
-        if isinstance(field.default, int | float):
-            least = min(least, field.default)  # nor may a default be refused
-        if isinstance(value, int | float) and not value >= least:  # "not >=" refuses nan too
-            raise Refusal(f"{name} is {value}, but must be at least {least}.")
+    sizes = {field.name for field in fields(config) if field.type in (int, int | None)}
+    check_ranges(config, at_least_one=sizes - MAY_BE_ZERO)
     E, K, R = config.n_routed_experts, config.num_experts_per_tok, config.qk_rope_head_dim
     groups, allowed = config.n_group, config.topk_group
     within = E // groups * allowed  # the experts among which a token chooses

@@ -31,7 +31,7 @@ import sys
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -114,12 +114,7 @@ class TrainConfig:
     def __post_init__(self):
         counts = {"steps", "batch_size", "block_size", "grad_accum", "eval_batch"}
         counts |= {"eval_every", "save_every", "log_every"}
-        for field in fields(self):
-            name, value, least = field.name, getattr(self, field.name), int(field.name in counts)
-            if isinstance(field.default, int | float):
-                least = min(least, field.default)  # nor may a default be refused
-            if isinstance(value, int | float) and not value >= least:  # "not >=" refuses nan too
-                raise Refusal(f"{name} is {value}, but must be at least {least}.")
+        settings.check_ranges(self, at_least_one=counts)
         if max(self.beta1, self.beta2) >= 1:
             raise Refusal(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
         if self.optimizer == "muon" and self.parallel == "fsdp":

@@ -109,6 +109,17 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
     raise Refusal(f"{name} is {short(repr(value))}, expected {type_name(annotation)}")
 
 
+def check_ranges(config: Any, at_least_one: set[str]) -> None:
+    """Raises Refusal where a number is less than 0, or than 1 in one of these fields. A field whose
+    default is less may be as little as its default."""
+    for field in dataclasses.fields(config):
+        value, least = getattr(config, field.name), int(field.name in at_least_one)
+        if isinstance(field.default, int | float):
+            least = min(least, field.default)
+        if isinstance(value, int | float) and not value >= least:  # "not >=" refuses nan, too
+            raise Refusal(f"{field.name} is {value}, but must be at least {least}.")
+
+
 def parse_args(
     description: str, argv: list[str], *config_classes: type, positional: str = "", usage: str = ""
 ) -> tuple[str | None, dict[str, Any]]:

@@ -42,6 +42,7 @@ REFUSALS = [
     (f"{NEW} --stepps=1", 2, "unknown key stepps; did you mean steps?"),
     (f"{NEW} --seed={10**23}", 2, "seed is '100000000000000000000000', expected int of less than"),
     (f"{NEW} --optimizer=muon --parallel=fsdp", 1, "muon needs whole matrices"),
+    (f"{NEW} --eval_every=0", 1, "eval_every is 0, but must be at least 1."),
     (f"{NEW} --warmup=0.6", 1, "warmup is 0.6, but decay_start is 0.5: raise decay_start to 0.6"),
     (
         f"{NEW} --batch_start=8",
