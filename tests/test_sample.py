@@ -220,7 +220,7 @@ def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
     for bad, sentence in (
         (None, f"{path} is damaged, or no checkpoint"),
         ({"model_args": {}}, "is damaged, or no checkpoint"),  # another program's
-        (saved | {"model_config": config | {"wings": 2}}, "has wings, which only another model"),
+        (saved | {"model_config": config | {"wings": 2}}, "has wings, unknown to this model.py"),
         (saved | {"model_config": config | {"vocab_size": 77}}, padded),
         ({key: x for key, x in saved.items() if key != "model"}, "do not match: 'model'"),
         (saved, "meta.json"),  # the tokenizer is missing
