@@ -147,10 +147,10 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
     """cos and sin of position * theta^(-2i/R), both (T, R/2), times YaRN's amplitude.
 
-    YaRN (arXiv 2309.00071; report section 4.3) divides the frequencies of the slow pairs by
-    `factor`, keeps those of the fast ones and blends linearly in between, at every length. It also
-    multiplies queries and keys by 0.1 ln(factor) + 1, the report's sqrt(t), through the amplitude.
-    In V3's code the square is in `MLA.scale` instead, and the amplitude is 1.
+    In texts longer than those of training, slow pairs would reach angles that are new to the model.
+    YaRN (arXiv 2309.00071; report section 4.3) divides their frequencies by `factor`, keeps those
+    of fast pairs and blends linearly in between, in short texts, too. The amplitude multiplies
+    queries and keys by 0.1 ln(factor) + 1. In V3 it is 1: the square is in `MLA.scale` instead.
     """
     R, theta = config.qk_rope_head_dim, config.rope_theta
     i = torch.arange(R // 2, device=positions.device, dtype=dtype)
@@ -160,7 +160,7 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
         factor = yarn["factor"]
         original = yarn["original_max_position_embeddings"]
 
-        def index_of(rotations: float) -> float:  # pair i that turns so often in `original`
+        def index_of(rotations: float) -> float:  # the pair that makes so many turns in `original`
             return R * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta))
 
         low, high = index_of(yarn.get("beta_fast") or 32), index_of(yarn.get("beta_slow") or 1)
@@ -276,13 +276,13 @@ class MLA(nn.Module):
 
     Why latents: decoding keeps c_t^KV and k_t^R of every token, in V3 576 numbers a layer, where
     128 heads' keys and values have 32,768. The queries' latent saves memory in training.
-    Why position has a key of its own: with RoPE on k_t^C, a rotation that depends on the distance
-    would stand between W^UQ and W^UK, and `attend_absorbed` could not multiply the query by W^UK
-    (DeepSeek-V2, arXiv 2405.04434, section 2.1.3).
-    Why prompts are expanded and decoding is absorbed: one query, key and head of V3 take 320
-    multiplications expanded (N + R + V) and 1,088 absorbed (C + R + C). Before that every key is
-    expanded, or every query and its output absorbed, for C (N + V) = 131,072 each. A prompt has as
-    many queries as keys, so 320 wins. In decoding one query meets many keys, so 1,088 wins.
+    Why position has a key of its own: RoPE on k_t^C would put a rotation, which changes with the
+    distance, between q and W^UK. Then `attend_absorbed` could not multiply the query by W^UK, and
+    each new token would need all keys anew (DeepSeek-V2, arXiv 2405.04434, section 2.1.3).
+    Why two forms: `attend_expanded` makes each key and value, for C (N + V) = 131,072
+    multiplications in a head of V3; `attend_absorbed` spends as many on each query. A query and a
+    key then take 320 (N + R + V) expanded and 1,088 (C + R + C) absorbed. A prompt has as many
+    queries as keys, so 320 wins. In decoding one query has many keys, which are not expanded.
     """
 
     def __init__(self, config: ModelConfig):
@@ -299,8 +299,8 @@ class MLA(nn.Module):
             self.q_b_proj = linear(config, config.q_lora_rank, H * (N + R))  # W^UQ, W^QR
         self.kv_a_proj_with_mqa = linear(config, D, C + R, bias)  # W^DKV, W^KR
         self.kv_a_layernorm = RMSNorm(C, 1e-6)
-        # Per head W^UK and W^UV. Decoding multiplies by these weights alone: it would pass over a
-        # bias or a hook.
+        # Per head W^UK and W^UV. Decoding reads the weight itself, so a bias or a forward hook
+        # here would have no effect there.
         self.kv_b_proj = linear(config, C, H * (N + V))
         self.o_proj = linear(config, H * V, D, bias)
 
@@ -543,7 +543,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D).normal_(std=std))
         self.down_proj = nn.Parameter(torch.empty(E, D, width).normal_(std=std))
 
-    # Of all experts at once; fp8.py has another. Decoding uses linear_by_row in place of this one.
+    # The product for all experts at once; fp8.py replaces it. Decoding uses linear_by_row instead.
     product = staticmethod(grouped_linear)
 
     def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
@@ -551,7 +551,7 @@ class Experts(nn.Module):
         (tokens, K), E = chosen.shape, len(self.down_proj)
         x = x.to(compute_dtype(x))
         expert = chosen.clamp(0, E - 1)
-        gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)  # none of the E counts nothing
+        gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)  # other ids count nothing
         expert, gain = expert.flatten(), gain.flatten()  # (tokens * K,)
         # The few tokens of decoding each read the weights of their experts.
         few = tokens * K <= E and x.device.type == "cpu"
@@ -643,9 +643,9 @@ class MTP(nn.Module):
     The report writes the hidden state first and no norm around TRM_k; the released weights have
     the embedding first, and h^0 is the main model's hidden state after its final norm.
 
-    The module drafts tokens. It may also help the model: each position learns from more than one
-    token, and its state may plan what comes later (section 2.2). In arXiv 2404.19737 this helped
-    large models; small ones became worse.
+    In decoding the module drafts tokens (sample.py). In training it may help the model: a position
+    learns from more than one token, and its state may plan ahead (section 2.2). In arXiv
+    2404.19737, with heads in place of modules, large models gained and small ones became worse.
     """
 
     def __init__(self, config: ModelConfig):
@@ -673,7 +673,7 @@ class MTP(nn.Module):
 # ---- The model -----------------------------------------------------------------------------------
 
 
-PIECE = 2**27  # logits that are at once in float32, 512 MB
+PIECE = 2**27  # most logits in float32 at once, 512 MB
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -834,7 +834,7 @@ class DeepSeekV3(nn.Module):
 
     def cache_numbers(self) -> tuple[int, int, int]:
         """What decoding keeps by `new_cache`, in numbers of the weights' dtype: per token, and per
-        text beside that, such as a ring or a state. Then what multi-head attention would keep per
+        text of any length, such as a ring or a state. Then what multi-head attention would keep per
         token: keys and values of every head."""
         config, like = self.config, self.embed_tokens.weight.to("meta")
         most = config.max_position_embeddings
