@@ -450,8 +450,8 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
 # ---- check ---------------------------------------------------------------------------------------
 #
 # Does a network compute what its author meant? An edit may train without an error and be wrong: it
-# decodes another network than the one that was trained, it loses a part of its gradient, its loss
-# is not the one that is compared. Each check computes the same thing in two ways and compares:
+# decodes a different network from the one it trained, it loses a part of its gradient, its loss is
+# not the one that is compared. Each check computes the same thing in two ways and compares:
 #
 #     decoding     a text that is read in pieces, behind a cache, and the same text read whole
 #     bfloat16     the same in low precision, beside what rounding does to the whole text
@@ -553,7 +553,11 @@ def longest_window(model: DeepSeekV3) -> int:
     like, most = model.embed_tokens.weight.to("meta"), model.config.max_position_embeddings
     layers = *model.layers, *model.mtp
     kept, of_twice = (
-        [x.shape for x in graphs.tensors([layer.new_cache(1, tokens, like) for layer in layers])]
+        [
+            x.shape
+            for x in graphs.tensors([layer.new_cache(1, tokens, like) for layer in layers])
+            if x.ndim > 1
+        ]
         for tokens in (most, 2 * most)
     )
     return max((x[1] for x, y in zip(kept, of_twice, strict=True) if x == y), default=0)

@@ -192,6 +192,7 @@ def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
 # ---- Multi-head Latent Attention (section 2.1.1) -------------------------------------------------
 
 
+MOST_IN_GRAPH = 512  # tokens that a graph of decoding reads at once (Experts.forward)
 MOST_NEW = 8  # after the prompt decoding reads at most 8 tokens at once, and forgets at most 8
 
 
@@ -490,7 +491,7 @@ def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
 
 class Dispatch(torch.autograd.Function):
     """Copies every token to its K rows: x (tokens, D) -> (rows, D). Row i holds token[i] (rows,),
-    and token t is in the rows place[t] (tokens, K).
+    and token t is in the rows place[t] (tokens, K). Rows of padding hold zeros.
 
     Its gradient is Combine, and the gradient of Combine is Dispatch. So forward and backward only
     read, and a token's K rows are added up in float32 and rounded once. The gradient of `x[token]`
@@ -500,6 +501,8 @@ class Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, token: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(token, place)
+        if len(token) > place.numel():  # some rows are padding
+            x = F.pad(x, (0, 0, 0, 1))
         return x.index_select(0, token)
 
     @staticmethod
@@ -554,9 +557,9 @@ class Experts(nn.Module):
         gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)  # other ids count nothing
         expert, gain = expert.flatten(), gain.flatten()  # (tokens * K,)
         # The few tokens of decoding each read the weights of their experts.
-        few = tokens * K <= E and x.device.type == "cpu"
+        few = 0 < tokens * K <= E and x.device.type == "cpu"
         if torch.compiler.is_compiling():  # no shape may depend on the choice
-            few = tokens <= 512
+            few = tokens <= MOST_IN_GRAPH
         if few and self.product is grouped_linear and not torch.is_grad_enabled():
             x = x.repeat_interleave(K, 0)  # (tokens * K, D)
             gate, up = linear_by_row(x, self.gate_up_proj, expert).chunk(2, -1)
@@ -572,7 +575,7 @@ class Experts(nn.Module):
             counts = counts + extra
         # Sorted by expert, so that the tokens of an expert are rows side by side.
         order = expert.argsort(stable=True)  # (rows,)
-        token = order.clamp(max=tokens * K - 1) // K  # (rows,), any token for the padding
+        token = order.clamp(max=tokens * K) // K  # (rows,), `tokens` for the padding
         place = torch.empty_like(order)  # the inverse of order
         place[order] = torch.arange(len(order), device=order.device)
         place = place[: tokens * K].view(tokens, K)

@@ -125,7 +125,9 @@ def read_file(path: Path, text_key: str) -> Iterator[str | None]:
 
         file = ParquetFile(path)
         if (columns := file.schema_arrow.names).count(text_key) != 1:
-            raise Refusal(f"it has columns {columns!r:.100}, but not one {text_key!r}{OTHER_KEY}")
+            raise Refusal(
+                f"it has columns {columns!r:.100}, expected exactly one {text_key!r}{OTHER_KEY}"
+            )
         for batch in file.iter_batches(columns=[text_key]):
             for value in batch.column(text_key).to_pylist():
                 yield as_text(value, "a record", text_key)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from huggingface import load_model
-from model import Cache, DeepSeekV3, span
+from model import MOST_IN_GRAPH, Cache, DeepSeekV3, span
 from support import graphs
 from support.processes import fast_dtype, usable_device
 from support.settings import Refusal, info, parse_args, run_command, with_home
@@ -34,7 +34,6 @@ from support.tokenizer import Tokenizer
 
 MOST_DRAFTS = 4
 MOST_TEXTS = 10_000  # decoded together; many more would run out of memory, after minutes
-MOST_IN_GRAPH = 512  # tokens that a graph reads at once; Experts.forward would sort more by expert
 MATCH = 3  # drafts are copied where the last 3 tokens occurred earlier in the text
 COLDEST = 1e-6  # a lower temperature counts as 0: the likeliest token has nearly all probability
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -197,7 +196,7 @@ class Text:
         self.model, self.compiled, self.drafts = model, compiled, G
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft
         most = MOST_IN_GRAPH // (G + max(1, self.depth))  # a round reads G + depth tokens of a text
-        if compiled and most < B:
+        if compiled and model.gates() and most < B:
             raise Refusal(f"{B} samples are too many: --compile decodes at most {most} together")
         drawn = filters.temperature >= COLDEST
         if drawn:
@@ -531,8 +530,9 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
 
 
 def print_stats(model: DeepSeekV3, stats: Stats, num_samples: int):
-    if stats.rounds:
-        info(f"{stats.tokens} tokens, {stats.tokens / stats.seconds:.1f} tokens/s after the prompt")
+    if stats.rounds > 1:
+        speed = (stats.tokens - num_samples) / stats.seconds  # the prompt's forward gave the first
+        info(f"{stats.tokens} tokens, {speed:.1f} tokens/s after the prompt")
     if stats.rounds and any(stats.drafted):
         of = (f"{a} of {d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
         per_call = stats.tokens / stats.rounds / num_samples

@@ -202,7 +202,8 @@ def batch_at(config: TrainConfig, step: int) -> int:
 
 def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, as in the report; or Muon for the matrices of the layers and AdamW for the
-    rest, at adamw_lr times lr. Says what Muon has, by kind: a stranger among them shows."""
+    rest, at adamw_lr times lr. Lists the kinds of matrices that Muon takes, so that one that does
+    not belong there stands out."""
     of_muon = muon_takes(model) if config.optimizer == "muon" else set()
     matrices = [p for p in model.parameters() if p in of_muon]
     others = [p for p in model.parameters() if p.ndim > 1 and p not in of_muon]

@@ -82,7 +82,7 @@ def speculation(
         times = seconds[kind][1:]
         shares = [a / d for a, d in zip(s.accepted, s.drafted, strict=True) if d]
         row = {
-            "drafts": kind, "tokens/s": s.tokens / statistics.median(times),
+            "drafts": kind, "tokens/s": (s.tokens - len(prompts)) / statistics.median(times),
             "speed-up": ratio(seconds["0"][1:], times), "tokens/forward": s.tokens / s.rounds,
             "accepted by position": " ".join(f"{x:.2f}" for x in shares),
             "6-grams repeated": statistics.mean(map(repeats, texts[kind])),

@@ -54,7 +54,7 @@ def flops_per_token(model: nn.Module, T: int) -> float | None:
     """In a training step with windows of T tokens, MTP modules included. Counted in a forward of
     the network as it is, on tensors that are shapes only; a backward takes twice as much. None
     where it cannot run so, such as one that asks for the value of a tensor."""
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode():  # with gradients: without, few tokens ask for the values of a choice
         fakes = {}  # by what they stand for, as deepcopy asks for it
         for x in (*model.parameters(), *model.buffers()):
             empty = torch.empty(x.shape, dtype=x.dtype)

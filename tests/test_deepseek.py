@@ -38,7 +38,7 @@ from networks import (
 from torch import nn
 
 import bench
-from model import Cache, DeepSeekV3, Dispatch, Gate, ModelConfig, RMSNorm, balance_loss
+from model import Cache, Combine, DeepSeekV3, Dispatch, Gate, ModelConfig, RMSNorm, balance_loss
 
 
 @pytest.fixture(autouse=True)
@@ -199,6 +199,15 @@ def test_experts_equal_a_loop(dtype, tolerance, null):
         for n in (1, 4, 40):
             few = experts(x[:n], chosen[:n], gain[:n])
             close(few, y[:n], atol=tolerance * y.abs().max().item())
+
+
+def test_dispatch_and_combine_are_each_others_gradient():
+    """Also with two rows of padding, which get zeros and no gradient."""
+    order = torch.randperm(14)
+    token, place = order.clamp(max=12) // 3, order.argsort()[:12].view(4, 3)
+    for function, rows in ((Dispatch, 4), (Combine, 14)):
+        x = torch.randn(rows, 2, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x, f=function: f.apply(x, token, place), x)
 
 
 def test_a_sum_over_experts_is_rounded_once_in_bf16():
