@@ -252,8 +252,8 @@ UNREADABLE = [  # a file, what is in it, and what the sentence says besides the 
         FINE + b'{"text": ' + b"[" * 100_000,
         "line 3 is not JSON (maximum recursion",
     ),
-    ("a.parquet", [("n", ["a"]), ("m", ["a"])], "columns ['n', 'm'], but not one 'text'; is the"),
-    ("a.parquet", [("text", ["a"])] * 2, "columns ['text', 'text'], but not one 'text'; is"),
+    ("a.parquet", [("n", ["a"]), ("m", ["a"])], "['n', 'm'], expected exactly one 'text'; is the"),
+    ("a.parquet", [("text", ["a"])] * 2, "'text'], expected exactly one 'text'; is"),
     ("a.parquet", [("text", [b"fine", b"caf\xe9"])], "byte 0xe9"),
 ]
 
