@@ -192,8 +192,8 @@ def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
 # ---- Multi-head Latent Attention (section 2.1.1) -------------------------------------------------
 
 
-MOST_IN_GRAPH = 512  # tokens that a graph of decoding reads at once (Experts.forward)
 MOST_NEW = 8  # after the prompt decoding reads at most 8 tokens at once, and forgets at most 8
+MOST_IN_GRAPH = 512  # tokens that a graph of decoding reads at once (Experts.forward)
 
 
 class Cache:
