@@ -79,8 +79,8 @@ def names_of(text: str) -> dict:
     return names
 
 
-def test_python_of_the_readme_runs(tiny):
-    names = names_of((ROOT / "README.md").read_text(encoding="utf-8"))
+def test_python_of_the_reference_runs(tiny):
+    names = names_of((ROOT / "docs/REFERENCE.md").read_text(encoding="utf-8"))
     assert names["logits"].shape == (1, 3, 512) and names["further"].shape == (1, 2, 512)
 
 
