@@ -461,8 +461,9 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
 #     drafts       a text that is written with drafts, and one that is written without
 #
 # All but the second compute in float64, on a copy of the network. There rounding leaves 12 digits
-# or more, and a mistake few. All weights of the copy are shaken a little, so that what was
-# initialised as 0 counts, too. FP8 rounds more than that: call these functions without use_fp8.
+# or more, and a mistake few. All weights of the copy are moved at random, so that what was
+# initialised as 0, or so small that it hardly counts, counts too. FP8 rounds more than that: call
+# these functions without use_fp8.
 # docs/HACKING.md has a table of what each check finds, and of what to look for then.
 
 SAME = 1e-8  # a difference that is smaller, relative to what is compared, is rounding
@@ -481,13 +482,15 @@ class Answer:
 
 @torch.no_grad()
 def shaken(model: DeepSeekV3) -> DeepSeekV3:
-    """A copy in float64 in which no weight is exactly what it was."""
+    """A copy in float64 with all weights moved at random, matrices by so much that attention's
+    scores and the gates' differ by about 1: at an initial 0.006 a wrong score hardly shows."""
     model = copy.deepcopy(getattr(model, "_orig_mod", model))
     model.to(sample.drawing_device(model.embed_tokens.weight.device), torch.float64).eval()
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         shake = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-        p.add_(shake.to(p.device), alpha=model.config.initializer_range)
+        size = p.shape[-1] ** -0.5 if p.ndim > 1 else model.config.initializer_range
+        p.add_(shake.to(p.device), alpha=size)
     return model
 
 

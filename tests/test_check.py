@@ -7,12 +7,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import VARIANTS, calm, tiny
+from networks import TINY, VARIANTS, calm, tiny
 from torch import nn
 
 import bench
+import model
 from bench import bfloat16, causality, decoding, drafts, gradients, losses
-from model import MOST_NEW, DeepSeekV3, Past, remember, span, upcast
+from model import MOST_NEW, DeepSeekV3, ModelConfig, Past, remember, span, upcast
 from train import TrainConfig
 
 CONFIG = TrainConfig(block_size=16)
@@ -124,6 +125,21 @@ def test_a_state_that_cannot_go_back_is_found_in_the_model_or_in_a_module():
     assert "from position 0 on" in wrong[0] and "prompt of 20: wrong from position 20" in wrong[2]
     wrong = ways_found(mixed(Summed(), "mtp.1.block.self_attn", num_nextn_predict_layers=2))
     assert len(wrong) == 4 and all(x.startswith(f"MTP module 2, {REJECTED}") for x in wrong)
+
+
+def test_scores_that_are_capped_in_decoding_alone_are_found_in_a_new_network(monkeypatch):
+    """At initial weights of 0.006 scores are so small that a cap of 50 would not show."""
+    plain = model.causal_attention
+
+    def capped(q, k, v, scale, start=0):
+        if isinstance(start, int) and start == 0 and q.shape[2] > 1:
+            return plain(q, k, v, scale, start)
+        score = 50 * torch.tanh(q @ k.mT * (scale / 50))
+        later = torch.arange(k.shape[2]) > start + torch.arange(q.shape[2])[:, None]
+        return score.masked_fill(later, -torch.inf).softmax(-1) @ v
+
+    monkeypatch.setattr(model, "causal_attention", capped)
+    assert decoding(DeepSeekV3(ModelConfig(**TINY | {"initializer_range": 0.006})), 24).wrong
 
 
 def test_a_text_is_longer_than_twice_the_longest_window():
