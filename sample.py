@@ -212,7 +212,7 @@ class Text:
         self.mtp_cache = Cache(config, model.mtp[: self.depth], B, size, like)
         hidden = model.trunk(tokens, self.cache)  # (B, T, D), or wider in an edited network
         self.hidden = hidden.new_zeros(B, size if self.depth else 0, hidden.shape[-1])
-        self.prompt, self.newest = T, hidden[:, -1:]  # (B, 1, D), the newest token's
+        self.prompt, self.newest = T, hidden[:, -1:]  # the hidden state of the last token (B, 1, D)
         if self.depth:  # only the modules read hidden states
             self.hidden[:, :T] = hidden
         if T > 1:
