@@ -4,9 +4,9 @@ k_t^C = W^UK c_t^KV        v_t^C = W^UV c_t^KV        k_t,i = [k_t,i^C; k_t^R]  
 o_t,i = sum over j <= t of softmax_j(q_t,i . k_j,i * scale) v_j,i^C                   Eq. 10
 
 A token's latent c^KV is short; W^UK and W^UV turn it into every head's key and value. The part of
-the key with the position, k^R, is computed from the layer's input, not from the latent (part 5 of
-docs/TOUR.md gives likely reasons). All heads share k^R, so the cache holds R numbers for it, not
-H x R. The scale is 1 / sqrt(N + R), with YaRN times a factor: use `self.scale`.
+the key with the position, k^R, is computed from the layer's input, not from the latent (the papers
+give no reason). All heads share k^R, so the cache holds R numbers for it, not H x R. The scale is
+1 / sqrt(N + R), with YaRN times a factor: use `self.scale`.
 
 Letters: B texts, T tokens, H heads, C numbers in a latent, N and R numbers of a query or key
 without and with position, V numbers in a value.

@@ -9,7 +9,7 @@ on their positions: (R_t q) . (R_j k) = q . (R_{j-t} k). If the key from the lat
 were rotated, the product would be q . (R_{j-t} W^UK c). The rotation between q and W^UK is a
 different one for every distance, so no single matrix could be applied to the query instead
 (exercise `absorbed`). V3 therefore does not rotate that key. R more numbers, one small key for all
-heads, carry the position. (Part 5 of docs/TOUR.md tries attention without them.)
+heads, carry the position. (Part 5 of docs/TOUR.md shows the wrong scores of rotated content.)
 """
 
 import torch
