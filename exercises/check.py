@@ -5,10 +5,10 @@
     python exercises/check.py mla --hint        an idea; --hint=2: the shapes; --hint=3: nearly all
     python exercises/check.py mla --solution    the lines of the network that answer
 
-An exercise begins with questions: predict or count, before you write. Then your function is judged
-on made-up inputs, against a plain answer. Where it gives what a known mistake gives, the mistake is
-named. Finally your function runs in the trained network, beside the network's own. (In the exercise
-`training` it trains a small one.)
+An exercise begins with questions: predict or count before you write. Then your function is compared
+with a plain answer on made-up inputs. If it gives what a known mistake gives, the mistake is named.
+Finally it runs in the trained network, beside the network's own function. (In the exercise
+`training` it trains a small network.)
 In a notebook: from exercises.check import check; check("gate", globals())
 """
 
