@@ -204,9 +204,11 @@ class RandomNumbers:
         return {"by_rank": of_all(own)}
 
     def load_state_dict(self, state: dict[str, list]):
-        """A process that the run has not had before gets the states of process 0."""
+        """A process that the run has not had before keeps its own."""
         ranks, rank = state["by_rank"], self.machine.rank
-        cpu, *rest = ranks[rank if rank < len(ranks) else 0]
+        if rank >= len(ranks):
+            return
+        cpu, *rest = ranks[rank]
         torch.set_rng_state(cpu)
         if rest and self.cuda:
             torch.cuda.set_rng_state(rest[0], self.machine.device)

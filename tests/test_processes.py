@@ -47,12 +47,19 @@ def no_second_copy():
     processes.sync_gradients = look
 
 
+def draw_differently(out: str) -> bool:
+    """Whether two processes have other random numbers, as dropout needs."""
+    (one,), (other,) = load(out)["random"]["by_rank"]
+    return not torch.equal(one, other)
+
+
 def test_a_run_moves_between_one_process_ddp_and_fsdp(start, shared):
     run(*CONSTANT, "--steps=2", out="moved")
     ways = ("ddp", 4, 2, no_second_copy), ("fsdp", 6, 1, None)
     for parallel, steps, parts, setup in ways:
         options = (f"--parallel={parallel}", f"--steps={steps}", f"--grad_accum={parts}")
         finish(start(*CONSTANT, *options, "--resume", world=2, out="moved", setup=setup))
+        assert draw_differently("moved")
     run("--resume", "--steps=8", out="moved")
     moved, straight = load("moved"), load(shared(*CONSTANT))
     for key in ("model", "step", "tokens"):
@@ -169,6 +176,7 @@ def test_torchrun_trains_and_is_interrupted_and_resumed(shared):
     assert "stopped at step" in Path("said").read_text(), Path("said").read_text()
     subprocess.run([*argv, "--resume"], check=True)
     assert_same_run(shared("--steps=12"), Path("run"), 1e-9)
+    assert draw_differently("run")
 
 
 def test_where_nothing_can_be_compiled_a_line_says_so_and_the_run_goes_on(monkeypatch, capsys):
