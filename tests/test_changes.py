@@ -1,5 +1,6 @@
 """The worked changes of docs/HACKING.md apply, train, and decode what whole forwards compute."""
 
+import itertools
 import math
 import re
 import runpy
@@ -199,6 +200,26 @@ def rows_of_two_and_three_tokens(c: Changed):
         other = tokens.clone()
         other[0, 20 - back] += 1
         assert (c.model.memory.rows(other) != rows)[0, 18].tolist() == depends
+
+
+@change("Forgetting attention")
+def keeps_sums_in_float32(c: Changed):
+    """By its formula, a token after the other; and the check finds sums kept in bfloat16."""
+    part, x = c.model.layers[0].self_attn, torch.randn(1, 20, 48).double()
+    q, kv, f = (
+        proj(x)[0].unflatten(-1, (2, -1)) for proj in (part.q_proj, part.kv_proj, part.f_proj)
+    )
+    o = torch.zeros(20, 2, 16).double()
+    for t, head in itertools.product(range(20), range(2)):
+        f_t, (k, v) = f[: t + 1, head, 0].sigmoid(), kv[: t + 1, head].split([24, 16], -1)
+        fall = torch.stack([f_t[s + 1 :].log().sum() for s in range(t + 1)])
+        o[t, head] = (k @ q[t, head] / 24**0.5 + fall).softmax(0) @ v
+    assert torch.allclose(part(x, None)[0], part.o_proj(o.flatten(1)), atol=1e-12)
+    new_cache = type(part).new_cache
+    type(part).new_cache = lambda self, batch, size, like: [
+        kept.to(like.dtype) for kept in new_cache(self, batch, size, like)
+    ]
+    assert bench.bfloat16(c.model).wrong
 
 
 @change("Hyper-connections: two streams")

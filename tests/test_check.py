@@ -1,5 +1,6 @@
 """Edits that train without an error and are wrong, each named by its line of `bench.py check`; and
-right ones, of which no line complains. Networks are tiny, as in test_network.py."""
+right ones, of which no line complains. Networks are tiny, as in test_network.py. Sums that are kept
+in bfloat16: test_changes.py."""
 
 import functools
 from unittest import mock
@@ -7,13 +8,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import TINY, VARIANTS, calm, tiny
+from networks import TINY, VARIANTS, tiny
 from torch import nn
 
 import bench
 import model
-from bench import bfloat16, causality, decoding, drafts, gradients, losses
-from model import MOST_NEW, DeepSeekV3, ModelConfig, Past, remember, span, upcast
+from bench import causality, decoding, drafts, gradients, losses
+from model import MOST_NEW, DeepSeekV3, ModelConfig
 from train import TrainConfig
 
 CONFIG = TrainConfig(block_size=16)
@@ -148,44 +149,6 @@ def test_a_text_is_longer_than_twice_the_longest_window():
     with mock.patch.object(bench, "WAYS", {SEVERAL: [(8, 0)]}):
         assert "a text of 314 tokens (some layers keep 157 places)" in decoding(model).what
         assert "a text of 256 tokens in" in decoding(tiny()).what
-
-
-class Forgetting(nn.Module):
-    """Attention whose scores fall with every token in between (arXiv 2503.02130), by logarithms
-    that are kept as running sums, row t + 1 up to token t."""
-
-    def __init__(self, low: bool, D=16):
-        super().__init__()
-        self.low, self.D = low, D
-        self.qkv, self.f = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, 1)
-
-    def new_cache(self, batch, size, like):
-        sums = like.new_zeros(batch, size + 1, 1)
-        return [like.new_zeros(batch, size, 2 * self.D), sums if self.low else upcast(sums)]
-
-    def forward(self, h, rope, past=None):
-        T, start = h.shape[1], past.start if past else 0
-        q, kv = self.qkv(h).split([self.D, 2 * self.D], -1)
-        total = F.logsigmoid(upcast(self.f(h))).cumsum(1)  # (B, T, 1)
-        rows = total
-        if past is not None:
-            room, sums = past.kept
-            total = total + sums[:, span(start, 1)]
-            sums[:, span(start + 1, T)] = total.to(sums.dtype)
-            kv = remember(Past(room, start), kv)
-            rows = sums[:, 1 : 1 + kv.shape[1]]
-        k, v = kv.chunk(2, -1)
-        later = torch.arange(k.shape[1]) > start + torch.arange(T)[:, None]
-        score = upcast(q @ k.mT) / 4 + total - upcast(rows).mT
-        return score.masked_fill(later, -torch.inf).softmax(-1).to(v.dtype) @ v
-
-
-@pytest.mark.parametrize("low", [False, True])
-def test_running_sums_in_bfloat16_are_found(low):
-    model = calm()
-    model.layers[1].self_attn = Forgetting(low)
-    assert not ways_found(model)
-    assert bool(bfloat16(model).wrong) == low
 
 
 # ---- A look ahead --------------------------------------------------------------------------------
