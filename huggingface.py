@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import fp8
 from model import DeepSeekV3, ModelConfig
 from support.checkpoints import checkpoint_file, load_checkpoint, note_edit
-from support.files import check_free, new_folder, new_path, read_json
+from support.files import check_free, new_folder, read_json, write_whole
 from support.gguf import write_gguf
 from support.settings import Refusal, as_field, info, parse_args, run_command, short
 from support.tokenizer import (
@@ -445,11 +445,15 @@ def export_gguf(source: Path, target: Path, options: ConvertConfig):
     """Writes weights and tokenizer as one file for llama.cpp."""
     model, tokenizer = load_model(source)
     config = asdict(model.config) | {"max_position_embeddings": model.trained_length}
-    with new_path(target, options.overwrite) as file:
-        if compares(options):
-            check_alone(model, tokenizer, file)
-        dtype = options.gguf_dtype
-        write_gguf(file, model.state_dict().items(), config, tokenizer.encoding, dtype)
+    weights, dtype = model.state_dict().items(), options.gguf_dtype
+
+    def write(file: BinaryIO):
+        write_gguf(Path(file.name), weights, config, tokenizer.encoding, dtype)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if compares(options):
+        check_alone(model, tokenizer, target)
+    write_whole(target, write, keep_old=True)
     info(f"wrote {target}")
     if tokenizer.encoding._pat_str == PATTERN:
         info("llama.cpp gives several blanks before a number other ids, for the same characters")

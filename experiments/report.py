@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import statistics
 import sys
 from collections import Counter
@@ -27,6 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from support.files import write_whole
 from support.settings import info
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,15 +116,14 @@ def read_results(folder: Path | str, name: str) -> list[dict]:
 
 
 def add_result(folder: Path | str, name: str, result: dict):
-    """One more line, of six significant digits: more are noise. The file is read again first, since
-    another experiment may be running beside this one."""
+    """Adds a line to the results, with six significant digits: more are noise. The file is read
+    again first, since another experiment may have written to it."""
     path = Path(folder, f"{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     result = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.6g}"))
     lines = [json.dumps(x) for x in [*read_results(folder, name), result]]
-    part = path.with_suffix(f".{os.getpid()}.tmp")
-    part.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-    os.replace(part, path)
+    content = "[\n" + ",\n".join(lines) + "\n]\n"
+    write_whole(path, lambda file: file.write(content.encode()))
 
 
 def origin(x: dict) -> tuple:

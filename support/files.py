@@ -1,4 +1,4 @@
-"""Files: nothing is deleted, no link leads out of a folder, and errors name the file."""
+"""Files: nothing is deleted, links do not lead out of a folder, and errors name the file."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from support.settings import Refusal, info, short
 
 
 def put_aside(folder: Path) -> Path:
-    """Renames a folder or file to NAME.old-1, or to the first free number, with a message."""
+    """Renames a folder or file to NAME.old-1, or the next free number, and prints a message."""
     if folder.name in ("", ".."):
         raise Refusal(f"{folder} cannot be renamed: give the folder's name")
     number = 1
@@ -25,12 +25,12 @@ def put_aside(folder: Path) -> Path:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turns an error that does not name its file, such as a full disk's, into a Refusal that
-    does."""
+    """Turns a system error that names no file, such as that of a full disk, into a Refusal that
+    names this one."""
     try:
         yield
     except OSError as error:
-        if error.filename or error.errno is None:  # named already, or not the system's
+        if error.filename or error.errno is None:
             raise
         raise Refusal(f"{path} cannot be written ({error.strerror or error})") from None
 
@@ -45,54 +45,53 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_path(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields a temporary path for a new file or folder, which becomes `path` when it is complete.
+def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields an empty temporary folder, which is renamed to `folder` when it is complete.
 
-    overwrite: rename an existing `path` first. Raises Refusal if it exists otherwise.
+    overwrite: rename an existing folder first. Raises Refusal if it exists otherwise.
     """
-    check_free(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.part-") as own:
-        new = Path(own) / path.name
+    check_free(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.part-") as parent:
+        new = Path(parent) / folder.name
+        new.mkdir()
         with naming(new):
             yield new
-        for part in [new] if new.is_file() else new.iterdir():
-            if not part.is_symlink():  # a link leads to a download, which is complete
-                with open(part, "rb+") as file:
+        for path in new.iterdir():
+            if not path.is_symlink():  # a link leads to a download, which is complete
+                with open(path, "rb+") as file:
                     os.fsync(file.fileno())
-        check_free(path, overwrite)  # again: another program may have made it in the meantime
-        if overwrite and os.path.lexists(path):
-            put_aside(path)
-        new.rename(path)
+        check_free(folder, overwrite)  # again: another program may have made it in the meantime
+        if overwrite and os.path.lexists(folder):
+            put_aside(folder)
+        new.rename(folder)
 
 
-@contextmanager
-def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """The same for a folder, which is created empty."""
-    with new_path(folder, overwrite) as new:
-        new.mkdir()
-        yield new
+def write_whole(path: Path, write: Callable[[BinaryIO], object], keep_old: bool = False) -> None:
+    """Writes a file as a whole: whatever happens, `path` holds the old file or the new one.
 
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replaces a file as a whole: whatever happens, the path holds the old file or the new one.
-    Only one process at a time may write it. Raises Refusal if the disk refuses."""
-    part = path.with_name(f"{path.name}.tmp")
+    write: called with the open temporary file. keep_old: rename an existing file instead of
+    replacing it. Only one process at a time may write the file. Raises Refusal if the disk refuses.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        part.unlink(missing_ok=True)  # left by a process that was killed
-        with open(part, "xb") as file:
+        temporary.unlink(missing_ok=True)  # left by a process that was killed
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
-    except Exception as error:
+        if keep_old and os.path.lexists(path):
+            put_aside(path)
+        os.replace(temporary, path)
+    except BaseException as error:  # Ctrl-C, too
         with suppress(OSError):
-            part.unlink()
+            temporary.unlink()
         # torch.save wraps the disk's error in one of its own.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
-        raise Refusal(f"cannot write {path} ({cause}); its previous content is intact.") from None
+        message = f"{path} cannot be written ({cause}); its previous content is intact."
+        raise Refusal(message) from None
 
 
 def lies_in(path: Path, folder: Path) -> bool:

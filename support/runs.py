@@ -257,7 +257,8 @@ class Run:
                 with open_here(path, "ab") as file:
                     file.write(f"{to_json(counts | values)}\n".encode())
             except OSError as error:
-                raise Refusal(f"cannot write to {path} ({error}); {self.way_on()}.") from None
+                message = f"{path} cannot be written ({error}); {self.way_on()}."
+                raise Refusal(message) from None
 
     def log_evaluation(self, result: dict):
         """An evaluation: a line of log.jsonl, and best.pt if these weights are the best so far.

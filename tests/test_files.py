@@ -1,4 +1,4 @@
-"""support/files.py: a folder or a file is made whole or not at all; what was there is put aside."""
+"""support/files.py: a folder or file is written whole or not at all; an existing one is kept."""
 
 import os
 import re
@@ -20,9 +20,8 @@ NAMES = ("folder", "file.gguf")
 def make(path: Path, overwrite: bool = False, last: Callable = lambda: None):
     """A folder of two files, or one file where the name has an ending; `last` is called last."""
     if path.suffix:
-        with files.new_path(path, overwrite) as new:
-            new.write_text("new")
-            last()
+        files.check_free(path, overwrite)
+        files.write_whole(path, lambda file: (file.write(b"new"), last()), keep_old=True)
     else:
         with files.new_folder(path, overwrite) as new:
             (new / "a").write_text("new")
@@ -44,7 +43,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def old(tmp_path) -> dict[str, str]:
-    """What is there already, under both names."""
+    """Existing files, under both names."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/a").write_text("old")
     (tmp_path / "folder/thesis").write_text("mine")
@@ -56,7 +55,7 @@ NEW = {"folder/a": "new", "folder/b": "new"}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ctrl_c_leaves_what_was_there_and_nothing_unfinished(name, old, tmp_path):
+def test_ctrl_c_leaves_the_existing_files_and_nothing_unfinished(name, old, tmp_path):
     for path in (tmp_path / name, tmp_path / f"more_{name}"):
         with pytest.raises(KeyboardInterrupt):
             make(path, overwrite=True, last=lambda: signal.raise_signal(signal.SIGINT))
@@ -64,11 +63,11 @@ def test_ctrl_c_leaves_what_was_there_and_nothing_unfinished(name, old, tmp_path
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_full_disk_is_told_with_the_name_and_leaves_what_was_there(name, old, tmp_path):
+def test_a_full_disk_is_named_and_leaves_the_existing_files(name, old, tmp_path):
     def full():
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(Refusal, match=rf"{name} cannot be written .No space left on device.$"):
+    with pytest.raises(Refusal, match=rf"{name} cannot be written .*No space left on device"):
         make(tmp_path / name, overwrite=True, last=full)
     assert contents(tmp_path) == old
 
@@ -108,7 +107,7 @@ def test_killed_at_any_step_every_folder_is_whole_or_a_part(steps, old, tmp_path
     assert NEW.items() <= contents(tmp_path).items()
 
 
-def test_what_is_there_is_refused_or_put_aside_with_every_file_in_it(old, tmp_path, capsys):
+def test_an_existing_folder_is_refused_or_put_aside_with_every_file_in_it(old, tmp_path, capsys):
     """Those that are not ours, too: nothing is deleted. An empty folder is not in the way."""
     for name in NAMES:
         said = rf"{name} exists; choose another name, or give --overwrite, which renames"
