@@ -124,7 +124,7 @@ def to_fp8(x: Tensor, block: tuple[int, int]) -> Quantized:
     return Quantized(*quantize(x, block, pow2=True))
 
 
-# ---- Products: one meaning, two ways to multiply ----------------------------------------------
+# ---- Products: native on Hopper, emulated elsewhere --------------------------------------------
 
 
 def multiply(x: Quantized, w: Quantized, dtype: torch.dtype) -> Tensor:
@@ -158,9 +158,9 @@ def _decoded(x: Quantized, block: tuple[int, int], dtype: torch.dtype = torch.fl
 
 
 # The experts' products, one after another. Expert e has the next rows[e] of the T rows. Every
-# rows[e] is a multiple of 128, so that no tile belongs to two experts, not even one along the
-# tokens. The host needs these numbers, and a compiled graph cannot pass them to it. So each of the
-# two functions is an operation that the compiler does not look into. `rows` (E,) is on the CPU.
+# rows[e] is a multiple of 128, so no tile belongs to two experts, not even one along the tokens.
+# The host needs these numbers, and a compiled graph cannot pass them to it. So both functions are
+# custom operations, which the compiler does not trace. `rows` (E,) is on the CPU.
 
 
 @torch.library.custom_op("nanov3::multiply_each", mutates_args=())
@@ -253,12 +253,12 @@ def _by_column(s: Tensor) -> Tensor:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is the fast format; a function of its own because of tell_compiler."""
+    """Whether bfloat16 is the fast dtype. A function because prepare_compiler makes it constant."""
     return fast_dtype(device)[0] == torch.bfloat16
 
 
 def has_blockwise_fp8(device: torch.device) -> bool:
-    """Whether this device multiplies FP8 with a scale per tile. Prints a message once if not."""
+    """Whether this device multiplies FP8 with a scale per tile. If not, prints a message once."""
     hopper = (
         device.type == "cuda"
         and torch.version.cuda is not None  # AMD's cards may have the same capability numbers
@@ -267,8 +267,7 @@ def has_blockwise_fp8(device: torch.device) -> bool:
     )
     if not hopper and device not in _emulated:
         _emulated.add(device)
-        message = "exact but slow (native on Hopper with CUDA 12.9)"
-        info(f"fp8: emulated on {device}: {message}")
+        info(f"fp8: emulated on {device}: exact but slow (native on Hopper with CUDA 12.9)")
     return hopper
 
 
@@ -334,7 +333,7 @@ class FP8Linear(nn.Linear):
     """y = x W^T + b with all three products in FP8: x (..., in_features) -> (..., out_features)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, **factory):
-        tell_compiler()
+        prepare_compiler()
         super().__init__(in_features, out_features, bias, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -359,7 +358,7 @@ def grouped_fp8(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 class _Rows(torch.autograd.Function):
     """The rows `there` of x, zeros for -1. The gradient reads the rows `back`, the inverse of
-    `there`: both directions read rows, and neither adds into rows that others write."""
+    `there`, so neither direction has to add into rows."""
 
     @staticmethod
     def forward(ctx, x, there, back):
@@ -375,11 +374,11 @@ class _Rows(torch.autograd.Function):
 
 
 @functools.cache
-def tell_compiler():
-    """Prepares torch.compile, when FP8 is first used: the import takes seconds."""
+def prepare_compiler():
+    """Prepares torch.compile when FP8 is first used, because the import takes seconds."""
     from torch._inductor.lowering import lowerings
 
-    # Torch 2.13 would compile it to _scaled_mm, which reads scales in another order. 2.15 does not.
+    # Torch 2.13 would lower it to _scaled_mm, which reads scales in another order; 2.15 does not.
     lowerings.pop(torch.ops.aten._scaled_mm_v2.default, None)
     torch.compiler.assume_constant_result(has_blockwise_fp8)
     torch.compiler.assume_constant_result(multiplies_bf16)
@@ -389,7 +388,7 @@ def use_fp8(model: nn.Module):
     """Section 3.3.1: computes attention projections and FFNs in FP8. Embedding, head, norms,
     attention core, eh_proj and gates, including their submodules, stay in high precision. So do
     linear layers of a class of your own, and experts with a `product` of their own."""
-    tell_compiler()
+    prepare_compiler()
     for block in [*model.layers, *(module.block for module in model.mtp)]:
         gates = {part for gate in gates_in(block) for part in gate.modules()}
         for module in block.modules():
@@ -406,11 +405,11 @@ def use_fp8(model: nn.Module):
 def quantized_once(model: nn.Module, compiled: bool = False) -> Iterator[None]:
     """Quantises the weights once, for everything within `with quantized_once(model):`.
 
-    The weights must not change in the meantime: wrap the micro-batches of a step, before
-    optimizer.step(), or an evaluation. (If an optimiser does step, the quantised weights are
-    dropped.) Otherwise every forward and backward quantises the current weight. A cache could not
+    The weights must not change within it: wrap the micro-batches of a step, before
+    optimizer.step(), or an evaluation. (If an optimiser steps within it, the quantised weights are
+    dropped.) Outside it every forward and backward quantises the current weight. A cache could not
     detect a changed weight: fused optimisers and `p.data` edits leave no trace. FSDP's weights,
-    gathered anew for every forward, are not cached. compiled: compile the quantiser, too, which
+    gathered again for every forward, are not cached. compiled: compile the quantiser, too, which
     runs outside the compiled blocks.
     """
     weights = [m.weight for m in model.modules() if isinstance(m, FP8Linear)]

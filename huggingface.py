@@ -3,13 +3,13 @@
     python huggingface.py SRC DST [--quantize=True] [--check=False] [--overwrite]
     python huggingface.py SRC DST.gguf [--gguf_dtype=F32] [--check=False] [--overwrite]
 
-SRC is a run's folder or a checkpoint file. DST, a new directory, opens in transformers and here;
-DST.gguf, a file, opens in llama.cpp. These programs compute DeepSeek-V3's formulas, not those of an
-edited model.py. So transformers, if it is installed, computes logits from the written files, and a
-network with other logits is not exported. (transformers has no MTP modules: an edit that changes
-only these goes unnoticed.)
+SRC is a run's folder or a checkpoint file. DST is a new directory for transformers, which opens
+here, too. DST.gguf is a file for llama.cpp. Both programs compute DeepSeek-V3's formulas, not those
+of an edited model.py. So if transformers is installed, it computes logits from the written files,
+and a network with other logits is not exported. (transformers has no MTP modules, so an edit of
+these goes unnoticed.)
 In the released layout weights are safetensors, in one file or in shards, each tensor under its
-released name. An FP8 weight's decoding factors, one per 128x128 block, are stored beside it as
+released name. The decoding factors of an FP8 weight, one per 128x128 block, are stored beside it as
 NAME_scale_inv. Optional packages are imported where they are needed: safetensors, tokenizers (which
 installs huggingface_hub), transformers, gguf.
 """
@@ -33,16 +33,10 @@ from support.checkpoints import checkpoint_file, load_checkpoint, note_edit
 from support.files import check_free, new_folder, read_json, write_whole
 from support.gguf import write_gguf
 from support.settings import Refusal, as_field, info, parse_args, run_command, short
-from support.tokenizer import (
-    PATTERN,
-    Tokenizer,
-    export_tokenizer,
-    hf_tokenizer,
-    stored_tokenizer,
-)
+from support.tokenizer import Tokenizer, export_tokenizer, hf_tokenizer, stored_tokenizer
 
 FAMILY = ("deepseek_v3", "kimi_k2")  # the values of model_type with V3's network
-# config.json's other keys that matter, each with the only value that model.py computes.
+# config.json's other keys that change logits, each with the only value that model.py implements.
 FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}
 FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights not in FP8
@@ -66,16 +60,16 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
         if isinstance(text_part, dict):
             family = f"{family}, whose text part (text_config) is {text_part.get('model_type')}"
         raise Refusal(
-            f"config.json is of the family {family}, expected {' or '.join(FAMILY)}: V3, V3.1, R1, "
-            "Moonlight, Kimi-K2 or a network of their kind."
+            f"config.json has model_type {family}, expected {' or '.join(FAMILY)}: DeepSeek-V3, "
+            "V3.1, R1, Moonlight, Kimi-K2 or a relative."
         )
     # transformers 5 gathers rope_theta and rope_scaling in one dictionary.
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     original = "original_max_position_embeddings"
     if config.get(original):  # it overrides the value in that dictionary
         rope[original] = config[original]
-    # The keys of the file and of its two nested objects in one dictionary. Missing keys have
-    # transformers' defaults, which are ours except for these two.
+    # The keys of the file and of its two nested objects in one dictionary. Missing keys get
+    # transformers' defaults, which differ from ours in these two.
     stated = {"max_position_embeddings": 4096, "initializer_range": 0.02} | config | rope
     stated |= config.get("quantization_config") or {}
     for key, value in (FIXED_KEYS | FP8_KEYS | {"partial_rotary_factor": 1}).items():
@@ -89,7 +83,7 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
 
 
 def outline(config: ModelConfig) -> DeepSeekV3:
-    """The network on meta, where tensors have names and shapes but no memory."""
+    """The network on the meta device, where tensors have shapes but no memory."""
     try:
         with torch.device("meta"):
             return DeepSeekV3(config)
@@ -103,9 +97,9 @@ def filled(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> DeepSeekV3:
-    """The network, made on meta, with copies of these weights. (Their file may be memory-mapped and
-    overwritten while the network is in use.) weights=None: with memory for the caller to fill.
-    Parameters missing from the weights have the constructor's values."""
+    """The network with copies of these weights, whose memory-mapped file may change later. It is
+    built on meta, so that no parameter is initialised only to be replaced. Parameters missing from
+    the weights are initialised. weights=None: with empty memory, for the caller to fill."""
     model = outline(config).to(dtype)
     state, found = model.state_dict(keep_vars=True), {}
     for name, like in state.items():
@@ -118,7 +112,7 @@ def filled(
         found[id(like)] = nn.Parameter(x, like.requires_grad) if parameter else x
     state = {name: found[id(like)] for name, like in state.items() if id(like) in found}
     model.load_state_dict(state, strict=False, assign=True)
-    for gate in model.gates():  # not in the state
+    for gate in model.gates():  # load is not in the state
         gate.load = torch.zeros_like(gate.load, device=device)
 
     constants = [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor)]
@@ -134,8 +128,8 @@ def and_more(names: list[str]) -> str:
 
 
 def checkpoint_views(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a released checkpoint: the name of each and, as a view, the part of our
-    parameters it corresponds to. Saving reads the views, opening writes to them."""
+    """The tensors of a released checkpoint by name, as views of the corresponding parts of our
+    parameters. Saving reads the views, opening writes to them."""
     L = model.config.num_hidden_layers
     for name, x in model.state_dict().items():
         # MTP module k is stored as layer L + k, and the norm after it as shared_head.norm.
@@ -163,7 +157,8 @@ def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
 
 
 def open_files(directory: Path, device: str) -> dict[str, Any]:
-    """{tensor: the open file with it}. Files are memory-mapped, not read. Raises Refusal."""
+    """{name of a tensor: the open file that contains it}. Files are memory-mapped, not read. Raises
+    Refusal."""
     import safetensors
 
     stored = {}
@@ -171,7 +166,7 @@ def open_files(directory: Path, device: str) -> dict[str, Any]:
         try:
             file = safetensors.safe_open(path, "pt", device)
             if twice := stored.keys() & file.keys():
-                raise Refusal(f"it repeats {min(twice)}, so one file is of another version")
+                raise Refusal(f"it repeats {min(twice)}: one of the files is of another version")
             stored |= dict.fromkeys(file.keys(), file)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise Refusal(f"{path} cannot be used ({short(error)}): download all again.") from None
@@ -181,8 +176,8 @@ def open_files(directory: Path, device: str) -> dict[str, Any]:
 
 
 def check_tensors(model: DeepSeekV3, stored: dict[str, Any], directory: Path):
-    """Raises Refusal unless names and shapes are those of the model, which may be on meta.
-    Duplicates may be missing."""
+    """Raises Refusal unless names and shapes are the model's. Copies (checkpoint_copies) may be
+    missing."""
     needed, copies = dict(checkpoint_views(model)), dict(checkpoint_copies(model))
     if missing := sorted(needed.keys() - stored.keys()):
         raise Refusal(
@@ -192,11 +187,11 @@ def check_tensors(model: DeepSeekV3, stored: dict[str, Any], directory: Path):
     for name in sorted(stored.keys() - needed.keys() - copies.keys()):
         empty = 0 in stored[name].get_slice(name).get_shape()  # transformers' n_shared_experts 0
         if not (empty or name.endswith(("_scale_inv", "rotary_emb.inv_freq"))):
-            raise Refusal(f"{directory} has {name}, for which its config.json has no place.")
-    for name, expected in needed.items():
-        if (shape := tuple(stored[name].get_slice(name).get_shape())) != expected.shape:
-            stated = tuple(expected.shape)
-            raise Refusal(f"{name} in {directory} is {shape}, but by its config.json {stated}.")
+            raise Refusal(f"{directory} has {name}, which its config.json does not include.")
+    for name, x in needed.items():
+        if (shape := tuple(stored[name].get_slice(name).get_shape())) != x.shape:
+            expected = tuple(x.shape)
+            raise Refusal(f"{name} in {directory} is {shape}, but by its config.json {expected}.")
 
 
 def read_tensor(name: str, stored: dict[str, Any], directory: Path) -> Tensor:
@@ -204,15 +199,15 @@ def read_tensor(name: str, stored: dict[str, Any], directory: Path) -> Tensor:
     x, scale = stored[name].get_tensor(name), f"{name}_scale_inv"
     if x.dtype in DTYPES and scale not in stored:
         return x
-    if x.dtype != torch.float8_e4m3fn:  # such as int8 or E5M2, which torch would just convert
-        holds = f"{x.dtype} with {scale}" if scale in stored else f"{x.dtype}"
-        expected = "float8_e4m3fn with scales of blocks, or float32, bfloat16, float16 without"
-        raise Refusal(f"{name} in {directory} holds {holds}, expected {expected}.")
+    if x.dtype != torch.float8_e4m3fn:  # such as int8 or E5M2, which torch would convert silently
+        found = f"{x.dtype} with {scale}" if scale in stored else f"{x.dtype}"
+        expected = "float8_e4m3fn with block scales, or float32, bfloat16, float16 without"
+        raise Refusal(f"{name} in {directory} is {found}, expected {expected}.")
     if scale not in stored:
         raise Refusal(f"{name} in {directory} is in FP8, but has no {scale}.")
     try:
         return fp8.dequantize(x, stored[scale].get_tensor(scale), fp8.BLOCK)
-    except ValueError as error:  # one scale for the whole tensor, say
+    except ValueError as error:  # such as one scale for the whole tensor
         raise Refusal(f"{name} in {directory}: {error}") from None
 
 
@@ -223,8 +218,8 @@ def from_pretrained(
     """Opens a checkpoint of the DeepSeek-V3 family in bf16, fp16, fp32 or block-wise FP8, in one
     file or several.
 
-    dtype None: the one in config.json, else that of the final norm; bf16 for FP8. The model has MTP
-    modules if their tensors exist. Raises Refusal, which names the wrong file, key or tensor.
+    dtype None: that of config.json, else of the final norm; bf16 for FP8. The model has MTP modules
+    if the checkpoint has their tensors. Raises Refusal, which names the wrong file, key or tensor.
     """
     directory = Path(directory)
     raw, stored = read_json(directory / "config.json"), open_files(directory, str(device))
@@ -257,8 +252,8 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     """Writes a checkpoint in the released layout, for transformers and other programs.
 
     quantize: FP8 weights with 128x128 block scales, as released. extra: further keys of
-    config.json, which is written last, because the directory does not open without it. Whether
-    other programs compute the same as an edited network, only `check` finds out.
+    config.json, which is written last: an incomplete directory does not open. Only `check` finds
+    out whether other programs compute the same as an edited network.
     """
     from huggingface_hub import save_torch_state_dict
     from safetensors import SafetensorError
@@ -270,7 +265,7 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     config |= FIXED_KEYS | {
         "model_type": "deepseek_v3",
         "num_key_value_heads": model.config.num_attention_heads,
-        "bos_token_id": None,  # unless given in extra; by default readers would stop at token 1
+        "bos_token_id": None,  # unless in extra; without these keys readers would stop at token 1
         "eos_token_id": None,
         "torch_dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
     }
@@ -279,11 +274,11 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
         config["quantization_config"] = FP8_KEYS | {"activation_scheme": "dynamic"}
         for name in filter(FP8_WEIGHTS.search, [*tensors]):
             tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantize(tensors[name], fp8.BLOCK)
-    # Copies: tensors that share memory (experts, embedding and head) would be refused or dropped.
+    # Copies, because tensors that share memory (experts, embedding and head) would be refused.
     tensors = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
     try:
         save_torch_state_dict(tensors, directory)
-    except SafetensorError as error:  # a full disk, say
+    except SafetensorError as error:  # such as a full disk
         raise Refusal(f"the weights cannot be written to {directory} ({short(error)})") from None
     (directory / "config.json").write_text(json.dumps(config | extra, indent=2))
 
@@ -295,7 +290,7 @@ def compare(
     stored: dict[str, Tensor], needed: dict[str, Tensor], source: Path, message: str, extend: bool
 ):
     """Raises Refusal, beginning with `message`, if a stored weight has the wrong shape, is missing
-    or is not needed. With extend, a line names missing weights, and one those not needed."""
+    or is not needed. With extend, missing weights and those not needed are only reported."""
     for name in sorted(needed.keys() | stored.keys()):
         have = tuple(stored[name].shape) if name in stored else "missing"
         want = tuple(needed[name].shape) if name in needed else "no part of this network"
@@ -304,7 +299,7 @@ def compare(
     if new := sorted(needed.keys() - stored.keys()):
         info(f"{source} lacks {and_more(new)}: missing weights of this network are initialised")
     if old := sorted(stored.keys() - needed.keys()):
-        info(f"{source} has {and_more(old)}: this network has no place for these, and omits them")
+        info(f"{source} has {and_more(old)}: this network does not use these weights")
 
 
 def load_model(
@@ -315,24 +310,25 @@ def load_model(
 ) -> tuple[DeepSeekV3, Tokenizer | None]:
     """The model of a run, file or Hugging Face directory, and its tokenizer.
 
-    dtype None: the stored one. The tokenizer is None if a Hugging Face directory has none. extend:
-    if model.py has changed since a run, parameters that are missing from its weights are
-    initialised, weights that have no place are left out, and a line names each kind. Raises
-    Refusal.
+    dtype None: the stored dtype. The tokenizer is None if a Hugging Face directory has none.
+    extend: if model.py has changed since the run, initialise parameters that its weights lack, and
+    ignore weights that the model lacks. Raises Refusal.
     """
     path = Path(ckpt)
     if (path / "config.json").exists():
         return from_pretrained(path, dtype, str(device)), hf_tokenizer(path)
     saved = load_checkpoint(path)
     message = f"{path}: weights and settings do not match"
-    if strange := sorted(saved["model_config"].keys() - ModelConfig.__dataclass_fields__.keys()):
-        keys = and_more(strange)
-        raise Refusal(f"{path} has {keys}, unknown to this model.py: use the one that trained it.")
+    if unknown := sorted(saved["model_config"].keys() - ModelConfig.__dataclass_fields__.keys()):
+        raise Refusal(
+            f"{path} has {and_more(unknown)}, unknown to this model.py: use the model.py that "
+            "trained it."
+        )
     try:
         config, weights = ModelConfig(**saved["model_config"]), saved["model"]
     except (TypeError, KeyError, ValueError) as error:
         raise Refusal(f"{message}: {short(error)}") from None
-    meaning = "if a formula is different, the weights mean something else"
+    meaning = "if a formula has changed, the weights mean something else"
     note_edit("model.py", saved, checkpoint_file(path), meaning)
     compare(weights, outline(config).state_dict(), path, message, extend)
     dtype = dtype or weights["embed_tokens.weight"].dtype
@@ -350,9 +346,9 @@ def load_model(
 def with_settings(
     model: DeepSeekV3, settings: dict[str, Any], source: Path, extend: bool
 ) -> DeepSeekV3:
-    """The network with other settings and the same weights. With extend, new parameters are
-    initialised and weights not needed are left out. Raises Refusal if a weight would change its
-    shape or, without extend, if one is missing or not needed."""
+    """The network with other settings and the same weights. extend: as in load_model. Raises
+    Refusal if a weight would change its shape or, without extend, if one is missing or not
+    needed."""
     config = replace(model.config, **settings)
     changed = [key for key, x in vars(config).items() if x != vars(model.config)[key]]
     if not changed:
@@ -379,13 +375,13 @@ class ConvertConfig:
 
 @torch.no_grad()
 def check(directory: Path):
-    """Compares our logits with transformers', in float32, on texts of random tokens that include an
-    end of text. One text of four must agree. Raises Refusal otherwise."""
+    """Compares our logits with transformers', in float32, on random tokens that include an end of
+    text. One of four texts must agree. Raises Refusal otherwise."""
     import transformers  # installed: see compares()
 
-    transformers.logging.set_verbosity_error()  # else it lists the MTP modules, which it ignores
+    transformers.logging.set_verbosity_error()  # do not list the MTP modules, which it ignores
     transformers.logging.disable_progress_bar()
-    # What has another name or shape than in V3 is drawn at random there, so the logits differ.
+    # It initialises weights whose name or shape is not V3's at random, so the logits will differ.
     options = dict(experts_implementation="eager", ignore_mismatched_sizes=True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, **options
@@ -393,8 +389,6 @@ def check(directory: Path):
     model, generator = from_pretrained(directory, torch.float32), torch.Generator()
     generator.seed()  # a random seed, so that another export draws other texts
     config, eos = model.config, theirs.config.eos_token_id
-    if config.n_routed_experts == 1 and config.first_k_dense_replace < config.num_hidden_layers:
-        raise Refusal("transformers cannot compute a single routed expert: give --check=False.")
     length = min(1024, config.max_position_embeddings)
     for _ in range(4):  # in some texts rounding swaps two experts with nearly equal scores
         tokens = torch.randint(config.vocab_size, (1, length), generator=generator)
@@ -407,25 +401,25 @@ def check(directory: Path):
     info(f"logits differ from those of transformers by {error:.1e} of the largest{without}")
     if not error < 1e-3:  # nan, too
         raise Refusal(
-            "the difference is more than rounding, in 4 random texts: model.py no longer computes "
-            "DeepSeek-V3, but other programs would; nothing was written (if model.py is unchanged, "
-            "export again, which draws other texts)"
+            "the difference is more than rounding in 4 random texts: other programs compute "
+            "DeepSeek-V3, but model.py no longer does; nothing was written (if model.py is "
+            "unchanged, export again, which draws other texts)"
         )
 
 
 def compares(config: ConvertConfig) -> bool:
-    """Whether to compare an export with transformers; prints a line if not. Only the comparison
-    detects an edited network, because the layout has no place for what is not V3's."""
+    """Whether to compare an export with transformers; prints a message if not. Nothing else detects
+    that model.py no longer computes DeepSeek-V3."""
     installed = all(importlib.util.find_spec(x) for x in ("transformers", "safetensors"))
     if not (config.check and installed):
         reason = "pip install transformers safetensors" if config.check else "--check=False"
-        info(f"nothing was compared ({reason}): readers compute V3, whatever model.py computes")
+        info(f"nothing was compared ({reason}): readers compute V3, even if model.py does not")
     return config.check and installed
 
 
 def check_alone(model: DeepSeekV3, tokenizer: Tokenizer, beside: Path):
-    """Like `check`, for an export that transformers does not read: writes and checks a copy that it
-    does."""
+    """Like `check`, for an export that transformers cannot read: writes and checks a temporary copy
+    in its layout."""
     with tempfile.TemporaryDirectory(dir=beside.parent, prefix=f"{beside.name}.part-") as scratch:
         export(model, tokenizer, Path(scratch), quantize=False)
         check(Path(scratch))
@@ -455,8 +449,6 @@ def export_gguf(source: Path, target: Path, options: ConvertConfig):
         check_alone(model, tokenizer, target)
     write_whole(target, write, keep_old=True)
     info(f"wrote {target}")
-    if tokenizer.encoding._pat_str == PATTERN:
-        info("llama.cpp gives several blanks before a number other ids, for the same characters")
     if model.mtp:
         info("left out the MTP modules: llama.cpp decodes without drafts")
 

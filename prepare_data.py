@@ -1,15 +1,15 @@
 """Turn text into token files: python prepare_data.py [SOURCE] [--key=value].
 
     text -> documents -> train / validation / test -> byte-level BPE -> data/<name>/
-        train.bin, val.bin      token ids behind a header of 1024 bytes
-        test.bin                whole documents for final results; no setting is chosen by them
+        train.bin, val.bin      token ids after a header of 1024 bytes
+        test.bin                whole documents for final results, never for choosing settings
         tokenizer.tiktoken      one line per token: base64 of its bytes, rank
         meta.json               split pattern, special tokens, hash
 
 Every document begins with <|endoftext|>. With --tokenizer=DIR, a released model, the folder has
 copies of the release's tokenizer files instead of tokenizer.tiktoken, and every document ends with
-the release's own end token. Tokenizers are in support/tokenizer.py, token files in
-support/tokens.py.
+the release's own end token. support/tokenizer.py has the tokenizers, support/tokens.py the token
+files.
 """
 
 import glob
@@ -83,17 +83,17 @@ class DataConfig:
 
 
 def download(repo: str, file: str) -> Path:
-    """Downloads a file of a dataset on Hugging Face into the cache of huggingface_hub, once."""
+    """Downloads a file of a Hugging Face dataset, unless it is in huggingface_hub's cache."""
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset")).resolve()
-    except Exception as error:  # any: of the network, the server, the disk
+    except Exception as error:  # of the network, the server or the disk
         raise Refusal(f"{file} of {repo} cannot be downloaded ({short(error)})") from None
 
 
 def as_text(value: object, where: str, text_key: str) -> str | None:
-    """The value of a record, which must be text or null."""
+    """The value, which must be text or null."""
     if value is None or isinstance(value, str):
         return value
     raise Refusal(f"{where} has {value!r:.60} as {text_key!r}, expected text or null{OTHER_KEY}")
@@ -111,15 +111,13 @@ def parse_record(line: str, where: str, text_key: str) -> str | None:
     if text_key not in record:
         raise Refusal(f"{where} has keys {list(record)!r:.100}, not {text_key!r}{OTHER_KEY}")
     text = as_text(record[text_key], where, text_key)
-    # JSON can hold half of a surrogate pair, UTF-8 cannot.
+    # JSON may contain half of a surrogate pair, UTF-8 may not.
     return text and text.encode("utf-8", "replace").decode()
 
 
 def read_file(path: Path, text_key: str) -> Iterator[str | None]:
-    """The documents of one file, with None for a record whose text is null.
-
-    Plain text is split into documents at <|endoftext|>.
-    """
+    """The documents of one file; None for a record whose text is null. Plain text is split at
+    <|endoftext|>."""
     if path.suffix == ".parquet":
         from pyarrow.parquet import ParquetFile
 
@@ -144,13 +142,12 @@ def read_file(path: Path, text_key: str) -> Iterator[str | None]:
 
 
 def refuse(error: OSError) -> NoReturn:
-    """Raises Refusal for a file or folder that the system does not let us read."""
     raise Refusal(f"{error.filename} cannot be read ({error.strerror}); allow it or leave it out")
 
 
 def walk(root: Path) -> Iterator[Path]:
-    """The files of a folder and its links to folders, except hidden ones. Links are not followed:
-    a target inside the folder is visited in its own place."""
+    """The files of a folder and its links to folders, except hidden ones. Links are not followed: a
+    target inside the folder is visited in its own place."""
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
@@ -160,8 +157,7 @@ def walk(root: Path) -> Iterator[Path]:
 def find_files(source: str) -> list[Path]:
     """The files of a folder, the files that match a glob, or a single file; each only once.
 
-    Links out of the folder are skipped: whoever packed the folder must not choose which other files
-    of this machine become text.
+    Links out of the folder are skipped: its author must not choose other files of this machine.
     """
     root = Path(source).expanduser()
     if root.is_file():
@@ -197,7 +193,7 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
         try:
             records = list(read_file(path, text_key))
         except UnicodeDecodeError as error:
-            # These are meant as text, unlike a binary file in a folder of texts.
+            # Unlike a binary file in a folder of texts, these have to be text.
             if {".jsonl", ".parquet"} & {*path.suffixes}:
                 raise Refusal(f"{path} cannot be read: {error}; convert it to UTF-8") from None
             info(f"skipped {path}: not UTF-8 text")
@@ -236,13 +232,13 @@ def split_documents(
     """(training texts, validation texts, test texts), the last two with about these shares of the
     bytes.
 
-    Documents are visited in the order of the sha256 of their names. A document stays in training if
-    most of it is lines that other documents have, too: it would measure memorisation.
-    Validation takes whole documents up to its target, but none that would exceed the target by over
-    a tenth. If validation has less than half of its target then, as with a single file, the end of
-    the largest document is cut off at a newline and added.
-    The test text takes the documents that follow, but none larger than a tenth of its target, so
-    that no few documents decide its loss. With fewer than five documents there is no test text.
+    Documents are visited in the order of the sha256 of their names. If most of a document is lines
+    that other documents have, too, it stays in training: its loss would measure memorisation.
+    Validation takes whole documents up to its target, but none that would exceed the target by more
+    than a tenth. If it then has less than half of its target, as with a single file, the end of the
+    largest document is cut off at a newline and added.
+    The test text takes the next documents, but none larger than a tenth of its target, so that a
+    few documents do not decide its loss. With fewer than five documents there is no test text.
     """
     size = {name: len(text.encode()) for name, text in documents.items()}
     val_target = val_fraction * sum(size.values())
@@ -322,7 +318,7 @@ def link_shards(config: DataConfig, folder: Path) -> None:
 
 
 def prepare(config: DataConfig) -> Path:
-    """Make the folder <out>/<name> and return its path; it appears complete or not at all."""
+    """Make the folder <out>/<name>, complete or not at all, and return its path."""
     folder = Path(config.out) / config.name
     with new_folder(folder, config.overwrite) as new:
         make = link_shards if config.source in SHARDS else make_tokens

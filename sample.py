@@ -33,7 +33,6 @@ from support.settings import Refusal, info, parse_args, run_command, with_home
 from support.tokenizer import Tokenizer
 
 MOST_DRAFTS = 4
-MOST_TEXTS = 10_000  # decoded together; many more would run out of memory, after minutes
 MATCH = 3  # drafts are copied where the last 3 tokens occurred earlier in the text
 COLDEST = 1e-6  # a lower temperature counts as 0: the likeliest token has nearly all probability
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -66,12 +65,12 @@ class Stats:
     tokens: int = 0  # new tokens
     rounds: int = 0  # forward passes of the main model, including the prompt's
     lookups: int = 0  # rounds with copied drafts
-    # By position in a round: `drafted` counts the drafts before the end of the text, `accepted`
-    # those that became part of it. All texts advance as far as the slowest: a draft beyond that
-    # point counts as rejected, even if its own text would have kept it.
+    # By position in a round: drafts made, except beyond the end of the text, and drafts that became
+    # part of it. All texts advance as far as the slowest: a draft beyond that point counts as
+    # rejected, even if its own text would have kept it.
     drafted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
     accepted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
-    note: str = ""  # a remark for the reader of the text
+    note: str = ""  # for the reader of the text
 
     def count(self, new: int, accepted: int, drafted: int):
         """Adds a round of one text: `new` tokens, and `accepted` of `drafted` drafts."""
@@ -175,7 +174,7 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
 
 
 class Text:
-    """B texts of n tokens each, and what it takes to continue them.
+    """B texts of n tokens each, with the caches and hidden states needed to continue them.
 
     After the prompt, the model has read all tokens but the newest, token n-1: the next round reads
     it together with the drafts. Rejected drafts leave entries in `cache`, `hidden` and `mtp_cache`
@@ -280,11 +279,11 @@ class Text:
     def verify(
         self, n: int | Tensor, q: Tensor, u: Tensor, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One forward pass of the model checks the drafts, tokens n .. n+G-1, and writes tokens
+        """Checks the drafts, tokens n .. n+G-1, in one forward pass of the model, and writes tokens
         n .. n+G.
 
         q (B, G, V): the distributions of the drafts. hidden (B, G+1, D): the result of the forward
-        pass, if it is known. Returns how many drafts each text keeps (B,), -1 if numbers are not
+        pass, if already known. Returns how many drafts each text keeps (B,), -1 if numbers are not
         finite, and its tokens (B, G+1), of which the first kept + 1 count.
         """
         G = q.shape[1]
@@ -306,7 +305,7 @@ class Text:
 
     def round(self, n: int | Tensor, copies: Tensor | None, u: Tensor) -> Tensor:
         """`draft`, then `verify`. Returns kept and tokens as one tensor (B, 1+G+1), so that the
-        host waits for a GPU once. A round that is played twice gives the same results."""
+        host waits for a GPU once. Playing a round twice gives the same result."""
         kept, out = self.verify(n, self.draft(n, copies, u), u)
         return torch.cat((kept[:, None], out), 1)
 
@@ -316,9 +315,9 @@ class Text:
         return torch.cat((kept[:, None], out), 1)
 
     def play(self, n: int, copies: Tensor | None, u: Tensor) -> tuple[list[list[int]], float]:
-        """Plays a round, eagerly or as a graph. Returns the round's results as lists, and the
-        seconds it took without compilation. The first rounds of a text are eager, because they read
-        fewer positions than a graph does."""
+        """Plays a round, eagerly or as a graph. Returns its result as lists, and the seconds it
+        took without compilation. The first rounds of a text are eager, because they read fewer
+        positions than a graph."""
         position, run, stance = n, Text.round, contextlib.nullcontext()
         copies = copies if copies is None else copies.to(self.tokens.device)
         if n == self.prompt:
@@ -339,8 +338,8 @@ class Text:
             seconds = time.perf_counter() - began
         if outcome[0][0] < 0:
             raise Refusal(
-                "logits or probabilities are not finite: either the weights are damaged, or an "
-                "edit of the model is wrong"
+                "logits or probabilities are not finite: the weights are damaged, or the model has "
+                "a wrong edit"
             )
         return outcome, seconds
 
@@ -349,7 +348,7 @@ class Text:
 
 
 class Sample:
-    """The ids of one text, and where every sequence of MATCH tokens last occurred."""
+    """The ids of one text, and the place where each sequence of MATCH tokens last occurred."""
 
     def __init__(self, ids: list[int]):
         self.ids: list[int] = []
@@ -363,8 +362,8 @@ class Sample:
             self.ids.append(token)
 
     def look_up(self, count: int) -> list[int]:
-        """The `count` tokens that followed the last MATCH tokens where these occurred before; [] if
-        they did not."""
+        """The `count` tokens that followed an earlier occurrence of the last MATCH tokens; [] if
+        there is none."""
         place = self.after.get(tuple(self.ids[-MATCH:]))
         if place is None:
             return []
@@ -444,7 +443,7 @@ def generate(
 
 
 def note(length: int, end: int, wanted: int, model: DeepSeekV3) -> str:
-    """A remark for the reader of a text of `length` tokens, or ""."""
+    """A note for the reader of a text of `length` tokens, or ""."""
     if length == end < wanted:
         return f"stopped at the context limit of {end} tokens (max_position_embeddings)"
     if length > model.trained_length > 0:
@@ -468,7 +467,7 @@ def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, spec
     low, high = (tokens.min().item(), tokens.max().item()) if B * T else (0, 0)
     drafts = speculative in range(MOST_DRAFTS + 1)
     for ok, sentence in (
-        (B * T > 0, "there is nothing to continue: the prompt is empty, or num_samples is 0"),
+        (B * T > 0, "nothing to continue: the prompt is empty, or num_samples is 0"),
         (limit >= T, f"the prompt has {T} tokens, but the context ends at {limit}; shorten it"),
         (0 <= low <= high < V, f"token ids go from {low} to {high}, but must be 0 to {V - 1}"),
         (max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}, but must be 0 or more"),
@@ -485,15 +484,11 @@ def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, spec
 
 
 def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig):
-    """Writes num_samples continuations of the prompt to stdout, the first while it is decoded.
+    """Writes num_samples continuations of the prompt to stdout, the first one token by token.
 
-    After Ctrl-C, prints all texts as far as they go, then raises KeyboardInterrupt.
+    After Ctrl-C, prints all texts as far as they are decoded, then raises KeyboardInterrupt.
     """
     device, stats, colour = model.embed_tokens.weight.device, Stats(), config.show == "drafts"
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise Refusal(f"the prompt is not valid text ({error})") from None
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
     texts = [prompt] * config.num_samples  # not yet printed
     # A character is printed once all of its bytes have been decoded.
@@ -541,9 +536,11 @@ def print_stats(model: DeepSeekV3, stats: Stats, num_samples: int):
             info("few drafts were accepted: if model.py was edited, run python bench.py check RUN")
     like = model.embed_tokens.weight
     ours, fixed, heads = (n * like.element_size() for n in model.cache_numbers())
-    also = f" and {fixed:,} per text" if fixed else ""
-    also += f"; multi-head attention would hold {heads:,}"
-    info(f"the model's cache: {ours:,} bytes per token{also}")
+    per_text = f" and {fixed:,} per text" if fixed else ""
+    info(
+        f"the model's cache: {ours:,} bytes per token{per_text}; multi-head attention would hold "
+        f"{heads:,}"
+    )
     if stats.note:
         info(f"note: {stats.note}")
 
@@ -568,12 +565,8 @@ def main(argv: list[str]):
     text = "Write text with a trained model: python sample.py out/small [--key=value]"
     ckpt, values = parse_args(text, argv, SampleConfig, positional="ckpt")
     config = SampleConfig(**values | with_home(values, "ckpt"))
-    if config.interactive and config.prompt:
-        raise Refusal("--interactive asks for prompts: leave out --prompt")
     if ckpt and "ckpt" in values:
-        raise Refusal(f"two checkpoints, {ckpt} and --ckpt={config.ckpt}: name one")
-    if config.num_samples > MOST_TEXTS:
-        raise Refusal(f"num_samples is {config.num_samples}, but must be at most {MOST_TEXTS}")
+        raise Refusal(f"two checkpoints, {ckpt} and --ckpt={config.ckpt}: give one")
     device, dtype = usable_device(config.device), config.dtype
     if dtype == "auto":  # a small model decodes no faster in bfloat16 on a CPU
         fast = device.type == "cuda" and fast_dtype(device)[0] == torch.bfloat16
@@ -590,7 +583,7 @@ def main(argv: list[str]):
         chat(model, tokenizer, config)
     else:
         if "prompt" not in values and sys.stdin and not sys.stdin.isatty():
-            info("reading the prompt from standard input to its end (--prompt=TEXT does not wait)")
+            info("reading the prompt from standard input (--prompt=TEXT does not wait for it)")
             try:
                 config.prompt = sys.stdin.buffer.read().decode()
             except UnicodeDecodeError as error:

@@ -1,23 +1,23 @@
 """Train a DeepSeek-V3: python train.py config/small.py [--key=value].
 
     data/<name>/ + config/*.py -> out/<name>/
-        ckpt.pt      everything a run needs to go on: weights, optimiser, step, configuration
-        best.pt      the weights with the lowest validation loss (once YaRN is on, of later steps)
+        ckpt.pt      everything needed to resume: weights, optimiser, step, configuration
+        best.pt      the weights with the lowest validation loss (with YaRN: of the YaRN phase)
         log.jsonl    one JSON object per logged step or evaluation
-        tokenizer.tiktoken (or a release's files), meta.json    what sample.py needs besides
+        tokenizer.tiktoken (or a release's files), meta.json    the tokenizer, for sample.py
         model.py, train.py    copies of the code that made the weights
-        .lock        held by the train.py that writes there
+        .lock        held by the running train.py
 
 The loss is L_main + lambda * mean_k L_MTP^k + alpha * sum_layers L_Bal (report, sections 2.1.2 and
-2.2), the schedules are those of section 4.2 in fractions of the run. One optimiser step sees
-batch_size windows of block_size tokens (in the last phase also fewer, longer ones), drawn from
-(seed, step) alone and then cut up over ranks and micro-batches, so any number of processes, and a
-resumed run, see the same data.
+2.2). The schedules are those of section 4.2, in fractions of the run. An optimiser step sees
+batch_size windows of block_size tokens (in the last phase also fewer, longer ones). They depend on
+seed and step alone and are then divided among processes and micro-batches. So the data are the same
+for any number of processes, and after a resume.
 
 On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (docs/REFERENCE.md).
 
-What is written where, and when: support/runs.py. How a run goes on after an interruption:
-support/checkpoints.py. Processes and devices: support/processes.py.
+support/runs.py writes the run's folder, support/checkpoints.py saves and restores, and
+support/processes.py handles processes and devices.
 
 Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
 """
@@ -69,7 +69,7 @@ class TrainConfig:
     long_block_size: int = 0  # tokens per window in every second step from long_start on (0: none)
     long_start: float = 0.9  # fraction of the run from which YaRN stretches RoPE to long windows
     grad_accum: int = 1  # micro-batches per step and process
-    batch_start: int = 0  # windows in the first step, growing in multiples of it (0: constant)
+    batch_start: int = 0  # windows in the first step; grows in multiples of it (0: constant)
     batch_ramp: float = 0.032  # fraction of the run in which the batch grows (469B of 14.8T tokens)
     # optimiser and schedule; "fraction" is of the run, the report's values are the defaults
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices
@@ -77,7 +77,7 @@ class TrainConfig:
     adamw_lr: float = 1.0  # AdamW's rate beside Muon, as a multiple of lr
     warmup: float = 0.0085  # fraction of the run in which the learning rate rises
     decay_start: float = 0.676  # fraction of the run at which the cosine begins
-    decay_end: float = 0.966  # fraction of the run at which the cosine has reached min_lr
+    decay_end: float = 0.966  # fraction of the run at which the cosine reaches min_lr
     min_lr: float = 0.1  # learning rate after the cosine, as a share of lr
     final_start: float = 0.9887  # fraction of the run at which the last, lowest rate begins
     final_lr: float = 0.0332  # the last learning rate, as a share of lr
@@ -88,13 +88,13 @@ class TrainConfig:
     mtp_weight: float | list = 0.3  # lambda, weight of the MTP loss; [0.3,0.1]: one per module
     mtp_weight_late: float | list = 0.1  # lambda from mtp_switch on
     mtp_switch: float = 0.676  # fraction of the run at which lambda changes
-    gamma: float = 0.001  # what a routing bias moves in a step, up or down
-    gamma_stop: float = 0.966  # fraction of the run from which routing biases stand still
+    gamma: float = 0.001  # how far a routing bias moves per step, up or down
+    gamma_stop: float = 0.966  # fraction of the run after which routing biases stay fixed
     alpha: float = 0.0001  # weight of the sequence-wise balance loss
     seed: int = 1337  # of initial weights and of the order of windows
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of the products
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of matrix products
     fp8: bool = False  # matrix products in FP8 (fp8.py)
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA in bfloat16
     recompute: bool = False  # activation checkpointing: less memory, a third more work
@@ -107,7 +107,7 @@ class TrainConfig:
     save_every: int = 250  # steps between checkpoints
     log_every: int = 10  # steps between lines in log.jsonl
     resume: bool = False  # continue from the run's ckpt.pt
-    overwrite: bool = False  # begin anew: a run that is there is renamed to NAME.old-1
+    overwrite: bool = False  # start over; an existing run is renamed to NAME.old-1
     init_from: str = ""  # start from the weights of a run, checkpoint or Hugging Face directory
     eval_only: bool = False  # evaluate the run's (or init_from's) weights and stop
 
@@ -120,18 +120,22 @@ class TrainConfig:
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise Refusal("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
         if self.batch_start > self.batch_size:
-            wrong = f"batch_start is {self.batch_start}, but batch_size, which it grows to, is"
-            raise Refusal(f"{wrong} {self.batch_size}: raise batch_size, or lower batch_start.")
+            raise Refusal(
+                f"batch_start is {self.batch_start}, but the final batch_size is only "
+                f"{self.batch_size}: raise batch_size, or lower batch_start."
+            )
         for name in (*PHASES, "batch_ramp", "long_start", "mtp_switch", "gamma_stop"):
             if (x := getattr(self, name)) > 1:
                 raise Refusal(f"{name} is {x}, but must be a fraction of the run: at most 1.")
-        # A cosine that ends at 1 lasts to the end of the run, without a last phase.
+        # With decay_end = 1 the cosine lasts to the end of the run, and final_start has no effect.
         phases = PHASES if self.decay_end < 1 else PHASES[:-1]
         for first, then in itertools.pairwise(phases):
             x, y = getattr(self, first), getattr(self, then)
             if x > y:
-                wrong = f"{first} is {x}, but {then} is {y}"
-                raise Refusal(f"{wrong}: raise {then} to {x} at least, or lower {first}.")
+                raise Refusal(
+                    f"{first} is {x}, but {then} is {y}: "
+                    f"raise {then} to at least {x}, or lower {first}."
+                )
 
 
 # ---- Schedules (section 4.2) ---------------------------------------------------------------------
@@ -152,13 +156,13 @@ def lr_at(config: TrainConfig, step: int) -> float:
 
 
 def mtp_weight_at(config: TrainConfig, step: int) -> float | list[float]:
-    """lambda, the weight of the MTP loss, or of each module's."""
+    """lambda, the weight of the MTP loss; a list has one weight per module."""
     late = step >= config.mtp_switch * config.steps
     return config.mtp_weight_late if late else config.mtp_weight
 
 
 def gamma_at(config: TrainConfig, step: int) -> float:
-    """The step of the routing bias."""
+    """gamma, by which routing biases move in this step."""
     return config.gamma if step < config.gamma_stop * config.steps else 0.0
 
 
@@ -168,13 +172,14 @@ def extended(config: TrainConfig, step: int) -> bool:
 
 
 def block_at(config: TrainConfig, step: int) -> int:
-    """Tokens per window. Short and long windows take turns, so that neither is forgotten."""
+    """Tokens per window. In the last phase short and long windows alternate, so that the model
+    forgets neither."""
     return config.long_block_size if extended(config, step) and step % 2 else config.block_size
 
 
 def extend_context(model: DeepSeekV3, config: TrainConfig):
-    """YaRN from the length trained so far to long_block_size (section 4.3), with the softmax
-    temperature of the released configuration unless the model has another."""
+    """Extends the context by YaRN from the length trained so far to long_block_size (section 4.3).
+    The softmax temperature is that of the released configuration unless the model sets its own."""
     yarn = model.config.rope_scaling or {
         "type": "yarn",
         "mscale": 1.0,
@@ -187,7 +192,7 @@ def extend_context(model: DeepSeekV3, config: TrainConfig):
 
 
 def batch_at(config: TrainConfig, step: int) -> int:
-    """Windows in this step: multiples of batch_start, growing evenly; the last is batch_size."""
+    """Windows in this step: multiples of batch_start, in even stages up to batch_size."""
     start = config.batch_start
     if not start:
         return config.batch_size
@@ -201,9 +206,8 @@ def batch_at(config: TrainConfig, step: int) -> int:
 
 
 def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all, as in the report; or Muon for the matrices of the layers and AdamW for the
-    rest, at adamw_lr times lr. Lists the kinds of matrices that Muon takes, so that one that does
-    not belong there stands out."""
+    """AdamW for all parameters, as in the report; or Muon for the matrices of the layers and AdamW
+    for the rest, at adamw_lr times lr. A message lists the matrices that Muon takes."""
     of_muon = muon_takes(model) if config.optimizer == "muon" else set()
     matrices = [p for p in model.parameters() if p in of_muon]
     others = [p for p in model.parameters() if p.ndim > 1 and p not in of_muon]
@@ -223,7 +227,7 @@ def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.
     taken = ", ".join(f"{kind.removesuffix('.weight')} x {n}" for kind, n in kinds.items())
     info(f"muon: {count} matrices, in {taken}; AdamW: all other parameters")
     defaults = {"lr": config.lr, "lr_scale": 1.0, "weight_decay": decay, "momentum": 0.95}
-    # processes.start has put the dtype that was chosen in the place of "auto".
+    # processes.start has replaced a dtype of "auto".
     return [adamw, Muon(matrices, defaults, getattr(torch, config.dtype))]
 
 
@@ -233,8 +237,8 @@ def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.
 def open_data(
     config: TrainConfig, vocab_size: int, source: Path | None = None
 ) -> tuple[Dataset, Path]:
-    """The prepared data and its folder; those of our own config files are made if missing.
-    `source`: where given weights are."""
+    """Opens the prepared data. Returns them and their folder. Missing data of our own config files
+    are prepared first. source: the initial weights, if any, whose tokenizer the data must have."""
     folder = data_folder(config.data)
 
     def make():
@@ -243,36 +247,38 @@ def open_data(
             try:
                 prepare_data.prepare(wanted)
             except (Refusal, OSError):
-                if not folder.exists():  # else another train.py has made it meanwhile
+                if not folder.exists():  # else another train.py has just prepared it
                     raise
 
     processes.once(make)
     if config.data in prepare_data.SHARDS and not folder.exists():
         shards = prepare_data.SHARDS[config.data][1]
-        whole = f"python prepare_data.py {config.data} --shards={shards}"
-        size = f"{shards / 10:.1f}B tokens, {shards / 5:.0f} GB; fewer --shards are less"
-        raise Refusal(f"no data in {folder}; make it with: {whole} ({size}).")
+        raise Refusal(
+            f"no data in {folder}; make it with: python prepare_data.py {config.data} "
+            f"--shards={shards} ({shards / 10:.1f}B tokens, {shards / 5:.0f} GB; fewer --shards "
+            "are less)."
+        )
     longest = max(config.block_size, config.long_block_size)
     return open_folder(folder, vocab_size, longest, source, config.eval_tokens), folder
 
 
 @functools.lru_cache(2)
 def epoch_starts(seed: int, epoch: int, length: int, T: int) -> np.ndarray:
-    """Where the windows of one pass through `length` tokens begin: side by side, shuffled."""
+    """Where the windows of one epoch over `length` tokens begin: adjacent windows, shuffled."""
     rng, count = np.random.default_rng((seed, epoch)), (length - 1) // T
-    offset = rng.integers(0, length - count * T)  # other borders in every pass
+    offset = rng.integers(0, length - count * T)  # every epoch cuts the text at other places
     return offset + T * rng.permutation(count)
 
 
 def train_windows(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
     """The step's windows (B, T + 1). They depend on seed and step alone.
 
-    An epoch is a shuffled list of windows that lie side by side. Windows are numbered through all
-    epochs, and a step takes the next numbers. So every token comes once per epoch, but for less
-    than a window at the text's ends, while batch and window keep their size. Short and long windows
-    are two lists, cut from the same text. Where they take turns, a list goes on in every step, so
-    what it would have had in the other's steps is not read in that epoch. While the batch grows, a
-    step leaves out the numbers that a full batch would have taken.
+    An epoch is a shuffled list of adjacent windows. Windows are numbered through all epochs, and
+    each step takes the next batch_size numbers. So an epoch contains every token once, except for
+    less than a window at the ends of the text.
+    Two cases skip windows. Short and long windows are two lists, cut from the same text, and every
+    step advances both, though it reads one. While the batch grows, a step advances by a full batch,
+    though it reads fewer windows.
     """
     T, length = block_at(config, step), len(data.train)
     first = step * config.batch_size * config.block_size // T  # windows before this step
@@ -294,13 +300,13 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor
     x, cuda = torch.from_numpy(windows), device.type == "cuda"
     if cuda:  # pinned, or the copy would wait for all work before it
         x = x.pin_memory()
-    # Not on Apple's GPUs, where such a copy may read memory that is freed by then.
+    # Not on Apple's GPUs: there an asynchronous copy may read memory that is already freed.
     x = x.to(device, non_blocking=cuda)
     return x[:, :-1], x[:, 1:]
 
 
 def max_vio(loads: Sequence[Tensor]) -> Tensor:
-    """(max - mean) / mean of every layer's loads (E,), averaged over layers (2408.15664, Eq. 4)."""
+    """(max - mean) / mean of each layer's loads (E,), averaged over layers (2408.15664, Eq. 4)."""
     each = [load.amax() / load.float().mean() - 1 for load in loads]
     return torch.stack(each).nanmean().nan_to_num() if each else torch.zeros(())  # 0: no experts
 
@@ -309,12 +315,11 @@ def max_vio(loads: Sequence[Tensor]) -> Tensor:
 
 
 def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) -> Iterator:
-    """This process's share of these tokens, in batches (B, T + 1) of windows side by side, so that
-    every token is predicted once. All processes get the same number of batches: where the text has
-    ended they hold -1."""
+    """This process's share of the tokens, in batches (B, T + 1) of adjacent windows, so that every
+    token is predicted once. All processes get the same number of batches, padded with -1."""
     B = math.ceil(config.eval_batch * config.block_size / T)
     batches = range(0, math.ceil((len(tokens) - 1) / T), B * machine.world)
-    no_bar = machine.rank > 0 or None  # None: where there is no terminal
+    no_bar = machine.rank > 0 or None  # None: no bar unless stderr is a terminal
     for first in tqdm(batches, "evaluate", leave=False, disable=no_bar):
         windows = np.full((B, T + 1), -1)
         for i, row in enumerate(windows, first + machine.rank * B):
@@ -324,9 +329,13 @@ def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) ->
 
 
 def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Machine) -> dict:
-    """Over all windows of these tokens, and over all processes: the losses in nats per token, by
-    depth (0: the main model, k: MTP module k); the visits to every expert of each MoE layer, (E,);
-    and, over all layers together, the visits to groups and the tokens that were routed."""
+    """Runs the model on all windows of these tokens. Returns, over all processes:
+
+    losses    nats per token by depth (0: the main model, k: MTP module k)
+    visits    for each MoE layer, how often each expert was chosen (E,)
+    groups    the number of groups in which a token's experts lie, summed over tokens and layers
+    routed    the number of routed tokens, summed over layers
+    """
     G, visits = model.config.n_group, []
     sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens
     groups, routed = torch.zeros(2, dtype=torch.long, device=machine.device)
@@ -339,12 +348,12 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
         sums += torch.stack((loss * n, n))
         for layer, (gate, chosen) in enumerate(zip(model.routed_by, model.routing, strict=True)):
             E = len(gate.load)
-            if layer == len(visits):  # a block that an edit runs twice is two layers here
+            if layer == len(visits):  # an edited model may run a block twice: two layers here
                 visits.append(torch.zeros_like(gate.load))
-            # MTP module k (from 1) has T - k rows, for the last T - k targets. -1 marks padding.
+            # MTP module k (from 1) has T - k positions, for the last T - k targets; -1 is padding.
             used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
             visits[layer] += count_chosen(used, E)
-            real = (used >= 0) & (used < E)  # another number is none of the experts
+            real = (used >= 0) & (used < E)  # other numbers mean no expert
             group = torch.where(real, used * G // E, G)
             groups += nn.functional.one_hot(group, G + 1)[..., :G].amax(1).sum()
             routed += len(used)
@@ -356,17 +365,17 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
 
 @torch.no_grad()
 def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> dict:
-    """What the log has of an evaluation: losses over the validation text (its first eval_tokens, as
-    open_data has cut it) and the use of the experts in windows of block_size and, once the model
-    knows them, the loss in long ones."""
+    """Evaluates the model on the validation text (open_data has cut it to eval_tokens). Returns the
+    values for the log: losses and the use of the experts in windows of block_size and, in the YaRN
+    phase, the loss in long windows."""
     text, training = data.val.arrays[0], model.training
     model.eval()
-    # On a CPU not compiled: a second set of graphs takes minutes, more than it saves.
+    # On a CPU nothing is compiled: a second set of graphs would take minutes, more than it saves.
     compiled = machine.device.type == "cuda" and processes.compiles(config, machine.device)
     with (
         fp8.quantized_once(model, compiled),
         torch.compiler.set_stance("default" if compiled else "force_eager"),
-        processes.telling_compilation(),
+        processes.log_compilation(),
     ):
         total = add_up(model, text, config.block_size, config, machine)
         long = None
@@ -381,7 +390,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     result = {
         "val_loss": main,
         "val_bpb": main / one_bpb,
-        # A depth may be easier than the main model: it lacks the window's first, hardest positions.
+        # May be below val_loss: MTP modules do not predict the window's first, hardest tokens.
         "val_mtp_loss": sum(mtp) / max(1, len(mtp)),
         "val_mtp_losses": mtp,
         "max_vio_global": max_vio(total["visits"]).item(),
@@ -398,24 +407,24 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
 
 
 def loss_weights(model: DeepSeekV3, config: TrainConfig, step: int) -> dict[str, float]:
-    """What each loss that the model returns counts in the sum that training minimises, Eq. 17 and
-    24: L_main + lambda L_MTP + alpha sum_layers L_Bal."""
+    """The weight of each loss that the model returns, for the sum that training minimises, Eq. 17
+    and 24: L_main + lambda L_MTP + alpha sum_layers L_Bal."""
     weight, depths = mtp_weight_at(config, step), len(model.mtp)
     of_module = weight if isinstance(weight, list) else [weight] * depths
-    # Of several modules each has its loss, mtp_loss_1 and so on; of these mtp_loss is the mean.
+    # Several modules have a loss each, mtp_loss_1 and so on; mtp_loss is their mean.
     return {
         "loss": 1.0,
         "mtp_loss": 0.0 if depths > 1 else sum(of_module),
         **{f"mtp_loss_{k}": x / depths for k, x in enumerate(of_module, 1)},
-        "balance_loss": config.alpha * model.moe_layers,  # times layers: it is their mean
+        "balance_loss": config.alpha * model.moe_layers,  # the model returns the mean over layers
     }
 
 
 def target_shares(
     targets: list[Tensor], depths: int, machine: Machine, dtype: torch.dtype
 ) -> Tensor:
-    """How many targets each micro-batch (B, T) has for each depth, over the mean of all processes'
-    micro-batches: (micro-batches, depths). It is exactly 1 where all have as many."""
+    """The number of targets of each micro-batch (B, T) at each depth, divided by its mean over all
+    micro-batches of all processes: (micro-batches, depths). Exactly 1 if all have equally many."""
     n = torch.stack([torch.stack([(y[:, k:] >= 0).sum() for k in range(depths)]) for y in targets])
     total = machine.sum(n.sum(0)).clamp(min=1)  # (depths,)
     return (n * len(targets) * machine.world).to(dtype) / total.to(dtype)
@@ -424,11 +433,11 @@ def target_shares(
 def backward(
     trainer: nn.Module, batches: list[np.ndarray], weight_of: dict[str, float], machine: Machine
 ) -> dict[str, Tensor]:
-    """Adds up the gradients of the weighted losses of the micro-batches (B, T + 1).
+    """Accumulates the gradients of the weighted losses over micro-batches (B, T + 1).
 
-    A cross-entropy is the mean over all targets of the step: where an edit of to_device leaves some
-    out (-1), a micro-batch counts by those that it has. Other losses are means over micro-batches.
-    Returns the means, each loss by name and before its weight.
+    A cross-entropy is the mean over all targets of the step: if an edit of to_device masks some of
+    them (-1), a micro-batch counts by its remaining targets. Other losses are means over
+    micro-batches. Returns the mean of each loss by name, before its weight.
     """
     pairs = [to_device(batch, machine.device) for batch in batches]
     depth = {"loss": 0, "mtp_loss": 1} | {f"mtp_loss_{k}": k for k in range(1, len(weight_of))}
@@ -450,25 +459,26 @@ def backward(
 
 
 def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
-    """The norm of all gradients together, before they are scaled down to config.clip at most."""
+    """Scales the gradients down to a total norm of at most config.clip. Returns their norm before
+    that."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is cut up
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's norm is sharded
 
 
-def tell_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, progress: Progress):
-    """What is to be trained, where, and on how much text."""
+def log_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, progress: Progress):
+    """Prints the model's size, the machine, and how often the run reads its text."""
     total, active, mtp = (f"{n / 1e6:.2f}M" for n in model.parameter_counts().values())
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
-    where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.why})"
+    where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.dtype_reason})"
     info(f"run: {config.steps} steps on {where}")
     windows = sum(batch_at(config, step) for step in range(progress.step, config.steps))
-    read = progress.tokens + windows * config.block_size
-    advice.tell_epochs(read, len(data.train), config.steps, new=progress.step == 0)
+    tokens = progress.tokens + windows * config.block_size
+    advice.log_epochs(tokens, len(data.train), config.steps, new=progress.step == 0)
 
 
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=()):
-    """Runs config.steps optimiser steps, or with config.resume those that are left, in the folder
-    config.out; a new run's folder gets copies of `files`. After a signal it saves a checkpoint and
+    """Runs config.steps optimiser steps or, with config.resume, the remaining ones, in the folder
+    config.out. A new run's folder gets copies of `files`. After a signal it saves a checkpoint and
     raises KeyboardInterrupt."""
     model.trained_length = max(model.trained_length, config.block_size)
     trainer = processes.wrap(model.train(), config, machine)
@@ -476,17 +486,17 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     optimizers = make_optimizers(model, config)
     progress = Progress()
     machine.check_alike(data=[*map(len, (*data.train.arrays, *data.val.arrays)), data.vocab_size])
-    # All that a checkpoint keeps. Whatever has state_dict and load_state_dict is one entry more.
+    # What a checkpoint contains. Add anything that has state_dict and load_state_dict.
     states = {"model": model, "progress": progress, "random": RandomNumbers(machine)}
     states |= checkpoints.by_name(model, optimizers)
 
-    # Of model.py's own network: this one may be compiled, cut up, in FP8.
+    # Counted in a plain copy of the network: this one may be compiled, sharded or in FP8.
     known = peak_flops(machine.device)
     flops = flops_per_token(outline(model.config), config.block_size) if known else None
 
     with runs.open_run(states, config, machine, files, flops) as run:
-        tell_plan(model, data, config, machine, progress)
-        if progress.step == 0 and config.init_from:  # measured before they change
+        log_plan(model, data, config, machine, progress)
+        if progress.step == 0 and config.init_from:  # the initial weights, before they change
             run.log_evaluation(evaluate(model, data, config, machine))
 
         while not (run.finished or run.stopped):
@@ -496,14 +506,14 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             windows = train_windows(data, config, step)
             batches = micro_batches(windows, config, machine)
 
-            with fp8.quantized_once(model, compiled), processes.telling_compilation():
+            with fp8.quantized_once(model, compiled), processes.log_compilation():
                 losses = backward(trainer, batches, loss_weights(model, config, step), machine)
 
             norm = clip_gradients(model, config)
             finite = bool(norm.isfinite())  # here the host waits for the GPU, once a step
 
             lr = lr_at(config, step)
-            if finite:  # else the step is left out
+            if finite:  # else the step is skipped
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -511,16 +521,16 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             model.zero_grad(set_to_none=trainer is model)  # DDP's are views of its buckets
 
             for gate in model.gates():
-                machine.sum(gate.load)  # in place: update_bias needs all processes' counts
-            total = machine.sum(torch.stack([*losses.values()]))  # over processes
+                machine.sum(gate.load)  # in place: update_bias needs the counts of all processes
+            total = machine.sum(torch.stack([*losses.values()]))
             means = dict(zip(losses, total / machine.world, strict=True))
             means["max_vio"] = max_vio([gate.load for gate in model.gates()])
-            model.update_bias(gamma_at(config, step) if finite else 0.0)  # loads are 0 from here on
+            model.update_bias(gamma_at(config, step) if finite else 0.0)  # also resets the loads
             run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
-            if run.owes_evaluation:
+            if run.evaluation_due:
                 run.log_evaluation(evaluate(model, data, config, machine))
-            if run.owes_checkpoint:
-                if config.parallel == "ddp":  # FSDP's processes have parts, none of them twice
+            if run.checkpoint_due:
+                if config.parallel == "ddp":  # under FSDP no process has a copy to compare
                     machine.check_weights(model)
                 run.save()
 
@@ -528,88 +538,98 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
 # ---- The command ---------------------------------------------------------------------------------
 
 ABOUT = "Train a DeepSeek-V3: python train.py config/small.py [--key=value]"
-# What differs from one command to the next, so that a checkpoint has no say in it.
-OF_THE_COMMAND = {"resume", "overwrite", "init_from", "eval_only", "device", "out"}
+# These settings hold for one command. A checkpoint does not restore them.
+PER_COMMAND = {"resume", "overwrite", "init_from", "eval_only", "device", "out"}
 
 
 def split_configs(values: dict) -> tuple[dict, dict]:
-    """The keys of ModelConfig, and the others."""
+    """Splits settings into those of ModelConfig and the rest."""
     model = {k: v for k, v in values.items() if k in ModelConfig.__dataclass_fields__}
     return model, {k: v for k, v in values.items() if k not in model}
 
 
 def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
-    """All settings by name, where the weights are (None: a new network), and the first step.
-
-    The command line wins over the checkpoint of a run that goes on or is evaluated, that over the
-    config file, and that over the defaults.
-    """
-    kinds = (TrainConfig, ModelConfig)
-    file, given = settings.parse_args(ABOUT, argv, *kinds, positional="config")
-    in_file = settings.read_config_file(file, *kinds) if file else {}
-    given |= settings.with_home(given, "out", "data", "init_from")
-    out = given.get("out") or in_file.get("out") or (f"out/{Path(file).stem}" if file else "")
-    asked = vars(TrainConfig()) | in_file | given | {"out": out}
-    # Without a config file the weights say what the network is. An evaluation needs no folder.
-    goes_on = asked["resume"] or asked["eval_only"]
-    has_network = file or asked["init_from"] or (goes_on and out)
-    if not has_network or not (out or asked["eval_only"]):
+    """Returns all settings by name, the path of the weights to open (None: a new network), and the
+    first step. Later sources of settings override earlier ones: defaults, config file, checkpoint
+    (if the run is resumed or evaluated), command line."""
+    classes = (TrainConfig, ModelConfig)
+    config_file, command_line = settings.parse_args(ABOUT, argv, *classes, positional="config")
+    command_line |= settings.with_home(command_line, "out", "data", "init_from")
+    in_file = settings.read_config_file(config_file, *classes) if config_file else {}
+    values = vars(TrainConfig()) | in_file | command_line
+    out = values["out"] or (f"out/{Path(config_file).stem}" if config_file else "")
+    values["out"] = out
+    if not out and not (values["eval_only"] and values["init_from"]):
         info("usage: name a config file, for example: python train.py config/small.py")
         sys.exit(2)
-    if own := own_checkpoint(asked, given):
-        saved = load_checkpoint(own, whole=False)
-        stored = saved["model_config"] | saved["train_config"]
-        known = ModelConfig.__dataclass_fields__ | TrainConfig.__dataclass_fields__
-        stored = {k: x for k, x in stored.items() if k in known and k not in OF_THE_COMMAND}
-        return settings.merge(in_file, stored, given) | {"out": out}, own, saved["step"]
-    return asked, Path(asked["init_from"]) if asked["init_from"] else None, 0
+    weights, is_own = find_weights(values, command_line)
+    if not is_own:
+        return values, weights, 0
+    saved = load_checkpoint(weights, whole=False)
+    stored = saved["model_config"] | saved["train_config"]
+    known = ModelConfig.__dataclass_fields__ | TrainConfig.__dataclass_fields__
+    stored = {k: x for k, x in stored.items() if k in known and k not in PER_COMMAND}
+    return settings.merge(in_file, stored, command_line) | {"out": out}, weights, saved["step"]
 
 
-def own_checkpoint(asked: dict, given: dict) -> Path | None:
-    """The checkpoint of the run in `out` if this command goes on with it or evaluates it. None for
-    a new run, and where init_from's weights are evaluated. Raises Refusal where the command cannot
-    do with that folder what it asks for."""
-    out, start = Path(asked["out"]), asked["init_from"]
-    if asked["resume"]:
-        if given.get("init_from") or given.get("overwrite"):
+def find_weights(values: dict, command_line: dict) -> tuple[Path | None, bool]:
+    """The path of the weights to open, and whether they are the run's own. Raises Refusal if the
+    folder `out` does not suit the command.
+
+        command                    weights                      own
+        --resume                   OUT/ckpt.pt                  yes
+        --eval_only                OUT/best.pt, else ckpt.pt    yes
+        --eval_only --init_from    init_from                    no
+        --init_from                init_from                    no
+        none of these              None                         no
+    """
+    out, init_from = Path(values["out"]), values["init_from"]
+    if values["resume"]:
+        if command_line.get("init_from") or command_line.get("overwrite"):
             raise Refusal("--resume continues a run: leave out --init_from and --overwrite.")
         runs.check_folder(out, resume=True, overwrite=False)
-        return out / "ckpt.pt"
-    if asked["eval_only"]:  # writes nothing, so a run that is being trained may be evaluated
-        # Once there is a run, what its config file has as init_from is history.
-        elsewhere = start and (given.get("init_from") or not runs.holds_run(out))
-        return None if elsewhere else checkpoint_file(out)
-    runs.check_folder(out, resume=False, overwrite=asked["overwrite"])
-    source = Path(start).resolve()
-    if start and out.resolve() in (source, source.parent):
-        raise Refusal(f"{start} would be put aside: give another --out.")
-    return None
+        return out / "ckpt.pt", True
+    if values["eval_only"]:  # writes nothing, so another process may be training the run
+        # In a config file, init_from is where the run began: its own weights are newer.
+        if not init_from or ("init_from" not in command_line and runs.holds_run(out)):
+            return checkpoint_file(out), True
+        return Path(init_from), False
+    runs.check_folder(out, resume=False, overwrite=values["overwrite"])
+    if not init_from:
+        return None, False
+    source = Path(init_from).resolve()
+    if out.resolve() in (source, source.parent):
+        raise Refusal(f"--overwrite would rename {init_from}: give another --out.")
+    return Path(init_from), False
 
 
 def open_network(config: TrainConfig, network: dict, source: Path | None, machine: Machine):
-    """The network, new or from weights, and the tokenizer of these weights."""
+    """Returns the network, new or with the weights in `source`, and the tokenizer of the
+    weights."""
     sharded = machine.world > 1 and config.parallel == "fsdp" and not config.eval_only
-    place = "cpu" if sharded else machine.device  # FSDP moves the model block by block
+    device = "cpu" if sharded else machine.device  # FSDP moves the model block by block
     dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of weights, optimiser
     if not source:
         if not {"hidden_size", "num_hidden_layers"} <= network.keys():
-            sizes = "hidden_size, num_hidden_layers and the network's other sizes"
-            raise Refusal(f"the config file has to set {sizes}: take config/small.py's.")
-        return DeepSeekV3(ModelConfig(**network)).to(place, dtype), None
-    extend = not config.resume  # whether the network may have other parts than the weights
-    opened, tokenizer = load_model(source, place, dtype, extend)
+            raise Refusal(
+                "the config file has to set hidden_size, num_hidden_layers and the network's other "
+                "sizes: begin with a copy of config/small.py."
+            )
+        return DeepSeekV3(ModelConfig(**network)).to(device, dtype), None
+    extend = not config.resume  # the network may have parts that the weights lack, or lack some
+    opened, tokenizer = load_model(source, device, dtype, extend)
     model = with_settings(opened, network, source, extend)
     if not (config.resume or config.eval_only):
         info(f"start: from {source}")
-        for key, was in vars(opened.config).items():
-            if (now := vars(model.config)[key]) != was:
-                info(f"{key} is now {now} (was {was} in {source})")
+        for key, old in vars(opened.config).items():
+            if (new := vars(model.config)[key]) != old:
+                info(f"{key} is now {new} (was {old} in {source})")
     return model, tokenizer
 
 
 def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, first: int):
-    """Raises Refusal where windows do not fit the network or cannot be shared out (from the step
-    `first` on). Says what only costs time."""
+    """Raises Refusal if windows do not fit the network, or if a step's windows, from step `first`
+    on, cannot be divided evenly."""
     long, limit = config.long_block_size, model.config.max_position_embeddings
     longest = max(config.block_size, long)
     if longest > limit:
@@ -621,35 +641,36 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
     if config.eval_only:  # has no steps
         return
     for name in ("mtp_weight", "mtp_weight_late"):
-        given, modules = getattr(config, name), len(model.mtp)
-        if isinstance(given, list) and len(given) != modules:
-            raise Refusal(f"{name} is {given}, but there are {modules} MTP modules: one each.")
-        if isinstance(given, list) and not all(type(x) in (int, float) and x >= 0 for x in given):
-            raise Refusal(f"{name} is {given}, expected numbers that are at least 0.")
-    compiles_on_cpu = config.compile is True and machine.device.type == "cpu"
-    if compiles_on_cpu and config.fp8:
-        info("--compile compiles nothing here: with --fp8 a CPU's compiler rounds wrongly")
-    elif compiles_on_cpu and machine.dtype != torch.bfloat16:
-        info(f"--compile in {config.dtype} compiles for minutes on a CPU and gains nothing")
+        weights, modules = getattr(config, name), len(model.mtp)
+        if not isinstance(weights, list):
+            continue
+        if len(weights) != modules or not all(type(x) in (int, float) and x >= 0 for x in weights):
+            raise Refusal(
+                f"{name} is {weights}, expected a number of at least 0 for each of the network's "
+                f"MTP modules, {modules} in all."
+            )
     trained = max(model.trained_length, config.block_size)
     if 0 < long < trained:
-        less = f"long_block_size is {long}, less than the {trained} trained before"
-        raise Refusal(f"{less}: give --long_block_size=0, or {trained} at least.")
+        raise Refusal(
+            f"long_block_size is {long}, but the model has been trained on windows of {trained}: "
+            f"give --long_block_size=0, or at least {trained}."
+        )
     parts = machine.world * config.grad_accum
     for step in range(first, config.steps):
         tokens, T = batch_at(config, step) * config.block_size, block_at(config, step)
         if tokens % (T * parts):
-            uneven = f"the {tokens} tokens of step {step} are no multiple of {parts}"
-            each = f"micro-batches (processes x grad_accum) of windows of {T} tokens"
-            raise Refusal(f"{uneven} {each}.")
+            raise Refusal(
+                f"the {tokens} tokens of step {step} are no multiple of {parts} micro-batches "
+                f"(processes x grad_accum) of windows of {T} tokens."
+            )
 
 
 def command(argv: list[str]):
-    """Settings, machine, network, data, training; in the end a sample."""
+    """Settings, machine, network, data, training, and a sample at the end."""
     values, source, first = read_settings(argv)
     network, others = split_configs(values)
     config = TrainConfig(**others)
-    machine = processes.start(config)  # also replaces the dtype "auto" by the one chosen
+    machine = processes.start(config)  # replaces a dtype of "auto"
     torch.manual_seed(config.seed)
 
     model, tokenizer = open_network(config, network, source, machine)
@@ -671,34 +692,33 @@ def command(argv: list[str]):
             print(runs.to_json(result))
         return
     train(model, data, config, machine, tokenizer_files(folder))
-    torch.use_deterministic_algorithms(False)  # sampling has no use for it
+    torch.use_deterministic_algorithms(False)  # sampling does not need them
     if machine.rank == 0:
         show_result(config, data)
 
 
 def show_result(config: TrainConfig, data: Dataset):
-    """The last lines of a run: its validation loss, a short sample, how to get more."""
+    """Prints the best validation loss, a short sample, and the commands that may come next."""
     file = Path(config.out) / "best.pt"
-    if not file.exists():  # someone has moved it
+    if not file.exists():  # no evaluation was finite
         return
     best = load_checkpoint(file, whole=False)
-    had = best["train_config"]  # which a resumed run may have changed since
-    text = f"{best['val_bpb']:.4f} bits/byte in windows of {had['block_size']} tokens"
+    then = best["train_config"]  # a resumed run may have other settings now
+    bits = f"{best['val_bpb']:.4f} bits/byte in windows of {then['block_size']} tokens"
     if "val_bpb_long" in best:
-        text += f", {best['val_bpb_long']:.4f} in windows of {had['long_block_size']}"
-    info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {text}. A sample:\n")
+        bits += f", {best['val_bpb_long']:.4f} in windows of {then['long_block_size']}"
+    info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {bits}. A sample:\n")
     tokens = data.val.arrays[0][1:9].tolist()  # after the end-of-text token
-    # The run's own copy of the tokenizer: the data folder's may be gone by now.
     prompt = stored_tokenizer(config.out).decode(tokens, errors="ignore").strip()
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     try:
         sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
-    except BrokenPipeError:  # whoever reads the sample, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the sample, such as head, has closed the pipe
         raise
-    except Exception as error:  # the run itself has ended well
-        if (why := settings.sentence_of(error)) is None:
+    except Exception as error:  # the run itself has succeeded
+        if (message := settings.sentence_of(error)) is None:
             traceback.print_exc()
-        info(f"no sample: {settings.short(why or error)}")
+        info(f"no sample: {settings.short(message or error)}")
     start = shlex.quote(prompt[:20].partition("\n")[0])
     info(f"\nMore: python sample.py {shlex.quote(config.out)} --prompt={start}")
     info(f"After an edit of model.py: python bench.py check {shlex.quote(config.out)}")
@@ -711,9 +731,11 @@ def main(argv: list[str]):
     except (RuntimeError, MemoryError) as error:
         if not settings.is_out_of_memory(error):
             raise
-        ways = "raise --grad_accum or give --recompute; in an evaluation, lower --eval_batch"
-        told = f"out of memory{settings.place_of(error)}: {ways}; else take a smaller network."
-        raise Refusal(f"{told} ({settings.short(error, 100)})") from None
+        raise Refusal(
+            f"out of memory{settings.place_of(error)}: raise --grad_accum, give --recompute, in an "
+            "evaluation lower --eval_batch, or take a smaller network "
+            f"({settings.short(error, 100)})."
+        ) from None
     processes.end()
 
 

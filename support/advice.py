@@ -1,5 +1,5 @@
-"""The advice of the commands for a text: vocabulary and length of a run (measured in
-docs/notes/LOG.md)."""
+"""Advice for a text, from measurements in docs/notes/LOG.md: size of the vocabulary, length of the
+run."""
 
 import math
 import runpy
@@ -22,11 +22,11 @@ def fitting_vocabulary(texts: list[str]) -> int:
 
 
 def next_command(folder: Path, data: Dataset, tokenizer: str) -> str:
-    """The command that trains on the folder: from the weights beside the tokenizer, if there are
-    any, else a new network.
+    """The command that trains on the folder: from the weights beside the tokenizer, if any, else a
+    new network.
 
-    A run reads the text at most FEW_EPOCHS times. A model trained by train.py continues with its
-    own settings, at a tenth of its learning rate.
+    The run reads the text at most FEW_EPOCHS times. Weights of a run keep its settings, at a tenth
+    of its learning rate.
     """
     name = folder.name if folder.parent == Path("data") else str(folder)
     settings = runpy.run_path(str(Path(__file__).parent.parent / "config/small.py"))
@@ -44,19 +44,20 @@ def next_command(folder: Path, data: Dataset, tokenizer: str) -> str:
     if is_run or (tokenizer and (home / "config.json").exists()):
         words = [f"--init_from={home}", *words, *(f"--{key}={settings[key]}" for key in taken)]
     else:
-        words = words if steps < most else words[:2]  # the file has the same number
+        words = words if steps < most else words[:2]  # most is the file's own --steps
         ours = data.vocab_size == settings["vocab_size"]
         words = ["config/small.py", *words] + [f"--vocab_size={data.vocab_size}"] * (not ours)
-    # With many more tokens, a few evaluations would read more than the training does.
+    # Evaluations of a long validation text would read more tokens than the training does.
     words += [f"--eval_tokens={FEW_TOKENS}"] * (len(data.val) > 10 * FEW_TOKENS)
     return shlex.join(["python", "train.py", *words])
 
 
-def tell_epochs(read: int, length: int, steps: int, new: bool) -> None:
-    """Prints how often a run of `steps` steps and `read` tokens reads a text of `length` tokens."""
-    epochs = read / length
+def log_epochs(tokens: int, length: int, steps: int, new: bool) -> None:
+    """Prints how many epochs of a text of `length` tokens a run reads in `steps` steps and `tokens`
+    tokens, with a warning if a new run reads too many."""
+    epochs = tokens / length
     shown = f"{epochs:.1f}" if epochs >= 1 else f"{epochs:.2g}"
-    info(f"text: {length:,} tokens; the run reads {read:,} ({shown} epochs)")
+    info(f"text: {length:,} tokens; the run reads {tokens:,} ({shown} epochs)")
     if epochs > MANY_EPOCHS and new:
         fewer = max(1, round(steps * FEW_EPOCHS / epochs))
         info(

@@ -1,4 +1,4 @@
-"""How fast a run is, and how long it will last."""
+"""The speed of a run, and the time that remains."""
 
 import time
 from datetime import timedelta
@@ -7,13 +7,13 @@ from datetime import timedelta
 class Clock:
     def __init__(self):
         self.restart(0)
-        self.steps = 0  # by this process
+        self.steps = 0  # of this process, not of the run before a resume
         self.speed = 0.0  # tokens/s, smoothed
         self.evaluation = 0.0  # seconds, of the last evaluation
 
     def restart(self, tokens: int):
-        """Starts a new measurement, with `tokens` tokens read so far. Whatever took time until now,
-        such as a save or an evaluation, does not count, nor do the steps before it."""
+        """Starts a new measurement, with `tokens` tokens read so far, after something that should
+        not count, such as a save or an evaluation."""
         self.since, self.tokens_before = time.perf_counter(), tokens
 
     def measure(self, tokens: int) -> float:
@@ -25,9 +25,9 @@ class Clock:
         return speed
 
     def time_left(self, tokens: int, evaluations: int) -> str:
-        """As text, the time that remains for `tokens` tokens, at the smoothed speed, and for the
-        evaluations. Before the first evaluation the text counts them instead. It is empty in the
-        first ten steps, which may be slow."""
+        """The remaining time as text, for `tokens` tokens at the smoothed speed and for the
+        evaluations. Before the first evaluation the text counts them instead. Empty in the first
+        ten steps, which may be slow."""
         seconds = tokens / self.speed + evaluations * self.evaluation
         left = timedelta(seconds=min(round(seconds), 10**13))  # near timedelta's limit
         more = f" and {evaluations} evaluation(s)" if evaluations and not self.evaluation else ""

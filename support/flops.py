@@ -1,4 +1,4 @@
-"""FLOPs that a training step takes, and that a card can do. Their ratio is nanoGPT's mfu."""
+"""FLOPs of a training step, and FLOP/s of a card. Their ratio is nanoGPT's mfu."""
 
 import copy
 from collections.abc import Callable
@@ -9,24 +9,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-# bf16 products, dense, operations a second, by NVIDIA's data sheets: of the A100 (2021), the H100
-# (2022; SXM and PCIe) and the H200 (2023), which give twice as many with sparsity. The H800 is the
-# H100 with slower links.
+# FLOP/s of dense bf16 products by NVIDIA's data sheets for the A100 (2021), H100 (2022; SXM and
+# PCIe) and H200 (2023), which state twice as many, with sparsity. The H800 is an H100 with slower
+# links.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}
 GROUPED, ATTENTION = "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of bf16 products; None where it is not known."""
+    """FLOP/s of bf16 products; None if unknown."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if "NVL" in card:  # slower than the cards of the table, by how much is not known here
+    if "NVL" in card:  # slower than its namesakes in the table
         return None
     return next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
 
 
 class Products(TorchDispatchMode):
-    """Adds up the FLOPs of all matrix products within `with Products() as products:`, by torch's
-    formulas; of causal attention the half below the diagonal."""
+    """Counts the FLOPs of all matrix products within `with Products() as products:`, by torch's
+    formulas. Causal attention counts half: the part below the diagonal."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if name == GROUPED:  # torch has no formula, nor shapes in float32
+        if name == GROUPED:  # torch has no formula for it, and no fake in float32
             x, weight = args[:2]
             self.flops += 2 * x.numel() * weight.shape[-1]
             return x.new_empty(len(x), weight.shape[-1])
@@ -43,7 +43,7 @@ class Products(TorchDispatchMode):
             q, k, v, _, causal = (*args, 0.0, False)[:5]
             pairs = q[..., 0].numel() * k.shape[-2] / (2 if causal else 1)
             self.flops += 2 * pairs * sum(getattr(x, "width", x.shape[-1]) for x in (k, v))
-        elif name == "constant_pad_nd":  # a kernel may want equal widths; the rest are zeros
+        elif name == "constant_pad_nd":  # padding for a kernel that needs equal widths: no FLOPs
             out.width = args[0].shape[-1]
         elif func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
@@ -51,11 +51,11 @@ class Products(TorchDispatchMode):
 
 
 def flops_per_token(model: nn.Module, T: int) -> float | None:
-    """In a training step with windows of T tokens, MTP modules included. Counted in a forward of
-    the network as it is, on tensors that are shapes only; a backward takes twice as much. None
-    where it cannot run so, such as one that asks for the value of a tensor."""
-    with FakeTensorMode():  # with gradients: without, few tokens ask for the values of a choice
-        fakes = {}  # by what they stand for, as deepcopy asks for it
+    """FLOPs per token of a training step with windows of T tokens, MTP modules included. Counts a
+    forward pass of the network on fake tensors, which have shapes but no values; a backward pass
+    takes twice as much. None if the network cannot run so, because it needs a tensor's value."""
+    with FakeTensorMode():  # with gradients: without them, few tokens take a path that needs values
+        fakes = {}  # deepcopy's memo: {id of a parameter or buffer: its fake}
         for x in (*model.parameters(), *model.buffers()):
             empty = torch.empty(x.shape, dtype=x.dtype)
             fakes[id(x)] = empty.float() if x.is_floating_point() else empty
@@ -63,6 +63,6 @@ def flops_per_token(model: nn.Module, T: int) -> float | None:
         try:
             with Products() as products:
                 copy.deepcopy(model, fakes)(tokens, tokens)
-        except Exception:  # each kind of network has its own
+        except Exception:  # every network fails in its own way
             return None
     return 3 * products.flops / T

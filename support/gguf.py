@@ -1,6 +1,6 @@
 """A network and its tokenizer as one GGUF file, for llama.cpp (its architecture deepseek2).
 
-The layout follows llama.cpp's converter (conversion/deepseek.py); its network is
+The layout follows llama.cpp's converter (conversion/deepseek.py); its network is in
 src/models/deepseek2.cpp. The file differs from a checkpoint in three ways: kv_b_proj is stored as
 two matrices, because llama.cpp always attends in the absorbed form; all experts of a layer are one
 tensor; a rotary pair is always two neighbours. MTP modules are left out.
@@ -25,7 +25,7 @@ from support.tokenizer import END_OF_TEXT, PATTERN, STAND_INS
 # which PATTERN differs slightly: in 1,264 of the standard library's 2.4 million ids.
 PRE_TOKENIZERS = {PATTERN: "deepseek-v3", r50k_pat_str: "gpt-2"}
 # model.py's names and llama.cpp's: first outside the layers, then in layer i, where llama.cpp's
-# begin with "blk.i.". Two names: model.py has one tensor for two of llama.cpp's.
+# begin with "blk.i.". Two names: one tensor of model.py is two of llama.cpp.
 NAMES = {
     "embed_tokens.weight": "token_embd.weight",
     "norm.weight": "output_norm.weight",
@@ -62,23 +62,23 @@ def check_config(config: dict[str, Any]) -> None:
     m, m_all, factor = (yarn.get(key) for key in ("mscale", "mscale_all_dim", "attention_factor"))
     fast, slow = yarn.get("beta_fast") or 32, yarn.get("beta_slow") or 1
     layers, moe = config["num_hidden_layers"], config["first_k_dense_replace"]
+    # llama.cpp takes networks of these sizes for DeepSeek-V2-Lite and its relatives.
     lite = layers in (26, 27) or (layers == 48 and config["vocab_size"] == 128256)
-    lite_has = "none in a network of this size, which it takes for DeepSeek-V2-Lite or a relative"
-    refusals = (  # whether to refuse, what the network has, what llama.cpp has instead
-        (yarn and not (m and m == m_all), f"mscale {m}, mscale_all_dim {m_all}", "two equal ones"),
+    refusals = (  # whether to refuse, what the network has, what llama.cpp needs
+        (yarn and not (m and m == m_all), f"mscale {m}, mscale_all_dim {m_all}", "equal values"),
         (yarn and yarn["factor"] < 1, f"a YaRN factor of {yarn.get('factor')}", "1 or more"),
         (factor is not None, f"attention_factor {factor}", "none"),
         (not yarn.get("truncate", True), "truncate False", "True"),
-        ((fast, slow) != (32, 1), f"beta_fast {fast} and beta_slow {slow}", "always 32 and 1"),
+        ((fast, slow) != (32, 1), f"beta_fast {fast} and beta_slow {slow}", "32 and 1"),
         (eps != 1e-6, f"rms_norm_eps {eps} and 1e-06 in the latents' norms", "one for all norms"),
-        (lite and q, f"q_lora_rank {q} and {layers} layers", lite_has),
-        (config["attention_bias"], "attention_bias True", "no biases"),
+        (lite and q, f"q_lora_rank {q} and {layers} layers", "none with so few layers"),
+        (config["attention_bias"], "attention_bias True", "False"),
         (moe < layers and not config["n_shared_experts"], "n_shared_experts 0", "1 or more"),
-        (not config["routed_scaling_factor"], "routed_scaling_factor 0", "1 in its place"),
+        (not config["routed_scaling_factor"], "routed_scaling_factor 0", "other values"),
     )  # fmt: skip
-    for refused, has, theirs in refusals:
+    for refused, has, needed in refusals:
         if refused:
-            raise Refusal(f"the network has {has}, but llama.cpp {theirs}: {INSTEAD}.")
+            raise Refusal(f"the network has {has}; llama.cpp needs {needed}: {INSTEAD}.")
 
 
 def metadata(config: dict[str, Any]) -> dict[str, int | float | bool | str]:
@@ -124,8 +124,8 @@ def metadata(config: dict[str, Any]) -> dict[str, int | float | bool | str]:
 
 
 def as_neighbours(x: Tensor, heads: int, R: int) -> Tensor:
-    """x (heads * (N + R), in), whose last R rows of each head have rotary pairs (i, i + R/2), with
-    these rows reordered so that a pair is two neighbours."""
+    """Reorders x (heads * (N + R), in): in the last R rows of each head, the rotary pairs
+    (i, i + R/2) become neighbours."""
     x = x.unflatten(0, (heads, -1)).clone()  # (heads, N+R, in)
     x[:, -R:] = x[:, -R:].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
     return x.flatten(0, 1)

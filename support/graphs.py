@@ -1,13 +1,13 @@
 """A round of decoding as a graph that torch compiles (`--compile`).
 
-A graph has in it the code that ran when it was made. PyTorch guards that: it looks whether modules,
-settings and tensors are still of the same kind, and compiles anew if not. For the hundreds of
-modules of a network this takes as long as the round itself. So the guards are asked in the first
-round of each text, and not again until its end (`skip_guard_eval_unsafe` in sample.py). They do not
+A graph contains the code that ran when it was traced. Before each call PyTorch evaluates guards: it
+checks that modules, settings and tensors have not changed, and compiles again if they have. With
+the hundreds of modules of a network, this takes as long as the round itself. So guards are
+evaluated only in the first round of each text (`skip_guard_eval_unsafe` in sample.py). They do not
 cover the code of methods; `methods` does.
 
-On a CPU a graph's products of few rows are sums that the compiler fuses with what is around them
-(`mm`, `addmm`, `bmm` below). That changes how aten's products are computed, whatever the network.
+On a CPU, products with few rows become sums, which the compiler fuses with the operations around
+them (`mm`, `addmm`, `bmm` below). This replaces aten's products, whatever the network.
 """
 
 import functools
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from support.processes import compiling
 from support.settings import info
 
-ROWS = 16  # rows of x (in bmm: or columns of w) up to which a product is a sum
-COMPILED: set[tuple] = set()  # the kinds of graphs that this process has
+ROWS = 16  # a product with up to this many rows of x (in bmm: or columns of w) becomes a sum
+COMPILED: set[tuple] = set()  # the kinds of graphs that this process has compiled
 
 
 def methods(*parts: nn.Module | type) -> frozenset:
-    """The code of all methods of these classes, of the modules and of their parts, but for those of
-    nn.Module, two of which torch replaces when it first compiles."""
+    """The code of all methods of these classes, and of the classes of these modules and their
+    submodules. nn.Module is left out: torch replaces two of its methods when it first compiles."""
     modules = [x for part in parts if isinstance(part, nn.Module) for x in part.modules()]
     kinds = {type(x) for x in modules} | {x for x in parts if isinstance(x, type)}
     bases = {base for kind in kinds for base in kind.__mro__} - {nn.Module}
@@ -38,34 +38,35 @@ def methods(*parts: nn.Module | type) -> frozenset:
 
 @functools.cache
 def compiled(function: Callable, on_cpu: bool, key: tuple) -> Callable:
-    """The function, which torch compiles for each kind of round. key: what `methods` says, and the
-    kind of text. (All kinds of text in one function would soon reach the limit of its graphs.)"""
-    torch._dynamo.config.skip_nnmodule_hook_guards = False  # a hook may come later
+    """The function, which torch compiles for each kind of round. key: the result of `methods`, and
+    the kind of text. (If all kinds of text shared a function, they would soon reach its limit of
+    graphs.)"""
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # a hook may be added later
     torch._dynamo.config.recompile_limit = 64  # a graph for each kind of round, and after edits
-    # torch.compile keeps graphs with a function's code object: each key has a copy of that.
+    # torch.compile stores graphs by the function's code object, so each key has a copy of it.
     copy = types.FunctionType(function.__code__.replace(), function.__globals__)
     how = {"backend": as_sums} if on_cpu else {"options": {"triton.cudagraphs": True}}
     return torch.compile(copy, fullgraph=True, dynamic=False, **how)
 
 
 def first_round(graph: Callable, args: tuple, kind: tuple, parts: Any, on_cpu: bool):
-    """Plays a text's first round of a kind, with guards, before time is measured. So a second call
-    with the same args must give the same result.
+    """Plays a text's first round of a kind with guards, before time is measured; it is then played
+    again. So a second call with the same args must give the same result.
 
-    A CUDA graph is recorded with the addresses of its tensors, so those of `parts` (modules,
-    dictionaries, tensors) must stay where they are. torch compares the addresses before it plays a
-    recording. If they are others, it records once more, without compiling.
+    A CUDA graph is recorded with the addresses of its tensors, so the tensors in `parts` (modules,
+    dictionaries, tensors) must not move. torch compares addresses before it replays a recording,
+    and records again, without compiling, if they have changed.
     (In torch: mark_static_address, cudagraph_trees.py.)
     """
     new, began = (kind, graph) not in COMPILED, time.perf_counter()
     if new:
         info("compiling a round of decoding, which may take a minute")
     if not on_cpu:
-        # CUDA graphs are skipped where an input is written to, unless its address is fixed.
+        # torch uses no CUDA graph if an input is written to, unless its address is fixed.
         for x in tensors(parts):
             torch._dynamo.mark_static_address(x)
     with compiling():
-        for _ in range(1 if on_cpu or not new else 3):  # a GPU records in the second
+        for _ in range(1 if on_cpu or not new else 3):  # a GPU records in the second call
             graph(*args)
     if new:
         COMPILED.add((kind, graph))
@@ -87,7 +88,7 @@ def tensors(parts: Any) -> list[Tensor]:
 
 
 def in_float32(x: Tensor) -> Tensor:
-    """float64 stays."""
+    """x in float32, or in float64 if it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -97,7 +98,7 @@ def mm(x: Tensor, w: Tensor) -> Tensor:
         return NotImplemented
     from torch._inductor.inductor_prims import force_stride_order
 
-    # x is written to memory first, else it would be computed anew for every column of w.
+    # Writes x to memory first; otherwise it would be recomputed for every column of w.
     x = force_stride_order(in_float32(x), x.stride())
     return torch.cat([(w.mT * row).sum(-1)[None] for row in x.split(1)]).to(w.dtype)
 

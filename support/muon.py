@@ -1,4 +1,4 @@
-"""Muon, an optimiser for matrices, and the parameters of a network that it optimises."""
+"""Muon, an optimiser for matrices, and the choice of the parameters that it optimises."""
 
 import math
 from collections import defaultdict
@@ -11,9 +11,9 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum: Muon as in Moonlight (arXiv 2502.16982).
 
     A parameter is a matrix (out, in) or a stack of matrices (E, out, in). The update of each matrix
-    is orthogonalised by itself, in `dtype`, and scaled to about the size of AdamW's updates.
-    (W_gate and W_up of an expert are one matrix here, those of an MLP two.) Matrices of the same
-    shape are computed together. torch.optim.Muon gives the same results, one matrix at a time.
+    is orthogonalised on its own, in `dtype`, and scaled to about the size of AdamW's updates.
+    (W_gate and W_up are one matrix in an expert, but two in an MLP.) Matrices of the same shape are
+    updated together. torch.optim.Muon gives the same results, one matrix at a time.
     """
 
     def __init__(self, params, defaults: dict, dtype: torch.dtype):
@@ -57,8 +57,8 @@ def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def muon_takes(model: nn.Module) -> set[nn.Parameter]:
     """The matrices and stacks of matrices in the layers of a DeepSeekV3. As in Moonlight, embedding
-    and head are left out; so are, here, the gates and everything else that is not a map between
-    hidden states: any nn.Embedding and the filters of convolutions."""
+    and head are left out. So are the gates and all parameters that do not map hidden states to
+    hidden states: those of any nn.Embedding or convolution."""
     kinds = nn.Embedding | nn.modules.conv._ConvNd
     apart = [*model.gates(), *(x for x in model.modules() if isinstance(x, kinds))]
     not_these = {p for module in apart for p in module.parameters()}

@@ -1,6 +1,6 @@
 """Plots runs from their logs: python bench.py plot RUN [RUN ...].
 
-Losses by step, any other key of the log, and the load of every expert. Needs matplotlib.
+Plots losses by step, any other key of the log, and the load of every expert. Needs matplotlib.
 """
 
 import json
@@ -29,10 +29,7 @@ def read_log(run: str) -> Log:
             f"{run} has no log.jsonl: name folders of runs, such as out/small, "
             "and the picture with --out=FILE."
         )
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    if not lines:
-        raise Refusal(f"{path} has no line yet: try again after a few steps of training.")
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def column(log: Log, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -43,8 +40,8 @@ def column(log: Log, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The curve without noise and without lag: for every point, the height of a straight line
-    fitted to its neighbours, a twentieth of all points, half of them on either side.
+    """Smooths a curve without lag: each point is replaced by the value of a straight line fitted to
+    its neighbours, a twentieth of all points, half of them on either side.
 
     The first points have fewer neighbours, because the curve is too steep there for a long line.
     The last points have neighbours on the left only.
@@ -69,7 +66,7 @@ def plot_validation(ax: Any, run: str, log: Log, colour: str) -> None:
 
 
 def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
-    """One colour per run; the pale curve is the log, the strong one is smoothed."""
+    """One colour per run; pale curves are the log, strong ones are smoothed."""
     for i, (run, log) in enumerate(logs.items()):
         modules = sorted({key for line in log for key in line if key.startswith("mtp_loss_")})
         for key, style in ("loss", "-"), *((key, "--") for key in modules or ["mtp_loss"]):
@@ -89,7 +86,7 @@ def plot_key(ax: Any, key: str, logs: dict[str, Log]) -> None:
     """Any key of the log, a curve for each run. Raises Refusal if no log has the key."""
     curves = [column(log, key) for log in logs.values()]
     if not any(len(x) for x, _ in curves):
-        raise Refusal(f"no log of {', '.join(logs)} has the key {key!r}: look into a log.jsonl.")
+        raise Refusal(f"no log of {', '.join(logs)} has the key {key!r}: see a line of log.jsonl.")
     for i, curve in enumerate(curves):
         ax.plot(*curve, color=f"C{i}")
     ax.set(xlabel="step", ylabel=key)

@@ -1,19 +1,16 @@
-"""The folder of a run: its lock, what is written there and when, and how a run ends.
-
-train() names the things that have a state. This file knows no more of them, but that an optimiser
-(Named) cuts its own tensors.
+"""The folder of a run: its lock, its log and checkpoints, and how a run ends.
 
     states = {"model": model, "progress": Progress(...), ...} | by_name(model, optimizers)
     with open_run(states, config, machine, files) as run:
         while not (run.finished or run.stopped):     stopped by a signal
             ...                           a step
             run.advance(tokens, finite, means, lr=lr, grad_norm=norm)
-            if run.owes_evaluation:
+            if run.evaluation_due:
                 run.log_evaluation(...)   a line of log.jsonl, and best.pt if it is the best so far
-            if run.owes_checkpoint:
+            if run.checkpoint_due:
                 run.save()                ckpt.pt
 
-One process at a time writes there. Files are written whole, or they stay what they were.
+Only one process at a time writes to the folder. Checkpoints are written whole or not at all.
 """
 
 import json
@@ -30,7 +27,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from support.checkpoints import CODE, Named, cut_like, gather, load_checkpoint, note_edit
+from support.checkpoints import CODE, Named, gather, load_checkpoint, note_edit, shard_like
 from support.clock import Clock
 from support.files import put_aside, write_whole
 from support.flops import peak_flops
@@ -47,63 +44,55 @@ except ImportError:  # Windows has no such locks
 
 
 def open_here(path: Path, mode: str) -> BinaryIO:
-    """Opens a file for writing and refuses a link: in a folder from a stranger it may lead out of
-    that folder."""
+    """Opens a file for writing, but no link: in a stranger's folder it may lead elsewhere."""
     no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
     return open(path, mode, opener=lambda name, flags: os.open(name, flags | no_link, 0o666))
 
 
 def holds_run(out: Path) -> bool:
-    """Whether something of a run would be lost there."""
+    """Whether the folder has a checkpoint or log that a new run would replace."""
     files = [out / name for name in ("ckpt.pt", "best.pt", "log.jsonl")]
     return any(file.exists() and file.stat().st_size for file in files)
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool):
-    """Raises Refusal unless a run may write there: where nothing is, or a run that is to go on
-    or to be put aside. Changes nothing."""
+    """Raises Refusal unless the run may write to the folder. Changes nothing."""
     if out.exists() and not out.is_dir():
         raise Refusal(f"{out} is a file: give another --out.")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if any(name.endswith(".bin") for name in names):
-        raise Refusal(f"{out} holds token files, as a folder of data does: give another --out.")
-    trained = holds_run(out)
-    begun = {".lock", "log.jsonl"} <= names  # a run that has not written a line
-    if names - {".lock"} and not (trained or begun):
+    if names and not (holds_run(out) or ".lock" in names):  # a run that has just begun has a .lock
         raise Refusal(f"{out} holds files, but no run: give another --out.")
-    if "best.pt" in names and "ckpt.pt" not in names and not overwrite:
-        start = f"--init_from={out}, and another --out"
-        raise Refusal(f"{out} holds best.pt, but no ckpt.pt to resume from: give {start}.")
     if resume and "ckpt.pt" not in names:
-        instead = "give --overwrite instead" if trained else "begin without --resume"
+        instead = "leave out --resume"
+        if "best.pt" in names:
+            instead = f"give --init_from={out} and another --out"
         raise Refusal(f"{out} has no ckpt.pt to resume from: {instead}.")
-    if trained and not (resume or overwrite):
-        either = "--resume, --overwrite" if "ckpt.pt" in names else "--overwrite"
-        raise Refusal(f"{out} holds a run: give {either}, or another --out.")
+    if holds_run(out) and not (resume or overwrite):
+        raise Refusal(f"{out} holds a run: give --resume, --overwrite, or another --out.")
 
 
 def lock_folder(folder: Path) -> BinaryIO:
-    """The folder's file .lock, opened and locked until it is closed. The system takes the lock back
-    however the process ends. Raises Refusal where another process has it. Readers need none."""
+    """Opens the folder's file .lock and locks it until it is closed; the system releases it however
+    the process ends. Raises Refusal if another process holds the lock. Readers need none."""
     file = open_here(folder / ".lock", "ab")
     if fcntl is None:
-        info(f"this system cannot lock {folder}: let only one train.py write there")
+        info(f"this system cannot lock {folder}: run only one train.py there")
         return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        other = f"another train.py is writing to {folder}"
-        raise Refusal(f"{other}: wait for its end, or give another --out.") from None
+        message = f"another train.py is writing to {folder}: wait, or give another --out."
+        raise Refusal(message) from None
     return file
 
 
 def take_folder(out: Path, resume: bool, overwrite: bool) -> BinaryIO:
-    """The lock of the folder, which is made if it is missing. A run that is there and is not to go
-    on is put aside. Raises Refusal as check_folder does."""
+    """Creates and locks the folder, and returns the lock. A run that is not resumed is renamed.
+    Raises Refusal as check_folder does."""
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(out)
-    check_folder(out, resume, overwrite)  # only now can no other process change the answer
+    check_folder(out, resume, overwrite)  # again: before the lock another process may have written
     if resume or not holds_run(out):
         return lock
     with lock:  # until the new folder is locked
@@ -113,8 +102,8 @@ def take_folder(out: Path, resume: bool, overwrite: bool) -> BinaryIO:
 
 
 def cut_log(path: Path, step: int):
-    """Leaves out what a run that goes on from the checkpoint of this step writes again, all later
-    lines, and half a line."""
+    """Removes the lines after this step, which the resumed run writes again, and a half-written
+    line."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     last, kept = 0, []
     for line in lines:
@@ -123,13 +112,13 @@ def cut_log(path: Path, step: int):
             if int(found[1]) <= step:
                 kept.append(line)
     if last > step:
-        info(f"{path} went on to step {last}: it is cut back to the checkpoint's step, {step}")
+        info(f"{path} goes to step {last}: later lines than step {step} of the checkpoint are cut")
     if kept != lines:
         write_whole(path, lambda file: file.writelines(kept))
 
 
 def to_json(values: dict) -> str:
-    """NaN and infinity, for which JSON has no name, become null."""
+    """NaN and infinity, which JSON lacks, become null."""
     return json.dumps(json.loads(json.dumps(values), parse_constant=lambda name: None))
 
 
@@ -137,7 +126,7 @@ def to_json(values: dict) -> str:
 
 
 class Run:
-    """What a training writes into its folder, and when. `open_run` makes it."""
+    """Decides what a training writes into its folder, and when. Created by `open_run`."""
 
     def __init__(
         self, states: dict[str, Any], config, machine: Machine, stop: Stop, flops: float | None
@@ -145,55 +134,51 @@ class Run:
         self.states, self.model, self.progress = states, states["model"], states["progress"]
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.stop, self.clock, self.flops = stop, Clock(), flops
-        self.saved_step = 0  # the step of ckpt.pt (0: there is none)
-        self.bad_in_a_row = 0  # steps up to now whose gradient was not finite
+        self.saved_step = 0  # the step of ckpt.pt (0: no ckpt.pt yet)
+        self.bad_in_a_row = 0  # latest steps whose gradient was not finite
         self.save_due = False
         self.stopped = False  # by a signal
 
     @property
     def finished(self) -> bool:
-        """Whether the last step has been made."""
         return self.progress.step >= self.config.steps
 
     @property
-    def owes_evaluation(self) -> bool:
-        """Whether one is due after this step."""
+    def evaluation_due(self) -> bool:
         return self.due(self.config.eval_every)
 
     @property
-    def owes_checkpoint(self) -> bool:
-        """Whether one is due, and the last step's gradient was finite. Else it waits for the next
-        good step: from weights that lead to bad gradients no run can go on."""
+    def checkpoint_due(self) -> bool:
+        """A checkpoint waits for a finite gradient: weights that lead to bad ones cannot be
+        resumed."""
         return self.save_due and self.bad_in_a_row == 0
 
     def due(self, every: int) -> bool:
-        """Whether something that comes every so many steps comes after this one. After the last
-        step everything comes."""
+        """Whether this step is a multiple of `every`, or the last."""
         return self.finished or self.progress.step % every == 0
 
     # -- Beginning --
 
     def begin(self, files: Iterable[Path]):
-        """A new run, whose folder gets copies of these files, the tokenizer's."""
+        """Begins a new run: copies the tokenizer's files into its folder."""
         if self.machine.rank == 0:
-            open_here(self.out / "log.jsonl", "ab").close()  # from now on this is a run's folder
             for file in files:
                 content = file.read_bytes()
                 write_whole(self.out / file.name, lambda copy, x=content: copy.write(x))
 
     def restore(self):
-        """Goes back to ckpt.pt: every state is what it was."""
+        """Loads every state from ckpt.pt."""
         file = self.out / "ckpt.pt"
         saved = load_checkpoint(file, whole=False)  # load_model has compared its checksums
-        note_edit("train.py", saved, file, "from here on the run may be trained another way")
+        note_edit("train.py", saved, file, "the rest of the run may be trained differently")
         try:
-            if lacking := self.states.keys() - saved.keys():
-                raise Refusal(f"it has no state of {min(lacking)}")
+            if missing := self.states.keys() - saved.keys():
+                raise Refusal(f"it has no state of {min(missing)}")
             for name, thing in self.states.items():
-                kept = saved[name]
-                if not isinstance(thing, Named):  # which cuts by its parameters
-                    kept = cut_like(kept, thing.state_dict())
-                thing.load_state_dict(kept)
+                state = saved[name]
+                if not isinstance(thing, Named):  # Named shards its own tensors
+                    state = shard_like(state, thing.state_dict())
+                thing.load_state_dict(state)
         except Refusal as error:
             raise Refusal(f"{file} cannot be resumed: {error}; use --init_from.") from None
         self.saved_step = self.progress.step
@@ -202,14 +187,14 @@ class Run:
             info("nothing is left to train: give more --steps")
         if self.machine.rank == 0:
             log = self.out / "log.jsonl"
-            open_here(log, "ab").close()  # what cannot be written ends the run now, not later
+            open_here(log, "ab").close()  # fails now rather than at the first line
             cut_log(log, self.saved_step)
 
     # -- Steps --
 
     def advance(self, tokens: int, finite: bool, means: dict[str, Tensor], **now: Any):
-        """After every step: counts it, and writes a line when it is time, with the means of these
-        numbers since the last line, by name, and with what is true now. Finds out what is due."""
+        """Counts a step. Writes a line to the log if one is due, with the averages of `means` since
+        the last line and the values of `now`. Then updates what else is due."""
         progress, config = self.progress, self.config
         progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
         progress.skipped += not finite
@@ -219,16 +204,16 @@ class Run:
         for name, x in means.items():
             total, steps = progress.sums.get(name, (0.0, 0))
             progress.sums[name] = total + x.to(dtype), steps + 1
-        # Up to four bad steps are left out, if a good one follows.
-        lost = self.bad_in_a_row >= 5 or (self.finished and self.bad_in_a_row > 0)
-        if lost or self.due(config.log_every):
+        # Up to four bad steps in a row are skipped.
+        diverged = self.bad_in_a_row >= 5 or (self.finished and self.bad_in_a_row > 0)
+        if diverged or self.due(config.log_every):
             self.write_means(now)
-        if lost:
+        if diverged:
             self.give_up()
         self.stopped = self.stop.agreed()
-        due = self.stopped or self.owes_evaluation or self.due(config.save_every)
+        due = self.stopped or self.evaluation_due or self.due(config.save_every)
         self.save_due = self.save_due or due
-        if self.owes_evaluation:  # it is timed from here
+        if self.evaluation_due:  # it is timed from here
             self.clock.restart(progress.tokens)
 
     def write_means(self, now: dict):
@@ -240,14 +225,14 @@ class Run:
             peak = peak_flops(self.machine.device) * self.machine.world
             line["mfu"] = speed * self.flops / peak
         left = (self.config.steps - progress.step) * self.config.batch_size * self.config.block_size
-        every = self.config.eval_every  # this step's evaluation is one of those that are left
+        every = self.config.eval_every  # this step's evaluation is still to come
         evaluations = math.ceil(self.config.steps / every) - (progress.step - 1) // every
         skips = f", {progress.skipped} skipped: gradient not finite" if progress.skipped else ""
         self.write_line(line, self.clock.time_left(left, evaluations) + skips)
         progress.sums, progress.skipped = {}, 0
 
     def write_line(self, values: dict, more: str = ""):
-        """A line of log.jsonl, and one on the terminal."""
+        """Writes a line to log.jsonl, and one to the terminal."""
         numbers = ", ".join(f"{k} {v:.5g}" for k, v in values.items() if isinstance(v, float))
         info(f"step {self.progress.step}/{self.config.steps}: {numbers}{more}")
         if self.machine.rank == 0:
@@ -261,11 +246,9 @@ class Run:
                 raise Refusal(message) from None
 
     def log_evaluation(self, result: dict):
-        """An evaluation: a line of log.jsonl, and best.pt if these weights are the best so far.
-
-        Weights trained for longer windows always are; at the same length the lower loss is. (Those
-        that a run starts from, at step 0, have files of their own.)
-        """
+        """Writes an evaluation to log.jsonl, and best.pt if these weights are the best so far:
+        trained for longer windows or, at the same length, with a lower loss. Initial weights, at
+        step 0, are not saved."""
         self.clock.evaluation = time.perf_counter() - self.clock.since
         progress, loss, length = self.progress, result["val_loss"], self.model.trained_length
         self.stopped = self.stop.agreed()
@@ -276,37 +259,36 @@ class Run:
             self.write("best.pt", {"model": self.model}, **losses)
         self.write_line(result)
         self.clock.restart(progress.tokens)
-        if self.finished and not math.isfinite(loss):
-            bad = f"the validation loss after step {progress.step} is not finite"
-            raise Refusal(f"{bad}; {self.way_on(spoilt=True)} and a lower --lr.")
 
     # -- Checkpoints --
 
     def save(self):
-        """ckpt.pt, from which the run can go on."""
+        """Writes ckpt.pt, from which the run can be resumed."""
         self.write("ckpt.pt", self.states)
         self.saved_step, self.save_due = self.progress.step, False
         self.clock.restart(self.progress.tokens)
 
     def write(self, name: str, states: dict[str, Any], **more: Any):
-        """Every process calls it, as FSDP's tensors are gathered; process 0 writes."""
+        """Gathers the states of all processes, each of which has to call it; process 0 writes."""
         about = {
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
-            **CODE,  # best.pt may be older than the copies in the folder, and mean others
+            **CODE,  # best.pt may be older than the copies in the folder
             "trained_length": self.model.trained_length,
             "step": self.progress.step,
             "tokens": self.progress.tokens,
         }
         states = {key: thing.state_dict() for key, thing in states.items()}
-        # Unlike |, dict() has an error where a name comes twice.
+        # Unlike |, dict() raises an error if a name occurs twice.
         saved = gather(dict(**states, **about, **more))
         if self.machine.rank > 0:
             return
-        for n, x in saved["model"].items():
+        for weight, x in saved["model"].items():
             if not x.isfinite().all():
-                bad = f"{n} is not finite after step {self.progress.step}, and was not saved"
-                raise Refusal(f"{bad}; {self.way_on()} and a lower --lr.")
+                raise Refusal(
+                    f"{weight} is not finite after step {self.progress.step}, and was not saved; "
+                    f"{self.way_on()} and a lower --lr."
+                )
         try:
             self.write_code()
             write_whole(self.out / name, lambda file: torch.save(saved, file))
@@ -314,8 +296,7 @@ class Run:
             raise Refusal(f"{error} Mend that, then {self.way_on()}.") from None
 
     def write_code(self):
-        """Copies of CODE beside the weights. A copy that differs, of an earlier process, is put
-        aside."""
+        """Writes CODE beside the weights. A different copy, of an earlier process, is renamed."""
         for name, text in CODE.items():
             copy, code = self.out / name, text.encode()
             if copy.exists() and copy.read_bytes() != code:
@@ -326,8 +307,8 @@ class Run:
     # -- Ends --
 
     def way_on(self, spoilt: bool = False) -> str:
-        """Where a run that stops here can go on: from ckpt.pt unless its weights are spoilt, else
-        from best.pt, else from the beginning."""
+        """How to continue after a stop: from ckpt.pt unless its weights are spoilt, else from
+        best.pt, else from the beginning."""
         ckpt, best = self.out / "ckpt.pt", self.out / "best.pt"
         if self.saved_step and not spoilt:
             return f"continue from step {self.saved_step} ({ckpt}) with --resume"
@@ -336,24 +317,26 @@ class Run:
         return "begin again with --overwrite"
 
     def give_up(self):
-        """Raises Refusal: the gradients of the last steps were not finite."""
+        """Raises Refusal because the last gradients were not finite."""
         n, step = self.bad_in_a_row, self.progress.step
-        way = self.way_on(spoilt=self.saved_step == step - n)  # then its weights gave all of them
-        bad = f"{n} gradient(s) up to step {step} are not finite"
-        raise Refusal(f"{bad}; {way} and a lower --lr, or fix the edit that causes them.")
+        spoilt = self.saved_step == step - n  # the weights in ckpt.pt led to all of these gradients
+        raise Refusal(
+            f"{n} gradient(s) up to step {step} are not finite; {self.way_on(spoilt)} and a lower "
+            "--lr, or fix the edit that causes them."
+        )
 
 
 @contextmanager
 def open_run(
     states: dict[str, Any], config, machine: Machine, files=(), flops: float | None = None
 ) -> Iterator[Run]:
-    """The run in the folder config.out: a new one, with copies of `files` (a run that is there is
-    put aside if config.overwrite), or with config.resume the one that is there, every state as
-    its ckpt.pt has it. `states` are its things by name, a Progress and the model among them;
-    `flops`: of a token, for the mfu.
+    """Begins a run in the folder config.out or, with config.resume, restores the one in it.
 
-    SIGINT, SIGTERM and SIGHUP set run.stopped at the end of the step or evaluation. A run that has
-    steps left then ends with KeyboardInterrupt. Raises Refusal where the folder cannot be used.
+    states: by name, what a checkpoint contains, the model and a Progress included. files: the
+    tokenizer's, copied into a new run's folder. flops: of a token, for the mfu.
+
+    SIGINT, SIGTERM and SIGHUP set run.stopped at the end of the step or evaluation. If steps
+    remain, the run then ends with KeyboardInterrupt. Raises Refusal if the folder cannot be used.
     """
     model, progress = states["model"], states["progress"]
     machine.check_alike(
@@ -376,14 +359,14 @@ def open_run(
         try:
             yield run
         except RuntimeError:
-            # Another process, or a compiler, may have heard a signal, or may know what went wrong.
+            # The cause may be a signal, or an error in another process, which reports it.
             if machine.world > 1 or stop.heard:
                 info(f"this process cannot continue; {run.way_on()}.")
             raise
         if run.stopped and not run.finished:
-            bad = ", whose gradient was not finite" if run.bad_in_a_row else ""
-            info(f"stopped at step {progress.step}{bad}; {run.way_on()}.")
-            raise KeyboardInterrupt  # so that no script takes the run for finished
+            message = ", whose gradient was not finite" if run.bad_in_a_row else ""
+            info(f"stopped at step {progress.step}{message}; {run.way_on()}.")
+            raise KeyboardInterrupt  # the exit code tells scripts that the run is not finished
     finally:
         stop.end()
         if lock:

@@ -1,4 +1,4 @@
-"""How a config file and --key=value become dataclasses: shared by all commands."""
+"""Config files and --key=value as dataclasses, and the end of a command: shared by all commands."""
 
 import argparse
 import ast
@@ -25,23 +25,23 @@ class Refusal(ValueError):
 
 
 def info(text: str) -> None:
-    """Print to stderr, since stdout is for results. Of several processes only the first prints. A
-    closed terminal does not end the command."""
+    """Print to stderr, since stdout is for results. Only process 0 prints. A closed terminal does
+    not end the command."""
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 
 
 def short(text: object, length: int = 200) -> str:
-    """The text as one line, cut between two words to `length` characters and " ..."."""
-    line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(text)).split())  # torch prints in bold
+    """The text as one line. Beyond `length` characters it is cut between words, with " ..."."""
+    line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(text)).split())  # torch uses bold print
     if len(line) <= length:
         return line
     words, _, _ = line[: length + 1].rpartition(" ")
     return f"{words or line[:length]} ..."
 
 
-# What those who come from nanoGPT may type: its name, ours, and what differs.
+# nanoGPT's names for our keys: {name: (our name, what differs)}.
 NANOGPT = {
     "learning_rate": ("lr", ""),
     "max_iters": ("steps", ""),
@@ -110,8 +110,8 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
 
 
 def check_ranges(config: Any, at_least_one: set[str]) -> None:
-    """Raises Refusal where a number is less than 0, or than 1 in one of these fields. A field whose
-    default is less may be as little as its default."""
+    """Raises Refusal if a number is less than 0 or, in one of these fields, less than 1. A field
+    with a lower default may be as low as its default."""
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), int(field.name in at_least_one)
         if isinstance(field.default, int | float):
@@ -125,7 +125,7 @@ def parse_args(
 ) -> tuple[str | None, dict[str, Any]]:
     """Parse [POSITIONAL] [--key=value ...], where the keys are the fields of the dataclasses.
 
-    Returns the positional argument or None, and the given values. Exits with code 2 and a message
+    Returns the positional argument or None, and the values by key. Exits with code 2 and a message
     if a key is unknown or a value does not have its field's type.
     """
     usage = usage or f"%(prog)s {f'[{positional.upper()}] ' if positional else ''}[--key=value ...]"
@@ -183,18 +183,20 @@ def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
     return values
 
 
-def merge(in_file: dict[str, Any], stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Merges settings from the config file, from the checkpoint of a resumed run (`stored`) and
-    from the command line (`given`). Later sources override earlier ones, so a resumed run keeps its
-    settings even if the file has changed. Prints each stored setting that the command line changes,
-    and each one in the file that has no effect."""
+def merge(
+    in_file: dict[str, Any], stored: dict[str, Any], command_line: dict[str, Any]
+) -> dict[str, Any]:
+    """Merges settings from the config file, a run's checkpoint (`stored`) and the command line.
+    Later sources override earlier ones, so a resumed run keeps its settings even if the file has
+    changed. Prints the stored settings that the command line changes, and the settings in the file
+    that have no effect."""
     for key, value in stored.items():
-        if key in given:
-            if given[key] != value:
-                info(f"{key} is now {given[key]!r} (was {value!r})")
+        if key in command_line:
+            if command_line[key] != value:
+                info(f"{key} is now {command_line[key]!r} (was {value!r})")
         elif in_file.get(key, value) != value:
             info(f"{key} stays {value} (the config file has {in_file[key]})")
-    return in_file | stored | given
+    return in_file | stored | command_line
 
 
 # Packages that training and sampling do not need. Any other missing package is a bug.
@@ -203,7 +205,7 @@ OPTIONAL += ("transformers",)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU, torch on a CPU, numpy or Python itself has run out of memory."""
+    """Whether a GPU, torch on a CPU, NumPy or Python has run out of memory."""
     message = "out of memory|(can't|Cannot) allocate memory"
     by_torch = isinstance(error, RuntimeError) and re.search(message, str(error))
     by_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
@@ -211,8 +213,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def place_of(error: BaseException) -> str:
-    """The innermost line of this repository in an error's trace, as " at FILE:LINE, in FUNCTION",
-    or ""."""
+    """The innermost line of this repository in an error's trace, as " at FILE:LINE, in FUNCTION";
+    "" if there is none."""
     root, lines = str(Path(__file__).parent.parent), traceback.extract_tb(error.__traceback__)
     own = [x for x in lines if x.filename.startswith(root) and x.filename != __file__]
     own = [x for x in own if "site-packages" not in x.filename]  # a .venv may be in this folder
@@ -220,9 +222,9 @@ def place_of(error: BaseException) -> str:
 
 
 def sentence_of(error: Exception) -> str | None:
-    """The sentence with which an error ends a command: for a Refusal; for an error of the system
-    that names its file, with the line of this repository that caused it; for lack of memory, of
-    disk space or of an optional package. None for all others: bugs, which keep their trace."""
+    """The sentence with which an error ends a command: a Refusal; a system error that names a file
+    (with the line of this repository that caused it); lack of memory, of disk space or of an
+    optional package. None for all others: they are bugs and keep their trace."""
     if isinstance(error, Refusal):
         return str(error)
     if is_out_of_memory(error):
@@ -237,9 +239,8 @@ def sentence_of(error: Exception) -> str | None:
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main. An error that has a sentence (see sentence_of) prints it and exits with
-    code 1; others keep their trace. Of several processes each prints its own error, since it may be
-    the only one with an error."""
+    """Run a script's main. For an error with a sentence (see sentence_of), prints the sentence and
+    exits with code 1. Every process prints its own error, since it may be the only one."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""How a training run ends after Ctrl-C, pre-emption (SIGTERM) or a closed terminal (SIGHUP)."""
+"""Stops a training run after Ctrl-C, pre-emption (SIGTERM) or a closed terminal (SIGHUP)."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ class Stop:
     def __init__(self, machine):
         self.machine, self.heard = machine, False
         handlers = {number: signal.getsignal(number) for number in NUMBERS}
-        # Signals that are ignored, as under nohup, stay ignored. None: a handler not from Python.
+        # Ignored signals, as under nohup, stay ignored. None: a handler not set by Python.
         kept = (signal.SIG_IGN, None)
         self.before = {x: handler for x, handler in handlers.items() if handler not in kept}
         for number in self.before:
@@ -27,7 +27,7 @@ class Stop:
         if self.machine.rank == 0:
             with suppress(OSError):  # the terminal may be closed
                 os.write(sys.stderr.fileno(), b"\nstopping after this step or evaluation\n")
-        if "RANK" not in os.environ:  # else a scheduler and torchrun may both send the same signal
+        if "RANK" not in os.environ:  # under torchrun a scheduler's signal may arrive twice
             self.end()
 
     def end(self):

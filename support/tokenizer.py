@@ -1,7 +1,8 @@
 """Byte-level BPE: our tokenizer, trained on the text, and a release's, read from its files.
 
 A prepared folder or a run has its tokenizer beside the data or weights: meta.json, and either
-tokenizer.tiktoken, a line per token (base64 of its bytes, rank), or copies of a release's files.
+tokenizer.tiktoken, with one line per token (base64 of its bytes, rank), or copies of a release's
+files.
 """
 
 import base64
@@ -36,12 +37,12 @@ class Tokenizer:
 
     encode_batch: Callable[[list[str]], list[list[int]]]
     texts: dict[int, bytes]
-    special: dict[int, str]  # names of the other tokens, marks that have no bytes of a text
+    special: dict[int, str]  # names of special tokens, which stand for no bytes of a text
     eos: list[int]  # a release may have several
-    bos: int | None = None  # if every text begins with it
+    bos: int | None = None  # the id that begins every text, if any
     encoding: tiktoken.Encoding | None = None  # None for a tokenizer.json
     files: list[Path] = field(default_factory=list)  # a release's, the vocabulary first
-    rows: int = 0  # of the release's embedding, if known
+    rows: int = 0  # of the release's embedding (0: unknown)
 
     @property
     def n_vocab(self) -> int:
@@ -55,7 +56,7 @@ class Tokenizer:
         return [] if self.bos is None else [self.bos], self.eos[:1]
 
     def encode(self, text: str) -> list[int]:
-        """The ids, beginning with bos if there is one. A text, such as a chat, may have it."""
+        """The ids, with bos in front if the tokenizer has one and the text does not name it."""
         (ids,) = self.encode_batch([text])
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
@@ -83,11 +84,8 @@ def tokenizer_of(encoding: tiktoken.Encoding) -> Tokenizer:
 
 def parse_ranks(content: bytes) -> dict[bytes, int]:
     """{token: rank} in a file like tiktoken's, whose own loader caches and so misses changes."""
-    rows = [line.split() for line in content.splitlines()]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
-    if len({*ranks.values()}) < len(rows):  # on which tiktoken panics
-        raise Refusal("a token or a rank occurs twice")
-    return ranks
+    lines = (line.split() for line in content.splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
 # ---- Our tokenizer -------------------------------------------------------------------------------
@@ -121,8 +119,8 @@ PATTERN = "|".join(
 )
 # In no pattern, ours or a release's, does a piece continue after such a line end.
 LINE_END = re.compile(r"\n(?=[^\s/])")
-BPE_SAMPLE = 100_000_000  # characters, about, that a new tokenizer is trained on at most
-PIECE = 100_000  # characters; longer documents are sampled and encoded piece by piece
+BPE_SAMPLE = 100_000_000  # characters: a new tokenizer is trained on about this many at most
+PIECE = 100_000  # characters: longer documents are sampled and encoded piece by piece
 
 
 def cut(text: str, length: int) -> Iterator[str]:
@@ -140,7 +138,7 @@ def cut(text: str, length: int) -> Iterator[str]:
 
 
 def sample_texts(texts: list[str], limit: int) -> list[str]:
-    """All texts or, beyond `limit` characters, pieces of about that many, spread evenly."""
+    """All texts or, if they exceed `limit` characters, evenly spread pieces of about that many."""
     total = sum(map(len, texts))
     if total <= limit:
         return texts
@@ -157,9 +155,9 @@ def sample_texts(texts: list[str], limit: int) -> list[str]:
 def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes, int]:
     """Byte-level BPE: {token: rank}, with at most vocab_size tokens. The first 256 are the bytes.
 
-    Each step makes the most common concatenation of two neighbours a token; ties go to the first in
-    byte order. Concatenations are counted, not pairs, because tiktoken joins any two neighbours
-    whose concatenation has a rank: training then makes the same merges as encoding.
+    Each step turns the most common concatenation of two neighbours into a token; ties go to the
+    first in byte order. It counts concatenations, not pairs, because tiktoken joins any two
+    neighbours whose concatenation has a rank: training then makes the same merges as encoding.
     """
     counts = Counter()
     for text in tqdm(texts, desc="words", disable=None, leave=False):
@@ -174,9 +172,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes
     heap = sorted((-count, token) for token, count in total.items())
     ranks = {bytes([byte]): byte for byte in range(256)}
     bar = tqdm(desc="tokenizer", total=vocab_size - 256, disable=None, leave=False)
-    while heap and heap[0][0] < 0 and len(ranks) < vocab_size:  # at 0 all words are one token
+    while heap and heap[0][0] < 0 and len(ranks) < vocab_size:  # at 0 every word is one token
         count, token = heapq.heappop(heap)
-        if -count != total[token]:  # stale: later merges have used some of these
+        if -count != total[token]:  # stale: later merges used some of its occurrences
             heapq.heappush(heap, (-total[token], token))
             continue
         ranks.setdefault(token, len(ranks))
@@ -184,7 +182,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes
         grown = set()
         for word in where.pop(token):
             old, new = parts[word], []
-            for right in old:  # from left to right, as an encoder does
+            for right in old:  # from left to right, like the encoder
                 if new and new[-1] + right == token:
                     new[-1] = token
                 else:
@@ -211,15 +209,15 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 # ---- A release's tokenizer -----------------------------------------------------------------------
 #
 # A released model has a tokenizer.json (DeepSeek-V3's splits text in three stages, which a
-# tiktoken.Encoding cannot) or a tiktoken.model (Moonlight, Kimi). Its special tokens are spread
-# over its config files. A prepared folder or a run has copies of the tokenizer's files, which an
-# export copies again; meta.json has everything else that we need.
+# tiktoken.Encoding cannot) or a tiktoken.model (Moonlight, Kimi). Several config files list its
+# special tokens. A prepared folder or a run has copies of the tokenizer's files, which an export
+# copies again; meta.json has everything else.
 
 # The files of a release's tokenizer, as globs; one of the first two holds the vocabulary.
 RELEASE_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json")
 RELEASE_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-RELEASE_FILES += ("tokenization_*.py",)  # transformers may run these, we do not
-# How Moonlight and Kimi split text (&& is intersection). Their releases have it only in code.
+RELEASE_FILES += ("tokenization_*.py",)  # copied for transformers, never run here
+# Moonlight and Kimi split text by this pattern (&& is intersection), which only their code states.
 _PRE, _END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _U = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _L = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -232,7 +230,7 @@ STAND_INS = {byte: 256 + i for i, byte in enumerate(_HIDDEN)}
 
 def read_vocabulary(path: Path, special_tokens: dict[str, int]) -> Tokenizer:
     """The tokenizer in a tiktoken.model, with these special tokens, or in a tokenizer.json, which
-    has its own. As in transformers, the name of a special token in a text encodes to the token."""
+    lists its own. As in transformers, a special token's name in a text encodes to the token."""
     if path.name == "tokenizer.json":
         return read_tokenizer_json(path)
     encoding = encoding_from(parse_ranks(path.read_bytes()), KIMI_PATTERN, special_tokens)
@@ -245,7 +243,7 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
 
     try:
         parsed = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no specific type
+    except Exception as error:  # the library raises no more specific type
         raise Refusal(f"{path.name} is damaged or unknown ({short(error, 300)})") from None
     parsed.no_truncation()  # a file may enable either; both would change a text's ids
     parsed.no_padding()
@@ -260,15 +258,15 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     def encode_batch(batch: list[str]) -> list[list[int]]:
         return [found.ids for found in parsed.encode_batch(batch, add_special_tokens=False)]
 
-    # The token that the file itself adds before a text: transformers 5 stores add_bos_token so.
+    # The token that the file itself puts before a text: transformers 5 stores add_bos_token so.
     first, bare = (parsed.encode("a", add_special_tokens=x).ids[:1] for x in (True, False))
     bos = first[0] if first != bare and first[0] in special else None
     return Tokenizer(encode_batch, texts, special, eos=[], bos=bos)
 
 
 def own_files(folder: Path, names: Iterable[str]) -> list[Path]:
-    """The paths of these files in a folder. Raises Refusal for a name that is not a tokenizer's
-    file, and for a link to another folder, because copies of these files may be published."""
+    """The paths of these files in the folder. Raises Refusal for a name that no tokenizer's file
+    has, and for a link to another folder, because copies of these files may be published."""
     paths = [folder / name for name in names]
     for path, name in zip(paths, names, strict=True):
         if "/" in name or not any(fnmatchcase(name, known) for known in OUR_FILES + RELEASE_FILES):
@@ -356,14 +354,6 @@ def tokenizer_files(folder: Path, meta: dict[str, Any] | None = None) -> list[Pa
     return own_files(folder, [*meta.get("files", OUR_FILES[:1]), "meta.json"])
 
 
-def tokenizer_identity(folder: Path) -> dict[str, Any] | None:
-    """The entries of meta.json that identify a tokenizer; None if there is no meta.json."""
-    if not (folder / "meta.json").exists():
-        return None
-    meta = read_json(folder / "meta.json")
-    return {key: meta.get(key) for key in ("tokenizer_sha256", "pattern", "special_tokens")}
-
-
 def stored_tokenizer(folder: Path | str) -> Tokenizer:
     """The tokenizer of a prepared folder or a run, ours or a release's. Raises Refusal."""
     folder = Path(folder)
@@ -388,7 +378,7 @@ def stored_tokenizer(folder: Path | str) -> Tokenizer:
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that --tokenizer names. Raises Refusal if it lacks the marks of a document."""
+    """The tokenizer that --tokenizer names. Raises Refusal if it has no end token."""
     if name in ("gpt2", "cl100k_base", "o200k_base"):
         try:
             return tokenizer_of(tiktoken.get_encoding(name))  # downloaded once
@@ -406,34 +396,21 @@ def open_tokenizer(name: str) -> Tokenizer:
             f"{name} names no end token to separate documents; give it eos_token_id in config.json "
             "or eos_token in tokenizer_config.json"
         )
-    before, after = tokenizer.marks
-    for i in (*before, *after):
-        if i not in tokenizer.texts and i not in tokenizer.special:
-            raise Refusal(
-                f"{name} has bos_token_id or eos_token_id {i}, which its vocabulary lacks; "
-                "correct it in its config.json or generation_config.json"
-            )
     return tokenizer
 
 
 def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
-    """Raises Refusal unless the weights in `source` have the tokenizer of the data.
-
-    Our tokenizers are compared by their entries in meta.json; those of releases by their tokens and
-    by the ids of a sample text (this source file), since transformers may have rewritten
-    tokenizer.json.
-    """
-    folder = source if source.is_dir() else source.parent
-    identity = tokenizer_identity(folder)
-    if identity and identity["pattern"]:
-        same = identity == tokenizer_identity(data)
-    elif tokenizer:
-        other, sample = stored_tokenizer(data), [Path(__file__).read_text(encoding="utf-8")]
-        same = (tokenizer.texts, tokenizer.special) == (other.texts, other.special)
-        same = same and tokenizer.encode_batch(sample) == other.encode_batch(sample)
-    else:  # the directory has no tokenizer
-        same = True
-    if not same:
+    """Raises Refusal unless the weights in `source` have the tokenizer of the data. Tokens are
+    compared, and the ids of a sample text (this source file), not the tokenizers' files, which
+    transformers may have rewritten."""
+    if tokenizer is None:  # a Hugging Face directory without one
+        return
+    other = stored_tokenizer(data)
+    # Only a release's tokenizer encodes END_OF_TEXT as a single token.
+    sample = [Path(__file__).read_text(encoding="utf-8").replace(END_OF_TEXT, "")]
+    same_tokens = (tokenizer.texts, tokenizer.special) == (other.texts, other.special)
+    if not same_tokens or tokenizer.encode_batch(sample) != other.encode_batch(sample):
+        folder = source if source.is_dir() else source.parent
         raise Refusal(
             f"{source} and {data} have different tokenizers; "
             f"prepare the data with --tokenizer={folder}."
@@ -448,7 +425,7 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
     <|endoftext|> in a text becomes the token, as users of transformers expect.
 
     tiktoken joins any two neighbours whose concatenation has a rank, lowest rank first. The format
-    lists every pair. So every way to split a token in two becomes a merge, in rank order.
+    needs a list of pairs. So each way to split a token in two becomes a merge, in rank order.
     """
     import tokenizers
 
@@ -468,8 +445,8 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> str:
 
 
 def export_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write a release's own files, or our tokenizer both in transformers' format and in ours, so
-    that prepare_data.py accepts an export, too."""
+    """Write a release's own files, or our tokenizer in transformers' format and in ours, so that
+    prepare_data.py accepts an export, too."""
     if tokenizer.files:
         for path in tokenizer.files:
             shutil.copyfile(path, directory / path.name)

@@ -1,8 +1,8 @@
 """Token files, and a prepared folder as a Dataset.
 
-Token files have the layout of llm.c and modded-nanogpt: a header of 256 little-endian int32, which
-begins with magic number, version and number of tokens, then the ids. A download has several files
-of training tokens: train_000001.bin and so on.
+Token files have the layout of llm.c and modded-nanogpt: a header of 256 little-endian int32 (magic
+number, version, number of tokens, zeros), then the ids. A download has several files of training
+tokens: train_000001.bin and so on.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from support.files import naming
 from support.settings import Refusal, info
 from support.tokenizer import AGAIN, PIECE, Tokenizer, cut, stored_tokenizer
 
-MOST_TOKENS = 1 << 30  # of a file that is written; the header counts them in an int32
+MOST_TOKENS = 1 << 30  # in a file that we write; its header has their number as an int32
 HEADER_BYTES = 1024
 UINT16, UINT32 = (20240520, 1), (20240801, 7)  # magic number and version
 DTYPES = {UINT16: np.dtype("<u2"), UINT32: np.dtype("<u4")}
@@ -36,8 +36,8 @@ def cut_all(texts: list[str], before: list[int], after: list[int]) -> Iterator[l
 
 
 def encode_all(texts: list[str], tokenizer: Tokenizer, name: str) -> Iterator[list[int]]:
-    """The ids of the texts with the tokenizer's marks around each, piece by piece. A mark that a
-    text already has, such as a chat in a release's own format, is not repeated."""
+    """The ids of the texts, with the tokenizer's marks around each, piece by piece. Marks that a
+    text already has, such as a chat in a release's format, are not repeated."""
     pieces, total = cut_all(texts, *tokenizer.marks), sum(map(len, texts))
     with tqdm(desc=name, total=total, unit_scale=True, disable=None, leave=False) as progress:
         while batch := list(islice(pieces, 256)):  # encoded in parallel
@@ -59,8 +59,10 @@ def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenize
             file.write(np.array(ids, dtype).tobytes())
             count += len(ids)
             if count > MOST_TOKENS:
-                limit = f"more than {MOST_TOKENS:,} tokens, the limit of a token file"
-                raise Refusal(f"the {split} text has {limit}: give a shorter SOURCE.")
+                raise Refusal(
+                    f"the {split} text has more than {MOST_TOKENS:,} tokens, the limit of a token "
+                    "file: give a shorter SOURCE."
+                )
         file.seek(0)
         file.write(header(kind, count))
     length = sum(len(text.encode()) for text in texts)
@@ -74,14 +76,14 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
     if dtype is None or path.stat().st_size != HEADER_BYTES + count * dtype.itemsize or count < 1:
         raise Refusal(f"{path} is not a complete token file; {AGAIN}")
     tokens = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
-    # Only both ends are checked: files may have 20 GB, and prepare_data.py has checked all ids.
+    # Only both ends are checked: files may have 20 GB, and prepare_data.py checked downloads whole.
     if (highest := max(tokens[:1024].max(), tokens[-1024:].max())) >= vocab_size:
         raise Refusal(f"{path} holds id {highest} of {vocab_size} tokens; {AGAIN}")
     return tokens
 
 
 class Tokens:
-    """One split: token files that read like a single one, except that no window spans two files."""
+    """One split: token files read as a single one, except that no window spans two files."""
 
     def __init__(self, arrays: list[np.ndarray]):
         self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])
@@ -90,7 +92,7 @@ class Tokens:
         return int(self.ends[-1])
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """(N, length) int64: the `length` ids from each of N starts, 0 <= start <= len - length.
+        """The `length` ids from each of N starts, (N, length) int64, 0 <= start <= len - length.
 
         A window that would extend beyond its file is moved back to the file's end.
         """
@@ -107,9 +109,9 @@ class Tokens:
         return windows
 
 
-# Folders in data/ that train.py makes for config/*.py if missing, and their vocabularies.
+# Folders in data/ that train.py prepares for config/*.py if missing, and their vocabulary sizes.
 OURS = {"stdlib": 4096, "tiny": 512}
-FEW_TOKENS = 100_000  # of a validation text, enough to compare runs; stdlib's has about as many
+FEW_TOKENS = 100_000  # of validation text, enough to compare runs; stdlib has about as many
 
 
 @dataclass
@@ -122,7 +124,7 @@ class Dataset:
     val_bytes_per_token: float  # <|endoftext|> counts as a token without bytes
     # For final results (experiments/unseen.py); no setting is chosen by it.
     test: Tokens | None = None
-    rows: int = 0  # of the embedding in the tokenizer's release (0: not known)
+    rows: int = 0  # of the embedding in the tokenizer's release (0: unknown)
 
 
 def load_dataset(folder: Path | str, val_tokens: int = 0) -> Dataset:
@@ -153,34 +155,34 @@ def open_folder(
     folder: Path, vocab_size: int, longest: int, weights: Path | None, val_tokens: int
 ) -> Dataset:
     """Opens a prepared folder for a network with this vocabulary and windows of up to `longest`
-    tokens. weights: the file or folder of given weights, whose tokenizer the data must have;
-    val_tokens: as in load_dataset. Raises OSError or Refusal if these do not fit."""
+    tokens. weights: the path of the initial weights, if any, whose tokenizer the data must have.
+    val_tokens: as in load_dataset. Raises OSError or Refusal if the data do not fit."""
     if not folder.exists():
-        # OURS with another vocabulary would be in the way of their own config files.
+        # Under its own name, a folder of OURS with another vocabulary would break config/*.py.
         name = f"{folder.name}-{vocab_size}" if folder.name in OURS else folder.name
-        make = f"python prepare_data.py SOURCE --name={name} "
+        command = f"python prepare_data.py SOURCE --name={name} "
         home = weights.parent if weights and weights.is_file() else weights
-        make += f"--tokenizer={home}" if weights else f"--vocab_size={vocab_size}"
-        make += f" --out={folder.parent}" if folder.parent != Path("data") else ""
-        make += f", and give --data={folder.with_name(name)}" if name != folder.name else ""
-        raise Refusal(f"no data in {folder}; make it with: {make}.")
+        command += f"--tokenizer={home}" if weights else f"--vocab_size={vocab_size}"
+        command += f" --out={folder.parent}" if folder.parent != Path("data") else ""
+        command += f", and give --data={folder.with_name(name)}" if name != folder.name else ""
+        raise Refusal(f"no data in {folder}; make it with: {command}.")
     data = load_dataset(folder, val_tokens)
-    if data.val_bytes_per_token == 0:  # only the mark at its start
+    if data.val_bytes_per_token == 0:  # only <|endoftext|>
         raise Refusal(
             f"the first {len(data.val)} validation tokens of {folder} hold no text: "
             "give more --eval_tokens."
         )
-    # The embedding may have more rows than the vocabulary has tokens: up to 127 more, or exactly
-    # as many as in the tokenizer's release.
+    # The embedding may have more rows than the tokenizer has tokens: up to 127 more, or exactly as
+    # many as the tokenizer's release has.
     padding = vocab_size - data.vocab_size
     if padding < 0 or (padding >= 128 and vocab_size != data.rows):
         raise Refusal(
             f"vocab_size is {vocab_size}, but the vocabulary of {folder} has {data.vocab_size} "
-            f"tokens: for a new network set vocab_size to {data.vocab_size}, as by --vocab_size; "
-            "for given weights prepare the data with --tokenizer=DIR, the folder of the weights."
+            f"tokens: for a new network give --vocab_size={data.vocab_size}; for existing weights "
+            "prepare the data with --tokenizer=DIR, the folder of the weights."
         )
     shortest = min(map(len, data.train.arrays))
-    if longest >= shortest:  # a window needs the token after it, too
+    if longest >= shortest:  # targets need one token more
         raise Refusal(
             f"windows of {longest} tokens do not fit in {folder}, where a file has {shortest}: "
             "lower --block_size and --long_block_size, or add text."

@@ -191,7 +191,7 @@ def test_where_nothing_can_be_compiled_a_line_says_so_and_the_run_goes_on(monkey
     monkeypatch.setattr(torch, "ones", lambda n, device: None)
     config = train.TrainConfig(dtype="bfloat16")  # in float32 "auto" does not compile
     processes.compile_network(network, config, gpu)
-    assert capsys.readouterr().err == "nothing is compiled, for cannot find Triton\n"
+    assert capsys.readouterr().err == "nothing is compiled: cannot find Triton\n"
     assert not processes.compiles(config, torch.device("cpu"))
     monkeypatch.setattr(processes, "can_compile", lambda device: True)
     assert processes.compiles(config, gpu.device)

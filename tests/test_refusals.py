@@ -43,18 +43,14 @@ REFUSALS = [
     (f"{NEW} --seed={10**23}", 2, "seed is '100000000000000000000000', expected int of less than"),
     (f"{NEW} --optimizer=muon --parallel=fsdp", 1, "muon needs whole matrices"),
     (f"{NEW} --eval_every=0", 1, "eval_every is 0, but must be at least 1."),
-    (f"{NEW} --warmup=0.6", 1, "warmup is 0.6, but decay_start is 0.5: raise decay_start to 0.6"),
-    (
-        f"{NEW} --batch_start=8",
-        1,
-        "batch_start is 8, but batch_size, which it grows to, is 4: raise",
-    ),
+    (f"{NEW} --warmup=0.6", 1, "warmup is 0.6, but decay_start is 0.5: raise decay_start to at"),
+    (f"{NEW} --batch_start=8", 1, "batch_start is 8, but the final batch_size is only 4: raise"),
     # What does not fit together.
     (f"{NEW} --grad_accum=3", 1, "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
     (f"{NEW} --block_size=257", 1, "windows of 257 tokens exceed max_position_embeddings, 256"),
     (f"{NEW} --num_nextn_predict_layers=16", 1, "block_size is 16, but must be at least 17"),
-    (f"{NEW} --mtp_weight=[-1]", 1, "is [-1], expected numbers that are at least 0."),
-    (f"{NEW} --mtp_weight_late=[0.1,0.2]", 1, "is [0.1, 0.2], but there are 1 MTP modules: one e"),
+    (f"{NEW} --mtp_weight=[-1]", 1, "mtp_weight is [-1], expected a number of at least 0"),
+    (f"{NEW} --mtp_weight_late=[0.1,0.2]", 1, "s [0.1, 0.2], expected a number of at"),
     ("train.py bad.py", 1, "bad.py, line 2: invalid syntax"),
     # Data.
     (
@@ -64,19 +60,17 @@ REFUSALS = [
     ),
     (f"{NEW} --data=stdlib", 1, "--name=stdlib-512 --vocab_size=512, and give --data=data/stdlib-"),
     (f"{NEW} --data=finewebedu", 1, "python prepare_data.py finewebedu --shards=99 (9.9B tokens"),
-    (f"{NEW} --vocab_size=1024", 1, "set vocab_size to 512, as by --vocab_size;"),
+    (f"{NEW} --vocab_size=1024", 1, "for a new network give --vocab_size=512;"),
     (f"{NEW} --block_size=900000 --max_position_embeddings=900000", 1, "do not fit in data/tiny"),
     (f"{NEW} --eval_tokens=1", 1, "first 1 validation tokens of data/tiny hold no text: give"),
     # Folders.
     (f"{NEW} --eval_only --out=", 1, "there is no out/tiny: name a run's folder"),
     (f"{NEW} --out=photos --overwrite", 1, "photos holds files, but no run: give another --out."),
-    (f"{NEW} --out=both --overwrite", 1, "both holds token files, as a folder of data does"),
     (f"{NEW} --out=alone", 1, "alone holds files, but no run: give another --out."),
     (RUN, 1, "run holds a run: give --resume, --overwrite, or another --out."),
-    (f"{RUN} --overwrite --init_from=run", 1, "run would be put aside: give another --out."),
-    (f"{NEW} --out=best", 1, "best holds best.pt, but no ckpt.pt to resume from: give --init_from"),
+    (f"{RUN} --overwrite --init_from=run", 1, "--overwrite would rename run: give another --out."),
     # Runs that go on.
-    (f"{NEW} --out=best --resume", 1, "no ckpt.pt to resume from: give --init_from=best, and ano"),
+    (f"{NEW} --out=best --resume", 1, "no ckpt.pt to resume from: give --init_from=best and anot"),
     (f"{ON} --overwrite", 1, "--resume continues a run: leave out --init_from and --overwrite."),
     (f"{ON} --hidden_size=64", 1, "run/ckpt.pt cannot get hidden_size 64: embed_tokens.weight is"),
     (f"{ON} --hidden_size=64 --kv_lora_rank=3", 1, "cannot get hidden_size 64 and 1 more: embed_t"),
@@ -86,8 +80,6 @@ REFUSALS = [
     (f"sample.py {TINY} --prompt=x", 1, "tiny.py is no checkpoint of train.py: name a run's"),
     ("sample.py nowhere --prompt=x", 1, "there is no nowhere: name a run's folder, a checkpoint"),
     ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
-    ("sample.py run --num_samples=100000000", 1, "is 100000000, but must be at most 10000"),
-    ("sample.py run --interactive --prompt=x", 1, "--interactive asks for prompts: leave out"),
     ("sample.py run", 1, "standard input is not UTF-8 text"),
     # huggingface.py
     ("huggingface.py run photos", 1, "photos exists; choose another name, or give --overwrite"),
@@ -103,9 +95,7 @@ FILES = {
     "a.txt": b"some lines\n" * 50,
     "bad.py": b"steps = 1\nlr = = 2\n",
     "best/best.pt": b"x",
-    "both/ckpt.pt": b"x",
-    "both/val.bin": b"x",
-    "alone/log.jsonl": b"",  # a run that has not written a line has a .lock beside it
+    "alone/log.jsonl": b"",  # a run that has just begun has a .lock, too
     "release/config.json": b"{}",
     "release/model.safetensors": b"",
 }
