@@ -7,9 +7,9 @@
     check [RUN]          after an edit of model.py: does it compute what you meant?
     plot RUN [RUN ...]   measures nothing: a picture of the losses and expert loads of runs
 
-`python bench.py COMMAND --help` lists a command's keys. A machine's speed drifts, so the things
-compared take turns (A B A B ...), and a ratio is taken within a round: printed is the median of the
-rounds, with [least..most]. Close other programs; they slow both sides unequally.
+`python bench.py COMMAND --help` lists a command's keys. A machine's speed drifts, so whatever is
+compared takes turns (A B A B ...), and ratios are computed within a round. Tables show the median
+of all rounds, with [least..most]. Close other programs: they slow both sides unequally.
 """
 
 import copy
@@ -62,18 +62,18 @@ REFERENCE = dict(
 
 @dataclass
 class Options:
-    """Of a command that has none."""
+    """For commands without options."""
 
 
 @dataclass
 class Timed:
-    rounds: int = 7  # measured turns of everything that is compared
+    rounds: int = 7  # measured rounds, in each of which everything compared runs once
     device: str = "auto"  # auto, cpu or cuda
 
 
 # ---- Timing and tables ---------------------------------------------------------------------------
 
-Rounds = list[float]  # one figure per round; a table shows the median [least..most]
+Rounds = list[float]  # one number per round
 
 
 def interleaved(functions: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, Rounds]:
@@ -92,7 +92,7 @@ def interleaved(functions: dict[Any, Callable[[], Any]], rounds: int) -> dict[An
 
 
 def ratio(slow: Rounds, fast: Rounds, factor: float = 1.0) -> Rounds:
-    """How many times longer `slow` took (times factor), round by round."""
+    """How many times as long `slow` took, multiplied by factor, in each round."""
     return [factor * a / b for a, b in zip(slow, fast, strict=True)]
 
 
@@ -107,7 +107,7 @@ def cell(x: Any) -> str:
 @dataclass
 class Table:
     title: str
-    rows: list[dict[str, Any]]  # by column; a column that a row lacks is shown as -
+    rows: list[dict[str, Any]]  # by column; missing columns are shown as -
 
     def __str__(self) -> str:
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
@@ -118,7 +118,7 @@ class Table:
 
 
 def speed_table(title: str, seconds: dict[str, Rounds], tokens: int) -> Table:
-    """Tokens per second, and how many times faster all are than the fastest of transformers."""
+    """Tokens per second, and the speed relative to the fastest variant of transformers."""
     median = {name: statistics.median(s) for name, s in seconds.items()}
     best = min((name for name in median if name.startswith("transformers")), key=median.get)
     rows = []
@@ -129,14 +129,14 @@ def speed_table(title: str, seconds: dict[str, Rounds], tokens: int) -> Table:
 
 
 def processor() -> str:
-    """The name of the CPU, as Linux knows it; "" elsewhere."""
+    """The name of the CPU on Linux; "" elsewhere."""
     about = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", about.read_text() if about.exists() else "")
     return name[1] if name else ""
 
 
 def print_tables(tables: Iterator[Table]):
-    """Prints each table as soon as it is there, after a line on the machine and torch."""
+    """Prints a line about the machine, then each table as soon as it is measured."""
     facts = {"cpu": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     facts |= {"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
@@ -148,7 +148,7 @@ def print_tables(tables: Iterator[Table]):
 
 
 def open_config(file: str | Path) -> tuple[DeepSeekV3, dict[str, Any]]:
-    """The network of a configuration, made of shapes only, and its other settings."""
+    """The network of a configuration, on the meta device, and the other settings."""
     values = read_config_file(str(file), ModelConfig, train.TrainConfig)
     model_values, settings = train.split_configs(values)
     with torch.device("meta"):
@@ -182,7 +182,7 @@ def sizes(options: Options, files: list[str]) -> Iterator[Table]:
         except Refusal as error:
             if files:
                 raise
-            info(f"{file} is left out: {error}")
+            info(f"skipped {file}: {error}")
     yield Table("cache per token, all layers; FLOPs and GB with MTP", rows)
 
 
@@ -197,7 +197,8 @@ class TrainOptions(Timed):
 
 
 def training_step(model: nn.Module, config: train.TrainConfig, machine: Machine) -> Callable:
-    """One optimiser step of our model or of transformers', on new tokens each time."""
+    """A function that makes one optimiser step of our model or of transformers', on new tokens at
+    each call."""
     ours, rng, size = isinstance(model, DeepSeekV3), np.random.default_rng(1), config.block_size + 1
     trainer = processes.wrap(model.train(), config, machine) if ours else model.train()
     if config.compile and not ours:
@@ -229,7 +230,8 @@ def training_step(model: nn.Module, config: train.TrainConfig, machine: Machine)
 def models_in(
     directory: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> dict[str, nn.Module]:
-    """Ours, and DeepseekV3ForCausalLM with each implementation of experts that may be fastest."""
+    """Our model, and DeepseekV3ForCausalLM with the two implementations of experts that may be
+    fastest."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -245,7 +247,7 @@ FORMATS = ("float32", "bfloat16")  # of the products
 
 
 def reference_table(options: TrainOptions) -> Table:
-    """Both formats, ours and theirs."""
+    """A training step of our model and of transformers', in both formats."""
     base, steps = train.TrainConfig(batch_size=8, block_size=256, device=options.device), {}
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(DeepSeekV3(ModelConfig(**REFERENCE)), folder)
@@ -255,21 +257,22 @@ def reference_table(options: TrainOptions) -> Table:
             for name, model in models_in(folder, machine.device).items():
                 name = f"{name} {dtype}{' compiled' * compiled}"
                 steps[name] = training_step(model, config, machine)
-    auto, why = fast_dtype(machine.device)
-    title = f"training step, 20.8M parameters, 8 x 256 tokens, AdamW; auto takes {auto}: {why}"
+    auto, reason = fast_dtype(machine.device)
+    title = f"training step, 20.8M parameters, 8 x 256 tokens, AdamW; auto is {auto}: {reason}"
     return speed_table(title, interleaved(steps, options.rounds), 8 * 256)
 
 
 def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
-    """A configuration's own step beside square products of its dtype: as fast as a machine gets."""
+    """A configuration's training step, beside square products of the same dtype, which run as fast
+    as the machine can multiply."""
     model, settings = open_config(file)
-    asked = {k: True for k in ("recompute", "fp8") if getattr(options, k)}
-    asked["compile"] = options.compile
-    config = train.TrainConfig(**settings | asked | {"device": options.device, "dtype": dtype})
+    settings |= {k: True for k in ("recompute", "fp8") if getattr(options, k)}
+    settings |= {"compile": options.compile, "device": options.device, "dtype": dtype}
+    config = train.TrainConfig(**settings)
     flops = flops_per_token(model, config.block_size)
     machine = processes.start(config)
     if machine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # another format's is not this one's
+        torch.cuda.reset_peak_memory_stats()  # the other format may have used more
     model = DeepSeekV3(model.config).to(machine.device)
     if config.fp8:
         fp8.use_fp8(model)
@@ -291,14 +294,14 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
 
 
 def train_(options: TrainOptions, files: list[str]) -> Iterator[Table]:
-    """A training step: config/small.py, or the CONFIG named, beside the products that the machine
-    can make; without a CONFIG also the reference model beside transformers'."""
+    """A training step of CONFIG (default: config/small.py) beside bare products; without a CONFIG
+    also the reference model beside transformers'."""
     file = files[0] if files else "config/small.py"
     if not files:
-        import transformers  # noqa: F401, if it is missing this ends now and not in minutes
+        import transformers  # noqa: F401, fails now rather than after minutes
     gpu = processes.usable_device(options.device).type == "cuda"
-    formats = FORMATS[1:] if gpu and files else FORMATS  # float32 takes a large network minutes
-    rows = [config_row(file, dtype, options) for dtype in formats]  # first, for their peak of GB
+    formats = FORMATS[1:] if gpu and files else FORMATS  # a large network in float32 takes minutes
+    rows = [config_row(file, dtype, options) for dtype in formats]  # first, for their peak memory
     yield Table(f"a step{' compiled' * options.compile}, by the model's own FLOPs", rows)
     if not files:
         yield reference_table(options)
@@ -309,14 +312,14 @@ def train_(options: TrainOptions, files: list[str]) -> Iterator[Table]:
 
 @dataclass
 class DecodeOptions(Timed):
-    prompt: int = 64  # its tokens
-    new_tokens: int = 128  # decoded after it; 1: how long the prompt takes
-    compile: bool = True  # compiled decoding as well; the first time it compiles for minutes
+    prompt: int = 64  # tokens of the prompt
+    new_tokens: int = 128  # tokens decoded after it; 1 measures the prompt alone
+    compile: bool = True  # compiled decoding, too, which first compiles for minutes
 
 
 @torch.inference_mode()
 def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
-    """Greedy decoding and the cost of a long context. Drafts: experiments/speculation.py."""
+    """Greedy decoding, and the cost of a long context. (Drafts: experiments/speculation.py.)"""
     device = processes.usable_device(options.device)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -328,7 +331,7 @@ def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
 
 
 def plain_table(options: DecodeOptions, models: dict[str, nn.Module]) -> Table:
-    """How fast all of them write one text."""
+    """The speed of greedy decoding of one text."""
     new, model, texts = options.new_tokens, models["ours"], {}
     device = model.embed_tokens.weight.device
     prompt = torch.randint(model.config.vocab_size, (1, options.prompt)).to(device)
@@ -357,7 +360,7 @@ def plain_table(options: DecodeOptions, models: dict[str, nn.Module]) -> Table:
 
 
 def our_step_at(model: DeepSeekV3, S: int) -> Callable:
-    """A function that decodes one token after S tokens, of which a cache has random latents."""
+    """A function that decodes one token after S tokens, with random numbers in the cache."""
     cache = Cache(model.config, model.layers, 1, S + 1, model.embed_tokens.weight)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.embed_tokens.weight.device)
     for x in torch.utils._pytree.tree_leaves(cache.kept):
@@ -387,7 +390,7 @@ def their_step_at(hf: nn.Module, S: int) -> Callable:
 
 
 def context_table(options: DecodeOptions, models: dict[str, nn.Module]) -> Table:
-    """One decoding step after contexts of several lengths, beside the faster of transformers."""
+    """One decoding step at several lengths of the context, beside transformers' faster variant."""
     rows = []
     for S in (1024, 2048, 4096, 8192, 16384, 32768):
         functions = {name: (our_step_at if name == "ours" else their_step_at)(model, S)
@@ -832,7 +835,7 @@ def check(options: CheckOptions, files: list[str]) -> bool:
 
 # ---- The command ---------------------------------------------------------------------------------
 
-COMMANDS = {  # function, options, its files in the usage, how many they may be
+COMMANDS = {  # function, options, files in the usage, most files
     "sizes": (sizes, Options, "[CONFIG ...]", 999),
     "train": (train_, TrainOptions, "[CONFIG]", 1),
     "decode": (decode, DecodeOptions, "", 0),
@@ -851,13 +854,13 @@ def main(argv: list[str]):
         sys.exit(2)
     function, kind, usage, most = COMMANDS[command]
     files = [arg for arg in argv if not arg.startswith("-")][:most]
-    # A file too many is refused by parse_args, which knows of none.
+    # parse_args accepts no files, so it refuses those beyond `most`.
     keys = [arg for arg in argv if arg not in files]
     classes = kind.__mro__[-2::-1]  # a parent's fields first
     usage = f"%(prog)s {command} {usage}{' ' * bool(usage)}[--key=value ...]"
     options = kind(**parse_args(function.__doc__, keys, *classes, usage=usage)[1])
     for name, value in vars(options).items():
-        if type(value) is int and value < 1:  # of a bool the type is another
+        if type(value) is int and value < 1:  # not isinstance: a bool is an int
             raise Refusal(f"{name} is {value}, but must be at least 1.")
     if command == "check":
         if not check(options, files):
