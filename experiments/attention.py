@@ -1,11 +1,10 @@
 """What does latent attention give up for its small cache? python experiments/attention.py
 
 Multi-head attention, and two and one key-value heads for all queries, with as many parameters as
-MLA (within 2 %: their heads are made wider or narrower); multi-head attention also with norms on
-keys and values, as MLA has one on its latent. The report's predecessor (V2, arXiv 2405.04434) found
-MLA better than multi-head attention (Table 9), and that better than grouped queries (Table 8); it
-does not compare the first with the last. What a decoding step costs is measured by
-attention_step.py.
+MLA (within 2 %, by the width of their heads); multi-head attention also with norms on keys and
+values, as MLA has one on its latent. The report of V2 (arXiv 2405.04434) finds MLA better than
+multi-head attention (Table 9), and multi-head attention better than grouped queries (Table 8); it
+does not compare MLA with grouped queries. attention_step.py measures the cost of a decoding step.
 """
 
 import report

@@ -1,8 +1,9 @@
 """What does a decoding step of each attention cost? python experiments/attention_step.py
 
-Nothing is trained: the scores, softmax and sum of one layer's attention for the newest token, when
-256 to 32,768 tokens are cached, with the heads of attention.py's arms on base.py, random numbers,
-each form as its plain formula. The arms take turns, "seeds" are turns. Close other programs.
+Nothing is trained. Measured are the scores, softmax and sum of one layer's attention for the newest
+token, with 256 to 32,768 cached tokens, the heads of attention.py's arms on base.py, and random
+numbers, each form by its plain formula. The arms take turns; "seeds" are turns. Close other
+programs.
 """
 
 import statistics

@@ -1,10 +1,10 @@
 """Does a bias balance the experts better than an auxiliary loss? python experiments/balance.py
 
-The report (section 2.1.2, and arXiv 2408.15664) moves a bias against each expert's load, which no
-gradient sees. A bias moves by gamma a step, and scores differ by some tenths: a run of a few
-hundred steps needs a larger gamma than the report's 0.001, which had 14.3T tokens. The loss asks
-every sequence to be even, or only every batch (section 4.5.3), here of 8 sequences. `max_vio` is
-(largest load - mean) / mean over a layer's experts, averaged over the layers.
+The report (section 2.1.2, and arXiv 2408.15664) moves a bias against each expert's load, without a
+gradient. A bias moves by gamma per step, and scores differ by a few tenths. So a run of a few
+hundred steps needs a larger gamma than the report's 0.001, for 14.3T tokens. The loss balances
+every sequence, or only every batch (section 4.5.3), here of 8 sequences. `max_vio` is (largest
+load - mean) / mean over a layer's experts, averaged over the layers.
 """
 
 import report

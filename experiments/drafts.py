@@ -1,6 +1,6 @@
 """A picture of accepted drafts: python experiments/drafts.py out/small [--key=value]
 
-Writes a sample as `sample.py --show=drafts` colours it in a terminal, as SVG.
+Writes a sample as SVG, coloured like the output of `sample.py --show=drafts` in a terminal.
 """
 
 import codecs

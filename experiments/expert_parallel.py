@@ -1,18 +1,17 @@
 """Experts on four processes, and what a limit on nodes saves. python experiments/expert_parallel.py
 
-One MoE layer of model.py, its experts shared out among four processes that stand for two nodes of
-two cards. Real messages carry the tokens to their experts and the results back, as in the report's
-section 3.2.2, in two hops. A token goes once to each node that has experts of its own, to the card
-there with its own card's number. From there it goes to the cards of its experts. Results are added
-up in each node before they travel back. Forward and backward are compared with the same layer in
-one process, in float64.
+The experts of one MoE layer of model.py are divided among four processes, which stand for two nodes
+of two cards. Messages carry the tokens to their experts and the results back, in two hops, as in
+section 3.2.2 of the report. A token goes once to each node with experts of its own, to the card
+there with the number of the token's card. From there it goes to the cards of its experts. Results
+are summed in each node before they travel back. Forward and backward are compared with the same
+layer in one process, in float64.
 
 The table counts the bytes of every token in a forward pass, as V3 would send them: FP8 with scales
-out, bf16 back. Beside them stands what scale.py computes from the choices (docs/SCALE.md). The
-gate's groups are cards here, since two nodes have nothing between one node and no limit; in V3 they
-are nodes. Numbers of experts and gate values travel too; they are few bytes and are not counted.
-All of it waits for each other; how a training hides the traffic is a subject of its own
-(torchtitan).
+out, bf16 back. Beside them are the bytes that scale.py computes from the choices (docs/SCALE.md).
+The gate's groups are cards here, because two nodes allow only a limit of one; in V3 they are nodes.
+The few bytes of expert numbers and gate values are not counted. Communication and computation do
+not overlap here; for that see torchtitan.
 
 N tokens of a process, D their width, K experts of a token, R tokens that arrive.
 """

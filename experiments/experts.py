@@ -1,12 +1,12 @@
 """Many small experts and a shared one, few large ones, or none? python experiments/experts.py
 
 DeepSeekMoE (arXiv 2401.06066) cuts experts into small ones, of which a token visits several, and
-lets all tokens share one. Every arm's token visits FFNs of the same width in all, so they have the
-same active parameters but for the gate. In all, the four large experts have 18 % more than the
-sixteen small and the shared one. The dense network also has a run for the base's seconds: without
-routing its steps are faster. The MTP module's block changes with the others. How much the shared
-expert counts beside the routed ones hangs on routed_scaling_factor: 1 here, 2.5 in V3, so the pair
-with and without it is trained with both.
+lets all tokens share one. In every arm a token visits FFNs of the same total width, so the arms
+have the same active parameters, except for the gate. The four large experts have 18 % more
+parameters in total than the sixteen small ones and the shared one. The dense network is also
+trained for the base's seconds, because its steps, without routing, are faster. The MTP module's
+block changes with the others. The weight of the shared expert relative to the routed ones depends
+on routed_scaling_factor: 1 here, 2.5 in V3. So the pair with and without it is trained with both.
 """
 
 import report

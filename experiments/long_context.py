@@ -4,8 +4,8 @@ The report trains with windows of 4K tokens, then turns on YaRN and trains 1000 
 windows of 32K and 128K (section 4.3). Here every second step of the last tenth or fifth of the run
 has windows four times as long, and as many tokens as other steps. The loss is measured by position,
 in windows of that length side by side over the test text. The base has never seen such positions,
-so it is also measured with YaRN turned on afterwards, without any training. Whether a longer
-context is used is asked of one network: windows of the short length against the long one.
+so it is also measured with YaRN turned on afterwards, without any training. Whether a network uses
+the longer context is tested by its losses in short and in long windows.
 """
 
 import statistics

@@ -2,9 +2,9 @@
 
 A token's experts lie in at most M of the groups (nodes, in the report), which bounds the traffic
 between machines (section 2.1.2). The report has M = 4 of 8 nodes for 8 experts, so at least 2 per
-visited node; up to 3.2 would cost no more time (section 3.2.2). Of the loss it says nothing; for
-M >= 3 DeepSeek-V2's report (section 2.2.2) calls it roughly that of no limit. Here there are 4
-groups of 4 experts, and the base has M = 2.
+visited node; up to 3.2 would cost no more time (section 3.2.2). It does not report the loss. For
+M >= 3, DeepSeek-V2's report (section 2.2.2) calls it roughly equal to that without a limit. Here
+there are 4 groups of 4 experts, and the base has M = 2.
 """
 
 import report

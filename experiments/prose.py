@@ -1,9 +1,8 @@
 """A second text for the claims, English prose: python experiments/prose.py HTML_FOLDER TEXT_FOLDER
 
 The Linux kernel's documentation (GPL-2), as Debian's package linux-doc-6.12 (6.12.107-1) has it in
-/usr/share/doc/linux-doc-6.12/html. Of every English page the paragraphs are taken that are at least
-eight words long and end as sentences do: no code, no tables, no lists of functions. A page is a
-document. Then
+/usr/share/doc/linux-doc-6.12/html. A document is an English page's paragraphs of at least eight
+words that end like a sentence: no code, no tables, no lists of functions. Then
 
     python prepare_data.py TEXT_FOLDER --name=prose --val_fraction=0.025 --test_fraction=0.025
 

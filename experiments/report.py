@@ -3,12 +3,12 @@
 It writes the table of the eight claims of docs/notes/PLAN.md into docs/RESULTS.md, and their
 figure. run.py takes an experiment's table and figure from here.
 
-A difference is the mean over pairs of runs: both have the same seed, so they begin with the same
-weights and see the same data. Its 95 % interval is Student's. A result is taken as arm + seed +
+A difference is the mean over pairs of runs with the same seed, which begin with the same weights
+and see the same data. Its 95 % interval is Student's. The model of a result is arm + seed +
 residual. The deviation of the residuals is pooled over all arms that were trained alike, in two
-classes: networks of the base's shapes, and the others, which vary more. Many questions were asked,
-so Holm's method (1979) raises the p-values of the planned ones: if nothing differs, one of them is
-below 0.05 in at most 5 % of all cases.
+classes: networks of the base's shapes, and the others, which vary more. Because many claims were
+tested, Holm's method (1979) raises the p-values of the planned ones: if nothing differs, one of
+them is below 0.05 in at most 5 % of all cases.
 """
 
 import functools
@@ -51,7 +51,7 @@ def student(freedom: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def p_value(t: float, freedom: int) -> float:
-    """How probable a difference of at least |t| standard errors is by chance."""
+    """The probability of a difference of at least |t| standard errors by chance."""
     return float(np.interp(abs(t), *student(freedom)))
 
 
@@ -70,8 +70,9 @@ def own_interval(values: list[float]) -> tuple[float, float | None]:
 
 
 def residual_deviation(values: dict[tuple[str, int], float]) -> Spread:
-    """Standard deviation and degrees of freedom of what is left of {(arm, seed): value} after the
-    best fit of a number for every arm and one for every seed; (0, 0) where nothing is left."""
+    """Standard deviation and degrees of freedom of the residuals of {(arm, seed): value} after a
+    least-squares fit of one number for every arm and one for every seed; (0, 0) if no freedom
+    remains."""
     if not values:
         return 0.0, 0
     arms, seeds = (sorted(set(x)) for x in zip(*values, strict=True))
@@ -84,8 +85,8 @@ def residual_deviation(values: dict[tuple[str, int], float]) -> Spread:
 
 
 def standard_error(one: Spread, other: Spread, pairs: int) -> Spread:
-    """Of the mean difference of so many pairs, and its degrees of freedom: two arms of one class,
-    or of two (Welch, Satterthwaite). (0, 0) where nothing is known."""
+    """The standard error of the mean difference of so many pairs, and its degrees of freedom, for
+    two arms of one class or of two (Welch, Satterthwaite). (0, 0) if a deviation is unknown."""
     if one == other:
         return one[0] * math.sqrt(2 / pairs), one[1]
     if not (one[1] and other[1]):
@@ -95,8 +96,8 @@ def standard_error(one: Spread, other: Spread, pairs: int) -> Spread:
 
 
 def holm(p: dict[Any, float]) -> dict[Any, float]:
-    """The p-values, corrected for there being several: the smallest times their number, the next
-    times one less, and so on, none below the one before it."""
+    """The p-values, corrected for multiple tests: the smallest is multiplied by their number, the
+    next by one less, and so on, and none may be below the one before it."""
     corrected, least = {}, 0.0
     for i, name in enumerate(sorted(p, key=p.__getitem__)):
         least = corrected[name] = min(1.0, max(least, (len(p) - i) * p[name]))
@@ -127,13 +128,13 @@ def add_result(folder: Path | str, name: str, result: dict):
 
 
 def origin(x: dict) -> tuple:
-    """Length, code and data of a training: only results that have the same are compared."""
+    """Length, code and data of a training: only results that share them are compared."""
     return x.get("steps"), x.get("source"), x.get("corpus")
 
 
 def compare_sources(name: str, lines: list[dict], current: str = ""):
-    """Prints one line if the results have several sources (run.py's source_of), or another one than
-    the current code."""
+    """Prints a message if the results have several sources (run.py's source_of), or another source
+    than the current code."""
     count = Counter(x["source"] for x in lines)
     if len(count.keys() | ({current} - {""})) > 1:
         recorded = ", ".join(f"{source} ({n})" for source, n in count.items())
@@ -142,17 +143,18 @@ def compare_sources(name: str, lines: list[dict], current: str = ""):
 
 
 def usual(lines: list[dict]) -> list[dict]:
-    """Those of one length, code and corpus: of the set with most results, the newest of several."""
+    """The largest set of results with the same length, code and corpus; of equally large sets, the
+    newest."""
     origins = [origin(x) for x in lines]
     most = max(reversed(origins), key=origins.count, default=None)
     return [x for x in lines if origin(x) == most]
 
 
 def collect(experiment, options) -> dict[str, list[dict]]:
-    """By arm of an experiment (run.py's), the newest result of every seed. The base's come first,
-    under the name that it has in this experiment. `against` is the difference to the base."""
+    """The newest result of every seed, by arm of an experiment (run.py's). The base's come first,
+    under the experiment's name for it. `against` is the difference to the base."""
     own = usual(read_results(options.results, experiment.results or experiment.name))
-    # base.json has what every base run has; a line "base" of our own file, what we measure besides.
+    # base.json has the figures of every run; lines "base" of our own file add those of measure.
     bases = [] if experiment.compute else read_results(options.results, "base")
     bases = [x for x in bases if origin(x) == origin(own[0])] if own else usual(bases)
     found = {("base", x["seed"]): x for x in bases}  # later lines replace earlier ones
@@ -173,7 +175,7 @@ def collect(experiment, options) -> dict[str, list[dict]]:
 
 @dataclass
 class Difference:
-    """Of an arm to the base, or to another arm, over the seeds that both have."""
+    """The difference of an arm to the base, or to another arm, over the seeds that both have."""
 
     mean: float
     half: float | None  # half of the 95 % interval, from the pooled deviations
@@ -183,26 +185,26 @@ class Difference:
 
     @property
     def p(self) -> float:
-        """How probable such a mean, or a larger one, is if nothing differs."""
+        """The probability of such a mean, or a larger one, if nothing differs."""
         return p_value(self.mean / self.error[0], self.error[1])
 
     def p_equal(self, margin: float) -> float:
-        """How probable such a mean is where the true difference is as large as the margin: twice
-        the larger of two one-sided p-values, so it is below 0.05 exactly where the 95 % interval
-        lies within the margin."""
+        """The probability of such a mean if the true difference is as large as the margin: twice
+        the larger of two one-sided p-values, so it is below 0.05 exactly if the 95 % interval lies
+        within the margin."""
         room = (margin - abs(self.mean)) / self.error[0]
         return p_value(room, self.error[1]) if room > 0 else 1.0
 
 
 def shape(x: dict) -> tuple:
-    """Two networks are of one class if a token passes as many parameters of attention and FFN in
-    both, and they have as many MTP modules."""
+    """The class of a network: its active parameters and its number of MTP modules."""
     return x.get("active"), len(x.get("val_mtp_losses", []))
 
 
 def spreads(key: str, folder: Path | str, results: dict[str, list[dict]]):
-    """How much a figure varies, as a function of a result. Bits/byte, which all runs have, by two
-    classes, of all runs in the folder that were trained alike; another figure in these results."""
+    """The deviation of a figure, as a function of a result. For bits/byte, which all runs have, it
+    is pooled in two classes over all runs in the folder that were trained alike; for another
+    figure, over these results."""
     first = {(name, x["seed"]): x for name, xs in results.items() for x in xs if key in x}
     if key not in TEXTS:
         every = residual_deviation({k: x[key] for k, x in first.items()})
@@ -218,14 +220,14 @@ def spreads(key: str, folder: Path | str, results: dict[str, list[dict]]):
 
 
 def paired(runs: list[dict], others: list[dict], key: str) -> list[tuple[dict, dict]]:
-    """The results of the same seed, where both have this figure."""
+    """Pairs of results of the same seed that both have this figure."""
     of_seed = {x["seed"]: x for x in others if key in x}
     return [(x, of_seed[x["seed"]]) for x in runs if key in x and x["seed"] in of_seed]
 
 
 def compare(one: list[dict], other: list[dict], key: str, varies=None) -> Difference | None:
-    """How much larger the figure is in the first, in runs of the same seed. varies: see spreads;
-    without it these pairs alone are known."""
+    """How much larger the figure is in `one`, over runs of the same seed. varies: see spreads;
+    without it the interval comes from these pairs alone."""
     if not (pairs := paired(one, other, key)):
         return None
     mean, alone = own_interval([x[key] - y[key] for x, y in pairs])
@@ -237,13 +239,13 @@ def compare(one: list[dict], other: list[dict], key: str, varies=None) -> Differ
 
 
 def differences(experiment, options, results: dict[str, list[dict]]) -> dict[str, Difference]:
-    """Of every arm to the base, and of every pair of the experiment."""
+    """The differences of every arm to the base, and of the experiment's pairs."""
     key, (base, *others) = experiment.against, results
-    asked = {name: (name, base) for name in others}
-    asked |= {f"{one} against {other}": (one, other) for one, other in experiment.pairs}
+    compared = {name: (name, base) for name in others}
+    compared |= {f"{one} against {other}": (one, other) for one, other in experiment.pairs}
     varies = None if experiment.compute else spreads(key, options.results, results)
     found = {name: compare(*(results.get(arm, []) for arm in arms), key, varies)
-             for name, arms in asked.items()}  # fmt: skip
+             for name, arms in compared.items()}  # fmt: skip
     return {name: x for name, x in found.items() if x}
 
 
@@ -275,7 +277,7 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def table(experiment, options) -> str:
-    """Markdown: a row for each arm, and below it further comparisons."""
+    """A Markdown table with a row for each arm, and further comparisons below it."""
     results, columns, key = collect(experiment, options), experiment.columns, experiment.against
     found, rows = differences(experiment, options, results), []
     base = [x for x in next(iter(results.values())) if key in x]
@@ -283,7 +285,7 @@ def table(experiment, options) -> str:
         if xs := [x for x in xs if key in x]:
             cells = {k: cell([x[k] for x in xs if k in x]) for k in columns}
             if name in found and not experiment.compute:
-                # The arms may have other seeds than the base: so that rows can be compared.
+                # Makes rows comparable, even if arms have other seeds than the base.
                 for k in {key, "test_bpb"} & {*columns}:
                     mean = statistics.mean(x[k] for x in base if k in x)
                     cells[k] = number(mean + compare(xs, base, k).mean)
@@ -294,7 +296,7 @@ def table(experiment, options) -> str:
     return "\n".join([text, *[""][: len(pairs)], *pairs])
 
 
-INK = "#7d8590"  # grey that can be read on white and on black
+INK = "#7d8590"  # a grey that is legible on white and on black
 COLOURS = ["#7d8590", "#2f81f7", "#db6d28", "#2da44e", "#bf4b8a", "#a475f9", "#b08800", "#1b9e9e"]
 COLOURS += ["#e5534b", "#57606a"]
 
@@ -330,7 +332,7 @@ def colour_of(results: dict, name: str) -> str:
 
 
 def save_figure(path: Path, size: tuple[float, float], draw):
-    """`draw` is called with a matplotlib figure. The same bytes for the same data."""
+    """Calls `draw` with a matplotlib figure and saves it: the same bytes for the same data."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -350,8 +352,8 @@ def save_figure(path: Path, size: tuple[float, float], draw):
 
 
 def show(experiment, options, source: str):
-    """Prints an experiment's table, writes it into the page, and draws the figure. source: of
-    the current code."""
+    """Prints an experiment's table, writes it into the page, and draws the figure. source: the
+    current code's."""
     text, name, results = table(experiment, options), experiment.name, collect(experiment, options)
     print(text)
     file = experiment.results or name
@@ -367,7 +369,7 @@ def show(experiment, options, source: str):
 
 
 def write_part(page: Path, name: str, part: str):
-    """Between the two marks of this name, where the page has them."""
+    """Replaces the part of the page between the two marks of this name, if it has them."""
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
     if begin in text:
@@ -391,12 +393,12 @@ PROSE |= {"MLA": ("base", "base")}
 
 @dataclass
 class Claim:
-    """That network `one` has less loss than `other`, or, with a margin, that both have the same."""
+    """Network `one` has a lower loss than `other` or, with a margin, an equal loss."""
 
     text: str
     one: str
     other: str
-    step: str = ""  # what one's training step takes more than other's, where that was measured
+    step: str = ""  # how much longer one's training step takes than other's, if measured
     margin: float = 0.0  # as a part of the base's loss
 
 
@@ -416,14 +418,14 @@ PLACES |= {"prose": ("prose", PROSE, "test_bpb")}
 
 
 @dataclass
-class Asked:
-    """All claims in one place, by their text; a claim whose runs are missing is left out."""
+class Answers:
+    """The differences of all claims on one text, by claim; claims without runs are left out."""
 
     found: dict[str, Difference]
     base: float  # the mean loss of the base, bits/byte
 
 
-def ask(place: str) -> Asked:
+def ask(place: str) -> Answers:
     folder, networks, key = PLACES[place]
     folder = RESULTS / folder
     runs = {name: [x for x in read_results(folder, file) if x["arm"] == arm]
@@ -431,17 +433,18 @@ def ask(place: str) -> Asked:
     varies = spreads(key, folder, runs)
     found = {x.text: compare(runs[x.other], runs[x.one], key, varies) for x in CLAIMS}
     found = {text: x for text, x in found.items() if x}
-    return Asked(found, statistics.mean(x[key] for x in runs["MLA"]))
+    return Answers(found, statistics.mean(x[key] for x in runs["MLA"]))
 
 
 def tests() -> dict[tuple[str, str], tuple[float, float]]:
-    """By claim and kind of test: p, and p corrected for all of the plan's ten tests. The difference
-    is asked on the test text, as planned; FP8's equality on both texts, so the larger p counts."""
-    asked, second, p = ask("test text"), ask("validation text"), {}
+    """p, and p corrected for all ten tests of the plan, by claim and kind of test. As planned,
+    differences are tested on the test text, and FP8's equality on both texts, where the larger p
+    counts."""
+    first, second, p = ask("test text"), ask("validation text"), {}
     for x in CLAIMS:
-        p[x.text, "a difference"] = asked.found[x.text].p
+        p[x.text, "a difference"] = first.found[x.text].p
         if x.margin:
-            texts = [asked, second] if x.one == "tiles" else [asked]
+            texts = [first, second] if x.one == "tiles" else [first]
             p[x.text, "an equality"] = max(
                 a.found[x.text].p_equal(x.margin * a.base) for a in texts
             )
@@ -454,16 +457,18 @@ def p_in_words(p: float) -> str:
 
 
 def table_of_claims() -> str:
-    """Differences in bits per byte; above zero the claim's side has less loss."""
-    asked, p, rows = {place: ask(place) for place in PLACES}, tests(), []
+    """Differences in bits per byte; a positive one supports the claim."""
+    answers, p, rows = {place: ask(place) for place in PLACES}, tests(), []
     for x in CLAIMS:
-        found = [asked[place].found.get(x.text) for place in PLACES]
+        found = [answers[place].found.get(x.text) for place in PLACES]
         test, validation, prose = (f"{y.mean:+.4f} ± {y.half:.4f}" if y else "" for y in found)
         words = map(p_in_words, p[x.text, "a difference"])
         pairs, alone = str(found[0].pairs), f"± {found[0].alone:.4f}"
         rows.append([x.text, pairs, test, alone, *words, validation, prose])
         if x.margin:
-            within = f"... within {100 * x.margin:.2f} %: {x.margin * asked['test text'].base:.4f}"
+            within = (
+                f"... within {100 * x.margin:.2f} %: {x.margin * answers['test text'].base:.4f}"
+            )
             words = map(p_in_words, p[x.text, "an equality"])
             rows.append([within, pairs, "", "", *words, "", ""])
     heads = ["the claim", "seeds", "test text", "its pairs alone", "p", "of ten tests (Holm)"]
@@ -474,17 +479,17 @@ MARKS = {"test text": ("o", "full"), "validation text": ("o", "none"), "prose": 
 
 
 def draw_claims(figure):
-    """A row for each claim: a mark and an interval for each text, in percent of the base's loss.
-    Blue agrees with the claim, orange disagrees, grey can tell neither. An interval agrees with a
-    claim of a difference above 0, and with one of an equality within its margin."""
-    ax, asked = figure.subplots(), {place: ask(place) for place in PLACES}
+    """A row for each claim, with a mark and an interval for each text, in percent of the base's
+    loss. Blue supports the claim, orange contradicts it, grey does neither. An interval supports a
+    difference if it lies above 0, an equality if it lies within the margin."""
+    ax, answers = figure.subplots(), {place: ask(place) for place in PLACES}
     for row, claim in enumerate(CLAIMS):
         y = -row
         ax.text(-0.55, y + 0.26, claim.text)
         ax.text(1.4, y + 0.26, claim.step or "-", ha="right")
         for i, (place, (marker, fill)) in enumerate(MARKS.items()):
-            if x := asked[place].found.get(claim.text):
-                mean, half = (100 * value / asked[place].base for value in (x.mean, x.half))
+            if x := answers[place].found.get(claim.text):
+                mean, half = (100 * value / answers[place].base for value in (x.mean, x.half))
                 low, high, margin = mean - half, mean + half, 100 * claim.margin
                 agrees = -margin <= low and high <= margin if margin else low > 0
                 differs = not agrees and (low > 0 or high < 0)

@@ -1,19 +1,19 @@
 """The runner that all experiments share: python experiments/NAME.py [--key=value].
 
-    --seeds=0,1,2        every arm is trained once with each        --arms=a,b   only these
-    --steps=600          the length of every run, a part of what identifies its result
+    --seeds=0,1,2        trains every arm once with each seed       --arms=a,b   only these arms
+    --steps=600          the length of every run; results of other lengths are kept apart
     --rate=0.67          times the base's learning rate
-    --plot               no training: table and figure of the results that are there
-    --quick              a tiny network for a few steps, to see that all works (into out/quick)
+    --plot               no training: table and figure of the existing results
+    --quick              a tiny network for a few steps, as a test (into out/quick)
 
 An experiment names its arms: changes to the base configuration (experiments/base.py), or classes
-and functions that stand in for others while the arm is trained. Arms of one seed begin with the
-same weights wherever their shapes agree, and see the same data. A result is one line in
-experiments/results/NAME.json, written as soon as its run ends; what is there already, from the same
-code, settings and data, is not trained again. The base arm belongs to all experiments: `python
-experiments/run.py` trains it alone. Tables, which report.py also writes into
-docs/RESULTS.md, have means with 95 % intervals over the seeds; "against base" is the difference to
-the base run of the same seed.
+and functions that replace others while the arm is trained. Arms of one seed begin with the same
+weights wherever their shapes agree, and see the same data. A result is one line in
+experiments/results/NAME.json, written as soon as its run ends. Results that exist, of the same
+code, settings and data, are not computed again. The base arm belongs to all experiments: `python
+experiments/run.py` trains it alone. Tables, which report.py also writes into docs/RESULTS.md, have
+means with 95 % intervals over the seeds; "against base" is the difference to the base run of the
+same seed.
 """
 
 import ast
@@ -57,36 +57,36 @@ from support.tokens import Dataset, Tokens
 
 ROOT = Path(train.__file__).parent
 TINY = str(ROOT / "config/tiny.py")
-# A run so small that it takes two seconds, with every phase of a training in it.
+# A run of two seconds with every phase of a training.
 SMALL = {"out": "", "steps": 10, "batch_size": 4, "block_size": 16, "long_block_size": 32}
 SMALL |= {"long_start": 0.8, "eval_every": 10, "log_every": 1, "device": "cpu"}
 
 
 @dataclass
 class Options:
-    seeds: str = "0,1,2"  # every arm is trained once with each
+    seeds: str = "0,1,2"  # train every arm once with each
     steps: int = 600  # optimiser steps of a run
-    arms: str = ""  # only these, separated by commas
-    rate: float = 1.0  # times the learning rate, as "NAME lr x0.67"; such arms are in no table
-    plot: bool = False  # no training: table and figure of the results that are there
-    quick: bool = False  # a tiny network for 20 steps with seeds 0 and 1: shows that all works
+    arms: str = ""  # only these arms, separated by commas
+    rate: float = 1.0  # times the learning rate; arms "NAME lr x0.67" are in no table
+    plot: bool = False  # no training: table and figure of the existing results
+    quick: bool = False  # a tiny network for 20 steps with seeds 0 and 1, as a test
     config: str = "experiments/base.py"  # the base configuration
-    data: str = ""  # another text than the base's, with --results=FOLDER of its own
+    data: str = ""  # another text than the base's; give --results=FOLDER, too
     results: str = "experiments/results"  # folder of the JSON files
     docs: str = "docs"  # folder of RESULTS.md and figures/
 
     def base(self) -> dict[str, Any]:
         """The settings of the base arm: the file's, with length, dtype and logging."""
         settings = read_config_file(self.config, ModelConfig, train.TrainConfig)
-        settings = {"dtype": "float32"} | settings  # never auto: results of two are not compared
+        settings = {"dtype": "float32"} | settings  # never auto: results differ by dtype
         settings |= {"data": self.data} if self.data else {}
         return settings | {"steps": self.steps, "log_every": max(1, self.steps // 60)}
 
 
 @dataclass(eq=False)  # so that functools.cache takes it
 class Arm:
-    """What is changed: settings of the base configuration, and what stands in for names of the
-    code while this arm trains, such as {"model.MLA": MultiHeadAttention}."""
+    """Changed settings of the base configuration, and replacements for names of the code while this
+    arm is trained, such as {"model.MLA": MultiHeadAttention}."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     replace: dict[str, Any] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Arm:
 
     @contextlib.contextmanager
     def in_place(self):
-        """A context in which the stand-ins are in place."""
+        """A context in which the replacements are active."""
         with contextlib.ExitStack() as stack:
             for target, stand_in in self.replace.items():
                 stack.enter_context(mock.patch(target, stand_in))
@@ -106,7 +106,7 @@ BASE = Arm()
 
 @dataclass
 class Trained:
-    """A run that has ended: the model, and what `train.train` was called with."""
+    """A finished run: the model and the arguments of `train.train`."""
 
     net: DeepSeekV3
     data: Dataset
@@ -121,12 +121,12 @@ class Experiment:
     arms: Callable[[dict], dict[str, Arm]]  # from the base configuration's settings
     columns: dict[str, str]  # of the table: key of a result -> heading
     draw: Callable[[Any, dict], None] | None = None  # (matplotlib figure, results by arm)
-    measure: Callable[[Trained], dict] | None = None  # more than every run's figures
-    base: str = ""  # what the base arm is called here
-    against: str = "test_bpb"  # whose difference to the base has a column
-    results: str = ""  # the experiment that trains these arms, if it is another one
-    compute: Callable[[str, int], dict] | None = None  # (arm, seed): in place of a training
-    pairs: tuple[tuple[str, str], ...] = ()  # of arms that are compared besides each with the base
+    measure: Callable[[Trained], dict] | None = None  # figures beyond those of every run
+    base: str = ""  # this experiment's name for the base arm
+    against: str = "test_bpb"  # a column has the difference to the base in this figure
+    results: str = ""  # the experiment that trains these arms, if not this one
+    compute: Callable[[str, int], dict] | None = None  # (arm, seed): replaces the training
+    pairs: tuple[tuple[str, str], ...] = ()  # arms to compare, besides each with the base
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def new_network(settings: dict, seed: int) -> DeepSeekV3:
 
 
 def begin_alike(net: DeepSeekV3, base: DeepSeekV3) -> DeepSeekV3:
-    """net with the first weights of base wherever name and shape are the same."""
+    """net with the initial weights of base wherever name and shape agree."""
     own, other = net.state_dict(), base.state_dict()
     same = {k: v for k, v in other.items() if k in own and own[k].shape == v.shape}
     net.load_state_dict(own | same)
@@ -146,8 +146,8 @@ def begin_alike(net: DeepSeekV3, base: DeepSeekV3) -> DeepSeekV3:
 
 
 def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSeekV3) -> Trained:
-    """Trains in the folder, from the weights of first, the base's network; goes on where a run
-    there was interrupted, or opens a finished one."""
+    """Trains in the folder, from the weights of first, the base's network. Resumes an interrupted
+    run in it, or opens a finished one."""
     base = options.base()
     settings = base | arm.settings | {"steps": round(base["steps"] * arm.longer)}
     settings |= {"seed": seed, "out": str(folder)}
@@ -172,7 +172,7 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
 
 
 def figures_of(run: Trained) -> dict[str, Any]:
-    """What every run has: the last evaluation, the loss on the test text, and curves of the log."""
+    """The figures of every run: last evaluation, loss on the test text, and curves of the log."""
     log = [json.loads(x) for x in (Path(run.config.out) / "log.jsonl").read_text().splitlines()]
     steps, last = [x for x in log if "loss" in x], [x for x in log if "val_loss" in x][-1]
     before = [0, *(x["tokens"] for x in steps)]
@@ -197,23 +197,23 @@ def figures_of(run: Trained) -> dict[str, Any]:
 
 
 def code_hash(*functions: Callable) -> str:
-    """Of their code, docstrings included, without comments and layout."""
+    """A hash of their code, docstrings included, without comments and layout."""
     return digest(*(ast.dump(ast.parse(inspect.getsource(x))) for x in functions))
 
 
 @functools.cache
 def code_id(dtype: str = "float64", arm: Arm = BASE, file: str = TINY) -> str:
-    """Two versions of the code are the same if they train alike: the losses of a few steps in this
-    dtype, of the file's network with the arm's changes, on random tokens, to eight digits. In
-    bfloat16 another kind of machine may round differently: its results are another set."""
-    info(f"a few steps in {dtype} are trained: do code and machine round as in the tables?")
+    """Identifies the code by its results: the losses of a few training steps in this dtype, of the
+    file's network with the arm's changes, on random tokens, to eight digits. In bfloat16 another
+    kind of machine may round differently: its results are a set of their own."""
+    info(f"training a few steps in {dtype}, to see whether code and machine round as in the tables")
     settings = read_config_file(file, ModelConfig, train.TrainConfig)
     settings |= {"optimizer": "muon", "alpha": 0.01} | arm.settings | SMALL | {"dtype": dtype}
     rng, vocab_size = np.random.default_rng(0), settings["vocab_size"]
     tokens = Tokens([rng.integers(0, vocab_size, 2000).astype(np.uint16)])
     data = SimpleNamespace(train=tokens, val=tokens, vocab_size=vocab_size, val_bytes_per_token=3.0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several add up in another order
+    torch.set_num_threads(1)  # several threads sum in another order
     quiet = contextlib.redirect_stderr(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, quiet, arm.in_place():
         config = train.TrainConfig(**train.split_configs(settings | {"out": folder})[1])
@@ -228,8 +228,8 @@ def code_id(dtype: str = "float64", arm: Arm = BASE, file: str = TINY) -> str:
 
 
 def change_hash(arm: Arm, measure: Callable | None, options: Options) -> str:
-    """Of the arm's settings, of how the code trains with them and with the stand-ins, and of the
-    code of measure (not of the functions that it calls)."""
+    """A hash of the arm's settings, of how the code trains with them and with the replacements, and
+    of the code of measure (not of the functions that it calls)."""
     code = ""  # the base's is in its source
     if arm.settings or arm.replace:
         code = code_id(options.base()["dtype"], arm, options.config)
@@ -238,22 +238,22 @@ def change_hash(arm: Arm, measure: Callable | None, options: Options) -> str:
 
 
 def source_of(options: Options) -> str:
-    """Of the base's settings, and of how the code trains on this machine."""
+    """A hash of the base's settings, and of how the code trains on this machine."""
     base = options.base()
     settings = sorted((k, v) for k, v in base.items() if "_every" not in k)
     return digest(code_id(), code_id(base["dtype"]), settings)
 
 
 def missing(experiment: Experiment, name: str, arm: Arm, seed: int, options: Options):
-    """What is not there yet of an arm and seed, as [(file, what is measured, identity)], and the
-    folder in which it trains."""
+    """The missing results of an arm and seed, as [(file, measure, identity)], and the folder in
+    which it trains."""
     base = options.base()
     data = train.TrainConfig(data=base["data"], block_size=base["block_size"])
     _, data = train.open_data(data, base["vocab_size"])
     corpus = digest(*(hashlib.sha256(x.read_bytes()).digest() for x in sorted(data.glob("*.bin"))))
     common = {"seed": seed, "steps": options.steps, "dtype": base["dtype"]}
     common |= {"source": source_of(options), "corpus": corpus}
-    # The base is in two files: base.json has what every run has, ours what is measured besides.
+    # The base is in two files: base.json has the figures of every run, ours those of measure.
     parts = [(experiment.name, experiment.measure)]
     if name == "base":
         parts = [("base", None), *(parts if experiment.measure else [])]
@@ -268,12 +268,12 @@ def missing(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
 
 
 def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Options):
-    """Makes the results of an arm and seed that are not there yet."""
+    """Computes the missing results of an arm and seed."""
     todo, folder = missing(experiment, name, arm, seed, options)
     if not todo:
         return
     info(f"\n{experiment.name}: {name}, seed {seed}, {options.steps} steps, in {folder}")
-    first = new_network(options.base(), seed)  # before anything stands in for its parts
+    first = new_network(options.base(), seed)  # before parts of it are replaced
     with arm.in_place():
         run = train_arm(arm, options, seed, folder, first)
         for file, measure, identity in todo:
@@ -281,12 +281,12 @@ def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int, options: Opt
             with torch.no_grad():
                 values |= measure(run) if measure else {}
             add_result(options.results, file, identity | facts() | values)
-    if name != "base":  # the base will be measured by other experiments too
+    if name != "base":  # other experiments measure the base, too
         shutil.rmtree(folder)
 
 
 def compute_arm(experiment: Experiment, name: str, seed: int, options: Options):
-    """The same without a training; the code that `compute` calls does not count."""
+    """The same without a training. The identity does not include the code that `compute` calls."""
     identity = {"arm": name, "seed": seed, "steps": 0, "source": "", "corpus": ""}
     identity["change"] = code_hash(experiment.compute)
     done = read_results(options.results, experiment.name)
@@ -296,7 +296,7 @@ def compute_arm(experiment: Experiment, name: str, seed: int, options: Options):
 
 
 def facts() -> dict[str, Any]:
-    """What a result depends on besides its identity."""
+    """Facts that a result may depend on, besides its identity."""
     return {
         "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),
         "threads": torch.get_num_threads(), "machine": bench.processor() or platform.machine(),

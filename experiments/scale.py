@@ -1,10 +1,10 @@
 """DeepSeek-V3's run on paper: python experiments/scale.py [CONFIG]
 
 Nothing is trained and no weight is allocated. Cost, traffic, pipeline and memory follow from the
-shapes in a config file and from what V3's report says of its machines. Such a number is called an
-input, and what follows from inputs alone agrees with the report by construction. Brackets hold what
-DeepSeek says of a number that is computed here. Without a CONFIG the file is V3's, and
-results/scale.json and the figures of docs/SCALE.md are written anew.
+shapes in a config file and from the report's numbers on its machines. Those are called inputs;
+results of inputs alone agree with the report by construction. Brackets hold DeepSeek's own values
+of numbers that are computed here. Without a CONFIG the file is V3's, and results/scale.json and the
+figures of docs/SCALE.md are written again.
 """
 
 import functools
@@ -209,8 +209,8 @@ def draw_bars(part: Part, unit: str) -> str:
     for power in range(low, math.ceil(math.log10(high)), 3) if logarithmic else ():
         x = 430 + place(10.0**power)
         shapes.append(f'<path d="M{x:.1f} 0V{height}" stroke="{INK}" opacity="0.4"/>')
-        told = f"10^{power}" if power else "1"
-        shapes.append(f'<text x="{x:.1f}" y="{height + 14}" text-anchor="middle">{told}</text>')
+        label = f"10^{power}" if power else "1"
+        shapes.append(f'<text x="{x:.1f}" y="{height + 14}" text-anchor="middle">{label}</text>')
     for i, (name, x) in enumerate(numbers.items()):
         y, end = 22 * i + 5, 430 + place(x)
         if logarithmic:

@@ -2,9 +2,9 @@
 
 The report (section 4.5.3) sees experts specialise more where a bias balances them than where a loss
 forces every sequence to be even; it compares domains of the Pile. The measure is the mutual
-information, in bits, of the expert that a token visits and of one of two things: its class (those
-of Python's own tokeniser, on validation text), or the domain of its text (token_classes.py). It is
-0 if all visit alike. The trainings are those of balance.py, so nothing is trained twice.
+information, in bits, between the expert that a token visits and either the token's class (by
+Python's own tokeniser, on validation text) or the domain of its text (token_classes.py). It is 0 if
+all classes visit the experts alike. The runs are those of balance.py, so nothing is trained twice.
 """
 
 import balance

@@ -1,9 +1,9 @@
 """Does speculation pay? python experiments/speculation.py [CKPT] [--key=value]
 
-Decodes the same prompts, pieces of code the model has not seen, with every number of drafts: how
-many tokens a round gives, and how much faster that is than plain decoding. Greedy text of a small
-model goes in circles, which makes drafting easy: hence the share of repeated 6-grams, and sampled
-text beside it.
+Decodes the same prompts, pieces of code the model has not seen, with every number of drafts, and
+measures the tokens per round and the speed relative to plain decoding. Greedy text of a small model
+repeats itself, which makes drafting easy. So the share of repeated 6-grams is listed, and sampled
+text is measured, too.
 """
 
 import random
@@ -31,7 +31,7 @@ from support.settings import Refusal, parse_args, run_command
 class SpeculationOptions(Timed):
     prompts: int = 8  # pieces of unseen code
     new_tokens: int = 128  # decoded after each
-    compile: bool = True  # compiled decoding as well; the first time it compiles for minutes
+    compile: bool = True  # compiled decoding, too, which first compiles for minutes
 
 
 def unseen_prompts(encode: Callable[[str], list[int]], count: int, length: int) -> list[list[int]]:

@@ -2,9 +2,9 @@
 
 Settings are chosen by the validation loss, which is therefore a little too low. prepare_data.py
 keeps whole documents of the corpus apart in test.bin, which no training and no evaluation reads.
-Here a trained run is measured on them, in windows of its lengths, in bits per byte. A few dozen
-files are a small sample of all code there is: the interval is the middle 95 % of the means over
-files drawn again with replacement (bootstrap).
+This measures a run on them, in windows of its lengths, in bits per byte. A few dozen files are a
+small sample of code, so there is an interval: the middle 95 % of the means over files drawn with
+replacement (bootstrap).
 """
 
 import math
