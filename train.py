@@ -28,7 +28,6 @@ import math
 import re
 import shlex
 import sys
-import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,8 +84,8 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW's decay per step of the mean gradient
     beta2: float = 0.95  # AdamW's decay per step of the mean squared gradient
     clip: float = 1.0  # largest gradient norm (0: no limit)
-    mtp_weight: float | list = 0.3  # lambda, weight of the MTP loss; [0.3,0.1]: one per module
-    mtp_weight_late: float | list = 0.1  # lambda from mtp_switch on
+    mtp_weight: float = 0.3  # lambda, weight of the MTP loss
+    mtp_weight_late: float = 0.1  # lambda from mtp_switch on
     mtp_switch: float = 0.676  # fraction of the run at which lambda changes
     gamma: float = 0.001  # how far a routing bias moves per step, up or down
     gamma_stop: float = 0.966  # fraction of the run after which routing biases stay fixed
@@ -155,8 +154,8 @@ def lr_at(config: TrainConfig, step: int) -> float:
     return config.lr * (config.min_lr if x < config.final_start else config.final_lr)
 
 
-def mtp_weight_at(config: TrainConfig, step: int) -> float | list[float]:
-    """lambda, the weight of the MTP loss; a list has one weight per module."""
+def mtp_weight_at(config: TrainConfig, step: int) -> float:
+    """lambda, the weight of the MTP loss."""
     late = step >= config.mtp_switch * config.steps
     return config.mtp_weight_late if late else config.mtp_weight
 
@@ -410,12 +409,11 @@ def loss_weights(model: DeepSeekV3, config: TrainConfig, step: int) -> dict[str,
     """The weight of each loss that the model returns, for the sum that training minimises, Eq. 17
     and 24: L_main + lambda L_MTP + alpha sum_layers L_Bal."""
     weight, depths = mtp_weight_at(config, step), len(model.mtp)
-    of_module = weight if isinstance(weight, list) else [weight] * depths
     # Several modules have a loss each, mtp_loss_1 and so on; mtp_loss is their mean.
     return {
         "loss": 1.0,
-        "mtp_loss": 0.0 if depths > 1 else sum(of_module),
-        **{f"mtp_loss_{k}": x / depths for k, x in enumerate(of_module, 1)},
+        "mtp_loss": 0.0 if depths > 1 else weight,
+        **{f"mtp_loss_{k}": weight / depths for k in range(1, depths + 1)},
         "balance_loss": config.alpha * model.moe_layers,  # the model returns the mean over layers
     }
 
@@ -640,15 +638,6 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
         raise Refusal(f"block_size is {config.block_size}, but must be at least {least} here.")
     if config.eval_only:  # has no steps
         return
-    for name in ("mtp_weight", "mtp_weight_late"):
-        weights, modules = getattr(config, name), len(model.mtp)
-        if not isinstance(weights, list):
-            continue
-        if len(weights) != modules or not all(type(x) in (int, float) and x >= 0 for x in weights):
-            raise Refusal(
-                f"{name} is {weights}, expected a number of at least 0 for each of the network's "
-                f"MTP modules, {modules} in all."
-            )
     trained = max(model.trained_length, config.block_size)
     if 0 < long < trained:
         raise Refusal(
@@ -711,14 +700,7 @@ def show_result(config: TrainConfig, data: Dataset):
     tokens = data.val.arrays[0][1:9].tolist()  # after the end-of-text token
     prompt = stored_tokenizer(config.out).decode(tokens, errors="ignore").strip()
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
-    try:
-        sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
-    except BrokenPipeError:  # the reader of the sample, such as head, has closed the pipe
-        raise
-    except Exception as error:  # the run itself has succeeded
-        if (message := settings.sentence_of(error)) is None:
-            traceback.print_exc()
-        info(f"no sample: {settings.short(message or error)}")
+    sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
     start = shlex.quote(prompt[:20].partition("\n")[0])
     info(f"\nMore: python sample.py {shlex.quote(config.out)} --prompt={start}")
     info(f"After an edit of model.py: python bench.py check {shlex.quote(config.out)}")

@@ -49,8 +49,6 @@ REFUSALS = [
     (f"{NEW} --grad_accum=3", 1, "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
     (f"{NEW} --block_size=257", 1, "windows of 257 tokens exceed max_position_embeddings, 256"),
     (f"{NEW} --num_nextn_predict_layers=16", 1, "block_size is 16, but must be at least 17"),
-    (f"{NEW} --mtp_weight=[-1]", 1, "mtp_weight is [-1], expected a number of at least 0"),
-    (f"{NEW} --mtp_weight_late=[0.1,0.2]", 1, "s [0.1, 0.2], expected a number of at"),
     ("train.py bad.py", 1, "bad.py, line 2: invalid syntax"),
     # Data.
     (
@@ -62,7 +60,6 @@ REFUSALS = [
     (f"{NEW} --data=finewebedu", 1, "python prepare_data.py finewebedu --shards=99 (9.9B tokens"),
     (f"{NEW} --vocab_size=1024", 1, "for a new network give --vocab_size=512;"),
     (f"{NEW} --block_size=900000 --max_position_embeddings=900000", 1, "do not fit in data/tiny"),
-    (f"{NEW} --eval_tokens=1", 1, "first 1 validation tokens of data/tiny hold no text: give"),
     # Folders.
     (f"{NEW} --eval_only --out=", 1, "there is no out/tiny: name a run's folder"),
     (f"{NEW} --out=photos --overwrite", 1, "photos holds files, but no run: give another --out."),

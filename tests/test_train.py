@@ -220,12 +220,13 @@ def test_targets_that_are_left_out_are_averaged_over_the_step(monkeypatch):
         return x, y.where(x % 8 < x[:, :1] // 64, -1)  # of some windows few are left
 
     monkeypatch.setattr(train, "to_device", masked)
-    weights = train.loss_weights(model, train.TrainConfig(mtp_weight=[0.5, 0.2]), 0)
-    assert (weights["mtp_loss"], weights["mtp_loss_1"], weights["mtp_loss_2"]) == (0, 0.25, 0.1)
+    weights = train.loss_weights(model, train.TrainConfig(mtp_weight=0.5), 0)
+    assert (weights["mtp_loss"], weights["mtp_loss_1"], weights["mtp_loss_2"]) == (0, 0.25, 0.25)
+    weights |= {"mtp_loss_2": 0.1, "balance_loss": 0.0}
     machine, parts, results = MACHINE, np.split(windows, 2), []
     for batches in [windows], parts:
         model.zero_grad()
-        means = train.backward(model, batches, weights | {"balance_loss": 0.0}, machine)
+        means = train.backward(model, batches, weights, machine)
         results.append((means, {n: p.grad for n, p in model.named_parameters()}))
     (one, grads), (two, halves) = results
     assert_same(grads, halves, 1e-10)
