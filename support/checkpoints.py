@@ -45,8 +45,6 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     kinds = "a run's folder, a checkpoint file, or a directory with a config.json"
     if not file.exists():
         raise Refusal(f"there is no {file}: name {kinds}.")
-    if file.suffix in (".safetensors", ".gguf", ".py"):
-        raise Refusal(f"{file} is no checkpoint of train.py: name {kinds}.")
     try:
         with zipfile.ZipFile(file) as archive:  # torch does not compare checksums
             damaged = archive.testzip() if whole else None
@@ -59,7 +57,7 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):  # an object of another class
             foreign = short(foreign[1], 80)
             reason = f"it holds {foreign!r}; only tensors, numbers and text are opened"
-        message = f"{file} is damaged, or no checkpoint of train.py ({reason})"
+        message = f"{file} is damaged, or no checkpoint of train.py ({reason}): name {kinds}."
         raise Refusal(message) from None
     if damaged:
         raise Refusal(f"{file} is damaged: the checksum of {damaged} in it is wrong")

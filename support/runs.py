@@ -112,7 +112,7 @@ def cut_log(path: Path, step: int):
             if int(found[1]) <= step:
                 kept.append(line)
     if last > step:
-        info(f"{path} goes to step {last}: later lines than step {step} of the checkpoint are cut")
+        info(f"{path} goes to step {last}: the lines after step {step}, the checkpoint's, are cut")
     if kept != lines:
         write_whole(path, lambda file: file.writelines(kept))
 

@@ -74,7 +74,7 @@ REFUSALS = [
     (f"{ON} --optimizer=muon", 1, "run/ckpt.pt cannot be resumed: it has no state of Muon 1; use"),
     # sample.py
     ("sample.py run 'a text'", 2, "write --prompt='a text'"),
-    (f"sample.py {TINY} --prompt=x", 1, "tiny.py is no checkpoint of train.py: name a run's"),
+    (f"sample.py {TINY} --prompt=x", 1, "tiny.py is damaged, or no checkpoint of train.py (F"),
     ("sample.py nowhere --prompt=x", 1, "there is no nowhere: name a run's folder, a checkpoint"),
     ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
     ("sample.py run", 1, "standard input is not UTF-8 text"),
