@@ -27,7 +27,7 @@ num_nextn_predict_layers = 1
 initializer_range = 0.02  # the report's 0.006 belongs to matrices 7168 wide
 
 data = "stdlib"
-dtype = "bfloat16"  # on every machine, also where it is slow: results of two are not compared
+dtype = "bfloat16"  # on every machine, even a slow one: results of two dtypes are not compared
 batch_size = 8
 block_size = 256
 long_block_size = 0  # long_context.py alone has long windows

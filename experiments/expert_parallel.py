@@ -78,7 +78,7 @@ class ParallelMoE(MoE):
 
     def dispatch(self, link: str, owner: Tensor, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
         """Sends every token once to each member of the link's group that owns experts of it, and
-        adds up what comes back. owner (N, K): the member; none where it is negative."""
+        sums the results. owner (N, K): the member that owns each expert, negative for none."""
         group = self.between if link == "between" else self.within
         members, me = dist.get_world_size(group), dist.get_rank(group)
         visits = [(owner == member).any(-1).nonzero()[:, 0] for member in range(members)]

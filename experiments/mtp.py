@@ -2,8 +2,8 @@
 
 The report trains one MTP module (section 2.2): benchmarks gain, the loss does not (its Table 4),
 and 85 to 90 % of the second tokens are accepted (section 5.4.3). A step without a module is
-shorter, so there is also a run without one for about the same seconds. Acceptance is measured
-twice: on unseen code, where the text is given and cannot go in circles, as the sum of min(p, q)
+shorter, so a run without one is also trained for about the same seconds. Acceptance is measured
+twice: on unseen code, a given text that cannot repeat itself in circles, as the sum of min(p, q)
 (arXiv 2211.17192) or, greedy, as equal choices; and on texts that the model writes, with 4 drafts a
 round, beside the share of their 6-grams that they repeat, which makes drafting easy.
 """

@@ -44,7 +44,7 @@ def nats_by_document(
     """For each document of the test text of data, prepared in folder: the sum of its tokens' losses
     in nats, predicted in windows of T tokens side by side, and its bytes. Both (documents,)."""
     if data.test is None:
-        raise Refusal(f"{folder} has no test.bin: make it anew with python prepare_data.py.")
+        raise Refusal(f"{folder} has no test.bin: make it again with python prepare_data.py.")
     ids, losses = data.test.arrays[0], [np.zeros(1)]  # the first token is predicted by none
     for windows in train.validation_windows(ids, T, config, machine):
         x, y = train.to_device(windows, machine.device)

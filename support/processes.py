@@ -228,7 +228,7 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
 
 def compiles(config, device: torch.device) -> bool:
     """Whether to compile the network. "auto": on CUDA in bfloat16, if a trial succeeds. (In other
-    dtypes the experts' counts are constants in the graphs, so every step would be compiled anew.)
+    dtypes the experts' counts are constants in the graphs, so every step would compile again.)
     FP8 is never compiled on a CPU: torch, up to 2.15 at least, compiles casts to E4M3 wrongly if a
     row's length is no multiple of a vector's."""
     if config.fp8 and device.type == "cpu":

@@ -252,7 +252,7 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     vocab = {i: x for x, i in parsed.get_vocab(with_added_tokens=False).items() if i not in special}
     try:
         texts = {i: x.translate(byte_of).encode("latin-1") for i, x in vocab.items()}
-    except UnicodeEncodeError:  # SentencePiece, say
+    except UnicodeEncodeError:  # such as SentencePiece
         raise Refusal(f"{path.name} is not byte-level, which is not supported") from None
 
     def encode_batch(batch: list[str]) -> list[list[int]]:
@@ -382,7 +382,7 @@ def open_tokenizer(name: str) -> Tokenizer:
     if name in ("gpt2", "cl100k_base", "o200k_base"):
         try:
             return tokenizer_of(tiktoken.get_encoding(name))  # downloaded once
-        except Exception as error:  # the network, say
+        except Exception as error:  # such as a network error
             raise Refusal(f"the tokenizer {name} cannot be downloaded ({short(error)})") from None
     if not Path(name).exists():
         raise Refusal(
