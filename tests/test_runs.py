@@ -84,15 +84,17 @@ def test_a_run_that_is_killed_in_an_evaluation_goes_on_from_the_checkpoint_befor
     assert_same_run(shared(*options), Path("run"))
 
 
-def test_the_weights_that_a_run_starts_from_are_not_evaluated_again_when_it_is_resumed(shared):
-    """The config file still has init_from, as the command line of a resumed run has not."""
+def test_a_run_that_has_begun_evaluates_its_own_weights(shared, capsys):
+    """Resumed, or with --eval_only, though its config file still has init_from."""
     source = shared("--steps=1")
     Path("my.py").write_text(f"{Path(TINY).read_text()}init_from = {str(source)!r}\n")
     options = ("my.py", "--out=run", *SHORT, "--eval_every=9")
     train.main([*options, "--steps=1"])
     train.main([*options, "--steps=2", "--resume"])
-    evaluated = [line["step"] for line in log_of("run") if "val_loss" in line]
-    assert evaluated == [0, 1, 2]
+    losses = {line["step"]: line["val_loss"] for line in log_of("run") if "val_loss" in line}
+    assert [*losses] == [0, 1, 2]
+    train.main([*options, "--eval_only"])
+    assert json.loads(capsys.readouterr().out)["val_loss"] == min(losses[1], losses[2]) < losses[0]
 
 
 def test_a_run_has_copies_of_the_code_that_made_its_weights(monkeypatch, capsys):
