@@ -39,8 +39,7 @@ class Machine:
 
     def autocast(self) -> torch.autocast:
         low = self.dtype == torch.bfloat16
-        # Without its cache, which would hold bf16 copies of all weights, even of FSDP's gathered
-        # ones.
+        # Without the cache, which would hold bf16 copies of all weights, even of gathered ones.
         return torch.autocast(self.device.type, torch.bfloat16, low, cache_enabled=False)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -93,10 +92,12 @@ def start(config) -> Machine:
     if world > 1:
         join()
     device = start_device(config)
-    reason = "as configured"
-    if config.dtype == "auto":
-        dtype, reason = gather_objects(fast_dtype(device))[0]  # measurements vary: process 0's
-        config.dtype = str(dtype).removeprefix("torch.")
+    dtype, reason = config.dtype, "as configured"
+    if dtype == "auto":
+        dtype, reason = fast_dtype(device)
+        dtype = str(dtype).removeprefix("torch.")
+    # Measurements vary, so all processes use the dtype of process 0.
+    config.dtype, reason = gather_objects((dtype, reason))[0]
     return Machine(device, getattr(torch, config.dtype), rank, world, reason)
 
 
@@ -250,9 +251,9 @@ def can_compile(device: torch.device) -> bool:
 
 
 def compile_network(model: nn.Module, config, machine: Machine):
-    """Makes each block a graph, if `compiles` says so, which torch compiles at its first call with
-    a length and number of windows. On CUDA so are the last norm and the loss, and evaluations use
-    the graphs, too. Apart from rounding, results do not change."""
+    """If `compiles` says so, makes each block a graph, which torch compiles at the first call with
+    each length and number of windows. On CUDA the last norm and the loss are graphs, too, and
+    evaluations use them all. Results change only by rounding."""
     if not compiles(config, machine.device):
         return
     settings = torch._dynamo.config
