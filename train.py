@@ -663,7 +663,7 @@ def command(argv: list[str]):
     torch.manual_seed(config.seed)
 
     model, tokenizer = open_network(config, network, source, machine)
-    # Weights are alike in all processes, and what a step draws at random, as dropout does, is not.
+    # Initial weights are the same in all processes. Random numbers in steps (dropout) differ.
     torch.manual_seed(config.seed + 1 + machine.rank)
     check_settings(config, model, machine, first)
     data, folder = open_data(config, model.config.vocab_size, source)
