@@ -568,9 +568,14 @@ class Experts(nn.Module):
         counts = count_chosen(expert, E)  # (E,)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and tokens > MOST_NEW:
             # oneDNN compiles a kernel for every new number of rows. So each expert gets a few rows
-            # more, of gate value 0, up to a multiple of 64, or of 16 in a short prompt.
-            extra = -counts % (64 if tokens > 512 else 16)
-            padding = torch.arange(E).repeat_interleave(extra)
+            # more, of gate value 0, up to a multiple of 64, or of 16 in a short prompt. In a graph
+            # the last expert gets the rest of a number that does not depend on the choice.
+            unit, size = 64 if tokens > 512 else 16, None
+            extra = -counts % unit  # (E,)
+            if torch.compiler.is_compiling():
+                size = E * unit
+                extra[-1] += size - extra.sum()
+            padding = torch.arange(E).repeat_interleave(extra, output_size=size)
             expert, gain = torch.cat((expert, padding)), F.pad(gain, (0, len(padding)))
             counts = counts + extra
         # Sorted by expert, so that the tokens of an expert are rows side by side.

@@ -371,11 +371,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     model.eval()
     # On a CPU nothing is compiled: a second set of graphs would take minutes, more than it saves.
     compiled = machine.device.type == "cuda" and processes.compiles(config, machine.device)
-    with (
-        fp8.quantized_once(model, compiled),
-        torch.compiler.set_stance("default" if compiled else "force_eager"),
-        processes.log_compilation(),
-    ):
+    with fp8.quantized_once(model, compiled), processes.graphs(compiled):
         total = add_up(model, text, config.block_size, config, machine)
         long = None
         if config.long_block_size > 0 and config.long_block_size == model.trained_length:
@@ -504,7 +500,9 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             windows = train_windows(data, config, step)
             batches = micro_batches(windows, config, machine)
 
-            with fp8.quantized_once(model, compiled), processes.log_compilation():
+            # The YaRN phase needs graphs of its own; on a CPU it is too short for them.
+            graphs = compiled and (machine.device.type == "cuda" or not extended(config, step))
+            with fp8.quantized_once(model, graphs), processes.graphs(graphs):
                 losses = backward(trainer, batches, loss_weights(model, config, step), machine)
 
             norm = clip_gradients(model, config)

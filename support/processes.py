@@ -227,16 +227,21 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
     return model
 
 
+LONG_RUN = 2000  # steps; small.py saves 0.1 s in each, and compiles for 80 s
+
+
 def compiles(config, device: torch.device) -> bool:
-    """Whether to compile the network. "auto": on CUDA in bfloat16, if a trial succeeds. (In other
-    dtypes the experts' counts are constants in the graphs, so every step would compile again.)
-    FP8 is never compiled on a CPU: torch, up to 2.15 at least, compiles casts to E4M3 wrongly if a
-    row's length is no multiple of a vector's."""
+    """Whether to compile the network. "auto": in bfloat16, on CUDA and, where a minute of compiling
+    pays, in long runs on a CPU, if a trial succeeds. (In other dtypes the experts' counts are
+    constants in the graphs, so every step would compile again.) FP8 is never compiled on a CPU:
+    torch, up to 2.15 at least, compiles casts to E4M3 wrongly if a row's length is no multiple of a
+    vector's."""
     if config.fp8 and device.type == "cpu":
         return False
     if config.compile != "auto":
         return bool(config.compile)
-    return device.type == "cuda" and config.dtype == "bfloat16" and can_compile(device)
+    pays = device.type == "cuda" or (device.type == "cpu" and config.steps >= LONG_RUN)
+    return pays and config.dtype == "bfloat16" and can_compile(device)
 
 
 @functools.cache
@@ -251,9 +256,9 @@ def can_compile(device: torch.device) -> bool:
 
 
 def compile_network(model: nn.Module, config, machine: Machine):
-    """If `compiles` says so, makes each block a graph, which torch compiles at the first call with
-    each length and number of windows. On CUDA the last norm and the loss are graphs, too, and
-    evaluations use them all. Results change only by rounding."""
+    """If `compiles` says so, makes each block, the last norm and the loss a graph, which torch
+    compiles at the first call. On CUDA evaluations use them, too. Results change only by
+    rounding."""
     if not compiles(config, machine.device):
         return
     settings = torch._dynamo.config
@@ -265,17 +270,13 @@ def compile_network(model: nn.Module, config, machine: Machine):
     # By default ("auto") a block that cannot be compiled must not end the run.
     settings.suppress_errors = config.compile == "auto"
     logging.getLogger("torch._dynamo.convert_frame").addFilter(log_uncompiled)
-    parts = [*model.layers, *model.mtp]
-    message = "compiling takes one to three minutes for each length of windows"
-    if machine.device.type == "cuda":
-        parts.append(model.norm)
-        # A graph holds no logits in float32.
-        model.cross_entropy = torch.compile(model.cross_entropy, dynamic=False)
-    else:
-        message += "; on a CPU a block is several graphs, split where tokens per expert are counted"
-    info(f"{message} (--compile=False skips it)")
-    for part in parts:
-        part.compile(dynamic=False)  # a graph for each length of windows
+    info("compiling: one to three minutes, less in later runs (--compile=False skips it)")
+    # On CUDA a graph for each length of windows, on a CPU one for all lengths.
+    dynamic = machine.device.type == "cpu"
+    for part in (*model.layers, *model.mtp, model.norm):
+        part.compile(dynamic=dynamic)
+    # A graph holds no logits in float32.
+    model.cross_entropy = torch.compile(model.cross_entropy, dynamic=dynamic)
 
 
 def log_uncompiled(record: logging.LogRecord) -> bool:
@@ -292,16 +293,20 @@ def log_uncompiled(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def log_compilation() -> Iterator[None]:
-    """Prints the time of the body if graphs were compiled in it."""
+def graphs(used: bool) -> Iterator[None]:
+    """Within `with graphs(used):` the compiled parts run as graphs if `used`, else eagerly. Prints
+    the time of the body if graphs were compiled in it."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        yield
+        return
 
-    def graphs() -> int:
+    def count() -> int:
         return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
-    loaded = "torch._dynamo" in sys.modules  # importing it takes seconds
-    before, began = loaded and graphs(), time.perf_counter()
-    yield
-    if loaded and (new := graphs() - before):
+    before, began = count(), time.perf_counter()
+    with torch.compiler.set_stance("default" if used else "force_eager"):
+        yield
+    if new := count() - before:
         info(f"compiled {new} graphs; with them this took {time.perf_counter() - began:.0f} s")
 
 

@@ -1,5 +1,6 @@
 """Any number of processes, DDP or FSDP, train as one does; a device and a dtype that are fast."""
 
+import copy
 import functools
 import itertools
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import tiny, tokens_of
 from training import (
     CONSTANT,
     ROOT,
@@ -192,10 +194,35 @@ def test_where_nothing_can_be_compiled_a_line_says_so_and_the_run_goes_on(monkey
     config = train.TrainConfig(dtype="bfloat16")  # in float32 "auto" does not compile
     processes.compile_network(network, config, gpu)
     assert capsys.readouterr().err == "nothing is compiled: cannot find Triton\n"
-    assert not processes.compiles(config, torch.device("cpu"))
     monkeypatch.setattr(processes, "can_compile", lambda device: True)
     assert processes.compiles(config, gpu.device)
     assert not processes.compiles(train.TrainConfig(dtype="float32"), gpu.device)
+    cpu = torch.device("cpu")  # there in long runs alone
+    assert not processes.compiles(config, cpu)
+    assert processes.compiles(train.TrainConfig(dtype="bfloat16", steps=2000), cpu)
+    assert not processes.compiles(train.TrainConfig(dtype="bfloat16", steps=2000, fp8=True), cpu)
+
+
+def test_a_kind_of_block_is_one_graph_for_all_windows_and_choices(monkeypatch):
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(compile, backend=backend))
+    sizes = dict(num_hidden_layers=4, moe_intermediate_size=16)  # two blocks of experts or more
+    network = tiny(torch.float32, **sizes).train()
+    plain = copy.deepcopy(network)
+    cpu = processes.Machine(torch.device("cpu"), torch.bfloat16)
+    processes.compile_network(network, train.TrainConfig(compile=True, dtype="bfloat16"), cpu)
+    for T in (40, 24, 33):
+        x = tokens_of(network, 4, T + 1)
+        with cpu.autocast():
+            losses = [list(m(x[:, :-1], x[:, 1:]).values()) for m in (network, plain)]
+        assert torch.equal(*map(torch.stack, losses))
+    # A dense block, a block of experts, an MTP module, the last norm, the loss.
+    assert len(graphs) == 5
 
 
 def compile_in_vain():
@@ -204,7 +231,7 @@ def compile_in_vain():
     def fail(graph, inputs):
         raise RuntimeError("no kernel for this")
 
-    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend=fail)
+    torch.compile = functools.partial(torch.compile, backend=fail)
     processes.compiles = lambda config, device: config.compile == "auto"
 
 

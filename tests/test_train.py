@@ -253,14 +253,18 @@ def test_each_group_of_an_optimiser_has_its_multiple_of_the_learning_rate(monkey
 
 @pytest.mark.parametrize("how", ["grad_accum=4", "recompute", "deterministic", "compile"])
 def test_steps_are_the_same_in_micro_batches_recomputed_or_compiled(how, shared):
-    options = ["--dtype=bfloat16"] if how == "compile" else []
+    options = [*LONG, "--dtype=bfloat16"] if how == "compile" else []
     torch._dynamo.utils.counters.clear()
-    compile = functools.partialmethod(torch.nn.Module.compile, backend="eager")
+    compile = functools.partial(torch.compile, backend="eager")
     again = mock.patch("model.checkpoint", wraps=torch.utils.checkpoint.checkpoint)
-    with mock.patch.object(torch.nn.Module, "compile", compile), again as recomputed:
+    graphs = mock.patch("support.processes.graphs", wraps=processes.graphs)
+    with mock.patch.object(torch, "compile", compile), again as recomputed, graphs as graphs:
         ours = run(f"--{how}", *options)
     assert recomputed.called == (how == "recompute")
     assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == (how == "compile")
+    # Steps 0 to 3, an evaluation, the last phase, another one.
+    compiled = [how == "compile"] * 4 + [False] * 6
+    assert [call.args[0] for call in graphs.call_args_list] == compiled
     assert_same_run(shared(*options), ours, 1e-10 if how in ("grad_accum=4", "recompute") else 0.0)
     assert not torch.are_deterministic_algorithms_enabled()  # in training only
 
