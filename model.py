@@ -13,12 +13,12 @@ technical report, arXiv 2412.19437, section 2):
     L   = L_main + lambda mean_k L_MTP^k + alpha sum L_Bal       train.py minimises, Eq. 17, 24-25
     b  += gamma sign(mean load - load)                          balances the experts, no gradient
 
-Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. It is
-the only network here: it trains, reads prompts and writes, and all that runs is what you read.
-Where a plain formula would be too slow or too large, the docstring has the formula and the code is
-a faster form of it. tests/reference.py has all formulas as plain loops, and the tests compare.
-Decoding may run as a *graph*: torch.compile records one round and replays it at every position. So
-in a graph a position is a tensor, and no shape may depend on it or on which experts are chosen.
+Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. This
+code computes training, prompts and decoding. Where a plain formula would be too slow or too large,
+the docstring has the formula, and the code is a faster form of it. tests/reference.py has all
+formulas as plain loops, and tests compare the two. Decoding may run as a *graph*: torch.compile
+records one round and replays it at every position. So in a graph a position is a tensor, and no
+shape may depend on it or on which experts are chosen.
 
 Where the report is silent (which norm, epsilon) or the released weights differ (order of
 concatenation in MTP), the weights decide; huggingface.py opens them.
@@ -28,7 +28,7 @@ lists begin at 0, so module k is `mtp[k - 1]`.
 
 Shapes: B batch, T time, D hidden size, H heads, C kv_lora_rank, R rope dim, N nope dim,
 V v_head_dim, E routed experts, K experts per token, F expert width (in code, F is
-torch.nn.functional), G groups of experts, S cached positions. `tokens` is B and T as one dimension,
+torch.nn.functional), G groups of experts, S cached positions. As a dimension `tokens` is B * T, and
 `rows` are token-expert pairs, sorted by expert. Logits are (..., vocabulary).
 """
 
@@ -52,8 +52,8 @@ Routing = tuple[Tensor, Tensor] | None  # scores (B, T, E), chosen experts (B, T
 class Past(NamedTuple):
     """What decoding hands to a layer."""
 
-    kept: Tensor  # what the layer has kept of the text (its `new_cache` made it)
-    start: Position  # how many tokens it has read: the position of the first new one
+    kept: Tensor  # the layer's cache, made by its `new_cache`
+    start: Position  # the position of the first new token: how many tokens are in the cache
 
 
 @dataclass
@@ -140,17 +140,18 @@ class RMSNorm(nn.Module):
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's sqrt(t), by which it sharpens attention: 0.1 m ln(factor) + 1."""
+    """The factor by which YaRN scales queries and keys, sqrt(t) in section 4.3:
+    0.1 mscale ln(factor) + 1. So it multiplies the scores by its square."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
     """cos and sin of position * theta^(-2i/R), both (T, R/2), times YaRN's amplitude.
 
-    In texts longer than those of training, slow pairs would reach angles that are new to the model.
-    YaRN (arXiv 2309.00071; report section 4.3) divides their frequencies by `factor`, keeps those
-    of fast pairs and blends linearly in between, in short texts, too. The amplitude multiplies
-    queries and keys by 0.1 ln(factor) + 1. In V3 it is 1: the square is in `MLA.scale` instead.
+    Beyond the trained length, slow pairs would reach angles that are new to the model. YaRN (arXiv
+    2309.00071; report section 4.3) divides their frequencies by `factor`, keeps those of fast pairs
+    and interpolates linearly in between, for texts of every length. The amplitude is `yarn_mscale`.
+    In V3 it is 1, and `MLA.scale` has the square of `yarn_mscale` instead.
     """
     R, theta = config.qk_rope_head_dim, config.rope_theta
     i = torch.arange(R // 2, device=positions.device, dtype=dtype)
@@ -197,12 +198,12 @@ MOST_IN_GRAPH = 512  # tokens that a graph of decoding reads at once (Experts.fo
 
 
 class Cache:
-    """What decoding keeps of B texts: `kept`, for every layer what its attention asks for.
+    """What decoding keeps of B texts: kept[i] is what the `new_cache` of layer i has made.
 
-    It has room for `size` tokens, of which the first `length` have been read, in all texts alike.
+    There is room for `size` tokens, of which the first `length` have been read, in all texts alike.
     To forget rejected drafts, decoding lowers `length`, by MOST_NEW at most, and reads on from
-    there. Every layer must allow that, with positions as tensors, too: `python bench.py check RUN`
-    checks it.
+    there. Every layer must allow this, also in a graph, where positions are tensors.
+    `python bench.py check RUN` checks it.
     """
 
     def __init__(
@@ -233,30 +234,30 @@ def span(start: Position, length: int) -> slice | Tensor:
 
 
 def remember(past: Past, new: Tensor) -> Tensor:
-    """Writes new (B, T, C+R) after the tokens that a layer has kept, and returns all (B, S, C+R).
-    In a graph, whose shapes are fixed, S is the cache's size, with the part not yet written."""
+    """Writes new (B, T, C+R) after the tokens in a layer's cache, and returns all (B, S, C+R). In a
+    graph, whose shapes are fixed, S is the size of the cache, and its last part is not written."""
     (kept, start), T = past, new.shape[1]
     kept[:, span(start, T)] = new
     return kept[:, : start + T] if isinstance(start, int) else kept
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Position = 0) -> Tensor:
-    """softmax(scale q k^T) v without a look ahead, Eq. 10: (B, H, T, V).
+    """Causal attention, softmax(scale q k^T) v, Eq. 10: (B, H, T, V).
 
-    The T queries q (B, H, T, W) are those of the tokens start .. start + T - 1. They look at the S
-    keys k (B, h, S, W) and values v (B, h, S, V) of the tokens 0 .. S - 1; query i at those up to
-    start + i. h is H, or less where several heads look at the same keys. Sums are in float32. What
-    is written out below rounds scores and probabilities to q's dtype, as V3's own code does.
+    The queries q (B, H, T, W) belong to the positions start .. start + T - 1, the keys k (B, h, S,
+    W) and values v (B, h, S, V) to 0 .. S - 1. Query i attends to the positions up to start + i. h
+    is H, or less if several heads share a key. Sums are in float32. The form that is written out
+    rounds scores and probabilities to q's dtype, as V3's own code does.
     """
     (B, H, T, W), (h, S), V = q.shape, k.shape[1:3], v.shape[-1]
-    prompt = isinstance(start, int) and start == 0 and T > 1
-    if prompt and (q.is_cuda or T > 512 or q.dtype != torch.bfloat16):
+    from_start = isinstance(start, int) and start == 0 and T > 1  # in training and prompts
+    if from_start and (q.is_cuda or T > 512 or q.dtype != torch.bfloat16):
         # PyTorch's kernel, which never holds all scores. It wants q, k and v of one width.
         q, k, v = (F.pad(x, (0, n)) if (n := max(W, V) - x.shape[-1]) else x for x in (q, k, v))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=h != H)
         return o[..., :V]
     # Written out: for the few queries of decoding, and for short texts on a CPU in bfloat16, where
-    # this is three times as fast.
+    # this is three times as fast. The H/h heads that share a key are more queries of that key.
     query = start + torch.arange(T, device=q.device)[:, None]
     later = torch.arange(S, device=q.device) > query  # (T, S), True where a key is ahead
     mask = torch.where(later, -math.inf, 0.0).to(q.dtype).repeat(H // h, 1)  # (H/h*T, S)
@@ -280,10 +281,10 @@ class MLA(nn.Module):
     Why position has a key of its own: RoPE on k_t^C would put a rotation, which changes with the
     distance, between q and W^UK. Then `attend_absorbed` could not multiply the query by W^UK, and
     each new token would need all keys anew (DeepSeek-V2, arXiv 2405.04434, section 2.1.3).
-    Why two forms: `attend_expanded` makes each key and value, for C (N + V) = 131,072
-    multiplications in a head of V3; `attend_absorbed` spends as many on each query. A query and a
-    key then take 320 (N + R + V) expanded and 1,088 (C + R + C) absorbed. A prompt has as many
-    queries as keys, so 320 wins. In decoding one query has many keys, which are not expanded.
+    Why two forms, in multiplications for one head of V3: `attend_expanded` spends C (N + V) =
+    131,072 on the key and value of a token, then N + R + V = 320 on each pair of query and key.
+    `attend_absorbed` spends 131,072 on a query, then C + R + C = 1,088 on each pair. A prompt has
+    as many queries as keys, so 320 wins. In decoding a query has many keys, and none is expanded.
     """
 
     def __init__(self, config: ModelConfig):
@@ -388,17 +389,18 @@ class MLP(nn.Module):
 class Gate(nn.Module):
     """Which K experts a token visits and how much each counts, Eq. 13-16.
 
-    s_i = sigmoid(u . e_i): unlike in a softmax, scores do not compete, and their size does not
-    depend on E. It was found better than softmax (arXiv 2408.15664, section 4.1).
+    s_i = sigmoid(u . e_i). Unlike the scores of a softmax, these do not compete, and their size
+    does not depend on E. They were found better (arXiv 2408.15664, section 4.1).
     First the node limit: a group's score is the sum of its two largest s + b, and only the best
     topk_group groups stay. (Two is the released code's rule. The report says K / topk_group, as
-    many experts as a token takes from a group on average, which is two in V3.) Of their experts the
-    K with the largest s + b are chosen.
-    The bias b chooses and does nothing else: gate values come from s alone. No gradient reaches b;
+    many experts as a token takes from a group on average, which is two in V3.) Among the experts of
+    these groups, those with the K largest s + b are chosen.
+    The bias b has no other effect: gate values come from s alone. No gradient reaches b;
     `DeepSeekV3.update_bias` moves it.
-    Why a factor: gate values that sum to one make a mean of K experts, which is about 1/sqrt(K) as
-    large as one of them. Moonlight computes its factor so (arXiv 2502.16982). V3's 2.5, a little
-    less than sqrt(8), may be a "scaling factor" of DeepSeek-V2 (arXiv 2405.04434, section 3.1.2).
+    Why a factor: with gate values that sum to one, the output is a mean of K experts, which is
+    about 1/sqrt(K) as large as the output of one. Moonlight computes its factor so (arXiv
+    2502.16982). V3's 2.5, a little less than sqrt(8), may be a "scaling factor" of DeepSeek-V2
+    (arXiv 2405.04434, section 3.1.2).
     """
 
     def __init__(self, config: ModelConfig):
@@ -445,9 +447,9 @@ def gates_in(module: nn.Module) -> list[Gate]:
 def balance_loss(s: Tensor, K: int) -> Tensor:
     """The complementary sequence-wise balance loss, Eq. 17-20, without its weight alpha.
 
-    s (B, T, E) are the gate's scores. The loss is 1 when the K best scores spread evenly over the
-    experts. Its gradient changes the scores without regard to the text, which costs quality where
-    alpha is large (arXiv 2408.15664). So alpha is tiny, against extremes in one sequence, and the
+    s (B, T, E) are the gate's scores. The loss is 1 if the K best scores spread evenly over the
+    experts. Its gradient does not help to predict the text, and costs quality if alpha is large
+    (arXiv 2408.15664). So alpha is tiny: it only prevents extreme loads within a sequence, and the
     bias does the balancing.
     """
     B, T, E = s.shape
@@ -472,9 +474,9 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     PyTorch has one."""
     weight = weight.to(x.dtype)
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    # PyTorch has it in bfloat16; in float32 on a CPU alone, and not in a graph.
-    in_float32 = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if aligned and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and in_float32)):
+    # It takes bfloat16, and on a CPU float32, but not in a graph.
+    float32_too = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if aligned and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and float32_too)):
         return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
     return torch.cat([x_e @ W.T for x_e, W in zip(x.split(counts.tolist()), weight, strict=True)])
 
@@ -493,15 +495,15 @@ class Dispatch(torch.autograd.Function):
     """Copies every token to its K rows: x (tokens, D) -> (rows, D). Row i holds token[i] (rows,),
     and token t is in the rows place[t] (tokens, K). Rows of padding hold zeros.
 
-    Its gradient is Combine, and the gradient of Combine is Dispatch. So forward and backward only
-    read, and a token's K rows are added up in float32 and rounded once. The gradient of `x[token]`
-    would add on a GPU in an order that changes from run to run, and round each time.
+    Its gradient is Combine, and the gradient of Combine is Dispatch. So both passes gather and
+    never scatter, and a token's K rows are added in float32 and rounded once. The usual gradient of
+    `x[token]` would add on a GPU in an order that changes from run to run, and round each time.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, token: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(token, place)
-        if len(token) > place.numel():  # some rows are padding
+        if len(token) > place.numel():  # some rows are padding: they copy a token of zeros
             x = F.pad(x, (0, 0, 0, 1))
         return x.index_select(0, token)
 
@@ -553,8 +555,9 @@ class Experts(nn.Module):
         """x (tokens, D), chosen experts, their gate values (tokens, K) -> (tokens, D)."""
         (tokens, K), E = chosen.shape, len(self.down_proj)
         x = x.to(compute_dtype(x))
+        # A gate that chooses fewer than K experts fills up with ids outside 0 .. E - 1.
         expert = chosen.clamp(0, E - 1)
-        gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)  # other ids count nothing
+        gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)
         expert, gain = expert.flatten(), gain.flatten()  # (tokens * K,)
         # The few tokens of decoding each read the weights of their experts.
         few = 0 < tokens * K <= E and x.device.type == "cpu"
@@ -567,9 +570,9 @@ class Experts(nn.Module):
             return y.view(tokens, K, -1).sum(1)
         counts = count_chosen(expert, E)  # (E,)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and tokens > MOST_NEW:
-            # oneDNN compiles a kernel for every new number of rows. So each expert gets a few rows
-            # more, of gate value 0, up to a multiple of 64, or of 16 in a short prompt. In a graph
-            # the last expert gets the rest of a number that does not depend on the choice.
+            # oneDNN compiles a kernel for every new number of rows. So each expert gets rows of
+            # padding, with gate value 0, up to a multiple of 64, or of 16 in a short prompt. In a
+            # graph the padding of all is E * unit rows, and the last expert takes the surplus.
             unit, size = 64 if tokens > 512 else 16, None
             extra = -counts % unit  # (E,)
             if torch.compiler.is_compiling():
@@ -580,7 +583,7 @@ class Experts(nn.Module):
             counts = counts + extra
         # Sorted by expert, so that the tokens of an expert are rows side by side.
         order = expert.argsort(stable=True)  # (rows,)
-        token = order.clamp(max=tokens * K) // K  # (rows,), `tokens` for the padding
+        token = order.clamp(max=tokens * K) // K  # (rows,), the index `tokens` for padding
         place = torch.empty_like(order)  # the inverse of order
         place[order] = torch.arange(len(order), device=order.device)
         place = place[: tokens * K].view(tokens, K)
@@ -596,8 +599,8 @@ class MoE(nn.Module):
 
     Why experts: many parameters for few FLOPs. A token of V3 uses 37 of 671 billion parameters, and
     costs what a dense network of 37 billion costs. Why many small ones: K of E can be combined in
-    more ways (arXiv 2401.06066, section 3.1). Why a shared one: what every token needs is learnt
-    once, and not again by each of the others, which can differ more (section 3.2 there).
+    more ways (arXiv 2401.06066, section 3.1). Why a shared one: it learns what every token needs,
+    so that the routed experts need not repeat it and can specialise (section 3.2 there).
     """
 
     def __init__(self, config: ModelConfig):
@@ -619,7 +622,8 @@ class MoE(nn.Module):
 class Block(nn.Module):
     """x + MLA(norm(x)), then x + FFN(norm(x)): a dense MLP in the first layers, else MoE.
 
-    In the first layer loads became even especially slowly (arXiv 2401.06066, section 5.1.2).
+    Why dense: the loads of the first layer's experts were especially slow to become even (arXiv
+    2401.06066, section 5.1.2).
     """
 
     def __init__(self, config: ModelConfig, dense: bool):
@@ -686,10 +690,10 @@ PIECE = 2**27  # most logits in float32 at once, 512 MB
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the targets of -log softmax(logits)[target], in nats and in float32: logits
-    (tokens, vocabulary), targets (tokens,), below 0 where there is none; 0 if all are.
+    (tokens, vocabulary), targets (tokens,). Targets below 0 are ignored; without any other it is 0.
 
-    In float32 many logits take more memory than the network, and so does their gradient. So they
-    are upcast in pieces, and once more in backward. (A compiler upcasts each when it is read.)
+    In float32 many logits take more memory than the network, and so does their gradient. So logits
+    are upcast in pieces, and again in backward. (Compiled code upcasts each logit as it reads it.)
     """
 
     def piece(logits: Tensor, targets: Tensor) -> Tensor:
@@ -737,7 +741,8 @@ class DeepSeekV3(nn.Module):
         self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: drop activations, compute them again
 
-    cross_entropy = staticmethod(cross_entropy)  # support/processes.py may compile it
+    # An attribute, so that support/processes.py can replace it by a compiled one.
+    cross_entropy = staticmethod(cross_entropy)
 
     def run_block(self, block: nn.Module, past: Past | None, *inputs) -> Tensor:
         """Calls block(*inputs, past), a Block or MTP module, and notes its routing, but not in
@@ -773,7 +778,7 @@ class DeepSeekV3(nn.Module):
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """One depth further: h = h^k (B, T, D), the tokens k + 1 later (B, T) -> h^{k+1} (B, T, D).
 
-        Module k + 1 does that, mtp[k] in Python's list; what it keeps is kept[k].
+        k is the depth of the input. Module k + 1, which is mtp[k], computes the next one.
         """
         embedding = self.embed_tokens(tokens)  # (B, T, D)
         start = cache.advance(tokens.shape[1]) if cache else 0
@@ -818,7 +823,8 @@ class DeepSeekV3(nn.Module):
             "loss": main,  # cross-entropy of the next token, in nats
             "mtp_loss": sum(mtp, zero) / max(1, len(mtp)),  # mean over depths, Eq. 24-25, in nats
             **{f"mtp_loss_{k}": loss for k, loss in enumerate(mtp, 1) if len(mtp) > 1},
-            "balance_loss": sum(balance, zero) / max(1, len(balance)),  # mean over layers, Eq. 17
+            # Mean over the MoE layers, Eq. 17; train.py multiplies it by `moe_layers`.
+            "balance_loss": sum(balance, zero) / max(1, len(balance)),
         }
 
     def gates(self) -> list[Gate]:
@@ -833,42 +839,43 @@ class DeepSeekV3(nn.Module):
     @torch.no_grad()
     def update_bias(self, gamma: float | Tensor):
         """b_i += gamma * sign(mean load - load of i), from the loads since the last call: the
-        balancing without an auxiliary loss (section 2.1.2; arXiv 2408.15664, Algorithm 1). It adds
-        no gradient to the text's, and changes which experts are chosen, not how much they count."""
+        balancing without an auxiliary loss (section 2.1.2; arXiv 2408.15664, Algorithm 1). No
+        gradient competes with that of the text; only the choice of experts changes."""
         for gate in self.gates():
             load = gate.load.float()
             gate.e_score_correction_bias += gamma * (load.mean() - load).sign()
             gate.load.zero_()
 
     def cache_numbers(self) -> tuple[int, int, int]:
-        """What decoding keeps by `new_cache`, in numbers of the weights' dtype: per token, and per
-        text of any length, such as a ring or a state. Then what multi-head attention would keep per
-        token: keys and values of every head."""
-        config, like = self.config, self.embed_tokens.weight.to("meta")
-        most = config.max_position_embeddings
-        kept, of_twice = (
-            sum(x.nbytes for x in tree_leaves([y.new_cache(1, n, like) for y in self.layers])
-                if x is not None)
-            for n in (most, 2 * most)
-        )  # fmt: skip
-        per_token, size = (of_twice - kept) // most, like.element_size()
+        """How many numbers of the weights' dtype decoding keeps: for each token; for each text of
+        any length (0 with MLA, more with a ring or a state); and for each token in multi-head
+        attention, which keeps the keys and values of all heads."""
+        config, like = self.config, self.embed_tokens.weight.to("meta")  # shapes, no memory
+
+        def numbers(size: int) -> int:  # in the caches of all layers, for one text
+            caches = tree_leaves([layer.new_cache(1, size, like) for layer in self.layers])
+            return sum(x.nbytes for x in caches if x is not None) // like.element_size()
+
+        n = config.max_position_embeddings
+        per_token = (numbers(2 * n) - numbers(n)) // n
         head = config.qk_nope_head_dim + config.v_head_dim
         heads = len(self.layers) * config.num_attention_heads * head
-        return per_token // size, (kept - per_token * most) // size, heads
+        return per_token, numbers(n) - per_token * n, heads
 
     def parameter_counts(self) -> dict[str, int]:
-        """`total`: all parameters of the main model, with embedding, head and correction biases;
-        `active`: those that one token uses, with K of the E routed experts, or as many as in the
-        last call; `mtp`: what the MTP modules add to `total`."""
+        """`total`: the parameters and correction biases of the main model; `active`: those that one
+        token uses, with K of the E experts or, after a call, as many as it chose on average;
+        `mtp`: the parameters of the MTP modules, which are not in `total`."""
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
         if self.routing:
             each = zip(self.routed_by, self.routing, strict=True)
             visits = sum(count_chosen(x, len(gate.load)).sum().item() for gate, x in each)
             K = visits / sum(x[..., 0].numel() for x in self.routing)
+        # An edit may add embedding tables, of which a token uses one row.
         tables = [x for x in self.modules() if isinstance(x, nn.Embedding)]
         row = {x.weight: x.embedding_dim for x in tables if x is not self.embed_tokens}
         count, kept = {"total": 0, "active": 0, "mtp": 0}, self.state_dict().keys()
-        for name, x in (*self.named_parameters(), *self.named_buffers()):  # a shared one once
+        for name, x in (*self.named_parameters(), *self.named_buffers()):  # tied weights once
             if name not in kept:  # such as a gate's load
                 continue
             if name.startswith("mtp."):
