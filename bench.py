@@ -825,7 +825,7 @@ def check(options: CheckOptions, files: list[str]) -> bool:
     run, device = Path(files[0] if files else "out/small"), processes.usable_device(options.device)
     model, _ = load_model(run, device)
     config = settings_of(run)
-    compiled = processes.compiles(replace(config, compile=options.compile or "auto"), device)
+    compiled = options.compile or (device.type == "cuda" and processes.compiles(config, device))
     right = True
     for answer in answers(model, config, options.length, compiled):
         print(answer, flush=True)
