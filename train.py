@@ -95,7 +95,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of matrix products
     fp8: bool = False  # matrix products in FP8 (fp8.py)
-    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: in bfloat16, on a CPU in long runs
+    compile: Literal["auto", True, False] = "auto"  # auto: in bfloat16 (CPU: long runs)
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights and optimiser, and recomputes
     deterministic: bool = False  # sums in a fixed order: a run resumes bit for bit on CUDA too
