@@ -167,6 +167,11 @@ def open_folder(
         command += f", and give --data={folder.with_name(name)}" if name != folder.name else ""
         raise Refusal(f"no data in {folder}; make it with: {command}.")
     data = load_dataset(folder, val_tokens)
+    if data.val_bytes_per_token == 0:  # only <|endoftext|>
+        raise Refusal(
+            f"the first {len(data.val)} validation tokens of {folder} hold no text: "
+            "give more --eval_tokens."
+        )
     # The embedding may have more rows than the tokenizer has tokens: up to 127 more, or exactly as
     # many as the tokenizer's release has.
     padding = vocab_size - data.vocab_size

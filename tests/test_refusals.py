@@ -60,6 +60,7 @@ REFUSALS = [
     (f"{NEW} --data=finewebedu", 1, "python prepare_data.py finewebedu --shards=99 (9.9B tokens"),
     (f"{NEW} --vocab_size=1024", 1, "for a new network give --vocab_size=512;"),
     (f"{NEW} --block_size=900000 --max_position_embeddings=900000", 1, "do not fit in data/tiny"),
+    (f"{NEW} --eval_tokens=1", 1, "first 1 validation tokens of data/tiny hold no text: give"),
     # Folders.
     (f"{NEW} --eval_only --out=", 1, "there is no out/tiny: name a run's folder"),
     (f"{NEW} --out=photos --overwrite", 1, "photos holds files, but no run: give another --out."),
