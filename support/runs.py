@@ -258,6 +258,11 @@ class Run:
             losses = {k: x for k, x in result.items() if k.startswith("val")}
             self.write("best.pt", {"model": self.model}, **losses)
         self.write_line(result)
+        if self.finished and not math.isfinite(loss):
+            raise Refusal(
+                f"the validation loss after step {progress.step} is not finite; "
+                f"{self.way_on(spoilt=True)} and a lower --lr."
+            )
         self.clock.restart(progress.tokens)
 
     # -- Checkpoints --

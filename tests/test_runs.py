@@ -357,6 +357,12 @@ def test_a_diverging_run_stops_or_has_failed_at_its_end(bad, steps, every, way, 
     assert log_of("run")[-1]["grad_norm"] is None  # though no line was due
 
 
+def test_a_run_whose_last_validation_loss_is_not_finite_has_failed(monkeypatch):
+    evaluate, results = train.evaluate, [{}, {"val_loss": math.nan}]
+    monkeypatch.setattr(train, "evaluate", lambda *x: evaluate(*x) | results.pop(0))
+    assert refused() == f"the validation loss after step 8 is not finite; {ANEW}."
+
+
 def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch):
     """Gradients may be finite all the while, as for a gate's bias."""
     update, calls = DeepSeekV3.update_bias, itertools.count(1)
