@@ -67,6 +67,7 @@ REFUSALS = [
     (f"{NEW} --out=alone", 1, "alone holds files, but no run: give another --out."),
     (RUN, 1, "run holds a run: give --resume, --overwrite, or another --out."),
     (f"{RUN} --overwrite --init_from=run", 1, "--overwrite would rename run: give another --out."),
+    (f"{RUN} --overwrite --init_from=run/ckpt.pt", 1, "--overwrite would rename run/ckpt.pt: give"),
     # Runs that go on.
     (f"{NEW} --out=best --resume", 1, "no ckpt.pt to resume from: give --init_from=best and anot"),
     (f"{ON} --overwrite", 1, "--resume continues a run: leave out --init_from and --overwrite."),
