@@ -137,20 +137,22 @@ def test_an_edit_while_a_run_trains_is_not_saved_as_its_code(monkeypatch, tmp_pa
 
 class LowMomentum(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], lr: float):
-        super().__init__(groups, {"lr": lr})
+        super().__init__(groups, {"lr": lr, "steps": 0})
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            group["steps"] += 1
             for p in group["params"]:
                 zeros = torch.zeros_like(p, dtype=torch.bfloat16)
                 momentum = self.state[p].setdefault("momentum", zeros).mul_(0.9).add_(p.grad)
-                p -= group["lr"] * momentum
+                p -= group["lr"] / group["steps"] * momentum
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.NAdam, LowMomentum])
 def test_the_whole_state_of_any_optimiser_goes_on(kind, monkeypatch):
-    """SGD keeps nothing, NAdam a tensor without dimensions, LowMomentum bfloat16."""
+    """SGD keeps nothing, NAdam a tensor without dimensions, LowMomentum bfloat16 and an
+    option that changes."""
 
     def one_group(model, config):
         return [kind([{"params": [*model.parameters()], "lr_scale": 1.0}], config.lr)]
@@ -188,6 +190,9 @@ def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch):
     assert logged == [None if math.isnan(x) else x for x in losses]
     best = load("run", "best.pt")
     assert (best["val_loss"], best["val_bpb"]) == (4.0, 2.0)
+    give_losses(monkeypatch, 5.0)
+    run(*options, "--resume", "--steps=17")  # which knows the best loss
+    assert load("run", "best.pt")["val_loss"] == 4.0
     assert checkpoints.checkpoint_file("run").name == "best.pt"  # what the folder means
     Path("run/best.pt").unlink()
     assert checkpoints.checkpoint_file("run").name == "ckpt.pt"
