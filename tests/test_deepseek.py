@@ -12,13 +12,9 @@ import contextlib
 import io
 import math
 import re
-import subprocess
-import sys
-from dataclasses import asdict
 from decimal import Decimal
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from networks import (
@@ -38,7 +34,7 @@ from networks import (
 from torch import nn
 
 import bench
-from model import Cache, Combine, DeepSeekV3, Dispatch, Gate, ModelConfig, RMSNorm, balance_loss
+from model import Combine, DeepSeekV3, Dispatch, ModelConfig, RMSNorm, balance_loss
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +65,7 @@ def test_logits_and_mtp_logits_equal_the_reference(variant):
     close(model(tokens).detach(), logits)  # with gradients
 
 
-# ---- Positions and cache -------------------------------------------------------------------------
+# ---- Positions -------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -82,34 +78,7 @@ def test_positions_survive_bf16():
     assert (mla(h, model.rope(h, 600)).double() - expected).norm() < 0.03 * expected.norm()
 
 
-@torch.no_grad()
-def test_a_cache_holds_c_and_r_numbers_a_token_and_layer():
-    model = tiny()
-    cache = Cache(model.config, model.layers, 2, 9, like=model.norm.weight)
-    assert [kept.shape for kept in cache.kept] == [(2, 9, 7 + 8)] * 3
-
-
 # ---- Router --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("groups", [(1, 1), (2, 1), (4, 2), (4, 4)], ids=str)
-def test_router_equals_a_loop(groups, norm):
-    """Scores above and below one another in all ways, with biases of zero, of both signs, all
-    negative (a mask of 0 in place of -inf would let masked experts win), and in half of the groups.
-    The loop takes the weights from the scores alone, and ranks groups by their two best."""
-    sizes = dict(hidden_size=8, n_group=groups[0], topk_group=groups[1], norm_topk_prob=norm)
-    gate = Gate(ModelConfig(**(TINY | sizes))).double().requires_grad_(False)
-    gate.weight.copy_(torch.eye(8))  # so that the scores are s for the input logit(s)
-    scores, mixed = torch.rand(50, 8).double(), torch.randn(8) / 2
-    for bias in (0 * mixed, mixed, mixed - 5, mixed - torch.tensor([5] * 4 + [0] * 4)):
-        gate.e_score_correction_bias.copy_(bias)
-        s, chosen, weight = gate(scores.logit())
-        close(s, scores)
-        rows = zip(scores.tolist(), chosen.tolist(), weight.tolist(), strict=True)
-        for row, experts, gains in rows:
-            expected = reference.route(asdict(gate.config), row, bias.double().tolist())
-            assert dict(zip(experts, gains, strict=True)) == pytest.approx(expected, abs=ATOL)
 
 
 @torch.no_grad()
@@ -293,10 +262,3 @@ def test_the_tour_prints_what_it_shows(at_root):
         for a, b in zip(number.findall(told), number.findall(printed), strict=True):
             digit = 10.0 ** Decimal(a).as_tuple().exponent  # what the last digit shown counts
             assert abs(float(a) - float(b)) < 1.1 * digit, printed
-
-
-def test_sampling_from_the_stored_network():
-    """README's first command, with nothing prepared."""
-    command = [sys.executable, "sample.py", "weights/small", "--prompt=def main("]
-    run = subprocess.run([*command, "--max_new_tokens=8"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout.startswith("def main(")

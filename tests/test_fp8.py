@@ -328,6 +328,7 @@ def losses_and_gradients(network, device="cpu"):
 def test_projections_and_experts_are_switched_and_nothing_else():
     network = tiny(attention_bias=True)
     network.gates()[0].own = nn.Linear(32, 8)  # a hacker's
+    network.layers[1].self_attn.adapter = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 32))
     network.mtp[0].block.mlp.experts.__class__ = type("OwnExperts", (model.Experts,), {})
     keys, linear = list(network.state_dict()), nn.Linear
     before = {name: type(x) for name, x in network.named_modules()}
@@ -339,6 +340,7 @@ def test_projections_and_experts_are_switched_and_nothing_else():
         assert type(x) is (FP8Linear if inside else before[name]), name
         if isinstance(x, model.Experts):
             assert x.product is fp8.grouped_fp8
+    assert network.layers[0].self_attn.o_proj(torch.ones(1, 16, dtype=BF16)).dtype == BF16
 
 
 def test_few_tokens_without_gradients_are_in_fp8_too(monkeypatch):
@@ -351,28 +353,10 @@ def test_few_tokens_without_gradients_are_in_fp8_too(monkeypatch):
     assert len(called) == 4  # two of the experts in each of two layers
 
 
-class Adapter(nn.Module):
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.down = base, nn.Linear(base.in_features, 4, bias=False)
-        self.up = nn.Linear(4, base.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
-
-
-def adapt(network):
-    for block in (*network.layers, network.mtp[0].block):
-        block.self_attn.o_proj = Adapter(block.self_attn.o_proj)
-
-
-@pytest.mark.parametrize("edit", [None, adapt])
-def test_training_is_close_to_full_precision_with_adapters_too(edit, monkeypatch):
+def test_training_is_close_to_full_precision(monkeypatch):
     """4 bits (E4M3) in every product change the losses by 0.2 to 0.5 % here, and all gradients
     together by 14 to 21 % of their length."""
     network = tiny()
-    if edit:
-        edit(network)
     exact, exact_gradients = losses_and_gradients(network)
     calls, linear = [], fp8._linear
     monkeypatch.setattr(fp8, "_linear", lambda *x: calls.append(x[1]) or linear(*x))

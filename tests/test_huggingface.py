@@ -209,31 +209,16 @@ def test_a_network_with_whole_numbers_for_fractions_opens_in_transformers(tmp_pa
 
 
 class WideExperts(model_py.Experts):
-    """Its shapes are others, not its names."""
-
     def __init__(self, config):
         wide = replace(config, moe_intermediate_size=config.moe_intermediate_size + 2)
         super().__init__(wide)
 
 
-class GainGate(model_py.Gate):
-    """It has a name more."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.gain_scale = torch.nn.Parameter(torch.empty(1))
-
-    def forward(self, x):
-        scores, chosen, gain = super().forward(x)
-        return scores, chosen, gain * (1 + self.gain_scale)
-
-
 @pytest.mark.parametrize("target", ["hf", "x.gguf"])
-@pytest.mark.parametrize("edit", [WideExperts, GainGate])
-def test_a_network_with_other_parameters_is_not_exported(edit, target, run, tmp_path, monkeypatch):
+def test_a_network_with_other_shapes_is_not_exported(target, run, tmp_path, monkeypatch):
     if target == "x.gguf":
         pytest.importorskip("gguf")
-    monkeypatch.setattr(model_py, edit.__base__.__name__, edit)
+    monkeypatch.setattr(model_py, "Experts", WideExperts)
     edited, model = shutil.copytree(run, tmp_path / "run"), ours(vocab_size=304)
     saved = {"model": model.state_dict(), "model_config": asdict(model.config)}
     torch.save(load_checkpoint(run) | saved, edited / "ckpt.pt")
@@ -248,7 +233,8 @@ def test_round_trip_in_shards_is_exact(dtype, tmp_path, monkeypatch):
     model = ours(depth=2, rope_scaling=YARN).to(dtype)
     huggingface.save_pretrained(model, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 5
-    assert theirs(tmp_path).config.vocab_size == TINY["vocab_size"]
+    told = theirs(tmp_path).config
+    assert (told.bos_token_id, told.eos_token_id) == (None, None)  # by default 0 and 1
     again = huggingface.from_pretrained(tmp_path)
     assert again.config == model.config
     assert not again.training and all(p.requires_grad for p in again.parameters())
