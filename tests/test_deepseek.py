@@ -24,7 +24,6 @@ from networks import (
     TINY,
     VARIANTS,
     biases,
-    check_losses,
     close,
     departure,
     in_bf16,
@@ -93,12 +92,6 @@ def test_gate_computes_in_float32_under_autocast_and_in_a_bf16_model():
 
 
 # ---- Losses --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("depth", [0, 2])
-@pytest.mark.parametrize("ignored", [[], [(0, 0), (0, 5), (1, 3), (1, 7)]], ids=["all", "some"])
-def test_losses_are_those_of_the_logits_and_of_the_gates_scores(depth, ignored):
-    check_losses(tiny(num_nextn_predict_layers=depth), ignored)
 
 
 def test_scores_that_underflow_have_finite_losses_and_gradients():

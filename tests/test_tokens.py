@@ -1,32 +1,17 @@
 """support/tokens.py: the layout of token files, windows, a prepared folder, its damages."""
 
-import base64
 import os
 import re
 
 import numpy as np
 import pytest
 import tiktoken
-from test_prepare_data import BYTES, make, prose, text_of, write_shard
+from test_prepare_data import BYTES, make, prose, write_shard
 from test_tokenizer import write_bytes_release
 
 import support.tokenizer as tk
 import support.tokens as tf
 from support.settings import Refusal
-
-
-def test_files_word_by_word(book):
-    content, encoding = (book / "val.bin").read_bytes(), tk.stored_tokenizer(book).encoding
-    words = np.frombuffer(content, "<i4", 256).tolist()
-    assert words[:3] == [20240520, 1, (len(content) - 1024) // 2] and not any(words[3:])
-    text = text_of(book, "val").removeprefix(tk.END_OF_TEXT)
-    ids = np.frombuffer(content, "<u2", offset=1024).tolist()
-    assert ids == [299, *encoding.encode_ordinary(text)]
-    assert tf.load_dataset(book).val_bytes_per_token == len(text.encode()) / len(ids)
-    lines = (book / "tokenizer.tiktoken").read_text().splitlines()
-    assert [int(line.split()[1]) for line in lines] == list(range(299))
-    tokens = [base64.b64decode(line.split()[0]) for line in lines]
-    assert tokens == [encoding.decode_single_token_bytes(rank) for rank in range(299)]
 
 
 def test_vocabularies_over_65536_are_stored_as_uint32(tmp_path, monkeypatch):
