@@ -141,22 +141,6 @@ def test_the_same_network_both_ways(name, tmp_path):
     assert difference(again.double()(TOKENS), hf.double()(TOKENS).logits) < 5e-5
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_config_in_the_style_of_the_releases(name):
-    """transformers 5 writes rope_parameters; the release rope_theta, rope_scaling, and more."""
-    keys = json.loads(json.dumps(TINY | VARIANTS[name]))  # DeepseekV3Config edits its input
-    new = DeepseekV3Config(**keys).to_dict()
-    assert "rope_parameters" in new
-    expected = config_from_json(new)
-    rope = new.pop("rope_parameters")
-    new["rope_theta"] = rope.pop("rope_theta")
-    new["rope_scaling"] = rope if rope["rope_type"] == "yarn" else None
-    new |= {"aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "pretraining_tp": 1}
-    new |= {"auto_map": {"AutoConfig": "x"}, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-    new |= {"model_type": "kimi_k2", "moe_layer_freq": 1, "attention_dropout": 0.0}
-    assert config_from_json(new) == expected
-
-
 @torch.no_grad()
 def test_an_original_length_outside_of_rope_scaling_has_the_last_word(tmp_path):
     key = "original_max_position_embeddings"
