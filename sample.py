@@ -565,6 +565,8 @@ def main(argv: list[str]):
     text = "Write text with a trained model: python sample.py out/small [--key=value]"
     ckpt, values = parse_args(text, argv, SampleConfig, positional="ckpt")
     config = SampleConfig(**values | with_home(values, "ckpt"))
+    if config.interactive and config.prompt:
+        raise Refusal("--interactive asks for prompts: leave out --prompt")
     if ckpt and "ckpt" in values:
         raise Refusal(f"two checkpoints, {ckpt} and --ckpt={config.ckpt}: give one")
     device, dtype = usable_device(config.device), config.dtype

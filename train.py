@@ -273,8 +273,8 @@ def train_windows(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
     """The step's windows (B, T + 1). They depend on seed and step alone.
 
     An epoch is a shuffled list of adjacent windows. Windows are numbered through all epochs, and
-    each step takes the next batch_size numbers. So an epoch contains every token once, except for
-    less than a window at the ends of the text.
+    each step takes the next numbers. So an epoch contains every token once, except for less than a
+    window at the ends of the text.
     Two cases skip windows. Short and long windows are two lists, cut from the same text, and every
     step advances both, though it reads one. While the batch grows, a step advances by a full batch,
     though it reads fewer windows.
@@ -370,8 +370,9 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     text, training = data.val.arrays[0], model.training
     model.eval()
     # On a CPU nothing is compiled: a second set of graphs would take minutes, more than it saves.
-    compiled = machine.device.type == "cuda" and processes.compiles(config, machine.device)
-    with fp8.quantized_once(model, compiled), processes.graphs(compiled):
+    compiled = processes.compiles(config, machine.device)
+    eager = compiled and machine.device.type == "cpu"
+    with fp8.quantized_once(model, compiled), processes.graphs(eager):
         total = add_up(model, text, config.block_size, config, machine)
         long = None
         if config.long_block_size > 0 and config.long_block_size == model.trained_length:
@@ -501,8 +502,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             batches = micro_batches(windows, config, machine)
 
             # The YaRN phase needs graphs of its own; on a CPU it is too short for them.
-            graphs = compiled and (machine.device.type == "cuda" or not extended(config, step))
-            with fp8.quantized_once(model, graphs), processes.graphs(graphs):
+            eager = compiled and machine.device.type == "cpu" and extended(config, step)
+            with fp8.quantized_once(model, compiled), processes.graphs(eager):
                 losses = backward(trainer, batches, loss_weights(model, config, step), machine)
 
             norm = clip_gradients(model, config)
@@ -687,7 +688,7 @@ def command(argv: list[str]):
 def show_result(config: TrainConfig, data: Dataset):
     """Prints the best validation loss, a short sample, and the commands that may come next."""
     file = Path(config.out) / "best.pt"
-    if not file.exists():  # no evaluation was finite
+    if not file.exists():  # it was moved
         return
     best = load_checkpoint(file, whole=False)
     then = best["train_config"]  # a resumed run may have other settings now

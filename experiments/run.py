@@ -150,7 +150,7 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
     run in it, or opens a finished one."""
     base = options.base()
     settings = base | arm.settings | {"steps": round(base["steps"] * arm.longer)}
-    settings |= {"seed": seed, "out": str(folder)}
+    settings |= {"seed": seed, "out": str(folder), "compile": False}  # a long run alone is compiled
     settings |= {"eval_every": settings["steps"], "save_every": max(1, settings["steps"] // 4)}
     config = train.TrainConfig(**train.split_configs(settings)[1])
     file = folder / "ckpt.pt"

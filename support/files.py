@@ -71,9 +71,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], keep_old: bool 
     """Writes a file as a whole: whatever happens, `path` holds the old file or the new one.
 
     write: called with the open temporary file. keep_old: rename an existing file instead of
-    replacing it. Only one process at a time may write the file. Raises Refusal if the disk refuses.
+    replacing it. Without it only one process at a time may write the file. Raises Refusal if the
+    disk refuses.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    # With one name for all processes, a killed one leaves a single file, which the next removes.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if keep_old else f"{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # left by a process that was killed
         with open(temporary, "xb") as file:

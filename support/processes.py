@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,16 +262,15 @@ def compile_network(model: nn.Module, config, machine: Machine):
     if not compiles(config, machine.device):
         return
     settings = torch._dynamo.config
-    # Layers of the same kind share their graphs: one for each mode and size of windows. By default
-    # dynamo stops at 8 per function.
+    # Layers of the same kind share their graphs. By default dynamo stops at 8 per function.
     settings.recompile_limit = 64
     # By default DDP cuts graphs into pieces the size of its buckets; a block is a small graph.
     settings.optimize_ddp = False
-    # By default ("auto") a block that cannot be compiled must not end the run.
+    # By default ("auto") a block that dynamo or the compiler refuses in forward runs eagerly.
     settings.suppress_errors = config.compile == "auto"
     logging.getLogger("torch._dynamo.convert_frame").addFilter(log_uncompiled)
-    info("compiling: one to three minutes, less in later runs (--compile=False skips it)")
-    # On CUDA a graph for each length of windows, on a CPU one for all lengths.
+    info("compiling takes one to three minutes, less in later runs (--compile=False skips it)")
+    # On CUDA a graph for each size of windows; on a CPU one for all sizes, but for one window.
     dynamic = machine.device.type == "cpu"
     for part in (*model.layers, *model.mtp, model.norm):
         part.compile(dynamic=dynamic)
@@ -293,9 +292,9 @@ def log_uncompiled(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def graphs(used: bool) -> Iterator[None]:
-    """Within `with graphs(used):` the compiled parts run as graphs if `used`, else eagerly. Prints
-    the time of the body if graphs were compiled in it."""
+def graphs(eager: bool) -> Iterator[None]:
+    """Within `with graphs(eager):` everything compiled runs as graphs or, if `eager`, as it is
+    written. Prints the time of the body if graphs were compiled in it."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         yield
         return
@@ -304,7 +303,7 @@ def graphs(used: bool) -> Iterator[None]:
         return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     before, began = count(), time.perf_counter()
-    with torch.compiler.set_stance("default" if used else "force_eager"):
+    with torch.compiler.set_stance("force_eager") if eager else nullcontext():
         yield
     if new := count() - before:
         info(f"compiled {new} graphs; with them this took {time.perf_counter() - began:.0f} s")
@@ -325,7 +324,7 @@ def compiling() -> Iterator[None]:
             raise
         stack = getattr(error, "real_stack", None)
         at = f" at {stack[-1].filename}:{stack[-1].lineno}, in {stack[-1].name}" if stack else ""
-        message = f"--compile cannot be used here ({short(error)}{at}); leave it out"
+        message = f"the network cannot be compiled ({short(error)}{at}): give --compile=False"
         raise Refusal(message) from error
 
 

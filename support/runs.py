@@ -60,15 +60,17 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
     if out.exists() and not out.is_dir():
         raise Refusal(f"{out} is a file: give another --out.")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if names and not (holds_run(out) or ".lock" in names):  # a run that has just begun has a .lock
+    begun = {".lock", "log.jsonl"} <= names  # a run that has not written a line
+    if names - {".lock"} and not (holds_run(out) or begun):
         raise Refusal(f"{out} holds files, but no run: give another --out.")
     if resume and "ckpt.pt" not in names:
-        instead = "leave out --resume"
+        instead = "give --overwrite instead" if holds_run(out) else "leave out --resume"
         if "best.pt" in names:
             instead = f"give --init_from={out} and another --out"
         raise Refusal(f"{out} has no ckpt.pt to resume from: {instead}.")
     if holds_run(out) and not (resume or overwrite):
-        raise Refusal(f"{out} holds a run: give --resume, --overwrite, or another --out.")
+        ways = "--resume, --overwrite" if "ckpt.pt" in names else "--overwrite"
+        raise Refusal(f"{out} holds a run: give {ways}, or another --out.")
 
 
 def lock_folder(folder: Path) -> BinaryIO:
@@ -162,6 +164,7 @@ class Run:
     def begin(self, files: Iterable[Path]):
         """Begins a new run: copies the tokenizer's files into its folder."""
         if self.machine.rank == 0:
+            open_here(self.out / "log.jsonl", "ab").close()  # from now on this is a run's folder
             for file in files:
                 content = file.read_bytes()
                 write_whole(self.out / file.name, lambda copy, x=content: copy.write(x))

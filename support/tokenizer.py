@@ -84,8 +84,11 @@ def tokenizer_of(encoding: tiktoken.Encoding) -> Tokenizer:
 
 def parse_ranks(content: bytes) -> dict[bytes, int]:
     """{token: rank} in a file like tiktoken's, whose own loader caches and so misses changes."""
-    lines = (line.split() for line in content.splitlines())
-    return {base64.b64decode(token): int(rank) for token, rank in lines}
+    lines = [line.split() for line in content.splitlines()]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    if len({*ranks.values()}) < len(lines):  # as in half a download; tiktoken would panic
+        raise Refusal("a token or a rank occurs twice")
+    return ranks
 
 
 # ---- Our tokenizer -------------------------------------------------------------------------------

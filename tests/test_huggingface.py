@@ -462,7 +462,11 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
     assert ids == opened.encode(TEXT) == stored_tokenizer(target).encoding.encode_ordinary(TEXT)
     assert (opened.eos, opened.bos) == ([eot], None)
     assert [opened.to_bytes(eot + i) for i in (0, 1)] == [b"<|endoftext|>", b""]
-    for name, bad in (("tokenizer.json", "{"), ("tiktoken.model", "AAAA\n")):
+    for name, bad in (
+        ("tokenizer.json", "{"),
+        ("tiktoken.model", "AAAA\n"),
+        ("tiktoken.model", "AAAA 1\nAAAB 1"),  # cut off within 11
+    ):
         (target / name).write_text(bad)
         check_refusal(f"the tokenizer of {target} cannot be read", load_model, target)
 

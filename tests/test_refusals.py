@@ -64,6 +64,8 @@ REFUSALS = [
     # Folders.
     (f"{NEW} --eval_only --out=", 1, "there is no out/tiny: name a run's folder"),
     (f"{NEW} --out=photos --overwrite", 1, "photos holds files, but no run: give another --out."),
+    (f"{NEW} --out=early", 1, "early holds a run: give --overwrite, or another --out."),
+    (f"{NEW} --out=early --resume", 1, "early has no ckpt.pt to resume from: give --overwrite in"),
     (f"{NEW} --out=alone", 1, "alone holds files, but no run: give another --out."),
     (RUN, 1, "run holds a run: give --resume, --overwrite, or another --out."),
     (f"{RUN} --overwrite --init_from=run", 1, "--overwrite would rename run: give another --out."),
@@ -79,6 +81,7 @@ REFUSALS = [
     (f"sample.py {TINY} --prompt=x", 1, "tiny.py is damaged, or no checkpoint of train.py (F"),
     ("sample.py nowhere --prompt=x", 1, "there is no nowhere: name a run's folder, a checkpoint"),
     ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
+    ("sample.py run --interactive --prompt=x", 1, "--interactive asks for prompts: leave out"),
     ("sample.py run", 1, "standard input is not UTF-8 text"),
     # huggingface.py
     ("huggingface.py run photos", 1, "photos exists; choose another name, or give --overwrite"),
@@ -94,6 +97,8 @@ FILES = {
     "a.txt": b"some lines\n" * 50,
     "bad.py": b"steps = 1\nlr = = 2\n",
     "best/best.pt": b"x",
+    "early/.lock": b"",
+    "early/log.jsonl": b"{}",  # before the first checkpoint
     "alone/log.jsonl": b"",  # a run that has just begun has a .lock, too
     "release/config.json": b"{}",
     "release/model.safetensors": b"",

@@ -265,8 +265,8 @@ def test_steps_are_the_same_in_micro_batches_recomputed_or_compiled(how, shared)
     assert recomputed.called == (how == "recompute")
     assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == (how == "compile")
     # Steps 0 to 3, an evaluation, the last phase, another one.
-    compiled = [how == "compile"] * 4 + [False] * 6
-    assert [call.args[0] for call in graphs.call_args_list] == compiled
+    eager = [False] * 4 + [how == "compile"] * 6
+    assert [call.args[0] for call in graphs.call_args_list] == eager
     assert_same_run(shared(*options), ours, 1e-10 if how in ("grad_accum=4", "recompute") else 0.0)
     assert not torch.are_deterministic_algorithms_enabled()  # in training only
 
