@@ -462,6 +462,7 @@ def fp8_row(K: int, N: int, M: int, device: torch.device, rounds: int) -> dict[s
 #     positions    a text at positions 0, 1, ..., and the same text further on
 #     gradients    of a training step: plain, recomputed, in two micro-batches, compiled
 #     losses       as evaluations report them, and as the cross-entropies of logits
+#     loads        every gate's choices are counted
 #     drafts       a text that is written with drafts, and one that is written without
 #
 # All but the second compute in float64, on a copy of the network. There rounding leaves 12 digits
@@ -672,7 +673,15 @@ def causality(model: DeepSeekV3, length: int = 256) -> Answer:
                 mode = "in training" if training else "in evaluation"
                 sees = f"position {k + first[0][0]} sees tokens from position {end} on"
                 wrong.append(f"{reader(k)}, {mode}: {sees}; logits differ by up to {off.max():.2g}")
-    return Answer("causality: no logit may depend on a later token, nor in training", wrong)
+    model.eval()
+    together, alone = (logits_of(model, x) for x in (texts[:2], texts[:1]))
+    for k, (x, y) in enumerate(zip(together, alone, strict=True)):
+        if not (off := (x[:1] - y).abs().max()) <= SAME * x.std():
+            wrong.append(
+                f"{reader(k)}: a text sees others of its batch; logits differ by {off:.2g}"
+            )
+    text = "causality: no logit may depend on a later token, nor in training, nor on another text"
+    return Answer(text, wrong)
 
 
 @torch.inference_mode()
@@ -686,7 +695,7 @@ def positions(model: DeepSeekV3, by: int = 7) -> Answer:
     model.rope = lambda x, start, *more: rope(x, start + by, *more)
     other = logits_of(model, tokens)
     off = max(((x - y).abs().max() / x.std()).item() for x, y in zip(one, other, strict=True))
-    says = f"positions: logits change by {off:.1g} of their spread if all positions move by {by}"
+    says = f"positions: logits change by {off:.1g} of their spread if those of rope move by {by}"
     return Answer(f"{says}: they are {'' if off < SAME else 'not '}relative", note=not off < SAME)
 
 
@@ -707,7 +716,8 @@ def gradients(model: DeepSeekV3, config: train.TrainConfig, compiled: bool = Fal
     windows = rng.integers(model.config.vocab_size, size=(4, min(config.block_size, 128) + 1))
     plain = step_gradients(model, config, windows)
     learns = {name for name, p in model.named_parameters() if p.requires_grad}
-    wrong = [f"{name} gets no gradient" for name in sorted(learns - plain.keys())]
+    idle = [x for x in sorted(learns) if x not in plain or not plain[x].any()]
+    wrong = [f"{name} gets no gradient" for name in idle]
     least = SAME * math.sqrt(sum(g.square().sum().item() for g in plain.values()))
 
     def differences(**settings) -> dict[str, float]:  # by parameter, in its gradient's norm
@@ -754,8 +764,9 @@ def step_gradients(
 
 @torch.no_grad()
 def losses(model: DeepSeekV3) -> Answer:
-    """What evaluations report, and choose best.pt by, beside the cross-entropies of the logits.
-    Then all losses in float32, with scores so large that their exponentials overflow."""
+    """What evaluations report, and choose best.pt by, beside the cross-entropies of the logits, and
+    beside `loss` in training mode, unless that draws random numbers. Then all losses in float32,
+    with scores so large that their exponentials overflow."""
     model, wrong = shaken(model), []
     text = random_tokens(model, 4, 129)
     x, y = text[:, :-1], text[:, 1:]
@@ -767,12 +778,33 @@ def losses(model: DeepSeekV3) -> Answer:
     for name, right in {"loss": main, "mtp_loss": sum(mtp) / max(1, len(mtp))}.items():
         if not math.isclose(found := returned[name].item(), right, rel_tol=SAME):
             wrong.append(f"{name} is {found:.6g}, but the logits' cross-entropy is {right:.6g}")
+    model.train()
+    with torch.random.fork_rng():
+        one, other = ((torch.manual_seed(i), model(x, y)["loss"].item())[1] for i in (1, 2))
+    loss = returned["loss"].item()
+    if math.isclose(one, other, rel_tol=SAME) and not math.isclose(one, loss, rel_tol=SAME):
+        wrong.append(f"in training mode loss is {one:.6g}, in evaluations {loss:.6g}")
     for p in model.parameters():
         p *= 1000 if p.ndim > 1 else 1
-    for name, loss in model.float().train()(x, y).items():
+    for name, loss in model.float()(x, y).items():
         if not loss.isfinite():
             wrong.append(f"{name} is {loss.item()} where matrices are 1,000 times as large")
-    return Answer(f"losses: the logits' cross-entropy is {main:.6g}, and so is `loss`", wrong)
+    return Answer(f"losses: the logits' cross-entropy is {main:.6g}", wrong)
+
+
+@torch.no_grad()
+def loads(model: DeepSeekV3) -> Answer:
+    """Whether each gate's choices are counted. By its load a bias moves, and by the number of gates
+    the balance loss is weighted."""
+    model, text = shaken(model).train(), random_tokens(model, 4, 129)
+    model(text[:, :-1], text[:, 1:])
+    names = {module: name for name, module in model.named_modules()}
+    wrong = [
+        f"nothing that {names[gate]} chooses is counted: a block counts its first gate alone"
+        for gate in model.gates()
+        if not gate.load.any()
+    ]
+    return Answer(f"loads of {len(model.gates())} gates", wrong)
 
 
 def drafts(model: DeepSeekV3, new: int = 32) -> Answer:
@@ -801,6 +833,7 @@ def answers(
     yield positions(model)
     yield gradients(model, config, compiled)
     yield losses(model)
+    yield loads(model)
     yield drafts(model)
 
 

@@ -14,8 +14,8 @@ from torch import nn
 
 import bench
 import model
-from bench import causality, decoding, drafts, gradients, losses, positions
-from model import MOST_NEW, DeepSeekV3, ModelConfig
+from bench import causality, decoding, drafts, gradients, loads, losses, positions
+from model import MOST_NEW, DeepSeekV3, Gate, ModelConfig
 from train import TrainConfig
 
 CONFIG = TrainConfig(block_size=16)
@@ -186,9 +186,18 @@ def test_a_layer_that_looks_ahead_is_found(mode):
         assert "from position 0 on" in ways_found(model)[0]
 
 
+def test_texts_that_see_the_others_of_their_batch_are_found():
+    model = tiny(num_nextn_predict_layers=0)
+    model.layers[1].register_forward_hook(
+        lambda module, args, out: (out[0] - out[0].mean(0), out[1])
+    )
+    (wrong,) = causality(model, 40).wrong
+    assert wrong.startswith("main model: a text sees others of its batch; logits differ by ")
+
+
 def test_scores_that_depend_on_positions_themselves_are_named(monkeypatch):
     """A weight for each number of a rotated query: a norm belongs before the rotation."""
-    assert "positions move by 7: they are relative" in str(positions(tiny()))
+    assert "those of rope move by 7: they are relative" in str(positions(tiny()))
     rotate, weight = model.rotate, torch.arange(8) + 1.0
     monkeypatch.setattr(model, "rotate", lambda x, *rest: rotate(x, *rest) * weight)
     answer = positions(tiny())
@@ -225,6 +234,16 @@ def test_a_loss_of_the_whole_batch_and_a_parameter_without_gradient_are_found():
     assert wrong.startswith("in two micro-batches: ") and "mlp.gate.weight by" in wrong
     model.layers[1].unused = nn.Parameter(torch.ones(2))
     assert gradients(model, CONFIG).wrong == ["layers.1.unused gets no gradient"]
+    idle = lambda module, args, out: (out[0] + module.unused.sum().round(), out[1])  # noqa: E731
+    model.layers[1].register_forward_hook(idle)  # its gradient is 0
+    assert gradients(model, CONFIG).wrong == ["layers.1.unused gets no gradient"]
+
+
+def test_a_second_gate_in_a_block_is_found():
+    model = tiny()
+    model.layers[1].self_attn.gate = Gate(model.config).double()
+    name = "layers.1.mlp.gate"
+    assert loads(model).wrong[0].startswith(f"nothing that {name} chooses is counted: a block ")
 
 
 def test_a_block_that_compiles_to_another_is_found():
@@ -254,6 +273,23 @@ def test_a_loss_that_is_not_the_cross_entropy_is_found():
     loss, mtp_loss = losses(model).wrong
     assert loss.startswith("loss is ") and mtp_loss.startswith("mtp_loss is ")
     assert ", but the logits' cross-entropy is " in loss
+
+
+class Smoothed(DeepSeekV3):
+    """As with label smoothing in training alone."""
+
+    def forward(self, tokens, targets=None, return_mtp=False):
+        found = super().forward(tokens, targets, return_mtp)
+        if targets is not None and self.training:
+            found["loss"] = found["loss"] + 0.1
+        return found
+
+
+def test_another_loss_in_training_mode_is_found():
+    model = tiny()
+    model.__class__ = Smoothed
+    (wrong,) = losses(model).wrong
+    assert wrong.startswith("in training mode loss is ")
 
 
 class Overflowing(DeepSeekV3):
