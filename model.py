@@ -113,7 +113,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def linear(config: ModelConfig, inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
     """A projection as it is initialised in section 4.2: normal with initializer_range; biases 0.
-    A plain nn.Linear, or whatever else a constructor makes, keeps its own initial values."""
+    Nothing is initialised later: a plain nn.Linear, or whatever else a constructor makes, keeps its
+    own initial values."""
     layer = nn.Linear(inputs, outputs, bias)
     nn.init.normal_(layer.weight, std=config.initializer_range)
     if bias:
@@ -150,8 +151,9 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
 
     Beyond the trained length, slow pairs would reach angles that are new to the model. YaRN (arXiv
     2309.00071; report section 4.3) divides their frequencies by `factor`, keeps those of fast pairs
-    and interpolates linearly in between, for texts of every length. The amplitude is `yarn_mscale`.
-    In V3 it is 1, and `MLA.scale` has the square of `yarn_mscale` instead.
+    and interpolates linearly in between, for texts of every length. The amplitude is `yarn_mscale`
+    or, where mscale and mscale_all_dim are given, the quotient of theirs. In V3 they are equal, so
+    it is 1, and `MLA.scale` has the square of `yarn_mscale` instead.
     """
     R, theta = config.qk_rope_head_dim, config.rope_theta
     i = torch.arange(R // 2, device=positions.device, dtype=dtype)
@@ -257,7 +259,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Posit
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=h != H)
         return o[..., :V]
     # Written out: for the few queries of decoding, and for short texts on a CPU in bfloat16, where
-    # this is three times as fast. The H/h heads that share a key are more queries of that key.
+    # this is three times as fast. The H/h heads that share a key count as further queries of it.
     query = start + torch.arange(T, device=q.device)[:, None]
     later = torch.arange(S, device=q.device) > query  # (T, S), True where a key is ahead
     mask = torch.where(later, -math.inf, 0.0).to(q.dtype).repeat(H // h, 1)  # (H/h*T, S)
@@ -284,7 +286,8 @@ class MLA(nn.Module):
     Why two forms, in multiplications for one head of V3: `attend_expanded` spends C (N + V) =
     131,072 on the key and value of a token, then N + R + V = 320 on each pair of query and key.
     `attend_absorbed` spends 131,072 on a query, then C + R + C = 1,088 on each pair. A prompt has
-    as many queries as keys, so 320 wins. In decoding a query has many keys, and none is expanded.
+    as many queries as keys, so the 131,072 cancel and 320 wins. In decoding few queries meet many
+    keys, so it is cheaper to spend 131,072 on each query than on each key.
     """
 
     def __init__(self, config: ModelConfig):
@@ -308,8 +311,9 @@ class MLA(nn.Module):
 
     @property
     def scale(self) -> float:
-        """1 / sqrt(N + R) of Eq. 10, times the square of YaRN's mscale (of mscale_all_dim), as in
-        V3's code. The report applies YaRN to k_t^R alone (section 4.3)."""
+        """1 / sqrt(N + R) of Eq. 10, times the square of YaRN's mscale (of mscale_all_dim). As in
+        V3's code, it scales the whole score, although the report applies YaRN to k_t^R alone
+        (section 4.3)."""
         config, yarn = self.config, self.config.rope_scaling or {}
         mscale = yarn_mscale(yarn.get("factor", 1), yarn.get("mscale_all_dim") or 0)
         return (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5 * mscale**2
@@ -399,8 +403,8 @@ class Gate(nn.Module):
     `DeepSeekV3.update_bias` moves it.
     Why a factor: with gate values that sum to one, the output is a mean of K experts, which is
     about 1/sqrt(K) as large as the output of one. Moonlight computes its factor so (arXiv
-    2502.16982). V3's 2.5, a little less than sqrt(8), may be a "scaling factor" of DeepSeek-V2
-    (arXiv 2405.04434, section 3.1.2).
+    2502.16982). V3's 2.5 is a little less than sqrt(8). It may be one of the "scaling factors" that
+    DeepSeek-V2 introduced (arXiv 2405.04434, section 3.1.2).
     """
 
     def __init__(self, config: ModelConfig):
@@ -474,7 +478,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     PyTorch has one."""
     weight = weight.to(x.dtype)
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    # It takes bfloat16, and on a CPU float32, but not in a graph.
+    # F.grouped_mm takes bfloat16 everywhere, and float32 on a CPU outside a graph.
     float32_too = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if aligned and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and float32_too)):
         return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
@@ -555,13 +559,15 @@ class Experts(nn.Module):
         """x (tokens, D), chosen experts, their gate values (tokens, K) -> (tokens, D)."""
         (tokens, K), E = chosen.shape, len(self.down_proj)
         x = x.to(compute_dtype(x))
-        # A gate that chooses fewer than K experts fills up with ids outside 0 .. E - 1.
+        # Gate chooses K experts. A gate of yours that chooses fewer fills up with ids outside
+        # 0 .. E - 1, whose gate value becomes 0 here.
         expert = chosen.clamp(0, E - 1)
         gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)
         expert, gain = expert.flatten(), gain.flatten()  # (tokens * K,)
-        # The few tokens of decoding each read the weights of their experts.
+        # The few tokens of decoding each read the weights of their experts: eagerly on a CPU, in a
+        # graph on every device, as there no shape may depend on the choice.
         few = 0 < tokens * K <= E and x.device.type == "cpu"
-        if torch.compiler.is_compiling():  # no shape may depend on the choice
+        if torch.compiler.is_compiling():
             few = tokens <= MOST_IN_GRAPH
         if few and self.product is grouped_linear and not torch.is_grad_enabled():
             x = x.repeat_interleave(K, 0)  # (tokens * K, D)
@@ -690,7 +696,7 @@ PIECE = 2**27  # most logits in float32 at once, 512 MB
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the targets of -log softmax(logits)[target], in nats and in float32: logits
-    (tokens, vocabulary), targets (tokens,). Targets below 0 are ignored; without any other it is 0.
+    (tokens, vocabulary), targets (tokens,). Targets below 0 are ignored; if all are, the loss is 0.
 
     In float32 many logits take more memory than the network, and so does their gradient. So logits
     are upcast in pieces, and again in backward. (Compiled code upcasts each logit as it reads it.)
@@ -803,7 +809,7 @@ class DeepSeekV3(nn.Module):
         if targets is not None or return_mtp:
             for k in range(min(len(self.mtp), tokens.shape[1] - 1)):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
-        routed, self.routed = self.routed, []  # the scores keep a step's activations alive
+        routed, self.routed = self.routed, []  # else its scores would keep the activations alive
         self.routing = [chosen for _, _, chosen in routed]
         self.routed_by = [gate for gate, _, _ in routed]
         if self.training:
@@ -847,9 +853,9 @@ class DeepSeekV3(nn.Module):
             gate.load.zero_()
 
     def cache_numbers(self) -> tuple[int, int, int]:
-        """How many numbers of the weights' dtype decoding keeps: for each token; for each text of
-        any length (0 with MLA, more with a ring or a state); and for each token in multi-head
-        attention, which keeps the keys and values of all heads."""
+        """Sizes of the cache, in numbers of the weights' dtype: per token; per text, whatever its
+        length (0 with MLA; more if an edit adds a ring buffer or a recurrent state); and, to
+        compare, per token in multi-head attention, which keeps all heads' keys and values."""
         config, like = self.config, self.embed_tokens.weight.to("meta")  # shapes, no memory
 
         def numbers(size: int) -> int:  # in the caches of all layers, for one text
