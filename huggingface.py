@@ -17,6 +17,7 @@ installs huggingface_hub), transformers, gguf.
 import importlib.util
 import json
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -281,6 +282,8 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     except SafetensorError as error:  # such as a full disk
         raise Refusal(f"the weights cannot be written to {directory} ({short(error)})") from None
     (directory / "config.json").write_text(json.dumps(config | extra, indent=2))
+    for file in directory.glob("model*.safetensors"):  # written so that only the owner can read it
+        shutil.copymode(directory / "config.json", file)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -413,7 +416,7 @@ def compares(config: ConvertConfig) -> bool:
     installed = all(importlib.util.find_spec(x) for x in ("transformers", "safetensors"))
     if not (config.check and installed):
         reason = "pip install transformers safetensors" if config.check else "--check=False"
-        info(f"nothing was compared ({reason}): readers compute V3, even if model.py does not")
+        info(f"nothing was compared ({reason}): other programs compute V3, even if you edited it")
     return config.check and installed
 
 

@@ -306,7 +306,7 @@ def graphs(eager: bool) -> Iterator[None]:
     with torch.compiler.set_stance("force_eager") if eager else nullcontext():
         yield
     if new := count() - before:
-        info(f"compiled {new} graphs; with them this took {time.perf_counter() - began:.0f} s")
+        info(f"compiled {new} graphs and ran them in {time.perf_counter() - began:.0f} s")
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(compile, workplace):
 def test_evaluations_are_compiled_and_say_so(workplace, capsys):
     run(*ON_DEVICE, "--compile=True", "--steps=2")
     told = capsys.readouterr().err
-    assert re.search(r"compiled \d+ graphs; with them this took \d+ s", told)
+    assert re.search(r"compiled \d+ graphs and ran them in \d+ s", told)
     assert len(re.findall("compiled", told)) >= (3 if ON_GPU else 2)  # and evaluations' graphs
 
 

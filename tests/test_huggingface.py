@@ -217,6 +217,7 @@ def test_round_trip_in_shards_is_exact(dtype, tmp_path, monkeypatch):
     model = ours(depth=2, rope_scaling=YARN).to(dtype)
     huggingface.save_pretrained(model, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 5
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1  # others may read all
     told = theirs(tmp_path).config
     assert (told.bos_token_id, told.eos_token_id) == (None, None)  # by default 0 and 1
     again = huggingface.from_pretrained(tmp_path)
