@@ -797,8 +797,7 @@ def losses(model: DeepSeekV3) -> Answer:
 
 @torch.no_grad()
 def loads(model: DeepSeekV3) -> Answer:
-    """Whether each gate's choices are counted. By its load a bias moves, and by the number of gates
-    the balance loss is weighted."""
+    """Whether each gate's choices are counted. Its bias moves by its load alone."""
     model, text = shaken(model).train(), random_tokens(model, 4, 129)
     model(text[:, :-1], text[:, 1:])
     names = {module: name for name, module in model.named_modules()}
@@ -807,7 +806,7 @@ def loads(model: DeepSeekV3) -> Answer:
         for gate in model.gates()
         if not gate.load.any()
     ]
-    return Answer(f"loads of {len(model.gates())} gates", wrong)
+    return Answer(f"loads: each of {len(model.gates())} gates must count its own choices", wrong)
 
 
 def drafts(model: DeepSeekV3, new: int = 32) -> Answer:

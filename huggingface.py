@@ -416,7 +416,7 @@ def compares(config: ConvertConfig) -> bool:
     installed = all(importlib.util.find_spec(x) for x in ("transformers", "safetensors"))
     if not (config.check and installed):
         reason = "pip install transformers safetensors" if config.check else "--check=False"
-        info(f"nothing was compared ({reason}): other programs compute V3, even if you edited it")
+        info(f"nothing was compared ({reason}): other programs compute V3, not your edit")
     return config.check and installed
 
 

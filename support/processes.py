@@ -270,7 +270,8 @@ def compile_network(model: nn.Module, config, machine: Machine):
     settings.suppress_errors = config.compile == "auto"
     logging.getLogger("torch._dynamo.convert_frame").addFilter(log_uncompiled)
     info("compiling takes one to three minutes, less in later runs (--compile=False skips it)")
-    # On CUDA a graph for each size of windows; on a CPU one for all sizes, but for one window.
+    # On CUDA a graph for each size of windows; on a CPU one for all sizes. (A micro-batch of a
+    # single window has its own.)
     dynamic = machine.device.type == "cpu"
     for part in (*model.layers, *model.mtp, model.norm):
         part.compile(dynamic=dynamic)
