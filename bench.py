@@ -49,6 +49,7 @@ from support.flops import flops_per_token, peak_flops
 from support.plot import PlotOptions, plot
 from support.processes import Machine, fast_dtype
 from support.settings import Refusal, info, parse_args, read_config_file, run_command
+from support.sizes import cache_numbers, parameter_counts
 
 # The 20.8M-parameter model on which we and transformers' DeepseekV3ForCausalLM are compared.
 REFERENCE = dict(
@@ -157,7 +158,7 @@ def open_config(file: str | Path) -> tuple[DeepSeekV3, dict[str, Any]]:
 
 def size_row(file: str | Path) -> dict[str, Any]:
     model, settings = open_config(file)
-    count, (latent, _, heads) = model.parameter_counts(), model.bfloat16().cache_numbers()
+    count, (latent, _, heads) = parameter_counts(model), cache_numbers(model.bfloat16())
     T, in_fp8 = settings.get("block_size", 4096), 0
     flops = flops_per_token(model, T)
     for name, x in checkpoint_views(model):

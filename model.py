@@ -39,7 +39,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from support.settings import Refusal, check_ranges
@@ -851,46 +850,6 @@ class DeepSeekV3(nn.Module):
             load = gate.load.float()
             gate.e_score_correction_bias += gamma * (load.mean() - load).sign()
             gate.load.zero_()
-
-    def cache_numbers(self) -> tuple[int, int, int]:
-        """Sizes of the cache, in numbers of the weights' dtype: per token; per text, whatever its
-        length (0 with MLA; more if an edit adds a ring buffer or a recurrent state); and, to
-        compare, per token in multi-head attention, which keeps all heads' keys and values."""
-        config, like = self.config, self.embed_tokens.weight.to("meta")  # shapes, no memory
-
-        def numbers(size: int) -> int:  # in the caches of all layers, for one text
-            caches = tree_leaves([layer.new_cache(1, size, like) for layer in self.layers])
-            return sum(x.nbytes for x in caches if x is not None) // like.element_size()
-
-        n = config.max_position_embeddings
-        per_token = (numbers(2 * n) - numbers(n)) // n
-        head = config.qk_nope_head_dim + config.v_head_dim
-        heads = len(self.layers) * config.num_attention_heads * head
-        return per_token, numbers(n) - per_token * n, heads
-
-    def parameter_counts(self) -> dict[str, int]:
-        """`total`: the parameters and correction biases of the main model; `active`: those that one
-        token uses, with K of the E experts or, after a call, as many as it chose on average;
-        `mtp`: the parameters of the MTP modules, which are not in `total`."""
-        E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
-        if self.routing:
-            each = zip(self.routed_by, self.routing, strict=True)
-            visits = sum(count_chosen(x, len(gate.load)).sum().item() for gate, x in each)
-            K = visits / sum(x[..., 0].numel() for x in self.routing)
-        # An edit may add embedding tables, of which a token uses one row.
-        tables = [x for x in self.modules() if isinstance(x, nn.Embedding)]
-        row = {x.weight: x.embedding_dim for x in tables if x is not self.embed_tokens}
-        count, kept = {"total": 0, "active": 0, "mtp": 0}, self.state_dict().keys()
-        for name, x in (*self.named_parameters(), *self.named_buffers()):  # tied weights once
-            if name not in kept:  # such as a gate's load
-                continue
-            if name.startswith("mtp."):
-                count["mtp"] += x.numel()
-            else:
-                count["total"] += x.numel()
-                used = int(x.numel() * K / E) if ".experts." in name else x.numel()
-                count["active"] += row.get(x, used)
-        return count
 
 
 # ---- What a ModelConfig may hold -----------------------------------------------------------------

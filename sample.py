@@ -30,6 +30,7 @@ from model import MOST_IN_GRAPH, Cache, DeepSeekV3, span
 from support import graphs
 from support.processes import fast_dtype, usable_device
 from support.settings import Refusal, info, parse_args, run_command, with_home
+from support.sizes import cache_numbers
 from support.tokenizer import Tokenizer
 
 MOST_DRAFTS = 4
@@ -535,7 +536,7 @@ def print_stats(model: DeepSeekV3, stats: Stats, num_samples: int):
         if stats.drafted[0] >= 20 and stats.accepted[0] < stats.drafted[0] / 10:
             info("few drafts were accepted: if model.py was edited, run python bench.py check RUN")
     like = model.embed_tokens.weight
-    ours, fixed, heads = (n * like.element_size() for n in model.cache_numbers())
+    ours, fixed, heads = (n * like.element_size() for n in cache_numbers(model))
     per_text = f" and {fixed:,} per text" if fixed else ""
     info(
         f"the model's cache: {ours:,} bytes per token{per_text}; multi-head attention would hold "

@@ -50,6 +50,7 @@ from support.flops import flops_per_token, peak_flops
 from support.muon import Muon, muon_takes
 from support.processes import Machine
 from support.settings import Refusal, info
+from support.sizes import parameter_counts
 from support.tokenizer import check_tokenizer, stored_tokenizer, tokenizer_files
 from support.tokens import OURS, Dataset, data_folder, open_folder
 
@@ -462,7 +463,7 @@ def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
 
 def log_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, progress: Progress):
     """Prints the model's size, the machine, and how often the run reads its text."""
-    total, active, mtp = (f"{n / 1e6:.2f}M" for n in model.parameter_counts().values())
+    total, active, mtp = (f"{n / 1e6:.2f}M" for n in parameter_counts(model).values())
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.dtype_reason})"
     info(f"run: {config.steps} steps on {where}")

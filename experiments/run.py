@@ -52,6 +52,7 @@ from model import DeepSeekV3, ModelConfig
 from support import processes
 from support.checkpoints import load_checkpoint
 from support.settings import Refusal, info, parse_args, read_config_file, run_command
+from support.sizes import parameter_counts
 from support.tokenizer import tokenizer_files
 from support.tokens import Dataset, Tokens
 
@@ -178,7 +179,7 @@ def figures_of(run: Trained) -> dict[str, Any]:
     before = [0, *(x["tokens"] for x in steps)]
     tokens = [x["tokens"] - n for x, n in zip(steps, before, strict=False)]
     half = [x["max_vio"] for x in steps if 2 * x["step"] > run.config.steps]
-    count = run.net.parameter_counts()
+    count = parameter_counts(run.net)
     del last["step"], last["expert_load"]
     nats, size = nats_by_document(
         run.net, run.data, run.folder, run.config.block_size, run.config, run.machine

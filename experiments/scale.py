@@ -23,6 +23,7 @@ import bench
 from model import DeepSeekV3, Gate
 from support.flops import PEAK_FLOPS
 from support.settings import Refusal, parse_args, run_command
+from support.sizes import cache_numbers, parameter_counts
 
 V3, SMALL = run.ROOT / "config/v3_671b.py", run.ROOT / "config/small.py"
 TOKENS, HOURS = 14.8e12, 2.664e6  # of V3's run; hours of one H800 (section 1)
@@ -46,7 +47,7 @@ def cost(file: Path) -> dict[str, float]:
     (model, settings), main = bench.open_config(file), without_mtp(file)
     T = settings.get("block_size", 4096)
     tokens = settings.get("steps", 0) * settings.get("batch_size", 0) * T or TOKENS
-    per_token, count = bench.flops_per_token(main, T), main.parameter_counts()
+    per_token, count = bench.flops_per_token(main, T), parameter_counts(main)
     dense = per_token + 6 * (count["total"] - count["active"])  # every weight for every token
     flops = tokens * bench.flops_per_token(model, T)
     speed = TOKENS * bench.flops_per_token(bench.open_config(V3)[0], 4096) / HOURS / 3600
@@ -147,7 +148,7 @@ def memory(file: Path) -> dict[str, float]:
         "GB of activations [17 micro-batches: Table 2]": (RANKS + 1) * MICRO * kept / RANKS / 1e9,
         "GB of buffers for the experts' tokens": buffers / 1e9,
     }
-    mla, heads = (2 * 131072 * numbers / 1e9 for numbers in model.cache_numbers()[::2])
+    mla, heads = (2 * 131072 * numbers / 1e9 for numbers in cache_numbers(model)[::2])
     # One expert of each layer and all else in FP8, embedding and head in bf16.
     serving = size["experts"] / c.n_routed_experts + size["rest"] + 2 * size["ends"]
     return training | {
@@ -158,7 +159,7 @@ def memory(file: Path) -> dict[str, float]:
         "GB of weights in serving": serving,
         "GB of cache for 128K tokens, MLA": mla,
         "GB of cache for 128K tokens, multi-head": heads,
-        "KB of cache per token, MLA [70.272: arXiv 2505.09343]": 2 * model.cache_numbers()[0] / 1e3,
+        "KB of cache per token, MLA [70.272: arXiv 2505.09343]": 2 * cache_numbers(model)[0] / 1e3,
         "users of 128K tokens, MLA": (CARD - serving) / mla,
         "users of 128K tokens, multi-head": (CARD - serving) / heads,
     }

@@ -36,6 +36,7 @@ import unseen
 import model
 import prepare_data
 from support.checkpoints import load_checkpoint
+from support.sizes import parameter_counts
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments/results"
@@ -143,7 +144,7 @@ def test_arms_of_the_base_configuration_are_as_large_as_they_say():
     forms, count = attention.arms(base), {}
     for name, arm in {"base": run.BASE, **forms, **experts.arms(base)}.items():
         with torch.device("meta"), arm.in_place():
-            count[name] = run.new_network(base | arm.settings, 0).parameter_counts()
+            count[name] = parameter_counts(run.new_network(base | arm.settings, 0))
     total, active = ({name: x[key] for name, x in count.items()} for key in ("total", "active"))
     assert active == dict.fromkeys(active, pytest.approx(active["base"], rel=0.01))
     assert [total[name] for name in forms] == [pytest.approx(total["base"], rel=0.02)] * 4

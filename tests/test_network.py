@@ -44,6 +44,7 @@ from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
 from support import graphs
 from support.flops import flops_per_token
 from support.settings import Refusal
+from support.sizes import cache_numbers, parameter_counts
 
 LIMIT = 48  # max_position_embeddings
 
@@ -183,11 +184,11 @@ def test_numbers_are_of_what_runs():
     """Of a layer that runs two and three times, and of tokens that visit fewer experts than they
     may. (By hand: test_deepseek.py.)"""
     model = tiny(moe_intermediate_size=8, num_nextn_predict_layers=0, v_head_dim=14)
-    flops, kept = [flops_per_token(model, 64)], [model.cache_numbers()]
+    flops, kept = [flops_per_token(model, 64)], [cache_numbers(model)]
     for _ in range(2):
         model.layers.append(model.layers[1])
         flops.append(flops_per_token(model, 64))
-        kept.append(model.cache_numbers())
+        kept.append(cache_numbers(model))
     block = model.layers[1].parameters()
     matrices = sum(x.numel() * (3 / 8 if x.ndim == 3 else 1) for x in block if x.ndim > 1)
     assert flops[2] - flops[1] == pytest.approx(flops[1] - flops[0]) and model.moe_layers == 2
@@ -195,17 +196,17 @@ def test_numbers_are_of_what_runs():
     for i in range(3):
         assert kept[2][i] - kept[1][i] == kept[1][i] - kept[0][i] == kept[0][i] // 3
     model.layers[0].new_cache = lambda *_: None  # a layer may keep nothing
-    assert 3 * model.cache_numbers()[0] == 4 * kept[0][0]  # four of five
+    assert 3 * cache_numbers(model)[0] == 4 * kept[0][0]  # four of five
     assert model.routing == []  # nothing was called
-    active = model.parameter_counts()["active"]
+    active = parameter_counts(model)["active"]
     model(tokens_of(model, 2, 9))
-    assert model.parameter_counts()["active"] == active
+    assert parameter_counts(model)["active"] == active
     model.routing[0][..., 0] = 8  # is none
     experts = sum(x.numel() for name, x in model.named_parameters() if ".experts." in name)
-    fewer = active - (counts := model.parameter_counts())["active"]
+    fewer = active - (counts := parameter_counts(model))["active"]
     assert fewer == pytest.approx(experts / len(model.routing) / 8, abs=2)
     model.table = nn.Embedding(9, 4)  # of a table a token uses a row
-    more = {key: x - counts[key] for key, x in model.parameter_counts().items()}
+    more = {key: x - counts[key] for key, x in parameter_counts(model).items()}
     assert more == {"total": 36, "active": 4, "mtp": 0}
 
 
