@@ -8,20 +8,25 @@ technical report, arXiv 2412.19437, section 2):
         x += W^O attention(queries from one latent of u, keys and values from another)    Eq. 1-11
         x += shared FFN(u) + sum over the K chosen experts of gate value * FFN(u)        Eq. 12-16
     h^0 = RMSNorm(x),  p = softmax(W_head h^0)         predicts the next token
-    h^k = RMSNorm(block(M_k [RMSNorm(embedding k later); RMSNorm(h^{k-1})]))             Eq. 21-22
+    h_i^k = RMSNorm(block(M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h_i^{k-1})]))              Eq. 21-22
     p^k = softmax(W_head h^k)                          predicts the token k + 1 later       Eq. 23
-    L   = L_main + lambda mean_k L_MTP^k + alpha sum L_Bal       train.py minimises, Eq. 17, 24-25
-    b  += gamma sign(mean load - load)                          balances the experts, no gradient
+    L   = L_main + lambda mean_k L_MTP^k + alpha sum L_Bal       the loss in train.py, Eq. 17, 24-25
+    b  += gamma sign(mean load - load)      one b per expert, used only to choose; no gradient
 
-Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. This
-code computes training, prompts and decoding. Where a plain formula would be too slow or too large,
+Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. The same
+code serves training, prompts and decoding. Where a plain formula would be too slow or too large,
 the docstring has the formula, and the code is a faster form of it. tests/reference.py has all
-formulas as plain loops, and tests compare the two. Decoding may run as a *graph*: torch.compile
-records one round and replays it at every position. So in a graph a position is a tensor, and no
+formulas as plain loops, and tests compare the two.
+
+The file is meant to be edited. So a few helpers allow more than V3 needs: a gate that chooses fewer
+than K experts, layers that cache something else, a head per MTP depth.
+
+Training and decoding may be compiled by torch.compile; "in a graph" means in compiled code. A graph
+of decoding is compiled once and used at every position. So there a position is a tensor, and no
 shape may depend on it or on which experts are chosen.
 
-Where the report is silent (which norm, epsilon) or the released weights differ (order of
-concatenation in MTP), the weights decide; huggingface.py opens them.
+Where the report is silent (which norm, epsilon) or the released model differs (order of
+concatenation in MTP), the released weights and their code decide; huggingface.py opens them.
 
 Depth 0 is the main model, depth k is MTP module k, and k = 1, 2, ... as in the report. Python's
 lists begin at 0, so module k is `mtp[k - 1]`.
@@ -44,15 +49,15 @@ from torch.utils.checkpoint import checkpoint
 from support.settings import Refusal, check_ranges
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
-Position = int | Tensor  # in a graph a tensor without dimensions
+Position = int | Tensor  # in a graph of decoding a tensor without dimensions
 Routing = tuple[Tensor, Tensor] | None  # scores (B, T, E), chosen experts (B, T, K); None if dense
 
 
 class Past(NamedTuple):
-    """What decoding hands to a layer."""
+    """The cache of a layer in decoding, and where to write in it."""
 
-    kept: Tensor  # the layer's cache, made by its `new_cache`
-    start: Position  # the position of the first new token: how many tokens are in the cache
+    kept: Tensor  # made by the layer's `new_cache`
+    start: Position  # position of the first new token, so the number of tokens already in the cache
 
 
 @dataclass
@@ -79,7 +84,7 @@ class ModelConfig:
     norm_topk_prob: bool = True  # the K gate values sum to one before scaling
     routed_scaling_factor: float = 2.5  # multiplies the gate values
     rms_norm_eps: float = 1e-6  # added to the mean square before its root
-    max_position_embeddings: int = 163840  # tokens of the longest window and text
+    max_position_embeddings: int = 163840  # longest window or text, in tokens
     rope_theta: float = 10000.0  # base of the wavelengths of rotary positions
     rope_scaling: dict | None = None  # YaRN parameters, as in DeepSeek's config.json
     rope_interleave: bool = True  # pairs are neighbours (x0, x1), ...; false: (x0, x_{R/2}), ...
@@ -91,7 +96,7 @@ class ModelConfig:
     def __post_init__(self):
         check_config(self)  # this and with_original_length stand at the end of the file
         for field in fields(self):
-            if field.type is float:  # transformers opens no file with 1 in place of 1.0
+            if field.type is float:  # transformers refuses a config.json with 1 for 1.0
                 setattr(self, field.name, float(getattr(self, field.name)))
         self.rope_scaling = with_original_length(self)
 
@@ -112,8 +117,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def linear(config: ModelConfig, inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
     """A projection as it is initialised in section 4.2: normal with initializer_range; biases 0.
-    Nothing is initialised later: a plain nn.Linear, or whatever else a constructor makes, keeps its
-    own initial values."""
+    Nothing is initialised later: a plain nn.Linear or another module keeps PyTorch's values."""
     layer = nn.Linear(inputs, outputs, bias)
     nn.init.normal_(layer.weight, std=config.initializer_range)
     if bias:
@@ -130,7 +134,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computed in float32, rounded to x's dtype before the weight."""
+        """Computed in float32, rounded to x's dtype, multiplied by the weight; the result has the
+        dtype of the product that reads it."""
         x32 = upcast(x)
         y = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
         return (self.weight * y).to(compute_dtype(x))
@@ -140,19 +145,20 @@ class RMSNorm(nn.Module):
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """The factor by which YaRN scales queries and keys, sqrt(t) in section 4.3:
-    0.1 mscale ln(factor) + 1. So it multiplies the scores by its square."""
+    """YaRN multiplies queries and keys by this factor, sqrt(t) in section 4.3:
+    0.1 mscale ln(factor) + 1. So scores are multiplied by its square."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
     """cos and sin of position * theta^(-2i/R), both (T, R/2), times YaRN's amplitude.
 
-    Beyond the trained length, slow pairs would reach angles that are new to the model. YaRN (arXiv
-    2309.00071; report section 4.3) divides their frequencies by `factor`, keeps those of fast pairs
-    and interpolates linearly in between, for texts of every length. The amplitude is `yarn_mscale`
-    or, where mscale and mscale_all_dim are given, the quotient of theirs. In V3 they are equal, so
-    it is 1, and `MLA.scale` has the square of `yarn_mscale` instead.
+    Pair i of a query's or key's numbers turns by this angle. Beyond the trained length, slow pairs
+    would reach angles that are new to the model. YaRN (arXiv 2309.00071; report section 4.3)
+    divides the frequencies of slow pairs by `factor`, keeps those of fast pairs and interpolates
+    linearly in between, whatever the length of the text. The amplitude is yarn_mscale(factor, 1)
+    or, if mscale and mscale_all_dim are given, the first one's yarn_mscale divided by the second
+    one's. In V3 this is 1, and `MLA.scale` has the square of yarn_mscale instead.
     """
     R, theta = config.qk_rope_head_dim, config.rope_theta
     i = torch.arange(R // 2, device=positions.device, dtype=dtype)
@@ -162,13 +168,13 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
         factor = yarn["factor"]
         original = yarn["original_max_position_embeddings"]
 
-        def index_of(rotations: float) -> float:  # the pair that makes so many turns in `original`
+        def index_of(rotations: float) -> float:  # i of a pair that turns so often in `original`
             return R * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta))
 
         low, high = index_of(yarn.get("beta_fast") or 32), index_of(yarn.get("beta_slow") or 1)
         if yarn.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, R - 1)
+        low, high = max(low, 0), min(high, R - 1)  # R - 1 as in V3's code, though i < R/2
         ramp = ((i - low) / (high - low or 0.001)).clamp(0, 1)  # 0 for fast pairs, 1 for slow
         frequency = frequency * (1 - ramp) + frequency / factor * ramp
         m, m_all = yarn.get("mscale"), yarn.get("mscale_all_dim")
@@ -186,7 +192,7 @@ def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
     a key at s have the product q . R_t^T R_s k = q . R_{s-t} k. A pair is two neighbours, or,
     without interleave, a number of the first half and its counterpart in the second."""
     cos, sin = (table[:, None] for table in rope)  # (T, 1, R/2)
-    pair = -1 if interleave else -2  # the dimension of a pair's two: (R/2, 2) or (2, R/2)
+    pair = -1 if interleave else -2  # a pair is along this dimension of (R/2, 2) or (2, R/2)
     a, b = upcast(x).unflatten(-1, (-1, 2) if interleave else (2, -1)).unbind(pair)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), pair).flatten(-2).to(x.dtype)
 
@@ -194,17 +200,17 @@ def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
 # ---- Multi-head Latent Attention (section 2.1.1) -------------------------------------------------
 
 
-MOST_NEW = 8  # after the prompt decoding reads at most 8 tokens at once, and forgets at most 8
-MOST_IN_GRAPH = 512  # tokens that a graph of decoding reads at once (Experts.forward)
+MOST_NEW = 8  # tokens of a text that decoding, after the prompt, reads or forgets at once
+MOST_IN_GRAPH = 512  # tokens of all texts that a graph of decoding reads at once (Experts.forward)
 
 
 class Cache:
-    """What decoding keeps of B texts: kept[i] is what the `new_cache` of layer i has made.
+    """What decoding keeps of B texts: kept[i] is the cache of layer i, made by its `new_cache`.
 
-    There is room for `size` tokens, of which the first `length` have been read, in all texts alike.
-    To forget rejected drafts, decoding lowers `length`, by MOST_NEW at most, and reads on from
-    there. Every layer must allow this, also in a graph, where positions are tensors.
-    `python bench.py check RUN` checks it.
+    There is room for `size` tokens of each text, of which the first `length` have been read. To
+    forget drafts that were rejected (sample.py), decoding lowers `length`, by MOST_NEW at most, and
+    reads on from there. An edited layer must allow this, too, also in a graph, where positions are
+    tensors. `python bench.py check RUN` checks it.
     """
 
     def __init__(
@@ -218,8 +224,8 @@ class Cache:
         self.rope = rope_table(config, positions, torch.promote_types(like.dtype, torch.float32))
 
     def advance(self, T: int) -> Position:
-        """Makes room for T new tokens; returns the position of the first. Raises ValueError if the
-        cache is full (but not in a graph, where a position's value is not known)."""
+        """Reserves T positions and returns the first. Raises ValueError if the cache is full (but
+        not in a graph, where a position's value is not known)."""
         if isinstance(self.length, int) and self.length + T > self.size:
             raise ValueError(f"{self.length} + {T} tokens exceed the cache of {self.size}.")
         start = self.length
@@ -235,9 +241,11 @@ def span(start: Position, length: int) -> slice | Tensor:
 
 
 def remember(past: Past, new: Tensor) -> Tensor:
-    """Writes new (B, T, C+R) after the tokens in a layer's cache, and returns all (B, S, C+R). In a
-    graph, whose shapes are fixed, S is the size of the cache, and its last part is not written."""
-    (kept, start), T = past, new.shape[1]
+    """Appends new (B, T, C+R) to a layer's cache and returns all of it (B, S, C+R). In a graph,
+    whose shapes are fixed, S is the size of the cache, and `causal_attention` masks the part that
+    is still empty."""
+    kept, start = past
+    T = new.shape[1]
     kept[:, span(start, T)] = new
     return kept[:, : start + T] if isinstance(start, int) else kept
 
@@ -247,18 +255,22 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Posit
 
     The queries q (B, H, T, W) belong to the positions start .. start + T - 1, the keys k (B, h, S,
     W) and values v (B, h, S, V) to 0 .. S - 1. Query i attends to the positions up to start + i. h
-    is H, or less if several heads share a key. Sums are in float32. The form that is written out
-    rounds scores and probabilities to q's dtype, as V3's own code does.
+    is H, or less if several heads share a key. There are two forms, PyTorch's kernel and plain
+    products. Both accumulate in float32; plain products round scores and probabilities to q's
+    dtype, as V3's own code does.
     """
     (B, H, T, W), (h, S), V = q.shape, k.shape[1:3], v.shape[-1]
-    from_start = isinstance(start, int) and start == 0 and T > 1  # in training and prompts
+    from_start = isinstance(start, int) and start == 0  # in training and prompts
     if from_start and (q.is_cuda or T > 512 or q.dtype != torch.bfloat16):
         # PyTorch's kernel, which never holds all scores. It wants q, k and v of one width.
-        q, k, v = (F.pad(x, (0, n)) if (n := max(W, V) - x.shape[-1]) else x for x in (q, k, v))
+        if V < W:
+            v = F.pad(v, (0, W - V))
+        if W < V:
+            q, k = F.pad(q, (0, V - W)), F.pad(k, (0, V - W))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=h != H)
         return o[..., :V]
-    # Written out: for the few queries of decoding, and for short texts on a CPU in bfloat16, where
-    # this is three times as fast. The H/h heads that share a key count as further queries of it.
+    # Plain products: for the few queries of decoding, and for short texts on a CPU in bfloat16,
+    # where they are three times as fast. The H/h heads that share a key become queries of one head.
     query = start + torch.arange(T, device=q.device)[:, None]
     later = torch.arange(S, device=q.device) > query  # (T, S), True where a key is ahead
     mask = torch.where(later, -math.inf, 0.0).to(q.dtype).repeat(H // h, 1)  # (H/h*T, S)
@@ -275,13 +287,15 @@ class MLA(nn.Module):
                              v_t^C = W^UV c_t^KV                                     Eq. 5
     o_t,i  = sum_j softmax_j(q_t,i . k_j,i / sqrt(N + R)) v_j,i                      Eq. 10
     u_t    = W^O [o_t,1; ...; o_t,H]                                                 Eq. 11
-    Both latents are normalised before they are projected up (section 4.2).
+    (h_t is the layer's normalised input, u_t the output.) Both latents are normalised before they
+    are projected up (section 4.2).
 
-    Why latents: decoding keeps c_t^KV and k_t^R of every token, in V3 576 numbers a layer, where
-    128 heads' keys and values have 32,768. The queries' latent saves memory in training.
+    Why latents: decoding keeps c_t^KV and k_t^R of every token, in V3 576 numbers per layer; keys
+    and values of 128 heads would be 32,768. The queries' latent saves memory in training.
     Why position has a key of its own: RoPE on k_t^C would put a rotation, which changes with the
     distance, between q and W^UK. Then `attend_absorbed` could not multiply the query by W^UK, and
-    each new token would need all keys anew (DeepSeek-V2, arXiv 2405.04434, section 2.1.3).
+    each new token would have to compute all keys again (DeepSeek-V2, arXiv 2405.04434, section
+    2.1.3).
     Why two forms, in multiplications for one head of V3: `attend_expanded` spends C (N + V) =
     131,072 on the key and value of a token, then N + R + V = 320 on each pair of query and key.
     `attend_absorbed` spends 131,072 on a query, then C + R + C = 1,088 on each pair. A prompt has
@@ -299,7 +313,7 @@ class MLA(nn.Module):
             self.q_proj = linear(config, D, H * (N + R))
         else:
             self.q_a_proj = linear(config, D, config.q_lora_rank, bias)  # W^DQ
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)  # the latents' eps is fixed
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)  # eps as in V3's code
             self.q_b_proj = linear(config, config.q_lora_rank, H * (N + R))  # W^UQ, W^QR
         self.kv_a_proj_with_mqa = linear(config, D, C + R, bias)  # W^DKV, W^KR
         self.kv_a_layernorm = RMSNorm(C, 1e-6)
@@ -310,8 +324,8 @@ class MLA(nn.Module):
 
     @property
     def scale(self) -> float:
-        """1 / sqrt(N + R) of Eq. 10, times the square of YaRN's mscale (of mscale_all_dim). As in
-        V3's code, it scales the whole score, although the report applies YaRN to k_t^R alone
+        """1 / sqrt(N + R) of Eq. 10, times yarn_mscale(factor, mscale_all_dim)^2 (1 without YaRN).
+        As in V3's code, it scales the whole score, although the report applies YaRN to k_t^R alone
         (section 4.3)."""
         config, yarn = self.config, self.config.rope_scaling or {}
         mscale = yarn_mscale(yarn.get("factor", 1), yarn.get("mscale_all_dim") or 0)
@@ -336,7 +350,7 @@ class MLA(nn.Module):
         q_pe = rotate(q_pe, rope, config.rope_interleave)
         k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave)  # (B, T, 1, R)
         start = 0 if past is None else past.start
-        if past is not None:
+        if past is not None:  # a prompt, too, fills the cache
             kv = remember(past, torch.cat((latent, k_pe.squeeze(2)), -1))  # (B, S, C+R)
         if isinstance(start, int) and start == 0:  # nothing but these tokens to look at
             o = self.attend_expanded(q_nope, q_pe, latent, k_pe)
@@ -394,16 +408,15 @@ class Gate(nn.Module):
 
     s_i = sigmoid(u . e_i). Unlike the scores of a softmax, these do not compete, and their size
     does not depend on E. They were found better (arXiv 2408.15664, section 4.1).
-    First the node limit: a group's score is the sum of its two largest s + b, and only the best
-    topk_group groups stay. (Two is the released code's rule. The report says K / topk_group, as
-    many experts as a token takes from a group on average, which is two in V3.) Among the experts of
-    these groups, those with the K largest s + b are chosen.
-    The bias b has no other effect: gate values come from s alone. No gradient reaches b;
+    Experts are chosen by s_i + b_i, where the bias b balances their loads. First the node limit: a
+    group's score is the sum of its two largest s + b, and only the best topk_group groups stay.
+    (Two as in the released code. The report adds up the K / topk_group largest, two in V3.) Among
+    the experts of these groups, those with the K largest s + b are chosen.
+    The bias has no other effect: gate values come from s alone. No gradient reaches b;
     `DeepSeekV3.update_bias` moves it.
-    Why a factor: with gate values that sum to one, the output is a mean of K experts, which is
-    about 1/sqrt(K) as large as the output of one. Moonlight computes its factor so (arXiv
-    2502.16982). V3's 2.5 is a little less than sqrt(8). It may be one of the "scaling factors" that
-    DeepSeek-V2 introduced (arXiv 2405.04434, section 3.1.2).
+    Why routed_scaling_factor: gate values that sum to one make the output a mean of K experts,
+    about 1/sqrt(K) as large as the output of one. Moonlight (arXiv 2502.16982) derives its factor
+    from this. V3's 2.5 is a little less than sqrt(8).
     """
 
     def __init__(self, config: ModelConfig):
@@ -412,7 +425,7 @@ class Gate(nn.Module):
         E, D = config.n_routed_experts, config.hidden_size
         self.weight = nn.Parameter(torch.empty(E, D).normal_(std=config.initializer_range))  # e_i
         self.register_buffer("e_score_correction_bias", torch.zeros(E, dtype=torch.float32))  # b
-        # How often each expert was chosen in training since b moved last.
+        # How often each expert was chosen in training since the last update of b.
         self.register_buffer("load", torch.zeros(E, dtype=torch.long), persistent=False)
 
     def _apply(self, fn, recurse=True):
@@ -465,7 +478,7 @@ def balance_loss(s: Tensor, K: int) -> Tensor:
 
 def count_chosen(chosen: Tensor, E: int) -> Tensor:
     """How often each of the E experts is among the chosen (any shape): (E,) int64. Ids outside
-    0 .. E - 1 are not counted."""
+    0 .. E - 1, which an edited gate may give (`Experts.forward`), are not counted."""
     ids = chosen.flatten()
     one = ((ids >= 0) & (ids < E)).long()
     return one.new_zeros(E).scatter_add_(0, ids.clamp(0, E - 1), one)
@@ -476,8 +489,9 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     of expert 1, and so on; weight (E, out, in) -> (rows, out). One call for all experts where
     PyTorch has one."""
     weight = weight.to(x.dtype)
+    # F.grouped_mm wants rows of a multiple of 16 bytes. It takes bfloat16 everywhere, and float32
+    # on a CPU outside a graph.
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    # F.grouped_mm takes bfloat16 everywhere, and float32 on a CPU outside a graph.
     float32_too = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if aligned and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and float32_too)):
         return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
@@ -485,9 +499,9 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
-    """Each row of x (rows, in) times the weight of its expert (rows,), of weights (E, out, in):
-    (rows, out). For the few rows of decoding. In a graph no shape may depend on the choice of
-    experts, so there the rows' weights are copied first."""
+    """W_{expert[i]} x_i for every row i: x (rows, in), weight (E, out, in), expert (rows,) ->
+    (rows, out). For the few rows of decoding, which read the weights in place. A graph indexes
+    where the loop would need the experts' numbers; the compiler fuses the index with the sum."""
     if torch.compiler.is_compiling():
         return (weight[expert] * x[:, None]).sum(-1)
     pairs = zip(expert.tolist(), x, strict=True)
@@ -495,8 +509,9 @@ def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
 
 
 class Dispatch(torch.autograd.Function):
-    """Copies every token to its K rows: x (tokens, D) -> (rows, D). Row i holds token[i] (rows,),
-    and token t is in the rows place[t] (tokens, K). Rows of padding hold zeros.
+    """Copies every token to its K rows: x (tokens, D) -> (rows, D). Row i holds the token token[i],
+    and token t is in the K rows place[t]: token (rows,), place (tokens, K). Rows of padding (see
+    `padded`) hold zeros.
 
     Its gradient is Combine, and the gradient of Combine is Dispatch. So both passes gather and
     never scatter, and a token's K rows are added in float32 and rounded once. The usual gradient of
@@ -521,11 +536,29 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, token: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(token, place)
-        return F.embedding_bag(place, y, mode="sum")
+        return F.embedding_bag(place, y, mode="sum")  # y[place].sum(1), in float32
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         return Dispatch.apply(dy, *ctx.saved_tensors), None, None
+
+
+def padded(
+    expert: Tensor, gain: Tensor, counts: Tensor, unit: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Appends token-expert pairs with gate value 0, so that each expert's rows are a multiple of
+    `unit`: oneDNN, a CPU's products in bfloat16, compiles a kernel for every new number of rows.
+
+    expert, gain (pairs,), counts (E,) -> the same, longer. In a graph, whose shapes are fixed, the
+    padding has E * unit rows whatever is chosen, and the last expert takes what the others leave.
+    """
+    E, size = len(counts), None
+    extra = -counts % unit  # (E,)
+    if torch.compiler.is_compiling():
+        size = E * unit
+        extra[-1] += size - extra.sum()
+    padding = torch.arange(E).repeat_interleave(extra, output_size=size)
+    return torch.cat((expert, padding)), F.pad(gain, (0, len(padding))), counts + extra
 
 
 class Experts(nn.Module):
@@ -558,13 +591,13 @@ class Experts(nn.Module):
         """x (tokens, D), chosen experts, their gate values (tokens, K) -> (tokens, D)."""
         (tokens, K), E = chosen.shape, len(self.down_proj)
         x = x.to(compute_dtype(x))
-        # Gate chooses K experts. A gate of yours that chooses fewer fills up with ids outside
-        # 0 .. E - 1, whose gate value becomes 0 here.
+        # V3's gate chooses K experts. An edited gate may choose fewer for a token, and fill its K
+        # places up with ids outside 0 .. E - 1. Their gate values become 0 here.
         expert = chosen.clamp(0, E - 1)
         gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)
         expert, gain = expert.flatten(), gain.flatten()  # (tokens * K,)
-        # The few tokens of decoding each read the weights of their experts: eagerly on a CPU, in a
-        # graph on every device, as there no shape may depend on the choice.
+        # The few tokens of decoding each read the weights of their own experts: eagerly on a CPU
+        # only, in a graph on every device, as there no shape may depend on the choice.
         few = 0 < tokens * K <= E and x.device.type == "cpu"
         if torch.compiler.is_compiling():
             few = tokens <= MOST_IN_GRAPH
@@ -575,20 +608,11 @@ class Experts(nn.Module):
             return y.view(tokens, K, -1).sum(1)
         counts = count_chosen(expert, E)  # (E,)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and tokens > MOST_NEW:
-            # oneDNN compiles a kernel for every new number of rows. So each expert gets rows of
-            # padding, with gate value 0, up to a multiple of 64, or of 16 in a short prompt. In a
-            # graph the padding of all is E * unit rows, and the last expert takes the surplus.
-            unit, size = 64 if tokens > 512 else 16, None
-            extra = -counts % unit  # (E,)
-            if torch.compiler.is_compiling():
-                size = E * unit
-                extra[-1] += size - extra.sum()
-            padding = torch.arange(E).repeat_interleave(extra, output_size=size)
-            expert, gain = torch.cat((expert, padding)), F.pad(gain, (0, len(padding)))
-            counts = counts + extra
+            expert, gain, counts = padded(expert, gain, counts, 64 if tokens > 512 else 16)
         # Sorted by expert, so that the tokens of an expert are rows side by side.
         order = expert.argsort(stable=True)  # (rows,)
-        token = order.clamp(max=tokens * K) // K  # (rows,), the index `tokens` for padding
+        # Pair i belongs to token i // K; all padding gets the index `tokens`.
+        token = order.clamp(max=tokens * K) // K  # (rows,)
         place = torch.empty_like(order)  # the inverse of order
         place[order] = torch.arange(len(order), device=order.device)
         place = place[: tokens * K].view(tokens, K)
@@ -616,7 +640,7 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config, width) if width else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x (B, T, D) -> (B, T, D), and the routing for DeepSeekV3 to note."""
+        """x (B, T, D) -> (B, T, D), and the routing, which DeepSeekV3 records."""
         s, chosen, gain = self.gate(x)
         y = self.experts(*(z.flatten(0, 1) for z in (x, chosen, gain))).view_as(x)
         if self.shared_experts is not None:
@@ -657,12 +681,12 @@ class MTP(nn.Module):
     """Depth k predicts one token further than depth k - 1, Eq. 21-22.
 
     h'_i^k = M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h_i^{k-1})],  h^k = RMSNorm(TRM_k(h'^k))
-    The report writes the hidden state first and no norm around TRM_k; the released weights have
-    the embedding first, and h^0 is the main model's hidden state after its final norm.
+    The report writes the hidden state first and no norm after TRM_k; the released weights have the
+    embedding first, and h^0 is the main model's hidden state after its final norm.
 
     In decoding the module drafts tokens (sample.py). In training it may help the model: a position
     learns from more than one token, and its state may plan ahead (section 2.2). In arXiv
-    2404.19737, with heads in place of modules, large models gained and small ones became worse.
+    2404.19737, which has heads in place of modules, large models improved and small ones got worse.
     """
 
     def __init__(self, config: ModelConfig):
@@ -690,15 +714,15 @@ class MTP(nn.Module):
 # ---- The model -----------------------------------------------------------------------------------
 
 
-PIECE = 2**27  # most logits in float32 at once, 512 MB
+PIECE = 2**27  # at most so many logits are in float32 at once, 512 MB
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the targets of -log softmax(logits)[target], in nats and in float32: logits
     (tokens, vocabulary), targets (tokens,). Targets below 0 are ignored; if all are, the loss is 0.
 
-    In float32 many logits take more memory than the network, and so does their gradient. So logits
-    are upcast in pieces, and again in backward. (Compiled code upcasts each logit as it reads it.)
+    In float32 the logits of a large batch, and their gradient, take more memory than the network.
+    So they are upcast in pieces, and again in backward. (A graph upcasts each as it reads it.)
     """
 
     def piece(logits: Tensor, targets: Tensor) -> Tensor:
@@ -717,17 +741,17 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
-    After a call, `routing` holds the chosen experts of each MoE layer that ran, (B, T, K), then
-    those of the MTP modules k, (B, T-k, K); `routed_by` holds their gates. (Decoding leaves both as
-    they are.) After a call with targets, `mtp_losses` holds the loss of each MTP depth. In training
-    mode every gate's `load` adds up how often each expert was chosen, until `update_bias` uses
-    that.
+    After a call, `chosen` lists what each MoE layer chose, (B, T, K) in the main model, then (B,
+    T-k, K) in MTP module k, if modules were called; `chosen_by` lists their gates. (Decoding leaves
+    both as they are.) After a call with targets, `mtp_losses` lists the loss of each MTP depth. In
+    training mode every gate's `load` adds up how often each expert was chosen, until `update_bias`
+    uses that.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.trained_length = 0  # tokens in the longest windows of training, up to now
+        self.trained_length = 0  # tokens of the longest window trained on; train.py sets it
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         nn.init.normal_(self.embed_tokens.weight, std=config.initializer_range)
         self.layers = nn.ModuleList(
@@ -739,19 +763,19 @@ class DeepSeekV3(nn.Module):
         self.mtp = nn.ModuleList(MTP(config) for _ in range(config.num_nextn_predict_layers))
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        # While forward runs, of each MoE layer: its gate, scores and chosen experts.
+        # Of each MoE layer that has run in this call: its gate, scores and chosen experts.
         self.routed: list[tuple[Gate, Tensor, Tensor]] = []
-        self.routing: list[Tensor] = []
-        self.routed_by: list[Gate] = []
+        self.chosen: list[Tensor] = []
+        self.chosen_by: list[Gate] = []
         self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: drop activations, compute them again
 
-    # An attribute, so that support/processes.py can replace it by a compiled one.
+    # An attribute, so that support/processes.py can put a compiled one in its place.
     cross_entropy = staticmethod(cross_entropy)
 
     def run_block(self, block: nn.Module, past: Past | None, *inputs) -> Tensor:
-        """Calls block(*inputs, past), a Block or MTP module, and notes its routing, but not in
-        decoding. It is noted here and not in the gate, since `recompute` runs a block twice."""
+        """Calls block(*inputs, past), a Block or MTP module, and records its routing, except in
+        decoding. The gate does not record it, because `recompute` runs a block twice."""
         if self.recompute and torch.is_grad_enabled():
             x, routing = checkpoint(block, *inputs, past, use_reentrant=False)
         else:
@@ -761,7 +785,7 @@ class DeepSeekV3(nn.Module):
         return x
 
     def rope(self, x: Tensor, start: Position, cache: Cache | None = None) -> Rope:
-        """The rotary table of x's positions, start .. start + T - 1; a cache has it."""
+        """The rotary table of x's positions, start .. start + T - 1; from the cache, if any."""
         if cache:
             return tuple(table[span(start, x.shape[1])] for table in cache.rope)
         positions = start + torch.arange(x.shape[1], device=x.device)
@@ -793,7 +817,7 @@ class DeepSeekV3(nn.Module):
 
     def logits(self, h: Tensor, k: int = 0) -> Tensor:
         """h^k (B, T, D) of depth k -> its logits (B, T, vocabulary), Eq. 23, in the dtype of h. All
-        depths share the head, so k is not used. Losses and drafts both call this."""
+        depths share the head; k is for edits. Losses and drafts both call this."""
         return self.lm_head(h)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, return_mtp: bool = False):
@@ -802,15 +826,15 @@ class DeepSeekV3(nn.Module):
         return_mtp: also a list with the logits of each depth k = 1, 2, ..., (B, T-k, vocabulary).
         Their row i predicts token i + 1 + k.
         targets (B, T): the next tokens, a number below 0 where there is none. With them it returns
-        the losses by name in place of logits. train.py weighs, adds and logs them.
+        the losses by name in place of logits. train.py weights, sums and logs them.
         """
         hidden = [self.trunk(tokens)]  # h^0; then h^1, h^2, ...
         if targets is not None or return_mtp:
             for k in range(min(len(self.mtp), tokens.shape[1] - 1)):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
         routed, self.routed = self.routed, []  # else its scores would keep the activations alive
-        self.routing = [chosen for _, _, chosen in routed]
-        self.routed_by = [gate for gate, _, _ in routed]
+        self.chosen = [chosen for _, _, chosen in routed]
+        self.chosen_by = [gate for gate, _, _ in routed]
         if self.training:
             for gate, _, chosen in routed:
                 gate.load += count_chosen(chosen, len(gate.load))
@@ -824,13 +848,16 @@ class DeepSeekV3(nn.Module):
         self.mtp_losses = [loss.detach() for loss in mtp]
         balance = [balance_loss(s, self.config.num_experts_per_tok) for _, s, _ in routed]
         zero = main.new_zeros(())
-        return {
+        losses = {
             "loss": main,  # cross-entropy of the next token, in nats
             "mtp_loss": sum(mtp, zero) / max(1, len(mtp)),  # mean over depths, Eq. 24-25, in nats
-            **{f"mtp_loss_{k}": loss for k, loss in enumerate(mtp, 1) if len(mtp) > 1},
-            # Mean over the MoE layers, Eq. 17; train.py multiplies it by `moe_layers`.
+            # Mean over the MoE layers, Eq. 17, so that one log compares with another; train.py
+            # multiplies it by `moe_layers`.
             "balance_loss": sum(balance, zero) / max(1, len(balance)),
         }
+        if len(mtp) > 1:
+            losses |= {f"mtp_loss_{k}": loss for k, loss in enumerate(mtp, 1)}
+        return losses
 
     def gates(self) -> list[Gate]:
         """The gates of the MoE layers in order, those of the MTP modules last."""
@@ -856,29 +883,29 @@ class DeepSeekV3(nn.Module):
 
 MAY_BE_ZERO = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"}
 YARN_KEYS = {
-    *("type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
-    *("mscale", "mscale_all_dim", "attention_factor", "truncate"),
-}
+    "type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+    "mscale", "mscale_all_dim", "attention_factor", "truncate",
+}  # fmt: skip
 
 
 def check_config(config: ModelConfig):
-    """Raises Refusal, in one sentence, if these values make no network."""
+    """Raises Refusal, with one sentence, if no network can have these values."""
     sizes = {field.name for field in fields(config) if field.type in (int, int | None)}
     check_ranges(config, at_least_one=sizes - MAY_BE_ZERO)
     E, K, R = config.n_routed_experts, config.num_experts_per_tok, config.qk_rope_head_dim
     groups, allowed = config.n_group, config.topk_group
     within = E // groups * allowed  # the experts among which a token chooses
     yarn = config.rope_scaling or {}
-    kind, strange = yarn_kind(config), sorted(yarn.keys() - YARN_KEYS)
+    kind, unknown = yarn_kind(config), sorted(yarn.keys() - YARN_KEYS)
     factor = yarn.get("factor") or 0
     for refused, sentence in (
         (R % 2, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even."),
         (E % groups, f"n_routed_experts {E} is not a multiple of n_group {groups}."),
         (allowed > groups, f"topk_group {allowed} is larger than n_group {groups}."),
         (within < K, f"num_experts_per_tok {K} exceeds {allowed} groups' {within} experts."),
-        (E == groups > 1, f"n_group {groups} leaves one expert a group, but two make its score."),
+        (E == groups > 1, f"n_group {groups} leaves one expert per group, but a score needs two."),
         (kind not in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'."),
-        (strange, f"rope_scaling has {strange}, but may have only {sorted(YARN_KEYS)}."),
+        (unknown, f"rope_scaling has {unknown}, but may have only {sorted(YARN_KEYS)}."),
         (kind == "yarn" and not factor > 0, "rope_scaling lacks the yarn 'factor', above 0."),
         (config.rope_theta <= 1, f"rope_theta is {config.rope_theta}, but must be above 1."),
     ):
@@ -892,11 +919,11 @@ def yarn_kind(config: ModelConfig) -> str:
 
 
 def with_original_length(config: ModelConfig) -> dict | None:
-    """The parameters of YaRN, the length that its angles refer to among them; None without YaRN.
+    """YaRN's parameters, original_max_position_embeddings among them; None without YaRN.
 
-    If a file does not give this length, it is max_position_embeddings. It is written down at once:
-    max_position_embeddings may get another value later (when a run is resumed or exported), and the
-    angles must not move with it.
+    If a file does not give this length, it is max_position_embeddings. It is stored at once:
+    max_position_embeddings may get another value later (when a run is resumed or exported), and
+    YaRN's angles must not change with it.
     """
     if yarn_kind(config) != "yarn":
         return None

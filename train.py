@@ -346,7 +346,7 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
         loss = torch.stack((main, *model.mtp_losses)).cpu()
         n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
         sums += torch.stack((loss * n, n))
-        for layer, (gate, chosen) in enumerate(zip(model.routed_by, model.routing, strict=True)):
+        for layer, (gate, chosen) in enumerate(zip(model.chosen_by, model.chosen, strict=True)):
             E = len(gate.load)
             if layer == len(visits):  # an edited model may run a block twice: two layers here
                 visits.append(torch.zeros_like(gate.load))

@@ -81,7 +81,7 @@ def expert_visits(trained: run.Trained) -> dict:
         strict=True,
     ):
         net(torch.from_numpy(x).to(trained.machine.device))  # which notes its routing
-        for layer, chosen in enumerate(net.routing):  # (B, T, K)
+        for layer, chosen in enumerate(net.chosen):  # (B, T, K)
             known = kind >= 0
             np.add.at(visits[layer], (kind[known][:, None], chosen.cpu().numpy()[known]), 1)
     bits = [information(table) for table in visits]
@@ -110,7 +110,7 @@ def visits_by_domain(trained: run.Trained, tokens: int = 1 << 14) -> dict:
         rows = torch.from_numpy(ids[: len(ids) // T * T]).view(-1, T)
         for x in rows.split(16):
             net(x.to(trained.machine.device))
-            for layer, chosen in enumerate(net.routing):  # (B, T, K)
+            for layer, chosen in enumerate(net.chosen):  # (B, T, K)
                 visits[layer, domain] += np.bincount(
                     chosen.flatten().cpu().numpy(), minlength=c.n_routed_experts
                 )

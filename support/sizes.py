@@ -13,10 +13,10 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     mtp       parameters of the MTP modules, which are not in `total`
     """
     E, K = model.config.n_routed_experts, model.config.num_experts_per_tok
-    if model.routing:
-        calls = zip(model.routed_by, model.routing, strict=True)
+    if model.chosen:
+        calls = zip(model.chosen_by, model.chosen, strict=True)
         visits = sum(((x >= 0) & (x < len(gate.load))).sum().item() for gate, x in calls)
-        K = visits / sum(x[..., 0].numel() for x in model.routing)
+        K = visits / sum(x[..., 0].numel() for x in model.chosen)
     tables = [x for x in model.modules() if isinstance(x, nn.Embedding)]
     row = {x.weight: x.embedding_dim for x in tables if x is not model.embed_tokens}
     count, stored = {"total": 0, "active": 0, "mtp": 0}, model.state_dict().keys()

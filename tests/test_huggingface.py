@@ -135,7 +135,7 @@ def test_the_same_network_both_ways(name, tmp_path):
             layer.mlp.gate.register_forward_hook(lambda *args: chosen.append(args[2][2]))
     expected, logits = hf(text).logits, again(text)
     assert difference(logits, expected) < 2e-4 and expected.std() > 0.5
-    for a, b in zip(again.routing, chosen, strict=True):
+    for a, b in zip(again.chosen, chosen, strict=True):
         assert torch.equal(a.flatten(0, 1).sort(-1).values, b.sort(-1).values)
     assert torch.equal(logits[:, T - 1 : -1].argmax(-1), text[:, T:])
     assert difference(again.double()(TOKENS), hf.double()(TOKENS).logits) < 5e-5

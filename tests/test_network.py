@@ -122,7 +122,7 @@ def test_biases_move_by_the_sign_of_mean_minus_load_in_training():
             tokens = tokens_of(model, 2, 8, seed=seed)
             chosen.clear()
             model.train()(tokens, tokens)
-            close(chosen, model.routing, atol=0)
+            close(chosen, model.chosen, atol=0)
             counts += torch.stack([x.flatten().bincount(minlength=8) for x in chosen])
             others = tokens_of(model, 2, 8, seed=9)
             model.eval()(others, others)  # an evaluation between two micro-batches
@@ -197,14 +197,14 @@ def test_numbers_are_of_what_runs():
         assert kept[2][i] - kept[1][i] == kept[1][i] - kept[0][i] == kept[0][i] // 3
     model.layers[0].new_cache = lambda *_: None  # a layer may keep nothing
     assert 3 * cache_numbers(model)[0] == 4 * kept[0][0]  # four of five
-    assert model.routing == []  # nothing was called
+    assert model.chosen == []  # nothing was called
     active = parameter_counts(model)["active"]
     model(tokens_of(model, 2, 9))
     assert parameter_counts(model)["active"] == active
-    model.routing[0][..., 0] = 8  # is none
+    model.chosen[0][..., 0] = 8  # is none
     experts = sum(x.numel() for name, x in model.named_parameters() if ".experts." in name)
     fewer = active - (counts := parameter_counts(model))["active"]
-    assert fewer == pytest.approx(experts / len(model.routing) / 8, abs=2)
+    assert fewer == pytest.approx(experts / len(model.chosen) / 8, abs=2)
     model.table = nn.Embedding(9, 4)  # of a table a token uses a row
     more = {key: x - counts[key] for key, x in parameter_counts(model).items()}
     assert more == {"total": 36, "active": 4, "mtp": 0}

@@ -156,7 +156,7 @@ def test_steps_equal_a_plain_training_loop(data):
         for group in adamw.param_groups:
             group["lr"] = train.lr_at(config, t)
         adamw.step()
-        loads = [torch.bincount(chosen.flatten(), minlength=8).float() for chosen in model.routing]
+        loads = [torch.bincount(chosen.flatten(), minlength=8).float() for chosen in model.chosen]
         vio = sum((x.max() / x.mean() - 1).item() for x in loads) / 3
         for gate, load_ in zip(model.gates(), loads, strict=True):
             if t < 3:
@@ -335,7 +335,7 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
             logits, (ahead, *_) = model(piece[None, :-1], return_mtp=True)
             nats += F.cross_entropy(logits[0], piece[1:], reduction="none").tolist()
             mtp += F.cross_entropy(ahead[0], piece[2:], reduction="none").tolist()
-            for layer, chosen in enumerate(model.routing):
+            for layer, chosen in enumerate(model.chosen):
                 counts[layer] += torch.bincount(chosen.flatten(), minlength=8)
                 nodes += [len({e // 2 for e in experts}) for experts in chosen[0].tolist()]
     shares = counts / counts.sum(1, keepdim=True)
