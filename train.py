@@ -1,25 +1,25 @@
 """Train a DeepSeek-V3: python train.py config/small.py [--key=value].
 
-    data/<name>/ + config/*.py -> out/<name>/
+    data/<data>/ + config/<name>.py -> out/<name>/
         ckpt.pt      everything needed to resume: weights, optimiser, step, configuration
-        best.pt      the weights with the lowest validation loss (with YaRN: of the YaRN phase)
+        best.pt      the weights with the lowest validation loss (in the YaRN phase: since it began)
         log.jsonl    one JSON object per logged step or evaluation
-        tokenizer.tiktoken (or a release's files), meta.json    the tokenizer, for sample.py
+        tokenizer.tiktoken, meta.json    the tokenizer, for sample.py (or a release's files)
         model.py, train.py    copies of the code that made the weights
         .lock        held by the running train.py
 
 The loss is L_main + lambda * mean_k L_MTP^k + alpha * sum_layers L_Bal (report, sections 2.1.2 and
 2.2). The schedules are those of section 4.2, in fractions of the run. An optimiser step sees
-batch_size windows of block_size tokens (in the last phase also fewer, longer ones). They depend on
-seed and step alone and are then divided among processes and micro-batches. So the data are the same
-for any number of processes, and after a resume.
+batch_size windows of block_size tokens. From long_start on (the YaRN phase) every second step has
+fewer, longer windows. Windows depend on seed and step alone and are then divided among processes
+and micro-batches. So the data are the same for any number of processes, and after a resume.
 
 On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (docs/REFERENCE.md).
 
 support/runs.py writes the run's folder, support/checkpoints.py saves and restores, and
 support/processes.py handles processes and devices.
 
-Shapes: B windows, T tokens of a window, E routed experts, K experts per token.
+Shapes: B windows, T tokens per window, E routed experts, K experts per token.
 """
 
 import functools
@@ -54,7 +54,8 @@ from support.sizes import parameter_counts
 from support.tokenizer import check_tokenizer, stored_tokenizer, tokenizer_files
 from support.tokens import OURS, Dataset, data_folder, open_folder
 
-PHASES = ("warmup", "decay_start", "decay_end", "final_start")  # of the learning rate, in order
+# The settings at which the learning rate changes its course, in order.
+LR_BOUNDS = ("warmup", "decay_start", "decay_end", "final_start")
 
 
 @dataclass
@@ -67,23 +68,23 @@ class TrainConfig:
     batch_size: int = 16  # windows per step, over all processes and micro-batches
     block_size: int = 256  # tokens per window
     long_block_size: int = 0  # tokens per window in every second step from long_start on (0: none)
-    long_start: float = 0.9  # fraction of the run from which YaRN stretches RoPE to long windows
+    long_start: float = 0.9  # fraction of the run at which the YaRN phase begins
     grad_accum: int = 1  # micro-batches per step and process
-    batch_start: int = 0  # windows in the first step; grows in multiples of it (0: constant)
+    batch_start: int = 0  # windows in the first step, and the increment (0: always batch_size)
     batch_ramp: float = 0.032  # fraction of the run in which the batch grows (469B of 14.8T tokens)
-    # optimiser and schedule; "fraction" is of the run, the report's values are the defaults
+    # optimiser and schedule; the defaults are the report's
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices
     lr: float = 2.2e-4  # peak learning rate
-    adamw_lr: float = 1.0  # AdamW's rate beside Muon, as a multiple of lr
+    adamw_lr: float = 1.0  # beside Muon: AdamW's learning rate, as a multiple of lr
     warmup: float = 0.0085  # fraction of the run in which the learning rate rises
     decay_start: float = 0.676  # fraction of the run at which the cosine begins
     decay_end: float = 0.966  # fraction of the run at which the cosine reaches min_lr
     min_lr: float = 0.1  # learning rate after the cosine, as a share of lr
     final_start: float = 0.9887  # fraction of the run at which the last, lowest rate begins
     final_lr: float = 0.0332  # the last learning rate, as a share of lr
-    weight_decay: float = 0.1  # of matrices, times the learning rate; none of norms and biases
-    beta1: float = 0.9  # AdamW's decay per step of the mean gradient
-    beta2: float = 0.95  # AdamW's decay per step of the mean squared gradient
+    weight_decay: float = 0.1  # times the learning rate; of matrices, not of norms and biases
+    beta1: float = 0.9  # decay of AdamW's running mean of gradients
+    beta2: float = 0.95  # decay of AdamW's running mean of squared gradients
     clip: float = 1.0  # largest gradient norm (0: no limit)
     mtp_weight: float = 0.3  # lambda, weight of the MTP loss
     mtp_weight_late: float = 0.1  # lambda from mtp_switch on
@@ -96,10 +97,10 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of matrix products
     fp8: bool = False  # matrix products in FP8 (fp8.py)
-    compile: Literal["auto", True, False] = "auto"  # auto: in bfloat16 (CPU: long runs)
+    compile: Literal["auto", True, False] = "auto"  # auto: if bfloat16; on a CPU only long runs
     recompute: bool = False  # activation checkpointing: less memory, a third more work
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights and optimiser, and recomputes
-    deterministic: bool = False  # sums in a fixed order: a run resumes bit for bit on CUDA too
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights and optimiser; implies recompute
+    deterministic: bool = False  # sums in a fixed order: resumes are bit for bit on CUDA, too
     # the run
     eval_every: int = 250  # steps between evaluations
     eval_tokens: int = 0  # tokens of the validation text to evaluate, from its start (0: all)
@@ -124,12 +125,12 @@ class TrainConfig:
                 f"batch_start is {self.batch_start}, but the final batch_size is only "
                 f"{self.batch_size}: raise batch_size, or lower batch_start."
             )
-        for name in (*PHASES, "batch_ramp", "long_start", "mtp_switch", "gamma_stop"):
+        for name in (*LR_BOUNDS, "batch_ramp", "long_start", "mtp_switch", "gamma_stop"):
             if (x := getattr(self, name)) > 1:
                 raise Refusal(f"{name} is {x}, but must be a fraction of the run: at most 1.")
         # With decay_end = 1 the cosine lasts to the end of the run, and final_start has no effect.
-        phases = PHASES if self.decay_end < 1 else PHASES[:-1]
-        for first, then in itertools.pairwise(phases):
+        bounds = LR_BOUNDS if self.decay_end < 1 else LR_BOUNDS[:-1]
+        for first, then in itertools.pairwise(bounds):
             x, y = getattr(self, first), getattr(self, then)
             if x > y:
                 raise Refusal(
@@ -142,7 +143,7 @@ class TrainConfig:
 
 
 def lr_at(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, constant, cosine to min_lr, min_lr, final_lr. `step` counts from 0."""
+    """Linear warm-up, constant, cosine to min_lr, constant, then final_lr. `step` counts from 0."""
     x = step / config.steps
     if x < config.warmup:
         return config.lr * (step + 1) / (config.warmup * config.steps + 1)
@@ -166,20 +167,22 @@ def gamma_at(config: TrainConfig, step: int) -> float:
     return config.gamma if step < config.gamma_stop * config.steps else 0.0
 
 
-def extended(config: TrainConfig, step: int) -> bool:
-    """Whether the run has reached its last phase, in which every second step has long windows."""
+def in_yarn_phase(config: TrainConfig, step: int) -> bool:
+    """Whether this step is in the YaRN phase, in which every second step has long windows."""
     return config.long_block_size > 0 and step >= config.long_start * config.steps
 
 
 def block_at(config: TrainConfig, step: int) -> int:
-    """Tokens per window. In the last phase short and long windows alternate, so that the model
+    """Tokens per window. In the YaRN phase short and long windows alternate, so that the model
     forgets neither."""
-    return config.long_block_size if extended(config, step) and step % 2 else config.block_size
+    long = in_yarn_phase(config, step) and step % 2
+    return config.long_block_size if long else config.block_size
 
 
 def extend_context(model: DeepSeekV3, config: TrainConfig):
-    """Extends the context by YaRN from the length trained so far to long_block_size (section 4.3).
-    The softmax temperature is that of the released configuration unless the model sets its own."""
+    """Sets YaRN up to stretch positions to long_block_size (section 4.3), from the model's original
+    length or, if it has no YaRN yet, from the length trained so far. mscale is V3's unless the
+    model has its own. Later calls change nothing."""
     yarn = model.config.rope_scaling or {
         "type": "yarn",
         "mscale": 1.0,
@@ -192,13 +195,14 @@ def extend_context(model: DeepSeekV3, config: TrainConfig):
 
 
 def batch_at(config: TrainConfig, step: int) -> int:
-    """Windows in this step: multiples of batch_start, in even stages up to batch_size."""
+    """The batch of this step, in windows of block_size (a long window counts as several). It grows
+    to batch_size in equal stages, by batch_start each."""
     start = config.batch_start
     if not start:
         return config.batch_size
     stages = config.batch_size // start
     ramp = max(1, config.batch_ramp * config.steps)  # in steps
-    stage = int(stages * step / ramp)  # from 0 on
+    stage = int(stages * step / ramp)
     return min(start * (1 + stage), config.batch_size)
 
 
@@ -227,7 +231,6 @@ def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.
     taken = ", ".join(f"{kind.removesuffix('.weight')} x {n}" for kind, n in kinds.items())
     info(f"muon: {count} matrices, in {taken}; AdamW: all other parameters")
     defaults = {"lr": config.lr, "lr_scale": 1.0, "weight_decay": decay, "momentum": 0.95}
-    # processes.start has replaced a dtype of "auto".
     return [adamw, Muon(matrices, defaults, getattr(torch, config.dtype))]
 
 
@@ -237,8 +240,12 @@ def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.
 def open_data(
     config: TrainConfig, vocab_size: int, source: Path | None = None
 ) -> tuple[Dataset, Path]:
-    """Opens the prepared data. Returns them and their folder. Missing data of our own config files
-    are prepared first. source: the initial weights, if any, whose tokenizer the data must have."""
+    """Opens the prepared data. Returns them and their folder. source: the initial weights, if any,
+    whose tokenizer the data must have.
+
+    Missing data of the files in config/ (OURS has their names and vocabulary sizes) are prepared
+    first, from Python's standard library.
+    """
     folder = data_folder(config.data)
 
     def make():
@@ -256,13 +263,13 @@ def open_data(
         raise Refusal(
             f"no data in {folder}; make it with: python prepare_data.py {config.data} "
             f"--shards={shards} ({shards / 10:.1f}B tokens, {shards / 5:.0f} GB; fewer --shards "
-            "are less)."
+            "mean less)."
         )
     longest = max(config.block_size, config.long_block_size)
     return open_folder(folder, vocab_size, longest, source, config.eval_tokens), folder
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(2)  # one entry for short windows, one for long ones
 def epoch_starts(seed: int, epoch: int, length: int, T: int) -> np.ndarray:
     """Where the windows of one epoch over `length` tokens begin: adjacent windows, shuffled."""
     rng, count = np.random.default_rng((seed, epoch)), (length - 1) // T
@@ -273,12 +280,12 @@ def epoch_starts(seed: int, epoch: int, length: int, T: int) -> np.ndarray:
 def train_windows(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
     """The step's windows (B, T + 1). They depend on seed and step alone.
 
-    An epoch is a shuffled list of adjacent windows. Windows are numbered through all epochs, and
-    each step takes the next numbers. So an epoch contains every token once, except for less than a
-    window at the ends of the text.
-    Two cases skip windows. Short and long windows are two lists, cut from the same text, and every
-    step advances both, though it reads one. While the batch grows, a step advances by a full batch,
-    though it reads fewer windows.
+    Each epoch cuts the text into adjacent windows and shuffles them. Steps take the windows in
+    turn, epoch after epoch. So an epoch reads every token once, except for less than a window at
+    the ends of the text.
+    Two cases skip windows. Short and long windows are two lists, cut from the same text, and each
+    step moves on in both, though it reads from one. While the batch grows, each step moves on by a
+    full batch, though it reads fewer windows.
     """
     T, length = block_at(config, step), len(data.train)
     first = step * config.batch_size * config.block_size // T  # windows before this step
@@ -298,7 +305,7 @@ def micro_batches(windows: np.ndarray, config: TrainConfig, machine: Machine) ->
 def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Windows (B, T + 1) -> tokens (B, T) and the next tokens (B, T)."""
     x, cuda = torch.from_numpy(windows), device.type == "cuda"
-    if cuda:  # pinned, or the copy would wait for all work before it
+    if cuda:  # pinned: otherwise the copy waits for the work queued on the GPU
         x = x.pin_memory()
     # Not on Apple's GPUs: there an asynchronous copy may read memory that is already freed.
     x = x.to(device, non_blocking=cuda)
@@ -306,9 +313,10 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def max_vio(loads: Sequence[Tensor]) -> Tensor:
-    """(max - mean) / mean of each layer's loads (E,), averaged over layers (2408.15664, Eq. 4)."""
+    """MaxVio (arXiv 2408.15664, Eq. 4): (max - mean) / mean of a layer's loads (E,), averaged over
+    the layers that have any load; 0 if none has."""
     each = [load.amax() / load.float().mean() - 1 for load in loads]
-    return torch.stack(each).nanmean().nan_to_num() if each else torch.zeros(())  # 0: no experts
+    return torch.stack(each).nanmean().nan_to_num() if each else torch.zeros(())
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -317,7 +325,7 @@ def max_vio(loads: Sequence[Tensor]) -> Tensor:
 def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) -> Iterator:
     """This process's share of the tokens, in batches (B, T + 1) of adjacent windows, so that every
     token is predicted once. All processes get the same number of batches, padded with -1."""
-    B = math.ceil(config.eval_batch * config.block_size / T)
+    B = math.ceil(config.eval_batch * config.block_size / T)  # fewer, if windows are long
     batches = range(0, math.ceil((len(tokens) - 1) / T), B * machine.world)
     no_bar = machine.rank > 0 or None  # None: no bar unless stderr is a terminal
     for first in tqdm(batches, "evaluate", leave=False, disable=no_bar):
@@ -350,11 +358,11 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
             E = len(gate.load)
             if layer == len(visits):  # an edited model may run a block twice: two layers here
                 visits.append(torch.zeros_like(gate.load))
-            # MTP module k (from 1) has T - k positions, for the last T - k targets; -1 is padding.
+            # MTP module k routes T - k positions, those of the last T - k targets. -1 is padding.
             used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
             visits[layer] += count_chosen(used, E)
             real = (used >= 0) & (used < E)  # other numbers mean no expert
-            group = torch.where(real, used * G // E, G)
+            group = torch.where(real, used * G // E, G)  # G: no expert
             groups += nn.functional.one_hot(group, G + 1)[..., :G].amax(1).sum()
             routed += len(used)
     nats, n = machine.sum(sums)
@@ -383,7 +391,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     groups, routed = total["groups"], total["routed"]  # 0 without experts
     visits = sum(x.sum().item() for x in total["visits"])
     shares = [(x / x.sum().clamp(min=1)).tolist() for x in total["visits"]]
-    one_bpb = math.log(2) * data.val_bytes_per_token  # in nats per token
+    one_bpb = math.log(2) * data.val_bytes_per_token  # one bit per byte, in nats per token
     result = {
         "val_loss": main,
         "val_bpb": main / one_bpb,
@@ -405,22 +413,24 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
 
 def loss_weights(model: DeepSeekV3, config: TrainConfig, step: int) -> dict[str, float]:
     """The weight of each loss that the model returns, for the sum that training minimises, Eq. 17
-    and 24: L_main + lambda L_MTP + alpha sum_layers L_Bal."""
+    and 24: L_main + lambda mean_k L_MTP^k + alpha sum_layers L_Bal."""
     weight, depths = mtp_weight_at(config, step), len(model.mtp)
-    # Several modules have a loss each, mtp_loss_1 and so on; mtp_loss is their mean.
-    return {
+    weights = {
         "loss": 1.0,
-        "mtp_loss": 0.0 if depths > 1 else weight,
-        **{f"mtp_loss_{k}": weight / depths for k in range(1, depths + 1)},
+        "mtp_loss": weight,
         "balance_loss": config.alpha * model.moe_layers,  # the model returns the mean over layers
     }
+    if depths > 1:  # then each module's loss counts by itself, and their mean is only logged
+        weights |= {f"mtp_loss_{k}": weight / depths for k in range(1, depths + 1)}
+        weights["mtp_loss"] = 0.0
+    return weights
 
 
 def target_shares(
     targets: list[Tensor], depths: int, machine: Machine, dtype: torch.dtype
 ) -> Tensor:
-    """The number of targets of each micro-batch (B, T) at each depth, divided by its mean over all
-    micro-batches of all processes: (micro-batches, depths). Exactly 1 if all have equally many."""
+    """How much each micro-batch (B, T) counts at each depth, (micro-batches, depths): its number of
+    targets, relative to the average micro-batch of all processes. Exactly 1 if none is masked."""
     n = torch.stack([torch.stack([(y[:, k:] >= 0).sum() for k in range(depths)]) for y in targets])
     total = machine.sum(n.sum(0)).clamp(min=1)  # (depths,)
     return (n * len(targets) * machine.world).to(dtype) / total.to(dtype)
@@ -429,24 +439,26 @@ def target_shares(
 def backward(
     trainer: nn.Module, batches: list[np.ndarray], weight_of: dict[str, float], machine: Machine
 ) -> dict[str, Tensor]:
-    """Accumulates the gradients of the weighted losses over micro-batches (B, T + 1).
+    """Accumulates the gradients of the weighted losses over micro-batches (B, T + 1). Returns the
+    mean of each loss by name, before its weight.
 
-    A cross-entropy is the mean over all targets of the step: if an edit of to_device masks some of
-    them (-1), a micro-batch counts by its remaining targets. Other losses are means over
-    micro-batches. Returns the mean of each loss by name, before its weight.
+    Losses are averaged over micro-batches. Cross-entropies are averaged over all targets of the
+    step: if an edit of to_device masks some (-1), a micro-batch counts by the targets it has left.
     """
     pairs = [to_device(batch, machine.device) for batch in batches]
-    depth = {"loss": 0, "mtp_loss": 1} | {f"mtp_loss_{k}": k for k in range(1, len(weight_of))}
-    dtype = next(trainer.parameters()).dtype
-    shares = target_shares([y for _, y in pairs], len(weight_of), machine, dtype)
+    modules = {name: int(name[9:]) for name in weight_of if name.startswith("mtp_loss_")}
+    depth_of = {"loss": 0, "mtp_loss": 1} | modules  # of the cross-entropies
+    dtype, depths = next(trainer.parameters()).dtype, 1 + max(depth_of.values())
+    shares = target_shares([y for _, y in pairs], depths, machine, dtype)
     means = defaultdict(float)
     for i, (x, y) in enumerate(pairs):
         processes.sync_gradients(trainer, now=i == len(pairs) - 1)
         with machine.autocast():
             losses = trainer(x, y)
-        losses |= {k: x * shares[i, depth[k]] for k, x in losses.items() if k in depth}
-        if modules := [x for name, x in losses.items() if name.startswith("mtp_loss_")]:
-            losses["mtp_loss"] = sum(modules) / len(modules)
+        for name in losses.keys() & depth_of.keys():
+            losses[name] = losses[name] * shares[i, depth_of[name]]
+        if modules:
+            losses["mtp_loss"] = sum(losses[name] for name in modules) / len(modules)
         total = sum(weight_of[name] * loss for name, loss in losses.items())
         (total / len(pairs)).backward()
         for name, loss in losses.items():
@@ -455,14 +467,13 @@ def backward(
 
 
 def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
-    """Scales the gradients down to a total norm of at most config.clip. Returns their norm before
-    that."""
+    """Scales the gradients down to a total norm of at most config.clip. Returns the norm before."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's norm is sharded
 
 
 def log_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, progress: Progress):
-    """Prints the model's size, the machine, and how often the run reads its text."""
+    """Prints the model's size, the machine, and how many epochs of the text the run takes."""
     total, active, mtp = (f"{n / 1e6:.2f}M" for n in parameter_counts(model).values())
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.dtype_reason})"
@@ -477,19 +488,22 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     config.out. A new run's folder gets copies of `files`. After a signal it saves a checkpoint and
     raises KeyboardInterrupt."""
     model.trained_length = max(model.trained_length, config.block_size)
+    # The model, whose blocks are now compiled or sharded, if they are to be; or DDP around it.
     trainer = processes.wrap(model.train(), config, machine)
     compiled = processes.compiles(config, machine.device)
     optimizers = make_optimizers(model, config)
     progress = Progress()
+    # All processes must have opened the same data.
     machine.check_alike(data=[*map(len, (*data.train.arrays, *data.val.arrays)), data.vocab_size])
     # What a checkpoint contains. Add anything that has state_dict and load_state_dict.
     states = {"model": model, "progress": progress, "random": RandomNumbers(machine)}
     states |= checkpoints.by_name(model, optimizers)
 
-    # Counted in a plain copy of the network: this one may be compiled, sharded or in FP8.
-    known = peak_flops(machine.device)
-    flops = flops_per_token(outline(model.config), config.block_size) if known else None
+    # For the mfu. Counted in a plain copy: this network may be compiled, sharded or in FP8.
+    peak = peak_flops(machine.device)
+    flops = flops_per_token(outline(model.config), config.block_size) if peak else None
 
+    # A resumed run's states are restored here. A signal sets run.stopped.
     with runs.open_run(states, config, machine, files, flops) as run:
         log_plan(model, data, config, machine, progress)
         if progress.step == 0 and config.init_from:  # the initial weights, before they change
@@ -497,13 +511,14 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
 
         while not (run.finished or run.stopped):
             step = progress.step
-            if extended(config, step):
+            if in_yarn_phase(config, step):
                 extend_context(model, config)
             windows = train_windows(data, config, step)
             batches = micro_batches(windows, config, machine)
 
-            # The YaRN phase needs graphs of its own; on a CPU it is too short for them.
-            eager = compiled and machine.device.type == "cpu" and extended(config, step)
+            # The YaRN phase needs graphs of its own; on a CPU it is too short for them. In FP8 all
+            # micro-batches of a step read the same quantised weights.
+            eager = compiled and machine.device.type == "cpu" and in_yarn_phase(config, step)
             with fp8.quantized_once(model, compiled), processes.graphs(eager):
                 losses = backward(trainer, batches, loss_weights(model, config, step), machine)
 
@@ -516,16 +531,19 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
                     for group in optimizer.param_groups:
                         group["lr"] = lr * group.get("lr_scale", 1.0)
                     optimizer.step()
-            model.zero_grad(set_to_none=trainer is model)  # DDP's are views of its buckets
+            # DDP's gradients are views of its buckets, which are kept.
+            model.zero_grad(set_to_none=trainer is model)
 
             for gate in model.gates():
-                machine.sum(gate.load)  # in place: update_bias needs the counts of all processes
+                machine.sum(gate.load)  # in place, so that update_bias has all processes' counts
             total = machine.sum(torch.stack([*losses.values()]))
             means = dict(zip(losses, total / machine.world, strict=True))
             means["max_vio"] = max_vio([gate.load for gate in model.gates()])
             model.update_bias(gamma_at(config, step) if finite else 0.0)  # also resets the loads
+            # Counts the step (progress.step, progress.tokens), and logs if a line is due.
             run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
             if run.evaluation_due:
+                # The best weights so far become best.pt.
                 run.log_evaluation(evaluate(model, data, config, machine))
             if run.checkpoint_due:
                 if config.parallel == "ddp":  # under FSDP no process has a copy to compare
@@ -552,7 +570,7 @@ def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
     (if the run is resumed or evaluated), command line."""
     classes = (TrainConfig, ModelConfig)
     config_file, command_line = settings.parse_args(ABOUT, argv, *classes, positional="config")
-    command_line |= settings.with_home(command_line, "out", "data", "init_from")
+    command_line |= settings.with_home(command_line, "out", "data", "init_from")  # expands ~
     in_file = settings.read_config_file(config_file, *classes) if config_file else {}
     values = vars(TrainConfig()) | in_file | command_line
     out = values["out"] or (f"out/{Path(config_file).stem}" if config_file else "")
@@ -565,6 +583,7 @@ def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
         return values, weights, 0
     saved = load_checkpoint(weights, whole=False)
     stored = saved["model_config"] | saved["train_config"]
+    # Without the settings of older code, which do not exist any more.
     known = ModelConfig.__dataclass_fields__ | TrainConfig.__dataclass_fields__
     stored = {k: x for k, x in stored.items() if k in known and k not in PER_COMMAND}
     return settings.merge(in_file, stored, command_line) | {"out": out}, weights, saved["step"]
@@ -588,7 +607,7 @@ def find_weights(values: dict, command_line: dict) -> tuple[Path | None, bool]:
         runs.check_folder(out, resume=True, overwrite=False)
         return out / "ckpt.pt", True
     if values["eval_only"]:  # writes nothing, so another process may be training the run
-        # In a config file, init_from is where the run began: its own weights are newer.
+        # An init_from in the config file is where the run began: its own weights are newer.
         if not init_from or ("init_from" not in command_line and runs.holds_run(out)):
             return checkpoint_file(out), True
         return Path(init_from), False
@@ -602,11 +621,10 @@ def find_weights(values: dict, command_line: dict) -> tuple[Path | None, bool]:
 
 
 def open_network(config: TrainConfig, network: dict, source: Path | None, machine: Machine):
-    """Returns the network, new or with the weights in `source`, and the tokenizer of the
-    weights."""
+    """Returns the network, new or with the weights in `source`, and the weights' tokenizer."""
     sharded = machine.world > 1 and config.parallel == "fsdp" and not config.eval_only
     device = "cpu" if sharded else machine.device  # FSDP moves the model block by block
-    dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of weights, optimiser
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of the weights
     if not source:
         if not {"hidden_size", "num_hidden_layers"} <= network.keys():
             raise Refusal(
@@ -614,9 +632,10 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
                 "sizes: begin with a copy of config/small.py."
             )
         return DeepSeekV3(ModelConfig(**network)).to(device, dtype), None
-    extend = not config.resume  # the network may have parts that the weights lack, or lack some
-    opened, tokenizer = load_model(source, device, dtype, extend)
-    model = with_settings(opened, network, source, extend)
+    # Unless a run is resumed, network and weights may differ: a new part, or one that is gone.
+    extend = not config.resume
+    opened, tokenizer = load_model(source, device, dtype, extend)  # with its own settings
+    model = with_settings(opened, network, source, extend)  # the same weights, with this run's
     if not (config.resume or config.eval_only):
         info(f"start: from {source}")
         for key, old in vars(opened.config).items():
@@ -635,7 +654,7 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
     # MTP module k needs k + 1 tokens before it has a target.
     least = 1 + model.config.num_nextn_predict_layers
     if config.block_size < least:
-        raise Refusal(f"block_size is {config.block_size}, but must be at least {least} here.")
+        raise Refusal(f"block_size is {config.block_size}, but MTP needs at least {least} tokens.")
     if config.eval_only:  # has no steps
         return
     trained = max(model.trained_length, config.block_size)
@@ -663,7 +682,8 @@ def command(argv: list[str]):
     torch.manual_seed(config.seed)
 
     model, tokenizer = open_network(config, network, source, machine)
-    # Initial weights are the same in all processes. Random numbers in steps (dropout) differ.
+    # Initial weights are the same in all processes. Random numbers in steps, such as those of a
+    # dropout that you add, differ.
     torch.manual_seed(config.seed + 1 + machine.rank)
     check_settings(config, model, machine, first)
     data, folder = open_data(config, model.config.vocab_size, source)
@@ -673,7 +693,7 @@ def command(argv: list[str]):
         fp8.use_fp8(model)
 
     if config.eval_only:
-        if machine.device.type == "cuda":
+        if machine.device.type == "cuda":  # on a CPU evaluations are never compiled
             processes.compile_network(model, config, machine)
         result = evaluate(model, data, config, machine)
         del result["expert_load"]

@@ -69,8 +69,8 @@ def test_what_changes_in_the_run_changes_at_its_very_step():
     config = train.TrainConfig(steps=10, block_size=16, long_block_size=64, long_start=0.5)
     config = replace(config, mtp_switch=0.5, gamma=0.25, gamma_stop=0.5)
     assert [train.block_at(config, step) for step in range(8)] == [16] * 5 + [64, 16, 64]
-    assert [train.extended(config, step) for step in (4, 5, 6)] == [False, True, True]
-    assert not train.extended(replace(config, long_block_size=0), 9)
+    assert [train.in_yarn_phase(config, step) for step in (4, 5, 6)] == [False, True, True]
+    assert not train.in_yarn_phase(replace(config, long_block_size=0), 9)
     assert [train.mtp_weight_at(config, step) for step in (4, 5)] == [0.3, 0.1]
     assert [train.gamma_at(config, step) for step in (4, 5)] == [0.25, 0]
 
