@@ -1,15 +1,16 @@
 """Write text with a trained model: python sample.py out/small --prompt="def main(".
 
 Decoding is speculative. Each round drafts a few tokens and checks all of them in one forward pass
-of the model; the first rejected draft is replaced. The MTP modules make the drafts or, where the
-last three tokens occurred earlier in the text, the drafts are copied from there. Either way the
-text has exactly the distribution of plain sampling (Leviathan et al., arXiv 2211.17192). The text
-goes to stdout, everything else to stderr.
+of the model. The first rejected draft is replaced; those after it are dropped. The MTP modules make
+the drafts, except where the last three tokens occurred earlier in the text: then the tokens that
+followed them there are copied (prompt lookup). Either way the text has exactly the distribution of
+plain sampling (Leviathan et al., arXiv 2211.17192). The text goes to stdout, everything else to
+stderr.
 
 `generate` is the loop over rounds; a round is Text.draft, then Text.verify.
 
-Shapes: B texts decoded together, T tokens of the prompt, G drafts in a round, V vocabulary, D
-hidden size.
+Shapes: B texts decoded together, T tokens of the prompt, n tokens of a text so far, G drafts in a
+round, V vocabulary, D hidden size.
 """
 
 import codecs
@@ -33,9 +34,9 @@ from support.settings import Refusal, info, parse_args, run_command, with_home
 from support.sizes import cache_numbers
 from support.tokenizer import Tokenizer
 
-MOST_DRAFTS = 4
+MOST_DRAFTS = 4  # a round reads up to 8 positions, drafts and MTP modules: MOST_NEW in model.py
 MATCH = 3  # drafts are copied where the last 3 tokens occurred earlier in the text
-COLDEST = 1e-6  # a lower temperature counts as 0: the likeliest token has nearly all probability
+COLDEST = 1e-6  # lower temperatures count as 0
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
@@ -46,8 +47,8 @@ class SampleConfig:
     num_samples: int = 1  # texts from the same prompt, decoded together
     max_new_tokens: int = 256  # at most, for each text
     temperature: float = 0.8  # 0: always the likeliest token
-    top_k: int | None = 200  # sample among the k likeliest tokens; none: among all
-    top_p: float | None = None  # sample among the fewest tokens with this much probability
+    top_k: int | None = 200  # sample from the k likeliest tokens; none: from all
+    top_p: float | None = None  # sample from the fewest tokens with this much probability in sum
     seed: int = 1337  # the same seed and options give the same text
     speculative: Literal[0, 1, 2, 3, 4] = 2  # drafts per round, by MTP module or lookup
     lookup: bool = True  # copy drafts from earlier in the text where it repeats itself
@@ -66,12 +67,12 @@ class Stats:
     tokens: int = 0  # new tokens
     rounds: int = 0  # forward passes of the main model, including the prompt's
     lookups: int = 0  # rounds with copied drafts
-    # By position in a round: drafts made, except beyond the end of the text, and drafts that became
-    # part of it. All texts advance as far as the slowest: a draft beyond that point counts as
+    # Drafts and accepted drafts by position in the round. Drafts beyond the end of a text are not
+    # counted. All texts advance only as far as the slowest: a draft beyond that point counts as
     # rejected, even if its own text would have kept it.
     drafted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
     accepted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
-    note: str = ""  # for the reader of the text
+    note: str = ""  # why the text stopped, or that it is longer than the model was trained for
 
     def count(self, new: int, accepted: int, drafted: int):
         """Adds a round of one text: `new` tokens, and `accepted` of `drafted` drafts."""
@@ -90,8 +91,8 @@ class Stats:
 
 
 def drawing_device(device: torch.device) -> torch.device:
-    """The device on which tokens are drawn, in float64: the model's, but the CPU for Apple's GPUs,
-    which lack float64."""
+    """The device on which tokens are drawn, in float64: the model's own, but the CPU if that is an
+    Apple GPU, which lacks float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -103,7 +104,7 @@ def uniform(B: int, G: int, device: torch.device, generator=None) -> Tensor:
 
 
 class Filters(NamedTuple):
-    temperature: float | Tensor  # a tensor in a graph, which then serves every temperature
+    temperature: float | Tensor  # as a tensor (unless 0), so that a graph serves every temperature
     top_k: int | None = None
     top_p: float | None = None
 
@@ -111,8 +112,8 @@ class Filters(NamedTuple):
 def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor:
     """Temperature, then top-k, then top-p: logits (..., V) -> probabilities (..., V) in float64.
 
-    At temperature 0 the likeliest token has all probability. Tokens that tie with the k-th
-    likeliest all stay, as in transformers.
+    At temperature 0 the likeliest token has probability 1. Tokens that tie with the k-th likeliest
+    all stay, as in transformers.
     """
     if not isinstance(temperature, Tensor) and temperature < COLDEST:
         likeliest = logits.argmax(-1, keepdim=True)  # (..., 1)
@@ -131,19 +132,19 @@ def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:
-    """Draws one token (B, n) from each of the distributions p (B, n, V).
+    """Draws one token (B, m) from each of the distributions p (B, m, V), which need not sum to 1.
 
     The tokens divide [0, 1) into intervals as long as their probabilities. The token drawn is the
-    one whose interval contains u (B, n).
+    one whose interval contains u (B, m).
 
-    A running sum of rounded numbers is inexact: over a large vocabulary in float32, by up to 1e-3.
-    On a GPU, which adds in parallel, the sum may even fall from one token to the next, or rise at
-    a token of probability 0, which could then be drawn. So probabilities are rounded down to
+    A plain cumulative sum would not be safe. In float32 and over a large vocabulary it is off by up
+    to 1e-3. On a GPU, which adds in parallel, it may fall from one token to the next, or rise at a
+    token of probability 0, which could then be drawn. So probabilities are rounded down to
     multiples of 2^-52, which float64 adds exactly, in any order. Every token then has its
     probability to within 2^-52, and a token of probability 0 is never drawn.
     """
     p = p.double()
-    total = (p / p.sum(-1, keepdim=True) * 2.0**52).floor().cumsum(-1)  # (B, n, V)
+    total = (p / p.sum(-1, keepdim=True) * 2.0**52).floor().cumsum(-1)  # (B, m, V)
     token = torch.searchsorted(total, u[..., None] * total[..., -1:], right=True).squeeze(-1)
     return token.clamp(max=p.shape[-1] - 1)  # beyond the last token only if p is not finite
 
@@ -164,7 +165,7 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
     kept = stays.cumprod(1).sum(1)  # (B,), drafts before the first rejected one
     b = torch.arange(len(p), device=p.device)  # (B,)
     p_after = p[b, kept]  # (B, V)
-    q_after = F.pad(q, (0, 0, 0, 1))[b, kept]  # (B, V), 0 after the last draft
+    q_after = F.pad(q, (0, 0, 0, 1))[b, kept]  # (B, V), zeros if all drafts stay
     rest = (p_after - q_after).clamp(min=0)
     # Where p and q differ only by rounding, p - q may be 0 or less everywhere.
     rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p_after)
@@ -177,9 +178,10 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
 class Text:
     """B texts of n tokens each, with the caches and hidden states needed to continue them.
 
-    After the prompt, the model has read all tokens but the newest, token n-1: the next round reads
-    it together with the drafts. Rejected drafts leave entries in `cache`, `hidden` and `mtp_cache`
-    beyond the end of the text. Nothing clears these: they are overwritten before they are read.
+    `__init__` reads the whole prompt, and the first round (`first`) draws one token from the
+    result. From then on the model has read all tokens but the newest, token n-1, and each round
+    reads that one together with its drafts. Rejected drafts leave entries in `cache`, `hidden` and
+    `mtp_cache` beyond the end of the text. They are overwritten before they are read.
     """
 
     def __init__(
@@ -195,16 +197,17 @@ class Text:
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
         self.model, self.compiled, self.drafts = model, compiled, G
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft
-        most = MOST_IN_GRAPH // (G + max(1, self.depth))  # a round reads G + depth tokens of a text
+        most = MOST_IN_GRAPH // (G + max(1, self.depth))  # verify reads G + 1, draft G + depth
         if compiled and model.gates() and most < B:
             raise Refusal(f"{B} samples are too many: --compile decodes at most {most} together")
-        drawn = filters.temperature >= COLDEST
-        if drawn:
+        sampled = filters.temperature >= COLDEST
+        if sampled:
             where = drawing_device(tokens.device)
-            heat = torch.tensor(filters.temperature, dtype=torch.float64, device=where)
-            filters = filters._replace(temperature=heat)
+            temperature = torch.tensor(filters.temperature, dtype=torch.float64, device=where)
+            filters = filters._replace(temperature=temperature)
         self.filters = filters
-        # The last round may write beyond `new`. A graph serves a single size, so sizes are few.
+        # The last round may write beyond `new`. A graph fits one size only, so with graphs sizes
+        # are powers of two.
         size = T + new + MOST_DRAFTS
         size = max(256, 1 << (size - 1).bit_length()) if compiled else size
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
@@ -216,11 +219,14 @@ class Text:
         if self.depth:  # only the modules read hidden states
             self.hidden[:, :T] = hidden
         if T > 1:
+            # The last positions of deeper modules lack their tokens; the next `draft` reads them
+            # again.
             hidden = hidden[:, :-1]
             for k in range(self.depth):
                 hidden = self.read_mtp(k, hidden, 0)
         if compiled:
-            kind = drawn, *filters[1:], B, size, G, like.dtype, like.device
+            # Texts share a graph if all that it depends on is the same: code, filters, shapes.
+            kind = sampled, *filters[1:], B, size, G, like.dtype, like.device
             code, on_cpu = graphs.methods(model, Text, Cache), tokens.device.type == "cpu"
             self.graph = graphs.compiled(Text.round, on_cpu, (code, kind))
             self.played = set()  # kinds of rounds so far: how many drafts, copied or not
@@ -236,16 +242,17 @@ class Text:
         return self.model.predict_next(k, hidden, tokens, self.mtp_cache)
 
     def draft(self, n: int | Tensor, copies: Tensor | None, u: Tensor) -> Tensor:
-        """Writes drafts of tokens n .. n+G-1: `copies` (B, G) or, if None, drafts by the MTP
-        modules. Returns the distributions of the drafts, q (B, G, V).
+        """Writes the drafts, tokens n .. n+G-1, and returns their distributions q (B, G, V).
 
-        In every round the modules read the last positions, up to n-2, once more: the G + 1 that the
-        previous round may have added, and depth - 1 before these, where a deeper module may have
-        read a draft that was then rejected. Reading a correct position again changes nothing.
+        copies: copied drafts (B, G), or (B, 0) for a round without drafts; None: the MTP modules
+        draft. In every round the modules read the last G + depth positions, up to n-2, the last one
+        whose hidden state is known. These are the G + 1 that the previous round may have added, and
+        depth - 1 before them, where a deeper module may have read a draft that was then rejected.
+        Reading a correct position again changes nothing, and the shape stays the same.
 
         At n-2 module 1 drafts token n, module 2 token n+1, and so on. For further drafts the last
         module continues from its own output, one position further each time. With two modules and
-        at most three drafts (so 5 positions):
+        three drafts (so 5 positions):
 
             module   reads positions   hidden states        tokens            drafts token
             1        n-6 .. n-2        of the model         n-5 .. n-1        n
@@ -254,13 +261,14 @@ class Text:
         """
         if copies is not None:
             self.tokens[:, span(n, copies.shape[1])] = copies
-        again = self.drafts + self.depth  # positions to read again
-        again = min(again, n - 1) if isinstance(n, int) else again  # a short text has fewer
+        last = self.drafts + self.depth  # positions that the modules read
+        last = min(last, n - 1) if isinstance(n, int) else last  # a short text has fewer
+        # Copied drafts need no module, but the modules read on: their caches must have no gaps.
         steps = self.drafts if copies is None else self.depth
-        if not (steps and again):
+        if not (steps and last):
             return self.one_hot(copies, u)
-        start, q = n - 1 - again, []
-        hidden = self.hidden[:, span(start, again)]  # (B, again, D)
+        start, q = n - 1 - last, []
+        hidden = self.hidden[:, span(start, last)]  # (B, last, D)
         for step in range(steps):
             k = min(step, self.depth - 1)
             if step > k:  # the last module continues from its own newest state
@@ -274,7 +282,7 @@ class Text:
         return torch.cat(q, 1) if copies is None else self.one_hot(copies, u)
 
     def one_hot(self, copies: Tensor, u: Tensor) -> Tensor:
-        """Copied drafts (B, G) as distributions (B, G, V) that have all probability there."""
+        """Copied drafts (B, G) as distributions (B, G, V): probability 1 on every copied token."""
         return F.one_hot(copies.to(u.device), self.model.config.vocab_size).to(u.dtype)
 
     def verify(
@@ -298,15 +306,16 @@ class Text:
         drafts = read[:, 1:].to(u.device)  # (B, G)
         p = probabilities(logits, *self.filters)  # (B, G+1, V)
         kept, token = accept(p, q, drafts, u[:, G:])
+        # The new token takes the place after the kept drafts; what follows it does not count.
         out = torch.cat((drafts, token), 1).scatter(1, kept[:, None], token)  # (B, G+1)
         self.tokens[:, span(n, G + 1)] = out.to(hidden.device)
-        # Not finite: NaN, inf, or -inf for all tokens. A single -inf only rules a token out.
+        # False for a NaN, an inf, or -inf for all tokens. A single -inf only rules a token out.
         finite = logits.amax(-1).sum().abs() + p.sum() < math.inf
         return torch.where(finite, kept, -1), out
 
     def round(self, n: int | Tensor, copies: Tensor | None, u: Tensor) -> Tensor:
         """`draft`, then `verify`. Returns kept and tokens as one tensor (B, 1+G+1), so that the
-        host waits for a GPU once. Playing a round twice gives the same result."""
+        host waits for a GPU once. Played twice, a round gives the same result (see `play`)."""
         kept, out = self.verify(n, self.draft(n, copies, u), u)
         return torch.cat((kept[:, None], out), 1)
 
@@ -320,13 +329,16 @@ class Text:
         took without compilation. The first rounds of a text are eager, because they read fewer
         positions than a graph."""
         position, run, stance = n, Text.round, contextlib.nullcontext()
-        copies = copies if copies is None else copies.to(self.tokens.device)
+        if copies is not None:
+            copies = copies.to(self.tokens.device)
         if n == self.prompt:
             run = Text.first
         elif self.compiled and n > self.drafts + self.depth:
             position, run = torch.tensor(n, device=self.tokens.device), self.graph
             kind = copies is None, u.shape
             if kind not in self.played:
+                # Plays the round once to compile it, before time is measured; it is played again
+                # below. A GPU's graph must know where its tensors are: in these parts.
                 self.played.add(kind)
                 args, on_cpu = (self, position, copies, u), self.tokens.device.type == "cpu"
                 parts = self.model, *map(vars, (self, self.cache, self.mtp_cache))
@@ -339,8 +351,8 @@ class Text:
             seconds = time.perf_counter() - began
         if outcome[0][0] < 0:
             raise Refusal(
-                "logits or probabilities are not finite: the weights are damaged, or the model has "
-                "a wrong edit"
+                "logits or probabilities are not finite: the weights are damaged, or an edit broke "
+                "the model"
             )
         return outcome, seconds
 
@@ -348,8 +360,9 @@ class Text:
 # ---- Whole texts ---------------------------------------------------------------------------------
 
 
-class Sample:
-    """The ids of one text, and the place where each sequence of MATCH tokens last occurred."""
+class History:
+    """The ids of one text, and the place where each sequence of MATCH tokens last occurred. (The
+    last MATCH tokens are entered with the token after them, so they do not find themselves.)"""
 
     def __init__(self, ids: list[int]):
         self.ids: list[int] = []
@@ -369,14 +382,17 @@ class Sample:
         if place is None:
             return []
         found = self.ids[place : place + count]
-        return (found * count)[:count]  # at the end of the text the copy repeats itself
+        return (found * count)[:count]  # if fewer tokens follow, they are repeated
 
 
-def copied_drafts(samples: list[Sample], live: list[int], G: int) -> Tensor:
-    """G drafts for each text (B, G), copied from the text itself. A round copies for all texts or
-    for none: if one live text has nothing to copy, there are no drafts, (B, 0)."""
-    found = [sample.look_up(G) if b in live else [0] * G for b, sample in enumerate(samples)]
-    return torch.tensor(found if all(found) else [[] for _ in samples], dtype=torch.long)
+def copied_drafts(histories: list[History], live: list[int], G: int) -> Tensor:
+    """G drafts for each text (B, G), copied from the text itself. live: the texts that have not
+    ended. A round copies for all of them or for none: if one has nothing to copy, there are no
+    drafts, (B, 0)."""
+    found = [x.look_up(G) if b in live else [0] * G for b, x in enumerate(histories)]
+    if not all(found):
+        found = [[]] * len(histories)
+    return torch.tensor(found, dtype=torch.long)
 
 
 @torch.inference_mode()
@@ -396,17 +412,16 @@ def generate(
     on_token: Callable[[int, list[int], int], None] = lambda b, ids, accepted: None,
     stats: Stats | None = None,
 ) -> Tensor:
-    """Continues B texts, tokens (B, T). Returns (B, T + max_new_tokens), the prompt included.
+    """Continues B texts, tokens (B, T). Returns (B, T + max_new_tokens), the prompt included, or
+    fewer columns if they reach max_position_embeddings; then stats.note says so.
 
     speculative: drafts per round, 0 to 4, by the MTP modules if the model has any.
     lookup: where the last tokens occurred before, copy drafts from what followed them.
-    compile: play rounds as compiled graphs.
+    compile: run rounds as compiled graphs.
     eos_token_id: one or several; a text that reaches one is padded with the first of them.
     generator: on drawing_device(tokens.device); the same state gives the same texts.
     on_token(b, ids, accepted): called with new tokens of text b; the first `accepted` were drafts.
     stats: a Stats to fill in.
-
-    Decoding stops early at max_position_embeddings, and stats.note says so.
     """
     check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
@@ -417,34 +432,35 @@ def generate(
     with torch.autocast(tokens.device.type, enabled=False):
         filters = Filters(temperature, top_k, top_p)
         text = Text(model, tokens, end - T, speculative, compile, filters)
-        samples = [Sample(ids) for ids in tokens.tolist()]
+        histories = [History(ids) for ids in tokens.tolist()]
         live, n = list(range(B)), T  # the texts that have not reached eos; tokens of each of them
         while live and n < end:
-            copies = copied_drafts(samples, live, speculative if lookup and n > T else 0)
-            if n > T and not copies.shape[1] and text.depth:
-                copies = None  # nothing to copy: the MTP modules make the drafts
+            most = speculative if n > T else 0  # the round after the prompt has no drafts
+            copies = copied_drafts(histories, live, most if lookup else 0)  # (B, most) or (B, 0)
+            if most and text.depth and not copies.shape[1]:
+                copies = None  # nothing to copy: the MTP modules draft
             G = speculative if copies is None else copies.shape[1]
             outcome, seconds = text.play(n, copies, uniform(B, G, tokens.device, generator))
-            # All texts advance by the drafts that every one of them keeps, and by one token more:
-            # the token after these or, in a text that keeps more of them, its next draft.
+            # All texts advance together: by the drafts that every one keeps, and by one token more,
+            # which is the token drawn after these or, in a text that keeps more, its next draft.
             advance = min(1 + min(outcome[b][0] for b in live), end - n)
             for b in live:
                 kept, ids = outcome[b][0], up_to_eos(outcome[b][1 : 1 + advance], eos)
                 accepted = min(kept, len(ids))
-                samples[b].extend(ids)
+                histories[b].extend(ids)
                 on_token(b, ids, accepted)
                 room = len(ids) if ids[-1] in eos else end - n  # tokens before the end of the text
                 stats.count(len(ids), accepted, min(G, room))
-            live = [b for b in live if samples[b].ids[-1] not in eos]
+            live = [b for b in live if histories[b].ids[-1] not in eos]
             n += advance
             stats.count_round(seconds, copied=copies is not None and G > 0)
-    stats.note = note(max(len(x.ids) for x in samples), end, T + max_new_tokens, model)
-    padded = [x.ids + eos[:1] * (end - len(x.ids)) for x in samples]
+    stats.note = note(max(len(x.ids) for x in histories), end, T + max_new_tokens, model)
+    padded = [x.ids + eos[:1] * (end - len(x.ids)) for x in histories]
     return torch.tensor(padded, device=tokens.device)
 
 
 def note(length: int, end: int, wanted: int, model: DeepSeekV3) -> str:
-    """A note for the reader of a text of `length` tokens, or ""."""
+    """A note about a text of `length` tokens, or an empty string."""
     if length == end < wanted:
         return f"stopped at the context limit of {end} tokens (max_position_embeddings)"
     if length > model.trained_length > 0:
@@ -461,12 +477,12 @@ def up_to_eos(ids: list[int], eos: list[int]) -> list[int]:
 
 
 def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative):
-    """Raises Refusal, with one sentence, if `generate` cannot use these arguments."""
+    """Raises Refusal if `generate` cannot use these arguments."""
     if tokens.ndim != 2:
-        raise Refusal(f"tokens have shape {tuple(tokens.shape)}, but must have (B, T).")
+        raise Refusal(f"tokens have shape {tuple(tokens.shape)}, but must have (B, T)")
     (B, T), V, limit = tokens.shape, model.config.vocab_size, model.config.max_position_embeddings
     low, high = (tokens.min().item(), tokens.max().item()) if B * T else (0, 0)
-    drafts = speculative in range(MOST_DRAFTS + 1)
+    possible = speculative in range(MOST_DRAFTS + 1)
     for ok, sentence in (
         (B * T > 0, "nothing to continue: the prompt is empty, or num_samples is 0"),
         (limit >= T, f"the prompt has {T} tokens, but the context ends at {limit}; shorten it"),
@@ -475,7 +491,7 @@ def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, spec
         (0 <= temperature < math.inf, f"temperature is {temperature}, but must be 0 or more"),
         (top_k is None or top_k >= 1, f"top_k is {top_k}, but must be at least 1, or none"),
         (top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, but must be in (0, 1], or none"),
-        (drafts, f"the number of drafts is {speculative!r}, but must be 0 to {MOST_DRAFTS}"),
+        (possible, f"the number of drafts is {speculative!r}, but must be 0 to {MOST_DRAFTS}"),
     ):
         if not ok:
             raise Refusal(sentence)
@@ -491,7 +507,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
     """
     device, stats, colour = model.embed_tokens.weight.device, Stats(), config.show == "drafts"
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
-    texts = [prompt] * config.num_samples  # not yet printed
+    texts = [prompt] * config.num_samples  # what has not been printed of each
     # A character is printed once all of its bytes have been decoded.
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in texts]
 
@@ -527,12 +543,14 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
 
 def print_stats(model: DeepSeekV3, stats: Stats, num_samples: int):
     if stats.rounds > 1:
-        speed = (stats.tokens - num_samples) / stats.seconds  # the prompt's forward gave the first
+        # Without each text's first token, which came from the prompt's forward pass.
+        speed = (stats.tokens - num_samples) / stats.seconds
         info(f"{stats.tokens} tokens, {speed:.1f} tokens/s after the prompt")
     if stats.rounds and any(stats.drafted):
-        of = (f"{a} of {d}" for a, d in zip(stats.accepted, stats.drafted, strict=True) if d)
+        pairs = zip(stats.accepted, stats.drafted, strict=True)
+        rates = ", ".join(f"{a} of {d}" for a, d in pairs if d)
         per_call = stats.tokens / stats.rounds / num_samples
-        info(f"{per_call:.2f} tokens per model call; accepted drafts, by position: {', '.join(of)}")
+        info(f"{per_call:.2f} tokens per model call; accepted drafts, by position: {rates}")
         if stats.drafted[0] >= 20 and stats.accepted[0] < stats.drafted[0] / 10:
             info("few drafts were accepted: if model.py was edited, run python bench.py check RUN")
     like = model.embed_tokens.weight
@@ -550,7 +568,7 @@ def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
     """Reads one prompt after another and continues each as a new text."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, gives input() line editing and a history
-    info("one prompt per line (\\n: line break); Ctrl-C ends a text, an empty line or Ctrl-D quits")
+    info("one prompt per line (\\n: line break); Ctrl-C ends a text; an empty line or Ctrl-D quits")
     with contextlib.suppress(EOFError):
         while line := input("> " if sys.stdout.isatty() else ""):
             try:
@@ -586,7 +604,7 @@ def main(argv: list[str]):
         chat(model, tokenizer, config)
     else:
         if "prompt" not in values and sys.stdin and not sys.stdin.isatty():
-            info("reading the prompt from standard input (--prompt=TEXT does not wait for it)")
+            info("reading the prompt from standard input (not with --prompt=TEXT)")
             try:
                 config.prompt = sys.stdin.buffer.read().decode()
             except UnicodeDecodeError as error:

@@ -654,7 +654,9 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
     # MTP module k needs k + 1 tokens before it has a target.
     least = 1 + model.config.num_nextn_predict_layers
     if config.block_size < least:
-        raise Refusal(f"block_size is {config.block_size}, but MTP needs at least {least} tokens.")
+        raise Refusal(
+            f"block_size is {config.block_size}, but must be at least {least} with MTP modules."
+        )
     if config.eval_only:  # has no steps
         return
     trained = max(model.trained_length, config.block_size)

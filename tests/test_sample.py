@@ -41,7 +41,7 @@ def test_looked_up_is_what_followed_last():
         ([200_000, 0xD800, 5, 6] * 2, 3, [200_000, 0xD800, 5]),
     ):
         for prompt in range(1, len(ids) + 1):  # the rest comes in pieces
-            row = sample.Sample(ids[:prompt])
+            row = sample.History(ids[:prompt])
             for start in range(prompt, len(ids), 2):
                 row.extend(ids[start : start + 2])
             assert row.ids == ids and row.look_up(count) == found
