@@ -64,10 +64,8 @@ def applied(title: str, folder: Path) -> list[str]:
     named = re.search(r"git apply (docs/changes/\w+\.diff)", section)
     diff = shown[1] if shown else (ROOT / named[1]).read_text(encoding="utf-8")
     files = re.findall(r"(?m)^\+\+\+ b/(.*)$", diff)
-    (folder / "config").mkdir()
     for file in files:
-        if (ROOT / file).exists():
-            shutil.copy(ROOT / file, folder / file)
+        shutil.copy(ROOT / file, folder / file)
     for file, hunks in PATCHED.findall(diff):
         source = (ROOT / file).read_text(encoding="utf-8")
         for hunk in HUNK.findall(hunks):
@@ -154,19 +152,6 @@ def test_all_changes_of_a_line_are_tried():
 def sums_to_one(c: Changed):
     s, _, _ = c.model.gates()[0](torch.randn(5, 48).double())
     assert torch.allclose(s.sum(-1), torch.ones(5).double())
-
-
-def small_with(**more):
-    def check(c: Changed):
-        (file,) = c.files
-        paths = ROOT / "config/small.py", c.folder / file
-        small, mine = (read_config_file(str(path), ModelConfig, TrainConfig) for path in paths)
-        assert mine == small | more
-
-    return check
-
-
-change("Your own data")(small_with(data="mine", vocab_size=2048))
 
 
 @change("Document masks", document_token=511, num_nextn_predict_layers=2)
