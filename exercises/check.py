@@ -28,7 +28,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from exercises import solutions
@@ -58,7 +58,7 @@ def run(case: Case, function: Callable, right: Outcome | None = None) -> Outcome
     try:
         with FlopCounterMode(display=False) if case.too_many else nullcontext() as counter:
             returned = function(*case.args)
-        returned = case.changes(returned) if case.changes else returned
+        returned = case.changes(returned)
         if not (isinstance(returned, tuple) and len(case.results) > 1):
             returned = (returned,)
         if problem := unlike(returned, right, case) if right else "":
@@ -94,8 +94,10 @@ def unlike(returned: tuple, right: Outcome, case: Case) -> str:
 def gradients(values: tuple[Tensor, ...], case: Case) -> dict[str, Tensor]:
     """The gradients of a weighted sum of the values; 0 where there is none."""
     names = inspect.signature(getattr(solutions, case.function)).parameters
-    leaves = {name: x for name, x in zip(names, case.args, strict=False) if isinstance(x, Tensor)}
-    leaves = {name: x for name, x in leaves.items() if x.requires_grad} | case.learnt
+    leaves = dict(zip(names, case.args, strict=True))
+    for module in [x for x in case.args if isinstance(x, nn.Module)]:
+        leaves |= dict(module.named_parameters())
+    leaves = {k: x for k, x in leaves.items() if isinstance(x, Tensor) and x.requires_grad}
     total = sum((x * torch.linspace(1, 2, x.numel()).view_as(x)).sum() for x in values)
     found = [None] * len(leaves)
     if leaves and total.requires_grad:

@@ -34,12 +34,12 @@ class Case:
 
     name: str
     function: str
-    args: tuple  # tensors that require a gradient are differentiated by
+    args: tuple  # gradients by tensors and by parameters of modules among them are compared
     results: tuple[str, ...]  # their names, with the layout
-    learnt: dict[str, Tensor] = field(default_factory=dict)  # parameters to differentiate by
     # What is compared, from the results: the order of the chosen is free, say.
     compared: Callable = lambda *results: results
-    changes: Callable | None = None  # reads the results where it changes what it is given
+    # The results, from what is returned: a function may change its arguments instead.
+    changes: Callable = lambda returned: returned
     too_many: str = ""  # what is wrong where products of matrices take three times what is needed
 
 
@@ -94,10 +94,9 @@ def rope_cases() -> Iterator[Case]:
         ("a row of zeros", torch.zeros(2, 8).double()),
         ("bfloat16 comes back, float32 inside", random(16, 32, size=30.0).detach().bfloat16()),
     ):
-        weight = random(x.shape[-1], seed=3)
-        if x.dtype == torch.bfloat16:
-            weight = weight.detach().bfloat16()
-        yield Case(f"rms_norm: {name}", "rms_norm", (x, weight, 1e-6), ("y (..., D)",))
+        norm, weight = v3.RMSNorm(x.shape[-1], 1e-6), random(x.shape[-1], seed=3).detach()
+        norm.weight = nn.Parameter(weight.to(x.dtype), requires_grad=x.dtype == torch.float64)
+        yield Case(f"rms_norm: {name}", "rms_norm", (norm, x), ("y (..., D)",))
     q, angle = random(2, 5, 3, 6), random(5, 3, seed=1, size=2.0).detach()
     table = angle.cos(), angle.sin()
     for name, x, rope, interleave in (
@@ -136,12 +135,12 @@ def mla_cases() -> Iterator[Case]:
         mla = filled(v3.MLA(config(**changes)))  # N = 4, R = 2, C = 7
         q = random(2, T, 3, 4), random(2, T, 3, 2, seed=1)
         x = *q, random(2, T, 7, seed=2), random(2, T, 1, 2, seed=3)
-        learnt = {"kv_b_proj.weight": mla.kv_b_proj.weight}
-        yield Case(name, "attend_expanded", (mla, *x), ("o (B, T, H, V)",), learnt)
+        yield Case(name, "attend_expanded", (mla, *x), ("o (B, T, H, V)",))
 
 
 def absorbed_cases() -> Iterator[Case]:
     wide = {"num_attention_heads": 4, "qk_nope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 8}
+    counted = "too many multiplications: keys or values of old tokens are made anew"
     for name, T, S, changes in (
         ("one new token, six in the cache", 1, 7, {}),
         ("three new tokens, four in the cache", 3, 7, {}),
@@ -155,11 +154,8 @@ def absorbed_cases() -> Iterator[Case]:
             "num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank"
         ))  # fmt: skip
         x = random(2, T, H, N), random(2, T, H, R, seed=1), random(2, S, C + R, seed=2)
-        learnt, results = {"kv_b_proj.weight": mla.kv_b_proj.weight}, ("o (B, T, H, V)",)
-        case = Case(name, "attend_absorbed", (mla, *x), results, learnt)
-        if S > 100:
-            case.too_many = "too many multiplications: keys or values of old tokens are made anew"
-        yield case
+        args, too_many = (mla, *x, S - T), counted if S > 100 else ""
+        yield Case(name, "attend_absorbed", args, ("o (B, T, H, V)",), too_many=too_many)
 
 
 def gate_cases() -> Iterator[Case]:
@@ -180,11 +176,10 @@ def gate_cases() -> Iterator[Case]:
         gate, x = filled(v3.Gate(config(**changes))), random(2, 20, 12, seed=5)
         bias = random(gate.config.n_routed_experts, seed=4).detach() * spread + shift
         gate.e_score_correction_bias = bias
-        results = ("scores (B, T, E)", "chosen experts (B, T, K)", "gate values (B, T, K)")
-        learnt = {"weight": gate.weight}
         if "bfloat16" in name:  # without gradients, which would depend on the order of a sum
-            gate, x, learnt = gate.bfloat16(), x.detach().bfloat16(), {}
-        yield Case(name, "gate", (gate, x), results, learnt, compared=sorted_by_expert)
+            gate, x = gate.bfloat16().requires_grad_(False), x.detach().bfloat16()
+        results = ("scores (B, T, E)", "chosen experts (B, T, K)", "gate values (B, T, K)")
+        yield Case(name, "gate", (gate, x), results, compared=sorted_by_expert)
 
 
 def bias_cases() -> Iterator[Case]:
@@ -241,8 +236,7 @@ def expert_cases() -> Iterator[Case]:
         experts = filled(v3.Experts(config(**changes)))
         x, gain = random(len(chosen), 12, seed=6), random(*chosen.shape, seed=7)
         args = experts, x, chosen.contiguous(), gain
-        learnt = dict(experts.named_parameters())
-        yield Case(name, "experts", args, ("y (tokens, D)",), learnt, too_many=too_many)
+        yield Case(name, "experts", args, ("y (tokens, D)",), too_many=too_many)
 
 
 def two(ids: Tensor, E: int) -> Tensor:
@@ -265,12 +259,7 @@ def mtp_cases() -> Iterator[Case]:
         tokens = torch.arange(2 * T).reshape(2, T) * 7 % 32
         targets = tokens.roll(-1, 1)
         targets[:, unknown] = -1
-        learnt = {
-            "embed_tokens.weight": net.embed_tokens.weight,
-            "lm_head.weight": net.lm_head.weight,
-            "mtp[0].eh_proj.weight": net.mtp[0].eh_proj.weight,
-        }
-        yield Case(name, "mtp_loss", (net, tokens, targets), ("loss",), learnt)
+        yield Case(name, "mtp_loss", (net, tokens, targets), ("loss",))
 
 
 def accept_cases() -> Iterator[Case]:

@@ -6,9 +6,7 @@ where a right function only rounds in another way, and a curve of training would
 """
 
 import copy
-import dataclasses
 import math
-import runpy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -28,6 +26,7 @@ import train
 from exercises import solutions
 from exercises.known import EXERCISES
 from huggingface import load_model
+from support.settings import read_config_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "weights/small/text.txt"
@@ -154,11 +153,9 @@ def rounding(functions) -> str:
 
 def curve(functions) -> str:
     """The loss in nats, step by step, of config/tiny.py's network on the bytes of a text."""
-    settings = runpy.run_path(str(ROOT / "config/tiny.py"))
-    network, run = (
-        kind(**{x.name: settings[x.name] for x in dataclasses.fields(kind) if x.name in settings})
-        for kind in (v3.ModelConfig, train.TrainConfig)
-    )
+    kinds = v3.ModelConfig, train.TrainConfig
+    settings = train.split_configs(read_config_file(str(ROOT / "config/tiny.py"), *kinds))
+    network, run = (kind(**values) for kind, values in zip(kinds, settings, strict=True))
     text, generator = torch.tensor([*TEXT.read_bytes()]), torch.Generator().manual_seed(run.seed)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(run.seed)
@@ -190,10 +187,6 @@ EFFECTS = {
 # ---- In the place of the network's own -----------------------------------------------------------
 
 PLACES = {name: place for x in EXERCISES.values() for name, place in x.functions.items()}
-AS_A_METHOD = {  # where the network's own is called with other arguments
-    "rms_norm": lambda f: lambda norm, x: f(x, norm.weight, norm.eps),
-    "attend_absorbed": lambda f: lambda mla, q_nope, q_pe, kv, start: f(mla, q_nope, q_pe, kv),
-}
 
 
 @contextmanager
@@ -209,8 +202,7 @@ def installed(functions: SimpleNamespace) -> Iterator[None]:
     with ExitStack() as stack:
         for name, function in vars(functions).items():
             if name not in ("mtp_loss", "train_step"):
-                method = AS_A_METHOD.get(name, lambda f: f)(function)
-                stack.enter_context(patch.object(*PLACES[name], in_float64(method)))
+                stack.enter_context(patch.object(*PLACES[name], in_float64(function)))
         yield
 
 

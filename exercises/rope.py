@@ -24,9 +24,10 @@ MATRICES = None  # how many different R_{j-t} W^UK would a head's query need in 
 TURNED, SEPARATE = None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., D), weight (D,) -> (..., D) in x's dtype. The normalised x is computed in float32 at
-    least (upcast) and rounded to x's dtype before it is multiplied by the weight."""
+def rms_norm(self, x: Tensor) -> Tensor:
+    """x (..., D) -> (..., D) in x's dtype. Use self.weight (D,) and self.eps. The normalised x is
+    computed in float32 at least (upcast) and rounded to x's dtype before it is multiplied by the
+    weight."""
     raise NotImplementedError
 
 

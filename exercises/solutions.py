@@ -13,11 +13,11 @@ from model import upcast
 from sample import draw
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(self, x):
     x32 = upcast(x)
     mean = x32.square().mean(-1, keepdim=True)
-    y = (x32 / (mean + eps).sqrt()).to(x.dtype)
-    return weight * y
+    y = (x32 / (mean + self.eps).sqrt()).to(x.dtype)
+    return self.weight * y
 
 
 def rotate(x, rope, interleave):
@@ -57,14 +57,14 @@ def attend_expanded(self, q_nope, q_pe, latent, k_pe):
     return torch.einsum("bhij,bjhd->bihd", p, v)
 
 
-def attend_absorbed(self, q_nope, q_pe, kv):
+def attend_absorbed(self, q_nope, q_pe, kv, start):
     (_, T, H, N), S, C = q_nope.shape, kv.shape[1], self.config.kv_lora_rank
     W = self.kv_b_proj.weight.view(H, -1, C)
     W_UK, W_UV = W[:, :N], W[:, N:]
     q = torch.einsum("bthn,hnc->bthc", q_nope, W_UK)
     q = torch.cat((q, q_pe), -1)  # (B, T, H, C+R)
     score = torch.einsum("bthc,bsc->bhts", q, kv) * self.scale
-    query = S - T + torch.arange(T, device=kv.device)
+    query = start + torch.arange(T, device=kv.device)
     later = torch.arange(S, device=kv.device) > query[:, None]  # (T, S)
     score = score.masked_fill(later, -math.inf)
     p = score.softmax(-1)

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("v3")  # the answers are V3's
 ANSWERS = r"""
 rope | x32 = upcast(x) => x32 = x.float()
 rope | upcast(x).unflatten => x.float().unflatten
-rope | (x32 / (mean + eps).sqrt()).to(x.dtype) => F.rms_norm(x32, x.shape[-1:], eps=eps).to(x.dtype)
-rope | y = (x32 / (mean + eps).sqrt()).to(x.dtype) => return (weight * (x32 * torch.rsqrt(mean + eps))).to(x.dtype) | rounded after the weight
+rope | (x32 / (mean + self.eps).sqrt()).to(x.dtype) => F.rms_norm(x32, x.shape[-1:], eps=self.eps).to(x.dtype)
+rope | y = (x32 / (mean + self.eps).sqrt()).to(x.dtype) => return (self.weight * (x32 * torch.rsqrt(mean + self.eps))).to(x.dtype) | rounded after the weight
 bias | load = gate.load.float() => load = gate.load / gate.load.sum()
 bias | mean = load.mean() => load = load / load.sum(); mean = 1 / len(load)
 bias | gamma * (mean - load).sign() => gamma * (mean - load).sign(); gate.e_score_correction_bias.clamp_(-1, 1) | held between -1 and 1
@@ -103,13 +103,5 @@ def test_known_mistakes_are_named_and_no_others(name):
 def test_the_networks_own_functions_are_right(name):
     places = EXERCISES[name].functions.items()
     own = {mine: getattr(owner, theirs) for mine, (owner, theirs) in places}
-    own |= {
-        "rms_norm": lambda x, weight, eps: v3.RMSNorm.forward(
-            SimpleNamespace(weight=weight, eps=eps), x
-        ),
-        "attend_absorbed": lambda mla, q_nope, q_pe, kv: mla.attend_absorbed(
-            q_nope, q_pe, kv, kv.shape[1] - q_nope.shape[1]
-        ),
-        "mtp_loss": lambda model, x, y: v3.DeepSeekV3.forward(model, x, y)["mtp_loss"],
-    }
+    own["mtp_loss"] = lambda model, x, y: v3.DeepSeekV3.forward(model, x, y)["mtp_loss"]
     assert judged(name, SimpleNamespace(**own)) == ([], [])
