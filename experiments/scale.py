@@ -3,13 +3,12 @@
 Nothing is trained and no weight is allocated. Cost, traffic, pipeline and memory follow from the
 shapes in a config file and from the report's numbers on its machines. Those are called inputs;
 results of inputs alone agree with the report by construction. Brackets hold DeepSeek's own values
-of numbers that are computed here. Without a CONFIG the file is V3's, and results/scale.json and the
-figures of docs/SCALE.md are written again.
+of numbers that are computed here. Without a CONFIG the file is V3's, and results/scale.json is
+written again; docs/SCALE.md has the tables.
 """
 
 import functools
 import json
-import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from statistics import fmean
 
 import run
 import torch
-from report import COLOURS, INK
 
 import bench
 from model import DeepSeekV3, Gate
@@ -33,7 +31,6 @@ INFINIBAND, NVLINK = 50e9, 160e9  # bytes per second and card (section 3.2.2)
 MICRO = 4096  # tokens of a micro-batch: one window
 PEAK, CARD = PEAK_FLOPS["H800"], 80  # FLOP/s in bf16 (in FP8 twice as many), GB
 Part = dict[str, dict[str, float]]  # a table: by column, numbers by their names
-BARS = {"cost": "dollars", "traffic": "µs", "memory": "GB"}  # what is drawn of a table
 
 
 @functools.cache
@@ -187,45 +184,6 @@ def pipeline() -> Part:
     }
 
 
-def svg(height: int, shapes: list[str]) -> str:
-    """Plain text: no plotting package is needed, and the same numbers are the same bytes."""
-    font = f'font-family="sans-serif" font-size="13" fill="{INK}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 {height}" {font}>'
-    return "\n".join([head, *shapes, "</svg>\n"])
-
-
-def draw_bars(part: Part, unit: str) -> str:
-    """A bar for each number whose name begins with the unit. Where the largest is a million times
-    the least, the axis is logarithmic: lines mark powers of ten, and a bar is a dot on it."""
-    numbers = {f"{c}: {k}": x for c in part for k, x in part[c].items() if k.startswith(unit)}
-    shapes, height, high = [], 22 * len(numbers) + 8, max(numbers.values())
-    low = math.floor(math.log10(min(numbers.values())))
-    logarithmic = high > 1e6 * 10**low
-
-    def place(x: float) -> float:
-        return 350 * (
-            math.log10(x / 10**low) / math.log10(high / 10**low) if logarithmic else x / high
-        )
-
-    for power in range(low, math.ceil(math.log10(high)), 3) if logarithmic else ():
-        x = 430 + place(10.0**power)
-        shapes.append(f'<path d="M{x:.1f} 0V{height}" stroke="{INK}" opacity="0.4"/>')
-        label = f"10^{power}" if power else "1"
-        shapes.append(f'<text x="{x:.1f}" y="{height + 14}" text-anchor="middle">{label}</text>')
-    for i, (name, x) in enumerate(numbers.items()):
-        y, end = 22 * i + 5, 430 + place(x)
-        if logarithmic:
-            shapes.append(f'<circle cx="{end:.1f}" cy="{y + 8}" r="6" fill="{COLOURS[1]}"/>')
-        else:
-            size = f'width="{end - 430:.1f}" height="16"'
-            shapes.append(f'<rect x="430" y="{y}" {size} fill="{COLOURS[1]}"/>')
-        shapes.append(f'<text x="420" y="{y + 12}" text-anchor="end">{name}</text>')
-        shapes.append(
-            f'<text x="{end + (12 if logarithmic else 6):.0f}" y="{y + 12}">{bench.cell(x)}</text>'
-        )
-    return svg(height + 22 * logarithmic, shapes)
-
-
 def main(argv: list[str]):
     named, _ = parse_args(__doc__, argv, positional="config")
     file = Path(named or V3)
@@ -238,9 +196,6 @@ def main(argv: list[str]):
     for name, part in results.items():
         rows = [{"": key} | {c: part[c][key] for c in part} for key in next(iter(part.values()))]
         print(bench.Table(name, rows))
-        if name in BARS and not named:
-            text = draw_bars(part, BARS[name])
-            (run.ROOT / f"docs/figures/scale_{name}.svg").write_text(text, encoding="utf-8")
     if not named:
         text = json.dumps(results, indent=1) + "\n"
         (run.ROOT / "experiments/results/scale.json").write_text(text, encoding="utf-8")
