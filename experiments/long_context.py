@@ -39,15 +39,10 @@ def yarn(block_size: int) -> dict:
 
 
 def loss_by_position(net: model.DeepSeekV3, trained: run.Trained) -> list[float]:
-    """Nats per token in each of PARTS equal parts of the long windows."""
-    return nats_by_position(net, trained.data.test.arrays[0], FACTOR * trained.config.block_size)
-
-
-@torch.no_grad()
-def nats_by_position(net: model.DeepSeekV3, ids: np.ndarray, T: int) -> list[float]:
-    """Nats per token in each of PARTS equal parts of the windows of T tokens, side by side."""
-    n, device = (len(ids) - 1) // T, net.embed_tokens.weight.device
-    ids = torch.from_numpy(ids[: n * T + 1].astype(np.int64)).to(device)
+    """Nats per token in each of PARTS equal parts of the long windows, side by side."""
+    ids, T = trained.data.test.arrays[0], FACTOR * trained.config.block_size
+    n = (len(ids) - 1) // T
+    ids = torch.from_numpy(ids[: n * T + 1].astype(np.int64)).to(trained.machine.device)
     x, y = ids[:-1].view(n, T), ids[1:].view(n, T)
     losses = []
     for a, b in zip(x.split(4), y.split(4), strict=True):

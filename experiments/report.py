@@ -219,16 +219,12 @@ def spreads(key: str, folder: Path | str, results: dict[str, list[dict]]):
     return lambda x: like if shape(x) == base else others
 
 
-def paired(runs: list[dict], others: list[dict], key: str) -> list[tuple[dict, dict]]:
-    """Pairs of results of the same seed that both have this figure."""
-    of_seed = {x["seed"]: x for x in others if key in x}
-    return [(x, of_seed[x["seed"]]) for x in runs if key in x and x["seed"] in of_seed]
-
-
 def compare(one: list[dict], other: list[dict], key: str, varies=None) -> Difference | None:
     """How much larger the figure is in `one`, over runs of the same seed. varies: see spreads;
     without it the interval comes from these pairs alone."""
-    if not (pairs := paired(one, other, key)):
+    of_seed = {x["seed"]: x for x in other if key in x}
+    pairs = [(x, of_seed[x["seed"]]) for x in one if key in x and x["seed"] in of_seed]
+    if not pairs:
         return None
     mean, alone = own_interval([x[key] - y[key] for x, y in pairs])
     if not varies:

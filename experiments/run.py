@@ -1,10 +1,5 @@
-"""The runner that all experiments share: python experiments/NAME.py [--key=value].
-
-    --seeds=0,1,2        trains every arm once with each seed       --arms=a,b   only these arms
-    --steps=600          the length of every run; results of other lengths are kept apart
-    --rate=0.67          times the base's learning rate
-    --plot               no training: table and figure of the existing results
-    --quick              a tiny network for a few steps, as a test (into out/quick)
+"""The runner that all experiments share: python experiments/NAME.py [--key=value]. The keys are the
+fields of `Options`.
 
 An experiment names its arms: changes to the base configuration (experiments/base.py), or classes
 and functions that replace others while the arm is trained. Arms of one seed begin with the same
@@ -66,11 +61,11 @@ SMALL |= {"long_start": 0.8, "eval_every": 10, "log_every": 1, "device": "cpu"}
 @dataclass
 class Options:
     seeds: str = "0,1,2"  # train every arm once with each
-    steps: int = 600  # optimiser steps of a run
+    steps: int = 600  # optimiser steps of a run; results of other lengths are kept apart
     arms: str = ""  # only these arms, separated by commas
     rate: float = 1.0  # times the learning rate; arms "NAME lr x0.67" are in no table
     plot: bool = False  # no training: table and figure of the existing results
-    quick: bool = False  # a tiny network for 20 steps with seeds 0 and 1, as a test
+    quick: bool = False  # a tiny network for 20 steps with seeds 0 and 1, as a test, in out/quick
     config: str = "experiments/base.py"  # the base configuration
     data: str = ""  # another text than the base's; give --results=FOLDER, too
     results: str = "experiments/results"  # folder of the JSON files

@@ -67,25 +67,29 @@ def information(visits: np.ndarray) -> float:
     return float((p[seen] * np.log2(p[seen] / independent[seen])).sum())
 
 
+def visits(trained: run.Trained, ids: np.ndarray, kinds: np.ndarray, count: int) -> np.ndarray:
+    """How often tokens of each kind visit each expert (layers, count, E). ids and kinds (tokens,);
+    kinds are numbers from 0 to count - 1, and tokens of kind -1 are not counted."""
+    net, T = trained.net, trained.config.block_size
+    found = np.zeros((net.moe_layers - len(net.mtp), count, net.config.n_routed_experts), int)
+    whole = len(ids) // T * T
+    windows = (torch.from_numpy(x[:whole]).view(-1, T).split(16) for x in (ids, kinds))
+    for x, kind in zip(*windows, strict=True):
+        net(x.to(trained.machine.device))  # which notes the chosen experts
+        known = kind >= 0
+        for table, chosen in zip(found, net.chosen, strict=True):  # (B, T, K)
+            np.add.at(table, (kind[known].numpy()[:, None], chosen.cpu()[known].numpy()), 1)
+    return found
+
+
 def expert_visits(trained: run.Trained) -> dict:
-    """How often validation tokens of each class visit each expert (layers, classes, E), and what a
-    visit tells of the token's class in bits, in each layer and as the mean."""
-    net, T, c = trained.net, trained.config.block_size, trained.net.config
-    ids = np.asarray(trained.data.val.arrays[0]).astype(np.int64)
+    """The visits of validation tokens by class, and the mutual information of class and expert, in
+    bits, of each layer and as the mean."""
+    T, ids = trained.config.block_size, np.asarray(trained.data.val.arrays[0]).astype(np.int64)
     ids = ids[: len(ids) // T * T]
-    classes = classes_of(ids, Path(trained.config.out)).reshape(-1, T)
-    visits = np.zeros((net.moe_layers - len(net.mtp), len(CLASSES), c.n_routed_experts), int)
-    for x, kind in zip(
-        np.split(ids.reshape(-1, T), range(16, len(classes), 16)),
-        np.split(classes, range(16, len(classes), 16)),
-        strict=True,
-    ):
-        net(torch.from_numpy(x).to(trained.machine.device))  # which notes its routing
-        for layer, chosen in enumerate(net.chosen):  # (B, T, K)
-            known = kind >= 0
-            np.add.at(visits[layer], (kind[known][:, None], chosen.cpu().numpy()[known]), 1)
-    bits = [information(table) for table in visits]
-    return {"visits": visits.tolist(), "bits": bits, "mean_bits": sum(bits) / max(1, len(bits))}
+    found = visits(trained, ids, classes_of(ids, Path(trained.config.out)), len(CLASSES))
+    bits = [information(table) for table in found]
+    return {"visits": found.tolist(), "bits": bits, "mean_bits": sum(bits) / max(1, len(bits))}
 
 
 def domain_texts(trained: run.Trained, tokens: int) -> list[np.ndarray]:
@@ -102,17 +106,11 @@ def domain_texts(trained: run.Trained, tokens: int) -> list[np.ndarray]:
 
 
 def visits_by_domain(trained: run.Trained, tokens: int = 1 << 14) -> dict:
-    """How often tokens of each domain visit each expert (layers, domains, E), and what a visit
-    tells of the domain in bits, as the mean over the layers."""
-    net, T, c = trained.net, trained.config.block_size, trained.net.config
-    visits = np.zeros((net.moe_layers - len(net.mtp), len(DOMAINS), c.n_routed_experts), int)
-    for domain, ids in enumerate(domain_texts(trained, tokens)):
-        rows = torch.from_numpy(ids[: len(ids) // T * T]).view(-1, T)
-        for x in rows.split(16):
-            net(x.to(trained.machine.device))
-            for layer, chosen in enumerate(net.chosen):  # (B, T, K)
-                visits[layer, domain] += np.bincount(
-                    chosen.flatten().cpu().numpy(), minlength=c.n_routed_experts
-                )
-    bits = [information(table) for table in visits]
-    return {"domain_visits": visits.tolist(), "domain_bits": sum(bits) / max(1, len(bits))}
+    """The visits of tokens by domain, and the mutual information of domain and expert, in bits, as
+    the mean of the layers."""
+    found = sum(
+        visits(trained, ids, np.full(len(ids), domain), len(DOMAINS))
+        for domain, ids in enumerate(domain_texts(trained, tokens))
+    )
+    bits = [information(table) for table in found]
+    return {"domain_visits": found.tolist(), "domain_bits": sum(bits) / max(1, len(bits))}
