@@ -77,7 +77,7 @@ def run(case: Case, function: Callable, right: Outcome | None = None) -> Outcome
 
 
 def unlike(returned: tuple, right: Outcome, case: Case) -> str:
-    """What is wrong with the kind of the results, before numbers are compared."""
+    """The message about a wrong type or shape; "" if numbers can be compared."""
     if len(returned) != len(case.results) or not all(isinstance(x, Tensor) for x in returned):
         kinds = " and ".join(type(x).__name__ for x in returned)
         forgotten = ": is there a `return`?" if returned == (None,) else ""
@@ -112,8 +112,8 @@ def gradients(values: tuple[Tensor, ...], case: Case) -> dict[str, Tensor]:
 
 
 def rounding(right: Outcome) -> float:
-    """How far rounding may move a number. Numbers are added up to it that are as large as the
-    largest of the case. So a sum that is 0, a gradient for one, may be off by parts of these."""
+    """How far rounding may move a number, relative to the largest one of the case: a gradient that
+    is 0 may be the sum of numbers of that size, and has their rounding errors."""
     numbers = [x for x in right.numbers.values() if x.is_floating_point()]
     return ROUNDED * max((x.abs().max().item() for x in numbers), default=0.0)
 
@@ -190,7 +190,7 @@ def judge(name: str, functions: SimpleNamespace) -> tuple[dict[str, str], list[s
 
 
 def the_readers(name: str) -> dict[str, object]:
-    """What exercises/NAME.py defines, and the files of the exercises that it puts together."""
+    """The names that exercises/NAME.py defines, and those in the files of its parts."""
     names = {}
     for part in (*EXERCISES[name].parts, name):
         names |= runpy.run_path(str(Path(__file__).parent / f"{part}.py"))

@@ -1,4 +1,4 @@
-"""What check.py knows of every exercise: questions, made-up inputs, hints, mistakes.
+"""What check.py knows about every exercise: questions, made-up inputs, hints, mistakes.
 
 Most inputs are in float64, but answers may compute in float32: differences below 1e-5 of the
 largest number are taken for rounding. Numbers are generic, so that a wrong function cannot be right
@@ -40,7 +40,7 @@ class Case:
     compared: Callable = lambda *results: results
     # The results, from what is returned: a function may change its arguments instead.
     changes: Callable = lambda returned: returned
-    too_many: str = ""  # what is wrong where products of matrices take three times what is needed
+    too_many: str = ""  # the message if products of matrices take three times the FLOPs of ours
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Question:
 
     name: str
     answer: float | str
-    why: str  # how one comes to the answer, without the answer itself
+    why: str  # the way to the answer, without the answer itself
     slips: dict[float | str, str] = field(default_factory=dict)  # wrong answers, and what they are
     within: float = 0.01  # part of the answer by which a number may be off
 
@@ -227,7 +227,7 @@ def expert_cases() -> Iterator[Case]:
     counted = "too many multiplications: experts compute tokens that did not choose them"
     for name, chosen, changes, too_many in (
         ("14 tokens, two of six experts each", two(ids, 6), {}, ""),
-        ("one token: four experts have no row", torch.tensor([[4, 1]]), {}, ""),
+        ("one token: four experts have none", torch.tensor([[4, 1]]), {}, ""),
         ("every token takes the same two", torch.tensor([[5, 0]]).expand(14, 2), {}, ""),
         ("three of six", torch.stack((ids % 6, (ids + 3) % 6, (ids + 1) % 6), 1), {}, ""),
         ("1,100 tokens to one of 16 experts", torch.full((1100, 1), 9), many, ""),
@@ -251,7 +251,7 @@ def mtp_cases() -> Iterator[Case]:
     for name, T, depth, unknown in (
         ("one module", 8, 1, []),
         ("two modules", 8, 2, []),
-        ("targets that are not there (-1)", 8, 2, [2, 3, 7]),
+        ("missing targets (-1)", 8, 2, [2, 3, 7]),
     ):
         fields = {"num_hidden_layers": 1, "num_nextn_predict_layers": depth}
         net = filled(v3.DeepSeekV3(config(**fields))).eval()
@@ -318,7 +318,7 @@ def training_cases() -> Iterator[Case]:
     usual = {"loss": 1.0, "mtp_loss": 0.37, "balance_loss": 0.23}
     for name, old, weights in (
         ("a first step", 0.0, usual),
-        ("gradients of an earlier step are still there", 0.7, usual),
+        ("gradients of an earlier step remain", 0.7, usual),
         ("large gradients", 0.0, {key: 300 * x for key, x in usual.items()}),
     ):
         net = filled(v3.DeepSeekV3(config())).train()

@@ -75,8 +75,8 @@ def reading(functions, window: int = 256, piece: int = 256) -> str:
 
 
 def balancing(functions) -> str:
-    """The biases of the first layer with experts are learnt anew, from 0, on one text. Then those
-    of all layers are 0."""
+    """Learns the biases of the first layer with experts anew, from 0, on one text. Then measures
+    the loss with the biases of all layers at 0."""
     (model, _, ids), inputs, shares = trained(), [], []
     net = copy.deepcopy(model)
     gate = net.gates()[0]
@@ -191,7 +191,8 @@ PLACES = {name: place for x in EXERCISES.values() for name, place in x.functions
 
 @contextmanager
 def installed(functions: SimpleNamespace) -> Iterator[None]:
-    """The functions in the place of the network's own. Two have none: EFFECTS calls them."""
+    """A context in which the functions replace the network's own. EFFECTS itself calls mtp_loss and
+    train_step, which replace nothing."""
 
     def in_float64(function):  # its results, where it computes in float32
         return lambda *args: tree_map_only(Tensor, upcast, function(*args))
@@ -214,7 +215,7 @@ def own_effect(name: str) -> str:
 
 @torch.no_grad()
 def effect(name: str, functions: SimpleNamespace) -> str:
-    """What the functions do in the network, and what its own do where that is something else."""
+    """What the functions do in the network, and what its own do if that differs."""
     with installed(functions):
         mine = EFFECTS[name](functions)
     own = own_effect(name)
