@@ -6,7 +6,6 @@ FP8 as in the report (fp8.py), and with two coarser kinds, from the same weights
 What single products lose is measured by fp8_error.py.
 """
 
-import report
 import run
 import torch
 from fp8_error import one_scale
@@ -35,15 +34,9 @@ ARMS = {
 }
 
 
-def draw(figure, results):
-    report.dots(figure.subplots(), results, "against", "bits/byte against base")
-
-
 COLUMNS = {"test_bpb": "bits/byte", "val_loss": "nats per token, validation"}
 PAIRS = (("gradients in blocks", "tiles"),)
-EXPERIMENT = run.Experiment(
-    "fp8_loss", lambda base: ARMS, COLUMNS, draw, base="no FP8", pairs=PAIRS
-)
+EXPERIMENT = run.Experiment("fp8_loss", lambda base: ARMS, COLUMNS, base="no FP8", pairs=PAIRS)
 
 if __name__ == "__main__":
     run.command(EXPERIMENT)
