@@ -19,7 +19,7 @@ import reference
 import torch
 
 from huggingface import checkpoint_views, load_model
-from model import Cache, DeepSeekV3, ModelConfig
+from model import DeepSeekV3, ModelConfig
 from support.settings import as_field
 
 ROOT = Path(__file__).parent.parent
@@ -108,32 +108,8 @@ def in_bf16(function, *args):
         return function(*args)
 
 
-@torch.no_grad()
-def in_pieces(model, tokens, chunks, as_tensor: bool = False) -> list:
-    """Logits of the main model and of every MTP module on caches, of so many tokens at once; after
-    the first, positions may be tensors, as in a graph."""
-    B, depth, like, logits, at = len(tokens), len(model.mtp), model.norm.weight, [], 0
-    cache, mtp_cache = (Cache(model.config, x, B, 16, like) for x in (model.layers, model.mtp))
-    for n in chunks:
-        start = torch.tensor(at) if as_tensor and at else at
-        cache.length = start
-        h = [model.trunk(tokens[:, at : at + n], cache)]
-        for k in range(depth):
-            mtp_cache.length = start
-            later = tokens[:, at + k + 1 : at + k + 1 + n]
-            h.append(model.predict_next(k, h[-1], later, mtp_cache))
-        logits.append([model.logits(x) for x in h])
-        at += n
-    return [torch.cat(pieces, 1) for pieces in zip(*logits, strict=True)]
-
-
 def biases(model):
     return torch.stack([gate.e_score_correction_bias.clone() for gate in model.gates()])
-
-
-def cached_logits(model, tokens, chunks, cache):
-    parts = tokens.split(chunks, 1)
-    return torch.cat([model.logits(model.trunk(part, cache)) for part in parts], 1)
 
 
 @torch.no_grad()
