@@ -1,6 +1,6 @@
 """fp8.py against a loop over tiles and float64: the quantiser, the three products of a linear layer
-against the same arithmetic in float64 (tight) and against no quantisation (what FP8 costs), on the
-CPU and as the tensor cores are given them, and the life of a quantised weight."""
+against the same arithmetic in float64, on the CPU and as the tensor cores are given them, the life
+of a quantised weight, and what FP8 costs a network."""
 
 import contextlib
 import copy
@@ -178,7 +178,7 @@ def test_products(T, K, N, dtype, autocast, products):
 
 
 def check_products(T, K, N, dtype, autocast, device, fp32):
-    """A layer against the reference, and against no quantisation. fp32: the error of sums."""
+    """A layer against the reference. fp32: the error of sums."""
     low = BF16 if autocast else dtype
     layer, x = FP8Linear(K, N), torch.randn(T, K).to(dtype)
     dy = (torch.randn(T, N) * torch.randn(T, 1).exp()).to(low)
@@ -194,9 +194,6 @@ def check_products(T, K, N, dtype, autocast, device, fp32):
         bound = ulp * tight.abs() + 5 * fp32 * tight.abs().max()
         assert ((g.double() - tight).abs() <= bound).all()
         assert ulp or error(g, tight) < fp32
-    X, W, G = x.double(), layer.weight.double(), dy.double()
-    for g, exact in zip((*got, dw), (X @ W.T, G @ W, G.T @ X), strict=True):
-        assert error(g, exact) < (0.04 if T > 1 else 0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -235,6 +232,8 @@ def test_weights_are_quantised_once_and_not_a_bit_changes(monkeypatch):
     monkeypatch.setattr(fp8, "quantize", counting)
     plain = step(model, x)
     assert len(calls) == 3 + 3  # outside: in forward and in backward
+    with torch.no_grad():
+        assert error(model(x[:1]), plain[0][:1]) < 1e-6  # few tokens without gradients, too
     calls.clear()
     with contextlib.suppress(ZeroDivisionError), quantized_once(model):
         assert cached(model) == ["0.weight", "1.gate_up_proj", "1.down_proj"]
@@ -262,7 +261,7 @@ def test_compiles_into_one_graph(part):
     opt = torch.optim.AdamW(part.parameters(), lr=0.1, fused=True)
     *_, weight = part.parameters()
     for _ in range(3):
-        with quantized_once(part), contextlib.nullcontext():
+        with quantized_once(part):
             x = torch.randn(30, 128, requires_grad=True)
             assert same(step(part, x), step(compiled, x))
             (q, s), y = weight._fp8, part(x)
@@ -325,6 +324,10 @@ def losses_and_gradients(network, device="cpu"):
     return torch.stack([*losses]), dict(zip(named, gradients, strict=True))
 
 
+def together(gradients):
+    return torch.cat([x.flatten().cpu().double() for x in gradients.values()])
+
+
 def test_projections_and_experts_are_switched_and_nothing_else():
     network = tiny(attention_bias=True)
     network.gates()[0].own = nn.Linear(32, 8)  # a hacker's
@@ -343,34 +346,15 @@ def test_projections_and_experts_are_switched_and_nothing_else():
     assert network.layers[0].self_attn.o_proj(torch.ones(1, 16, dtype=BF16)).dtype == BF16
 
 
-def test_few_tokens_without_gradients_are_in_fp8_too(monkeypatch):
-    network = tiny(first_k_dense_replace=0)
-    fp8.use_fp8(network)
-    called, multiply_each = [], fp8.multiply_each
-    monkeypatch.setattr(fp8, "multiply_each", lambda *x: called.append(1) or multiply_each(*x))
-    with torch.no_grad():
-        network(torch.zeros(1, 1, dtype=torch.long))
-    assert len(called) == 4  # two of the experts in each of two layers
-
-
-def test_training_is_close_to_full_precision(monkeypatch):
+def test_training_is_close_to_full_precision():
     """4 bits (E4M3) in every product change the losses by 0.2 to 0.5 % here, and all gradients
     together by 14 to 21 % of their length."""
     network = tiny()
     exact, exact_gradients = losses_and_gradients(network)
-    calls, linear = [], fp8._linear
-    monkeypatch.setattr(fp8, "_linear", lambda *x: calls.append(x[1]) or linear(*x))
     fp8.use_fp8(network)
     losses, gradients = losses_and_gradients(network)
     assert error(losses, exact) < 0.02
-    together, together_exact = (
-        torch.cat([x.flatten() for x in each.values()]) for each in (gradients, exact_gradients)
-    )
-    assert 0.01 < error(together, together_exact) < 0.3
-    everything = {id(x) for x in calls}
-    for name, x in network.named_parameters():
-        product = x.ndim > 1 and (".self_attn." in name or ".mlp." in name) and ".gate." not in name
-        assert (id(x) in everything) == product, name
+    assert 0.01 < error(together(gradients), together(exact_gradients)) < 0.3
 
 
 @pytest.mark.parametrize("capability, cuda, right", [
