@@ -33,7 +33,7 @@ from networks import (
 from torch import nn
 
 import bench
-from model import Combine, DeepSeekV3, Dispatch, ModelConfig, RMSNorm, balance_loss
+from model import DeepSeekV3, Dispatch, ModelConfig, RMSNorm, balance_loss
 
 
 @pytest.fixture(autouse=True)
@@ -135,10 +135,12 @@ def test_what_the_report_initialises_is_initialised():
 
 
 @pytest.mark.parametrize("null", [False, True])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, ATOL), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, ATOL), (torch.float32, 1e-5), (torch.bfloat16, 0.03)]
+)
 def test_experts_equal_a_loop(dtype, tolerance, null):
     """Value and gradients, also where an expert has no token, and where a choice is none of the
-    experts; of few tokens without gradients."""
+    experts; of few tokens without gradients. In bfloat16 with rows of padding."""
     experts = tiny(dtype).layers[1].mlp.experts
     x = torch.randn(40, 16, dtype=dtype, requires_grad=True)
     gain = torch.rand(40, 3, dtype=dtype, requires_grad=True)
@@ -161,15 +163,6 @@ def test_experts_equal_a_loop(dtype, tolerance, null):
         for n in (1, 4, 40):
             few = experts(x[:n], chosen[:n], gain[:n])
             close(few, y[:n], atol=tolerance * y.abs().max().item())
-
-
-def test_dispatch_and_combine_are_each_others_gradient():
-    """Also with two rows of padding, which get zeros and no gradient."""
-    order = torch.randperm(14)
-    token, place = order.clamp(max=12) // 3, order.argsort()[:12].view(4, 3)
-    for function, rows in ((Dispatch, 4), (Combine, 14)):
-        x = torch.randn(rows, 2, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda x, f=function: f.apply(x, token, place), x)
 
 
 def test_a_sum_over_experts_is_rounded_once_in_bf16():
