@@ -1,37 +1,28 @@
 """Does llama.cpp compute the same network from our file? An oracle that shares no line with us.
 
 Random networks go through the real exporter, and llama.cpp has to give the same greedy tokens and,
-in float32, the same log-probabilities of the whole vocabulary to 1e-3. These tests need its wheel
-xllamacpp, which requirements-dev.txt does not name: pip install xllamacpp.
+in float32, the same log-probabilities of the whole vocabulary to 1e-3. Its wheel is xllamacpp.
 """
 
 import math
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import networks
 import pytest
 import torch
+from test_sample import make_run
 
 import huggingface
 from model import DeepSeekV3
 from support.settings import Refusal
-from support.tokenizer import (
-    PATTERN,
-    encoding_from,
-    tokenizer_of,
-    train_bpe,
-    write_tokenizer,
-)
 
 gguf = pytest.importorskip("gguf", reason="gguf, which writes the files, is not installed")
 
 pytestmark = pytest.mark.usefixtures("v3")  # llama.cpp knows no other network
-TEXT = "def f(x):\n    return x + 1\n\nprint(f(2), 'in the end', \"don't\")\n" * 3
+TEXT = "def f(x):\n    return x + 1\n\nprint(f(2), 'in the end', \"don't\")\n" * 30
 YARN = dict(type="yarn", factor=8, original_max_position_embeddings=16, mscale=1, mscale_all_dim=1)
 V3 = networks.TINY | dict(vocab_size=300, rms_norm_eps=1e-6, max_position_embeddings=128)
-NEVER = [*range(128, 256), 298]  # ids of halves of characters, and the end
+NEVER = [*range(128, 256), 293]  # ids of halves of characters, and the end
 VARIANTS = {
     "as V3, without YaRN": {},
     "YaRN": dict(rope_scaling=YARN),
@@ -50,26 +41,14 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A run's folder without weights: the tokenizer alone."""
-    path = tmp_path_factory.mktemp("run")
-    ranks = train_bpe([TEXT], 298, PATTERN)
-    encoding = encoding_from(ranks, PATTERN, {"<|endoftext|>": len(ranks)})
-    write_tokenizer(tokenizer_of(encoding), path)
-    return path
-
-
 @pytest.fixture
-def export(folder, tmp_path):
-    """Writes a network as a run does and exports it by the command: the model and the file."""
+def export(tmp_path_factory, tmp_path):
+    """Exports the network of a run: the model and the file."""
 
-    def call(dtype: str = "F32", **changes) -> tuple[DeepSeekV3, Path]:
-        model = networks.tiny(torch.float32, **V3 | changes)
-        run, file = shutil.copytree(folder, tmp_path / "run"), tmp_path / "x.gguf"
-        saved = {"model_config": asdict(model.config), "model": model.state_dict()}
-        torch.save(saved | {"trained_length": 96}, run / "ckpt.pt")
-        huggingface.main([str(run), str(file), f"--gguf_dtype={dtype}"])
+    def call(**changes) -> tuple[DeepSeekV3, Path]:
+        model, file = networks.tiny(torch.float32, **V3 | changes), tmp_path / "x.gguf"
+        run = make_run(tmp_path_factory, lambda vocab_size: model, TEXT)
+        huggingface.main([str(run), str(file), "--gguf_dtype=F32"])
         return model, file
 
     return call
@@ -86,19 +65,13 @@ def serve(file: Path):
     return llama.Server(params)
 
 
-def complete(server, prompt: str | list[int], tokens: int, **options) -> dict:
-    """llama.cpp's greedy text, without tokens that are half a character, of which its server
-    reports no probabilities."""
-    request = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "cache_prompt": False}
-    request["logit_bias"] = [[i, False] for i in NEVER]
-    answer = server.handle_completions(request | options)
-    assert "choices" in answer, answer
-    return answer["choices"][0]
-
-
 def greedy(server, prompt: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
-    """llama.cpp's next tokens, and the log-probabilities that it had for each (tokens, 300)."""
-    steps = complete(server, prompt, tokens, n_probs=300)["logprobs"]["content"]
+    """llama.cpp's next tokens, and the log-probabilities that it had for each (tokens, 300). None
+    of them is half a character: of these its server reports no probabilities."""
+    request = dict(prompt=prompt, max_tokens=tokens, temperature=0, cache_prompt=False, n_probs=300)
+    answer = server.handle_completions(request | {"logit_bias": [[i, False] for i in NEVER]})
+    assert "choices" in answer, answer
+    steps = answer["choices"][0]["logprobs"]["content"]
     logprobs = torch.full((len(steps), 300), torch.nan)
     for row, step in zip(logprobs, steps, strict=True):
         for token in step["top_logprobs"]:
