@@ -28,16 +28,16 @@ def drop_out(module, args, out):
 @pytest.mark.parametrize("name", ["base", "no_mtp", "two_mtp_modules", "all_dense", "dropout"])
 def test_nothing_is_wrong_with_this_network(name):
     """Nor is it another one afterwards."""
-    model = tiny(torch.float32, max_position_embeddings=128, **VARIANTS.get(name, {})).train()
+    model = tiny(torch.float32, max_position_embeddings=64, **VARIANTS.get(name, {})).train()
     compared = "recomputed, in two micro-batches"
     if name == "dropout":  # in training alone
         model.layers[0].register_forward_hook(drop_out)
         compared = "recomputed alone, as the step draws random numbers"
     before = {key: x.clone() for key, x in model.state_dict().items()}
-    found = [str(answer) for answer in bench.answers(model, CONFIG, 40)]
+    found = [str(answer) for answer in bench.answers(model, CONFIG, 24)]
     assert len(found) == 8 and all(answer.startswith("right ") for answer in found), found
     n = 12 * (1 + len(model.mtp))
-    assert f"decoding: {n} of {n} ways to read a text of 40 tokens" in found[0]
+    assert f"decoding: {n} of {n} ways to read a text of 24 tokens" in found[0]
     assert f"{compared}: they differ by up to" in found[4]
     assert model.training and all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
 
@@ -305,9 +305,9 @@ class Wide(DeepSeekV3):
 
 
 def test_modules_may_read_states_of_another_width():
-    model = tiny()
+    model = tiny(max_position_embeddings=64)
     model.__class__ = Wide
-    for answer in bench.answers(model, CONFIG, 40):
+    for answer in bench.answers(model, CONFIG, 24):
         assert not answer.wrong, answer
 
 

@@ -5,6 +5,7 @@ in float32, the same log-probabilities of the whole vocabulary to 1e-3. Its whee
 """
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import networks
@@ -41,13 +42,19 @@ VARIANTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory, lambda vocab_size: networks.tiny(**V3), TEXT)
+
+
 @pytest.fixture
-def export(tmp_path_factory, tmp_path):
+def export(run, tmp_path):
     """Exports the network of a run: the model and the file."""
 
     def call(**changes) -> tuple[DeepSeekV3, Path]:
         model, file = networks.tiny(torch.float32, **V3 | changes), tmp_path / "x.gguf"
-        run = make_run(tmp_path_factory, lambda vocab_size: model, TEXT)
+        saved = {"model_config": asdict(model.config), "model": model.state_dict()}
+        torch.save(saved, run / "ckpt.pt")
         huggingface.main([str(run), str(file), "--gguf_dtype=F32"])
         return model, file
 

@@ -110,7 +110,7 @@ def test_where_rounding_leaves_nothing_of_p_minus_q_p_is_drawn_from():
 
 
 @pytest.mark.parametrize("kind", ["drawn", "filtered", "looked up", "q is p"])
-def test_what_is_accepted_has_the_exact_distribution(kind, V=3, n=500):
+def test_what_is_accepted_has_the_exact_distribution(kind, V=3, n=300):
     """Of two drafts, whatever q is: what comes out is distributed as p, also after each of the
     tokens before, and drafts stay with probability sum_x min(p, q). Summed over all pairs of drafts
     and a grid of n x n random numbers, so to 1/n."""
