@@ -152,9 +152,8 @@ def start_device(config) -> torch.device:
         # By default glibc returns large blocks to the kernel; getting their pages back would cost a
         # tenth of a step.
         libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # musl has none
-            libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, of 32 MB
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, of 32 MB
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     return device
 
 

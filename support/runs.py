@@ -13,6 +13,7 @@
 Only one process at a time writes to the folder. Checkpoints are written whole or not at all.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -35,17 +36,12 @@ from support.processes import Machine
 from support.settings import Refusal, info
 from support.signals import Stop
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 # ---- The folder ----------------------------------------------------------------------------------
 
 
 def open_here(path: Path, mode: str) -> BinaryIO:
     """Opens a file for writing, but no link: in a stranger's folder it may lead elsewhere."""
-    no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+    no_link = os.O_NOFOLLOW
     return open(path, mode, opener=lambda name, flags: os.open(name, flags | no_link, 0o666))
 
 
@@ -77,9 +73,6 @@ def lock_folder(folder: Path) -> BinaryIO:
     """Opens the folder's file .lock and locks it until it is closed; the system releases it however
     the process ends. Raises Refusal if another process holds the lock. Readers need none."""
     file = open_here(folder / ".lock", "ab")
-    if fcntl is None:
-        info(f"this system cannot lock {folder}: run only one train.py there")
-        return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -5,8 +5,7 @@ import signal
 import sys
 from contextlib import suppress
 
-# Windows has no SIGHUP.
-NUMBERS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:

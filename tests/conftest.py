@@ -33,12 +33,12 @@ def seed():
 def signals():
     """As in a program that was started at a terminal (a shell lets those in the background of a
     script ignore some signals). What a test installs is undone by whatever it runs."""
-    usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL}
-    usual |= {"SIGHUP": signal.SIG_DFL}
-    before = {x: signal.signal(getattr(signal, x), usual[x]) for x in usual if hasattr(signal, x)}
+    usual = {signal.SIGINT: signal.default_int_handler}
+    usual |= dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    after = {x: signal.signal(getattr(signal, x), handler) for x, handler in before.items()}
-    assert after == {x: usual[x] for x in before}
+    after = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert after == usual
 
 
 @pytest.fixture(scope="session")
