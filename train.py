@@ -729,17 +729,8 @@ def show_result(config: TrainConfig, data: Dataset):
 
 
 def main(argv: list[str]):
-    try:
-        with processes.compiling():
-            command(argv)
-    except (RuntimeError, MemoryError) as error:
-        if not settings.is_out_of_memory(error):
-            raise
-        raise Refusal(
-            f"out of memory{settings.place_of(error)}: raise --grad_accum, give --recompute, in an "
-            "evaluation lower --eval_batch, or take a smaller network "
-            f"({settings.short(error, 100)})."
-        ) from None
+    with processes.compiling():
+        command(argv)
     processes.end()
 
 

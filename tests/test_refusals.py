@@ -29,7 +29,7 @@ ON = f"{RUN} --steps=2 --resume"
 
 REFUSALS = [
     # prepare_data.py
-    ("prepare_data.py a.txt b.txt", 2, "'b.txt' is one word too many; put a pattern such as"),
+    ("prepare_data.py a.txt b.txt", 2, "'b.txt' is one word too many; write an option as --key="),
     ("prepare_data.py a.txt --source=b.txt", 1, "two sources: a.txt and --source=b.txt"),
     ("prepare_data.py tiny_stories", 1, "a folder, stdlib, tinystories, fineweb, finewebedu"),
     ("prepare_data.py a.txt --name=tiny", 1, "data/tiny exists; choose another name, or give --ov"),
@@ -40,7 +40,6 @@ REFUSALS = [
     # train.py: what the command says.
     ("train.py", 2, "name a config file, for example: python train.py config/small.py"),
     (f"{NEW} --stepps=1", 2, "unknown key stepps; did you mean steps?"),
-    (f"{NEW} --seed={10**23}", 2, "seed is '100000000000000000000000', expected int of less than"),
     (f"{NEW} --optimizer=muon --parallel=fsdp", 1, "muon needs whole matrices"),
     (f"{NEW} --eval_every=0", 1, "eval_every is 0, but must be at least 1."),
     (f"{NEW} --warmup=0.6", 1, "warmup is 0.6, but decay_start is 0.5: raise decay_start to at"),
@@ -49,7 +48,6 @@ REFUSALS = [
     (f"{NEW} --grad_accum=3", 1, "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
     (f"{NEW} --block_size=257", 1, "windows of 257 tokens exceed max_position_embeddings, 256"),
     (f"{NEW} --num_nextn_predict_layers=16", 1, "block_size is 16, but must be at least 17"),
-    ("train.py bad.py", 1, "bad.py, line 2: invalid syntax"),
     # Data.
     (
         f"{NEW} --data=nowhere --out=new/a/b",
@@ -77,7 +75,7 @@ REFUSALS = [
     (f"{ON} --hidden_size=64 --kv_lora_rank=3", 1, "cannot get hidden_size 64 and 1 more: embed_t"),
     (f"{ON} --optimizer=muon", 1, "run/ckpt.pt cannot be resumed: it has no state of Muon 1; use"),
     # sample.py
-    ("sample.py run 'a text'", 2, "write --prompt='a text'"),
+    ("sample.py run 'a text'", 2, "'a text' is one word too many; write an option as --key=value"),
     (f"sample.py {TINY} --prompt=x", 1, "tiny.py is damaged, or no checkpoint of train.py (F"),
     ("sample.py nowhere --prompt=x", 1, "there is no nowhere: name a run's folder, a checkpoint"),
     ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
@@ -95,7 +93,6 @@ REFUSALS = [
 FILES = {
     "photos/me.png": b"",
     "a.txt": b"some lines\n" * 50,
-    "bad.py": b"steps = 1\nlr = = 2\n",
     "best/best.pt": b"x",
     "early/.lock": b"",
     "early/log.jsonl": b"{}",  # before the first checkpoint
