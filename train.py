@@ -381,7 +381,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     # On a CPU nothing is compiled: a second set of graphs would take minutes, more than it saves.
     compiled = processes.compiles(config, machine.device)
     eager = compiled and machine.device.type == "cpu"
-    with fp8.quantized_once(model, compiled), processes.graphs(eager):
+    with fp8.quantized_once(model, compiled), processes.as_written(eager):
         total = add_up(model, text, config.block_size, config, machine)
         long = None
         if config.long_block_size > 0 and config.long_block_size == model.trained_length:
@@ -473,7 +473,8 @@ def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
 
 
 def log_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, progress: Progress):
-    """Prints the model's size, the machine, and how many epochs of the text the run takes."""
+    """Prints the model's size, the machine, how many epochs of the text the run takes, and whether
+    it compiles."""
     total, active, mtp = (f"{n / 1e6:.2f}M" for n in parameter_counts(model).values())
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.dtype_reason})"
@@ -481,6 +482,8 @@ def log_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, pro
     windows = sum(batch_at(config, step) for step in range(progress.step, config.steps))
     tokens = progress.tokens + windows * config.block_size
     advice.log_epochs(tokens, len(data.train), config.steps, new=progress.step == 0)
+    if processes.compiles(config, machine.device):
+        info("compiling takes one to three minutes, less in later runs (--compile=False skips it)")
 
 
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=()):
@@ -519,7 +522,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             # The YaRN phase needs graphs of its own; on a CPU it is too short for them. In FP8 all
             # micro-batches of a step read the same quantised weights.
             eager = compiled and machine.device.type == "cpu" and in_yarn_phase(config, step)
-            with fp8.quantized_once(model, compiled), processes.graphs(eager):
+            with fp8.quantized_once(model, compiled), processes.as_written(eager):
                 losses = backward(trainer, batches, loss_weights(model, config, step), machine)
 
             norm = clip_gradients(model, config)

@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,7 +268,6 @@ def compile_network(model: nn.Module, config, machine: Machine):
     # By default ("auto") a block that dynamo or the compiler refuses in forward runs eagerly.
     settings.suppress_errors = config.compile == "auto"
     logging.getLogger("torch._dynamo.convert_frame").addFilter(log_uncompiled)
-    info("compiling takes one to three minutes, less in later runs (--compile=False skips it)")
     # On CUDA a graph for each size of windows; on a CPU one for all sizes. (A micro-batch of a
     # single window has its own.)
     dynamic = machine.device.type == "cpu"
@@ -291,22 +290,11 @@ def log_uncompiled(record: logging.LogRecord) -> bool:
     return not found
 
 
-@contextmanager
-def graphs(eager: bool) -> Iterator[None]:
-    """Within `with graphs(eager):` everything compiled runs as graphs or, if `eager`, as it is
-    written. Prints the time of the body if graphs were compiled in it."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
-        yield
-        return
-
-    def count() -> int:
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-    before, began = count(), time.perf_counter()
-    with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-        yield
-    if new := count() - before:
-        info(f"compiled {new} graphs and ran them in {time.perf_counter() - began:.0f} s")
+def as_written(eager: bool) -> AbstractContextManager:
+    """Within `with as_written(eager):` everything compiled runs as graphs or, if `eager`, as it is
+    written."""
+    # Not set_stance("default"): it imports dynamo, which takes seconds.
+    return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
 
 @contextmanager

@@ -240,5 +240,6 @@ def test_a_block_that_cannot_be_compiled_stays_eager_and_a_line_names_it(start, 
     lines = [line for line in said.splitlines() if "is not compiled" in line]
     assert any(re.match(r"forward at .*model.py:\d+ .*no kernel for this", line) for line in lines)
     assert len({line.split(" is not")[0] for line in lines}) == len(lines)  # once each
+    assert said.index("compiling takes one to three minutes") < said.index(lines[0])
     assert "Traceback" not in said
     assert_same(load("run")["model"], load(shared("--steps=1"))["model"])

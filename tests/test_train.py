@@ -259,14 +259,14 @@ def test_steps_are_the_same_in_micro_batches_recomputed_or_compiled(how, shared)
     torch._dynamo.utils.counters.clear()
     compile = functools.partial(torch.compile, backend="eager")
     again = mock.patch("model.checkpoint", wraps=torch.utils.checkpoint.checkpoint)
-    graphs = mock.patch("support.processes.graphs", wraps=processes.graphs)
-    with mock.patch.object(torch, "compile", compile), again as recomputed, graphs as graphs:
+    written = mock.patch("support.processes.as_written", wraps=processes.as_written)
+    with mock.patch.object(torch, "compile", compile), again as recomputed, written as written:
         ours = run(f"--{how}", *options)
     assert recomputed.called == (how == "recompute")
     assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == (how == "compile")
     # Steps 0 to 3, an evaluation, the last phase, another one.
     eager = [False] * 4 + [how == "compile"] * 6
-    assert [call.args[0] for call in graphs.call_args_list] == eager
+    assert [call.args[0] for call in written.call_args_list] == eager
     assert_same_run(shared(*options), ours, 1e-10 if how in ("grad_accum=4", "recompute") else 0.0)
     assert not torch.are_deterministic_algorithms_enabled()  # in training only
 
