@@ -17,7 +17,7 @@ Log = list[dict[str, Any]]  # the lines of log.jsonl
 
 @dataclass
 class PlotOptions:
-    out: str = ""  # file, .svg or .png; empty: RUN/plot.png, for several runs RUN-RUN.png
+    out: str = ""  # file, .svg or .png; empty: plot.png in the first RUN
     keys: str = ""  # more keys of the log, comma-separated, plotted below the losses
 
 
@@ -39,20 +39,12 @@ def column(log: Log, key: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values
 
 
-def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Smooths a curve without lag: each point is replaced by the value of a straight line fitted to
-    its neighbours, a twentieth of all points, half of them on either side.
-
-    The first points have fewer neighbours, because the curve is too steep there for a long line.
-    The last points have neighbours on the left only.
-    """
-    heights = []
-    for i in range(len(y)):
-        side = min(len(y) // 40, i // 4)
-        near = slice(i - side, i + side + 1)
-        line = np.polyfit(x[near] - x[i], y[near], deg=min(side, 1))
-        heights.append(line[-1])  # at x[i]
-    return np.array(heights)
+def smooth(y: np.ndarray) -> np.ndarray:
+    """The mean of each point and its neighbours, a twentieth of all points, half of them on either
+    side. The first points, where the curve is steep, have fewer neighbours; the last have none on
+    the right."""
+    sides = (min(len(y) // 40, i // 4) for i in range(len(y)))
+    return np.array([y[i - side : i + side + 1].mean() for i, side in enumerate(sides)])
 
 
 def plot_validation(ax: Any, run: str, log: Log, colour: str) -> None:
@@ -74,7 +66,7 @@ def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
             if not y.any():  # a network without MTP modules logs 0
                 continue
             ax.plot(x, y, style, color=f"C{i}", alpha=0.25)
-            ax.plot(x, smooth(x, y), style, color=f"C{i}")
+            ax.plot(x, smooth(y), style, color=f"C{i}")
         plot_validation(ax, run, log, f"C{i}")
     title = "solid: loss; dashed: mtp_loss, of every MTP module; points: val_loss"
     ax.set_title(title, fontsize=8)
@@ -108,13 +100,6 @@ def plot_load(ax: Any, run: str, evaluation: dict[str, Any]) -> None:
     ax.set_title(title, fontsize=8)
 
 
-def picture_beside(runs: list[str]) -> Path:
-    """out/small/plot.png for one run, out/small-lr2.png for out/small and out/lr2."""
-    if len(runs) == 1:
-        return Path(runs[0]) / "plot.png"
-    return Path(runs[0]).parent / ("-".join(Path(run).resolve().name for run in runs) + ".png")
-
-
 def plot(options: PlotOptions, runs: list[str]) -> Path:
     """Plots the losses of runs, and the load of their experts at the last evaluation. A run is a
     folder with a log.jsonl, which may still grow. The curves of several runs share their axes."""
@@ -128,7 +113,7 @@ def plot(options: PlotOptions, runs: list[str]) -> Path:
         for line in log:
             if line.get("expert_load"):  # empty for a network without experts
                 loads[run] = line  # the last one stays
-    path = Path(options.out) if options.out else picture_beside(runs)
+    path = Path(options.out or Path(runs[0]) / "plot.png")
     # In an .svg text stays text, and the same logs give the same file.
     with rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "nanoV3"}):
         keys = [key for key in options.keys.split(",") if key]
