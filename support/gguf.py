@@ -10,7 +10,7 @@ E experts, F expert width.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +19,11 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
 from support.settings import Refusal
-from support.tokenizer import END_OF_TEXT, PATTERN, STAND_INS
+from support.tokenizer import END_OF_TEXT, PATTERN, ranks_and_merges
 
 # llama.cpp's names for the patterns that split a text. Its "deepseek-v3" is the released one, from
 # which PATTERN differs slightly: in 1,264 of the standard library's 2.4 million ids.
 PRE_TOKENIZERS = {PATTERN: "deepseek-v3", r50k_pat_str: "gpt-2"}
-# model.py's names and llama.cpp's: first outside the layers, then in layer i, where llama.cpp's
-# begin with "blk.i.". Two names: one tensor of model.py is two of llama.cpp.
-NAMES = {
-    "embed_tokens.weight": "token_embd.weight",
-    "norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-LAYER_NAMES = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.q_a_proj.weight": "attn_q_a.weight",
-    "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
-    "self_attn.q_b_proj.weight": "attn_q_b.weight",
-    "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
-    "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
-    "self_attn.kv_b_proj.weight": "attn_k_b.weight attn_v_b.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-    "mlp.gate.weight": "ffn_gate_inp.weight",
-    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
-    "mlp.experts.gate_up_proj": "ffn_gate_exps.weight ffn_up_exps.weight",
-    "mlp.experts.down_proj": "ffn_down_exps.weight",
-    "mlp.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
-    "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
-    "mlp.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
-}
 INSTEAD = "give a directory as DST, which transformers can open"
 
 
@@ -131,32 +102,28 @@ def as_neighbours(x: Tensor, heads: int, R: int) -> Tensor:
     return x.flatten(0, 1)
 
 
-def parts_of(name: str, x: Tensor, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """A parameter of model.py as one or two tensors of llama.cpp. Raises Refusal for others."""
+def parts_of(name: str, x: Tensor, config: dict[str, Any]) -> dict[str, Tensor]:
+    """A parameter of model.py as llama.cpp stores it, in one or two tensors, whose names are those
+    of Hugging Face's layout."""
     H, N, R = (config[k] for k in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"))
-    found = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
-    prefix, kind = (f"blk.{found[1]}.", found[2]) if found else ("", name)
-    names = (LAYER_NAMES if found else NAMES).get(kind)
-    if names is None:
-        raise Refusal(f"{name} is not a weight of DeepSeek-V3, so llama.cpp has no place for it.")
-    parts = [x]
-    if kind == "self_attn.kv_b_proj.weight":
+    name = name if name == "lm_head.weight" else f"model.{name}"
+    if name.endswith(".kv_b_proj.weight"):
         W = x.unflatten(0, (H, -1))  # (H, N+V, C)
-        parts = [W[:, :N].mT, W[:, N:]]  # (H, C, N), (H, V, C)
-    elif kind == "mlp.experts.gate_up_proj":
-        parts = x.chunk(2, dim=1)  # (E, F, D) each
-    elif not config["rope_interleave"] and re.search(r"\.(q|q_b)_proj\.|kv_a_proj_with_mqa", kind):
-        parts = [as_neighbours(x, 1 if "kv_a" in kind else H, R)]
-    for part_name, part in zip(names.split(), parts, strict=True):
-        yield prefix + part_name, part
+        k, v = W[:, :N].mT, W[:, N:]  # (H, C, N), (H, V, C)
+        return {name.replace("kv_b_proj", "k_b_proj"): k, name.replace("kv_b_proj", "v_b_proj"): v}
+    if name.endswith(".experts.gate_up_proj"):
+        gate, up = x.chunk(2, dim=1)  # (E, F, D) each
+        stem = name.removesuffix("gate_up_proj")
+        return {f"{stem}gate_proj.weight": gate, f"{stem}up_proj.weight": up}
+    if name.endswith(".experts.down_proj"):
+        return {f"{name}.weight": x}
+    if not config["rope_interleave"] and re.search(r"\.(q|q_b)_proj\.|kv_a_proj_with_mqa", name):
+        x = as_neighbours(x, 1 if "kv_a" in name else H, R)
+    return {name.replace("e_score_correction_bias", "e_score_correction.bias"): x}
 
 
 def add_tokenizer(writer: Any, encoding: tiktoken.Encoding | None, rows: int) -> None:
-    """The vocabulary in GPT-2's format, padded to the rows of the embedding.
-
-    tiktoken joins any two neighbours whose concatenation has a rank, lowest rank first; llama.cpp
-    needs a list of pairs. So every way to split a token in two becomes a merge, in rank order.
-    """
+    """The vocabulary in GPT-2's format, padded to the rows of the embedding."""
     import gguf
 
     if encoding is None or encoding._pat_str not in PRE_TOKENIZERS:
@@ -164,9 +131,7 @@ def add_tokenizer(writer: Any, encoding: tiktoken.Encoding | None, rows: int) ->
             "llama.cpp has no name for the pattern with which this run's tokenizer splits texts: "
             "give a directory as DST, which llama.cpp's convert_hf_to_gguf.py may read."
         )
-    ordered = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-    ranks = {token.decode("latin-1").translate(STAND_INS): rank for token, rank in ordered}
-    splits = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
+    ranks, merges = ranks_and_merges(encoding)
     end = encoding._special_tokens[END_OF_TEXT]
     normal, control, unused = (gguf.TokenType[x] for x in ("NORMAL", "CONTROL", "UNUSED"))
     tokens = [(f"[unused {i}]", unused) for i in range(rows)]
@@ -177,7 +142,7 @@ def add_tokenizer(writer: Any, encoding: tiktoken.Encoding | None, rows: int) ->
     writer.add_tokenizer_pre(PRE_TOKENIZERS[encoding._pat_str])
     writer.add_token_list([token for token, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
-    writer.add_token_merges([f"{a} {b}" for a, b in splits if a in ranks and b in ranks])
+    writer.add_token_merges([f"{left} {right}" for left, right in merges])
     writer.add_bos_token_id(end)
     writer.add_eos_token_id(end)
     writer.add_add_bos_token(False)  # nor does sample.py add one to a prompt
@@ -209,10 +174,14 @@ def write_gguf(
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "F32" else f"MOSTLY_{dtype}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer, encoding, config["vocab_size"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, config["num_hidden_layers"])
     for name, x in tensors:
         if name.startswith("mtp.") or (name == "lm_head.weight" and config["tie_word_embeddings"]):
             continue
-        for part_name, part in parts_of(name, x, config):
+        for released, part in parts_of(name, x, config).items():
+            part_name = names.get_name(released, try_suffixes=(".weight", ".bias"))
+            if part_name is None:
+                raise Refusal(f"{name} is no weight of DeepSeek-V3: llama.cpp has no place for it.")
             kind = gguf.GGMLQuantizationType[stored_type(part_name, part, dtype)]
             data = gguf.quantize(part.float().contiguous().numpy(), kind)
             writer.add_tensor(part_name, data, raw_dtype=kind)

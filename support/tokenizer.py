@@ -423,19 +423,24 @@ def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
 # ---- The tokenizer of an export ------------------------------------------------------------------
 
 
+def ranks_and_merges(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """{token: rank}, with STAND_INS, and the merges that other formats list.
+
+    tiktoken joins any two neighbours whose concatenation has a rank, lowest rank first. So each way
+    to split a token in two becomes a merge, in rank order.
+    """
+    ranks = encoding._mergeable_ranks.items()  # lowest first, as in stored_tokenizer
+    ranks = {token.decode("latin-1").translate(STAND_INS): rank for token, rank in ranks}
+    splits = ((text[:i], text[i:]) for text in ranks for i in range(1, len(text)))
+    return ranks, [(left, right) for left, right in splits if left in ranks and right in ranks]
+
+
 def tokenizer_json(encoding: tiktoken.Encoding) -> str:
     """The tokenizer in the format of Hugging Face's tokenizers. It gives the same ids, except that
-    <|endoftext|> in a text becomes the token, as users of transformers expect.
-
-    tiktoken joins any two neighbours whose concatenation has a rank, lowest rank first. The format
-    needs a list of pairs. So each way to split a token in two becomes a merge, in rank order.
-    """
+    <|endoftext|> in a text becomes the token, as users of transformers expect."""
     import tokenizers
 
-    ranks = encoding._mergeable_ranks.items()  # lowest first, as in stored_tokenizer
-    vocab = {token.decode("latin-1").translate(STAND_INS): rank for token, rank in ranks}
-    splits = ((text[:i], text[i:]) for text in vocab for i in range(1, len(text)))
-    merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
+    vocab, merges = ranks_and_merges(encoding)
     vocab |= encoding._special_tokens
     model = tokenizers.models.BPE(vocab, merges, ignore_merges=True)  # a word may be a token
     steps, made = tokenizers.pre_tokenizers, tokenizers.Tokenizer(model)
