@@ -42,7 +42,6 @@ class Tokenizer:
     bos: int | None = None  # the id that begins every text, if any
     encoding: tiktoken.Encoding | None = None  # None for a tokenizer.json
     files: list[Path] = field(default_factory=list)  # a release's, the vocabulary first
-    rows: int = 0  # of the release's embedding (0: unknown)
 
     @property
     def n_vocab(self) -> int:
@@ -253,10 +252,7 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     special = {i: token.content for i, token in parsed.get_added_tokens_decoder().items()}
     byte_of = {char: byte for byte, char in STAND_INS.items()}
     vocab = {i: x for x, i in parsed.get_vocab(with_added_tokens=False).items() if i not in special}
-    try:
-        texts = {i: x.translate(byte_of).encode("latin-1") for i, x in vocab.items()}
-    except UnicodeEncodeError:  # such as SentencePiece
-        raise Refusal(f"{path.name} is not byte-level, which is not supported") from None
+    texts = {i: x.translate(byte_of).encode("latin-1") for i, x in vocab.items()}
 
     def encode_batch(batch: list[str]) -> list[list[int]]:
         return [found.ids for found in parsed.encode_batch(batch, add_special_tokens=False)]
@@ -306,7 +302,7 @@ def read_release(folder: Path) -> Tokenizer | None:
     bos = tokenizer.bos
     if config.get("add_bos_token"):
         bos = config.get("bos_token_id", named("bos_token"))
-    return replace(tokenizer, eos=eos, bos=bos, files=files, rows=config.get("vocab_size", 0))
+    return replace(tokenizer, eos=eos, bos=bos, files=files)
 
 
 def hf_tokenizer(folder: Path) -> Tokenizer | None:
@@ -314,7 +310,10 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
     try:
         return read_release(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise Refusal(f"the tokenizer of {folder} cannot be read ({short(error, 500)})") from None
+        raise Refusal(
+            f"the tokenizer of {folder} cannot be read, or is no byte-level BPE "
+            f"({short(error, 500)})"
+        ) from None
 
 
 # ---- The tokenizer of a prepared folder or a run -------------------------------------------------
@@ -334,7 +333,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             "special_tokens": {name: i for i, name in tokenizer.special.items()},
             "eos": tokenizer.eos,
             "bos": tokenizer.bos,
-            "rows": tokenizer.rows,
         }
     else:
         ranks = sorted(tokenizer.texts.items())
@@ -367,9 +365,8 @@ def stored_tokenizer(folder: Path | str) -> Tokenizer:
         if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
             raise Refusal(f"the sha256 of {files[0].name} is not that in meta.json")
         if "files" in meta:
-            entries = {key: meta[key] for key in ("eos", "bos", "rows")}
             tokenizer = read_vocabulary(files[0], meta["special_tokens"])
-            return replace(tokenizer, files=files, **entries)
+            return replace(tokenizer, files=files, eos=meta["eos"], bos=meta["bos"])
         ranks = parse_ranks(content)
         return tokenizer_of(encoding_from(ranks, meta["pattern"], meta["special_tokens"]))
     except (OSError, ValueError, KeyError) as error:  # a file is missing, or cut short
@@ -404,15 +401,11 @@ def open_tokenizer(name: str) -> Tokenizer:
 
 def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
     """Raises Refusal unless the weights in `source` have the tokenizer of the data. Tokens are
-    compared, and the ids of a sample text (this source file), not the tokenizers' files, which
-    transformers may have rewritten."""
+    compared, not the tokenizers' files, which transformers may have rewritten."""
     if tokenizer is None:  # a Hugging Face directory without one
         return
     other = stored_tokenizer(data)
-    # Only a release's tokenizer encodes END_OF_TEXT as a single token.
-    sample = [Path(__file__).read_text(encoding="utf-8").replace(END_OF_TEXT, "")]
-    same_tokens = (tokenizer.texts, tokenizer.special) == (other.texts, other.special)
-    if not same_tokens or tokenizer.encode_batch(sample) != other.encode_batch(sample):
+    if (tokenizer.texts, tokenizer.special) != (other.texts, other.special):
         folder = source if source.is_dir() else source.parent
         raise Refusal(
             f"{source} and {data} have different tokenizers; "

@@ -124,7 +124,6 @@ class Dataset:
     val_bytes_per_token: float  # <|endoftext|> counts as a token without bytes
     # For final results (experiments/unseen.py); no setting is chosen by it.
     test: Tokens | None = None
-    rows: int = 0  # of the embedding in the tokenizer's release (0: unknown)
 
 
 def load_dataset(folder: Path | str, val_tokens: int = 0) -> Dataset:
@@ -141,7 +140,7 @@ def load_dataset(folder: Path | str, val_tokens: int = 0) -> Dataset:
     counts = np.bincount(val, minlength=n_vocab)
     n_bytes = sum(len(text) * int(counts[i]) for i, text in tokenizer.texts.items())
     test = Tokens(read("test")) if any(folder.glob("test*.bin")) else None
-    return Dataset(train, Tokens([val]), n_vocab, n_bytes / len(val), test, tokenizer.rows)
+    return Dataset(train, Tokens([val]), n_vocab, n_bytes / len(val), test)
 
 
 def data_folder(name: str) -> Path:
@@ -158,24 +157,21 @@ def open_folder(
     tokens. weights: the path of the initial weights, if any, whose tokenizer the data must have.
     val_tokens: as in load_dataset. Raises OSError or Refusal if the data do not fit."""
     if not folder.exists():
-        # Under its own name, a folder of OURS with another vocabulary would break config/*.py.
-        name = f"{folder.name}-{vocab_size}" if folder.name in OURS else folder.name
-        command = f"python prepare_data.py SOURCE --name={name} "
         home = weights.parent if weights and weights.is_file() else weights
-        command += f"--tokenizer={home}" if weights else f"--vocab_size={vocab_size}"
-        command += f" --out={folder.parent}" if folder.parent != Path("data") else ""
-        command += f", and give --data={folder.with_name(name)}" if name != folder.name else ""
-        raise Refusal(f"no data in {folder}; make it with: {command}.")
+        own = f"--tokenizer={home}" if weights else f"--vocab_size={vocab_size}"
+        raise Refusal(
+            f"no data in {folder}: name a prepared folder with --data, or make one with "
+            f"python prepare_data.py SOURCE --name=NAME {own}."
+        )
     data = load_dataset(folder, val_tokens)
     if data.val_bytes_per_token == 0:  # only <|endoftext|>
         raise Refusal(
             f"the first {len(data.val)} validation tokens of {folder} hold no text: "
             "give more --eval_tokens."
         )
-    # The embedding may have more rows than the tokenizer has tokens: up to 127 more, or exactly as
-    # many as the tokenizer's release has.
+    # The embedding may have more rows than the tokenizer has tokens: a new one up to 127 more.
     padding = vocab_size - data.vocab_size
-    if padding < 0 or (padding >= 128 and vocab_size != data.rows):
+    if padding < 0 or (padding >= 128 and not weights):
         raise Refusal(
             f"vocab_size is {vocab_size}, but the vocabulary of {folder} has {data.vocab_size} "
             f"tokens: for a new network give --vocab_size={data.vocab_size}; for existing weights "

@@ -52,9 +52,8 @@ REFUSALS = [
     (
         f"{NEW} --data=nowhere --out=new/a/b",
         1,
-        "make it with: python prepare_data.py SOURCE --name=nowhere",
+        "no data in data/nowhere: name a prepared folder with --data, or make one with python pre",
     ),
-    (f"{NEW} --data=stdlib", 1, "--name=stdlib-512 --vocab_size=512, and give --data=data/stdlib-"),
     (f"{NEW} --data=finewebedu", 1, "python prepare_data.py finewebedu --shards=99 (9.9B tokens"),
     (f"{NEW} --vocab_size=1024", 1, "for a new network give --vocab_size=512;"),
     (f"{NEW} --block_size=900000 --max_position_embeddings=900000", 1, "do not fit in data/tiny"),
