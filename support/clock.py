@@ -7,9 +7,7 @@ from datetime import timedelta
 class Clock:
     def __init__(self):
         self.restart(0)
-        self.steps = 0  # of this process, not of the run before a resume
-        self.speed = 0.0  # tokens/s, smoothed
-        self.evaluation = 0.0  # seconds, of the last evaluation
+        self.first = None  # time and tokens at the first measurement: what came before was start-up
 
     def restart(self, tokens: int):
         """Starts a new measurement, with `tokens` tokens read so far, after something that should
@@ -20,15 +18,14 @@ class Clock:
         """Tokens per second since the last measurement or restart."""
         since, before = self.since, self.tokens_before
         self.restart(tokens)
-        speed = (tokens - before) / (self.since - since)
-        self.speed = 0.7 * self.speed + 0.3 * speed if self.speed else speed
-        return speed
+        self.first = self.first or (self.since, tokens)
+        return (tokens - before) / (self.since - since)
 
-    def time_left(self, tokens: int, evaluations: int) -> str:
-        """The remaining time as text, for `tokens` tokens at the smoothed speed and for the
-        evaluations. Before the first evaluation the text counts them instead. Empty in the first
-        ten steps, which may be slow."""
-        seconds = tokens / self.speed + evaluations * self.evaluation
-        left = timedelta(seconds=min(round(seconds), 10**13))  # near timedelta's limit
-        more = f" and {evaluations} evaluation(s)" if evaluations and not self.evaluation else ""
-        return f", {left}{more} left" if self.steps >= 10 else ""
+    def time_left(self, tokens: int) -> str:
+        """The time for `tokens` more tokens, as text, at the mean speed since the first
+        measurement, saves and evaluations included. Empty at the first."""
+        began, before = self.first
+        if self.tokens_before == before:
+            return ""
+        seconds = tokens * (self.since - began) / (self.tokens_before - before)
+        return f", {timedelta(seconds=round(seconds))} left"

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -195,7 +194,6 @@ class Run:
         progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
         progress.skipped += not finite
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
-        self.clock.steps += 1
         dtype = next(self.model.parameters()).dtype
         for name, x in means.items():
             total, steps = progress.sums.get(name, (0.0, 0))
@@ -209,8 +207,6 @@ class Run:
         self.stopped = self.stop.agreed()
         due = self.stopped or self.evaluation_due or self.due(config.save_every)
         self.save_due = self.save_due or due
-        if self.evaluation_due:  # it is timed from here
-            self.clock.restart(progress.tokens)
 
     def write_means(self, now: dict):
         progress = self.progress
@@ -221,10 +217,8 @@ class Run:
             peak = peak_flops(self.machine.device) * self.machine.world
             line["mfu"] = speed * self.flops / peak
         left = (self.config.steps - progress.step) * self.config.batch_size * self.config.block_size
-        every = self.config.eval_every  # this step's evaluation is still to come
-        evaluations = math.ceil(self.config.steps / every) - (progress.step - 1) // every
         skips = f", {progress.skipped} skipped: gradient not finite" if progress.skipped else ""
-        self.write_line(line, self.clock.time_left(left, evaluations) + skips)
+        self.write_line(line, self.clock.time_left(left) + skips)
         progress.sums, progress.skipped = {}, 0
 
     def write_line(self, values: dict, more: str = ""):
@@ -245,7 +239,6 @@ class Run:
         """Writes an evaluation to log.jsonl, and best.pt if these weights are the best so far:
         trained for longer windows or, at the same length, with a lower loss. Initial weights, at
         step 0, are not saved."""
-        self.clock.evaluation = time.perf_counter() - self.clock.since
         progress, loss, length = self.progress, result["val_loss"], self.model.trained_length
         self.stopped = self.stop.agreed()
         better = (length, -loss) > (progress.best_length, -progress.best_loss)
