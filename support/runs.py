@@ -52,20 +52,13 @@ def holds_run(out: Path) -> bool:
 
 def check_folder(out: Path, resume: bool, overwrite: bool):
     """Raises Refusal unless the run may write to the folder. Changes nothing."""
-    if out.exists() and not out.is_dir():
-        raise Refusal(f"{out} is a file: give another --out.")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    begun = {".lock", "log.jsonl"} <= names  # a run that has not written a line
-    if names - {".lock"} and not (holds_run(out) or begun):
+    if names and ".lock" not in names and not holds_run(out):  # .lock: a run that has just begun
         raise Refusal(f"{out} holds files, but no run: give another --out.")
     if resume and "ckpt.pt" not in names:
-        instead = "give --overwrite instead" if holds_run(out) else "leave out --resume"
-        if "best.pt" in names:
-            instead = f"give --init_from={out} and another --out"
-        raise Refusal(f"{out} has no ckpt.pt to resume from: {instead}.")
+        raise Refusal(f"{out} has no ckpt.pt to resume from: give --overwrite, or another --out.")
     if holds_run(out) and not (resume or overwrite):
-        ways = "--resume, --overwrite" if "ckpt.pt" in names else "--overwrite"
-        raise Refusal(f"{out} holds a run: give {ways}, or another --out.")
+        raise Refusal(f"{out} holds a run: give --resume, --overwrite, or another --out.")
 
 
 def lock_folder(folder: Path) -> BinaryIO:

@@ -60,15 +60,15 @@ REFUSALS = [
     (f"{NEW} --eval_tokens=1", 1, "first 1 validation tokens of data/tiny hold no text: give"),
     # Folders.
     (f"{NEW} --eval_only --out=", 1, "there is no out/tiny: name a run's folder"),
+    (f"{NEW} --out=a.txt", 1, "[Errno 20] Not a directory: 'a.txt'"),
     (f"{NEW} --out=photos --overwrite", 1, "photos holds files, but no run: give another --out."),
-    (f"{NEW} --out=early", 1, "early holds a run: give --overwrite, or another --out."),
-    (f"{NEW} --out=early --resume", 1, "early has no ckpt.pt to resume from: give --overwrite in"),
+    (f"{NEW} --out=early", 1, "early holds a run: give --resume, --overwrite, or another"),
+    (f"{NEW} --out=early --resume", 1, "early has no ckpt.pt to resume from: give --overwrite, or"),
     (f"{NEW} --out=alone", 1, "alone holds files, but no run: give another --out."),
     (RUN, 1, "run holds a run: give --resume, --overwrite, or another --out."),
     (f"{RUN} --overwrite --init_from=run", 1, "--overwrite would rename run: give another --out."),
     (f"{RUN} --overwrite --init_from=run/ckpt.pt", 1, "--overwrite would rename run/ckpt.pt: give"),
     # Runs that go on.
-    (f"{NEW} --out=best --resume", 1, "no ckpt.pt to resume from: give --init_from=best and anot"),
     (f"{ON} --overwrite", 1, "--resume continues a run: leave out --init_from and --overwrite."),
     (f"{ON} --hidden_size=64", 1, "run/ckpt.pt cannot get hidden_size 64: embed_tokens.weight is"),
     (f"{ON} --hidden_size=64 --kv_lora_rank=3", 1, "cannot get hidden_size 64 and 1 more: embed_t"),
@@ -92,7 +92,6 @@ REFUSALS = [
 FILES = {
     "photos/me.png": b"",
     "a.txt": b"some lines\n" * 50,
-    "best/best.pt": b"x",
     "early/.lock": b"",
     "early/log.jsonl": b"{}",  # before the first checkpoint
     "alone/log.jsonl": b"",  # a run that has just begun has a .lock, too
