@@ -25,13 +25,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm import tqdm
 
 from support import advice
 from support.files import lies_in, new_folder
-from support.settings import Refusal, info, parse_args, place_of, run_command, short, with_home
+from support.settings import Refusal, info, parse_args, run_command, short, with_home
 from support.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer, write_tokenizer
 from support.tokens import load_dataset, read_tokens, write_tokens
 
@@ -103,13 +102,11 @@ def parse_record(line: str, where: str, text_key: str) -> str | None:
     """The text of a line of .jsonl."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        message = getattr(error, "msg", error)  # str(error) adds a line number, which is always 1
-        raise Refusal(f"{where} is not JSON ({message}); correct or delete it") from None
-    if not isinstance(record, dict):
-        raise Refusal(f"{where} is {line.strip():.60}, expected an object with {text_key!r}")
-    if text_key not in record:
-        raise Refusal(f"{where} has keys {list(record)!r:.100}, not {text_key!r}{OTHER_KEY}")
+    except json.JSONDecodeError as error:
+        raise Refusal(f"{where} is not JSON ({error.msg}); correct or delete it") from None
+    if not isinstance(record, dict) or text_key not in record:
+        message = f"{where} is {line.strip():.100}, expected an object with {text_key!r}"
+        raise Refusal(message + OTHER_KEY)
     text = as_text(record[text_key], where, text_key)
     # JSON may contain half of a surrogate pair, UTF-8 may not.
     return text and text.encode("utf-8", "replace").decode()
@@ -141,21 +138,9 @@ def read_file(path: Path, text_key: str) -> Iterator[str | None]:
             yield from (start + file.read()).split(END_OF_TEXT)
 
 
-def refuse(error: OSError) -> NoReturn:
-    raise Refusal(f"{error.filename} cannot be read ({error.strerror}); allow it or leave it out")
-
-
-def walk(root: Path) -> Iterator[Path]:
-    """The files of a folder and its links to folders, except hidden ones. Links are not followed: a
-    target inside the folder is visited in its own place."""
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        links = [name for name in folders if (Path(folder) / name).is_symlink()]
-        yield from (Path(folder) / name for name in (*links, *names) if not name.startswith("."))
-
-
 def find_files(source: str) -> list[Path]:
-    """The files of a folder, the files that match a glob, or a single file; each only once.
+    """The files of a folder, the files that match a glob, or a single file; each only once, and
+    none that is hidden.
 
     Links out of the folder are skipped: its author must not choose other files of this machine.
     """
@@ -163,7 +148,8 @@ def find_files(source: str) -> list[Path]:
     if root.is_file():
         return [root]
     if root.is_dir():
-        paths = walk(root)
+        paths = root.rglob("*")  # does not follow links
+        paths = (x for x in paths if not re.search(r"(^|/)\.", x.relative_to(root).as_posix()))
     else:
         paths = map(Path, glob.glob(str(root), recursive=True))
         root = Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
@@ -201,11 +187,7 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
         except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
             if type(error) is ValueError:  # a bug in an edited reader
                 raise
-            message = error if type(error) is Refusal else f"{error!r:.200}{place_of(error)}"
-            raise Refusal(f"{path} cannot be read: {message}") from None
-        except OSError as error:
-            message = error.strerror or error  # pyarrow's errors have no strerror
-            raise Refusal(f"{path} cannot be read ({message}); allow it or leave it out") from None
+            raise Refusal(f"{path} cannot be read: {short(error, 300)}") from None
         texts = [text for text in records if text is not None]
         if nulls := len(records) - len(texts):
             info(f"skipped {nulls} empty records of {path}: their {text_key!r} is null")
@@ -283,12 +265,6 @@ def read_parts(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
         if (size := sum(map(len, documents.values()))) < 100:
             raise Refusal(f"{config.source} holds {size} characters, expected 100 or more")
         train, val, test = split_documents(documents, config.val_fraction, config.test_fraction)
-    for split, texts in ("training", train), ("validation", val):
-        if not any(texts):
-            raise Refusal(
-                f"{config.source} has no text for {split} (val_fraction={config.val_fraction}); "
-                "give more text"
-            )
     return train, val, test
 
 
@@ -337,10 +313,7 @@ def main(argv: list[str]) -> None:
     config = DataConfig(**values | ({"source": source} if source else {}))
     folder = prepare(config)
     print(folder)
-    command = advice.next_command(folder, load_dataset(folder), config.tokenizer)
-    info(f"next: {command}")
-    if "--init_from" in command and "--lr" not in command:
-        info('for a suitable --lr see "Fine-tune" in docs/TUTORIAL.md')
+    info(f"next: {advice.next_command(folder, load_dataset(folder), config.tokenizer)}")
 
 
 if __name__ == "__main__":

@@ -26,18 +26,18 @@ def next_command(folder: Path, data: Dataset, tokenizer: str) -> str:
     new network.
 
     The run reads the text at most FEW_EPOCHS times. Weights of a run keep its settings, at a tenth
-    of its learning rate.
+    of its learning rate. For a release's the rate is that of docs/REFERENCE.md.
     """
     name = folder.name if folder.parent == Path("data") else str(folder)
     settings = runpy.run_path(str(Path(__file__).parent.parent / "config/small.py"))
-    home, most, taken = Path(tokenizer), settings["steps"], ["batch_size", "block_size"]
+    home, most, taken = Path(tokenizer), settings["steps"], ["batch_size", "block_size", "lr"]
     is_run = tokenizer and any((home / file).exists() for file in ("best.pt", "ckpt.pt"))
     if is_run:
         from support.checkpoints import load_checkpoint  # imports torch, not needed otherwise
 
         settings |= load_checkpoint(home, whole=False)["train_config"]
-        taken += ["optimizer", "adamw_lr", "lr"]
-        settings["lr"] = f"{settings['lr'] / 10:g}"
+        taken += ["optimizer", "adamw_lr"]
+    settings["lr"] = f"{settings['lr'] / 10:g}" if is_run else "2e-5"
     tokens_per_step = settings["batch_size"] * settings["block_size"]
     steps = max(1, FEW_EPOCHS * len(data.train) // tokens_per_step)
     words = [f"--data={name}", f"--out=out/{folder.name}", f"--steps={min(steps, most)}"]

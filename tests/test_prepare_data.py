@@ -242,16 +242,15 @@ def test_collections_of_documents(tmp_path, kind, capsys):
 FINE = b'{"text": "fine"}\n\n'
 UNREADABLE = [  # a file, what is in it, and what the sentence says besides the file's name
     ("a.jsonl", FINE + b'{"text": 5}', "line 3 has 5 as 'text', expected text or null; is the"),
-    ("a.jsonl", FINE + b'["text"]', """line 3 is ["text"], expected an object with 'text'"""),
+    ("a.jsonl", FINE + b'["text"]', """line 3 is ["text"], expected an object with 'text'; is"""),
     ("a.jsonl", FINE + b'{"text": "a"', "line 3 is not JSON (Expecting ',' delimiter); correct or"),
-    ("a.jsonl", FINE + b'{"t": "a"}', "line 3 has keys ['t'], not 'text'; is the text under anoth"),
-    ("a.jsonl", FINE + '{"text": "é"}'.encode("latin1"), "byte 0xe9"),
-    ("a.jsonl.gz", b"not compressed", "BadGzipFile("),
     (
         "a.jsonl",
-        FINE + b'{"text": ' + b"[" * 100_000,
-        "line 3 is not JSON (maximum recursion",
+        FINE + b'{"t": "a"}',
+        """line 3 is {"t": "a"}, expected an object with 'text'; i""",
     ),
+    ("a.jsonl", FINE + '{"text": "é"}'.encode("latin1"), "byte 0xe9"),
+    ("a.jsonl.gz", b"not compressed", "Not a gzipped file"),
     ("a.parquet", [("n", ["a"]), ("m", ["a"])], "['n', 'm'], expected exactly one 'text'; is the"),
     ("a.parquet", [("text", ["a"])] * 2, "'text'], expected exactly one 'text'; is"),
     ("a.parquet", [("text", [b"fine", b"caf\xe9"])], "byte 0xe9"),
@@ -328,6 +327,6 @@ def test_the_command_that_trains_on_a_folder(book, tmp_path):
     run = dict(lr=6e-3, optimizer="muon", adamw_lr=2.0, batch_size=2, block_size=64)
     torch.save({"model_config": {}, "train_config": run}, book / "best.pt")
     command = advice.next_command(book, data, str(book))
-    as_trained = "--batch_size=2 --block_size=64 --optimizer=muon --adamw_lr=2.0 --lr=0.0006"
+    as_trained = "--batch_size=2 --block_size=64 --lr=0.0006 --optimizer=muon --adamw_lr=2.0"
     steps *= 16  # its windows are a sixteenth of small.py's
     assert command == f"python train.py --init_from={book} {words} --steps={steps} {as_trained}"
