@@ -732,8 +732,7 @@ def show_result(config: TrainConfig, data: Dataset):
 
 
 def main(argv: list[str]):
-    with processes.compiling():
-        command(argv)
+    command(argv)
     processes.end()
 
 

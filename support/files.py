@@ -13,8 +13,6 @@ from support.settings import Refusal, info, short
 
 def put_aside(folder: Path) -> Path:
     """Renames a folder or file to NAME.old-1, or the next free number, and prints a message."""
-    if folder.name in ("", ".."):
-        raise Refusal(f"{folder} cannot be renamed: give the folder's name")
     number = 1
     while os.path.lexists(old := folder.with_name(f"{folder.name}.old-{number}")):
         number += 1

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support.processes import compiling
 from support.settings import info
 
 ROWS = 16  # a product with up to this many rows of x (in bmm: or columns of w) becomes a sum
@@ -65,9 +64,8 @@ def first_round(graph: Callable, args: tuple, kind: tuple, parts: Any, on_cpu: b
         # torch uses no CUDA graph if an input is written to, unless its address is fixed.
         for x in tensors(parts):
             torch._dynamo.mark_static_address(x)
-    with compiling():
-        for _ in range(1 if on_cpu or not new else 3):  # a GPU records in the second call
-            graph(*args)
+    for _ in range(1 if on_cpu or not new else 3):  # a GPU records in the second call
+        graph(*args)
     if new:
         COMPILED.add((kind, graph))
         info(f"compiled in {time.perf_counter() - began:.0f} s")

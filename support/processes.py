@@ -13,8 +13,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -295,25 +295,6 @@ def as_written(eager: bool) -> AbstractContextManager:
     written."""
     # Not set_stance("default"): it imports dynamo, which takes seconds.
     return torch.compiler.set_stance("force_eager") if eager else nullcontext()
-
-
-@contextmanager
-def compiling() -> Iterator[None]:
-    """Turns a failure of torch.compile in the body into a Refusal that names the line of Python: a
-    compiler is missing, or the line cannot be compiled. Errors that also occur without --compile
-    stay unchanged."""
-    try:
-        yield
-    except RuntimeError as error:
-        errors = torch._dynamo.exc  # imported only now, because that takes seconds
-        if not isinstance(error, errors.TorchDynamoException):
-            raise
-        if isinstance(error, errors.TorchRuntimeError):  # such as shapes that do not match
-            raise
-        stack = getattr(error, "real_stack", None)
-        at = f" at {stack[-1].filename}:{stack[-1].lineno}, in {stack[-1].name}" if stack else ""
-        message = f"the network cannot be compiled ({short(error)}{at}): give --compile=False"
-        raise Refusal(message) from error
 
 
 def sync_gradients(trainer: nn.Module, now: bool):

@@ -180,6 +180,7 @@ def merge(
 # Packages that training and sampling do not need. Any other missing package is a bug.
 OPTIONAL = ("gguf", "huggingface_hub", "matplotlib", "pyarrow", "safetensors", "tokenizers")
 OPTIONAL += ("transformers",)
+COMPILER = ("torch._dynamo.exc", "torch._inductor.exc")  # whose errors torch.compile raises
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -201,8 +202,9 @@ def place_of(error: BaseException) -> str:
 
 def sentence_of(error: Exception) -> str | None:
     """The sentence with which an error ends a command: a Refusal; a system error that names a file
-    (with the line of this repository that caused it); lack of memory, of disk space or of an
-    optional package. None for all others: they are bugs and keep their trace."""
+    (with the line of this repository that caused it); lack of memory, of disk space, of a compiler
+    or of an optional package; a line that cannot be compiled. None for all others: they are bugs
+    and keep their trace."""
     if isinstance(error, Refusal):
         return str(error)
     if is_out_of_memory(error):
@@ -211,6 +213,11 @@ def sentence_of(error: Exception) -> str | None:
     if isinstance(error, OSError):
         named = error.errno is not None and error.filename is not None
         return f"{error}{place_of(error)}" if named or error.errno == errno.ENOSPC else None
+    kind = type(error)
+    if kind.__module__ in COMPILER and kind.__name__ != "TorchRuntimeError":  # that one is a bug
+        stack = getattr(error, "real_stack", None)
+        at = f" at {stack[-1].filename}:{stack[-1].lineno}, in {stack[-1].name}" if stack else ""
+        return f"the network cannot be compiled{at} ({short(error)}): give --compile=False"
     if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
         return f"{error}: pip install {error.name}"
     return None

@@ -121,8 +121,8 @@ PATTERN = "|".join(
 )
 # In no pattern, ours or a release's, does a piece continue after such a line end.
 LINE_END = re.compile(r"\n(?=[^\s/])")
-BPE_SAMPLE = 100_000_000  # characters: a new tokenizer is trained on about this many at most
-PIECE = 100_000  # characters: longer documents are sampled and encoded piece by piece
+BPE_SAMPLE = 100_000_000  # characters, on which a new tokenizer is trained
+PIECE = 100_000  # characters: longer documents are encoded piece by piece
 
 
 def cut(text: str, length: int) -> Iterator[str]:
@@ -137,21 +137,6 @@ def cut(text: str, length: int) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def sample_texts(texts: list[str], limit: int) -> list[str]:
-    """All texts or, if they exceed `limit` characters, evenly spread pieces of about that many."""
-    total = sum(map(len, texts))
-    if total <= limit:
-        return texts
-    sample, passed, taken = [], 0, 0  # passed and taken count characters
-    for text in texts:
-        for piece in cut(text, PIECE):
-            if taken * total <= passed * limit:  # no more than a fair share so far
-                sample.append(piece)
-                taken += len(piece)
-            passed += len(piece)
-    return sample
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes, int]:
@@ -204,7 +189,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    ranks = train_bpe(sample_texts(texts, BPE_SAMPLE), vocab_size - 1, PATTERN)
+    k = 1 + sum(map(len, texts)) // BPE_SAMPLE  # of more than that every k-th text is enough
+    ranks = train_bpe(texts[::k], vocab_size - 1, PATTERN)
     return tokenizer_of(encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)}))
 
 

@@ -96,9 +96,6 @@ class Tokens:
 
         A window that would extend beyond its file is moved back to the file's end.
         """
-        starts, shortest = np.asarray(starts), min(map(len, self.arrays))
-        if length > shortest or starts.min() < 0 or starts.max() > len(self) - length:
-            raise Refusal(f"no windows of {length} tokens in a file of {shortest}; shorten them")
         windows = np.empty((len(starts), length), np.int64)
         shards = np.searchsorted(self.ends, starts, side="right")
         for window, start, shard in zip(windows, starts, shards, strict=True):

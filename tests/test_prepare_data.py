@@ -247,7 +247,7 @@ UNREADABLE = [  # a file, what is in it, and what the sentence says besides the 
     (
         "a.jsonl",
         FINE + b'{"t": "a"}',
-        """line 3 is {"t": "a"}, expected an object with 'text'; i""",
+        """line 3 is {"t": "a"}, expected an object with 'text'""",
     ),
     ("a.jsonl", FINE + '{"text": "é"}'.encode("latin1"), "byte 0xe9"),
     ("a.jsonl.gz", b"not compressed", "Not a gzipped file"),

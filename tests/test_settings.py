@@ -110,6 +110,11 @@ def test_config_files_are_assignments(tmp_path, monkeypatch):
 
 
 MEMORY, SEE = "error: out of memory", ": see docs/REFERENCE.md\n"
+UNCOMPILED = "error: the network cannot be compiled"
+
+
+def of_compiler(name: str) -> Exception:
+    return type(name, (RuntimeError,), {"__module__": "torch._dynamo.exc"})("no g++")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +123,7 @@ MEMORY, SEE = "error: out of memory", ": see docs/REFERENCE.md\n"
         (config.Refusal("no\nway"), 1, "error: no way\n"),
         (ModuleNotFoundError("no gguf", name="gguf"), 1, "error: no gguf: pip install gguf\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (of_compiler("Unsupported"), 1, f"{UNCOMPILED} (no g++): give --compile=False\n"),
         (RuntimeError("CUDA out of memory"), 1, f"{MEMORY} (CUDA out of memory){SEE}"),
         (MemoryError("8 TiB"), 1, f"{MEMORY} (8 TiB){SEE}"),
         (MemoryError(), 1, f"{MEMORY}{SEE}"),
@@ -150,6 +156,7 @@ def test_a_bug_keeps_its_trace_which_ends_with_its_line(line, error, tmp_path):
     *_, where, theirs, last = (x.strip() for x in told.splitlines() if set(x) - set(" ^~"))
     assert where == f'File "{script}", line 5, in main' and theirs == line
     assert last.startswith(error)
+    assert config.sentence_of(of_compiler("TorchRuntimeError")) is None  # wrong shapes, as eager
 
 
 def test_every_option_says_in_words_what_it_is():
