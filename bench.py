@@ -44,7 +44,6 @@ from huggingface import (
 )
 from model import MOST_NEW, Cache, DeepSeekV3, ModelConfig
 from support import graphs, processes
-from support.checkpoints import load_checkpoint
 from support.flops import flops_per_token, peak_flops
 from support.plot import PlotOptions, plot
 from support.processes import Machine, fast_dtype
@@ -193,8 +192,6 @@ def sizes(options: Options, files: list[str]) -> Iterator[Table]:
 @dataclass
 class TrainOptions(Timed):
     compile: bool = False  # in bfloat16 the step compiled; beside transformers: both ways
-    recompute: bool = False  # the config's step with activation checkpointing
-    fp8: bool = False  # the config's step with FP8 products
 
 
 def training_step(model: nn.Module, config: train.TrainConfig, machine: Machine) -> Callable:
@@ -269,7 +266,6 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
     """A configuration's training step, beside square products of the same dtype, which run as fast
     as the machine can multiply."""
     model, settings = open_config(file)
-    settings |= {k: True for k in ("recompute", "fp8") if getattr(options, k)}
     compiled = options.compile and dtype == "bfloat16"
     settings |= {"compile": compiled, "device": options.device, "dtype": dtype}
     config = train.TrainConfig(**settings)
@@ -847,20 +843,14 @@ class CheckOptions:
     device: str = "auto"  # auto, cpu or cuda
 
 
-def settings_of(run: Path) -> train.TrainConfig:
-    """Those that a run was trained with; of a Hugging Face directory the defaults."""
-    if (run / "config.json").exists():
-        return train.TrainConfig()
-    saved, known = load_checkpoint(run, whole=False)["train_config"], train.TrainConfig
-    return known(**{k: x for k, x in saved.items() if k in known.__dataclass_fields__})
-
-
 def check(options: CheckOptions, files: list[str]) -> bool:
     """Checks the network of model.py with the weights and settings of out/small, or of the RUN or
-    Hugging Face directory named. Exit code 1 where something is wrong."""
+    Hugging Face directory (with the default settings). Exit code 1 where something is wrong."""
     run, device = Path(files[0] if files else "out/small"), processes.usable_device(options.device)
     model, _ = load_model(run, device)
-    config = settings_of(run)
+    source = "init_from" if (run / "config.json").exists() else "out"
+    values, *_ = train.read_settings(["--eval_only", f"--{source}={run}"])
+    config = train.TrainConfig(**train.split_configs(values)[1])
     compiled = options.compile or (device.type == "cuda" and processes.compiles(config, device))
     right = True
     for answer in answers(model, config, options.length, compiled):

@@ -44,9 +44,7 @@ def next_command(folder: Path, data: Dataset, tokenizer: str) -> str:
     if is_run or (tokenizer and (home / "config.json").exists()):
         words = [f"--init_from={home}", *words, *(f"--{key}={settings[key]}" for key in taken)]
     else:
-        words = words if steps < most else words[:2]  # most is the file's own --steps
-        ours = data.vocab_size == settings["vocab_size"]
-        words = ["config/small.py", *words] + [f"--vocab_size={data.vocab_size}"] * (not ours)
+        words = ["config/small.py", *words, f"--vocab_size={data.vocab_size}"]
     # Evaluations of a long validation text would read more tokens than the training does.
     words += [f"--eval_tokens={FEW_TOKENS}"] * (len(data.val) > 10 * FEW_TOKENS)
     return shlex.join(["python", "train.py", *words])
