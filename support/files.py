@@ -21,18 +21,6 @@ def put_aside(folder: Path) -> Path:
     return old
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turns a system error that names no file, such as that of a full disk, into a Refusal that
-    names this one."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename or error.errno is None:
-            raise
-        raise Refusal(f"{path} cannot be written ({error.strerror or error})") from None
-
-
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raises Refusal if the name is taken, unless it is an empty folder."""
     empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
@@ -53,8 +41,12 @@ def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.part-") as parent:
         new = Path(parent) / folder.name
         new.mkdir()
-        with naming(new):
+        try:
             yield new
+        except OSError as error:
+            if error.filename or error.errno is None:
+                raise
+            raise Refusal(f"{new} cannot be written ({error.strerror})") from None  # a full disk
         for path in new.iterdir():
             if not path.is_symlink():  # a link leads to a download, which is complete
                 with open(path, "rb+") as file:

@@ -24,7 +24,7 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from support.files import lies_in, naming, read_json
+from support.files import lies_in, read_json
 from support.settings import Refusal, short
 
 END_OF_TEXT = "<|endoftext|>"
@@ -311,8 +311,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write the vocabulary (or all of a release's files) and meta.json, for stored_tokenizer."""
     if tokenizer.files:
         for path in tokenizer.files:
-            with naming(folder / path.name):
-                shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(path, folder / path.name)
         meta = {
             "files": [path.name for path in tokenizer.files],
             "tokenizer_sha256": hashlib.sha256(tokenizer.files[0].read_bytes()).hexdigest(),
@@ -323,15 +322,13 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     else:
         ranks = sorted(tokenizer.texts.items())
         content = b"".join(b"%s %d\n" % (base64.b64encode(text), rank) for rank, text in ranks)
-        with naming(folder / "tokenizer.tiktoken"):
-            (folder / "tokenizer.tiktoken").write_bytes(content)
+        (folder / "tokenizer.tiktoken").write_bytes(content)
         meta = {
             "pattern": tokenizer.encoding._pat_str,
             "special_tokens": tokenizer.encoding._special_tokens,
             "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
         }
-    with naming(folder / "meta.json"):
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 def tokenizer_files(folder: Path, meta: dict[str, Any] | None = None) -> list[Path]:

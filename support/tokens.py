@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from support.files import naming
 from support.settings import Refusal, info
 from support.tokenizer import AGAIN, PIECE, Tokenizer, cut, stored_tokenizer
 
@@ -21,10 +20,6 @@ MOST_TOKENS = 1 << 30  # in a file that we write; its header has their number as
 HEADER_BYTES = 1024
 UINT16, UINT32 = (20240520, 1), (20240801, 7)  # magic number and version
 DTYPES = {UINT16: np.dtype("<u2"), UINT32: np.dtype("<u4")}
-
-
-def header(kind: tuple[int, int], count: int) -> bytes:
-    return np.array([*kind, count], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")
 
 
 def cut_all(texts: list[str], before: list[int], after: list[int]) -> Iterator[list]:
@@ -53,7 +48,7 @@ def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenize
     """Encode the texts into the token file <split>.bin. Raises Refusal beyond MOST_TOKENS."""
     kind = UINT16 if tokenizer.n_vocab <= 1 << 16 else UINT32
     dtype, path, count = DTYPES[kind], folder / f"{split}.bin", 0
-    with naming(path), open(path, "wb") as file:
+    with open(path, "wb") as file:
         file.write(bytes(HEADER_BYTES))  # zeros: no reader accepts an incomplete file
         for ids in encode_all(texts, tokenizer, path.name):
             file.write(np.array(ids, dtype).tobytes())
@@ -64,7 +59,7 @@ def write_tokens(folder: Path, split: str, texts: list[str], tokenizer: Tokenize
                     "file: give a shorter SOURCE."
                 )
         file.seek(0)
-        file.write(header(kind, count))
+        file.write(np.array([*kind, count], "<i4").tobytes())
     length = sum(len(text.encode()) for text in texts)
     info(f"{split}: {len(texts):,} documents, {length:,} bytes, {count:,} tokens")
 
