@@ -559,27 +559,15 @@ def decoding(model: DeepSeekV3, length: int | None = None) -> Answer:
 
 
 def longest_window(model: DeepSeekV3) -> int:
-    """The places, (B, places, ...), of the longest ring that a layer keeps; 0 without one. Neither
-    a ring nor a state grows with the text. A token changes one place of a ring, and all of a state.
-    """
+    """The places, (B, places, ...), of the longest ring that a layer keeps, or the second dimension
+    of a state, if that is longer; 0 without either. Neither grows with the text."""
     like, most = model.embed_tokens.weight, model.config.max_position_embeddings
-    caches = [Cache(model.config, layers, 1, 64, like) for layers in (model.layers, model.mtp)]
-    token = random_tokens(model, 1, 1)
-    h = model.trunk(token, caches[0])
-    for k in range(len(model.mtp)):
-        caches[1].length = 0
-        h = model.predict_next(k, h, token, caches[1])
-    changed = graphs.tensors([cache.kept for cache in caches])
     kept, of_twice = (
         graphs.tensors([x.new_cache(1, size, like.to("meta")) for x in (*model.layers, *model.mtp)])
         for size in (most, 2 * most)
     )
-    rings = [
-        y.shape[1]
-        for x, y, z in zip(changed, kept, of_twice, strict=True)
-        if x.ndim > 1 and y.shape == z.shape and not x[0].reshape(x.shape[1], -1).any(1).all()
-    ]
-    return max(rings, default=0)
+    pairs = zip(kept, of_twice, strict=True)
+    return max((x.shape[1] for x, y in pairs if x.shape == y.shape and x.ndim > 1), default=0)
 
 
 def whole_texts(model: DeepSeekV3, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:

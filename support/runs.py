@@ -171,8 +171,6 @@ class Run:
             raise Refusal(f"{file} cannot be resumed: {error}; use --init_from.") from None
         self.saved_step = self.progress.step
         info(f"resume: from step {self.saved_step} of {self.config.steps}, in {file}")
-        if self.finished:
-            info("nothing is left to train: give more --steps")
         if self.machine.rank == 0:
             log = self.out / "log.jsonl"
             open_here(log, "ab").close()  # fails now rather than at the first line
