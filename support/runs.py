@@ -149,7 +149,6 @@ class Run:
     def begin(self, files: Iterable[Path]):
         """Begins a new run: copies the tokenizer's files into its folder."""
         if self.machine.rank == 0:
-            open_here(self.out / "log.jsonl", "ab").close()  # from now on this is a run's folder
             for file in files:
                 content = file.read_bytes()
                 write_whole(self.out / file.name, lambda copy, x=content: copy.write(x))
