@@ -221,6 +221,8 @@ def test_a_kind_of_block_is_one_graph_for_all_windows_and_choices(monkeypatch):
         with cpu.autocast():
             losses = [list(m(x[:, :-1], x[:, 1:]).values()) for m in (network, plain)]
         assert torch.equal(*map(torch.stack, losses))
+    with processes.as_written(eager=True), torch.no_grad():  # without gradients: other graphs
+        network(x[:, :-1], x[:, 1:])
     # A dense block, a block of experts, an MTP module, the last norm, the loss.
     assert len(graphs) == 5
 
