@@ -90,23 +90,10 @@ def workplace(data, tmp_path, monkeypatch):
 
 @pytest.fixture
 def faults(monkeypatch):
-    """A full disk, a link, a signal, or whatever happens at some step: see training.Faults."""
+    """A signal, bad gradients, or whatever happens at some step: see training.Faults."""
     import training
 
     return training.Faults(monkeypatch)
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_call(item):
-    """A disk is full for the test alone: pytest may write its report into a file."""
-    if "faults" not in item.fixturenames:
-        yield
-        return
-    import resource
-
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(scope="module")

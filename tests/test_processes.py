@@ -1,6 +1,5 @@
 """Any number of processes, DDP or FSDP, train as one does; a device and a dtype that are fast."""
 
-import copy
 import functools
 import itertools
 import os
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import tiny, tokens_of
 from training import (
     CONSTANT,
     ROOT,
@@ -29,7 +27,7 @@ from training import (
 import huggingface
 import train
 from model import DeepSeekV3
-from support import processes, tokens
+from support import processes
 from support.checkpoints import load_checkpoint
 from support.settings import Refusal
 
@@ -76,35 +74,23 @@ def test_two_processes_start_from_weights_as_one_does(start, shared):
     assert_same_run(run(*options, out="alone"), Path("together"), 1e-9)
 
 
-def other_text_in_process_1():
+def other_word_in_process_1(word: str):
     if os.environ["RANK"] == "1":
-        load = tokens.load_dataset
-
-        def other(*which):
-            data = load(*which)
-            data.val.arrays[0] = data.val.arrays[0][:-1]
-            return data
-
-        tokens.load_dataset = other
+        sys.argv.append(word)
 
 
-def other_rate_in_process_1():
-    if os.environ["RANK"] == "1":
-        sys.argv.append("--lr=0.5")
-
-
-def other_step_in_process_1():
+def other_folder_in_process_1():
     if os.environ["RANK"] == "1":
         os.chdir("node")
 
 
 def test_processes_that_read_other_files_are_refused_before_anything_is_written(start, data):
     """Other data, other settings, another checkpoint; and what all refuse is said by all."""
-    ranks = start(world=2, setup=other_text_in_process_1)
+    ranks = start(world=2, setup=functools.partial(other_word_in_process_1, "--eval_tokens=500"))
     for rank, said in enumerate(finish(ranks, [1, 1])):
         who = "error" if rank == 0 else "error in process 1"
         assert f"{who}: data of process 1 differ from those of process 0: all have" in said
-    ranks = start(world=2, setup=other_rate_in_process_1)
+    ranks = start(world=2, setup=functools.partial(other_word_in_process_1, "--lr=0.5"))
     for said in finish(ranks, [1, 1]):
         assert "settings of process 1 differ" in said
     assert not Path("run").exists()
@@ -112,7 +98,7 @@ def test_processes_that_read_other_files_are_refused_before_anything_is_written(
     Path("node/data").mkdir(parents=True)
     Path("node/data/tiny").symlink_to(data)
     run("--steps=1", out="node/run")
-    ranks = start("--resume", "--steps=3", world=2, setup=other_step_in_process_1)
+    ranks = start("--resume", "--steps=3", world=2, setup=other_folder_in_process_1)
     for said in finish(ranks, [1, 1]):
         assert "step and tokens of process 1 differ" in said
     assert load("run")["step"] == 2
@@ -201,30 +187,6 @@ def test_where_nothing_can_be_compiled_a_line_says_so_and_the_run_goes_on(monkey
     assert not processes.compiles(config, cpu)
     assert processes.compiles(train.TrainConfig(dtype="bfloat16", steps=2000), cpu)
     assert not processes.compiles(train.TrainConfig(dtype="bfloat16", steps=2000, fp8=True), cpu)
-
-
-def test_a_kind_of_block_is_one_graph_for_all_windows_and_choices(monkeypatch):
-    graphs, compile = [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    monkeypatch.setattr(torch, "compile", functools.partial(compile, backend=backend))
-    sizes = dict(num_hidden_layers=4, moe_intermediate_size=16)  # two blocks of experts or more
-    network = tiny(torch.float32, **sizes).train()
-    plain = copy.deepcopy(network)
-    cpu = processes.Machine(torch.device("cpu"), torch.bfloat16)
-    processes.compile_network(network, train.TrainConfig(compile=True, dtype="bfloat16"), cpu)
-    for T in (40, 24, 33):
-        x = tokens_of(network, 4, T + 1)
-        with cpu.autocast():
-            losses = [list(m(x[:, :-1], x[:, 1:]).values()) for m in (network, plain)]
-        assert torch.equal(*map(torch.stack, losses))
-    with processes.as_written(eager=True), torch.no_grad():  # without gradients: other graphs
-        network(x[:, :-1], x[:, 1:])
-    # A dense block, a block of experts, an MTP module, the last norm, the loss.
-    assert len(graphs) == 5
 
 
 def compile_in_vain():

@@ -4,6 +4,7 @@ More commands are more rows. Refusals that need damage or another process are in
 the file that refuses, such as tests/test_runs.py.
 """
 
+import importlib
 import io
 import shlex
 import shutil
@@ -13,19 +14,13 @@ from pathlib import Path
 import pytest
 from training import SHORT, TINY
 
-import bench
-import huggingface
-import prepare_data
-import sample
-import train
 from support.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("workplace")
-COMMANDS = {"prepare_data.py": prepare_data, "train.py": train, "sample.py": sample}
-COMMANDS |= {"huggingface.py": huggingface, "bench.py": bench}
 NEW = f"train.py {TINY} {' '.join(SHORT)} --out=new"  # a new run
 RUN = f"train.py {TINY} {' '.join(SHORT)} --out=run"  # in a folder that holds a run of one step
 ON = f"{RUN} --steps=2 --resume"
+OTHER = "and data/other have different tokenizers; prepare the data with --tokenizer=run."
 
 REFUSALS = [
     # prepare_data.py
@@ -57,7 +52,13 @@ REFUSALS = [
     (f"{NEW} --data=finewebedu", 1, "python prepare_data.py finewebedu --shards=99 (9.9B tokens"),
     (f"{NEW} --vocab_size=1024", 1, "for a new network give --vocab_size=512;"),
     (f"{NEW} --block_size=900000 --max_position_embeddings=900000", 1, "do not fit in data/tiny"),
+    (f"{NEW} --long_block_size=900000 --max_position_embeddings=900000", 1, "not fit in data/tiny"),
     (f"{NEW} --eval_tokens=1", 1, "first 1 validation tokens of data/tiny hold no text: give"),
+    (f"{NEW} --data=other --init_from=run", 1, OTHER),
+    (f"{NEW} --data=other --init_from=run/ckpt.pt", 1, OTHER),
+    (f"{NEW} --data=other --init_from=run --eval_only", 1, OTHER),
+    (f"{RUN} --data=other --eval_only", 1, OTHER),
+    (f"{ON} --data=other", 1, OTHER),
     # Folders.
     (f"{NEW} --eval_only --out=", 1, "there is no out/tiny: name a run's folder"),
     (f"{NEW} --out=a.txt", 1, "[Errno 20] Not a directory: 'a.txt'"),
@@ -114,12 +115,15 @@ def test_a_command_that_cannot_be_followed_ends_with_one_sentence(
     for name, content in FILES.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(content)
+    # The tokens of data/tiny, but the end of a text has another name.
+    meta = shutil.copytree("data/tiny", "data/other") + "/meta.json"
+    Path(meta).write_text(Path(meta).read_text().replace("<|endoftext|>", "<|end|>"))
     before, argv = everything(), shlex.split(command)
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))  # no text
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        run_command(COMMANDS[argv[0]].main)
+        run_command(importlib.import_module(argv[0].removesuffix(".py")).main)
     out, said = capsys.readouterr()
     assert end.value.code == code and sentence in said.splitlines()[-1] and not out, said
     assert said.count("error:") == 1 or (code == 2 and not said.count("error:"))

@@ -9,9 +9,12 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,9 +25,7 @@ from training import (
     TINY,
     assert_same,
     assert_same_run,
-    edited,
     finish,
-    give_losses,
     load,
     log_of,
     refused,
@@ -63,19 +64,6 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     assert (state["step"], values["batch_size"], values["mtp_weight"]) == (3, 4, 0.3)
     # lr * weight_decay = 1 wipes the weight out, and the clipped gradient is far below Adam's eps
     assert after.abs().max() < 1e-2 < before.abs().max()
-
-
-def test_a_run_that_has_begun_evaluates_its_own_weights(shared, capsys):
-    """Resumed, or with --eval_only, though its config file still has init_from."""
-    source = shared("--steps=1")
-    Path("my.py").write_text(f"{Path(TINY).read_text()}init_from = {str(source)!r}\n")
-    options = ("my.py", "--out=run", *SHORT, "--eval_every=9")
-    train.main([*options, "--steps=1"])
-    train.main([*options, "--steps=2", "--resume"])
-    losses = {line["step"]: line["val_loss"] for line in log_of("run") if "val_loss" in line}
-    assert [*losses] == [0, 1, 2]
-    train.main([*options, "--eval_only"])
-    assert json.loads(capsys.readouterr().out)["val_loss"] == min(losses[1], losses[2]) < losses[0]
 
 
 def test_a_run_has_copies_of_the_code_that_made_its_weights(monkeypatch, capsys):
@@ -122,11 +110,13 @@ class LowMomentum(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.NAdam, LowMomentum])
 def test_the_whole_state_of_any_optimiser_goes_on(kind, monkeypatch):
-    """SGD keeps nothing, NAdam a tensor without dimensions, LowMomentum bfloat16 and an
-    option that changes."""
+    """SGD keeps nothing, NAdam a tensor without dimensions, LowMomentum bfloat16 and an option that
+    changes. The learning rate is a group's multiple of the schedule's."""
+    made = []
 
     def one_group(model, config):
-        return [kind([{"params": [*model.parameters()], "lr_scale": 1.0}], config.lr)]
+        made.append(kind([{"params": [*model.parameters()], "lr_scale": 0.25}], config.lr))
+        return made[-1:]
 
     monkeypatch.setattr(train, "make_optimizers", one_group)
     options = (*CONSTANT, "--dtype=float32")  # to which torch casts what it loads
@@ -135,6 +125,7 @@ def test_the_whole_state_of_any_optimiser_goes_on(kind, monkeypatch):
     run(*options, "--steps=4", "--resume")
     for key in ("model", f"{kind.__name__} 0", "tokens"):
         assert_same(load(straight)[key], load("run")[key])
+    assert made[-1].param_groups[0]["lr"] == 0.25 * log_of("run")[-2]["lr"]
 
 
 # ---- The best checkpoint -------------------------------------------------------------------------
@@ -150,18 +141,18 @@ def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch):
             saved.append((path.stem, load(path.parent, path.name)["step"]))
 
     monkeypatch.setattr(runs, "write_whole", watched)
-    losses = (2.0, 2.0, 1.0, math.nan, 5.0, 6.0, 5.0, 4.0)
-    give_losses(monkeypatch, *losses)
+    losses = (2.0, 2.0, 1.0, math.nan, 5.0, 6.0, 5.0, 4.0, 4.5)
+    found = mock.Mock(side_effect=[dict(val_loss=x, val_bpb=x / 2) for x in losses])
+    monkeypatch.setattr(train, "evaluate", found)
     options = ("--steps=16", "--eval_every=2", "--save_every=3")
     run(*options, "--long_block_size=32", "--long_start=0.375")
     assert [step for name, step in saved if name == "best"] == [2, 6, 10, 16]
     steps = [step for name, step in saved if name == "ckpt"]
     assert steps == [2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16]
     logged = [x["val_loss"] for x in log_of("run") if "val_loss" in x]
-    assert logged == [None if math.isnan(x) else x for x in losses]
+    assert logged == [None if math.isnan(x) else x for x in losses[:-1]]
     best = load("run", "best.pt")
     assert (best["val_loss"], best["val_bpb"]) == (4.0, 2.0)
-    give_losses(monkeypatch, 4.5)
     for _ in range(2):  # it knows the best loss; then it is complete, and not evaluated again
         run(*options, "--resume", "--steps=17")
         assert load("run", "best.pt")["val_loss"] == 4.0
@@ -234,8 +225,13 @@ def test_sigkill_at_any_moment_loses_nothing(start, shared):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_or_a_closed_terminal_stops_the_run_when_all_is_saved(number, faults, monkeypatch):
-    """A second signal is the system's own."""
-    before = signal.getsignal(number)
+    """A second signal is the system's own. An ignored one, as SIGHUP under nohup, stays ignored."""
+    before = signal.signal(number, signal.SIG_IGN)
+    faults.signal(number, step=0)
+    with suppress(KeyboardInterrupt):
+        run("--steps=2", out="ignoring")
+    assert load("ignoring")["step"] == 2
+    signal.signal(number, before)
 
     def close():
         monkeypatch.setattr("sys.stderr", open("/dev/full", "w"))  # noqa: SIM115
@@ -267,19 +263,6 @@ def test_a_signal_in_an_evaluation_stops_the_run_after_it(shared, monkeypatch):
         pytest.fail("after the last evaluation nothing is left to stop")
 
 
-def test_a_signal_that_is_ignored_stays_so(faults):
-    """As SIGHUP is under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    faults.signal(signal.SIGHUP, step=0)
-    try:
-        run("--steps=2")
-    except KeyboardInterrupt:
-        pytest.fail("the run has heard it")
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert load("run")["step"] == 2
-
-
 FULL = {
     "run/tokenizer.tiktoken": (0, lambda: 20, "its previous content is intact"),
     "run/log.jsonl": (4, lambda: Path("run/log.jsonl").stat().st_size, "continue from step 4 (run"),
@@ -290,22 +273,19 @@ FULL = {
 @pytest.mark.parametrize("name", FULL)
 def test_a_full_disk_is_reported_with_the_files_name_and_loses_nothing(name, faults):
     step, size, words = FULL[name]
-    if step == 0:
-        faults.full_disk(size())
-    else:
-        faults.at_step(step, lambda: faults.full_disk(size()))
-    said = refused("--save_every=1")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():  # from now on no file grows beyond so many bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size(), limits[1]))
+
+    faults.at_step(step, fill) if step else fill()
+    try:
+        said = refused("--save_every=1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert re.match(rf"{name} cannot be written \(.*File too large\)", said) and words in said
     assert not [*Path("run").glob("*.tmp")]
     assert not step or (load("run")["step"], load("run", "best.pt")["step"]) == (4, 4)
-
-
-@pytest.mark.parametrize("part", ["data.pkl", "data/0"])
-def test_a_flipped_bit_in_a_checkpoint_is_noticed(part, begun):
-    content = bytearray((begun / "ckpt.pt").read_bytes())
-    content[content.index(f"/{part}".encode()) + 300] ^= 4
-    (begun / "ckpt.pt").write_bytes(content)
-    assert re.match("run/ckpt.pt is damaged", refused("--resume"))
 
 
 # ---- Numbers that are not finite -----------------------------------------------------------------
@@ -372,7 +352,8 @@ def test_a_state_that_could_not_be_opened_again_is_an_error_before_it_is_written
 
 @pytest.mark.parametrize("name", ["log.jsonl", ".lock"])
 def test_nothing_is_written_through_a_link_out_of_a_strangers_folder(name, begun, faults):
-    faults.link(begun / name)
+    (begun / name).unlink()
+    (begun / name).symlink_to(Path("elsewhere").resolve())
     for there in (False, True):
         with pytest.raises(OSError, match=name):
             run("--resume", "--steps=2")
@@ -388,28 +369,32 @@ class Evil:
         return Path.touch, (Path("made by a checkpoint"),)
 
 
-@pytest.mark.parametrize("options", [["--resume"], ["--out=new", "--init_from=run/ckpt.pt"]])
-def test_nothing_in_a_checkpoint_can_run_code(options, begun):
-    with edited(begun / "ckpt.pt") as saved:
-        saved["random"] = Evil()
-    said = refused(*options, "--steps=2")
-    assert "is damaged, or no checkpoint of train.py (it holds '" in said and "\x1b" not in said
-    assert not Path("made by a checkpoint").exists()
+def moment_of(saved: dict) -> dict:
+    return saved["AdamW 0"]["state"]["norm.weight"]
 
 
-MOMENTS = {
-    "another shape": lambda x: x["state"]["norm.weight"].update(exp_avg=torch.zeros(3, 3)),
-    "no dimensions": lambda x: x["state"]["norm.weight"].update(exp_avg=torch.zeros(())),
-    "an empty step": lambda x: x["state"]["norm.weight"].update(step=torch.zeros(0)),
-    "other names": lambda x: x["names"].reverse(),
-    "another group": lambda x: x["param_groups"].pop(),
+# A fused optimiser would read and write beyond the memory of a moment of another shape.
+OPTIMISER = r"cannot be resumed: .*; use --init_from\.$"
+EDITS = {
+    "code": (r"is damaged, or no .* \(it holds '", lambda x: x.update(random=Evil())),
+    "another shape": (OPTIMISER, lambda x: moment_of(x).update(exp_avg=torch.zeros(3, 3))),
+    "no dimensions": (OPTIMISER, lambda x: moment_of(x).update(exp_avg=torch.zeros(()))),
+    "an empty step": (OPTIMISER, lambda x: moment_of(x).update(step=torch.zeros(0))),
+    "other names": (OPTIMISER, lambda x: x["AdamW 0"]["names"].reverse()),
+    "another group": (OPTIMISER, lambda x: x["AdamW 0"]["param_groups"].pop()),
 }
 
 
-@pytest.mark.parametrize("edit", MOMENTS.values(), ids=MOMENTS)
-def test_a_fused_optimiser_gets_no_moment_of_another_shape(edit, begun):
-    """It would read and write beyond its memory."""
-    with edited(begun / "ckpt.pt") as saved:
-        edit(saved["AdamW 0"])
-    said = refused("--resume", "--steps=2")
-    assert re.fullmatch("run/ckpt.pt cannot be resumed: .*; use --init_from.", said)
+@pytest.mark.parametrize("sentence, edit", EDITS.values(), ids=EDITS)
+def test_an_edited_checkpoint_runs_no_code_and_reaches_no_other_memory(sentence, edit, begun):
+    edit(saved := load("run"))
+    torch.save(saved, "run/ckpt.pt")
+    assert re.match(f"run/ckpt.pt {sentence}", refused("--resume", "--steps=2"))
+    assert not Path("made by a checkpoint").exists()
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(begun):
+    content = bytearray((begun / "ckpt.pt").read_bytes())
+    content[content.index(b"/data/0") + 300] ^= 4
+    (begun / "ckpt.pt").write_bytes(content)
+    assert re.match("run/ckpt.pt is damaged", refused("--resume"))

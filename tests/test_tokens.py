@@ -34,15 +34,14 @@ def test_a_mark_that_a_text_has_does_not_come_twice(tmp_path):
     assert files == [[256, 97, 257]] * 4 + [[256, 257, 97, 257]]
 
 
-def test_a_text_too_long_for_a_token_file_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text(prose(1, 50))
-    count = len(tf.load_dataset(make(tmp_path, tmp_path / "a.txt")).train)
+def test_a_text_too_long_for_a_token_file_is_refused(book, tmp_path, monkeypatch):
+    count = len(tf.load_dataset(book).train)
     monkeypatch.setattr(tf, "MOST_TOKENS", count)
-    make(tmp_path, tmp_path / "a.txt", name="just")
+    make(tmp_path, tmp_path / "book.txt", name="just")
     monkeypatch.setattr(tf, "MOST_TOKENS", count - 1)
     with pytest.raises(Refusal, match=f"train text has more than {count - 1:,} tokens, the limit"):
-        make(tmp_path, tmp_path / "a.txt", name="long")
-    assert {path.name for path in (tmp_path / "data").iterdir()} == {"d", "just"}
+        make(tmp_path, tmp_path / "book.txt", name="long")
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"book", "just"}
 
 
 def test_shards_of_others_open_and_windows_never_span_two(book):
@@ -55,6 +54,16 @@ def test_shards_of_others_open_and_windows_never_span_two(book):
     assert rows.dtype == np.int64 and rows.shape == (13, 4)
     assert rows[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 6, 6, 6, 20, 21, 22]
     assert (rows == rows[:, :1] + np.arange(4)).all()
+    tf.open_folder(book, 300, 5, None, 0)  # targets need a token more
+    with pytest.raises(Refusal, match=f"windows of 6 tokens do not fit in {book}, where a file"):
+        tf.open_folder(book, 300, 6, None, 0)
+
+
+def test_an_evaluation_may_read_the_start_of_the_text_alone(book):
+    part, ids = tf.load_dataset(book, 50), tf.load_dataset(book).val.arrays[0][:50]
+    assert part.val.arrays[0].tolist() == ids.tolist()
+    text = tk.stored_tokenizer(book).encoding.decode(ids).removeprefix(tk.END_OF_TEXT)
+    assert part.val_bytes_per_token == len(text.encode()) / 50
 
 
 DAMAGES = {  # what the sentence says: how the folder is damaged

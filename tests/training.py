@@ -8,26 +8,24 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import networks
 import pytest
 import torch
 
 import train
+from model import ModelConfig
 from support import processes
-from support.settings import Refusal, run_command, sentence_of
+from support.settings import Refusal, read_config_file, run_command, sentence_of
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "config" / "tiny.py")
+TINY_NETWORK, _ = train.split_configs(read_config_file(TINY, ModelConfig, train.TrainConfig))
 SHORT = [
     "--device=cpu",
     "--steps=8",
@@ -100,14 +98,6 @@ def load(out: Path, name: str = "ckpt.pt") -> dict:
     return torch.load(Path(out) / name, weights_only=True)
 
 
-@contextmanager
-def edited(path: Path | str) -> Iterator[dict]:
-    """A checkpoint, to be changed within `with`."""
-    saved = torch.load(path, weights_only=True)
-    yield saved
-    torch.save(saved, path)
-
-
 def assert_same(a, b, tolerance: float = 0.0):
     """Equal, numbers within the tolerance (relative, and absolute for what is near 0)."""
     if isinstance(a, dict):
@@ -165,19 +155,3 @@ class Faults:
             return CLIP(parameters, *rest)
 
         self.monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoiling)
-
-    def full_disk(self, size: int = 0):
-        """From now on no file grows beyond so many bytes."""
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-    def link(self, path: Path, target: str = "elsewhere"):
-        """The path leads out of its folder."""
-        path.unlink(missing_ok=True)
-        path.symlink_to(Path(target).resolve())
-
-
-def give_losses(monkeypatch, *losses: float):
-    """What the next evaluations find."""
-    others = dict(val_mtp_loss=9.0, max_vio_global=0.0)
-    results = [dict(val_loss=loss, val_bpb=loss / 2, **others) for loss in losses]
-    monkeypatch.setattr(train, "evaluate", mock.Mock(side_effect=results))
