@@ -1,12 +1,12 @@
 """support/files.py: a folder or file is written whole or not at all; an existing one is kept."""
 
-import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -30,15 +30,12 @@ def make(path: Path, overwrite: bool = False, last: Callable = lambda: None):
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """All in it; a link is where it leads, an empty folder is a name."""
-    found = {}
-    for path in folder.rglob("*"):
-        if path.is_symlink():
-            found[path.relative_to(folder).as_posix()] = f"-> {os.readlink(path)}"
-        elif path.is_file() or not any(path.iterdir()):
-            text = path.read_text() if path.is_file() else ""
-            found[path.relative_to(folder).as_posix()] = text
-    return found
+    """All files in it, and empty folders."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_text() if path.is_file() else ""
+        for path in folder.rglob("*")
+        if path.is_file() or not any(path.iterdir())
+    }
 
 
 @pytest.fixture
@@ -55,20 +52,13 @@ NEW = {"folder/a": "new", "folder/b": "new"}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ctrl_c_leaves_the_existing_files_and_nothing_unfinished(name, old, tmp_path):
+def test_ctrl_c_and_a_full_disk_leave_existing_files_and_no_part(name, old, tmp_path):
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     for path in (tmp_path / name, tmp_path / f"more_{name}"):
         with pytest.raises(KeyboardInterrupt):
             make(path, overwrite=True, last=lambda: signal.raise_signal(signal.SIGINT))
-    assert contents(tmp_path) == old
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_full_disk_is_named_and_leaves_the_existing_files(name, old, tmp_path):
-    def full():
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(Refusal, match=rf"{name} cannot be written .*No space left on device"):
-        make(tmp_path / name, overwrite=True, last=full)
+        with pytest.raises(Refusal, match=rf"{name} cannot be written .*No space left on device"):
+            make(path, overwrite=True, last=full)
     assert contents(tmp_path) == old
 
 
@@ -105,6 +95,14 @@ def test_killed_at_any_step_every_folder_is_whole_or_a_part(steps, old, tmp_path
     assert parts and whole == expected
     make(tmp_path / "folder", overwrite=True)  # the next try is not in its way
     assert NEW.items() <= contents(tmp_path).items()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_that_write_the_same_name_both_succeed(name, tmp_path):
+    path = tmp_path / name
+    command = [sys.executable, "-c", STOPPED, path, "99"]
+    make(path, overwrite=True, last=lambda: subprocess.run(command, cwd=ROOT, check=True))
+    assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}.old-1"}
 
 
 def test_an_existing_folder_is_refused_or_put_aside_with_every_file_in_it(old, tmp_path, capsys):
