@@ -38,9 +38,9 @@ def lines_of(name: str, count: int = 10) -> str:
     return "".join(f"{name:>03}{i:06d}\n" for i in range(count))
 
 
-def by_hash(texts: list[str], ending: str = "") -> dict[str, str]:
+def by_hash(texts: list[str]) -> dict[str, str]:
     """{name: text}, with names in whose order split_documents sees the texts."""
-    names = [f"{i:03d}{ending}" for i in range(len(texts))]
+    names = [str(i) for i in range(len(texts))]
     names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
     return dict(zip(names, texts, strict=True))
 
@@ -71,7 +71,7 @@ def text_of(folder: Path, split: str) -> str:
 # ---- The default corpus and the split ----------------------------------------------------------
 
 
-def test_default_corpus_its_round_trip_and_counts(tmp_path, monkeypatch):
+def test_the_default_corpus_and_its_split():
     documents = pd.read_stdlib()
     assert len(set(documents.values())) == len(documents)
     assert "argparse.py" in documents and "json/decoder.py" in documents
@@ -80,15 +80,6 @@ def test_default_corpus_its_round_trip_and_counts(tmp_path, monkeypatch):
     assert not [name for name in documents if left_out & set(name.split("/"))]
     size = [len("".join(part).encode()) for part in pd.split_documents(documents, 0.05, 0.05)]
     assert all(0.045 < held / sum(size) < 0.055 for held in size[1:])
-    some = dict(list(documents.items())[::16])  # all of them take seconds
-    monkeypatch.setattr(pd, "read_stdlib", lambda: some)
-    folder = pd.prepare(pd.DataConfig(out=str(tmp_path)))
-    data, encoding = tf.load_dataset(folder), tk.stored_tokenizer(folder).encoding
-    assert data.vocab_size == encoding.eot_token + 1 == 4096
-    train, val, _ = pd.split_documents(some, 0.05, 0.05)
-    assert data.val_bytes_per_token == len("".join(val).encode()) / len(data.val)
-    assert text_of(folder, "val") == "".join(tk.END_OF_TEXT + text for text in val)
-    assert ids_of(folder, "train").count(4095) == len(train)
 
 
 @pytest.mark.parametrize(
@@ -138,22 +129,19 @@ def test_a_test_text_of_less_than_five_documents_is_left_to_training(small, test
 # ---- The test text -----------------------------------------------------------------------------
 
 
-def write_texts(folder: Path, texts: list[str]) -> Path:
-    """A folder of files whose documents split_documents sees in the order of the texts."""
-    folder.mkdir()
-    for name, text in by_hash(texts, ".txt:0").items():
-        (folder / name.removesuffix(":0")).write_text(text)
-    return folder
-
-
-def test_the_tokenizer_is_trained_on_the_training_text_alone_and_all_three_are_written(tmp_path):
+def test_the_tokenizer_is_trained_on_the_training_text_alone_and_all_three_are_written(
+    tmp_path, monkeypatch
+):
     texts = [lines_of(str(i)) for i in range(400)]
     texts[20:40] = [text[:-10] + "zyxwzyxw\n" for text in texts[20:40]]  # these are the test
-    source = write_texts(tmp_path / "texts", texts)
-    folder = make(tmp_path, source, test_fraction=0.05, vocab_size=600)
-    train, val, test = pd.split_documents(pd.read_paths(str(source), "text"), 0.05, 0.05)
+    monkeypatch.setattr(pd, "read_stdlib", lambda: by_hash(texts))
+    folder = make(tmp_path, "stdlib", test_fraction=0.05, vocab_size=600)
+    train, val, test = pd.split_documents(by_hash(texts), 0.05, 0.05)
     for split, part in ("train", train), ("val", val), ("test", test):
         assert text_of(folder, split) == "".join(tk.END_OF_TEXT + text for text in part)
+    data = tf.load_dataset(folder)
+    assert ids_of(folder, "train").count(data.vocab_size - 1) == len(train)  # marks
+    assert data.val_bytes_per_token == len("".join(val).encode()) / len(data.val)
     assert "zyxw" in text_of(folder, "test") and "zyxw" not in text_of(folder, "train")
     ranks = tk.stored_tokenizer(folder).encoding._mergeable_ranks
     assert ranks == tk.train_bpe(train, 599, tk.PATTERN) and not [x for x in ranks if b"zy" in x]
@@ -244,11 +232,7 @@ UNREADABLE = [  # a file, what is in it, and what the sentence says besides the 
     ("a.jsonl", FINE + b'{"text": 5}', "line 3 has 5 as 'text', expected text or null; is the"),
     ("a.jsonl", FINE + b'["text"]', """line 3 is ["text"], expected an object with 'text'; is"""),
     ("a.jsonl", FINE + b'{"text": "a"', "line 3 is not JSON (Expecting ',' delimiter); correct or"),
-    (
-        "a.jsonl",
-        FINE + b'{"t": "a"}',
-        """line 3 is {"t": "a"}, expected an object with 'text'""",
-    ),
+    ("a.jsonl", FINE + b'{"t": "a"}', """line 3 is {"t": "a"}, expected an object with 'text'"""),
     ("a.jsonl", FINE + '{"text": "é"}'.encode("latin1"), "byte 0xe9"),
     ("a.jsonl.gz", b"not compressed", "Not a gzipped file"),
     ("a.parquet", [("n", ["a"]), ("m", ["a"])], "['n', 'm'], expected exactly one 'text'; is the"),
@@ -272,35 +256,25 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(name, content, said
 # ---- Downloads, from a hub that is a folder -----------------------------------------------------
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
-    """A folder that a stand-in for huggingface_hub serves: hub/<owner>/<repository>/<file>."""
-
+def test_shards(tmp_path, monkeypatch):
     def hf_hub_download(repo: str, file: str, repo_type: str) -> str:
-        assert repo_type == "dataset"
-        return str(tmp_path / "hub" / repo / file)
+        return str(tmp_path / repo_type / repo / file)
 
     fake = SimpleNamespace(hf_hub_download=hf_hub_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     gpt2 = tk.encoding_from(BYTES, "(?s:.)", {tk.END_OF_TEXT: 50_256})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: gpt2)
-    for repo, _ in [("roneneldan/TinyStories", 0), *pd.SHARDS.values()]:
-        (tmp_path / "hub" / repo).mkdir(parents=True)
-    return tmp_path / "hub"
-
-
-@pytest.mark.parametrize("source", pd.SHARDS)
-def test_shards(hub, tmp_path, source):
-    repo, _ = pd.SHARDS[source]
+    hub = tmp_path / "dataset/kjj0/finewebedu10B-gpt2"
+    hub.mkdir(parents=True)
     for i, shard in enumerate(["val_000000", "train_000001", "train_000002"]):
-        write_shard(hub / repo / f"{source}_{shard}.bin", [50_256, *range(65, 85 + i)])
-    folder = make(tmp_path, source, name="", shards=2)
+        write_shard(hub / f"finewebedu_{shard}.bin", [50_256, *range(65, 85 + i)])
+    folder = make(tmp_path, "finewebedu", name="", shards=2)
     data = tf.load_dataset(folder)
     assert len(data.train) == 22 + 23 and len(data.val) == 21 and data.vocab_size == 50_257
     assert data.val_bytes_per_token == 20 / 21
-    write_shard(hub / repo / f"{source}_train_000002.bin", [1] * 5000 + [50_257] + [1] * 5000)
+    write_shard(hub / "finewebedu_train_000002.bin", [1] * 5000 + [50_257] + [1] * 5000)
     with pytest.raises(Refusal, match="holds ids beyond gpt2's 50257 tokens"):
-        make(tmp_path, source, name="", shards=2, overwrite=True)
+        make(tmp_path, "finewebedu", name="", shards=2, overwrite=True)
     assert len(tf.load_dataset(folder).val) == 21  # the folder made before is kept
 
 

@@ -171,42 +171,19 @@ def test_a_tokenizer_json_changes_no_ids_of_a_text(tmp_path):
 # ---- What is refused ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def copies(tmp_path) -> Path:
-    """A folder with copies of a release's files."""
-    write_bytes_release(tmp_path / "release", eos_token_id=257)
-    (tmp_path / "release/chat_template.jinja").write_text("{{ messages }}")
-    (tmp_path / "copies").mkdir()
-    tk.write_tokenizer(tk.hf_tokenizer(tmp_path / "release"), tmp_path / "copies")
-    return tmp_path / "copies"
+OUTSIDE = {  # a name in a folder's meta.json: why it is refused
+    name: f"{name!r:.100} is not a file of a tokenizer"
+    for name in ("/secret", "../secret", "sub/tokenizer.json", "secret", "tokenization_/../../x.py")
+}
+OUTSIDE["chat_template.jinja"] = "chat_template.jinja is a link to"
 
 
-def edit(path: Path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def refusal(call, *arguments) -> str:
-    with pytest.raises(Refusal) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "name", ["SECRET", "../secret", "sub/tokenizer.json", "secret", "tokenization_/../../secret.py"]
-)
-def test_meta_json_names_no_file_outside_the_folder(name, copies, tmp_path):
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_meta_json_names_no_file_outside_the_folder(name, tmp_path):
     """Whoever made a data folder must not choose what a run and an export copy from here."""
-    (tmp_path / "secret").write_text("mine")
-    (copies / "sub").mkdir()
-    (copies / "sub/tokenizer.json").write_text("{}")
-    name = name.replace("SECRET", str(tmp_path / "secret"))
-    edit(copies / "meta.json", files=["tiktoken.model", name])
-    assert f"{name!r:.100} is not a file of a tokenizer" in refusal(tk.tokenizer_files, copies)
-
-
-def test_a_link_out_of_the_folder_is_no_file_of_a_tokenizer(copies, tmp_path):
-    (tmp_path / "secret").write_text("mine")
-    (copies / "chat_template.jinja").unlink()
-    (copies / "chat_template.jinja").symlink_to(tmp_path / "secret")
-    assert "chat_template.jinja is a link to" in refusal(tk.tokenizer_files, copies)
+    for file in "secret", "data/sub/tokenizer.json":
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    (tmp_path / "data/chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(Refusal, match=re.escape(OUTSIDE[name])):
+        tk.tokenizer_files(tmp_path / "data", {"files": ["tiktoken.model", name]})
