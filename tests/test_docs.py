@@ -1,23 +1,14 @@
 """The documents say what is there: links and commands. test_changes.py: HACKING.md's changes."""
 
 import re
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
+from training import ROOT, TINY_NETWORK
 
 from model import DeepSeekV3, ModelConfig
-from support.settings import read_config_file
-from train import TrainConfig, split_configs
 
-ROOT = Path(__file__).parent.parent
-TINY, _ = split_configs(read_config_file(str(ROOT / "config/tiny.py"), ModelConfig, TrainConfig))
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 
@@ -66,7 +57,7 @@ def test_commands_name_files_and_keys_that_exist():
 @pytest.fixture
 def tiny(monkeypatch):
     """A model made of random numbers in place of those that are loaded."""
-    model = DeepSeekV3(ModelConfig(**TINY)).eval()
+    model = DeepSeekV3(ModelConfig(**TINY_NETWORK)).eval()
     tokenizer = SimpleNamespace(encode=lambda text: [1, 2, 3], decode=str, eos=[0])
     tokenizer.to_bytes = lambda i: b"\n\t<"
     monkeypatch.setattr("huggingface.load_model", lambda *_: (model, tokenizer))
