@@ -156,11 +156,17 @@ def test_arms_of_the_base_configuration_are_as_large_as_they_say():
     assert heads == [22, 29, 35]  # those of attention_step.py
 
 
-def test_node_limit(make):
+def test_node_limit(make, capsys, monkeypatch):
+    """And that results of different code get one message."""
     found = make(node_limit.EXPERIMENT)
     nodes = [found[name]["nodes_per_token"] for name in ("1 group", "2 groups (base)", "4 groups")]
     assert nodes[0] == 1 < nodes[1] <= 2 < nodes[2] < 4
     assert found["1 group"]["experts_per_node"] == 4
+    assert "the results have source" not in capsys.readouterr().err
+    monkeypatch.setattr(run, "code_id", lambda *arguments: "other code")
+    make(node_limit.EXPERIMENT, "--plot")
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "results have source" in x]
+    assert line.startswith("node_limit.json: the results have source") and "(2)" in line
 
 
 def test_mtp(make, monkeypatch):
@@ -288,15 +294,3 @@ def test_the_identity_is_measured_with_the_changes_of_an_arm(place, monkeypatch)
         patch.setattr(form, "keys_and_values", lambda *x: [1.1 * y for y in both(*x)])
         now = identities()
         assert now[0] == base and now[1] == half and now[2] != stand_in
-
-
-def test_results_of_different_code_get_one_message(make, capsys, monkeypatch):
-    plot = functools.partial(make, node_limit.EXPERIMENT, "--plot")
-    make(node_limit.EXPERIMENT)
-    capsys.readouterr()
-    plot()
-    assert "source" not in capsys.readouterr().err
-    monkeypatch.setattr(run, "code_id", lambda *arguments: "other code")
-    plot()
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if "source" in x]
-    assert line.startswith("node_limit.json: the results have source") and "(2)" in line
