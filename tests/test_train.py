@@ -358,7 +358,8 @@ def test_experts_are_counted_in_an_edited_network(trained, monkeypatch):
     loads = [x[(x >= 0) & (x < E)].bincount(minlength=E) for E, x in kept]
     groups = [{4 * e // E for e in row if 0 <= e < E} for E, x in kept for row in x.tolist()]
     assert_same(result["expert_load"], [(x / x.sum()).tolist() for x in loads], 1e-5)
-    assert result["max_vio_global"] == pytest.approx(train.max_vio(loads).item())
+    uneven = np.mean([(x.max() / x.float().mean() - 1).item() for x in loads])
+    assert result["max_vio_global"] == pytest.approx(uneven)
     assert result["nodes_per_token"] == pytest.approx(np.mean([len(x) for x in groups]))
     visits = sum(x.sum().item() for x in loads)
     assert result["experts_per_node"] == pytest.approx(visits / sum(map(len, groups)))
