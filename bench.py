@@ -185,6 +185,8 @@ def sizes(options: Options, files: list[str]) -> Iterator[Table]:
 @dataclass
 class TrainOptions(Timed):
     compile: bool = False  # in bfloat16 the step compiled; beside transformers: both ways
+    recompute: bool = False  # CONFIG's step with activation checkpointing
+    fp8: bool = False  # CONFIG's step with FP8 products
 
 
 def training_step(model: nn.Module, config: train.TrainConfig, machine: Machine) -> Callable:
@@ -260,6 +262,7 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
     as the machine can multiply."""
     model, settings = open_config(file)
     compiled = options.compile and dtype == "bfloat16"
+    settings |= {name: True for name in ("recompute", "fp8") if getattr(options, name)}
     settings |= {"compile": compiled, "device": options.device, "dtype": dtype}
     config = train.TrainConfig(**settings)
     flops = flops_per_token(model, config.block_size)

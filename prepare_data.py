@@ -138,6 +138,18 @@ def read_file(path: Path, text_key: str) -> Iterator[str | None]:
             yield from (start + file.read()).split(END_OF_TEXT)
 
 
+def walk(root: Path) -> Iterator[Path]:
+    """The files and folders below a folder, except hidden ones. Links are not followed. Raises
+    OSError if a folder cannot be read."""
+
+    def fail(error: OSError):
+        raise error
+
+    for folder, folders, names in os.walk(root, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(folder) / name for name in (*folders, *names) if not name.startswith("."))
+
+
 def find_files(source: str) -> list[Path]:
     """The files of a folder, the files that match a glob, or a single file; each only once, and
     none that is hidden.
@@ -148,8 +160,7 @@ def find_files(source: str) -> list[Path]:
     if root.is_file():
         return [root]
     if root.is_dir():
-        paths = root.rglob("*")  # does not follow links
-        paths = (x for x in paths if not re.search(r"(^|/)\.", x.relative_to(root).as_posix()))
+        paths = walk(root)
     else:
         paths = map(Path, glob.glob(str(root), recursive=True))
         root = Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))

@@ -180,6 +180,7 @@ def merge(
 # Packages that training and sampling do not need. Any other missing package is a bug.
 OPTIONAL = ("gguf", "huggingface_hub", "matplotlib", "pyarrow", "safetensors", "tokenizers")
 OPTIONAL += ("transformers",)
+LESS_MEMORY = "in training raise --grad_accum or give --recompute (docs/REFERENCE.md has more)"
 COMPILER = ("torch._dynamo.exc", "torch._inductor.exc")  # whose errors torch.compile raises
 
 
@@ -209,7 +210,7 @@ def sentence_of(error: Exception) -> str | None:
         return str(error)
     if is_out_of_memory(error):
         details = f" ({short(error, 100)})" if str(error) else ""  # Python's own error has none
-        return f"out of memory{place_of(error)}{details}: see docs/REFERENCE.md"
+        return f"out of memory{place_of(error)}{details}: {LESS_MEMORY}"
     if isinstance(error, OSError):
         named = error.errno is not None and error.filename is not None
         return f"{error}{place_of(error)}" if named or error.errno == errno.ENOSPC else None

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,8 @@ PATTERN = "|".join(
 )
 # In no pattern, ours or a release's, does a piece continue after such a line end.
 LINE_END = re.compile(r"\n(?=[^\s/])")
-BPE_SAMPLE = 100_000_000  # characters, on which a new tokenizer is trained
-PIECE = 100_000  # characters: longer documents are encoded piece by piece
+BPE_SAMPLE = 100_000_000  # characters: a new tokenizer is trained on about this many at most
+PIECE = 100_000  # characters: longer documents are sampled and encoded piece by piece
 
 
 def cut(text: str, length: int) -> Iterator[str]:
@@ -189,8 +189,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str) -> dict[bytes
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    k = 1 + sum(map(len, texts)) // BPE_SAMPLE  # of more than that every k-th text is enough
-    ranks = train_bpe(texts[::k], vocab_size - 1, PATTERN)
+    k = 1 + sum(map(len, texts)) // BPE_SAMPLE  # of more than that every k-th piece is enough
+    pieces = (piece for text in texts for piece in cut(text, PIECE))
+    ranks = train_bpe(islice(pieces, 0, None, k), vocab_size - 1, PATTERN)
     return tokenizer_of(encoding_from(ranks, PATTERN, {END_OF_TEXT: len(ranks)}))
 
 

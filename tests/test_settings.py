@@ -108,7 +108,7 @@ def test_config_files_are_assignments(tmp_path, monkeypatch):
     assert traceback.extract_tb(caught.tb)[-1].lineno == 2
 
 
-MEMORY, SEE = "error: out of memory", ": see docs/REFERENCE.md\n"
+MEMORY, SEE = "error: out of memory", f": {config.LESS_MEMORY}\n"
 UNCOMPILED = "error: the network cannot be compiled"
 
 
