@@ -15,6 +15,7 @@ from test_sample import make_run
 
 import huggingface
 from model import DeepSeekV3
+from support.gguf import stored_type
 from support.settings import Refusal
 
 gguf = pytest.importorskip("gguf", reason="gguf, which writes the files, is not installed")
@@ -102,6 +103,12 @@ def test_llama_cpp_computes_the_same_network(name, export):
     assert differences(model, file).max() < 1e-3
     head = any(x.name == "output.weight" for x in gguf.GGUFReader(file).tensors)
     assert head is not model.config.tie_word_embeddings  # it is not stored twice
+
+
+def test_vectors_and_gates_keep_float32_and_blocks_of_q8_are_whole():
+    shapes = {"attn_norm": (32,), "ffn_gate_inp": (4, 32), "attn_q": (4, 32), "attn_kv_a": (4, 33)}
+    of = {name: stored_type(f"blk.1.{name}", torch.ones(x), "Q8_0") for name, x in shapes.items()}
+    assert list(of.values()) == ["F32", "F32", "Q8_0", "F16"]
 
 
 @pytest.mark.parametrize(

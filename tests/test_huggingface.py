@@ -426,10 +426,11 @@ def test_a_run_becomes_a_directory_that_transformers_and_we_open(run, tmp_path, 
     hf = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     theirs = transformers.AutoTokenizer.from_pretrained(target)
     assert theirs(TEXT)["input_ids"] == ids and theirs.decode(ids) == TEXT
-    assert theirs.eos_token_id == hf.generation_config.eos_token_id == eot
+    assert theirs.eos_token_id == hf.generation_config.eos_token_id == hf.config.bos_token_id == eot
     again, opened = load_model(target)
     assert len(again.mtp) == 1 and torch.equal(model(TOKENS), again(TOKENS))
     assert again.trained_length == hf.config.max_position_embeddings == 48
+    assert huggingface.with_settings(model, {"rope_theta": 5.0}, run, False).trained_length == 48
     assert difference(model(TOKENS), hf(TOKENS).logits) < 2e-4
     # prepare_data.py takes an exported one, too.
     assert ids == opened.encode(TEXT) == stored_tokenizer(target).encoding.encode_ordinary(TEXT)

@@ -34,7 +34,7 @@ from training import assert_same_run, finish, load, run
 import bench
 import model as plain
 import sample
-from model import Cache, ModelConfig
+from model import Cache, ModelConfig, causal_attention
 from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
 from support import graphs
 from support.flops import flops_per_token
@@ -64,6 +64,18 @@ def test_every_parameters_gradient_equals_finite_differences():
             p += d * direction
         slope = (ends[0] - ends[1]) / (2 * d)
         assert abs((gradient * direction).sum() - slope) < 1e-6 * max(1, abs(slope)), name
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_heads_may_share_keys(start):
+    """As an edit to grouped queries needs: heads 0 and 1 the first key, 2 and 3 the second."""
+    q, k, v = (
+        torch.randn(2, h, n, 6).double() for h, n in ((4, 5), (2, start + 5), (2, start + 5))
+    )
+    scores = 0.3 * q @ k.repeat_interleave(2, 1).mT
+    seen = torch.ones_like(scores).tril(start) > 0
+    expected = scores.where(seen, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(causal_attention(q, k, v, 0.3, start), expected)
 
 
 @pytest.mark.parametrize("targets", [[3, -1, 0, 10, 10, -100, 7], [-1] * 3], ids=["some", "none"])

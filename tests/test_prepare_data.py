@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -225,6 +226,12 @@ def test_collections_of_documents(tmp_path, kind, capsys):
     assert sorted((train + val).split(tk.END_OF_TEXT)[1::2]) == sorted(t[:-13] for t in texts)
     assert f"skipped 1 empty records of {path}: their 'body' is null" in capsys.readouterr().err
     assert folder.name == "docs" and 3 <= ids_of(folder, "val").count(299) <= 4
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.scandir", mock.Mock(side_effect=PermissionError(13, "no", "folder")))
+    with pytest.raises(PermissionError):
+        pd.find_files(str(tmp_path))
 
 
 FINE = b'{"text": "fine"}\n\n'

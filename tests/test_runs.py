@@ -21,6 +21,7 @@ import pytest
 import torch
 from training import (
     CONSTANT,
+    MACHINE,
     SHORT,
     TINY,
     assert_same,
@@ -398,3 +399,11 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(begun):
     content[content.index(b"/data/0") + 300] ^= 4
     (begun / "ckpt.pt").write_bytes(content)
     assert re.match("run/ckpt.pt is damaged", refused("--resume"))
+
+
+def test_random_numbers_go_on_where_they_were_saved():
+    """As a dropout needs."""
+    states = checkpoints.RandomNumbers(MACHINE)
+    saved, expected = states.state_dict(), torch.rand(3)
+    states.load_state_dict(saved)
+    assert torch.equal(torch.rand(3), expected)

@@ -148,6 +148,13 @@ def test_a_bug_is_raised_again_with_its_trace(bug):
     assert caught.value is bug and not bug.__suppress_context__
 
 
+def test_a_home_is_found_and_nan_is_in_no_range(monkeypatch):
+    monkeypatch.setenv("HOME", "/here")
+    assert config.with_home({"out": "~/a", "lr": 1}, "out", "data") == {"out": "/here/a"}
+    with pytest.raises(config.Refusal, match="lr is nan"):
+        TrainConfig(lr=float("nan"))
+
+
 def test_every_option_says_in_words_what_it_is():
     for kind in (TrainConfig, DataConfig, SampleConfig, ModelConfig):
         source = inspect.getsource(kind)

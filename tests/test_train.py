@@ -120,6 +120,7 @@ def test_steps_equal_a_plain_training_loop(data):
         steps=4, lr=0.02, warmup=0.3, decay_start=0.5, decay_end=0.9, min_lr=0.1, clip=0.5,
         weight_decay=0.3, beta1=0.8, beta2=0.9, mtp_weight=0.4, mtp_weight_late=0.2,
         mtp_switch=0.5, gamma=0.05, gamma_stop=0.75, alpha=0.3, seed=7,
+        adamw_lr=3.0,  # without effect, as there is no Muon
     )  # fmt: skip
     out = run("--attention_bias", *(f"--{key}={value}" for key, value in options.items()))
     config = train.TrainConfig(**options, batch_size=4, block_size=16)
