@@ -381,7 +381,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     # On a CPU nothing is compiled: a second set of graphs would take minutes, more than it saves.
     compiled = processes.compiles(config, machine.device)
     eager = compiled and machine.device.type == "cpu"
-    with fp8.quantized_once(model, compiled), processes.as_written(eager):
+    with fp8.quantized_once(model, compiled), processes.uncompiled(eager):
         total = add_up(model, text, config.block_size, config, machine)
         long = None
         if config.long_block_size > 0 and config.long_block_size == model.trained_length:
@@ -522,7 +522,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             # The YaRN phase needs graphs of its own; on a CPU it is too short for them. In FP8 all
             # micro-batches of a step read the same quantised weights.
             eager = compiled and machine.device.type == "cpu" and in_yarn_phase(config, step)
-            with fp8.quantized_once(model, compiled), processes.as_written(eager):
+            with fp8.quantized_once(model, compiled), processes.uncompiled(eager):
                 losses = backward(trainer, batches, loss_weights(model, config, step), machine)
 
             norm = clip_gradients(model, config)

@@ -290,10 +290,9 @@ def log_uncompiled(record: logging.LogRecord) -> bool:
     return not found
 
 
-def as_written(eager: bool) -> AbstractContextManager:
-    """Within `with as_written(eager):` everything compiled runs as graphs or, if `eager`, as it is
-    written."""
-    # Not set_stance("default"): it imports dynamo, which takes seconds.
+def uncompiled(eager: bool) -> AbstractContextManager:
+    """Within `with uncompiled(eager):` what is compiled runs uncompiled, if `eager` is true."""
+    # Else nothing, since even set_stance("default") imports dynamo, which takes seconds.
     return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
 

@@ -242,15 +242,15 @@ def test_steps_are_the_same_in_micro_batches_recomputed_or_compiled(how, shared)
     torch._dynamo.utils.counters.clear()
     compile = functools.partial(torch.compile, backend="eager")
     again = mock.patch("model.checkpoint", wraps=torch.utils.checkpoint.checkpoint)
-    written = mock.patch("support.processes.as_written", wraps=processes.as_written)
-    with mock.patch.object(torch, "compile", compile), again as recomputed, written as written:
+    asked = mock.patch("support.processes.uncompiled", wraps=processes.uncompiled)
+    with mock.patch.object(torch, "compile", compile), again as recomputed, asked as asked:
         ours = run(f"--{how}", *options)
     assert recomputed.called == (how == "recompute")
     # A dense block, a block of experts, an MTP module, the last norm, the loss.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5 * (how == "compile")
     # Steps 0 to 3, an evaluation, the last phase, another one.
     eager = [False] * 4 + [how == "compile"] * 6
-    assert [call.args[0] for call in written.call_args_list] == eager
+    assert [call.args[0] for call in asked.call_args_list] == eager
     assert_same_run(shared(*options), ours, 1e-10 if how in ("grad_accum=4", "recompute") else 0.0)
     assert not torch.are_deterministic_algorithms_enabled()  # in training only
 
