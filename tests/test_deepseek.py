@@ -34,7 +34,7 @@ from networks import (
 from torch import nn
 
 import bench
-from model import DeepSeekV3, Dispatch, ModelConfig, RMSNorm, balance_loss
+from model import Cache, DeepSeekV3, Dispatch, ModelConfig, RMSNorm, balance_loss
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,9 @@ def test_positions_survive_bf16():
     expected = mla(h.double(), model.rope(h.double(), 600))
     model.bfloat16()
     assert (mla(h, model.rope(h, 600)).double() - expected).norm() < 0.03 * expected.norm()
+    cache = Cache(model.config, model.layers, 1, 660, h)
+    for ours, kept in zip(model.rope(h, 600), model.rope(h, 600, cache), strict=True):
+        close(kept, ours, atol=1e-6)
 
 
 # ---- Router --------------------------------------------------------------------------------------
