@@ -256,8 +256,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Posit
     The queries q (B, H, T, W) belong to the positions start .. start + T - 1, the keys k (B, h, S,
     W) and values v (B, h, S, V) to 0 .. S - 1. Query i attends to the positions up to start + i. h
     is H, or less if several heads share a key. There are two forms, PyTorch's kernel and plain
-    products. Both accumulate in float32; plain products round scores and probabilities to q's
-    dtype, as V3's own code does.
+    products. Both accumulate in float32 at least; plain products round scores and probabilities to
+    q's dtype, as V3's own code does.
     """
     (B, H, T, W), (h, S), V = q.shape, k.shape[1:3], v.shape[-1]
     from_start = isinstance(start, int) and start == 0  # in training and prompts
@@ -500,8 +500,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
     """W_{expert[i]} x_i for every row i: x (rows, in), weight (E, out, in), expert (rows,) ->
-    (rows, out). For the few rows of decoding, which read the weights in place. A graph indexes
-    where the loop would need the experts' numbers; the compiler fuses the index with the sum."""
+    (rows, out). For the few rows of decoding, which read the weights in place. In a graph the
+    experts' numbers are not known, so the loop becomes an index, which is compiled into the sum."""
     if torch.compiler.is_compiling():
         return (weight[expert] * x[:, None]).sum(-1)
     pairs = zip(expert.tolist(), x, strict=True)
@@ -549,8 +549,9 @@ def padded(
     """Appends token-expert pairs with gate value 0, so that each expert's rows are a multiple of
     `unit`: oneDNN, a CPU's products in bfloat16, compiles a kernel for every new number of rows.
 
-    expert, gain (pairs,), counts (E,) -> the same, longer. In a graph, whose shapes are fixed, the
-    padding has E * unit rows whatever is chosen, and the last expert takes what the others leave.
+    expert, gain (pairs,), counts (E,) -> the same, with the padding. In a graph, whose shapes are
+    fixed, the padding has E * unit rows whatever is chosen: the last expert, whose rows are then no
+    multiple, takes what the others leave.
     """
     E, size = len(counts), None
     extra = -counts % unit  # (E,)
@@ -851,13 +852,12 @@ class DeepSeekV3(nn.Module):
         losses = {
             "loss": main,  # cross-entropy of the next token, in nats
             "mtp_loss": sum(mtp, zero) / max(1, len(mtp)),  # mean over depths, Eq. 24-25, in nats
-            # Mean over the MoE layers, Eq. 17, so that one log compares with another; train.py
-            # multiplies it by `moe_layers`.
-            "balance_loss": sum(balance, zero) / max(1, len(balance)),
         }
         if len(mtp) > 1:
             losses |= {f"mtp_loss_{k}": loss for k, loss in enumerate(mtp, 1)}
-        return losses
+        # Mean over the MoE layers, Eq. 17, so that one log compares with another; train.py
+        # multiplies it by `moe_layers`.
+        return losses | {"balance_loss": sum(balance, zero) / max(1, len(balance))}
 
     def gates(self) -> list[Gate]:
         """The gates of the MoE layers in order, those of the MTP modules last."""

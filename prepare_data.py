@@ -195,7 +195,7 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
                 raise Refusal(f"{path} cannot be read: {error}; convert it to UTF-8") from None
             info(f"skipped {path}: not UTF-8 text")
             continue
-        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:
             if type(error) is ValueError:  # a bug in an edited reader
                 raise
             raise Refusal(f"{path} cannot be read: {short(error, 300)}") from None
@@ -276,6 +276,8 @@ def read_parts(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
         if (size := sum(map(len, documents.values()))) < 100:
             raise Refusal(f"{config.source} holds {size} characters, expected 100 or more")
         train, val, test = split_documents(documents, config.val_fraction, config.test_fraction)
+        if not any(val):
+            raise Refusal(f"{config.source} is too short for a validation text: give more text")
     return train, val, test
 
 

@@ -446,7 +446,8 @@ def backward(
     step: if an edit of to_device masks some (-1), a micro-batch counts by the targets it has left.
     """
     pairs = [to_device(batch, machine.device) for batch in batches]
-    modules = {name: int(name[9:]) for name in weight_of if name.startswith("mtp_loss_")}
+    found = (re.fullmatch(r"mtp_loss_(\d+)", name) for name in weight_of)
+    modules = {match[0]: int(match[1]) for match in found if match}
     depth_of = {"loss": 0, "mtp_loss": 1} | modules  # of the cross-entropies
     dtype, depths = next(trainer.parameters()).dtype, 1 + max(depth_of.values())
     shares = target_shares([y for _, y in pairs], depths, machine, dtype)
@@ -482,7 +483,7 @@ def log_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, pro
     windows = sum(batch_at(config, step) for step in range(progress.step, config.steps))
     tokens = progress.tokens + windows * config.block_size
     advice.log_epochs(tokens, len(data.train), config.steps, new=progress.step == 0)
-    if processes.compiles(config, machine.device):
+    if progress.step < config.steps and processes.compiles(config, machine.device):
         info("compiling takes one to three minutes, less in later runs (--compile=False skips it)")
 
 
@@ -691,7 +692,8 @@ def command(argv: list[str]):
     # dropout that you add, differ.
     torch.manual_seed(config.seed + 1 + machine.rank)
     check_settings(config, model, machine, first)
-    data, folder = open_data(config, model.config.vocab_size, source)
+    # A Hugging Face directory may have no tokenizer; then the sizes of the vocabularies must agree.
+    data, folder = open_data(config, model.config.vocab_size, source if tokenizer else None)
     if source:
         check_tokenizer(source, tokenizer, folder)
     if config.fp8:

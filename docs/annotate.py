@@ -314,8 +314,8 @@ def code(file: str, name: str, first: str = "", last: str = "") -> str:
         start = next((i for i in range(begin, stop + 1) if first in lines[i - 1]), stop + 1)
         stop = next((i for i in range(start, stop + 1) if last in lines[i - 1]), None)
         if stop is None:
-            told = f"{file}: {name} has no line with {first!r}, or {last!r} behind it"
-            raise ValueError(f"{told}: mend the SECTIONS of docs/annotate.py")
+            message = f"{file}: {name} has no line with {first!r}, or {last!r} behind it"
+            raise ValueError(f"{message}: mend the SECTIONS of docs/annotate.py")
         begin = start
         for part in ast.walk(node):
             if isinstance(part, ast.stmt) and not hasattr(part, "body") and part.lineno <= stop:
@@ -354,7 +354,7 @@ def page() -> str:
         sections += f'<section id="{i}"><h2>{title}</h2><p>{html.escape(about)}</p>'
         if letters:
             meanings = (line.split(" | ") for line in letters)
-            pairs = (f"<dt>{mathml(x)}</dt><dd>{html.escape(told)}</dd>" for x, told in meanings)
+            pairs = (f"<dt>{mathml(x)}</dt><dd>{html.escape(words)}</dd>" for x, words in meanings)
             sections += f"<details><summary>Letters</summary><dl>{''.join(pairs)}</dl></details>"
         sections += "".join(map(row, rows)) + "</section>"
     return f"""<!DOCTYPE html>

@@ -1,5 +1,6 @@
 """Files: nothing is deleted, links do not lead out of a folder, and errors name the file."""
 
+import errno
 import json
 import os
 import tempfile
@@ -44,9 +45,9 @@ def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         try:
             yield new
         except OSError as error:
-            if error.filename or error.errno is None:
+            if error.filename or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise Refusal(f"{new} cannot be written ({error.strerror})") from None  # a full disk
+            raise Refusal(f"{folder} cannot be written ({error.strerror})") from None
         for path in new.iterdir():
             if not path.is_symlink():  # a link leads to a download, which is complete
                 with open(path, "rb+") as file:

@@ -180,7 +180,8 @@ def write_gguf(
             continue
         for released, part in parts_of(name, x, config).items():
             part_name = names.get_name(released, try_suffixes=(".weight", ".bias"))
-            if part_name is None:
+            # Its table has names for other networks' parameters, too, such as biases.
+            if part_name is None or re.search(r"\.bias$|\.[kv]_proj\.", name):
                 raise Refusal(f"{name} is no weight of DeepSeek-V3: llama.cpp has no place for it.")
             kind = gguf.GGMLQuantizationType[stored_type(part_name, part, dtype)]
             data = gguf.quantize(part.float().contiguous().numpy(), kind)

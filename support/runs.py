@@ -40,8 +40,11 @@ from support.signals import Stop
 
 def open_here(path: Path, mode: str) -> BinaryIO:
     """Opens a file for writing, but no link: in a stranger's folder it may lead elsewhere."""
-    no_link = os.O_NOFOLLOW
-    return open(path, mode, opener=lambda name, flags: os.open(name, flags | no_link, 0o666))
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+    return open(path, mode, opener=opener)
 
 
 def holds_run(out: Path) -> bool:
@@ -56,9 +59,13 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
     if names and ".lock" not in names and not holds_run(out):  # .lock: a run that has just begun
         raise Refusal(f"{out} holds files, but no run: give another --out.")
     if resume and "ckpt.pt" not in names:
-        raise Refusal(f"{out} has no ckpt.pt to resume from: give --overwrite, or another --out.")
+        raise Refusal(
+            f"{out} has no ckpt.pt to resume from: leave out --resume (a run that is there needs "
+            "--overwrite), or give another --out."
+        )
     if holds_run(out) and not (resume or overwrite):
-        raise Refusal(f"{out} holds a run: give --resume, --overwrite, or another --out.")
+        ways = "--resume, --overwrite" if "ckpt.pt" in names else "--overwrite"
+        raise Refusal(f"{out} holds a run: give {ways}, or another --out.")
 
 
 def lock_folder(folder: Path) -> BinaryIO:
@@ -77,6 +84,7 @@ def lock_folder(folder: Path) -> BinaryIO:
 def take_folder(out: Path, resume: bool, overwrite: bool) -> BinaryIO:
     """Creates and locks the folder, and returns the lock. A run that is not resumed is renamed.
     Raises Refusal as check_folder does."""
+    check_folder(out, resume, overwrite)
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(out)
     check_folder(out, resume, overwrite)  # again: before the lock another process may have written
@@ -170,6 +178,8 @@ class Run:
             raise Refusal(f"{file} cannot be resumed: {error}; use --init_from.") from None
         self.saved_step = self.progress.step
         info(f"resume: from step {self.saved_step} of {self.config.steps}, in {file}")
+        if self.finished:
+            info("nothing is left to train: give more --steps")
         if self.machine.rank == 0:
             log = self.out / "log.jsonl"
             open_here(log, "ab").close()  # fails now rather than at the first line

@@ -14,9 +14,10 @@ import torch
 from test_sample import make_run
 
 import huggingface
-from model import DeepSeekV3
-from support.gguf import stored_type
+from model import DeepSeekV3, ModelConfig
+from support.gguf import stored_type, write_gguf
 from support.settings import Refusal
+from support.tokenizer import stored_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="gguf, which writes the files, is not installed")
 
@@ -103,6 +104,14 @@ def test_llama_cpp_computes_the_same_network(name, export):
     assert differences(model, file).max() < 1e-3
     head = any(x.name == "output.weight" for x in gguf.GGUFReader(file).tensors)
     assert head is not model.config.tie_word_embeddings  # it is not stored twice
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_b_proj.bias", "self_attn.k_proj.weight", "new"])
+def test_a_parameter_of_an_edit_is_refused(name, run, tmp_path):
+    config, encoding = asdict(ModelConfig(**V3)), stored_tokenizer(run).encoding
+    with pytest.raises(Refusal, match=f"layers.0.{name} is no weight of DeepSeek-V3"):
+        write_gguf(tmp_path / "x.gguf", [(f"layers.0.{name}", torch.ones(3))], config, encoding)
+    assert not (tmp_path / "x.gguf").exists()
 
 
 def test_vectors_and_gates_keep_float32_and_blocks_of_q8_are_whole():

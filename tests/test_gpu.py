@@ -5,7 +5,6 @@ GPU_TESTS_ON=cpu lets the bodies run where there is no GPU, to see that they sti
 
 import copy
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -103,11 +102,11 @@ def test_a_resumed_run_is_the_same_bit_for_bit(compile, workplace):
     assert_same_run(whole, run("--resume", *options, "--steps=8", out="parts"), 0.0)
 
 
-def test_evaluations_are_compiled_and_say_so(workplace, capsys):
+def test_evaluations_are_compiled_on_a_gpu(workplace):
+    torch._dynamo.utils.counters.clear()
     run(*ON_DEVICE, "--compile=True", "--steps=2")
-    told = capsys.readouterr().err
-    assert re.search(r"compiled \d+ graphs and ran them in \d+ s", told)
-    assert len(re.findall("compiled", told)) >= (3 if ON_GPU else 2)  # and evaluations' graphs
+    # Training has a graph of a dense block, of experts, an MTP module, the last norm and the loss.
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 5) == ON_GPU
 
 
 def test_a_compiled_text_is_the_eager_one():

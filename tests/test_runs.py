@@ -38,6 +38,7 @@ import train
 from huggingface import load_model
 from model import DeepSeekV3
 from support import checkpoints, runs
+from support.settings import Refusal
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -407,3 +408,10 @@ def test_random_numbers_go_on_where_they_were_saved():
     saved, expected = states.state_dict(), torch.rand(3)
     states.load_state_dict(saved)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_folder_of_others_is_not_taken(tmp_path):
+    (tmp_path / "model.py").write_text("theirs")
+    with pytest.raises(Refusal, match="holds files, but no run"):
+        runs.take_folder(tmp_path, False, True)
+    assert not (tmp_path / ".lock").exists()

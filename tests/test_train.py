@@ -32,10 +32,10 @@ from training import (
 )  # fmt: skip
 
 import train
-from huggingface import load_model
+from huggingface import load_model, save_pretrained
 from model import DeepSeekV3, Gate, ModelConfig
 from support import processes
-from support.settings import read_config_file
+from support.settings import Refusal, read_config_file
 from support.tokenizer import END_OF_TEXT, stored_tokenizer
 from support.tokens import Dataset, Tokens, load_dataset
 
@@ -388,6 +388,13 @@ def test_the_last_part_of_a_run_extends_the_context(shared, data):
 
 
 # ---- Weights from elsewhere ----------------------------------------------------------------------
+
+
+def test_weights_without_a_tokenizer_need_a_vocabulary_of_the_same_size(data):
+    small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    save_pretrained(DeepSeekV3(ModelConfig(**small, vocab_size=1024)), "hf")
+    with pytest.raises(Refusal, match=f"is 1024, but the vocabulary of {data} has 512 tokens"):
+        train.command(["--init_from=hf", f"--data={data}", "--eval_only"])
 
 
 def test_weights_that_a_run_starts_from_are_named_and_evaluated_once(shared, capsys):
