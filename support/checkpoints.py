@@ -44,7 +44,7 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     file = checkpoint_file(path)
     kinds = "a run's folder, a checkpoint file, or a directory with a config.json"
     if not file.exists():
-        raise Refusal(f"there is no {file}: name {kinds}.")
+        raise Refusal(f"there is no {file}: name {kinds}, such as weights/small.")
     try:
         with zipfile.ZipFile(file) as archive:  # torch does not compare checksums
             damaged = archive.testzip() if whole else None

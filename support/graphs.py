@@ -59,7 +59,7 @@ def first_round(graph: Callable, args: tuple, kind: tuple, parts: Any, on_cpu: b
     """
     new, began = (kind, graph) not in COMPILED, time.perf_counter()
     if new:
-        info("compiling a round of decoding, which may take a minute")
+        info("compiling a round of decoding, which takes a minute or two")
     if not on_cpu:
         # torch uses no CUDA graph if an input is written to, unless its address is fixed.
         for x in tensors(parts):

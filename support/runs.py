@@ -55,6 +55,8 @@ def holds_run(out: Path) -> bool:
 
 def check_folder(out: Path, resume: bool, overwrite: bool):
     """Raises Refusal unless the run may write to the folder. Changes nothing."""
+    if out.exists() and not out.is_dir():
+        raise Refusal(f"{out} is a file: give another --out.")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if names and ".lock" not in names and not holds_run(out):  # .lock: a run that has just begun
         raise Refusal(f"{out} holds files, but no run: give another --out.")

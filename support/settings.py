@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 import runpy
+import shlex
 import sys
 import traceback
 import typing
@@ -46,15 +47,16 @@ NANOGPT = dict(
     decay_lr="decay_start", grad_clip="clip", eval_interval="eval_every", eval_iters="eval_tokens",
     log_interval="log_every", always_save_checkpoint="save_every",
     gradient_accumulation_steps="grad_accum", n_layer="num_hidden_layers", n_embd="hidden_size",
-    n_head="num_attention_heads", bias="attention_bias", dataset="data", out_dir="out",
+    n_head="num_attention_heads", bias="attention_bias", dataset="data", out_dir="out ckpt",
     start="prompt",
 )  # fmt: skip
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """The message for a key that does not exist."""
-    if (ours := NANOGPT.get(name)) in known:
-        return f"unknown key {name}, nanoGPT's name; here it is {ours} (docs/REFERENCE.md)"
+    for ours in NANOGPT.get(name, "").split():
+        if ours in known:
+            return f"unknown key {name}, nanoGPT's name; here it is {ours} (docs/REFERENCE.md)"
     close = difflib.get_close_matches(name, known, 1, 0.75)  # a lower cutoff suggests nonsense
     return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
 
@@ -130,10 +132,10 @@ def parse_args(
         if name in fields:
             parser.error(f"write --{word}")
         if not word.startswith("-") and "=" not in word:
-            parser.error(
-                f"{word!r} is one word too many; write an option as --key=value, and put a pattern "
-                "such as '*.txt' in quotes"
-            )
+            hint = "write an option as --key=value"
+            hint += f", a prompt as --prompt={shlex.quote(word)}" if "prompt" in fields else ""
+            hint += ", and put a pattern such as '*.txt' in quotes" if "source" in fields else ""
+            parser.error(f"{word!r} is one word too many; {hint}")
         parser.error(unknown_key(name, fields))
     values = {name: text for name, text in vars(given).items() if text is not None}
     argument = values.pop("0", None)

@@ -24,7 +24,7 @@ OTHER = "and data/other have different tokenizers; prepare the data with --token
 
 REFUSALS = [
     # prepare_data.py
-    ("prepare_data.py a.txt b.txt", 2, "'b.txt' is one word too many; write an option as --key="),
+    ("prepare_data.py a.txt b.txt", 2, "--key=value, and put a pattern such as '*.txt' in quotes"),
     ("prepare_data.py a.txt --source=b.txt", 1, "two sources: a.txt and --source=b.txt"),
     ("prepare_data.py tiny_stories", 1, "a folder, stdlib, tinystories, fineweb, finewebedu"),
     ("prepare_data.py a.txt --name=tiny", 1, "data/tiny exists; choose another name, or give --ov"),
@@ -61,7 +61,7 @@ REFUSALS = [
     (f"{ON} --data=other", 1, OTHER),
     # Folders.
     (f"{NEW} --eval_only --out=", 1, "there is no out/tiny: name a run's folder"),
-    (f"{NEW} --out=a.txt", 1, "[Errno 20] Not a directory: 'a.txt'"),
+    (f"{NEW} --out=a.txt", 1, "a.txt is a file: give another --out."),
     (f"{NEW} --out=photos --overwrite", 1, "photos holds files, but no run: give another --out."),
     (f"{NEW} --out=early", 1, "early holds a run: give --overwrite, or another --out."),
     (
@@ -79,7 +79,7 @@ REFUSALS = [
     (f"{ON} --hidden_size=64 --kv_lora_rank=3", 1, "cannot get hidden_size 64 and 1 more: embed_t"),
     (f"{ON} --optimizer=muon", 1, "run/ckpt.pt cannot be resumed: it has no state of Muon 1; use"),
     # sample.py
-    ("sample.py run 'a text'", 2, "'a text' is one word too many; write an option as --key=value"),
+    ("sample.py run 'a text'", 2, "write an option as --key=value, a prompt as --prompt='a text'"),
     (f"sample.py {TINY} --prompt=x", 1, "tiny.py is damaged, or no checkpoint of train.py (F"),
     ("sample.py nowhere --prompt=x", 1, "there is no nowhere: name a run's folder, a checkpoint"),
     ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
