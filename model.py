@@ -134,8 +134,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computed in float32, rounded to x's dtype, multiplied by the weight; the result has the
-        dtype of the product that reads it."""
+        """Normalised in float32 and rounded to x's dtype, then multiplied by the weight and cast to
+        the dtype of the matrix product that follows."""
         x32 = upcast(x)
         y = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
         return (self.weight * y).to(compute_dtype(x))
@@ -157,8 +157,9 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     would reach angles that are new to the model. YaRN (arXiv 2309.00071; report section 4.3)
     divides the frequencies of slow pairs by `factor`, keeps those of fast pairs and interpolates
     linearly in between, whatever the length of the text. The amplitude is yarn_mscale(factor, 1)
-    or, if mscale and mscale_all_dim are given, the first one's yarn_mscale divided by the second
-    one's. In V3 this is 1, and `MLA.scale` has the square of yarn_mscale instead.
+    or, if both are given, yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim);
+    attention_factor overrides either. V3 gives both the same value, so its amplitude is 1, and
+    `MLA.scale` applies yarn_mscale(factor, mscale_all_dim)^2 to the scores instead.
     """
     R, theta = config.qk_rope_head_dim, config.rope_theta
     i = torch.arange(R // 2, device=positions.device, dtype=dtype)
@@ -168,7 +169,7 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
         factor = yarn["factor"]
         original = yarn["original_max_position_embeddings"]
 
-        def index_of(rotations: float) -> float:  # i of a pair that turns so often in `original`
+        def index_of(rotations: float) -> float:  # the i that turns `rotations` times in `original`
             return R * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta))
 
         low, high = index_of(yarn.get("beta_fast") or 32), index_of(yarn.get("beta_slow") or 1)
@@ -200,8 +201,10 @@ def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
 # ---- Multi-head Latent Attention (section 2.1.1) -------------------------------------------------
 
 
-MOST_NEW = 8  # tokens of a text that decoding, after the prompt, reads or forgets at once
-MOST_IN_GRAPH = 512  # tokens of all texts that a graph of decoding reads at once (Experts.forward)
+# After the prompt, decoding reads at most so many tokens of a text at once, and takes at most so
+# many back (rejected drafts, see Cache).
+MOST_NEW = 8
+MOST_IN_GRAPH = 512  # at most so many tokens of all texts are read at once by a graph of decoding
 
 
 class Cache:
@@ -290,8 +293,9 @@ class MLA(nn.Module):
     (h_t is the layer's normalised input, u_t the output.) Both latents are normalised before they
     are projected up (section 4.2).
 
-    Why latents: decoding keeps c_t^KV and k_t^R of every token, in V3 576 numbers per layer; keys
-    and values of 128 heads would be 32,768. The queries' latent saves memory in training.
+    Why latents: decoding keeps c_t^KV and k_t^R of every token, in V3 512 + 64 = 576 numbers per
+    layer; k_t^C and v_t^C of 128 heads would be 128 * (128 + 128) = 32,768. The queries' latent
+    saves memory in training.
     Why position has a key of its own: RoPE on k_t^C would put a rotation, which changes with the
     distance, between q and W^UK. Then `attend_absorbed` could not multiply the query by W^UK, and
     each new token would have to compute all keys again (DeepSeek-V2, arXiv 2405.04434, section
@@ -337,7 +341,7 @@ class MLA(nn.Module):
         return like.new_zeros(batch, size, width)
 
     def forward(self, h: Tensor, rope: Rope, past: Past | None = None) -> Tensor:
-        """h (B, T, D) -> (B, T, D). past: what `new_cache` made, how many tokens it has read."""
+        """h (B, T, D) -> (B, T, D). past: this layer's cache and the number of tokens in it."""
         config, (B, T, _) = self.config, h.shape
         N, R, C = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
         if config.q_lora_rank is None:
@@ -414,9 +418,10 @@ class Gate(nn.Module):
     the experts of these groups, those with the K largest s + b are chosen.
     The bias has no other effect: gate values come from s alone. No gradient reaches b;
     `DeepSeekV3.update_bias` moves it.
-    Why routed_scaling_factor: gate values that sum to one make the output a mean of K experts,
-    about 1/sqrt(K) as large as the output of one. Moonlight (arXiv 2502.16982) derives its factor
-    from this. V3's 2.5 is a little less than sqrt(8).
+    Why routed_scaling_factor: gate values that sum to one make the output a weighted mean of K
+    experts. If their outputs are unrelated, it is about 1/sqrt(K) as large as the output of one. A
+    factor of about sqrt(K) undoes this; Moonlight (arXiv 2502.16982) derives its own so. V3's 2.5
+    is a little less than sqrt(8) = 2.83.
     """
 
     def __init__(self, config: ModelConfig):
@@ -500,8 +505,9 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
     """W_{expert[i]} x_i for every row i: x (rows, in), weight (E, out, in), expert (rows,) ->
-    (rows, out). For the few rows of decoding, which read the weights in place. In a graph the
-    experts' numbers are not known, so the loop becomes an index, which is compiled into the sum."""
+    (rows, out). For the few rows of decoding. When a graph is compiled it is not known which
+    experts are chosen, so it indexes `weight` in place of the loop; the compiler fuses this with
+    the sum, so that no weight is copied."""
     if torch.compiler.is_compiling():
         return (weight[expert] * x[:, None]).sum(-1)
     pairs = zip(expert.tolist(), x, strict=True)
@@ -546,12 +552,13 @@ class Combine(torch.autograd.Function):
 def padded(
     expert: Tensor, gain: Tensor, counts: Tensor, unit: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Appends token-expert pairs with gate value 0, so that each expert's rows are a multiple of
-    `unit`: oneDNN, a CPU's products in bfloat16, compiles a kernel for every new number of rows.
+    """Appends token-expert pairs with gate value 0, so that the number of each expert's rows is a
+    multiple of `unit`. Products in bfloat16 on a CPU run in oneDNN, which compiles a kernel for
+    every new number of rows.
 
     expert, gain (pairs,), counts (E,) -> the same, with the padding. In a graph, whose shapes are
-    fixed, the padding has E * unit rows whatever is chosen: the last expert, whose rows are then no
-    multiple, takes what the others leave.
+    fixed, the padding always has E * unit rows in all. What the experts do not need of these is
+    added to the last expert, whose rows then need not be a multiple of `unit`.
     """
     E, size = len(counts), None
     extra = -counts % unit  # (E,)
@@ -597,8 +604,9 @@ class Experts(nn.Module):
         expert = chosen.clamp(0, E - 1)
         gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)
         expert, gain = expert.flatten(), gain.flatten()  # (tokens * K,)
-        # The few tokens of decoding each read the weights of their own experts: eagerly on a CPU
-        # only, in a graph on every device, as there no shape may depend on the choice.
+        # With few tokens, as in decoding, each row reads its expert's weights. Outside a graph this
+        # is for CPUs: a GPU would first have to tell the host which experts are chosen. In a graph
+        # it is for every device, since sorting by expert may make shapes depend on the choice.
         few = 0 < tokens * K <= E and x.device.type == "cpu"
         if torch.compiler.is_compiling():
             few = tokens <= MOST_IN_GRAPH
@@ -608,6 +616,8 @@ class Experts(nn.Module):
             y = linear_by_row(swiglu(gate, up) * gain[:, None], self.down_proj, expert)
             return y.view(tokens, K, -1).sum(1)
         counts = count_chosen(expert, E)  # (E,)
+        # Padding pays with more tokens than a round of decoding has; a larger unit means fewer
+        # kernels, but more padding.
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and tokens > MOST_NEW:
             expert, gain, counts = padded(expert, gain, counts, 64 if tokens > 512 else 16)
         # Sorted by expert, so that the tokens of an expert are rows side by side.
@@ -723,7 +733,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     (tokens, vocabulary), targets (tokens,). Targets below 0 are ignored; if all are, the loss is 0.
 
     In float32 the logits of a large batch, and their gradient, take more memory than the network.
-    So they are upcast in pieces, and again in backward. (A graph upcasts each as it reads it.)
+    So they are upcast piece by piece, and backward upcasts each piece again in place of keeping it.
+    (A graph needs no pieces: compiled code upcasts every logit where it reads it.)
     """
 
     def piece(logits: Tensor, targets: Tensor) -> Tensor:
@@ -808,7 +819,8 @@ class DeepSeekV3(nn.Module):
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """One depth further: h = h^k (B, T, D), the tokens k + 1 later (B, T) -> h^{k+1} (B, T, D).
 
-        k is the depth of the input. Module k + 1, which is mtp[k], computes the next one.
+        k is the depth of the input. Module k + 1, which is mtp[k], computes the next one. A call
+        advances the cache's length, which all modules share: the caller sets it for each depth.
         """
         embedding = self.embed_tokens(tokens)  # (B, T, D)
         start = cache.advance(tokens.shape[1]) if cache else 0
@@ -855,8 +867,8 @@ class DeepSeekV3(nn.Module):
         }
         if len(mtp) > 1:
             losses |= {f"mtp_loss_{k}": loss for k, loss in enumerate(mtp, 1)}
-        # Mean over the MoE layers, Eq. 17, so that one log compares with another; train.py
-        # multiplies it by `moe_layers`.
+        # Eq. 17, averaged over the MoE layers, so that logs of models with different numbers of
+        # layers can be compared. For the sum over layers train.py multiplies it by `moe_layers`.
         return losses | {"balance_loss": sum(balance, zero) / max(1, len(balance))}
 
     def gates(self) -> list[Gate]:
