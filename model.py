@@ -157,9 +157,10 @@ def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     would reach angles that are new to the model. YaRN (arXiv 2309.00071; report section 4.3)
     divides the frequencies of slow pairs by `factor`, keeps those of fast pairs and interpolates
     linearly in between, whatever the length of the text. The amplitude is yarn_mscale(factor, 1)
-    or, if both are given, yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim);
-    attention_factor overrides either. V3 gives both the same value, so its amplitude is 1, and
-    `MLA.scale` applies yarn_mscale(factor, mscale_all_dim)^2 to the scores instead.
+    or, if mscale and mscale_all_dim are given, yarn_mscale(factor, mscale) / yarn_mscale(factor,
+    mscale_all_dim); attention_factor overrides either. V3 gives mscale and mscale_all_dim the same
+    value, so its amplitude is 1, and `MLA.scale` applies yarn_mscale(factor, mscale_all_dim)^2 to
+    the scores instead.
     """
     R, theta = config.qk_rope_head_dim, config.rope_theta
     i = torch.arange(R // 2, device=positions.device, dtype=dtype)
@@ -201,10 +202,8 @@ def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
 # ---- Multi-head Latent Attention (section 2.1.1) -------------------------------------------------
 
 
-# After the prompt, decoding reads at most so many tokens of a text at once, and takes at most so
-# many back (rejected drafts, see Cache).
-MOST_NEW = 8
-MOST_IN_GRAPH = 512  # at most so many tokens of all texts are read at once by a graph of decoding
+MOST_NEW = 8  # tokens of one text that decoding reads, or takes back as rejected drafts, at once
+MOST_IN_GRAPH = 512  # tokens of all texts together that a graph of decoding reads at once
 
 
 class Cache:
@@ -420,8 +419,8 @@ class Gate(nn.Module):
     `DeepSeekV3.update_bias` moves it.
     Why routed_scaling_factor: gate values that sum to one make the output a weighted mean of K
     experts. If their outputs are unrelated, it is about 1/sqrt(K) as large as the output of one. A
-    factor of about sqrt(K) undoes this; Moonlight (arXiv 2502.16982) derives its own so. V3's 2.5
-    is a little less than sqrt(8) = 2.83.
+    factor of about sqrt(K) undoes this; Moonlight (arXiv 2502.16982) derives its factor this
+    way. V3's 2.5 is a little less than sqrt(8) = 2.83.
     """
 
     def __init__(self, config: ModelConfig):
@@ -505,9 +504,9 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
     """W_{expert[i]} x_i for every row i: x (rows, in), weight (E, out, in), expert (rows,) ->
-    (rows, out). For the few rows of decoding. When a graph is compiled it is not known which
-    experts are chosen, so it indexes `weight` in place of the loop; the compiler fuses this with
-    the sum, so that no weight is copied."""
+    (rows, out). For the few rows of decoding. A graph is compiled before the choice of experts
+    is known. So it indexes `weight` where eager code loops; the compiler fuses the index with the
+    sum, so that no weight is copied."""
     if torch.compiler.is_compiling():
         return (weight[expert] * x[:, None]).sum(-1)
     pairs = zip(expert.tolist(), x, strict=True)
@@ -604,9 +603,10 @@ class Experts(nn.Module):
         expert = chosen.clamp(0, E - 1)
         gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)
         expert, gain = expert.flatten(), gain.flatten()  # (tokens * K,)
-        # With few tokens, as in decoding, each row reads its expert's weights. Outside a graph this
-        # is for CPUs: a GPU would first have to tell the host which experts are chosen. In a graph
-        # it is for every device, since sorting by expert may make shapes depend on the choice.
+        # With few tokens, as in decoding, each row reads its expert's weights (not in training, nor
+        # in FP8). Outside a graph only on a CPU: a GPU would first have to tell the host which
+        # experts are chosen. In a graph on every device: sorted rows may be split into pieces whose
+        # sizes depend on the choice.
         few = 0 < tokens * K <= E and x.device.type == "cpu"
         if torch.compiler.is_compiling():
             few = tokens <= MOST_IN_GRAPH
@@ -616,8 +616,8 @@ class Experts(nn.Module):
             y = linear_by_row(swiglu(gate, up) * gain[:, None], self.down_proj, expert)
             return y.view(tokens, K, -1).sum(1)
         counts = count_chosen(expert, E)  # (E,)
-        # Padding pays with more tokens than a round of decoding has; a larger unit means fewer
-        # kernels, but more padding.
+        # Padding pays with more tokens than decoding reads of one text at once. A larger unit means
+        # fewer kernels, but more padding.
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and tokens > MOST_NEW:
             expert, gain, counts = padded(expert, gain, counts, 64 if tokens > 512 else 16)
         # Sorted by expert, so that the tokens of an expert are rows side by side.
@@ -819,8 +819,9 @@ class DeepSeekV3(nn.Module):
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """One depth further: h = h^k (B, T, D), the tokens k + 1 later (B, T) -> h^{k+1} (B, T, D).
 
-        k is the depth of the input. Module k + 1, which is mtp[k], computes the next one. A call
-        advances the cache's length, which all modules share: the caller sets it for each depth.
+        k is the depth of the input. Module k + 1, which is mtp[k], computes the next one. With
+        a cache a call advances its length, which all modules share: the caller sets it for each
+        depth (sample.py).
         """
         embedding = self.embed_tokens(tokens)  # (B, T, D)
         start = cache.advance(tokens.shape[1]) if cache else 0

@@ -277,7 +277,9 @@ def read_parts(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
             raise Refusal(f"{config.source} holds {size} characters, expected 100 or more")
         train, val, test = split_documents(documents, config.val_fraction, config.test_fraction)
         if not any(val):
-            raise Refusal(f"{config.source} is too short for a validation text: give more text")
+            raise Refusal(
+                f"{config.source} leaves no validation text: raise --val_fraction or add text"
+            )
     return train, val, test
 
 

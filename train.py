@@ -675,8 +675,8 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
         if tokens % (T * parts):
             raise Refusal(
                 f"the {tokens} tokens of step {step} are no multiple of {parts} micro-batches "
-                f"(processes x grad_accum) of windows of {T} tokens: change --batch_size or "
-                "--grad_accum."
+                f"(processes x grad_accum) of windows of {T} tokens: change the "
+                "size of the batch or of its windows, or --grad_accum."
             )
 
 

@@ -42,9 +42,10 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     read the whole file and compare its checksums, which its settings alone do not need.
     """
     file = checkpoint_file(path)
-    kinds = "a run's folder, a checkpoint file, or a directory with a config.json"
+    kinds = "a run's folder (such as weights/small), a checkpoint file, or a directory with a "
+    kinds += "config.json"
     if not file.exists():
-        raise Refusal(f"there is no {file}: name {kinds}, such as weights/small.")
+        raise Refusal(f"there is no {file}: name {kinds}.")
     try:
         with zipfile.ZipFile(file) as archive:  # torch does not compare checksums
             damaged = archive.testzip() if whole else None

@@ -28,4 +28,4 @@ class Clock:
         if self.tokens_before == before:
             return ""
         seconds = tokens * (self.since - began) / (self.tokens_before - before)
-        return f", {timedelta(seconds=min(round(seconds), 10**13))} left"
+        return f", {timedelta(seconds=round(seconds))} left"

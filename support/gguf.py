@@ -24,6 +24,14 @@ from support.tokenizer import END_OF_TEXT, PATTERN, ranks_and_merges
 # llama.cpp's names for the patterns that split a text. Its "deepseek-v3" is the released one, from
 # which PATTERN differs slightly: in 1,264 of the standard library's 2.4 million ids.
 PRE_TOKENIZERS = {PATTERN: "deepseek-v3", r50k_pat_str: "gpt-2"}
+# The names in model.py. gguf's table also has those of other networks, such as biases.
+OWN = re.compile(
+    r"(embed_tokens|norm|lm_head)\.weight"
+    r"|layers\.\d+\.((input|post_attention)_layernorm"
+    r"|self_attn\.(q_proj|[qk]v?_a_(layernorm|proj|proj_with_mqa)|(q|kv)_b_proj|o_proj)"
+    r"|mlp\.(gate|(shared_experts\.)?(gate|up|down)_proj))\.weight"
+    r"|layers\.\d+\.mlp\.(experts\.(gate_up|down)_proj|gate\.e_score_correction_bias)"
+)
 INSTEAD = "give a directory as DST, which transformers can open"
 
 
@@ -180,9 +188,8 @@ def write_gguf(
             continue
         for released, part in parts_of(name, x, config).items():
             part_name = names.get_name(released, try_suffixes=(".weight", ".bias"))
-            # Its table has names for other networks' parameters, too, such as biases.
-            if part_name is None or re.search(r"\.bias$|\.[kv]_proj\.", name):
-                raise Refusal(f"{name} is no weight of DeepSeek-V3: llama.cpp has no place for it.")
+            if part_name is None or not OWN.fullmatch(name):
+                raise Refusal(f"{name} is no weight of DeepSeek-V3 in llama.cpp: {INSTEAD}.")
             kind = gguf.GGMLQuantizationType[stored_type(part_name, part, dtype)]
             data = gguf.quantize(part.float().contiguous().numpy(), kind)
             writer.add_tensor(part_name, data, raw_dtype=kind)

@@ -9,7 +9,6 @@ import inspect
 import os
 import re
 import runpy
-import shlex
 import sys
 import traceback
 import typing
@@ -133,7 +132,7 @@ def parse_args(
             parser.error(f"write --{word}")
         if not word.startswith("-") and "=" not in word:
             hint = "write an option as --key=value"
-            hint += f", a prompt as --prompt={shlex.quote(word)}" if "prompt" in fields else ""
+            hint += ", a prompt as --prompt='def main('" if "prompt" in fields else ""
             hint += ", and put a pattern such as '*.txt' in quotes" if "source" in fields else ""
             parser.error(f"{word!r} is one word too many; {hint}")
         parser.error(unknown_key(name, fields))

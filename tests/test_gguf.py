@@ -106,7 +106,9 @@ def test_llama_cpp_computes_the_same_network(name, export):
     assert head is not model.config.tie_word_embeddings  # it is not stored twice
 
 
-@pytest.mark.parametrize("name", ["self_attn.q_b_proj.bias", "self_attn.k_proj.weight", "new"])
+@pytest.mark.parametrize(
+    "name", ["self_attn.o_proj.bias", "self_attn.k_proj.weight", "norm.weight", "new"]
+)
 def test_a_parameter_of_an_edit_is_refused(name, run, tmp_path):
     config, encoding = asdict(ModelConfig(**V3)), stored_tokenizer(run).encoding
     with pytest.raises(Refusal, match=f"layers.0.{name} is no weight of DeepSeek-V3"):

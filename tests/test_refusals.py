@@ -64,11 +64,9 @@ REFUSALS = [
     (f"{NEW} --out=a.txt", 1, "a.txt is a file: give another --out."),
     (f"{NEW} --out=photos --overwrite", 1, "photos holds files, but no run: give another --out."),
     (f"{NEW} --out=early", 1, "early holds a run: give --overwrite, or another --out."),
-    (
-        f"{NEW} --out=early --resume",
-        1,
-        "early has no ckpt.pt to resume from: leave out --resume",
-    ),
+    (f"{NEW} --out=early --resume", 1, "early has no ckpt.pt to resume from: give --overwrite in"),
+    (f"{NEW} --out=gone --resume", 1, "gone has no ckpt.pt to resume from: leave out --resume, or"),
+    ("prepare_data.py a.txt --val_fraction=1e-9 --name=new", 1, "a.txt leaves no validation text"),
     (f"{NEW} --out=alone", 1, "alone holds files, but no run: give another --out."),
     (RUN, 1, "run holds a run: give --resume, --overwrite, or another --out."),
     (f"{RUN} --overwrite --init_from=run", 1, "--overwrite would rename run: give another --out."),
@@ -79,7 +77,11 @@ REFUSALS = [
     (f"{ON} --hidden_size=64 --kv_lora_rank=3", 1, "cannot get hidden_size 64 and 1 more: embed_t"),
     (f"{ON} --optimizer=muon", 1, "run/ckpt.pt cannot be resumed: it has no state of Muon 1; use"),
     # sample.py
-    ("sample.py run 'a text'", 2, "write an option as --key=value, a prompt as --prompt='a text'"),
+    (
+        "sample.py run 'a text'",
+        2,
+        "write an option as --key=value, a prompt as --prompt='def main('",
+    ),
     (f"sample.py {TINY} --prompt=x", 1, "tiny.py is damaged, or no checkpoint of train.py (F"),
     ("sample.py nowhere --prompt=x", 1, "there is no nowhere: name a run's folder, a checkpoint"),
     ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
