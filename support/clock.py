@@ -28,4 +28,5 @@ class Clock:
         if self.tokens_before == before:
             return ""
         seconds = tokens * (self.since - began) / (self.tokens_before - before)
-        return f", {timedelta(seconds=round(seconds))} left"
+        seconds = min(round(seconds), 10**13)  # more is too much for timedelta
+        return f", {timedelta(seconds=seconds)} left"

@@ -83,7 +83,7 @@ REFUSALS = [
         "write an option as --key=value, a prompt as --prompt='def main('",
     ),
     (f"sample.py {TINY} --prompt=x", 1, "tiny.py is damaged, or no checkpoint of train.py (F"),
-    ("sample.py nowhere --prompt=x", 1, "there is no nowhere: name a run's folder, a checkpoint"),
+    ("sample.py nowhere --prompt=x", 1, "there is no nowhere: name a run's folder (such as weig"),
     ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
     ("sample.py run --interactive --prompt=x", 1, "--interactive asks for prompts: leave out"),
     ("sample.py run", 1, "standard input is not UTF-8 text"),
