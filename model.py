@@ -145,8 +145,8 @@ class RMSNorm(nn.Module):
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN multiplies queries and keys by this factor, sqrt(t) in section 4.3:
-    0.1 mscale ln(factor) + 1. So scores are multiplied by its square."""
+    """0.1 mscale ln(factor) + 1, or 1 if factor <= 1: sqrt(t) in section 4.3, where `factor` is
+    YaRN's. YaRN multiplies queries and keys by the result, and so scores by its square."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -211,8 +211,9 @@ class Cache:
 
     There is room for `size` tokens of each text, of which the first `length` have been read. To
     forget drafts that were rejected (sample.py), decoding lowers `length`, by MOST_NEW at most, and
-    reads on from there. An edited layer must allow this, too, also in a graph, where positions are
-    tensors. `python bench.py check RUN` checks it.
+    reads on from there. Then the next `start` of every layer is smaller than its cache suggests.
+    MLA writes over the forgotten tokens. An edited layer must give the right result, too, also in a
+    graph, where `start` is a tensor. `python bench.py check RUN` checks it.
     """
 
     def __init__(
@@ -604,9 +605,10 @@ class Experts(nn.Module):
         gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)
         expert, gain = expert.flatten(), gain.flatten()  # (tokens * K,)
         # With few tokens, as in decoding, each row reads its expert's weights (not in training, nor
-        # in FP8). Outside a graph only on a CPU: a GPU would first have to tell the host which
-        # experts are chosen. In a graph on every device: sorted rows may be split into pieces whose
-        # sizes depend on the choice.
+        # in FP8). Outside a graph this is done on a CPU only: linear_by_row needs the chosen ids on
+        # the host, and a GPU would first have to send them. In a graph it is done on every device:
+        # grouped_linear below may split the sorted rows into pieces whose sizes depend on the
+        # choice, and in a graph no shape may.
         few = 0 < tokens * K <= E and x.device.type == "cpu"
         if torch.compiler.is_compiling():
             few = tokens <= MOST_IN_GRAPH
@@ -616,8 +618,8 @@ class Experts(nn.Module):
             y = linear_by_row(swiglu(gate, up) * gain[:, None], self.down_proj, expert)
             return y.view(tokens, K, -1).sum(1)
         counts = count_chosen(expert, E)  # (E,)
-        # Padding pays with more tokens than decoding reads of one text at once. A larger unit means
-        # fewer kernels, but more padding.
+        # Padding adds rows, so it is worth it only above MOST_NEW tokens (of all texts together). A
+        # larger unit means fewer kernels to compile, but more padding.
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and tokens > MOST_NEW:
             expert, gain, counts = padded(expert, gain, counts, 64 if tokens > 512 else 16)
         # Sorted by expert, so that the tokens of an expert are rows side by side.
@@ -819,9 +821,9 @@ class DeepSeekV3(nn.Module):
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """One depth further: h = h^k (B, T, D), the tokens k + 1 later (B, T) -> h^{k+1} (B, T, D).
 
-        k is the depth of the input. Module k + 1, which is mtp[k], computes the next one. With
-        a cache a call advances its length, which all modules share: the caller sets it for each
-        depth (sample.py).
+        k is the depth of the input. Module k + 1, which is mtp[k], computes the next one. All MTP
+        modules have one cache: a kept[k] each, but a single `length`, which every call advances. So
+        before each call the caller sets `length` to where this module goes on (sample.py).
         """
         embedding = self.embed_tokens(tokens)  # (B, T, D)
         start = cache.advance(tokens.shape[1]) if cache else 0
