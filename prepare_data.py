@@ -102,8 +102,9 @@ def parse_record(line: str, where: str, text_key: str) -> str | None:
     """The text of a line of .jsonl."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise Refusal(f"{where} is not JSON ({error.msg}); correct or delete it") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        message = getattr(error, "msg", error)  # str(error) adds a line number, which is always 1
+        raise Refusal(f"{where} is not JSON ({message}); correct or delete it") from None
     if not isinstance(record, dict) or text_key not in record:
         message = f"{where} is {line.strip():.100}, expected an object with {text_key!r}"
         raise Refusal(message + OTHER_KEY)
@@ -195,7 +196,7 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
                 raise Refusal(f"{path} cannot be read: {error}; convert it to UTF-8") from None
             info(f"skipped {path}: not UTF-8 text")
             continue
-        except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:
+        except (ValueError, EOFError, OSError, zlib.error) as error:
             if type(error) is ValueError:  # a bug in an edited reader
                 raise
             raise Refusal(f"{path} cannot be read: {short(error, 300)}") from None

@@ -34,7 +34,7 @@ from support.settings import Refusal, info, parse_args, run_command, with_home
 from support.sizes import cache_numbers
 from support.tokenizer import Tokenizer
 
-MOST_DRAFTS = 4  # a round reads up to 8 positions, drafts and MTP modules: MOST_NEW in model.py
+MOST_DRAFTS = 4  # so a round reads at most 4 + 4 positions at once (MOST_NEW in model.py)
 MATCH = 3  # drafts are copied where the last 3 tokens occurred earlier in the text
 COLDEST = 1e-6  # lower temperatures count as 0
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -338,7 +338,7 @@ class Text:
             kind = copies is None, u.shape
             if kind not in self.played:
                 # Plays the round once to compile it, before time is measured; it is played again
-                # below. A GPU's graph must know where its tensors are: in these parts.
+                # below. On a GPU the graph keeps the addresses of the tensors in `parts`.
                 self.played.add(kind)
                 args, on_cpu = (self, position, copies, u), self.tokens.device.type == "cpu"
                 parts = self.model, *map(vars, (self, self.cache, self.mtp_cache))

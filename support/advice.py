@@ -26,7 +26,7 @@ def next_command(folder: Path, data: Dataset, tokenizer: str) -> str:
     new network.
 
     The run reads the text at most FEW_EPOCHS times. Weights of a run keep its settings, at a tenth
-    of its learning rate. For a release's the rate is that of docs/REFERENCE.md.
+    of its learning rate. A release's weights get a rate of 2e-5.
     """
     name = folder.name if folder.parent == Path("data") else str(folder)
     settings = runpy.run_path(str(Path(__file__).parent.parent / "config/small.py"))

@@ -27,10 +27,12 @@ PRE_TOKENIZERS = {PATTERN: "deepseek-v3", r50k_pat_str: "gpt-2"}
 # The names in model.py. gguf's table also has those of other networks, such as biases.
 OWN = re.compile(
     r"(embed_tokens|norm|lm_head)\.weight"
-    r"|layers\.\d+\.((input|post_attention)_layernorm"
-    r"|self_attn\.(q_proj|[qk]v?_a_(layernorm|proj|proj_with_mqa)|(q|kv)_b_proj|o_proj)"
-    r"|mlp\.(gate|(shared_experts\.)?(gate|up|down)_proj))\.weight"
-    r"|layers\.\d+\.mlp\.(experts\.(gate_up|down)_proj|gate\.e_score_correction_bias)"
+    r"|layers\.\d+\.(input_layernorm|post_attention_layernorm)\.weight"
+    r"|layers\.\d+\.self_attn\.(q_proj|q_a_proj|q_a_layernorm|q_b_proj)\.weight"
+    r"|layers\.\d+\.self_attn\.(kv_a_proj_with_mqa|kv_a_layernorm|kv_b_proj|o_proj)\.weight"
+    r"|layers\.\d+\.mlp\.(shared_experts\.)?(gate_proj|up_proj|down_proj)\.weight"
+    r"|layers\.\d+\.mlp\.gate\.(weight|e_score_correction_bias)"
+    r"|layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)"
 )
 INSTEAD = "give a directory as DST, which transformers can open"
 
