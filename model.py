@@ -864,15 +864,13 @@ class DeepSeekV3(nn.Module):
         self.mtp_losses = [loss.detach() for loss in mtp]
         balance = [balance_loss(s, self.config.num_experts_per_tok) for _, s, _ in routed]
         zero = main.new_zeros(())
-        losses = {
+        return {
             "loss": main,  # cross-entropy of the next token, in nats
             "mtp_loss": sum(mtp, zero) / max(1, len(mtp)),  # mean over depths, Eq. 24-25, in nats
+            # Eq. 17, averaged over the MoE layers, so that logs of models with different numbers of
+            # layers can be compared. For the sum train.py multiplies it by `moe_layers`.
+            "balance_loss": sum(balance, zero) / max(1, len(balance)),
         }
-        if len(mtp) > 1:
-            losses |= {f"mtp_loss_{k}": loss for k, loss in enumerate(mtp, 1)}
-        # Eq. 17, averaged over the MoE layers, so that logs of models with different numbers of
-        # layers can be compared. For the sum over layers train.py multiplies it by `moe_layers`.
-        return losses | {"balance_loss": sum(balance, zero) / max(1, len(balance))}
 
     def gates(self) -> list[Gate]:
         """The gates of the MoE layers in order, those of the MTP modules last."""

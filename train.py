@@ -414,56 +414,28 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
 def loss_weights(model: DeepSeekV3, config: TrainConfig, step: int) -> dict[str, float]:
     """The weight of each loss that the model returns, for the sum that training minimises, Eq. 17
     and 24: L_main + lambda mean_k L_MTP^k + alpha sum_layers L_Bal."""
-    weight, depths = mtp_weight_at(config, step), len(model.mtp)
-    weights = {
+    return {
         "loss": 1.0,
-        "mtp_loss": weight,
+        "mtp_loss": mtp_weight_at(config, step),
         "balance_loss": config.alpha * model.moe_layers,  # the model returns the mean over layers
     }
-    if depths > 1:  # then each module's loss counts by itself, and their mean is only logged
-        weights |= {f"mtp_loss_{k}": weight / depths for k in range(1, depths + 1)}
-        weights["mtp_loss"] = 0.0
-    return weights
-
-
-def target_shares(
-    targets: list[Tensor], depths: int, machine: Machine, dtype: torch.dtype
-) -> Tensor:
-    """How much each micro-batch (B, T) counts at each depth, (micro-batches, depths): its number of
-    targets, relative to the average micro-batch of all processes. Exactly 1 if none is masked."""
-    n = torch.stack([torch.stack([(y[:, k:] >= 0).sum() for k in range(depths)]) for y in targets])
-    total = machine.sum(n.sum(0)).clamp(min=1)  # (depths,)
-    return (n * len(targets) * machine.world).to(dtype) / total.to(dtype)
 
 
 def backward(
     trainer: nn.Module, batches: list[np.ndarray], weight_of: dict[str, float], machine: Machine
 ) -> dict[str, Tensor]:
     """Accumulates the gradients of the weighted losses over micro-batches (B, T + 1). Returns the
-    mean of each loss by name, before its weight.
-
-    Losses are averaged over micro-batches. Cross-entropies are averaged over all targets of the
-    step: if an edit of to_device masks some (-1), a micro-batch counts by the targets it has left.
-    """
-    pairs = [to_device(batch, machine.device) for batch in batches]
-    found = (re.fullmatch(r"mtp_loss_(\d+)", name) for name in weight_of)
-    modules = {match[0]: int(match[1]) for match in found if match}
-    depth_of = {"loss": 0, "mtp_loss": 1} | modules  # of the cross-entropies
-    dtype, depths = next(trainer.parameters()).dtype, 1 + max(depth_of.values())
-    shares = target_shares([y for _, y in pairs], depths, machine, dtype)
+    mean of each loss by name, before its weight."""
     means = defaultdict(float)
-    for i, (x, y) in enumerate(pairs):
-        processes.sync_gradients(trainer, now=i == len(pairs) - 1)
+    for i, batch in enumerate(batches):
+        processes.sync_gradients(trainer, now=i == len(batches) - 1)
+        x, y = to_device(batch, machine.device)
         with machine.autocast():
             losses = trainer(x, y)
-        for name in losses.keys() & depth_of.keys():
-            losses[name] = losses[name] * shares[i, depth_of[name]]
-        if modules:
-            losses["mtp_loss"] = sum(losses[name] for name in modules) / len(modules)
         total = sum(weight_of[name] * loss for name, loss in losses.items())
-        (total / len(pairs)).backward()
+        (total / len(batches)).backward()
         for name, loss in losses.items():
-            means[name] += loss.detach() / len(pairs)
+            means[name] += loss.detach() / len(batches)
     return means
 
 

@@ -60,15 +60,14 @@ def plot_validation(ax: Any, run: str, log: Log, colour: str) -> None:
 def plot_losses(ax: Any, logs: dict[str, Log]) -> None:
     """One colour per run; pale curves are the log, strong ones are smoothed."""
     for i, (run, log) in enumerate(logs.items()):
-        modules = sorted({key for line in log for key in line if key.startswith("mtp_loss_")})
-        for key, style in ("loss", "-"), *((key, "--") for key in modules or ["mtp_loss"]):
+        for key, style in ("loss", "-"), ("mtp_loss", "--"):
             x, y = column(log, key)
             if not y.any():  # a network without MTP modules logs 0
                 continue
             ax.plot(x, y, style, color=f"C{i}", alpha=0.25)
             ax.plot(x, smooth(y), style, color=f"C{i}")
         plot_validation(ax, run, log, f"C{i}")
-    title = "solid: loss; dashed: mtp_loss, of every MTP module; points: val_loss"
+    title = "solid: loss; dashed: mtp_loss; points: val_loss"
     ax.set_title(title, fontsize=8)
     ax.set(xlabel="step", ylabel="nats per token")
     ax.grid(alpha=0.3)

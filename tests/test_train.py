@@ -22,7 +22,6 @@ from training import (
     SHORT,
     TEXT,
     TINY,
-    TINY_NETWORK,
     assert_same,
     assert_same_run,
     load,
@@ -200,38 +199,6 @@ def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(shared, capsys):
     named = dict(x.split(" x ") for x in said[2].split(", "))
     counts = named["self_attn.q_b_proj"], named["mlp.experts.down_proj"], named["mlp.up_proj"]
     assert (*counts, named["o_gate"], named["eh_proj"]) == ("4", "3", "1", "1", "1")
-
-
-def test_targets_that_are_left_out_are_averaged_over_the_step(monkeypatch):
-    """Two micro-batches, or two processes, with uneven numbers of targets equal one batch."""
-    network = TINY_NETWORK | dict(num_nextn_predict_layers=2)
-    model = DeepSeekV3(ModelConfig(**network)).double()
-    windows, to_device = np.random.default_rng(2).integers(0, 512, (4, 17)), train.to_device
-
-    def masked(batch, device):
-        x, y = to_device(batch, device)
-        return x, y.where(x % 8 < x[:, :1] // 64, -1)  # of some windows few are left
-
-    monkeypatch.setattr(train, "to_device", masked)
-    weights = train.loss_weights(model, train.TrainConfig(mtp_weight=0.5), 0)
-    assert (weights["mtp_loss"], weights["mtp_loss_1"], weights["mtp_loss_2"]) == (0, 0.25, 0.25)
-    weights |= {"mtp_loss_2": 0.1, "balance_loss": 0.0}
-    machine, parts, results = MACHINE, np.split(windows, 2), []
-    for batches in [windows], parts:
-        model.zero_grad()
-        means = train.backward(model, batches, weights, machine)
-        results.append((means, {n: p.grad for n, p in model.named_parameters()}))
-    (one, grads), (two, halves) = results
-    assert_same(grads, halves, 1e-10)
-    for name in ("loss", "mtp_loss", "mtp_loss_1", "mtp_loss_2"):
-        assert_same(one[name], two[name], 1e-10)
-    targets = [masked(part, machine.device)[1] for part in parts]
-    together = train.target_shares(targets, 3, machine, torch.double)
-    assert len({1.0, *together[0].tolist()}) == 4  # another share at each depth
-    total = sum((y >= 0).sum() for y in targets).view(1)
-    monkeypatch.setattr(processes.Machine, "sum", lambda machine, n: total)
-    apart = [train.target_shares([y], 1, replace(machine, world=2), torch.double) for y in targets]
-    assert_same(torch.cat(apart), together[:, :1])
 
 
 @pytest.mark.parametrize("how", ["grad_accum=4", "recompute", "deterministic", "compile"])
