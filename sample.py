@@ -2,10 +2,8 @@
 
 Decoding is speculative. Each round drafts a few tokens and checks all of them in one forward pass
 of the model. The first rejected draft is replaced; those after it are dropped. The MTP modules make
-the drafts, except where the last three tokens occurred earlier in the text: then the tokens that
-followed them there are copied (prompt lookup). Either way the text has exactly the distribution of
-plain sampling (Leviathan et al., arXiv 2211.17192). The text goes to stdout, everything else to
-stderr.
+the drafts. The text has exactly the distribution of plain sampling (Leviathan et al., arXiv
+2211.17192). The text goes to stdout, everything else to stderr.
 
 `generate` is the loop over rounds; a round is Text.draft, then Text.verify.
 
@@ -35,7 +33,6 @@ from support.sizes import cache_numbers
 from support.tokenizer import Tokenizer
 
 MOST_DRAFTS = 4  # so a round reads at most 4 + 4 positions at once (MOST_NEW in model.py)
-MATCH = 3  # drafts are copied where the last 3 tokens occurred earlier in the text
 COLDEST = 1e-6  # lower temperatures count as 0
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
@@ -50,8 +47,7 @@ class SampleConfig:
     top_k: int | None = 200  # sample from the k likeliest tokens; none: from all
     top_p: float | None = None  # sample from the fewest tokens with this much probability in sum
     seed: int = 1337  # the same seed and options give the same text
-    speculative: Literal[0, 1, 2, 3, 4] = 2  # drafts per round, by MTP module or lookup
-    lookup: bool = True  # copy drafts from earlier in the text where it repeats itself
+    speculative: Literal[0, 1, 2, 3, 4] = 2  # drafts per round, by the MTP module
     compile: bool = False  # several times faster, after a minute or two of compilation
     show: Literal["", "drafts"] = ""  # drafts: print accepted drafts in green
     interactive: bool = False  # ask for one prompt after another
@@ -66,7 +62,6 @@ class Stats:
     seconds: float = 0.0  # excluding the prompt and compilation
     tokens: int = 0  # new tokens
     rounds: int = 0  # forward passes of the main model, including the prompt's
-    lookups: int = 0  # rounds with copied drafts
     # Drafts and accepted drafts by position in the round. Drafts beyond the end of a text are not
     # counted. All texts advance only as far as the slowest: a draft beyond that point counts as
     # rejected, even if its own text would have kept it.
@@ -80,11 +75,6 @@ class Stats:
         for position in range(drafted):
             self.drafted[position] += 1
             self.accepted[position] += position < accepted
-
-    def count_round(self, seconds: float, copied: bool):
-        self.seconds += seconds
-        self.rounds += 1
-        self.lookups += copied
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -195,6 +185,7 @@ class Text:
     ):
         """Reads the prompt, tokens (B, T), and leaves room for `new` tokens; G drafts per round."""
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
+        G = G if len(model.mtp) else 0
         self.model, self.compiled, self.drafts = model, compiled, G
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft
         most = MOST_IN_GRAPH // (G + max(1, self.depth))  # verify reads G + 1, draft G + depth
@@ -229,7 +220,7 @@ class Text:
             kind = sampled, *filters[1:], B, size, G, like.dtype, like.device
             code, on_cpu = graphs.methods(model, Text, Cache), tokens.device.type == "cpu"
             self.graph = graphs.compiled(Text.round, on_cpu, (code, kind))
-            self.played = set()  # kinds of rounds so far: how many drafts, copied or not
+            self.played = False  # whether the graph has run
 
     def read_mtp(self, k: int, hidden: Tensor, start: int | Tensor) -> Tensor:
         """MTP module k + 1 reads the positions from `start` on: their hidden states at depth k, h^k
@@ -241,12 +232,11 @@ class Text:
         self.mtp_cache.length = start
         return self.model.predict_next(k, hidden, tokens, self.mtp_cache)
 
-    def draft(self, n: int | Tensor, copies: Tensor | None, u: Tensor) -> Tensor:
+    def draft(self, n: int | Tensor, u: Tensor) -> Tensor:
         """Writes the drafts, tokens n .. n+G-1, and returns their distributions q (B, G, V).
 
-        copies: copied drafts (B, G), or (B, 0) for a round without drafts; None: the MTP modules
-        draft. In every round the modules read the last G + depth positions, up to n-2, the last one
-        whose hidden state is known. These are the G + 1 that the previous round may have added, and
+        In every round the modules read the last G + depth positions, up to n-2, the last one whose
+        hidden state is known. These are the G + 1 that the previous round may have added, and
         depth - 1 before them, where a deeper module may have read a draft that was then rejected.
         Reading a correct position again changes nothing, and the shape stays the same.
 
@@ -259,31 +249,26 @@ class Text:
             2        n-6 .. n-2        of module 1          n-4 .. n          n+1
             2        n-1               its own at n-2       n+1               n+2
         """
-        if copies is not None:
-            self.tokens[:, span(n, copies.shape[1])] = copies
+        if not self.drafts:
+            return self.no_drafts(u)
         last = self.drafts + self.depth  # positions that the modules read
         last = min(last, n - 1) if isinstance(n, int) else last  # a short text has fewer
-        # Copied drafts need no module, but the modules read on: their caches must have no gaps.
-        steps = self.drafts if copies is None else self.depth
-        if not (steps and last):
-            return self.one_hot(copies, u)
         start, q = n - 1 - last, []
         hidden = self.hidden[:, span(start, last)]  # (B, last, D)
-        for step in range(steps):
+        for step in range(self.drafts):
             k = min(step, self.depth - 1)
             if step > k:  # the last module continues from its own newest state
                 start, hidden = n - 2 + step - k, hidden[:, -1:]
             hidden = self.read_mtp(k, hidden, start)
-            if copies is None:
-                logits = self.model.logits(hidden[:, -1:], k + 1).to(u.device)  # (B, 1, V)
-                q.append(probabilities(logits, *self.filters))
-                token = draw(q[step], u[:, step : step + 1])
-                self.tokens[:, span(n + step, 1)] = token.to(hidden.device)
-        return torch.cat(q, 1) if copies is None else self.one_hot(copies, u)
+            logits = self.model.logits(hidden[:, -1:], k + 1).to(u.device)  # (B, 1, V)
+            q.append(probabilities(logits, *self.filters))
+            token = draw(q[step], u[:, step : step + 1])
+            self.tokens[:, span(n + step, 1)] = token.to(hidden.device)
+        return torch.cat(q, 1)
 
-    def one_hot(self, copies: Tensor, u: Tensor) -> Tensor:
-        """Copied drafts (B, G) as distributions (B, G, V): probability 1 on every copied token."""
-        return F.one_hot(copies.to(u.device), self.model.config.vocab_size).to(u.dtype)
+    def no_drafts(self, u: Tensor) -> Tensor:
+        """The distributions of no drafts, (B, 0, V)."""
+        return u.new_zeros(len(u), 0, self.model.config.vocab_size)
 
     def verify(
         self, n: int | Tensor, q: Tensor, u: Tensor, hidden: Tensor | None = None
@@ -313,41 +298,38 @@ class Text:
         finite = logits.amax(-1).sum().abs() + p.sum() < math.inf
         return torch.where(finite, kept, -1), out
 
-    def round(self, n: int | Tensor, copies: Tensor | None, u: Tensor) -> Tensor:
+    def round(self, n: int | Tensor, u: Tensor) -> Tensor:
         """`draft`, then `verify`. Returns kept and tokens as one tensor (B, 1+G+1), so that the
         host waits for a GPU once. Played twice, a round gives the same result (see `play`)."""
-        kept, out = self.verify(n, self.draft(n, copies, u), u)
+        kept, out = self.verify(n, self.draft(n, u), u)
         return torch.cat((kept[:, None], out), 1)
 
-    def first(self, n: int, copies: Tensor, u: Tensor) -> Tensor:
+    def first(self, n: int, u: Tensor) -> Tensor:
         """The round after the prompt: no drafts, and the model has read the whole text."""
-        kept, out = self.verify(n, self.one_hot(copies, u), u, self.newest)
+        kept, out = self.verify(n, self.no_drafts(u), u, self.newest)
         return torch.cat((kept[:, None], out), 1)
 
-    def play(self, n: int, copies: Tensor | None, u: Tensor) -> tuple[list[list[int]], float]:
+    def play(self, n: int, u: Tensor) -> tuple[list[list[int]], float]:
         """Plays a round, eagerly or as a graph. Returns its result as lists, and the seconds it
         took without compilation. The first rounds of a text are eager, because they read fewer
         positions than a graph."""
         position, run, stance = n, Text.round, contextlib.nullcontext()
-        if copies is not None:
-            copies = copies.to(self.tokens.device)
         if n == self.prompt:
             run = Text.first
         elif self.compiled and n > self.drafts + self.depth:
             position, run = torch.tensor(n, device=self.tokens.device), self.graph
-            kind = copies is None, u.shape
-            if kind not in self.played:
+            if not self.played:
                 # Plays the round once to compile it, before time is measured; it is played again
                 # below. On a GPU the graph keeps the addresses of the tensors in `parts`.
-                self.played.add(kind)
-                args, on_cpu = (self, position, copies, u), self.tokens.device.type == "cpu"
+                self.played = True
+                args, on_cpu = (self, position, u), self.tokens.device.type == "cpu"
                 parts = self.model, *map(vars, (self, self.cache, self.mtp_cache))
-                graphs.first_round(run, args, kind, parts, on_cpu)
+                graphs.first_round(run, args, parts, on_cpu)
             # Nothing that a graph depends on changes within a text, so no guard is checked.
             stance = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
         with stance:
             began = time.perf_counter()
-            outcome = run(self, position, copies, u).tolist()
+            outcome = run(self, position, u).tolist()
             seconds = time.perf_counter() - began
         if outcome[0][0] < 0:
             raise Refusal(
@@ -360,41 +342,6 @@ class Text:
 # ---- Whole texts ---------------------------------------------------------------------------------
 
 
-class History:
-    """The ids of one text, and the place where each sequence of MATCH tokens last occurred. (The
-    last MATCH tokens are entered with the token after them, so they do not find themselves.)"""
-
-    def __init__(self, ids: list[int]):
-        self.ids: list[int] = []
-        self.after: dict[tuple, int] = {}  # MATCH tokens -> the index of the next one
-        self.extend(ids)
-
-    def extend(self, ids: list[int]):
-        for token in ids:
-            if len(self.ids) >= MATCH:
-                self.after[tuple(self.ids[-MATCH:])] = len(self.ids)
-            self.ids.append(token)
-
-    def look_up(self, count: int) -> list[int]:
-        """The `count` tokens that followed an earlier occurrence of the last MATCH tokens; [] if
-        there is none."""
-        place = self.after.get(tuple(self.ids[-MATCH:]))
-        if place is None:
-            return []
-        found = self.ids[place : place + count]
-        return (found * count)[:count]  # if fewer tokens follow, they are repeated
-
-
-def copied_drafts(histories: list[History], live: list[int], G: int) -> Tensor:
-    """G drafts for each text (B, G), copied from the text itself. live: the texts that have not
-    ended. A round copies for all of them or for none: if one has nothing to copy, there are no
-    drafts, (B, 0)."""
-    found = [x.look_up(G) if b in live else [0] * G for b, x in enumerate(histories)]
-    if not all(found):
-        found = [[]] * len(histories)
-    return torch.tensor(found, dtype=torch.long)
-
-
 @torch.inference_mode()
 def generate(
     model: DeepSeekV3,
@@ -405,7 +352,6 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     speculative: int = 2,
-    lookup: bool = True,
     compile: bool = False,
     eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
@@ -416,7 +362,6 @@ def generate(
     fewer columns if they reach max_position_embeddings; then stats.note says so.
 
     speculative: drafts per round, 0 to 4, by the MTP modules if the model has any.
-    lookup: where the last tokens occurred before, copy drafts from what followed them.
     compile: run rounds as compiled graphs.
     eos_token_id: one or several; a text that reaches one is padded with the first of them.
     generator: on drawing_device(tokens.device); the same state gives the same texts.
@@ -432,30 +377,26 @@ def generate(
     with torch.autocast(tokens.device.type, enabled=False):
         filters = Filters(temperature, top_k, top_p)
         text = Text(model, tokens, end - T, speculative, compile, filters)
-        histories = [History(ids) for ids in tokens.tolist()]
+        written = tokens.tolist()  # the ids of each text
         live, n = list(range(B)), T  # the texts that have not reached eos; tokens of each of them
         while live and n < end:
-            most = speculative if n > T else 0  # the round after the prompt has no drafts
-            copies = copied_drafts(histories, live, most if lookup else 0)  # (B, most) or (B, 0)
-            if most and text.depth and not copies.shape[1]:
-                copies = None  # nothing to copy: the MTP modules draft
-            G = speculative if copies is None else copies.shape[1]
-            outcome, seconds = text.play(n, copies, uniform(B, G, tokens.device, generator))
+            G = text.drafts if n > T else 0  # the round after the prompt has no drafts
+            outcome, seconds = text.play(n, uniform(B, G, tokens.device, generator))
             # All texts advance together: by the drafts that every one keeps, and by one token more,
             # which is the token drawn after these or, in a text that keeps more, its next draft.
             advance = min(1 + min(outcome[b][0] for b in live), end - n)
             for b in live:
                 kept, ids = outcome[b][0], up_to_eos(outcome[b][1 : 1 + advance], eos)
                 accepted = min(kept, len(ids))
-                histories[b].extend(ids)
+                written[b] += ids
                 on_token(b, ids, accepted)
                 room = len(ids) if ids[-1] in eos else end - n  # tokens before the end of the text
                 stats.count(len(ids), accepted, min(G, room))
-            live = [b for b in live if histories[b].ids[-1] not in eos]
+            live = [b for b in live if written[b][-1] not in eos]
             n += advance
-            stats.count_round(seconds, copied=copies is not None and G > 0)
-    stats.note = note(max(len(x.ids) for x in histories), end, T + max_new_tokens, model)
-    padded = [x.ids + eos[:1] * (end - len(x.ids)) for x in histories]
+            stats.seconds, stats.rounds = stats.seconds + seconds, stats.rounds + 1
+    stats.note = note(max(map(len, written)), end, T + max_new_tokens, model)
+    padded = [ids + eos[:1] * (end - len(ids)) for ids in written]
     return torch.tensor(padded, device=tokens.device)
 
 
@@ -525,7 +466,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
         generate(
             model, torch.tensor([ids], device=device).repeat(len(texts), 1), config.max_new_tokens,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-            speculative=config.speculative, lookup=config.lookup, compile=config.compile,
+            speculative=config.speculative, compile=config.compile,
             eos_token_id=tokenizer.eos, on_token=on_token, stats=stats,
             generator=torch.Generator(drawing_device(device)).manual_seed(config.seed),
         )  # fmt: skip

@@ -65,7 +65,7 @@ def main(argv: list[str]):
 
     sample.generate(
         model, torch.tensor([tokenizer.encode(options.prompt)]), options.max_new_tokens,
-        temperature=options.temperature, top_k=200, speculative=options.speculative, lookup=False,
+        temperature=options.temperature, top_k=200, speculative=options.speculative,
         generator=torch.Generator().manual_seed(options.seed), on_token=on_token,
     )  # fmt: skip
     green, tokens = sum(kind == "d" for _, kind in pieces), len(pieces) - 1

@@ -51,7 +51,7 @@ def on_own_text(net, prompts: list[list[int]], temperature: float) -> dict:
     device = net.embed_tokens.weight.device
     for i, prompt in enumerate(prompts):
         text = sample.generate(
-            net, torch.tensor([prompt], device=device), NEW, lookup=False,
+            net, torch.tensor([prompt], device=device), NEW,
             temperature=temperature, speculative=4, stats=stats,
             generator=torch.Generator(sample.drawing_device(device)).manual_seed(i),
         )  # fmt: skip

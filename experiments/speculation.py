@@ -57,12 +57,10 @@ def repeats(ids: list[int], n: int = 6) -> float:
 def speculation(
     model: DeepSeekV3, prompts: list[list[int]], options, compile: bool, temperature: float
 ) -> Table:
-    """Every number of drafts by the module, and two and three that are copied where the text
-    repeats."""
+    """Every number of drafts."""
     device, new, stats, texts = model.embed_tokens.weight.device, options.new_tokens, {}, {}
     drawing = sample.drawing_device(device)
-    kinds = {str(G): (G, False) for G in range(5)}
-    kinds |= {"2 or lookup, the default": (2, True), "3 or lookup": (3, True)}
+    kinds = [str(G) for G in range(5)]
     seconds = {kind: [] for kind in kinds}
 
     def run(kind: str):
@@ -70,7 +68,7 @@ def speculation(
         for i, prompt in enumerate(prompts):
             text = sample.generate(
                 model, torch.tensor([prompt], device=device), new, temperature=temperature,
-                speculative=kinds[kind][0], lookup=kinds[kind][1], compile=compile,
+                speculative=int(kind), compile=compile,
                 generator=torch.Generator(drawing).manual_seed(i), stats=stats[kind],
             )  # fmt: skip
             texts[kind].append(text[0, len(prompt) :].tolist())

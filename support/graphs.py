@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from support.settings import info
 
 ROWS = 16  # a product with up to this many rows of x (in bmm: or columns of w) becomes a sum
-COMPILED: set[tuple] = set()  # the kinds of graphs that this process has compiled
+COMPILED: set[Callable] = set()  # the graphs that this process has compiled
 
 
 def methods(*parts: nn.Module | type) -> frozenset:
@@ -37,27 +37,26 @@ def methods(*parts: nn.Module | type) -> frozenset:
 
 @functools.cache
 def compiled(function: Callable, on_cpu: bool, key: tuple) -> Callable:
-    """The function, which torch compiles for each kind of round. key: the result of `methods`, and
-    the kind of text. (If all kinds of text shared a function, they would soon reach its limit of
-    graphs.)"""
+    """The function, which torch compiles. key: the result of `methods`, and the kind of text. (If
+    all kinds of text shared a function, they would soon reach its limit of graphs.)"""
     torch._dynamo.config.skip_nnmodule_hook_guards = False  # a hook may be added later
-    torch._dynamo.config.recompile_limit = 64  # a graph for each kind of round, and after edits
+    torch._dynamo.config.recompile_limit = 64  # a graph after each edit
     # torch.compile stores graphs by the function's code object, so each key has a copy of it.
     copy = types.FunctionType(function.__code__.replace(), function.__globals__)
     how = {"backend": as_sums} if on_cpu else {"options": {"triton.cudagraphs": True}}
     return torch.compile(copy, fullgraph=True, dynamic=False, **how)
 
 
-def first_round(graph: Callable, args: tuple, kind: tuple, parts: Any, on_cpu: bool):
-    """Plays a text's first round of a kind with guards, before time is measured; it is then played
-    again. So a second call with the same args must give the same result.
+def first_round(graph: Callable, args: tuple, parts: Any, on_cpu: bool):
+    """Plays a text's first round with guards, before time is measured; it is then played again. So
+    a second call with the same args must give the same result.
 
     A CUDA graph is recorded with the addresses of its tensors, so the tensors in `parts` (modules,
     dictionaries, tensors) must not move. torch compares addresses before it replays a recording,
     and records again, without compiling, if they have changed.
     (In torch: mark_static_address, cudagraph_trees.py.)
     """
-    new, began = (kind, graph) not in COMPILED, time.perf_counter()
+    new, began = graph not in COMPILED, time.perf_counter()
     if new:
         info("compiling a round of decoding, which takes a minute or two")
     if not on_cpu:
@@ -67,7 +66,7 @@ def first_round(graph: Callable, args: tuple, kind: tuple, parts: Any, on_cpu: b
     for _ in range(1 if on_cpu or not new else 3):  # a GPU records in the second call
         graph(*args)
     if new:
-        COMPILED.add((kind, graph))
+        COMPILED.add(graph)
         info(f"compiled in {time.perf_counter() - began:.0f} s")
 
 

@@ -104,13 +104,12 @@ def biases(model):
 
 
 @torch.no_grad()
-def student(depth: int, attention=1.0, **changes) -> DeepSeekV3:
+def student(depth: int, **changes) -> DeepSeekV3:
     """One MoE layer whose drafts are often right: MTP modules are copies of it, fed almost with the
-    embedding alone. With little attention a token depends on the one before: greedy text loops."""
+    embedding alone."""
     changes |= dict(num_nextn_predict_layers=depth)
     model = tiny(num_hidden_layers=1, first_k_dense_replace=0, **changes)
     model.embed_tokens.weight /= model.embed_tokens.weight.square().mean(1, True).sqrt()
-    model.layers[0].self_attn.o_proj.weight *= attention
     for module in model.mtp:
         module.block.load_state_dict(model.layers[0].state_dict())
         module.norm.weight.copy_(model.norm.weight)

@@ -267,7 +267,7 @@ def test_programs_that_read_a_run(make, place, capsys):
     assert "of 8 tokens were drafted" in Path("drafts.svg").read_text(encoding="utf-8")
     options = ["--rounds=1", "--new_tokens=6", "--prompts=1", "--compile=False", "--device=cpu"]
     speculation.main([ckpt, *options])
-    assert capsys.readouterr().out.count("1/1") == 7  # greedily all kinds of drafts
+    assert capsys.readouterr().out.count("1/1") == 5  # greedily all numbers of drafts
 
 
 # ---- Which results are there already -------------------------------------------------------------

@@ -7,7 +7,6 @@ In float64 rounding never decides between two tokens: greedy texts must be exact
 forwards.
 """
 
-import itertools
 import math
 import os
 import shutil
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from networks import (
     TINY,
     VARIANTS,
@@ -248,7 +246,7 @@ def test_greedy_text_is_that_of_whole_forwards(name):
     text = greedy(model, tokens_of(model, 2, 26), 99)
     assert text.shape[1] == LIMIT
     assert same_text(model, text[:, : LIMIT - 8], 30, speculative=2).note == ""
-    stats = same_text(model, text[:, : LIMIT - 7], 30, speculative=3, lookup=False)
+    stats = same_text(model, text[:, : LIMIT - 7], 30, speculative=3)
     assert f"beyond the {LIMIT - 8} tokens" in stats.note
     for T, options in ((26, {}), (LIMIT - 3, dict(speculative=4)), (LIMIT, dict(speculative=4))):
         stats = same_text(model, text, T, new=30, **options)
@@ -259,28 +257,24 @@ def test_greedy_text_is_that_of_whole_forwards(name):
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
 def test_every_draft_length_is_lossless(depth, capsys):
-    """With drafts of the MTP modules, looked up, or both."""
     model = student(depth)
     cases = ((1, 1, 8), (1, 6, 1), (2, 6, 2), (3, 9, 20), (4, 1, 12), (1, 20, 0), (1, 4, 60))
     for B, T, new in cases:
         text = greedy(model, tokens_of(model, B, T), new)
-        for G, lookup in itertools.product(range(MOST_DRAFTS + 1), [False, True]):
-            stats = same_text(model, text, T, speculative=G, lookup=lookup)
+        for G in range(MOST_DRAFTS + 1):
+            stats = same_text(model, text, T, speculative=G)
             assert stats.tokens == B * new
             if new == 60:
-                assert (stats.lookups > 0) == (lookup and G > 0)
                 # Every forward gives a token besides its drafts; the last may have no room for it.
                 assert stats.rounds + sum(stats.accepted) in (60, 61)
-                if depth > 0 and G in (1, 2, 3) and not lookup:
+                if depth > 0 and G in (1, 2, 3):
                     assert 0.4 < sum(stats.accepted) / sum(stats.drafted) < 1
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("depth, attention", [(2, 1), (0, 1e-3)], ids=["drafted", "looked up"])
 @pytest.mark.parametrize("drafts", [0, 2, 3])
-def test_end_of_text_pads_its_row_and_leaves_the_others_alone(drafts, depth, attention):
-    """Where drafts are made, and where the rows that go on look theirs up."""
-    model = student(depth, attention)
+def test_end_of_text_pads_its_row_and_leaves_the_others_alone(drafts):
+    model = student(2)
     tokens = tokens_of(model, 4, 6)
     free = greedy(model, tokens, 24)[:, 6:].tolist()
     for eos in (free[0][0], free[1][1], free[1][9], [free[2][5], free[3][7]], [23]):
@@ -310,26 +304,22 @@ def in_turn(model, k: int, hidden: list, tokens) -> torch.Tensor:
 @torch.inference_mode()
 def test_a_round_is_its_rule_by_whole_forwards_whatever_was_drafted_before(depth, n=12, G=4):
     """Module k reads the text k tokens later; the last one goes on with its own output. Every draft
-    and every decision has a random number of its own. In rounds before, drafts were made or copied
-    (here at random), and some were rejected."""
+    and every decision has a random number of its own. In rounds before, some were rejected."""
     model = tiny(num_nextn_predict_layers=depth)
     prompt, seen = tokens_of(model, 1, n), set()
     text = sample.Text(model, prompt, 99, G, False, sample.Filters(1.0))
-    for keep, copied in itertools.product((0, 4, 1, 3, 2), (False, True, True)):
-        copies = torch.randint(31, (1, G)) if copied else None
+    for keep in (0, 4, 1, 3, 2) * 3:
         u = torch.rand(1, 2 * G + 1, dtype=torch.float64)
         u[:, G:-1] = torch.where(torch.arange(G) < keep, 0.0, 0.9 + 0.1 * u[:, G:-1])
-        q, tokens = text.draft(n, copies, u), text.tokens[:, : n + G].clone()
+        q, tokens = text.draft(n, u), text.tokens[:, : n + G].clone()
         hidden = [model.trunk(tokens[:, :n])[:, :-1]]  # of positions 0 .. n-2
-        for step in range(0 if copied else G):
+        for step in range(G):
             k = min(step, depth - 1)
             out = in_turn(model, k, hidden, tokens[:, k + 1 : n + step])
             expected = probabilities(model.logits(out)[:, -1:], 1.0)
             assert torch.allclose(q[:, step : step + 1], expected, atol=1e-12)
             assert torch.equal(tokens[:, n + step, None], draw(expected, u[:, step : step + 1]))
             hidden = [*hidden, out[:, -1:]] if k == depth - 1 else [out]
-        if copied:
-            assert torch.equal(q, F.one_hot(copies, 31)) and torch.equal(tokens[:, n:], copies)
         p = probabilities(model(tokens)[:, n - 1 :], 1.0)
         (kept,), ((after,),) = (x.tolist() for x in accept(p, q, tokens[:, n:], u[:, G:]))
         (found,), (ids,) = (x.tolist() for x in text.verify(n, q, u))
@@ -432,11 +422,11 @@ SAMPLED = dict(temperature=0.8, top_k=5, speculative=1)
 
 
 def test_compiled_text_is_the_eager_one(eager_graphs):
-    """Greedy and sampled, drafted and looked up. A later text compiles nothing, whatever its prompt
+    """Greedy and sampled. A later text compiles nothing, whatever its prompt
     and whatever has become of the weights."""
     model = student(2, vocab_size=5)
-    assert texts(model, **SAMPLED).lookups > 2
-    greedily = dict(temperature=0, speculative=1, lookup=False)
+    assert sum(texts(model, **SAMPLED).accepted) > 5
+    greedily = dict(temperature=0, speculative=1)
     assert sum(texts(model, **greedily).accepted) > 5
     assert texts(model, **greedily | dict(speculative=0)).rounds == 40
     counted = torch._dynamo.utils.counters["stats"]
@@ -456,7 +446,7 @@ def test_products_of_few_rows_as_sums_keep_float64():
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 def test_a_graph_in_cpp_gives_the_same_text():
     graphs.compiled.cache_clear()  # the other tests' graphs run operation by operation
-    assert sum(texts(student(1, vocab_size=5), **SAMPLED, lookup=False).accepted) > 5
+    assert sum(texts(student(1, vocab_size=5), **SAMPLED).accepted) > 5
 
 
 # ---- Runs ----------------------------------------------------------------------------------------

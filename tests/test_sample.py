@@ -31,22 +31,6 @@ COLOUR = re.compile(r"\033\[[\d;]*m")
 LIMIT = 48  # max_position_embeddings
 
 
-def test_looked_up_is_what_followed_last():
-    for ids, count, found in (
-        ([1, 2, 3, 5, 1, 2, 3, 4, 1, 2, 3], 4, [4, 1, 2, 3]),
-        ([8, 9, 9, 9, 9], 3, [9, 9, 9]),  # over its own end too
-        ([1, 2, 3, 4, 1, 2, 3], 2, [4, 1]),  # at the very beginning too
-        ([7, 2, 3, 4, 1, 2, 3], 2, []),  # of three tokens, not two
-        *(([*range(n)], 4, []) for n in (1, 3, 6)),
-        ([200_000, 0xD800, 5, 6] * 2, 3, [200_000, 0xD800, 5]),
-    ):
-        for prompt in range(1, len(ids) + 1):  # the rest comes in pieces
-            row = sample.History(ids[:prompt])
-            for start in range(prompt, len(ids), 2):
-                row.extend(ids[start : start + 2])
-            assert row.ids == ids and row.look_up(count) == found
-
-
 # ---- Sampling ------------------------------------------------------------------------------------
 
 
