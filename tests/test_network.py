@@ -307,8 +307,8 @@ def test_a_round_is_its_rule_by_whole_forwards_whatever_was_drafted_before(depth
     and every decision has a random number of its own. In rounds before, some were rejected."""
     model = tiny(num_nextn_predict_layers=depth)
     prompt, seen = tokens_of(model, 1, n), set()
-    text = sample.Text(model, prompt, 99, G, False, sample.Filters(1.0))
-    for keep in (0, 4, 1, 3, 2) * 3:
+    text = sample.Text(model, prompt, 199, G, False, sample.Filters(1.0))
+    for keep in (0, 4, 1, 3, 2) * 5:
         u = torch.rand(1, 2 * G + 1, dtype=torch.float64)
         u[:, G:-1] = torch.where(torch.arange(G) < keep, 0.0, 0.9 + 0.1 * u[:, G:-1])
         q, tokens = text.draft(n, u), text.tokens[:, : n + G].clone()
