@@ -727,29 +727,12 @@ class MTP(nn.Module):
 # ---- The model -----------------------------------------------------------------------------------
 
 
-PIECE = 2**27  # at most so many logits are in float32 at once, 512 MB
-
-
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the targets of -log softmax(logits)[target], in nats and in float32: logits
-    (tokens, vocabulary), targets (tokens,). Targets below 0 are ignored; if all are, the loss is 0.
-
-    In float32 the logits of a large batch, and their gradient, take more memory than the network.
-    So they are upcast piece by piece, and backward upcasts each piece again in place of keeping it.
-    (A graph needs no pieces: compiled code upcasts every logit where it reads it.)
-    """
-
-    def piece(logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(upcast(logits), targets, ignore_index=-1, reduction="sum")
-
-    count, targets = (targets >= 0).sum(), targets.clamp(min=-1)
-    if logits.numel() <= PIECE or torch.compiler.is_compiling():
-        total = piece(logits, targets)
-    else:
-        rows = max(1, PIECE // logits.shape[1])
-        pieces = zip(logits.split(rows), targets.split(rows), strict=True)
-        total = sum(checkpoint(piece, *x, use_reentrant=False) for x in pieces)
-    return total / count.clamp(min=1)
+    (tokens, vocabulary), targets (tokens,). Targets below 0 are ignored; if all are, the loss is
+    0."""
+    total = F.cross_entropy(upcast(logits), targets.clamp(min=-1), ignore_index=-1, reduction="sum")
+    return total / (targets >= 0).sum().clamp(min=1)
 
 
 class DeepSeekV3(nn.Module):

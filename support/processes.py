@@ -273,7 +273,7 @@ def compile_network(model: nn.Module, config, machine: Machine):
     dynamic = machine.device.type == "cpu"
     for part in (*model.layers, *model.mtp, model.norm):
         part.compile(dynamic=dynamic)
-    # A graph holds no logits in float32.
+    # Compiled code upcasts every logit where it reads it, and so holds none in float32.
     model.cross_entropy = torch.compile(model.cross_entropy, dynamic=dynamic)
 
 

@@ -77,17 +77,10 @@ def test_heads_may_share_keys(start):
 
 
 @pytest.mark.parametrize("targets", [[3, -1, 0, 10, 10, -100, 7], [-1] * 3], ids=["some", "none"])
-def test_a_loss_in_pieces_has_the_value_and_gradient_of_the_whole(targets, monkeypatch):
-    logits = torch.randn(len(targets), 11).double().requires_grad_()
-    targets = torch.tensor(targets)
+def test_targets_below_0_are_left_out(targets):
+    logits, targets = torch.randn(len(targets), 11).double(), torch.tensor(targets)
     chosen = -logits.log_softmax(-1)[targets >= 0, targets[targets >= 0]]
-    expected = chosen.sum() / max(1, len(chosen))
-    (slope,) = torch.autograd.grad(expected, logits)
-    for size in (1, 25, 1000):
-        monkeypatch.setattr(plain, "PIECE", size)
-        loss = plain.cross_entropy(logits, targets)
-        close(loss, expected)
-        close(torch.autograd.grad(loss, logits)[0], slope)
+    close(plain.cross_entropy(logits, targets), chosen.sum() / max(1, len(chosen)))
 
 
 def test_model_under_bf16_autocast_is_close_and_its_results_are_float32():
