@@ -23,13 +23,12 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 from tqdm import tqdm
 
 from support import advice
-from support.files import lies_in, new_folder
+from support.files import new_folder
 from support.settings import Refusal, info, parse_args, run_command, short, with_home
 from support.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer, write_tokenizer
 from support.tokens import load_dataset, read_tokens, write_tokens
@@ -153,29 +152,15 @@ def walk(root: Path) -> Iterator[Path]:
 
 def find_files(source: str) -> list[Path]:
     """The files of a folder, the files that match a glob, or a single file; each only once, and
-    none that is hidden.
-
-    Links out of the folder are skipped: its author must not choose other files of this machine.
-    """
+    none that is hidden."""
     root = Path(source).expanduser()
     if root.is_file():
         return [root]
-    if root.is_dir():
-        paths = walk(root)
-    else:
-        paths = map(Path, glob.glob(str(root), recursive=True))
-        root = Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
-    found, outside = {}, []
+    paths = walk(root) if root.is_dir() else map(Path, glob.glob(str(root), recursive=True))
+    found = {}
     for path in sorted(paths):
-        if not lies_in(path, root):
-            outside.append(path)
-        elif path.is_file():
+        if path.is_file():
             found.setdefault(path.resolve(), path)
-    if outside:
-        info(
-            f"skipped {len(outside)} links out of {root}, such as {outside[0]}; "
-            "to include a target, prepare it as a source of its own"
-        )
     return list(found.values())
 
 

@@ -1,4 +1,4 @@
-"""Files: nothing is deleted, links do not lead out of a folder, and errors name the file."""
+"""Files: nothing is deleted, and errors name the file."""
 
 import errno
 import json
@@ -85,17 +85,6 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], keep_old: bool 
             raise
         message = f"{path} cannot be written ({cause}); its previous content is intact."
         raise Refusal(message) from None
-
-
-def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a file lies in the folder once links are resolved.
-
-    The cache of huggingface_hub consists of links from .../snapshots/VERSION to .../blobs, which
-    count as the same folder.
-    """
-    real, folder = path.resolve(), folder.resolve()
-    cache = next((above.parent for above in folder.parents if above.name == "snapshots"), folder)
-    return real.is_relative_to(folder) or real.is_relative_to(cache / "blobs")
 
 
 def read_json(path: Path) -> dict[str, Any]:

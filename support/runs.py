@@ -16,7 +16,6 @@ Only one process at a time writes to the folder. Checkpoints are written whole o
 import fcntl
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -36,15 +35,6 @@ from support.settings import Refusal, info
 from support.signals import Stop
 
 # ---- The folder ----------------------------------------------------------------------------------
-
-
-def open_here(path: Path, mode: str) -> BinaryIO:
-    """Opens a file for writing, but no link: in a stranger's folder it may lead elsewhere."""
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
-
-    return open(path, mode, opener=opener)
 
 
 def holds_run(out: Path) -> bool:
@@ -71,7 +61,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
 def lock_folder(folder: Path) -> BinaryIO:
     """Opens the folder's file .lock and locks it until it is closed; the system releases it however
     the process ends. Raises Refusal if another process holds the lock. Readers need none."""
-    file = open_here(folder / ".lock", "ab")
+    file = open(folder / ".lock", "ab")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -182,7 +172,7 @@ class Run:
             info("nothing is left to train: give more --steps")
         if self.machine.rank == 0:
             log = self.out / "log.jsonl"
-            open_here(log, "ab").close()  # fails now rather than at the first line
+            open(log, "ab").close()  # fails now rather than at the first line
             cut_log(log, self.saved_step)
 
     # -- Steps --
@@ -229,7 +219,7 @@ class Run:
             path = self.out / "log.jsonl"
             counts = {"step": self.progress.step, "tokens": self.progress.tokens}
             try:
-                with open_here(path, "ab") as file:
+                with open(path, "ab") as file:
                     file.write(f"{to_json(counts | values)}\n".encode())
             except OSError as error:
                 message = f"{path} cannot be written ({error}); {self.way_on()}."

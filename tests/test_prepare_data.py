@@ -179,30 +179,6 @@ def test_documents_of_a_file(name, content, texts, tmp_path):
     assert found == {f"{name}:{i}": text for i, text in enumerate(texts)}
 
 
-def test_no_text_is_read_from_outside_the_source_folder(tmp_path, capsys):
-    """Neither through a link to a file nor to a folder; in the folder each file is read once."""
-    for name in "texts/a.txt", "texts/sub/b.txt", "texts/.git/d.txt", "else/c.txt":
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(prose(1, 3))
-    source = tmp_path / "texts"
-    for link, target in {
-        "0.txt": "a.txt", "again": "sub", "sub/to_a": "../a.txt", "nowhere": "x",
-        "secret.txt": "../else/c.txt", "sub/folder": str(tmp_path / "else"),
-    }.items():  # fmt: skip
-        (source / link).symlink_to(target)
-    for pattern in source, source / "**/*":
-        found = [path.resolve() for path in pd.find_files(str(pattern))]
-        assert found == [source / "a.txt", source / "sub/b.txt"]
-        said = capsys.readouterr().err
-        skipped = rf"skipped \d+ links out of {source}, such as {source}/\S+; to include"
-        assert re.search(skipped, said)
-    (source / "up").symlink_to("..")
-    (source / "sub/round").symlink_to(".")
-    assert [path.resolve() for path in pd.find_files(str(source))] == found
-    assert pd.find_files(str(source / "secret.txt")) == [source / "secret.txt"]  # named itself
-    assert pd.find_files(str(source / "secret.*")) == []
-
-
 def write_parquet(path: Path, *columns: tuple[str, list]):
     """Texts as a stranger may have written them: not in UTF-8."""
     pa = pytest.importorskip("pyarrow")

@@ -352,18 +352,6 @@ def test_a_state_that_could_not_be_opened_again_is_an_error_before_it_is_written
 # ---- Checkpoints of strangers --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["log.jsonl", ".lock"])
-def test_nothing_is_written_through_a_link_out_of_a_strangers_folder(name, begun, faults):
-    (begun / name).unlink()
-    (begun / name).symlink_to(Path("elsewhere").resolve())
-    for there in (False, True):
-        with pytest.raises(OSError, match=name):
-            run("--resume", "--steps=2")
-        assert Path("elsewhere").exists() == there
-        Path("elsewhere").write_text("mine")
-    assert Path("elsewhere").read_text() == "mine"
-
-
 class Evil:
     """Unpickled, it makes a file."""
 
@@ -371,24 +359,16 @@ class Evil:
         return Path.touch, (Path("made by a checkpoint"),)
 
 
-def moment_of(saved: dict) -> dict:
-    return saved["AdamW 0"]["state"]["norm.weight"]
-
-
-# A fused optimiser would read and write beyond the memory of a moment of another shape.
 OPTIMISER = r"cannot be resumed: .*; use --init_from\.$"
 EDITS = {
     "code": (r"is damaged, or no .* \(it holds '", lambda x: x.update(random=Evil())),
-    "another shape": (OPTIMISER, lambda x: moment_of(x).update(exp_avg=torch.zeros(3, 3))),
-    "no dimensions": (OPTIMISER, lambda x: moment_of(x).update(exp_avg=torch.zeros(()))),
-    "an empty step": (OPTIMISER, lambda x: moment_of(x).update(step=torch.zeros(0))),
     "other names": (OPTIMISER, lambda x: x["AdamW 0"]["names"].reverse()),
     "another group": (OPTIMISER, lambda x: x["AdamW 0"]["param_groups"].pop()),
 }
 
 
 @pytest.mark.parametrize("sentence, edit", EDITS.values(), ids=EDITS)
-def test_an_edited_checkpoint_runs_no_code_and_reaches_no_other_memory(sentence, edit, begun):
+def test_an_edited_checkpoint_runs_no_code(sentence, edit, begun):
     edit(saved := load("run"))
     torch.save(saved, "run/ckpt.pt")
     assert re.match(f"run/ckpt.pt {sentence}", refused("--resume", "--steps=2"))
