@@ -325,8 +325,8 @@ def _linear(x: Tensor, weight: Tensor, rows: Tensor | None = None) -> Tensor:
 # ---- Modules ----------------------------------------------------------------------------------
 #
 # Only products of model.py are replaced: `module.__class__ = FP8Linear` for an nn.Linear,
-# `experts.product = grouped_fp8` for the experts. Parameters stay as they are. Results have
-# autocast's dtype or, without autocast, the dtype of x.
+# `experts.product = grouped_fp8` for the experts, whose rows are padded to whole tiles. Parameters
+# stay as they are. Results have autocast's dtype or, without autocast, the dtype of x.
 
 
 class FP8Linear(nn.Linear):
@@ -342,35 +342,8 @@ class FP8Linear(nn.Linear):
 
 
 def grouped_fp8(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """model.grouped_linear with FP8 products. Each expert's rows are padded with rows of zeros to a
-    multiple of 128."""
-    T, E, device = len(x), len(counts), x.device
-    size = (T + 127 * E) // 128 * 128  # enough for any counts, so nothing waits for them
-    rows = (counts + 127) // 128 * 128
-    rows[-1] += size - rows.sum()
-    further = (rows - counts).cumsum(0) - (rows - counts)  # (E,), how far each expert's rows move
-    old = torch.arange(T, device=device)
-    new = old + further.repeat_interleave(counts, output_size=T)  # (T,), where each row goes
-    source = torch.full((size,), -1, device=device).index_copy(0, new, old)  # (size,), -1: zeros
-    y = _linear(_Rows.apply(x, source, new), weight, rows.cpu())  # here the host waits
-    return _Rows.apply(y, new, source)
-
-
-class _Rows(torch.autograd.Function):
-    """The rows `there` of x, zeros for -1. The gradient reads the rows `back`, the inverse of
-    `there`, so neither direction has to add into rows."""
-
-    @staticmethod
-    def forward(ctx, x, there, back):
-        ctx.save_for_backward(there, back)
-        if len(x) == 0:  # index_select cannot read from it
-            return x.new_zeros(len(there), x.shape[1])
-        return x.index_select(0, there.clamp(min=0)).masked_fill((there < 0)[:, None], 0)
-
-    @staticmethod
-    def backward(ctx, dy):
-        there, back = ctx.saved_tensors
-        return _Rows.apply(dy, back, there), None, None
+    """model.grouped_linear with FP8 products. The counts are multiples of 128 (`Experts.unit`)."""
+    return _linear(x, weight, counts.cpu())  # here the host waits
 
 
 @functools.cache
@@ -395,7 +368,7 @@ def use_fp8(model: nn.Module):
             if type(module) is nn.Linear and module not in gates:
                 module.__class__ = FP8Linear
             elif isinstance(module, Experts) and module.product is Experts.product:
-                module.product = grouped_fp8
+                module.product, module.unit = grouped_fp8, 128
 
 
 # ---- One quantisation of the weights per step -------------------------------------------------

@@ -549,24 +549,29 @@ class Combine(torch.autograd.Function):
         return Dispatch.apply(dy, *ctx.saved_tensors), None, None
 
 
+def row_unit(x: Tensor) -> int:
+    """The number of which each expert's rows should be a multiple, for products of x (tokens, D).
+    In bfloat16 on a CPU they run in oneDNN, which compiles a kernel for every new number of rows.
+    Padding adds rows, so it is worth it only above MOST_NEW tokens."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) <= MOST_NEW:
+        return 1
+    return 64 if len(x) > 512 else 16  # fewer kernels, or less padding
+
+
 def padded(
     expert: Tensor, gain: Tensor, counts: Tensor, unit: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Appends token-expert pairs with gate value 0, so that the number of each expert's rows is a
-    multiple of `unit`. Products in bfloat16 on a CPU run in oneDNN, which compiles a kernel for
-    every new number of rows.
-
-    expert, gain (pairs,), counts (E,) -> the same, with the padding. In a graph, whose shapes are
-    fixed, the padding always has E * unit rows in all. What the experts do not need of these is
-    added to the last expert, whose rows then need not be a multiple of `unit`.
-    """
-    E, size = len(counts), None
-    extra = -counts % unit  # (E,)
-    if torch.compiler.is_compiling():
-        size = E * unit
-        extra[-1] += size - extra.sum()
-    padding = torch.arange(E).repeat_interleave(extra, output_size=size)
-    return torch.cat((expert, padding)), F.pad(gain, (0, len(padding))), counts + extra
+    """Appends token-expert pairs with gate value 0, so that each expert's number of rows is a
+    multiple of `unit`. expert, gain (pairs,), counts (E,) -> the same, with the padding. How many
+    pairs there are then depends on `pairs` alone: no graph and no GPU has to know the counts. What
+    the other experts do not need is added to the last one."""
+    (pairs,), E = expert.shape, len(counts)
+    total = -(-(pairs + E * (unit - 1)) // unit) * unit  # enough for any counts
+    rows = -(-counts // unit) * unit  # (E,)
+    rows[-1] += total - rows.sum()
+    ids = torch.arange(E, device=expert.device)
+    padding = ids.repeat_interleave(rows - counts, output_size=total - pairs)
+    return torch.cat((expert, padding)), F.pad(gain, (0, total - pairs)), rows
 
 
 class Experts(nn.Module):
@@ -580,8 +585,8 @@ class Experts(nn.Module):
                 y[t] += down_proj[i] @ (swiglu(gate, up) * g)
 
     (W_down is linear, so g may multiply its input, which is narrower than its output: F numbers in
-    place of D.) `forward` has the same sum in forms that are fast: by token for the few tokens of
-    decoding, else by expert, whose tokens are multiplied in one product. No token is dropped.
+    place of D.) `forward` has the same sum by expert, whose tokens are multiplied in one product.
+    No token is dropped.
     """
 
     def __init__(self, config: ModelConfig):
@@ -592,8 +597,10 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D).normal_(std=std))
         self.down_proj = nn.Parameter(torch.empty(E, D, width).normal_(std=std))
 
-    # The product for all experts at once; fp8.py replaces it. Decoding uses linear_by_row instead.
+    # The product for all experts at once, and the number of which each expert's rows are a multiple
+    # (None: row_unit). fp8.py replaces both.
     product = staticmethod(grouped_linear)
+    unit: int | None = None
 
     def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
         """x (tokens, D), chosen experts, their gate values (tokens, K) -> (tokens, D)."""
@@ -617,11 +624,9 @@ class Experts(nn.Module):
             gate, up = linear_by_row(x, self.gate_up_proj, expert).chunk(2, -1)
             y = linear_by_row(swiglu(gate, up) * gain[:, None], self.down_proj, expert)
             return y.view(tokens, K, -1).sum(1)
-        counts = count_chosen(expert, E)  # (E,)
-        # Padding adds rows, so it is worth it only above MOST_NEW tokens (of all texts together). A
-        # larger unit means fewer kernels to compile, but more padding.
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and tokens > MOST_NEW:
-            expert, gain, counts = padded(expert, gain, counts, 64 if tokens > 512 else 16)
+        counts, unit = count_chosen(expert, E), self.unit or row_unit(x)  # (E,)
+        if unit > 1:
+            expert, gain, counts = padded(expert, gain, counts, unit)
         # Sorted by expert, so that the tokens of an expert are rows side by side.
         order = expert.argsort(stable=True)  # (rows,)
         # Pair i belongs to token i // K; all padding gets the index `tokens`.
