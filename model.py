@@ -213,7 +213,7 @@ class Cache:
     forget drafts that were rejected (sample.py), decoding lowers `length`, by MOST_NEW at most, and
     reads on from there. Then the next `start` of every layer is smaller than its cache suggests.
     MLA writes over the forgotten tokens. An edited layer must give the right result, too, also in a
-    graph, where `start` is a tensor. `python bench.py check RUN` checks it.
+    graph, where `start` is a tensor. `python check.py RUN` checks it.
     """
 
     def __init__(

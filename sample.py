@@ -493,7 +493,7 @@ def print_stats(model: DeepSeekV3, stats: Stats, num_samples: int):
         per_call = stats.tokens / stats.rounds / num_samples
         info(f"{per_call:.2f} tokens per model call; accepted drafts, by position: {rates}")
         if stats.drafted[0] >= 20 and stats.accepted[0] < stats.drafted[0] / 10:
-            info("few drafts were accepted: if model.py was edited, run python bench.py check RUN")
+            info("few drafts were accepted: if model.py was edited, run python check.py RUN")
     like = model.embed_tokens.weight
     ours, fixed, heads = (n * like.element_size() for n in cache_numbers(model))
     per_text = f" and {fixed:,} per text" if fixed else ""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from training import ROOT, TINY_NETWORK
 
-import bench
+import check
 import sample
 from model import DeepSeekV3, ModelConfig, balance_loss
 from train import TrainConfig, lr_at
@@ -39,7 +39,7 @@ class Changed:
     model: Any = None  # trained for a step
     x: Any = None  # tokens (B, T)
     y: Any = None  # the next tokens
-    wrong: list[str] | None = None  # what `bench.py check` says
+    wrong: list[str] | None = None  # what `check.py` says
 
 
 CHECKS = {}  # by title: a function of what was changed, sizes of the network, values in model.py
@@ -47,7 +47,7 @@ CHECKS = {}  # by title: a function of what was changed, sizes of the network, v
 
 def change(title: str, values: dict[str, Any] | None = None, **sizes):
     """Marks what is special about a worked change."""
-    return lambda check: CHECKS.update({title: (check, sizes, values or {})})
+    return lambda test: CHECKS.update({title: (test, sizes, values or {})})
 
 
 def applied(title: str, folder: Path) -> list[str]:
@@ -74,7 +74,7 @@ def opened(files: list[str], folder: Path) -> Changed:
 
 def learns_and_decodes(c: Changed, monkeypatch, sizes: dict, values: dict):
     """A step by gradient descent lowers the loss; drafts leave the text as it is. Keeps what
-    bench.py check finds wrong."""
+    check.py finds wrong."""
     c.new = c.files["model.py"]
     c.new.DeepSeekV3.forward.__globals__.update(values)
     # In float64, where the sums of another CPU make no difference.
@@ -88,25 +88,25 @@ def learns_and_decodes(c: Changed, monkeypatch, sizes: dict, values: dict):
     torch.optim.SGD(model.parameters(), lr=0.05).step()
     model.update_bias(0.01)
     assert sum(model(c.x, c.y).values()) < before
-    for reader in (sample, bench):
+    for reader in (sample, check):
         monkeypatch.setattr(reader, "Cache", c.new.Cache)
     with torch.inference_mode():
         text = sample.generate(model.eval(), c.x[:1, :4], 16, temperature=0, speculative=2)
         assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
     if "train.py" in c.files:
-        monkeypatch.setattr(bench.train, "loss_weights", c.files["train.py"].loss_weights)
-    found = bench.answers(model, TrainConfig(block_size=16), LENGTH)
+        monkeypatch.setattr(check.train, "loss_weights", c.files["train.py"].loss_weights)
+    found = check.answers(model, TrainConfig(block_size=16), LENGTH)
     c.wrong = [sentence for answer in found for sentence in answer.wrong]
 
 
 @pytest.mark.parametrize("title", SECTIONS)
 def test_worked_changes(title, v3, tmp_path, monkeypatch):
-    check, sizes, values = CHECKS.get(title, (lambda c: None, {}, {}))
+    test, sizes, values = CHECKS.get(title, (lambda c: None, {}, {}))
     c = opened(applied(title, tmp_path), tmp_path)
     if "model.py" in c.files:
         learns_and_decodes(c, monkeypatch, sizes, values)
         assert not c.wrong
-    check(c)
+    test(c)
 
 
 @pytest.mark.parametrize("title, file, old, new", LINES, ids=[x[0][:20] for x in LINES])
@@ -190,7 +190,7 @@ def keeps_sums_in_float32(c: Changed):
     type(part).new_cache = lambda self, batch, size, like: [
         kept.to(like.dtype) for kept in new_cache(self, batch, size, like)
     ]
-    assert bench.bfloat16(c.model).wrong
+    assert check.bfloat16(c.model).wrong
 
 
 @change("Hyper-connections: two streams")
@@ -298,5 +298,5 @@ def token_by_token(c: Changed):
         o.append((q[..., None] * S).sum(1).flatten())
     assert torch.allclose(linear(h, None), linear.o_proj(torch.stack(o)), atol=1e-12)
     c.new.LinearAttention.new_cache.__globals__["MOST_NEW"] = 7
-    wrong = bench.decoding(c.model, 24).wrong  # of one state less
+    wrong = check.decoding(c.model, 24).wrong  # of one state less
     assert len(wrong) == 4 and all("main model, drafts rejected" in way for way in wrong)

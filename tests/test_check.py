@@ -1,4 +1,4 @@
-"""Edits that train without an error and are wrong, each named by its line of `bench.py check`; and
+"""Edits that train without an error and are wrong, each named by its line of `check.py`; and
 right ones, of which no line complains. Networks are tiny, as in test_network.py. Sums that are kept
 in bfloat16: test_changes.py."""
 
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from networks import TINY, VARIANTS, tiny
 from torch import nn
 
-import bench
+import check
 import model
-from bench import causality, decoding, drafts, gradients, loads, losses, positions
+from check import causality, decoding, drafts, gradients, loads, losses, positions
 from model import MOST_NEW, DeepSeekV3, Gate, ModelConfig
 from train import TrainConfig
 
@@ -34,7 +34,7 @@ def test_nothing_is_wrong_with_this_network(name):
         model.layers[0].register_forward_hook(drop_out)
         compared = "recomputed alone, as the step draws random numbers"
     before = {key: x.clone() for key, x in model.state_dict().items()}
-    found = [str(answer) for answer in bench.answers(model, CONFIG, 24)]
+    found = [str(answer) for answer in check.answers(model, CONFIG, 24)]
     assert len(found) == 8 and all(answer.startswith("right ") for answer in found), found
     n = 12 * (1 + len(model.mtp))
     assert f"decoding: {n} of {n} ways to read a text of 24 tokens" in found[0]
@@ -44,13 +44,13 @@ def test_nothing_is_wrong_with_this_network(name):
 
 def test_the_command_checks_a_run_with_its_settings(workplace, shared, capsys, monkeypatch):
     run, asked = shared("--alpha=0.02"), []
-    monkeypatch.setattr(bench, "answers", lambda *x: asked.append(x) or [bench.Answer("this")])
-    bench.main(["check", str(run), "--length=30"])
+    monkeypatch.setattr(check, "answers", lambda *x: asked.append(x) or [check.Answer("this")])
+    check.main([str(run), "--length=30"])
     ((model, config, length, compiled),) = asked
     assert isinstance(model, DeepSeekV3) and config.alpha == 0.02 and length == 30 and not compiled
-    monkeypatch.setattr(bench, "answers", lambda *x: [bench.Answer("a", ["b"]), bench.Answer("c")])
+    monkeypatch.setattr(check, "answers", lambda *x: [check.Answer("a", ["b"]), check.Answer("c")])
     with pytest.raises(SystemExit) as error:
-        bench.main(["check", str(run)])
+        check.main([str(run)])
     assert error.value.code == 1
     assert capsys.readouterr().out == "right this\nWRONG a\n      b\nright c\n"
 
@@ -118,7 +118,7 @@ def test_a_ring_that_is_too_short_is_found():
 
 
 def test_a_state_that_cannot_go_back_is_found_in_the_model_or_in_a_module():
-    exact, low = itertools.islice(bench.answers(mixed(Summed()), CONFIG, 40), 2)
+    exact, low = itertools.islice(check.answers(mixed(Summed()), CONFIG, 40), 2)
     assert str(low).startswith("note  bfloat16: not compared, as decoding is wrong")
     wrong = exact.wrong
     assert len(wrong) == 4 and all(f"main model, {REJECTED}" in x for x in wrong)
@@ -144,9 +144,9 @@ def test_scores_that_are_capped_in_decoding_alone_are_found_in_a_new_network(mon
 
 def test_a_text_is_longer_than_twice_the_longest_window():
     model = mixed(Smeared(150, 149 + MOST_NEW), max_position_embeddings=400)
-    assert bench.longest_window(model) == 149 + MOST_NEW
-    assert bench.longest_window(tiny()) == 0
-    with mock.patch.object(bench, "WAYS", {SEVERAL: [(8, 0)]}):
+    assert check.longest_window(model) == 149 + MOST_NEW
+    assert check.longest_window(tiny()) == 0
+    with mock.patch.object(check, "WAYS", {SEVERAL: [(8, 0)]}):
         assert "a text of 314 tokens (some layers keep 157 places)" in decoding(model).what
         assert "a text of 256 tokens in" in decoding(tiny()).what
 
@@ -211,7 +211,7 @@ def test_what_layers_hand_on_by_the_side_is_found(dense):
 
 
 def test_a_loss_of_the_whole_batch_and_a_parameter_without_gradient_are_found():
-    def of_batch(s, K, balance=bench.train.DeepSeekV3.forward.__globals__["balance_loss"]):
+    def of_batch(s, K, balance=check.train.DeepSeekV3.forward.__globals__["balance_loss"]):
         return balance(s.flatten(0, 1)[None], K)
 
     model = tiny()
@@ -307,7 +307,7 @@ class Wide(DeepSeekV3):
 def test_modules_may_read_states_of_another_width():
     model = tiny(max_position_embeddings=64)
     model.__class__ = Wide
-    for answer in bench.answers(model, CONFIG, 24):
+    for answer in check.answers(model, CONFIG, 24):
         assert not answer.wrong, answer
 
 
@@ -317,6 +317,6 @@ def test_drafts_that_change_the_text_are_found(monkeypatch):
 
     model = tiny()
     assert not drafts(model).wrong
-    monkeypatch.setattr(bench.sample, "accept", accept_all)
+    monkeypatch.setattr(check.sample, "accept", accept_all)
     wrong = drafts(model).wrong
     assert len(wrong) == 4 and "with 4 in a round the text is another from token " in wrong[3]

@@ -29,7 +29,7 @@ from networks import (
 from torch import nn
 from training import assert_same_run, finish, load, run
 
-import bench
+import check
 import model as plain
 import sample
 from model import Cache, ModelConfig, causal_attention
@@ -207,9 +207,9 @@ def test_numbers_are_of_what_runs():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_text_read_in_pieces_has_the_logits_of_whole_forwards(name):
-    """In all ways of `bench.py check`: by one or several tokens, also with drafts that are
+    """In all ways of `check.py`: by one or several tokens, also with drafts that are
     rejected; positions as numbers, and as tensors as in a graph; in the MTP modules, too."""
-    assert not bench.decoding(tiny(**VARIANTS[name]), 24).wrong
+    assert not check.decoding(tiny(**VARIANTS[name]), 24).wrong
 
 
 # ---- Greedy texts and drafts ---------------------------------------------------------------------

@@ -419,7 +419,7 @@ def test_from_text_to_text_on_the_command_line():
         "M parameters",
         "bits/byte",
         "python sample.py out/tiny",
-        "bench.py check out/tiny",
+        "check.py out/tiny",
     ):
         assert words in done.stderr
     first = load_dataset("data/text").val.arrays[0][1:9].tolist()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 wrong = []
 # A stage imports those before it and support/; train.py also makes missing data.
-stages = ["model", "fp8", "huggingface", "sample", "train", "bench"]
+stages = ["model", "fp8", "huggingface", "sample", "train", "check", "bench"]
 may = {f"{name}.py": {*stages[:i]} for i, name in enumerate(stages)}
 may["train.py"].add("prepare_data")
 ours = {*stages, "prepare_data", "experiments", "exercises"}
