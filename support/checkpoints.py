@@ -157,6 +157,11 @@ class Named:
         fused, moments = any(group.get("fused") for group in groups), {}
         for name, state in stored["state"].items():
             i = self.names.index(name)
+            for key, x in state.items():
+                shape = () if key == "step" else tuple(self.params[i].shape)
+                # torch does not check this: a fused optimiser would write beyond a moment's memory.
+                if fused and isinstance(x, Tensor) and tuple(x.shape) != shape:
+                    raise Refusal(f"{key} of {name} is {tuple(x.shape)}, expected {shape}")
             moments[i] = {key: shard_like(x, self.params[i]) for key, x in state.items()}
         self.optimizer.load_state_dict(stored | {"state": moments, "param_groups": groups})
         # torch has cast the moments to the parameters' dtype. Only a fused optimiser needs that.

@@ -359,16 +359,24 @@ class Evil:
         return Path.touch, (Path("made by a checkpoint"),)
 
 
+def moment_of(saved: dict) -> dict:
+    return saved["AdamW 0"]["state"]["norm.weight"]
+
+
+# A fused optimiser would read and write beyond the memory of a moment of another shape.
 OPTIMISER = r"cannot be resumed: .*; use --init_from\.$"
 EDITS = {
     "code": (r"is damaged, or no .* \(it holds '", lambda x: x.update(random=Evil())),
+    "another shape": (OPTIMISER, lambda x: moment_of(x).update(exp_avg=torch.zeros(3, 3))),
+    "no dimensions": (OPTIMISER, lambda x: moment_of(x).update(exp_avg=torch.zeros(()))),
+    "an empty step": (OPTIMISER, lambda x: moment_of(x).update(step=torch.zeros(0))),
     "other names": (OPTIMISER, lambda x: x["AdamW 0"]["names"].reverse()),
     "another group": (OPTIMISER, lambda x: x["AdamW 0"]["param_groups"].pop()),
 }
 
 
 @pytest.mark.parametrize("sentence, edit", EDITS.values(), ids=EDITS)
-def test_an_edited_checkpoint_runs_no_code(sentence, edit, begun):
+def test_an_edited_checkpoint_runs_no_code_and_reaches_no_other_memory(sentence, edit, begun):
     edit(saved := load("run"))
     torch.save(saved, "run/ckpt.pt")
     assert re.match(f"run/ckpt.pt {sentence}", refused("--resume", "--steps=2"))
