@@ -14,6 +14,10 @@ class Clock:
         not count, such as a save or an evaluation."""
         self.since, self.tokens_before = time.perf_counter(), tokens
 
+    def passed(self) -> float:
+        """Seconds since the last measurement or restart."""
+        return time.perf_counter() - self.since
+
     def measure(self, tokens: int) -> float:
         """Tokens per second since the last measurement or restart."""
         since, before = self.since, self.tokens_before

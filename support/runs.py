@@ -123,6 +123,7 @@ class Run:
         self.bad_in_a_row = 0  # latest steps whose gradient was not finite
         self.save_due = False
         self.stopped = False  # by a signal
+        self.first = True  # no step yet in this process
 
     @property
     def finished(self) -> bool:
@@ -192,6 +193,10 @@ class Run:
         diverged = self.bad_in_a_row >= 5 or (self.finished and self.bad_in_a_row > 0)
         if diverged or self.due(config.log_every):
             self.write_means(now)
+        elif self.first:  # which may take minutes, if it compiles
+            seconds, loss = self.clock.passed(), float(means["loss"])
+            info(f"step {progress.step}/{config.steps}: loss {loss:.5g}, {seconds:.1f} s")
+        self.first = False
         if diverged:
             self.give_up()
         self.stopped = self.stop.agreed()
