@@ -300,8 +300,8 @@ def prepare(config: DataConfig) -> Path:
     with new_folder(folder, config.overwrite) as new:
         make = link_shards if config.source in SHARDS else make_tokens
         make(config, new)
-        data = load_dataset(new)  # reading checks the files
-    info(f"{folder} is ready, with a vocabulary of {data.vocab_size:,} tokens")
+        n_vocab = load_dataset(new).vocab_size  # reading checks the files
+    info(f"{folder} is ready, with a vocabulary of {n_vocab:,} tokens")
     return folder
 
 

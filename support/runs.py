@@ -13,7 +13,7 @@
 Only one process at a time writes to the folder. Checkpoints are written whole or not at all.
 """
 
-import fcntl
+import io
 import json
 import math
 import re
@@ -33,6 +33,11 @@ from support.flops import peak_flops
 from support.processes import Machine
 from support.settings import Refusal, info
 from support.signals import Stop
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ---- The folder ----------------------------------------------------------------------------------
 
@@ -60,7 +65,12 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
 
 def lock_folder(folder: Path) -> BinaryIO:
     """Opens the folder's file .lock and locks it until it is closed; the system releases it however
-    the process ends. Raises Refusal if another process holds the lock. Readers need none."""
+    the process ends. Raises Refusal if another process holds the lock. Readers need none. Without
+    fcntl nothing is locked or left open: Windows renames no folder that has an open file."""
+    if not fcntl:
+        (folder / ".lock").touch()
+        info(f"{folder} is not locked, because this system lacks fcntl: start one train.py there")
+        return io.BytesIO()
     file = open(folder / ".lock", "ab")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

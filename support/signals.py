@@ -5,7 +5,8 @@ import signal
 import sys
 from contextlib import suppress
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last one
+NUMBERS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 class Stop:

@@ -3,6 +3,9 @@
 KILLS=100 SEED=2 python -m pytest tests/test_runs.py -k sigkill     more, and other kills
 """
 
+import errno
+import functools
+import importlib
 import itertools
 import json
 import math
@@ -12,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 from unittest import mock
@@ -34,10 +38,11 @@ from training import (
     wait_for,
 )  # fmt: skip
 
+import prepare_data
 import train
 from huggingface import load_model
 from model import DeepSeekV3
-from support import checkpoints, runs
+from support import checkpoints, runs, signals
 from support.settings import Refusal
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -192,6 +197,37 @@ def test_a_folder_has_one_writer_and_many_readers(start, capsys):
     assert Path("run/mine.tmp").exists()
     run("--resume", f"--steps={load('run')['step'] + 1}")
     assert [path.name for path in Path("run").glob("*.tmp")] == ["mine.tmp"]
+
+
+def as_on_windows():
+    """Without fcntl and SIGHUP; nothing is moved or replaced while this process has it open or
+    mapped. Prepares data, too."""
+    sys.modules["fcntl"], sys.platform = None, "win32"
+    del signal.SIGHUP
+    for module in (signals, runs):
+        importlib.reload(module)
+    for name in ("rename", "replace"):
+        setattr(os, name, functools.partial(unless_in_use, getattr(os, name)))
+    Path("words.txt").write_text("many words\n" * 50)
+    prepare_data.prepare(prepare_data.DataConfig("words.txt", overwrite=True))
+
+
+def unless_in_use(move, old, new):
+    maps = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    for used in (*maps, *(os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir())):
+        if {os.path.realpath(path) for path in (old, new)} & {used, *map(str, Path(used).parents)}:
+            raise PermissionError(errno.EACCES, f"{used} is in use", str(old))
+    move(old, new)
+
+
+def test_a_run_on_windows_has_no_lock_and_says_so(start, shared):
+    """Simulated: nobody has run it there."""
+    for options in (["--steps=2"], ["--overwrite", "--steps=2"], ["--resume", "--steps=4"]):
+        (said,) = finish(start(*CONSTANT, "--eval_every=2", *options, setup=as_on_windows))
+        assert "run is not locked, because this system lacks fcntl: start one train.py" in said
+        assert Path("run/.lock").exists() and "words is ready" in said
+    assert_same_run(shared(*CONSTANT, "--eval_every=2", "--steps=4"), Path("run"))
+    assert Path("run.old-1/ckpt.pt").exists() and Path("data/words.old-2").exists()
 
 
 # ---- Accidents -----------------------------------------------------------------------------------
