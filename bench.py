@@ -11,7 +11,6 @@ compared takes turns (A B A B ...), and ratios are computed within a round. Tabl
 of all rounds, with [least..most]. Close other programs: they slow both sides unequally.
 """
 
-import itertools
 import math
 import re
 import statistics
@@ -22,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -179,7 +178,7 @@ def sizes(options: Options, files: list[str]) -> Iterator[Table]:
 
 @dataclass
 class TrainOptions(Timed):
-    compile: bool = False  # in bfloat16 the step compiled; beside transformers: both ways
+    compile: Literal["auto", True, False] = "auto"  # auto: if train.py would; only in bfloat16
     recompute: bool = False  # CONFIG's step with activation checkpointing
     fp8: bool = False  # CONFIG's step with FP8 products
 
@@ -235,13 +234,17 @@ FORMATS = ("float32", "bfloat16")  # of the products
 
 
 def reference_table(options: TrainOptions) -> Table:
-    """A training step of our model and of transformers', in both formats."""
+    """A training step of our model and of transformers', in both formats; in bfloat16 compiled,
+    too, if that is asked for or train.py's default."""
     base, steps = train.TrainConfig(batch_size=8, block_size=256, device=options.device), {}
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(DeepSeekV3(ModelConfig(**REFERENCE)), folder)
-        for dtype, compiled in itertools.product(FORMATS, (False, True)[: 1 + options.compile]):
-            if compiled and dtype == "float32":  # each step would compile its own choice of experts
-                continue
+        low = replace(base, dtype=FORMATS[1], compile=options.compile)
+        ways = [(dtype, False) for dtype in FORMATS]  # dtype, compiled
+        # Not in float32, where each step would compile its own choice of experts.
+        if processes.compiles(low, processes.usable_device(options.device)):
+            ways += [(FORMATS[1], True)]
+        for dtype, compiled in ways:
             config = replace(base, dtype=dtype, compile=compiled)
             machine = processes.start(config)
             for name, model in models_in(folder, machine.device).items():
@@ -256,9 +259,9 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
     """A configuration's training step, beside square products of the same dtype, which run as fast
     as the machine can multiply."""
     model, settings = open_config(file)
-    compiled = options.compile and dtype == "bfloat16"
     settings |= {name: True for name in ("recompute", "fp8") if getattr(options, name)}
-    settings |= {"compile": compiled, "device": options.device, "dtype": dtype}
+    settings |= {"device": options.device, "dtype": dtype}
+    settings["compile"] = options.compile if dtype == "bfloat16" else False
     config = train.TrainConfig(**settings)
     flops = flops_per_token(model, config.block_size)
     machine = processes.start(config)
@@ -277,6 +280,7 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
     peak = peak_flops(machine.device)
     return {
         "": Path(file).stem, "dtype": dtype, "auto": machine.dtype == fast_dtype(machine.device)[0],
+        "compiled": processes.compiles(config, machine.device),
         "tokens": tokens, "seconds": t["step"], "tokens/s": tokens / seconds,
         "GFLOP/s": flops and flops / seconds / 1e9,
         "of bare products": flops and ratio(t["product"], t["step"], flops / bare),
@@ -293,7 +297,7 @@ def train_(options: TrainOptions, files: list[str]) -> Iterator[Table]:
     gpu = processes.usable_device(options.device).type == "cuda"
     formats = FORMATS[1:] if gpu and files else FORMATS  # a large network in float32 takes minutes
     rows = [config_row(file, dtype, options) for dtype in formats]  # first, for their peak memory
-    yield Table(f"a step{' compiled' * options.compile}, by the model's own FLOPs", rows)
+    yield Table("a step, by the model's own FLOPs", rows)
     if not files:
         yield reference_table(options)
 
