@@ -317,7 +317,8 @@ class Text:
         if n == self.prompt:
             run = Text.first
         elif self.compiled and n > self.drafts + self.depth:
-            position, run = torch.tensor(n, device=self.tokens.device), self.graph
+            # Filled on the device: a copy to a GPU would wait for it.
+            position, run = torch.full((), n, device=self.tokens.device), self.graph
             if not self.played:
                 # Plays the round once to compile it, before time is measured; it is played again
                 # below. On a GPU the graph keeps the addresses of the tensors in `parts`.

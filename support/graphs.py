@@ -53,7 +53,8 @@ def first_round(graph: Callable, args: tuple, parts: Any, on_cpu: bool):
 
     A CUDA graph is recorded with the addresses of its tensors, so the tensors in `parts` (modules,
     dictionaries, tensors) must not move. torch compares addresses before it replays a recording,
-    and records again, without compiling, if they have changed.
+    and records again, without compiling, if they have changed. It keeps all recordings; after 128
+    of a graph it makes no more, and the graph's kernels are started one by one.
     (In torch: mark_static_address, cudagraph_trees.py.)
     """
     new, began = graph not in COMPILED, time.perf_counter()

@@ -157,14 +157,21 @@ def start_device(config) -> torch.device:
     return device
 
 
+INDEX = "https://download.pytorch.org/whl/cu126"
+FOR_OLDER = f"pip install --force-reinstall torch --index-url {INDEX}"
+
+
 def usable_device(name: str) -> torch.device:
     """The device of this name; `auto` is CUDA if available, else the CPU. Raises Refusal."""
     if name == "auto":  # never mps: PyTorch's results there have been wrong too often
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name).item()  # fails on meta, too
+        torch.ones(1, device=name).item()  # fails on meta, too
     except (RuntimeError, AssertionError) as error:
-        raise Refusal(f"device {name!r} cannot be used here: try cpu ({short(error)})") from None
+        way = "try cpu"
+        if "no kernel image" in str(error):  # CUDA 13's builds begin with the GPUs of 2018
+            way = f"install PyTorch for CUDA 12.6, which knows older GPUs ({FOR_OLDER}), or {way}"
+        raise Refusal(f"device {name!r} cannot be used here: {way} ({short(error)})") from None
     return torch.device(name)
 
 
@@ -268,9 +275,9 @@ def compile_network(model: nn.Module, config, machine: Machine):
     # By default ("auto") a block that dynamo or the compiler refuses in forward runs eagerly.
     settings.suppress_errors = config.compile == "auto"
     logging.getLogger("torch._dynamo.convert_frame").addFilter(log_uncompiled)
-    # On CUDA a graph for each size of windows; on a CPU one for all sizes. (A micro-batch of a
-    # single window has its own.)
-    dynamic = machine.device.type == "cpu"
+    # On CUDA a graph for each size of windows; on a CPU, or while the batch grows, one for all
+    # sizes. (A micro-batch of a single window has its own.)
+    dynamic = machine.device.type == "cpu" or config.batch_start > 0
     for part in (*model.layers, *model.mtp, model.norm):
         part.compile(dynamic=dynamic)
     # Compiled code upcasts every logit where it reads it, and so holds none in float32.

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from training import (
     ROOT,
     SHORT,
     TINY,
+    TINY_NETWORK,
     assert_same,
     assert_same_run,
     finish,
@@ -26,7 +28,7 @@ from training import (
 
 import huggingface
 import train
-from model import DeepSeekV3
+from model import DeepSeekV3, ModelConfig
 from support import processes
 from support.checkpoints import load_checkpoint
 from support.settings import Refusal
@@ -187,6 +189,28 @@ def test_where_nothing_can_be_compiled_a_line_says_so_and_the_run_goes_on(monkey
     assert not processes.compiles(config, cpu)
     assert processes.compiles(train.TrainConfig(dtype="bfloat16", steps=2000), cpu)
     assert not processes.compiles(train.TrainConfig(dtype="bfloat16", steps=2000, fp8=True), cpu)
+
+
+@pytest.mark.parametrize(("start", "dynamic"), [(0, False), (4, True)])
+def test_a_gpus_graphs_have_fixed_sizes_unless_the_batch_grows(start, dynamic, monkeypatch):
+    """Else every stage of the batch would compile all graphs again."""
+    network = DeepSeekV3(ModelConfig(**TINY_NETWORK))
+    gpu, asked = processes.Machine(torch.device("cuda"), torch.bfloat16), []
+    monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace())
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part, dynamic: asked.append(dynamic))
+    monkeypatch.setattr(torch, "compile", lambda loss, dynamic: asked.append(dynamic))
+    processes.compile_network(network, train.TrainConfig(compile=True, batch_start=start), gpu)
+    assert asked == [dynamic] * (len(network.layers) + 3)
+
+
+@pytest.mark.parametrize(("why", "way"), [("no kernel image", "whl/cu126"), ("no driver", "cpu")])
+def test_a_gpu_that_cannot_be_used_is_refused_with_what_to_do(why, way, monkeypatch):
+    def fail(n, device):
+        raise RuntimeError(f"CUDA error: {why} is available")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(Refusal, match=rf"'cuda:0' cannot be used here: .*{way}.*{why}"):
+        processes.usable_device("cuda:0")
 
 
 def compile_in_vain():
