@@ -11,13 +11,14 @@ compared takes turns (A B A B ...), and ratios are computed within a round. Tabl
 of all rounds, with [least..most]. Close other programs: they slow both sides unequally.
 """
 
+import itertools
 import math
 import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -111,14 +112,15 @@ class Table:
         return "\n".join(["", self.title, first, "-" * len(first), *rest])
 
 
-def speed_table(title: str, seconds: dict[str, Rounds], tokens: int) -> Table:
-    """Tokens per second, and the speed relative to the fastest variant of transformers."""
-    median = {name: statistics.median(s) for name, s in seconds.items()}
-    best = min((name for name in median if name.startswith("transformers")), key=median.get)
-    rows = []
-    for name, s in seconds.items():
-        speed, times = tokens / median[name], ratio(seconds[best], s)
-        rows.append({"": name, "seconds": s, "tokens/s": speed, f"x {best}": times})
+def speed_table(title: str, seconds: dict[tuple[str, str], Rounds], tokens: int) -> Table:
+    """Tokens per second, by program and form (number format, compiled or not). Like is compared
+    with like: `x transformers` is the speed relative to transformers' fastest row of that form."""
+    median, rows = {key: statistics.median(s) for key, s in seconds.items()}, []
+    for (program, form), s in seconds.items():
+        rivals = [key for key in seconds if key[0] != "ours" and key[1] == form]
+        times = ratio(seconds[min(rivals, key=median.get)], s) if rivals else None
+        row = {"": f"{program} {form}", "seconds": s, "tokens/s": tokens / median[program, form]}
+        rows.append(row | {"x transformers": times})
     return Table(title, rows)
 
 
@@ -215,22 +217,25 @@ def training_step(model: nn.Module, config: train.TrainConfig, machine: Machine)
 
 
 def models_in(
-    directory: str, device: torch.device, dtype: torch.dtype = torch.float32
+    directory: str, device: torch.device, dtype: torch.dtype, experts: Sequence[str]
 ) -> dict[str, nn.Module]:
-    """Our model, and DeepseekV3ForCausalLM with the two implementations of experts that may be
-    fastest."""
+    """Our model, and DeepseekV3ForCausalLM with each of these implementations of experts."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     models = {"ours": from_pretrained(directory, dtype, str(device))}
     load = partial(transformers.DeepseekV3ForCausalLM.from_pretrained, dtype=dtype)
-    for kind in ("grouped_mm", "eager"):
+    for kind in experts:
         models[f"transformers {kind}"] = load(directory, experts_implementation=kind).to(device)
     return models
 
 
 FORMATS = ("float32", "bfloat16")  # of the products
+# transformers' implementations of experts that were measured. It has five: deepgemm and sonicmoe
+# need a GPU, and batched_mm copies an expert's weights for every row, too many in training.
+TRAINING = ("grouped_mm", "eager")
+DECODING = ("grouped_mm", "batched_mm", "eager")
 
 
 def reference_table(options: TrainOptions) -> Table:
@@ -247,9 +252,10 @@ def reference_table(options: TrainOptions) -> Table:
         for dtype, compiled in ways:
             config = replace(base, dtype=dtype, compile=compiled)
             machine = processes.start(config)
-            for name, model in models_in(folder, machine.device).items():
-                name = f"{name} {dtype}{' compiled' * compiled}"
-                steps[name] = training_step(model, config, machine)
+            models = models_in(folder, machine.device, torch.float32, TRAINING)
+            for name, model in models.items():
+                form = f"{dtype}{' compiled' * compiled}"
+                steps[name, form] = training_step(model, config, machine)
     auto, reason = fast_dtype(machine.device)
     title = f"training step, 20.8M parameters, 8 x 256 tokens, AdamW; auto is {auto}: {reason}"
     return speed_table(title, interleaved(steps, options.rounds), 8 * 256)
@@ -319,38 +325,45 @@ def decode(options: DecodeOptions, files: list[str]) -> Iterator[Table]:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(DeepSeekV3(ModelConfig(**REFERENCE)), folder)
-        models, low = (models_in(folder, device, getattr(torch, dtype)) for dtype in FORMATS)
-    both = models | {f"{name} bf16": model for name, model in low.items()}
-    yield plain_table(options, both)
-    yield context_table(options, models)
+        models = {
+            dtype: models_in(folder, device, getattr(torch, dtype), DECODING) for dtype in FORMATS
+        }
+    yield plain_table(options, models)
+    yield context_table(options, models["float32"])
 
 
-def plain_table(options: DecodeOptions, models: dict[str, nn.Module]) -> Table:
-    """The speed of greedy decoding of one text."""
-    new, model, texts = options.new_tokens, models["ours"], {}
-    device = model.embed_tokens.weight.device
-    prompt = torch.randint(model.config.vocab_size, (1, options.prompt)).to(device)
+def plain_table(options: DecodeOptions, models: dict[str, dict[str, nn.Module]]) -> Table:
+    """The speed of greedy decoding of one text; models by format and program. Neither program
+    compiles the prompt."""
+    from transformers import CompileConfig
 
-    def ours(name: str, model: DeepSeekV3, compile: bool):
-        settings = dict(temperature=0, speculative=0, compile=compile)
-        texts[name] = sample.generate(model, prompt, new, **settings)
+    device = models["float32"]["ours"].embed_tokens.weight.device
+    prompt = torch.randint(REFERENCE["vocab_size"], (1, options.prompt)).to(device)
+    new, texts, functions = options.new_tokens, {}, {}
+    how = CompileConfig(fullgraph=True)
+    how._compile_all_devices = True  # private; without it transformers compiles on GPUs only
 
-    def transformers(name: str, hf: nn.Module):
+    def ours(key: tuple[str, str], model: DeepSeekV3, compiled: bool):
+        settings = dict(temperature=0, speculative=0, compile=compiled)
+        texts[key] = sample.generate(model, prompt, new, **settings)
+
+    def transformers(key: tuple[str, str], hf: nn.Module, compiled: bool):
         greedy = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
-        texts[name] = hf.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
+        static = dict(cache_implementation="static", compile_config=how) if compiled else {}
+        mask = torch.ones_like(prompt)
+        texts[key] = hf.generate(prompt, attention_mask=mask, **greedy, **static)
 
-    functions = {}
-    for name, m in models.items():
-        if name.startswith("transformers"):
-            functions[name] = partial(transformers, name, m)
-            continue
-        functions[name] = partial(ours, name, m, False)
-        if options.compile:
-            functions[f"{name} compiled"] = partial(ours, f"{name} compiled", m, True)
+    for dtype, programs in models.items():
+        for compiled, program in itertools.product((False, True)[: 1 + options.compile], programs):
+            if compiled and program == "transformers eager":
+                continue  # its loop over experts does not fit into one graph
+            key = program, f"{dtype}{' compiled' * compiled}"
+            run = ours if program == "ours" else transformers
+            functions[key] = partial(run, key, programs[program], compiled)
     title = f"greedy decoding, batch 1, prompt {options.prompt}, {new} new tokens"
     table = speed_table(title, interleaved(functions, options.rounds), new)
-    for row in table.rows:
-        row["same text"] = torch.equal(texts[row[""]], texts["ours"])
+    for row, (program, form) in zip(table.rows, functions, strict=True):
+        row["same text"] = torch.equal(texts[program, form], texts["ours", form.split()[0]])
     return table
 
 

@@ -6,8 +6,8 @@
 SRC is a run's folder or a checkpoint file. DST is a new directory for transformers, which opens
 here, too. DST.gguf is a file for llama.cpp. Both programs compute DeepSeek-V3's formulas, not those
 of an edited model.py. So if transformers is installed, it computes logits from the written files,
-and a network with other logits is not exported. (transformers has no MTP modules, so an edit of
-these goes unnoticed.)
+and a network with other logits is not exported. (MTP modules are not compared, so an edit of these
+goes unnoticed.)
 In the released layout weights are safetensors, in one file or in shards, each tensor under its
 released name. The decoding factors of an FP8 weight, one per 128x128 block, are stored beside it as
 NAME_scale_inv. Optional packages are imported where they are needed: safetensors, tokenizers (which
@@ -382,7 +382,7 @@ def check(directory: Path):
     text. One of four texts must agree. Raises Refusal otherwise."""
     import transformers  # installed: see compares()
 
-    transformers.logging.set_verbosity_error()  # do not list the MTP modules, which it ignores
+    transformers.logging.set_verbosity_error()  # or it would list the MTP modules' tensors
     transformers.logging.disable_progress_bar()
     # It initialises weights whose name or shape is not V3's at random, so the logits will differ.
     options = dict(experts_implementation="eager", ignore_mismatched_sizes=True)
@@ -400,7 +400,7 @@ def check(directory: Path):
         error = ((logits - expected).abs().max() / expected.abs().max()).item()
         if error < 1e-3:
             break
-    without = "; it has no MTP modules, so these were not compared" if model.mtp else ""
+    without = "; the MTP modules were not compared" if model.mtp else ""
     info(f"logits differ from those of transformers by {error:.1e} of the largest{without}")
     if not error < 1e-3:  # nan, too
         raise Refusal(
@@ -489,7 +489,10 @@ def main(argv: list[str]):
         names = and_more(partly)
         info(f"transformers cannot read FP8 weights whose last blocks are partly filled: {names}")
     if model.mtp:
-        info("transformers will list the MTP modules' tensors as unexpected: it does not use them")
+        info(
+            "transformers will list the MTP modules' tensors as unexpected: only "
+            "generate(use_mtp=True) uses them (docs/TUTORIAL.md, Export to transformers)"
+        )
 
 
 if __name__ == "__main__":

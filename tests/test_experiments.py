@@ -34,6 +34,7 @@ import token_classes
 import torch
 import unseen
 
+import bench
 import model
 import prepare_data
 from support.checkpoints import load_checkpoint
@@ -244,6 +245,17 @@ def test_experts_on_four_processes_are_the_layer_in_one(place, monkeypatch):
     for _, between, computed, within, computed_within in rows:
         assert between == pytest.approx(computed, rel=0.05)
         assert within == pytest.approx(computed_within, rel=0.05)
+
+
+def test_speeds_are_compared_like_with_like():
+    """With transformers' fastest in the same number format, compiled if this is."""
+    times = {("ours", "float32"): 1.0, ("a", "float32"): 3.0, ("b", "float32"): 2.0}
+    times |= {("ours", "bfloat16"): 4.0, ("ours", "float32 compiled"): 0.5}
+    times |= {("b", "float32 compiled"): 0.75, ("a", "float32 compiled"): 0.6}
+    rows = bench.speed_table("", {key: [x] for key, x in times.items()}, 6).rows
+    found = [row["x transformers"] for row in rows]
+    assert found == [[2.0], [2 / 3], [1.0], None, [0.6 / 0.5], [0.6 / 0.75], [1.0]]
+    assert [row["tokens/s"] for row in rows][:3] == [6.0, 2.0, 3.0]
 
 
 def test_prose_has_whole_sentences():
