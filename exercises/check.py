@@ -130,7 +130,8 @@ def difference(mine: Outcome, expected: Outcome, tolerance: float) -> str:
             found = f"{name}: {bad.sum()} of {bad.numel()} numbers differ" if bad.ndim else name
             if (x.isnan() & ~y.isnan()).any():
                 return f"{found}, with NaN"
-            none = "" if x.any() else ": yours are 0. Is something detached?"
+            detached = name.startswith("the gradient") and not x.any()
+            none = ": yours are 0. Is something detached?" if detached else ""
             largest = f"the largest is {y.abs().max():.3g}"
             return f"{found}, by up to {(x - y).abs().max():.3g} ({largest}){none}"
     return ""
@@ -223,18 +224,18 @@ def wrong_answer(question: Question, answer: object) -> str:
     return f"not {shown}: {slip[0] if slip else question.why}"
 
 
-def verdict(name: str, names: dict) -> tuple[dict[str, str], list[str]]:
-    """What is wrong with each answer and in each case, and the known mistakes."""
+def verdict(name: str, names: dict) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """What is wrong with each answer, what in each case, and the known mistakes."""
     answers = {x.name: wrong_answer(x, names.get(x.name)) for x in EXERCISES[name].questions}
-    cases, mistakes = judge(name, functions_of(name, names))
-    return answers | cases, mistakes
+    return answers, *judge(name, functions_of(name, names))
 
 
 def check(name: str, names: dict | None = None) -> bool:
     """Checks exercises/NAME.py, where `names` (a notebook's globals()) does not define the same:
     prints, and returns whether all is right."""
     exercise, names = EXERCISES[name], the_readers(name) | (names or {})
-    problems, mistakes = verdict(name, names)
+    answers, cases, mistakes = verdict(name, names)
+    problems, failed = answers | cases, any(cases.values())
     print(f"{name}: {exercise.title}")
     for what, problem in problems.items():
         print(f"  -- {what}: {problem}" if problem else f"  ok {what}")
@@ -253,9 +254,9 @@ def check(name: str, names: dict | None = None) -> bool:
         else:
             vars(functions).update(vars(theirs))
     try:
-        shown = effect(name, functions)
+        shown = effect(name, functions, failed)
     except Exception as error:
-        if not any(problems.values()):
+        if not failed:
             raise
         shown = f"{type(error).__name__}: {error}"
     where = "In training" if name == "training" else "In the trained network"
@@ -266,7 +267,8 @@ def check(name: str, names: dict | None = None) -> bool:
 def overview() -> None:
     for number, (name, exercise) in enumerate(EXERCISES.items(), 1):
         try:
-            found, _ = verdict(name, the_readers(name))
+            answers, cases, _ = verdict(name, the_readers(name))
+            found = answers | cases
             wrong = [f"{what}: {problem}" for what, problem in found.items() if problem]
             state = UNWRITTEN if UNWRITTEN in found.values() else (wrong or ["done"])[0]
         except Exception as error:  # of the reader's file: any

@@ -72,6 +72,25 @@ def test_blanks_fail_with_a_sentence_and_solutions_pass(name, capsys):
         assert not check.check(name, vars(solutions) | answers | {"EVEN": 9})
 
 
+def test_the_demonstration_is_no_proof(capsys):
+    """A wrong function may give the same in the network, or a better number."""
+
+    def printed(name: str, old: str, new: str) -> str:
+        answers = {question.name: question.answer for question in EXERCISES[name].questions}
+        wrong = vars(solutions) | vars(check.with_mistake(name, old, new))
+        assert not check.check(name, wrong | answers)
+        return capsys.readouterr().out
+
+    out = printed("accept", "cumprod(1).sum(1)", "sum(1)")
+    assert "give the same, so the mistake does not show here" in out
+    out = printed("bias", "(mean - load).sign()", "(mean - load) / mean")
+    assert "in parts of the mean" in out and "The cases above decide" in out
+    out = printed("accept", "stays.long().cumprod(1).sum(1)", "stays.long().sum(1) * 0")
+    assert "The cases above decide" in out and "detached" not in out  # counts have no gradient
+    out = printed("gate", "gain = s.gather", "gain = (s + b).gather")
+    assert "float64" not in out  # which the reader has not written
+
+
 @pytest.mark.parametrize("name", EXERCISES)
 def test_a_mistake_shows_in_the_network(name):
     def shown(functions):
