@@ -42,7 +42,14 @@ from support import processes
 from support.flops import flops_per_token, peak_flops
 from support.plot import PlotOptions, plot
 from support.processes import Machine, fast_dtype
-from support.settings import Refusal, info, parse_args, read_config_file, run_command
+from support.settings import (
+    Refusal,
+    info,
+    parse_args,
+    read_config_file,
+    run_command,
+    unknown_key,
+)
 from support.sizes import cache_numbers, parameter_counts
 
 # The 20.8M-parameter model on which we and transformers' DeepseekV3ForCausalLM are compared.
@@ -171,7 +178,8 @@ def size_row(file: str | Path) -> dict[str, Any]:
 
 def sizes(options: Options, files: list[str]) -> Iterator[Table]:
     """Parameters, cache, FLOPs and bytes of config/*.py, or of the files named."""
-    rows = [size_row(file) for file in files or sorted(Path("config").glob("[!_]*.py"))]
+    ours = Path(__file__).parent.glob("config/[!_]*.py")
+    rows = [size_row(file) for file in files or sorted(ours)]
     yield Table("cache per token, all layers; FLOPs and GB with MTP", rows)
 
 
@@ -474,7 +482,8 @@ def main(argv: list[str]):
     if command in ("-h", "--help"):
         return print(__doc__)
     if command not in COMMANDS:
-        info(f"usage: python bench.py {'|'.join(COMMANDS)} [--key=value ...]; see --help")
+        unknown = unknown_key(command, COMMANDS, "command") if command else "see --help"
+        info(f"usage: python bench.py {'|'.join(COMMANDS)} [--key=value ...]; {unknown}")
         sys.exit(2)
     function, kind, usage, most = COMMANDS[command]
     files = [arg for arg in argv if not arg.startswith("-")][:most]

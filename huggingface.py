@@ -14,6 +14,7 @@ NAME_scale_inv. Optional packages are imported where they are needed: safetensor
 installs huggingface_hub), transformers, gguf.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -414,8 +415,10 @@ def compares(config: ConvertConfig) -> bool:
     """Whether to compare an export with transformers; prints a message if not. Nothing else detects
     that model.py no longer computes DeepSeek-V3."""
     installed = all(importlib.util.find_spec(x) for x in ("transformers", "safetensors"))
+    if installed:  # `check` needs an option of version 5
+        installed = int(importlib.metadata.version("transformers").split(".")[0]) >= 5
     if not (config.check and installed):
-        reason = "pip install transformers safetensors" if config.check else "--check=False"
+        reason = "pip install 'transformers>=5' safetensors" if config.check else "--check=False"
         info(f"nothing was compared ({reason}): other programs compute V3, not your edit")
     return config.check and installed
 

@@ -101,7 +101,7 @@ def parse_record(line: str, where: str, text_key: str) -> str | None:
     """The text of a line of .jsonl."""
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError alone: a number of 5,000 digits
         message = getattr(error, "msg", error)  # str(error) adds a line number, which is always 1
         raise Refusal(f"{where} is not JSON ({message}); correct or delete it") from None
     if not isinstance(record, dict) or text_key not in record:
@@ -115,7 +115,8 @@ def parse_record(line: str, where: str, text_key: str) -> str | None:
 def read_file(path: Path, text_key: str) -> Iterator[str | None]:
     """The documents of one file; None for a record whose text is null. Plain text is split at
     <|endoftext|>."""
-    if path.suffix == ".parquet":
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         from pyarrow.parquet import ParquetFile
 
         file = ParquetFile(path)
@@ -126,8 +127,8 @@ def read_file(path: Path, text_key: str) -> Iterator[str | None]:
         for batch in file.iter_batches(columns=[text_key]):
             for value in batch.column(text_key).to_pylist():
                 yield as_text(value, "a record", text_key)
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        opened = gzip.open if path.suffix == ".gz" else open
+    elif name.endswith((".jsonl", ".jsonl.gz")):
+        opened = gzip.open if name.endswith(".gz") else open
         with opened(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -177,7 +178,7 @@ def read_paths(source: str, text_key: str) -> dict[str, str]:
             records = list(read_file(path, text_key))
         except UnicodeDecodeError as error:
             # Unlike a binary file in a folder of texts, these have to be text.
-            if {".jsonl", ".parquet"} & {*path.suffixes}:
+            if {"jsonl", "parquet"} & {*path.name.lower().split(".")}:
                 raise Refusal(f"{path} cannot be read: {error}; convert it to UTF-8") from None
             info(f"skipped {path}: not UTF-8 text")
             continue

@@ -38,7 +38,9 @@ class Muon(torch.optim.Optimizer):
         """The gradient with Nesterov's momentum."""
         if not self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        # A resumed run may have another dtype than its checkpoint.
+        average = self.state[p]["momentum_buffer"].to(p.dtype).lerp_(p.grad, 1 - momentum)
+        self.state[p]["momentum_buffer"] = average
         return p.grad.lerp(average, momentum)
 
 

@@ -179,6 +179,12 @@ class Run:
             raise Refusal(f"{file} cannot be resumed: {error}; use --init_from.") from None
         self.saved_step = self.progress.step
         info(f"resume: from step {self.saved_step} of {self.config.steps}, in {file}")
+        then, now = saved["train_config"], asdict(self.config)
+        keys = ("data", "block_size", "eval_tokens")
+        if changed := [key for key in keys if then.get(key) != now[key]]:
+            names = " and ".join(changed)
+            info(f"other {names}, so other losses: the next evaluation replaces best.pt")
+            self.progress.best_loss = math.inf
         if self.finished:
             info("nothing is left to train: give more --steps")
         if self.machine.rank == 0:

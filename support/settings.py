@@ -51,13 +51,13 @@ NANOGPT = dict(
 )  # fmt: skip
 
 
-def unknown_key(name: str, known: Iterable[str]) -> str:
-    """The message for a key that does not exist."""
+def unknown_key(name: str, known: Iterable[str], kind: str = "key") -> str:
+    """The message for a key, or another kind of word, that does not exist."""
     for ours in NANOGPT.get(name, "").split():
         if ours in known:
             return f"unknown key {name}, nanoGPT's name; here it is {ours} (docs/REFERENCE.md)"
     close = difflib.get_close_matches(name, known, 1, 0.75)  # a lower cutoff suggests nonsense
-    return f"unknown key {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
+    return f"unknown {kind} {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
 
 
 def type_name(annotation: Any) -> str:
@@ -82,6 +82,8 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
     if type(x) is str and str not in kinds and x not in kinds:
         with suppress(Exception):  # not a literal
             x = ast.literal_eval(x.title() if x.strip().isalpha() else x)  # none becomes None
+    if type(x) is int and abs(x) >= 2**63:  # torch takes no larger seed
+        raise Refusal(f"{name} is {short(repr(value), 40)}, expected one below 2^63")
     if type(x) in kinds:  # isinstance would take a bool for an int
         return x
     if x in kinds:  # 1 is True, 2.0 is 2

@@ -206,6 +206,13 @@ def test_sizes_are_those_of_the_releases(name, total, active, mtp, cache_bytes, 
     assert name != "v3_671b" or row["MHA bytes"] == 2 * 61 * 128 * (128 + 128)
 
 
+def test_sizes_finds_our_configs_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "size_row", lambda file: {"": file.stem})
+    (table,) = bench.sizes(bench.Options(), [])
+    assert {"": "v3_671b"} in table.rows
+
+
 def test_flops_are_six_per_weight_that_multiplies_and_half_of_attention():
     """By hand for V3: no embedding, norm or correction bias, 8 of MTP's 256 experts and a second
     head, which read a token less than the layers."""

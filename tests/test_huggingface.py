@@ -465,6 +465,10 @@ def test_an_edited_network_is_not_exported_as_v3(change, run, tmp_path, monkeypa
         assert not [*tmp_path.iterdir()]
     huggingface.main([str(run), str(tmp_path / "hf"), "--check=False"])
     assert "nothing was compared (--check=False)" in capsys.readouterr().err
+    with monkeypatch.context() as old:
+        old.setattr("importlib.metadata.version", lambda package: "4.57.6")
+        huggingface.main([str(run), str(tmp_path / "old")])
+    assert "nothing was compared (pip install 'transformers>=5' " in capsys.readouterr().err
     # Shapes that are not V3's, of which transformers knows nothing: it draws such weights.
     wide = functools.partial(huggingface.save_pretrained, moe_intermediate_size=14)
     monkeypatch.setattr(huggingface, "save_pretrained", wide)

@@ -35,6 +35,7 @@ REFUSALS = [
     # train.py: what the command says.
     ("train.py", 2, "name a config file, for example: python train.py config/small.py"),
     (f"{NEW} --stepps=1", 2, "unknown key stepps; did you mean steps?"),
+    (f"{NEW} --seed=12345678901234567890", 2, "seed is '12345678901234567890', expected one below"),
     (f"{NEW} --optimizer=muon --parallel=fsdp", 1, "muon needs whole matrices"),
     (f"{NEW} --eval_every=0", 1, "eval_every is 0, but must be at least 1."),
     (f"{NEW} --warmup=0.6", 1, "warmup is 0.6, but decay_start is 0.5: raise decay_start to at"),
@@ -87,11 +88,13 @@ REFUSALS = [
     ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
     ("sample.py run --interactive --prompt=x", 1, "--interactive asks for prompts: leave out"),
     ("sample.py run", 1, "standard input is not UTF-8 text"),
+    (f"sample.py run '--prompt={' ' * 10**6}'", 1, " tokens, but the context ends at 256; shorten"),
     # huggingface.py
     ("huggingface.py run photos", 1, "photos exists; choose another name, or give --overwrite"),
     ("huggingface.py release new", 1, "release has Hugging Face's layout, but SRC must be a run"),
     # bench.py
-    ("bench.py", 2, "usage: python bench.py"),
+    ("bench.py", 2, "[--key=value ...]; see --help"),
+    ("bench.py sizs", 2, "unknown command sizs; did you mean sizes?"),
     ("bench.py decode --rounds=0", 1, "rounds is 0, but must be at least 1"),
 ]
 

@@ -99,6 +99,13 @@ def test_a_run_has_copies_of_the_code_that_made_its_weights(monkeypatch, capsys)
     shutil.copy("best.pt", "run")  # as if it were the best still
     load_model("run")
     assert first.replace("ckpt.pt", "best.pt") in capsys.readouterr().err
+    saved = load("run", "best.pt")  # like weights/small: without the code, which stands beside it
+    torch.save({key: saved[key] for key in saved if key not in now}, "run/best.pt")
+    load_model("run")
+    assert "has changed" not in capsys.readouterr().err
+    Path("run/model.py").write_text("# before")
+    load_model("run")
+    assert first.replace("ckpt.pt", "best.pt") in capsys.readouterr().err
 
 
 class LowMomentum(torch.optim.Optimizer):
@@ -138,7 +145,7 @@ def test_the_whole_state_of_any_optimiser_goes_on(kind, monkeypatch):
 # ---- The best checkpoint -------------------------------------------------------------------------
 
 
-def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch):
+def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch, capsys):
     """Not an equal one; once YaRN is on the first that is a number, then lower ones."""
     write, saved = runs.write_whole, []
 
@@ -164,6 +171,10 @@ def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch):
         run(*options, "--resume", "--steps=17")
         assert load("run", "best.pt")["val_loss"] == 4.0
         assert [x["step"] for x in log_of("run")][-3:] == [16, 17, 17]
+    found.side_effect = [dict(val_loss=9.0, val_bpb=4.5)]
+    run(*options, "--resume", "--steps=18", "--block_size=8")  # its losses are others
+    assert load("run", "best.pt")["val_loss"] == 9.0
+    assert "other block_size, so other losses: the next eval" in capsys.readouterr().err
     assert checkpoints.checkpoint_file("run").name == "best.pt"  # what the folder means
     Path("run/best.pt").unlink()
     assert checkpoints.checkpoint_file("run").name == "ckpt.pt"

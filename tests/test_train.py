@@ -160,6 +160,14 @@ def test_steps_equal_a_plain_training_loop(data):
     assert max(norms) > 0.5, "no step was clipped"
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "float32")])
+def test_a_muon_run_goes_on_in_another_dtype(dtypes):
+    for dtype, options in zip(dtypes, (["--steps=1"], ["--steps=2", "--resume"]), strict=True):
+        run("--optimizer=muon", f"--dtype={dtype}", *options)
+    state = load("run")["Muon 1"]["state"]
+    assert {str(x["momentum_buffer"].dtype) for x in state.values()} == {f"torch.{dtypes[1]}"}
+
+
 def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(shared, capsys):
     """In bfloat16, as torch.optim.Muon does."""
     model = load_model(shared("--n_routed_experts=64", "--optimizer=adamw"))[0].float()
