@@ -259,11 +259,11 @@ def open_data(
 
     processes.once(make)
     if config.data in prepare_data.SHARDS and not folder.exists():
-        shards = prepare_data.SHARDS[config.data][1]
+        shards = -(-config.steps * config.batch_size * config.block_size // 10**8)  # for one epoch
+        shards = min(shards, prepare_data.SHARDS[config.data][1])
         raise Refusal(
             f"no data in {folder}; make it with: python prepare_data.py {config.data} "
-            f"--shards={shards} ({shards / 10:.1f}B tokens, {shards / 5:.0f} GB; fewer --shards "
-            "mean less)."
+            f"--shards={shards} ({shards / 10:.1f}B tokens, {shards / 5:.1f} GB)."
         )
     longest = max(config.block_size, config.long_block_size)
     return open_folder(folder, vocab_size, longest, source, config.eval_tokens), folder

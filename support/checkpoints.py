@@ -9,7 +9,6 @@ support/runs.py decides when and where a checkpoint is written.
 import math
 import os
 import re
-import sys
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,9 +38,8 @@ def checkpoint_file(path: str | Path) -> Path:
 def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     """Opens what train.py saved in a file, or in a run's folder (best.pt, else ckpt.pt).
 
-    Tensors stay on the disk until they are used (not on Windows); nothing in the file can run
-    code. whole: first read the whole file and compare its checksums, which its settings alone do
-    not need.
+    Tensors stay on the disk until they are used; nothing in the file can run code. whole: first
+    read the whole file and compare its checksums, which its settings alone do not need.
     """
     file = checkpoint_file(path)
     kinds = "a run's folder (such as weights/small), a checkpoint file, or a directory with a "
@@ -51,8 +49,7 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(file) as archive:  # torch does not compare checksums
             damaged = archive.testzip() if whole else None
-        mapped = sys.platform != "win32"  # which does not replace a file that is mapped
-        saved = torch.load(file, "cpu", weights_only=True, mmap=mapped)
+        saved = torch.load(file, "cpu", weights_only=True, mmap=True)
         dict(saved["model_config"])  # fails in a file of another program
     except Exception as error:  # a damaged file may raise anything
         if sentence_of(error):  # such as a missing permission, which is no damage

@@ -9,17 +9,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-# FLOP/s of dense bf16 products by NVIDIA's data sheets for the A100 (2021), H100 (2022; SXM and
-# PCIe) and H200 (2023), which state twice as many, with sparsity. The H800 is an H100 with slower
+# FLOP/s of dense bf16 products, with sums in float32, by NVIDIA's data sheets for the A100 (2021),
+# H100 (2022; SXM and PCIe) and H200 (2023) and its papers on the architectures of the RTX 3090
+# (2020) and 4090 (2022). Most state twice as many, with sparsity. The H800 is an H100 with slower
 # links.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}
+PEAK_FLOPS |= {"RTX 3090": 71e12, "RTX 4090": 165e12}
+OTHERS = ("NVL", "Laptop", " Ti", " D")  # in the names of cards that are slower or faster
 GROUPED, ATTENTION = "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def peak_flops(device: torch.device) -> float | None:
     """FLOP/s of bf16 products; None if unknown."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if "NVL" in card:  # slower than its namesakes in the table
+    if any(word in card for word in OTHERS):
         return None
     return next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
 

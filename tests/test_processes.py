@@ -31,6 +31,7 @@ import train
 from model import DeepSeekV3, ModelConfig
 from support import processes
 from support.checkpoints import load_checkpoint
+from support.flops import peak_flops
 from support.settings import Refusal
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -211,6 +212,22 @@ def test_a_gpu_that_cannot_be_used_is_refused_with_what_to_do(why, way, monkeypa
     monkeypatch.setattr(torch, "ones", fail)
     with pytest.raises(Refusal, match=rf"'cuda:0' cannot be used here: .*{way}.*{why}"):
         processes.usable_device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3060", None),
+    ],
+)
+def test_the_peak_of_a_card_is_known_by_its_name(card, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert peak_flops(torch.device("cuda")) == peak
 
 
 def compile_in_vain():

@@ -50,7 +50,7 @@ REFUSALS = [
         1,
         "no data in data/nowhere: name a prepared folder with --data, or make one with python pre",
     ),
-    (f"{NEW} --data=finewebedu", 1, "python prepare_data.py finewebedu --shards=99 (9.9B tokens"),
+    (f"{NEW} --data=finewebedu", 1, "python prepare_data.py finewebedu --shards=1 (0.1B tokens, 0"),
     (f"{NEW} --vocab_size=1024", 1, "for a new network give --vocab_size=512;"),
     (f"{NEW} --block_size=900000 --max_position_embeddings=900000", 1, "do not fit in data/tiny"),
     (f"{NEW} --long_block_size=900000 --max_position_embeddings=900000", 1, "not fit in data/tiny"),
