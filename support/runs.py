@@ -119,6 +119,8 @@ def to_json(values: dict) -> str:
 
 # ---- A run ---------------------------------------------------------------------------------------
 
+REMEDY = "give a lower --lr, or fix the edit that causes this."
+
 
 class Run:
     """Decides what a training writes into its folder, and when. Created by `open_run`."""
@@ -155,12 +157,17 @@ class Run:
 
     # -- Beginning --
 
-    def begin(self, files: Iterable[Path]):
-        """Begins a new run: copies the tokenizer's files into its folder."""
-        if self.machine.rank == 0:
-            for file in files:
-                content = file.read_bytes()
-                write_whole(self.out / file.name, lambda copy, x=content: copy.write(x))
+    def write_copies(self, files: Iterable[Path] = ()):
+        """Copies these files, the tokenizer's, and the code that will make the weights into the
+        folder. A different copy, such as the code of an earlier process, is renamed."""
+        copies = {file.name: file.read_bytes() for file in files}
+        copies |= {name: text.encode() for name, text in CODE.items()}
+        for name, content in copies.items() if self.machine.rank == 0 else ():
+            path = self.out / name
+            if path.exists() and path.read_bytes() != content:
+                put_aside(path)
+            if not path.exists():
+                write_whole(path, lambda file, content=content: file.write(content))
 
     def restore(self):
         """Loads every state from ckpt.pt."""
@@ -191,6 +198,7 @@ class Run:
             log = self.out / "log.jsonl"
             open(log, "ab").close()  # fails now rather than at the first line
             cut_log(log, self.saved_step)
+        self.write_copies()
 
     # -- Steps --
 
@@ -214,7 +222,10 @@ class Run:
             info(f"step {progress.step}/{config.steps}: loss {loss:.5g}, {seconds:.1f} s")
         self.first = False
         if diverged:
-            self.give_up()
+            n, step = self.bad_in_a_row, progress.step
+            if self.saved_step == step - n:  # of no use: its weights led to all of these gradients
+                self.saved_step = 0
+            raise Refusal(f"{n} gradient(s) up to step {step} are not finite: {REMEDY}")
         self.stopped = self.stop.agreed()
         due = self.stopped or self.evaluation_due or self.due(config.save_every)
         self.save_due = self.save_due or due
@@ -243,8 +254,7 @@ class Run:
                 with open(path, "ab") as file:
                     file.write(f"{to_json(counts | values)}\n".encode())
             except OSError as error:
-                message = f"{path} cannot be written ({error}); {self.way_on()}."
-                raise Refusal(message) from None
+                raise Refusal(f"{path} cannot be written ({error}).") from None
 
     def log_evaluation(self, result: dict):
         """Writes an evaluation to log.jsonl, and best.pt if these weights are the best so far:
@@ -259,10 +269,7 @@ class Run:
             self.write("best.pt", {"model": self.model}, **losses)
         self.write_line(result)
         if self.finished and not math.isfinite(loss):
-            raise Refusal(
-                f"the validation loss after step {progress.step} is not finite; "
-                f"{self.way_on(spoilt=True)} and a lower --lr."
-            )
+            raise Refusal(f"the validation loss after step {progress.step} is not finite: {REMEDY}")
         self.clock.restart(progress.tokens)
 
     # -- Checkpoints --
@@ -290,45 +297,14 @@ class Run:
             return
         for weight, x in saved["model"].items():
             if not x.isfinite().all():
-                raise Refusal(
-                    f"{weight} is not finite after step {self.progress.step}, and was not saved; "
-                    f"{self.way_on()} and a lower --lr."
-                )
-        try:
-            self.write_code()
-            write_whole(self.out / name, lambda file: torch.save(saved, file))
-        except Refusal as error:
-            raise Refusal(f"{error} Mend that, then {self.way_on()}.") from None
+                raise Refusal(f"{weight} is not finite after step {self.progress.step}: {REMEDY}")
+        write_whole(self.out / name, lambda file: torch.save(saved, file))
 
-    def write_code(self):
-        """Writes CODE beside the weights. A different copy, of an earlier process, is renamed."""
-        for name, text in CODE.items():
-            copy, code = self.out / name, text.encode()
-            if copy.exists() and copy.read_bytes() != code:
-                put_aside(copy)
-            if not copy.exists():
-                write_whole(copy, lambda file, code=code: file.write(code))
-
-    # -- Ends --
-
-    def way_on(self, spoilt: bool = False) -> str:
-        """How to continue after a stop: from ckpt.pt unless its weights are spoilt, else from
-        best.pt, else from the beginning."""
-        ckpt, best = self.out / "ckpt.pt", self.out / "best.pt"
-        if self.saved_step and not spoilt:
-            return f"continue from step {self.saved_step} ({ckpt}) with --resume"
-        if math.isfinite(self.progress.best_loss) and best.exists():
-            return f"begin anew with --init_from={best}, another --out"
+    def way_on(self) -> str:
+        """How to continue after a stop."""
+        if self.saved_step:
+            return f"continue from step {self.saved_step} ({self.out}/ckpt.pt) with --resume"
         return "begin again with --overwrite"
-
-    def give_up(self):
-        """Raises Refusal because the last gradients were not finite."""
-        n, step = self.bad_in_a_row, self.progress.step
-        spoilt = self.saved_step == step - n  # the weights in ckpt.pt led to all of these gradients
-        raise Refusal(
-            f"{n} gradient(s) up to step {step} are not finite; {self.way_on(spoilt)} and a lower "
-            "--lr, or fix the edit that causes them."
-        )
 
 
 @contextmanager
@@ -358,20 +334,17 @@ def open_run(
         if config.resume:
             run.restore()
         else:
-            run.begin(files)
+            run.write_copies(files)
         machine.check_alike(step=progress.step, tokens=progress.tokens)
         run.clock.restart(progress.tokens)
         try:
             yield run
-        except RuntimeError:
-            # The cause may be a signal, or an error in another process, which reports it.
-            if machine.world > 1 or stop.heard:
-                info(f"this process cannot continue; {run.way_on()}.")
+            if run.stopped and not run.finished:
+                raise KeyboardInterrupt  # the exit code tells scripts that the run is not finished
+        except BaseException:  # also an error in another process, or a full disk
+            if progress.step:
+                info(f"stopped at step {progress.step}; {run.way_on()}.")
             raise
-        if run.stopped and not run.finished:
-            message = ", whose gradient was not finite" if run.bad_in_a_row else ""
-            info(f"stopped at step {progress.step}{message}; {run.way_on()}.")
-            raise KeyboardInterrupt  # the exit code tells scripts that the run is not finished
     finally:
         stop.end()
         if lock:

@@ -148,7 +148,7 @@ def test_a_rank_that_dies_or_raises_ends_the_others_promptly(parallel, raises, s
         ranks[1].kill()
     said, culprit = finish(ranks, [1, 1 if raises else -signal.SIGKILL], seconds=20)
     assert "Traceback" in said  # that of torch, of a lost connection; torchrun names the culprit
-    assert re.search(r"this process cannot continue; continue from step \d+ \(run/ckpt.pt\)", said)
+    assert re.search(r"\nstopped at step \d+; continue from step \d+ \(run/ckpt.pt\)", said)
     assert culprit.strip() == ("error in process 1: this rank has had enough" if raises else "")
     load_checkpoint("run/ckpt.pt")
 

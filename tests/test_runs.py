@@ -243,6 +243,9 @@ def test_a_run_on_windows_has_no_lock_and_says_so(start, shared):
 
 # ---- Accidents -----------------------------------------------------------------------------------
 
+AGAIN = "begin again with --overwrite.\n"
+CONTINUE = "continue from step {} (run/ckpt.pt) with --resume.\n"
+
 
 def test_sigkill_at_any_moment_loses_nothing(start, shared):
     """Every second kill strikes while a file is being written, the others anywhere."""
@@ -314,13 +317,13 @@ def test_a_signal_in_an_evaluation_stops_the_run_after_it(shared, monkeypatch):
 
 FULL = {
     "run/tokenizer.tiktoken": (0, lambda: 20, "its previous content is intact"),
-    "run/log.jsonl": (4, lambda: Path("run/log.jsonl").stat().st_size, "continue from step 4 (run"),
+    "run/log.jsonl": (4, lambda: Path("run/log.jsonl").stat().st_size, "run/log.jsonl"),
     "run/ckpt.pt": (4, lambda: 60_000, "its previous content is intact"),
 }
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_a_full_disk_is_reported_with_the_files_name_and_loses_nothing(name, faults):
+def test_a_full_disk_is_reported_with_the_files_name_and_loses_nothing(name, faults, capsys):
     step, size, words = FULL[name]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -335,42 +338,41 @@ def test_a_full_disk_is_reported_with_the_files_name_and_loses_nothing(name, fau
     assert re.match(rf"{name} cannot be written \(.*File too large\)", said) and words in said
     assert not [*Path("run").glob("*.tmp")]
     assert not step or (load("run")["step"], load("run", "best.pt")["step"]) == (4, 4)
+    assert (CONTINUE.format(4) in capsys.readouterr().err) == (step > 0)
 
 
 # ---- Numbers that are not finite -----------------------------------------------------------------
 
-ANEW = "begin anew with --init_from=run/best.pt, another --out and a lower --lr"
-AGAIN = "begin again with --overwrite and a lower --lr"
+REMEDY = ": give a lower --lr, or fix the edit that causes this."
 
 
 @pytest.mark.parametrize(
     ("bad", "steps", "every", "way"),
     [
-        (range(6, 99), 40, 1, ANEW),  # from step 5 it would be the same
-        (range(6, 99), 8, 1, ANEW),
+        (range(6, 99), 40, 1, AGAIN),  # from step 5 it would be the same
         (range(4, 99), 4, 1, AGAIN),
-        (range(2, 99), 40, 3, ANEW),
-        (range(8, 99), 40, 4, "continue from step 4 (run/ckpt.pt) with --resume and a lower --lr"),
-        (range(4, 99), 4, 2, "continue from step 2 (run/ckpt.pt) with --resume and a lower --lr"),
+        (range(2, 99), 40, 3, AGAIN),
+        (range(8, 99), 40, 4, CONTINUE.format(4)),
+        (range(4, 99), 4, 2, CONTINUE.format(2)),
     ],
 )
-def test_a_diverging_run_stops_or_has_failed_at_its_end(bad, steps, every, way, faults):
+def test_a_diverging_run_stops_or_has_failed_at_its_end(bad, steps, every, way, faults, capsys):
     """Where the weights of ckpt.pt themselves have led to the bad gradients, it is of no use."""
     faults.bad_gradients(*bad)
     said = refused(f"--steps={steps}", f"--save_every={every}", "--log_every=50")
     last = min(bad[0] + 4, steps)
-    told = f"{last - bad[0] + 1} gradient(s) up to step {last} are not finite"
-    assert said == f"{told}; {way}, or fix the edit that causes them."
+    assert said == f"{last - bad[0] + 1} gradient(s) up to step {last} are not finite{REMEDY}"
+    assert f"\nstopped at step {last}; {way}" in capsys.readouterr().err
     assert log_of("run")[-1]["grad_norm"] is None  # though no line was due
 
 
 def test_a_run_whose_last_validation_loss_is_not_finite_has_failed(monkeypatch):
     evaluate, results = train.evaluate, [{}, {"val_loss": math.nan}]
     monkeypatch.setattr(train, "evaluate", lambda *x: evaluate(*x) | results.pop(0))
-    assert refused() == f"the validation loss after step 8 is not finite; {ANEW}."
+    assert refused() == f"the validation loss after step 8 is not finite{REMEDY}"
 
 
-def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch):
+def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch, capsys):
     """Gradients may be finite all the while, as for a gate's bias."""
     update, calls = DeepSeekV3.update_bias, itertools.count(1)
 
@@ -381,8 +383,9 @@ def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch):
 
     monkeypatch.setattr(DeepSeekV3, "update_bias", poisoned)
     sentence = refused("--save_every=1")
-    assert "layers.1.mlp.gate.e_score_correction_bias is not finite after step 3" in sentence
-    assert sentence.endswith("continue from step 2 (run/ckpt.pt) with --resume and a lower --lr.")
+    name = "layers.1.mlp.gate.e_score_correction_bias"
+    assert sentence == f"{name} is not finite after step 3{REMEDY}"
+    assert CONTINUE.format(2) in capsys.readouterr().err
     assert load("run")["step"] == 2
 
 
