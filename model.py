@@ -296,10 +296,8 @@ class MLA(nn.Module):
     Why latents: decoding keeps c_t^KV and k_t^R of every token, in V3 512 + 64 = 576 numbers per
     layer; k_t^C and v_t^C of 128 heads would be 128 * (128 + 128) = 32,768. The queries' latent
     saves memory in training.
-    Why position has a key of its own: RoPE on k_t^C would put a rotation, which changes with the
-    distance, between q and W^UK. Then `attend_absorbed` could not multiply the query by W^UK, and
-    each new token would have to compute all keys again (DeepSeek-V2, arXiv 2405.04434, section
-    2.1.3).
+    Why position has a key of its own: part 5 of docs/TOUR.md (DeepSeek-V2, arXiv 2405.04434,
+    section 2.1.3).
     Why two forms, in multiplications for one head of V3: `attend_expanded` spends C (N + V) =
     131,072 on the key and value of a token, then N + R + V = 320 on each pair of query and key.
     `attend_absorbed` spends 131,072 on a query, then C + R + C = 1,088 on each pair. A prompt has

@@ -5,11 +5,9 @@ RoPE          pair i of the token at position t is rotated by the angle t theta^
               (a, b) -> (a cos - b sin, a sin + b cos)
 
 RoPE rotates queries and keys, so that their product depends on the distance between two tokens, not
-on their positions: (R_t q) . (R_j k) = q . (R_{j-t} k). If the key from the latent, k = W^UK c,
-were rotated, the product would be q . (R_{j-t} W^UK c). The rotation between q and W^UK is a
-different one for every distance, so no single matrix could be applied to the query instead
-(exercise `absorbed`). V3 therefore does not rotate that key. R more numbers, one small key for all
-heads, carry the position. (Part 5 of docs/TOUR.md shows the wrong scores of rotated content.)
+on their positions: (R_t q) . (R_j k) = q . (R_{j-t} k). V3 does not rotate the keys from the
+latents, k = W^UK c. R more numbers, one small key for all heads, carry the position. Part 5 of
+docs/TOUR.md says why, with the scores that come out otherwise.
 """
 
 import torch
