@@ -15,7 +15,8 @@ Computed, not measured; no GPU has run this yet:
     FLOPs     1.64 GFLOP per token with MTP, 1.6e19 in all
     time      expected 2.1 hours on 8 H100, at least 1.2 (computed as in base_1b.py), without
               evaluations, checkpoints and the exchange of gradients
-    memory    52 GB per GPU, as in base_1b.py: DDP's buckets are the gradients
+    memory    56 GB per GPU in the first step, whose gradients (4 GB) lie beside DDP's buckets; then
+              52 as in base_1b.py, since the buckets are the gradients
 """
 
 # All other settings are base_1b.py's.
