@@ -20,9 +20,11 @@ train.py's defaults, which are the report's.
 Computed, not measured; no GPU has run this yet:
     run       7,000 steps of 163,840 tokens: 1.15B, 20 per active parameter
     FLOPs     0.38 GFLOP per token with MTP, three fifths of it in the two heads; 4.4e17 in all
-    time      at a quarter of the card's bf16 peak 3 hours on an RTX 4090 (165 TFLOP/s), 7 on a 3090
-              (71)
-    memory    7.0 GB: 1.5 for weights, gradients and AdamW, 0.55 for each window of a micro-batch,
+    time      3 hours on an RTX 4090 and 7 on a 3090, at a quarter of their bf16 peaks (165 and 71
+              TFLOP/s), which is an assumption. At least 1.5 and 2.5: a micro-batch's products take
+              24 and 55 ms at the peak, and moving its other 24 GB takes 24 and 26 ms. Without the
+              seven evaluations, of half a minute or less each
+    memory    7.1 GB: 1.5 for weights, gradients and AdamW, 0.55 for each window of a micro-batch,
               of which 0.3 are logits and their gradient; 4.3 GB with --grad_accum=32. Uncompiled
               1.2 for each window
     disk      11 GB: 2.4 for the text, 6 for Python's packages, up to 2.5 for checkpoints while they
