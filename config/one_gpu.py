@@ -4,9 +4,9 @@
     python prepare_data.py finewebedu --shards=12      # GPT-2 tokens, 1.2B of them, 2.4 GB
     python train.py config/one_gpu.py
 
-Cards of 8 GB: add --grad_accum=32, for micro-batches of 5 windows in place of 10; less memory still
-takes --recompute. Cards of 24 GB can also train the 1B parameters of base_1b.py, in days:
-python train.py config/base_1b.py --recompute --grad_accum=128.
+Cards of 8 GB: add --grad_accum=32, for micro-batches of 5 windows in place of 10. --recompute saves
+more memory, and takes longer. Cards of 24 GB can also train the 1B parameters of base_1b.py, in
+days: python train.py config/base_1b.py --recompute --grad_accum=128.
 
 The same network on children's stories, about one epoch of TinyStories (docs/REFERENCE.md):
 
@@ -21,12 +21,12 @@ Computed, not measured; no GPU has run this yet:
     run       7,000 steps of 163,840 tokens: 1.15B, 20 per active parameter
     FLOPs     0.38 GFLOP per token with MTP, three fifths of it in the two heads; 4.4e17 in all
     time      3 hours on an RTX 4090 and 7 on a 3090, at a quarter of their bf16 peaks (165 and 71
-              TFLOP/s), which is an assumption. At least 1.5 and 2.5: a micro-batch's products take
-              24 and 55 ms at the peak, and moving its other 24 GB takes 24 and 26 ms. Without the
+              TFLOP/s), which is an assumption. At least 1.7 and 2.7: a micro-batch's products take
+              24 and 55 ms at the peak, and moving its other 29 GB takes 29 and 31 ms. Without the
               seven evaluations, of half a minute or less each
     memory    7.1 GB: 1.5 for weights, gradients and AdamW, 0.55 for each window of a micro-batch,
-              of which 0.3 are logits and their gradient; 4.3 GB with --grad_accum=32. Uncompiled
-              1.2 for each window
+              of which 0.3 are logits and their gradient; 4.4 GB with --grad_accum=32. Uncompiled
+              code takes 1.2 for each window
     disk      11 GB: 2.4 for the text, 6 for Python's packages, up to 2.5 for checkpoints while they
               are replaced
 """
