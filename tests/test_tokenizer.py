@@ -160,6 +160,11 @@ def test_deepseeks_own_tokenizer_opens():
     assert all(ours.decode([i]) == theirs.decode([i]) for i in range(0, len(theirs), 97))
 
 
+def test_a_million_blanks_are_encoded():
+    """In one piece tiktoken would panic."""
+    assert tk.tokenizer_of(ONLY_BYTES).encode(" " * 10**6) == [32] * 10**6
+
+
 def test_a_tokenizer_json_changes_no_ids_of_a_text(tmp_path):
     """It may ask to cut texts, to pad them, and for marks at the beginning and end of each."""
     made = tokenizers.Tokenizer.from_str(tk.tokenizer_json(ONLY_BYTES))
