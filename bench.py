@@ -207,7 +207,7 @@ def training_step(model: nn.Module, config: train.TrainConfig, machine: Machine)
         windows = rng.integers(model.config.vocab_size, size=(config.batch_size, size))
         if ours:
             parts = np.split(windows, config.grad_accum)
-            weight_of = train.loss_weights(model, config, step=0)
+            weight_of = train.loss_weights(config, step=0)
             with fp8.quantized_once(model, processes.compiles(config, machine.device)):
                 train.backward(trainer, parts, weight_of, machine)
             model.update_bias(config.gamma)

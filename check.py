@@ -317,7 +317,7 @@ def step_gradients(
     trainer, parts = processes.wrap(model, config, machine), np.split(windows, config.grad_accum)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        train.backward(trainer, parts, train.loss_weights(model, config, step=0), machine)
+        train.backward(trainer, parts, train.loss_weights(config, step=0), machine)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

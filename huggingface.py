@@ -65,15 +65,19 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
             f"config.json has model_type {family}, expected {' or '.join(FAMILY)}: DeepSeek-V3, "
             "V3.1, R1, Moonlight, Kimi-K2 or a relative."
         )
+    scaling, parameters, quantization = (
+        as_field(f"{key} of config.json", config.get(key), dict | None) or {}
+        for key in ("rope_scaling", "rope_parameters", "quantization_config")
+    )
     # transformers 5 gathers rope_theta and rope_scaling in one dictionary.
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope = dict(scaling or parameters)
     original = "original_max_position_embeddings"
     if config.get(original):  # it overrides the value in that dictionary
         rope[original] = config[original]
     # The keys of the file and of its two nested objects in one dictionary. Missing keys get
     # transformers' defaults, which differ from ours in these two.
-    stated = {"max_position_embeddings": 4096, "initializer_range": 0.02} | config | rope
-    stated |= config.get("quantization_config") or {}
+    stated = {"max_position_embeddings": 4096, "initializer_range": 0.02}
+    stated |= config | rope | quantization
     for key, value in (FIXED_KEYS | FP8_KEYS | {"partial_rotary_factor": 1}).items():
         if stated.get(key) not in (None, value):
             raise Refusal(f"config.json has {key} {stated[key]!r:.100}, expected {value!r}.")
@@ -94,22 +98,23 @@ def outline(config: ModelConfig) -> DeepSeekV3:
 
 
 def filled(
-    config: ModelConfig,
+    model: DeepSeekV3,
     weights: dict[str, Tensor] | None,
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> DeepSeekV3:
-    """The network with copies of these weights, whose memory-mapped file may change later. It is
-    built on meta, so that no parameter is initialised only to be replaced. Parameters missing from
-    the weights are initialised. weights=None: with empty memory, for the caller to fill."""
-    model = outline(config).to(dtype)
+    """The network of this outline, with copies of these weights, whose memory-mapped file may
+    change later. No parameter is initialised only to be replaced. Parameters missing from the
+    weights are initialised. A weight that has been copied is taken out of `weights`, so that no two
+    networks are in memory. weights=None: with empty memory, for the caller to fill."""
+    model = model.to(dtype)
     state, found = model.state_dict(keep_vars=True), {}
     for name, like in state.items():
         if id(like) in found or (weights is not None and name not in weights):
             continue  # shared parameters stay shared
         x = torch.empty_like(like, device=device)
         if weights is not None:
-            x.copy_(weights[name].detach())
+            x.copy_(weights.pop(name).detach())
         parameter = isinstance(like, nn.Parameter)
         found[id(like)] = nn.Parameter(x, like.requires_grad) if parameter else x
     state = {name: found[id(like)] for name, like in state.items() if id(like) in found}
@@ -119,7 +124,7 @@ def filled(
 
     constants = [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor)]
     if any(x.is_meta for x in (*model.parameters(), *model.buffers(), *constants)):
-        model = DeepSeekV3(config).to(device, dtype)  # an edited network, or new parameters
+        model = DeepSeekV3(model.config).to(device, dtype)  # edited, or with new parameters
         model.load_state_dict(state, strict=False)
     return model.to(device)
 
@@ -227,15 +232,15 @@ def from_pretrained(
     raw, stored = read_json(directory / "config.json"), open_files(directory, str(device))
     config = config_from_json(raw)
     config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
-    shapes, norm = outline(config), "model.norm.weight"
-    check_tensors(shapes, stored, directory)
+    model, norm = outline(config), "model.norm.weight"
+    check_tensors(model, stored, directory)
     kind = raw.get("dtype") or raw.get("torch_dtype") or stored[norm].get_tensor(norm).dtype
     kind = "bfloat16" if raw.get("quantization_config") else str(kind).removeprefix("torch.")
     named = getattr(torch, kind, None)
     if named not in DTYPES:
         raise Refusal(f"config.json has dtype {kind!r:.100}, expected one such as float32.")
 
-    model = filled(config, None, device, dtype or named)
+    model = filled(model, None, device, dtype or named)
     for name, view in checkpoint_views(model):
         view.copy_(read_tensor(name, stored, directory))
     copies = {name: x for name, x in checkpoint_copies(model) if name in stored}
@@ -263,7 +268,9 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
-    config = asdict(model.config)
+    config, kinds = asdict(model.config), ModelConfig.__annotations__
+    # transformers refuses 1 for 1.0.
+    config = {key: float(x) if kinds[key] is float else x for key, x in config.items()}
     config |= FIXED_KEYS | {
         "model_type": "deepseek_v3",
         "num_key_value_heads": model.config.num_attention_heads,
@@ -306,64 +313,65 @@ def compare(
         info(f"{source} has {and_more(old)}: this network does not use these weights")
 
 
-def load_model(
-    ckpt: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    extend: bool = False,
-) -> tuple[DeepSeekV3, Tokenizer | None]:
-    """The model of a run, file or Hugging Face directory, and its tokenizer.
-
-    dtype None: the stored dtype. The tokenizer is None if a Hugging Face directory has none.
-    extend: if model.py has changed since the run, initialise parameters that its weights lack, and
-    ignore weights that the model lacks. Raises Refusal.
-    """
-    path = Path(ckpt)
-    if (path / "config.json").exists():
-        return from_pretrained(path, dtype, str(device)), hf_tokenizer(path)
-    saved = load_checkpoint(path)
-    message = f"{path}: weights and settings do not match"
-    if unknown := sorted(saved["model_config"].keys() - ModelConfig.__dataclass_fields__.keys()):
+def read_run(path: Path) -> tuple[ModelConfig, dict[str, Tensor], int, Tokenizer]:
+    """The settings, weights, trained length and tokenizer of a run or a checkpoint file. Raises
+    Refusal."""
+    saved, known = load_checkpoint(path), ModelConfig.__dataclass_fields__
+    if unknown := sorted(saved["model_config"].keys() - known.keys()):
         raise Refusal(
             f"{path} has {and_more(unknown)}, unknown to this model.py: use the model.py that "
             "trained it."
         )
     try:
         config, weights = ModelConfig(**saved["model_config"]), saved["model"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise Refusal(f"{message}: {short(error)}") from None
+    except (AssertionError, TypeError, KeyError, ValueError) as error:
+        raise Refusal(f"{path}: weights and settings do not match: {short(error)}") from None
     meaning = "if a formula has changed, the weights mean something else"
     note_edit("model.py", saved, checkpoint_file(path), meaning)
-    compare(weights, outline(config).state_dict(), path, message, extend)
-    dtype = dtype or weights["embed_tokens.weight"].dtype
-    model = filled(config, weights, device, dtype)
-    model.trained_length = saved.get("trained_length", config.max_position_embeddings)
     tokenizer = stored_tokenizer(path if path.is_dir() else path.parent)
     if tokenizer.n_vocab > config.vocab_size:
         raise Refusal(
             f"{path} has weights for {config.vocab_size} tokens, but its tokenizer has "
             f"{tokenizer.n_vocab}: copy the tokenizer of the weights' run."
         )
+    length = saved.get("trained_length", config.max_position_embeddings)
+    return config, weights, length, tokenizer
+
+
+def load_model(
+    ckpt: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    extend: bool = False,
+    settings: dict[str, Any] | None = None,
+) -> tuple[DeepSeekV3, Tokenizer | None]:
+    """The model of a run, file or Hugging Face directory, and its tokenizer.
+
+    dtype None: the stored dtype. The tokenizer is None if a Hugging Face directory has none.
+    settings: values of ModelConfig that replace the stored ones. extend: model.py or the settings
+    may have changed so that the model has parameters which the weights lack, or lacks some which
+    they have. The former are initialised; messages name both, and the changed settings. Raises
+    Refusal.
+    """
+    path, settings = Path(ckpt), settings or {}
+    if (path / "config.json").exists():
+        model, tokenizer = from_pretrained(path, dtype, str(device)), hf_tokenizer(path)
+        stored, weights, length = model.config, model.state_dict(), model.trained_length
+        if replace(stored, **settings) == stored:
+            return model, tokenizer
+    else:
+        stored, weights, length, tokenizer = read_run(path)
+    config, message = replace(stored, **settings), f"{path}: weights and settings do not match"
+    now, before = vars(config), vars(stored)
+    if changed := [key for key in now if now[key] != before[key]]:
+        message = f"{path} cannot get {and_more([f'{key} {now[key]}' for key in changed])}"
+    for key in changed if extend else ():
+        info(f"{key} is now {now[key]} (was {before[key]} in {path})")
+    model = outline(config)
+    compare(weights, model.state_dict(), path, message, extend)
+    model = filled(model, weights, device, dtype or weights["embed_tokens.weight"].dtype)
+    model.trained_length = length
     return model.eval(), tokenizer
-
-
-def with_settings(
-    model: DeepSeekV3, settings: dict[str, Any], source: Path, extend: bool
-) -> DeepSeekV3:
-    """The network with other settings and the same weights. extend: as in load_model. Raises
-    Refusal if a weight would change its shape or, without extend, if one is missing or not
-    needed."""
-    config = replace(model.config, **settings)
-    changed = [key for key, x in vars(config).items() if x != vars(model.config)[key]]
-    if not changed:
-        return model
-    message = f"{source} cannot get {and_more([f'{key} {vars(config)[key]}' for key in changed])}"
-    weights, like = model.state_dict(), model.embed_tokens.weight
-    needed = outline(config).state_dict()
-    compare(weights, needed, source, message, extend)
-    other = filled(config, weights, like.device, like.dtype)
-    other.trained_length = model.trained_length
-    return other.eval()
 
 
 # ---- The command ---------------------------------------------------------------------------------

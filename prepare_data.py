@@ -301,8 +301,7 @@ def prepare(config: DataConfig) -> Path:
     with new_folder(folder, config.overwrite) as new:
         make = link_shards if config.source in SHARDS else make_tokens
         make(config, new)
-        n_vocab = load_dataset(new).vocab_size  # reading checks the files
-    info(f"{folder} is ready, with a vocabulary of {n_vocab:,} tokens")
+    info(f"{folder} is ready")
     return folder
 
 

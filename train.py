@@ -25,10 +25,9 @@ Shapes: B windows, T tokens per window, E routed experts, K experts per token.
 import functools
 import itertools
 import math
-import re
 import shlex
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,16 +41,16 @@ from tqdm import tqdm
 import fp8
 import prepare_data
 import sample
-from huggingface import load_model, outline, with_settings
+from huggingface import load_model, outline
 from model import DeepSeekV3, ModelConfig, count_chosen
 from support import advice, checkpoints, processes, runs, settings
 from support.checkpoints import Progress, RandomNumbers, checkpoint_file, load_checkpoint
 from support.flops import flops_per_token, peak_flops
-from support.muon import Muon, muon_takes
+from support.muon import Muon, muon_takes, summary
 from support.processes import Machine
 from support.settings import Refusal, info
 from support.sizes import parameter_counts
-from support.tokenizer import check_tokenizer, stored_tokenizer, tokenizer_files
+from support.tokenizer import Tokenizer, tokenizer_files
 from support.tokens import OURS, Dataset, data_folder, open_folder
 
 # The settings at which the learning rate changes its course, in order.
@@ -225,11 +224,7 @@ def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.
     adamw = torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
     if not matrices:
         return [adamw]
-    names = [name for name, p in model.named_parameters() if p in of_muon]
-    kinds = Counter(re.sub(r".*?\.\d+\.(block\.)?", "", x, count=1) for x in names)
-    count = sum(p.shape[:-2].numel() for p in matrices)
-    taken = ", ".join(f"{kind.removesuffix('.weight')} x {n}" for kind, n in kinds.items())
-    info(f"muon: {count} matrices, in {taken}; AdamW: all other parameters")
+    info(f"muon: {summary(model, of_muon)}; AdamW: all other parameters")
     defaults = {"lr": config.lr, "lr_scale": 1.0, "weight_decay": decay, "momentum": 0.95}
     return [adamw, Muon(matrices, defaults, getattr(torch, config.dtype))]
 
@@ -238,10 +233,13 @@ def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.
 
 
 def open_data(
-    config: TrainConfig, vocab_size: int, source: Path | None = None
+    config: TrainConfig,
+    vocab_size: int,
+    source: Path | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[Dataset, Path]:
-    """Opens the prepared data. Returns them and their folder. source: the initial weights, if any,
-    whose tokenizer the data must have.
+    """Opens the prepared data. Returns them and their folder. source, tokenizer: the path of the
+    initial weights and their tokenizer, if they have one, which the data must have, too.
 
     Missing data of the files in config/ (OURS has their names and vocabulary sizes) are prepared
     first, from Python's standard library.
@@ -266,7 +264,7 @@ def open_data(
             f"--shards={shards} ({shards / 10:.1f}B tokens, {shards / 5:.1f} GB)."
         )
     longest = max(config.block_size, config.long_block_size)
-    return open_folder(folder, vocab_size, longest, source, config.eval_tokens), folder
+    return open_folder(folder, vocab_size, longest, config.eval_tokens, source, tokenizer), folder
 
 
 @functools.lru_cache(2)  # one entry for short windows, one for long ones
@@ -345,7 +343,7 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
     routed    the number of routed tokens, summed over layers
     """
     G, visits = model.config.n_group, []
-    sums = torch.zeros(2, 1 + len(model.mtp), dtype=torch.double)  # nats, tokens
+    sums = torch.zeros(2, 1, dtype=torch.double)  # nats, tokens; then by depth
     groups, routed = torch.zeros(2, dtype=torch.long, device=machine.device)
     for windows in validation_windows(tokens, T, config, machine):
         x, y = to_device(windows, machine.device)
@@ -353,7 +351,7 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
             main = model(x.clamp(min=0), y)["loss"]
         loss = torch.stack((main, *model.mtp_losses)).cpu()
         n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
-        sums += torch.stack((loss * n, n))
+        sums = sums + torch.stack((loss * n, n))  # (2, depths)
         for layer, (gate, chosen) in enumerate(zip(model.chosen_by, model.chosen, strict=True)):
             E = len(gate.load)
             if layer == len(visits):  # an edited model may run a block twice: two layers here
@@ -411,13 +409,13 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def loss_weights(model: DeepSeekV3, config: TrainConfig, step: int) -> dict[str, float]:
+def loss_weights(config: TrainConfig, step: int) -> dict[str, float]:
     """The weight of each loss that the model returns, for the sum that training minimises, Eq. 17
     and 24: L_main + lambda mean_k L_MTP^k + alpha sum_layers L_Bal."""
     return {
         "loss": 1.0,
         "mtp_loss": mtp_weight_at(config, step),
-        "balance_loss": config.alpha * model.moe_layers,  # the model returns the mean over layers
+        "balance_loss": config.alpha,
     }
 
 
@@ -496,7 +494,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             # micro-batches of a step read the same quantised weights.
             eager = compiled and machine.device.type == "cpu" and in_yarn_phase(config, step)
             with fp8.quantized_once(model, compiled), processes.uncompiled(eager):
-                losses = backward(trainer, batches, loss_weights(model, config, step), machine)
+                losses = backward(trainer, batches, loss_weights(config, step), machine)
 
             norm = clip_gradients(model, config)
             finite = bool(norm.isfinite())  # here the host waits for the GPU, once a step
@@ -514,6 +512,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
                 machine.sum(gate.load)  # in place, so that update_bias has all processes' counts
             total = machine.sum(torch.stack([*losses.values()]))
             means = dict(zip(losses, total / machine.world, strict=True))
+            if "balance_loss" in means:  # logged per MoE layer, to compare networks of any depth
+                means["balance_loss"] /= max(1, len(model.chosen))
             means["max_vio"] = max_vio([gate.load for gate in model.gates()])
             model.update_bias(gamma_at(config, step) if finite else 0.0)  # also resets the loads
             # Counts the step (progress.step, progress.tokens), and logs if a line is due.
@@ -608,16 +608,10 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
                 "sizes: begin with a copy of config/small.py."
             )
         return DeepSeekV3(ModelConfig(**network)).to(device, dtype), None
-    # Unless a run is resumed, network and weights may differ: a new part, or one that is gone.
-    extend = not config.resume
-    opened, tokenizer = load_model(source, device, dtype, extend)  # with its own settings
-    model = with_settings(opened, network, source, extend)  # the same weights, with this run's
     if not (config.resume or config.eval_only):
         info(f"start: from {source}")
-        for key, old in vars(opened.config).items():
-            if (new := vars(model.config)[key]) != old:
-                info(f"{key} is now {new} (was {old} in {source})")
-    return model, tokenizer
+    # Unless a run is resumed, network and weights may differ: a new part, or one that is gone.
+    return load_model(source, device, dtype, extend=not config.resume, settings=network)
 
 
 def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, first: int):
@@ -666,9 +660,7 @@ def command(argv: list[str]):
     torch.manual_seed(config.seed + 1 + machine.rank)
     check_settings(config, model, machine, first)
     # A Hugging Face directory may have no tokenizer; then the sizes of the vocabularies must agree.
-    data, folder = open_data(config, model.config.vocab_size, source if tokenizer else None)
-    if source:
-        check_tokenizer(source, tokenizer, folder)
+    data, folder = open_data(config, model.config.vocab_size, source, tokenizer)
     if config.fp8:
         fp8.use_fp8(model)
 
@@ -698,7 +690,7 @@ def show_result(config: TrainConfig, data: Dataset):
         bits += f", {best['val_bpb_long']:.4f} in windows of {then['long_block_size']}"
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {bits}. A sample:\n")
     tokens = data.val.arrays[0][1:9].tolist()  # after the end-of-text token
-    prompt = stored_tokenizer(config.out).decode(tokens, errors="ignore").strip()
+    prompt = data.tokenizer.decode(tokens, errors="ignore").strip()
     options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
     sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
     start = shlex.quote(prompt[:20].partition("\n")[0])

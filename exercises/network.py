@@ -101,7 +101,7 @@ def balancing(functions) -> str:
 
 def balance(functions) -> str:
     model, _, ids = trained()
-    loss = model(ids[:, :256], ids[:, 1:257])["balance_loss"]
+    loss = model(ids[:, :256], ids[:, 1:257])["balance_loss"] / len(model.gates())
     return f"balance loss {loss:.3f} (1 is even)"
 
 
@@ -168,7 +168,7 @@ def curve(functions) -> str:
             windows = text[first + torch.arange(run.block_size + 1)]  # (B, T + 1)
             for group in optimizer.param_groups:
                 group["lr"] = train.lr_at(run, step)
-            weights = train.loss_weights(net, run, step)
+            weights = train.loss_weights(run, step)
             weights = {name: weights[name] for name in ("loss", "mtp_loss", "balance_loss")}
             x, y = windows[:, :-1], windows[:, 1:]
             losses.append(functions.train_step(net, optimizer, x, y, weights, run.gamma)["loss"])

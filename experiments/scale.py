@@ -132,8 +132,9 @@ def memory(file: Path) -> dict[str, float]:
     queries = c.q_lora_rank or H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     kept = 2 * (2 * D + queries + c.kv_lora_rank + c.qk_rope_head_dim) + 1.5 * H * c.v_head_dim
     kept *= c.num_hidden_layers + c.num_nextn_predict_layers
-    kept += model.moe_layers * visits * (D + 2 * c.moe_intermediate_size)
-    dense = c.num_hidden_layers + c.num_nextn_predict_layers - model.moe_layers
+    moe_layers = len(model.gates())
+    kept += moe_layers * visits * (D + 2 * c.moe_intermediate_size)
+    dense = c.num_hidden_layers + c.num_nextn_predict_layers - moe_layers
     kept += dense * (D + 2 * c.intermediate_size)
     # A card receives as many tokens for its experts as it sends: FP8 in, bf16 out, of a forward and
     # a backward at once.

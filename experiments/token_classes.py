@@ -71,7 +71,7 @@ def visits(trained: run.Trained, ids: np.ndarray, kinds: np.ndarray, count: int)
     """How often tokens of each kind visit each expert (layers, count, E). ids and kinds (tokens,);
     kinds are numbers from 0 to count - 1, and tokens of kind -1 are not counted."""
     net, T = trained.net, trained.config.block_size
-    found = np.zeros((net.moe_layers - len(net.mtp), count, net.config.n_routed_experts), int)
+    found = np.zeros((len(net.gates()) - len(net.mtp), count, net.config.n_routed_experts), int)
     whole = len(ids) // T * T
     windows = (torch.from_numpy(x[:whole]).view(-1, T).split(16) for x in (ids, kinds))
     for x, kind in zip(*windows, strict=True):

@@ -1,7 +1,8 @@
 """Muon, an optimiser for matrices, and the choice of the parameters that it optimises."""
 
 import math
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 
 import torch
 from torch import Tensor, nn
@@ -66,3 +67,12 @@ def muon_takes(model: nn.Module) -> set[nn.Parameter]:
     not_these = {p for module in apart for p in module.parameters()}
     in_layers = (p for part in (model.layers, model.mtp) for p in part.parameters())
     return {p for p in in_layers if p.ndim in (2, 3)} - not_these
+
+
+def summary(model: nn.Module, taken: set[nn.Parameter]) -> str:
+    """How many matrices these parameters hold, and in which layers' parts."""
+    names = [name for name, p in model.named_parameters() if p in taken]
+    kinds = Counter(re.sub(r".*?\.\d+\.(block\.)?", "", x, count=1) for x in names)
+    count = sum(p.shape[:-2].numel() for p in taken)
+    parts = (f"{kind.removesuffix('.weight')} x {n}" for kind, n in kinds.items())
+    return f"{count} matrices, in {', '.join(parts)}"

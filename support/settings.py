@@ -205,12 +205,16 @@ def place_of(error: BaseException) -> str:
 
 
 def sentence_of(error: Exception) -> str | None:
-    """The sentence with which an error ends a command: a Refusal; a system error that names a file
-    (with the line of this repository that caused it); lack of memory, of disk space, of a compiler
-    or of an optional package; a line that cannot be compiled. None for all others: they are bugs
-    and keep their trace."""
+    """The sentence with which an error ends a command: a Refusal; a failed assert in the
+    __post_init__ of settings (model.py imports no Refusal, so that it can be copied elsewhere); a
+    system error that names a file (with the line of this repository that caused it); lack of
+    memory, of disk space, of a compiler or of an optional package; a line that cannot be compiled.
+    None for all others: they are bugs and keep their trace."""
     if isinstance(error, Refusal):
         return str(error)
+    if isinstance(error, AssertionError) and str(error):
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].name
+        return str(error) if raised_in == "__post_init__" else None
     if is_out_of_memory(error):
         details = f" ({short(error, 100)})" if str(error) else ""  # Python's own error has none
         return f"out of memory{place_of(error)}{details}: {LESS_MEMORY}"

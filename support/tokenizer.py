@@ -54,6 +54,10 @@ class Tokenizer:
             return self.eos, []
         return [] if self.bos is None else [self.bos], self.eos[:1]
 
+    def has_tokens_of(self, other: "Tokenizer") -> bool:
+        """Compares tokens, not the tokenizers' files, which transformers may have rewritten."""
+        return (self.texts, self.special) == (other.texts, other.special)
+
     def encode(self, text: str) -> list[int]:
         """The ids, with bos in front if the tokenizer has one and the text does not name it."""
         # In pieces: on a million blanks tiktoken would panic.
@@ -379,20 +383,6 @@ def open_tokenizer(name: str) -> Tokenizer:
             "or eos_token in tokenizer_config.json"
         )
     return tokenizer
-
-
-def check_tokenizer(source: Path, tokenizer: Tokenizer | None, data: Path):
-    """Raises Refusal unless the weights in `source` have the tokenizer of the data. Tokens are
-    compared, not the tokenizers' files, which transformers may have rewritten."""
-    if tokenizer is None:  # a Hugging Face directory without one
-        return
-    other = stored_tokenizer(data)
-    if (tokenizer.texts, tokenizer.special) != (other.texts, other.special):
-        folder = source if source.is_dir() else source.parent
-        raise Refusal(
-            f"{source} and {data} have different tokenizers; "
-            f"prepare the data with --tokenizer={folder}."
-        )
 
 
 # ---- The tokenizer of an export ------------------------------------------------------------------

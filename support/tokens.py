@@ -112,10 +112,14 @@ class Dataset:
 
     train: Tokens
     val: Tokens
-    vocab_size: int
+    tokenizer: Tokenizer
     val_bytes_per_token: float  # <|endoftext|> counts as a token without bytes
     # For final results (experiments/unseen.py); no setting is chosen by it.
     test: Tokens | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.n_vocab
 
 
 def load_dataset(folder: Path | str, val_tokens: int = 0) -> Dataset:
@@ -132,7 +136,7 @@ def load_dataset(folder: Path | str, val_tokens: int = 0) -> Dataset:
     counts = np.bincount(val, minlength=n_vocab)
     n_bytes = sum(len(text) * int(counts[i]) for i, text in tokenizer.texts.items())
     test = Tokens(read("test")) if any(folder.glob("test*.bin")) else None
-    return Dataset(train, Tokens([val]), n_vocab, n_bytes / len(val), test)
+    return Dataset(train, Tokens([val]), tokenizer, n_bytes / len(val), test)
 
 
 def data_folder(name: str) -> Path:
@@ -143,14 +147,20 @@ def data_folder(name: str) -> Path:
 
 
 def open_folder(
-    folder: Path, vocab_size: int, longest: int, weights: Path | None, val_tokens: int
+    folder: Path,
+    vocab_size: int,
+    longest: int,
+    val_tokens: int = 0,
+    weights: Path | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Dataset:
     """Opens a prepared folder for a network with this vocabulary and windows of up to `longest`
-    tokens. weights: the path of the initial weights, if any, whose tokenizer the data must have.
-    val_tokens: as in load_dataset. Raises OSError or Refusal if the data do not fit."""
+    tokens. val_tokens: as in load_dataset. weights, tokenizer: the path of the initial weights and
+    their tokenizer, if they have one, which the data must have, too. Raises OSError or Refusal if
+    the data do not fit."""
+    home = weights.parent if weights and weights.is_file() else weights
     if not folder.exists():
-        home = weights.parent if weights and weights.is_file() else weights
-        own = f"--tokenizer={home}" if weights else f"--vocab_size={vocab_size}"
+        own = f"--tokenizer={home}" if tokenizer else f"--vocab_size={vocab_size}"
         raise Refusal(
             f"no data in {folder}: name a prepared folder with --data, or make one with "
             f"python prepare_data.py SOURCE --name=NAME {own}."
@@ -163,7 +173,7 @@ def open_folder(
         )
     # The embedding may have more rows than the tokenizer has tokens: a new one up to 127 more.
     padding = vocab_size - data.vocab_size
-    if padding < 0 or (padding >= 128 and not weights):
+    if padding < 0 or (padding >= 128 and not tokenizer):
         raise Refusal(
             f"vocab_size is {vocab_size}, but the vocabulary of {folder} has {data.vocab_size} "
             f"tokens: for a new network give --vocab_size={data.vocab_size}; for existing weights "
@@ -174,5 +184,10 @@ def open_folder(
         raise Refusal(
             f"windows of {longest} tokens do not fit in {folder}, where a file has {shortest}: "
             "lower --block_size and --long_block_size, or add text."
+        )
+    if tokenizer and not tokenizer.has_tokens_of(data.tokenizer):
+        raise Refusal(
+            f"{weights} and {folder} have different tokenizers; "
+            f"prepare the data with --tokenizer={home}."
         )
     return data

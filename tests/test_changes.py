@@ -263,7 +263,7 @@ def goes_on_from_its_state(c: Changed):
 
 @change("A term of the loss")
 def has_a_weight(c: Changed):
-    weights = c.files["train.py"].loss_weights(c.model, TrainConfig(), 0)
+    weights = c.files["train.py"].loss_weights(TrainConfig(), 0)
     losses = c.model.train()(c.x, c.y)
     assert weights["z_loss"] == 1e-4 and losses.keys() <= weights.keys()
 

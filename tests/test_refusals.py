@@ -40,6 +40,8 @@ REFUSALS = [
     (f"{NEW} --eval_every=0", 1, "eval_every is 0, but must be at least 1."),
     (f"{NEW} --warmup=0.6", 1, "warmup is 0.6, but decay_start is 0.5: raise decay_start to at"),
     (f"{NEW} --batch_start=8", 1, "batch_start is 8, but the final batch_size is only 4: raise"),
+    (f"{NEW} --n_group=3", 1, "n_routed_experts 8 is not a multiple of n_group 3."),
+    (f"""{NEW} --rope_scaling="{{'factor': '4'}}" """, 1, "has '4' for 'factor', expected a num"),
     # What does not fit together.
     (f"{NEW} --grad_accum=3", 1, "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
     (f"{NEW} --block_size=257", 1, "windows of 257 tokens exceed max_position_embeddings, 256"),

@@ -138,7 +138,7 @@ def test_run_command_turns_refusals_into_exit_codes(error, code, message, capsys
 
 
 BUGS = [ValueError("2 values"), RuntimeError("shape"), of_compiler("TorchRuntimeError")]
-BUGS += [ModuleNotFoundError("no x", name="support.x")]
+BUGS += [ModuleNotFoundError("no x", name="support.x"), AssertionError("a shape of mine")]
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=repr)

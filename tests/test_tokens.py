@@ -54,9 +54,9 @@ def test_shards_of_others_open_and_windows_never_span_two(book):
     assert rows.dtype == np.int64 and rows.shape == (13, 4)
     assert rows[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 6, 6, 6, 20, 21, 22]
     assert (rows == rows[:, :1] + np.arange(4)).all()
-    tf.open_folder(book, 300, 5, None, 0)  # targets need a token more
+    tf.open_folder(book, 300, 5)  # targets need a token more
     with pytest.raises(Refusal, match=f"windows of 6 tokens do not fit in {book}, where a file"):
-        tf.open_folder(book, 300, 6, None, 0)
+        tf.open_folder(book, 300, 6)
 
 
 def test_an_evaluation_may_read_the_start_of_the_text_alone(book):
