@@ -42,6 +42,5 @@ min_lr = 0.02
 weight_decay = 0.3  # the run reads the text 4.6 times
 gamma = 0.003
 gamma_stop = 1.0
-alpha = 0.01  # that of small.py at the time of the trial
 eval_every = 600
 save_every = 300

@@ -1,0 +1,931 @@
+"""DeepSeek-V3 in one file: Multi-head Latent Attention, DeepSeekMoE and Multi-Token Prediction.
+
+What the network computes, for tokens t_1 .. t_T (equations are numbered as in the DeepSeek-V3
+technical report, arXiv 2412.19437, section 2):
+
+    x   = embedding of t
+    in each layer, with u = RMSNorm(x) in both lines:
+        x += W^O attention(queries from one latent of u, keys and values from another)    Eq. 1-11
+        x += shared FFN(u) + sum over the K chosen experts of gate value * FFN(u)        Eq. 12-16
+    h^0 = RMSNorm(x),  p = softmax(W_head h^0)         predicts the next token
+    h_i^k = RMSNorm(block(M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h_i^{k-1})]))              Eq. 21-22
+    p^k = softmax(W_head h^k)                          predicts the token k + 1 later       Eq. 23
+    L   = L_main + lambda mean_k L_MTP^k + alpha sum L_Bal       the loss in train.py, Eq. 17, 24-25
+    b  += gamma sign(mean load - load)      one b per expert, used only to choose; no gradient
+
+Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. The same
+code serves training, prompts and decoding. Where a plain formula would be too slow or too large,
+the docstring has the formula, and the code is a faster form of it. tests/reference.py has all
+formulas as plain loops, and tests compare the two.
+
+The file is meant to be edited. So a few helpers allow more than V3 needs: a gate that chooses fewer
+than K experts, layers that cache something else, a head per MTP depth.
+
+Training and decoding may be compiled by torch.compile; "in a graph" means in compiled code. A graph
+of decoding is compiled once and used at every position. So there a position is a tensor, and no
+shape may depend on it or on which experts are chosen.
+
+Where the report is silent (which norm, epsilon) or the released model differs (order of
+concatenation in MTP), the released weights and their code decide; huggingface.py opens them.
+
+Depth 0 is the main model, depth k is MTP module k, and k = 1, 2, ... as in the report. Python's
+lists begin at 0, so module k is `mtp[k - 1]`.
+
+Shapes: B batch, T time, D hidden size, H heads, C kv_lora_rank, R rope dim, N nope dim,
+V v_head_dim, E routed experts, K experts per token, F expert width (in code, F is
+torch.nn.functional), G groups of experts, S cached positions. As a dimension `tokens` is B * T, and
+`rows` are token-expert pairs, sorted by expert. Logits are (..., vocabulary).
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from support.settings import Refusal, check_ranges
+
+Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
+Position = int | Tensor  # in a graph of decoding a tensor without dimensions
+Routing = tuple[Tensor, Tensor] | None  # scores (B, T, E), chosen experts (B, T, K); None if dense
+
+
+class Past(NamedTuple):
+    """The cache of a layer in decoding, and where to write in it."""
+
+    kept: Tensor  # made by the layer's `new_cache`
+    start: Position  # position of the first new token, so the number of tokens already in the cache
+
+
+@dataclass
+class ModelConfig:
+    """The keys of DeepSeek's config.json that shape the network; defaults: V3, without YaRN."""
+
+    vocab_size: int = 129280  # tokens of the vocabulary: rows of embedding and head
+    hidden_size: int = 7168  # D, width of the hidden states
+    num_hidden_layers: int = 61  # layers of the main model, without the MTP modules
+    num_attention_heads: int = 128  # H, attention heads
+    q_lora_rank: int | None = 1536  # width of the query latent; none = one direct projection
+    kv_lora_rank: int = 512  # C, width of the joint key-value latent
+    qk_nope_head_dim: int = 128  # N, width of the part of a query or key that carries content
+    qk_rope_head_dim: int = 64  # R, width of the part that carries position
+    v_head_dim: int = 128  # V, width of a value head
+    intermediate_size: int = 18432  # width of the dense layers' MLP
+    moe_intermediate_size: int = 2048  # F, width of one expert
+    first_k_dense_replace: int = 3  # this many first layers have a dense MLP instead of experts
+    n_routed_experts: int = 256  # E, routed experts in a layer
+    num_experts_per_tok: int = 8  # K, routed experts that a token visits
+    n_shared_experts: int = 1  # shared experts, one MLP of this many expert widths
+    n_group: int = 8  # G, groups of experts (nodes, in the report)
+    topk_group: int = 4  # a token's experts lie in at most this many groups
+    norm_topk_prob: bool = True  # the K gate values sum to one before scaling
+    routed_scaling_factor: float = 2.5  # multiplies the gate values
+    rms_norm_eps: float = 1e-6  # added to the mean square before its root
+    max_position_embeddings: int = 163840  # longest window or text, in tokens
+    rope_theta: float = 10000.0  # base of the wavelengths of rotary positions
+    rope_scaling: dict | None = None  # YaRN parameters, as in DeepSeek's config.json
+    rope_interleave: bool = True  # pairs are neighbours (x0, x1), ...; false: (x0, x_{R/2}), ...
+    attention_bias: bool = False  # biases of q_a_proj, kv_a_proj_with_mqa and o_proj
+    tie_word_embeddings: bool = False  # one matrix for embedding and output head
+    num_nextn_predict_layers: int = 1  # MTP modules: how many tokens beyond the next are predicted
+    initializer_range: float = 0.006  # standard deviation of every initial matrix
+
+    def __post_init__(self):
+        check_config(self)  # this and with_original_length stand at the end of the file
+        for field in fields(self):
+            if field.type is float:  # transformers refuses a config.json with 1 for 1.0
+                setattr(self, field.name, float(getattr(self, field.name)))
+        self.rope_scaling = with_original_length(self)
+
+
+# ---- Precision, projections, norm ----------------------------------------------------------------
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in the precision of gate, norms, rotation and loss: float64 stays, all else is float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with x: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def linear(config: ModelConfig, inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+    """A projection as it is initialised in section 4.2: normal with initializer_range; biases 0.
+    Nothing is initialised later: a plain nn.Linear or another module keeps PyTorch's values."""
+    layer = nn.Linear(inputs, outputs, bias)
+    nn.init.normal_(layer.weight, std=config.initializer_range)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps), the mean over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised in float32 and rounded to x's dtype, then multiplied by the weight and cast to
+        the dtype of the matrix product that follows."""
+        x32 = upcast(x)
+        y = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return (self.weight * y).to(compute_dtype(x))
+
+
+# ---- Rotary position embedding (RoPE), with YaRN for long contexts -------------------------------
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1 mscale ln(factor) + 1, or 1 if factor <= 1: sqrt(t) in section 4.3, where `factor` is
+    YaRN's. YaRN multiplies queries and keys by the result, and so scores by its square."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
+    """cos and sin of position * theta^(-2i/R), both (T, R/2), times YaRN's amplitude.
+
+    Pair i of a query's or key's numbers turns by this angle. Beyond the trained length, slow pairs
+    would reach angles that are new to the model. YaRN (arXiv 2309.00071; report section 4.3)
+    divides the frequencies of slow pairs by `factor`, keeps those of fast pairs and interpolates
+    linearly in between, whatever the length of the text. The amplitude is yarn_mscale(factor, 1)
+    or, if mscale and mscale_all_dim are given, yarn_mscale(factor, mscale) / yarn_mscale(factor,
+    mscale_all_dim); attention_factor overrides either. V3 gives mscale and mscale_all_dim the same
+    value, so its amplitude is 1, and `MLA.scale` applies yarn_mscale(factor, mscale_all_dim)^2 to
+    the scores instead.
+    """
+    R, theta = config.qk_rope_head_dim, config.rope_theta
+    i = torch.arange(R // 2, device=positions.device, dtype=dtype)
+    frequency = theta ** (-2 * i / R)
+    amplitude = 1.0
+    if yarn := config.rope_scaling:
+        factor = yarn["factor"]
+        original = yarn["original_max_position_embeddings"]
+
+        def index_of(rotations: float) -> float:  # the i that turns `rotations` times in `original`
+            return R * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta))
+
+        low, high = index_of(yarn.get("beta_fast") or 32), index_of(yarn.get("beta_slow") or 1)
+        if yarn.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, R - 1)  # R - 1 as in V3's code, though i < R/2
+        ramp = ((i - low) / (high - low or 0.001)).clamp(0, 1)  # 0 for fast pairs, 1 for slow
+        frequency = frequency * (1 - ramp) + frequency / factor * ramp
+        m, m_all = yarn.get("mscale"), yarn.get("mscale_all_dim")
+        amplitude = yarn_mscale(factor, 1.0)
+        if m and m_all:
+            amplitude = yarn_mscale(factor, m) / yarn_mscale(factor, m_all)
+        if yarn.get("attention_factor") is not None:
+            amplitude = yarn["attention_factor"]
+    angle = positions.to(dtype)[:, None] * frequency  # (T, R/2)
+    return amplitude * angle.cos(), amplitude * angle.sin()
+
+
+def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
+    """RoPE: every pair of x (B, T, H, R) rotated by its position's angle, so that a query at t and
+    a key at s have the product q . R_t^T R_s k = q . R_{s-t} k. A pair is two neighbours, or,
+    without interleave, a number of the first half and its counterpart in the second."""
+    cos, sin = (table[:, None] for table in rope)  # (T, 1, R/2)
+    pair = -1 if interleave else -2  # a pair is along this dimension of (R/2, 2) or (2, R/2)
+    a, b = upcast(x).unflatten(-1, (-1, 2) if interleave else (2, -1)).unbind(pair)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), pair).flatten(-2).to(x.dtype)
+
+
+# ---- Multi-head Latent Attention (section 2.1.1) -------------------------------------------------
+
+
+MOST_NEW = 8  # tokens of one text that decoding reads, or takes back as rejected drafts, at once
+MOST_IN_GRAPH = 512  # tokens of all texts together that a graph of decoding reads at once
+
+
+class Cache:
+    """What decoding keeps of B texts: kept[i] is the cache of layer i, made by its `new_cache`.
+
+    There is room for `size` tokens of each text, of which the first `length` have been read. To
+    forget drafts that were rejected (sample.py), decoding lowers `length`, by MOST_NEW at most, and
+    reads on from there. Then the next `start` of every layer is smaller than its cache suggests.
+    MLA writes over the forgotten tokens. An edited layer must give the right result, too, also in a
+    graph, where `start` is a tensor. `python check.py RUN` checks it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layers: nn.ModuleList, batch: int, size: int, like: Tensor
+    ):
+        """layers: a model's `layers`, or its `mtp`; like: a tensor of the dtype and device."""
+        self.kept = [layer.new_cache(batch, size, like) for layer in layers]
+        self.size, self.length = size, 0
+        # cos and sin of all its positions, computed once
+        positions = torch.arange(size, device=like.device)
+        self.rope = rope_table(config, positions, torch.promote_types(like.dtype, torch.float32))
+
+    def advance(self, T: int) -> Position:
+        """Reserves T positions and returns the first. Raises ValueError if the cache is full (but
+        not in a graph, where a position's value is not known)."""
+        if isinstance(self.length, int) and self.length + T > self.size:
+            raise ValueError(f"{self.length} + {T} tokens exceed the cache of {self.size}.")
+        start = self.length
+        self.length = start + T
+        return start
+
+
+def span(start: Position, length: int) -> slice | Tensor:
+    """The positions start .. start + length - 1: a slice, or in a graph an index tensor."""
+    if isinstance(start, int):
+        return slice(start, start + length)
+    return start + torch.arange(length, device=start.device)
+
+
+def remember(past: Past, new: Tensor) -> Tensor:
+    """Appends new (B, T, C+R) to a layer's cache and returns all of it (B, S, C+R). In a graph,
+    whose shapes are fixed, S is the size of the cache, and `causal_attention` masks the part that
+    is still empty."""
+    kept, start = past
+    T = new.shape[1]
+    kept[:, span(start, T)] = new
+    return kept[:, : start + T] if isinstance(start, int) else kept
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Position = 0) -> Tensor:
+    """Causal attention, softmax(scale q k^T) v, Eq. 10: (B, H, T, V).
+
+    The queries q (B, H, T, W) belong to the positions start .. start + T - 1, the keys k (B, h, S,
+    W) and values v (B, h, S, V) to 0 .. S - 1. Query i attends to the positions up to start + i. h
+    is H, or less if several heads share a key. There are two forms, PyTorch's kernel and plain
+    products. Both accumulate in float32 at least; plain products round scores and probabilities to
+    q's dtype, as V3's own code does.
+    """
+    (B, H, T, W), (h, S), V = q.shape, k.shape[1:3], v.shape[-1]
+    from_start = isinstance(start, int) and start == 0  # in training and prompts
+    if from_start and (q.is_cuda or T > 512 or q.dtype != torch.bfloat16):
+        # PyTorch's kernel, which never holds all scores. It wants q, k and v of one width.
+        if V < W:
+            v = F.pad(v, (0, W - V))
+        if W < V:
+            q, k = F.pad(q, (0, V - W)), F.pad(k, (0, V - W))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=h != H)
+        return o[..., :V]
+    # Plain products: for the few queries of decoding, and for short texts on a CPU in bfloat16,
+    # where they are three times as fast. The H/h heads that share a key become queries of one head.
+    query = start + torch.arange(T, device=q.device)[:, None]
+    later = torch.arange(S, device=q.device) > query  # (T, S), True where a key is ahead
+    mask = torch.where(later, -math.inf, 0.0).to(q.dtype).repeat(H // h, 1)  # (H/h*T, S)
+    q, k, v = q.reshape(B * h, -1, W), k.flatten(0, 1), v.flatten(0, 1)  # (B*h, H/h*T, W) ...
+    p = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)  # (B*h, H/h*T, S)
+    return (p @ v).view(B, H, T, V)
+
+
+class MLA(nn.Module):
+    """Multi-head Latent Attention, Eq. 1-11.
+
+    c_t^Q  = W^DQ h_t        q_t^C = W^UQ c_t^Q     q_t^R = RoPE(W^QR c_t^Q)         Eq. 6-9
+    c_t^KV = W^DKV h_t       k_t^C = W^UK c_t^KV    k_t^R = RoPE(W^KR h_t)           Eq. 1-4
+                             v_t^C = W^UV c_t^KV                                     Eq. 5
+    o_t,i  = sum_j softmax_j(q_t,i . k_j,i / sqrt(N + R)) v_j,i                      Eq. 10
+    u_t    = W^O [o_t,1; ...; o_t,H]                                                 Eq. 11
+    (h_t is the layer's normalised input, u_t the output.) Both latents are normalised before they
+    are projected up (section 4.2).
+
+    Why latents: decoding keeps c_t^KV and k_t^R of every token, in V3 512 + 64 = 576 numbers per
+    layer; k_t^C and v_t^C of 128 heads would be 128 * (128 + 128) = 32,768. The queries' latent
+    saves memory in training.
+    Why position has a key of its own: part 5 of docs/TOUR.md (DeepSeek-V2, arXiv 2405.04434,
+    section 2.1.3).
+    Why two forms, in multiplications for one head of V3: `attend_expanded` spends C (N + V) =
+    131,072 on the key and value of a token, then N + R + V = 320 on each pair of query and key.
+    `attend_absorbed` spends 131,072 on a query, then C + R + C = 1,088 on each pair. A prompt has
+    as many queries as keys, so the 131,072 cancel and 320 wins. In decoding few queries meet many
+    keys, so it is cheaper to spend 131,072 on each query than on each key.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        D, H, C = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+        N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        bias = config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = linear(config, D, H * (N + R))
+        else:
+            self.q_a_proj = linear(config, D, config.q_lora_rank, bias)  # W^DQ
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)  # eps as in V3's code
+            self.q_b_proj = linear(config, config.q_lora_rank, H * (N + R))  # W^UQ, W^QR
+        self.kv_a_proj_with_mqa = linear(config, D, C + R, bias)  # W^DKV, W^KR
+        self.kv_a_layernorm = RMSNorm(C, 1e-6)
+        # Per head W^UK and W^UV. Decoding reads the weight itself, so a bias or a forward hook
+        # here would have no effect there.
+        self.kv_b_proj = linear(config, C, H * (N + V))
+        self.o_proj = linear(config, H * V, D, bias)
+
+    @property
+    def scale(self) -> float:
+        """1 / sqrt(N + R) of Eq. 10, times yarn_mscale(factor, mscale_all_dim)^2 (1 without YaRN).
+        As in V3's code, it scales the whole score, although the report applies YaRN to k_t^R alone
+        (section 4.3)."""
+        config, yarn = self.config, self.config.rope_scaling or {}
+        mscale = yarn_mscale(yarn.get("factor", 1), yarn.get("mscale_all_dim") or 0)
+        return (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5 * mscale**2
+
+    def new_cache(self, batch: int, size: int, like: Tensor) -> Tensor:
+        """c_t^KV and k_t^R are kept, C + R numbers per token, and nothing else of the text."""
+        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        return like.new_zeros(batch, size, width)
+
+    def forward(self, h: Tensor, rope: Rope, past: Past | None = None) -> Tensor:
+        """h (B, T, D) -> (B, T, D). past: this layer's cache and the number of tokens in it."""
+        config, (B, T, _) = self.config, h.shape
+        N, R, C = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
+        if config.q_lora_rank is None:
+            q = self.q_proj(h)  # (B, T, H*(N+R))
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(h)))  # (B, T, H*(N+R))
+        q_nope, q_pe = q.view(B, T, -1, N + R).split([N, R], dim=-1)  # (B, T, H, N), (B, T, H, R)
+        latent, k_pe = self.kv_a_proj_with_mqa(h).split([C, R], dim=-1)  # (B, T, C), (B, T, R)
+        latent = self.kv_a_layernorm(latent)
+        q_pe = rotate(q_pe, rope, config.rope_interleave)
+        k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave)  # (B, T, 1, R)
+        start = 0 if past is None else past.start
+        if past is not None:  # a prompt, too, fills the cache
+            kv = remember(past, torch.cat((latent, k_pe.squeeze(2)), -1))  # (B, S, C+R)
+        if isinstance(start, int) and start == 0:  # nothing but these tokens to look at
+            o = self.attend_expanded(q_nope, q_pe, latent, k_pe)
+        else:
+            o = self.attend_absorbed(q_nope, q_pe, kv, start)
+        return self.o_proj(o.flatten(2))
+
+    def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor) -> Tensor:
+        """Training and prompts: keys and values from the latents, then usual causal attention."""
+        (B, T, H, N), V = q_nope.shape, self.config.v_head_dim
+        k_nope, v = self.kv_b_proj(latent).view(B, T, H, N + V).split([N, V], dim=-1)
+        q = torch.cat((q_nope, q_pe), -1)  # (B, T, H, N+R)
+        k = torch.cat((k_nope, k_pe.expand(-1, -1, H, -1)), -1)  # (B, T, H, N+R)
+        o = causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), self.scale)
+        return o.transpose(1, 2)  # (B, T, H, V)
+
+    def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor, start: Position) -> Tensor:
+        """Decoding: W^UK moves over to the query and W^UV to the output, so that attention runs on
+        the cached latents kv (B, S, C+R), one key and one value for all heads:
+        q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
+        H, N, C = *q_nope.shape[2:], self.config.kv_lora_rank
+        W = self.kv_b_proj.weight.view(H, -1, C)
+        W_UK, W_UV = W[:, :N], W[:, N:]  # (H, N, C), (H, V, C)
+        q_c = torch.einsum("bthn,hnc->bthc", q_nope, W_UK)  # (B, T, H, C)
+        q = torch.cat((q_c, q_pe), -1).transpose(1, 2)  # (B, H, T, C+R)
+        k, v = kv[:, None], kv[:, None, :, :C]  # (B, 1, S, C+R), (B, 1, S, C)
+        o = causal_attention(q, k, v, self.scale, start)  # (B, H, T, C)
+        return torch.einsum("bhtc,hvc->bthv", o, W_UV)  # (B, T, H, V)
+
+
+# ---- DeepSeekMoE (section 2.1.2) -----------------------------------------------------------------
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, each (..., F)."""
+    return F.silu(gate) * up
+
+
+class MLP(nn.Module):
+    """W_down (silu(W_gate x) * W_up x), SwiGLU (arXiv 2002.05202): the first factor decides how
+    much of each number of the second passes. The FFN of the dense layers and the shared experts."""
+
+    def __init__(self, config: ModelConfig, width: int):
+        super().__init__()
+        self.gate_proj = linear(config, config.hidden_size, width)
+        self.up_proj = linear(config, config.hidden_size, width)
+        self.down_proj = linear(config, width, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Gate(nn.Module):
+    """Which K experts a token visits and how much each counts, Eq. 13-16.
+
+    s_i = sigmoid(u . e_i). Unlike the scores of a softmax, these do not compete, and their size
+    does not depend on E. They were found better (arXiv 2408.15664, section 4.1).
+    Experts are chosen by s_i + b_i, where the bias b balances their loads. First the node limit: a
+    group's score is the sum of its two largest s + b, and only the best topk_group groups stay.
+    (Two as in the released code. The report adds up the K / topk_group largest, two in V3.) Among
+    the experts of these groups, those with the K largest s + b are chosen.
+    The bias has no other effect: gate values come from s alone. No gradient reaches b;
+    `DeepSeekV3.update_bias` moves it.
+    Why routed_scaling_factor: gate values that sum to one make the output a weighted mean of K
+    experts. If their outputs are unrelated, it is about 1/sqrt(K) as large as the output of one. A
+    factor of about sqrt(K) undoes this; Moonlight (arXiv 2502.16982) derives its factor this
+    way. V3's 2.5 is a little less than sqrt(8) = 2.83.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        E, D = config.n_routed_experts, config.hidden_size
+        self.weight = nn.Parameter(torch.empty(E, D).normal_(std=config.initializer_range))  # e_i
+        self.register_buffer("e_score_correction_bias", torch.zeros(E, dtype=torch.float32))  # b
+        # How often each expert was chosen in training since the last update of b.
+        self.register_buffer("load", torch.zeros(E, dtype=torch.long), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """A cast of the model (model.bfloat16()) leaves the bias in float32."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        now = self.e_score_correction_bias
+        if now.dtype != bias.dtype:
+            self.e_score_correction_bias = bias.to(now.device)
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> scores s (B, T, E), chosen experts (B, T, K), their gate values."""
+        config, G = self.config, self.config.n_group
+        with torch.autocast(x.device.type, enabled=False):  # in float32
+            s = F.linear(upcast(x), upcast(self.weight)).sigmoid()  # (B, T, E), Eq. 15
+        choice = s.detach() + self.e_score_correction_bias  # (B, T, E)
+        if G > 1:
+            groups = choice.unflatten(-1, (G, -1))  # (B, T, G, E/G)
+            best = groups.topk(2).values.sum(-1).topk(config.topk_group).indices  # which groups
+            allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, True)
+            choice = groups.masked_fill(~allowed.unsqueeze(-1), -math.inf).flatten(-2)
+        chosen = choice.topk(config.num_experts_per_tok, sorted=False).indices  # Eq. 14, 16
+        gain = s.gather(-1, chosen)  # (B, T, K)
+        if config.norm_topk_prob:
+            gain = gain / (gain.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
+        return s, chosen, gain * config.routed_scaling_factor
+
+
+def gates_in(module: nn.Module) -> list[Gate]:
+    """The gates among its parts, in order (subclasses of Gate, too)."""
+    return [part for part in module.modules() if isinstance(part, Gate)]
+
+
+def balance_loss(s: Tensor, K: int) -> Tensor:
+    """The complementary sequence-wise balance loss, Eq. 17-20, without its weight alpha.
+
+    s (B, T, E) are the gate's scores. The loss is 1 if the K best scores spread evenly over the
+    experts. Its gradient does not help to predict the text, and costs quality if alpha is large
+    (arXiv 2408.15664). So alpha is tiny: it only prevents extreme loads within a sequence, and the
+    bias does the balancing.
+    """
+    B, T, E = s.shape
+    P = (s / (s.sum(-1, keepdim=True) + 1e-20)).mean(1)  # (B, E), Eq. 19-20
+    best = s.detach().topk(K).indices.flatten(1)  # (B, T*K), by s without the bias
+    # (B, E), Eq. 18: every expert's share of the choices, times E.
+    f = P.new_zeros(B, E).scatter_add_(1, best, torch.ones_like(best, dtype=P.dtype)) * E / (K * T)
+    return (f * P).sum(-1).mean()
+
+
+def count_chosen(chosen: Tensor, E: int) -> Tensor:
+    """How often each of the E experts is among the chosen (any shape): (E,) int64. Ids outside
+    0 .. E - 1, which an edited gate may give (`Experts.forward`), are not counted."""
+    ids = chosen.flatten()
+    one = ((ids >= 0) & (ids < E)).long()
+    return one.new_zeros(E).scatter_add_(0, ids.clamp(0, E - 1), one)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x_e W_e^T for every expert e: x (rows, in), first the counts[0] rows of expert 0, then those
+    of expert 1, and so on; weight (E, out, in) -> (rows, out). One call for all experts where
+    PyTorch has one."""
+    weight = weight.to(x.dtype)
+    # F.grouped_mm wants rows of a multiple of 16 bytes. It takes bfloat16 everywhere, and float32
+    # on a CPU outside a graph.
+    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    float32_too = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if aligned and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and float32_too)):
+        return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
+    return torch.cat([x_e @ W.T for x_e, W in zip(x.split(counts.tolist()), weight, strict=True)])
+
+
+def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+    """W_{expert[i]} x_i for every row i: x (rows, in), weight (E, out, in), expert (rows,) ->
+    (rows, out). For the few rows of decoding. A graph is compiled before the choice of experts
+    is known. So it indexes `weight` where eager code loops; the compiler fuses the index with the
+    sum, so that no weight is copied."""
+    if torch.compiler.is_compiling():
+        return (weight[expert] * x[:, None]).sum(-1)
+    pairs = zip(expert.tolist(), x, strict=True)
+    return torch.stack([(weight[i] * row).sum(-1) for i, row in pairs])
+
+
+class Dispatch(torch.autograd.Function):
+    """Copies every token to its K rows: x (tokens, D) -> (rows, D). Row i holds the token token[i],
+    and token t is in the K rows place[t]: token (rows,), place (tokens, K). Rows of padding (see
+    `padded`) hold zeros.
+
+    Its gradient is Combine, and the gradient of Combine is Dispatch. So both passes gather and
+    never scatter, and a token's K rows are added in float32 and rounded once. The usual gradient of
+    `x[token]` would add on a GPU in an order that changes from run to run, and round each time.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(token, place)
+        if len(token) > place.numel():  # some rows are padding: they copy a token of zeros
+            x = F.pad(x, (0, 0, 0, 1))
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return Combine.apply(dy, *ctx.saved_tensors), None, None
+
+
+class Combine(torch.autograd.Function):
+    """Adds up the K rows of every token: y (rows, D) -> (tokens, D)."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(token, place)
+        return F.embedding_bag(place, y, mode="sum")  # y[place].sum(1), in float32
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return Dispatch.apply(dy, *ctx.saved_tensors), None, None
+
+
+def row_unit(x: Tensor) -> int:
+    """The number of which each expert's rows should be a multiple, for products of x (tokens, D).
+    In bfloat16 on a CPU they run in oneDNN, which compiles a kernel for every new number of rows.
+    Padding adds rows, so it is worth it only above MOST_NEW tokens."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) <= MOST_NEW:
+        return 1
+    return 64 if len(x) > 512 else 16  # fewer kernels, or less padding
+
+
+def padded(
+    expert: Tensor, gain: Tensor, counts: Tensor, unit: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Appends token-expert pairs with gate value 0, so that each expert's number of rows is a
+    multiple of `unit`. expert, gain (pairs,), counts (E,) -> the same, with the padding. How many
+    pairs there are then depends on `pairs` alone: no graph and no GPU has to know the counts. What
+    the other experts do not need is added to the last one."""
+    (pairs,), E = expert.shape, len(counts)
+    total = -(-(pairs + E * (unit - 1)) // unit) * unit  # enough for any counts
+    rows = -(-counts // unit) * unit  # (E,)
+    rows[-1] += total - rows.sum()
+    ids = torch.arange(E, device=expert.device)
+    padding = ids.repeat_interleave(rows - counts, output_size=total - pairs)
+    return torch.cat((expert, padding)), F.pad(gain, (0, total - pairs)), rows
+
+
+class Experts(nn.Module):
+    """The routed experts' FFNs, stacked in one parameter per projection.
+
+    y = sum_{i in top K} g_i W_down,i (silu(W_gate,i x) * W_up,i x), Eq. 12. As a plain loop:
+
+        for t in range(tokens):
+            for i, g in zip(chosen[t], gain[t]):
+                gate, up = (gate_up_proj[i] @ x[t]).chunk(2)
+                y[t] += down_proj[i] @ (swiglu(gate, up) * g)
+
+    (W_down is linear, so g may multiply its input, which is narrower than its output: F numbers in
+    place of D.) `forward` has the same sum by expert, whose tokens are multiplied in one product.
+    No token is dropped.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        std = config.initializer_range
+        # W_gate and W_up of each expert as one matrix, W_gate first.
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D).normal_(std=std))
+        self.down_proj = nn.Parameter(torch.empty(E, D, width).normal_(std=std))
+
+    # The product for all experts at once, and the number of which each expert's rows are a multiple
+    # (None: row_unit). fp8.py replaces both.
+    product = staticmethod(grouped_linear)
+    unit: int | None = None
+
+    def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
+        """x (tokens, D), chosen experts, their gate values (tokens, K) -> (tokens, D)."""
+        (tokens, K), E = chosen.shape, len(self.down_proj)
+        x = x.to(compute_dtype(x))
+        # V3's gate chooses K experts. An edited gate may choose fewer for a token, and fill its K
+        # places up with ids outside 0 .. E - 1. Their gate values become 0 here.
+        expert = chosen.clamp(0, E - 1)
+        gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)
+        expert, gain = expert.flatten(), gain.flatten()  # (tokens * K,)
+        # With few tokens, as in decoding, each row reads its expert's weights (not in training, nor
+        # in FP8). Outside a graph this is done on a CPU only: linear_by_row needs the chosen ids on
+        # the host, and a GPU would first have to send them. In a graph it is done on every device:
+        # grouped_linear below may split the sorted rows into pieces whose sizes depend on the
+        # choice, and in a graph no shape may.
+        few = 0 < tokens * K <= E and x.device.type == "cpu"
+        if torch.compiler.is_compiling():
+            few = tokens <= MOST_IN_GRAPH
+        if few and self.product is grouped_linear and not torch.is_grad_enabled():
+            x = x.repeat_interleave(K, 0)  # (tokens * K, D)
+            gate, up = linear_by_row(x, self.gate_up_proj, expert).chunk(2, -1)
+            y = linear_by_row(swiglu(gate, up) * gain[:, None], self.down_proj, expert)
+            return y.view(tokens, K, -1).sum(1)
+        counts, unit = count_chosen(expert, E), self.unit or row_unit(x)  # (E,)
+        if unit > 1:
+            expert, gain, counts = padded(expert, gain, counts, unit)
+        # Sorted by expert, so that the tokens of an expert are rows side by side.
+        order = expert.argsort(stable=True)  # (rows,)
+        # Pair i belongs to token i // K; all padding gets the index `tokens`.
+        token = order.clamp(max=tokens * K) // K  # (rows,)
+        place = torch.empty_like(order)  # the inverse of order
+        place[order] = torch.arange(len(order), device=order.device)
+        place = place[: tokens * K].view(tokens, K)
+        gain = gain.index_select(0, order)[:, None]  # (rows, 1)
+        rows = Dispatch.apply(x, token, place)  # (rows, D)
+        gate, up = self.product(rows, self.gate_up_proj, counts).chunk(2, -1)
+        y = self.product(swiglu(gate, up) * gain, self.down_proj, counts)  # (rows, D)
+        return Combine.apply(y, token, place)
+
+
+class MoE(nn.Module):
+    """h' = sum_{i in top K} g_i FFN_i(u) + FFN_shared(u), Eq. 12 (Block adds the residual).
+
+    Why experts: many parameters for few FLOPs. A token of V3 uses 37 of 671 billion parameters, and
+    costs what a dense network of 37 billion costs. Why many small ones: K of E can be combined in
+    more ways (arXiv 2401.06066, section 3.1). Why a shared one: it learns what every token needs,
+    so that the routed experts need not repeat it and can specialise (section 3.2 there).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        width = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = MLP(config, width) if width else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x (B, T, D) -> (B, T, D), and the routing, which DeepSeekV3 records."""
+        s, chosen, gain = self.gate(x)
+        y = self.experts(*(z.flatten(0, 1) for z in (x, chosen, gain))).view_as(x)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y, (s, chosen)
+
+
+class Block(nn.Module):
+    """x + MLA(norm(x)), then x + FFN(norm(x)): a dense MLP in the first layers, else MoE.
+
+    Why dense: the loads of the first layer's experts were especially slow to become even (arXiv
+    2401.06066, section 5.1.2).
+    """
+
+    def __init__(self, config: ModelConfig, dense: bool):
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(D, eps)
+        self.self_attn = MLA(config)
+        self.post_attention_layernorm = RMSNorm(D, eps)
+        self.mlp = MLP(config, config.intermediate_size) if dense else MoE(config)
+
+    def new_cache(self, batch: int, size: int, like: Tensor) -> Tensor:
+        return self.self_attn.new_cache(batch, size, like)
+
+    def forward(self, x: Tensor, rope: Rope, past: Past | None = None) -> tuple[Tensor, Routing]:
+        """x (B, T, D) -> (B, T, D), and the routing of its MoE."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, past)
+        y = self.mlp(self.post_attention_layernorm(x))
+        y, routing = y if isinstance(y, tuple) else (y, None)  # a dense MLP returns y alone
+        return x + y, routing
+
+
+# ---- Multi-Token Prediction (section 2.2) --------------------------------------------------------
+
+
+class MTP(nn.Module):
+    """Depth k predicts one token further than depth k - 1, Eq. 21-22.
+
+    h'_i^k = M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h_i^{k-1})],  h^k = RMSNorm(TRM_k(h'^k))
+    The report writes the hidden state first and no norm after TRM_k; the released weights have the
+    embedding first, and h^0 is the main model's hidden state after its final norm.
+
+    In decoding the module drafts tokens (sample.py). In training it may help the model: a position
+    learns from more than one token, and its state may plan ahead (section 2.2). In arXiv
+    2404.19737, which has heads in place of modules, large models improved and small ones got worse.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = RMSNorm(D, eps)
+        self.hnorm = RMSNorm(D, eps)
+        self.eh_proj = linear(config, 2 * D, D)  # M_k
+        self.block = Block(config, dense=False)  # TRM_k
+        self.norm = RMSNorm(D, eps)  # before the shared output head
+
+    def new_cache(self, batch: int, size: int, like: Tensor) -> Tensor:
+        return self.block.new_cache(batch, size, like)
+
+    def forward(
+        self, h: Tensor, embedding: Tensor, rope: Rope, past: Past | None = None
+    ) -> tuple[Tensor, Routing]:
+        """h = h^{k-1} (B, T, D), embedding of the tokens k later (B, T, D) -> h^k (B, T, D), and
+        the routing of the block."""
+        u = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), -1))  # (B, T, D)
+        u, routing = self.block(u, rope, past)
+        return self.norm(u), routing
+
+
+# ---- The model -----------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets of -log softmax(logits)[target], in nats and in float32: logits
+    (tokens, vocabulary), targets (tokens,). Targets below 0 are ignored; if all are, the loss is
+    0."""
+    total = F.cross_entropy(upcast(logits), targets.clamp(min=-1), ignore_index=-1, reduction="sum")
+    return total / (targets >= 0).sum().clamp(min=1)
+
+
+class DeepSeekV3(nn.Module):
+    """The whole network. It computes in the dtype of its parameters unless autocast is on.
+
+    After a call, `chosen` lists what each MoE layer chose, (B, T, K) in the main model, then (B,
+    T-k, K) in MTP module k, if modules were called; `chosen_by` lists their gates. (Decoding leaves
+    both as they are.) After a call with targets, `mtp_losses` lists the loss of each MTP depth. In
+    training mode every gate's `load` adds up how often each expert was chosen, until `update_bias`
+    uses that.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.trained_length = 0  # tokens of the longest window trained on; train.py sets it
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        nn.init.normal_(self.embed_tokens.weight, std=config.initializer_range)
+        self.layers = nn.ModuleList(
+            Block(config, dense=i < config.first_k_dense_replace)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = linear(config, config.hidden_size, config.vocab_size)
+        self.mtp = nn.ModuleList(MTP(config) for _ in range(config.num_nextn_predict_layers))
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        # Of each MoE layer that has run in this call: its gate, scores and chosen experts.
+        self.routed: list[tuple[Gate, Tensor, Tensor]] = []
+        self.chosen: list[Tensor] = []
+        self.chosen_by: list[Gate] = []
+        self.mtp_losses: list[Tensor] = []
+        self.recompute = False  # activation checkpointing: drop activations, compute them again
+
+    # An attribute, so that support/processes.py can put a compiled one in its place.
+    cross_entropy = staticmethod(cross_entropy)
+
+    def run_block(self, block: nn.Module, past: Past | None, *inputs) -> Tensor:
+        """Calls block(*inputs, past), a Block or MTP module, and records its routing, except in
+        decoding. The gate does not record it, because `recompute` runs a block twice."""
+        if self.recompute and torch.is_grad_enabled():
+            x, routing = checkpoint(block, *inputs, past, use_reentrant=False)
+        else:
+            x, routing = block(*inputs, past)
+        if routing is not None and past is None:
+            self.routed.append((gates_in(block)[0], *routing))
+        return x
+
+    def rope(self, x: Tensor, start: Position, cache: Cache | None = None) -> Rope:
+        """The rotary table of x's positions, start .. start + T - 1; from the cache, if any."""
+        if cache:
+            return tuple(table[span(start, x.shape[1])] for table in cache.rope)
+        positions = start + torch.arange(x.shape[1], device=x.device)
+        return rope_table(self.config, positions, torch.promote_types(x.dtype, torch.float32))
+
+    def trunk(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """tokens (B, T) -> h^0, the hidden states after the final norm (B, T, D).
+
+        With a cache the tokens continue the B texts in it.
+        """
+        self.routed = []
+        x = self.embed_tokens(tokens)  # (B, T, D)
+        start = cache.advance(tokens.shape[1]) if cache else 0
+        rope = self.rope(x, start, cache)
+        for i, block in enumerate(self.layers):
+            x = self.run_block(block, Past(cache.kept[i], start) if cache else None, x, rope)
+        return self.norm(x)
+
+    def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """One depth further: h = h^k (B, T, D), the tokens k + 1 later (B, T) -> h^{k+1} (B, T, D).
+
+        k is the depth of the input. Module k + 1, which is mtp[k], computes the next one. All MTP
+        modules have one cache: a kept[k] each, but a single `length`, which every call advances. So
+        before each call the caller sets `length` to where this module goes on (sample.py).
+        """
+        embedding = self.embed_tokens(tokens)  # (B, T, D)
+        start = cache.advance(tokens.shape[1]) if cache else 0
+        past = Past(cache.kept[k], start) if cache else None
+        rope = self.rope(h, start, cache)
+        return self.run_block(self.mtp[k], past, h, embedding, rope)
+
+    def logits(self, h: Tensor, k: int = 0) -> Tensor:
+        """h^k (B, T, D) of depth k -> its logits (B, T, vocabulary), Eq. 23, in the dtype of h. All
+        depths share the head; k is for edits. Losses and drafts both call this."""
+        return self.lm_head(h)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, return_mtp: bool = False):
+        """tokens (B, T) int64 -> logits (B, T, vocabulary), float32 (float64 in a float64 model).
+
+        return_mtp: also a list with the logits of each depth k = 1, 2, ..., (B, T-k, vocabulary).
+        Their row i predicts token i + 1 + k.
+        targets (B, T): the next tokens, a number below 0 where there is none. With them it returns
+        the losses by name in place of logits. train.py weights, sums and logs them.
+        """
+        hidden = [self.trunk(tokens)]  # h^0; then h^1, h^2, ...
+        if targets is not None or return_mtp:
+            for k in range(min(len(self.mtp), tokens.shape[1] - 1)):
+                hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
+        routed, self.routed = self.routed, []  # else its scores would keep the activations alive
+        self.chosen = [chosen for _, _, chosen in routed]
+        self.chosen_by = [gate for gate, _, _ in routed]
+        if self.training:
+            for gate, _, chosen in routed:
+                gate.load += count_chosen(chosen, len(gate.load))
+        if targets is None:
+            logits = [upcast(self.logits(h, k)) for k, h in enumerate(hidden)]
+            return (logits[0], logits[1:]) if return_mtp else logits[0]
+        main, *mtp = (
+            self.cross_entropy(self.logits(h, k).flatten(0, 1), targets[:, k:].flatten())
+            for k, h in enumerate(hidden)
+        )
+        self.mtp_losses = [loss.detach() for loss in mtp]
+        balance = [balance_loss(s, self.config.num_experts_per_tok) for _, s, _ in routed]
+        zero = main.new_zeros(())
+        return {
+            "loss": main,  # cross-entropy of the next token, in nats
+            "mtp_loss": sum(mtp, zero) / max(1, len(mtp)),  # mean over depths, Eq. 24-25, in nats
+            # Eq. 17, averaged over the MoE layers, so that logs of models with different numbers of
+            # layers can be compared. For the sum train.py multiplies it by `moe_layers`.
+            "balance_loss": sum(balance, zero) / max(1, len(balance)),
+        }
+
+    def gates(self) -> list[Gate]:
+        """The gates of the MoE layers in order, those of the MTP modules last."""
+        return gates_in(self)
+
+    @property
+    def moe_layers(self) -> int:
+        """Layers with routed experts, those of the MTP modules included."""
+        return len(self.gates())
+
+    @torch.no_grad()
+    def update_bias(self, gamma: float | Tensor):
+        """b_i += gamma * sign(mean load - load of i), from the loads since the last call: the
+        balancing without an auxiliary loss (section 2.1.2; arXiv 2408.15664, Algorithm 1). No
+        gradient competes with that of the text; only the choice of experts changes."""
+        for gate in self.gates():
+            load = gate.load.float()
+            gate.e_score_correction_bias += gamma * (load.mean() - load).sign()
+            gate.load.zero_()
+
+
+# ---- What a ModelConfig may hold -----------------------------------------------------------------
+
+MAY_BE_ZERO = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"}
+YARN_KEYS = {
+    "type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+    "mscale", "mscale_all_dim", "attention_factor", "truncate",
+}  # fmt: skip
+
+
+def check_config(config: ModelConfig):
+    """Raises Refusal, with one sentence, if no network can have these values."""
+    sizes = {field.name for field in fields(config) if field.type in (int, int | None)}
+    check_ranges(config, at_least_one=sizes - MAY_BE_ZERO)
+    E, K, R = config.n_routed_experts, config.num_experts_per_tok, config.qk_rope_head_dim
+    groups, allowed = config.n_group, config.topk_group
+    within = E // groups * allowed  # the experts among which a token chooses
+    yarn = config.rope_scaling or {}
+    kind, unknown = yarn_kind(config), sorted(yarn.keys() - YARN_KEYS)
+    factor = yarn.get("factor") or 0
+    for refused, sentence in (
+        (R % 2, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even."),
+        (E % groups, f"n_routed_experts {E} is not a multiple of n_group {groups}."),
+        (allowed > groups, f"topk_group {allowed} is larger than n_group {groups}."),
+        (within < K, f"num_experts_per_tok {K} exceeds {allowed} groups' {within} experts."),
+        (E == groups > 1, f"n_group {groups} leaves one expert per group, but a score needs two."),
+        (kind not in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'."),
+        (unknown, f"rope_scaling has {unknown}, but may have only {sorted(YARN_KEYS)}."),
+        (kind == "yarn" and not factor > 0, "rope_scaling lacks the yarn 'factor', above 0."),
+        (config.rope_theta <= 1, f"rope_theta is {config.rope_theta}, but must be above 1."),
+    ):
+        if refused:
+            raise Refusal(sentence)
+
+
+def yarn_kind(config: ModelConfig) -> str:
+    yarn = config.rope_scaling or {}
+    return yarn.get("rope_type") or yarn.get("type") or "default"
+
+
+def with_original_length(config: ModelConfig) -> dict | None:
+    """YaRN's parameters, original_max_position_embeddings among them; None without YaRN.
+
+    If a file does not give this length, it is max_position_embeddings. It is stored at once:
+    max_position_embeddings may get another value later (when a run is resumed or exported), and
+    YaRN's angles must not change with it.
+    """
+    if yarn_kind(config) != "yarn":
+        return None
+    yarn = config.rope_scaling
+    original = yarn.get("original_max_position_embeddings") or config.max_position_embeddings
+    return yarn | {"original_max_position_embeddings": original}
