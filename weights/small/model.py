@@ -18,8 +18,9 @@ code serves training, prompts and decoding. Where a plain formula would be too s
 the docstring has the formula, and the code is a faster form of it. tests/reference.py has all
 formulas as plain loops, and tests compare the two.
 
-The file is meant to be edited. So a few helpers allow more than V3 needs: a gate that chooses fewer
-than K experts, layers that cache something else, a head per MTP depth.
+The file is meant to be edited, and imports PyTorch alone: a copy works in any project. A few
+helpers allow more than V3 needs: a gate that chooses fewer than K experts, layers that cache
+something else, a head per MTP depth.
 
 Training and decoding may be compiled by torch.compile; "in a graph" means in compiled code. A graph
 of decoding is compiled once and used at every position. So there a position is a tensor, and no
@@ -46,8 +47,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from support.settings import Refusal, check_ranges
-
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
 Position = int | Tensor  # in a graph of decoding a tensor without dimensions
 Routing = tuple[Tensor, Tensor] | None  # scores (B, T, E), chosen experts (B, T, K); None if dense
@@ -58,6 +57,13 @@ class Past(NamedTuple):
 
     kept: Tensor  # made by the layer's `new_cache`
     start: Position  # position of the first new token, so the number of tokens already in the cache
+
+
+MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+YARN_KEYS = (
+    "type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+    "mscale", "mscale_all_dim", "attention_factor", "truncate",
+)  # fmt: skip
 
 
 @dataclass
@@ -94,11 +100,38 @@ class ModelConfig:
     initializer_range: float = 0.006  # standard deviation of every initial matrix
 
     def __post_init__(self):
-        check_config(self)  # this and with_original_length stand at the end of the file
+        """Asserts that a network can have these values. The commands print an assert's sentence."""
         for field in fields(self):
-            if field.type is float:  # transformers refuses a config.json with 1 for 1.0
-                setattr(self, field.name, float(getattr(self, field.name)))
-        self.rope_scaling = with_original_length(self)
+            name, x = field.name, getattr(self, field.name)
+            if isinstance(x, int | float):
+                size = field.type in (int, int | None) and name not in MAY_BE_ZERO
+                least = min(int(size), field.default or 0)  # your own field may default to less
+                assert x >= least, f"{name} is {x}, but must be at least {least}."
+        E, K, R = self.n_routed_experts, self.num_experts_per_tok, self.qk_rope_head_dim
+        G, allowed, theta = self.n_group, self.topk_group, self.rope_theta
+        within = E // G * allowed  # the experts among which a token chooses
+        assert R % 2 == 0, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even."
+        assert theta > 1, f"rope_theta is {theta}, but must be above 1."
+        assert E % G == 0, f"n_routed_experts {E} is not a multiple of n_group {G}."
+        assert G == 1 or E > G, f"n_group {G} leaves one expert per group, but a score needs two."
+        assert allowed <= G, f"topk_group {allowed} is larger than n_group {G}."
+        assert within >= K, f"num_experts_per_tok {K} exceeds {allowed} groups' {within} experts."
+
+        yarn = self.rope_scaling or {}
+        assert isinstance(yarn, dict), f"rope_scaling is {yarn!r}, but must be a dict or None."
+        kind = yarn.get("rope_type") or yarn.get("type") or "default"
+        assert kind in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'."
+        for key, x in yarn.items():
+            assert key in YARN_KEYS, f"rope_scaling has {key!r}, but may have only {YARN_KEYS}."
+            fits = x is None or key in YARN_KEYS[:2] or (isinstance(x, int | float) and x >= 0)
+            assert fits, f"rope_scaling has {x!r} for {key!r}, expected a number of at least 0."
+        self.rope_scaling = None
+        if kind == "yarn":
+            assert yarn.get("factor"), "rope_scaling lacks the yarn 'factor', above 0."
+            # A default for YaRN's original length is stored at once: max_position_embeddings may
+            # change later (when a run is resumed or exported), and YaRN's angles must not.
+            original = yarn.get("original_max_position_embeddings") or self.max_position_embeddings
+            self.rope_scaling = yarn | {"original_max_position_embeddings": original}
 
 
 # ---- Precision, projections, norm ----------------------------------------------------------------
@@ -853,19 +886,12 @@ class DeepSeekV3(nn.Module):
         return {
             "loss": main,  # cross-entropy of the next token, in nats
             "mtp_loss": sum(mtp, zero) / max(1, len(mtp)),  # mean over depths, Eq. 24-25, in nats
-            # Eq. 17, averaged over the MoE layers, so that logs of models with different numbers of
-            # layers can be compared. For the sum train.py multiplies it by `moe_layers`.
-            "balance_loss": sum(balance, zero) / max(1, len(balance)),
+            "balance_loss": sum(balance, zero),  # sum over the MoE layers, Eq. 17
         }
 
     def gates(self) -> list[Gate]:
         """The gates of the MoE layers in order, those of the MTP modules last."""
         return gates_in(self)
-
-    @property
-    def moe_layers(self) -> int:
-        """Layers with routed experts, those of the MTP modules included."""
-        return len(self.gates())
 
     @torch.no_grad()
     def update_bias(self, gamma: float | Tensor):
@@ -876,56 +902,3 @@ class DeepSeekV3(nn.Module):
             load = gate.load.float()
             gate.e_score_correction_bias += gamma * (load.mean() - load).sign()
             gate.load.zero_()
-
-
-# ---- What a ModelConfig may hold -----------------------------------------------------------------
-
-MAY_BE_ZERO = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"}
-YARN_KEYS = {
-    "type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
-    "mscale", "mscale_all_dim", "attention_factor", "truncate",
-}  # fmt: skip
-
-
-def check_config(config: ModelConfig):
-    """Raises Refusal, with one sentence, if no network can have these values."""
-    sizes = {field.name for field in fields(config) if field.type in (int, int | None)}
-    check_ranges(config, at_least_one=sizes - MAY_BE_ZERO)
-    E, K, R = config.n_routed_experts, config.num_experts_per_tok, config.qk_rope_head_dim
-    groups, allowed = config.n_group, config.topk_group
-    within = E // groups * allowed  # the experts among which a token chooses
-    yarn = config.rope_scaling or {}
-    kind, unknown = yarn_kind(config), sorted(yarn.keys() - YARN_KEYS)
-    factor = yarn.get("factor") or 0
-    for refused, sentence in (
-        (R % 2, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even."),
-        (E % groups, f"n_routed_experts {E} is not a multiple of n_group {groups}."),
-        (allowed > groups, f"topk_group {allowed} is larger than n_group {groups}."),
-        (within < K, f"num_experts_per_tok {K} exceeds {allowed} groups' {within} experts."),
-        (E == groups > 1, f"n_group {groups} leaves one expert per group, but a score needs two."),
-        (kind not in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'."),
-        (unknown, f"rope_scaling has {unknown}, but may have only {sorted(YARN_KEYS)}."),
-        (kind == "yarn" and not factor > 0, "rope_scaling lacks the yarn 'factor', above 0."),
-        (config.rope_theta <= 1, f"rope_theta is {config.rope_theta}, but must be above 1."),
-    ):
-        if refused:
-            raise Refusal(sentence)
-
-
-def yarn_kind(config: ModelConfig) -> str:
-    yarn = config.rope_scaling or {}
-    return yarn.get("rope_type") or yarn.get("type") or "default"
-
-
-def with_original_length(config: ModelConfig) -> dict | None:
-    """YaRN's parameters, original_max_position_embeddings among them; None without YaRN.
-
-    If a file does not give this length, it is max_position_embeddings. It is stored at once:
-    max_position_embeddings may get another value later (when a run is resumed or exported), and
-    YaRN's angles must not change with it.
-    """
-    if yarn_kind(config) != "yarn":
-        return None
-    yarn = config.rope_scaling
-    original = yarn.get("original_max_position_embeddings") or config.max_position_embeddings
-    return yarn | {"original_max_position_embeddings": original}
