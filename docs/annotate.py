@@ -225,7 +225,7 @@ $ P_{i+k+1}^k = \operatorname{OutHead}(\h_i^k)
 $ L_{\text{MTP}}^k = - \frac{1}{T} \sum_{i=2+k}^{T+1} \log P_i^k [t_i]
 $ L_{\text{MTP}} = \frac{\lambda}{D} \sum_{k=1}^{D} L_{\text{MTP}}^k
 The code takes the mean over the T - k targets that there are. train.py multiplies by λ.
-> model.py DeepSeekV3.forward | main, *mtp = | losses = {
+> model.py DeepSeekV3.forward | main, *mtp = | "mtp_loss":
 
 @ The loss of one depth
 The head gives a score for every token. Targets below 0 do not count.
