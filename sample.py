@@ -47,7 +47,7 @@ class SampleConfig:
     top_k: int | None = 200  # sample from the k likeliest tokens; none: from all
     top_p: float | None = None  # sample from the fewest tokens with this much probability in sum
     seed: int = 1337  # the same seed and options give the same text
-    speculative: Literal[0, 1, 2, 3, 4] = 2  # drafts per round, by the MTP module
+    speculative: Literal[0, 1, 2, 3, 4] = 1  # drafts per round, by the MTP module
     compile: bool = False  # several times faster, after a minute or two of compilation
     show: Literal["", "drafts"] = ""  # drafts: print accepted drafts in green
     interactive: bool = False  # ask for one prompt after another
@@ -300,7 +300,7 @@ class Text:
 
     def round(self, n: int | Tensor, u: Tensor) -> Tensor:
         """`draft`, then `verify`. Returns kept and tokens as one tensor (B, 1+G+1), so that the
-        host waits for a GPU once. Played twice, a round gives the same result (see `play`)."""
+        host waits for a GPU once. Played twice, a round gives the same result."""
         kept, out = self.verify(n, self.draft(n, u), u)
         return torch.cat((kept[:, None], out), 1)
 
@@ -319,15 +319,13 @@ class Text:
         elif self.compiled and n > self.drafts + self.depth:
             # Filled on the device: a copy to a GPU would wait for it.
             position, run = torch.full((), n, device=self.tokens.device), self.graph
-            if not self.played:
-                # Plays the round once to compile it, before time is measured; it is played again
-                # below. On a GPU the graph keeps the addresses of the tensors in `parts`.
-                self.played = True
-                args, on_cpu = (self, position, u), self.tokens.device.type == "cpu"
+            if self.played:
+                # Nothing that a graph depends on changes within a text, so no guard is checked.
+                stance = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+            else:  # on a GPU the graph keeps the addresses of the tensors in `parts`
+                self.played, on_cpu = True, self.tokens.device.type == "cpu"
                 parts = self.model, *map(vars, (self, self.cache, self.mtp_cache))
-                graphs.first_round(run, args, parts, on_cpu)
-            # Nothing that a graph depends on changes within a text, so no guard is checked.
-            stance = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+                graphs.prepare(run, (self, position, u), parts, on_cpu)
         with stance:
             began = time.perf_counter()
             outcome = run(self, position, u).tolist()
@@ -352,7 +350,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    speculative: int = 2,
+    speculative: int = 1,
     compile: bool = False,
     eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,

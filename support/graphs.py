@@ -47,9 +47,9 @@ def compiled(function: Callable, on_cpu: bool, key: tuple) -> Callable:
     return torch.compile(copy, fullgraph=True, dynamic=False, **how)
 
 
-def first_round(graph: Callable, args: tuple, parts: Any, on_cpu: bool):
-    """Plays a text's first round with guards, before time is measured; it is then played again. So
-    a second call with the same args must give the same result.
+def prepare(graph: Callable, args: tuple, parts: Any, on_cpu: bool):
+    """Before a text's first round. A new graph is compiled in its first call, so it is called here,
+    before time is measured, and again by the caller: the same args must give the same result.
 
     A CUDA graph is recorded with the addresses of its tensors, so the tensors in `parts` (modules,
     dictionaries, tensors) must not move. torch compares addresses before it replays a recording,
@@ -57,18 +57,18 @@ def first_round(graph: Callable, args: tuple, parts: Any, on_cpu: bool):
     of a graph it makes no more, and the graph's kernels are started one by one.
     (In torch: mark_static_address, cudagraph_trees.py.)
     """
-    new, began = graph not in COMPILED, time.perf_counter()
-    if new:
-        info("compiling a round of decoding, which takes a minute or two")
     if not on_cpu:
         # torch uses no CUDA graph if an input is written to, unless its address is fixed.
         for x in tensors(parts):
             torch._dynamo.mark_static_address(x)
-    for _ in range(1 if on_cpu or not new else 3):  # a GPU records in the second call
+    if graph in COMPILED:
+        return
+    info("compiling a round of decoding, which takes a minute or two")
+    began = time.perf_counter()
+    for _ in range(1 if on_cpu else 3):  # a GPU records in the second call
         graph(*args)
-    if new:
-        COMPILED.add(graph)
-        info(f"compiled in {time.perf_counter() - began:.0f} s")
+    COMPILED.add(graph)
+    info(f"compiled in {time.perf_counter() - began:.0f} s")
 
 
 def tensors(parts: Any) -> list[Tensor]:

@@ -288,6 +288,9 @@ def test_every_draft_length_is_lossless(depth, capsys):
     cases = ((1, 1, 8), (1, 6, 1), (2, 6, 2), (3, 9, 20), (4, 1, 12), (1, 20, 0), (1, 4, 60))
     for B, T, new in cases:
         text = greedy(model, tokens_of(model, B, T), new)
+        if new == 60:  # one draft is the default
+            counts = same_text(model, text, T).drafted
+            assert [x > 0 for x in counts] == [depth > 0, False, False, False]
         for G in range(MOST_DRAFTS + 1):
             stats = same_text(model, text, T, speculative=G)
             assert stats.tokens == B * new
