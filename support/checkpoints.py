@@ -48,7 +48,8 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
         raise Refusal(f"there is no {file}: name {kinds}.")
     try:
         with zipfile.ZipFile(file) as archive:  # torch does not compare checksums
-            damaged = archive.testzip() if whole else None
+            if whole and (bad := archive.testzip()):
+                raise ValueError(f"the checksum of {bad} in it is wrong")
         saved = torch.load(file, "cpu", weights_only=True, mmap=True)
         dict(saved["model_config"])  # fails in a file of another program
     except Exception as error:  # a damaged file may raise anything
@@ -60,8 +61,6 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
             reason = f"it holds {foreign!r}; only tensors, numbers and text are opened"
         message = f"{file} is damaged, or no checkpoint of train.py ({reason}): name {kinds}."
         raise Refusal(message) from None
-    if damaged:
-        raise Refusal(f"{file} is damaged: the checksum of {damaged} in it is wrong")
     return saved
 
 

@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -325,11 +325,12 @@ def open_run(
         network=asdict(model.config),
         tokenizer=[Path(file).read_bytes() for file in files],
     )
-    lock = None
-    if machine.rank == 0:
-        lock = take_folder(Path(config.out), config.resume, config.overwrite)
-    stop = Stop(machine)
-    try:
+    with ExitStack() as at_end:  # restores the signals' handlers, then releases the lock
+        if machine.rank == 0:
+            lock = take_folder(Path(config.out), config.resume, config.overwrite)
+            at_end.enter_context(lock)
+        stop = Stop(machine)
+        at_end.callback(stop.end)
         run = Run(states, config, machine, stop, flops)
         if config.resume:
             run.restore()
@@ -345,7 +346,3 @@ def open_run(
             if progress.step:
                 info(f"stopped at step {progress.step}; {run.way_on()}.")
             raise
-    finally:
-        stop.end()
-        if lock:
-            lock.close()

@@ -73,8 +73,7 @@ def opened(files: list[str], folder: Path) -> Changed:
 
 
 def learns_and_decodes(c: Changed, monkeypatch, sizes: dict, values: dict):
-    """A step by gradient descent lowers the loss; drafts leave the text as it is. Keeps what
-    check.py finds wrong."""
+    """A step by gradient descent lowers the loss. Keeps what check.py finds wrong."""
     c.new = c.files["model.py"]
     c.new.DeepSeekV3.forward.__globals__.update(values)
     # In float64, where the sums of another CPU make no difference.
@@ -84,18 +83,15 @@ def learns_and_decodes(c: Changed, monkeypatch, sizes: dict, values: dict):
     c.x, c.y = tokens[:, :-1], tokens[:, 1:]
     before = sum(model.train()(c.x, c.y).values())
     before.backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     torch.optim.SGD(model.parameters(), lr=0.05).step()
     model.update_bias(0.01)
-    assert sum(model(c.x, c.y).values()) < before
+    with torch.no_grad():
+        assert sum(model(c.x, c.y).values()) < before
     for reader in (sample, check):
         monkeypatch.setattr(reader, "Cache", c.new.Cache)
-    with torch.inference_mode():
-        text = sample.generate(model.eval(), c.x[:1, :4], 16, temperature=0, speculative=2)
-        assert torch.equal(text[0, 4:], model(text)[0, 3:-1].argmax(-1))
     if "train.py" in c.files:
         monkeypatch.setattr(check.train, "loss_weights", c.files["train.py"].loss_weights)
-    found = check.answers(model, TrainConfig(block_size=16), LENGTH)
+    found = check.answers(model.eval(), TrainConfig(block_size=16), LENGTH)
     c.wrong = [sentence for answer in found for sentence in answer.wrong]
 
 

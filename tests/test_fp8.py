@@ -247,6 +247,9 @@ def test_weights_are_quantised_once_and_not_a_bit_changes(monkeypatch):
         assert same([p.grad for p in model.parameters()], plain[2:])
         _ = 1 / 0
     assert calls == [(64, 128), (2, 64, 64), (2, 64, 32)] and cached(model) == []
+    with quantized_once(model):
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        assert cached(model) == []  # of weights that have changed
 
 
 # ---- Company: compile, DDP, FSDP --------------------------------------------------------------
@@ -344,7 +347,7 @@ def test_projections_and_experts_are_switched_and_nothing_else():
         inside &= ".gate." not in name
         assert type(x) is (FP8Linear if inside else before[name]), name
         if isinstance(x, model.Experts):
-            assert x.product is fp8.grouped_fp8
+            assert x.product is fp8.grouped_fp8 and x.unit == 128
     assert network.layers[0].self_attn.o_proj(torch.ones(1, 16, dtype=BF16)).dtype == BF16
 
 

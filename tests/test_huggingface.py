@@ -117,7 +117,7 @@ def edit_tensors(directory: Path, change):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_same_network_both_ways(name, tmp_path):
     """Ours opened by transformers, and what it then saves opened by us: the same logits, experts
-    and greedy text; nothing is lost on the way. (The cache: test_network.py.)"""
+    and greedy text; nothing is lost on the way. (The cache: test_check.py.)"""
     model = ours(depth=0, **VARIANTS[name])
     huggingface.save_pretrained(model, tmp_path / "a")
     hf, report = theirs(tmp_path / "a", output_loading_info=True)

@@ -1,5 +1,5 @@
-"""Sampling has the exact distributions, and the command does what it says. Texts, caches and
-drafts: test_network.py.
+"""Sampling has the exact distributions, and the command does what it says. Texts and drafts:
+test_network.py.
 """
 
 import contextlib
