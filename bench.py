@@ -31,25 +31,13 @@ from torch import nn
 import fp8
 import sample
 import train
-from huggingface import (
-    FP8_WEIGHTS,
-    checkpoint_views,
-    from_pretrained,
-    save_pretrained,
-)
+from huggingface import FP8_WEIGHTS, checkpoint_views, from_pretrained, save_pretrained
 from model import Cache, DeepSeekV3, ModelConfig
 from support import processes
 from support.flops import flops_per_token, peak_flops
 from support.plot import PlotOptions, plot
 from support.processes import Machine, fast_dtype
-from support.settings import (
-    Refusal,
-    info,
-    parse_args,
-    read_config_file,
-    run_command,
-    unknown_key,
-)
+from support.settings import Refusal, info, parse_args, read_config_file, run_command, unknown_key
 from support.sizes import cache_numbers, parameter_counts
 
 # The 20.8M-parameter model on which we and transformers' DeepseekV3ForCausalLM are compared.

@@ -226,7 +226,8 @@ def from_pretrained(
     file or several.
 
     dtype None: that of config.json, else of the final norm; bf16 for FP8. The model has MTP modules
-    if the checkpoint has their tensors. Raises Refusal, which names the wrong file, key or tensor.
+    if the checkpoint has their tensors. Raises ValueError or its subclass Refusal, which names the
+    wrong file, key or tensor.
     """
     directory = Path(directory)
     raw, stored = read_json(directory / "config.json"), open_files(directory, str(device))
@@ -324,7 +325,7 @@ def read_run(path: Path) -> tuple[ModelConfig, dict[str, Tensor], int, Tokenizer
         )
     try:
         config, weights = ModelConfig(**saved["model_config"]), saved["model"]
-    except (AssertionError, TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise Refusal(f"{path}: weights and settings do not match: {short(error)}") from None
     meaning = "if a formula has changed, the weights mean something else"
     note_edit("model.py", saved, checkpoint_file(path), meaning)
@@ -348,10 +349,10 @@ def load_model(
     """The model of a run, file or Hugging Face directory, and its tokenizer.
 
     dtype None: the stored dtype. The tokenizer is None if a Hugging Face directory has none.
-    settings: values of ModelConfig that replace the stored ones. extend: model.py or the settings
-    may have changed so that the model has parameters which the weights lack, or lacks some which
-    they have. The former are initialised; messages name both, and the changed settings. Raises
-    Refusal.
+    settings: values of ModelConfig that replace the stored ones; messages name those that change.
+    extend: the weights may lack parameters of the model, which are then initialised, or have some
+    that it lacks, because model.py or the settings have changed; messages name them. Raises
+    ValueError, of which Refusal is one.
     """
     path, settings = Path(ckpt), settings or {}
     if (path / "config.json").exists():
@@ -365,7 +366,7 @@ def load_model(
     now, before = vars(config), vars(stored)
     if changed := [key for key in now if now[key] != before[key]]:
         message = f"{path} cannot get {and_more([f'{key} {now[key]}' for key in changed])}"
-    for key in changed if extend else ():
+    for key in changed:
         info(f"{key} is now {now[key]} (was {before[key]} in {path})")
     model = outline(config)
     compare(weights, model.state_dict(), path, message, extend)

@@ -101,7 +101,7 @@ def parse_record(line: str, where: str, text_key: str) -> str | None:
     """The text of a line of .jsonl."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError alone: a number of 5,000 digits
+    except (ValueError, RecursionError) as error:  # int() reads no 5,000 digits
         message = getattr(error, "msg", error)  # str(error) adds a line number, which is always 1
         raise Refusal(f"{where} is not JSON ({message}); correct or delete it") from None
     if not isinstance(record, dict) or text_key not in record:

@@ -257,7 +257,7 @@ def open_data(
 
     processes.once(make)
     if config.data in prepare_data.SHARDS and not folder.exists():
-        shards = -(-config.steps * config.batch_size * config.block_size // 10**8)  # for one epoch
+        shards = math.ceil(config.steps * config.batch_size * config.block_size / 1e8)  # one epoch
         shards = min(shards, prepare_data.SHARDS[config.data][1])
         raise Refusal(
             f"no data in {folder}; make it with: python prepare_data.py {config.data} "
@@ -562,7 +562,9 @@ def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
     # Without the settings of older code, which do not exist any more.
     known = ModelConfig.__dataclass_fields__ | TrainConfig.__dataclass_fields__
     stored = {k: x for k, x in stored.items() if k in known and k not in PER_COMMAND}
-    return settings.merge(in_file, stored, command_line) | {"out": out}, weights, saved["step"]
+    network = ModelConfig.__dataclass_fields__  # load_model names those of them that change
+    values = settings.merge(in_file, stored, command_line, network)
+    return values | {"out": out}, weights, saved["step"]
 
 
 def find_weights(values: dict, command_line: dict) -> tuple[Path | None, bool]:

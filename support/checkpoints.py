@@ -67,7 +67,7 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
 def note_edit(name: str, saved: dict[str, Any], checkpoint: Path, meaning: str) -> None:
     """Prints a message if this file of CODE has changed since the checkpoint was saved."""
     copy = checkpoint.with_name(name)
-    if name not in saved and copy.exists():  # weights/small
+    if name not in saved and copy.exists():  # best.pt of weights/small has none
         saved = {name: copy.read_text("utf-8")}
     if saved.get(name, CODE[name]) != CODE[name]:
         info(

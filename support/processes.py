@@ -166,11 +166,11 @@ def usable_device(name: str) -> torch.device:
     if name == "auto":  # never mps: PyTorch's results there have been wrong too often
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.ones(1, device=name).item()  # fails on meta, too
+        torch.ones(1, device=name).item()  # runs a kernel, which zeros does not; fails on meta, too
     except (RuntimeError, AssertionError) as error:
         way = "try cpu"
         if "no kernel image" in str(error):  # CUDA 13's builds begin with the GPUs of 2018
-            way = f"install PyTorch for CUDA 12.6, which knows older GPUs ({FOR_OLDER}), or {way}"
+            way = f"install PyTorch for CUDA 12.6, for older GPUs ({FOR_OLDER}), or {way}"
         raise Refusal(f"device {name!r} cannot be used here: {way} ({short(error)})") from None
     return torch.device(name)
 

@@ -12,7 +12,7 @@ import runpy
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
         with suppress(Exception):  # not a literal
             x = ast.literal_eval(x.title() if x.strip().isalpha() else x)  # none becomes None
     if type(x) is int and abs(x) >= 2**63:  # torch takes no larger seed
-        raise Refusal(f"{name} is {short(repr(value), 40)}, expected one below 2^63")
+        raise Refusal(f"{name} is {short(repr(value), 40)}, expected a number below 2^63")
     if type(x) in kinds:  # isinstance would take a bool for an int
         return x
     if x in kinds:  # 1 is True, 2.0 is 2
@@ -165,15 +165,18 @@ def read_config_file(path: str, *config_classes: type) -> dict[str, Any]:
 
 
 def merge(
-    in_file: dict[str, Any], stored: dict[str, Any], command_line: dict[str, Any]
+    in_file: dict[str, Any],
+    stored: dict[str, Any],
+    command_line: dict[str, Any],
+    named_later: Container[str] = (),
 ) -> dict[str, Any]:
     """Merges settings from the config file, a run's checkpoint (`stored`) and the command line.
     Later sources override earlier ones, so a resumed run keeps its settings even if the file has
-    changed. Prints the stored settings that the command line changes, and the settings in the file
-    that have no effect."""
+    changed. Prints the stored settings that the command line changes, except those that another
+    function names later, and the settings in the file that have no effect."""
     for key, value in stored.items():
         if key in command_line:
-            if command_line[key] != value:
+            if command_line[key] != value and key not in named_later:
                 info(f"{key} is now {command_line[key]!r} (was {value!r})")
         elif in_file.get(key, value) != value:
             info(f"{key} stays {value} (the config file has {in_file[key]})")
@@ -205,16 +208,16 @@ def place_of(error: BaseException) -> str:
 
 
 def sentence_of(error: Exception) -> str | None:
-    """The sentence with which an error ends a command: a Refusal; a failed assert in the
-    __post_init__ of settings (model.py imports no Refusal, so that it can be copied elsewhere); a
-    system error that names a file (with the line of this repository that caused it); lack of
+    """The sentence with which an error ends a command: a Refusal; a ValueError from the
+    __post_init__ of ModelConfig (model.py imports no Refusal, so that it can be copied elsewhere);
+    a system error that names a file (with the line of this repository that caused it); lack of
     memory, of disk space, of a compiler or of an optional package; a line that cannot be compiled.
     None for all others: they are bugs and keep their trace."""
     if isinstance(error, Refusal):
         return str(error)
-    if isinstance(error, AssertionError) and str(error):
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].name
-        return str(error) if raised_in == "__post_init__" else None
+    if type(error) is ValueError:
+        calls = [x.name for x in traceback.extract_tb(error.__traceback__)]
+        return str(error) if calls[-2:] == ["__post_init__", "require"] else None
     if is_out_of_memory(error):
         details = f" ({short(error, 100)})" if str(error) else ""  # Python's own error has none
         return f"out of memory{place_of(error)}{details}: {LESS_MEMORY}"

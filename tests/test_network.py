@@ -169,7 +169,7 @@ def test_bias_is_no_parameter_and_stays_float32_and_unrounded_in_every_cast():
     ],
 )
 def test_impossible_configurations_are_refused_with_one_sentence(changes, words):
-    with pytest.raises(AssertionError) as error:
+    with pytest.raises(ValueError) as error:
         ModelConfig(**(TINY | changes))
     sentence = sentence_of(error.value)
     assert words in sentence and "\n" not in sentence

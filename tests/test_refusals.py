@@ -35,7 +35,11 @@ REFUSALS = [
     # train.py: what the command says.
     ("train.py", 2, "name a config file, for example: python train.py config/small.py"),
     (f"{NEW} --stepps=1", 2, "unknown key stepps; did you mean steps?"),
-    (f"{NEW} --seed=12345678901234567890", 2, "seed is '12345678901234567890', expected one below"),
+    (
+        f"{NEW} --seed=12345678901234567890",
+        2,
+        "seed is '12345678901234567890', expected a number below",
+    ),
     (f"{NEW} --optimizer=muon --parallel=fsdp", 1, "muon needs whole matrices"),
     (f"{NEW} --eval_every=0", 1, "eval_every is 0, but must be at least 1."),
     (f"{NEW} --warmup=0.6", 1, "warmup is 0.6, but decay_start is 0.5: raise decay_start to at"),

@@ -58,8 +58,10 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     changed = "mtp_weight = 0.5\nrope_theta = 9.0\n"
     Path("my.py").write_text(Path(TINY).read_text() + changed)
     options = ("--weight_decay=2", "--clip=1e-9", "--beta1=0", "--beta2=0", "--lr=0.5")
+    options += ("--routed_scaling_factor=9",)
     train.main(["my.py", "--out=run", "--resume", "--steps=3", *options])
     said = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("routed_scaling_factor is now 9.0 (was ") for line in said) == 1
     kept = [line for line in said if " stays " in line]  # of those given here none
     assert not {"steps", "lr"} & {line.split()[0] for line in kept}
     assert "rope_theta stays 10000.0 (the config file has 9.0)" in kept

@@ -392,6 +392,8 @@ def test_weights_that_a_run_starts_from_are_named_and_evaluated_once(shared, cap
     capsys.readouterr()
     train.main([*options, "--eval_only"])
     assert json.loads(capsys.readouterr().out)["val_loss"] == min(losses)
+    train.main([*options, "--eval_only", "--rope_theta=9"])
+    assert capsys.readouterr().err.count("rope_theta is now 9.0 (was 10000.0") == 1
 
 
 def test_a_network_may_get_a_parameter_more_than_the_weights_it_starts_from(monkeypatch):
