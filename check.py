@@ -1,8 +1,8 @@
-"""After an edit of model.py: does the network compute what was meant? python check.py RUN
+"""After an edit: does the network compute what was meant? python check.py RUN
 
 An edit may train without an error and be wrong: it decodes a different network from the one it
-trained, it loses a part of its gradient, its loss is not the one that is compared. Each check
-computes the same thing in two ways and compares:
+trained, it loses a part of its gradient, it cannot be resumed. Each check computes the same thing
+in two ways and compares:
 
     decoding     a text that is read in pieces, behind a cache, and the same text read whole
     bfloat16     the same in low precision, beside what rounding does to the whole text
@@ -12,20 +12,29 @@ computes the same thing in two ways and compares:
     losses       as evaluations report them, and as the cross-entropies of logits
     loads        every gate's choices are counted
     drafts       a text that is written with drafts, and one that is written without
+    step         a training that is resumed, and one that was never interrupted
 
 All but the second compute in float64, on a copy of the network. There rounding leaves 12 digits or
 more, and a mistake few. All weights of the copy are moved at random, so that what was initialised
 as 0, or so small that it hardly counts, counts too. FP8 rounds more than that: call these functions
 without use_fp8. docs/HACKING.md has a table of what each check finds, and of what to look for then.
 
+What a network computes may depend on the step, by at_step of train.py. Causality, gradients and
+losses are checked as in the first step and as in the middle of the run, all else as after loading.
+
 Shapes: B texts, T tokens of a text, k depth (0: the main model, k: MTP module k), V vocabulary.
 """
 
+import contextlib
 import copy
+import io
 import itertools
 import math
+import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,14 +42,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.checkpoint import CheckpointError
 
+import fp8
 import sample
 import train
 from huggingface import load_model
 from model import MOST_NEW, Cache, DeepSeekV3
 from support import graphs, processes, settings
-from support.settings import run_command
+from support.checkpoints import load_checkpoint
+from support.settings import Refusal, run_command
+from support.tokens import Dataset, Tokens
 
 SAME = 1e-8  # a difference that is smaller, relative to what is compared, is rounding
 
@@ -51,18 +64,18 @@ class Answer:
 
     what: str  # was compared, with numbers
     wrong: list[str] = field(default_factory=list)  # a sentence for each difference
-    note: bool = False  # a fact, which is neither right nor wrong
+    notes: list[str] = field(default_factory=list)  # facts, which may be intended
 
     def __str__(self) -> str:
-        verdict = "WRONG" if self.wrong else "note " if self.note else "right"
-        return "\n      ".join((f"{verdict} {self.what}", *self.wrong))
+        verdict = "WRONG" if self.wrong else "note " if self.notes else "right"
+        return "\n      ".join((f"{verdict} {self.what}", *self.wrong, *self.notes))
 
 
 @torch.no_grad()
 def shaken(model: DeepSeekV3) -> DeepSeekV3:
     """A copy in float64 with all weights moved at random, matrices by so much that attention's
     scores and the gates' differ by about 1: at an initial 0.006 a wrong score hardly shows."""
-    model = copy.deepcopy(getattr(model, "_orig_mod", model))
+    model = copy.deepcopy(model)
     model.to(sample.drawing_device(model.embed_tokens.weight.device), torch.float64).eval()
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
@@ -191,7 +204,7 @@ def bfloat16(model: DeepSeekV3, length: int = 1024) -> Answer:
     """Rounding alone moves the distribution of the next token, by a small KL divergence. Behind a
     cache it should move it no further: what is kept in bfloat16 has three digits, which is too few
     for a sum that grows with the text. Weights as they are, and real sizes of everything."""
-    exact, low = (copy.deepcopy(getattr(model, "_orig_mod", model)).eval() for _ in range(2))
+    exact, low = (copy.deepcopy(model).eval() for _ in range(2))
     exact.to(sample.drawing_device(model.embed_tokens.weight.device), torch.float64)
     low.to(torch.bfloat16)
     tokens, says, wrong = random_tokens(low, 2, length), [], []
@@ -233,9 +246,9 @@ def causality(model: DeepSeekV3, length: int = 256) -> Answer:
                 sees = f"position {k + first[0][0]} sees tokens from position {end} on"
                 wrong.append(f"{reader(k)}, {mode}: {sees}; logits differ by up to {off.max():.2g}")
     model.eval()
-    together, alone = (logits_of(model, x) for x in (texts[:2], texts[:1]))
-    for k, (x, y) in enumerate(zip(together, alone, strict=True)):
-        if not (off := (x[:1] - y).abs().max()) <= SAME * x.std():
+    together, *alone = (logits_of(model, x) for x in (texts, *texts.split(1)))
+    for k, (x, *y) in enumerate(zip(together, *alone, strict=True)):
+        if not (off := (x - torch.cat(y)).abs().max()) <= SAME * x.std():
             wrong.append(
                 f"{reader(k)}: a text sees others of its batch; logits differ by {off:.2g}"
             )
@@ -254,8 +267,9 @@ def positions(model: DeepSeekV3, by: int = 7) -> Answer:
     model.rope = lambda x, start, *more: rope(x, start + by, *more)
     other = logits_of(model, tokens)
     off = max(((x - y).abs().max() / x.std()).item() for x, y in zip(one, other, strict=True))
+    notes = [] if off < SAME else ["they are not relative"]
     says = f"positions: logits change by {off:.1g} of their spread if those of rope move by {by}"
-    return Answer(f"{says}: they are {'' if off < SAME else 'not '}relative", note=not off < SAME)
+    return Answer(says, notes=notes)
 
 
 def logits_of(model: DeepSeekV3, tokens: Tensor) -> list[Tensor]:
@@ -266,35 +280,48 @@ def logits_of(model: DeepSeekV3, tokens: Tensor) -> list[Tensor]:
     return [logits, *mtp_logits]
 
 
-def gradients(model: DeepSeekV3, config: train.TrainConfig, compiled: bool = False) -> Answer:
-    """Those of the first step of a run with these settings. A block that is computed again must
-    get what it got before; and a loss is a mean over the step's targets, in one micro-batch or in
-    two. (If a step draws random numbers, such as dropout's, micro-batches and graphs draw others.)
-    """
-    model, rng, largest = shaken(model), np.random.default_rng(4), 0.0
-    windows = rng.integers(model.config.vocab_size, size=(4, min(config.block_size, 128) + 1))
-    plain = step_gradients(model, config, windows)
+@torch.no_grad()
+def draws(model: DeepSeekV3, text: Tensor) -> bool:
+    """Whether a step takes random numbers, whatever it does with them."""
+    states = torch.get_rng_state, *([torch.cuda.get_rng_state] if text.is_cuda else [])
+    with torch.random.fork_rng():
+        before = [state() for state in states]
+        copy.deepcopy(model).train()(text[:, :-1], text[:, 1:])
+        return not all(torch.equal(x, state()) for x, state in zip(before, states, strict=True))
+
+
+def gradients(
+    model: DeepSeekV3, config: train.TrainConfig, compiled: bool = False, step: int = 0
+) -> Answer:
+    """Those of a step of a run with these settings. A block that is computed again must get what it
+    got before; and a loss is a mean over the step's targets, in one micro-batch or in two. (If a
+    step draws random numbers, such as dropout's, micro-batches and graphs draw others.)"""
+    model, largest, notes = shaken(model), 0.0, []
+    text = random_tokens(model, 4, min(config.block_size, 128) + 1)
+    random = draws(model, text)
+
+    def found(later: int = 0, **options) -> dict[str, Tensor]:
+        return step_gradients(model, config, text, step + later, **options)
+
     learns = {name for name, p in model.named_parameters() if p.requires_grad}
-    idle = [x for x in sorted(learns) if x not in plain or not plain[x].any()]
-    wrong = [f"{name} gets no gradient" for name in idle]
+    plain, used, by_text = found(), set(), set()
+    for later in range(32):  # a layer that is skipped in this step learns in another
+        used |= {name for name, g in (found(later) if later else plain).items() if g.any()}
+        by_text |= {name for name, g in found(later, of=TEXT).items() if g.any()}
+        if learns <= used:
+            break
+    wrong = [f"{name} gets no gradient" for name in sorted(learns - used)]
+    if aside := sorted(learns & used - by_text):
+        others = ", ".join(train.loss_weights(config, step).keys() - TEXT)
+        notes.append(f"{others} alone trains {aside[0]}, one of {len(aside)} such parameters")
     least = SAME * math.sqrt(sum(g.square().sum().item() for g in plain.values()))
-
-    def differences(**settings) -> dict[str, float]:  # by parameter, in its gradient's norm
-        found = step_gradients(model, config, windows, **settings)
-        off = {name: (found[name] - g).norm().item() / max(g.norm().item(), least)
-               for name, g in plain.items() if name in found}  # fmt: skip
-        return off | dict.fromkeys(plain.keys() ^ found.keys(), math.inf)
-
     ways = {"recomputed": dict(recompute=True)}
-    if max(differences(seed=4).values()) > 100 * SAME:
-        compared = "recomputed alone, as the step draws random numbers"
-    else:
+    if not random:
         ways |= {"in two micro-batches": dict(grad_accum=2)}
         ways |= {"compiled": dict(compile=True)} if compiled else {}
-        compared = ", ".join(ways)
     for way, changes in ways.items():
         try:
-            off = differences(**changes)
+            off = differences(plain, found(**changes), least)
         except CheckpointError:  # the second time sizes differ, such as the rows of an expert
             wrong.append(f"{way}: a block does not compute what it has computed before")
             continue
@@ -303,21 +330,38 @@ def gradients(model: DeepSeekV3, config: train.TrainConfig, compiled: bool = Fal
         if different:
             worst = f"that of {different[-1]} by {off[different[-1]]:.2g} of its norm"
             wrong.append(f"{way}: {len(different)} of {len(plain)} differ, {worst}")
-    text = f"{compared}: they differ by up to {largest:.1g} of their norm"
-    return Answer(f"gradients of {len(plain)} parameters, {text}", wrong)
+    compared = "recomputed alone, as the step draws random numbers" if random else ", ".join(ways)
+    says = f"gradients of {len(plain)} parameters, {compared}: they differ by up to {largest:.1g}"
+    return Answer(f"{says} of their norm", wrong, notes)
+
+
+def differences(
+    right: dict[str, Tensor], found: dict[str, Tensor], least: float = 1e-300
+) -> dict[str, float]:
+    """By name, of the norm of what is right; infinite for what one of the two lacks."""
+    off = {name: (found[name] - x).norm().item() / max(x.norm().item(), least)
+           for name, x in right.items() if name in found}  # fmt: skip
+    return off | dict.fromkeys(right.keys() ^ found.keys(), math.inf)
+
+
+TEXT = {"loss", "mtp_loss"}  # cross-entropies of the text
 
 
 def step_gradients(
-    model: DeepSeekV3, config: train.TrainConfig, windows: np.ndarray, seed: int = 3, **settings
+    model: DeepSeekV3, config: train.TrainConfig, text: Tensor, step: int, of=None, **settings
 ) -> dict[str, Tensor]:
-    """By parameter, as `backward` of train.py leaves them; without those that get none."""
+    """By parameter, as `backward` of train.py leaves them; without those that get none. of: the
+    names of the losses whose gradients these are (None: all)."""
     usual = dict(recompute=False, grad_accum=1, compile=False, fp8=False)
     model, config = copy.deepcopy(model).train(), replace(config, **usual | settings)
-    machine = processes.Machine(model.embed_tokens.weight.device, torch.float64)
-    trainer, parts = processes.wrap(model, config, machine), np.split(windows, config.grad_accum)
+    train.at_step(model, config, step)
+    weight_of = train.loss_weights(config, step)
+    weight_of = {name: w * (of is None or name in of) for name, w in weight_of.items()}
+    machine = processes.Machine(text.device, torch.float64)
+    trainer, parts = processes.wrap(model, config, machine), text.cpu().numpy()
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        train.backward(trainer, parts, train.loss_weights(config, step=0), machine)
+        torch.manual_seed(step)
+        train.backward(trainer, np.split(parts, config.grad_accum), weight_of, machine)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -326,7 +370,7 @@ def losses(model: DeepSeekV3) -> Answer:
     """What evaluations report, and choose best.pt by, beside the cross-entropies of the logits, and
     beside `loss` in training mode, unless that draws random numbers. Then all losses in float32,
     with scores so large that their exponentials overflow."""
-    model, wrong = shaken(model), []
+    model, wrong, notes = shaken(model), [], []
     text = random_tokens(model, 4, 129)
     x, y = text[:, :-1], text[:, 1:]
     returned = model(x, y)
@@ -338,17 +382,15 @@ def losses(model: DeepSeekV3) -> Answer:
         if not math.isclose(found := returned[name].item(), right, rel_tol=SAME):
             wrong.append(f"{name} is {found:.6g}, but the logits' cross-entropy is {right:.6g}")
     model.train()
-    with torch.random.fork_rng():
-        one, other = ((torch.manual_seed(i), model(x, y)["loss"].item())[1] for i in (1, 2))
-    loss = returned["loss"].item()
-    if math.isclose(one, other, rel_tol=SAME) and not math.isclose(one, loss, rel_tol=SAME):
-        wrong.append(f"in training mode loss is {one:.6g}, in evaluations {loss:.6g}")
+    one, loss = model(x, y)["loss"].item(), returned["loss"].item()
+    if not draws(model, text) and not math.isclose(one, loss, rel_tol=SAME):
+        notes.append(f"in training mode loss is {one:.6g}, in evaluations {loss:.6g}")
     for p in model.parameters():
         p *= 1000 if p.ndim > 1 else 1
     for name, loss in model.float()(x, y).items():
         if not loss.isfinite():
             wrong.append(f"{name} is {loss.item()} where matrices are 1,000 times as large")
-    return Answer(f"losses: the logits' cross-entropy is {main:.6g}", wrong)
+    return Answer(f"losses: the logits' cross-entropy is {main:.6g}", wrong, notes)
 
 
 @torch.no_grad()
@@ -379,20 +421,144 @@ def drafts(model: DeepSeekV3, new: int = 32) -> Answer:
     return Answer(f"drafts: greedy texts of {written} must be the same with them", wrong)
 
 
+# ---- A run of four steps -------------------------------------------------------------------------
+
+
+class Copied(Tokens):
+    """Tokens to train on, and a copy of the run's first checkpoint, from before the next step."""
+
+    def __init__(self, tokens: np.ndarray, run: Path, copy: Path):
+        super().__init__([tokens])
+        self.run, self.copy = run, copy
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        if (self.run / "ckpt.pt").exists() and not self.copy.exists():
+            self.copy.mkdir()
+            shutil.copy(self.run / "ckpt.pt", self.copy)
+        return super().windows(starts, length)
+
+
+def step(model: DeepSeekV3, config: train.TrainConfig) -> Answer:
+    """What train() of train.py saves after four steps, with the run's optimisers and states, and
+    what it saves if the last two are made again from the checkpoint before them, with other
+    objects. Of a run in FP8 also its gradients, beside those without."""
+    what, wrong, notes = "step: four at once, and the last two resumed from a checkpoint", [], []
+    initial = shaken(model)
+    try:
+        right, found = saved_after_four(initial, config)
+    except Refusal as error:
+        return Answer(what, [str(error)])
+    numbers = ({": ".join(path): torch.as_tensor(x, dtype=torch.float64) for path, x in saved}
+               for saved in (leaves(right), leaves(found)))  # fmt: skip
+    off = {name: x for name, x in differences(*numbers).items() if not x <= SAME}
+    for state in dict.fromkeys(name.split(":")[0] for name in off):
+        worst = max((name for name in off if name.split(":")[0] == state), key=off.get)
+        wrong.append(f"resumed, {worst} differs by {off[worst]:.2g} of its norm")
+    names = {state: x["names"] for state, x in right.items() if "names" in x}  # of optimisers
+    learns = {name: p for name, p in initial.named_parameters() if p.requires_grad}
+    trained = {name for of in names.values() for name in of}
+    wrong += [f"{name} is in no optimiser" for name in sorted(learns.keys() - trained)]
+    low = [(path, x.dtype) for path, x in leaves(right) if path[0] != "model"
+           and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize < 4]  # fmt: skip
+    for (state, key, dtype), n in Counter((p[0], p[-1], dtype) for p, dtype in low).items():
+        notes.append(f"{state} keeps {n} tensors {key} in {dtype}: a running mean needs float32")
+    for name in (x for state in names if "Muon" in state for x in names[state] if x in learns):
+        if min(shape := tuple(learns[name].shape[-2:])) <= initial.config.num_attention_heads:
+            notes.append(f"Muon takes {name}, {shape[0]} x {shape[1]}: gains belong to AdamW")
+    if config.fp8:
+        off = in_fp8(model, random_tokens(model, 4, min(config.block_size, 128) + 1))
+        what += f"; FP8 changes gradients of a layer by up to {max(off.values()):.2g} of their norm"
+        off = {name: x for name, x in off.items() if not x < 0.25}
+        wrong += [f"FP8 changes gradients of {name} by {x:.2g}" for name, x in off.items()]
+    return Answer(what, wrong, notes)
+
+
+def in_fp8(model: DeepSeekV3, text: Tensor) -> dict[str, float]:
+    """How much FP8 changes the gradients of each layer that it computes: of its inputs and weights,
+    for the inputs that the network gives it. (Those of the whole network differ by more: a rounded
+    hidden state chooses other experts.)"""
+    plain, given, off = copy.deepcopy(model).float().train(), {}, {}
+    quantised = copy.deepcopy(plain)
+    fp8.use_fp8(quantised)
+    for module in plain.modules():
+        module.register_forward_hook(lambda module, args, out: given.update({module: (args, out)}))
+    plain(text[:, :-1], text[:, 1:])
+    for (name, one), other in zip(plain.named_modules(), quantised.modules(), strict=True):
+        if one not in given or not (isinstance(other, fp8.FP8Linear) or "product" in vars(other)):
+            continue
+        pair, (args, out) = [], given[one]
+        for module in (one, other):
+            inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in args]
+            learn = [x for x in (*inputs, *module.parameters()) if x.requires_grad]
+            pair.append(torch.autograd.grad(module(*inputs), learn, out.detach()))
+        off[name] = max(differences(*(dict(enumerate(grads)) for grads in pair)).values())
+    return off
+
+
+def saved_after_four(model: DeepSeekV3, config: train.TrainConfig) -> list[dict]:
+    """The states that a run has saved after four steps, and those of one that was resumed."""
+    tokens = random_tokens(model, 2, 257).cpu().numpy()
+    machine = processes.Machine(model.embed_tokens.weight.device, torch.float64)
+    short = dict(steps=4, batch_size=2, batch_start=0, block_size=min(64, config.block_size))
+    short |= dict(long_block_size=0, log_every=4, eval_every=4, eval_batch=2, save_every=2)
+    plain = dict(dtype="float64", fp8=False, compile=False, recompute=False, parallel="ddp")
+    plain |= dict(grad_accum=1, overwrite=False, init_from="", eval_only=False)
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        whole, resumed = Path(folder, "whole"), Path(folder, "resumed")
+        data = Copied(tokens.flatten(), whole, resumed)
+        data = Dataset(data, Tokens([tokens[0]]), model.config.vocab_size, 1.0)
+        for out in (whole, resumed):
+            other = copy.deepcopy(model)
+            if out == resumed:  # as load_model does
+                stored = load_checkpoint(out)
+                vars(other.config).update(stored["model_config"])
+                other.trained_length = stored["trained_length"]
+            now = replace(config, out=str(out), resume=out == resumed, **short | plain)
+            with contextlib.redirect_stderr(io.StringIO()):
+                train.train(other, data, now, machine)
+        saved = [load_checkpoint(out / "ckpt.pt") for out in (whole, resumed)]
+    return [{key: x for key, x in y.items() if isinstance(x, dict)} for y in saved]
+
+
+def leaves(saved: dict) -> list[tuple[tuple[str, ...], Tensor | float]]:
+    """The tensors and numbers in a checkpoint, settings aside, with the keys that lead to each."""
+    found, _ = tree_flatten_with_path({k: x for k, x in saved.items() if "_config" not in k})
+    return [(tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), x)
+            for path, x in found if isinstance(x, Tensor | int | float)]  # fmt: skip
+
+
+def in_a_run(
+    check: Callable[[DeepSeekV3, int], Answer], model: DeepSeekV3, config: train.TrainConfig
+) -> Answer:
+    """check(network, step) as in the first step of a run; if that is right, as in the middle."""
+
+    def at(now: int) -> Answer:
+        network = copy.deepcopy(model)
+        train.at_step(network, config, now)
+        return check(network, now)
+
+    if (first := at(0)).wrong:
+        return first
+    later = at(config.steps // 2)
+    later.what += f" (in step {config.steps // 2} of {config.steps})"
+    return later if later.wrong or len(later.notes) > len(first.notes) else first
+
+
 def answers(
     model: DeepSeekV3, config: train.TrainConfig, length: int | None = None, compiled: bool = False
 ) -> Iterator[Answer]:
     """All of them, in the order of this file."""
     exact = decoding(model, length)
     yield exact
-    skipped = Answer("bfloat16: not compared, as decoding is wrong in float64 already", note=True)
+    skipped = Answer("bfloat16: not compared", notes=["decoding is wrong in float64 already"])
     yield skipped if exact.wrong else bfloat16(model)
-    yield causality(model)
+    yield in_a_run(lambda at, now: causality(at), model, config)
     yield positions(model)
-    yield gradients(model, config, compiled)
-    yield losses(model)
+    yield in_a_run(lambda at, now: gradients(at, config, compiled and not now, now), model, config)
+    yield in_a_run(lambda at, now: losses(at), model, config)
     yield loads(model)
     yield drafts(model)
+    yield step(model, config)
 
 
 # ---- The command ---------------------------------------------------------------------------------

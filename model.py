@@ -780,10 +780,9 @@ class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
     After a call, `chosen` lists what each MoE layer chose, (B, T, K) in the main model, then (B,
-    T-k, K) in MTP module k, if modules were called; `chosen_by` lists their gates. (Decoding leaves
-    both as they are.) After a call with targets, `mtp_losses` lists the loss of each MTP depth. In
-    training mode every gate's `load` adds up how often each expert was chosen, until `update_bias`
-    uses that.
+    T-k, K) in MTP module k, if modules were called. (Decoding leaves it as it is.) After a call
+    with targets, `mtp_losses` lists the loss of each MTP depth. In training mode every gate's
+    `load` adds up how often each expert was chosen, until `update_bias` uses that.
     """
 
     def __init__(self, config: ModelConfig):
@@ -804,7 +803,6 @@ class DeepSeekV3(nn.Module):
         # Of each MoE layer that has run in this call: its gate, scores and chosen experts.
         self.routed: list[tuple[Gate, Tensor, Tensor]] = []
         self.chosen: list[Tensor] = []
-        self.chosen_by: list[Gate] = []
         self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: drop activations, compute them again
 
@@ -874,7 +872,6 @@ class DeepSeekV3(nn.Module):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
         routed, self.routed = self.routed, []  # else its scores would keep the activations alive
         self.chosen = [chosen for _, _, chosen in routed]
-        self.chosen_by = [gate for gate, _, _ in routed]
         if self.training:
             for gate, _, chosen in routed:
                 gate.load += count_chosen(chosen, len(gate.load))

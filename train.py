@@ -178,6 +178,14 @@ def block_at(config: TrainConfig, step: int) -> int:
     return config.long_block_size if long else config.block_size
 
 
+def at_step(model: DeepSeekV3, config: TrainConfig, step: int):
+    """Sets what forward depends on in this step, before the step. If an edit changes the network in
+    the course of a run (a window that grows, say), it belongs here, where check.py looks, too."""
+    model.trained_length = max(model.trained_length, config.block_size)
+    if in_yarn_phase(config, step):
+        extend_context(model, config)
+
+
 def extend_context(model: DeepSeekV3, config: TrainConfig):
     """Sets YaRN up to stretch positions to long_block_size (section 4.3), from the model's original
     length or, if it has no YaRN yet, from the length trained so far. mscale is V3's unless the
@@ -342,7 +350,7 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
     groups    the number of groups in which a token's experts lie, summed over tokens and layers
     routed    the number of routed tokens, summed over layers
     """
-    G, visits = model.config.n_group, []
+    G, E, visits = model.config.n_group, model.config.n_routed_experts, []
     sums = torch.zeros(2, 1, dtype=torch.double)  # nats, tokens; then by depth
     groups, routed = torch.zeros(2, dtype=torch.long, device=machine.device)
     for windows in validation_windows(tokens, T, config, machine):
@@ -352,10 +360,9 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
         loss = torch.stack((main, *model.mtp_losses)).cpu()
         n = torch.stack([(y[:, k:] >= 0).sum() for k in range(len(loss))]).cpu()
         sums = sums + torch.stack((loss * n, n))  # (2, depths)
-        for layer, (gate, chosen) in enumerate(zip(model.chosen_by, model.chosen, strict=True)):
-            E = len(gate.load)
+        for layer, chosen in enumerate(model.chosen):
             if layer == len(visits):  # an edited model may run a block twice: two layers here
-                visits.append(torch.zeros_like(gate.load))
+                visits.append(chosen.new_zeros(E))
             # MTP module k routes T - k positions, those of the last T - k targets. -1 is padding.
             used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
             visits[layer] += count_chosen(used, E)
@@ -461,7 +468,6 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     """Runs config.steps optimiser steps or, with config.resume, the remaining ones, in the folder
     config.out. A new run's folder gets copies of `files`. After a signal it saves a checkpoint and
     raises KeyboardInterrupt."""
-    model.trained_length = max(model.trained_length, config.block_size)
     # The model, whose blocks are now compiled or sharded, if they are to be; or DDP around it.
     trainer = processes.wrap(model.train(), config, machine)
     compiled = processes.compiles(config, machine.device)
@@ -485,8 +491,7 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
 
         while not (run.finished or run.stopped):
             step = progress.step
-            if in_yarn_phase(config, step):
-                extend_context(model, config)
+            at_step(model, config, step)
             windows = train_windows(data, config, step)
             batches = micro_batches(windows, config, machine)
 

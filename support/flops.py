@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from support.settings import info, short
+
 # FLOP/s of dense bf16 products, with sums in float32, by NVIDIA's data sheets for the A100 (2021),
 # H100 (2022; SXM and PCIe) and H200 (2023) and its papers on the architectures of the RTX 3090
 # (2020) and 4090 (2022). Most state twice as many, with sparsity. The H800 is an H100 with slower
@@ -56,7 +58,8 @@ class Products(TorchDispatchMode):
 def flops_per_token(model: nn.Module, T: int) -> float | None:
     """FLOPs per token of a training step with windows of T tokens, MTP modules included. Counts a
     forward pass of the network on fake tensors, which have shapes but no values; a backward pass
-    takes twice as much. None if the network cannot run so, because it needs a tensor's value."""
+    takes twice as much. None, and a message, if an edited network cannot run so, because it needs a
+    tensor's value."""
     with FakeTensorMode():  # with gradients: without them, few tokens take a path that needs values
         fakes = {}  # deepcopy's memo: {id of a parameter or buffer: its fake}
         for x in (*model.parameters(), *model.buffers()):
@@ -66,6 +69,7 @@ def flops_per_token(model: nn.Module, T: int) -> float | None:
         try:
             with Products() as products:
                 copy.deepcopy(model, fakes)(tokens, tokens)
-        except Exception:  # every network fails in its own way
+        except Exception as error:  # every network fails in its own way
+            info(f"FLOPs are not counted, as tensors without values do not do: {short(error)}")
             return None
     return 3 * products.flops / T

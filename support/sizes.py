@@ -14,8 +14,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     """
     E, K = model.config.n_routed_experts, model.config.num_experts_per_tok
     if model.chosen:
-        calls = zip(model.chosen_by, model.chosen, strict=True)
-        visits = sum(((x >= 0) & (x < len(gate.load))).sum().item() for gate, x in calls)
+        visits = sum(((x >= 0) & (x < E)).sum().item() for x in model.chosen)
         K = visits / sum(x[..., 0].numel() for x in model.chosen)
     tables = [x for x in model.modules() if isinstance(x, nn.Embedding)]
     row = {x.weight: x.embedding_dim for x in tables if x is not model.embed_tokens}

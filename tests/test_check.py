@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import TINY, VARIANTS, tiny
+from networks import TINY, VARIANTS, tiny, tokens_of
 from torch import nn
 
 import check
@@ -18,11 +18,22 @@ from check import causality, decoding, drafts, gradients, loads, losses, positio
 from model import MOST_NEW, DeepSeekV3, Gate, ModelConfig
 from train import TrainConfig
 
+train = check.train
+
 CONFIG = TrainConfig(block_size=16)
 
 
-def drop_out(module, args, out):
-    return F.dropout(out[0], 0.5, module.training), out[1]
+def changed(part: nn.Module, change):
+    """Changes what a block returns first: its hidden states. An edit may return more than V3."""
+
+    def hook(module, args, out):
+        return (change(module, out[0]), *out[1:]) if isinstance(out, tuple) else change(module, out)
+
+    part.register_forward_hook(hook)
+
+
+def drop_out(module, x):
+    return F.dropout(x, 0.5, module.training)
 
 
 class Wide(DeepSeekV3):
@@ -47,11 +58,11 @@ def test_nothing_is_wrong_with_this_network(name):
         model.__class__ = Wide
     compared = "recomputed, in two micro-batches"
     if name == "dropout":  # in training alone
-        model.layers[0].register_forward_hook(drop_out)
+        changed(model.layers[0], drop_out)
         compared = "recomputed alone, as the step draws random numbers"
     before = {key: x.clone() for key, x in model.state_dict().items()}
     found = [*check.answers(model, CONFIG, 24)]
-    assert len(found) == 8 and not [str(answer) for answer in found if answer.wrong]
+    assert len(found) == 9 and not [str(answer) for answer in found if answer.wrong]
     n = 12 * (1 + len(model.mtp))
     assert f"decoding: {n} of {n} ways to read a text of 24 tokens" in str(found[0])
     assert f"{compared}: they differ by up to" in str(found[4])
@@ -135,7 +146,7 @@ def test_a_ring_that_is_too_short_is_found():
 
 def test_a_state_that_cannot_go_back_is_found_in_the_model_or_in_a_module():
     exact, low = itertools.islice(check.answers(mixed(Summed()), CONFIG, 40), 2)
-    assert str(low).startswith("note  bfloat16: not compared, as decoding is wrong")
+    assert low.notes == ["decoding is wrong in float64 already"]
     wrong = exact.wrong
     assert len(wrong) == 4 and all(f"main model, {REJECTED}" in x for x in wrong)
     assert "from position 0 on" in wrong[0] and "prompt of 20: wrong from position 20" in wrong[2]
@@ -174,12 +185,12 @@ def test_a_text_is_longer_than_twice_the_longest_window():
 def test_a_layer_that_looks_ahead_is_found(mode):
     """In training alone, too, where decoding is right. (A module knows the next token.)"""
 
-    def mix(module, args, out):
+    def mix(module, x):
         sees = module.training if mode == "in training" else True
-        return (out[0] + sees * 1e-3 * out[0].roll(-1, 1), out[1])
+        return x + sees * 1e-3 * x.roll(-1, 1)
 
     model = tiny()
-    model.layers[1].register_forward_hook(mix)
+    changed(model.layers[1], mix)
     wrong = causality(model, 40).wrong
     assert f"main model, {mode}: position 18 sees tokens from position 19 on" in wrong[0]
     assert len(wrong) == (1 if mode == "in training" else 2)
@@ -188,22 +199,22 @@ def test_a_layer_that_looks_ahead_is_found(mode):
         assert "from position 0 on" in ways_found(model)[0]
 
 
-def test_texts_that_see_the_others_of_their_batch_are_found():
+@pytest.mark.parametrize("of_batch", [lambda x: x.mean(0), lambda x: x.cumsum(0) - x])
+def test_texts_that_see_the_others_of_their_batch_are_found(of_batch):
+    """Also if the first text sees itself alone."""
     model = tiny(num_nextn_predict_layers=0)
-    model.layers[1].register_forward_hook(
-        lambda module, args, out: (out[0] - out[0].mean(0), out[1])
-    )
+    changed(model.layers[1], lambda module, x: x - of_batch(x))
     (wrong,) = causality(model, 40).wrong
     assert wrong.startswith("main model: a text sees others of its batch; logits differ by ")
 
 
 def test_scores_that_depend_on_positions_themselves_are_named(monkeypatch):
     """A weight for each number of a rotated query: a norm belongs before the rotation."""
-    assert "those of rope move by 7: they are relative" in str(positions(tiny()))
+    assert str(positions(tiny())).startswith("right positions: logits change by ")
     rotate, weight = model.rotate, torch.arange(8) + 1.0
     monkeypatch.setattr(model, "rotate", lambda x, *rest: rotate(x, *rest) * weight)
     answer = positions(tiny())
-    assert answer.note and not answer.wrong and "they are not relative" in str(answer)
+    assert answer.notes == ["they are not relative"] and not answer.wrong
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -230,9 +241,39 @@ def test_a_parameter_without_gradient_is_found():
     model = tiny()
     model.layers[1].unused = nn.Parameter(torch.ones(2))
     assert gradients(model, CONFIG).wrong == ["layers.1.unused gets no gradient"]
-    idle = lambda module, args, out: (out[0] + module.unused.sum().round(), out[1])  # noqa: E731
-    model.layers[1].register_forward_hook(idle)  # its gradient is 0
+    changed(model.layers[1], lambda module, x: x + module.unused.sum().round())  # gradient 0
     assert gradients(model, CONFIG).wrong == ["layers.1.unused gets no gradient"]
+
+
+@pytest.mark.parametrize("p", [0.2, 0.8])
+def test_layers_that_are_skipped_at_random_are_right(p):
+    """Though two steps may skip the same layers, and one may skip all."""
+    model = tiny()
+    for part in (*model.layers, *model.mtp):
+        part.forward = functools.partial(skipping, part.forward, part, p)
+    found = [gradients(model, CONFIG), losses(model)]
+    assert not [x for answer in found for x in (*answer.wrong, *answer.notes)]
+    assert "recomputed alone, as the step draws random numbers" in found[0].what
+
+
+def skipping(forward, part, p, x, *rest):
+    y, routing = forward(x, *rest)
+    return x + (torch.rand(()) >= p) / (1 - p) * (y - x) if part.training else y, routing
+
+
+def test_a_gate_that_the_text_does_not_train_is_named(monkeypatch):
+    choose = Gate.forward
+
+    def cut_off(self, x):
+        scores, chosen, gain = choose(self, x)
+        return scores, chosen, gain.detach()
+
+    model = tiny()
+    assert not gradients(model, CONFIG).notes
+    monkeypatch.setattr(Gate, "forward", cut_off)
+    (note,) = gradients(model, CONFIG).notes
+    first = "layers.1.mlp.gate.weight"
+    assert note == f"balance_loss alone trains {first}, one of 3 such parameters"
 
 
 def test_a_second_gate_in_a_block_is_found():
@@ -293,8 +334,98 @@ def overflowing(model, args, found):
 def test_another_loss_in_training_mode_and_one_that_overflows_are_found(hook, words):
     model = tiny()
     model.register_forward_hook(hook)
-    (wrong,) = losses(model).wrong
-    assert wrong.startswith(words)
+    answer = losses(model)
+    (found,) = answer.wrong + answer.notes
+    assert found.startswith(words) and bool(answer.notes) == (hook is smoothed)
+
+
+# ---- A run ---------------------------------------------------------------------------------------
+
+
+def test_what_a_step_sets_is_checked_at_first_and_in_the_middle_of_a_run(monkeypatch):
+    """Else the network is as it is after the run."""
+    seen, model, twice = {}, tiny(), [0, 500]
+    model.now = None
+    monkeypatch.setattr(train, "at_step", lambda model, config, step: setattr(model, "now", step))
+    names = "decoding bfloat16 causality positions gradients losses loads drafts step"
+    for name in names.split():
+        look = lambda model, *_, name=name: seen.setdefault(name, []).append(model.now)  # noqa: E731
+        monkeypatch.setattr(check, name, lambda *x, look=look: look(*x) or check.Answer(""))
+    assert len([*check.answers(model, CONFIG)]) == len(seen) == 9
+    assert [name for name in seen if seen[name] == twice] == ["causality", "gradients", "losses"]
+    assert model.now is None and sum(x == [None] for x in seen.values()) == 6
+
+
+@pytest.mark.parametrize("step", [0, 500])
+def test_a_look_ahead_in_a_part_of_the_run_is_found(step, monkeypatch):
+    def at_step(model, config, now):
+        model.layers[1].ahead = now == step
+
+    monkeypatch.setattr(train, "at_step", at_step)
+    model = tiny()
+    changed(model.layers[1], lambda module, x: x + module.ahead * x.roll(-1, 1))
+    answer = check.in_a_run(lambda network, now: causality(network, 40), model, CONFIG)
+    assert "main model, in evaluation: position 18 sees" in answer.wrong[0]
+    assert answer.what.endswith("another text" + " (in step 500 of 1000)" * (step > 0))
+
+
+class Unsaved(torch.optim.SGD):
+    """Half of its state is no state."""
+
+    def step(self):
+        self.steps = getattr(self, "steps", 0) + 1
+        for group in self.param_groups:
+            group["lr"] *= 1 / self.steps
+        super().step()
+
+
+class Low(torch.optim.SGD):
+    def step(self):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["mean"] = p.grad.bfloat16()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_optimisers_of_train_py_are_right(optimizer):
+    answer = check.step(tiny(), TrainConfig(block_size=16, optimizer=optimizer))
+    assert not answer.wrong and not answer.notes
+
+
+def test_optimisers_that_are_wrong_are_found(monkeypatch):
+    """One that forgets, and one that rounds what it keeps and lacks a parameter."""
+    model, n = tiny(), len([*tiny().parameters()])
+    monkeypatch.setattr(train, "make_optimizers", lambda model, _: [Unsaved(model.parameters(), 1)])
+    wrong = check.step(model, CONFIG).wrong
+    assert wrong[0].startswith("resumed, model: layers.") and "Unsaved 0: param_groups" in wrong[-1]
+    few = lambda model, _: [Low([*model.parameters()][1:], 0.1)]  # noqa: E731
+    monkeypatch.setattr(train, "make_optimizers", few)
+    answer = check.step(model, CONFIG)
+    assert answer.wrong == ["embed_tokens.weight is in no optimiser"]
+    (note,) = answer.notes
+    assert note.startswith(f"Low 0 keeps {n - 1} tensors mean in torch.bfloat16: ")
+
+
+def test_a_gain_of_every_head_that_muon_takes_is_named():
+    model = tiny()
+    model.layers[1].self_attn.gain = nn.Parameter(torch.ones(4, 5).double())
+    changed(model.layers[1], lambda module, x: x * module.self_attn.gain.mean())
+    (note,) = check.step(model, TrainConfig(block_size=16, optimizer="muon")).notes
+    assert note == "Muon takes layers.1.self_attn.gain, 4 x 5: gains belong to AdamW"
+
+
+def test_an_edit_of_fp8_is_compared_with_unquantised_products(monkeypatch):
+    model, text = tiny(num_hidden_layers=2), tokens_of(tiny(), 2, 17)
+    right = check.step(model, TrainConfig(block_size=16, fp8=True))
+    assert not right.wrong and "FP8 changes gradients of a layer by up to 0.0" in right.what
+    usual = check.fp8.quantize
+
+    def quantize(*args, **options):
+        q, s = usual(*args, **options)
+        return q, s * 1.2
+
+    monkeypatch.setattr(check.fp8, "quantize", quantize)
+    assert min(check.in_fp8(model, text).values()) > 0.25
 
 
 # ---- Drafts --------------------------------------------------------------------------------------

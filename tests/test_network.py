@@ -22,6 +22,7 @@ from networks import (
     YARN,
     biases,
     close,
+    departure,
     in_bf16,
     student,
     tiny,
@@ -234,6 +235,13 @@ def test_numbers_are_of_what_runs():
     assert more == {"total": 36, "active": 4, "mtp": 0}
 
 
+def test_a_message_says_why_flops_are_not_counted(capsys):
+    model = tiny()
+    model.norm.register_forward_hook(lambda module, args, out: out * out.sum().item())
+    assert flops_per_token(model, 16) is None
+    assert "FLOPs are not counted, as tensors without values do not do: " in capsys.readouterr().err
+
+
 # ---- Greedy texts and drafts ---------------------------------------------------------------------
 
 
@@ -284,7 +292,7 @@ def test_every_draft_length_is_lossless(depth, capsys):
             if new == 60:
                 # Every forward gives a token besides its drafts; the last may have no room for it.
                 assert stats.rounds + sum(stats.accepted) in (60, 61)
-                if depth > 0 and G in (1, 2, 3):
+                if depth > 0 and G in (1, 2, 3) and not departure():  # the student is V3's
                     assert 0.4 < sum(stats.accepted) / sum(stats.drafted) < 1
     assert capsys.readouterr().err == ""
 

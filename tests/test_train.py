@@ -286,7 +286,7 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
         assert_same(result, other, 1e-12)
     assert {*grads} == {False}
     tokens = torch.from_numpy(dataset.val.arrays[0].astype(np.int64))
-    nats, mtp, nodes, counts = [], [], [], torch.zeros(3, 8)
+    nats, mtp, nodes, counts = [], [], [], 0
     model.eval()
     with torch.no_grad():
         for start in range(0, len(tokens) - 1, 16):
@@ -294,10 +294,11 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
             logits, (ahead, *_) = model(piece[None, :-1], return_mtp=True)
             nats += F.cross_entropy(logits[0], piece[1:], reduction="none").tolist()
             mtp += F.cross_entropy(ahead[0], piece[2:], reduction="none").tolist()
-            for layer, chosen in enumerate(model.chosen):
-                counts[layer] += torch.bincount(chosen.flatten(), minlength=8)
-                nodes += [len({e // 2 for e in experts}) for experts in chosen[0].tolist()]
-    shares = counts / counts.sum(1, keepdim=True)
+            counts += torch.stack(
+                [x.flatten().bincount(minlength=8) for x in model.chosen]
+            ).double()
+            nodes += [len({e // 2 for e in row}) for x in model.chosen for row in x[0].tolist()]
+    shares = (counts / counts.sum(1, keepdim=True)).float()
     assert_same(torch.tensor(result.pop("expert_load")), shares, 1e-5)
     assert result.pop("val_mtp_losses") == [result["val_mtp_loss"]]
     tokens_of_file = (data / "val.bin").stat().st_size // 2 - 512
@@ -314,25 +315,25 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
 
 
 def test_experts_are_counted_in_an_edited_network(trained, monkeypatch):
-    """One gate has ten experts, in groups of 2 1/2; a block runs twice, as two layers; and a token
-    may have one expert in place of two, beside -1 or a number that no expert has."""
+    """One gate may choose two experts more, which compute nothing; a block runs twice, as two
+    layers; and a token may have one expert in place of two, beside -1 or a number that none has."""
     model, dataset, config = trained
     model, choose, kept = copy.deepcopy(model), Gate.forward, []
     model.layers.append(model.layers[-1])
     model.gates()[0].load = torch.zeros(10, dtype=torch.long)
 
     def edited(gate, x):
-        (scores, chosen, gain), E = choose(gate, x), len(gate.load)
-        none = torch.where(x[..., 0] > 0, -1, torch.where(x[..., 2] > 0, E, 2 * E))
-        chosen[..., 1] = torch.where(x[..., 1] > 0, E - 1, none)
-        kept.append((E, chosen.flatten(0, 1)))
+        scores, chosen, gain = choose(gate, x)
+        none = torch.where(x[..., 0] > 0, -1, torch.where(x[..., 2] > 0, len(gate.load) - 2, 16))
+        chosen[..., 1] = torch.where(x[..., 1] > 0, 7, none)
+        kept.append(chosen.flatten(0, 1))
         return scores, chosen, gain
 
     monkeypatch.setattr(Gate, "forward", edited)
     dataset.val = Tokens([dataset.val.arrays[0][: 32 * 16 + 1]])  # one batch
     result = train.evaluate(model, dataset, config, MACHINE)
-    loads = [x[(x >= 0) & (x < E)].bincount(minlength=E) for E, x in kept]
-    groups = [{4 * e // E for e in row if 0 <= e < E} for E, x in kept for row in x.tolist()]
+    loads = [x[(x >= 0) & (x < 8)].bincount(minlength=8) for x in kept]
+    groups = [{e // 2 for e in row if 0 <= e < 8} for x in kept for row in x.tolist()]
     assert_same(result["expert_load"], [(x / x.sum()).tolist() for x in loads], 1e-5)
     uneven = np.mean([(x.max() / x.float().mean() - 1).item() for x in loads])
     assert result["max_vio_global"] == pytest.approx(uneven)
