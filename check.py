@@ -462,9 +462,11 @@ def step(model: DeepSeekV3, config: train.TrainConfig) -> Answer:
            and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize < 4]  # fmt: skip
     for (state, key, dtype), n in Counter((p[0], p[-1], dtype) for p, dtype in low).items():
         notes.append(f"{state} keeps {n} tensors {key} in {dtype}: a running mean needs float32")
+    known = {part.weight for part in initial.modules() if isinstance(part, torch.nn.Linear)}
     for name in (x for state in names if "Muon" in state for x in names[state] if x in learns):
-        if min(shape := tuple(learns[name].shape[-2:])) <= initial.config.num_attention_heads:
-            notes.append(f"Muon takes {name}, {shape[0]} x {shape[1]}: gains belong to AdamW")
+        p, heads = learns[name], initial.config.num_attention_heads
+        if p not in known and min(p.shape[-2:]) <= heads:
+            notes.append(f"Muon takes {name}, {tuple(p.shape)}: gains belong to AdamW")
     if config.fp8:
         off = in_fp8(model, random_tokens(model, 4, min(config.block_size, 128) + 1))
         what += f"; FP8 changes gradients of a layer by up to {max(off.values()):.2g} of their norm"

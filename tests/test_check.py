@@ -407,11 +407,13 @@ def test_optimisers_that_are_wrong_are_found(monkeypatch):
 
 
 def test_a_gain_of_every_head_that_muon_takes_is_named():
+    """But no projection of as many rows."""
     model = tiny()
     model.layers[1].self_attn.gain = nn.Parameter(torch.ones(4, 5).double())
+    model.layers[1].self_attn.o_gate = nn.Linear(16, 4, bias=False).double()
     changed(model.layers[1], lambda module, x: x * module.self_attn.gain.mean())
     (note,) = check.step(model, TrainConfig(block_size=16, optimizer="muon")).notes
-    assert note == "Muon takes layers.1.self_attn.gain, 4 x 5: gains belong to AdamW"
+    assert note == "Muon takes layers.1.self_attn.gain, (4, 5): gains belong to AdamW"
 
 
 def test_an_edit_of_fp8_is_compared_with_unquantised_products(monkeypatch):
