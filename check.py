@@ -37,6 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ from model import MOST_NEW, Cache, DeepSeekV3
 from support import graphs, processes, settings
 from support.checkpoints import load_checkpoint
 from support.settings import Refusal, run_command
-from support.tokens import Dataset, Tokens
+from support.tokens import Tokens
 
 SAME = 1e-8  # a difference that is smaller, relative to what is compared, is rounding
 
@@ -507,8 +508,9 @@ def saved_after_four(model: DeepSeekV3, config: train.TrainConfig) -> list[dict]
     plain |= dict(grad_accum=1, overwrite=False, init_from="", eval_only=False)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         whole, resumed = Path(folder, "whole"), Path(folder, "resumed")
-        data = Copied(tokens.flatten(), whole, resumed)
-        data = Dataset(data, Tokens([tokens[0]]), model.config.vocab_size, 1.0)
+        split = dict(train=Copied(tokens.flatten(), whole, resumed), val=Tokens([tokens[0]]))
+        V = model.config.vocab_size
+        data = SimpleNamespace(**split, vocab_size=V, val_bytes_per_token=1.0)  # a Dataset
         for out in (whole, resumed):
             other = copy.deepcopy(model)
             if out == resumed:  # as load_model does

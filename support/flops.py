@@ -70,6 +70,6 @@ def flops_per_token(model: nn.Module, T: int) -> float | None:
             with Products() as products:
                 copy.deepcopy(model, fakes)(tokens, tokens)
         except Exception as error:  # every network fails in its own way
-            info(f"FLOPs are not counted, because this network needs values of tensors: {short(error)}")
+            info(f"FLOPs are not counted, as a tensor's value is needed: {short(error)}")
             return None
     return 3 * products.flops / T

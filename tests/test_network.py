@@ -239,7 +239,7 @@ def test_a_message_says_why_flops_are_not_counted(capsys):
     model = tiny()
     model.norm.register_forward_hook(lambda module, args, out: out * out.sum().item())
     assert flops_per_token(model, 16) is None
-    assert "FLOPs are not counted, because this network needs values of tensors: " in capsys.readouterr().err
+    assert "FLOPs are not counted, as a tensor's value is needed: " in capsys.readouterr().err
 
 
 # ---- Greedy texts and drafts ---------------------------------------------------------------------
