@@ -78,6 +78,7 @@ def shaken(model: DeepSeekV3) -> DeepSeekV3:
     scores and the gates' differ by about 1: at an initial 0.006 a wrong score hardly shows."""
     model = copy.deepcopy(model)
     model.to(sample.drawing_device(model.embed_tokens.weight.device), torch.float64).eval()
+    model.update_bias(0.0)  # forgets what was counted
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         shake = torch.randn(p.shape, generator=generator, dtype=p.dtype)
