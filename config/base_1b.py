@@ -20,7 +20,7 @@ Computed, not measured; no GPU has run this yet:
               numerics, and is slower
     memory    52 GB: 17 for weights, gradients and AdamW (16 bytes per parameter, MTP included), 32
               for what a micro-batch of 16 windows keeps for its backward pass, 3 for the gradient
-              of the logits
+              of the logits. Uncompiled code takes 79: give --grad_accum=32, for micro-batches of 8
     disk      65 GB: 20 for the text, 6 for Python's packages, up to 35 for checkpoints while they
               are replaced
 """

@@ -16,7 +16,8 @@ Computed, not measured; no GPU has run this yet:
     time      expected 2.1 hours on 8 H100, at least 1.2 (computed as in base_1b.py), without
               evaluations, checkpoints and the exchange of gradients
     memory    56 GB per GPU in the first step, whose gradients (4 GB) lie beside DDP's buckets; then
-              52 as in base_1b.py, since the buckets are the gradients
+              52 as in base_1b.py, since the buckets are the gradients. Uncompiled code does not fit
+              into 80 GB: give --grad_accum=4
 """
 
 # All other settings are base_1b.py's.
