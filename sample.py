@@ -47,8 +47,8 @@ class SampleConfig:
     top_k: int | None = 200  # sample from the k likeliest tokens; none: from all
     top_p: float | None = None  # sample from the fewest tokens with this much probability in sum
     seed: int = 1337  # the same seed and options give the same text
-    speculative: Literal[0, 1, 2, 3, 4] = 1  # drafts per round, by the MTP module
-    compile: bool = False  # several times faster, after a minute or two of compilation
+    speculative: int | None = None  # drafts per round, 0 to 4; none: 1, or 0 with --compile
+    compile: bool = False  # several times faster, after half a minute or more of compiling
     show: Literal["", "drafts"] = ""  # drafts: print accepted drafts in green
     interactive: bool = False  # ask for one prompt after another
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto: cuda where there is one, else cpu
@@ -350,7 +350,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    speculative: int = 1,
+    speculative: int | None = None,
     compile: bool = False,
     eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
@@ -360,13 +360,16 @@ def generate(
     """Continues B texts, tokens (B, T). Returns (B, T + max_new_tokens), the prompt included, or
     fewer columns if they reach max_position_embeddings; then stats.note says so.
 
-    speculative: drafts per round, 0 to 4, by the MTP modules if the model has any.
+    speculative: drafts per round, 0 to 4, by the MTP modules if the model has any. None: 1, or 0 if
+        compiled, where a draft costs as much time as it saves.
     compile: run rounds as compiled graphs.
     eos_token_id: one or several; a text that reaches one is padded with the first of them.
     generator: on drawing_device(tokens.device); the same state gives the same texts.
     on_token(b, ids, accepted): called with new tokens of text b; the first `accepted` were drafts.
     stats: a Stats to fill in.
     """
+    if speculative is None:
+        speculative = 0 if compile else 1
     check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
     tokens, stats = tokens.long(), stats or Stats()
