@@ -66,6 +66,12 @@ YARN_KEYS = (
 )  # fmt: skip
 
 
+def require(holds: bool, sentence: str):
+    """An `assert`, but Python's -O does not skip it."""
+    if not holds:
+        raise ValueError(sentence)
+
+
 @dataclass
 class ModelConfig:
     """The keys of DeepSeek's config.json that shape the network; defaults: V3, without YaRN."""
@@ -100,34 +106,34 @@ class ModelConfig:
     initializer_range: float = 0.006  # standard deviation of every initial matrix
 
     def __post_init__(self):
-        """Asserts that a network can have these values. The commands print an assert's sentence."""
+        """Raises ValueError, with one sentence, unless a network can have these values."""
         for field in fields(self):
             name, x = field.name, getattr(self, field.name)
             if isinstance(x, int | float):
                 size = field.type in (int, int | None) and name not in MAY_BE_ZERO
                 least = min(int(size), field.default or 0)  # your own field may default to less
-                assert x >= least, f"{name} is {x}, but must be at least {least}."
+                require(x >= least, f"{name} is {x}, but must be at least {least}.")
         E, K, R = self.n_routed_experts, self.num_experts_per_tok, self.qk_rope_head_dim
         G, allowed, theta = self.n_group, self.topk_group, self.rope_theta
         within = E // G * allowed  # the experts among which a token chooses
-        assert R % 2 == 0, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even."
-        assert theta > 1, f"rope_theta is {theta}, but must be above 1."
-        assert E % G == 0, f"n_routed_experts {E} is not a multiple of n_group {G}."
-        assert G == 1 or E > G, f"n_group {G} leaves one expert per group, but a score needs two."
-        assert allowed <= G, f"topk_group {allowed} is larger than n_group {G}."
-        assert within >= K, f"num_experts_per_tok {K} exceeds {allowed} groups' {within} experts."
+        require(R % 2 == 0, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even.")
+        require(theta > 1, f"rope_theta is {theta}, but must be above 1.")
+        require(E % G == 0, f"n_routed_experts {E} is not a multiple of n_group {G}.")
+        require(G == 1 or E > G, f"n_group {G} leaves one expert per group, but a score needs two.")
+        require(allowed <= G, f"topk_group {allowed} is larger than n_group {G}.")
+        require(within >= K, f"num_experts_per_tok {K} exceeds {allowed} groups' {within} experts.")
 
         yarn = self.rope_scaling or {}
-        assert isinstance(yarn, dict), f"rope_scaling is {yarn!r}, but must be a dict or None."
+        require(isinstance(yarn, dict), f"rope_scaling is {yarn!r}, but must be a dict or None.")
         kind = yarn.get("rope_type") or yarn.get("type") or "default"
-        assert kind in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'."
+        require(kind in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'.")
         for key, x in yarn.items():
-            assert key in YARN_KEYS, f"rope_scaling has {key!r}, but may have only {YARN_KEYS}."
+            require(key in YARN_KEYS, f"rope_scaling has {key!r}, but may have only {YARN_KEYS}.")
             fits = x is None or key in YARN_KEYS[:2] or (isinstance(x, int | float) and x >= 0)
-            assert fits, f"rope_scaling has {x!r} for {key!r}, expected a number of at least 0."
+            require(fits, f"rope_scaling has {x!r} for {key!r}, expected a number of at least 0.")
         self.rope_scaling = None
         if kind == "yarn":
-            assert yarn.get("factor"), "rope_scaling lacks the yarn 'factor', above 0."
+            require(yarn.get("factor"), "rope_scaling lacks the yarn 'factor', above 0.")
             # A default for YaRN's original length is stored at once: max_position_embeddings may
             # change later (when a run is resumed or exported), and YaRN's angles must not.
             original = yarn.get("original_max_position_embeddings") or self.max_position_embeddings
@@ -765,8 +771,7 @@ class MTP(nn.Module):
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the targets of -log softmax(logits)[target], in nats and in float32: logits
-    (tokens, vocabulary), targets (tokens,). Targets below 0 are ignored; if all are, the loss is
-    0."""
+    (tokens, vocabulary), targets (tokens,). Targets below 0 are ignored; if all are, it is 0."""
     total = F.cross_entropy(upcast(logits), targets.clamp(min=-1), ignore_index=-1, reduction="sum")
     return total / (targets >= 0).sum().clamp(min=1)
 
@@ -775,10 +780,9 @@ class DeepSeekV3(nn.Module):
     """The whole network. It computes in the dtype of its parameters unless autocast is on.
 
     After a call, `chosen` lists what each MoE layer chose, (B, T, K) in the main model, then (B,
-    T-k, K) in MTP module k, if modules were called; `chosen_by` lists their gates. (Decoding leaves
-    both as they are.) After a call with targets, `mtp_losses` lists the loss of each MTP depth. In
-    training mode every gate's `load` adds up how often each expert was chosen, until `update_bias`
-    uses that.
+    T-k, K) in MTP module k, if modules were called. (Decoding leaves it as it is.) After a call
+    with targets, `mtp_losses` lists the loss of each MTP depth. In training mode every gate's
+    `load` adds up how often each expert was chosen, until `update_bias` uses that.
     """
 
     def __init__(self, config: ModelConfig):
@@ -799,7 +803,6 @@ class DeepSeekV3(nn.Module):
         # Of each MoE layer that has run in this call: its gate, scores and chosen experts.
         self.routed: list[tuple[Gate, Tensor, Tensor]] = []
         self.chosen: list[Tensor] = []
-        self.chosen_by: list[Gate] = []
         self.mtp_losses: list[Tensor] = []
         self.recompute = False  # activation checkpointing: drop activations, compute them again
 
@@ -869,7 +872,6 @@ class DeepSeekV3(nn.Module):
                 hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
         routed, self.routed = self.routed, []  # else its scores would keep the activations alive
         self.chosen = [chosen for _, _, chosen in routed]
-        self.chosen_by = [gate for gate, _, _ in routed]
         if self.training:
             for gate, _, chosen in routed:
                 gate.load += count_chosen(chosen, len(gate.load))
