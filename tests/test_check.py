@@ -283,6 +283,18 @@ def test_a_second_gate_in_a_block_is_found():
     assert loads(model).wrong[0].startswith(f"nothing that {name} chooses is counted: a block ")
 
 
+def test_a_layer_that_is_skipped_counts_in_another_call():
+    """Its gate is not called, and nothing is routed."""
+    model = tiny()
+
+    def skipped(forward, x, *rest):
+        return (x, None) if torch.rand(()) < 0.8 else forward(x, *rest)
+
+    for layer in model.layers:
+        layer.forward = functools.partial(skipped, layer.forward)
+    assert not loads(model).wrong
+
+
 def test_a_block_that_compiles_to_another_is_found():
     model = tiny(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
 
