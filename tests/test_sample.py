@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import re
+import shutil
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -25,7 +26,7 @@ from huggingface import load_model
 from model import DeepSeekV3
 from sample import accept, draw, generate, probabilities
 from support.settings import Refusal, run_command
-from support.tokenizer import stored_tokenizer
+from support.tokenizer import stored_tokenizer, tokenizer_files
 
 COLOUR = re.compile(r"\033\[[\d;]*m")
 LIMIT = 48  # max_position_embeddings
@@ -191,20 +192,27 @@ def command(run, capsys):
 def test_files_that_are_no_checkpoints_are_refused(run, tmp_path):
     path, saved = tmp_path / "ckpt.pt", torch.load(run / "ckpt.pt", weights_only=True)
     config = saved["model_config"]
-    padded = f"embed_tokens.weight is ({config['vocab_size']}, 16)"
+    stored = f"embed_tokens.weight is ({config['vocab_size']}, 16)"
     path.write_bytes(b"hello " * 50)
+    for file in tokenizer_files(run):
+        shutil.copy(file, tmp_path)
     for bad, sentence in (
         (None, f"{path} is damaged, or no checkpoint"),
         ({"model_args": {}}, "is damaged, or no checkpoint"),  # another program's
         (saved | {"model_config": config | {"wings": 2}}, "has wings, unknown to this model.py"),
-        (saved | {"model_config": config | {"vocab_size": 77}}, padded),
+        (saved | {"model_config": config | {"vocab_size": 77}}, "has weights for 77 tokens"),
+        (saved | {"model_config": config | {"hidden_size": 20}}, stored),
         ({key: x for key, x in saved.items() if key != "model"}, "do not match: 'model'"),
-        (saved, "meta.json"),  # the tokenizer is missing
     ):
         if bad:
             torch.save(bad, path)
-        with pytest.raises((Refusal, OSError), match=re.escape(sentence)):
+        with pytest.raises(Refusal, match=re.escape(sentence)):
             load_model(tmp_path)
+    torch.save(saved, path)
+    load_model(tmp_path)
+    (tmp_path / "meta.json").unlink()
+    with pytest.raises(Refusal, match=r"has no complete tokenizer .*meta\.json"):
+        load_model(tmp_path)
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(run, monkeypatch):
