@@ -1,4 +1,7 @@
-"""Half a minute on one core, to check an installation. It writes fragments of words."""
+"""Half a minute on one core, to check an installation. It writes fragments of words.
+
+Each figure below is of one trial. Other rounding moved bits/byte by 0.003, max_vio_global by 0.06.
+"""
 
 vocab_size = 512
 hidden_size = 48
