@@ -477,7 +477,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
     for b, decoder in enumerate(decoders):
         texts[b] += decoder.decode(b"", final=True)
     print(f"\n{'-' * 80}\n".join(texts))
-    if colour:
+    if colour and any(stats.drafted):
         info(f"{GREEN}green{PLAIN}: drafts that the model accepted; it chose the rest itself")
     print_stats(model, stats, config.num_samples)
     if interrupted:
