@@ -447,13 +447,15 @@ SAMPLED = dict(temperature=0.8, top_k=5, speculative=1)
 
 
 def test_compiled_text_is_the_eager_one(eager_graphs):
-    """Greedy and sampled. A later text compiles nothing, whatever its prompt
-    and whatever has become of the weights."""
-    model = student(2, vocab_size=5)
+    """Greedy and sampled; by default without drafts. A later text compiles nothing, whatever its
+    prompt and whatever has become of the weights."""
+    model, plain = student(2, vocab_size=5), Stats()
     assert sum(texts(model, **SAMPLED).accepted) > 5
     greedily = dict(temperature=0, speculative=1)
     assert sum(texts(model, **greedily).accepted) > 5
     assert texts(model, **greedily | dict(speculative=0)).rounds == 40
+    generate(model, tokens_of(model, 1, 5), 40, temperature=0, compile=True, stats=plain)
+    assert plain.rounds == 40
     counted = torch._dynamo.utils.counters["stats"]
     before = counted["unique_graphs"]
     for weight in (model.layers[0].self_attn.o_proj.weight, model.mtp[0].norm.weight):
