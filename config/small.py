@@ -25,7 +25,8 @@ topk_group = 2
 routed_scaling_factor = 1.0  # a plain mean; 2.5 made no measurable difference (docs/RESULTS.md)
 max_position_embeddings = 1024
 num_nextn_predict_layers = 1
-initializer_range = 0.02  # the report's 0.006 belongs to matrices 7168 wide
+# 1.581 bits/byte after 600 steps. The report's 0.006 had 1.565, but was tried in no whole run yet.
+initializer_range = 0.02
 
 data = "stdlib"
 steps = 2400
