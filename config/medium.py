@@ -1,8 +1,8 @@
 """Half an hour on two CPU cores: 1.5 times as wide as config/small.py, with one layer fewer.
 
 8.3M parameters. A step has twice as many tokens, because Muon's cost is per step
-(docs/notes/LOG.md). Whole runs were made with alpha 0.01 and a cosine from 0.3 to 1.0 of the run
-only, in place of the report's values; what else is not the report's is as in config/small.py.
+(docs/notes/LOG.md). Whole runs were made only with alpha 0.01 and a cosine from 0.3 to 1.0 of the
+run, in place of the report's values. adamw_lr, warm-up, gamma and gamma_stop are small.py's.
 """
 
 vocab_size = 4096
@@ -25,7 +25,7 @@ topk_group = 2
 routed_scaling_factor = 1.0  # as in config/small.py
 max_position_embeddings = 1024
 num_nextn_predict_layers = 1
-initializer_range = 0.02  # as in config/small.py, where 0.006, the report's, may be better
+initializer_range = 0.02  # small.py's; the report's 0.006 may be better (see there)
 
 data = "stdlib"
 steps = 2400
