@@ -126,7 +126,8 @@ def test_fp8_is_what_a_cpu_emulates(how):
 
 # ---- Runs and texts -----------------------------------------------------------------------------
 
-ON_DEVICE = (f"--device={DEVICE.type}", "--dtype=auto", "--warmup=0", "--decay_start=1")
+ON_DEVICE = (f"--device={DEVICE.type}", "--dtype=auto")
+ON_DEVICE += ("--warmup=0", "--decay_start=1", "--decay_end=1")
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -37,7 +37,7 @@ SHORT = [
 SHORT += ["--log_every=1", "--eval_every=4", "--save_every=4"]
 SHORT += [f"--{key}={x}" for key, x in networks.SET.items()]
 # Schedules that do not depend on the length of the run.
-CONSTANT = ("--warmup=0", "--decay_start=1", "--mtp_switch=1", "--gamma_stop=1")
+CONSTANT = ("--warmup=0", "--decay_start=1", "--decay_end=1", "--mtp_switch=1", "--gamma_stop=1")
 CLIP = torch.nn.utils.clip_grad_norm_
 MACHINE = processes.Machine(torch.device("cpu"), torch.float64)
 FORKS = multiprocessing.get_context("forkserver")
