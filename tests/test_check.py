@@ -361,8 +361,12 @@ def test_what_a_step_sets_is_checked_at_first_and_in_the_middle_of_a_run(monkeyp
     monkeypatch.setattr(train, "at_step", lambda model, config, step: setattr(model, "now", step))
     names = "decoding bfloat16 causality positions gradients losses loads drafts step"
     for name in names.split():
-        look = lambda model, *_, name=name: seen.setdefault(name, []).append(model.now)  # noqa: E731
-        monkeypatch.setattr(check, name, lambda *x, look=look: look(*x) or check.Answer(""))
+
+        def look(model, *_, name=name):
+            seen.setdefault(name, []).append(model.now)
+            return check.Answer("")
+
+        monkeypatch.setattr(check, name, look)
     assert len([*check.answers(model, CONFIG)]) == len(seen) == 9
     assert [name for name in seen if seen[name] == twice] == ["causality", "gradients", "losses"]
     assert model.now is None and sum(x == [None] for x in seen.values()) == 6
