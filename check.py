@@ -451,38 +451,59 @@ def step(model: DeepSeekV3, config: train.TrainConfig) -> Answer:
     """What train() of train.py saves after four steps, with the run's optimisers and states, and
     what it saves if the last two are made again from the checkpoint before them, with other
     objects. Of a run in FP8 also its gradients, beside those without."""
-    what, wrong, notes = "step: four at once, and the last two resumed from a checkpoint", [], []
+    what = "step: four at once, and the last two resumed from a checkpoint"
     initial = shaken(model)
     try:
-        right, found = saved_after_four(initial, config)
+        whole, resumed = saved_after_four(initial, config)
     except Refusal as error:
         return Answer(what, [str(error)])
-    numbers = ({": ".join(path): torch.as_tensor(x, dtype=torch.float64) for path, x in saved}
-               for saved in (leaves(right), leaves(found)))  # fmt: skip
-    off = {name: x for name, x in differences(*numbers).items() if not x <= SAME}
-    for state in dict.fromkeys(name.split(":")[0] for name in off):
-        worst = max((name for name in off if name.split(":")[0] == state), key=off.get)
-        wrong.append(f"resumed, {worst} differs by {off[worst]:.2g} of its norm")
-    names = {state: x["names"] for state, x in right.items() if "names" in x}  # of optimisers
+    taken_by = {state: x["names"] for state, x in whole.items() if "names" in x}  # by optimisers
     learns = {name: p for name, p in initial.named_parameters() if p.requires_grad}
-    trained = {name for of in names.values() for name in of}
-    wrong += [f"{name} is in no optimiser" for name in sorted(learns.keys() - trained)]
-    low = [(path, x.dtype) for path, x in leaves(right) if path[0] != "model"
-           and isinstance(x, Tensor) and x.is_floating_point() and x.itemsize < 4]  # fmt: skip
-    for (state, key, dtype), n in Counter((p[0], p[-1], dtype) for p, dtype in low).items():
-        notes.append(f"{state} keeps {n} tensors {key} in {dtype}: a running mean needs float32")
+    left = learns.keys() - {name for names in taken_by.values() for name in names}
+    wrong = differs_resumed(whole, resumed)
+    wrong += [f"{name} is in no optimiser" for name in sorted(left)]
+    notes = low_means(whole)
     known = {part.weight for part in initial.modules() if isinstance(part, torch.nn.Linear)}
-    for name in (x for state in names if "Muon" in state for x in names[state] if x in learns):
-        p, heads = learns[name], initial.config.num_attention_heads
-        if p not in known and min(p.shape[-2:]) <= heads:
+    for name in (x for state in taken_by if "Muon" in state for x in taken_by[state]):
+        p = learns.get(name)
+        gains = p is not None and min(p.shape[-2:]) <= initial.config.num_attention_heads
+        if gains and p not in known:
             notes.append(f"Muon takes {name}, {tuple(p.shape)}: gains belong to AdamW")
     if config.fp8:
         off = in_fp8(model, random_tokens(model, 4, min(config.block_size, 128) + 1))
         most = max(off.values(), default=0.0)  # no layer: all are of classes of your own
         what += f"; FP8 changes gradients of a layer by up to {most:.2g} of their norm"
-        off = {name: x for name, x in off.items() if not x < 0.25}
-        wrong += [f"FP8 changes gradients of {name} by {x:.2g}" for name, x in off.items()]
+        large = {name: x for name, x in off.items() if not x < 0.25}
+        wrong += [f"FP8 changes gradients of {name} by {x:.2g}" for name, x in large.items()]
     return Answer(what, wrong, notes)
+
+
+def differs_resumed(whole: dict, resumed: dict) -> list[str]:
+    """A sentence for each state that differs: its entry that differs most."""
+    right, found = (
+        {": ".join(path): torch.as_tensor(x, dtype=torch.float64) for path, x in leaves(saved)}
+        for saved in (whole, resumed)
+    )
+    worst = {}  # by state: how much an entry differs, and its name
+    for name, x in differences(right, found).items():
+        if not x <= SAME:
+            state = name.split(":")[0]
+            worst[state] = max(worst.get(state, (0.0, "")), (x, name))
+    return [f"resumed, {name} differs by {x:.2g} of its norm" for x, name in worst.values()]
+
+
+def low_means(saved: dict) -> list[str]:
+    """A note for each running mean of an optimiser or state that is kept in 16 bits or fewer."""
+    low = Counter(
+        (path[0], path[-1], x.dtype)
+        for path, x in leaves(saved)
+        if path[0] != "model" and isinstance(x, Tensor)
+        if x.is_floating_point() and x.itemsize < 4
+    )
+    return [
+        f"{state} keeps {n} tensors {key} in {dtype}: a running mean needs float32"
+        for (state, key, dtype), n in low.items()
+    ]
 
 
 def in_fp8(model: DeepSeekV3, text: Tensor) -> dict[str, float]:
@@ -518,20 +539,25 @@ def saved_after_four(model: DeepSeekV3, config: train.TrainConfig) -> list[dict]
     plain |= dict(grad_accum=1, overwrite=False, init_from="", eval_only=False)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         whole, resumed = Path(folder, "whole"), Path(folder, "resumed")
-        split = dict(train=Copied(tokens.flatten(), whole, resumed), val=Tokens([tokens[0]]))
-        V = model.config.vocab_size
-        data = SimpleNamespace(**split, vocab_size=V, val_bytes_per_token=1.0)  # a Dataset
-        for out in (whole, resumed):
-            other = copy.deepcopy(model)
-            if out == resumed:  # as load_model does
-                stored = load_checkpoint(out)
-                vars(other.config).update(stored["model_config"])
-                other.trained_length = stored["trained_length"]
+        data = SimpleNamespace(  # a Dataset
+            train=Copied(tokens.flatten(), whole, resumed),
+            val=Tokens([tokens[0]]),
+            vocab_size=model.config.vocab_size,
+            val_bytes_per_token=1.0,
+        )
+
+        def saved(out: Path, network: DeepSeekV3) -> dict:
             now = replace(config, out=str(out), resume=out == resumed, **short | plain)
             with contextlib.redirect_stderr(io.StringIO()):
-                train.train(other, data, now, machine)
-        saved = [load_checkpoint(out / "ckpt.pt") for out in (whole, resumed)]
-    return [{key: x for key, x in y.items() if isinstance(x, dict)} for y in saved]
+                train.train(network, data, now, machine)
+            stored = load_checkpoint(out / "ckpt.pt")
+            return {key: x for key, x in stored.items() if isinstance(x, dict)}
+
+        first = saved(whole, copy.deepcopy(model))
+        other, stored = copy.deepcopy(model), load_checkpoint(resumed)  # as load_model does
+        vars(other.config).update(stored["model_config"])
+        other.trained_length = stored["trained_length"]
+        return [first, saved(resumed, other)]
 
 
 def leaves(saved: dict) -> list[tuple[tuple[str, ...], Tensor | float]]:
