@@ -457,17 +457,17 @@ def step(model: DeepSeekV3, config: train.TrainConfig) -> Answer:
         whole, resumed = saved_after_four(initial, config)
     except Refusal as error:
         return Answer(what, [str(error)])
-    taken_by = {state: x["names"] for state, x in whole.items() if "names" in x}  # by optimisers
+    taken_by = {state: x["names"] for state, x in whole.items() if "names" in x}  # by optimiser
     learns = {name: p for name, p in initial.named_parameters() if p.requires_grad}
     left = learns.keys() - {name for names in taken_by.values() for name in names}
-    wrong = differs_resumed(whole, resumed)
+    wrong = resume_differences(whole, resumed)
     wrong += [f"{name} is in no optimiser" for name in sorted(left)]
-    notes = low_means(whole)
+    notes = low_precision_means(whole)
     known = {part.weight for part in initial.modules() if isinstance(part, torch.nn.Linear)}
     for name in (x for state in taken_by if "Muon" in state for x in taken_by[state]):
         p = learns.get(name)
-        gains = p is not None and min(p.shape[-2:]) <= initial.config.num_attention_heads
-        if gains and p not in known:
+        narrow = p is not None and min(p.shape[-2:]) <= initial.config.num_attention_heads
+        if narrow and p not in known:
             notes.append(f"Muon takes {name}, {tuple(p.shape)}: gains belong to AdamW")
     if config.fp8:
         off = in_fp8(model, random_tokens(model, 4, min(config.block_size, 128) + 1))
@@ -478,7 +478,7 @@ def step(model: DeepSeekV3, config: train.TrainConfig) -> Answer:
     return Answer(what, wrong, notes)
 
 
-def differs_resumed(whole: dict, resumed: dict) -> list[str]:
+def resume_differences(whole: dict, resumed: dict) -> list[str]:
     """A sentence for each state that differs: its entry that differs most."""
     right, found = (
         {": ".join(path): torch.as_tensor(x, dtype=torch.float64) for path, x in leaves(saved)}
@@ -488,12 +488,12 @@ def differs_resumed(whole: dict, resumed: dict) -> list[str]:
     for name, x in differences(right, found).items():
         if not x <= SAME:
             state = name.split(":")[0]
-            worst[state] = max(worst.get(state, (0.0, "")), (x, name))
+            worst[state] = max(worst.get(state, (x, name)), (x, name))
     return [f"resumed, {name} differs by {x:.2g} of its norm" for x, name in worst.values()]
 
 
-def low_means(saved: dict) -> list[str]:
-    """A note for each running mean of an optimiser or state that is kept in 16 bits or fewer."""
+def low_precision_means(saved: dict) -> list[str]:
+    """A note for each kind of running mean that an optimiser or state keeps in 16 bits or fewer."""
     low = Counter(
         (path[0], path[-1], x.dtype)
         for path, x in leaves(saved)
@@ -529,7 +529,7 @@ def in_fp8(model: DeepSeekV3, text: Tensor) -> dict[str, float]:
     return off
 
 
-def saved_after_four(model: DeepSeekV3, config: train.TrainConfig) -> list[dict]:
+def saved_after_four(model: DeepSeekV3, config: train.TrainConfig) -> tuple[dict, dict]:
     """The states that a run has saved after four steps, and those of one that was resumed."""
     tokens = random_tokens(model, 2, 257).cpu().numpy()
     machine = processes.Machine(model.embed_tokens.weight.device, torch.float64)
@@ -557,7 +557,7 @@ def saved_after_four(model: DeepSeekV3, config: train.TrainConfig) -> list[dict]
         other, stored = copy.deepcopy(model), load_checkpoint(resumed)  # as load_model does
         vars(other.config).update(stored["model_config"])
         other.trained_length = stored["trained_length"]
-        return [first, saved(resumed, other)]
+        return first, saved(resumed, other)
 
 
 def leaves(saved: dict) -> list[tuple[tuple[str, ...], Tensor | float]]:

@@ -4,6 +4,7 @@ that are kept in bfloat16, and a balance loss of the whole batch: test_changes.p
 
 import functools
 import itertools
+import math
 from unittest import mock
 
 import pytest
@@ -423,6 +424,13 @@ def test_optimisers_that_are_wrong_are_found(monkeypatch):
     assert answer.wrong == ["embed_tokens.weight is in no optimiser"]
     (note,) = answer.notes
     assert note.startswith(f"Low 0 keeps {n - 1} tensors mean in torch.bfloat16: ")
+
+
+def test_nan_in_a_saved_state_is_a_difference():
+    saved = {"model": {"weight": torch.tensor([1.0, math.nan])}}
+    assert check.resume_differences(saved, saved) == [
+        "resumed, model: weight differs by nan of its norm"
+    ]
 
 
 def test_a_gain_of_every_head_that_muon_takes_is_named():
