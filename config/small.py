@@ -1,4 +1,4 @@
-"""A quarter of an hour on two CPU cores: a complete DeepSeek-V3 that writes recognisable Python.
+"""Ten to twenty minutes on two CPU cores: a complete DeepSeek-V3 that writes recognisable Python.
 
 8 layers, 7 of them MoE layers of 16 experts in 4 groups, and one MTP module. The sizes come from
 trials (docs/notes/LOG.md): within this time a narrow network that reads more tokens beats a wide
