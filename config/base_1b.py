@@ -47,8 +47,8 @@ topk_group = 4
 routed_scaling_factor = 2.446  # Moonlight's for six experts, about sqrt(6)
 max_position_embeddings = 2048
 num_nextn_predict_layers = 1
-# The report's 0.006 belongs to its width: a sum of n products has a standard deviation of sqrt(n)
-# times this value, and sqrt(7168) x 0.006 = sqrt(1024) x 0.016.
+# DeepSeek's models have 0.006 at every width. This value gives products the same size as in V3,
+# sqrt(1024) x 0.016 = sqrt(7168) x 0.006. It was not tried.
 initializer_range = 0.016
 
 data = "finewebedu"
@@ -59,6 +59,6 @@ grad_accum = 16
 # Not tuned. The paper's 1B model had 1e-3 at 2.4M tokens per step. Scaled by the square root of the
 # batch size that is 4.7e-4; this is a little more, because the run is short.
 lr = 6e-4
-warmup = 0.02  # 200 steps; the report's fraction would be 85
+warmup = 0.02  # 200 steps, not tried; the report's fraction would be 85
 eval_every = 2500
 save_every = 1000

@@ -33,7 +33,8 @@ Computed, not measured; no GPU has run this yet:
 
 # Few, large experts: on cards other than H100 and B200 PyTorch starts a product for each expert
 # (docs/REFERENCE.md), so 16 experts need a quarter of the products of 64. Both sides of every
-# matrix are multiples of 128, except in the gate and in W^DKV with W^KR (128 + 32 rows).
+# matrix are multiples of 128, except in the gate, in W^DKV with W^KR (160 rows), and in W^UK with
+# W^UV (576 rows).
 vocab_size = 50304  # GPT-2's 50257, padded
 hidden_size = 384  # embedding and head are two thirds of the active parameters even so
 num_hidden_layers = 10
@@ -64,7 +65,7 @@ batch_size = 160
 block_size = 1024
 grad_accum = 16
 lr = 1.5e-3
-warmup = 0.03  # 210 steps; the report's fraction would be 60
+warmup = 0.03  # 210 steps, not tried; the report's fraction would be 60
 eval_every = 1000
 eval_tokens = 10_000_000  # of 100M: all of them would take five minutes
 save_every = 500

@@ -17,8 +17,8 @@ import sys
 places = [place for place in (".", "..", "nanoV3") if os.path.exists(f"{place}/weights/small")]
 if not places:
     raise FileNotFoundError(
-        "The tour needs the repository: run  !git clone ADDRESS nanoV3  in a cell above this one, "
-        "with the repository's address, and then this cell again."
+        "The tour needs the repository: open this notebook from a clone of it, "
+        "or clone it into the folder nanoV3 and run this cell again."
     )
 os.chdir(places[0])
 sys.path.insert(0, os.getcwd())

@@ -63,7 +63,7 @@ def prepare(graph: Callable, args: tuple, parts: Any, on_cpu: bool):
             torch._dynamo.mark_static_address(x)
     if graph in COMPILED:
         return
-    info("compiling a round of decoding, which takes half a minute to two minutes")
+    info("compiling a round of decoding, which takes half a minute or more")
     began = time.perf_counter()
     for _ in range(1 if on_cpu else 3):  # a GPU records in the second call
         graph(*args)
