@@ -2,7 +2,7 @@
 
 8.3M parameters. A step has twice as many tokens, because Muon's cost is per step
 (docs/notes/LOG.md). One whole run of this file had 1.102 bits/byte. adamw_lr, gamma and gamma_stop
-are small.py's.
+are small.py's; others were not tried at this width.
 """
 
 vocab_size = 4096
@@ -36,7 +36,7 @@ long_start = 0.9
 optimizer = "muon"
 lr = 5e-3  # small.py's, divided by the square root of the ratio of their widths; not tried
 adamw_lr = 2.0
-# Runs with an earlier schedule: 1.091 bits/byte after 4.3 epochs; 0.1 had 1.164, after 6.1 epochs.
+# On an earlier text and schedule 1.091 bits/byte after 4.3 epochs; 0.1 had 1.164, but after 6.1.
 # Weight decay was not tried alone.
 weight_decay = 0.3
 gamma = 0.003

@@ -60,7 +60,7 @@ initializer_range = 0.026  # sqrt(384) x 0.026 = sqrt(7168) x 0.006, as in base_
 data = "finewebedu"
 steps = 7000
 # Batch and rate are not tuned. For 4.4e17 FLOPs DeepSeek's fits to dense models (arXiv 2401.02954,
-# section 3.1) give 0.17M tokens and 1.9e-3; the rate is a little lower, as in base_1b.py.
+# section 3.1) give 0.17M tokens and 1.9e-3; the rate is a little lower.
 batch_size = 160
 block_size = 1024
 grad_accum = 16
