@@ -59,6 +59,7 @@ grad_accum = 16
 # Not tuned. The paper's 1B model had 1e-3 at 2.4M tokens per step. Scaled by the square root of the
 # batch size that is 4.7e-4; this is a little more, because the run is short.
 lr = 6e-4
-warmup = 0.02  # 200 steps, not tried; the report's fraction would be 85
+# 200 steps, not tried. The report's 2,000 would be too many, and its fraction of the run only 85.
+warmup = 0.02
 eval_every = 2500
 save_every = 1000

@@ -65,7 +65,8 @@ batch_size = 160
 block_size = 1024
 grad_accum = 16
 lr = 1.5e-3
-warmup = 0.03  # 210 steps, not tried; the report's fraction would be 60
+# 210 steps, not tried. The report's 2,000 would be too many, and its fraction of the run only 60.
+warmup = 0.03
 eval_every = 1000
 eval_tokens = 10_000_000  # of 100M: all of them would take five minutes
 save_every = 500
