@@ -268,7 +268,7 @@ def positions(model: DeepSeekV3, by: int = 7) -> Answer:
     model = shaken(model)
     tokens, rope = random_tokens(model, 2, 64), model.rope
     one = logits_of(model, tokens)
-    model.rope = lambda x, start, *more: rope(x, start + by, *more)
+    model.rope = lambda x, positions, *more: rope(x, positions + by, *more)
     other = logits_of(model, tokens)
     off = max(((x - y).abs().max() / x.std()).item() for x, y in zip(one, other, strict=True))
     notes = [] if off < SAME else ["they are not relative"]

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from model import Experts, compute_dtype, gates_in
+from model import Experts, compute_dtype, gates_in, grouped_linear
 from support.processes import fast_dtype
 from support.settings import info
 
@@ -367,7 +367,7 @@ def use_fp8(model: nn.Module):
         for module in block.modules():
             if type(module) is nn.Linear and module not in gates:
                 module.__class__ = FP8Linear
-            elif isinstance(module, Experts) and module.product is Experts.product:
+            elif isinstance(module, Experts) and module.product is grouped_linear:
                 module.product, module.unit = grouped_fp8, 128
 
 

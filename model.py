@@ -19,12 +19,11 @@ the docstring has the formula, and the code is a faster form of it. tests/refere
 formulas as plain loops, and tests compare the two.
 
 The file is meant to be edited, and imports PyTorch alone: a copy works in any project. A few
-helpers allow more than V3 needs: a gate that chooses fewer than K experts, layers that cache
-something else, a head per MTP depth.
+helpers allow more than V3 needs: layers that cache something else, a head per MTP depth.
 
 Training and decoding may be compiled by torch.compile; "in a graph" means in compiled code. A graph
-of decoding is compiled once and used at every position. So there a position is a tensor, and no
-shape may depend on it or on which experts are chosen.
+of decoding is compiled once and used at every position. So positions are tensors, and no shape may
+depend on them or on which experts are chosen.
 
 Where the report is silent (which norm, epsilon) or the released model differs (order of
 concatenation in MTP), the released weights and their code decide; huggingface.py opens them.
@@ -48,28 +47,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
-Position = int | Tensor  # in a graph of decoding a tensor without dimensions
 Routing = tuple[Tensor, Tensor] | None  # scores (B, T, E), chosen experts (B, T, K); None if dense
 
 
 class Past(NamedTuple):
-    """The cache of a layer in decoding, and where to write in it."""
+    """The cache of a layer in decoding, and where the new tokens go."""
 
     kept: Tensor  # made by the layer's `new_cache`
-    start: Position  # position of the first new token, so the number of tokens already in the cache
-
-
-MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
-YARN_KEYS = (
-    "type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
-    "mscale", "mscale_all_dim", "attention_factor", "truncate",
-)  # fmt: skip
-
-
-def require(holds: bool, sentence: str):
-    """An `assert`, but Python's -O does not skip it."""
-    if not holds:
-        raise ValueError(sentence)
+    positions: Tensor  # (T,) of the new tokens
+    first: bool  # they begin the text, so there is nothing else to attend to
 
 
 @dataclass
@@ -106,38 +92,7 @@ class ModelConfig:
     initializer_range: float = 0.006  # standard deviation of every initial matrix
 
     def __post_init__(self):
-        """Raises ValueError, with one sentence, unless a network can have these values."""
-        for field in fields(self):
-            name, x = field.name, getattr(self, field.name)
-            if isinstance(x, int | float):
-                size = field.type in (int, int | None) and name not in MAY_BE_ZERO
-                least = min(int(size), field.default or 0)  # your own field may default to less
-                require(x >= least, f"{name} is {x}, but must be at least {least}.")
-        E, K, R = self.n_routed_experts, self.num_experts_per_tok, self.qk_rope_head_dim
-        G, allowed, theta = self.n_group, self.topk_group, self.rope_theta
-        within = E // G * allowed  # the experts among which a token chooses
-        require(R % 2 == 0, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even.")
-        require(theta > 1, f"rope_theta is {theta}, but must be above 1.")
-        require(E % G == 0, f"n_routed_experts {E} is not a multiple of n_group {G}.")
-        require(G == 1 or E > G, f"n_group {G} leaves one expert per group, but a score needs two.")
-        require(allowed <= G, f"topk_group {allowed} is larger than n_group {G}.")
-        require(within >= K, f"num_experts_per_tok {K} exceeds {allowed} groups' {within} experts.")
-
-        yarn = self.rope_scaling or {}
-        require(isinstance(yarn, dict), f"rope_scaling is {yarn!r}, but must be a dict or None.")
-        kind = yarn.get("rope_type") or yarn.get("type") or "default"
-        require(kind in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'.")
-        for key, x in yarn.items():
-            require(key in YARN_KEYS, f"rope_scaling has {key!r}, but may have only {YARN_KEYS}.")
-            fits = x is None or key in YARN_KEYS[:2] or (isinstance(x, int | float) and x >= 0)
-            require(fits, f"rope_scaling has {x!r} for {key!r}, expected a number of at least 0.")
-        self.rope_scaling = None
-        if kind == "yarn":
-            require(yarn.get("factor"), "rope_scaling lacks the yarn 'factor', above 0.")
-            # A default for YaRN's original length is stored at once: max_position_embeddings may
-            # change later (when a run is resumed or exported), and YaRN's angles must not.
-            original = yarn.get("original_max_position_embeddings") or self.max_position_embeddings
-            self.rope_scaling = yarn | {"original_max_position_embeddings": original}
+        check_config(self)  # at the end of the file
 
 
 # ---- Precision, projections, norm ----------------------------------------------------------------
@@ -250,9 +205,9 @@ class Cache:
 
     There is room for `size` tokens of each text, of which the first `length` have been read. To
     forget drafts that were rejected (sample.py), decoding lowers `length`, by MOST_NEW at most, and
-    reads on from there. Then the next `start` of every layer is smaller than its cache suggests.
-    MLA writes over the forgotten tokens. An edited layer must give the right result, too, also in a
-    graph, where `start` is a tensor. `python check.py RUN` checks it.
+    reads on from there. Then the next positions of every layer are smaller than its cache suggests.
+    MLA writes over the forgotten tokens. An edited layer must give the right result, too. `python
+    check.py RUN` checks it.
     """
 
     def __init__(
@@ -265,45 +220,42 @@ class Cache:
         positions = torch.arange(size, device=like.device)
         self.rope = rope_table(config, positions, torch.promote_types(like.dtype, torch.float32))
 
-    def advance(self, T: int) -> Position:
-        """Reserves T positions and returns the first. Raises ValueError if the cache is full (but
-        not in a graph, where a position's value is not known)."""
-        if isinstance(self.length, int) and self.length + T > self.size:
-            raise ValueError(f"{self.length} + {T} tokens exceed the cache of {self.size}.")
+    def advance(self, T: int) -> tuple[Tensor, bool]:
+        """Reserves T places: the positions of the new tokens (T,), and whether they are the first.
+        Raises ValueError if the cache is full (but not in a graph, where `length` is a tensor)."""
         start = self.length
         self.length = start + T
-        return start
+        known = isinstance(start, int)
+        if known and self.length > self.size:
+            raise ValueError(f"{start} + {T} tokens exceed the cache of {self.size}.")
+        return start + torch.arange(T, device=self.rope[0].device), known and start == 0
 
 
-def span(start: Position, length: int) -> slice | Tensor:
-    """The positions start .. start + length - 1: a slice, or in a graph an index tensor."""
-    if isinstance(start, int):
-        return slice(start, start + length)
-    return start + torch.arange(length, device=start.device)
+def every_position(x: Tensor) -> tuple[Tensor, bool]:
+    """What `advance` would return for a whole text x (B, T, D)."""
+    return torch.arange(x.shape[1], device=x.device), True
 
 
 def remember(past: Past, new: Tensor) -> Tensor:
-    """Appends new (B, T, C+R) to a layer's cache and returns all of it (B, S, C+R). In a graph,
-    whose shapes are fixed, S is the size of the cache, and `causal_attention` masks the part that
-    is still empty."""
-    kept, start = past
-    T = new.shape[1]
-    kept[:, span(start, T)] = new
-    return kept[:, : start + T] if isinstance(start, int) else kept
+    """Writes new (B, T, C+R) to a layer's cache and returns all of it (B, S, C+R). The part that is
+    still empty is masked by `causal_attention`."""
+    past.kept[:, past.positions] = new
+    return past.kept
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Position = 0) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor | None = None
+) -> Tensor:
     """Causal attention, softmax(scale q k^T) v, Eq. 10: (B, H, T, V).
 
-    The queries q (B, H, T, W) belong to the positions start .. start + T - 1, the keys k (B, h, S,
-    W) and values v (B, h, S, V) to 0 .. S - 1. Query i attends to the positions up to start + i. h
+    The queries q (B, H, T, W) belong to `positions` (T,), by default 0 .. T - 1, the keys k (B, h,
+    S, W) and values v (B, h, S, V) to 0 .. S - 1. A query attends to all positions up to its own. h
     is H, or less if several heads share a key. There are two forms, PyTorch's kernel and plain
     products. Both accumulate in float32 at least; plain products round scores and probabilities to
     q's dtype, as V3's own code does.
     """
     (B, H, T, W), (h, S), V = q.shape, k.shape[1:3], v.shape[-1]
-    from_start = isinstance(start, int) and start == 0  # in training and prompts
-    if from_start and (q.is_cuda or T > 512 or q.dtype != torch.bfloat16):
+    if positions is None and (q.is_cuda or T > 512 or q.dtype != torch.bfloat16):
         # PyTorch's kernel, which never holds all scores. It wants q, k and v of one width.
         if V < W:
             v = F.pad(v, (0, W - V))
@@ -313,8 +265,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Posit
         return o[..., :V]
     # Plain products: for the few queries of decoding, and for short texts on a CPU in bfloat16,
     # where they are three times as fast. The H/h heads that share a key become queries of one head.
-    query = start + torch.arange(T, device=q.device)[:, None]
-    later = torch.arange(S, device=q.device) > query  # (T, S), True where a key is ahead
+    key = torch.arange(S, device=q.device)
+    query = key if positions is None else positions
+    later = key > query[:, None]  # (T, S), True where a key is ahead
     mask = torch.where(later, -math.inf, 0.0).to(q.dtype).repeat(H // h, 1)  # (H/h*T, S)
     q, k, v = q.reshape(B * h, -1, W), k.flatten(0, 1), v.flatten(0, 1)  # (B*h, H/h*T, W) ...
     p = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)  # (B*h, H/h*T, S)
@@ -390,13 +343,12 @@ class MLA(nn.Module):
         latent = self.kv_a_layernorm(latent)
         q_pe = rotate(q_pe, rope, config.rope_interleave)
         k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave)  # (B, T, 1, R)
-        start = 0 if past is None else past.start
         if past is not None:  # a prompt, too, fills the cache
             kv = remember(past, torch.cat((latent, k_pe.squeeze(2)), -1))  # (B, S, C+R)
-        if isinstance(start, int) and start == 0:  # nothing but these tokens to look at
+        if past is None or past.first:  # training, or a prompt
             o = self.attend_expanded(q_nope, q_pe, latent, k_pe)
         else:
-            o = self.attend_absorbed(q_nope, q_pe, kv, start)
+            o = self.attend_absorbed(q_nope, q_pe, kv, past.positions)
         return self.o_proj(o.flatten(2))
 
     def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor) -> Tensor:
@@ -408,7 +360,9 @@ class MLA(nn.Module):
         o = causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), self.scale)
         return o.transpose(1, 2)  # (B, T, H, V)
 
-    def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor, start: Position) -> Tensor:
+    def attend_absorbed(
+        self, q_nope: Tensor, q_pe: Tensor, kv: Tensor, positions: Tensor
+    ) -> Tensor:
         """Decoding: W^UK moves over to the query and W^UV to the output, so that attention runs on
         the cached latents kv (B, S, C+R), one key and one value for all heads:
         q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
@@ -418,7 +372,7 @@ class MLA(nn.Module):
         q_c = torch.einsum("bthn,hnc->bthc", q_nope, W_UK)  # (B, T, H, C)
         q = torch.cat((q_c, q_pe), -1).transpose(1, 2)  # (B, H, T, C+R)
         k, v = kv[:, None], kv[:, None, :, :C]  # (B, 1, S, C+R), (B, 1, S, C)
-        o = causal_attention(q, k, v, self.scale, start)  # (B, H, T, C)
+        o = causal_attention(q, k, v, self.scale, positions)  # (B, H, T, C)
         return torch.einsum("bhtc,hvc->bthv", o, W_UV)  # (B, T, H, V)
 
 
@@ -518,99 +472,6 @@ def balance_loss(s: Tensor, K: int) -> Tensor:
     return (f * P).sum(-1).mean()
 
 
-def count_chosen(chosen: Tensor, E: int) -> Tensor:
-    """How often each of the E experts is among the chosen (any shape): (E,) int64. Ids outside
-    0 .. E - 1, which an edited gate may give (`Experts.forward`), are not counted."""
-    ids = chosen.flatten()
-    one = ((ids >= 0) & (ids < E)).long()
-    return one.new_zeros(E).scatter_add_(0, ids.clamp(0, E - 1), one)
-
-
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x_e W_e^T for every expert e: x (rows, in), first the counts[0] rows of expert 0, then those
-    of expert 1, and so on; weight (E, out, in) -> (rows, out). One call for all experts where
-    PyTorch has one."""
-    weight = weight.to(x.dtype)
-    # F.grouped_mm wants rows of a multiple of 16 bytes. It takes bfloat16 everywhere, and float32
-    # on a CPU outside a graph.
-    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    float32_too = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if aligned and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and float32_too)):
-        return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
-    return torch.cat([x_e @ W.T for x_e, W in zip(x.split(counts.tolist()), weight, strict=True)])
-
-
-def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
-    """W_{expert[i]} x_i for every row i: x (rows, in), weight (E, out, in), expert (rows,) ->
-    (rows, out). For the few rows of decoding. A graph is compiled before the choice of experts
-    is known. So it indexes `weight` where eager code loops; the compiler fuses the index with the
-    sum, so that no weight is copied."""
-    if torch.compiler.is_compiling():
-        return (weight[expert] * x[:, None]).sum(-1)
-    pairs = zip(expert.tolist(), x, strict=True)
-    return torch.stack([(weight[i] * row).sum(-1) for i, row in pairs])
-
-
-class Dispatch(torch.autograd.Function):
-    """Copies every token to its K rows: x (tokens, D) -> (rows, D). Row i holds the token token[i],
-    and token t is in the K rows place[t]: token (rows,), place (tokens, K). Rows of padding (see
-    `padded`) hold zeros.
-
-    Its gradient is Combine, and the gradient of Combine is Dispatch. So both passes gather and
-    never scatter, and a token's K rows are added in float32 and rounded once. The usual gradient of
-    `x[token]` would add on a GPU in an order that changes from run to run, and round each time.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, token: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(token, place)
-        if len(token) > place.numel():  # some rows are padding: they copy a token of zeros
-            x = F.pad(x, (0, 0, 0, 1))
-        return x.index_select(0, token)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        return Combine.apply(dy, *ctx.saved_tensors), None, None
-
-
-class Combine(torch.autograd.Function):
-    """Adds up the K rows of every token: y (rows, D) -> (tokens, D)."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, token: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(token, place)
-        return F.embedding_bag(place, y, mode="sum")  # y[place].sum(1), in float32
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        return Dispatch.apply(dy, *ctx.saved_tensors), None, None
-
-
-def row_unit(x: Tensor) -> int:
-    """The number of which each expert's rows should be a multiple, for products of x (tokens, D).
-    In bfloat16 on a CPU they run in oneDNN, which compiles a kernel for every new number of rows.
-    Padding adds rows, so it is worth it only above MOST_NEW tokens."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) <= MOST_NEW:
-        return 1
-    return 64 if len(x) > 512 else 16  # fewer kernels, or less padding
-
-
-def padded(
-    expert: Tensor, gain: Tensor, counts: Tensor, unit: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Appends token-expert pairs with gate value 0, so that each expert's number of rows is a
-    multiple of `unit`. expert, gain (pairs,), counts (E,) -> the same, with the padding. How many
-    pairs there are then depends on `pairs` alone: no graph and no GPU has to know the counts. What
-    the other experts do not need is added to the last one."""
-    (pairs,), E = expert.shape, len(counts)
-    total = -(-(pairs + E * (unit - 1)) // unit) * unit  # enough for any counts
-    rows = -(-counts // unit) * unit  # (E,)
-    rows[-1] += total - rows.sum()
-    ids = torch.arange(E, device=expert.device)
-    padding = ids.repeat_interleave(rows - counts, output_size=total - pairs)
-    return torch.cat((expert, padding)), F.pad(gain, (0, total - pairs)), rows
-
-
 class Experts(nn.Module):
     """The routed experts' FFNs, stacked in one parameter per projection.
 
@@ -633,49 +494,29 @@ class Experts(nn.Module):
         # W_gate and W_up of each expert as one matrix, W_gate first.
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D).normal_(std=std))
         self.down_proj = nn.Parameter(torch.empty(E, D, width).normal_(std=std))
-
-    # The product for all experts at once, and the number of which each expert's rows are a multiple
-    # (None: row_unit). fp8.py replaces both.
-    product = staticmethod(grouped_linear)
-    unit: int | None = None
+        # The product for all experts at once, and the number of which each expert's rows are a
+        # multiple (None: row_unit). fp8.py replaces both.
+        self.product, self.unit = grouped_linear, None
 
     def forward(self, x: Tensor, chosen: Tensor, gain: Tensor) -> Tensor:
         """x (tokens, D), chosen experts, their gate values (tokens, K) -> (tokens, D)."""
-        (tokens, K), E = chosen.shape, len(self.down_proj)
-        x = x.to(compute_dtype(x))
-        # V3's gate chooses K experts. An edited gate may choose fewer for a token, and fill its K
-        # places up with ids outside 0 .. E - 1. Their gate values become 0 here.
-        expert = chosen.clamp(0, E - 1)
-        gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)
-        expert, gain = expert.flatten(), gain.flatten()  # (tokens * K,)
-        # With few tokens, as in decoding, each row reads its expert's weights (not in training, nor
-        # in FP8). Outside a graph this is done on a CPU only: linear_by_row needs the chosen ids on
-        # the host, and a GPU would first have to send them. In a graph it is done on every device:
-        # grouped_linear below may split the sorted rows into pieces whose sizes depend on the
-        # choice, and in a graph no shape may.
-        few = 0 < tokens * K <= E and x.device.type == "cpu"
-        if torch.compiler.is_compiling():
-            few = tokens <= MOST_IN_GRAPH
-        if few and self.product is grouped_linear and not torch.is_grad_enabled():
-            x = x.repeat_interleave(K, 0)  # (tokens * K, D)
-            gate, up = linear_by_row(x, self.gate_up_proj, expert).chunk(2, -1)
-            y = linear_by_row(swiglu(gate, up) * gain[:, None], self.down_proj, expert)
-            return y.view(tokens, K, -1).sum(1)
-        counts, unit = count_chosen(expert, E), self.unit or row_unit(x)  # (E,)
-        if unit > 1:
-            expert, gain, counts = padded(expert, gain, counts, unit)
-        # Sorted by expert, so that the tokens of an expert are rows side by side.
-        order = expert.argsort(stable=True)  # (rows,)
-        # Pair i belongs to token i // K; all padding gets the index `tokens`.
-        token = order.clamp(max=tokens * K) // K  # (rows,)
-        place = torch.empty_like(order)  # the inverse of order
-        place[order] = torch.arange(len(order), device=order.device)
-        place = place[: tokens * K].view(tokens, K)
-        gain = gain.index_select(0, order)[:, None]  # (rows, 1)
+        x, E = x.to(compute_dtype(x)), len(self.down_proj)
+        gain = gain.to(x.dtype)
+        if self.product is grouped_linear and reads_by_row(chosen, E):
+            return self.by_row(x, chosen, gain)
+        token, place, gain, counts = sorted_by_expert(chosen, gain, E, self.unit or row_unit(x))
         rows = Dispatch.apply(x, token, place)  # (rows, D)
         gate, up = self.product(rows, self.gate_up_proj, counts).chunk(2, -1)
         y = self.product(swiglu(gate, up) * gain, self.down_proj, counts)  # (rows, D)
         return Combine.apply(y, token, place)
+
+    def by_row(self, x: Tensor, expert: Tensor, gain: Tensor) -> Tensor:
+        """The same for the few tokens of decoding: each row reads its expert's weights."""
+        tokens, K = expert.shape
+        x, expert = x.repeat_interleave(K, 0), expert.flatten()  # (tokens * K, D)
+        gate, up = linear_by_row(x, self.gate_up_proj, expert).chunk(2, -1)
+        y = linear_by_row(swiglu(gate, up) * gain.view(-1, 1), self.down_proj, expert)
+        return y.view(tokens, K, -1).sum(1)
 
 
 class MoE(nn.Module):
@@ -820,11 +661,10 @@ class DeepSeekV3(nn.Module):
             self.routed.append((gates_in(block)[0], *routing))
         return x
 
-    def rope(self, x: Tensor, start: Position, cache: Cache | None = None) -> Rope:
-        """The rotary table of x's positions, start .. start + T - 1; from the cache, if any."""
+    def rope(self, x: Tensor, positions: Tensor, cache: Cache | None = None) -> Rope:
+        """The rotary table of x's positions (T,); from the cache, if any."""
         if cache:
-            return tuple(table[span(start, x.shape[1])] for table in cache.rope)
-        positions = start + torch.arange(x.shape[1], device=x.device)
+            return tuple(table[positions] for table in cache.rope)
         return rope_table(self.config, positions, torch.promote_types(x.dtype, torch.float32))
 
     def trunk(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -834,10 +674,10 @@ class DeepSeekV3(nn.Module):
         """
         self.routed = []
         x = self.embed_tokens(tokens)  # (B, T, D)
-        start = cache.advance(tokens.shape[1]) if cache else 0
-        rope = self.rope(x, start, cache)
+        where = cache.advance(tokens.shape[1]) if cache else every_position(x)
+        rope = self.rope(x, where[0], cache)
         for i, block in enumerate(self.layers):
-            x = self.run_block(block, Past(cache.kept[i], start) if cache else None, x, rope)
+            x = self.run_block(block, Past(cache.kept[i], *where) if cache else None, x, rope)
         return self.norm(x)
 
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -848,9 +688,9 @@ class DeepSeekV3(nn.Module):
         before each call the caller sets `length` to where this module goes on (sample.py).
         """
         embedding = self.embed_tokens(tokens)  # (B, T, D)
-        start = cache.advance(tokens.shape[1]) if cache else 0
-        past = Past(cache.kept[k], start) if cache else None
-        rope = self.rope(h, start, cache)
+        where = cache.advance(tokens.shape[1]) if cache else every_position(h)
+        past = Past(cache.kept[k], *where) if cache else None
+        rope = self.rope(h, where[0], cache)
         return self.run_block(self.mtp[k], past, h, embedding, rope)
 
     def logits(self, h: Tensor, k: int = 0) -> Tensor:
@@ -904,3 +744,183 @@ class DeepSeekV3(nn.Module):
             load = gate.load.float()
             gate.e_score_correction_bias += gamma * (load.mean() - load).sign()
             gate.load.zero_()
+
+
+# ---- The rows of the experts: sorted, padded, multiplied -----------------------------------------
+
+
+def count_chosen(chosen: Tensor, E: int) -> Tensor:
+    """How often each of the E experts is among the chosen (any shape): (E,) int64."""
+    ids = chosen.flatten()
+    return ids.new_zeros(E).scatter_add_(0, ids, torch.ones_like(ids))
+
+
+class Sorted(NamedTuple):
+    """Token-expert pairs sorted by expert: the tokens of an expert are rows side by side."""
+
+    token: Tensor  # (rows,), of each row; rows of padding have the number of tokens
+    place: Tensor  # (tokens, K), the rows of each token
+    gain: Tensor  # (rows, 1), the gate value of each row
+    counts: Tensor  # (E,), the rows of each expert
+
+
+def sorted_by_expert(expert: Tensor, gain: Tensor, E: int, unit: int) -> Sorted:
+    """expert, gain (tokens, K). Each expert gets a multiple of `unit` rows."""
+    tokens, K = expert.shape
+    expert, gain = expert.flatten(), gain.flatten()  # (pairs,): pair i belongs to token i // K
+    counts = count_chosen(expert, E)
+    if unit > 1:
+        expert, gain, counts = padded(expert, gain, counts, unit)
+    order = expert.argsort(stable=True)  # (rows,)
+    place = torch.empty_like(order)  # the inverse of order
+    place[order] = torch.arange(len(order), device=order.device)
+    token = order.clamp(max=tokens * K) // K
+    gain = gain.index_select(0, order)[:, None]
+    return Sorted(token, place[: tokens * K].view(tokens, K), gain, counts)
+
+
+def reads_by_row(expert: Tensor, E: int) -> bool:
+    """Whether each row should read its expert's weights: with few tokens, as in decoding. Outside a
+    graph on a CPU only: linear_by_row needs the ids on the host, and a GPU would first have to send
+    them. In a graph on every device: grouped_linear may split the sorted rows into pieces whose
+    sizes depend on the choice, and in a graph no shape may."""
+    if torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return len(expert) <= MOST_IN_GRAPH
+    return 0 < expert.numel() <= E and expert.device.type == "cpu"
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x_e W_e^T for every expert e: x (rows, in), first the counts[0] rows of expert 0, then those
+    of expert 1, and so on; weight (E, out, in) -> (rows, out). One call for all experts where
+    PyTorch has one."""
+    weight = weight.to(x.dtype)
+    # F.grouped_mm wants rows of a multiple of 16 bytes. It takes bfloat16 everywhere, and float32
+    # on a CPU outside a graph.
+    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    float32_too = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if aligned and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and float32_too)):
+        return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
+    return torch.cat([x_e @ W.T for x_e, W in zip(x.split(counts.tolist()), weight, strict=True)])
+
+
+def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+    """W_{expert[i]} x_i for every row i: x (rows, in), weight (E, out, in), expert (rows,) ->
+    (rows, out). For the few rows of decoding. A graph is compiled before the choice of experts
+    is known. So it indexes `weight` where eager code loops; the compiler fuses the index with the
+    sum, so that no weight is copied."""
+    if torch.compiler.is_compiling():
+        return (weight[expert] * x[:, None]).sum(-1)
+    pairs = zip(expert.tolist(), x, strict=True)
+    return torch.stack([(weight[i] * row).sum(-1) for i, row in pairs])
+
+
+class Dispatch(torch.autograd.Function):
+    """Copies every token to its K rows: x (tokens, D) -> (rows, D). Row i holds the token token[i],
+    and token t is in the K rows place[t]: token (rows,), place (tokens, K). Rows of padding (see
+    `padded`) hold zeros.
+
+    Its gradient is Combine, and the gradient of Combine is Dispatch. So both passes gather and
+    never scatter, and a token's K rows are added in float32 and rounded once. The usual gradient of
+    `x[token]` would add on a GPU in an order that changes from run to run, and round each time.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(token, place)
+        if len(token) > place.numel():  # some rows are padding: they copy a token of zeros
+            x = F.pad(x, (0, 0, 0, 1))
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return Combine.apply(dy, *ctx.saved_tensors), None, None
+
+
+class Combine(torch.autograd.Function):
+    """Adds up the K rows of every token: y (rows, D) -> (tokens, D)."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(token, place)
+        return F.embedding_bag(place, y, mode="sum")  # y[place].sum(1), in float32
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return Dispatch.apply(dy, *ctx.saved_tensors), None, None
+
+
+def row_unit(x: Tensor) -> int:
+    """The number of which each expert's rows should be a multiple, for products of x (tokens, D).
+    In bfloat16 on a CPU they run in oneDNN, which compiles a kernel for every new number of rows.
+    Padding adds rows, so it is worth it only above MOST_NEW tokens."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) <= MOST_NEW:
+        return 1
+    return 64 if len(x) > 512 else 16  # fewer kernels, or less padding
+
+
+def padded(
+    expert: Tensor, gain: Tensor, counts: Tensor, unit: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Appends token-expert pairs with gate value 0, so that each expert's number of rows is a
+    multiple of `unit`. expert, gain (pairs,), counts (E,) -> the same, with the padding. How many
+    pairs there are then depends on `pairs` alone: no graph and no GPU has to know the counts. What
+    the other experts do not need is added to the last one."""
+    (pairs,), E = expert.shape, len(counts)
+    total = -(-(pairs + E * (unit - 1)) // unit) * unit  # enough for any counts
+    rows = -(-counts // unit) * unit  # (E,)
+    rows[-1] += total - rows.sum()
+    ids = torch.arange(E, device=expert.device)
+    padding = ids.repeat_interleave(rows - counts, output_size=total - pairs)
+    return torch.cat((expert, padding)), F.pad(gain, (0, total - pairs)), rows
+
+
+# ---- What a ModelConfig may hold -----------------------------------------------------------------
+
+MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+YARN_KEYS = (
+    "type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+    "mscale", "mscale_all_dim", "attention_factor", "truncate",
+)  # fmt: skip
+
+
+def require(holds: bool, sentence: str):
+    """An `assert`, but Python's -O does not skip it."""
+    if not holds:
+        raise ValueError(sentence)
+
+
+def check_config(config: ModelConfig):
+    """Raises ValueError, with one sentence, unless a network can have these values."""
+    for field in fields(config):
+        name, x = field.name, getattr(config, field.name)
+        if isinstance(x, int | float):
+            size = field.type in (int, int | None) and name not in MAY_BE_ZERO
+            least = min(int(size), field.default or 0)  # your own field may default to less
+            require(x >= least, f"{name} is {x}, but must be at least {least}.")
+    E, K, R = config.n_routed_experts, config.num_experts_per_tok, config.qk_rope_head_dim
+    G, allowed, theta = config.n_group, config.topk_group, config.rope_theta
+    within = E // G * allowed  # the experts among which a token chooses
+    require(R % 2 == 0, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even.")
+    require(theta > 1, f"rope_theta is {theta}, but must be above 1.")
+    require(E % G == 0, f"n_routed_experts {E} is not a multiple of n_group {G}.")
+    require(G == 1 or E > G, f"n_group {G} leaves one expert per group, but a score needs two.")
+    require(allowed <= G, f"topk_group {allowed} is larger than n_group {G}.")
+    require(within >= K, f"num_experts_per_tok {K} exceeds {allowed} groups' {within} experts.")
+
+    yarn = config.rope_scaling or {}
+    require(isinstance(yarn, dict), f"rope_scaling is {yarn!r}, but must be a dict or None.")
+    kind = yarn.get("rope_type") or yarn.get("type") or "default"
+    require(kind in ("default", "yarn"), f"rope_scaling has type {kind!r}: choose 'yarn'.")
+    for key, x in yarn.items():
+        require(key in YARN_KEYS, f"rope_scaling has {key!r}, but may have only {YARN_KEYS}.")
+        fits = x is None or key in YARN_KEYS[:2] or (isinstance(x, int | float) and x >= 0)
+        require(fits, f"rope_scaling has {x!r} for {key!r}, expected a number of at least 0.")
+    config.rope_scaling = None
+    if kind == "yarn":
+        require(yarn.get("factor"), "rope_scaling lacks the yarn 'factor', above 0.")
+        # A default for YaRN's original length is stored at once: max_position_embeddings may
+        # change later (when a run is resumed or exported), and YaRN's angles must not.
+        original = yarn.get("original_max_position_embeddings") or config.max_position_embeddings
+        config.rope_scaling = yarn | {"original_max_position_embeddings": original}

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from huggingface import load_model
-from model import MOST_IN_GRAPH, Cache, DeepSeekV3, span
+from model import MOST_IN_GRAPH, Cache, DeepSeekV3
 from support import graphs
 from support.processes import fast_dtype, usable_device
 from support.settings import Refusal, info, parse_args, run_command, with_home
@@ -222,13 +222,17 @@ class Text:
             self.graph = graphs.compiled(Text.round, on_cpu, (code, kind))
             self.played = False  # whether the graph has run
 
+    def span(self, start: int | Tensor, length: int) -> Tensor:
+        """The positions start .. start + length - 1."""
+        return start + torch.arange(length, device=self.tokens.device)
+
     def read_mtp(self, k: int, hidden: Tensor, start: int | Tensor) -> Tensor:
         """MTP module k + 1 reads the positions from `start` on: their hidden states at depth k, h^k
         (B, positions, D), become those at depth k + 1.
 
         At position i the module reads h^k_i and token i+k+1. Its output predicts token i+k+2.
         """
-        tokens = self.tokens[:, span(start + k + 1, hidden.shape[1])]
+        tokens = self.tokens[:, self.span(start + k + 1, hidden.shape[1])]
         self.mtp_cache.length = start
         return self.model.predict_next(k, hidden, tokens, self.mtp_cache)
 
@@ -254,7 +258,7 @@ class Text:
         last = self.drafts + self.depth  # positions that the modules read
         last = min(last, n - 1) if isinstance(n, int) else last  # a short text has fewer
         start, q = n - 1 - last, []
-        hidden = self.hidden[:, span(start, last)]  # (B, last, D)
+        hidden = self.hidden[:, self.span(start, last)]  # (B, last, D)
         for step in range(self.drafts):
             k = min(step, self.depth - 1)
             if step > k:  # the last module continues from its own newest state
@@ -263,7 +267,7 @@ class Text:
             logits = self.model.logits(hidden[:, -1:], k + 1).to(u.device)  # (B, 1, V)
             q.append(probabilities(logits, *self.filters))
             token = draw(q[step], u[:, step : step + 1])
-            self.tokens[:, span(n + step, 1)] = token.to(hidden.device)
+            self.tokens[:, self.span(n + step, 1)] = token.to(hidden.device)
         return torch.cat(q, 1)
 
     def no_drafts(self, u: Tensor) -> Tensor:
@@ -281,19 +285,19 @@ class Text:
         finite, and its tokens (B, G+1), of which the first kept + 1 count.
         """
         G = q.shape[1]
-        read = self.tokens[:, span(n - 1, G + 1)]  # (B, G+1): the newest token and the drafts
+        read = self.tokens[:, self.span(n - 1, G + 1)]  # (B, G+1): the newest token and the drafts
         if hidden is None:
             self.cache.length = n - 1
             hidden = self.model.trunk(read, self.cache)
             if self.depth:
-                self.hidden[:, span(n - 1, G + 1)] = hidden
+                self.hidden[:, self.span(n - 1, G + 1)] = hidden
         logits = self.model.logits(hidden).to(u.device)  # (B, G+1, V)
         drafts = read[:, 1:].to(u.device)  # (B, G)
         p = probabilities(logits, *self.filters)  # (B, G+1, V)
         kept, token = accept(p, q, drafts, u[:, G:])
         # The new token takes the place after the kept drafts; what follows it does not count.
         out = torch.cat((drafts, token), 1).scatter(1, kept[:, None], token)  # (B, G+1)
-        self.tokens[:, span(n, G + 1)] = out.to(hidden.device)
+        self.tokens[:, self.span(n, G + 1)] = out.to(hidden.device)
         # False for a NaN, an inf, or -inf for all tokens. A single -inf only rules a token out.
         finite = logits.amax(-1).sum().abs() + p.sum() < math.inf
         return torch.where(finite, kept, -1), out

@@ -366,9 +366,7 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
             # MTP module k routes T - k positions, those of the last T - k targets. -1 is padding.
             used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
             visits[layer] += count_chosen(used, E)
-            real = (used >= 0) & (used < E)  # other numbers mean no expert
-            group = torch.where(real, used * G // E, G)  # G: no expert
-            groups += nn.functional.one_hot(group, G + 1)[..., :G].amax(1).sum()
+            groups += nn.functional.one_hot(used * G // E, G).amax(1).sum()
             routed += len(used)
     nats, n = machine.sum(sums)
     losses, visits = (nats / n.clamp(min=1)).tolist(), [machine.sum(x) for x in visits]

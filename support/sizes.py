@@ -8,14 +8,11 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Counts the parameters of a DeepSeekV3:
 
     total     parameters and correction biases of the main model
-    active    those that one token uses: K of the E experts or, after a call, as many as the tokens
-              of this call chose on average; one row of an embedding table that an edit added
+    active    those that one token uses: K of the E experts, and one row of an embedding table that
+              an edit added
     mtp       parameters of the MTP modules, which are not in `total`
     """
     E, K = model.config.n_routed_experts, model.config.num_experts_per_tok
-    if model.chosen:
-        visits = sum(((x >= 0) & (x < E)).sum().item() for x in model.chosen)
-        K = visits / sum(x[..., 0].numel() for x in model.chosen)
     tables = [x for x in model.modules() if isinstance(x, nn.Embedding)]
     row = {x.weight: x.embedding_dim for x in tables if x is not model.embed_tokens}
     count, stored = {"total": 0, "active": 0, "mtp": 0}, model.state_dict().keys()
@@ -26,7 +23,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
             count["mtp"] += x.numel()
         else:
             count["total"] += x.numel()
-            used = int(x.numel() * K / E) if ".experts." in name else x.numel()
+            used = x.numel() * K // E if ".experts." in name else x.numel()
             count["active"] += row.get(x, used)
     return count
 

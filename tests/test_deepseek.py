@@ -138,18 +138,16 @@ def test_what_the_report_initialises_is_initialised():
     assert not biases(model).any()
 
 
-@pytest.mark.parametrize("null", [False, True])
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float64, ATOL), (torch.float32, 1e-5), (torch.bfloat16, 0.03)]
 )
-def test_experts_equal_a_loop(dtype, tolerance, null):
-    """Value and gradients, also where an expert has no token, and where a choice is none of the
-    experts; of few tokens without gradients. In bfloat16 with rows of padding."""
+def test_experts_equal_a_loop(dtype, tolerance):
+    """Value and gradients, also where an expert has no token; of few tokens without gradients. In
+    bfloat16 with rows of padding."""
     experts = tiny(dtype).layers[1].mlp.experts
     x = torch.randn(40, 16, dtype=dtype, requires_grad=True)
     gain = torch.rand(40, 3, dtype=dtype, requires_grad=True)
     chosen = torch.rand(40, 7).topk(3).indices  # none goes to the last expert
-    chosen = 2 * chosen - 1 if null else chosen  # -1 to 11
     y = torch.zeros_like(x)
     for e, (W_in, W_out) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
         gate, up = (x @ W_in.T).chunk(2, -1)

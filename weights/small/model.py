@@ -19,8 +19,7 @@ the docstring has the formula, and the code is a faster form of it. tests/refere
 formulas as plain loops, and tests compare the two.
 
 The file is meant to be edited, and imports PyTorch alone: a copy works in any project. A few
-helpers allow more than V3 needs: a gate that chooses fewer than K experts, layers that cache
-something else, a head per MTP depth.
+helpers allow more than V3 needs: layers that cache something else, a head per MTP depth.
 
 Training and decoding may be compiled by torch.compile; "in a graph" means in compiled code. A graph
 of decoding is compiled once and used at every position. So there a position is a tensor, and no
@@ -519,11 +518,9 @@ def balance_loss(s: Tensor, K: int) -> Tensor:
 
 
 def count_chosen(chosen: Tensor, E: int) -> Tensor:
-    """How often each of the E experts is among the chosen (any shape): (E,) int64. Ids outside
-    0 .. E - 1, which an edited gate may give (`Experts.forward`), are not counted."""
+    """How often each of the E experts is among the chosen (any shape): (E,) int64."""
     ids = chosen.flatten()
-    one = ((ids >= 0) & (ids < E)).long()
-    return one.new_zeros(E).scatter_add_(0, ids.clamp(0, E - 1), one)
+    return ids.new_zeros(E).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -643,11 +640,7 @@ class Experts(nn.Module):
         """x (tokens, D), chosen experts, their gate values (tokens, K) -> (tokens, D)."""
         (tokens, K), E = chosen.shape, len(self.down_proj)
         x = x.to(compute_dtype(x))
-        # V3's gate chooses K experts. An edited gate may choose fewer for a token, and fill its K
-        # places up with ids outside 0 .. E - 1. Their gate values become 0 here.
-        expert = chosen.clamp(0, E - 1)
-        gain = gain.to(x.dtype).masked_fill(expert != chosen, 0)
-        expert, gain = expert.flatten(), gain.flatten()  # (tokens * K,)
+        expert, gain = chosen.flatten(), gain.to(x.dtype).flatten()  # (tokens * K,)
         # With few tokens, as in decoding, each row reads its expert's weights (not in training, nor
         # in FP8). Outside a graph this is done on a CPU only: linear_by_row needs the chosen ids on
         # the host, and a GPU would first have to send them. In a graph it is done on every device:
