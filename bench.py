@@ -196,7 +196,7 @@ def training_step(model: nn.Module, config: train.TrainConfig, machine: Machine)
         if ours:
             parts = np.split(windows, config.grad_accum)
             weight_of = train.loss_weights(config, step=0)
-            with fp8.quantized_once(model, processes.compiles(config, machine.device)):
+            with fp8.quantized_once(model, machine.compiled):
                 train.backward(trainer, parts, weight_of, machine)
             model.update_bias(config.gamma)
         else:
@@ -282,7 +282,7 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
     peak = peak_flops(machine.device)
     return {
         "": Path(file).stem, "dtype": dtype, "auto": machine.dtype == fast_dtype(machine.device)[0],
-        "compiled": processes.compiles(config, machine.device),
+        "compiled": machine.compiled,
         "tokens": tokens, "seconds": t["step"], "tokens/s": tokens / seconds,
         "GFLOP/s": flops and flops / seconds / 1e9,
         "of bare products": flops and ratio(t["product"], t["step"], flops / bare),

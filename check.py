@@ -361,7 +361,7 @@ def step_gradients(
     train.at_step(model, config, step)
     weight_of = train.loss_weights(config, step)
     weight_of = {name: w * (of is None or name in of) for name, w in weight_of.items()}
-    machine = processes.Machine(text.device, torch.float64)
+    machine = processes.Machine(text.device, torch.float64, compiled=config.compile)
     trainer, parts = processes.wrap(model, config, machine), text.cpu().numpy()
     with torch.random.fork_rng():
         torch.manual_seed(step)

@@ -381,10 +381,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     phase, the loss in long windows."""
     text, training = data.val.arrays[0], model.training
     model.eval()
-    # On a CPU nothing is compiled: a second set of graphs would take minutes, more than it saves.
-    compiled = processes.compiles(config, machine.device)
-    eager = compiled and machine.device.type == "cpu"
-    with fp8.quantized_once(model, compiled), processes.uncompiled(eager):
+    with fp8.quantized_once(model, machine.compiled), machine.eager_on_cpu(when=True):
         total = add_up(model, text, config.block_size, config, machine)
         long = None
         if config.long_block_size > 0 and config.long_block_size == model.trained_length:
@@ -428,7 +425,7 @@ def backward(
     trainer: nn.Module, batches: list[np.ndarray], weight_of: dict[str, float], machine: Machine
 ) -> dict[str, Tensor]:
     """Accumulates the gradients of the weighted losses over micro-batches (B, T + 1). Returns the
-    mean of each loss by name, before its weight."""
+    mean of each loss by name, over all processes, before its weight."""
     means = defaultdict(float)
     for i, batch in enumerate(batches):
         processes.sync_gradients(trainer, now=i == len(batches) - 1)
@@ -439,7 +436,8 @@ def backward(
         (total / len(batches)).backward()
         for name, loss in losses.items():
             means[name] += loss.detach() / len(batches)
-    return means
+    total = machine.sum(torch.stack([*means.values()]))
+    return dict(zip(means, total / machine.world, strict=True))
 
 
 def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
@@ -458,7 +456,7 @@ def log_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, pro
     windows = sum(batch_at(config, step) for step in range(progress.step, config.steps))
     tokens = progress.tokens + windows * config.block_size
     advice.log_epochs(tokens, len(data.train), config.steps, new=progress.step == 0)
-    if progress.step < config.steps and processes.compiles(config, machine.device):
+    if progress.step < config.steps and machine.compiled:
         info("compiling takes one to three minutes, less in later runs (--compile=False skips it)")
 
 
@@ -468,7 +466,6 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     raises KeyboardInterrupt."""
     # The model, whose blocks are now compiled or sharded, if they are to be; or DDP around it.
     trainer = processes.wrap(model.train(), config, machine)
-    compiled = processes.compiles(config, machine.device)
     optimizers = make_optimizers(model, config)
     progress = Progress()
     # All processes must have opened the same data.
@@ -479,10 +476,11 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
 
     # For the mfu. Counted in a plain copy: this network may be compiled, sharded or in FP8.
     peak = peak_flops(machine.device)
-    flops = flops_per_token(outline(model.config), config.block_size) if peak else None
+    flops = peak and flops_per_token(outline(model.config), config.block_size)
+    mfu = flops and flops / (peak * machine.world)  # of one token per second
 
     # A resumed run's states are restored here. A signal sets run.stopped.
-    with runs.open_run(states, config, machine, files, flops) as run:
+    with runs.open_run(states, config, machine, files, mfu) as run:
         log_plan(model, data, config, machine, progress)
         if progress.step == 0 and config.init_from:  # the initial weights, before they change
             run.log_evaluation(evaluate(model, data, config, machine))
@@ -492,12 +490,11 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             at_step(model, config, step)
             windows = train_windows(data, config, step)
             batches = micro_batches(windows, config, machine)
-
-            # The YaRN phase needs graphs of its own; on a CPU it is too short for them. In FP8 all
-            # micro-batches of a step read the same quantised weights.
-            eager = compiled and machine.device.type == "cpu" and in_yarn_phase(config, step)
-            with fp8.quantized_once(model, compiled), processes.uncompiled(eager):
-                losses = backward(trainer, batches, loss_weights(config, step), machine)
+            # The YaRN phase would need graphs of its own, and is short. In FP8 all micro-batches of
+            # a step read the same quantised weights.
+            yarn = in_yarn_phase(config, step)
+            with fp8.quantized_once(model, machine.compiled), machine.eager_on_cpu(when=yarn):
+                means = backward(trainer, batches, loss_weights(config, step), machine)
 
             norm = clip_gradients(model, config)
             finite = bool(norm.isfinite())  # here the host waits for the GPU, once a step
@@ -511,13 +508,10 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             # DDP's gradients are views of its buckets, which are kept.
             model.zero_grad(set_to_none=trainer is model)
 
-            for gate in model.gates():
-                machine.sum(gate.load)  # in place, so that update_bias has all processes' counts
-            total = machine.sum(torch.stack([*losses.values()]))
-            means = dict(zip(losses, total / machine.world, strict=True))
             if "balance_loss" in means:  # logged per MoE layer, to compare networks of any depth
                 means["balance_loss"] /= max(1, len(model.chosen))
-            means["max_vio"] = max_vio([gate.load for gate in model.gates()])
+            # Summed in place, so that update_bias has all processes' counts.
+            means["max_vio"] = max_vio([machine.sum(gate.load) for gate in model.gates()])
             model.update_bias(gamma_at(config, step) if finite else 0.0)  # also resets the loads
             # Counts the step (progress.step, progress.tokens), and logs if a line is due.
             run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
@@ -525,8 +519,6 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
                 # The best weights so far become best.pt.
                 run.log_evaluation(evaluate(model, data, config, machine))
             if run.checkpoint_due:
-                if config.parallel == "ddp":  # under FSDP no process has a copy to compare
-                    machine.check_weights(model)
                 run.save()
 
 

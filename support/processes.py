@@ -29,18 +29,26 @@ from support.settings import Refusal, info, short
 
 @dataclass
 class Machine:
-    """This process's device, compute dtype, rank and number of processes."""
+    """This process's device, compute dtype, rank and number of processes: what `start` decides."""
 
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
     world: int = 1
     dtype_reason: str = ""  # why products are in this dtype, as text
+    compiled: bool = False  # whether `wrap` compiles the network
 
     def autocast(self) -> torch.autocast:
         low = self.dtype == torch.bfloat16
         # Without the cache, which would hold bf16 copies of all weights, even of gathered ones.
         return torch.autocast(self.device.type, torch.bfloat16, low, cache_enabled=False)
+
+    def eager_on_cpu(self, when: bool) -> AbstractContextManager:
+        """Within it a compiled network runs uncompiled on a CPU, if `when` is true: one more set of
+        graphs would take minutes, more than it saves."""
+        eager = when and self.compiled and self.device.type == "cpu"
+        # Else nothing, since even set_stance("default") imports dynamo, which takes seconds.
+        return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
     def sum(self, x: Tensor) -> Tensor:
         """Sums x over all processes, in place."""
@@ -98,7 +106,8 @@ def start(config) -> Machine:
         dtype = str(dtype).removeprefix("torch.")
     # Measurements vary, so all processes use the dtype of process 0.
     config.dtype, reason = gather_objects((dtype, reason))[0]
-    return Machine(device, getattr(torch, config.dtype), rank, world, reason)
+    dtype = getattr(torch, config.dtype)
+    return Machine(device, dtype, rank, world, reason, compiles(config, device))
 
 
 def join():
@@ -210,7 +219,7 @@ def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
-    """Compiles the model if `compiles` says so, and wraps it for DDP or FSDP. Call the result to
+    """Compiles the model if it is to be compiled, and wraps it for DDP or FSDP. Call the result to
     train."""
     sharded = machine.world > 1 and config.parallel == "fsdp"
     # For backward autograd keeps the bf16 or FP8 copies of weights. Under FSDP that would be whole
@@ -262,10 +271,10 @@ def can_compile(device: torch.device) -> bool:
 
 
 def compile_network(model: nn.Module, config, machine: Machine):
-    """If `compiles` says so, makes each block, the last norm and the loss a graph, which torch
+    """With machine.compiled, makes each block, the last norm and the loss a graph, which torch
     compiles at the first call. On CUDA evaluations use them, too. Results change only by
     rounding."""
-    if not compiles(config, machine.device):
+    if not machine.compiled:
         return
     settings = torch._dynamo.config
     # Layers of the same kind share their graphs. By default dynamo stops at 8 per function.
@@ -295,12 +304,6 @@ def log_uncompiled(record: logging.LogRecord) -> bool:
             "runs eagerly, slower and with more memory (with --compile=True the run would end)"
         )
     return not found
-
-
-def uncompiled(eager: bool) -> AbstractContextManager:
-    """Within `with uncompiled(eager):` what is compiled runs uncompiled, if `eager` is true."""
-    # Else nothing, since even set_stance("default") imports dynamo, which takes seconds.
-    return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
 
 def sync_gradients(trainer: nn.Module, now: bool):

@@ -29,7 +29,6 @@ from torch import Tensor
 from support.checkpoints import CODE, Named, gather, load_checkpoint, note_edit, shard_like
 from support.clock import Clock
 from support.files import put_aside, write_whole
-from support.flops import peak_flops
 from support.processes import Machine
 from support.settings import Refusal, info
 from support.signals import Stop
@@ -126,11 +125,11 @@ class Run:
     """Decides what a training writes into its folder, and when. Created by `open_run`."""
 
     def __init__(
-        self, states: dict[str, Any], config, machine: Machine, stop: Stop, flops: float | None
+        self, states: dict[str, Any], config, machine: Machine, stop: Stop, mfu: float | None
     ):
         self.states, self.model, self.progress = states, states["model"], states["progress"]
         self.config, self.machine, self.out = config, machine, Path(config.out)
-        self.stop, self.clock, self.flops = stop, Clock(), flops
+        self.stop, self.clock, self.mfu = stop, Clock(), mfu
         self.saved_step = 0  # the step of ckpt.pt (0: no ckpt.pt yet)
         self.bad_in_a_row = 0  # latest steps whose gradient was not finite
         self.save_due = False
@@ -235,9 +234,8 @@ class Run:
         line = {name: float(total) / steps for name, (total, steps) in progress.sums.items()}
         line |= {name: float(x) for name, x in now.items()}
         line["tokens_per_s"] = speed = round(self.clock.measure(progress.tokens), 1)
-        if self.flops:  # as nanoGPT's mfu: of bf16's peak
-            peak = peak_flops(self.machine.device) * self.machine.world
-            line["mfu"] = speed * self.flops / peak
+        if self.mfu:  # as nanoGPT's: of bf16's peak
+            line["mfu"] = speed * self.mfu
         left = (self.config.steps - progress.step) * self.config.batch_size * self.config.block_size
         skips = f", {progress.skipped} skipped: gradient not finite" if progress.skipped else ""
         self.write_line(line, self.clock.time_left(left) + skips)
@@ -276,6 +274,8 @@ class Run:
 
     def save(self):
         """Writes ckpt.pt, from which the run can be resumed."""
+        if self.config.parallel == "ddp":  # under FSDP no process has a copy to compare
+            self.machine.check_weights(self.model)
         self.write("ckpt.pt", self.states)
         self.saved_step, self.save_due = self.progress.step, False
         self.clock.restart(self.progress.tokens)
@@ -309,12 +309,12 @@ class Run:
 
 @contextmanager
 def open_run(
-    states: dict[str, Any], config, machine: Machine, files=(), flops: float | None = None
+    states: dict[str, Any], config, machine: Machine, files=(), mfu: float | None = None
 ) -> Iterator[Run]:
     """Begins a run in the folder config.out or, with config.resume, restores the one in it.
 
     states: by name, what a checkpoint contains, the model and a Progress included. files: the
-    tokenizer's, copied into a new run's folder. flops: of a token, for the mfu.
+    tokenizer's, copied into a new run's folder. mfu: that of one token per second; None: unknown.
 
     SIGINT, SIGTERM and SIGHUP set run.stopped at the end of the step or evaluation. If steps
     remain, the run then ends with KeyboardInterrupt. Raises Refusal if the folder cannot be used.
@@ -331,7 +331,7 @@ def open_run(
             at_end.enter_context(lock)
         stop = Stop(machine)
         at_end.callback(stop.end)
-        run = Run(states, config, machine, stop, flops)
+        run = Run(states, config, machine, stop, mfu)
         if config.resume:
             run.restore()
         else:

@@ -32,8 +32,8 @@ HOPPER_SUMS = 1e-3  # it adds 128 products in 14 bits or so before it promotes: 
 def compiled(network, how, **settings):
     """The network as train.py would run it."""
     if how == "compiled":
-        machine = processes.Machine(DEVICE, torch.float32)
-        processes.wrap(network, TrainConfig(compile=True, **settings), machine)
+        machine = processes.Machine(DEVICE, torch.float32, compiled=True)
+        processes.wrap(network, TrainConfig(**settings), machine)
     return network
 
 

@@ -178,14 +178,14 @@ def test_where_nothing_can_be_compiled_a_line_says_so_and_the_run_goes_on(monkey
         raise RuntimeError("cannot find Triton")
 
     monkeypatch.setattr(torch, "compile", fail)
-    network, gpu = torch.nn.Linear(2, 2), processes.Machine(torch.device("cuda"), torch.float32)
+    gpu = torch.device("cuda")
     monkeypatch.setattr(torch, "ones", lambda n, device: None)
     config = train.TrainConfig(dtype="bfloat16")  # in float32 "auto" does not compile
-    processes.compile_network(network, config, gpu)
+    assert not processes.compiles(config, gpu)
     assert capsys.readouterr().err == "nothing is compiled: cannot find Triton\n"
     monkeypatch.setattr(processes, "can_compile", lambda device: True)
-    assert processes.compiles(config, gpu.device)
-    assert not processes.compiles(train.TrainConfig(dtype="float32"), gpu.device)
+    assert processes.compiles(config, gpu)
+    assert not processes.compiles(train.TrainConfig(dtype="float32"), gpu)
     cpu = torch.device("cpu")  # there in long runs alone
     assert not processes.compiles(config, cpu)
     assert processes.compiles(train.TrainConfig(dtype="bfloat16", steps=2000), cpu)
@@ -196,11 +196,11 @@ def test_where_nothing_can_be_compiled_a_line_says_so_and_the_run_goes_on(monkey
 def test_a_gpus_graphs_have_fixed_sizes_unless_the_batch_grows(start, dynamic, monkeypatch):
     """Else every stage of the batch would compile all graphs again."""
     network = DeepSeekV3(ModelConfig(**TINY_NETWORK))
-    gpu, asked = processes.Machine(torch.device("cuda"), torch.bfloat16), []
+    gpu, asked = processes.Machine(torch.device("cuda"), torch.bfloat16, compiled=True), []
     monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace())
     monkeypatch.setattr(torch.nn.Module, "compile", lambda part, dynamic: asked.append(dynamic))
     monkeypatch.setattr(torch, "compile", lambda loss, dynamic: asked.append(dynamic))
-    processes.compile_network(network, train.TrainConfig(compile=True, batch_start=start), gpu)
+    processes.compile_network(network, train.TrainConfig(batch_start=start), gpu)
     assert asked == [dynamic] * (len(network.layers) + 3)
 
 

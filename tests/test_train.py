@@ -217,7 +217,8 @@ def test_steps_are_the_same_recomputed_or_compiled(how, shared):
     torch._dynamo.utils.counters.clear()
     compile = functools.partial(torch.compile, backend="eager")
     again = mock.patch("model.checkpoint", wraps=torch.utils.checkpoint.checkpoint)
-    asked = mock.patch("support.processes.uncompiled", wraps=processes.uncompiled)
+    decide = processes.Machine.eager_on_cpu
+    asked = mock.patch.object(processes.Machine, "eager_on_cpu", autospec=True, side_effect=decide)
     with mock.patch.object(torch, "compile", compile), again as recomputed, asked as asked:
         ours = run(f"--{how}", *options)
     assert recomputed.called == (how == "recompute")
@@ -225,7 +226,8 @@ def test_steps_are_the_same_recomputed_or_compiled(how, shared):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5 * (how == "compile")
     # Steps 0 to 3, an evaluation, the last phase, another one.
     eager = [False] * 4 + [how == "compile"] * 6
-    assert [call.args[0] for call in asked.call_args_list] == eager
+    found = [call.args[0].compiled and call.kwargs["when"] for call in asked.call_args_list]
+    assert found == eager
     assert_same_run(shared(*options), ours, 1e-10 if how == "recompute" else 0.0)
     assert not torch.are_deterministic_algorithms_enabled()  # in training only
 
