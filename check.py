@@ -7,7 +7,6 @@ in two ways and compares:
     decoding     a text that is read in pieces, behind a cache, and the same text read whole
     bfloat16     the same in low precision, beside what rounding does to the whole text
     causality    a text, and the same text with other tokens at its end
-    positions    a text at positions 0, 1, ..., and the same text further on
     gradients    of a training step: plain, recomputed, in two micro-batches, compiled
     losses       as evaluations report them, and as the cross-entropies of logits
     loads        every gate's choices are counted
@@ -17,9 +16,9 @@ in two ways and compares:
 All but the second compute in float64, on a copy of the network. There rounding leaves 12 digits or
 more, and a mistake few. All weights of the copy are moved at random, so that what was initialised
 as 0, or so small that it hardly counts, counts too. FP8 rounds more than that: call these functions
-without use_fp8. PyTorch copies no tensor with a graph: if the network keeps one, such as an
-activation of the last training step, load it anew. docs/HACKING.md has a table of what each check
-finds, and of what to look for then.
+without use_fp8 (tests/test_fp8.py judges fp8.py). PyTorch copies no tensor with a graph: if the
+network keeps one, such as an activation of the last training step, load it anew. docs/HACKING.md
+has a table of what each check finds, and of what to look for then.
 
 What a network computes may depend on the step, by at_step of train.py. Causality, gradients and
 losses are checked as in the first step and as in the middle of the run, all else as after loading.
@@ -35,7 +34,6 @@ import math
 import shutil
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,7 +46,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.checkpoint import CheckpointError
 
-import fp8
 import sample
 import train
 from huggingface import load_model
@@ -104,6 +101,12 @@ def reader(k: int) -> str:
     return f"MTP module {k}" if k else "main model"
 
 
+def where_they_differ(found: Tensor, right: Tensor) -> tuple[list[int], float]:
+    """Logits (B, T, V): the first position where they differ, if any; and by how much they do."""
+    off = (found - right).abs().amax((0, 2)).nan_to_num(math.inf)  # by position
+    return (~(off <= SAME * right.std())).nonzero()[:1, 0].tolist(), off.max().item()
+
+
 SEVERAL = "several tokens at a time"
 WAYS = {  # the pieces in which a text is read: tokens in each, how many of them are forgotten again
     "one token at a time": [(1, 0)],
@@ -130,13 +133,12 @@ def decoding(model: DeepSeekV3, length: int | None = None) -> Answer:
     size, largest, wrong = whole[0].std().item(), 0.0, []
     for (k, logits), (way, prompt, as_tensor) in itertools.product(enumerate(whole), ways):
         found = read_in_pieces(model, k, inputs[k], tokens, way, prompt, as_tensor)
-        off = (found - logits).abs().amax((0, 2)).nan_to_num(math.inf)  # by position
-        largest = max(largest, off.max().item())
-        first = (off > SAME * size).nonzero()[:1].tolist()
+        first, off = where_they_differ(found, logits)
+        largest = max(largest, off)
         if first:
             where = f" behind a prompt of {prompt}" if prompt else ""
             graph = ", positions as tensors" if as_tensor else ""
-            says = f"wrong from position {first[0][0]} on, by up to {off.max():.2g}"
+            says = f"wrong from position {first[0]} on, by up to {off:.2g}"
             wrong.append(f"{reader(k)}, {way}{where}{graph}: {says}")
     count = len(whole) * len(ways)
     text = f"a text of {tokens.shape[1]} tokens"
@@ -161,11 +163,10 @@ def longest_window(model: DeepSeekV3) -> int:
 def whole_texts(model: DeepSeekV3, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """By depth: the logits of the first half of the texts (B, length - k, V), and what the main
     model, then every module takes of all texts: tokens, hidden states."""
-    logits, mtp_logits = model(tokens[: len(tokens) // 2], return_mtp=True)
-    inputs = [tokens, model.trunk(tokens)]
-    for k in range(1, len(mtp_logits)):
+    logits, inputs = logits_of(model, tokens[: len(tokens) // 2]), [tokens, model.trunk(tokens)]
+    for k in range(1, len(logits) - 1):
         inputs.append(model.predict_next(k - 1, inputs[k][:, :-1], tokens[:, k:]))
-    return [logits, *mtp_logits], inputs
+    return logits, inputs
 
 
 def read_in_pieces(
@@ -243,37 +244,20 @@ def causality(model: DeepSeekV3, length: int = 256) -> Answer:
         model.train(training)
         one, other = (logits_of(model, x) for x in texts.split(2))
         for k, (x, y) in enumerate(zip(one, other, strict=True)):
-            off = (x - y).abs().amax((0, 2)).nan_to_num(math.inf)[: end - k]  # by position
-            first = (off > SAME * x.std()).nonzero()[:1].tolist()
+            first, off = where_they_differ(y[:, : end - k], x[:, : end - k])
             if first:
                 mode = "in training" if training else "in evaluation"
-                sees = f"position {k + first[0][0]} sees tokens from position {end} on"
-                wrong.append(f"{reader(k)}, {mode}: {sees}; logits differ by up to {off.max():.2g}")
+                sees = f"position {k + first[0]} sees tokens from position {end} on"
+                wrong.append(f"{reader(k)}, {mode}: {sees}; logits differ by up to {off:.2g}")
     model.eval()
     together, *alone = (logits_of(model, x) for x in (texts, *texts.split(1)))
     for k, (x, *y) in enumerate(zip(together, *alone, strict=True)):
-        if not (off := (x - torch.cat(y)).abs().max()) <= SAME * x.std():
-            wrong.append(
-                f"{reader(k)}: a text sees others of its batch; logits differ by {off:.2g}"
-            )
+        first, off = where_they_differ(torch.cat(y), x)
+        if first:
+            says = f"a text sees others of its batch; logits differ by {off:.2g}"
+            wrong.append(f"{reader(k)}: {says}")
     text = "causality: no logit may depend on a later token, nor in training, nor on another text"
     return Answer(text, wrong)
-
-
-@torch.inference_mode()
-def positions(model: DeepSeekV3, by: int = 7) -> Answer:
-    """Whether logits change where `rope` is asked for positions further on. Scores of rotated
-    queries and keys depend on distances alone. A network may depend on the positions themselves, if
-    that is meant, so this is a note."""
-    model = shaken(model)
-    tokens, rope = random_tokens(model, 2, 64), model.rope
-    one = logits_of(model, tokens)
-    model.rope = lambda x, positions, *more: rope(x, positions + by, *more)
-    other = logits_of(model, tokens)
-    off = max(((x - y).abs().max() / x.std()).item() for x, y in zip(one, other, strict=True))
-    notes = [] if off < SAME else ["they are not relative"]
-    says = f"positions: logits change by {off:.1g} of their spread if those of rope move by {by}"
-    return Answer(says, notes=notes)
 
 
 def logits_of(model: DeepSeekV3, tokens: Tensor) -> list[Tensor]:
@@ -371,10 +355,8 @@ def step_gradients(
 
 @torch.no_grad()
 def losses(model: DeepSeekV3) -> Answer:
-    """What evaluations report, and choose best.pt by, beside the cross-entropies of the logits, and
-    beside `loss` in training mode, unless that draws random numbers. Then all losses in float32,
-    with scores so large that their exponentials overflow."""
-    model, wrong, notes = shaken(model), [], []
+    """What evaluations report, and choose best.pt by, beside the cross-entropies of the logits."""
+    model, wrong = shaken(model), []
     text = random_tokens(model, 4, 129)
     x, y = text[:, :-1], text[:, 1:]
     returned = model(x, y)
@@ -385,16 +367,7 @@ def losses(model: DeepSeekV3) -> Answer:
     for name, right in {"loss": main, "mtp_loss": sum(mtp) / max(1, len(mtp))}.items():
         if not math.isclose(found := returned[name].item(), right, rel_tol=SAME):
             wrong.append(f"{name} is {found:.6g}, but the logits' cross-entropy is {right:.6g}")
-    model.train()
-    one, loss = model(x, y)["loss"].item(), returned["loss"].item()
-    if not draws(model, text) and not math.isclose(one, loss, rel_tol=SAME):
-        notes.append(f"in training mode loss is {one:.6g}, in evaluations {loss:.6g}")
-    for p in model.parameters():
-        p *= 1000 if p.ndim > 1 else 1
-    for name, loss in model.float()(x, y).items():
-        if not loss.isfinite():
-            wrong.append(f"{name} is {loss.item()} where matrices are 1,000 times as large")
-    return Answer(f"losses: the logits' cross-entropy is {main:.6g}", wrong, notes)
+    return Answer(f"losses: the logits' cross-entropy is {main:.6g}", wrong)
 
 
 @torch.no_grad()
@@ -450,83 +423,27 @@ class Copied(Tokens):
 def step(model: DeepSeekV3, config: train.TrainConfig) -> Answer:
     """What train() of train.py saves after four steps, with the run's optimisers and states, and
     what it saves if the last two are made again from the checkpoint before them, with other
-    objects. Of a run in FP8 also its gradients, beside those without."""
-    what = "step: four at once, and the last two resumed from a checkpoint"
-    initial = shaken(model)
+    objects."""
+    what, initial = "step: four at once, and the last two resumed from a checkpoint", shaken(model)
     try:
         whole, resumed = saved_after_four(initial, config)
     except Refusal as error:
         return Answer(what, [str(error)])
-    taken_by = {state: x["names"] for state, x in whole.items() if "names" in x}  # by optimiser
-    learns = {name: p for name, p in initial.named_parameters() if p.requires_grad}
-    left = learns.keys() - {name for names in taken_by.values() for name in names}
+    learns = {name for name, p in initial.named_parameters() if p.requires_grad}
+    taken = {name for state in whole.values() for name in state.get("names", ())}  # by optimisers
     wrong = resume_differences(whole, resumed)
-    wrong += [f"{name} is in no optimiser" for name in sorted(left)]
-    notes = low_precision_means(whole)
-    known = {part.weight for part in initial.modules() if isinstance(part, torch.nn.Linear)}
-    for name in (x for state in taken_by if "Muon" in state for x in taken_by[state]):
-        p = learns.get(name)
-        narrow = p is not None and min(p.shape[-2:]) <= initial.config.num_attention_heads
-        if narrow and p not in known:
-            notes.append(f"Muon takes {name}, {tuple(p.shape)}: gains belong to AdamW")
-    if config.fp8:
-        off = in_fp8(model, random_tokens(model, 4, min(config.block_size, 128) + 1))
-        most = max(off.values(), default=0.0)  # no layer: all are of classes of your own
-        what += f"; FP8 changes gradients of a layer by up to {most:.2g} of their norm"
-        large = {name: x for name, x in off.items() if not x < 0.25}
-        wrong += [f"FP8 changes gradients of {name} by {x:.2g}" for name, x in large.items()]
-    return Answer(what, wrong, notes)
+    wrong += [f"{name} is in no optimiser" for name in sorted(learns - taken)]
+    return Answer(what, wrong)
 
 
 def resume_differences(whole: dict, resumed: dict) -> list[str]:
     """A sentence for each state that differs: its entry that differs most."""
-    right, found = (
-        {": ".join(path): torch.as_tensor(x, dtype=torch.float64) for path, x in leaves(saved)}
-        for saved in (whole, resumed)
-    )
     worst = {}  # by state: how much an entry differs, and its name
-    for name, x in differences(right, found).items():
+    for name, x in differences(flat(whole), flat(resumed)).items():
         if not x <= SAME:
             state = name.split(":")[0]
             worst[state] = max(worst.get(state, (x, name)), (x, name))
     return [f"resumed, {name} differs by {x:.2g} of its norm" for x, name in worst.values()]
-
-
-def low_precision_means(saved: dict) -> list[str]:
-    """A note for each kind of running mean that an optimiser or state keeps in 16 bits or fewer."""
-    low = Counter(
-        (path[0], path[-1], x.dtype)
-        for path, x in leaves(saved)
-        if path[0] != "model" and isinstance(x, Tensor)
-        if x.is_floating_point() and x.itemsize < 4
-    )
-    return [
-        f"{state} keeps {n} tensors {key} in {dtype}: a running mean needs float32"
-        for (state, key, dtype), n in low.items()
-    ]
-
-
-def in_fp8(model: DeepSeekV3, text: Tensor) -> dict[str, float]:
-    """How much FP8 changes the gradients of each layer that it computes: of its inputs and weights,
-    for the inputs that the network gives it. (Those of the whole network differ by more: a rounded
-    hidden state chooses other experts.)"""
-    plain, given, off = copy.deepcopy(model).float().train(), {}, {}
-    quantised = copy.deepcopy(plain)
-    fp8.use_fp8(quantised)
-    for module in plain.modules():
-        module.register_forward_hook(lambda module, args, out: given.update({module: (args, out)}))
-    plain(text[:, :-1], text[:, 1:])
-    for (name, one), other in zip(plain.named_modules(), quantised.modules(), strict=True):
-        experts = getattr(other, "product", None) is fp8.grouped_fp8
-        if one not in given or not (isinstance(other, fp8.FP8Linear) or experts):
-            continue
-        pair, (args, out) = [], given[one]
-        for module in (one, other):
-            inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in args]
-            learn = [x for x in (*inputs, *module.parameters()) if x.requires_grad]
-            pair.append(torch.autograd.grad(module(*inputs), learn, out.detach()))
-        off[name] = max(differences(*(dict(enumerate(grads)) for grads in pair)).values())
-    return off
 
 
 def saved_after_four(model: DeepSeekV3, config: train.TrainConfig) -> tuple[dict, dict]:
@@ -560,11 +477,12 @@ def saved_after_four(model: DeepSeekV3, config: train.TrainConfig) -> tuple[dict
         return first, saved(resumed, other)
 
 
-def leaves(saved: dict) -> list[tuple[tuple[str, ...], Tensor | float]]:
-    """The tensors and numbers in a checkpoint, settings aside, with the keys that lead to each."""
+def flat(saved: dict) -> dict[str, Tensor]:
+    """The tensors and numbers in a checkpoint, settings aside, by the keys that lead to each."""
     found, _ = tree_flatten_with_path({k: x for k, x in saved.items() if "_config" not in k})
-    return [(tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), x)
-            for path, x in found if isinstance(x, Tensor | int | float)]  # fmt: skip
+    return {": ".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path):
+            torch.as_tensor(x, dtype=torch.float64)
+            for path, x in found if isinstance(x, Tensor | int | float)}  # fmt: skip
 
 
 def in_a_run(
@@ -594,7 +512,6 @@ def answers(
     skipped = Answer("bfloat16: not compared", notes=["decoding is wrong in float64 already"])
     yield skipped if exact.wrong else bfloat16(model)
     yield in_a_run(lambda at, now: causality(at), model, config)
-    yield positions(model)
     yield in_a_run(lambda at, now: gradients(at, config, compiled and not now, now), model, config)
     yield in_a_run(lambda at, now: losses(at), model, config)
     yield loads(model)
