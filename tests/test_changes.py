@@ -95,44 +95,6 @@ def learns_and_decodes(c: Changed, monkeypatch, sizes: dict, values: dict):
     c.wrong = [sentence for answer in found for sentence in answer.wrong]
 
 
-def numbered(text: str) -> str:
-    """The diffs in a text with the line numbers of today's source."""
-
-    def of_file(diff: re.Match) -> str:
-        lines, shift = (ROOT / diff[1]).read_text(encoding="utf-8").splitlines(), 0
-
-        def of_hunk(hunk: re.Match) -> str:
-            nonlocal shift
-            old, new = (re.findall(rf"(?m)^[ {sign}](.*)\n", hunk[2]) for sign in "-+")
-            places = [i for i in range(len(lines)) if lines[i : i + len(old)] == old]
-            if not places:  # edited there: git refuses the diff, too
-                return hunk[0]
-            at = 1 + min(places, key=lambda i: abs(i + 1 - int(hunk[1])))
-            head = f"@@ -{at},{len(old)} +{at + shift},{len(new)} @@\n"
-            shift += len(new) - len(old)
-            return head + hunk[2]
-
-        return re.sub(r"(?m)^@@ -(\d+).*\n((?:[ +-].*\n)+?(?=@@|--- a/|```|\Z))", of_hunk, diff[0])
-
-    return re.sub(r"(?ms)^--- a/(\S+)\n.*?(?=^--- a/|^```|\Z)", of_file, text)
-
-
-DIFFS = [ROOT / "docs/HACKING.md", *sorted(ROOT.glob("docs/changes/*.diff"))]
-
-
-def test_line_numbers_in_diffs_are_todays():
-    """`PYTHONPATH=. python tests/test_changes.py` writes them. An edit that is not committed may
-    shift them."""
-    git = ["git", "diff", "--quiet", "HEAD", "--", "model.py", "train.py"]
-    if subprocess.run(git, cwd=ROOT, capture_output=True).returncode:
-        pytest.skip("model.py or train.py has been edited, or this is no repository of git")
-    for path in DIFFS:
-        text = path.read_text(encoding="utf-8")
-        assert numbered(text) == text, (
-            f"{path}: PYTHONPATH=. python tests/test_changes.py writes them"
-        )
-
-
 @pytest.mark.parametrize("title", SECTIONS)
 def test_worked_changes(title, v3, tmp_path, monkeypatch):
     test, sizes, values = CHECKS.get(title, (lambda c: None, {}, {}))
@@ -334,8 +296,3 @@ def token_by_token(c: Changed):
     c.new.LinearAttention.new_cache.__globals__["MOST_NEW"] = 7
     wrong = check.decoding(c.model, 24).wrong  # of one state less
     assert len(wrong) == 4 and all("main model, drafts rejected" in way for way in wrong)
-
-
-if __name__ == "__main__":
-    for path in DIFFS:
-        path.write_text(numbered(path.read_text(encoding="utf-8")), encoding="utf-8")
