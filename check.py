@@ -49,7 +49,7 @@ from torch.utils.checkpoint import CheckpointError
 import sample
 import train
 from huggingface import load_model
-from model import MOST_NEW, Cache, DeepSeekV3
+from model import MAX_ROUND_TOKENS, Cache, DeepSeekV3
 from support import graphs, processes, settings
 from support.checkpoints import load_checkpoint
 from support.settings import Refusal, run_command
@@ -72,7 +72,7 @@ class Answer:
 
 
 @torch.no_grad()
-def shaken(model: DeepSeekV3) -> DeepSeekV3:
+def perturbed(model: DeepSeekV3) -> DeepSeekV3:
     """A copy in float64 with all weights moved at random, matrices by so much that attention's
     scores and the gates' differ by about 1: at an initial 0.006 a wrong score hardly shows."""
     model = copy.deepcopy(model)
@@ -110,8 +110,8 @@ def where_they_differ(found: Tensor, right: Tensor) -> tuple[list[int], float]:
 SEVERAL = "several tokens at a time"
 WAYS = {  # the pieces in which a text is read: tokens in each, how many of them are forgotten again
     "one token at a time": [(1, 0)],
-    SEVERAL: [(n, 0) for n in range(2, MOST_NEW + 1)],
-    "drafts rejected": [(MOST_NEW, n) for n in (0, *range(MOST_NEW, 0, -1))],
+    SEVERAL: [(n, 0) for n in range(2, MAX_ROUND_TOKENS + 1)],
+    "drafts rejected": [(MAX_ROUND_TOKENS, n) for n in (0, *range(MAX_ROUND_TOKENS, 0, -1))],
 }
 
 
@@ -124,7 +124,7 @@ def decoding(model: DeepSeekV3, length: int | None = None) -> Answer:
     a graph. The main model reads by itself, and so does every MTP module. The text has `length`
     tokens: by default 256, or twice the longest window if that is more.
     """
-    model = shaken(model)
+    model = perturbed(model)
     window = longest_window(model)
     # Two texts, and two more from which the drafts come that are rejected.
     tokens = random_tokens(model, 4, length or max(256, 2 * window))
@@ -236,7 +236,7 @@ def divergence(p: Tensor, q: Tensor) -> float:
 def causality(model: DeepSeekV3, length: int = 256) -> Answer:
     """Whether a logit depends on a later token, also in training mode, where experts may choose
     their tokens, say, and the loss would be that of a network that has read the answer."""
-    model, wrong = shaken(model), []
+    model, wrong = perturbed(model), []
     texts = random_tokens(model, 4, length)
     end = texts.shape[1] // 2 - 1  # no multiple of any usual length of blocks
     texts[2:, :end] = texts[:2, :end]
@@ -284,7 +284,7 @@ def gradients(
     """Those of a step of a run with these settings. A block that is computed again must get what it
     got before; and a loss is a mean over the step's targets, in one micro-batch or in two. (If a
     step draws random numbers, such as dropout's, micro-batches and graphs draw others.)"""
-    model, largest, notes = shaken(model), 0.0, []
+    model, largest, notes = perturbed(model), 0.0, []
     text = random_tokens(model, 4, min(config.block_size, 128) + 1)
     random = draws(model, text)
 
@@ -356,7 +356,7 @@ def step_gradients(
 @torch.no_grad()
 def losses(model: DeepSeekV3) -> Answer:
     """What evaluations report, and choose best.pt by, beside the cross-entropies of the logits."""
-    model, wrong = shaken(model), []
+    model, wrong = perturbed(model), []
     text = random_tokens(model, 4, 129)
     x, y = text[:, :-1], text[:, 1:]
     returned = model(x, y)
@@ -373,7 +373,7 @@ def losses(model: DeepSeekV3) -> Answer:
 @torch.no_grad()
 def loads(model: DeepSeekV3) -> Answer:
     """Whether each gate's choices are counted. Its bias moves by its load alone."""
-    model, text = shaken(model).train(), random_tokens(model, 4, 129)
+    model, text = perturbed(model).train(), random_tokens(model, 4, 129)
     with torch.random.fork_rng():
         for seed in range(32):  # a layer that is skipped in this call counts in another
             torch.manual_seed(seed)
@@ -391,10 +391,10 @@ def loads(model: DeepSeekV3) -> Answer:
 
 def drafts(model: DeepSeekV3, new: int = 32) -> Answer:
     """Greedy texts. Drafts are right or wrong: they must not change what is written."""
-    model = shaken(model)
+    model = perturbed(model)
     prompt, wrong = random_tokens(model, 2, 8), []
     plain = sample.generate(model, prompt, new, temperature=0, speculative=0)
-    for count in range(1, sample.MOST_DRAFTS + 1):
+    for count in range(1, sample.MAX_DRAFTS + 1):
         text = sample.generate(model, prompt, new, temperature=0, speculative=count)
         off = (text != plain).any(0).nonzero()[:1, 0].tolist()
         if off:
@@ -424,7 +424,10 @@ def step(model: DeepSeekV3, config: train.TrainConfig) -> Answer:
     """What train() of train.py saves after four steps, with the run's optimisers and states, and
     what it saves if the last two are made again from the checkpoint before them, with other
     objects."""
-    what, initial = "step: four at once, and the last two resumed from a checkpoint", shaken(model)
+    what, initial = (
+        "step: four at once, and the last two resumed from a checkpoint",
+        perturbed(model),
+    )
     try:
         whole, resumed = saved_after_four(initial, config)
     except Refusal as error:

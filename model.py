@@ -4,8 +4,8 @@ What the network computes, for tokens t_1 .. t_T (equations are numbered as in t
 technical report, arXiv 2412.19437, section 2):
 
     x   = embedding of t
-    in each layer, with u = RMSNorm(x) in both lines:
-        x += W^O attention(queries from one latent of u, keys and values from another)    Eq. 1-11
+    in each layer, with h = RMSNorm(x) and, after the first line, u = RMSNorm(x):
+        x += W^O attention(queries from one latent of h, keys and values from another)    Eq. 1-11
         x += shared FFN(u) + sum over the K chosen experts of gate value * FFN(u)        Eq. 12-16
     h^0 = RMSNorm(x),  p = softmax(W_head h^0)         predicts the next token
     h_i^k = RMSNorm(block(M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h_i^{k-1})]))              Eq. 21-22
@@ -13,17 +13,20 @@ technical report, arXiv 2412.19437, section 2):
     L   = L_main + lambda mean_k L_MTP^k + alpha sum L_Bal       the loss in train.py, Eq. 17, 24-25
     b  += gamma sign(mean load - load)      one b per expert, used only to choose; no gradient
 
-Read it top to bottom: configuration, rotary positions, attention, experts, MTP, the model. The same
-code serves training, prompts and decoding. Where a plain formula would be too slow or too large,
-the docstring has the formula, and the code is a faster form of it. tests/reference.py has all
-formulas as plain loops, and tests compare the two.
+Read it from here to the end of `DeepSeekV3`: configuration, rotary positions, attention, experts,
+MTP, the model. Two sections follow it, which you need not read: how the rows of the experts are
+sorted and multiplied, and what a ModelConfig may hold.
+
+The same code serves training, prompts and decoding. Where a plain formula would be too slow or too
+large, the docstring has the formula, and the code is a faster form of it. tests/reference.py has
+all formulas as plain loops, and tests compare the two.
 
 The file is meant to be edited, and imports PyTorch alone: a copy works in any project. A few
 helpers allow more than V3 needs: layers that cache something else, a head per MTP depth.
 
-Training and decoding may be compiled by torch.compile; "in a graph" means in compiled code. A graph
-of decoding is compiled once and used at every position. So positions are tensors, and no shape may
-depend on them or on which experts are chosen.
+Training and decoding may be compiled by torch.compile. A round of decoding is compiled once and
+then runs at every position. So positions are tensors, and no shape may depend on them or on which
+experts are chosen.
 
 Where the report is silent (which norm, epsilon) or the released model differs (order of
 concatenation in MTP), the released weights and their code decide; huggingface.py opens them.
@@ -196,18 +199,19 @@ def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
 # ---- Multi-head Latent Attention (section 2.1.1) -------------------------------------------------
 
 
-MOST_NEW = 8  # tokens of one text that decoding reads, or takes back as rejected drafts, at once
-MOST_IN_GRAPH = 512  # tokens of all texts together that a graph of decoding reads at once
+MAX_ROUND_TOKENS = (
+    8  # tokens of one text that decoding reads, or takes back as rejected drafts, at once
+)
+MAX_COMPILED_TOKENS = 512  # tokens of all texts together that compiled decoding reads at once
 
 
 class Cache:
     """What decoding keeps of B texts: kept[i] is the cache of layer i, made by its `new_cache`.
 
     There is room for `size` tokens of each text, of which the first `length` have been read. To
-    forget drafts that were rejected (sample.py), decoding lowers `length`, by MOST_NEW at most, and
-    reads on from there. Then the next positions of every layer are smaller than its cache suggests.
-    MLA writes over the forgotten tokens. An edited layer must give the right result, too. `python
-    check.py RUN` checks it.
+    forget drafts that were rejected (sample.py), decoding lowers `length`, by MAX_ROUND_TOKENS at
+    most, and reads on from there. MLA then writes over the forgotten tokens. An edited layer must
+    give the right result, too; `python check.py RUN` checks it.
     """
 
     def __init__(
@@ -222,9 +226,9 @@ class Cache:
 
     def advance(self, T: int) -> tuple[Tensor, bool]:
         """Reserves T places: the positions of the new tokens (T,), and whether they are the first.
-        Raises ValueError if the cache is full (but not in a graph, where `length` is a tensor)."""
-        start = self.length
-        self.length = start + T
+        Raises ValueError if the cache is full (but not in compiled code, where `length` is
+        a tensor)."""
+        start, self.length = self.length, self.length + T
         known = isinstance(start, int)
         if known and self.length > self.size:
             raise ValueError(f"{start} + {T} tokens exceed the cache of {self.size}.")
@@ -234,13 +238,6 @@ class Cache:
 def every_position(x: Tensor) -> tuple[Tensor, bool]:
     """What `advance` would return for a whole text x (B, T, D)."""
     return torch.arange(x.shape[1], device=x.device), True
-
-
-def remember(past: Past, new: Tensor) -> Tensor:
-    """Writes new (B, T, C+R) to a layer's cache and returns all of it (B, S, C+R). The part that is
-    still empty is masked by `causal_attention`."""
-    past.kept[:, past.positions] = new
-    return past.kept
 
 
 def causal_attention(
@@ -281,9 +278,10 @@ class MLA(nn.Module):
     c_t^KV = W^DKV h_t       k_t^C = W^UK c_t^KV    k_t^R = RoPE(W^KR h_t)           Eq. 1-4
                              v_t^C = W^UV c_t^KV                                     Eq. 5
     o_t,i  = sum_j softmax_j(q_t,i . k_j,i / sqrt(N + R)) v_j,i                      Eq. 10
-    u_t    = W^O [o_t,1; ...; o_t,H]                                                 Eq. 11
-    (h_t is the layer's normalised input, u_t the output.) Both latents are normalised before they
-    are projected up (section 4.2).
+    output = W^O [o_t,1; ...; o_t,H]                                                 Eq. 11
+    h_t is the layer's normalised input. Both latents are normalised before they are projected up
+    (section 4.2). The report calls the output u_t; here u is what the experts get, the norm of the
+    output and the residual together.
 
     Why latents: decoding keeps c_t^KV and k_t^R of every token, in V3 512 + 64 = 576 numbers per
     layer; k_t^C and v_t^C of 128 heads would be 128 * (128 + 128) = 32,768. The queries' latent
@@ -303,6 +301,9 @@ class MLA(nn.Module):
         D, H, C = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
         N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         bias = config.attention_bias
+        # The released names: `lora` is for low rank, `a` projects down to the latent, `b` up from
+        # it; `nope` has no positional encoding, `pe` has one; `with_mqa` says that this projection
+        # also makes the key that all heads share, as in multi-query attention.
         if config.q_lora_rank is None:
             self.q_proj = linear(config, D, H * (N + R))
         else:
@@ -331,7 +332,7 @@ class MLA(nn.Module):
         return like.new_zeros(batch, size, width)
 
     def forward(self, h: Tensor, rope: Rope, past: Past | None = None) -> Tensor:
-        """h (B, T, D) -> (B, T, D). past: this layer's cache and the number of tokens in it."""
+        """h (B, T, D) -> (B, T, D). past: this layer's cache, and the positions of h in it."""
         config, (B, T, _) = self.config, h.shape
         N, R, C = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
         if config.q_lora_rank is None:
@@ -344,11 +345,11 @@ class MLA(nn.Module):
         q_pe = rotate(q_pe, rope, config.rope_interleave)
         k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave)  # (B, T, 1, R)
         if past is not None:  # a prompt, too, fills the cache
-            kv = remember(past, torch.cat((latent, k_pe.squeeze(2)), -1))  # (B, S, C+R)
+            past.kept[:, past.positions] = torch.cat((latent, k_pe.squeeze(2)), -1)  # (B, T, C+R)
         if past is None or past.first:  # training, or a prompt
             o = self.attend_expanded(q_nope, q_pe, latent, k_pe)
         else:
-            o = self.attend_absorbed(q_nope, q_pe, kv, past.positions)
+            o = self.attend_absorbed(q_nope, q_pe, past.kept, past.positions)
         return self.o_proj(o.flatten(2))
 
     def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor) -> Tensor:
@@ -365,7 +366,8 @@ class MLA(nn.Module):
     ) -> Tensor:
         """Decoding: W^UK moves over to the query and W^UV to the output, so that attention runs on
         the cached latents kv (B, S, C+R), one key and one value for all heads:
-        q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
+        q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c). The rows of kv that are
+        still empty come after all `positions`, and are masked."""
         H, N, C = *q_nope.shape[2:], self.config.kv_lora_rank
         W = self.kv_b_proj.weight.view(H, -1, C)
         W_UK, W_UV = W[:, :N], W[:, N:]  # (H, N, C), (H, V, C)
@@ -425,7 +427,8 @@ class Gate(nn.Module):
         self.register_buffer("load", torch.zeros(E, dtype=torch.long), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """A cast of the model (model.bfloat16()) leaves the bias in float32."""
+        """`model.bfloat16()` and `model.to(...)` call this method, and no other, on every module.
+        It keeps the bias in float32, where gamma = 0.001 would be lost in bfloat16."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
         now = self.e_score_correction_bias
@@ -602,9 +605,9 @@ class MTP(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """h = h^{k-1} (B, T, D), embedding of the tokens k later (B, T, D) -> h^k (B, T, D), and
         the routing of the block."""
-        u = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), -1))  # (B, T, D)
-        u, routing = self.block(u, rope, past)
-        return self.norm(u), routing
+        x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), -1))  # h', (B, T, D)
+        x, routing = self.block(x, rope, past)
+        return self.norm(x), routing
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -755,17 +758,11 @@ def count_chosen(chosen: Tensor, E: int) -> Tensor:
     return ids.new_zeros(E).scatter_add_(0, ids, torch.ones_like(ids))
 
 
-class Sorted(NamedTuple):
-    """Token-expert pairs sorted by expert: the tokens of an expert are rows side by side."""
-
-    token: Tensor  # (rows,), of each row; rows of padding have the number of tokens
-    place: Tensor  # (tokens, K), the rows of each token
-    gain: Tensor  # (rows, 1), the gate value of each row
-    counts: Tensor  # (E,), the rows of each expert
-
-
-def sorted_by_expert(expert: Tensor, gain: Tensor, E: int, unit: int) -> Sorted:
-    """expert, gain (tokens, K). Each expert gets a multiple of `unit` rows."""
+def sorted_by_expert(expert: Tensor, gain: Tensor, E: int, unit: int) -> tuple[Tensor, ...]:
+    """Sorts the token-expert pairs, so that the tokens of an expert are rows side by side, in a
+    multiple of `unit` rows. expert, gain (tokens, K) -> the token of each row (rows,), where
+    padding has the number `tokens`; the rows of each token (tokens, K); the gate value of each row
+    (rows, 1); the number of rows of each expert (E,)."""
     tokens, K = expert.shape
     expert, gain = expert.flatten(), gain.flatten()  # (pairs,): pair i belongs to token i // K
     counts = count_chosen(expert, E)
@@ -776,28 +773,27 @@ def sorted_by_expert(expert: Tensor, gain: Tensor, E: int, unit: int) -> Sorted:
     place[order] = torch.arange(len(order), device=order.device)
     token = order.clamp(max=tokens * K) // K
     gain = gain.index_select(0, order)[:, None]
-    return Sorted(token, place[: tokens * K].view(tokens, K), gain, counts)
+    return token, place[: tokens * K].view(tokens, K), gain, counts
 
 
 def reads_by_row(expert: Tensor, E: int) -> bool:
-    """Whether each row should read its expert's weights: with few tokens, as in decoding. Outside a
-    graph on a CPU only: linear_by_row needs the ids on the host, and a GPU would first have to send
-    them. In a graph on every device: grouped_linear may split the sorted rows into pieces whose
-    sizes depend on the choice, and in a graph no shape may."""
+    """Whether each row should read its expert's weights, as in decoding. Eager code does so for a
+    few tokens on a CPU; on a GPU, linear_by_row would wait for the ids. Compiled code does so on
+    every device: grouped_linear may cut the rows into pieces whose sizes depend on the choice of
+    experts, and no shape in compiled code may."""
     if torch.is_grad_enabled():
         return False
     if torch.compiler.is_compiling():
-        return len(expert) <= MOST_IN_GRAPH
+        return len(expert) <= MAX_COMPILED_TOKENS
     return 0 < expert.numel() <= E and expert.device.type == "cpu"
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x_e W_e^T for every expert e: x (rows, in), first the counts[0] rows of expert 0, then those
-    of expert 1, and so on; weight (E, out, in) -> (rows, out). One call for all experts where
-    PyTorch has one."""
+    """x_e W_e^T for every expert e, in one call where PyTorch has one: x (rows, in), first the
+    counts[0] rows of expert 0, then those of expert 1, ...; weight (E, out, in) -> (rows, out)."""
     weight = weight.to(x.dtype)
     # F.grouped_mm wants rows of a multiple of 16 bytes. It takes bfloat16 everywhere, and float32
-    # on a CPU outside a graph.
+    # on a CPU in eager code.
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
     float32_too = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if aligned and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and float32_too)):
@@ -807,9 +803,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
     """W_{expert[i]} x_i for every row i: x (rows, in), weight (E, out, in), expert (rows,) ->
-    (rows, out). For the few rows of decoding. A graph is compiled before the choice of experts
-    is known. So it indexes `weight` where eager code loops; the compiler fuses the index with the
-    sum, so that no weight is copied."""
+    (rows, out). Compiled code, which cannot know the choice of experts, indexes `weight` where
+    eager code loops; the compiler fuses the index with the sum, so that no weight is copied."""
     if torch.compiler.is_compiling():
         return (weight[expert] * x[:, None]).sum(-1)
     pairs = zip(expert.tolist(), x, strict=True)
@@ -817,9 +812,8 @@ def linear_by_row(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
 
 
 class Dispatch(torch.autograd.Function):
-    """Copies every token to its K rows: x (tokens, D) -> (rows, D). Row i holds the token token[i],
-    and token t is in the K rows place[t]: token (rows,), place (tokens, K). Rows of padding (see
-    `padded`) hold zeros.
+    """Copies every token to its K rows: x (tokens, D) -> (rows, D), for `token` and `place` of
+    `sorted_by_expert`. Rows of padding hold zeros.
 
     Its gradient is Combine, and the gradient of Combine is Dispatch. So both passes gather and
     never scatter, and a token's K rows are added in float32 and rounded once. The usual gradient of
@@ -854,8 +848,8 @@ class Combine(torch.autograd.Function):
 def row_unit(x: Tensor) -> int:
     """The number of which each expert's rows should be a multiple, for products of x (tokens, D).
     In bfloat16 on a CPU they run in oneDNN, which compiles a kernel for every new number of rows.
-    Padding adds rows, so it is worth it only above MOST_NEW tokens."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) <= MOST_NEW:
+    Padding adds rows, so it is worth it only above MAX_ROUND_TOKENS tokens."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) <= MAX_ROUND_TOKENS:
         return 1
     return 64 if len(x) > 512 else 16  # fewer kernels, or less padding
 
@@ -865,8 +859,8 @@ def padded(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Appends token-expert pairs with gate value 0, so that each expert's number of rows is a
     multiple of `unit`. expert, gain (pairs,), counts (E,) -> the same, with the padding. How many
-    pairs there are then depends on `pairs` alone: no graph and no GPU has to know the counts. What
-    the other experts do not need is added to the last one."""
+    pairs there are then depends on `pairs` alone, so the host need not know the counts. What the
+    other experts do not need is added to the last one."""
     (pairs,), E = expert.shape, len(counts)
     total = -(-(pairs + E * (unit - 1)) // unit) * unit  # enough for any counts
     rows = -(-counts // unit) * unit  # (E,)
@@ -885,14 +879,17 @@ YARN_KEYS = (
 )  # fmt: skip
 
 
+class ConfigError(ValueError):
+    """No network can have these values."""
+
+
 def require(holds: bool, sentence: str):
-    """An `assert`, but Python's -O does not skip it."""
     if not holds:
-        raise ValueError(sentence)
+        raise ConfigError(sentence)
 
 
 def check_config(config: ModelConfig):
-    """Raises ValueError, with one sentence, unless a network can have these values."""
+    """Raises ConfigError, with one sentence, unless a network can have these values."""
     for field in fields(config):
         name, x = field.name, getattr(config, field.name)
         if isinstance(x, int | float):
@@ -901,14 +898,13 @@ def check_config(config: ModelConfig):
             require(x >= least, f"{name} is {x}, but must be at least {least}.")
     E, K, R = config.n_routed_experts, config.num_experts_per_tok, config.qk_rope_head_dim
     G, allowed, theta = config.n_group, config.topk_group, config.rope_theta
-    within = E // G * allowed  # the experts among which a token chooses
     require(R % 2 == 0, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even.")
     require(theta > 1, f"rope_theta is {theta}, but must be above 1.")
     require(E % G == 0, f"n_routed_experts {E} is not a multiple of n_group {G}.")
     require(G == 1 or E > G, f"n_group {G} leaves one expert per group, but a score needs two.")
     require(allowed <= G, f"topk_group {allowed} is larger than n_group {G}.")
+    within = E // G * allowed  # the experts among which a token chooses
     require(within >= K, f"num_experts_per_tok {K} exceeds {allowed} groups' {within} experts.")
-
     yarn = config.rope_scaling or {}
     require(isinstance(yarn, dict), f"rope_scaling is {yarn!r}, but must be a dict or None.")
     kind = yarn.get("rope_type") or yarn.get("type") or "default"

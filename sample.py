@@ -25,15 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from huggingface import load_model
-from model import MOST_IN_GRAPH, Cache, DeepSeekV3
+from model import MAX_COMPILED_TOKENS, Cache, DeepSeekV3
 from support import graphs
 from support.processes import fast_dtype, usable_device
 from support.settings import Refusal, info, parse_args, run_command, with_home
 from support.sizes import cache_numbers
 from support.tokenizer import Tokenizer
 
-MOST_DRAFTS = 4  # so a round reads at most 4 + 4 positions at once (MOST_NEW in model.py)
-COLDEST = 1e-6  # lower temperatures count as 0
+MAX_DRAFTS = 4  # so a round reads at most 4 + 4 positions at once (MAX_ROUND_TOKENS in model.py)
+MIN_TEMPERATURE = 1e-6  # lower temperatures count as 0
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
@@ -65,8 +65,8 @@ class Stats:
     # Drafts and accepted drafts by position in the round. Drafts beyond the end of a text are not
     # counted. All texts advance only as far as the slowest: a draft beyond that point counts as
     # rejected, even if its own text would have kept it.
-    drafted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
-    accepted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
+    drafted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)
+    accepted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)
     note: str = ""  # why the text stopped, or that it is longer than the model was trained for
 
     def count(self, new: int, accepted: int, drafted: int):
@@ -105,7 +105,7 @@ def probabilities(logits: Tensor, temperature, top_k=None, top_p=None) -> Tensor
     At temperature 0 the likeliest token has probability 1. Tokens that tie with the k-th likeliest
     all stay, as in transformers.
     """
-    if not isinstance(temperature, Tensor) and temperature < COLDEST:
+    if not isinstance(temperature, Tensor) and temperature < MIN_TEMPERATURE:
         likeliest = logits.argmax(-1, keepdim=True)  # (..., 1)
         return torch.zeros_like(logits, dtype=torch.float64).scatter(-1, likeliest, 1.0)
     logits = logits.double() / temperature
@@ -188,10 +188,12 @@ class Text:
         G = G if len(model.mtp) else 0
         self.model, self.compiled, self.drafts = model, compiled, G
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft
-        most = MOST_IN_GRAPH // (G + max(1, self.depth))  # verify reads G + 1, draft G + depth
+        most = MAX_COMPILED_TOKENS // (
+            G + max(1, self.depth)
+        )  # verify reads G + 1, draft G + depth
         if compiled and model.gates() and most < B:
             raise Refusal(f"{B} samples are too many: --compile decodes at most {most} together")
-        sampled = filters.temperature >= COLDEST
+        sampled = filters.temperature >= MIN_TEMPERATURE
         if sampled:
             where = drawing_device(tokens.device)
             temperature = torch.tensor(filters.temperature, dtype=torch.float64, device=where)
@@ -199,7 +201,7 @@ class Text:
         self.filters = filters
         # The last round may write beyond `new`. A graph fits one size only, so with graphs sizes
         # are powers of two.
-        size = T + new + MOST_DRAFTS
+        size = T + new + MAX_DRAFTS
         size = max(256, 1 << (size - 1).bit_length()) if compiled else size
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
         self.cache = Cache(config, model.layers, B, size, like)
@@ -220,7 +222,7 @@ class Text:
             kind = sampled, *filters[1:], B, size, G, like.dtype, like.device
             code, on_cpu = graphs.methods(model, Text, Cache), tokens.device.type == "cpu"
             self.graph = graphs.compiled(Text.round, on_cpu, (code, kind))
-            self.played = False  # whether the graph has run
+            self.graph_ready = False  # whether the graph has run
 
     def span(self, start: int | Tensor, length: int) -> Tensor:
         """The positions start .. start + length - 1."""
@@ -304,7 +306,7 @@ class Text:
 
     def round(self, n: int | Tensor, u: Tensor) -> Tensor:
         """`draft`, then `verify`. Returns kept and tokens as one tensor (B, 1+G+1), so that the
-        host waits for a GPU once. Played twice, a round gives the same result."""
+        host waits for a GPU once. Run twice, a round gives the same result."""
         kept, out = self.verify(n, self.draft(n, u), u)
         return torch.cat((kept[:, None], out), 1)
 
@@ -313,8 +315,8 @@ class Text:
         kept, out = self.verify(n, self.no_drafts(u), u, self.newest)
         return torch.cat((kept[:, None], out), 1)
 
-    def play(self, n: int, u: Tensor) -> tuple[list[list[int]], float]:
-        """Plays a round, eagerly or as a graph. Returns its result as lists, and the seconds it
+    def run_round(self, n: int, u: Tensor) -> tuple[list[list[int]], float]:
+        """Runs a round, eagerly or compiled. Returns its result as lists, and the seconds it
         took without compilation. The first rounds of a text are eager, because they read fewer
         positions than a graph."""
         position, run, stance = n, Text.round, contextlib.nullcontext()
@@ -323,11 +325,11 @@ class Text:
         elif self.compiled and n > self.drafts + self.depth:
             # Filled on the device: a copy to a GPU would wait for it.
             position, run = torch.full((), n, device=self.tokens.device), self.graph
-            if self.played:
+            if self.graph_ready:
                 # Nothing that a graph depends on changes within a text, so no guard is checked.
                 stance = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
             else:  # on a GPU the graph keeps the addresses of the tensors in `parts`
-                self.played, on_cpu = True, self.tokens.device.type == "cpu"
+                self.graph_ready, on_cpu = True, self.tokens.device.type == "cpu"
                 parts = self.model, *map(vars, (self, self.cache, self.mtp_cache))
                 graphs.prepare(run, (self, position, u), parts, on_cpu)
         with stance:
@@ -387,7 +389,7 @@ def generate(
         live, n = list(range(B)), T  # the texts that have not reached eos; tokens of each of them
         while live and n < end:
             G = text.drafts if n > T else 0  # the round after the prompt has no drafts
-            outcome, seconds = text.play(n, uniform(B, G, tokens.device, generator))
+            outcome, seconds = text.run_round(n, uniform(B, G, tokens.device, generator))
             # All texts advance together: by the drafts that every one keeps, and by one token more,
             # which is the token drawn after these or, in a text that keeps more, its next draft.
             advance = min(1 + min(outcome[b][0] for b in live), end - n)
@@ -429,7 +431,7 @@ def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, spec
         raise Refusal(f"tokens have shape {tuple(tokens.shape)}, but must have (B, T)")
     (B, T), V, limit = tokens.shape, model.config.vocab_size, model.config.max_position_embeddings
     low, high = (tokens.min().item(), tokens.max().item()) if B * T else (0, 0)
-    possible = speculative in range(MOST_DRAFTS + 1)
+    possible = speculative in range(MAX_DRAFTS + 1)
     for ok, sentence in (
         (B * T > 0, "nothing to continue: the prompt is empty, or num_samples is 0"),
         (limit >= T, f"the prompt has {T} tokens, but the context ends at {limit}; shorten it"),
@@ -438,7 +440,7 @@ def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, spec
         (0 <= temperature < math.inf, f"temperature is {temperature}, but must be 0 or more"),
         (top_k is None or top_k >= 1, f"top_k is {top_k}, but must be at least 1, or none"),
         (top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, but must be in (0, 1], or none"),
-        (possible, f"the number of drafts is {speculative!r}, but must be 0 to {MOST_DRAFTS}"),
+        (possible, f"the number of drafts is {speculative!r}, but must be 0 to {MAX_DRAFTS}"),
     ):
         if not ok:
             raise Refusal(sentence)

@@ -51,7 +51,7 @@ from support.processes import Machine
 from support.settings import Refusal, info
 from support.sizes import parameter_counts
 from support.tokenizer import Tokenizer, tokenizer_files
-from support.tokens import OURS, Dataset, data_folder, open_folder
+from support.tokens import DEFAULT_VOCAB_SIZES, Dataset, data_folder, open_folder
 
 # The settings at which the learning rate changes its course, in order.
 LR_BOUNDS = ("warmup", "decay_start", "decay_end", "final_start")
@@ -179,8 +179,8 @@ def block_at(config: TrainConfig, step: int) -> int:
 
 
 def at_step(model: DeepSeekV3, config: TrainConfig, step: int):
-    """Sets what forward depends on in this step, before the step. If an edit changes the network in
-    the course of a run (a window that grows, say), it belongs here, where check.py looks, too."""
+    """Sets what changes in the network in the course of a run, before the step: YaRN, and the
+    longest window trained on. A window that grows, say, belongs here, where check.py looks, too."""
     model.trained_length = max(model.trained_length, config.block_size)
     if in_yarn_phase(config, step):
         extend_context(model, config)
@@ -249,13 +249,13 @@ def open_data(
     """Opens the prepared data. Returns them and their folder. source, tokenizer: the path of the
     initial weights and their tokenizer, if they have one, which the data must have, too.
 
-    Missing data of the files in config/ (OURS has their names and vocabulary sizes) are prepared
-    first, from Python's standard library.
+    Missing data of the files in config/ (those in DEFAULT_VOCAB_SIZES) are prepared first, from
+    Python's standard library.
     """
     folder = data_folder(config.data)
 
     def make():
-        if OURS.get(config.data) == vocab_size and not folder.exists():
+        if DEFAULT_VOCAB_SIZES.get(config.data) == vocab_size and not folder.exists():
             wanted = prepare_data.DataConfig("stdlib", config.data, vocab_size=vocab_size)
             try:
                 prepare_data.prepare(wanted)
@@ -508,8 +508,6 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             # DDP's gradients are views of its buckets, which are kept.
             model.zero_grad(set_to_none=trainer is model)
 
-            if "balance_loss" in means:  # logged per MoE layer, to compare networks of any depth
-                means["balance_loss"] /= max(1, len(model.chosen))
             # Summed in place, so that update_bias has all processes' counts.
             means["max_vio"] = max_vio([machine.sum(gate.load) for gate in model.gates()])
             model.update_bias(gamma_at(config, step) if finite else 0.0)  # also resets the loads

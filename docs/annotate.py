@@ -97,8 +97,8 @@ One matrix computes both. Only these two are cached.
 > model.py MLA.forward | latent, k_pe = | k_pe = rotate
 
 @ The cache
-Writes both at the positions of these tokens, and returns those of all tokens up to now.
-> model.py remember
+Writes both at the positions of these tokens.
+> model.py MLA.forward | if past is not None | past.kept[
 
 @ Eq. 2, 4, 5
 $ [\k_{t,1}^C; \k_{t,2}^C; \dots; \k_{t,n_h}^C] = \k_t^C = W^{UK} \c_t^{KV}

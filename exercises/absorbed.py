@@ -8,7 +8,7 @@ the cache: for every token the C numbers of its latent and the R numbers of its 
 result is the same as in exercise `mla`, but keys and values of cached tokens are never computed:
 check.py counts multiplications.
 
-The queries belong to the last T of the S cached tokens: query i is token start + i.
+The queries belong to the last T of the S cached tokens: query i has positions[i].
 """
 
 import torch
@@ -20,8 +20,8 @@ ABSORBED = None  # the same on the cached latents
 MAKING = None  # to compute the key (N) and the value (V) of one cached token from its latent
 
 
-def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor, start: int) -> Tensor:
-    """q_nope (B, T, H, N), q_pe (B, T, H, R), kv (B, S, C+R), S = start + T -> (B, T, H, V).
+def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor, positions: Tensor) -> Tensor:
+    """q_nope (B, T, H, N), q_pe (B, T, H, R), kv (B, S, C+R), positions (T,) -> (B, T, H, V).
 
     Use self.scale and self.kv_b_proj.weight, (H*(N+V), C): for every head first its N rows of W^UK,
     then its V rows of W^UV. self.config.kv_lora_rank is C.

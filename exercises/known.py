@@ -154,7 +154,7 @@ def absorbed_cases() -> Iterator[Case]:
             "num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank"
         ))  # fmt: skip
         x = random(2, T, H, N), random(2, T, H, R, seed=1), random(2, S, C + R, seed=2)
-        args, too_many = (mla, *x, S - T), counted if S > 100 else ""
+        args, too_many = (mla, *x, torch.arange(S - T, S)), counted if S > 100 else ""
         yield Case(name, "attend_absorbed", args, ("o (B, T, H, V)",), too_many=too_many)
 
 

@@ -57,15 +57,14 @@ def attend_expanded(self, q_nope, q_pe, latent, k_pe):
     return torch.einsum("bhij,bjhd->bihd", p, v)
 
 
-def attend_absorbed(self, q_nope, q_pe, kv, start):
-    (_, T, H, N), S, C = q_nope.shape, kv.shape[1], self.config.kv_lora_rank
+def attend_absorbed(self, q_nope, q_pe, kv, positions):
+    (_, _, H, N), S, C = q_nope.shape, kv.shape[1], self.config.kv_lora_rank
     W = self.kv_b_proj.weight.view(H, -1, C)
     W_UK, W_UV = W[:, :N], W[:, N:]
     q = torch.einsum("bthn,hnc->bthc", q_nope, W_UK)
     q = torch.cat((q, q_pe), -1)  # (B, T, H, C+R)
     score = torch.einsum("bthc,bsc->bhts", q, kv) * self.scale
-    query = start + torch.arange(T, device=kv.device)
-    later = torch.arange(S, device=kv.device) > query[:, None]  # (T, S)
+    later = torch.arange(S, device=kv.device) > positions[:, None]  # (T, S)
     score = score.masked_fill(later, -math.inf)
     p = score.softmax(-1)
     latent = torch.einsum("bhts,bsc->bthc", p, kv[..., :C])

@@ -67,8 +67,6 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> dict[str, Any]:
 def note_edit(name: str, saved: dict[str, Any], checkpoint: Path, meaning: str) -> None:
     """Prints a message if this file of CODE has changed since the checkpoint was saved."""
     copy = checkpoint.with_name(name)
-    if name not in saved and copy.exists():  # best.pt of weights/small has none
-        saved = {name: copy.read_text("utf-8")}
     if saved.get(name, CODE[name]) != CODE[name]:
         info(
             f"{name} has changed since {checkpoint} was saved (diff {copy} {name} shows how, or an "
@@ -126,7 +124,7 @@ def shard_like(x: Any, own: Any) -> Any:
 # ---- Things with a state -------------------------------------------------------------------------
 
 
-class Named:
+class NamedOptimizer:
     """An optimiser whose state is stored by parameter name; torch's own goes by number."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module):
@@ -172,9 +170,9 @@ class Named:
             state |= {k: x.to(state[k].device) for k, x in moment.items() if isinstance(x, Tensor)}
 
 
-def by_name(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Named]:
+def by_name(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, NamedOptimizer]:
     """The optimisers, for the states of a run."""
-    return {f"{type(x).__name__} {i}": Named(x, model) for i, x in enumerate(optimizers)}
+    return {f"{type(x).__name__} {i}": NamedOptimizer(x, model) for i, x in enumerate(optimizers)}
 
 
 @dataclass

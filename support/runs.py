@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from support.checkpoints import CODE, Named, gather, load_checkpoint, note_edit, shard_like
+from support.checkpoints import CODE, NamedOptimizer, gather, load_checkpoint, note_edit, shard_like
 from support.clock import Clock
 from support.files import put_aside, write_whole
 from support.processes import Machine
@@ -118,7 +118,7 @@ def to_json(values: dict) -> str:
 
 # ---- A run ---------------------------------------------------------------------------------------
 
-REMEDY = "give a lower --lr, or fix the edit that causes this."
+IF_DIVERGED = "give a lower --lr, or fix the edit that causes this."
 
 
 class Run:
@@ -130,7 +130,7 @@ class Run:
         self.states, self.model, self.progress = states, states["model"], states["progress"]
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.stop, self.clock, self.mfu = stop, Clock(), mfu
-        self.saved_step = 0  # the step of ckpt.pt (0: no ckpt.pt yet)
+        self.resumable_step = 0  # of ckpt.pt (0: none that is worth resuming)
         self.bad_in_a_row = 0  # latest steps whose gradient was not finite
         self.save_due = False
         self.stopped = False  # by a signal
@@ -178,13 +178,13 @@ class Run:
                 raise Refusal(f"it has no state of {min(missing)}")
             for name, thing in self.states.items():
                 state = saved[name]
-                if not isinstance(thing, Named):  # Named shards its own tensors
+                if not isinstance(thing, NamedOptimizer):  # NamedOptimizer shards its own tensors
                     state = shard_like(state, thing.state_dict())
                 thing.load_state_dict(state)
         except Refusal as error:
             raise Refusal(f"{file} cannot be resumed: {error}; use --init_from.") from None
-        self.saved_step = self.progress.step
-        info(f"resume: from step {self.saved_step} of {self.config.steps}, in {file}")
+        self.resumable_step = self.progress.step
+        info(f"resume: from step {self.resumable_step} of {self.config.steps}, in {file}")
         then, now = saved["train_config"], asdict(self.config)
         keys = ("data", "block_size", "eval_tokens")
         if changed := [key for key in keys if then.get(key) != now[key]]:
@@ -196,7 +196,7 @@ class Run:
         if self.machine.rank == 0:
             log = self.out / "log.jsonl"
             open(log, "ab").close()  # fails now rather than at the first line
-            cut_log(log, self.saved_step)
+            cut_log(log, self.resumable_step)
         self.write_copies()
 
     # -- Steps --
@@ -222,9 +222,11 @@ class Run:
         self.first = False
         if diverged:
             n, step = self.bad_in_a_row, progress.step
-            if self.saved_step == step - n:  # of no use: its weights led to all of these gradients
-                self.saved_step = 0
-            raise Refusal(f"{n} gradient(s) up to step {step} are not finite: {REMEDY}")
+            if (
+                self.resumable_step == step - n
+            ):  # of no use: its weights led to all of these gradients
+                self.resumable_step = 0
+            raise Refusal(f"{n} gradient(s) up to step {step} are not finite: {IF_DIVERGED}")
         self.stopped = self.stop.agreed()
         due = self.stopped or self.evaluation_due or self.due(config.save_every)
         self.save_due = self.save_due or due
@@ -267,7 +269,9 @@ class Run:
             self.write("best.pt", {"model": self.model}, **losses)
         self.write_line(result)
         if self.finished and not math.isfinite(loss):
-            raise Refusal(f"the validation loss after step {progress.step} is not finite: {REMEDY}")
+            raise Refusal(
+                f"the validation loss after step {progress.step} is not finite: {IF_DIVERGED}"
+            )
         self.clock.restart(progress.tokens)
 
     # -- Checkpoints --
@@ -277,7 +281,7 @@ class Run:
         if self.config.parallel == "ddp":  # under FSDP no process has a copy to compare
             self.machine.check_weights(self.model)
         self.write("ckpt.pt", self.states)
-        self.saved_step, self.save_due = self.progress.step, False
+        self.resumable_step, self.save_due = self.progress.step, False
         self.clock.restart(self.progress.tokens)
 
     def write(self, name: str, states: dict[str, Any], **more: Any):
@@ -297,13 +301,15 @@ class Run:
             return
         for weight, x in saved["model"].items():
             if not x.isfinite().all():
-                raise Refusal(f"{weight} is not finite after step {self.progress.step}: {REMEDY}")
+                raise Refusal(
+                    f"{weight} is not finite after step {self.progress.step}: {IF_DIVERGED}"
+                )
         write_whole(self.out / name, lambda file: torch.save(saved, file))
 
-    def way_on(self) -> str:
+    def how_to_continue(self) -> str:
         """How to continue after a stop."""
-        if self.saved_step:
-            return f"continue from step {self.saved_step} ({self.out}/ckpt.pt) with --resume"
+        if self.resumable_step:
+            return f"continue from step {self.resumable_step} ({self.out}/ckpt.pt) with --resume"
         return "begin again with --overwrite"
 
 
@@ -344,5 +350,5 @@ def open_run(
                 raise KeyboardInterrupt  # the exit code tells scripts that the run is not finished
         except BaseException:  # also an error in another process, or a full disk
             if progress.step:
-                info(f"stopped at step {progress.step}; {run.way_on()}.")
+                info(f"stopped at step {progress.step}; {run.how_to_continue()}.")
             raise

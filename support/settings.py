@@ -208,16 +208,13 @@ def place_of(error: BaseException) -> str:
 
 
 def sentence_of(error: Exception) -> str | None:
-    """The sentence with which an error ends a command: a Refusal; a ValueError from the
-    __post_init__ of ModelConfig (model.py imports no Refusal, so that it can be copied elsewhere);
-    a system error that names a file (with the line of this repository that caused it); lack of
+    """The sentence with which an error ends a command: a Refusal, or model.py's ConfigError; a
+    system error that names a file (with the line of this repository that caused it); lack of
     memory, of disk space, of a compiler or of an optional package; a line that cannot be compiled.
     None for all others: they are bugs and keep their trace."""
-    if isinstance(error, Refusal):
+    # By name: model.py may be a copy, and imports nothing from here.
+    if isinstance(error, Refusal) or type(error).__name__ == "ConfigError":
         return str(error)
-    if type(error) is ValueError:
-        calls = [x.name for x in traceback.extract_tb(error.__traceback__)]
-        return str(error) if calls[-2:] == ["__post_init__", "require"] else None
     if is_out_of_memory(error):
         details = f" ({short(error, 100)})" if str(error) else ""  # Python's own error has none
         return f"out of memory{place_of(error)}{details}: {LESS_MEMORY}"

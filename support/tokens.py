@@ -102,7 +102,7 @@ class Tokens:
 
 
 # Folders in data/ that train.py prepares for config/*.py if missing, and their vocabulary sizes.
-OURS = {"stdlib": 4096, "tiny": 512}
+DEFAULT_VOCAB_SIZES = {"stdlib": 4096, "tiny": 512}
 FEW_TOKENS = 100_000  # of validation text, enough to compare runs; stdlib has about as many
 
 

@@ -119,7 +119,7 @@ def start():
     everything = []
 
     def start(*options: str, world: int = 1, out: str = "run", setup=None):
-        argv = [training.TINY, f"--out={out}", *training.SHORT, *options]
+        argv = [training.TINY_FILE, f"--out={out}", *training.SHORT, *options]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         common = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

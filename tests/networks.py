@@ -27,7 +27,7 @@ from support.settings import as_field
 ROOT = Path(__file__).parent.parent
 ATOL = 1e-11
 # No two widths are equal, nor rms_norm_eps and the latent norms' 1e-6: exchanged ones show.
-TINY = dict(
+SIZES = dict(
     vocab_size=31, hidden_size=16, num_hidden_layers=3, num_attention_heads=4,
     q_lora_rank=10, kv_lora_rank=7, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5,
     intermediate_size=20, moe_intermediate_size=9, first_k_dense_replace=1, n_shared_experts=1,
@@ -36,7 +36,7 @@ TINY = dict(
 )  # fmt: skip
 # Of the network's keys those that `pytest --set=KEY=VALUE` gives to all networks (conftest.py).
 SET = dict(word.split("=", 1) for word in os.environ.get("SET_KEYS", "").split())
-TINY |= {key: as_field(key, x, get_type_hints(ModelConfig)[key]) for key, x in SET.items()}
+SIZES |= {key: as_field(key, x, get_type_hints(ModelConfig)[key]) for key, x in SET.items()}
 YARN_PLAIN = dict(type="yarn", factor=8, original_max_position_embeddings=64)
 YARN = YARN_PLAIN | dict(beta_fast=32, beta_slow=1, mscale=0.7, mscale_all_dim=1.3)
 FAR, NEAR = (YARN | dict(original_max_position_embeddings=length) for length in (512, 1))
@@ -63,7 +63,7 @@ EVERYTHING = dict(rope_scaling=YARN, attention_bias=True, num_nextn_predict_laye
 def tiny(dtype=torch.float64, **changes) -> DeepSeekV3:
     """A model in which everything matters: no norm is 1, no bias 0."""
     torch.manual_seed(0)
-    model = DeepSeekV3(ModelConfig(**(TINY | changes))).to(dtype).eval()
+    model = DeepSeekV3(ModelConfig(**(SIZES | changes))).to(dtype).eval()
     with torch.no_grad():
         for name, x in model.named_parameters():
             if x.ndim >= 2:

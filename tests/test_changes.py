@@ -20,7 +20,7 @@ import sample
 from model import DeepSeekV3, ModelConfig, balance_loss
 from train import TrainConfig, lr_at
 
-TINY = TINY_NETWORK | {"num_hidden_layers": 2, "initializer_range": 0.1}
+SIZES = TINY_NETWORK | {"num_hidden_layers": 2, "initializer_range": 0.1}
 LENGTH = 40  # tokens that are decoded in pieces, more than any of these networks looks back
 
 HACKING = (ROOT / "docs/HACKING.md").read_text(encoding="utf-8")
@@ -78,7 +78,7 @@ def learns_and_decodes(c: Changed, monkeypatch, sizes: dict, values: dict):
     c.new.DeepSeekV3.forward.__globals__.update(values)
     # In float64, where the sums of another CPU make no difference.
     torch.manual_seed(0)
-    c.model = model = c.new.DeepSeekV3(c.new.ModelConfig(**TINY | sizes)).double()
+    c.model = model = c.new.DeepSeekV3(c.new.ModelConfig(**SIZES | sizes)).double()
     tokens = torch.randint(512, (2, 24), generator=torch.Generator().manual_seed(1))
     c.x, c.y = tokens[:, :-1], tokens[:, 1:]
     before = sum(model.train()(c.x, c.y).values())
@@ -196,7 +196,7 @@ def keeps_the_sum_of_the_streams(c: Changed):
     x = torch.randn(1, 5, 2, 48).double()
     _, mixed, _ = streams(x)
     assert torch.allclose(mixed.sum(2), x.sum(2)) and not torch.allclose(mixed, x, atol=0.01)
-    old = DeepSeekV3(ModelConfig(**TINY)).double()
+    old = DeepSeekV3(ModelConfig(**SIZES)).double()
     c.model.load_state_dict(old.state_dict(), strict=False)
     for part in c.model.modules():
         if isinstance(part, c.new.Streams):
@@ -273,7 +273,7 @@ def as_an_older_token(c: Changed):
     p = torch.cat((sink.view(3, 1, 1).expand(2, 3, 5, 1), score), -1).softmax(-1)
     assert torch.allclose(c.new.causal_attention(q, k, v, 0.5, 0, sink), p[..., 1:] @ v, atol=1e-12)
     # It grows: without the key the network is today's, and with a low sink nearly.
-    old = DeepSeekV3(ModelConfig(**TINY)).double().eval()
+    old = DeepSeekV3(ModelConfig(**SIZES)).double().eval()
     missing, _ = c.model.load_state_dict(old.state_dict(), strict=False)
     assert {name.rpartition(".")[2] for name in missing} == {"sink"} and len(missing) == 3
     grown, plain = c.model(c.x), old(c.x)
@@ -293,6 +293,6 @@ def token_by_token(c: Changed):
         S = a[..., None].sigmoid() * S + k[..., None] * v[:, None]
         o.append((q[..., None] * S).sum(1).flatten())
     assert torch.allclose(linear(h, None), linear.o_proj(torch.stack(o)), atol=1e-12)
-    c.new.LinearAttention.new_cache.__globals__["MOST_NEW"] = 7
+    c.new.LinearAttention.new_cache.__globals__["MAX_ROUND_TOKENS"] = 7
     wrong = check.decoding(c.model, 24).wrong  # of one state less
     assert len(wrong) == 4 and all("main model, drafts rejected" in way for way in wrong)

@@ -10,13 +10,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import TINY, VARIANTS, tiny, tokens_of
+from networks import SIZES, VARIANTS, tiny, tokens_of
 from torch import nn
 
 import check
 import model
 from check import causality, decoding, drafts, gradients, loads, losses
-from model import MOST_NEW, DeepSeekV3, Gate, ModelConfig
+from model import MAX_ROUND_TOKENS, DeepSeekV3, Gate, ModelConfig
 from train import TrainConfig
 
 train = check.train
@@ -136,8 +136,8 @@ def mixed(attention: nn.Module, place="layers.1.self_attn", **changes):
 
 def test_a_ring_that_is_too_short_is_found():
     """It needs the window's older tokens, and as many as may be forgotten."""
-    assert not ways_found(mixed(Smeared(12, 11 + MOST_NEW)))
-    wrong = ways_found(mixed(Smeared(12, 10 + MOST_NEW)))
+    assert not ways_found(mixed(Smeared(12, 11 + MAX_ROUND_TOKENS)))
+    wrong = ways_found(mixed(Smeared(12, 10 + MAX_ROUND_TOKENS)))
     assert wrong and all(f"main model, {REJECTED}" in x for x in wrong)
     assert "behind a prompt of 20: wrong from position 20 on, by up to " in wrong[-2]
     wrong = ways_found(mixed(Smeared(12, 10)))
@@ -159,20 +159,20 @@ def test_scores_that_are_capped_in_decoding_alone_are_found_in_a_new_network(mon
     """At initial weights of 0.006 scores are so small that a cap of 50 would not show."""
     plain = model.causal_attention
 
-    def capped(q, k, v, scale, start=0):
-        if isinstance(start, int) and start == 0 and q.shape[2] > 1:
-            return plain(q, k, v, scale, start)
+    def capped(q, k, v, scale, positions=None):
+        if positions is None:
+            return plain(q, k, v, scale)
         score = 50 * torch.tanh(q @ k.mT * (scale / 50))
-        later = torch.arange(k.shape[2]) > start + torch.arange(q.shape[2])[:, None]
+        later = torch.arange(k.shape[2]) > positions[:, None]
         return score.masked_fill(later, -torch.inf).softmax(-1) @ v
 
     monkeypatch.setattr(model, "causal_attention", capped)
-    assert decoding(DeepSeekV3(ModelConfig(**TINY | {"initializer_range": 0.006})), 24).wrong
+    assert decoding(DeepSeekV3(ModelConfig(**SIZES | {"initializer_range": 0.006})), 24).wrong
 
 
 def test_a_text_is_longer_than_twice_the_longest_window():
-    model = mixed(Smeared(150, 149 + MOST_NEW), max_position_embeddings=400)
-    assert check.longest_window(model) == 149 + MOST_NEW
+    model = mixed(Smeared(150, 149 + MAX_ROUND_TOKENS), max_position_embeddings=400)
+    assert check.longest_window(model) == 149 + MAX_ROUND_TOKENS
     assert check.longest_window(tiny()) == 0
     with mock.patch.object(check, "WAYS", {SEVERAL: [(8, 0)]}):
         assert "a text of 314 tokens (some layers keep 157 places)" in decoding(model).what

@@ -24,7 +24,7 @@ gguf = pytest.importorskip("gguf", reason="gguf, which writes the files, is not 
 pytestmark = pytest.mark.usefixtures("v3")  # llama.cpp knows no other network
 TEXT = "def f(x):\n    return x + 1\n\nprint(f(2), 'in the end', \"don't\")\n" * 30
 YARN = dict(type="yarn", factor=8, original_max_position_embeddings=16, mscale=1, mscale_all_dim=1)
-V3 = networks.TINY | dict(vocab_size=300, rms_norm_eps=1e-6, max_position_embeddings=128)
+V3 = networks.SIZES | dict(vocab_size=300, rms_norm_eps=1e-6, max_position_embeddings=128)
 NEVER = [*range(128, 256), 293]  # ids of halves of characters, and the end
 VARIANTS = {
     "as V3, without YaRN": {},

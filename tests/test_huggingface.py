@@ -35,7 +35,7 @@ from support.tokenizer import PATTERN, encoding_from, stored_tokenizer, train_bp
 
 ROOT = Path(__file__).parent.parent
 # Transformers' grouped product wants even widths.
-TINY = networks.TINY | {"max_position_embeddings": 640, "moe_intermediate_size": 12}
+HF_SIZES = networks.SIZES | {"max_position_embeddings": 640, "moe_intermediate_size": 12}
 YARN = networks.YARN | {"factor": 40, "original_max_position_embeddings": 16}
 YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}
 NO_GROUPS = {"n_group": 1, "topk_group": 1}
@@ -61,7 +61,7 @@ VARIANTS = networks.VARIANTS | {
 }
 for other in ("no_shared_expert", "no_mtp", "two_mtp_modules"):  # have tests of their own
     del VARIANTS[other]
-TOKENS = torch.randint(TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(HF_SIZES["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 pytestmark = pytest.mark.usefixtures("v3")  # what these files know no other network has
@@ -80,7 +80,7 @@ def theirs(directory: Path, **keys):
 
 @torch.no_grad()
 def ours(depth: int = 1, **keys) -> DeepSeekV3:
-    model = networks.tiny(torch.float32, **TINY | keys | {"num_nextn_predict_layers": depth})
+    model = networks.tiny(torch.float32, **HF_SIZES | keys | {"num_nextn_predict_layers": depth})
     for gate in model.gates():  # mostly negative biases: a masked group must not win with a 0
         gate.e_score_correction_bias.uniform_(-1.2, 0.4)
     return model

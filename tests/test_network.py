@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import (
-    TINY,
+    SIZES,
     YARN,
     biases,
     close,
@@ -34,7 +34,7 @@ from training import ROOT, assert_same_run, finish, load, run
 import model as plain
 import sample
 from model import Cache, ModelConfig, causal_attention
-from sample import MOST_DRAFTS, Stats, accept, draw, generate, probabilities
+from sample import MAX_DRAFTS, Stats, accept, draw, generate, probabilities
 from support import graphs
 from support.flops import flops_per_token
 from support.settings import Refusal, sentence_of
@@ -74,7 +74,8 @@ def test_heads_may_share_keys(start):
     scores = 0.3 * q @ k.repeat_interleave(2, 1).mT
     seen = torch.ones_like(scores).tril(start) > 0
     expected = scores.where(seen, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
-    torch.testing.assert_close(causal_attention(q, k, v, 0.3, start), expected)
+    positions = torch.arange(start, start + 5) if start else None
+    torch.testing.assert_close(causal_attention(q, k, v, 0.3, positions), expected)
 
 
 @pytest.mark.parametrize("targets", [[3, -1, 0, 10, 10, -100, 7], [-1] * 3], ids=["some", "none"])
@@ -171,7 +172,7 @@ def test_bias_is_no_parameter_and_stays_float32_and_unrounded_in_every_cast():
 )
 def test_impossible_configurations_are_refused_with_one_sentence(changes, words):
     with pytest.raises(ValueError) as error:
-        ModelConfig(**(TINY | changes))
+        ModelConfig(**(SIZES | changes))
     sentence = sentence_of(error.value)
     assert words in sentence and "\n" not in sentence
 
@@ -181,7 +182,7 @@ import torch
 from model import Cache, DeepSeekV3, ModelConfig
 
 torch.manual_seed(0)
-model, tokens = DeepSeekV3(ModelConfig(**{TINY})), torch.arange(20).view(2, 10)
+model, tokens = DeepSeekV3(ModelConfig(**{SIZES})), torch.arange(20).view(2, 10)
 before = sum(model(tokens[:, :-1], tokens[:, 1:]).values())
 before.backward()
 torch.optim.SGD(model.parameters(), 0.1).step()
@@ -278,7 +279,7 @@ def test_every_draft_length_is_lossless(depth, capsys):
         if new == 60:  # one draft is the default
             counts = same_text(model, text, T).drafted
             assert [x > 0 for x in counts] == [depth > 0, False, False, False]
-        for G in range(MOST_DRAFTS + 1):
+        for G in range(MAX_DRAFTS + 1):
             stats = same_text(model, text, T, speculative=G)
             assert stats.tokens == B * new
             if new == 60:
@@ -427,7 +428,9 @@ def test_a_graph_decodes_so_many_texts(depth, drafts, most, eager_graphs, monkey
             return sorts(x, weight, counts)
 
         monkeypatch.setattr(plain, "grouped_linear", eager_only)
-        monkeypatch.setattr(plain.Experts, "product", staticmethod(eager_only))
+        for part in model.modules():
+            if isinstance(part, plain.Experts):
+                part.product = eager_only
         prompts = tokens_of(model, 1, 5).expand(most, -1)
         texts = [generate(model, prompts, 2, compile=x, **options) for x in (False, True)]
         assert torch.equal(*texts)

@@ -16,7 +16,7 @@ from training import (
     CONSTANT,
     ROOT,
     SHORT,
-    TINY,
+    TINY_FILE,
     TINY_NETWORK,
     assert_same,
     assert_same_run,
@@ -155,7 +155,7 @@ def test_a_rank_that_dies_or_raises_ends_the_others_promptly(parallel, raises, s
 
 def test_torchrun_trains_and_is_interrupted_and_resumed(shared):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    argv = [*torchrun, str(ROOT / "train.py"), TINY, "--out=run", *SHORT, "--steps=12"]
+    argv = [*torchrun, str(ROOT / "train.py"), TINY_FILE, "--out=run", *SHORT, "--steps=12"]
     with open("said", "wb") as file:
         process = subprocess.Popen(argv, stderr=file)
     try:

@@ -12,13 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from training import SHORT, TINY
+from training import SHORT, TINY_FILE
 
 from support.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("workplace")
-NEW = f"train.py {TINY} {' '.join(SHORT)} --out=new"  # a new run
-RUN = f"train.py {TINY} {' '.join(SHORT)} --out=run"  # in a folder that holds a run of one step
+NEW = f"train.py {TINY_FILE} {' '.join(SHORT)} --out=new"  # a new run
+RUN = (
+    f"train.py {TINY_FILE} {' '.join(SHORT)} --out=run"  # in a folder that holds a run of one step
+)
 ON = f"{RUN} --steps=2 --resume"
 OTHER = "and data/other have different tokenizers; prepare the data with --tokenizer=run."
 
@@ -89,7 +91,7 @@ REFUSALS = [
         2,
         "write an option as --key=value, a prompt as --prompt='def main('",
     ),
-    (f"sample.py {TINY} --prompt=x", 1, "tiny.py is damaged, or no checkpoint of train.py (F"),
+    (f"sample.py {TINY_FILE} --prompt=x", 1, "tiny.py is damaged, or no checkpoint of train.py (F"),
     ("sample.py nowhere --prompt=x", 1, "there is no nowhere: name a run's folder (such as weig"),
     ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
     ("sample.py run --interactive --prompt=x", 1, "--interactive asks for prompts: leave out"),

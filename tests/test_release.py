@@ -14,7 +14,7 @@ import tiktoken
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_huggingface import TINY, theirs
+from test_huggingface import HF_SIZES, theirs
 from training import log_of
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -45,7 +45,7 @@ def make_release(folder: Path):
     """Its end token is told by name only, and ids without a token lie before it."""
     keys = {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "vocab_size": 400}
     keys |= {"num_nextn_predict_layers": 0, "eos_token_id": None, "bos_token_id": None}
-    config = DeepseekV3Config(**TINY | keys)
+    config = DeepseekV3Config(**HF_SIZES | keys)
     model = DeepseekV3ForCausalLM(config)
     for layer in model.model.layers[1:]:
         torch.nn.init.uniform_(layer.mlp.gate.e_score_correction_bias, -1, 1)

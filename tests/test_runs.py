@@ -27,7 +27,7 @@ from training import (
     CONSTANT,
     MACHINE,
     SHORT,
-    TINY,
+    TINY_FILE,
     assert_same,
     assert_same_run,
     finish,
@@ -56,7 +56,7 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     run(*CONSTANT, "--steps=2", "--lr=0.01", "--weight_decay=0")
     before = load("run")["model"]["lm_head.weight"]
     changed = "mtp_weight = 0.5\nrope_theta = 9.0\n"
-    Path("my.py").write_text(Path(TINY).read_text() + changed)
+    Path("my.py").write_text(Path(TINY_FILE).read_text() + changed)
     options = ("--weight_decay=2", "--clip=1e-9", "--beta1=0", "--beta2=0", "--lr=0.5")
     options += ("--routed_scaling_factor=9",)
     train.main(["my.py", "--out=run", "--resume", "--steps=3", *options])
@@ -200,7 +200,7 @@ def test_a_folder_has_one_writer_and_many_readers(start, capsys):
     wait_for(lambda: "step 2/" in writer.log.read_text())
     for options in (["--resume"], ["--overwrite"]):
         assert "another train.py is writing to run" in refused(*options)
-    train.main([TINY, "--out=run", *SHORT, "--eval_only"])
+    train.main([TINY_FILE, "--out=run", *SHORT, "--eval_only"])
     assert json.loads(capsys.readouterr().out)["val_loss"] > 0
     writer.kill()
     writer.join(60)
@@ -345,7 +345,7 @@ def test_a_full_disk_is_reported_with_the_files_name_and_loses_nothing(name, fau
 
 # ---- Numbers that are not finite -----------------------------------------------------------------
 
-REMEDY = ": give a lower --lr, or fix the edit that causes this."
+IF_DIVERGED = ": give a lower --lr, or fix the edit that causes this."
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_a_diverging_run_stops_or_has_failed_at_its_end(bad, steps, every, way, 
     faults.bad_gradients(*bad)
     said = refused(f"--steps={steps}", f"--save_every={every}", "--log_every=50")
     last = min(bad[0] + 4, steps)
-    assert said == f"{last - bad[0] + 1} gradient(s) up to step {last} are not finite{REMEDY}"
+    assert said == f"{last - bad[0] + 1} gradient(s) up to step {last} are not finite{IF_DIVERGED}"
     assert f"\nstopped at step {last}; {way}" in capsys.readouterr().err
     assert log_of("run")[-1]["grad_norm"] is None  # though no line was due
 
@@ -371,7 +371,7 @@ def test_a_diverging_run_stops_or_has_failed_at_its_end(bad, steps, every, way, 
 def test_a_run_whose_last_validation_loss_is_not_finite_has_failed(monkeypatch):
     evaluate, results = train.evaluate, [{}, {"val_loss": math.nan}]
     monkeypatch.setattr(train, "evaluate", lambda *x: evaluate(*x) | results.pop(0))
-    assert refused() == f"the validation loss after step 8 is not finite{REMEDY}"
+    assert refused() == f"the validation loss after step 8 is not finite{IF_DIVERGED}"
 
 
 def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch, capsys):
@@ -386,7 +386,7 @@ def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch, ca
     monkeypatch.setattr(DeepSeekV3, "update_bias", poisoned)
     sentence = refused("--save_every=1")
     name = "layers.1.mlp.gate.e_score_correction_bias"
-    assert sentence == f"{name} is not finite after step 3{REMEDY}"
+    assert sentence == f"{name} is not finite after step 3{IF_DIVERGED}"
     assert CONTINUE.format(2) in capsys.readouterr().err
     assert load("run")["step"] == 2
 

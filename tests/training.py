@@ -24,8 +24,8 @@ from support import processes
 from support.settings import Refusal, read_config_file, run_command, sentence_of
 
 ROOT = Path(__file__).parent.parent
-TINY = str(ROOT / "config" / "tiny.py")
-TINY_NETWORK, _ = train.split_configs(read_config_file(TINY, ModelConfig, train.TrainConfig))
+TINY_FILE = str(ROOT / "config" / "tiny.py")
+TINY_NETWORK, _ = train.split_configs(read_config_file(TINY_FILE, ModelConfig, train.TrainConfig))
 SHORT = [
     "--device=cpu",
     "--steps=8",
@@ -47,7 +47,7 @@ TEXT = sysconfig.get_paths()["stdlib"] + "/a*.py"  # some 250 kB
 
 def run(*options: str, out: Path | str = "run") -> Path:
     """Trains in this process; returns the run's folder."""
-    train.main([TINY, f"--out={out}", *SHORT, *options])
+    train.main([TINY_FILE, f"--out={out}", *SHORT, *options])
     return Path(out)
 
 

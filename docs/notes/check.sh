@@ -7,7 +7,6 @@ check() { "$@" || { echo "failed: $*" >&2; failed=1; }; }
 
 check ruff check .
 check ruff format --check .
-check cmp model.py weights/small/model.py # if it still computes what made the weights: copy it
 check python docs/annotate.py
 check python docs/notebook.py
 check git diff --stat --exit-code -- docs/annotated.html docs/tour.ipynb
