@@ -5,7 +5,8 @@ of the model. The first rejected draft is replaced; those after it are dropped. 
 the drafts. The text has exactly the distribution of plain sampling (Leviathan et al., arXiv
 2211.17192). The text goes to stdout, everything else to stderr.
 
-`generate` is the loop over rounds; a round is Text.draft, then Text.verify.
+`generate_plain` writes one token at a time, without drafts: begin there, and with a sampler of your
+own, too. `generate` is the loop over rounds; a round is Text.draft, then Text.verify.
 
 Shapes: B texts decoded together, T tokens of the prompt, n tokens of a text so far, G drafts in a
 round, V vocabulary, D hidden size.
@@ -50,7 +51,6 @@ class SampleConfig:
     speculative: int | None = None  # drafts per round, 0 to 4; none: 1, or 0 with --compile
     compile: bool = False  # several times faster, after half a minute or more of compiling
     show: Literal["", "drafts"] = ""  # drafts: print accepted drafts in green
-    interactive: bool = False  # ask for one prompt after another
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto: cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: float32 on a CPU
 
@@ -94,7 +94,7 @@ def uniform(B: int, G: int, device: torch.device, generator=None) -> Tensor:
 
 
 class Filters(NamedTuple):
-    temperature: float | Tensor  # as a tensor (unless 0), so that a graph serves every temperature
+    temperature: float | Tensor  # a tensor (unless 0), so that compiled code serves all of them
     top_k: int | None = None
     top_p: float | None = None
 
@@ -199,7 +199,7 @@ class Text:
             temperature = torch.tensor(filters.temperature, dtype=torch.float64, device=where)
             filters = filters._replace(temperature=temperature)
         self.filters = filters
-        # The last round may write beyond `new`. A graph fits one size only, so with graphs sizes
+        # The last round may write beyond `new`. Compiled code fits one size only, so for it sizes
         # are powers of two.
         size = T + new + MAX_DRAFTS
         size = max(256, 1 << (size - 1).bit_length()) if compiled else size
@@ -218,11 +218,11 @@ class Text:
             for k in range(self.depth):
                 hidden = self.read_mtp(k, hidden, 0)
         if compiled:
-            # Texts share a graph if all that it depends on is the same: code, filters, shapes.
+            # Texts share compiled code if all that it depends on is the same: filters, shapes, ...
             kind = sampled, *filters[1:], B, size, G, like.dtype, like.device
             code, on_cpu = graphs.methods(model, Text, Cache), tokens.device.type == "cpu"
-            self.graph = graphs.compiled(Text.round, on_cpu, (code, kind))
-            self.graph_ready = False  # whether the graph has run
+            self.compiled_round = graphs.compiled(Text.round, on_cpu, (code, kind))
+            self.compiled_ran = False  # whether this text has called it
 
     def span(self, start: int | Tensor, length: int) -> Tensor:
         """The positions start .. start + length - 1."""
@@ -316,20 +316,20 @@ class Text:
         return torch.cat((kept[:, None], out), 1)
 
     def run_round(self, n: int, u: Tensor) -> tuple[list[list[int]], float]:
-        """Runs a round, eagerly or compiled. Returns its result as lists, and the seconds it
-        took without compilation. The first rounds of a text are eager, because they read fewer
-        positions than a graph."""
+        """Runs a round, eagerly or compiled. Returns its result as lists, and the seconds it took
+        without compilation. The first rounds of a text are eager, because they read fewer positions
+        than compiled code does."""
         position, run, stance = n, Text.round, contextlib.nullcontext()
         if n == self.prompt:
             run = Text.first
         elif self.compiled and n > self.drafts + self.depth:
             # Filled on the device: a copy to a GPU would wait for it.
-            position, run = torch.full((), n, device=self.tokens.device), self.graph
-            if self.graph_ready:
-                # Nothing that a graph depends on changes within a text, so no guard is checked.
+            position, run = torch.full((), n, device=self.tokens.device), self.compiled_round
+            if self.compiled_ran:
+                # Nothing that the code depends on changes within a text: no guard is checked.
                 stance = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
-            else:  # on a GPU the graph keeps the addresses of the tensors in `parts`
-                self.graph_ready, on_cpu = True, self.tokens.device.type == "cpu"
+            else:  # on a GPU a CUDA graph keeps the addresses of the tensors in `parts`
+                self.compiled_ran, on_cpu = True, self.tokens.device.type == "cpu"
                 parts = self.model, *map(vars, (self, self.cache, self.mtp_cache))
                 graphs.prepare(run, (self, position, u), parts, on_cpu)
         with stance:
@@ -345,6 +345,23 @@ class Text:
 
 
 # ---- Whole texts ---------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def generate_plain(
+    model: DeepSeekV3, tokens: Tensor, new: int, temperature: float = 1.0, generator=None
+) -> Tensor:
+    """Continues B texts by `new` tokens, one at a time: tokens (B, T) -> (B, T + new). The texts
+    are those of `generate` without drafts, filters and an end-of-text token."""
+    B, T = tokens.shape
+    cache = Cache(model.config, model.layers, B, T + new, model.embed_tokens.weight)
+    read = tokens  # first the prompt, then each new token
+    for _ in range(new):
+        logits = model.logits(model.trunk(read, cache)[:, -1:])  # (B, 1, V)
+        u = uniform(B, 0, tokens.device, generator)
+        read = draw(probabilities(logits, temperature), u)  # (B, 1)
+        tokens = torch.cat((tokens, read), 1)
+    return tokens
 
 
 @torch.inference_mode()
@@ -368,7 +385,7 @@ def generate(
 
     speculative: drafts per round, 0 to 4, by the MTP modules if the model has any. None: 1, or 0 if
         compiled, where a draft costs as much time as it saves.
-    compile: run rounds as compiled graphs.
+    compile: run compiled rounds.
     eos_token_id: one or several; a text that reaches one is padded with the first of them.
     generator: on drawing_device(tokens.device); the same state gives the same texts.
     on_token(b, ids, accepted): called with new tokens of text b; the first `accepted` were drafts.
@@ -513,28 +530,10 @@ def print_stats(model: DeepSeekV3, stats: Stats, num_samples: int):
         info(f"note: {stats.note}")
 
 
-def chat(model: DeepSeekV3, tokenizer: Tokenizer, config: SampleConfig):
-    """Reads one prompt after another and continues each as a new text."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401, gives input() line editing and a history
-    info("one prompt per line (\\n: line break); Ctrl-C ends a text; an empty line or Ctrl-D quits")
-    with contextlib.suppress(EOFError):
-        while line := input("> " if sys.stdout.isatty() else ""):
-            try:
-                complete(model, tokenizer, line.replace("\\n", "\n"), config)
-            except KeyboardInterrupt:
-                info("text interrupted")
-            except Refusal as error:
-                info(f"error: {error}")
-            config.seed += 1
-
-
 def main(argv: list[str]):
     text = "Write text with a trained model: python sample.py out/small [--key=value]"
     ckpt, values = parse_args(text, argv, SampleConfig, positional="ckpt")
     config = SampleConfig(**values | with_home(values, "ckpt"))
-    if config.interactive and config.prompt:
-        raise Refusal("--interactive asks for prompts: leave out --prompt")
     if ckpt and "ckpt" in values:
         raise Refusal(f"two checkpoints, {ckpt} and --ckpt={config.ckpt}: give one")
     device, dtype = usable_device(config.device), config.dtype
@@ -549,16 +548,13 @@ def main(argv: list[str]):
         )
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout lacks it, and is UTF-8
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    if config.interactive:
-        chat(model, tokenizer, config)
-    else:
-        if "prompt" not in values and sys.stdin and not sys.stdin.isatty():
-            info("reading the prompt from standard input (not with --prompt=TEXT)")
-            try:
-                config.prompt = sys.stdin.buffer.read().decode()
-            except UnicodeDecodeError as error:
-                raise Refusal(f"standard input is not UTF-8 text ({error})") from None
-        complete(model, tokenizer, config.prompt, config)
+    if "prompt" not in values and sys.stdin and not sys.stdin.isatty():
+        info("reading the prompt from standard input (not with --prompt=TEXT)")
+        try:
+            config.prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise Refusal(f"standard input is not UTF-8 text ({error})") from None
+    complete(model, tokenizer, config.prompt, config)
 
 
 if __name__ == "__main__":

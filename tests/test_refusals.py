@@ -94,7 +94,6 @@ REFUSALS = [
     (f"sample.py {TINY_FILE} --prompt=x", 1, "tiny.py is damaged, or no checkpoint of train.py (F"),
     ("sample.py nowhere --prompt=x", 1, "there is no nowhere: name a run's folder (such as weig"),
     ("sample.py run --prompt=x --num_samples=0", 1, "num_samples is 0"),
-    ("sample.py run --interactive --prompt=x", 1, "--interactive asks for prompts: leave out"),
     ("sample.py run", 1, "standard input is not UTF-8 text"),
     # huggingface.py
     ("huggingface.py run photos", 1, "photos exists; choose another name, or give --overwrite"),

@@ -24,7 +24,7 @@ import prepare_data
 import sample
 from huggingface import load_model
 from model import DeepSeekV3
-from sample import accept, draw, generate, probabilities
+from sample import accept, draw, generate, generate_plain, probabilities
 from support.settings import Refusal, run_command
 from support.tokenizer import stored_tokenizer, tokenizer_files
 
@@ -254,16 +254,16 @@ def test_drafts_and_colours_change_nothing_but_the_speed_and_the_colour(command)
     assert "by position" not in off.err
 
 
-def test_interactive(command, monkeypatch):
-    """Every line is a new text; what fails does not end it, an empty line does."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"one\n{'x!' * 200}\ntwo\\nlines\n\nthree"))
-    done = command("--interactive", "--max_new_tokens=4")
-    assert done.out.startswith("one") and "\ntwo\nlines" in done.out and "three" not in done.out
-    assert done.err.count("error: ") == 1 and "context" in done.err
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\none\n"))
-    done = command("--interactive", "--max_new_tokens=20", "--speculative=0")
-    first, second = done.out.rstrip("\n").split("\none")
-    assert first.startswith("one") and first != f"one{second}"  # each has a seed of its own
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_the_plain_loop_writes_the_text_of_generate(temperature):
+    model, tokens = tiny(), torch.randint(31, (2, 6))
+    texts = [
+        write(
+            model, tokens, 20, temperature=temperature, generator=torch.Generator().manual_seed(1)
+        )
+        for write in (generate_plain, partial(generate, speculative=0))
+    ]
+    assert torch.equal(*texts)
 
 
 def test_an_interrupted_text_is_shown_as_far_as_it_came(run, capsys, monkeypatch):
