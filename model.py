@@ -199,9 +199,7 @@ def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
 # ---- Multi-head Latent Attention (section 2.1.1) -------------------------------------------------
 
 
-MAX_ROUND_TOKENS = (
-    8  # tokens of one text that decoding reads, or takes back as rejected drafts, at once
-)
+MAX_ROUND_TOKENS = 8  # of one text, that decoding reads, or takes back as rejected, at once
 MAX_COMPILED_TOKENS = 512  # tokens of all texts together that compiled decoding reads at once
 
 
@@ -209,9 +207,9 @@ class Cache:
     """What decoding keeps of B texts: kept[i] is the cache of layer i, made by its `new_cache`.
 
     There is room for `size` tokens of each text, of which the first `length` have been read. To
-    forget drafts that were rejected (sample.py), decoding lowers `length`, by MAX_ROUND_TOKENS at
-    most, and reads on from there. MLA then writes over the forgotten tokens. An edited layer must
-    give the right result, too; `python check.py RUN` checks it.
+    forget rejected drafts (sample.py), decoding lowers `length`, by MAX_ROUND_TOKENS at most, and
+    reads on from there: MLA writes over the forgotten tokens. An edited layer must allow this, too;
+    `python check.py RUN` checks it.
     """
 
     def __init__(
@@ -226,8 +224,7 @@ class Cache:
 
     def advance(self, T: int) -> tuple[Tensor, bool]:
         """Reserves T places: the positions of the new tokens (T,), and whether they are the first.
-        Raises ValueError if the cache is full (but not in compiled code, where `length` is
-        a tensor)."""
+        Raises ValueError if the cache is full (in compiled code `length` is an unknown tensor)."""
         start, self.length = self.length, self.length + T
         known = isinstance(start, int)
         if known and self.length > self.size:
@@ -677,10 +674,11 @@ class DeepSeekV3(nn.Module):
         """
         self.routed = []
         x = self.embed_tokens(tokens)  # (B, T, D)
-        where = cache.advance(tokens.shape[1]) if cache else every_position(x)
-        rope = self.rope(x, where[0], cache)
+        positions, first = cache.advance(tokens.shape[1]) if cache else every_position(x)
+        rope = self.rope(x, positions, cache)
         for i, block in enumerate(self.layers):
-            x = self.run_block(block, Past(cache.kept[i], *where) if cache else None, x, rope)
+            past = Past(cache.kept[i], positions, first) if cache else None
+            x = self.run_block(block, past, x, rope)
         return self.norm(x)
 
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -691,9 +689,9 @@ class DeepSeekV3(nn.Module):
         before each call the caller sets `length` to where this module goes on (sample.py).
         """
         embedding = self.embed_tokens(tokens)  # (B, T, D)
-        where = cache.advance(tokens.shape[1]) if cache else every_position(h)
-        past = Past(cache.kept[k], *where) if cache else None
-        rope = self.rope(h, where[0], cache)
+        positions, first = cache.advance(tokens.shape[1]) if cache else every_position(h)
+        past = Past(cache.kept[k], positions, first) if cache else None
+        rope = self.rope(h, positions, cache)
         return self.run_block(self.mtp[k], past, h, embedding, rope)
 
     def logits(self, h: Tensor, k: int = 0) -> Tensor:
@@ -880,7 +878,7 @@ YARN_KEYS = (
 
 
 class ConfigError(ValueError):
-    """No network can have these values."""
+    """No network can have these values; the message names the one that is wrong."""
 
 
 def require(holds: bool, sentence: str):
