@@ -425,7 +425,7 @@ class Gate(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """`model.bfloat16()` and `model.to(...)` call this method, and no other, on every module.
-        It keeps the bias in float32, where gamma = 0.001 would be lost in bfloat16."""
+        It keeps the bias in float32: bfloat16 would round steps of gamma = 0.001 away."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
         now = self.e_score_correction_bias
