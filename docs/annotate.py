@@ -133,7 +133,8 @@ $ \u_t = W^O [\o_{t,1}; \o_{t,2}; \dots; \o_{t,n_h}]
 In place of one wide feed-forward network a layer has many narrow ones, the experts, and each token
 visits K of them. So the network can have many parameters and few FLOPs a token. The gate says which
 experts a token visits, and how much each counts.
-? \u_t, \e_i | the experts' input after its norm; the vector of expert i, row i of the gate's weight
+? \u_t | the experts' input, the norm of the residual. (In Eq. 11 u_t is attention's output.)
+? \e_i | the vector of expert i, row i of the gate's weight
 ? s_{i,t}, g_{i,t} | the score of expert i for token t, between 0 and 1; how much it counts
 ? b_i | the bias of expert i, e_score_correction_bias
 ? N_r, K_r | routed experts E, experts that a token visits K
@@ -167,7 +168,8 @@ Every token also visits the shared expert.
 @ Eq. 12
 $ \h'_t = \u_t + \sum_{i=1}^{N_s} \operatorname{FFN}_i^{(s)}(\u_t)
   + \sum_{i=1}^{N_r} g_{i,t} \operatorname{FFN}_i^{(r)}(\u_t)
-The gate chooses, shared (s) and routed (r) experts compute. The block adds the first term.
+The gate chooses, shared (s) and routed (r) experts compute. The report writes u_t three times. The
+first is the residual x_t, which the block adds. The other two are its norm, the experts' input.
 > model.py MoE.forward
 
 @ The routed sum of Eq. 12
