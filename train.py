@@ -218,7 +218,7 @@ def batch_at(config: TrainConfig, step: int) -> int:
 
 def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all parameters, as in the report; or Muon for the matrices of the layers and AdamW
-    for the rest, at adamw_lr times lr. A message lists the matrices that Muon takes."""
+    for the rest, at adamw_lr times lr. A message counts the matrices that Muon takes."""
     of_muon = muon_takes(model) if config.optimizer == "muon" else set()
     matrices = [p for p in model.parameters() if p in of_muon]
     others = [p for p in model.parameters() if p.ndim > 1 and p not in of_muon]

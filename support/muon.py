@@ -70,9 +70,11 @@ def muon_takes(model: nn.Module) -> set[nn.Parameter]:
 
 
 def summary(model: nn.Module, taken: set[nn.Parameter]) -> str:
-    """How many matrices these parameters hold, and in which layers' parts."""
-    names = [name for name, p in model.named_parameters() if p in taken]
-    kinds = Counter(re.sub(r".*?\.\d+\.(block\.)?", "", x, count=1) for x in names)
-    count = sum(p.shape[:-2].numel() for p in taken)
-    parts = (f"{kind.removesuffix('.weight')} x {n}" for kind, n in kinds.items())
-    return f"{count} matrices, in {', '.join(parts)}"
+    """How many matrices these parameters hold, in all and in each part of a layer."""
+    matrices = Counter()
+    for name, p in model.named_parameters():
+        if p in taken:
+            part = re.sub(r".*?\.\d+\.(block\.)?", "", name, count=1).partition(".")[0]
+            matrices[part] += p.shape[:-2].numel()
+    parts = ", ".join(f"{part} {n}" for part, n in matrices.items())
+    return f"{matrices.total()} matrices ({parts})"

@@ -31,9 +31,10 @@ from training import (
 )  # fmt: skip
 
 import train
-from huggingface import load_model, save_pretrained
+from huggingface import load_model, outline, save_pretrained
 from model import DeepSeekV3, Gate, ModelConfig
 from support import processes
+from support.checkpoints import Progress
 from support.settings import Refusal, read_config_file
 from support.tokenizer import END_OF_TEXT, stored_tokenizer
 from support.tokens import Dataset, Tokens, load_dataset
@@ -178,7 +179,7 @@ def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(shared, capsys):
     settings = dict(optimizer="muon", lr=0.01, adamw_lr=2.0, weight_decay=0.3, dtype="bfloat16")
     config, own = train.TrainConfig(**settings), "table|own_head|conv|own_mix"
     optimizers, pairs = train.make_optimizers(model, config), []
-    said = re.search(r"muon: (\d+) matrices, in (.*); AdamW", capsys.readouterr().err)
+    said = re.search(r"muon: (\d+) matrices \((.*)\); AdamW", capsys.readouterr().err)
     for name, p in model.named_parameters():
         matrices = [torch.nn.Parameter(x.clone()) for x in (p if p.ndim == 3 else [p])]
         if p.ndim == 1 or re.search(rf"embed_tokens|lm_head|mlp\.gate\.weight|{own}", name):
@@ -201,11 +202,22 @@ def test_muon_takes_the_matrices_one_by_one_and_adamw_the_rest(shared, capsys):
     for p, matrices, _ in pairs:
         torch.testing.assert_close(p, torch.stack(matrices).view_as(p), rtol=1e-5, atol=1e-7)
     count = sum(len(x) for _, x, reference in pairs if isinstance(reference, torch.optim.Muon))
-    strangers = "table|own_head|own_mix|conv|embed|mlp.gate x|layers|mtp"
-    assert said[1] == str(count) and not re.search(strangers, said[2])
-    named = dict(x.split(" x ") for x in said[2].split(", "))
-    counts = named["self_attn.q_b_proj"], named["mlp.experts.down_proj"], named["mlp.up_proj"]
-    assert (*counts, named["o_gate"], named["eh_proj"]) == ("4", "3", "1", "1", "1")
+    # Of 3 + 1 layers, one of them dense: 5 matrices of attention each; 3 x (2 x 64 + 3) + 3.
+    assert said[1] == str(count) and said[2] == "self_attn 20, mlp 396, o_gate 1, eh_proj 1"
+
+
+@pytest.mark.parametrize("name", ["small", "one_gpu"])
+def test_each_message_before_the_first_step_fits_a_line_of_the_screen(name, capsys):
+    file = str(ROOT / f"config/{name}.py")
+    network, values = train.split_configs(read_config_file(file, ModelConfig, train.TrainConfig))
+    config = train.TrainConfig(**values | {"dtype": "bfloat16"})
+    model, text = outline(ModelConfig(**network)), SimpleNamespace(train=range(1_200_000_000))
+    reason = "products of one core: bfloat16 2000, float32 300 GFLOP/s"
+    machine = replace(MACHINE, dtype_reason=reason, compiled=True)
+    train.make_optimizers(model, config)
+    train.log_plan(model, text, config, machine, Progress())
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 4 and max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("how", ["recompute", "deterministic", "compile"])
