@@ -1,5 +1,6 @@
 """The documents say what is there: links and commands. test_changes.py: HACKING.md's changes."""
 
+import ast
 import re
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -24,6 +25,42 @@ def test_links_lead_somewhere(document):
             heads = re.findall(r"(?m)^#+ (.*)$", file.read_text(encoding="utf-8"))
             slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
             assert fragment in slugs, target
+
+
+def definitions(path) -> dict[str, int]:
+    """The line of every function and method of a file, by its qualified name."""
+    lines, todo = {}, [("", ast.parse(path.read_text(encoding="utf-8")))]
+    for prefix, parent in todo:
+        for node in ast.iter_child_nodes(parent):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                lines[prefix + node.name] = node.lineno
+                todo.append((f"{prefix}{node.name}.", node))
+    return lines
+
+
+def test_links_to_lines_lead_to_definitions(v3):
+    link, wrong = re.compile(r"\[`([\w.]+)`\]\(([\w./]+\.py)#L(\d+)\)"), []
+    for document in DOCUMENTS:
+        for name, path, line in link.findall(document.read_text(encoding="utf-8")):
+            right = definitions(document.parent / path).get(name)
+            if right != int(line):
+                wrong.append(f"{document.name}: {name} is at {path}#L{right}, not #L{line}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_readme_counts_the_lines_of_the_reference():
+    lines = (ROOT / "tests/reference.py").read_text(encoding="utf-8").count("\n")
+    readme = " ".join(DOCUMENTS[0].read_text(encoding="utf-8").split())
+    assert f"[{lines} lines of NumPy](tests/reference.py)" in readme
+
+
+def test_the_chinese_readme_has_the_commands_and_numbers_of_readme():
+    """All command lines and all numbers of docs/README_zh.md occur in README.md."""
+    english, chinese = (ROOT / x for x in ("README.md", "docs/README_zh.md"))
+    english, chinese = (x.read_text(encoding="utf-8") for x in (english, chinese))
+    for found in (r"(?m)^    .+$", r"\d+(?:[.,]\d+)*(?:e-\d+)?"):
+        here = set(re.findall(found, chinese))
+        assert here and not here - set(re.findall(found, english))
 
 
 def test_commands_name_files_and_keys_that_exist():
