@@ -115,8 +115,11 @@ class TrainConfig:
         counts = {"steps", "batch_size", "block_size", "grad_accum", "eval_batch"}
         counts |= {"eval_every", "save_every", "log_every"}
         settings.check_ranges(self, at_least_one=counts)
-        if max(self.beta1, self.beta2) >= 1:
-            raise Refusal(f"beta1 {self.beta1} and beta2 {self.beta2} must be less than 1.")
+        if 0 < self.min_lr < 0.001:  # such as nanoGPT's 6e-5
+            raise Refusal(
+                f"min_lr is {self.min_lr}, but is a share of lr, not a learning rate as in "
+                "nanoGPT: give 0.1 for a tenth of lr."
+            )
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise Refusal("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
         if self.batch_start > self.batch_size:

@@ -1,4 +1,5 @@
-# Kimi-K2-Instruct (arXiv 2507.20534): moonshotai/Kimi-K2-Instruct config.json; 0905 has factor 64.
+"""Kimi-K2-Instruct (arXiv 2507.20534): moonshotai/Kimi-K2-Instruct config.json."""
+
 vocab_size = 163840
 hidden_size = 7168
 num_hidden_layers = 61
@@ -23,7 +24,7 @@ max_position_embeddings = 131072
 rope_theta = 50000.0
 rope_scaling = {
     "type": "yarn",
-    "factor": 32,
+    "factor": 32,  # Kimi-K2-Instruct-0905: 64
     "original_max_position_embeddings": 4096,
     "beta_fast": 1,
     "beta_slow": 1,

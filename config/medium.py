@@ -1,8 +1,9 @@
 """25 to 50 minutes on two CPU cores: 1.5 times as wide as config/small.py, with one layer fewer.
 
-8.3M parameters. A step has twice as many tokens, because Muon's cost is per step
-(docs/notes/LOG.md). One whole run of this file ended at 1.102 bits/byte. adamw_lr, gamma and
-gamma_stop are small.py's; no trial at this width compares them with others.
+    python train.py config/medium.py
+
+8.3M parameters, 4.3M of them active per token. Schedules and loss weights that are not set here
+are the report's (train.py's defaults). The trials behind the other values are in docs/notes/LOG.md.
 """
 
 vocab_size = 4096
@@ -22,23 +23,21 @@ num_experts_per_tok = 4
 n_shared_experts = 1
 n_group = 4
 topk_group = 2
-routed_scaling_factor = 1.0  # as in config/small.py
+routed_scaling_factor = 1.0  # small.py's
 max_position_embeddings = 1024
 num_nextn_predict_layers = 1
 initializer_range = 0.02  # small.py's
 
 data = "stdlib"
 steps = 2400
-batch_size = 16
+batch_size = 16  # twice small.py's, because Muon's cost is per step
 block_size = 256
 long_block_size = 1024
 long_start = 0.9
 optimizer = "muon"
 lr = 5e-3  # small.py's, divided by the square root of the ratio of their widths; not tried
-adamw_lr = 2.0
-# Earlier runs, on another text and schedule: 0.3 had 1.091 bits/byte after 4.3 epochs, and 0.1 had
-# 1.164 after 6.1. Which of the two helped was not tried.
-weight_decay = 0.3
+adamw_lr = 2.0  # this and gamma are small.py's; no other value was tried at this width
+weight_decay = 0.3  # the report: 0.1; an earlier run with it, of more epochs, overfitted
 gamma = 0.003
 gamma_stop = 1.0
 eval_every = 600

@@ -1,4 +1,5 @@
-# Moonlight-16B-A3B (arXiv 2502.16982): moonshotai/Moonlight-16B-A3B config.json.
+"""Moonlight-16B-A3B (arXiv 2502.16982): moonshotai/Moonlight-16B-A3B config.json."""
+
 vocab_size = 163840
 hidden_size = 2048
 num_hidden_layers = 27

@@ -1,4 +1,5 @@
-# DeepSeek-V3 and R1: section 4.2 of the report; deepseek-ai/DeepSeek-V3 config.json.
+"""DeepSeek-V3 and R1: section 4.2 of the report; deepseek-ai/DeepSeek-V3 config.json."""
+
 vocab_size = 129280
 hidden_size = 7168
 num_hidden_layers = 61

@@ -49,6 +49,11 @@ NANOGPT = dict(
     n_head="num_attention_heads", bias="attention_bias", dataset="data", out_dir="out ckpt",
     start="prompt",
 )  # fmt: skip
+# nanoGPT's keys without a counterpart here, and why.
+NOT_HERE = dict(dropout="there is no dropout here", backend="here it follows from the device")
+NOT_HERE |= dict.fromkeys(
+    ("wandb_log", "wandb_project", "wandb_run_name"), "here bench.py plot draws the log of a run"
+)
 
 
 def unknown_key(name: str, known: Iterable[str], kind: str = "key") -> str:
@@ -56,6 +61,8 @@ def unknown_key(name: str, known: Iterable[str], kind: str = "key") -> str:
     for ours in NANOGPT.get(name, "").split():
         if ours in known:
             return f"unknown key {name}, nanoGPT's name; here it is {ours} (docs/REFERENCE.md)"
+    if name in NOT_HERE:
+        return f"unknown key {name}, nanoGPT's name; {NOT_HERE[name]} (docs/REFERENCE.md)"
     close = difflib.get_close_matches(name, known, 1, 0.75)  # a lower cutoff suggests nonsense
     return f"unknown {kind} {name}; " + (f"did you mean {close[0]}?" if close else "see --help")
 
