@@ -1,8 +1,9 @@
-"""The base configuration of all experiments (run.py): config/small.py with 5 layers.
+"""The base configuration of all experiments (run.py): config/small.py's network with 5 layers.
 
-3.1M parameters, short windows only, gamma 0.01, a warm-up of 0.02 and a cosine from 0.3 to 1.0 of
-the run, and the report's alpha, gamma_stop and mtp_weight_late. A copy, so that config/small.py may
-change while the results stay valid.
+3.1M parameters. The training differs from config/small.py's: short windows only, gamma 0.01, a
+warm-up of 0.02, a cosine from 0.3 to 1.0 of the run, and the report's gamma_stop and
+mtp_weight_late. Settings are copied, so that config/small.py may change while the results stay
+valid.
 """
 
 vocab_size = 4096
