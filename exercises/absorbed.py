@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 # First count, for V3 (N = 128, R = 64, V = 128, C = 512), the multiplications of one head:
-EXPANDED = None  # for one query and one existing key: the score, and the key's share of the output
-ABSORBED = None  # the same on the cached latents
+# A query meets one cached token: its score, and the token's part of the output.
+EXPANDED = None  # if the token's key and value are there already
+ABSORBED = None  # on the cached latent and rotated key
 MAKING = None  # to compute the key (N) and the value (V) of one cached token from its latent
 
 

@@ -7,13 +7,14 @@ changes a bias by gamma, however far the load is from the mean. Write this as on
 (Section 2.1.2; arXiv 2408.15664.) What happens to an expert whose load is exactly the mean?
 
 A balance loss would also move the weights, away from what predicts the next token best. The bias
-has no gradient, so it does not interfere with that of the text.
+has no gradient and leaves the weights to the loss of the text.
 """
 
 import torch
 
-# First predict. In a layer one expert's load is always above the mean, another's always below, and
-# gamma is 0.001. After how many steps is the second one's bias 0.05 above the first one's?
+# First predict. Two experts of a layer begin with equal biases. The load of the first is above the
+# mean in every step, that of the second below it, and gamma is 0.001. After how many steps is the
+# second one's bias 0.05 above the first one's?
 STEPS = None
 # Four experts have loads of 12, 2, 1 and 1. By how much does one step, with the same gamma, change
 # the mean of their biases?

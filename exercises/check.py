@@ -6,9 +6,9 @@
     python exercises/check.py mla --solution    the lines of the network that answer
 
 An exercise begins with questions: predict or count before you write. Then your function is compared
-with a plain answer on made-up inputs. If it gives what a known mistake gives, the mistake is named.
-Finally it runs in the trained network, beside the network's own function. (In the exercise
-`training` it trains a small network.)
+with a plain answer on made-up inputs. If it gives what a known mistake gives, the mistake is named;
+if it is right, the reason for it is printed. Finally it runs in the trained network, beside the
+network's own function. (In the exercise `training` it trains a small network.)
 In a notebook: from exercises.check import check; check("gate", globals())
 """
 
@@ -130,9 +130,11 @@ def difference(mine: Outcome, expected: Outcome, tolerance: float) -> str:
             found = f"{name}: {bad.sum()} of {bad.numel()} numbers differ" if bad.ndim else name
             if (x.isnan() & ~y.isnan()).any():
                 return f"{found}, with NaN"
+            if not limit:  # ids and counts, of which the size of a difference says nothing
+                return found
             detached = name.startswith("the gradient") and not x.any()
             none = ": yours are 0. Is something detached?" if detached else ""
-            largest = f"the largest is {y.abs().max():.3g}"
+            largest = f"the largest right number is {y.abs().max():.3g}"
             return f"{found}, by up to {(x - y).abs().max():.3g} ({largest}){none}"
     return ""
 
@@ -183,7 +185,7 @@ def judge(name: str, functions: SimpleNamespace) -> tuple[dict[str, str], list[s
         if all(others) and 2 * len(others) < total:
             found.append((total - len(others), sentence))
     most = max(found, default=(0, ""))[0]
-    where = "" if most == total else f", in {most} of {total} cases"
+    where = "" if most == total else f" (in {most} of the {total} wrong cases)"
     return wrong, [sentence + where for same, sentence in found if same == most]
 
 
@@ -205,12 +207,18 @@ def functions_of(name: str, names: dict) -> SimpleNamespace:
     return SimpleNamespace(**{function: names[function] for function in EXERCISES[name].functions})
 
 
+def formatted(answer: float | str) -> str:
+    if isinstance(answer, float) and not answer.is_integer():
+        return f"{answer:,.7g}"
+    return repr(answer) if isinstance(answer, str) else f"{answer:,.0f}"
+
+
 def wrong_answer(question: Question, answer: object) -> str:
     """What is wrong with the answer to a question; "" if nothing."""
 
     def near(x: float | str) -> bool:
         if isinstance(x, str) or isinstance(answer, str):
-            return x == answer
+            return x == str(answer).strip().lower()
         return abs(answer - x) <= question.within * abs(x)
 
     if answer is None:
@@ -220,8 +228,7 @@ def wrong_answer(question: Question, answer: object) -> str:
     if near(question.answer):
         return ""
     slip = [f"that is {words}" for x, words in question.slips.items() if near(x)]
-    shown = f"{answer:,}" if isinstance(answer, int | float) else repr(answer)
-    return f"not {shown}: {slip[0] if slip else question.why}"
+    return f"not {formatted(answer)}: {slip[0] if slip else question.hint or question.why}"
 
 
 def verdict(name: str, names: dict) -> tuple[dict[str, str], dict[str, str], list[str]]:
@@ -230,17 +237,25 @@ def verdict(name: str, names: dict) -> tuple[dict[str, str], dict[str, str], lis
     return answers, *judge(name, functions_of(name, names))
 
 
+def show(line: str) -> None:
+    print(textwrap.fill(line, 100, subsequent_indent="     ", break_on_hyphens=False))
+
+
 def check(name: str, names: dict | None = None) -> bool:
     """Checks exercises/NAME.py, where `names` (a notebook's globals()) does not define the same:
     prints, and returns whether all is right."""
     exercise, names = EXERCISES[name], the_readers(name) | (names or {})
     answers, cases, mistakes = verdict(name, names)
     problems, failed = answers | cases, any(cases.values())
+    reasons = {x.name: f" = {formatted(names[x.name])}: {x.why}" for x in exercise.questions
+               if not answers[x.name]}  # fmt: skip
     print(f"{name}: {exercise.title}")
     for what, problem in problems.items():
-        print(f"  -- {what}: {problem}" if problem else f"  ok {what}")
+        show(f"  -- {what}: {problem}" if problem else f"  ok {what}{reasons.get(what, '')}")
     for sentence in mistakes:
-        print(f"  It gives what would come out if {sentence}.")
+        show(f"  It behaves as if {sentence}.")
+    if not failed:
+        print(textwrap.indent(exercise.why, "  "))
     if UNWRITTEN in problems.values():
         blanks = " and ".join(exercise.functions)
         print(f"Answer the questions, then write {blanks} in exercises/{name}.py; --hint helps.")
@@ -250,7 +265,7 @@ def check(name: str, names: dict | None = None) -> bool:
         theirs = functions_of(part, names)
         if any(judge(part, theirs)[0].values()):
             missing.append(part)
-            print(f"Exercise {part} is not done: the network's own stands in.")
+            print(f"Exercise {part} is not done yet: the network's own function takes its place.")
         else:
             vars(functions).update(vars(theirs))
     try:
@@ -258,7 +273,7 @@ def check(name: str, names: dict | None = None) -> bool:
     except Exception as error:
         if not failed:
             raise
-        shown = f"{type(error).__name__}: {error}"
+        shown = f"it stops with {type(error).__name__}: {error}"
     where = "In training" if name == "training" else "In the trained network"
     print(f"{where}:\n{textwrap.indent(shown, '    ')}")
     return not any(problems.values()) and not missing
@@ -274,7 +289,8 @@ def overview() -> None:
         except Exception as error:  # of the reader's file: any
             state = f"{type(error).__name__}: {error}"
         print(f"{number:2} {name:9} {exercise.title:46} {textwrap.shorten(state, 100)}")
-    print("\npython exercises/check.py NAME checks one; its text and its blank: exercises/NAME.py")
+    print("\nexercises/NAME.py has the text, and room for your answer;")
+    print("python exercises/check.py NAME checks it.")
 
 
 def solution(name: str) -> None:

@@ -6,7 +6,7 @@ g_i = s_i / (sum of s_j over the chosen j)  times routed_scaling_factor         
 
 The bias b only affects the choice: gate values and gradients come from s. With G > 1 groups of
 experts (the nodes of a cluster) a group's score is the sum of its two largest s + b. Only experts
-of the `topk_group` best groups can be chosen, whatever the biases of the others are.
+of the `topk_group` best groups can be chosen, even if every s + b in them is negative.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from model import upcast  # float64 stays, all else becomes float32
 
 # First predict. Four experts, one group, K = 2, routed_scaling_factor = 2.5. A token's scores s are
-# (0.8, 0.6, 0.5, 0.2), the biases b are (-0.5, 0, 0, 0.6). How large is the last one's gate value?
+# (0.8, 0.6, 0.5, 0.2), the biases b (-0.5, 0, 0, 0.6). How large is the last expert's gate value?
 GATE_VALUE = None
 # V3 has 256 experts in 8 groups, one group per node. To how many nodes, at most, would a token be
 # sent if its 8 experts could be in any group? And to how many with topk_group = 4?

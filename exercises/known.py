@@ -49,9 +49,10 @@ class Question:
 
     name: str
     answer: float | str
-    why: str  # the way to the answer, without the answer itself
+    why: str  # printed after a right answer, and after a wrong one if there is no hint
     slips: dict[float | str, str] = field(default_factory=dict)  # wrong answers, and what they are
     within: float = 0.01  # part of the answer by which a number may be off
+    hint: str = ""  # printed after a wrong answer instead of `why`, where that would give it away
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Exercise:
     parts: tuple[str, ...] = ()  # exercises whose functions this one puts together
     questions: tuple[Question, ...] = ()
     hints: list[str] = field(default_factory=list)  # an idea, the shapes, nearly the code
+    why: str = ""  # what the function is good for, printed after a right answer
     mistakes: list[tuple[str, str, str]] = field(default_factory=list)  # old text, new text, words
 
 
@@ -345,36 +347,45 @@ D, F, L, H, C, N, R, V = 7168, 2048, 61, 128, 512, 128, 64, 128  # V3's sizes, a
 
 QUESTIONS = {
     "gate": (
-        Question("GATE_VALUE", 2.5 * 0.2 / 0.8, "b chooses; then take the scores s of the chosen",
-                 {2.5 * 0.8 / 1.4: "from s + b: the bias only chooses", 0.25: "without the 2.5"}),
+        Question("GATE_VALUE", 2.5 * 0.2 / 0.8, "s + b chooses the second expert and the last, "
+                 "whose s are 0.6 and 0.2",
+                 {2.5 * 0.8 / 1.4: "the value from s + b: the bias only chooses",
+                  0.25: "without the 2.5"},
+                 hint="s + b chooses; then take the scores s of the chosen"),
         Question("NODES_ANY", 8, "each expert may be on a node of its own"),
         Question("NODES_V3", 4, "groups are nodes: at most topk_group of them stay"),
     ),
     "bias": (
-        Question("STEPS", 25, "in a step each of the two moves by gamma, towards the other",
-                 {50: "as if only one of them moved"}),
-        Question("DRIFT", 0.0005, "count the biases that fall and those that rise, each by gamma",
-                 {0: "as if as many rose as fell", 0.002: "by how much their sum moves"}),
-        Question("CHANGED", 0, "compare two experts' s + b before and after, then two groups"),
-        Question("LOSS_WITHOUT_BIAS", "stays", "most of a bias is the same for all experts of a "
-                 "layer, which chooses nothing. Without the rest a token gets the next expert in "
+        Question("STEPS", 25, "in a step the first bias falls by gamma, and the second rises by it",
+                 {50: "the steps that one of them needs alone"}),
+        Question("DRIFT", 0.0005, "one bias falls by gamma and three rise by it: (3 - 1) gamma / 4",
+                 {0: "the change if as many rose as fell", 0.002: "the change of their sum"},
+                 hint="count the biases that fall and those that rise, each by gamma"),
+        Question("CHANGED", 0, "all s + b grow by the same amount, and so do the groups' scores: "
+                 "their order remains",
+                 hint="compare two experts' s + b before and after, then the scores of two groups"),
+        Question("LOSS_WITHOUT_BIAS", "stays", "a part of the bias that all experts of a layer "
+                 "share changes no choice. Without the rest some tokens get the expert next in "
                  "rank, which is nearly as good"),
     ),
     "experts": (
         Question("FLOPS", 2 * 3 * D * F * 9, "three matrices of D x F numbers for each expert",
                  {3 * D * F * 9: "multiplications only", 6 * D * F * 8: "without the shared one"}),
         Question("TIMES", 257 / 9, "experts that are computed, over those that are needed",
-                 {32: "256 / 8: the shared expert is computed in both"}),
+                 {32: "256 / 8: the shared expert is computed in both",
+                  256 / 9: "256 / 9: the shared expert is computed in both"}, 0.0025),
     ),
     "mla": (
         Question("CACHE_MHA", 2 * L * H * (N + V), "layers x heads x (key and value) x 2 bytes",
-                 {L * H * (N + V): "numbers, not bytes", 2 * H * (N + V): "of one layer only"}),
+                 {L * H * (N + V): "numbers, not bytes", 2 * H * (N + V): "for one layer only"}),
         Question("CACHE_GQA", 2 * L * 8 * (N + V), "as before, but only 8 heads are cached"),
         Question("CACHE_MLA", 2 * L * (C + R), "one latent and one k^R a layer, for all heads",
                  {2 * L * C: "without k^R", 2 * L * (C + H * R): "with a k^R for every head"}),
-        Question("DIMENSIONS", C, "one matrix makes all of them from the latent: what is its rank?",
+        Question("DIMENSIONS", C, "one matrix makes all of them from the C numbers of the latent, "
+                 "so its rank is at most C",
                  {H * (N + V): "how many numbers there are",
-                  C + R: "with k^R, which is not among them"}),
+                  C + R: "the number with k^R, which is not among them"},
+                 hint="one matrix makes all of them from the latent: what is its rank?"),
     ),
     "absorbed": (
         Question("EXPANDED", N + R + V, "q . k takes N + R; then p times the value's V numbers",
@@ -391,7 +402,7 @@ QUESTIONS = {
         Question("SEPARATE", C + R, "the latent, and one small key for all heads"),
     ),
     "mtp": (
-        Question("POSITIONS", 8, "depth k has k positions fewer", {9: "that of depth 1"}),
+        Question("POSITIONS", 8, "depth k has k positions fewer", {9: "the number of depth 1"}),
         Question("LAST_SEEN", 5, "position i of depth k knows the tokens up to i + k"),
         Question("PREDICTED", 6, "the one after the newest that it knows"),
     ),
@@ -403,34 +414,37 @@ QUESTIONS = {
     "balance": (
         Question("EVEN", 1, "then all f_i are 1, and the P_i add up to 1"),
         Question("SAME_TWO", 4, "f is E / K for two experts, and P is 1/2 for them"),
-        Question("GRADIENT", 2, "the loss is the sum of f_i P_i, where f_i is as a constant"),
+        Question("GRADIENT", 2, "f has no gradient, so the gradient of the loss by P_i is f_i"),
         Question("TWO_SEQUENCES", 2, "each sequence has its own f and P; then comes the mean",
-                 {1: "of the batch as one sequence, in which all four are equally busy"}),
+                 {1: "the loss of the batch as one sequence, in which all four are equally busy"}),
     ),
     "tiles": (
-        Question("BECOMES", 0, "s is 2,000, and 1 / s is less than half of 2^-9"),
-        Question("LOST", 127, "the numbers that share its scale",
+        Question("BECOMES", 0, "s is 2,000, and 1 / s, less than half of 2^-9, is rounded down"),
+        Question("LOST", 127, "those that share a tile, and so the scale, with the large number",
                  {1024**2 - 1: "with one scale for all", 128**2 - 1: "with blocks of 128 x 128",
-                  128: "with the large number itself", 1023: "of its row: a row has eight tiles"},
+                  128: "with the large number itself", 1023: "a whole row: it has eight tiles"},
                  1e-4),
         Question("BYTES_ROW", 1 + 4 / 128, "a byte, and 4 bytes for every 128 numbers"),
         Question("BYTES_BLOCK", 1 + 4 / 128**2, "a byte, and 4 for every 128 x 128", {}, 1e-4),
     ),
     "yarn": (
         Question("KEPT", 11, "those from 0 to low, which is i(32), rounded down",
-                 {10: "low: pair 0 is one more"}),
+                 {10: "low itself: pair 0 counts, too"}),
         Question("DIVIDED", 9, "those from high to the last; high is i(1), rounded up",
                  {8: "without pair high itself"}),
-        Question("NEIGHBOURS", 1 / 40, "the fastest pair has frequency 1: divide it, too",
-                 {1: "with YaRN, which leaves pair 0 as it is"}),
+        Question("NEIGHBOURS", 1 / 40, "1 radian, divided by 40. Neighbours would be hard to tell "
+                 "apart, so YaRN leaves this pair as it is",
+                 {1: "the angle with YaRN, which leaves pair 0 as it is"},
+                 hint="the fastest pair has frequency 1: divide it, too"),
         Question("SLOWEST_LONG", 4096 / (2 * math.pi * 10_000 ** (62 / 64)),
-                 "40 times the tokens, at a 40th part of the frequency: as often as before in L"),
+                 "40 times the tokens at 1/40 of the frequency: as in L without YaRN"),
     ),
     "training": (
         Question("FIRST_LOSS", math.log(512), "-ln of the probability 1 / 512", {9: "in bits"}),
         Question("TOKENS", 30 * 8 * 64, "steps x windows x tokens"),
-        Question("DOUBLED", 1, "scaled down, what is left of a norm of 5, and what of 10?",
-                 {2: "without the scaling: both norms are above 1"}),
+        Question("DOUBLED", 1, "clipping scales a norm of 5 and one of 10 down to 1",
+                 {2: "without the clipping: both norms are above 1"},
+                 hint="clipped to a norm of 1, what is left of a norm of 5, and what of 10?"),
     ),
 }  # fmt: skip
 
@@ -439,8 +453,8 @@ QUESTIONS = {
 
 
 def with_texts(exercises: dict[str, Exercise]) -> dict[str, Exercise]:
-    """Adds questions, hints and mistakes: every section of hints.txt has three hints, then the
-    mistakes."""
+    """Adds questions, hints, reasons and mistakes: every section of hints.txt has three hints, the
+    reason, then the mistakes."""
     text = (Path(__file__).parent / "hints.txt").read_text(encoding="utf-8")
     for section in text.strip().split("\n\n")[1:]:
         heading, *lines = section.splitlines()
@@ -448,12 +462,13 @@ def with_texts(exercises: dict[str, Exercise]) -> dict[str, Exercise]:
         for line, words in zip(lines, [*lines[1:], ""], strict=True):
             if " => " in line:
                 exercise.mistakes.append((*line.split(" => "), words.strip()))
-            elif line.startswith(("  1. ", "  2. ", "  3. ")):
+            elif line.startswith(("  1. ", "  2. ", "  3. ", "  ok ")):
                 exercise.hints.append(line[5:])
             elif not exercise.mistakes:
                 exercise.hints[-1] += "\n" + line[5:]
     for name, exercise in exercises.items():
         exercise.questions = QUESTIONS[name]
+        exercise.why = exercise.hints.pop()
     return exercises
 
 

@@ -8,8 +8,8 @@ the key with the position, k^R, is computed from the layer's input, not from the
 give no reason). All heads share k^R, so the cache holds R numbers for it, not H x R. The scale is
 1 / sqrt(N + R), with YaRN times a factor: use `self.scale`.
 
-Letters: B texts, T tokens, H heads, C numbers in a latent, N and R numbers of a query or key
-without and with position, V numbers in a value.
+Letters: B texts, T tokens, H heads, C numbers in a latent, V in a value. A query or key has N
+numbers without position and R with it.
 """
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 CACHE_MHA = None  # with standard attention: N numbers for a key and V for a value, for every head
 CACHE_GQA = None  # with 8 heads of keys and values (128 numbers each) for the 128 heads of queries
 CACHE_MLA = None  # V3 itself: the latent c^KV and k^R
-# In V3 the k^C and v^C of one token, over all heads, are 32,768 numbers, a linear function of its
-# latent. How many dimensions does the space of their possible values have?
+# In V3 a token's k^C and v^C are 32,768 numbers over all heads, a linear function of its latent.
+# How many dimensions does the space have in which they can lie?
 DIMENSIONS = None
 
 

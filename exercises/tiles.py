@@ -2,15 +2,15 @@
 
 s = max |x| over the tile / 448       q = x / s in E4M3       x is about q s         section 3.3.2
 
-E4M3 has 4 significant bits, the largest number 448 and the smallest number above 0, 2^-9. So each
-tile, 1 x 128 numbers for activations or 128 x 128 for weights, has its own scale, which maps its
-largest number to 448.
+E4M3 has 4 significant bits. Its largest number is 448, and its smallest number above 0 is 2^-9. So
+each tile, 1 x 128 numbers for activations or 128 x 128 for weights, has its own scale, which maps
+the tile's largest number to 448.
 """
 
 import torch  # torch.float8_e4m3fn is E4M3
 from torch import Tensor
 
-# First predict. One number of a tensor is 896,000, another is 1, and one scale serves all.
+# First predict. One number of a tensor is 896,000, another is 1, and the tensor has one scale.
 BECOMES = None  # what is q s for the number 1?
 # In a matrix of 1,024 x 1,024 one number is 896,000 and all others are about 1. How many of these
 # become 0 if every 1 x 128 tile has a scale? (And how many with a single scale?)

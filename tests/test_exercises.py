@@ -1,5 +1,6 @@
 """Exercises: right answers pass however they are written, wrong ones do not and are named."""
 
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +20,8 @@ rope | y = (x32 / (mean + self.eps).sqrt()).to(x.dtype) => return (self.weight *
 bias | load = gate.load.float() => load = gate.load / gate.load.sum()
 bias | mean = load.mean() => load = load / load.sum(); mean = 1 / len(load)
 bias | gamma * (mean - load).sign() => gamma * (mean - load).sign(); gate.e_score_correction_bias.clamp_(-1, 1) | held between -1 and 1
-bias | load = gate.load.float() => gate.load.zero_(); load = gate.load.float() | before the counts are set to 0
-bias | gate.load.zero_() => gate.load = torch.zeros_like(gate.load) | another tensor may be
+bias | load = gate.load.float() => gate.load.zero_(); load = gate.load.float() | before the load is set to 0
+bias | gate.load.zero_() => gate.load = torch.zeros_like(gate.load) | kept its counts
 mtp | len(model.mtp) + 1) => min(len(model.mtp), tokens.shape[1] - 1) + 1)
 mtp | F.cross_entropy(logits.flatten(0, 1), due.flatten(), ignore_index=-1) => F.cross_entropy(logits[due >= 0], due[due >= 0])
 mla | p = score.softmax(-1) => p, v = score.float().softmax(-1), v.float()
@@ -35,7 +36,7 @@ gate | return s, chosen, gain => return s, chosen, gain / (1 + 1e-3) | gate valu
 experts | (chosen == i).nonzero(as_tuple=True) => (chosen == i).nonzero()[:1024].T | numbers differ
 training | weights[name] * loss for name, loss in losses.items() => losses[name] * x for name, x in weights.items()
 experts | (rows @ self.gate_up_proj[i].T) => (x @ self.gate_up_proj[i].T)[token] | multiplications
-training | optimizer.zero_grad() => optimizer.zero_grad; model.train() | gradients of the earlier step
+training | optimizer.zero_grad() => optimizer.zero_grad; model.train() | gradients of the previous step
 training | return {name: loss.detach() for name, loss in losses.items()} => return None | losses by name
 accept | torch.where(empty, p_after, rest) => torch.where(empty, torch.ones_like(rest), rest) | token after them
 yarn | (high - low or 0.001) => (high - low) | NaN
@@ -65,11 +66,20 @@ def test_blanks_fail_with_a_sentence_and_solutions_pass(name, capsys):
     assert not check.check(name)
     out = capsys.readouterr().out
     assert "not answered yet" in out and "not written yet" in out and "Error" not in out
+    assert not any(line in out for line in EXERCISES[name].why.splitlines())
     answers = {question.name: question.answer for question in EXERCISES[name].questions}
     assert check.check(name, vars(solutions) | answers)
-    assert "The network's own functions give the same." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "The network's own functions give the same." in out
+    reasons = [EXERCISES[name].why, *(question.why for question in EXERCISES[name].questions)]
+    assert all(" ".join(why.split()) in " ".join(out.split()) for why in reasons)
+    if name == "mla":  # a new network may need another first line or seed
+        text = out.partition("the first line:\n")[2].partition("    The network's own")[0]
+        compile(textwrap.dedent(text), "its text", "exec")
     if name == "balance":
         assert not check.check(name, vars(solutions) | answers | {"EVEN": 9})
+    if name == "bias":
+        assert check.wrong_answer(EXERCISES[name].questions[3], "Stays") == ""
 
 
 def test_the_demonstration_is_no_proof(capsys):
@@ -89,6 +99,18 @@ def test_the_demonstration_is_no_proof(capsys):
     assert "The cases above decide" in out and "detached" not in out  # counts have no gradient
     out = printed("gate", "gain = s.gather", "gain = (s + b).gather")
     assert "float64" not in out  # which the reader has not written
+
+
+def test_every_token_of_the_text_is_written_with_the_readers_function():
+    """Through a cache attend_expanded would only read the prompt, and a wrong one write well."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return solutions.attend_expanded(*args)
+
+    network.effect("mla", SimpleNamespace(attend_expanded=counted))
+    assert len(calls) >= 60 * len(network.trained()[0].layers)
 
 
 @pytest.mark.parametrize("name", EXERCISES)
