@@ -160,13 +160,17 @@ def looks_back_by_three(c: Changed):
 
 @change("A memory of n-grams")
 def rows_of_two_and_three_tokens(c: Changed):
-    tokens = torch.randint(512, (1, 2 + 30))
-    rows = c.model.memory.rows(tokens)
-    assert rows.shape == (1, 30, 4) and rows.min() >= 0 and rows.max() < 4 * 2003
+
+    def rows(tokens):
+        return c.model.memory.rows(c.new.with_history(tokens, torch.arange(30), None))
+
+    tokens = torch.randint(512, (1, 30))
+    now = rows(tokens)
+    assert now.shape == (1, 30, 4) and now.min() >= 0 and now.max() < 4 * 2003
     for back, depends in ((1, [True] * 4), (2, [False, False, True, True]), (3, [False] * 4)):
         other = tokens.clone()
         other[0, 20 - back] += 1
-        assert (c.model.memory.rows(other) != rows)[0, 18].tolist() == depends
+        assert (rows(other) != now)[0, 20].tolist() == depends
 
 
 @change("Forgetting attention")
@@ -182,11 +186,14 @@ def keeps_sums_in_float32(c: Changed):
         fall = torch.stack([f_t[s + 1 :].log().sum() for s in range(t + 1)])
         o[t, head] = (k @ q[t, head] / 24**0.5 + fall).softmax(0) @ v
     assert torch.allclose(part(x, None)[0], part.o_proj(o.flatten(1)), atol=1e-12)
-    new_cache = type(part).new_cache
-    type(part).new_cache = lambda self, batch, size, like: [
-        kept.to(like.dtype) for kept in new_cache(self, batch, size, like)
-    ]
-    assert check.bfloat16(c.model).wrong
+    # The same in the weights' dtype, for which L has to be rounded.
+    source = (c.folder / "model.py").read_text(encoding="utf-8")
+    source = source.replace("upcast(like).new_zeros", "like.new_zeros")
+    source = source.replace("= L\n", "= L.to(h.dtype)\n")
+    (c.folder / "model.py").write_text(source, encoding="utf-8")
+    model = opened(["model.py"], c.folder).files["model.py"].DeepSeekV3(c.model.config)
+    model.load_state_dict(c.model.state_dict())
+    assert check.bfloat16(model).wrong
 
 
 @change("Hyper-connections: two streams")
@@ -271,7 +278,8 @@ def as_an_older_token(c: Changed):
     sink = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.double)
     score = (q @ k.mT * 0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
     p = torch.cat((sink.view(3, 1, 1).expand(2, 3, 5, 1), score), -1).softmax(-1)
-    assert torch.allclose(c.new.causal_attention(q, k, v, 0.5, 0, sink), p[..., 1:] @ v, atol=1e-12)
+    o = c.new.causal_attention(q, k, v, 0.5, sink=sink)
+    assert torch.allclose(o, p[..., 1:] @ v, atol=1e-12)
     # It grows: without the key the network is today's, and with a low sink nearly.
     old = DeepSeekV3(ModelConfig(**SIZES)).double().eval()
     missing, _ = c.model.load_state_dict(old.state_dict(), strict=False)
@@ -295,4 +303,4 @@ def token_by_token(c: Changed):
     assert torch.allclose(linear(h, None), linear.o_proj(torch.stack(o)), atol=1e-12)
     c.new.LinearAttention.new_cache.__globals__["MAX_ROUND_TOKENS"] = 7
     wrong = check.decoding(c.model, 24).wrong  # of one state less
-    assert len(wrong) == 4 and all("main model, drafts rejected" in way for way in wrong)
+    assert len(wrong) > 1 and all("main model, drafts rejected" in way for way in wrong)
