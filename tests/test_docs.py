@@ -101,17 +101,7 @@ def tiny(monkeypatch):
     return model
 
 
-def names_of(text: str) -> dict:
-    """What the first lines of Python in a document define."""
-    exec(re.search(r"(?s)```python\n(.*?)```", text)[1], names := {})
-    return names
-
-
 def test_python_of_the_reference_runs(tiny):
-    names = names_of((ROOT / "docs/REFERENCE.md").read_text(encoding="utf-8"))
+    text = (ROOT / "docs/REFERENCE.md").read_text(encoding="utf-8")
+    exec(re.search(r"(?s)```python\n(.*?)```", text)[1], names := {})
     assert names["logits"].shape == (1, 3, 512) and names["further"].shape == (1, 2, 512)
-
-
-def test_the_plain_loop_of_hacking_samples(tiny):
-    names = names_of((ROOT / "docs/HACKING.md").read_text(encoding="utf-8"))
-    assert names["tokens"].shape == (1, 203) and names["cache"].length == 202
