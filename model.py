@@ -341,8 +341,8 @@ class MLA(nn.Module):
         latent = self.kv_a_layernorm(latent)
         q_pe = rotate(q_pe, rope, config.rope_interleave)
         k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave)  # (B, T, 1, R)
-        if past is not None:  # a prompt, too, fills the cache
-            past.kept[:, past.positions] = torch.cat((latent, k_pe.squeeze(2)), -1)  # (B, T, C+R)
+        if past is not None:  # a prompt, too, fills the cache, with (B, T, C+R)
+            past.kept[:, past.positions] = torch.cat((latent, k_pe.squeeze(2)), -1).to(past.kept)
         if past is None or past.first:  # training, or a prompt
             o = self.attend_expanded(q_nope, q_pe, latent, k_pe)
         else:
