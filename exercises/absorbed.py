@@ -14,11 +14,12 @@ The queries belong to the last T of the S cached tokens: query i has positions[i
 import torch
 from torch import Tensor
 
-# First count, for V3 (N = 128, R = 64, V = 128, C = 512), the multiplications of one head:
-# A query meets one cached token: its score, and the token's part of the output.
-EXPANDED = None  # if the token's key and value are there already
-ABSORBED = None  # on the cached latent and rotated key
-MAKING = None  # to compute the key (N) and the value (V) of one cached token from its latent
+# First count the multiplications of one head in V3 (N = 128, R = 64, V = 128, C = 512). How many
+# are the score of one query with one cached token and the token's part of the output,
+EXPANDED = None  # if the token's key and value have been computed?
+ABSORBED = None  # if its latent and rotated key are used instead?
+# And how many compute the key (N) and the value (V) of one cached token from its latent?
+MAKING = None
 
 
 def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, kv: Tensor, positions: Tensor) -> Tensor:

@@ -7,8 +7,8 @@
 
 An exercise begins with questions: predict or count before you write. Then your function is compared
 with a plain answer on made-up inputs. If it gives what a known mistake gives, the mistake is named;
-if it is right, the reason for it is printed. Finally it runs in the trained network, beside the
-network's own function. (In the exercise `training` it trains a small network.)
+if it is right, its reason is printed. Finally it runs in the trained network, beside the network's
+own function. (In the exercise `training` it trains a small network.)
 In a notebook: from exercises.check import check; check("gate", globals())
 """
 
@@ -127,11 +127,13 @@ def difference(mine: Outcome, expected: Outcome, tolerance: float) -> str:
         y = y.double()
         bad = ~(((x - y).abs() <= limit) | (x == y) | (x.isnan() & y.isnan()))
         if bad.any():
-            found = f"{name}: {bad.sum()} of {bad.numel()} numbers differ" if bad.ndim else name
+            found = f"{name}: {bad.sum()} of {bad.numel()} numbers differ"
             if (x.isnan() & ~y.isnan()).any():
                 return f"{found}, with NaN"
             if not limit:  # ids and counts, of which the size of a difference says nothing
                 return found
+            if not bad.ndim:
+                return f"{name} is {x:.4g}, expected {y:.4g}"
             detached = name.startswith("the gradient") and not x.any()
             none = ": yours are 0. Is something detached?" if detached else ""
             largest = f"the largest right number is {y.abs().max():.3g}"
