@@ -1,27 +1,22 @@
-"""After an edit: does the network compute what was meant? python check.py RUN
+"""After an edit: does the network still compute what it should? python check.py RUN
 
-An edit may train without an error and be wrong: it decodes a different network from the one it
-trained, it loses a part of its gradient, it cannot be resumed. Each check computes the same thing
-in two ways and compares:
+An edited network may train without an error and still be wrong: it decodes something other than it
+was trained to compute, it loses a part of its gradient, or it cannot be resumed. Each check
+computes one thing in two ways and compares the results:
 
-    decoding     a text that is read in pieces, behind a cache, and the same text read whole
-    bfloat16     the same in low precision, beside what rounding does to the whole text
-    causality    a text, and the same text with other tokens at its end
-    gradients    of a training step: plain, recomputed, in two micro-batches, compiled
-    losses       as evaluations report them, and as the cross-entropies of logits
-    loads        every gate's choices are counted
-    drafts       a text that is written with drafts, and one that is written without
-    step         a training that is resumed, and one that was never interrupted
+    decoding     logits of a text that is read in pieces with a cache, and of the whole text
+    bfloat16     the rounding error of the logits with a cache, and without one
+    causality    logits of a text, and of the same text with another end
+    gradients    of a plain training step, and recomputed, in two micro-batches, or compiled
+    losses       that the model returns, and the cross-entropies of its logits
+    drafts       a greedy text written with drafts, and without
+    step         a run of four steps, and one that is resumed after two; the loss in the log, and
+                 that of the weights in best.pt
 
-All but the second compute in float64, on a copy of the network. There rounding leaves 12 digits or
-more, and a mistake few. All weights of the copy are moved at random, so that what was initialised
-as 0, or so small that it hardly counts, counts too. FP8 rounds more than that: call these functions
-without use_fp8 (tests/test_fp8.py judges fp8.py). PyTorch copies no tensor with a graph: if the
-network keeps one, such as an activation of the last training step, load it anew. docs/HACKING.md
-has a table of what each check finds, and of what to look for then.
-
-What a network computes may depend on the step, by at_step of train.py. Causality, gradients and
-losses are checked as in the first step and as in the middle of the run, all else as after loading.
+All checks but bfloat16 use a copy of the network in float64, in which right results agree to about
+14 digits. All weights of the copy are perturbed, because a parameter that starts at 0 would hide a
+mistake. (FP8 rounds too coarsely for this; tests/test_fp8.py tests fp8.py.) docs/HACKING.md, "What
+is checked", says what to look for if a check fails.
 
 Shapes: B texts, T tokens of a text, k depth (0: the main model, k: MTP module k), V vocabulary.
 """
@@ -30,6 +25,7 @@ import contextlib
 import copy
 import io
 import itertools
+import json
 import math
 import shutil
 import sys
@@ -43,7 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path
+from torch.utils._pytree import keystr, tree_flatten_with_path
 from torch.utils.checkpoint import CheckpointError
 
 import sample
@@ -51,64 +47,80 @@ import train
 from huggingface import load_model
 from model import MAX_ROUND_TOKENS, Cache, DeepSeekV3
 from support import graphs, processes, settings
-from support.checkpoints import load_checkpoint
+from support.checkpoints import RandomNumbers, load_checkpoint
 from support.settings import Refusal, run_command
 from support.tokens import Tokens
+from train import TrainConfig
 
-SAME = 1e-8  # a difference that is smaller, relative to what is compared, is rounding
+SAME = 1e-8  # a smaller relative difference is rounding
 
 
 @dataclass
 class Answer:
-    """What one check found. `print` shows it."""
+    """The result of a check, ready to be printed."""
 
-    what: str  # was compared, with numbers
-    wrong: list[str] = field(default_factory=list)  # a sentence for each difference
-    notes: list[str] = field(default_factory=list)  # facts, which may be intended
+    summary: str  # what was compared, with numbers
+    wrong: list[str] = field(default_factory=list)  # a sentence for each mistake
+    notes: list[str] = field(default_factory=list)  # facts that may be intended
 
     def __str__(self) -> str:
         verdict = "WRONG" if self.wrong else "note " if self.notes else "right"
-        return "\n      ".join((f"{verdict} {self.what}", *self.wrong, *self.notes))
+        return "\n      ".join((f"{verdict} {self.summary}", *self.wrong, *self.notes))
 
 
 @torch.no_grad()
 def perturbed(model: DeepSeekV3) -> DeepSeekV3:
-    """A copy in float64 with all weights moved at random, matrices by so much that attention's
-    scores and the gates' differ by about 1: at an initial 0.006 a wrong score hardly shows."""
+    """A copy in float64 with noise added to all weights: to matrices so much that the scores of
+    attention and gates differ by about 1. With initial weights of 0.006 they are nearly equal, and
+    a mistake in them would hardly change the logits."""
     model = copy.deepcopy(model)
     model.to(sample.drawing_device(model.embed_tokens.weight.device), torch.float64).eval()
-    model.update_bias(0.0)  # forgets what was counted
+    model.update_bias(0.0)  # resets the counted loads
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
-        shake = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-        size = p.shape[-1] ** -0.5 if p.ndim > 1 else model.config.initializer_range
-        p.add_(shake.to(p.device), alpha=size)
+        noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        std = p.shape[-1] ** -0.5 if p.ndim > 1 else model.config.initializer_range
+        p.add_(noise.to(p.device), alpha=std)
     return model
 
 
 def random_tokens(model: DeepSeekV3, texts: int, length: int) -> Tensor:
-    """Texts at random, (texts, length) at most. Special tokens, at an end of the vocabulary,
-    would be rare; here about every eighth token is the first or the last id."""
-    shape = texts, min(length, model.config.max_position_embeddings)
+    """Random texts (texts, length), no longer than the network allows. Special tokens are the first
+    or last ids of a vocabulary, so about every eighth token is one of these two."""
+    shape, V = (texts, min(length, model.config.max_position_embeddings)), model.config.vocab_size
     generator = torch.Generator().manual_seed(2)
-    tokens = torch.randint(model.config.vocab_size, shape, generator=generator)
-    special = torch.randint(2, shape, generator=generator) * (model.config.vocab_size - 1)
-    rare = torch.randint(8, shape, generator=generator) == 0
-    return torch.where(rare, special, tokens).to(model.embed_tokens.weight.device)
+    tokens, other = (torch.randint(n, shape, generator=generator) for n in (V, 16))
+    tokens = tokens.masked_fill(other == 0, 0).masked_fill(other == 1, V - 1)
+    return tokens.to(model.embed_tokens.weight.device)
 
 
-def reader(k: int) -> str:
+def logits_of(model: DeepSeekV3, tokens: Tensor) -> list[Tensor]:
+    """The logits of each depth, (B, T - k, V), with the same random numbers in every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        logits, mtp_logits = model(tokens, return_mtp=True)
+    return [logits, *mtp_logits]
+
+
+def name_of(k: int) -> str:
     return f"MTP module {k}" if k else "main model"
 
 
-def where_they_differ(found: Tensor, right: Tensor) -> tuple[list[int], float]:
-    """Logits (B, T, V): the first position where they differ, if any; and by how much they do."""
-    off = (found - right).abs().amax((0, 2)).nan_to_num(math.inf)  # by position
-    return (~(off <= SAME * right.std())).nonzero()[:1, 0].tolist(), off.max().item()
+def differing(found: list[Tensor], right: list[Tensor]) -> Iterator[tuple[str, int, str]]:
+    """The depths whose logits (B, T - k, V) differ: name, position of the first token after which
+    they do, and by how much."""
+    for k, (x, y) in enumerate(zip(found, right, strict=True)):
+        off = ((x - y).abs().amax((0, 2)) / y.std()).nan_to_num(math.inf)  # (T - k,)
+        if positions := (off > SAME).nonzero().flatten().tolist():
+            yield name_of(k), positions[0] + k, f"by up to {off.max():.2g} standard deviations"
 
+
+# ---- Decoding ------------------------------------------------------------------------------------
 
 SEVERAL = "several tokens at a time"
-WAYS = {  # the pieces in which a text is read: tokens in each, how many of them are forgotten again
+# The pieces in which a text is read, over and over: how many tokens, and how many of these are
+# drafts that are rejected.
+PATTERNS = {
     "one token at a time": [(1, 0)],
     SEVERAL: [(n, 0) for n in range(2, MAX_ROUND_TOKENS + 1)],
     "drafts rejected": [(MAX_ROUND_TOKENS, n) for n in (0, *range(MAX_ROUND_TOKENS, 0, -1))],
@@ -117,52 +129,43 @@ WAYS = {  # the pieces in which a text is read: tokens in each, how many of them
 
 @torch.inference_mode()
 def decoding(model: DeepSeekV3, length: int | None = None) -> Answer:
-    """Reads a random text in pieces, as decoding does, and compares the logits with whole forwards.
+    """Reads random texts in pieces, as sampling does, and compares the logits with those of the
+    whole texts, separately for the main model and every MTP module.
 
-    A piece is one token, or several, or drafts of which some are rejected: a smaller `cache.length`
-    forgets them. Pieces begin the text, or follow a prompt. Positions are numbers, or tensors as in
-    a graph. The main model reads by itself, and so does every MTP module. The text has `length`
-    tokens: by default 256, or twice the longest window if that is more.
+    A piece is one token, several tokens, or drafts of which some are rejected: lowering
+    `cache.length` forgets them. Pieces begin the text or follow a prompt. A text has `length`
+    tokens, by default 256, or twice the longest window if that is more.
     """
-    model = perturbed(model)
-    window = longest_window(model)
-    # Two texts, and two more from which the drafts come that are rejected.
-    tokens = random_tokens(model, 4, length or max(256, 2 * window))
+    model, wrong = perturbed(model), []
+    # Two texts, and two others whose tokens are the drafts that are rejected.
+    tokens = random_tokens(model, 4, length or max(256, 2 * longest_window(model)))
     whole, inputs = whole_texts(model, tokens)
-    ways = [*itertools.product(WAYS, (0, tokens.shape[1] // 2), (False, True))]
-    size, largest, wrong = whole[0].std().item(), 0.0, []
-    for (k, logits), (way, prompt, as_tensor) in itertools.product(enumerate(whole), ways):
-        found = read_in_pieces(model, k, inputs[k], tokens, way, prompt, as_tensor)
-        first, off = where_they_differ(found, logits)
-        largest = max(largest, off)
-        if first:
-            where = f" behind a prompt of {prompt}" if prompt else ""
-            graph = ", positions as tensors" if as_tensor else ""
-            says = f"wrong from position {first[0]} on, by up to {off:.2g}"
-            wrong.append(f"{reader(k)}, {way}{where}{graph}: {says}")
-    count = len(whole) * len(ways)
-    text = f"a text of {tokens.shape[1]} tokens"
-    if window > 1:
-        text += f" (some layers keep {window} places)"
-    right = f"decoding: {count - len(wrong)} of {count} ways to read {text} in pieces are right"
-    return Answer(f"{right}; logits differ by {largest:.1g}, their spread is {size:.1g}", wrong)
+    ways = [*itertools.product(PATTERNS, (0, tokens.shape[1] // 2))]
+    for pattern, prompt in ways:
+        found = [read_in_pieces(model, k, inputs[k], tokens, pattern, prompt)
+                 for k in range(len(whole))]  # fmt: skip
+        after = f" after a prompt of {prompt}" if prompt else ""
+        for part, position, size in differing(found, whole):
+            wrong.append(f"{part}, {pattern}{after}: wrong from position {position} on, {size}")
+    count, length = len(whole) * len(ways), tokens.shape[1]
+    what = f"decoding: {count - len(wrong)} of {count} ways to read {length} tokens in pieces give"
+    return Answer(f"{what} the logits of the whole text", wrong)
 
 
 def longest_window(model: DeepSeekV3) -> int:
-    """The places, (B, places, ...), of the longest ring that a layer keeps, or the second dimension
-    of a state, if that is longer; 0 without either. Neither grows with the text."""
-    like, most = model.embed_tokens.weight, model.config.max_position_embeddings
-    kept, of_twice = (
-        graphs.tensors([x.new_cache(1, size, like.to("meta")) for x in (*model.layers, *model.mtp)])
-        for size in (most, 2 * most)
-    )
-    pairs = zip(kept, of_twice, strict=True)
+    """The number of places in the longest cache that does not grow with the text: the second
+    dimension of a ring buffer (B, places, ...) or of a state. 0 if all caches grow."""
+    parts, like = (*model.layers, *model.mtp), model.embed_tokens.weight.to("meta")
+    size = model.config.max_position_embeddings
+    one, other = (graphs.tensors([part.new_cache(1, n, like) for part in parts])
+                  for n in (size, 2 * size))  # fmt: skip
+    pairs = zip(one, other, strict=True)
     return max((x.shape[1] for x, y in pairs if x.shape == y.shape and x.ndim > 1), default=0)
 
 
 def whole_texts(model: DeepSeekV3, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """By depth: the logits of the first half of the texts (B, length - k, V), and what the main
-    model, then every module takes of all texts: tokens, hidden states."""
+    """For each depth, the logits of the first half of the texts, (B, T - k, V), and the inputs for
+    all texts: the tokens for the main model, hidden states for an MTP module."""
     logits, inputs = logits_of(model, tokens[: len(tokens) // 2]), [tokens, model.trunk(tokens)]
     for k in range(1, len(logits) - 1):
         inputs.append(model.predict_next(k - 1, inputs[k][:, :-1], tokens[:, k:]))
@@ -170,384 +173,351 @@ def whole_texts(model: DeepSeekV3, tokens: Tensor) -> tuple[list[Tensor], list[T
 
 
 def read_in_pieces(
-    model: DeepSeekV3, k: int, inputs: Tensor, tokens: Tensor, way: str, prompt: int, tensor: bool
+    model: DeepSeekV3, k: int, inputs: Tensor, tokens: Tensor, pattern: str, prompt: int = 0
 ) -> Tensor:
-    """Logits of the main model, k = 0, or of MTP module k, on a cache: (B, length - k, V).
-
-    inputs: the tokens (2B, length), or the hidden states that the module takes (2B, .., D). The
-    first B rows are the texts, from the others come drafts.
-    """
-    B, length, logits = len(tokens) // 2, tokens.shape[1] - k, []
+    """The logits of depth k, read with a cache: (B, T - k, V). The first B rows of inputs and
+    tokens (2B, ...) are the texts, the others supply the rejected drafts."""
+    B, length, logits, start = len(tokens) // 2, tokens.shape[1] - k, [], 0
     layers = model.mtp if k else model.layers
     cache = Cache(model.config, layers, B, length, model.embed_tokens.weight)
-    for start, kept, read in pieces(way, prompt, length):
-        takes, later = (
+    most = max(rejected for _, rejected in PATTERNS[pattern])
+    pieces = itertools.chain([(prompt + most, most)], itertools.cycle(PATTERNS[pattern]))
+    while start < length:
+        n, rejected = next(pieces)
+        read, kept = min(n, length - start), min(n - rejected, length - start)
+        if not read:  # no prompt
+            continue
+        piece, later = (
             torch.cat((x[:B, start : start + kept], x[B:, start + kept : start + read]), 1)
             for x in (inputs, tokens[:, k:])
         )
-        cache.length = torch.tensor(start, device=tokens.device) if tensor and start else start
-        h = model.predict_next(k - 1, takes, later, cache) if k else model.trunk(takes, cache)
+        cache.length = start  # forgets the rejected drafts
+        h = model.predict_next(k - 1, piece, later, cache) if k else model.trunk(piece, cache)
         logits.append(model.logits(h, k)[:, :kept])
-    return torch.cat(logits, 1)
-
-
-def pieces(way: str, prompt: int, length: int) -> Iterator[tuple[int, int, int]]:
-    """The pieces of a text: where each starts, how many tokens are kept, how many are read."""
-    most, start = max(forgotten for _, forgotten in WAYS[way]), 0
-    for n, forgotten in itertools.chain([(prompt + most, most)], itertools.cycle(WAYS[way])):
-        kept = min(n - forgotten, length - start)
-        read = min(n, length - start)
-        if read:
-            yield start, kept, read
         start += kept
-        if start == length:
-            return
+    return torch.cat(logits, 1)
 
 
 @torch.inference_mode()
 def bfloat16(model: DeepSeekV3, length: int = 1024) -> Answer:
-    """Rounding alone moves the distribution of the next token, by a small KL divergence. Behind a
-    cache it should move it no further: what is kept in bfloat16 has three digits, which is too few
-    for a sum that grows with the text. Weights as they are, and real sizes of everything."""
+    """Compares rounding errors: how far bfloat16 moves the distribution of the next token from
+    float64's, as a KL divergence, without a cache and with one. A cache should not move it further.
+    It does if something is cached in bfloat16 that needs more than its two or three digits, such as
+    a sum that grows with the text. Weights and sizes are those of the run."""
     exact, low = (copy.deepcopy(model).eval() for _ in range(2))
     exact.to(sample.drawing_device(model.embed_tokens.weight.device), torch.float64)
     low.to(torch.bfloat16)
-    tokens, says, wrong = random_tokens(low, 2, length), [], []
+    tokens, numbers, wrong = random_tokens(low, 2, length), [], []
     right, _ = whole_texts(exact, tokens.to(exact.embed_tokens.weight.device))
     whole, inputs = whole_texts(low, tokens)
     for k, logits in enumerate(right):
-        cached = read_in_pieces(low, k, inputs[k], tokens, SEVERAL, 0, False)
-        of_whole, of_cached = (divergence(logits, x) for x in (whole[k], cached))
-        says.append(f"{of_whole:.1e} and {of_cached:.1e} in the {reader(k)}")
-        if not of_cached <= 3 * of_whole + 1e-9:
-            wrong.append(f"{reader(k)}: {of_cached / of_whole:.0f} times as far behind the cache")
-    what = f"bfloat16: KL from float64 of {tokens.shape[1]} tokens, read whole and in pieces"
-    return Answer(f"{what}: {', '.join(says)}", wrong)
+        plain = divergence(logits, whole[k])
+        cached = divergence(logits, read_in_pieces(low, k, inputs[k], tokens, SEVERAL))
+        numbers.append(f"{plain:.1e} and {cached:.1e} in the {name_of(k)}")
+        if not cached <= 3 * plain + 1e-9:
+            wrong.append(f"{name_of(k)}: {cached / plain:.0f} times as large with a cache")
+    what = f"bfloat16: KL divergence from float64 for {tokens.shape[1]} tokens, without and with a"
+    return Answer(f"{what} cache: {', '.join(numbers)}", wrong)
 
 
 def divergence(p: Tensor, q: Tensor) -> float:
-    """KL(p || q) of logits (B, T, V) in nats, the median of the tokens. (Rounding lets some choose
-    another expert, and theirs is a hundred times as large.)"""
+    """KL(p || q) of logits (B, T, V) in nats, the median over tokens: where rounding makes a token
+    choose another expert, it is a hundred times as large."""
     p, q = (x.to(p.device).double().log_softmax(-1) for x in (p, q))
     return (p.exp() * (p - q)).sum(-1).median().item()
 
 
+def drafts(model: DeepSeekV3, new: int = 32) -> Answer:
+    """Compares greedy texts. Drafts, right or wrong, must not change them."""
+    model = perturbed(model)
+    prompt, wrong = random_tokens(model, 2, 8), []
+    plain = sample.generate(model, prompt, new, temperature=0, speculative=0)
+    for n in range(1, sample.MAX_DRAFTS + 1):
+        text = sample.generate(model, prompt, new, temperature=0, speculative=n)
+        if differs := (text != plain).any(0).nonzero().flatten().tolist():
+            wrong.append(f"with {n} drafts per round the text differs from token {differs[0]} on")
+    new = plain.shape[1] - prompt.shape[1]
+    return Answer(f"drafts: a greedy text of {new} tokens must be the same with and without", wrong)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
 @torch.inference_mode()
 def causality(model: DeepSeekV3, length: int = 256) -> Answer:
-    """Whether a logit depends on a later token, also in training mode, where experts may choose
-    their tokens, say, and the loss would be that of a network that has read the answer."""
+    """Compares two texts with the same beginning and different ends. The logits of the beginning
+    must be equal, also in training mode: a network that sees the answer has a meaningless loss.
+    Then compares the logits of a batch with those of each text alone."""
     model, wrong = perturbed(model), []
     texts = random_tokens(model, 4, length)
-    end = texts.shape[1] // 2 - 1  # no multiple of any usual length of blocks
+    end = texts.shape[1] // 2 - 1  # no multiple of a usual block length
     texts[2:, :end] = texts[:2, :end]
-    for training in (False, True):
-        model.train(training)
-        one, other = (logits_of(model, x) for x in texts.split(2))
-        for k, (x, y) in enumerate(zip(one, other, strict=True)):
-            first, off = where_they_differ(y[:, : end - k], x[:, : end - k])
-            if first:
-                mode = "in training" if training else "in evaluation"
-                sees = f"position {k + first[0]} sees tokens from position {end} on"
-                wrong.append(f"{reader(k)}, {mode}: {sees}; logits differ by up to {off:.2g}")
-    model.eval()
-    together, *alone = (logits_of(model, x) for x in (texts, *texts.split(1)))
-    for k, (x, *y) in enumerate(zip(together, *alone, strict=True)):
-        first, off = where_they_differ(torch.cat(y), x)
-        if first:
-            says = f"a text sees others of its batch; logits differ by {off:.2g}"
-            wrong.append(f"{reader(k)}: {says}")
-    text = "causality: no logit may depend on a later token, nor in training, nor on another text"
-    return Answer(text, wrong)
+    for mode in ("evaluation", "training"):
+        model.train(mode == "training")
+        one, other = ([x[:, : end - k] for k, x in enumerate(logits_of(model, half))]
+                      for half in texts.split(2))  # fmt: skip
+        for part, position, size in differing(other, one):
+            sees = f"position {position} sees tokens from position {end} on"
+            wrong.append(f"{part}, in {mode}: {sees}; logits differ {size}")
+    batch, *each = (logits_of(model.eval(), x) for x in (texts, *texts.split(1)))
+    for part, _, size in differing([torch.cat(x) for x in zip(*each, strict=True)], batch):
+        wrong.append(f"{part}: a text sees the others of its batch; logits differ {size}")
+    what = "causality: logits must not depend on later tokens, nor on other texts of the batch"
+    return Answer(what, wrong)
 
 
-def logits_of(model: DeepSeekV3, tokens: Tensor) -> list[Tensor]:
-    """By depth, (B, T - k, V), with the same random numbers each time."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        logits, mtp_logits = model(tokens, return_mtp=True)
-    return [logits, *mtp_logits]
-
-
-@torch.no_grad()
-def draws(model: DeepSeekV3, text: Tensor) -> bool:
-    """Whether a step takes random numbers, whatever it does with them."""
-    states = torch.get_rng_state, *([torch.cuda.get_rng_state] if text.is_cuda else [])
-    with torch.random.fork_rng():
-        before = [state() for state in states]
-        copy.deepcopy(model).train()(text[:, :-1], text[:, 1:])
-        return not all(torch.equal(x, state()) for x, state in zip(before, states, strict=True))
-
-
-def gradients(
-    model: DeepSeekV3, config: train.TrainConfig, compiled: bool = False, step: int = 0
-) -> Answer:
-    """Those of a step of a run with these settings. A block that is computed again must get what it
-    got before; and a loss is a mean over the step's targets, in one micro-batch or in two. (If a
-    step draws random numbers, such as dropout's, micro-batches and graphs draw others.)"""
-    model, largest, notes = perturbed(model), 0.0, []
+def gradients(model: DeepSeekV3, config: TrainConfig, compiled=False, step: int = 0) -> Answer:
+    """Compares the gradients of a training step with those of the same step recomputed, in two
+    micro-batches and, if `compiled`, compiled. A recomputed block must give what it gave before,
+    and a loss must be a mean over all targets of the step. If the step draws random numbers, as
+    dropout does, only recomputing draws the same ones, and nothing else is compared."""
+    model = perturbed(model)
     text = random_tokens(model, 4, min(config.block_size, 128) + 1)
-    random = draws(model, text)
-
-    def found(later: int = 0, **options) -> dict[str, Tensor]:
-        return step_gradients(model, config, text, step + later, **options)
-
-    learns = {name for name, p in model.named_parameters() if p.requires_grad}
-    plain, used, by_text = found(), set(), set()
-    for later in range(32):  # a layer that is skipped in this step learns in another
-        used |= {name for name, g in (found(later) if later else plain).items() if g.any()}
-        by_text |= {name for name, g in found(later, of=TEXT).items() if g.any()}
-        if learns <= used:
-            break
-    wrong = [f"{name} gets no gradient" for name in sorted(learns - used)]
-    if aside := sorted(learns & used - by_text):
-        others = ", ".join(sorted(train.loss_weights(config, step).keys() - TEXT))
-        notes.append(f"{others} alone trains {aside[0]}, one of {len(aside)} such parameters")
-    least = SAME * math.sqrt(sum(g.square().sum().item() for g in plain.values()))
+    answer, plain = reach(model, config, text, step), one_step(model, config, text, step)
+    least = SAME * math.sqrt(sum(g.square().sum().item() for g in plain.gradients.values()))
     ways = {"recomputed": dict(recompute=True)}
-    if not random:
+    if not plain.random:
         ways |= {"in two micro-batches": dict(grad_accum=2)}
         ways |= {"compiled": dict(compile=True)} if compiled else {}
     for way, changes in ways.items():
         try:
-            off = differences(plain, found(**changes), least)
-        except CheckpointError:  # the second time sizes differ, such as the rows of an expert
-            wrong.append(f"{way}: a block does not compute what it has computed before")
-            continue
-        different = sorted((name for name, x in off.items() if not x <= 100 * SAME), key=off.get)
-        largest = max(largest, *off.values())
-        if different:
-            worst = f"that of {different[-1]} by {off[different[-1]]:.2g} of its norm"
-            wrong.append(f"{way}: {len(different)} of {len(plain)} differ, {worst}")
-    compared = "recomputed alone, as the step draws random numbers" if random else ", ".join(ways)
-    says = f"gradients of {len(plain)} parameters, {compared}: they differ by up to {largest:.1g}"
-    return Answer(f"{says} of their norm", wrong, notes)
+            found = one_step(model, config, text, step, **changes).gradients
+            sentence = differences(plain.gradients, found, 100 * SAME, least)
+        except CheckpointError:  # shapes differ, such as the number of an expert's rows
+            sentence = "a block does not compute what it computed before"
+        answer.wrong += [f"{way}: {sentence}"] if sentence else []
+    alone = " alone, as the step draws random numbers" if plain.random else ""
+    answer.summary += f"; gradients must be the same {', '.join(ways)}{alone}"
+    return answer
 
 
-def differences(
-    right: dict[str, Tensor], found: dict[str, Tensor], least: float = 1e-300
-) -> dict[str, float]:
-    """By name, of the norm of what is right; infinite for what one of the two lacks."""
-    off = {name: (found[name] - x).norm().item() / max(x.norm().item(), least)
-           for name, x in right.items() if name in found}  # fmt: skip
-    return off | dict.fromkeys(right.keys() ^ found.keys(), math.inf)
+def reach(model: DeepSeekV3, config: TrainConfig, text: Tensor, step: int) -> Answer:
+    """Counts the parameters that get a gradient from each loss. It is wrong if a parameter gets
+    none, or if a gate's choices are not counted, so that `update_bias` cannot balance it. Notes
+    name parameters that an auxiliary loss alone trains, and losses that train no layer of the main
+    model, such as that of a head on detached hidden states."""
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    gates = {name for name, module in model.named_modules() if module in model.gates()}
+    reached = {loss: set() for loss in train.loss_weights(config, step)}
+    for later in range(32):  # a layer that is skipped in this step may learn in a later one
+        for loss, names in reached.items():
+            found = one_step(model, config, text, step + later, only=loss)
+            names |= {name for name, g in found.gradients.items() if g.any()}
+            gates -= found.counted
+        by_any = set().union(*reached.values())
+        if learning <= by_any and not gates:
+            break
+    by_text = reached.get("loss", set()) | reached.get("mtp_loss", set())
+    wrong, notes = [f"{name} gets no gradient" for name in sorted(learning - by_any)], []
+    wrong += [f"{x}'s choices are not counted: a block counts one gate" for x in sorted(gates)]
+    for loss, names in reached.items():
+        if only := sorted(names - by_text):
+            notes.append(f"{loss} alone trains {only[0]} and {len(only) - 1} more parameters")
+        if found.losses.get(loss) and not any(name.startswith("layers.") for name in names):
+            notes.append(f"{loss} trains no layer of the main model: is its input detached?")
+    counts = ", ".join(f"{loss} reaches {len(names)}" for loss, names in reached.items())
+    return Answer(f"gradients: of {len(learning)} parameters {counts}", wrong, notes)
 
 
-TEXT = {"loss", "mtp_loss"}  # cross-entropies of the text
-
-
-def step_gradients(
-    model: DeepSeekV3, config: train.TrainConfig, text: Tensor, step: int, of=None, **settings
-) -> dict[str, Tensor]:
-    """By parameter, as `backward` of train.py leaves them; without those that get none. of: the
-    names of the losses whose gradients these are (None: all)."""
-    usual = dict(recompute=False, grad_accum=1, compile=False, fp8=False)
-    model, config = copy.deepcopy(model).train(), replace(config, **usual | settings)
+def one_step(
+    model: DeepSeekV3, config: TrainConfig, text: Tensor, step: int, only: str = "", **changes
+) -> SimpleNamespace:
+    """What `backward` of train.py computes in this step: gradients and losses by name, the gates
+    that counted their choices, and whether random numbers were drawn. only: the one loss whose
+    gradients to compute. changes: other settings of the run."""
+    plain = dict(recompute=False, grad_accum=1, compile=False, fp8=False)
+    model, config = copy.deepcopy(model).train(), replace(config, **plain | changes)
     train.at_step(model, config, step)
-    weight_of = train.loss_weights(config, step)
-    weight_of = {name: w * (of is None or name in of) for name, w in weight_of.items()}
+    weights = train.loss_weights(config, step)
+    weights = {loss: w if only in ("", loss) else 0.0 for loss, w in weights.items()}
     machine = processes.Machine(text.device, torch.float64, compiled=config.compile)
-    trainer, parts = processes.wrap(model, config, machine), text.cpu().numpy()
+    trainer, windows = processes.wrap(model, config, machine), text.cpu().numpy()
+    numbers = RandomNumbers(machine)
     with torch.random.fork_rng():
         torch.manual_seed(step)
-        train.backward(trainer, np.split(parts, config.grad_accum), weight_of, machine)
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        before = numbers.state_dict()["by_rank"][0]
+        losses = train.backward(trainer, np.split(windows, config.grad_accum), weights, machine)
+        random = not all(map(torch.equal, before, numbers.state_dict()["by_rank"][0]))
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gates = {gate for gate in model.gates() if gate.load.any()}
+    counted = {name for name, module in model.named_modules() if module in gates}
+    return SimpleNamespace(gradients=gradients, losses=losses, counted=counted, random=random)
+
+
+def differences(right: dict, found: dict, same: float = SAME, least: float = 1e-300) -> str:
+    """A sentence if tensors of the same name differ by more than `same`, as a share of the norm of
+    the right one (of `least`, if that is more); "" if not."""
+    off = dict.fromkeys(right.keys() ^ found.keys(), math.inf)  # one of the two is missing
+    for name in sorted(right.keys() & found.keys()):
+        x, y = right[name].double(), found[name].double()
+        off[name] = (y - x).norm().item() / max(x.norm().item(), least)
+    wrong = {name: x for name, x in off.items() if not x <= same}  # NaN, too
+    if not wrong:
+        return ""
+    most = max(wrong, key=wrong.get)
+    return f"{len(wrong)} of {len(off)} differ, {most} by {off[most]:.2g} of its norm"
 
 
 @torch.no_grad()
 def losses(model: DeepSeekV3) -> Answer:
-    """What evaluations report, and choose best.pt by, beside the cross-entropies of the logits."""
+    """Compares `loss` and `mtp_loss` with cross-entropies of the logits. Evaluations report both,
+    and `loss` decides which weights become best.pt."""
     model, wrong = perturbed(model), []
     text = random_tokens(model, 4, 129)
     x, y = text[:, :-1], text[:, 1:]
     returned = model(x, y)
-    main, *mtp = (
-        F.cross_entropy(logits.flatten(0, 1), y[:, k:].flatten()).item()
-        for k, logits in enumerate(logits_of(model, x))
-    )
+    main, *mtp = (F.cross_entropy(z.mT, y[:, k:]).item() for k, z in enumerate(logits_of(model, x)))
     for name, right in {"loss": main, "mtp_loss": sum(mtp) / max(1, len(mtp))}.items():
         if not math.isclose(found := returned[name].item(), right, rel_tol=SAME):
             wrong.append(f"{name} is {found:.6g}, but the logits' cross-entropy is {right:.6g}")
     return Answer(f"losses: the logits' cross-entropy is {main:.6g}", wrong)
 
 
-@torch.no_grad()
-def loads(model: DeepSeekV3) -> Answer:
-    """Whether each gate's choices are counted. Its bias moves by its load alone."""
-    model, text = perturbed(model).train(), random_tokens(model, 4, 129)
-    with torch.random.fork_rng():
-        for seed in range(32):  # a layer that is skipped in this call counts in another
-            torch.manual_seed(seed)
-            model(text[:, :-1], text[:, 1:])
-            if all(gate.load.any() for gate in model.gates()):
-                break
-    names = {module: name for name, module in model.named_modules()}
-    wrong = [
-        f"nothing that {names[gate]} chooses is counted: a block counts its first gate alone"
-        for gate in model.gates()
-        if not gate.load.any()
-    ]
-    return Answer(f"loads: each of {len(model.gates())} gates must count its own choices", wrong)
-
-
-def drafts(model: DeepSeekV3, new: int = 32) -> Answer:
-    """Greedy texts. Drafts are right or wrong: they must not change what is written."""
-    model = perturbed(model)
-    prompt, wrong = random_tokens(model, 2, 8), []
-    plain = sample.generate(model, prompt, new, temperature=0, speculative=0)
-    for count in range(1, sample.MAX_DRAFTS + 1):
-        text = sample.generate(model, prompt, new, temperature=0, speculative=count)
-        off = (text != plain).any(0).nonzero()[:1, 0].tolist()
-        if off:
-            wrong.append(f"with {count} in a round the text is another from token {off[0]} on")
-    written = f"{plain.shape[1] - prompt.shape[1]} tokens"
-    return Answer(f"drafts: greedy texts of {written} must be the same with them", wrong)
-
-
-# ---- A run of four steps -------------------------------------------------------------------------
-
-
-class Copied(Tokens):
-    """Tokens to train on, and a copy of the run's first checkpoint, from before the next step."""
-
-    def __init__(self, tokens: np.ndarray, run: Path, copy: Path):
-        super().__init__([tokens])
-        self.run, self.copy = run, copy
-
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        if (self.run / "ckpt.pt").exists() and not self.copy.exists():
-            self.copy.mkdir()
-            shutil.copy(self.run / "ckpt.pt", self.copy)
-        return super().windows(starts, length)
-
-
-def step(model: DeepSeekV3, config: train.TrainConfig) -> Answer:
-    """What train() of train.py saves after four steps, with the run's optimisers and states, and
-    what it saves if the last two are made again from the checkpoint before them, with other
-    objects."""
-    what, initial = (
-        "step: four at once, and the last two resumed from a checkpoint",
-        perturbed(model),
-    )
-    try:
-        whole, resumed = saved_after_four(initial, config)
-    except Refusal as error:
-        return Answer(what, [str(error)])
-    learns = {name for name, p in initial.named_parameters() if p.requires_grad}
-    taken = {name for state in whole.values() for name in state.get("names", ())}  # by optimisers
-    wrong = resume_differences(whole, resumed)
-    wrong += [f"{name} is in no optimiser" for name in sorted(learns - taken)]
-    return Answer(what, wrong)
-
-
-def resume_differences(whole: dict, resumed: dict) -> list[str]:
-    """A sentence for each state that differs: its entry that differs most."""
-    worst = {}  # by state: how much an entry differs, and its name
-    for name, x in differences(flat(whole), flat(resumed)).items():
-        if not x <= SAME:
-            state = name.split(":")[0]
-            worst[state] = max(worst.get(state, (x, name)), (x, name))
-    return [f"resumed, {name} differs by {x:.2g} of its norm" for x, name in worst.values()]
-
-
-def saved_after_four(model: DeepSeekV3, config: train.TrainConfig) -> tuple[dict, dict]:
-    """The states that a run has saved after four steps, and those of one that was resumed."""
-    tokens = random_tokens(model, 2, 257).cpu().numpy()
-    machine = processes.Machine(model.embed_tokens.weight.device, torch.float64)
-    short = dict(steps=4, batch_size=2, batch_start=0, block_size=min(64, config.block_size))
-    short |= dict(long_block_size=0, log_every=4, eval_every=4, eval_batch=2, save_every=2)
-    plain = dict(dtype="float64", fp8=False, compile=False, recompute=False, parallel="ddp")
-    plain |= dict(grad_accum=1, overwrite=False, init_from="", eval_only=False)
+def step(model: DeepSeekV3, config: TrainConfig, run: Path | None = None) -> Answer:
+    """Trains four steps by `train` of train.py with the run's settings, then repeats the last two
+    with new objects, resumed from a checkpoint. Both must save the same states. The weights in
+    best.pt must have the validation loss that the log gives them. Notes numbers of low precision in
+    the checkpoint, and in that of `run`, because the four steps are in float64."""
+    what = "step: four, and the last two resumed, must save the same; best.pt must have its loss"
+    model, stored = perturbed(model), {}
+    if run and (run / "ckpt.pt").exists():
+        stored = load_checkpoint(run / "ckpt.pt", whole=False)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        whole, resumed = Path(folder, "whole"), Path(folder, "resumed")
-        data = SimpleNamespace(  # a Dataset
-            train=Copied(tokens.flatten(), whole, resumed),
-            val=Tokens([tokens[0]]),
-            vocab_size=model.config.vocab_size,
-            val_bytes_per_token=1.0,
-        )
-
-        def saved(out: Path, network: DeepSeekV3) -> dict:
-            now = replace(config, out=str(out), resume=out == resumed, **short | plain)
-            with contextlib.redirect_stderr(io.StringIO()):
-                train.train(network, data, now, machine)
-            stored = load_checkpoint(out / "ckpt.pt")
-            return {key: x for key, x in stored.items() if isinstance(x, dict)}
-
-        first = saved(whole, copy.deepcopy(model))
-        other, stored = copy.deepcopy(model), load_checkpoint(resumed)  # as load_model does
-        vars(other.config).update(stored["model_config"])
-        other.trained_length = stored["trained_length"]
-        return first, saved(resumed, other)
+        try:
+            whole, resumed, val_losses = train_twice(model, config, Path(folder))
+        except Refusal as error:
+            return Answer(what, [str(error)])
+        sentence = differences(flat(whole), flat(resumed))
+        notes = low_precision(flat(stored)) or low_precision(flat(whole))
+    wrong = [f"resumed: {sentence}"] if sentence else []
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    learning -= {name for state in whole.values() for name in state.get("names", ())}
+    wrong += [f"{name} is in no optimiser" for name in sorted(learning)]
+    if not all(math.isclose(x, val_losses["evaluated"], rel_tol=SAME) for x in val_losses.values()):
+        numbers = ", ".join(f"{x:.6g} {where}" for where, x in val_losses.items())
+        wrong.append(f"other weights are evaluated than saved: best.pt has a loss of {numbers}")
+    return Answer(what, wrong, notes)
 
 
-def flat(saved: dict) -> dict[str, Tensor]:
-    """The tensors and numbers in a checkpoint, settings aside, by the keys that lead to each."""
-    found, _ = tree_flatten_with_path({k: x for k, x in saved.items() if "_config" not in k})
-    return {": ".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path):
-            torch.as_tensor(x, dtype=torch.float64)
-            for path, x in found if isinstance(x, Tensor | int | float)}  # fmt: skip
+def train_twice(model: DeepSeekV3, config: TrainConfig, folder: Path) -> tuple[dict, dict, dict]:
+    """The states that a run of four steps saves; those that its resumed second half saves; and the
+    validation loss of best.pt, as logged, as stored, and as evaluated again."""
+    whole, resumed = folder / "whole", folder / "resumed"
+    config = replace(
+        config, steps=4, batch_size=2, batch_start=0, block_size=min(64, config.block_size),
+        long_block_size=0, grad_accum=1, log_every=4, eval_every=4, eval_batch=2, save_every=2,
+        dtype="float64", fp8=False, compile=False, recompute=False, parallel="ddp",
+        overwrite=False, init_from="", eval_only=False,
+    )  # fmt: skip
+    tokens = random_tokens(model, 2, 257).cpu().numpy()
+    text, val, sizes = Tokens([tokens.flatten()]), Tokens([tokens[0]]), model.config.vocab_size
+    data = SimpleNamespace(train=text, val=val, vocab_size=sizes, val_bytes_per_token=1.0)
+    machine = processes.Machine(model.embed_tokens.weight.device, torch.float64)
+    windows = text.windows
 
+    def copy_first(*args):  # before the third step, which asks for its windows
+        if (whole / "ckpt.pt").exists() and not resumed.exists():
+            resumed.mkdir()
+            shutil.copy(whole / "ckpt.pt", resumed)
+        return windows(*args)
 
-def in_a_run(
-    check: Callable[[DeepSeekV3, int], Answer], model: DeepSeekV3, config: train.TrainConfig
-) -> Answer:
-    """check(network, step) as in the first step of a run; if nothing is wrong, also as in the
-    middle, whose answer is returned if it finds more."""
+    text.windows = copy_first
 
-    def at(now: int) -> Answer:
+    def trained(network: DeepSeekV3, out: Path) -> dict:
+        now = replace(config, out=str(out), resume=out == resumed)
+        with contextlib.redirect_stderr(io.StringIO()):
+            train.train(network, data, now, machine)
+        return {k: x for k, x in load_checkpoint(out / "ckpt.pt").items() if isinstance(x, dict)}
+
+    def opened(stored: dict) -> DeepSeekV3:  # as load_model opens a checkpoint
         network = copy.deepcopy(model)
-        train.at_step(network, config, now)
-        return check(network, now)
+        vars(network.config).update(stored["model_config"])
+        network.trained_length = stored["trained_length"]
+        network.load_state_dict(stored["model"])
+        return network
 
-    if (first := at(0)).wrong:
-        return first
-    later = at(config.steps // 2)
-    later.what += f" (in step {config.steps // 2} of {config.steps})"
-    return later if later.wrong or len(later.notes) > len(first.notes) else first
+    states = trained(copy.deepcopy(model), whole)
+    states_resumed = trained(opened(load_checkpoint(resumed)), resumed)
+    best = load_checkpoint(whole / "best.pt")
+    with torch.no_grad():
+        total = train.add_up(opened(best), tokens[0], config.block_size, config, machine)
+    lines = map(json.loads, (whole / "log.jsonl").read_text().splitlines())
+    *_, logged = (line["val_loss"] for line in lines if "val_loss" in line)
+    val_losses = {"in the log": logged, "in the file": best["val_loss"]}
+    return states, states_resumed, val_losses | {"evaluated": total["losses"][0]}
 
 
-def answers(
-    model: DeepSeekV3, config: train.TrainConfig, length: int | None = None, compiled: bool = False
-) -> Iterator[Answer]:
-    """All of them, in the order of this file."""
-    exact = decoding(model, length)
-    yield exact
-    skipped = Answer("bfloat16: not compared", notes=["decoding is wrong in float64 already"])
-    yield skipped if exact.wrong else bfloat16(model)
-    yield in_a_run(lambda at, now: causality(at), model, config)
-    yield in_a_run(lambda at, now: gradients(at, config, compiled and not now, now), model, config)
-    yield in_a_run(lambda at, now: losses(at), model, config)
-    yield loads(model)
-    yield drafts(model)
-    yield step(model, config)
+def flat(checkpoint: dict) -> dict[str, Tensor]:
+    """The tensors and numbers in the states of a checkpoint, by the keys that lead to each."""
+    states = {key: x for key, x in checkpoint.items() if isinstance(x, dict) and "_conf" not in key}
+    leaves, _ = tree_flatten_with_path(states)
+    return {keystr(path): x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+            for path, x in leaves if isinstance(x, Tensor | int | float)}  # fmt: skip
+
+
+def low_precision(tensors: dict[str, Tensor]) -> list[str]:
+    """A sentence if there are floating-point numbers of less than 32 bits."""
+    low = [name for name, x in tensors.items() if x.is_floating_point() and x.itemsize < 4]
+    if not low:
+        return []
+    dtype = tensors[low[0]].dtype
+    lost = f"updates of less than about 1/{2 / torch.finfo(dtype).eps:.0f} of a number are lost"
+    return [f"ckpt.pt has {low[0]} and {len(low) - 1} more in {str(dtype)[6:]}: {lost}"]
 
 
 # ---- The command ---------------------------------------------------------------------------------
+
+
+def in_a_run(check: Callable, model: DeepSeekV3, config: TrainConfig) -> Answer:
+    """Calls check(network, step) with the network as `at_step` of train.py sets it for the first
+    step of a run, and for the middle. Returns the first answer, unless the second finds more."""
+    found = []
+    for step in (0, config.steps // 2):
+        network = copy.deepcopy(model)
+        train.at_step(network, config, step)
+        found.append(check(network, step))
+    found[1].summary += f" (in step {step} of {config.steps})"
+    return max(found, key=lambda answer: len(answer.wrong + answer.notes))
+
+
+def answers(model: DeepSeekV3, config: TrainConfig, length=None, compiled=False, run=None):
+    """Yields the answers of all checks. length: tokens of a text to decode. compiled: whether to
+    compare compiled gradients. run: the run's folder, whose ckpt.pt is looked into."""
+    yield (exact := decoding(model, length))
+    if not exact.wrong:  # else bfloat16 shows nothing new
+        yield bfloat16(model)
+    yield in_a_run(lambda x, _: causality(x), model, config)
+    yield in_a_run(lambda x, at: gradients(x, config, compiled and not at, at), model, config)
+    yield in_a_run(lambda x, _: losses(x), model, config)
+    yield drafts(model)
+    yield step(model, config, run)
+
 
 ABOUT = "After an edit of model.py, check the network of a run: python check.py [RUN] [--key=value]"
 
 
 @dataclass
 class CheckConfig:
-    length: int | None = None  # tokens of the text; none: 256, or twice the longest window
-    compile: bool = False  # gradients compiled on a CPU, too, which takes minutes
+    length: int | None = None  # tokens of a text to decode; none: 256, or twice the longest window
+    compile: bool = False  # compare compiled gradients on a CPU, too, which takes minutes
     device: str = "auto"  # auto, cpu or cuda
 
 
 def main(argv: list[str]):
-    """Checks the network of model.py with the weights and settings of out/small, or of the RUN or
-    Hugging Face directory (with the default settings). Exit code 1 where something is wrong."""
+    """Checks the network of model.py with the weights and settings of a RUN, by default out/small,
+    or of a Hugging Face directory with default settings. Exit code 1 if something is wrong."""
     path, values = settings.parse_args(ABOUT, argv, CheckConfig, positional="run")
     config = CheckConfig(**values)
     settings.check_ranges(config, at_least_one={"length"})
     run, device = Path(path or "out/small"), processes.usable_device(config.device)
     model, _ = load_model(run, device)
-    source = "init_from" if (run / "config.json").exists() else "out"
-    of_run, *_ = train.read_settings(["--eval_only", f"--{source}={run}"])
-    training = train.TrainConfig(**train.split_configs(of_run)[1])
+    training = TrainConfig()
+    if not (run / "config.json").exists():
+        stored = load_checkpoint(run, whole=False)["train_config"]
+        training = replace(training, **{k: x for k, x in stored.items() if hasattr(training, k)})
     compiled = config.compile or (device.type == "cuda" and processes.compiles(training, device))
     right = True
-    for answer in answers(model, training, config.length, compiled):
+    for answer in answers(model, training, config.length, compiled, run):
         print(answer, flush=True)
         right = right and not answer.wrong
     if not right:
