@@ -10,8 +10,8 @@ computes one thing in two ways and compares the results:
     gradients    of a plain training step, and recomputed, in two micro-batches, or compiled
     losses       that the model returns, and the cross-entropies of its logits
     drafts       a greedy text written with drafts, and without
-    step         a run of four steps, and one that is resumed after two; the loss in the log, and
-                 that of the weights in best.pt
+    step         what a run of four steps saves, and one that is resumed after two; the loss in its
+                 log, and that of its best.pt
 
 All checks but bfloat16 use a copy of the network in float64, in which right results agree to about
 14 digits. All weights of the copy are perturbed, because a parameter that starts at 0 would hide a
@@ -44,7 +44,7 @@ from torch.utils.checkpoint import CheckpointError
 
 import sample
 import train
-from huggingface import load_model
+from huggingface import and_more, load_model
 from model import MAX_ROUND_TOKENS, Cache, DeepSeekV3
 from support import graphs, processes, settings
 from support.checkpoints import RandomNumbers, load_checkpoint
@@ -71,8 +71,7 @@ class Answer:
 @torch.no_grad()
 def perturbed(model: DeepSeekV3) -> DeepSeekV3:
     """A copy in float64 with noise added to all weights: to matrices so much that the scores of
-    attention and gates differ by about 1. With initial weights of 0.006 they are nearly equal, and
-    a mistake in them would hardly change the logits."""
+    attention and gates differ by about 1. At an initial 0.006 a wrong score would hardly show."""
     model = copy.deepcopy(model)
     model.to(sample.drawing_device(model.embed_tokens.weight.device), torch.float64).eval()
     model.update_bias(0.0)  # resets the counted loads
@@ -130,14 +129,11 @@ PATTERNS = {
 @torch.inference_mode()
 def decoding(model: DeepSeekV3, length: int | None = None) -> Answer:
     """Reads random texts in pieces, as sampling does, and compares the logits with those of the
-    whole texts, separately for the main model and every MTP module.
-
-    A piece is one token, several tokens, or drafts of which some are rejected: lowering
-    `cache.length` forgets them. Pieces begin the text or follow a prompt. A text has `length`
-    tokens, by default 256, or twice the longest window if that is more.
-    """
+    whole texts. A piece is one token, several tokens, or drafts of which some are rejected, which
+    lowering `cache.length` forgets. Pieces begin the text or follow a prompt. A text has `length`
+    tokens, by default 256, or twice the longest window if that is more."""
     model, wrong = perturbed(model), []
-    # Two texts, and two others whose tokens are the drafts that are rejected.
+    # Two texts, and two others whose tokens are the rejected drafts.
     tokens = random_tokens(model, 4, length or max(256, 2 * longest_window(model)))
     whole, inputs = whole_texts(model, tokens)
     ways = [*itertools.product(PATTERNS, (0, tokens.shape[1] // 2))]
@@ -200,10 +196,10 @@ def read_in_pieces(
 
 @torch.inference_mode()
 def bfloat16(model: DeepSeekV3, length: int = 1024) -> Answer:
-    """Compares rounding errors: how far bfloat16 moves the distribution of the next token from
-    float64's, as a KL divergence, without a cache and with one. A cache should not move it further.
-    It does if something is cached in bfloat16 that needs more than its two or three digits, such as
-    a sum that grows with the text. Weights and sizes are those of the run."""
+    """Compares how far bfloat16 moves the distribution of the next token, as a KL divergence,
+    without a cache and with one. A cache moves it further if it holds something that needs more
+    digits than bfloat16's two or three, such as a sum that grows with the text. Weights are those
+    of the run, not perturbed."""
     exact, low = (copy.deepcopy(model).eval() for _ in range(2))
     exact.to(sample.drawing_device(model.embed_tokens.weight.device), torch.float64)
     low.to(torch.bfloat16)
@@ -236,8 +232,7 @@ def drafts(model: DeepSeekV3, new: int = 32) -> Answer:
         text = sample.generate(model, prompt, new, temperature=0, speculative=n)
         if differs := (text != plain).any(0).nonzero().flatten().tolist():
             wrong.append(f"with {n} drafts per round the text differs from token {differs[0]} on")
-    new = plain.shape[1] - prompt.shape[1]
-    return Answer(f"drafts: a greedy text of {new} tokens must be the same with and without", wrong)
+    return Answer("drafts: greedy texts must be the same with drafts and without", wrong)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -268,9 +263,9 @@ def causality(model: DeepSeekV3, length: int = 256) -> Answer:
 
 def gradients(model: DeepSeekV3, config: TrainConfig, compiled=False, step: int = 0) -> Answer:
     """Compares the gradients of a training step with those of the same step recomputed, in two
-    micro-batches and, if `compiled`, compiled. A recomputed block must give what it gave before,
-    and a loss must be a mean over all targets of the step. If the step draws random numbers, as
-    dropout does, only recomputing draws the same ones, and nothing else is compared."""
+    micro-batches and, if `compiled`, compiled. A loss must be a mean over the targets, however they
+    are divided. If the step draws random numbers, as dropout does, only recomputing draws the same
+    ones, and nothing else is compared."""
     model = perturbed(model)
     text = random_tokens(model, 4, min(config.block_size, 128) + 1)
     answer, plain = reach(model, config, text, step), one_step(model, config, text, step)
@@ -312,7 +307,7 @@ def reach(model: DeepSeekV3, config: TrainConfig, text: Tensor, step: int) -> An
     wrong += [f"{x}'s choices are not counted: a block counts one gate" for x in sorted(gates)]
     for loss, names in reached.items():
         if only := sorted(names - by_text):
-            notes.append(f"{loss} alone trains {only[0]} and {len(only) - 1} more parameters")
+            notes.append(f"{loss} alone trains {and_more(only)}")
         if found.losses.get(loss) and not any(name.startswith("layers.") for name in names):
             notes.append(f"{loss} trains no layer of the main model: is its input detached?")
     counts = ", ".join(f"{loss} reaches {len(names)}" for loss, names in reached.items())
@@ -355,7 +350,7 @@ def differences(right: dict, found: dict, same: float = SAME, least: float = 1e-
     if not wrong:
         return ""
     most = max(wrong, key=wrong.get)
-    return f"{len(wrong)} of {len(off)} differ, {most} by {off[most]:.2g} of its norm"
+    return f"{len(wrong)} of {len(off)} differ, above all {most}, by {off[most]:.2g} of its norm"
 
 
 @torch.no_grad()
@@ -378,13 +373,13 @@ def step(model: DeepSeekV3, config: TrainConfig, run: Path | None = None) -> Ans
     with new objects, resumed from a checkpoint. Both must save the same states. The weights in
     best.pt must have the validation loss that the log gives them. Notes numbers of low precision in
     the checkpoint, and in that of `run`, because the four steps are in float64."""
-    what = "step: four, and the last two resumed, must save the same; best.pt must have its loss"
+    what = "step: a resumed run must save what a whole one saves, and best.pt what was evaluated"
     model, stored = perturbed(model), {}
     if run and (run / "ckpt.pt").exists():
         stored = load_checkpoint(run / "ckpt.pt", whole=False)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         try:
-            whole, resumed, val_losses = train_twice(model, config, Path(folder))
+            whole, resumed, val = train_twice(model, config, Path(folder))
         except Refusal as error:
             return Answer(what, [str(error)])
         sentence = differences(flat(whole), flat(resumed))
@@ -393,9 +388,9 @@ def step(model: DeepSeekV3, config: TrainConfig, run: Path | None = None) -> Ans
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     learning -= {name for state in whole.values() for name in state.get("names", ())}
     wrong += [f"{name} is in no optimiser" for name in sorted(learning)]
-    if not all(math.isclose(x, val_losses["evaluated"], rel_tol=SAME) for x in val_losses.values()):
-        numbers = ", ".join(f"{x:.6g} {where}" for where, x in val_losses.items())
-        wrong.append(f"other weights are evaluated than saved: best.pt has a loss of {numbers}")
+    if not all(math.isclose(x, val["evaluated again"], rel_tol=SAME) for x in val.values()):
+        numbers = ", ".join(f"{x:.6g} {where}" for where, x in val.items())
+        wrong.append(f"best.pt does not hold the evaluated weights: its loss is {numbers}")
     return Answer(what, wrong, notes)
 
 
@@ -413,13 +408,12 @@ def train_twice(model: DeepSeekV3, config: TrainConfig, folder: Path) -> tuple[d
     text, val, sizes = Tokens([tokens.flatten()]), Tokens([tokens[0]]), model.config.vocab_size
     data = SimpleNamespace(train=text, val=val, vocab_size=sizes, val_bytes_per_token=1.0)
     machine = processes.Machine(model.embed_tokens.weight.device, torch.float64)
-    windows = text.windows
 
     def copy_first(*args):  # before the third step, which asks for its windows
         if (whole / "ckpt.pt").exists() and not resumed.exists():
             resumed.mkdir()
             shutil.copy(whole / "ckpt.pt", resumed)
-        return windows(*args)
+        return Tokens.windows(text, *args)
 
     text.windows = copy_first
 
@@ -444,7 +438,7 @@ def train_twice(model: DeepSeekV3, config: TrainConfig, folder: Path) -> tuple[d
     lines = map(json.loads, (whole / "log.jsonl").read_text().splitlines())
     *_, logged = (line["val_loss"] for line in lines if "val_loss" in line)
     val_losses = {"in the log": logged, "in the file": best["val_loss"]}
-    return states, states_resumed, val_losses | {"evaluated": total["losses"][0]}
+    return states, states_resumed, val_losses | {"evaluated again": total["losses"][0]}
 
 
 def flat(checkpoint: dict) -> dict[str, Tensor]:
@@ -457,12 +451,11 @@ def flat(checkpoint: dict) -> dict[str, Tensor]:
 
 def low_precision(tensors: dict[str, Tensor]) -> list[str]:
     """A sentence if there are floating-point numbers of less than 32 bits."""
-    low = [name for name, x in tensors.items() if x.is_floating_point() and x.itemsize < 4]
-    if not low:
+    if not (low := [k for k, x in tensors.items() if x.is_floating_point() and x.itemsize < 4]):
         return []
     dtype = tensors[low[0]].dtype
     lost = f"updates of less than about 1/{2 / torch.finfo(dtype).eps:.0f} of a number are lost"
-    return [f"ckpt.pt has {low[0]} and {len(low) - 1} more in {str(dtype)[6:]}: {lost}"]
+    return [f"{and_more(low)} in ckpt.pt: {str(dtype)[6:]}, in which {lost}"]
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -481,8 +474,7 @@ def in_a_run(check: Callable, model: DeepSeekV3, config: TrainConfig) -> Answer:
 
 
 def answers(model: DeepSeekV3, config: TrainConfig, length=None, compiled=False, run=None):
-    """Yields the answers of all checks. length: tokens of a text to decode. compiled: whether to
-    compare compiled gradients. run: the run's folder, whose ckpt.pt is looked into."""
+    """Yields the answers of all checks. run: the run's folder, whose ckpt.pt is looked into."""
     yield (exact := decoding(model, length))
     if not exact.wrong:  # else bfloat16 shows nothing new
         yield bfloat16(model)

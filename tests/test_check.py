@@ -261,7 +261,7 @@ def test_a_gate_that_the_text_does_not_train_is_named(monkeypatch):
     assert not gradients(model, CONFIG).notes
     monkeypatch.setattr(Gate, "forward", cut_off)
     (note,) = gradients(model, CONFIG).notes
-    assert note == "balance_loss alone trains layers.1.mlp.gate.weight and 2 more parameters"
+    assert note == "balance_loss alone trains layers.1.mlp.gate.weight and 2 more"
 
 
 class Auxiliary(DeepSeekV3):
@@ -287,7 +287,7 @@ def test_a_loss_that_trains_no_layer_is_named(monkeypatch):
     model.__class__, model.head = Auxiliary, nn.Linear(16, 1, bias=False).double()
     answer = gradients(model, CONFIG)
     assert "aux_loss reaches 1" in answer.summary and len(answer.notes) == 2
-    assert answer.notes[0] == "aux_loss alone trains head.weight and 0 more parameters"
+    assert answer.notes[0] == "aux_loss alone trains head.weight"
     no_layer = "aux_loss trains no layer of the main model: is its input detached?"
     assert answer.notes[1] == no_layer
     del model.head
@@ -397,7 +397,7 @@ def test_optimisers_that_are_wrong_are_found(monkeypatch):
 
 def test_nan_in_a_saved_state_is_a_difference():
     saved = {"weight": torch.tensor([1.0, math.nan])}
-    assert check.differences(saved, saved) == "1 of 1 differ, weight by nan of its norm"
+    assert check.differences(saved, saved) == "1 of 1 differ, above all weight, by nan of its norm"
 
 
 class Coarse(torch.optim.SGD):
@@ -418,14 +418,14 @@ def test_a_moment_in_16_bits_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "make_optimizers", make)
     (note,) = check.step(model, CONFIG).notes
     name = "['Coarse 0']['state']['embed_tokens.weight']['mean']"
-    assert note.startswith(f"ckpt.pt has {name} and ")
-    assert note.endswith(" in bfloat16: updates of less than about 1/256 of a number are lost")
+    lost = "in ckpt.pt: bfloat16, in which updates of less than about 1/256 of a number are lost"
+    assert note.startswith(f"{name} and ") and note.endswith(f" more {lost}")
     monkeypatch.setattr(Coarse, "dtype", torch.float64)
     assert not check.step(model, CONFIG, tmp_path).notes
     state = {"state": {"x": {"mean": torch.zeros(2, dtype=torch.float16)}}}
     torch.save({"model_config": {}, "Coarse 0": state}, tmp_path / "ckpt.pt")
     (note,) = check.step(model, CONFIG, tmp_path).notes
-    assert "['mean'] and 0 more in float16: updates of less than about 1/2048" in note
+    assert "['mean'] in ckpt.pt: float16, in which updates of less than about 1/2048" in note
 
 
 def test_other_weights_in_best_pt_than_were_evaluated_are_found(monkeypatch):
@@ -441,7 +441,7 @@ def test_other_weights_in_best_pt_than_were_evaluated_are_found(monkeypatch):
 
     monkeypatch.setattr(train, "evaluate", of_other_weights)
     (wrong,) = check.step(tiny(), CONFIG).wrong
-    assert wrong.startswith("other weights are evaluated than saved: best.pt has a loss of ")
+    assert wrong.startswith("best.pt does not hold the evaluated weights: its loss is ")
 
 
 # ---- Drafts --------------------------------------------------------------------------------------
