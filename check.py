@@ -405,8 +405,8 @@ def train_twice(model: DeepSeekV3, config: TrainConfig, folder: Path) -> tuple[d
         overwrite=False, init_from="", eval_only=False,
     )  # fmt: skip
     tokens = random_tokens(model, 2, 257).cpu().numpy()
-    text, val, sizes = Tokens([tokens.flatten()]), Tokens([tokens[0]]), model.config.vocab_size
-    data = SimpleNamespace(train=text, val=val, vocab_size=sizes, val_bytes_per_token=1.0)
+    text, val, V = Tokens([tokens.flatten()]), Tokens([tokens[0]]), model.config.vocab_size
+    data = SimpleNamespace(train=text, val=val, vocab_size=V, val_bytes_per_token=1.0)
     machine = processes.Machine(model.embed_tokens.weight.device, torch.float64)
 
     def copy_first(*args):  # before the third step, which asks for its windows

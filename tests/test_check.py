@@ -264,35 +264,28 @@ def test_a_gate_that_the_text_does_not_train_is_named(monkeypatch):
     assert note == "balance_loss alone trains layers.1.mlp.gate.weight and 2 more"
 
 
-class Auxiliary(DeepSeekV3):
-    """A head on hidden states whose gradient goes no further: it trains the head alone, or the
-    output head, which the text trains, too."""
+@pytest.mark.parametrize("head", ["head", "lm_head"])
+def test_a_loss_that_trains_no_layer_is_named(head, monkeypatch):
+    """It reads detached hidden states, by a head of its own, or by the text's."""
 
-    own = True
-
-    def forward(self, tokens, targets=None, return_mtp=False):
-        found = super().forward(tokens, targets, return_mtp)
-        if targets is not None:
+    class Auxiliary(DeepSeekV3):
+        def forward(self, tokens, targets=None, return_mtp=False):
             h = self.trunk(tokens).detach()
-            self.routed = []
-            found["aux_loss"] = (self.head(h) if self.own else self.lm_head(h)).square().mean()
-        return found
+            found = super().forward(tokens, targets, return_mtp)
+            aux = getattr(self, head)(h).square().mean()
+            return found if targets is None else found | {"aux_loss": aux}
 
-
-def test_a_loss_that_trains_no_layer_is_named(monkeypatch):
-    weights = train.loss_weights
+    model, weights = tiny(), train.loss_weights
     weigh = lambda config, step: weights(config, step) | {"aux_loss": 0.1}  # noqa: E731
     monkeypatch.setattr(train, "loss_weights", weigh)
-    model = tiny()
-    model.__class__, model.head = Auxiliary, nn.Linear(16, 1, bias=False).double()
+    model.__class__ = Auxiliary
+    if head == "head":
+        model.head = nn.Linear(16, 1, bias=False).double()
     answer = gradients(model, CONFIG)
-    assert "aux_loss reaches 1" in answer.summary and len(answer.notes) == 2
-    assert answer.notes[0] == "aux_loss alone trains head.weight"
-    no_layer = "aux_loss trains no layer of the main model: is its input detached?"
-    assert answer.notes[1] == no_layer
-    del model.head
-    model.own = False
-    assert gradients(model, CONFIG).notes == [no_layer]
+    assert "aux_loss reaches 1;" in answer.summary
+    *alone, no_layer = answer.notes
+    assert no_layer == "aux_loss trains no layer of the main model: is its input detached?"
+    assert alone == ["aux_loss alone trains head.weight"] * (head == "head")
 
 
 def test_a_second_gate_in_a_block_is_found():
@@ -401,8 +394,6 @@ def test_nan_in_a_saved_state_is_a_difference():
 
 
 class Coarse(torch.optim.SGD):
-    """Keeps a mean of the gradients in the dtype of the run's products."""
-
     dtype = torch.bfloat16
 
     def step(self):
@@ -412,19 +403,17 @@ class Coarse(torch.optim.SGD):
 
 
 def test_a_moment_in_16_bits_is_named(monkeypatch, tmp_path):
-    """In the four steps, or, if it has the dtype of the run's products, in the run's checkpoint."""
-    model = tiny()
+    """In the four steps, or in the checkpoint of a run whose products had 16 bits."""
     make = lambda model, _: [Coarse(model.parameters(), 0.1)]  # noqa: E731
     monkeypatch.setattr(train, "make_optimizers", make)
-    (note,) = check.step(model, CONFIG).notes
-    name = "['Coarse 0']['state']['embed_tokens.weight']['mean']"
-    lost = "in ckpt.pt: bfloat16, in which updates of less than about 1/256 of a number are lost"
-    assert note.startswith(f"{name} and ") and note.endswith(f" more {lost}")
+    (note,) = check.step(tiny(), CONFIG).notes
+    assert note.startswith("['Coarse 0']['state']['embed_tokens.weight']['mean'] and ")
+    assert note.endswith("bfloat16, in which updates of less than about 1/256 of a number are lost")
     monkeypatch.setattr(Coarse, "dtype", torch.float64)
-    assert not check.step(model, CONFIG, tmp_path).notes
+    assert not check.step(tiny(), CONFIG, tmp_path).notes
     state = {"state": {"x": {"mean": torch.zeros(2, dtype=torch.float16)}}}
     torch.save({"model_config": {}, "Coarse 0": state}, tmp_path / "ckpt.pt")
-    (note,) = check.step(model, CONFIG, tmp_path).notes
+    (note,) = check.step(tiny(), CONFIG, tmp_path).notes
     assert "['mean'] in ckpt.pt: float16, in which updates of less than about 1/2048" in note
 
 
