@@ -296,8 +296,10 @@ def train_(options: TrainOptions, files: list[str]) -> Iterator[Table]:
     file = files[0] if files else "config/small.py"
     if not files:
         import transformers  # noqa: F401, fails now rather than after minutes
-    gpu = processes.usable_device(options.device).type == "cuda"
-    formats = FORMATS[1:] if gpu and files else FORMATS  # a large network in float32 takes minutes
+    device = processes.usable_device(options.device)
+    gpu = device.type == "cuda"
+    # On a GPU, where a large network in the other format may take minutes, train.py's choice.
+    formats = (str(fast_dtype(device)[0])[6:],) if gpu and files else FORMATS
     rows = [config_row(file, dtype, options) for dtype in formats]  # first, for their peak memory
     yield Table("a step, by the model's own FLOPs", rows)
     if not files:

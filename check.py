@@ -400,7 +400,7 @@ def train_twice(model: DeepSeekV3, config: TrainConfig, folder: Path) -> tuple[d
     whole, resumed = folder / "whole", folder / "resumed"
     config = replace(
         config, steps=4, batch_size=2, batch_start=0, block_size=min(64, config.block_size),
-        long_block_size=0, grad_accum=1, log_every=4, eval_every=4, eval_batch=2, save_every=2,
+        long_block_size=0, grad_accum=1, log_every=4, eval_every=4, save_every=2,
         dtype="float64", fp8=False, compile=False, recompute=False, parallel="ddp",
         overwrite=False, init_from="", eval_only=False,
     )  # fmt: skip

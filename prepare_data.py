@@ -314,7 +314,8 @@ def main(argv: list[str]) -> None:
     config = DataConfig(**values | ({"source": source} if source else {}))
     folder = prepare(config)
     print(folder)
-    info(f"next: {advice.next_command(folder, load_dataset(folder), config.tokenizer)}")
+    data = load_dataset(folder)
+    info(f"next: {advice.next_command(folder, data, config.tokenizer, config.source)}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,13 +45,13 @@ from huggingface import load_model, outline
 from model import DeepSeekV3, ModelConfig, count_chosen
 from support import advice, checkpoints, processes, runs, settings
 from support.checkpoints import Progress, RandomNumbers, checkpoint_file, load_checkpoint
-from support.flops import flops_per_token, peak_flops
+from support.flops import flops_per_token, log_time, peak_flops
 from support.muon import Muon, muon_takes, summary
 from support.processes import Machine
 from support.settings import Refusal, info
 from support.sizes import parameter_counts
 from support.tokenizer import Tokenizer, tokenizer_files
-from support.tokens import DEFAULT_VOCAB_SIZES, Dataset, data_folder, open_folder
+from support.tokens import DEFAULT_VOCAB_SIZES, Dataset, Tokens, data_folder, open_folder
 
 # The settings at which the learning rate changes its course, in order.
 LR_BOUNDS = ("warmup", "decay_start", "decay_end", "final_start")
@@ -96,14 +96,13 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of matrix products
     fp8: bool = False  # matrix products in FP8 (fp8.py)
-    compile: Literal["auto", True, False] = "auto"  # auto: if bfloat16; on a CPU only long runs
+    compile: Literal["auto", True, False] = "auto"  # auto: in bfloat16, where a run is long
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights and optimiser; implies recompute
     deterministic: bool = False  # sums in a fixed order: resumes are bit for bit on CUDA, too
     # the run
     eval_every: int = 250  # steps between evaluations
     eval_tokens: int = 0  # tokens of the validation text to evaluate, from its start (0: all)
-    eval_batch: int = 16  # windows per evaluation batch and process
     save_every: int = 250  # steps between checkpoints
     log_every: int = 10  # steps between lines in log.jsonl
     resume: bool = False  # continue from the run's ckpt.pt
@@ -112,7 +111,7 @@ class TrainConfig:
     eval_only: bool = False  # evaluate the run's (or init_from's) weights and stop
 
     def __post_init__(self):
-        counts = {"steps", "batch_size", "block_size", "grad_accum", "eval_batch"}
+        counts = {"steps", "batch_size", "block_size", "grad_accum"}
         counts |= {"eval_every", "save_every", "log_every"}
         settings.check_ranges(self, at_least_one=counts)
         if 0 < self.min_lr < 0.001:  # such as nanoGPT's 6e-5
@@ -333,8 +332,10 @@ def max_vio(loads: Sequence[Tensor]) -> Tensor:
 
 def validation_windows(tokens, T: int, config: TrainConfig, machine: Machine) -> Iterator:
     """This process's share of the tokens, in batches (B, T + 1) of adjacent windows, so that every
-    token is predicted once. All processes get the same number of batches, padded with -1."""
-    B = math.ceil(config.eval_batch * config.block_size / T)  # fewer, if windows are long
+    token is predicted once. All processes get the same number of batches, padded with -1. A batch
+    is as large as a micro-batch, so that an evaluation takes less memory than the training."""
+    parts = machine.world * config.grad_accum
+    B = max(1, config.batch_size * config.block_size // (T * parts))
     batches = range(0, math.ceil((len(tokens) - 1) / T), B * machine.world)
     no_bar = machine.rank > 0 or None  # None: no bar unless stderr is a terminal
     for first in tqdm(batches, "evaluate", leave=False, disable=no_bar):
@@ -411,6 +412,15 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     return result
 
 
+def try_evaluation(model: DeepSeekV3, data: Dataset, config: TrainConfig, machine: Machine):
+    """Evaluates a single batch and drops the result: lack of memory ends the run before its first
+    step, not at the first evaluation, hours later. Random numbers stay as they are."""
+    length = 1 + config.batch_size * config.block_size // config.grad_accum
+    data = replace(data, val=Tokens([data.val.arrays[0][:length]]))
+    with torch.random.fork_rng([machine.device] if machine.device.type == "cuda" else []):
+        evaluate(model, data, config, machine)
+
+
 # ---- Training ------------------------------------------------------------------------------------
 
 
@@ -450,15 +460,18 @@ def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
 
 
 def log_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, progress: Progress):
-    """Prints the model's size, the machine, how many epochs of the text the run takes, and whether
-    it compiles."""
-    total, active, mtp = (f"{n / 1e6:.2f}M" for n in parameter_counts(model).values())
+    """Prints the model's size, the machine, how many epochs of the text the run takes, an estimate
+    of its time, and whether it compiles."""
+    counts = parameter_counts(model)
+    total, active, mtp = (f"{n / 1e6:.2f}M" for n in counts.values())
     info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
     where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.dtype_reason})"
     info(f"run: {config.steps} steps on {where}")
     windows = sum(batch_at(config, step) for step in range(progress.step, config.steps))
     tokens = progress.tokens + windows * config.block_size
     advice.log_epochs(tokens, len(data.train), config.steps, new=progress.step == 0)
+    if progress.step < config.steps:
+        log_time(counts["active"], windows * config.block_size, machine)
     if progress.step < config.steps and machine.compiled:
         info("compiling takes one to three minutes, less in later runs (--compile=False skips it)")
 
@@ -485,7 +498,9 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     # A resumed run's states are restored here. A signal sets run.stopped.
     with runs.open_run(states, config, machine, files, mfu) as run:
         log_plan(model, data, config, machine, progress)
-        if progress.step == 0 and config.init_from:  # the initial weights, before they change
+        if machine.device.type == "cuda" and not run.finished:
+            try_evaluation(model, data, config, machine)
+        if run.evaluation_due:  # of given weights before they change, or of a resumed checkpoint
             run.log_evaluation(evaluate(model, data, config, machine))
 
         while not (run.finished or run.stopped):
@@ -516,11 +531,10 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             model.update_bias(gamma_at(config, step) if finite else 0.0)  # also resets the loads
             # Counts the step (progress.step, progress.tokens), and logs if a line is due.
             run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
-            if run.evaluation_due:
-                # The best weights so far become best.pt.
-                run.log_evaluation(evaluate(model, data, config, machine))
-            if run.checkpoint_due:
+            if run.checkpoint_due:  # before the evaluation, which may fail
                 run.save()
+            if run.evaluation_due:  # the best weights so far become best.pt
+                run.log_evaluation(evaluate(model, data, config, machine))
 
 
 # ---- The command ---------------------------------------------------------------------------------

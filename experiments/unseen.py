@@ -87,7 +87,7 @@ def main(argv: list[str]):
     run = Path(ckpt or "out/small")
     saved = load_checkpoint(run)["train_config"]
     dtype = saved.get("dtype", "auto") if options.dtype == "auto" else options.dtype
-    config = train.TrainConfig(device=options.device, dtype=dtype, eval_batch=options.batch)
+    config = train.TrainConfig(device=options.device, dtype=dtype, batch_size=options.batch)
     config.block_size = saved["block_size"]
     machine = processes.start(config)
     model, _ = load_model(run, machine.device)

@@ -21,15 +21,25 @@ def fitting_vocabulary(texts: list[str]) -> int:
     return min(4096, max(512, 2 ** round(math.log2(5 * math.sqrt(size)))))
 
 
-def next_command(folder: Path, data: Dataset, tokenizer: str) -> str:
+# Texts large enough for config/one_gpu.py, and its options for them (docs/REFERENCE.md).
+FOR_ONE_GPU = {
+    "fineweb": {},
+    "finewebedu": {},
+    "tinystories": {"block_size": 512, "grad_accum": 4, "steps": 6000},
+}
+
+
+def next_command(folder: Path, data: Dataset, tokenizer: str, source: str = "") -> str:
     """The command that trains on the folder: from the weights beside the tokenizer, if any, else a
-    new network.
+    new network, of config/one_gpu.py if the source has enough text.
 
     The run reads the text at most FEW_EPOCHS times. Weights of a run keep its settings, at a tenth
     of its learning rate. A release's weights get a rate of 2e-5.
     """
     name = folder.name if folder.parent == Path("data") else str(folder)
-    settings = runpy.run_path(str(Path(__file__).parent.parent / "config/small.py"))
+    file = "config/one_gpu.py" if source in FOR_ONE_GPU else "config/small.py"
+    settings = runpy.run_path(str(Path(__file__).parent.parent / file))
+    settings |= (options := FOR_ONE_GPU.get(source, {}))
     home, most, taken = Path(tokenizer), settings["steps"], ["batch_size", "block_size", "lr"]
     is_run = tokenizer and any((home / file).exists() for file in ("best.pt", "ckpt.pt"))
     if is_run:
@@ -44,9 +54,12 @@ def next_command(folder: Path, data: Dataset, tokenizer: str) -> str:
     if is_run or (tokenizer and (home / "config.json").exists()):
         words = [f"--init_from={home}", *words, *(f"--{key}={settings[key]}" for key in taken)]
     else:
-        words = ["config/small.py", *words, f"--vocab_size={data.vocab_size}"]
+        words = [file, *words, *(f"--{key}={x}" for key, x in options.items() if key != "steps")]
+        if not 0 <= settings["vocab_size"] - data.vocab_size < 128:  # else the network's is padded
+            words.append(f"--vocab_size={data.vocab_size}")
     # Evaluations of a long validation text would read more tokens than the training does.
-    words += [f"--eval_tokens={FEW_TOKENS}"] * (len(data.val) > 10 * FEW_TOKENS)
+    if len(data.val) > 10 * FEW_TOKENS and "eval_tokens" not in settings:
+        words.append(f"--eval_tokens={FEW_TOKENS}")
     return shlex.join(["python", "train.py", *words])
 
 

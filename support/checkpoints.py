@@ -185,6 +185,7 @@ class Progress:
     # waits for them.
     sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     skipped: int = 0  # steps since that line, because their gradient was not finite
+    evaluated: int = -1  # the step of the last evaluation
     best_length: int = 0  # of best.pt: the length of windows that it was trained for
     best_loss: float = math.inf  # of best.pt
 

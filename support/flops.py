@@ -1,6 +1,8 @@
-"""FLOPs of a training step, and FLOP/s of a card. Their ratio is nanoGPT's mfu."""
+"""FLOPs of a training step, and FLOP/s of a card. Their ratio is nanoGPT's mfu, and an estimate of
+a run's time."""
 
 import copy
+import re
 from collections.abc import Callable
 
 import torch
@@ -9,24 +11,41 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from support.clock import rough
+from support.processes import Machine
 from support.settings import info, short
 
-# FLOP/s of dense bf16 products, with sums in float32, by NVIDIA's data sheets for the A100 (2021),
-# H100 (2022; SXM and PCIe) and H200 (2023) and its papers on the architectures of the RTX 3090
-# (2020) and 4090 (2022). Most state twice as many, with sparsity. The H800 is an H100 with slower
-# links.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12}
-PEAK_FLOPS |= {"RTX 3090": 71e12, "RTX 4090": 165e12}
-OTHERS = ("NVL", "Laptop", " Ti", " D")  # in the names of cards that are slower or faster
+# TFLOP/s of dense products in bf16, with sums in float32, by NVIDIA's data sheets and, for RTX
+# cards, its papers on their architectures. Most state twice as many, with sparsity; with sums in 16
+# bits RTX cards are twice as fast again. T4 and V100 have no bf16: theirs are of float32.
+TERA = {
+    "H100": 989, "H100 PCIe": 756, "H200": 989, "H800": 989, "A100": 312, "A100-SXM4": 312,
+    "A100-PCIE": 312, "A10": 125, "L4": 121, "L40S": 362, "T4": 8.1, "V100-SXM2": 15.7,
+    "V100-PCIE": 14,
+    "RTX 3060": 25, "RTX 3070": 41, "RTX 3080": 60, "RTX 3090": 71,
+    "RTX 4060": 30, "RTX 4070": 58, "RTX 4080": 97, "RTX 4090": 165,
+    "RTX 5070": 62, "RTX 5070 Ti": 88, "RTX 5080": 113, "RTX 5090": 209.5,
+}  # fmt: skip
+PEAK_FLOPS = {name: tera * 1e12 for name, tera in TERA.items()}
+SHARE = 0.25  # of the speed of bare products: what a run reaches, or half or twice that
 GROUPED, ATTENTION = "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of bf16 products; None if unknown."""
+    """FLOP/s of products; None if unknown, as for a card with a longer name: a Ti, D or Laptop."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if any(word in card for word in OTHERS):
-        return None
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
+    found = re.fullmatch(r"(?:NVIDIA|Tesla)(?: GeForce)? (.+?)(?:-\w+GB)?(?: \d+GB.*)?", card)
+    return PEAK_FLOPS.get(found[1]) if found else None
+
+
+def log_time(active: int, tokens: int, machine: Machine):
+    """Prints an estimate of the time for so many tokens: 6 FLOPs per token and active parameter, at
+    a SHARE of the speed of bare products. (The embedding's parameters, which multiply nothing,
+    stand in for an MTP module's head.)"""
+    cores = torch.get_num_threads() if machine.device.type == "cpu" else 1
+    speed = machine.speed * cores * machine.world
+    time = rough(6 * active * tokens / (SHARE * speed))
+    info(f"time: {time} is a rough estimate, by products at {speed / 1e12:.2g} TFLOP/s")
 
 
 class Products(TorchDispatchMode):

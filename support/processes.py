@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class Machine:
     rank: int = 0
     world: int = 1
     dtype_reason: str = ""  # why products are in this dtype, as text
+    speed: float = 0.0  # FLOP/s of bare products in it, as measured
     compiled: bool = False  # whether `wrap` compiles the network
 
     def autocast(self) -> torch.autocast:
@@ -104,10 +106,13 @@ def start(config) -> Machine:
     if dtype == "auto":
         dtype, reason = fast_dtype(device)
         dtype = str(dtype).removeprefix("torch.")
+    elif dtype == "bfloat16" and device.type == "cuda" and "emulates" in fast_dtype(device)[1]:
+        reason = "emulated by this GPU: float32 is faster"
     # Measurements vary, so all processes use the dtype of process 0.
     config.dtype, reason = gather_objects((dtype, reason))[0]
     dtype = getattr(torch, config.dtype)
-    return Machine(device, dtype, rank, world, reason, compiles(config, device))
+    (speed,) = product_speeds(device, dtype)
+    return Machine(device, dtype, rank, world, reason, speed, compiles(config, device))
 
 
 def join():
@@ -155,6 +160,8 @@ def start_device(config) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
     device = usable_device(name)
+    if name == "auto" and shutil.which("nvidia-smi") and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        info(f"the NVIDIA card is not used: {why_no_cuda()}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu" and sys.platform == "linux":
@@ -164,6 +171,13 @@ def start_device(config) -> torch.device:
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, of 32 MB
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     return device
+
+
+def why_no_cuda() -> str:
+    """Why PyTorch does not see a card that has a driver, and what to install."""
+    if torch.version.cuda is None:
+        return "this PyTorch is the build for CPUs; install one for CUDA (pytorch.org)"
+    return f"CUDA {torch.version.cuda} needs a newer driver; or install PyTorch for CUDA 12.6"
 
 
 INDEX = "https://download.pytorch.org/whl/cu126"
@@ -191,8 +205,8 @@ BF16_GAIN = 1.5  # how many times as fast bfloat16 must be, to pay for casts and
 def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype in which this machine should multiply, bfloat16 or float32, and why, as text.
 
-    On a CPU it is measured, once per process, in about 50 ms: the processor's flags say that it
-    supports bfloat16, not that it is fast. One core is timed, which other work disturbs least.
+    On a CPU it is measured: the processor's flags say that it supports bfloat16, not that it is
+    fast.
     """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -200,22 +214,30 @@ def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float32, "this GPU emulates bfloat16"
     if device.type != "cpu":
         return torch.float32, "bfloat16 was never tested there"
-    x, w = torch.randn(1024, 256), torch.randn(512, 256)
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for _ in range(8):  # the two take turns
-            for dtype, times in seconds.items():
-                factors = x.to(dtype), w.to(dtype)
-                began = time.perf_counter()
-                F.linear(*factors)
-                times.append(time.perf_counter() - began)
-    torch.set_num_threads(threads)
-    work = 2e-9 * len(w) * x.numel()  # 1e9 operations
-    low, high = (work / min(seconds[d]) for d in (torch.bfloat16, torch.float32))
+    low, high = (x / 1e9 for x in product_speeds(device, torch.bfloat16, torch.float32))
     reason = f"products of one core: bfloat16 {low:.0f}, float32 {high:.0f} GFLOP/s"
     return torch.bfloat16 if low > BF16_GAIN * high else torch.float32, reason
+
+
+@functools.cache
+def product_speeds(device: torch.device, *dtypes: torch.dtype) -> list[float]:
+    """FLOP/s of a bare product in each of these dtypes, measured once per process, in about 50 ms.
+    Of a CPU one core is timed, which other work disturbs least."""
+    K, M, N = (256, 1024, 512) if device.type == "cpu" else (4096, 4096, 4096)
+    x, w = torch.randn(M, K, device=device), torch.randn(N, K, device=device)
+    seconds = {dtype: [] for dtype in dtypes}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for _ in range(8):  # they take turns
+            for dtype, times in seconds.items():
+                factors = x.to(dtype), w.to(dtype)
+                factors[0][0, 0].item()  # waits for a GPU
+                began = time.perf_counter()
+                F.linear(*factors)[0, 0].item()
+                times.append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    return [2 * M * N * K / min(times) for times in seconds.values()]
 
 
 def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
@@ -242,20 +264,27 @@ def wrap(model: nn.Module, config, machine: Machine) -> nn.Module:
     return model
 
 
-LONG_RUN = 2000  # steps; small.py saves 0.1 s in each, and compiles for 80 s
+LONG_RUN = 2000  # steps on a CPU; small.py saves 0.1 s in each, and compiles for 80 s
+LONG_CUDA_RUN = 10_000  # steps; small.py has 42 graphs there, which take minutes
+LARGE_STEP = 32_768  # tokens; compiled, such a step also takes half the memory
 
 
 def compiles(config, device: torch.device) -> bool:
-    """Whether to compile the network. "auto": in bfloat16, on CUDA and, where a minute of compiling
-    pays, in long runs on a CPU, if a trial succeeds. (In other dtypes the experts' counts are
-    constants in the graphs, so every step would compile again.) FP8 is never compiled on a CPU:
+    """Whether to compile the network. "auto": in bfloat16, where minutes of compiling pay, that is
+    in long runs and, on CUDA, with large steps, if a trial succeeds. (In other dtypes the experts'
+    counts are constants in the graphs, so every step would compile again.) FP8 is never compiled on
+    a CPU:
     torch, up to 2.15 at least, compiles casts to E4M3 wrongly if a row's length is no multiple of a
     vector's."""
     if config.fp8 and device.type == "cpu":
         return False
     if config.compile != "auto":
         return bool(config.compile)
-    pays = device.type == "cuda" or (device.type == "cpu" and config.steps >= LONG_RUN)
+    if device.type == "cuda":
+        large = config.batch_size * config.block_size >= LARGE_STEP
+        pays = large or config.steps >= LONG_CUDA_RUN
+    else:
+        pays = device.type == "cpu" and config.steps >= LONG_RUN
     return pays and config.dtype == "bfloat16" and can_compile(device)
 
 

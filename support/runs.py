@@ -5,10 +5,10 @@
         while not (run.finished or run.stopped):     stopped by a signal
             ...                           a step
             run.advance(tokens, finite, means, lr=lr, grad_norm=norm)
-            if run.evaluation_due:
-                run.log_evaluation(...)   a line of log.jsonl, and best.pt if it is the best so far
             if run.checkpoint_due:
                 run.save()                ckpt.pt
+            if run.evaluation_due:
+                run.log_evaluation(...)   a line of log.jsonl, and best.pt if it is the best so far
 
 Only one process at a time writes to the folder. Checkpoints are written whole or not at all.
 """
@@ -95,15 +95,16 @@ def take_folder(out: Path, resume: bool, overwrite: bool) -> BinaryIO:
         return lock_folder(out)
 
 
-def cut_log(path: Path, step: int):
+def cut_log(path: Path, step: int, evaluated: bool):
     """Removes the lines after this step, which the resumed run writes again, and a half-written
-    line."""
+    line; also the evaluation of this step, unless the checkpoint is `evaluated`."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     last, kept = 0, []
     for line in lines:
         if found := re.match(rb'\{"step": (\d+), .*\}\n$', line):
             last = max(last, int(found[1]))
-            if int(found[1]) <= step:
+            again = int(found[1]) == step and b'"val_loss"' in line and not evaluated
+            if int(found[1]) <= step and not again:
                 kept.append(line)
     if last > step:
         info(f"{path} goes to step {last}: the lines after step {step}, the checkpoint's, are cut")
@@ -142,7 +143,11 @@ class Run:
 
     @property
     def evaluation_due(self) -> bool:
-        return self.due(self.config.eval_every)
+        """Whether this step ends with an evaluation and has had none. Initial weights have one if
+        they come from elsewhere."""
+        step = self.progress.step
+        due = self.due(self.config.eval_every) if step else bool(self.config.init_from)
+        return due and step != self.progress.evaluated
 
     @property
     def checkpoint_due(self) -> bool:
@@ -196,7 +201,7 @@ class Run:
         if self.machine.rank == 0:
             log = self.out / "log.jsonl"
             open(log, "ab").close()  # fails now rather than at the first line
-            cut_log(log, self.resumable_step)
+            cut_log(log, self.resumable_step, evaluated=not self.evaluation_due)
         self.write_copies()
 
     # -- Steps --
@@ -214,11 +219,18 @@ class Run:
             progress.sums[name] = total + x.to(dtype), steps + 1
         # Up to four bad steps in a row are skipped.
         diverged = self.bad_in_a_row >= 5 or (self.finished and self.bad_in_a_row > 0)
+        compiles = self.first and self.machine.compiled  # for minutes, which tell nothing of later
+        if self.first and not compiles:
+            self.clock.begin()
         if diverged or self.due(config.log_every):
             self.write_means(now)
-        elif self.first:  # which may take minutes, if it compiles
-            seconds, loss = self.clock.passed(), float(means["loss"])
-            info(f"step {progress.step}/{config.steps}: loss {loss:.5g}, {seconds:.1f} s")
+        elif self.first:
+            loss, left = float(means["loss"]), self.time_left()  # the first waits for the GPU
+            seconds = self.clock.passed()
+            info(f"step {progress.step}/{config.steps}: loss {loss:.5g}, {seconds:.1f} s{left}")
+        if compiles:
+            self.clock.restart(progress.tokens)
+            self.clock.begin()
         self.first = False
         if diverged:
             n, step = self.bad_in_a_row, progress.step
@@ -238,10 +250,17 @@ class Run:
         line["tokens_per_s"] = speed = round(self.clock.measure(progress.tokens), 1)
         if self.mfu:  # as nanoGPT's: of bf16's peak
             line["mfu"] = speed * self.mfu
-        left = (self.config.steps - progress.step) * self.config.batch_size * self.config.block_size
+        if self.machine.device.type == "cuda":
+            line["peak_gb"] = torch.cuda.max_memory_allocated(self.machine.device) / 1e9
         skips = f", {progress.skipped} skipped: gradient not finite" if progress.skipped else ""
-        self.write_line(line, self.clock.time_left(left) + skips)
+        self.write_line(line, self.time_left() + skips)
         progress.sums, progress.skipped = {}, 0
+
+    def time_left(self) -> str:
+        """As text. While a batch grows, its steps count as full ones."""
+        steps = self.config.steps - self.progress.step
+        tokens = steps * self.config.batch_size * self.config.block_size
+        return self.clock.time_left(self.progress.tokens, tokens)
 
     def write_line(self, values: dict, more: str = ""):
         """Writes a line to log.jsonl, and one to the terminal."""
@@ -258,8 +277,8 @@ class Run:
 
     def log_evaluation(self, result: dict):
         """Writes an evaluation to log.jsonl, and best.pt if these weights are the best so far:
-        trained for longer windows or, at the same length, with a lower loss. Initial weights, at
-        step 0, are not saved."""
+        trained for longer windows or, at the same length, with a lower loss. Then ckpt.pt again,
+        which now knows of it. Initial weights, at step 0, are not saved."""
         progress, loss, length = self.progress, result["val_loss"], self.model.trained_length
         self.stopped = self.stop.agreed()
         better = (length, -loss) > (progress.best_length, -progress.best_loss)
@@ -268,10 +287,14 @@ class Run:
             losses = {k: x for k, x in result.items() if k.startswith("val")}
             self.write("best.pt", {"model": self.model}, **losses)
         self.write_line(result)
+        progress.evaluated = progress.step
         if self.finished and not math.isfinite(loss):
             raise Refusal(
                 f"the validation loss after step {progress.step} is not finite: {IF_DIVERGED}"
             )
+        self.save_due = progress.step > 0
+        if self.checkpoint_due:
+            self.save()
         self.clock.restart(progress.tokens)
 
     # -- Checkpoints --

@@ -193,7 +193,7 @@ def merge(
 # Packages that training and sampling do not need. Any other missing package is a bug.
 OPTIONAL = ("gguf", "huggingface_hub", "matplotlib", "pyarrow", "safetensors", "tokenizers")
 OPTIONAL += ("transformers",)
-LESS_MEMORY = 'see "Out of memory" in docs/REFERENCE.md (in training: --grad_accum, --recompute)'
+LESS_MEMORY = 'see "Out of memory" in docs/REFERENCE.md (train.py: --grad_accum, --recompute)'
 COMPILER = ("torch._dynamo.exc", "torch._inductor.exc")  # whose errors torch.compile raises
 
 

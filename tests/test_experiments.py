@@ -45,7 +45,7 @@ RESULTS = ROOT / "experiments/results"
 pytestmark = pytest.mark.usefixtures("v3")
 # Heads, experts, gamma and cosine as in experiments/base.py, so that no two arms are the same.
 CHANGES = dict(vocab_size=300, num_attention_heads=4, n_routed_experts=16, num_experts_per_tok=4)
-CHANGES |= dict(batch_size=4, block_size=16, eval_batch=64)
+CHANGES |= dict(batch_size=4, block_size=16)
 CHANGES |= dict(gamma=0.01, decay_start=0.3, decay_end=1.0, min_lr=0.02)
 # From a process that has imported what they need, and not four times from the start.
 multiprocessing.set_forkserver_preload(["training", "expert_parallel"])

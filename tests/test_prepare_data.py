@@ -283,6 +283,15 @@ def test_the_command_that_trains_on_a_folder(book, tmp_path):
     new = f"python train.py config/small.py {words} --steps={steps} --vocab_size=300"
     assert command == new
     assert advice.next_command(book, data, str(book)) == new  # no weights
+    one = "python train.py config/one_gpu.py --data=data/x --out=out/x --steps="
+    one = one.replace("data/x", str(book)).replace("out/x", "out/book")
+    for source, tokens, vocab, options in (
+        ("finewebedu", 10**8, 50257, "3051"),
+        ("fineweb", 2 * 10**9, 50257, "7000"),
+        ("tinystories", 5 * 10**8, 4096, "6000 --block_size=512 --grad_accum=4 --vocab_size=4096"),
+    ):
+        text = SimpleNamespace(train=range(tokens), val=range(10**7), vocab_size=vocab)
+        assert advice.next_command(book, text, "", source) == one + options
     run = dict(lr=6e-3, optimizer="muon", adamw_lr=2.0, batch_size=2, block_size=64)
     torch.save({"model_config": {}, "train_config": run}, book / "best.pt")
     command = advice.next_command(book, data, str(book))

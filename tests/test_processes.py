@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,9 @@ import train
 from model import DeepSeekV3, ModelConfig
 from support import processes
 from support.checkpoints import load_checkpoint
-from support.flops import peak_flops
+from support.clock import Clock
+from support.flops import log_time, peak_flops
+from support.processes import fast_dtype
 from support.settings import Refusal
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -180,12 +183,14 @@ def test_where_nothing_can_be_compiled_a_line_says_so_and_the_run_goes_on(monkey
     monkeypatch.setattr(torch, "compile", fail)
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch, "ones", lambda n, device: None)
-    config = train.TrainConfig(dtype="bfloat16")  # in float32 "auto" does not compile
+    config = train.TrainConfig(dtype="bfloat16", batch_size=64, block_size=512)
     assert not processes.compiles(config, gpu)
     assert capsys.readouterr().err == "nothing is compiled: cannot find Triton\n"
     monkeypatch.setattr(processes, "can_compile", lambda device: True)
     assert processes.compiles(config, gpu)
-    assert not processes.compiles(train.TrainConfig(dtype="float32"), gpu)
+    assert not processes.compiles(replace(config, dtype="float32"), gpu)
+    assert not processes.compiles(replace(config, batch_size=8), gpu)  # as small.py's steps
+    assert processes.compiles(replace(config, batch_size=8, steps=10_000), gpu)
     cpu = torch.device("cpu")  # there in long runs alone
     assert not processes.compiles(config, cpu)
     assert processes.compiles(train.TrainConfig(dtype="bfloat16", steps=2000), cpu)
@@ -202,6 +207,65 @@ def test_a_gpus_graphs_have_fixed_sizes_unless_the_batch_grows(start, dynamic, m
     monkeypatch.setattr(torch, "compile", lambda loss, dynamic: asked.append(dynamic))
     processes.compile_network(network, train.TrainConfig(batch_start=start), gpu)
     assert asked == [dynamic] * (len(network.layers) + 3)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "way"), [(None, "the build for CPUs; install one for CUDA"), ("13.2", "newer driver")]
+)
+def test_a_card_that_is_not_used_is_named_with_what_to_install(cuda, way, monkeypatch, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(processes.shutil, "which", lambda name: f"/usr/bin/{name}")
+    for device in ("cpu", "auto"):  # who asks for a CPU gets it without a remark
+        assert processes.start_device(train.TrainConfig(device=device)).type == "cpu"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("the NVIDIA card is not used: ") and way in line and len(line) <= 100
+    monkeypatch.setattr(processes.shutil, "which", lambda name: None)
+    processes.start_device(train.TrainConfig())
+    assert not capsys.readouterr().err
+
+
+def test_bfloat16_on_a_card_without_it_is_remarked(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(processes, "start_device", lambda config: gpu)
+    monkeypatch.setattr(processes, "product_speeds", lambda *_: [1e12])
+    monkeypatch.setattr(processes, "fast_dtype", fast_dtype.__wrapped__)  # without its cache
+    for has in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, x=has: x)
+        machine = processes.start(train.TrainConfig(dtype="bfloat16", compile=False))
+        assert ("float32 is faster" in machine.dtype_reason) != has
+
+
+def test_the_time_of_a_run_is_estimated_and_then_measured(monkeypatch, capsys):
+    """57M parameters on an RTX 4090: the log says three hours at the end, too."""
+    machine = processes.Machine(torch.device("cuda"), torch.bfloat16, world=2, speed=165e12)
+    log_time(57_000_000, 2 * 1_146_880_000, machine)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "time: 2.6 hours is a rough estimate, by products at 3.3e+02 TFLOP/s"
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = Clock()
+    assert clock.time_left(10, 90) == ""
+    now[0] = 100.0  # compiling
+    clock.restart(10)
+    clock.begin()
+    now[0] = 160.0
+    assert clock.measure(20) == 1 / 6
+    assert clock.time_left(20, 80) == ", 0:08:00 left"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_time_left_shows_from_the_first_line_on(compiled, monkeypatch, capsys):
+    """In the line of step 1, too, but not if that step has compiled."""
+    start = processes.start
+    monkeypatch.setattr(
+        processes, "start", lambda config: replace(start(config), compiled=compiled)
+    )
+    monkeypatch.setattr(processes, "compile_network", lambda *_: None)
+    run("--log_every=2", "--steps=4", "--eval_every=9", "--save_every=9")
+    said = capsys.readouterr().err.splitlines()
+    (first,), (second,) = ([x for x in said if x.startswith(f"step {n}/4: loss")] for n in (1, 2))
+    assert first.endswith("left") != compiled and second.endswith("left")
 
 
 @pytest.mark.parametrize(("why", "way"), [("no kernel image", "whl/cu126"), ("no driver", "cpu")])
@@ -222,7 +286,14 @@ def test_a_gpu_that_cannot_be_used_is_refused_with_what_to_do(why, way, monkeypa
         ("NVIDIA H100 NVL", None),
         ("NVIDIA GeForce RTX 4090", 165e12),
         ("NVIDIA GeForce RTX 4090 D", None),
-        ("NVIDIA GeForce RTX 3060", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 5070 Ti", 88e12),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", None),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA T400 4GB", None),
+        ("Tesla T4", 8.1e12),
+        ("Tesla V100-PCIE-32GB", 14e12),
     ],
 )
 def test_the_peak_of_a_card_is_known_by_its_name(card, peak, monkeypatch):

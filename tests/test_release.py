@@ -27,7 +27,7 @@ from support.tokenizer import KIMI_PATTERN, PATTERN, stored_tokenizer, train_bpe
 from support.tokens import load_dataset
 
 pytestmark = pytest.mark.usefixtures("v3")
-SHORT = ["--batch_size=2", "--block_size=16", "--eval_batch=8", "--eval_every=2"]
+SHORT = ["--batch_size=2", "--block_size=16", "--eval_every=2"]
 SHORT += ["--dtype=float32"]
 ON = ["--init_from=release", *SHORT]
 MARK = "<|im_user|>"

@@ -157,7 +157,8 @@ def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch, capsys):
     run(*options, "--long_block_size=32", "--long_start=0.375")
     assert [step for name, step in saved if name == "best"] == [2, 6, 10, 16]
     steps = [step for name, step in saved if name == "ckpt"]
-    assert steps == [2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16]
+    # Before an evaluation, which may fail, and after it.
+    assert steps == [2, 2, 3, 4, 4, 6, 6, 8, 8, 9, 10, 10, 12, 12, 14, 14, 15, 16, 16]
     logged = [x["val_loss"] for x in log_of("run") if "val_loss" in x]
     assert logged == [None if math.isnan(x) else x for x in losses[:-1]]
     best = load("run", "best.pt")
@@ -308,6 +309,26 @@ def test_a_signal_in_an_evaluation_stops_the_run_after_it(shared, monkeypatch):
         run("--steps=2", "--overwrite")
     except KeyboardInterrupt:
         pytest.fail("after the last evaluation nothing is left to stop")
+
+
+@pytest.mark.parametrize("when", ["before its line", "after its line"])
+def test_a_run_that_dies_in_an_evaluation_has_a_checkpoint_and_repeats_it(when, shared, faults):
+    """As for lack of memory, hours after the last checkpoint."""
+    saves, save = itertools.count(1), runs.Run.save
+
+    def fail(*args):
+        raise RuntimeError("CUDA out of memory")
+
+    def fail_at_second(run):
+        save(run) if next(saves) == 1 else fail()
+
+    targets = {"before its line": (train, "evaluate", fail)}
+    targets["after its line"] = (runs.Run, "save", fail_at_second)
+    with faults.monkeypatch.context() as patch:
+        patch.setattr(*targets[when])
+        assert "(train.py: --grad_accum, --recompute)" in refused("--save_every=50")
+    assert load("run")["step"] == 4 and ("val_loss" in log_of("run")[-1]) == (when[0] == "a")
+    assert_same_run(shared("--save_every=50"), run("--save_every=50", "--resume"))
 
 
 FULL = {

@@ -286,7 +286,7 @@ def test_no_limit_of_the_gradient_norm_is_none():
 def trained(shared, data) -> tuple[DeepSeekV3, Dataset, train.TrainConfig]:
     model, dataset = load_model(shared())[0], load_dataset(data)
     dataset.val = Tokens([dataset.val.arrays[0][:1000]])  # its last window is ragged
-    return model, dataset, train.TrainConfig(block_size=16, eval_batch=32)
+    return model, dataset, train.TrainConfig(block_size=16, batch_size=32)
 
 
 def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
@@ -294,7 +294,10 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
     grads = []  # nothing is kept for a backward pass
     model.norm.register_forward_hook(lambda *_: grads.append(torch.is_grad_enabled()))
     evaluate = functools.partial(train.evaluate, model, dataset, machine=MACHINE)
-    result, *others = (evaluate(config=replace(config, eval_batch=n)) for n in (32, 1, 7))
+    result, *others = (
+        evaluate(config=replace(config, batch_size=n, grad_accum=parts))
+        for n, parts in ((32, 1), (1, 1), (14, 2))
+    )
     for other in others:
         assert_same(result, other, 1e-12)
     assert {*grads} == {False}
@@ -325,6 +328,17 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
         "nodes_per_token": np.mean(nodes),
         "experts_per_node": 2 / np.mean(nodes),
     })  # fmt: skip
+
+
+def test_an_evaluation_on_trial_leaves_no_trace(trained):
+    model, dataset, config = trained
+    model, sizes = copy.deepcopy(model).train(), []
+    model.norm.register_forward_hook(lambda _, x, y: sizes.append((y.shape[0], torch.rand(1))))
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    train.try_evaluation(model, dataset, replace(config, grad_accum=4), MACHINE)
+    assert [size for size, _ in sizes] == [8] and model.training  # a micro-batch
+    assert_same(before, model.state_dict())
+    assert_same(random, torch.get_rng_state())
 
 
 def test_experts_are_counted_in_an_edited_network(trained, monkeypatch):
