@@ -28,6 +28,7 @@ from tqdm import tqdm
 import bench
 import model as essay
 import train
+from support import processes
 from support.flops import GROUPED, PEAK_FLOPS, flops_per_token
 from support.settings import parse_args, run_command
 from support.sizes import parameter_counts
@@ -154,6 +155,10 @@ def count(case: Case, evaluation: bool = False) -> Tensors:
     optimiser's moments are in memory, too."""
     meta, config = open_case(case)
     windows = config.batch_size // (config.grad_accum * case.cards)
+    if evaluation:
+        machine = processes.Machine(torch.device("cpu"), torch.bfloat16, world=case.cards)
+        batches = train.validation_windows(range(2), config.block_size, config, machine)
+        windows = len(next(batches))
     torch.compiler.reset()
     # Rows of experts are padded on a CPU only.
     unit = mock.patch.object(essay, "row_unit", lambda x: 1)

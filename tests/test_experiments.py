@@ -13,6 +13,7 @@ from pathlib import Path
 import attention
 import attention_step
 import balance
+import cards
 import drafts
 import expert_parallel
 import experts
@@ -220,6 +221,22 @@ def test_fp8_error(make, monkeypatch):
     arms = ("fp32 (base)", "every 32", "every 128", "every 512", "never")
     errors = [found[arm]["uniform_4096"] for arm in arms]
     assert errors == sorted(errors) and errors[0] < 1e-6 and len({*errors}) == 5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("file, parts", [("one_gpu", 80), ("base_1b", 128)])
+def test_an_evaluation_takes_less_memory_than_training(file, parts, compiled):
+    """Else a run ends at its first evaluation, hours after its first step."""
+    options = {"num_hidden_layers": 2, "grad_accum": parts}
+    case = cards.Case("RTX 4090", file, options, compiled)
+    training, evaluation = cards.count(case), cards.count(case, evaluation=True)
+    assert evaluation.peak < training.peak
+    low, high = cards.hours(case, training.moved)
+    assert 0 < low < high
+
+
+def test_cards_expects_of_one_gpu_what_its_file_says():
+    assert [round(x, 1) for x in cards.expected_loss(57e6, 1.147e9)] == [3.8, 3.8]
 
 
 def test_scale_computes_its_results():

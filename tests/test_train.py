@@ -459,7 +459,8 @@ def test_from_text_to_text_on_the_command_line():
     ):
         assert words in done.stderr
     # The first step has a line of its own, before the first line of the log.
-    assert re.search(r"(?m)^step 1/40: loss [\d.]+, [\d.]+ s\nstep 2/40: ", done.stderr)
+    line = r"(?m)^step 1/40: loss [\d.]+, [\d.]+ s, [\d:]+ left\nstep 2/40: "
+    assert re.search(line, done.stderr)
     first = load_dataset("data/text").val.arrays[0][1:9].tolist()
     prompt = stored_tokenizer("out/tiny").encoding.decode(first).strip()
     assert done.stdout.startswith(prompt)
