@@ -43,13 +43,12 @@ import prepare_data
 import sample
 from huggingface import load_model, outline
 from model import DeepSeekV3, ModelConfig, count_chosen
-from support import advice, checkpoints, processes, runs, settings
+from support import checkpoints, processes, runs, settings
 from support.checkpoints import Progress, RandomNumbers, checkpoint_file, load_checkpoint
-from support.flops import flops_per_token, log_time, peak_flops
+from support.flops import flops_per_token, peak_flops
 from support.muon import Muon, muon_takes, summary
 from support.processes import Machine
 from support.settings import Refusal, info
-from support.sizes import parameter_counts
 from support.tokenizer import Tokenizer, tokenizer_files
 from support.tokens import DEFAULT_VOCAB_SIZES, Dataset, Tokens, data_folder, open_folder
 
@@ -459,23 +458,6 @@ def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's norm is sharded
 
 
-def log_plan(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, progress: Progress):
-    """Prints the model's size, the machine, how many epochs of the text the run takes, an estimate
-    of its time, and whether it compiles."""
-    counts = parameter_counts(model)
-    total, active, mtp = (f"{n / 1e6:.2f}M" for n in counts.values())
-    info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
-    where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.dtype_reason})"
-    info(f"run: {config.steps} steps on {where}")
-    windows = sum(batch_at(config, step) for step in range(progress.step, config.steps))
-    tokens = progress.tokens + windows * config.block_size
-    advice.log_epochs(tokens, len(data.train), config.steps, new=progress.step == 0)
-    if progress.step < config.steps:
-        log_time(counts["active"], windows * config.block_size, machine)
-    if progress.step < config.steps and machine.compiled:
-        info("compiling takes one to three minutes, less in later runs (--compile=False skips it)")
-
-
 def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=()):
     """Runs config.steps optimiser steps or, with config.resume, the remaining ones, in the folder
     config.out. A new run's folder gets copies of `files`. After a signal it saves a checkpoint and
@@ -497,7 +479,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
 
     # A resumed run's states are restored here. A signal sets run.stopped.
     with runs.open_run(states, config, machine, files, mfu) as run:
-        log_plan(model, data, config, machine, progress)
+        windows = sum(batch_at(config, step) for step in range(progress.step, config.steps))
+        run.log_plan(windows * config.block_size, len(data.train))
         if machine.device.type == "cuda" and not run.finished:
             try_evaluation(model, data, config, machine)
         if run.evaluation_due:  # of given weights before they change, or of a resumed checkpoint

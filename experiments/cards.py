@@ -29,6 +29,7 @@ import bench
 import model as essay
 import train
 from support import processes
+from support.clock import rough
 from support.flops import GROUPED, PEAK_FLOPS, flops_per_token
 from support.settings import parse_args, run_command
 from support.sizes import parameter_counts
@@ -237,7 +238,7 @@ def row(case: Case) -> dict[str, str]:
         "options": " ".join(f"--{k}={v}" for k, v in case.options.items()),
         "compiled": case.compiled, "dtype": case.dtype,
         "GB": f"{tensors.peak / 1e9:.1f}", "evaluation GB": f"{evaluation.peak / 1e9:.1f}",
-        "hours": f"{low:.2g} to {high:.2g}",
+        "time": f"{rough(3600 * low)} to {rough(3600 * high)}",
         "mfu": f"{of_peak / high:.2f} to {of_peak / low:.2f}",
     }  # fmt: skip
 

@@ -37,7 +37,7 @@ class Machine:
     rank: int = 0
     world: int = 1
     dtype_reason: str = ""  # why products are in this dtype, as text
-    speed: float = 0.0  # FLOP/s of bare products in it, as measured
+    speed: float = 0.0  # FLOP/s of bare products in it (0: not measured)
     compiled: bool = False  # whether `wrap` compiles the network
 
     def autocast(self) -> torch.autocast:
@@ -161,7 +161,10 @@ def start_device(config) -> torch.device:
         torch.use_deterministic_algorithms(True)
     device = usable_device(name)
     if name == "auto" and shutil.which("nvidia-smi") and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        info(f"the NVIDIA card is not used: {why_no_cuda()}")
+        why = "this PyTorch is the build for CPUs; install one for CUDA (pytorch.org)"
+        if version := torch.version.cuda:
+            why = f"CUDA {version} needs a newer driver; or install PyTorch for CUDA 12.6"
+        info(f"the NVIDIA card is not used: {why}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu" and sys.platform == "linux":
@@ -171,13 +174,6 @@ def start_device(config) -> torch.device:
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, of 32 MB
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     return device
-
-
-def why_no_cuda() -> str:
-    """Why PyTorch does not see a card that has a driver, and what to install."""
-    if torch.version.cuda is None:
-        return "this PyTorch is the build for CPUs; install one for CUDA (pytorch.org)"
-    return f"CUDA {torch.version.cuda} needs a newer driver; or install PyTorch for CUDA 12.6"
 
 
 INDEX = "https://download.pytorch.org/whl/cu126"

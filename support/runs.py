@@ -26,12 +26,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from support import advice
 from support.checkpoints import CODE, NamedOptimizer, gather, load_checkpoint, note_edit, shard_like
 from support.clock import Clock
 from support.files import put_aside, write_whole
+from support.flops import log_time
 from support.processes import Machine
 from support.settings import Refusal, info
 from support.signals import Stop
+from support.sizes import parameter_counts
 
 try:
     import fcntl
@@ -160,6 +163,21 @@ class Run:
         return self.finished or self.progress.step % every == 0
 
     # -- Beginning --
+
+    def log_plan(self, tokens: int, length: int):
+        """Prints the model's size, the machine, how many epochs of a text of `length` tokens the
+        run reads, an estimate of the time for the remaining `tokens`, and whether it compiles."""
+        config, machine, progress = self.config, self.machine, self.progress
+        counts = parameter_counts(self.model)
+        total, active, mtp = (f"{n / 1e6:.2f}M" for n in counts.values())
+        info(f"model: {total} parameters, {active} active per token, MTP {mtp} more")
+        where = f"{machine.world} x {machine.device} in {config.dtype} ({machine.dtype_reason})"
+        info(f"run: {config.steps} steps on {where}")
+        advice.log_epochs(progress.tokens + tokens, length, config.steps, progress.step == 0)
+        if tokens and machine.speed:
+            log_time(counts["active"], tokens, machine)
+        if tokens and machine.compiled:
+            info("compiling takes one to three minutes, less in later runs (--compile=False: none)")
 
     def write_copies(self, files: Iterable[Path] = ()):
         """Copies these files, the tokenizer's, and the code that will make the weights into the

@@ -33,7 +33,7 @@ from training import (
 import train
 from huggingface import load_model, outline, save_pretrained
 from model import DeepSeekV3, Gate, ModelConfig
-from support import processes
+from support import processes, runs
 from support.checkpoints import Progress
 from support.settings import Refusal, read_config_file
 from support.tokenizer import END_OF_TEXT, stored_tokenizer
@@ -211,13 +211,14 @@ def test_each_message_before_the_first_step_fits_a_line_of_the_screen(name, caps
     file = str(ROOT / f"config/{name}.py")
     network, values = train.split_configs(read_config_file(file, ModelConfig, train.TrainConfig))
     config = train.TrainConfig(**values | {"dtype": "bfloat16"})
-    model, text = outline(ModelConfig(**network)), SimpleNamespace(train=range(1_200_000_000))
+    model = outline(ModelConfig(**network))
     reason = "products of one core: bfloat16 2000, float32 300 GFLOP/s"
-    machine = replace(MACHINE, dtype_reason=reason, compiled=True)
+    machine = replace(MACHINE, dtype_reason=reason, compiled=True, speed=2e12)
     train.make_optimizers(model, config)
-    train.log_plan(model, text, config, machine, Progress())
+    states = {"model": model, "progress": Progress()}
+    runs.Run(states, config, machine, None, None).log_plan(10**9, 1_200_000_000)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) >= 4 and max(map(len, lines)) <= 100
+    assert len(lines) >= 5 and max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("how", ["recompute", "deterministic", "compile"])
