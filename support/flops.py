@@ -45,7 +45,7 @@ def log_time(active: int, tokens: int, machine: Machine):
     cores = torch.get_num_threads() if machine.device.type == "cpu" else 1
     speed = machine.speed * cores * machine.world
     time = rough(6 * active * tokens / (SHARE * speed))
-    info(f"time: {time} is a rough estimate, by products at {speed / 1e12:.2g} TFLOP/s")
+    info(f"time: {time} is a rough estimate, by products at {speed / 1e9:,.0f} GFLOP/s")
 
 
 class Products(TorchDispatchMode):
