@@ -67,8 +67,6 @@ def test_values_take_the_type_of_their_field_and_text_stays_text(word, value):
         ("--n_embd=1", "unknown key n_embd; see --help"),  # no such key here
         ("--max_iters=1", "unknown key max_iters, nanoGPT's name; here it is steps"),
         ("--dropout=0.1", "unknown key dropout, nanoGPT's name; there is no dropout here"),
-        ("--wandb_log", "unknown key wandb_log, nanoGPT's name; here bench.py plot draws the log"),
-        ("--backend=nccl", "unknown key backend, nanoGPT's name; here it follows from the device"),
     ],
 )
 def test_wrong_keys_and_values_exit_with_2_and_a_sentence(word, sentence, capsys):
