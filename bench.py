@@ -4,7 +4,6 @@
     train [CONFIG]       a training step beside transformers' and the speed of bare products
     decode               decoding beside transformers', of one text and by length of the context
     fp8                  FP8 products and layers beside bf16
-    plot RUN [RUN ...]   measures nothing: a picture of the losses and expert loads of runs
 
 `python bench.py COMMAND --help` lists a command's keys. A machine's speed drifts, so whatever is
 compared takes turns (A B A B ...), and ratios are computed within a round. Tables show the median
@@ -35,7 +34,6 @@ from huggingface import FP8_WEIGHTS, checkpoint_views, from_pretrained, save_pre
 from model import Cache, DeepSeekV3, ModelConfig
 from support import processes
 from support.flops import flops_per_token, peak_flops
-from support.plot import PlotOptions, plot
 from support.processes import Machine, fast_dtype
 from support.settings import Refusal, info, parse_args, read_config_file, run_command, unknown_key
 from support.sizes import cache_numbers, parameter_counts
@@ -463,7 +461,6 @@ COMMANDS = {  # function, options, files in the usage, most files
     "train": (train_, TrainOptions, "[CONFIG]", 1),
     "decode": (decode, DecodeOptions, "", 0),
     "fp8": (fp8_, Timed, "", 0),
-    "plot": (plot, PlotOptions, "RUN [RUN ...]", 999),
 }
 
 
@@ -485,8 +482,6 @@ def main(argv: list[str]):
     for name, value in vars(options).items():
         if type(value) is int and value < 1:  # not isinstance: a bool is an int
             raise Refusal(f"{name} is {value}, but must be at least 1.")
-    if command == "plot":
-        return print(plot(options, files))
     print_tables(function(options, files))
 
 

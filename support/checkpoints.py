@@ -6,7 +6,6 @@ FSDP's shards are gathered before writing (`gather`) and cut again after reading
 support/runs.py decides when and where a checkpoint is written.
 """
 
-import math
 import os
 import re
 import zipfile
@@ -185,9 +184,6 @@ class Progress:
     # waits for them.
     sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     skipped: int = 0  # steps since that line, because their gradient was not finite
-    evaluated: int = -1  # the step of the last evaluation
-    best_length: int = 0  # of best.pt: the length of windows that it was trained for
-    best_loss: float = math.inf  # of best.pt
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -7,10 +7,8 @@ ends the others.
 import ctypes
 import functools
 import hashlib
-import logging
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -306,9 +304,9 @@ def compile_network(model: nn.Module, config, machine: Machine):
     settings.recompile_limit = 64
     # By default DDP cuts graphs into pieces the size of its buckets; a block is a small graph.
     settings.optimize_ddp = False
-    # By default ("auto") a block that dynamo or the compiler refuses in forward runs eagerly.
+    # With "auto" a block that dynamo or the compiler refuses in forward runs eagerly, after a
+    # warning.
     settings.suppress_errors = config.compile == "auto"
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(log_uncompiled)
     # On CUDA a graph for each size of windows; on a CPU, or while the batch grows, one for all
     # sizes. (A micro-batch of a single window has its own.)
     dynamic = machine.device.type == "cpu" or config.batch_start > 0
@@ -316,19 +314,6 @@ def compile_network(model: nn.Module, config, machine: Machine):
         part.compile(dynamic=dynamic)
     # Compiled code upcasts every logit where it reads it, and so holds none in float32.
     model.cross_entropy = torch.compile(model.cross_entropy, dynamic=dynamic)
-
-
-def log_uncompiled(record: logging.LogRecord) -> bool:
-    """A filter for dynamo's log: replaces its page-long warning about a function that cannot be
-    compiled, and runs eagerly, by one line."""
-    found = re.search(r"WON'T CONVERT (\S+) (\S+) line (\d+)", record.getMessage())
-    if found and record.exc_info:
-        function, file, line = found.groups()
-        info(
-            f"{function} at {file}:{line} is not compiled ({short(record.exc_info[1], 100)}): it "
-            "runs eagerly, slower and with more memory (with --compile=True the run would end)"
-        )
-    return not found
 
 
 def sync_gradients(trainer: nn.Module, now: bool):

@@ -98,15 +98,15 @@ def take_folder(out: Path, resume: bool, overwrite: bool) -> BinaryIO:
         return lock_folder(out)
 
 
-def cut_log(path: Path, step: int, evaluated: bool):
-    """Removes the lines after this step, which the resumed run writes again, and a half-written
-    line; also the evaluation of this step, unless the checkpoint is `evaluated`."""
+def cut_log(path: Path, step: int, evaluates: bool):
+    """Removes what the resumed run writes again: the lines after this step and, if it `evaluates`
+    first, the evaluation of this step. Removes a half-written line, too."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     last, kept = 0, []
     for line in lines:
         if found := re.match(rb'\{"step": (\d+), .*\}\n$', line):
             last = max(last, int(found[1]))
-            again = int(found[1]) == step and b'"val_loss"' in line and not evaluated
+            again = int(found[1]) == step and b'"val_loss"' in line and evaluates
             if int(found[1]) <= step and not again:
                 kept.append(line)
     if last > step:
@@ -134,6 +134,7 @@ class Run:
         self.states, self.model, self.progress = states, states["model"], states["progress"]
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.stop, self.clock, self.mfu = stop, Clock(), mfu
+        self.best = (0, -math.inf)  # of best.pt: the windows trained for, minus its loss
         self.resumable_step = 0  # of ckpt.pt (0: none that is worth resuming)
         self.bad_in_a_row = 0  # latest steps whose gradient was not finite
         self.save_due = False
@@ -146,11 +147,10 @@ class Run:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether this step ends with an evaluation and has had none. Initial weights have one if
-        they come from elsewhere."""
+        """Whether this step ends with an evaluation. Initial weights have one if they come from
+        elsewhere."""
         step = self.progress.step
-        due = self.due(self.config.eval_every) if step else bool(self.config.init_from)
-        return due and step != self.progress.evaluated
+        return self.due(self.config.eval_every) if step else bool(self.config.init_from)
 
     @property
     def checkpoint_due(self) -> bool:
@@ -208,19 +208,25 @@ class Run:
             raise Refusal(f"{file} cannot be resumed: {error}; use --init_from.") from None
         self.resumable_step = self.progress.step
         info(f"resume: from step {self.resumable_step} of {self.config.steps}, in {file}")
-        then, now = saved["train_config"], asdict(self.config)
-        keys = ("data", "block_size", "eval_tokens")
-        if changed := [key for key in keys if then.get(key) != now[key]]:
-            names = " and ".join(changed)
-            info(f"other {names}, so other losses: the next evaluation replaces best.pt")
-            self.progress.best_loss = math.inf
+        if (self.out / "best.pt").exists():
+            self.restore_best()
         if self.finished:
             info("nothing is left to train: give more --steps")
         if self.machine.rank == 0:
             log = self.out / "log.jsonl"
             open(log, "ab").close()  # fails now rather than at the first line
-            cut_log(log, self.resumable_step, evaluated=not self.evaluation_due)
+            cut_log(log, self.resumable_step, evaluates=self.evaluation_due)
         self.write_copies()
+
+    def restore_best(self):
+        """Reads the loss of best.pt, unless this run's losses are of other text or windows."""
+        saved, now = load_checkpoint(self.out / "best.pt", whole=False), asdict(self.config)
+        keys = ("data", "block_size", "eval_tokens")
+        if changed := [key for key in keys if saved["train_config"].get(key) != now[key]]:
+            names = " and ".join(changed)
+            info(f"other {names}, so other losses: the next evaluation replaces best.pt")
+        else:
+            self.best = saved["trained_length"], -saved["val_loss"]
 
     # -- Steps --
 
@@ -295,24 +301,20 @@ class Run:
 
     def log_evaluation(self, result: dict):
         """Writes an evaluation to log.jsonl, and best.pt if these weights are the best so far:
-        trained for longer windows or, at the same length, with a lower loss. Then ckpt.pt again,
-        which now knows of it. Initial weights, at step 0, are not saved."""
-        progress, loss, length = self.progress, result["val_loss"], self.model.trained_length
+        trained for longer windows or, at the same length, with a lower loss. Initial weights, at
+        step 0, are not saved."""
+        progress, loss = self.progress, result["val_loss"]
         self.stopped = self.stop.agreed()
-        better = (length, -loss) > (progress.best_length, -progress.best_loss)
-        if better and math.isfinite(loss) and progress.step > 0:
-            progress.best_length, progress.best_loss = length, loss
+        now = self.model.trained_length, -loss
+        if now > self.best and math.isfinite(loss) and progress.step > 0:
+            self.best = now
             losses = {k: x for k, x in result.items() if k.startswith("val")}
             self.write("best.pt", {"model": self.model}, **losses)
         self.write_line(result)
-        progress.evaluated = progress.step
         if self.finished and not math.isfinite(loss):
             raise Refusal(
                 f"the validation loss after step {progress.step} is not finite: {IF_DIVERGED}"
             )
-        self.save_due = progress.step > 0
-        if self.checkpoint_due:
-            self.save()
         self.clock.restart(progress.tokens)
 
     # -- Checkpoints --
@@ -383,7 +385,7 @@ def open_run(
             run.restore()
         else:
             run.write_copies(files)
-        machine.check_alike(step=progress.step, tokens=progress.tokens)
+        machine.check_alike(step=progress.step, tokens=progress.tokens, best_loss=run.best)
         run.clock.restart(progress.tokens)
         try:
             yield run

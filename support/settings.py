@@ -52,7 +52,7 @@ NANOGPT = dict(
 # nanoGPT's keys without a counterpart here, and why.
 NOT_HERE = dict(dropout="there is no dropout here", backend="here it follows from the device")
 NOT_HERE |= dict.fromkeys(
-    ("wandb_log", "wandb_project", "wandb_run_name"), "here bench.py plot draws the log of a run"
+    ("wandb_log", "wandb_project", "wandb_run_name"), "here experiments/plot.py draws the log"
 )
 
 

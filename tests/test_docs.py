@@ -77,7 +77,6 @@ def test_commands_name_files_and_keys_that_exist():
                 continue
             files = [command[1]]  # whose keys may follow
             files += ["model.py"] * (command[1] == "train.py")
-            files += ["support/plot.py"] * (command[1] == "bench.py")
             files += re.findall(r"git apply (docs/changes/\w+\.diff)", plain)
             if command[1].startswith("experiments/"):
                 files += ["experiments/run.py", "bench.py"]

@@ -106,7 +106,7 @@ def test_processes_that_read_other_files_are_refused_before_anything_is_written(
     run("--steps=1", out="node/run")
     ranks = start("--resume", "--steps=3", world=2, setup=other_folder_in_process_1)
     for said in finish(ranks, [1, 1]):
-        assert "step and tokens of process 1 differ" in said
+        assert "step and tokens and best_loss of process 1 differ" in said
     assert load("run")["step"] == 2
     for said in finish(start("--grad_accum=4", world=2, out="new"), [1, 1]):
         assert "the 64 tokens of step 0 are no multiple of 8 micro-batches" in said
@@ -311,11 +311,8 @@ def compile_in_vain():
     processes.compiles = lambda config, device: config.compile == "auto"
 
 
-def test_a_block_that_cannot_be_compiled_stays_eager_and_a_line_names_it(start, shared):
+def test_a_block_that_cannot_be_compiled_stays_eager_and_torch_names_it(start, shared):
     (said,) = finish(start("--steps=1", setup=compile_in_vain))
-    lines = [line for line in said.splitlines() if "is not compiled" in line]
-    assert any(re.match(r"forward at .*model.py:\d+ .*no kernel for this", line) for line in lines)
-    assert len({line.split(" is not")[0] for line in lines}) == len(lines)  # once each
-    assert said.index("compiling takes one to three minutes") < said.index(lines[0])
-    assert "Traceback" not in said
+    assert re.search(r"WON'T CONVERT forward .*model.py line \d+", said)
+    assert said.index("compiling takes one to three minutes") < said.index("WON'T CONVERT")
     assert_same(load("run")["model"], load(shared("--steps=1"))["model"])

@@ -1,16 +1,19 @@
-"""Plots runs from their logs: python bench.py plot RUN [RUN ...].
+"""A picture of runs, from their logs: python experiments/plot.py RUN [RUN ...] [--key=value]
 
 Plots losses by step, any other key of the log, and the load of every expert. Needs matplotlib.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from support.settings import Refusal
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support.settings import Refusal, parse_args, run_command
 
 Log = list[dict[str, Any]]  # the lines of log.jsonl
 
@@ -106,7 +109,7 @@ def plot(options: PlotOptions, runs: list[str]) -> Path:
     from matplotlib.figure import Figure
 
     if not runs:
-        raise Refusal("name a run, as in: python bench.py plot out/small")
+        raise Refusal("name a run, as in: python experiments/plot.py out/small")
     logs, loads = {run: read_log(run) for run in runs}, {}
     for run, log in logs.items():
         for line in log:
@@ -127,3 +130,14 @@ def plot(options: PlotOptions, runs: list[str]) -> Path:
             plot_load(ax, run, evaluation)
         figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
+
+
+def main(argv: list[str]):
+    runs = [word for word in argv if not word.startswith("-")]
+    keys = [word for word in argv if word.startswith("-")]
+    usage = "%(prog)s RUN [RUN ...] [--key=value ...]"
+    print(plot(PlotOptions(**parse_args(__doc__, keys, PlotOptions, usage=usage)[1]), runs))
+
+
+if __name__ == "__main__":
+    run_command(main)
