@@ -307,11 +307,9 @@ def prepare(config: DataConfig) -> Path:
 
 def main(argv: list[str]) -> None:
     description = "Turn text into token files and a tokenizer in data/<name>/."
-    source, values = parse_args(description, argv, DataConfig, positional="source")
-    if source and "source" in values:
-        raise Refusal(f"two sources: {source} and --source={values['source']}; give one")
+    _, values = parse_args(description, argv, DataConfig, positional="source")
     values |= with_home(values, "out", "tokenizer")  # find_files expands the source
-    config = DataConfig(**values | ({"source": source} if source else {}))
+    config = DataConfig(**values)
     folder = prepare(config)
     print(folder)
     data = load_dataset(folder)

@@ -532,18 +532,16 @@ def print_stats(model: DeepSeekV3, stats: Stats, num_samples: int):
 
 def main(argv: list[str]):
     text = "Write text with a trained model: python sample.py out/small [--key=value]"
-    ckpt, values = parse_args(text, argv, SampleConfig, positional="ckpt")
+    _, values = parse_args(text, argv, SampleConfig, positional="ckpt")
     config = SampleConfig(**values | with_home(values, "ckpt"))
-    if ckpt and "ckpt" in values:
-        raise Refusal(f"two checkpoints, {ckpt} and --ckpt={config.ckpt}: give one")
     device, dtype = usable_device(config.device), config.dtype
     if dtype == "auto":  # a small model decodes no faster in bfloat16 on a CPU
         fast = device.type == "cuda" and fast_dtype(device)[0] == torch.bfloat16
         dtype = "bfloat16" if fast else "float32"
-    model, tokenizer = load_model(ckpt or config.ckpt, device, getattr(torch, dtype))
+    model, tokenizer = load_model(config.ckpt, device, getattr(torch, dtype))
     if tokenizer is None:
         raise Refusal(
-            f"{ckpt or config.ckpt} has neither tokenizer.json nor tiktoken.model, so tokens "
+            f"{config.ckpt} has neither tokenizer.json nor tiktoken.model, so tokens "
             "cannot become text: copy the release's file there."
         )
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout lacks it, and is UTF-8

@@ -118,8 +118,9 @@ def parse_args(
 ) -> tuple[str | None, dict[str, Any]]:
     """Parse [POSITIONAL] [--key=value ...], where the keys are the fields of the dataclasses.
 
-    Returns the positional argument or None, and the values by key. Exits with code 2 and a message
-    if a key is unknown or a value does not have its field's type.
+    Returns the positional argument or None, and the values by key, with the positional argument as
+    the value of the field of its name, if there is one. Exits with code 2 and a message if a key is
+    unknown or a value does not have its field's type.
     """
     usage = usage or f"%(prog)s {f'[{positional.upper()}] ' if positional else ''}[--key=value ...]"
     parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
@@ -147,6 +148,10 @@ def parse_args(
         parser.error(unknown_key(name, fields))
     values = {name: text for name, text in vars(given).items() if text is not None}
     argument = values.pop("0", None)
+    if argument is not None and positional in fields:
+        if positional in values:
+            parser.error(f"two of {positional}: {argument} and --{positional}; give one")
+        values[positional] = argument
     try:
         return argument, {n: as_field(n, text, fields[n].type) for n, text in values.items()}
     except Refusal as error:

@@ -15,7 +15,6 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -255,15 +254,6 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     return Tokenizer(encode_batch, texts, special, eos=[], bos=bos)
 
 
-def own_files(folder: Path, names: Iterable[str]) -> list[Path]:
-    """The paths of these files in the folder. Raises Refusal for a name that no tokenizer's file
-    has: copies of these files may be published."""
-    for name in names:
-        if "/" in name or not any(fnmatchcase(name, known) for known in OUR_FILES + RELEASE_FILES):
-            raise Refusal(f"{name!r:.100} is not a file of a tokenizer")
-    return [folder / name for name in names]
-
-
 def read_release(folder: Path) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory, if any. The config files give the tokens that
     begin and end a text, by number or by name."""
@@ -275,7 +265,7 @@ def read_release(folder: Path) -> Tokenizer | None:
     if not names or names[0] not in RELEASE_FILES[:2]:
         return None
 
-    files = own_files(folder, names)
+    files = [folder / name for name in names]
     added = {x["content"]: int(i) for i, x in config.get("added_tokens_decoder", {}).items()}
     tokenizer = read_vocabulary(files[0], added)
     number = {name: i for i, name in tokenizer.special.items()}
@@ -307,8 +297,6 @@ def hf_tokenizer(folder: Path) -> Tokenizer | None:
 
 # ---- The tokenizer of a prepared folder or a run -------------------------------------------------
 
-OUR_FILES = ("tokenizer.tiktoken", "meta.json")
-
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write the vocabulary (or all of a release's files) and meta.json, for stored_tokenizer."""
@@ -335,10 +323,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def tokenizer_files(folder: Path, meta: dict[str, Any] | None = None) -> list[Path]:
-    """The tokenizer's files in a prepared folder or a run, the vocabulary first and meta.json last.
-    Raises Refusal."""
+    """The tokenizer's files in a prepared folder or a run: the vocabulary first, meta.json last."""
     meta = meta or read_json(folder / "meta.json")
-    return own_files(folder, [*meta.get("files", OUR_FILES[:1]), "meta.json"])
+    names = [*meta.get("files", ["tokenizer.tiktoken"]), "meta.json"]
+    return [folder / Path(name).name for name in names]  # none outside: exports copy them
 
 
 def stored_tokenizer(folder: Path | str) -> Tokenizer:

