@@ -16,7 +16,7 @@ from support.processes import Machine
 from support.settings import info, short
 
 # TFLOP/s of dense products in bf16, with sums in float32, by NVIDIA's data sheets. Most state twice
-# as many, with sparsity. RTX cards: 512 FLOPs per multiprocessor and cycle at the boost clock, as in
+# as many, with sparsity. RTX cards: 512 FLOPs per multiprocessor and cycle at the boost clock, by
 # its papers on Ampere, Ada and Blackwell. T4 and V100, which have no bf16: of products in float32.
 TERA = {
     "H100": 989, "H100 PCIe": 756, "H200": 989, "H800": 989, "A100": 312, "A100-SXM4": 312,
