@@ -9,14 +9,12 @@ computes one thing in two ways and compares the results:
     causality    logits of a text, and of the same text with another end
     gradients    of a plain training step, and recomputed, in two micro-batches, or compiled
     losses       that the model returns, and the cross-entropies of its logits
-    drafts       a greedy text written with drafts, and without
-    step         what a run of four steps saves, and one that is resumed after two; the loss in its
-                 log, and that of its best.pt
+    drafts       a greedy text written with and without drafts, and by generate_plain
+    step         what a run saves, whole and resumed, and the losses of its log and its best.pt
 
 All checks but bfloat16 use a copy of the network in float64, in which right results agree to about
 14 digits. All weights of the copy are perturbed, because a parameter that starts at 0 would hide a
-mistake. (FP8 rounds too coarsely for this; tests/test_fp8.py tests fp8.py.) docs/HACKING.md, "What
-is checked", says what to look for if a check fails.
+mistake. docs/HACKING.md, "What is checked", says what to look for if a check fails.
 
 Shapes: B texts, T tokens of a text, k depth (0: the main model, k: MTP module k), V vocabulary.
 """
@@ -224,15 +222,16 @@ def divergence(p: Tensor, q: Tensor) -> float:
 
 
 def drafts(model: DeepSeekV3, new: int = 32) -> Answer:
-    """Compares greedy texts. Drafts, right or wrong, must not change them."""
+    """Compares greedy texts with those of the plain loop. Drafts must not change them."""
     model = perturbed(model)
     prompt, wrong = random_tokens(model, 2, 8), []
-    plain = sample.generate(model, prompt, new, temperature=0, speculative=0)
-    for n in range(1, sample.MAX_DRAFTS + 1):
+    new = min(new, model.config.max_position_embeddings - prompt.shape[1])
+    plain = sample.generate_plain(model, prompt, new, temperature=0)
+    for n in range(sample.MAX_DRAFTS + 1):
         text = sample.generate(model, prompt, new, temperature=0, speculative=n)
         if differs := (text != plain).any(0).nonzero().flatten().tolist():
             wrong.append(f"with {n} drafts per round the text differs from token {differs[0]} on")
-    return Answer("drafts: greedy texts must be the same with drafts and without", wrong)
+    return Answer("drafts: greedy texts must be those of generate_plain", wrong)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -264,14 +263,18 @@ def causality(model: DeepSeekV3, length: int = 256) -> Answer:
 def gradients(model: DeepSeekV3, config: TrainConfig, compiled=False, step: int = 0) -> Answer:
     """Compares the gradients of a training step with those of the same step recomputed, in two
     micro-batches and, if `compiled`, compiled. A loss must be a mean over the targets, however they
-    are divided. If the step draws random numbers, as dropout does, only recomputing draws the same
-    ones, and nothing else is compared."""
+    are divided. The loss in eval() is compared, too. If the step draws random numbers, as dropout
+    does, only recomputing draws the same ones, and nothing else is compared."""
     model = perturbed(model)
     text = random_tokens(model, 4, min(config.block_size, 128) + 1)
     answer, plain = reach(model, config, text, step), one_step(model, config, text, step)
     least = SAME * math.sqrt(sum(g.square().sum().item() for g in plain.gradients.values()))
     ways = {"recomputed": dict(recompute=True)}
     if not plain.random:
+        with torch.no_grad():
+            evaluated = model(text[:, :-1], text[:, 1:])["loss"].item()
+        if not math.isclose(trained := plain.losses["loss"].item(), evaluated, rel_tol=SAME):
+            answer.notes.append(f"loss is {trained:.6g} in training and {evaluated:.6g} in eval()")
         ways |= {"in two micro-batches": dict(grad_accum=2)}
         ways |= {"compiled": dict(compile=True)} if compiled else {}
     for way, changes in ways.items():
@@ -281,8 +284,7 @@ def gradients(model: DeepSeekV3, config: TrainConfig, compiled=False, step: int 
         except CheckpointError:  # shapes differ, such as the number of an expert's rows
             sentence = "a block does not compute what it computed before"
         answer.wrong += [f"{way}: {sentence}"] if sentence else []
-    alone = " alone, as the step draws random numbers" if plain.random else ""
-    answer.summary += f"; gradients must be the same {', '.join(ways)}{alone}"
+    answer.summary += f"; gradients must be the same {', '.join(ways)}"
     return answer
 
 
@@ -365,7 +367,7 @@ def losses(model: DeepSeekV3) -> Answer:
     for name, right in {"loss": main, "mtp_loss": sum(mtp) / max(1, len(mtp))}.items():
         if not math.isclose(found := returned[name].item(), right, rel_tol=SAME):
             wrong.append(f"{name} is {found:.6g}, but the logits' cross-entropy is {right:.6g}")
-    return Answer(f"losses: the logits' cross-entropy is {main:.6g}", wrong)
+    return Answer(f"losses: must be the logits' cross-entropies; on random text {main:.6g}", wrong)
 
 
 def step(model: DeepSeekV3, config: TrainConfig, run: Path | None = None) -> Answer:
@@ -470,7 +472,7 @@ def in_a_run(check: Callable, model: DeepSeekV3, config: TrainConfig) -> Answer:
         train.at_step(network, config, step)
         found.append(check(network, step))
     found[1].summary += f" (in step {step} of {config.steps})"
-    return max(found, key=lambda answer: len(answer.wrong + answer.notes))
+    return max(found, key=lambda answer: (len(answer.wrong), len(answer.notes)))
 
 
 def answers(model: DeepSeekV3, config: TrainConfig, length=None, compiled=False, run=None):
@@ -485,9 +487,6 @@ def answers(model: DeepSeekV3, config: TrainConfig, length=None, compiled=False,
     yield step(model, config, run)
 
 
-ABOUT = "After an edit of model.py, check the network of a run: python check.py [RUN] [--key=value]"
-
-
 @dataclass
 class CheckConfig:
     length: int | None = None  # tokens of a text to decode; none: 256, or twice the longest window
@@ -498,7 +497,8 @@ class CheckConfig:
 def main(argv: list[str]):
     """Checks the network of model.py with the weights and settings of a RUN, by default out/small,
     or of a Hugging Face directory with default settings. Exit code 1 if something is wrong."""
-    path, values = settings.parse_args(ABOUT, argv, CheckConfig, positional="run")
+    about = "After an edit of model.py, check the network of a run: python check.py [RUN]"
+    path, values = settings.parse_args(about, argv, CheckConfig, positional="run")
     config = CheckConfig(**values)
     settings.check_ranges(config, at_least_one={"length"})
     run, device = Path(path or "out/small"), processes.usable_device(config.device)

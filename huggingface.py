@@ -327,7 +327,7 @@ def read_run(path: Path) -> tuple[ModelConfig, dict[str, Tensor], int, Tokenizer
         config, weights = ModelConfig(**saved["model_config"]), saved["model"]
     except (TypeError, KeyError, ValueError) as error:
         raise Refusal(f"{path}: weights and settings do not match: {short(error)}") from None
-    meaning = "if a formula has changed, the weights mean something else"
+    meaning = "if a formula has changed, the weights compute something else"
     note_edit("model.py", saved, checkpoint_file(path), meaning)
     tokenizer = stored_tokenizer(path if path.is_dir() else path.parent)
     if tokenizer.n_vocab > config.vocab_size:

@@ -14,7 +14,7 @@ technical report, arXiv 2412.19437, section 2):
     b  += gamma sign(mean load - load)      one b per expert, used only to choose; no gradient
 
 Read it from here to the end of `DeepSeekV3`: configuration, rotary positions, attention, experts,
-MTP, the model. Two sections follow it, which you need not read: how the rows of the experts are
+MTP, cache, model. Two sections follow it, which you need not read: how the rows of the experts are
 sorted and multiplied, and what a ModelConfig may hold.
 
 The same code serves training, prompts and decoding. Where a plain formula would be too slow or too
@@ -58,7 +58,7 @@ class Past(NamedTuple):
 
     kept: Tensor  # made by the layer's `new_cache`
     positions: Tensor  # (T,) of the new tokens
-    first: bool  # they begin the text, so there is nothing else to attend to
+    first: bool  # they begin the text: nothing else to attend to (in compiled code never true)
 
 
 @dataclass
@@ -197,44 +197,6 @@ def rotate(x: Tensor, rope: Rope, interleave: bool) -> Tensor:
 
 
 # ---- Multi-head Latent Attention (section 2.1.1) -------------------------------------------------
-
-
-MAX_ROUND_TOKENS = 8  # of one text, that decoding reads, or takes back as rejected, at once
-MAX_COMPILED_TOKENS = 512  # tokens of all texts together that compiled decoding reads at once
-
-
-class Cache:
-    """What decoding keeps of B texts: kept[i] is the cache of layer i, made by its `new_cache`.
-
-    There is room for `size` tokens of each text, of which the first `length` have been read. To
-    forget rejected drafts (sample.py), decoding lowers `length`, by MAX_ROUND_TOKENS at most, and
-    reads on from there: MLA writes over the forgotten tokens. An edited layer must allow this, too;
-    `python check.py RUN` checks it.
-    """
-
-    def __init__(
-        self, config: ModelConfig, layers: nn.ModuleList, batch: int, size: int, like: Tensor
-    ):
-        """layers: a model's `layers`, or its `mtp`; like: a tensor of the dtype and device."""
-        self.kept = [layer.new_cache(batch, size, like) for layer in layers]
-        self.size, self.length = size, 0
-        # cos and sin of all its positions, computed once
-        positions = torch.arange(size, device=like.device)
-        self.rope = rope_table(config, positions, torch.promote_types(like.dtype, torch.float32))
-
-    def advance(self, T: int) -> tuple[Tensor, bool]:
-        """Reserves T places: the positions of the new tokens (T,), and whether they are the first.
-        Raises ValueError if the cache is full (in compiled code `length` is an unknown tensor)."""
-        start, self.length = self.length, self.length + T
-        known = isinstance(start, int)
-        if known and self.length > self.size:
-            raise ValueError(f"{start} + {T} tokens exceed the cache of {self.size}.")
-        return start + torch.arange(T, device=self.rope[0].device), known and start == 0
-
-
-def every_position(x: Tensor) -> tuple[Tensor, bool]:
-    """What `advance` would return for a whole text x (B, T, D)."""
-    return torch.arange(x.shape[1], device=x.device), True
 
 
 def causal_attention(
@@ -605,6 +567,44 @@ class MTP(nn.Module):
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), -1))  # h', (B, T, D)
         x, routing = self.block(x, rope, past)
         return self.norm(x), routing
+
+
+# ---- The cache of decoding -----------------------------------------------------------------------
+
+MAX_ROUND_TOKENS = 8  # of one text, that decoding reads, or takes back as rejected, at once
+MAX_COMPILED_TOKENS = 512  # tokens of all texts together that compiled decoding reads at once
+
+
+class Cache:
+    """What decoding keeps of B texts: kept[i] is the cache of layer i, made by its `new_cache`.
+
+    There is room for `size` tokens of each text, of which the first `length` have been read. To
+    forget rejected drafts (sample.py), decoding lowers `length`, by MAX_ROUND_TOKENS at most: MLA
+    writes over the forgotten tokens. An edited layer must allow this, too (check.py checks it).
+    """
+
+    def __init__(
+        self, config: ModelConfig, layers: nn.ModuleList, batch: int, size: int, like: Tensor
+    ):
+        """layers: a model's `layers`, or its `mtp`; like: a tensor of the dtype and device."""
+        self.kept = [layer.new_cache(batch, size, like) for layer in layers]
+        self.size, self.length = size, 0
+        positions = torch.arange(size, device=like.device)  # all, so cos and sin are computed once
+        self.rope = rope_table(config, positions, torch.promote_types(like.dtype, torch.float32))
+
+    def advance(self, T: int) -> tuple[Tensor, bool]:
+        """Reserves T places: the positions of the new tokens (T,), and whether they are the first.
+        Raises ValueError if the cache is full (in compiled code `length` is an unknown tensor)."""
+        start, self.length = self.length, self.length + T
+        known = isinstance(start, int)
+        if known and self.length > self.size:
+            raise ValueError(f"{start} + {T} tokens exceed the cache of {self.size}.")
+        return start + torch.arange(T, device=self.rope[0].device), known and start == 0
+
+
+def every_position(x: Tensor) -> tuple[Tensor, bool]:
+    """What `advance` would return for a whole text x (B, T, D)."""
+    return torch.arange(x.shape[1], device=x.device), True
 
 
 # ---- The model -----------------------------------------------------------------------------------

@@ -188,9 +188,8 @@ class Text:
         G = G if len(model.mtp) else 0
         self.model, self.compiled, self.drafts = model, compiled, G
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft
-        most = MAX_COMPILED_TOKENS // (
-            G + max(1, self.depth)
-        )  # verify reads G + 1, draft G + depth
+        # verify reads G + 1 tokens of each text, draft G + depth.
+        most = MAX_COMPILED_TOKENS // (G + max(1, self.depth))
         if compiled and model.gates() and most < B:
             raise Refusal(f"{B} samples are too many: --compile decodes at most {most} together")
         sampled = filters.temperature >= MIN_TEMPERATURE
@@ -357,9 +356,9 @@ def generate_plain(
     cache = Cache(model.config, model.layers, B, T + new, model.embed_tokens.weight)
     read = tokens  # first the prompt, then each new token
     for _ in range(new):
-        logits = model.logits(model.trunk(read, cache)[:, -1:])  # (B, 1, V)
         u = uniform(B, 0, tokens.device, generator)
-        read = draw(probabilities(logits, temperature), u)  # (B, 1)
+        logits = model.logits(model.trunk(read, cache)[:, -1:]).to(u.device)  # (B, 1, V)
+        read = draw(probabilities(logits, temperature), u).to(tokens.device)  # (B, 1)
         tokens = torch.cat((tokens, read), 1)
     return tokens
 

@@ -22,6 +22,7 @@ support/processes.py handles processes and devices.
 Shapes: B windows, T tokens per window, E routed experts, K experts per token.
 """
 
+import copy
 import functools
 import itertools
 import math
@@ -29,7 +30,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -95,7 +96,9 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of matrix products
     fp8: bool = False  # matrix products in FP8 (fp8.py)
-    compile: Literal["auto", True, False] = "auto"  # auto: in bfloat16, where a run is long
+    compile: Literal["auto", True, False] = (
+        "auto"  # auto: in bfloat16, if the run is long or, on CUDA, steps large
+    )
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights and optimiser; implies recompute
     deterministic: bool = False  # sums in a fixed order: resumes are bit for bit on CUDA, too
@@ -411,13 +414,14 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     return result
 
 
-def try_evaluation(model: DeepSeekV3, data: Dataset, config: TrainConfig, machine: Machine):
+def try_evaluation(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
     """Evaluates a single batch and drops the result: lack of memory ends the run before its first
     step, not at the first evaluation, hours later. Random numbers stay as they are."""
     length = 1 + config.batch_size * config.block_size // config.grad_accum
-    data = replace(data, val=Tokens([data.val.arrays[0][:length]]))
+    first = copy.copy(data)
+    first.val = Tokens([data.val.arrays[0][:length]])
     with torch.random.fork_rng([machine.device] if machine.device.type == "cuda" else []):
-        evaluate(model, data, config, machine)
+        evaluate(model, first, config, machine)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -448,8 +452,8 @@ def backward(
         (total / len(batches)).backward()
         for name, loss in losses.items():
             means[name] += loss.detach() / len(batches)
-    total = machine.sum(torch.stack([*means.values()]))
-    return dict(zip(means, total / machine.world, strict=True))
+    sums = machine.sum(torch.stack([*means.values()]))
+    return dict(zip(means, sums / machine.world, strict=True))
 
 
 def clip_gradients(model: DeepSeekV3, config: TrainConfig) -> Tensor:
@@ -479,10 +483,11 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
 
     # A resumed run's states are restored here. A signal sets run.stopped.
     with runs.open_run(states, config, machine, files, mfu) as run:
-        windows = sum(batch_at(config, step) for step in range(progress.step, config.steps))
-        run.log_plan(windows * config.block_size, len(data.train))
+        remaining = sum(batch_at(config, step) for step in range(progress.step, config.steps))
+        run.log_plan(remaining * config.block_size, len(data.train))
         if machine.device.type == "cuda" and not run.finished:
             try_evaluation(model, data, config, machine)
+            run.clock.restart(progress.tokens)
         if run.evaluation_due:  # of given weights before they change, or of a resumed checkpoint
             run.log_evaluation(evaluate(model, data, config, machine))
 
@@ -509,8 +514,9 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             # DDP's gradients are views of its buckets, which are kept.
             model.zero_grad(set_to_none=trainer is model)
 
-            # Summed in place, so that update_bias has all processes' counts.
-            means["max_vio"] = max_vio([machine.sum(gate.load) for gate in model.gates()])
+            for gate in model.gates():
+                machine.sum(gate.load)  # in place: update_bias needs all processes' counts
+            means["max_vio"] = max_vio([gate.load for gate in model.gates()])
             model.update_bias(gamma_at(config, step) if finite else 0.0)  # also resets the loads
             # Counts the step (progress.step, progress.tokens), and logs if a line is due.
             run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
@@ -615,7 +621,10 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
     long, limit = config.long_block_size, model.config.max_position_embeddings
     longest = max(config.block_size, long)
     if longest > limit:
-        raise Refusal(f"windows of {longest} tokens exceed max_position_embeddings, {limit}.")
+        raise Refusal(
+            f"windows of {longest} tokens exceed max_position_embeddings, {limit}: lower "
+            "--block_size and --long_block_size, or raise it for a new network."
+        )
     # MTP module k needs k + 1 tokens before it has a target.
     least = 1 + model.config.num_nextn_predict_layers
     if config.block_size < least:
@@ -636,8 +645,8 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
         if tokens % (T * parts):
             raise Refusal(
                 f"the {tokens} tokens of step {step} are no multiple of {parts} micro-batches "
-                f"(processes x grad_accum) of windows of {T} tokens: change the "
-                "size of the batch or of its windows, or --grad_accum."
+                f"(processes x grad_accum) of windows of {T} tokens: change "
+                "--batch_size, --block_size or --grad_accum."
             )
 
 

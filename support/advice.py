@@ -37,11 +37,15 @@ def next_command(folder: Path, data: Dataset, tokenizer: str, source: str = "") 
     of its learning rate. A release's weights get a rate of 2e-5.
     """
     name = folder.name if folder.parent == Path("data") else str(folder)
-    file = "config/one_gpu.py" if source in FOR_ONE_GPU else "config/small.py"
-    settings = runpy.run_path(str(Path(__file__).parent.parent / file))
-    settings |= (options := FOR_ONE_GPU.get(source, {}))
-    home, most, taken = Path(tokenizer), settings["steps"], ["batch_size", "block_size", "lr"]
+    home, taken = Path(tokenizer), ["batch_size", "block_size", "lr"]
     is_run = tokenizer and any((home / file).exists() for file in ("best.pt", "ckpt.pt"))
+    has_weights = is_run or (tokenizer and (home / "config.json").exists())
+    large = source in FOR_ONE_GPU and not has_weights
+    file, options = "config/one_gpu.py" if large else "config/small.py", {}
+    settings = runpy.run_path(str(Path(__file__).parent.parent / file))
+    if large:
+        settings |= (options := FOR_ONE_GPU[source])
+    most, eval_tokens = settings["steps"], settings.get("eval_tokens")
     if is_run:
         from support.checkpoints import load_checkpoint  # imports torch, not needed otherwise
 
@@ -51,14 +55,14 @@ def next_command(folder: Path, data: Dataset, tokenizer: str, source: str = "") 
     tokens_per_step = settings["batch_size"] * settings["block_size"]
     steps = max(1, FEW_EPOCHS * len(data.train) // tokens_per_step)
     words = [f"--data={name}", f"--out=out/{folder.name}", f"--steps={min(steps, most)}"]
-    if is_run or (tokenizer and (home / "config.json").exists()):
+    if has_weights:
         words = [f"--init_from={home}", *words, *(f"--{key}={settings[key]}" for key in taken)]
     else:
         words = [file, *words, *(f"--{key}={x}" for key, x in options.items() if key != "steps")]
         if not 0 <= settings["vocab_size"] - data.vocab_size < 128:  # else the network's is padded
             words.append(f"--vocab_size={data.vocab_size}")
     # Evaluations of a long validation text would read more tokens than the training does.
-    if len(data.val) > 10 * FEW_TOKENS and "eval_tokens" not in settings:
+    if len(data.val) > 10 * FEW_TOKENS and not eval_tokens:
         words.append(f"--eval_tokens={FEW_TOKENS}")
     return shlex.join(["python", "train.py", *words])
 

@@ -68,8 +68,8 @@ def note_edit(name: str, saved: dict[str, Any], checkpoint: Path, meaning: str) 
     copy = checkpoint.with_name(name)
     if saved.get(name, CODE[name]) != CODE[name]:
         info(
-            f"{name} has changed since {checkpoint} was saved (diff {copy} {name} shows how, or an "
-            f"older copy there): {meaning}"
+            f"{name} has changed since {checkpoint} was saved: {meaning} (diff {copy} {name} shows "
+            "how, or an older copy there)"
         )
 
 

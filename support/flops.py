@@ -39,13 +39,18 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def log_time(active: int, tokens: int, machine: Machine):
-    """Prints an estimate of the time for so many tokens: 6 FLOPs per token and active parameter, at
-    a SHARE of the speed of bare products. (The embedding's parameters, which multiply nothing,
-    stand in for an MTP module's head.)"""
+    """Prints an estimate of the time for so many tokens, if it is a minute or more: 6 FLOPs per
+    token and active parameter, at a SHARE of the speed of bare products. (The embedding's
+    parameters, which multiply nothing, stand in for an MTP module's head.)"""
     cores = torch.get_num_threads() if machine.device.type == "cpu" else 1
     speed = machine.speed * cores * machine.world
-    time = rough(6 * active * tokens / (SHARE * speed))
-    info(f"time: {time} is a rough estimate, by products at {speed / 1e9:,.0f} GFLOP/s")
+    seconds = 6 * active * tokens / (SHARE * speed)
+    if seconds < 60:
+        return
+    condition = f"by products at {speed / 1e9:,.0f} GFLOP/s"
+    if machine.device.type == "cpu":
+        condition = "if nothing else uses the CPU (else set OMP_NUM_THREADS=1)"
+    info(f"time: {rough(seconds)} is a rough estimate, {condition}")
 
 
 class Products(TorchDispatchMode):

@@ -104,7 +104,7 @@ def start(config) -> Machine:
     if dtype == "auto":
         dtype, reason = fast_dtype(device)
         dtype = str(dtype).removeprefix("torch.")
-    elif dtype == "bfloat16" and device.type == "cuda" and "emulates" in fast_dtype(device)[1]:
+    elif dtype == "bfloat16" and device.type == "cuda" and fast_dtype(device)[0] != torch.bfloat16:
         reason = "emulated by this GPU: float32 is faster"
     # Measurements vary, so all processes use the dtype of process 0.
     config.dtype, reason = gather_objects((dtype, reason))[0]
@@ -215,8 +215,8 @@ def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
 
 @functools.cache
 def product_speeds(device: torch.device, *dtypes: torch.dtype) -> list[float]:
-    """FLOP/s of a bare product in each of these dtypes, measured once per process, in about 50 ms.
-    Of a CPU one core is timed, which other work disturbs least."""
+    """FLOP/s of a bare product in each of these dtypes, measured once; on a CPU in about 50 ms, on
+    one core, which other work disturbs least."""
     K, M, N = (256, 1024, 512) if device.type == "cpu" else (4096, 4096, 4096)
     x, w = torch.randn(M, K, device=device), torch.randn(N, K, device=device)
     seconds = {dtype: [] for dtype in dtypes}
@@ -267,9 +267,8 @@ def compiles(config, device: torch.device) -> bool:
     """Whether to compile the network. "auto": in bfloat16, where minutes of compiling pay, that is
     in long runs and, on CUDA, with large steps, if a trial succeeds. (In other dtypes the experts'
     counts are constants in the graphs, so every step would compile again.) FP8 is never compiled on
-    a CPU:
-    torch, up to 2.15 at least, compiles casts to E4M3 wrongly if a row's length is no multiple of a
-    vector's."""
+    a CPU: torch, up to 2.15 at least, compiles casts to E4M3 wrongly if a row's length is no
+    multiple of a vector's."""
     if config.fp8 and device.type == "cpu":
         return False
     if config.compile != "auto":

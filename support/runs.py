@@ -258,9 +258,7 @@ class Run:
         self.first = False
         if diverged:
             n, step = self.bad_in_a_row, progress.step
-            if (
-                self.resumable_step == step - n
-            ):  # of no use: its weights led to all of these gradients
+            if self.resumable_step == step - n:  # its weights led to all of these gradients
                 self.resumable_step = 0
             raise Refusal(f"{n} gradient(s) up to step {step} are not finite: {IF_DIVERGED}")
         self.stopped = self.stop.agreed()
@@ -312,6 +310,7 @@ class Run:
             self.write("best.pt", {"model": self.model}, **losses)
         self.write_line(result)
         if self.finished and not math.isfinite(loss):
+            self.resumable_step = 0  # ckpt.pt has these weights
             raise Refusal(
                 f"the validation loss after step {progress.step} is not finite: {IF_DIVERGED}"
             )

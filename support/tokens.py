@@ -163,7 +163,7 @@ def open_folder(
         own = f"--tokenizer={home}" if tokenizer else f"--vocab_size={vocab_size}"
         raise Refusal(
             f"no data in {folder}: name a prepared folder with --data, or make one with "
-            f"python prepare_data.py SOURCE --name=NAME {own}."
+            f"python prepare_data.py SOURCE --name={folder.name} {own}."
         )
     data = load_dataset(folder, val_tokens)
     if data.val_bytes_per_token == 0:  # only <|endoftext|>

@@ -59,13 +59,13 @@ def test_nothing_is_wrong_with_this_network(name):
     compared = "recomputed, in two micro-batches"
     if name == "dropout":  # in training alone
         changed(model.layers[0], drop_out)
-        compared = "recomputed alone, as the step draws random numbers"
+        compared = "recomputed"
     before = {key: x.clone() for key, x in model.state_dict().items()}
     found = [*check.answers(model, CONFIG, 24)]
     assert len(found) == 7 and not [str(answer) for answer in found if answer.wrong or answer.notes]
     n = 6 * (1 + len(model.mtp))
     assert f"decoding: {n} of {n} ways to read 24 tokens" in str(found[0])
-    assert f"gradients must be the same {compared}" in str(found[3])
+    assert found[3].summary.endswith(f"gradients must be the same {compared}")
     assert model.training and all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
 
 
@@ -242,12 +242,20 @@ def test_layers_that_are_skipped_at_random_are_right(p):
         part.forward = functools.partial(skipping, part.forward, part, p)
     found = [gradients(model, CONFIG), losses(model)]
     assert not [x for answer in found for x in (*answer.wrong, *answer.notes)]
-    assert "recomputed alone, as the step draws random numbers" in found[0].summary
+    assert found[0].summary.endswith("must be the same recomputed")
 
 
 def skipping(forward, part, p, x, *rest):
     y, routing = forward(x, *rest)
     return x + (torch.rand(()) >= p) / (1 - p) * (y - x) if part.training else y, routing
+
+
+def test_a_part_that_computes_in_training_alone_is_named():
+    model = tiny()
+    changed(model.layers[1], lambda module, x: x * (1 + module.training))
+    answer = gradients(model, CONFIG)
+    (note,) = answer.notes
+    assert not answer.wrong and note.startswith("loss is ") and note.endswith(" in eval()")
 
 
 def test_a_gate_that_the_text_does_not_train_is_named(monkeypatch):
@@ -356,6 +364,8 @@ def test_a_look_ahead_in_a_part_of_the_run_is_found(step, monkeypatch):
     answer = check.in_a_run(lambda network, now: causality(network, 40), model, CONFIG)
     assert "main model, in evaluation: position 18 sees" in answer.wrong[0]
     assert answer.summary.endswith("of the batch" + " (in step 500 of 1000)" * (step > 0))
+    found = [check.Answer("", ["mistake"]), check.Answer("", [], ["one note", "and another"])]
+    assert check.in_a_run(lambda network, now: found[now > 0], model, CONFIG) is found[0]
 
 
 class Unsaved(torch.optim.SGD):
@@ -445,3 +455,6 @@ def test_drafts_that_change_the_text_are_found(monkeypatch):
     monkeypatch.setattr(check.sample, "accept", accept_all)
     wrong = drafts(model).wrong
     assert len(wrong) == 4 and "with 4 drafts per round the text differs from token " in wrong[3]
+    no_drafts = lambda p, q, x, u: (x.new_zeros(len(p)), p[:, :1].argmin(-1))  # noqa: E731
+    monkeypatch.setattr(check.sample, "accept", no_drafts)  # all rounds write the same, wrong text
+    assert [int(line.split()[1]) for line in drafts(model).wrong] == [0, 1, 2, 3, 4]

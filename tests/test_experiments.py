@@ -235,10 +235,6 @@ def test_an_evaluation_takes_less_memory_than_training(file, parts, compiled):
     assert 0 < low < high
 
 
-def test_cards_expects_of_one_gpu_what_its_file_says():
-    assert [round(x, 1) for x in cards.expected_loss(57e6, 1.147e9)] == [3.8, 3.8]
-
-
 def test_scale_computes_its_results():
     found = {
         "cost": {path.stem: scale.cost(path) for path in (scale.V3, scale.SMALL)},

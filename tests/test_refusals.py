@@ -18,9 +18,8 @@ from support.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("workplace")
 NEW = f"train.py {TINY_FILE} {' '.join(SHORT)} --out=new"  # a new run
-RUN = (
-    f"train.py {TINY_FILE} {' '.join(SHORT)} --out=run"  # in a folder that holds a run of one step
-)
+# In a folder that holds a run of one step.
+RUN = f"train.py {TINY_FILE} {' '.join(SHORT)} --out=run"
 ON = f"{RUN} --steps=2 --resume"
 OTHER = "and data/other have different tokenizers; prepare the data with --tokenizer=run."
 

@@ -83,9 +83,13 @@ def test_a_run_has_copies_of_the_code_that_made_its_weights(monkeypatch, capsys)
     run("--steps=1")
     checkpoints.CODE.update(now)
     shutil.copy("run/best.pt", "best.pt")
+    meanings = (
+        "if a formula has changed, the weights compute something else",
+        "the rest of the run may be trained differently",
+    )
     first, then = (
-        f"{name} has changed since run/ckpt.pt was saved (diff run/{name} {name} shows how"
-        for name in now
+        f"{name} has changed since run/ckpt.pt was saved: {meaning} (diff run/{name} {name} shows"
+        for name, meaning in zip(now, meanings, strict=True)
     )
     load_model("run")
     said = capsys.readouterr().err
@@ -383,10 +387,11 @@ def test_a_diverging_run_stops_or_has_failed_at_its_end(bad, steps, every, way, 
     assert log_of("run")[-1]["grad_norm"] is None  # though no line was due
 
 
-def test_a_run_whose_last_validation_loss_is_not_finite_has_failed(monkeypatch):
+def test_a_run_whose_last_validation_loss_is_not_finite_has_failed(monkeypatch, capsys):
     evaluate, results = train.evaluate, [{}, {"val_loss": math.nan}]
     monkeypatch.setattr(train, "evaluate", lambda *x: evaluate(*x) | results.pop(0))
     assert refused() == f"the validation loss after step 8 is not finite{IF_DIVERGED}"
+    assert AGAIN in capsys.readouterr().err
 
 
 def test_weights_and_buffers_that_are_not_finite_are_never_saved(monkeypatch, capsys):

@@ -333,6 +333,7 @@ def test_evaluation_predicts_every_token_once_whatever_its_batch(trained, data):
 
 def test_an_evaluation_on_trial_leaves_no_trace(trained):
     model, dataset, config = trained
+    dataset = SimpleNamespace(**vars(dataset))  # as check.py and the experiments have it
     model, sizes = copy.deepcopy(model).train(), []
     model.norm.register_forward_hook(lambda _, x, y: sizes.append((y.shape[0], torch.rand(1))))
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
