@@ -695,7 +695,8 @@ def show_result(config: TrainConfig, data: Dataset):
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {bits}. A sample:\n")
     tokens = data.val.arrays[0][1:9].tolist()  # after the end-of-text token
     prompt = data.tokenizer.decode(tokens, errors="ignore").strip()
-    options = ("--max_new_tokens=120", "--seed=1", f"--device={config.device}")
+    new = max(8, min(120, max(config.block_size, config.long_block_size) - len(tokens)))
+    options = (f"--max_new_tokens={new}", "--seed=1", f"--device={config.device}")
     sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
     start = shlex.quote(prompt[:20].partition("\n")[0])
     info(f"\nMore: python sample.py {shlex.quote(config.out)} --prompt={start}")
