@@ -96,9 +96,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of matrix products
     fp8: bool = False  # matrix products in FP8 (fp8.py)
-    compile: Literal["auto", True, False] = (
-        "auto"  # auto: in bfloat16, if the run is long or, on CUDA, steps large
-    )
+    compile: Literal["auto", True, False] = "auto"  # auto: in bfloat16, if steps are many or large
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights and optimiser; implies recompute
     deterministic: bool = False  # sums in a fixed order: resumes are bit for bit on CUDA, too
