@@ -41,10 +41,8 @@ def next_command(folder: Path, data: Dataset, tokenizer: str, source: str = "") 
     is_run = tokenizer and any((home / file).exists() for file in ("best.pt", "ckpt.pt"))
     has_weights = is_run or (tokenizer and (home / "config.json").exists())
     large = source in FOR_ONE_GPU and not has_weights
-    file, options = "config/one_gpu.py" if large else "config/small.py", {}
-    settings = runpy.run_path(str(Path(__file__).parent.parent / file))
-    if large:
-        settings |= (options := FOR_ONE_GPU[source])
+    file, options = ("config/one_gpu.py", FOR_ONE_GPU[source]) if large else ("config/small.py", {})
+    settings = runpy.run_path(str(Path(__file__).parent.parent / file)) | options
     most, eval_tokens = settings["steps"], settings.get("eval_tokens")
     if is_run:
         from support.checkpoints import load_checkpoint  # imports torch, not needed otherwise

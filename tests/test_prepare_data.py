@@ -293,7 +293,9 @@ def test_the_command_that_trains_on_a_folder(book, tmp_path):
         assert advice.next_command(book, text, "", source) == one + options
     run = dict(lr=6e-3, optimizer="muon", adamw_lr=2.0, batch_size=2, block_size=64, eval_tokens=0)
     torch.save({"model_config": {}, "train_config": run}, book / "best.pt")
-    command = advice.next_command(book, data, str(book), "tinystories")
+    text = SimpleNamespace(train=data.train, val=range(10**7), vocab_size=300)
+    command = advice.next_command(book, text, str(book), "tinystories")
     as_trained = "--batch_size=2 --block_size=64 --lr=0.0006 --optimizer=muon --adamw_lr=2.0"
     steps *= 16  # its windows are a sixteenth of small.py's
+    as_trained += " --eval_tokens=100000"  # not the run's
     assert command == f"python train.py --init_from={book} {words} --steps={steps} {as_trained}"
