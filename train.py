@@ -121,11 +121,6 @@ class TrainConfig:
             )
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise Refusal("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
-        if self.batch_start > self.batch_size:
-            raise Refusal(
-                f"batch_start is {self.batch_start}, but the final batch_size is only "
-                f"{self.batch_size}: raise batch_size, or lower batch_start."
-            )
         for name in (*LR_BOUNDS, "batch_ramp", "long_start", "mtp_switch", "gamma_stop"):
             if (x := getattr(self, name)) > 1:
                 raise Refusal(f"{name} is {x}, but must be a fraction of the run: at most 1.")

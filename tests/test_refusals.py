@@ -45,7 +45,6 @@ REFUSALS = [
     (f"{NEW} --eval_every=0", 1, "eval_every is 0, but must be at least 1."),
     (f"{NEW} --warmup=0.7", 1, "warmup is 0.7, but decay_start is 0.676: raise decay_start to at"),
     (f"{NEW} --min_lr=6e-5", 1, "min_lr is 6e-05, but is a share of lr, not a learning rate as in"),
-    (f"{NEW} --batch_start=8", 1, "batch_start is 8, but the final batch_size is only 4: raise"),
     (f"{NEW} --n_group=3", 1, "n_routed_experts 8 is not a multiple of n_group 3."),
     (f"""{NEW} --rope_scaling="{{'factor': '4'}}" """, 1, "has '4' for 'factor', expected a num"),
     # What does not fit together.

@@ -63,6 +63,7 @@ def test_batch_grows_in_equal_stages():
     assert {step: train.batch_at(config, step) for step in points} == points
     assert train.batch_at(replace(config, batch_start=0), 0) == 16
     assert train.batch_at(replace(config, batch_start=3), 999) == 16
+    assert train.batch_at(replace(config, batch_start=17), 0) == 16  # no effect
 
 
 def test_what_changes_in_the_run_changes_at_its_very_step():
