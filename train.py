@@ -47,7 +47,7 @@ from model import DeepSeekV3, ModelConfig, count_chosen
 from support import checkpoints, processes, runs, settings
 from support.checkpoints import Progress, RandomNumbers, checkpoint_file, load_checkpoint
 from support.flops import flops_per_token, peak_flops
-from support.muon import Muon, muon_takes, summary
+from support.muon import Muon, muon_takes
 from support.processes import Machine
 from support.settings import Refusal, info
 from support.tokenizer import Tokenizer, tokenizer_files
@@ -229,7 +229,8 @@ def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.
     adamw = torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
     if not matrices:
         return [adamw]
-    info(f"muon: {summary(model, of_muon)}; AdamW: all other parameters")
+    count = sum(p.shape[:-2].numel() for p in matrices)  # a stack holds several
+    info(f"muon: {count} matrices of the layers; AdamW: all other parameters")
     defaults = {"lr": config.lr, "lr_scale": 1.0, "weight_decay": decay, "momentum": 0.95}
     return [adamw, Muon(matrices, defaults, getattr(torch, config.dtype))]
 

@@ -4,6 +4,7 @@ a run's time."""
 import copy
 import re
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from torch import nn
@@ -11,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from support.clock import rough
 from support.processes import Machine
 from support.settings import info, short
 
@@ -49,8 +49,9 @@ def log_time(active: int, tokens: int, machine: Machine):
         return
     condition = f"by products at {speed / 1e9:,.0f} GFLOP/s"
     if machine.device.type == "cpu":
-        condition = "if nothing else uses the CPU (else set OMP_NUM_THREADS=1)"
-    info(f"time: {rough(seconds)} is a rough estimate, {condition}")
+        condition = "if nothing else uses the CPU (else OMP_NUM_THREADS=1)"
+    time = timedelta(seconds=float(f"{seconds:.2g}"))
+    info(f"time: {time} is a rough estimate, {condition}")
 
 
 class Products(TorchDispatchMode):

@@ -1,8 +1,7 @@
 """Muon, an optimiser for matrices, and the choice of the parameters that it optimises."""
 
 import math
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
@@ -67,14 +66,3 @@ def muon_takes(model: nn.Module) -> set[nn.Parameter]:
     not_these = {p for module in apart for p in module.parameters()}
     in_layers = (p for part in (model.layers, model.mtp) for p in part.parameters())
     return {p for p in in_layers if p.ndim in (2, 3)} - not_these
-
-
-def summary(model: nn.Module, taken: set[nn.Parameter]) -> str:
-    """How many matrices these parameters hold, in all and in each part of a layer."""
-    matrices = Counter()
-    for name, p in model.named_parameters():
-        if p in taken:
-            part = re.sub(r".*?\.\d+\.(block\.)?", "", name, count=1).partition(".")[0]
-            matrices[part] += p.shape[:-2].numel()
-    parts = ", ".join(f"{part} {n}" for part, n in matrices.items())
-    return f"{matrices.total()} matrices ({parts})"
