@@ -348,12 +348,6 @@ class Run:
                 )
         write_whole(self.out / name, lambda file: torch.save(saved, file))
 
-    def how_to_continue(self) -> str:
-        """How to continue after a stop."""
-        if self.resumable_step:
-            return f"continue from step {self.resumable_step} ({self.out}/ckpt.pt) with --resume"
-        return "begin again with --overwrite"
-
 
 @contextmanager
 def open_run(
@@ -392,5 +386,8 @@ def open_run(
                 raise KeyboardInterrupt  # the exit code tells scripts that the run is not finished
         except BaseException:  # also an error in another process, or a full disk
             if progress.step:
-                info(f"stopped at step {progress.step}; {run.how_to_continue()}.")
+                way, last = "begin again with --overwrite", run.resumable_step
+                if last:
+                    way = f"continue from step {last} ({run.out}/ckpt.pt) with --resume"
+                info(f"stopped at step {progress.step}; {way}.")
             raise
