@@ -150,7 +150,7 @@ def parse_args(
     argument = values.pop("0", None)
     if argument is not None and positional in fields:
         if positional in values:
-            parser.error(f"two of {positional}: {argument} and --{positional}; give one")
+            parser.error(f"{positional} is given twice, {argument} and --{positional}; give one")
         values[positional] = argument
     try:
         return argument, {n: as_field(n, text, fields[n].type) for n, text in values.items()}

@@ -26,7 +26,7 @@ OTHER = "and data/other have different tokenizers; prepare the data with --token
 REFUSALS = [
     # prepare_data.py
     ("prepare_data.py a.txt b.txt", 2, "--key=value, and put a pattern such as '*.txt' in quotes"),
-    ("prepare_data.py a.txt --source=b.txt", 2, "two of source: a.txt and --source; give one"),
+    ("prepare_data.py a.txt --source=b.txt", 2, "source is given twice, a.txt and --source; give"),
     ("prepare_data.py tiny_stories", 1, "a folder, stdlib, tinystories, fineweb, finewebedu"),
     ("prepare_data.py a.txt --name=tiny", 1, "data/tiny exists; choose another name, or give --ov"),
     ("prepare_data.py a.txt --val_fraction=0.6", 1, "val_fraction=0.6: expected above 0"),
