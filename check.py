@@ -263,7 +263,7 @@ def causality(model: DeepSeekV3, length: int = 256) -> Answer:
 def gradients(model: DeepSeekV3, config: TrainConfig, compiled=False, step: int = 0) -> Answer:
     """Compares the gradients of a training step with those of the same step recomputed, in two
     micro-batches and, if `compiled`, compiled. A loss must be a mean over the targets, however they
-    are divided. The loss in eval() is compared, too. If the step draws random numbers, as dropout
+    are divided, and in eval mode it must be the same. If the step draws random numbers, as dropout
     does, only recomputing draws the same ones, and nothing else is compared."""
     model = perturbed(model)
     text = random_tokens(model, 4, min(config.block_size, 128) + 1)
@@ -274,7 +274,9 @@ def gradients(model: DeepSeekV3, config: TrainConfig, compiled=False, step: int 
         with torch.no_grad():
             evaluated = model(text[:, :-1], text[:, 1:])["loss"].item()
         if not math.isclose(trained := plain.losses["loss"].item(), evaluated, rel_tol=SAME):
-            answer.notes.append(f"loss is {trained:.6g} in training and {evaluated:.6g} in eval()")
+            answer.notes.append(
+                f"loss is {trained:.6g} in training mode, {evaluated:.6g} in eval mode"
+            )
         ways |= {"in two micro-batches": dict(grad_accum=2)}
         ways |= {"compiled": dict(compile=True)} if compiled else {}
     for way, changes in ways.items():
@@ -367,7 +369,7 @@ def losses(model: DeepSeekV3) -> Answer:
     for name, right in {"loss": main, "mtp_loss": sum(mtp) / max(1, len(mtp))}.items():
         if not math.isclose(found := returned[name].item(), right, rel_tol=SAME):
             wrong.append(f"{name} is {found:.6g}, but the logits' cross-entropy is {right:.6g}")
-    return Answer(f"losses: must be the logits' cross-entropies; on random text {main:.6g}", wrong)
+    return Answer(f"losses: must be cross-entropies of the logits, here {main:.6g}", wrong)
 
 
 def step(model: DeepSeekV3, config: TrainConfig, run: Path | None = None) -> Answer:

@@ -58,7 +58,7 @@ class Past(NamedTuple):
 
     kept: Tensor  # made by the layer's `new_cache`
     positions: Tensor  # (T,) of the new tokens
-    first: bool  # they begin the text: nothing else to attend to (in compiled code never true)
+    first: bool  # whether they begin the text and so attend to nothing else; False if compiled
 
 
 @dataclass

@@ -617,7 +617,7 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
     if longest > limit:
         raise Refusal(
             f"windows of {longest} tokens exceed max_position_embeddings, {limit}: lower "
-            "--block_size and --long_block_size, or raise it for a new network."
+            "--block_size and --long_block_size or, for a new network, raise that limit."
         )
     # MTP module k needs k + 1 tokens before it has a target.
     least = 1 + model.config.num_nextn_predict_layers
@@ -689,7 +689,8 @@ def show_result(config: TrainConfig, data: Dataset):
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {bits}. A sample:\n")
     tokens = data.val.arrays[0][1:9].tolist()  # after the end-of-text token
     prompt = data.tokenizer.decode(tokens, errors="ignore").strip()
-    new = max(8, min(120, max(config.block_size, config.long_block_size) - len(tokens)))
+    longest = max(config.block_size, config.long_block_size)
+    new = max(8, min(120, longest - len(tokens)))  # within the windows trained on
     options = (f"--max_new_tokens={new}", "--seed=1", f"--device={config.device}")
     sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
     start = shlex.quote(prompt[:20].partition("\n")[0])

@@ -257,7 +257,9 @@ def check(name: str, names: dict | None = None) -> bool:
     for sentence in mistakes:
         show(f"  It behaves as if {sentence}.")
     if sum(map(bool, cases.values())) > 1 and not mistakes and UNWRITTEN not in cases.values():
-        print("  No known mistake gives all this: repair the first wrong case, then check again.")
+        print(
+            "  No known mistake explains all of this: mend the first wrong case, then check again."
+        )
     if not failed:
         print(textwrap.indent(exercise.why, "  "))
     if UNWRITTEN in problems.values():

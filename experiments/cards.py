@@ -29,6 +29,7 @@ import bench
 import model as essay
 import train
 from support import processes
+from support.clock import rough
 from support.flops import GROUPED, PEAK_FLOPS, flops_per_token
 from support.settings import parse_args, run_command
 from support.sizes import parameter_counts
@@ -240,13 +241,6 @@ def row(case: Case) -> dict[str, str]:
         "time": f"{rough(3600 * low)} to {rough(3600 * high)}",
         "mfu": f"{of_peak / high:.2f} to {of_peak / low:.2f}",
     }  # fmt: skip
-
-
-def rough(seconds: float) -> str:
-    """A time with two digits, such as "2.8 hours"."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1)):
-        if seconds >= size or unit == "seconds":
-            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
 
 
 def main(argv: list[str]):

@@ -37,3 +37,10 @@ class Clock:
         seconds = more * (time.perf_counter() - began) / (tokens - before)
         seconds = min(round(seconds), 10**13)  # more is too much for timedelta
         return f", {timedelta(seconds=seconds)} left"
+
+
+def rough(seconds: float) -> str:
+    """A time with two digits, such as "2.8 hours"."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1)):
+        if seconds >= size or unit == "seconds":
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"

@@ -4,7 +4,6 @@ a run's time."""
 import copy
 import re
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch
 from torch import nn
@@ -12,12 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from support.clock import rough
 from support.processes import Machine
 from support.settings import info, short
 
-# TFLOP/s of dense products in bf16, with sums in float32, by NVIDIA's data sheets. Most state twice
-# as many, with sparsity. RTX cards: 512 FLOPs per multiprocessor and cycle at the boost clock, by
-# its papers on Ampere, Ada and Blackwell. T4 and V100, which have no bf16: of products in float32.
+# TFLOP/s of dense products in bf16, with sums in float32, from NVIDIA's data sheets, most of which
+# state twice as many, with sparsity. RTX cards do 512 FLOPs per multiprocessor and cycle, counted at
+# the boost clock, as in NVIDIA's papers on Ampere, Ada and Blackwell. T4 and V100 lack bf16: theirs
+# are of products in float32.
 TERA = {
     "H100": 989, "H100 PCIe": 756, "H200": 989, "H800": 989, "A100": 312, "A100-SXM4": 312,
     "A100-PCIE": 312, "A10": 125, "L4": 121, "L40S": 362, "T4": 8.1, "V100-SXM2": 15.7,
@@ -47,11 +48,10 @@ def log_time(active: int, tokens: int, machine: Machine):
     seconds = 6 * active * tokens / (SHARE * speed)
     if seconds < 60:
         return
-    condition = f"by products at {speed / 1e9:,.0f} GFLOP/s"
+    how = f", estimated from products at {speed / 1e9:,.0f} GFLOP/s"
     if machine.device.type == "cpu":
-        condition = "if nothing else uses the CPU (else OMP_NUM_THREADS=1)"
-    time = timedelta(seconds=float(f"{seconds:.2g}"))
-    info(f"time: {time} is a rough estimate, {condition}")
+        how = " if nothing else uses the CPU (if something does, set OMP_NUM_THREADS=1)"
+    info(f"time: roughly {rough(seconds)}{how}")
 
 
 class Products(TorchDispatchMode):

@@ -215,8 +215,8 @@ def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
 
 @functools.cache
 def product_speeds(device: torch.device, *dtypes: torch.dtype) -> list[float]:
-    """FLOP/s of a bare product in each of these dtypes, measured once; on a CPU in about 50 ms, on
-    one core, which other work disturbs least."""
+    """FLOP/s of a bare product in each of these dtypes, measured once. On a CPU this takes about
+    50 ms and uses one core, which other work disturbs least."""
     K, M, N = (256, 1024, 512) if device.type == "cpu" else (4096, 4096, 4096)
     x, w = torch.randn(M, K, device=device), torch.randn(N, K, device=device)
     seconds = {dtype: [] for dtype in dtypes}
@@ -303,8 +303,7 @@ def compile_network(model: nn.Module, config, machine: Machine):
     settings.recompile_limit = 64
     # By default DDP cuts graphs into pieces the size of its buckets; a block is a small graph.
     settings.optimize_ddp = False
-    # With "auto" a block that dynamo or the compiler refuses in forward runs eagerly, after a
-    # warning.
+    # With "auto" a block that the compiler refuses in forward runs eagerly, after a warning.
     settings.suppress_errors = config.compile == "auto"
     # On CUDA a graph for each size of windows; on a CPU, or while the batch grows, one for all
     # sizes. (A micro-batch of a single window has its own.)

@@ -255,7 +255,7 @@ def test_a_part_that_computes_in_training_alone_is_named():
     changed(model.layers[1], lambda module, x: x * (1 + module.training))
     answer = gradients(model, CONFIG)
     (note,) = answer.notes
-    assert not answer.wrong and note.startswith("loss is ") and note.endswith(" in eval()")
+    assert not answer.wrong and note.startswith("loss is ") and note.endswith(" in eval mode")
 
 
 def test_a_gate_that_the_text_does_not_train_is_named(monkeypatch):
@@ -455,6 +455,9 @@ def test_drafts_that_change_the_text_are_found(monkeypatch):
     monkeypatch.setattr(check.sample, "accept", accept_all)
     wrong = drafts(model).wrong
     assert len(wrong) == 4 and "with 4 drafts per round the text differs from token " in wrong[3]
-    no_drafts = lambda p, q, x, u: (x.new_zeros(len(p)), p[:, :1].argmin(-1))  # noqa: E731
-    monkeypatch.setattr(check.sample, "accept", no_drafts)  # all rounds write the same, wrong text
+
+    def write_the_unlikeliest(p, q, x, u):
+        return x.new_zeros(len(p)), p[:, :1].argmin(-1)
+
+    monkeypatch.setattr(check.sample, "accept", write_the_unlikeliest)  # in every round
     assert [int(line.split()[1]) for line in drafts(model).wrong] == [0, 1, 2, 3, 4]

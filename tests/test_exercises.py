@@ -99,6 +99,9 @@ def test_the_demonstration_is_no_proof(capsys):
     assert "The cases above decide" in out and "detached" not in out  # counts have no gradient
     out = printed("gate", "gain = s.gather", "gain = (s + b).gather")
     assert "float64" not in out  # which the reader has not written
+    assert "mend the first wrong case" not in out
+    out = printed("gate", "return s, chosen, gain", "return s / 2, chosen, gain / 3")
+    assert "mend the first wrong case" in out and "It behaves as if" not in out
 
 
 def test_every_token_of_the_text_is_written_with_the_readers_function():

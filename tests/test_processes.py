@@ -241,7 +241,7 @@ def test_the_time_of_a_run_is_estimated_and_then_measured(monkeypatch, capsys):
     machine = processes.Machine(torch.device("cuda"), torch.bfloat16, world=2, speed=165e12)
     log_time(57_000_000, 2 * 1_146_880_000, machine)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "time: 2:38:20 is a rough estimate, by products at 330,000 GFLOP/s"
+    assert line == "time: roughly 2.6 hours, estimated from products at 330,000 GFLOP/s"
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     clock = Clock()
