@@ -157,7 +157,7 @@ def size_row(file: str | Path) -> dict[str, Any]:
         "": Path(file).stem, "parameters": count["total"], "active": count["active"],
         "MTP adds": count["mtp"], "cached numbers": latent, "bf16 bytes": 2 * latent,
         "MHA bytes": 2 * heads, "times": heads / latent if latent else None, "window": T,
-        "GFLOP/trained token": flops and flops / 1e9,
+        "GFLOP/trained token": flops / 1e9,
         "bf16 GB": 2e-9 * (count["total"] + count["mtp"]), "FP8 GB": in_fp8 / 1e9,
     }  # fmt: skip
 
@@ -272,7 +272,7 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
         fp8.use_fp8(model)
     n = 8192 if machine.device.type == "cuda" else 2048
     tokens = config.batch_size * config.block_size
-    flops, bare = flops and tokens * flops, 2 * n**3
+    flops, bare = tokens * flops, 2 * n**3
     a = torch.randn(n, n, device=machine.device).to(machine.dtype)
     step = training_step(model, config, machine)
     t = interleaved({"product": lambda: a @ a, "step": step}, options.rounds)
@@ -282,9 +282,9 @@ def config_row(file: str, dtype: str, options: TrainOptions) -> dict[str, Any]:
         "": Path(file).stem, "dtype": dtype, "auto": machine.dtype == fast_dtype(machine.device)[0],
         "compiled": machine.compiled,
         "tokens": tokens, "seconds": t["step"], "tokens/s": tokens / seconds,
-        "GFLOP/s": flops and flops / seconds / 1e9,
-        "of bare products": flops and ratio(t["product"], t["step"], flops / bare),
-        "MFU": flops / seconds / peak if flops and peak else None, "peak GB": memory / 1e9 or None,
+        "GFLOP/s": flops / seconds / 1e9,
+        "of bare products": ratio(t["product"], t["step"], flops / bare),
+        "MFU": flops / seconds / peak if peak else None, "peak GB": memory / 1e9 or None,
     }  # fmt: skip
 
 

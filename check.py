@@ -42,11 +42,11 @@ from torch.utils.checkpoint import CheckpointError
 
 import sample
 import train
-from huggingface import and_more, load_model
+from load import load_model
 from model import MAX_ROUND_TOKENS, Cache, DeepSeekV3
 from support import graphs, processes, settings
 from support.checkpoints import RandomNumbers, load_checkpoint
-from support.settings import Refusal, run_command
+from support.settings import Refusal, and_more, run_command
 from support.tokens import Tokens
 from train import TrainConfig
 
@@ -403,7 +403,7 @@ def train_twice(model: DeepSeekV3, config: TrainConfig, folder: Path) -> tuple[d
     validation loss of best.pt, as logged, as stored, and as evaluated again."""
     whole, resumed = folder / "whole", folder / "resumed"
     config = replace(
-        config, steps=4, batch_size=2, batch_start=0, block_size=min(64, config.block_size),
+        config, steps=4, batch_size=2, block_size=min(64, config.block_size),
         long_block_size=0, grad_accum=1, log_every=4, eval_every=4, save_every=2,
         dtype="float64", fp8=False, compile=False, recompute=False, parallel="ddp",
         overwrite=False, init_from="", eval_only=False,

@@ -1,4 +1,4 @@
-"""Reads and writes the released models' layout, opens the weights of runs, and exports them.
+"""Reads and writes the released models' layout, and exports runs.
 
     python huggingface.py SRC DST [--quantize=True] [--check=False] [--overwrite]
     python huggingface.py SRC DST.gguf [--gguf_dtype=F32] [--check=False] [--overwrite]
@@ -22,20 +22,20 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fp8
+from load import Undrawn, load_model
 from model import DeepSeekV3, ModelConfig
-from support.checkpoints import checkpoint_file, load_checkpoint, note_edit
 from support.files import check_free, new_folder, read_json, write_whole
 from support.gguf import write_gguf
-from support.settings import Refusal, as_field, info, parse_args, run_command, short
-from support.tokenizer import Tokenizer, export_tokenizer, hf_tokenizer, stored_tokenizer
+from support.settings import Refusal, and_more, as_field, info, parse_args, run_command, short
+from support.tokenizer import Tokenizer, export_tokenizer
 
 FAMILY = ("deepseek_v3", "kimi_k2")  # the values of model_type with V3's network
 # config.json's other keys that change logits, each with the only value that model.py implements.
@@ -86,52 +86,6 @@ def config_from_json(config: dict[str, Any]) -> ModelConfig:
     known = ModelConfig.__dataclass_fields__
     stated = {k: as_field(k, x, known[k].type) for k, x in stated.items() if k in known}
     return ModelConfig(**stated)
-
-
-def outline(config: ModelConfig) -> DeepSeekV3:
-    """The network on the meta device, where tensors have shapes but no memory."""
-    try:
-        with torch.device("meta"):
-            return DeepSeekV3(config)
-    except RuntimeError:  # the constructor of an edited network needs actual numbers
-        return DeepSeekV3(config)
-
-
-def filled(
-    model: DeepSeekV3,
-    weights: dict[str, Tensor] | None,
-    device: str | torch.device,
-    dtype: torch.dtype,
-) -> DeepSeekV3:
-    """The network of this outline, with copies of these weights, whose memory-mapped file may
-    change later. No parameter is initialised only to be replaced. Parameters missing from the
-    weights are initialised. A weight that has been copied is taken out of `weights`, so that no two
-    networks are in memory. weights=None: with empty memory, for the caller to fill."""
-    model = model.to(dtype)
-    state, found = model.state_dict(keep_vars=True), {}
-    for name, like in state.items():
-        if id(like) in found or (weights is not None and name not in weights):
-            continue  # shared parameters stay shared
-        x = torch.empty_like(like, device=device)
-        if weights is not None:
-            x.copy_(weights.pop(name).detach())
-        parameter = isinstance(like, nn.Parameter)
-        found[id(like)] = nn.Parameter(x, like.requires_grad) if parameter else x
-    state = {name: found[id(like)] for name, like in state.items() if id(like) in found}
-    model.load_state_dict(state, strict=False, assign=True)
-    for gate in model.gates():  # load is not in the state
-        gate.load = torch.zeros_like(gate.load, device=device)
-
-    constants = [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor)]
-    if any(x.is_meta for x in (*model.parameters(), *model.buffers(), *constants)):
-        model = DeepSeekV3(model.config).to(device, dtype)  # edited, or with new parameters
-        model.load_state_dict(state, strict=False)
-    return model.to(device)
-
-
-def and_more(names: list[str]) -> str:
-    """The first name, and the number of the others."""
-    return f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
 
 
 def checkpoint_views(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
@@ -233,7 +187,8 @@ def from_pretrained(
     raw, stored = read_json(directory / "config.json"), open_files(directory, str(device))
     config = config_from_json(raw)
     config.num_nextn_predict_layers = sum(name.endswith(".eh_proj.weight") for name in stored)
-    model, norm = outline(config), "model.norm.weight"
+    with Undrawn():
+        model, norm = DeepSeekV3(config), "model.norm.weight"
     check_tensors(model, stored, directory)
     kind = raw.get("dtype") or raw.get("torch_dtype") or stored[norm].get_tensor(norm).dtype
     kind = "bfloat16" if raw.get("quantization_config") else str(kind).removeprefix("torch.")
@@ -241,7 +196,7 @@ def from_pretrained(
     if named not in DTYPES:
         raise Refusal(f"config.json has dtype {kind!r:.100}, expected one such as float32.")
 
-    model = filled(model, None, device, dtype or named)
+    model = model.to(device, dtype or named)
     for name, view in checkpoint_views(model):
         view.copy_(read_tensor(name, stored, directory))
     copies = {name: x for name, x in checkpoint_copies(model) if name in stored}
@@ -293,86 +248,6 @@ def save_pretrained(model: DeepSeekV3, directory: str | Path, quantize: bool = F
     (directory / "config.json").write_text(json.dumps(config | extra, indent=2))
     for file in directory.glob("model*.safetensors"):  # written so that only the owner can read it
         shutil.copymode(directory / "config.json", file)
-
-
-# ---- Runs ----------------------------------------------------------------------------------------
-
-
-def compare(
-    stored: dict[str, Tensor], needed: dict[str, Tensor], source: Path, message: str, extend: bool
-):
-    """Raises Refusal, beginning with `message`, if a stored weight has the wrong shape, is missing
-    or is not needed. With extend, missing weights and those not needed are only reported."""
-    for name in sorted(needed.keys() | stored.keys()):
-        have = tuple(stored[name].shape) if name in stored else "missing"
-        want = tuple(needed[name].shape) if name in needed else "no part of this network"
-        if have != want and not (extend and (name not in stored or name not in needed)):
-            raise Refusal(f"{message}: {name} is {have} in the file, but {want} by the settings")
-    if new := sorted(needed.keys() - stored.keys()):
-        info(f"{source} lacks {and_more(new)}: missing weights of this network are initialised")
-    if old := sorted(stored.keys() - needed.keys()):
-        info(f"{source} has {and_more(old)}: this network does not use these weights")
-
-
-def read_run(path: Path) -> tuple[ModelConfig, dict[str, Tensor], int, Tokenizer]:
-    """The settings, weights, trained length and tokenizer of a run or a checkpoint file. Raises
-    Refusal."""
-    saved, known = load_checkpoint(path), ModelConfig.__dataclass_fields__
-    if unknown := sorted(saved["model_config"].keys() - known.keys()):
-        raise Refusal(
-            f"{path} has {and_more(unknown)}, unknown to this model.py: use the model.py that "
-            "trained it."
-        )
-    try:
-        config, weights = ModelConfig(**saved["model_config"]), saved["model"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise Refusal(f"{path}: weights and settings do not match: {short(error)}") from None
-    meaning = "if a formula has changed, the weights compute something else"
-    note_edit("model.py", saved, checkpoint_file(path), meaning)
-    tokenizer = stored_tokenizer(path if path.is_dir() else path.parent)
-    if tokenizer.n_vocab > config.vocab_size:
-        raise Refusal(
-            f"{path} has weights for {config.vocab_size} tokens, but its tokenizer has "
-            f"{tokenizer.n_vocab}: copy the tokenizer of the weights' run."
-        )
-    length = saved.get("trained_length", config.max_position_embeddings)
-    return config, weights, length, tokenizer
-
-
-def load_model(
-    ckpt: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    extend: bool = False,
-    settings: dict[str, Any] | None = None,
-) -> tuple[DeepSeekV3, Tokenizer | None]:
-    """The model of a run, file or Hugging Face directory, and its tokenizer.
-
-    dtype None: the stored dtype. The tokenizer is None if a Hugging Face directory has none.
-    settings: values of ModelConfig that replace the stored ones; messages name those that change.
-    extend: the weights may lack parameters of the model, which are then initialised, or have some
-    that it lacks, because model.py or the settings have changed; messages name them. Raises
-    ValueError, of which Refusal is one.
-    """
-    path, settings = Path(ckpt), settings or {}
-    if (path / "config.json").exists():
-        model, tokenizer = from_pretrained(path, dtype, str(device)), hf_tokenizer(path)
-        stored, weights, length = model.config, model.state_dict(), model.trained_length
-        if replace(stored, **settings) == stored:
-            return model, tokenizer
-    else:
-        stored, weights, length, tokenizer = read_run(path)
-    config, message = replace(stored, **settings), f"{path}: weights and settings do not match"
-    now, before = vars(config), vars(stored)
-    if changed := [key for key in now if now[key] != before[key]]:
-        message = f"{path} cannot get {and_more([f'{key} {now[key]}' for key in changed])}"
-    for key in changed:
-        info(f"{key} is now {now[key]} (was {before[key]} in {path})")
-    model = outline(config)
-    compare(weights, model.state_dict(), path, message, extend)
-    model = filled(model, weights, device, dtype or weights["embed_tokens.weight"].dtype)
-    model.trained_length = length
-    return model.eval(), tokenizer
 
 
 # ---- The command ---------------------------------------------------------------------------------

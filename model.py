@@ -380,7 +380,8 @@ class Gate(nn.Module):
         super().__init__()
         self.config = config
         E, D = config.n_routed_experts, config.hidden_size
-        self.weight = nn.Parameter(torch.empty(E, D).normal_(std=config.initializer_range))  # e_i
+        self.weight = nn.Parameter(torch.empty(E, D))  # e_i
+        nn.init.normal_(self.weight, std=config.initializer_range)
         self.register_buffer("e_score_correction_bias", torch.zeros(E, dtype=torch.float32))  # b
         # How often each expert was chosen in training since the last update of b.
         self.register_buffer("load", torch.zeros(E, dtype=torch.long), persistent=False)
@@ -452,10 +453,11 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        std = config.initializer_range
         # W_gate and W_up of each expert as one matrix, W_gate first.
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D).normal_(std=std))
-        self.down_proj = nn.Parameter(torch.empty(E, D, width).normal_(std=std))
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, width))
+        for stack in (self.gate_up_proj, self.down_proj):
+            nn.init.normal_(stack, std=config.initializer_range)
         # The product for all experts at once, and the number of which each expert's rows are a
         # multiple (None: row_unit). fp8.py replaces both.
         self.product, self.unit = grouped_linear, None

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from huggingface import load_model
+from load import load_model
 from model import MAX_COMPILED_TOKENS, Cache, DeepSeekV3
 from support import graphs
 from support.processes import fast_dtype, usable_device

@@ -42,7 +42,7 @@ from tqdm import tqdm
 import fp8
 import prepare_data
 import sample
-from huggingface import load_model, outline
+from load import load_model
 from model import DeepSeekV3, ModelConfig, count_chosen
 from support import checkpoints, processes, runs, settings
 from support.checkpoints import Progress, RandomNumbers, checkpoint_file, load_checkpoint
@@ -69,8 +69,6 @@ class TrainConfig:
     long_block_size: int = 0  # tokens per window in every second step from long_start on (0: none)
     long_start: float = 0.9  # fraction of the run at which the YaRN phase begins
     grad_accum: int = 1  # micro-batches per step and process
-    batch_start: int = 0  # windows in the first step, and the increment (0: always batch_size)
-    batch_ramp: float = 0.032  # fraction of the run in which the batch grows (469B of 14.8T tokens)
     # optimiser and schedule; the defaults are the report's
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices
     lr: float = 2.2e-4  # peak learning rate
@@ -121,7 +119,7 @@ class TrainConfig:
             )
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise Refusal("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
-        for name in (*LR_BOUNDS, "batch_ramp", "long_start", "mtp_switch", "gamma_stop"):
+        for name in (*LR_BOUNDS, "long_start", "mtp_switch", "gamma_stop"):
             if (x := getattr(self, name)) > 1:
                 raise Refusal(f"{name} is {x}, but must be a fraction of the run: at most 1.")
         # With decay_end = 1 the cosine lasts to the end of the run, and final_start has no effect.
@@ -196,18 +194,6 @@ def extend_context(model: DeepSeekV3, config: TrainConfig):
     factor = config.long_block_size / yarn["original_max_position_embeddings"]
     model.config.rope_scaling = yarn | {"factor": factor}
     model.trained_length = config.long_block_size
-
-
-def batch_at(config: TrainConfig, step: int) -> int:
-    """The batch of this step, in windows of block_size (a long window counts as several). It grows
-    to batch_size in equal stages, by batch_start each."""
-    start = config.batch_start
-    if not start:
-        return config.batch_size
-    stages = config.batch_size // start
-    ramp = max(1, config.batch_ramp * config.steps)  # in steps
-    stage = int(stages * step / ramp)
-    return min(start * (1 + stage), config.batch_size)
 
 
 # ---- Optimiser -----------------------------------------------------------------------------------
@@ -287,13 +273,12 @@ def train_windows(data: Dataset, config: TrainConfig, step: int) -> np.ndarray:
     Each epoch cuts the text into adjacent windows and shuffles them. Steps take the windows in
     turn, epoch after epoch. So an epoch reads every token once, except for less than a window at
     the ends of the text.
-    Two cases skip windows. Short and long windows are two lists, cut from the same text, and each
-    step moves on in both, though it reads from one. While the batch grows, each step moves on by a
-    full batch, though it reads fewer windows.
+    The YaRN phase skips windows: short and long ones are two lists, cut from the same text, and
+    each step moves on in both, though it reads from one.
     """
     T, length = block_at(config, step), len(data.train)
-    first = step * config.batch_size * config.block_size // T  # windows before this step
-    numbers = first + np.arange(batch_at(config, step) * config.block_size // T)
+    batch = config.batch_size * config.block_size // T  # windows of a step
+    numbers = step * batch + np.arange(batch)
     count = (length - 1) // T  # windows of an epoch
     starts = [epoch_starts(config.seed, i // count, length, T)[i % count] for i in numbers]
     return data.train.windows(np.array(starts), T + 1)
@@ -470,15 +455,14 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     states = {"model": model, "progress": progress, "random": RandomNumbers(machine)}
     states |= checkpoints.by_name(model, optimizers)
 
-    # For the mfu. Counted in a plain copy: this network may be compiled, sharded or in FP8.
-    peak = peak_flops(machine.device)
-    flops = peak and flops_per_token(outline(model.config), config.block_size)
-    mfu = flops and flops / (peak * machine.world)  # of one token per second
+    peak = peak_flops(machine.device)  # None: unknown, and no mfu
+    flops = peak and flops_per_token(model, config.block_size)
+    mfu = peak and flops / (peak * machine.world)  # of one token per second
 
     # A resumed run's states are restored here. A signal sets run.stopped.
     with runs.open_run(states, config, machine, files, mfu) as run:
-        remaining = sum(batch_at(config, step) for step in range(progress.step, config.steps))
-        run.log_plan(remaining * config.block_size, len(data.train))
+        remaining = (config.steps - progress.step) * config.batch_size * config.block_size
+        run.log_plan(remaining, len(data.train))
         if machine.device.type == "cuda" and not run.finished:
             try_evaluation(model, data, config, machine)
             run.clock.restart(progress.tokens)
@@ -533,10 +517,10 @@ def split_configs(values: dict) -> tuple[dict, dict]:
     return model, {k: v for k, v in values.items() if k not in model}
 
 
-def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
-    """Returns all settings by name, the path of the weights to open (None: a new network), and the
-    first step. Later sources of settings override earlier ones: defaults, config file, checkpoint
-    (if the run is resumed or evaluated), command line."""
+def read_settings(argv: list[str]) -> tuple[dict, Path | None]:
+    """Returns all settings by name, and the path of the weights to open (None: a new network).
+    Later sources of settings override earlier ones: defaults, config file, checkpoint (if the run
+    is resumed or evaluated), command line."""
     classes = (TrainConfig, ModelConfig)
     config_file, command_line = settings.parse_args(ABOUT, argv, *classes, positional="config")
     command_line |= settings.with_home(command_line, "out", "data", "init_from")  # expands ~
@@ -549,7 +533,7 @@ def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
         sys.exit(2)
     weights, is_own = find_weights(values, command_line)
     if not is_own:
-        return values, weights, 0
+        return values, weights
     saved = load_checkpoint(weights, whole=False)
     stored = saved["model_config"] | saved["train_config"]
     # Without the settings of older code, which do not exist any more.
@@ -557,7 +541,7 @@ def read_settings(argv: list[str]) -> tuple[dict, Path | None, int]:
     stored = {k: x for k, x in stored.items() if k in known and k not in PER_COMMAND}
     network = ModelConfig.__dataclass_fields__  # load_model names those of them that change
     values = settings.merge(in_file, stored, command_line, network)
-    return values | {"out": out}, weights, saved["step"]
+    return values | {"out": out}, weights
 
 
 def find_weights(values: dict, command_line: dict) -> tuple[Path | None, bool]:
@@ -609,9 +593,8 @@ def open_network(config: TrainConfig, network: dict, source: Path | None, machin
     return load_model(source, device, dtype, extend=not config.resume, settings=network)
 
 
-def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, first: int):
-    """Raises Refusal if windows do not fit the network, or if a step's windows, from step `first`
-    on, cannot be divided evenly."""
+def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine):
+    """Raises Refusal if windows do not fit the network, or cannot be divided evenly."""
     long, limit = config.long_block_size, model.config.max_position_embeddings
     longest = max(config.block_size, long)
     if longest > limit:
@@ -633,12 +616,11 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
             f"long_block_size is {long}, but the model has been trained on windows of {trained}: "
             f"give --long_block_size=0, or at least {trained}."
         )
-    parts = machine.world * config.grad_accum
-    for step in range(first, config.steps):
-        tokens, T = batch_at(config, step) * config.block_size, block_at(config, step)
+    parts, tokens = machine.world * config.grad_accum, config.batch_size * config.block_size
+    for T in {config.block_size, long or config.block_size}:
         if tokens % (T * parts):
             raise Refusal(
-                f"the {tokens} tokens of step {step} are no multiple of {parts} micro-batches "
+                f"the {tokens} tokens of a step are no multiple of {parts} micro-batches "
                 f"(processes x grad_accum) of windows of {T} tokens: change "
                 "--batch_size, --block_size or --grad_accum."
             )
@@ -646,7 +628,7 @@ def check_settings(config: TrainConfig, model: DeepSeekV3, machine: Machine, fir
 
 def command(argv: list[str]):
     """Settings, machine, network, data, training, and a sample at the end."""
-    values, source, first = read_settings(argv)
+    values, source = read_settings(argv)
     network, others = split_configs(values)
     config = TrainConfig(**others)
     machine = processes.start(config)  # replaces a dtype of "auto"
@@ -656,7 +638,7 @@ def command(argv: list[str]):
     # Initial weights are the same in all processes. Random numbers in steps, such as those of a
     # dropout that you add, differ.
     torch.manual_seed(config.seed + 1 + machine.rank)
-    check_settings(config, model, machine, first)
+    check_settings(config, model, machine)
     # A Hugging Face directory may have no tokenizer; then the sizes of the vocabularies must agree.
     data, folder = open_data(config, model.config.vocab_size, source, tokenizer)
     if config.fp8:

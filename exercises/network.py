@@ -25,7 +25,7 @@ import sample
 import train
 from exercises import solutions
 from exercises.known import EXERCISES
-from huggingface import load_model
+from load import load_model
 from support.settings import read_config_file
 
 ROOT = Path(__file__).resolve().parent.parent

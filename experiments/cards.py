@@ -30,11 +30,12 @@ import model as essay
 import train
 from support import processes
 from support.clock import rough
-from support.flops import GROUPED, PEAK_FLOPS, flops_per_token
+from support.flops import PEAK_FLOPS, flops_per_token
 from support.settings import parse_args, run_command
 from support.sizes import parameter_counts
 
 SHARES = (0.6, 0.5)  # of a card's peak, in products
+GROUPED = "_grouped_mm"  # of torch's operations
 OF_BANDWIDTH, PER_START = 0.85, 10e-6
 # GB per second, by NVIDIA's data sheets.
 BANDWIDTH = {

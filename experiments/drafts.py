@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sample
-from huggingface import load_model
+from load import load_model
 from support.settings import info, parse_args, run_command
 
 

@@ -42,7 +42,7 @@ from unseen import bits_per_byte, nats_by_document
 import bench
 import train
 from fp8 import use_fp8
-from huggingface import load_model
+from load import load_model
 from model import DeepSeekV3, ModelConfig
 from support import processes
 from support.checkpoints import load_checkpoint

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sample
 from bench import Options, Table, Timed, interleaved, print_tables, ratio
-from huggingface import load_model
+from load import load_model
 from model import DeepSeekV3
 from support.processes import usable_device
 from support.settings import Refusal, parse_args, run_command

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from huggingface import load_model
+from load import load_model
 from model import DeepSeekV3
 from support import processes
 from support.checkpoints import load_checkpoint

@@ -1,24 +1,19 @@
 """FLOPs of a training step, and FLOP/s of a card. Their ratio is nanoGPT's mfu, and an estimate of
 a run's time."""
 
-import copy
 import re
-from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from support.clock import rough
 from support.processes import Machine
-from support.settings import info, short
+from support.settings import info
 
-# TFLOP/s of dense products in bf16, with sums in float32, from NVIDIA's data sheets, most of which
-# state twice as many, with sparsity. RTX cards do 512 FLOPs per multiprocessor and cycle, counted at
-# the boost clock, as in NVIDIA's papers on Ampere, Ada and Blackwell. T4 and V100 lack bf16: theirs
-# are of products in float32.
+# TFLOP/s of dense products in bf16, with sums in float32, from NVIDIA's data sheets, most of
+# which state twice as many, with sparsity. RTX cards do 512 FLOPs per multiprocessor and cycle,
+# counted at the boost clock, as in NVIDIA's papers on Ampere, Ada and Blackwell. T4 and V100 lack
+# bf16: theirs are of products in float32.
 TERA = {
     "H100": 989, "H100 PCIe": 756, "H200": 989, "H800": 989, "A100": 312, "A100-SXM4": 312,
     "A100-PCIE": 312, "A10": 125, "L4": 121, "L40S": 362, "T4": 8.1, "V100-SXM2": 15.7,
@@ -29,7 +24,6 @@ TERA = {
 }  # fmt: skip
 PEAK_FLOPS = {name: tera * 1e12 for name, tera in TERA.items()}
 SHARE = 0.25  # of the speed of bare products: what a run reaches, or half or twice that
-GROUPED, ATTENTION = "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -54,47 +48,27 @@ def log_time(active: int, tokens: int, machine: Machine):
     info(f"time: roughly {rough(seconds)}{how}")
 
 
-class Products(TorchDispatchMode):
-    """Counts the FLOPs of all matrix products within `with Products() as products:`, by torch's
-    formulas. Causal attention counts half: the part below the diagonal."""
+def flops_per_token(model: nn.Module, T: int) -> float:
+    """FLOPs per token of a training step with windows of T tokens, MTP modules included.
 
-    def __init__(self):
-        super().__init__()
-        self.flops = 0.0
-
-    def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
-        name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if name == GROUPED:  # torch has no formula for it, and no fake in float32
-            x, weight = args[:2]
-            self.flops += 2 * x.numel() * weight.shape[-1]
-            return x.new_empty(len(x), weight.shape[-1])
-        out = func(*args, **kwargs)
-        if name == ATTENTION:
-            q, k, v, _, causal = (*args, 0.0, False)[:5]
-            pairs = q[..., 0].numel() * k.shape[-2] / (2 if causal else 1)
-            self.flops += 2 * pairs * sum(getattr(x, "width", x.shape[-1]) for x in (k, v))
-        elif name == "constant_pad_nd":  # padding for a kernel that needs equal widths: no FLOPs
-            out.width = args[0].shape[-1]
-        elif func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
-        return out
-
-
-def flops_per_token(model: nn.Module, T: int) -> float | None:
-    """FLOPs per token of a training step with windows of T tokens, MTP modules included. Counts a
-    forward pass of the network on fake tensors, which have shapes but no values; a backward pass
-    takes twice as much. None, and a message, if an edited network cannot run so, because it needs a
-    tensor's value."""
-    with FakeTensorMode():  # with gradients: without them, few tokens take a path that needs values
-        fakes = {}  # deepcopy's memo: {id of a parameter or buffer: its fake}
-        for x in (*model.parameters(), *model.buffers()):
-            empty = torch.empty(x.shape, dtype=x.dtype)
-            fakes[id(x)] = empty.float() if x.is_floating_point() else empty
-        tokens = torch.zeros(1, T, dtype=torch.long)
-        try:
-            with Products() as products:
-                copy.deepcopy(model, fakes)(tokens, tokens)
-        except Exception as error:  # every network fails in its own way
-            info(f"FLOPs are not counted, as a tensor's value is needed: {short(error)}")
-            return None
-    return 3 * products.flops / T
+    Forward and backward passes together take 6 for each weight that multiplies, which are all but
+    those of embeddings and norms, and K of E experts. Attention takes 6 (N + R + V) for each head
+    and each pair of tokens, of which causal attention has half. An edit that computes something
+    else with these weights, such as sparse attention, is not noticed.
+    """
+    config = model.config
+    visited = config.num_experts_per_tok / config.n_routed_experts
+    tables = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    per_head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    # In a window module k reads k tokens less than the layers, and has the shared head, too.
+    parts = [(layer, T) for layer in model.layers] + [(model.lm_head, T)]
+    for k, module in enumerate(model.mtp, 1):
+        parts += [(module, T - k), (model.lm_head, T - k)]
+    flops = 0.0
+    for part, tokens in parts:
+        for name, x in part.named_parameters():
+            if x.ndim > 1 and (part is model.lm_head or id(x) not in tables):
+                flops += 6 * x.numel() * (visited if ".experts." in name else 1) * tokens
+        if part is not model.lm_head:
+            flops += 6 * config.num_attention_heads * per_head * tokens**2 / 2
+    return flops / T

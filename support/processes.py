@@ -305,9 +305,9 @@ def compile_network(model: nn.Module, config, machine: Machine):
     settings.optimize_ddp = False
     # With "auto" a block that the compiler refuses in forward runs eagerly, after a warning.
     settings.suppress_errors = config.compile == "auto"
-    # On CUDA a graph for each size of windows; on a CPU, or while the batch grows, one for all
-    # sizes. (A micro-batch of a single window has its own.)
-    dynamic = machine.device.type == "cpu" or config.batch_start > 0
+    # On CUDA a graph for each size of windows; on a CPU one for all sizes. (A micro-batch of a
+    # single window has its own.)
+    dynamic = machine.device.type == "cpu"
     for part in (*model.layers, *model.mtp, model.norm):
         part.compile(dynamic=dynamic)
     # Compiled code upcasts every logit where it reads it, and so holds none in float32.

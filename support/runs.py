@@ -279,7 +279,7 @@ class Run:
         progress.sums, progress.skipped = {}, 0
 
     def time_left(self) -> str:
-        """As text. While a batch grows, its steps count as full ones."""
+        """As text."""
         steps = self.config.steps - self.progress.step
         tokens = steps * self.config.batch_size * self.config.block_size
         return self.clock.time_left(self.progress.tokens, tokens)

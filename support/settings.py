@@ -40,6 +40,11 @@ def short(text: object, length: int = 200) -> str:
     return f"{words or line[:length]} ..."
 
 
+def and_more(names: list[str]) -> str:
+    """The first name, and the number of the others."""
+    return f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
+
+
 # nanoGPT's names for our keys. "Coming from nanoGPT" in docs/REFERENCE.md says what else differs.
 NANOGPT = dict(
     learning_rate="lr", max_iters="steps", lr_decay_iters="decay_end", warmup_iters="warmup",

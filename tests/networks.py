@@ -20,7 +20,8 @@ import reference
 import torch
 
 import check
-from huggingface import checkpoint_views, load_model
+from huggingface import checkpoint_views
+from load import load_model
 from model import DeepSeekV3, ModelConfig
 from support.settings import as_field
 

@@ -96,7 +96,7 @@ def tiny(monkeypatch):
     model = DeepSeekV3(ModelConfig(**TINY_NETWORK)).eval()
     tokenizer = SimpleNamespace(encode=lambda text: [1, 2, 3], decode=str, eos=[0])
     tokenizer.to_bytes = lambda i: b"\n\t<"
-    monkeypatch.setattr("huggingface.load_model", lambda *_: (model, tokenizer))
+    monkeypatch.setattr("load.load_model", lambda *_: (model, tokenizer))
     return model
 
 

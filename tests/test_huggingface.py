@@ -26,8 +26,10 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
 import huggingface
+import load
 import support.tokenizer
-from huggingface import checkpoint_views, config_from_json, load_model
+from huggingface import checkpoint_views, config_from_json
+from load import load_model
 from model import DeepSeekV3
 from support.checkpoints import load_checkpoint
 from support.settings import sentence_of
@@ -390,7 +392,7 @@ def test_an_edited_network_opens_old_weights_and_has_the_rest_from_its_construct
             self.mtp[0].norm = self.norm  # shared
 
     saved = load_model(run)[0]
-    monkeypatch.setattr(huggingface, "DeepSeekV3", Edited)
+    monkeypatch.setattr(load, "DeepSeekV3", Edited)
     model = load_model(run, extend=True)[0]
     assert model.new.sum() == 6 and not any(gate.load.any() for gate in model.gates())
     assert model.mtp[0].norm is model.norm and model.norm.weight is model.mtp[0].norm.weight

@@ -48,7 +48,7 @@ REFUSALS = [
     (f"{NEW} --n_group=3", 1, "n_routed_experts 8 is not a multiple of n_group 3."),
     (f"""{NEW} --rope_scaling="{{'factor': '4'}}" """, 1, "has '4' for 'factor', expected a num"),
     # What does not fit together.
-    (f"{NEW} --grad_accum=3", 1, "the 64 tokens of step 0 are no multiple of 3 micro-batches"),
+    (f"{NEW} --grad_accum=3", 1, "the 64 tokens of a step are no multiple of 3 micro-batches"),
     (f"{NEW} --block_size=257", 1, "windows of 257 tokens exceed max_position_embeddings, 256"),
     (f"{NEW} --num_nextn_predict_layers=16", 1, "block_size is 16, but must be at least 17"),
     # Data.
@@ -60,7 +60,6 @@ REFUSALS = [
     (f"{NEW} --data=finewebedu", 1, "python prepare_data.py finewebedu --shards=1 (0.1B tokens, 0"),
     (f"{NEW} --vocab_size=1024", 1, "for a new network give --vocab_size=512;"),
     (f"{NEW} --block_size=900000 --max_position_embeddings=900000", 1, "do not fit in data/tiny"),
-    (f"{NEW} --long_block_size=900000 --max_position_embeddings=900000", 1, "not fit in data/tiny"),
     (f"{NEW} --eval_tokens=1", 1, "first 1 validation tokens of data/tiny hold no text: give"),
     (f"{NEW} --data=other --init_from=run", 1, OTHER),
     (f"{NEW} --data=other --init_from=run/ckpt.pt", 1, OTHER),

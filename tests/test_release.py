@@ -22,7 +22,7 @@ import huggingface
 import prepare_data as pd
 import sample
 import train
-from huggingface import load_model
+from load import load_model
 from support.tokenizer import KIMI_PATTERN, PATTERN, stored_tokenizer, train_bpe
 from support.tokens import load_dataset
 

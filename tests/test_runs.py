@@ -40,7 +40,7 @@ from training import (
 
 import prepare_data
 import train
-from huggingface import load_model
+from load import load_model
 from model import DeepSeekV3
 from support import checkpoints, runs, signals
 from support.settings import Refusal

@@ -22,7 +22,7 @@ from networks import student, tiny
 
 import prepare_data
 import sample
-from huggingface import load_model
+from load import load_model
 from model import DeepSeekV3
 from sample import accept, draw, generate, generate_plain, probabilities
 from support.settings import Refusal, run_command
