@@ -71,7 +71,7 @@ def perturbed(model: DeepSeekV3) -> DeepSeekV3:
     """A copy in float64 with noise added to all weights: to matrices so much that the scores of
     attention and gates differ by about 1. At an initial 0.006 a wrong score would hardly show."""
     model = copy.deepcopy(model)
-    model.to(sample.drawing_device(model.embed_tokens.weight.device), torch.float64).eval()
+    model.to(torch.float64).eval()
     model.update_bias(0.0)  # resets the counted loads
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
@@ -162,7 +162,7 @@ def whole_texts(model: DeepSeekV3, tokens: Tensor) -> tuple[list[Tensor], list[T
     all texts: the tokens for the main model, hidden states for an MTP module."""
     logits, inputs = logits_of(model, tokens[: len(tokens) // 2]), [tokens, model.trunk(tokens)]
     for k in range(1, len(logits) - 1):
-        inputs.append(model.predict_next(k - 1, inputs[k][:, :-1], tokens[:, k:]))
+        inputs.append(model.predict_next(k, inputs[k][:, :-1], tokens[:, k:]))
     return logits, inputs
 
 
@@ -186,7 +186,7 @@ def read_in_pieces(
             for x in (inputs, tokens[:, k:])
         )
         cache.length = start  # forgets the rejected drafts
-        h = model.predict_next(k - 1, piece, later, cache) if k else model.trunk(piece, cache)
+        h = model.predict_next(k, piece, later, cache) if k else model.trunk(piece, cache)
         logits.append(model.logits(h, k)[:, :kept])
         start += kept
     return torch.cat(logits, 1)
@@ -199,7 +199,7 @@ def bfloat16(model: DeepSeekV3, length: int = 1024) -> Answer:
     digits than bfloat16's two or three, such as a sum that grows with the text. Weights are those
     of the run, not perturbed."""
     exact, low = (copy.deepcopy(model).eval() for _ in range(2))
-    exact.to(sample.drawing_device(model.embed_tokens.weight.device), torch.float64)
+    exact.to(torch.float64)
     low.to(torch.bfloat16)
     tokens, numbers, wrong = random_tokens(low, 2, length), [], []
     right, _ = whole_texts(exact, tokens.to(exact.embed_tokens.weight.device))

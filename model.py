@@ -24,10 +24,6 @@ all formulas as plain loops, and tests compare the two.
 The file is meant to be edited, and imports PyTorch alone: a copy works in any project. A few
 helpers allow more than V3 needs: layers that cache something else, a head per MTP depth.
 
-Training and decoding may be compiled by torch.compile. A round of decoding is compiled once and
-then runs at every position. So positions are tensors, and no shape may depend on them or on which
-experts are chosen.
-
 Where the report is silent (which norm, epsilon) or the released model differs (order of
 concatenation in MTP), the released weights and their code decide; huggingface.py opens them.
 
@@ -51,14 +47,6 @@ from torch.utils.checkpoint import checkpoint
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, R/2) each
 Routing = tuple[Tensor, Tensor] | None  # scores (B, T, E), chosen experts (B, T, K); None if dense
-
-
-class Past(NamedTuple):
-    """The cache of a layer in decoding, and where the new tokens go."""
-
-    kept: Tensor  # made by the layer's `new_cache`
-    positions: Tensor  # (T,) of the new tokens
-    first: bool  # whether they begin the text and so attend to nothing else; False if compiled
 
 
 @dataclass
@@ -142,46 +130,57 @@ class RMSNorm(nn.Module):
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """0.1 mscale ln(factor) + 1, or 1 if factor <= 1: sqrt(t) in section 4.3, where `factor` is
-    YaRN's. YaRN multiplies queries and keys by the result, and so scores by its square."""
+    """0.1 mscale ln(factor) + 1, or 1 if factor <= 1: sqrt(t) in section 4.3. YaRN multiplies
+    queries and keys by it, and so scores by its square. V3 has this square in `MLA.scale`."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
-    """cos and sin of position * theta^(-2i/R), both (T, R/2), times YaRN's amplitude.
+def yarn_frequencies(config: ModelConfig, frequency: Tensor) -> Tensor:
+    """YaRN's frequencies (R/2,) of pairs that had these (arXiv 2309.00071; report, section 4.3).
 
-    Pair i of a query's or key's numbers turns by this angle. Beyond the trained length, slow pairs
-    would reach angles that are new to the model. YaRN (arXiv 2309.00071; report section 4.3)
-    divides the frequencies of slow pairs by `factor`, keeps those of fast pairs and interpolates
-    linearly in between, whatever the length of the text. The amplitude is yarn_mscale(factor, 1)
-    or, if mscale and mscale_all_dim are given, yarn_mscale(factor, mscale) / yarn_mscale(factor,
-    mscale_all_dim); attention_factor overrides either. V3 gives mscale and mscale_all_dim the same
-    value, so its amplitude is 1, and `MLA.scale` applies yarn_mscale(factor, mscale_all_dim)^2 to
-    the scores instead.
+    Beyond the trained length, slow pairs would reach angles that are new to the model. YaRN divides
+    the frequencies of slow pairs by `factor`, keeps those of fast pairs and interpolates linearly
+    in between, whatever the length of the text.
     """
-    R, theta = config.qk_rope_head_dim, config.rope_theta
+    R, yarn = config.qk_rope_head_dim, config.rope_scaling
+    original = yarn["original_max_position_embeddings"]
+
+    def index_of(rotations: float) -> float:  # the i that turns `rotations` times in `original`
+        turns = math.log(original / (2 * math.pi * rotations))
+        return R * turns / (2 * math.log(config.rope_theta))
+
+    low, high = index_of(yarn.get("beta_fast") or 32), index_of(yarn.get("beta_slow") or 1)
+    if yarn.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, R - 1)  # R - 1 as in V3's code, though i < R/2
+    i = torch.arange(R // 2, device=frequency.device, dtype=frequency.dtype)
+    slow = ((i - low) / (high - low or 0.001)).clamp(0, 1)  # 0 for fast pairs, 1 for slow
+    return frequency * (1 - slow) + frequency / yarn["factor"] * slow
+
+
+def yarn_amplitude(yarn: dict) -> float:
+    """By which YaRN multiplies cos and sin: 1 in V3, where mscale and mscale_all_dim are equal.
+
+    attention_factor, if given; else yarn_mscale(factor, mscale) / yarn_mscale(factor,
+    mscale_all_dim), if both are given; else yarn_mscale(factor, 1).
+    """
+    factor, m, m_all = yarn["factor"], yarn.get("mscale"), yarn.get("mscale_all_dim")
+    if yarn.get("attention_factor") is not None:
+        return yarn["attention_factor"]
+    if m and m_all:
+        return yarn_mscale(factor, m) / yarn_mscale(factor, m_all)
+    return yarn_mscale(factor, 1.0)
+
+
+def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
+    """cos and sin, both (T, R/2), of the angles position * theta^(-2i/R), by which pair i of a
+    query's or key's numbers turns. With YaRN, frequencies and amplitude are YaRN's."""
+    R, amplitude = config.qk_rope_head_dim, 1.0
     i = torch.arange(R // 2, device=positions.device, dtype=dtype)
-    frequency = theta ** (-2 * i / R)
-    amplitude = 1.0
-    if yarn := config.rope_scaling:
-        factor = yarn["factor"]
-        original = yarn["original_max_position_embeddings"]
-
-        def index_of(rotations: float) -> float:  # the i that turns `rotations` times in `original`
-            return R * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta))
-
-        low, high = index_of(yarn.get("beta_fast") or 32), index_of(yarn.get("beta_slow") or 1)
-        if yarn.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, R - 1)  # R - 1 as in V3's code, though i < R/2
-        ramp = ((i - low) / (high - low or 0.001)).clamp(0, 1)  # 0 for fast pairs, 1 for slow
-        frequency = frequency * (1 - ramp) + frequency / factor * ramp
-        m, m_all = yarn.get("mscale"), yarn.get("mscale_all_dim")
-        amplitude = yarn_mscale(factor, 1.0)
-        if m and m_all:
-            amplitude = yarn_mscale(factor, m) / yarn_mscale(factor, m_all)
-        if yarn.get("attention_factor") is not None:
-            amplitude = yarn["attention_factor"]
+    frequency = config.rope_theta ** (-2 * i / R)
+    if config.rope_scaling:
+        frequency = yarn_frequencies(config, frequency)
+        amplitude = yarn_amplitude(config.rope_scaling)
     angle = positions.to(dtype)[:, None] * frequency  # (T, R/2)
     return amplitude * angle.cos(), amplitude * angle.sin()
 
@@ -211,7 +210,9 @@ def causal_attention(
     q's dtype, as V3's own code does.
     """
     (B, H, T, W), (h, S), V = q.shape, k.shape[1:3], v.shape[-1]
-    if positions is None and (q.is_cuda or T > 512 or q.dtype != torch.bfloat16):
+    # On a CPU, plain products in bfloat16 are three times as fast for short texts.
+    short_on_cpu = T <= 512 and q.dtype == torch.bfloat16 and not q.is_cuda
+    if positions is None and not short_on_cpu:
         # PyTorch's kernel, which never holds all scores. It wants q, k and v of one width.
         if V < W:
             v = F.pad(v, (0, W - V))
@@ -219,8 +220,8 @@ def causal_attention(
             q, k = F.pad(q, (0, V - W)), F.pad(k, (0, V - W))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=h != H)
         return o[..., :V]
-    # Plain products: for the few queries of decoding, and for short texts on a CPU in bfloat16,
-    # where they are three times as fast. The H/h heads that share a key become queries of one head.
+    # Plain products, also for the few queries of decoding. The H/h heads that share a key become
+    # queries of one head.
     key = torch.arange(S, device=q.device)
     query = key if positions is None else positions
     later = key > query[:, None]  # (T, S), True where a key is ahead
@@ -290,7 +291,7 @@ class MLA(nn.Module):
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         return like.new_zeros(batch, size, width)
 
-    def forward(self, h: Tensor, rope: Rope, past: Past | None = None) -> Tensor:
+    def forward(self, h: Tensor, rope: Rope, past: "Past | None" = None) -> Tensor:
         """h (B, T, D) -> (B, T, D). past: this layer's cache, and the positions of h in it."""
         config, (B, T, _) = self.config, h.shape
         N, R, C = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
@@ -305,10 +306,10 @@ class MLA(nn.Module):
         k_pe = rotate(k_pe.unsqueeze(2), rope, config.rope_interleave)  # (B, T, 1, R)
         if past is not None:  # a prompt, too, fills the cache, with (B, T, C+R)
             past.kept[:, past.positions] = torch.cat((latent, k_pe.squeeze(2)), -1).to(past.kept)
-        if past is None or past.first:  # training, or a prompt
+        if past is None or past.end == T:  # training, or a prompt: there are no earlier tokens
             o = self.attend_expanded(q_nope, q_pe, latent, k_pe)
         else:
-            o = self.attend_absorbed(q_nope, q_pe, past.kept, past.positions)
+            o = self.attend_absorbed(q_nope, q_pe, past.kept[:, : past.end], past.positions)
         return self.o_proj(o.flatten(2))
 
     def attend_expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor) -> Tensor:
@@ -325,8 +326,7 @@ class MLA(nn.Module):
     ) -> Tensor:
         """Decoding: W^UK moves over to the query and W^UV to the output, so that attention runs on
         the cached latents kv (B, S, C+R), one key and one value for all heads:
-        q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c). The rows of kv that are
-        still empty come after all `positions`, and are masked."""
+        q . (W^UK c) = (W^UK^T q) . c and sum p (W^UV c) = W^UV (sum p c)."""
         H, N, C = *q_nope.shape[2:], self.config.kv_lora_rank
         W = self.kv_b_proj.weight.view(H, -1, C)
         W_UK, W_UV = W[:, :N], W[:, N:]  # (H, N, C), (H, V, C)
@@ -526,7 +526,7 @@ class Block(nn.Module):
     def new_cache(self, batch: int, size: int, like: Tensor) -> Tensor:
         return self.self_attn.new_cache(batch, size, like)
 
-    def forward(self, x: Tensor, rope: Rope, past: Past | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, rope: Rope, past: "Past | None" = None) -> tuple[Tensor, Routing]:
         """x (B, T, D) -> (B, T, D), and the routing of its MoE."""
         x = x + self.self_attn(self.input_layernorm(x), rope, past)
         y = self.mlp(self.post_attention_layernorm(x))
@@ -562,7 +562,7 @@ class MTP(nn.Module):
         return self.block.new_cache(batch, size, like)
 
     def forward(
-        self, h: Tensor, embedding: Tensor, rope: Rope, past: Past | None = None
+        self, h: Tensor, embedding: Tensor, rope: Rope, past: "Past | None" = None
     ) -> tuple[Tensor, Routing]:
         """h = h^{k-1} (B, T, D), embedding of the tokens k later (B, T, D) -> h^k (B, T, D), and
         the routing of the block."""
@@ -577,12 +577,24 @@ MAX_ROUND_TOKENS = 8  # of one text, that decoding reads, or takes back as rejec
 MAX_COMPILED_TOKENS = 512  # tokens of all texts together that compiled decoding reads at once
 
 
+class Past(NamedTuple):
+    """What a layer gets in decoding: its cache, and where the new tokens go."""
+
+    kept: Tensor  # made by the layer's `new_cache`
+    positions: Tensor  # (T,) of the new tokens
+    end: int  # the rows of `kept` that may be in use; those after a query's position are masked
+
+
 class Cache:
     """What decoding keeps of B texts: kept[i] is the cache of layer i, made by its `new_cache`.
 
     There is room for `size` tokens of each text, of which the first `length` have been read. To
     forget rejected drafts (sample.py), decoding lowers `length`, by MAX_ROUND_TOKENS at most: MLA
     writes over the forgotten tokens. An edited layer must allow this, too (check.py checks it).
+
+    A round of decoding may be compiled, once for all positions (support/graphs.py). So positions
+    are tensors, and no shape may depend on them or on the choice of experts. In compiled code
+    `length` is a tensor, too, and layers read all `size` rows.
     """
 
     def __init__(
@@ -594,19 +606,20 @@ class Cache:
         positions = torch.arange(size, device=like.device)  # all, so cos and sin are computed once
         self.rope = rope_table(config, positions, torch.promote_types(like.dtype, torch.float32))
 
-    def advance(self, T: int) -> tuple[Tensor, bool]:
-        """Reserves T places: the positions of the new tokens (T,), and whether they are the first.
-        Raises ValueError if the cache is full (in compiled code `length` is an unknown tensor)."""
-        start, self.length = self.length, self.length + T
-        known = isinstance(start, int)
-        if known and self.length > self.size:
+    def advance(self, T: int) -> tuple[Tensor, int]:
+        """Reserves places for T new tokens: their positions (T,), and the end of the rows in use.
+        Raises ValueError if the cache is full."""
+        start = self.length
+        end = start + T if isinstance(start, int) else self.size
+        if end > self.size:
             raise ValueError(f"{start} + {T} tokens exceed the cache of {self.size}.")
-        return start + torch.arange(T, device=self.rope[0].device), known and start == 0
+        self.length = start + T
+        return start + torch.arange(T, device=self.rope[0].device), end
 
 
-def every_position(x: Tensor) -> tuple[Tensor, bool]:
+def every_position(x: Tensor) -> tuple[Tensor, int]:
     """What `advance` would return for a whole text x (B, T, D)."""
-    return torch.arange(x.shape[1], device=x.device), True
+    return torch.arange(x.shape[1], device=x.device), x.shape[1]
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -652,14 +665,15 @@ class DeepSeekV3(nn.Module):
     # An attribute, so that support/processes.py can put a compiled one in its place.
     cross_entropy = staticmethod(cross_entropy)
 
-    def run_block(self, block: nn.Module, past: Past | None, *inputs) -> Tensor:
-        """Calls block(*inputs, past), a Block or MTP module, and records its routing, except in
-        decoding. The gate does not record it, because `recompute` runs a block twice."""
+    def run_block(self, block: nn.Module, *inputs) -> Tensor:
+        """Calls block(*inputs), a Block or MTP module, whose last input is its Past or None, and
+        records its routing, except in decoding. The gate does not record it, because `recompute`
+        runs a block twice."""
         if self.recompute and torch.is_grad_enabled():
-            x, routing = checkpoint(block, *inputs, past, use_reentrant=False)
+            x, routing = checkpoint(block, *inputs, use_reentrant=False)
         else:
-            x, routing = block(*inputs, past)
-        if routing is not None and past is None:
+            x, routing = block(*inputs)
+        if routing is not None and inputs[-1] is None:
             self.routed.append((gates_in(block)[0], *routing))
         return x
 
@@ -676,25 +690,25 @@ class DeepSeekV3(nn.Module):
         """
         self.routed = []
         x = self.embed_tokens(tokens)  # (B, T, D)
-        positions, first = cache.advance(tokens.shape[1]) if cache else every_position(x)
+        positions, end = cache.advance(tokens.shape[1]) if cache else every_position(x)
         rope = self.rope(x, positions, cache)
         for i, block in enumerate(self.layers):
-            past = Past(cache.kept[i], positions, first) if cache else None
-            x = self.run_block(block, past, x, rope)
+            past = Past(cache.kept[i], positions, end) if cache else None
+            x = self.run_block(block, x, rope, past)
         return self.norm(x)
 
     def predict_next(self, k: int, h: Tensor, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """One depth further: h = h^k (B, T, D), the tokens k + 1 later (B, T) -> h^{k+1} (B, T, D).
+        """MTP module k: h = h^{k-1} (B, T, D) and the tokens k later (B, T) -> h^k (B, T, D).
 
-        k is the depth of the input. Module k + 1, which is mtp[k], computes the next one. All MTP
-        modules have one cache: a kept[k] each, but a single `length`, which every call advances. So
-        before each call the caller sets `length` to where this module goes on (sample.py).
+        All MTP modules have one cache: a kept[k - 1] each, but a single `length`, which every call
+        advances. So before each call the caller sets `length` to where this module goes on
+        (sample.py).
         """
         embedding = self.embed_tokens(tokens)  # (B, T, D)
-        positions, first = cache.advance(tokens.shape[1]) if cache else every_position(h)
-        past = Past(cache.kept[k], positions, first) if cache else None
+        positions, end = cache.advance(tokens.shape[1]) if cache else every_position(h)
+        past = Past(cache.kept[k - 1], positions, end) if cache else None
         rope = self.rope(h, positions, cache)
-        return self.run_block(self.mtp[k], past, h, embedding, rope)
+        return self.run_block(self.mtp[k - 1], h, embedding, rope, past)
 
     def logits(self, h: Tensor, k: int = 0) -> Tensor:
         """h^k (B, T, D) of depth k -> its logits (B, T, vocabulary), Eq. 23, in the dtype of h. All
@@ -711,8 +725,8 @@ class DeepSeekV3(nn.Module):
         """
         hidden = [self.trunk(tokens)]  # h^0; then h^1, h^2, ...
         if targets is not None or return_mtp:
-            for k in range(min(len(self.mtp), tokens.shape[1] - 1)):
-                hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k + 1 :]))
+            for k in range(1, min(len(self.mtp), tokens.shape[1] - 1) + 1):
+                hidden.append(self.predict_next(k, hidden[-1][:, :-1], tokens[:, k:]))
         routed, self.routed = self.routed, []  # else its scores would keep the activations alive
         self.chosen = [chosen for _, _, chosen in routed]
         if self.training:

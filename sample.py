@@ -6,14 +6,14 @@ the drafts. The text has exactly the distribution of plain sampling (Leviathan e
 2211.17192). The text goes to stdout, everything else to stderr.
 
 `generate_plain` writes one token at a time, without drafts: begin there, and with a sampler of your
-own, too. `generate` is the loop over rounds; a round is Text.draft, then Text.verify.
+own, too. `generate` is the loop over rounds; a round is Text.draft, then Text.verify, which calls
+`accept`. With --compile, support/graphs.py compiles a round.
 
 Shapes: B texts decoded together, T tokens of the prompt, n tokens of a text so far, G drafts in a
 round, V vocabulary, D hidden size.
 """
 
 import codecs
-import contextlib
 import math
 import sys
 import time
@@ -36,6 +36,9 @@ from support.tokenizer import Tokenizer
 MAX_DRAFTS = 4  # so a round reads at most 4 + 4 positions at once (MAX_ROUND_TOKENS in model.py)
 MIN_TEMPERATURE = 1e-6  # lower temperatures count as 0
 GREEN, PLAIN = "\033[32m", "\033[0m"
+NOT_FINITE = (
+    "logits or probabilities are not finite: the weights are damaged, or an edit broke the model"
+)
 
 
 @dataclass
@@ -51,7 +54,7 @@ class SampleConfig:
     speculative: int | None = None  # drafts per round, 0 to 4; none: 1, or 0 with --compile
     compile: bool = False  # several times faster, after half a minute or more of compiling
     show: Literal["", "drafts"] = ""  # drafts: print accepted drafts in green
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto: cuda where there is one, else cpu
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto: cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: float32 on a CPU
 
 
@@ -80,17 +83,10 @@ class Stats:
 # ---- Sampling ------------------------------------------------------------------------------------
 
 
-def drawing_device(device: torch.device) -> torch.device:
-    """The device on which tokens are drawn, in float64: the model's own, but the CPU if that is an
-    Apple GPU, which lacks float64."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 def uniform(B: int, G: int, device: torch.device, generator=None) -> Tensor:
     """The random numbers of a round with G drafts: (B, 2G+1) in float64, uniform in [0, 1). G draw
     the drafts, G decide which drafts stay, and one draws the token after them."""
-    where = drawing_device(device)
-    return torch.rand(B, 2 * G + 1, dtype=torch.float64, device=where, generator=generator)
+    return torch.rand(B, 2 * G + 1, dtype=torch.float64, device=device, generator=generator)
 
 
 class Filters(NamedTuple):
@@ -168,91 +164,72 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
 class Text:
     """B texts of n tokens each, with the caches and hidden states needed to continue them.
 
-    `__init__` reads the whole prompt, and the first round (`first`) draws one token from the
-    result. From then on the model has read all tokens but the newest, token n-1, and each round
-    reads that one together with its drafts. Rejected drafts leave entries in `cache`, `hidden` and
-    `mtp_cache` beyond the end of the text. They are overwritten before they are read.
+    `__init__` reads the whole prompt, and the first round draws one token from the result. From
+    then on the model has read all tokens but the newest, token n-1, and each round reads that one
+    together with its drafts. Rejected drafts leave entries in `cache`, `hidden` and `mtp_cache`
+    beyond the end of the text. They are overwritten before they are read.
+
+    Compiled code has one graph for all rounds, in which n is a tensor.
     """
 
-    def __init__(
-        self,
-        model: DeepSeekV3,
-        tokens: Tensor,
-        new: int,
-        G: int,
-        compiled: bool,
-        filters: Filters,
-    ):
-        """Reads the prompt, tokens (B, T), and leaves room for `new` tokens; G drafts per round."""
+    def __init__(self, model: DeepSeekV3, tokens: Tensor, size: int, G: int, filters: Filters):
+        """Reads the prompt, tokens (B, T). There is room for `size` tokens; G drafts per round."""
         (B, T), config, like = tokens.shape, model.config, model.embed_tokens.weight
-        G = G if len(model.mtp) else 0
-        self.model, self.compiled, self.drafts = model, compiled, G
+        self.model, self.prompt, self.filters = model, T, filters
+        self.drafts = G if len(model.mtp) else 0
         self.depth = min(G, len(model.mtp))  # the MTP modules that draft
-        # verify reads G + 1 tokens of each text, draft G + depth.
-        most = MAX_COMPILED_TOKENS // (G + max(1, self.depth))
-        if compiled and model.gates() and most < B:
-            raise Refusal(f"{B} samples are too many: --compile decodes at most {most} together")
-        sampled = filters.temperature >= MIN_TEMPERATURE
-        if sampled:
-            where = drawing_device(tokens.device)
-            temperature = torch.tensor(filters.temperature, dtype=torch.float64, device=where)
-            filters = filters._replace(temperature=temperature)
-        self.filters = filters
-        # The last round may write beyond `new`. Compiled code fits one size only, so for it sizes
-        # are powers of two.
-        size = T + new + MAX_DRAFTS
-        size = max(256, 1 << (size - 1).bit_length()) if compiled else size
+        self.graph = None  # a compiled round (support/graphs.py)
+        if filters.temperature >= MIN_TEMPERATURE:
+            temperature = torch.tensor(filters.temperature, dtype=torch.float64, device=like.device)
+            self.filters = filters._replace(temperature=temperature)
         self.tokens = F.pad(tokens, (0, size - T))  # (B, size)
         self.cache = Cache(config, model.layers, B, size, like)
         self.mtp_cache = Cache(config, model.mtp[: self.depth], B, size, like)
         hidden = model.trunk(tokens, self.cache)  # (B, T, D), or wider in an edited network
+        self.newest = hidden[:, -1:]  # the hidden state of the last token (B, 1, D)
         self.hidden = hidden.new_zeros(B, size if self.depth else 0, hidden.shape[-1])
-        self.prompt, self.newest = T, hidden[:, -1:]  # the hidden state of the last token (B, 1, D)
         if self.depth:  # only the modules read hidden states
             self.hidden[:, :T] = hidden
         if T > 1:
             # The last positions of deeper modules lack their tokens; the next `draft` reads them
             # again.
             hidden = hidden[:, :-1]
-            for k in range(self.depth):
+            for k in range(1, self.depth + 1):
                 hidden = self.read_mtp(k, hidden, 0)
-        if compiled:
-            # Texts share compiled code if all that it depends on is the same: filters, shapes, ...
-            kind = sampled, *filters[1:], B, size, G, like.dtype, like.device
-            code, on_cpu = graphs.methods(model, Text, Cache), tokens.device.type == "cpu"
-            self.compiled_round = graphs.compiled(Text.round, on_cpu, (code, kind))
-            self.compiled_ran = False  # whether this text has called it
 
     def span(self, start: int | Tensor, length: int) -> Tensor:
         """The positions start .. start + length - 1."""
         return start + torch.arange(length, device=self.tokens.device)
 
     def read_mtp(self, k: int, hidden: Tensor, start: int | Tensor) -> Tensor:
-        """MTP module k + 1 reads the positions from `start` on: their hidden states at depth k, h^k
-        (B, positions, D), become those at depth k + 1.
+        """MTP module k reads the positions from `start` on: their hidden states at depth k - 1,
+        h^{k-1} (B, positions, D), become those at depth k.
 
-        At position i the module reads h^k_i and token i+k+1. Its output predicts token i+k+2.
+        At position i the module reads h^{k-1}_i and token i+k. Its output predicts token i+k+1.
         """
-        tokens = self.tokens[:, self.span(start + k + 1, hidden.shape[1])]
+        tokens = self.tokens[:, self.span(start + k, hidden.shape[1])]
         self.mtp_cache.length = start
         return self.model.predict_next(k, hidden, tokens, self.mtp_cache)
 
     def draft(self, n: int | Tensor, u: Tensor) -> Tensor:
         """Writes the drafts, tokens n .. n+G-1, and returns their distributions q (B, G, V).
 
-        In every round the modules read the last G + depth positions, up to n-2, the last one whose
-        hidden state is known. These are the G + 1 that the previous round may have added, and
-        depth - 1 before them, where a deeper module may have read a draft that was then rejected.
-        Reading a correct position again changes nothing, and the shape stays the same.
+        With one module and one draft, as in V3: the model's state at n-2 and token n-1 make the
+        module's state at n-2, which predicts token n. The module has a cache, so it first has to
+        read what the last round added: at most two positions, n-3 and n-2. In every round it reads
+        both. Reading a correct position again changes nothing, and the shape stays the same.
 
-        At n-2 module 1 drafts token n, module 2 token n+1, and so on. For further drafts the last
-        module continues from its own output, one position further each time. With two modules and
-        three drafts (so 5 positions):
+        With more modules, module 2 drafts token n+1 from the state of module 1, and so on. For
+        further drafts the last module continues from its own output, one position further each
+        time. With two modules and three drafts:
 
             module   reads positions   hidden states        tokens            drafts token
             1        n-6 .. n-2        of the model         n-5 .. n-1        n
             2        n-6 .. n-2        of module 1          n-4 .. n          n+1
             2        n-1               its own at n-2       n+1               n+2
+
+        These G + depth positions are the G + 1 that the last round may have added, and depth - 1
+        before them, where a deeper module may have read a draft that was then rejected.
         """
         if not self.drafts:
             return self.no_drafts(u)
@@ -261,14 +238,12 @@ class Text:
         start, q = n - 1 - last, []
         hidden = self.hidden[:, self.span(start, last)]  # (B, last, D)
         for step in range(self.drafts):
-            k = min(step, self.depth - 1)
-            if step > k:  # the last module continues from its own newest state
-                start, hidden = n - 2 + step - k, hidden[:, -1:]
+            k = min(step + 1, self.depth)
+            if step + 1 > k:  # the last module continues from its own newest state
+                start, hidden = n - 1 + step - k, hidden[:, -1:]
             hidden = self.read_mtp(k, hidden, start)
-            logits = self.model.logits(hidden[:, -1:], k + 1).to(u.device)  # (B, 1, V)
-            q.append(probabilities(logits, *self.filters))
-            token = draw(q[step], u[:, step : step + 1])
-            self.tokens[:, self.span(n + step, 1)] = token.to(hidden.device)
+            q.append(probabilities(self.model.logits(hidden[:, -1:], k), *self.filters))
+            self.tokens[:, self.span(n + step, 1)] = draw(q[step], u[:, step : step + 1])
         return torch.cat(q, 1)
 
     def no_drafts(self, u: Tensor) -> Tensor:
@@ -292,13 +267,13 @@ class Text:
             hidden = self.model.trunk(read, self.cache)
             if self.depth:
                 self.hidden[:, self.span(n - 1, G + 1)] = hidden
-        logits = self.model.logits(hidden).to(u.device)  # (B, G+1, V)
-        drafts = read[:, 1:].to(u.device)  # (B, G)
+        logits = self.model.logits(hidden)  # (B, G+1, V)
+        drafts = read[:, 1:]  # (B, G)
         p = probabilities(logits, *self.filters)  # (B, G+1, V)
-        kept, token = accept(p, q, drafts, u[:, G:])
+        kept, token = accept(p, q, drafts, u[:, -(G + 1) :])  # no number that drew a draft
         # The new token takes the place after the kept drafts; what follows it does not count.
         out = torch.cat((drafts, token), 1).scatter(1, kept[:, None], token)  # (B, G+1)
-        self.tokens[:, self.span(n, G + 1)] = out.to(hidden.device)
+        self.tokens[:, self.span(n, G + 1)] = out
         # False for a NaN, an inf, or -inf for all tokens. A single -inf only rules a token out.
         finite = logits.amax(-1).sum().abs() + p.sum() < math.inf
         return torch.where(finite, kept, -1), out
@@ -309,38 +284,13 @@ class Text:
         kept, out = self.verify(n, self.draft(n, u), u)
         return torch.cat((kept[:, None], out), 1)
 
-    def first(self, n: int, u: Tensor) -> Tensor:
-        """The round after the prompt: no drafts, and the model has read the whole text."""
+    def run(self, n: int, u: Tensor) -> Tensor:
+        """`round`, except after the prompt: there the model has read the whole text, so there are
+        no drafts."""
+        if n > self.prompt:
+            return self.round(n, u)
         kept, out = self.verify(n, self.no_drafts(u), u, self.newest)
         return torch.cat((kept[:, None], out), 1)
-
-    def run_round(self, n: int, u: Tensor) -> tuple[list[list[int]], float]:
-        """Runs a round, eagerly or compiled. Returns its result as lists, and the seconds it took
-        without compilation. The first rounds of a text are eager, because they read fewer positions
-        than compiled code does."""
-        position, run, stance = n, Text.round, contextlib.nullcontext()
-        if n == self.prompt:
-            run = Text.first
-        elif self.compiled and n > self.drafts + self.depth:
-            # Filled on the device: a copy to a GPU would wait for it.
-            position, run = torch.full((), n, device=self.tokens.device), self.compiled_round
-            if self.compiled_ran:
-                # Nothing that the code depends on changes within a text: no guard is checked.
-                stance = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
-            else:  # on a GPU a CUDA graph keeps the addresses of the tensors in `parts`
-                self.compiled_ran, on_cpu = True, self.tokens.device.type == "cpu"
-                parts = self.model, *map(vars, (self, self.cache, self.mtp_cache))
-                graphs.prepare(run, (self, position, u), parts, on_cpu)
-        with stance:
-            began = time.perf_counter()
-            outcome = run(self, position, u).tolist()
-            seconds = time.perf_counter() - began
-        if outcome[0][0] < 0:
-            raise Refusal(
-                "logits or probabilities are not finite: the weights are damaged, or an edit broke "
-                "the model"
-            )
-        return outcome, seconds
 
 
 # ---- Whole texts ---------------------------------------------------------------------------------
@@ -357,8 +307,8 @@ def generate_plain(
     read = tokens  # first the prompt, then each new token
     for _ in range(new):
         u = uniform(B, 0, tokens.device, generator)
-        logits = model.logits(model.trunk(read, cache)[:, -1:]).to(u.device)  # (B, 1, V)
-        read = draw(probabilities(logits, temperature), u).to(tokens.device)  # (B, 1)
+        logits = model.logits(model.trunk(read, cache)[:, -1:])  # (B, 1, V)
+        read = draw(probabilities(logits, temperature), u)  # (B, 1)
         tokens = torch.cat((tokens, read), 1)
     return tokens
 
@@ -386,31 +336,42 @@ def generate(
         compiled, where a draft costs as much time as it saves.
     compile: run compiled rounds.
     eos_token_id: one or several; a text that reaches one is padded with the first of them.
-    generator: on drawing_device(tokens.device); the same state gives the same texts.
+    generator: on the device of tokens; the same state gives the same texts.
     on_token(b, ids, accepted): called with new tokens of text b; the first `accepted` were drafts.
     stats: a Stats to fill in.
     """
     if speculative is None:
         speculative = 0 if compile else 1
-    check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative)
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
+    filters = Filters(temperature, top_k, top_p)
+    check_request(model, tokens, max_new_tokens, filters, speculative, compile)
     tokens, stats = tokens.long(), stats or Stats()
     B, T = tokens.shape
     end = min(T + max_new_tokens, model.config.max_position_embeddings)
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+    size = end + MAX_DRAFTS  # the last round may write beyond the end
     with torch.autocast(tokens.device.type, enabled=False):
-        filters = Filters(temperature, top_k, top_p)
-        text = Text(model, tokens, end - T, speculative, compile, filters)
+        text = Text(model, tokens, graphs.room(size) if compile else size, speculative, filters)
         written = tokens.tolist()  # the ids of each text
         live, n = list(range(B)), T  # the texts that have not reached eos; tokens of each of them
         while live and n < end:
-            G = text.drafts if n > T else 0  # the round after the prompt has no drafts
-            outcome, seconds = text.run_round(n, uniform(B, G, tokens.device, generator))
+            u = uniform(B, text.drafts if n > T else 0, tokens.device, generator)
+            run = graphs.compiled_round(text, n, u) if compile else text.run
+            began = time.perf_counter()
+            outcome = run(n, u).tolist()  # for each text: the drafts that it keeps, its tokens
+            stats.seconds += time.perf_counter() - began
+            stats.rounds += 1
+            if outcome[0][0] < 0:
+                raise Refusal(
+                    "logits or probabilities are not finite: the weights are damaged, or an edit "
+                    "broke the model"
+                )
             # All texts advance together: by the drafts that every one keeps, and by one token more,
             # which is the token drawn after these or, in a text that keeps more, its next draft.
             advance = min(1 + min(outcome[b][0] for b in live), end - n)
             for b in live:
-                kept, ids = outcome[b][0], up_to_eos(outcome[b][1 : 1 + advance], eos)
+                kept, *ids = outcome[b]
+                G, ids = len(ids) - 1, up_to_eos(ids[:advance], eos)
                 accepted = min(kept, len(ids))
                 written[b] += ids
                 on_token(b, ids, accepted)
@@ -418,7 +379,6 @@ def generate(
                 stats.count(len(ids), accepted, min(G, room))
             live = [b for b in live if written[b][-1] not in eos]
             n += advance
-            stats.seconds, stats.rounds = stats.seconds + seconds, stats.rounds + 1
     stats.note = note(max(map(len, written)), end, T + max_new_tokens, model)
     padded = [ids + eos[:1] * (end - len(ids)) for ids in written]
     return torch.tensor(padded, device=tokens.device)
@@ -441,13 +401,18 @@ def up_to_eos(ids: list[int], eos: list[int]) -> list[int]:
     return ids
 
 
-def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, speculative):
+def check_request(model, tokens, max_new_tokens, filters: Filters, speculative, compile):
     """Raises Refusal if `generate` cannot use these arguments."""
     if tokens.ndim != 2:
         raise Refusal(f"tokens have shape {tuple(tokens.shape)}, but must have (B, T)")
     (B, T), V, limit = tokens.shape, model.config.vocab_size, model.config.max_position_embeddings
     low, high = (tokens.min().item(), tokens.max().item()) if B * T else (0, 0)
+    temperature, top_k, top_p = filters
     possible = speculative in range(MAX_DRAFTS + 1)
+    # Compiled code has no form for more tokens at once: the G + depth that modules read of a text.
+    read = speculative + min(speculative, len(model.mtp)) if possible and model.mtp else 1
+    most = MAX_COMPILED_TOKENS // max(1, read)
+    fits = not (compile and model.gates()) or most >= B
     for ok, sentence in (
         (B * T > 0, "nothing to continue: the prompt is empty, or num_samples is 0"),
         (limit >= T, f"the prompt has {T} tokens, but the context ends at {limit}; shorten it"),
@@ -456,6 +421,7 @@ def check_request(model, tokens, max_new_tokens, temperature, top_k, top_p, spec
         (0 <= temperature < math.inf, f"temperature is {temperature}, but must be 0 or more"),
         (top_k is None or top_k >= 1, f"top_k is {top_k}, but must be at least 1, or none"),
         (top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, but must be in (0, 1], or none"),
+        (fits, f"{B} samples are too many: --compile decodes at most {most} together"),
         (possible, f"the number of drafts is {speculative!r}, but must be 0 to {MAX_DRAFTS}"),
     ):
         if not ok:
@@ -492,7 +458,7 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             speculative=config.speculative, compile=config.compile,
             eos_token_id=tokenizer.eos, on_token=on_token, stats=stats,
-            generator=torch.Generator(drawing_device(device)).manual_seed(config.seed),
+            generator=torch.Generator(device).manual_seed(config.seed),
         )  # fmt: skip
     except KeyboardInterrupt:  # raised again below, after the texts are printed
         interrupted = True

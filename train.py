@@ -91,7 +91,7 @@ class TrainConfig:
     alpha: float = 0.0001  # weight of the sequence-wise balance loss
     seed: int = 1337  # of initial weights and of the order of windows
     # machine
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of matrix products
     fp8: bool = False  # matrix products in FP8 (fp8.py)
     compile: Literal["auto", True, False] = "auto"  # auto: in bfloat16, if steps are many or large
@@ -296,7 +296,6 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor
     x, cuda = torch.from_numpy(windows), device.type == "cuda"
     if cuda:  # pinned: otherwise the copy waits for the work queued on the GPU
         x = x.pin_memory()
-    # Not on Apple's GPUs: there an asynchronous copy may read memory that is already freed.
     x = x.to(device, non_blocking=cuda)
     return x[:, :-1], x[:, 1:]
 

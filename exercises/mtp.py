@@ -22,7 +22,7 @@ PREDICTED = None  # the token that it predicts there
 def mtp_loss(model, tokens: Tensor, targets: Tensor) -> Tensor:
     """tokens (B, T), targets (B, T): the next tokens, -1 where there is none -> a scalar, in nats.
 
-    model.trunk(tokens) gives h^0 (B, T, D). model.predict_next(k - 1, h, later) runs module k on
+    model.trunk(tokens) gives h^0 (B, T, D). model.predict_next(k, h, later) runs module k on
     h = h^{k-1} and the tokens k later, both cut to the module's T - k positions. model.mtp is the
     list of modules; T exceeds their number. model.logits(h) is W_head h. A depth's loss is the mean
     over the targets that are not -1.

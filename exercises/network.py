@@ -133,7 +133,7 @@ def drafting(functions) -> str:
     text = "for name in sorted(os.listdir(path)):\n    if name"
     ids = torch.tensor([tokenizer.encode(text)])
     h = model.trunk(ids)
-    ahead = model.predict_next(0, h[:, :-1], ids[:, 1:])
+    ahead = model.predict_next(1, h[:, :-1], ids[:, 1:])
     p, q = (model.logits(x)[0, -1].softmax(-1) for x in (h, ahead))
     # A vocabulary of six tokens; drafts at temperature 1/2, so that a wrong rule shows clearly.
     tokens = (p + q).topk(6).indices

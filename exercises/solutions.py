@@ -122,7 +122,7 @@ def experts(self, x, chosen, gain):
 def mtp_loss(model, tokens, targets):
     h, losses = model.trunk(tokens), []
     for k in range(1, len(model.mtp) + 1):
-        h = model.predict_next(k - 1, h[:, :-1], tokens[:, k:])
+        h = model.predict_next(k, h[:, :-1], tokens[:, k:])
         logits, due = model.logits(h), targets[:, k:]
         losses.append(F.cross_entropy(logits.flatten(0, 1), due.flatten(), ignore_index=-1))
     return sum(losses) / len(losses)

@@ -53,7 +53,7 @@ def on_own_text(net, prompts: list[list[int]], temperature: float) -> dict:
         text = sample.generate(
             net, torch.tensor([prompt], device=device), NEW,
             temperature=temperature, speculative=4, stats=stats,
-            generator=torch.Generator(sample.drawing_device(device)).manual_seed(i),
+            generator=torch.Generator(device).manual_seed(i),
         )  # fmt: skip
         texts.append(text[0, len(prompt) :].tolist())
     shares = [a / max(1, d) for a, d in zip(stats.accepted, stats.drafted, strict=True)]

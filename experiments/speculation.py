@@ -59,7 +59,6 @@ def speculation(
 ) -> Table:
     """Every number of drafts."""
     device, new, stats, texts = model.embed_tokens.weight.device, options.new_tokens, {}, {}
-    drawing = sample.drawing_device(device)
     kinds = [str(G) for G in range(5)]
     seconds = {kind: [] for kind in kinds}
 
@@ -69,7 +68,7 @@ def speculation(
             text = sample.generate(
                 model, torch.tensor([prompt], device=device), new, temperature=temperature,
                 speculative=int(kind), compile=compile,
-                generator=torch.Generator(drawing).manual_seed(i), stats=stats[kind],
+                generator=torch.Generator(device).manual_seed(i), stats=stats[kind],
             )  # fmt: skip
             texts[kind].append(text[0, len(prompt) :].tolist())
         seconds[kind].append(stats[kind].seconds)

@@ -32,7 +32,7 @@ from support.tokens import load_dataset
 
 @dataclass
 class UnseenOptions:
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: as it was trained
     batch: int = 16  # windows at a time; fewer, if they are longer than the short ones
 

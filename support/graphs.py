@@ -3,8 +3,8 @@
 A graph contains the code that ran when it was traced. Before each call PyTorch evaluates guards: it
 checks that modules, settings and tensors have not changed, and compiles again if they have. With
 the hundreds of modules of a network, this takes as long as the round itself. So guards are
-evaluated only in the first round of each text (`skip_guard_eval_unsafe` in sample.py). They do not
-cover the code of methods; `methods` does.
+evaluated only before the first compiled round of each text (`prepare`). They do not cover the
+code of methods; `methods` does.
 
 On a CPU, products with few rows become sums, which the compiler fuses with the operations around
 them (`mm`, `addmm`, `bmm` below). This replaces aten's products, whatever the network.
@@ -47,28 +47,56 @@ def compiled(function: Callable, on_cpu: bool, key: tuple) -> Callable:
     return torch.compile(copy, fullgraph=True, dynamic=False, **how)
 
 
-def prepare(graph: Callable, args: tuple, parts: Any, on_cpu: bool):
-    """Before a text's first round. A new graph is compiled in its first call, so it is called here,
-    before time is measured, and again by the caller: the same args must give the same result.
+def room(size: int) -> int:
+    """The next power of two. A graph fits texts of one size, so there are few sizes."""
+    return max(256, 1 << (size - 1).bit_length())
 
-    A CUDA graph is recorded with the addresses of its tensors, so the tensors in `parts` (modules,
-    dictionaries, tensors) must not move. torch compares addresses before it replays a recording,
-    and records again, without compiling, if they have changed. It keeps all recordings; after 128
-    of a graph it makes no more, and the graph's kernels are started one by one.
+
+def compiled_round(text: Any, n: int, u: Tensor) -> Callable[[int, Tensor], Tensor]:
+    """Returns a function of n and u that runs the next round of a text (sample.py) of n tokens:
+    text.run in the first rounds, which read fewer positions than compiled code does, then
+    text.round, compiled. u: the random numbers of that round."""
+    if n <= max(text.prompt, text.drafts + text.depth):
+        return text.run
+    if text.graph is None:
+        B, size = text.tokens.shape
+        sampled = isinstance(text.filters.temperature, Tensor)
+        kind = sampled, *text.filters[1:], B, size, text.drafts, text.newest.dtype, u.device
+        code = methods(text.model, type(text), type(text.cache))
+        text.graph = compiled(type(text).round, u.device.type == "cpu", (code, kind))
+        prepare(text, n, u)
+    return lambda n, u: call(text, n, u, guarded=False)
+
+
+def call(text: Any, n: int, u: Tensor, guarded: bool) -> Tensor:
+    position = torch.full((), n, device=u.device)  # filled there: a copy to a GPU would wait for it
+    with torch.compiler.set_stance(skip_guard_eval_unsafe=not guarded):
+        return text.graph(text, position, u)
+
+
+def prepare(text: Any, n: int, u: Tensor):
+    """Runs a text's first compiled round, before time is measured: it evaluates the guards, and a
+    new graph is compiled in its first call. The caller runs the same round again, with the same
+    result. From then on nothing that the code depends on changes within the text.
+
+    A CUDA graph is recorded with the addresses of its tensors, so the text's and the model's must
+    not move. torch compares addresses before it replays a recording, and records again, without
+    compiling, if they have changed. It keeps all recordings; after 128 of a graph it makes no more,
+    and the graph's kernels are started one by one.
     (In torch: mark_static_address, cudagraph_trees.py.)
     """
+    on_cpu, new, began = u.device.type == "cpu", text.graph not in COMPILED, time.perf_counter()
     if not on_cpu:
         # torch uses no CUDA graph if an input is written to, unless its address is fixed.
-        for x in tensors(parts):
+        for x in tensors([text.model, *map(vars, (text, text.cache, text.mtp_cache))]):
             torch._dynamo.mark_static_address(x)
-    if graph in COMPILED:
-        return
-    info("compiling a round of decoding, which takes half a minute or more")
-    began = time.perf_counter()
+    if new:
+        info("compiling a round of decoding, which takes half a minute or more")
     for _ in range(1 if on_cpu else 3):  # a GPU records in the second call
-        graph(*args)
-    COMPILED.add(graph)
-    info(f"compiled in {time.perf_counter() - began:.0f} s")
+        call(text, n, u, guarded=True)
+    if new:
+        COMPILED.add(text.graph)
+        info(f"compiled in {time.perf_counter() - began:.0f} s")
 
 
 def tensors(parts: Any) -> list[Tensor]:

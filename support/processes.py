@@ -180,8 +180,13 @@ FOR_OLDER = f"pip install --force-reinstall torch --index-url {INDEX}"
 
 def usable_device(name: str) -> torch.device:
     """The device of this name; `auto` is CUDA if available, else the CPU. Raises Refusal."""
-    if name == "auto":  # never mps: PyTorch's results there have been wrong too often
+    if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in (
+        "cpu",
+        "cuda",
+    ):  # Apple's GPUs lack float64, in which tokens are drawn
+        raise Refusal(f"device {name!r} is none of cpu, cuda and cuda:N: try cpu.")
     try:
         torch.ones(1, device=name).item()  # runs a kernel, which zeros does not; fails on meta, too
     except (RuntimeError, AssertionError) as error:
@@ -206,8 +211,6 @@ def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU has units for its products"
         return torch.float32, "this GPU emulates bfloat16"
-    if device.type != "cpu":
-        return torch.float32, "bfloat16 was never tested there"
     low, high = (x / 1e9 for x in product_speeds(device, torch.bfloat16, torch.float32))
     reason = f"products of one core: bfloat16 {low:.0f}, float32 {high:.0f} GFLOP/s"
     return torch.bfloat16 if low > BF16_GAIN * high else torch.float32, reason

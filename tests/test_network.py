@@ -298,8 +298,8 @@ def test_end_of_text_pads_its_row_and_leaves_the_others_alone(drafts):
 
 
 def in_turn(model, k: int, hidden: list, tokens) -> torch.Tensor:
-    """What module k + 1 makes of hidden states, one piece after the other: the first is of the
-    model, and may have another width than its own."""
+    """What module k makes of hidden states, one piece after the other: the first is of the model,
+    and may have another width than its own."""
     cache = Cache(model.config, model.mtp, 1, tokens.shape[1], model.norm.weight)
     out, at = [], 0
     for h in hidden:
@@ -316,19 +316,19 @@ def test_a_round_is_its_rule_by_whole_forwards_whatever_was_drafted_before(depth
     and every decision has a random number of its own. In rounds before, some were rejected."""
     model = tiny(num_nextn_predict_layers=depth)
     prompt, seen = tokens_of(model, 1, n), set()
-    text = sample.Text(model, prompt, 199, G, False, sample.Filters(1.0))
+    text = sample.Text(model, prompt, 300, G, sample.Filters(1.0))
     for keep in (0, 4, 1, 3, 2) * 5:
         u = torch.rand(1, 2 * G + 1, dtype=torch.float64)
         u[:, G:-1] = torch.where(torch.arange(G) < keep, 0.0, 0.9 + 0.1 * u[:, G:-1])
         q, tokens = text.draft(n, u), text.tokens[:, : n + G].clone()
         hidden = [model.trunk(tokens[:, :n])[:, :-1]]  # of positions 0 .. n-2
         for step in range(G):
-            k = min(step, depth - 1)
-            out = in_turn(model, k, hidden, tokens[:, k + 1 : n + step])
+            k = min(step + 1, depth)
+            out = in_turn(model, k, hidden, tokens[:, k : n + step])
             expected = probabilities(model.logits(out)[:, -1:], 1.0)
             assert torch.allclose(q[:, step : step + 1], expected, atol=1e-12)
             assert torch.equal(tokens[:, n + step, None], draw(expected, u[:, step : step + 1]))
-            hidden = [*hidden, out[:, -1:]] if k == depth - 1 else [out]
+            hidden = [*hidden, out[:, -1:]] if k == depth else [out]
         p = probabilities(model(tokens)[:, n - 1 :], 1.0)
         (kept,), ((after,),) = (x.tolist() for x in accept(p, q, tokens[:, n:], u[:, G:]))
         (found,), (ids,) = (x.tolist() for x in text.verify(n, q, u))
