@@ -43,7 +43,7 @@ from torch.utils.checkpoint import CheckpointError
 import sample
 import train
 from load import load_model
-from model import MAX_ROUND_TOKENS, Cache, DeepSeekV3
+from model import MAX_ROUND_TOKENS, Cache, DeepSeekV3, check_ranges
 from support import graphs, processes, settings
 from support.checkpoints import RandomNumbers, load_checkpoint
 from support.settings import Refusal, and_more, run_command
@@ -502,7 +502,7 @@ def main(argv: list[str]):
     about = "After an edit of model.py, check the network of a run: python check.py [RUN]"
     path, values = settings.parse_args(about, argv, CheckConfig, positional="run")
     config = CheckConfig(**values)
-    settings.check_ranges(config, at_least_one={"length"})
+    check_ranges(config, at_least_one={"length"})
     run, device = Path(path or "out/small"), processes.usable_device(config.device)
     model, _ = load_model(run, device)
     training = TrainConfig()

@@ -287,7 +287,7 @@ UNUSABLE_CONFIGS = [  # changes of config.json, and what the sentence must name
     ({"rope_scaling": None, "rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),
     ({"rope_scaling": "yarn"}, "rope_scaling of config.json is 'yarn', expected dict"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5, expected 1"),
-    ({"hidden_size": 16.5}, "hidden_size is 16.5, expected int"),
+    ({"hidden_size": 16.5}, "hidden_size is 16.5, expected a whole number"),
     ({"vocab_size": 32}, "is (31, 16), but by its config.json (32, 16)."),
     ({"q_lora_rank": None}, "lacks model.layers.0.self_attn.q_proj.weight and 3 more, expected"),
     ({"tie_word_embeddings": True}, "lm_head.weight differs from its original: set tie_word_emb"),
