@@ -27,7 +27,7 @@ from transformers.modeling_layers import MtpModel
 
 import huggingface
 import load
-import support.tokenizer
+import support.release_tokenizer
 from huggingface import checkpoint_views, config_from_json
 from load import load_model
 from model import DeepSeekV3
@@ -407,7 +407,7 @@ def test_exported_tokenizer_gives_the_same_ids(gap):
     ranks = train_bpe(ODD_TEXTS, 1500, PATTERN)
     special = {"<|x|>": len(ranks) + gap}
     encoding = encoding_from(ranks, PATTERN, special)
-    exported = tokenizers.Tokenizer.from_str(support.tokenizer.tokenizer_json(encoding))
+    exported = tokenizers.Tokenizer.from_str(support.release_tokenizer.tokenizer_json(encoding))
     for text in ODD_TEXTS:
         ids = encoding.encode_ordinary(text)
         assert exported.encode(text).ids == ids, text[:50]
