@@ -29,7 +29,7 @@ END_OF_TEXT = "<|endoftext|>"
 AGAIN = "make it with python prepare_data.py SOURCE (--overwrite if the folder exists)"
 
 
-@dataclass
+@dataclass(eq=False)  # so that functools.cache takes one
 class Tokenizer:
     """Encodes texts, decodes ids, and names the ids that begin and end a text."""
 
