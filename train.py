@@ -685,6 +685,7 @@ def show_result(config: TrainConfig, data: Dataset):
     sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
     start = shlex.quote(prompt[:20].partition("\n")[0])
     info(f"\nMore: python sample.py {shlex.quote(config.out)} --prompt={start}")
+    info(f"See inside: python docs/inside.py {shlex.quote(config.out)}")
     info(f"After an edit of model.py: python check.py {shlex.quote(config.out)}")
 
 
