@@ -167,12 +167,8 @@ def a_token_after_the_other(c: Changed):
     assert torch.allclose(y, right, atol=1e-12) and (chosen >= E).any() and (chosen < E).any()
     assert len(moe.gate.load) == len(moe.gate.e_score_correction_bias) == E + 4
     load = 'self.register_buffer("load", torch.zeros(E, '
-    found = check.answers(
-        mistaken(c, (load, load.replace("E", "E - ZERO_EXPERTS"))), CONFIG, LENGTH
-    )
-    assert [x.summary for x in found if x.wrong] == [
-        f"{name}: ends with an error" for name in ("causality", "gradients", "step")
-    ]
+    model = mistaken(c, (load, load.replace("E", "E - ZERO_EXPERTS")))
+    assert all(": ends with an error" in str(x) for x in check.answers(model, CONFIG, LENGTH))
 
 
 @change("Document masks", document_token=511, num_nextn_predict_layers=2)
@@ -278,7 +274,7 @@ def looks_back_by_five(c: Changed):
     wrong = check.decoding(mistaken(c, window, (places, places + " - 2")), LENGTH).wrong
     assert "main model, drafts rejected" in wrong[-1] and "one token at a time" not in str(wrong)
     wrong = check.decoding(mistaken(c, window, (" | (key < 0)", "")), LENGTH).wrong
-    assert "main model, one token at a time: wrong from position 0 on" in wrong[0]
+    assert "main model, one token at a time: wrong from position 1 on" in wrong[0]
 
 
 @change("Sparse attention", values={"INDEX_TOPK": 6})
