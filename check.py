@@ -9,7 +9,7 @@ computes one thing in two ways and compares the results:
     causality    logits of a text, and of the same text with another end
     gradients    of a plain training step, and recomputed, in two micro-batches, or compiled
     losses       that the model returns, and the cross-entropies of its logits
-    drafts       a greedy text written with and without drafts, and by generate_plain
+    drafts       a greedy text written with and without drafts, and by generate_plain; drawn tokens
     step         what a run saves, whole and resumed, and the losses of its log and its best.pt
 
 All checks but bfloat16 use a copy of the network in float64, in which right results agree to about
@@ -28,6 +28,7 @@ import math
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,10 +44,11 @@ from torch.utils.checkpoint import CheckpointError
 import sample
 import train
 from load import load_model
-from model import MAX_ROUND_TOKENS, Cache, DeepSeekV3
+from model import MAX_ROUND_TOKENS, Cache, DeepSeekV3, check_ranges
 from support import graphs, processes, settings
 from support.checkpoints import RandomNumbers, load_checkpoint
 from support.settings import Refusal, and_more, run_command
+from support.tokenizer import Tokenizer
 from support.tokens import Tokens
 from train import TrainConfig
 
@@ -222,8 +224,9 @@ def divergence(p: Tensor, q: Tensor) -> float:
 
 
 def drafts(model: DeepSeekV3, new: int = 32) -> Answer:
-    """Compares greedy texts with those of the plain loop. Drafts must not change them."""
-    model = perturbed(model)
+    """Compares greedy texts with those of the plain loop. Drafts must not change them. Then draws
+    tokens after drafts with the weights of the run, whose drafts are often accepted."""
+    own, model = copy.deepcopy(model).double().eval(), perturbed(model)
     prompt, wrong = random_tokens(model, 2, 8), []
     new = min(new, model.config.max_position_embeddings - prompt.shape[1])
     plain = sample.generate_plain(model, prompt, new, temperature=0)
@@ -231,7 +234,36 @@ def drafts(model: DeepSeekV3, new: int = 32) -> Answer:
         text = sample.generate(model, prompt, new, temperature=0, speculative=n)
         if differs := (text != plain).any(0).nonzero().flatten().tolist():
             wrong.append(f"with {n} drafts per round the text differs from token {differs[0]} on")
-    return Answer("drafts: greedy texts must be those of generate_plain", wrong)
+    if model.mtp and (chance := chance_of_drawn(own, prompt[:1])) < 1e-5:
+        wrong.append(f"drawn after a draft, tokens are not the model's (by chance: {chance:.0e})")
+    return Answer(
+        "drafts: greedy texts must be those of generate_plain, drawn tokens the model's", wrong
+    )
+
+
+@torch.inference_mode()
+def chance_of_drawn(model: DeepSeekV3, prompt: Tensor, rounds: int = 600) -> float:
+    """The probability that so many tokens, each drawn in a round with two drafts after the same
+    text, would differ so much or more from the model's distribution p: a chi-square test.
+
+    All tokens are ordered by q, the first draft's distribution, because wrong rules mostly write
+    too many or too few of the draft's favourites. The order makes 16 intervals of p.
+    """
+    text = sample.Text(model, prompt, prompt.shape[1] + 16, 2, sample.Filters(1.0))
+    generator, n = torch.Generator(prompt.device).manual_seed(4), prompt.shape[1] + 1
+    text.run(n - 1, sample.uniform(1, 0, prompt.device, generator))
+    logits = logits_of(model, text.tokens[:, :n])
+    p, q = (x[0, -1].softmax(-1) for x in logits[:2])  # (V,) each
+    order = q.argsort(descending=True)
+    before = torch.zeros_like(p).scatter(0, order, p[order].cumsum(0) - p[order])
+    u = torch.rand(rounds, dtype=p.dtype, device=p.device, generator=generator)
+    drawn = torch.stack([text.run(n, sample.uniform(1, 2, prompt.device, generator))[0, 1]
+                         for _ in range(rounds)])  # fmt: skip
+    at = before[drawn] + u * p[drawn]  # uniform in [0, 1) if the tokens are the model's
+    counts = (16 * at).long().clamp(max=15).bincount(minlength=16)
+    chi_square = ((counts - rounds / 16) ** 2).sum() / (rounds / 16)
+    half = torch.tensor([15 / 2, chi_square / 2], dtype=torch.float64)  # 15 degrees of freedom
+    return torch.special.gammaincc(*half).item()
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -372,48 +404,64 @@ def losses(model: DeepSeekV3) -> Answer:
     return Answer(f"losses: must be cross-entropies of the logits, here {main:.6g}", wrong)
 
 
-def step(model: DeepSeekV3, config: TrainConfig, run: Path | None = None) -> Answer:
-    """Trains four steps by `train` of train.py with the run's settings, then repeats the last two
-    with new objects, resumed from a checkpoint. Both must save the same states. The weights in
-    best.pt must have the validation loss that the log gives them. Notes numbers of low precision in
-    the checkpoint, and in that of `run`, because the four steps are in float64."""
+def step(
+    model: DeepSeekV3,
+    config: TrainConfig,
+    run: Path | None = None,
+    steps: int = 4,
+    tokenizer: Tokenizer | None = None,
+) -> Answer:
+    """Trains some steps by `train` of train.py with the run's settings, then repeats the second
+    half with new objects, resumed from a checkpoint. Both must save the same states, and log the
+    same validation losses: in the middle, where the resumed one begins, and at the end. The weights
+    in best.pt must have the loss that the log gives them. Notes numbers of low precision in the
+    checkpoint, and in that of `run`, because these steps are in float64."""
     what = "step: a resumed run must save what a whole one saves, and best.pt what was evaluated"
     model, stored = perturbed(model), {}
     if run and (run / "ckpt.pt").exists():
         stored = load_checkpoint(run / "ckpt.pt", whole=False)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         try:
-            whole, resumed, val = train_twice(model, config, Path(folder))
+            whole, resumed, best = train_twice(model, config, Path(folder), steps, tokenizer)
         except Refusal as error:
             return Answer(what, [str(error)])
-        sentence = differences(flat(whole), flat(resumed))
-        notes = low_precision(flat(stored)) or low_precision(flat(whole))
+        sentence = differences(flat(whole.states), flat(resumed.states))
+        notes = low_precision(flat(stored)) or low_precision(flat(whole.states))
     wrong = [f"resumed: {sentence}"] if sentence else []
+    for at, x in whole.val_losses.items() if not wrong else ():  # else they follow from the states
+        if not math.isclose(x, y := resumed.val_losses.get(at, math.nan), rel_tol=SAME):
+            wrong.append(
+                f"resumed: val_loss after step {at} is {y:.6g}, but {x:.6g} in a whole run"
+            )
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    learning -= {name for state in whole.values() for name in state.get("names", ())}
+    learning -= {name for state in whole.states.values() for name in state.get("names", ())}
     wrong += [f"{name} is in no optimiser" for name in sorted(learning)]
-    if not all(math.isclose(x, val["evaluated again"], rel_tol=SAME) for x in val.values()):
-        numbers = ", ".join(f"{x:.6g} {where}" for where, x in val.items())
+    if not all(math.isclose(x, best["evaluated again"], rel_tol=SAME) for x in best.values()):
+        numbers = ", ".join(f"{x:.6g} {where}" for where, x in best.items())
         wrong.append(f"best.pt does not hold the evaluated weights: its loss is {numbers}")
     return Answer(what, wrong, notes)
 
 
-def train_twice(model: DeepSeekV3, config: TrainConfig, folder: Path) -> tuple[dict, dict, dict]:
-    """The states that a run of four steps saves; those that its resumed second half saves; and the
-    validation loss of best.pt, as logged, as stored, and as evaluated again."""
-    whole, resumed = folder / "whole", folder / "resumed"
+def train_twice(
+    model: DeepSeekV3, config: TrainConfig, folder: Path, steps: int, tokenizer: Tokenizer | None
+) -> tuple[SimpleNamespace, SimpleNamespace, dict]:
+    """A run of so many steps, and its resumed second half: the states that each saves, and its
+    validation losses by step. Then the loss of best.pt, as logged, as stored, and as evaluated
+    again."""
+    whole, resumed, half = folder / "whole", folder / "resumed", steps // 2
     config = replace(
-        config, steps=4, batch_size=2, block_size=min(64, config.block_size),
-        long_block_size=0, grad_accum=1, log_every=4, eval_every=4, save_every=2,
+        config, steps=steps, batch_size=2, block_size=min(64, config.block_size),
+        long_block_size=0, grad_accum=1, log_every=steps, eval_every=half, save_every=half,
         dtype="float64", fp8=False, compile=False, recompute=False, parallel="ddp",
         overwrite=False, init_from="", eval_only=False,
     )  # fmt: skip
     tokens = random_tokens(model, 2, 257).cpu().numpy()
     text, val, V = Tokens([tokens.flatten()]), Tokens([tokens[0]]), model.config.vocab_size
     data = SimpleNamespace(train=text, val=val, vocab_size=V, val_bytes_per_token=1.0)
+    data.tokenizer = tokenizer
     machine = processes.Machine(model.embed_tokens.weight.device, torch.float64)
 
-    def copy_first(*args):  # before the third step, which asks for its windows
+    def copy_first(*args):  # before the first step after the half, which asks for its windows
         if (whole / "ckpt.pt").exists() and not resumed.exists():
             resumed.mkdir()
             shutil.copy(whole / "ckpt.pt", resumed)
@@ -421,11 +469,16 @@ def train_twice(model: DeepSeekV3, config: TrainConfig, folder: Path) -> tuple[d
 
     text.windows = copy_first
 
-    def trained(network: DeepSeekV3, out: Path) -> dict:
+    def trained(network: DeepSeekV3, out: Path) -> SimpleNamespace:
         now = replace(config, out=str(out), resume=out == resumed)
         with contextlib.redirect_stderr(io.StringIO()):
             train.train(network, data, now, machine)
-        return {k: x for k, x in load_checkpoint(out / "ckpt.pt").items() if isinstance(x, dict)}
+        saved = load_checkpoint(out / "ckpt.pt").items()
+        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        losses = {x["step"]: x["val_loss"] for x in lines if "val_loss" in x}
+        return SimpleNamespace(
+            states={key: x for key, x in saved if isinstance(x, dict)}, val_losses=losses
+        )
 
     def opened(stored: dict) -> DeepSeekV3:  # as load_model opens a checkpoint
         network = copy.deepcopy(model)
@@ -434,15 +487,13 @@ def train_twice(model: DeepSeekV3, config: TrainConfig, folder: Path) -> tuple[d
         network.load_state_dict(stored["model"])
         return network
 
-    states = trained(copy.deepcopy(model), whole)
-    states_resumed = trained(opened(load_checkpoint(resumed)), resumed)
+    one = trained(copy.deepcopy(model), whole)
+    other = trained(opened(load_checkpoint(resumed)), resumed)
     best = load_checkpoint(whole / "best.pt")
     with torch.no_grad():
         total = train.add_up(opened(best), tokens[0], config.block_size, config, machine)
-    lines = map(json.loads, (whole / "log.jsonl").read_text().splitlines())
-    *_, logged = (line["val_loss"] for line in lines if "val_loss" in line)
-    val_losses = {"in the log": logged, "in the file": best["val_loss"]}
-    return states, states_resumed, val_losses | {"evaluated again": total["losses"][0]}
+    losses = {"in the log": one.val_losses[best["step"]], "in the file": best["val_loss"]}
+    return one, other, losses | {"evaluated again": total["losses"][0]}
 
 
 def flat(checkpoint: dict) -> dict[str, Tensor]:
@@ -477,21 +528,45 @@ def in_a_run(check: Callable, model: DeepSeekV3, config: TrainConfig) -> Answer:
     return max(found, key=lambda answer: (len(answer.wrong), len(answer.notes)))
 
 
-def answers(model: DeepSeekV3, config: TrainConfig, length=None, compiled=False, run=None):
-    """Yields the answers of all checks. run: the run's folder, whose ckpt.pt is looked into."""
-    yield (exact := decoding(model, length))
-    if not exact.wrong:  # else bfloat16 shows nothing new
-        yield bfloat16(model)
-    yield in_a_run(lambda x, _: causality(x), model, config)
-    yield in_a_run(lambda x, at: gradients(x, config, compiled and not at, at), model, config)
-    yield in_a_run(lambda x, _: losses(x), model, config)
-    yield drafts(model)
-    yield step(model, config, run)
+def answered(name: str, check: Callable[[], Answer]) -> Answer:
+    """The check's answer. An error of the edited code is an answer, too, with its trace."""
+    try:
+        return check()
+    except Exception:
+        return Answer(f"{name}: ends with an error", traceback.format_exc().splitlines())
+
+
+def answers(
+    model: DeepSeekV3,
+    config: TrainConfig,
+    length: int | None = None,
+    compiled: bool = False,
+    run: Path | None = None,
+    steps: int = 4,
+    tokenizer: Tokenizer | None = None,
+) -> Iterator[Answer]:
+    """Yields the answers of all checks. run: the run's folder, whose ckpt.pt is looked into;
+    tokenizer: the run's, for edits that read it."""
+    yield (exact := answered("decoding", lambda: decoding(model, length)))
+    checks = {
+        "bfloat16": lambda: bfloat16(model),
+        "causality": lambda: in_a_run(lambda x, _: causality(x), model, config),
+        "gradients": lambda: in_a_run(
+            lambda x, at: gradients(x, config, compiled and not at, at), model, config
+        ),
+        "losses": lambda: in_a_run(lambda x, _: losses(x), model, config),
+        "drafts": lambda: drafts(model),
+        "step": lambda: step(model, config, run, steps, tokenizer),
+    }
+    for name, check in checks.items():
+        if name != "bfloat16" or not exact.wrong:  # else it shows nothing new
+            yield answered(name, check)
 
 
 @dataclass
 class CheckConfig:
     length: int | None = None  # tokens of a text to decode; none: 256, or twice the longest window
+    steps: int = 4  # of the two runs that `step` compares; more if something happens every N steps
     compile: bool = False  # compare compiled gradients on a CPU, too, which takes minutes
     device: str = "auto"  # auto, cpu or cuda
 
@@ -502,16 +577,19 @@ def main(argv: list[str]):
     about = "After an edit of model.py, check the network of a run: python check.py [RUN]"
     path, values = settings.parse_args(about, argv, CheckConfig, positional="run")
     config = CheckConfig(**values)
-    settings.check_ranges(config, at_least_one={"length"})
+    check_ranges(config, at_least_one={"length"})
+    if config.steps < 2 or config.steps % 2:
+        raise Refusal(f"steps is {config.steps}, but has two halves: give an even number, from 2.")
     run, device = Path(path or "out/small"), processes.usable_device(config.device)
-    model, _ = load_model(run, device)
+    model, tokenizer = load_model(run, device)
     training = TrainConfig()
     if not (run / "config.json").exists():
         stored = load_checkpoint(run, whole=False)["train_config"]
         training = replace(training, **{k: x for k, x in stored.items() if hasattr(training, k)})
     compiled = config.compile or (device.type == "cuda" and processes.compiles(training, device))
     right = True
-    for answer in answers(model, training, config.length, compiled, run):
+    options = (config.length, compiled, run, config.steps, tokenizer)
+    for answer in answers(model, training, *options):
         print(answer, flush=True)
         right = right and not answer.wrong
     if not right:

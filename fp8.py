@@ -205,7 +205,7 @@ def _(dq, ds, xq, xs, rows):
     return ds.new_empty(len(rows), len(dq), len(xq))
 
 
-BY_TILE, BY_BLOCK = 4, 5  # cuBLAS's numbers for a scale per 1x128 numbers, and per 128x128
+KIND = {TILE: F.ScalingType.BlockWise1x128, BLOCK: F.ScalingType.BlockWise128x128}
 
 
 def _hopper_product(a: Quantized, b: Quantized, block: tuple[int, int], dtype) -> Tensor:
@@ -222,20 +222,12 @@ def _hopper_product(a: Quantized, b: Quantized, block: tuple[int, int], dtype) -
     M, N = len(a.q), len(b.q)
     if 0 in (M, N, a.q.shape[1]):
         return torch.zeros(M, N, dtype=dtype, device=a.q.device)
-    if block == BLOCK:
-        s_b, recipe = F.pad(b.s, (0, -b.s.shape[1] % 4), value=1.0).contiguous().t(), BY_BLOCK
-    else:
-        s_b, recipe = _by_column(b.s), BY_TILE
-    y = torch.ops.aten._scaled_mm_v2.default(
-        _whole(a.q),
-        _whole(b.q).t(),
-        *([_by_column(a.s)], [BY_TILE], []),  # scales of A, their kind, no swizzle
-        *([s_b], [recipe], []),  # the same of B
-        None,  # bias
-        torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,  # of the result
-        [],  # dimensions of the sum: the usual ones
-        False,  # no fast accumulation: partial products are accumulated in fp32
-    )
+    # Without fast accumulation, by default, partial products are accumulated in float32.
+    y = F.scaled_mm(
+        _whole(a.q), _whole(b.q).t(), _by_column(a.s), KIND[TILE],
+        _by_row(b.s) if block == BLOCK else _by_column(b.s), KIND[block],
+        output_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+    )  # fmt: skip
     return y[:M, :N].to(dtype)
 
 
@@ -250,6 +242,11 @@ def _whole(q: Tensor) -> Tensor:
 def _by_column(s: Tensor) -> Tensor:
     """Scales of tiles (M, L), column by column in memory, with M padded to a multiple of 128."""
     return F.pad(s.t(), (0, -len(s) % 128), value=1.0).contiguous().t()
+
+
+def _by_row(s: Tensor) -> Tensor:
+    """Scales of blocks (rows, L), row by row in memory, with L padded to a multiple of 4."""
+    return F.pad(s, (0, -s.shape[1] % 4), value=1.0).contiguous().t()
 
 
 def multiplies_bf16(device: torch.device) -> bool:

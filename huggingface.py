@@ -34,8 +34,9 @@ from load import Undrawn, load_model
 from model import DeepSeekV3, ModelConfig
 from support.files import check_free, new_folder, read_json, write_whole
 from support.gguf import write_gguf
+from support.release_tokenizer import export_tokenizer
 from support.settings import Refusal, and_more, as_field, info, parse_args, run_command, short
-from support.tokenizer import Tokenizer, export_tokenizer
+from support.tokenizer import Tokenizer
 
 FAMILY = ("deepseek_v3", "kimi_k2")  # the values of model_type with V3's network
 # config.json's other keys that change logits, each with the only value that model.py implements.

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from model import DeepSeekV3, ModelConfig
 from support.checkpoints import checkpoint_file, load_checkpoint, note_edit
 from support.settings import Refusal, and_more, info, short
-from support.tokenizer import Tokenizer, hf_tokenizer, stored_tokenizer
+from support.tokenizer import Tokenizer, stored_tokenizer
 
 DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)  # as constructors call them
 
@@ -84,7 +84,8 @@ def load_model(
     """
     path, settings = Path(ckpt), settings or {}
     if (path / "config.json").exists():
-        from huggingface import from_pretrained  # its layout is needed here alone
+        from huggingface import from_pretrained
+        from support.release_tokenizer import hf_tokenizer
 
         model, tokenizer = from_pretrained(path, dtype, str(device)), hf_tokenizer(path)
         stored, weights, length = model.config, model.state_dict(), model.trained_length

@@ -886,7 +886,7 @@ def padded(
 
 # ---- What a ModelConfig may hold -----------------------------------------------------------------
 
-MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+MAY_BE_ZERO = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"}
 YARN_KEYS = (
     "type", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
     "mscale", "mscale_all_dim", "attention_factor", "truncate",
@@ -902,14 +902,21 @@ def require(holds: bool, sentence: str):
         raise ConfigError(sentence)
 
 
+def check_ranges(config, at_least_one: set[str]):
+    """Raises ConfigError if a number of this dataclass is below 0 or, in one of these fields, below
+    1. A field with a lower default, such as your own, may be as low as its default."""
+    for field in fields(config):
+        x, least = getattr(config, field.name), int(field.name in at_least_one)
+        if isinstance(field.default, int | float):
+            least = min(least, field.default)
+        if isinstance(x, int | float):  # nan is refused, too
+            require(x >= least, f"{field.name} is {x}, but must be at least {least}.")
+
+
 def check_config(config: ModelConfig):
     """Raises ConfigError, with one sentence, unless a network can have these values."""
-    for field in fields(config):
-        name, x = field.name, getattr(config, field.name)
-        if isinstance(x, int | float):
-            size = field.type in (int, int | None) and name not in MAY_BE_ZERO
-            least = min(int(size), field.default or 0)  # your own field may default to less
-            require(x >= least, f"{name} is {x}, but must be at least {least}.")
+    sizes = {field.name for field in fields(config) if field.type in (int, int | None)}
+    check_ranges(config, at_least_one=sizes - MAY_BE_ZERO)
     E, K, R = config.n_routed_experts, config.num_experts_per_tok, config.qk_rope_head_dim
     G, allowed, theta = config.n_group, config.topk_group, config.rope_theta
     require(R % 2 == 0, f"qk_rope_head_dim is {R}, but RoPE rotates pairs: make it even.")

@@ -30,6 +30,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,7 +44,7 @@ import fp8
 import prepare_data
 import sample
 from load import load_model
-from model import DeepSeekV3, ModelConfig, count_chosen
+from model import DeepSeekV3, ModelConfig, check_ranges, count_chosen
 from support import checkpoints, processes, runs, settings
 from support.checkpoints import Progress, RandomNumbers, checkpoint_file, load_checkpoint
 from support.flops import flops_per_token, peak_flops
@@ -52,9 +53,6 @@ from support.processes import Machine
 from support.settings import Refusal, info
 from support.tokenizer import Tokenizer, tokenizer_files
 from support.tokens import DEFAULT_VOCAB_SIZES, Dataset, Tokens, data_folder, open_folder
-
-# The settings at which the learning rate changes its course, in order.
-LR_BOUNDS = ("warmup", "decay_start", "decay_end", "final_start")
 
 
 @dataclass
@@ -111,7 +109,7 @@ class TrainConfig:
     def __post_init__(self):
         counts = {"steps", "batch_size", "block_size", "grad_accum"}
         counts |= {"eval_every", "save_every", "log_every"}
-        settings.check_ranges(self, at_least_one=counts)
+        check_ranges(self, at_least_one=counts)
         if 0 < self.min_lr < 0.001:  # such as nanoGPT's 6e-5
             raise Refusal(
                 f"min_lr is {self.min_lr}, but is a share of lr, not a learning rate as in "
@@ -119,12 +117,15 @@ class TrainConfig:
             )
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise Refusal("muon needs whole matrices, but fsdp cuts them up; choose adamw.")
-        for name in (*LR_BOUNDS, "long_start", "mtp_switch", "gamma_stop"):
+        # With decay_end = 1 the cosine lasts to the end of the run, and final_start has no effect.
+        course = ["warmup", "decay_start", "decay_end"] + ["final_start"] * (self.decay_end < 1)
+        for name in (*course, "final_start", "long_start", "mtp_switch", "gamma_stop"):
             if (x := getattr(self, name)) > 1:
                 raise Refusal(f"{name} is {x}, but must be a fraction of the run: at most 1.")
-        # With decay_end = 1 the cosine lasts to the end of the run, and final_start has no effect.
-        bounds = LR_BOUNDS if self.decay_end < 1 else LR_BOUNDS[:-1]
-        for first, then in itertools.pairwise(bounds):
+        for name in ("beta1", "beta2"):
+            if (x := getattr(self, name)) >= 1:
+                raise Refusal(f"{name} is {x}, but a running mean needs less than 1.")
+        for first, then in itertools.pairwise(course):
             x, y = getattr(self, first), getattr(self, then)
             if x > y:
                 raise Refusal(
@@ -221,7 +222,27 @@ def make_optimizers(model: DeepSeekV3, config: TrainConfig) -> list[torch.optim.
     return [adamw, Muon(matrices, defaults, getattr(torch, config.dtype))]
 
 
+def set_lr(optimizers: list[torch.optim.Optimizer], lr: float):
+    """Sets the learning rate of every group: lr, times the lr_scale that AdamW has beside Muon."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
 # ---- Data ----------------------------------------------------------------------------------------
+
+
+def prepare_missing(name: str, vocab_size: int):
+    """Prepares the data of the files in config/ (those in DEFAULT_VOCAB_SIZES) from Python's
+    standard library, unless the folder exists."""
+    folder = data_folder(name)
+    if folder.exists() or DEFAULT_VOCAB_SIZES.get(name) != vocab_size:
+        return
+    try:
+        prepare_data.prepare(prepare_data.DataConfig("stdlib", name, vocab_size=vocab_size))
+    except (Refusal, OSError):
+        if not folder.exists():  # else another train.py has just prepared it
+            raise
 
 
 def open_data(
@@ -231,23 +252,9 @@ def open_data(
     tokenizer: Tokenizer | None = None,
 ) -> tuple[Dataset, Path]:
     """Opens the prepared data. Returns them and their folder. source, tokenizer: the path of the
-    initial weights and their tokenizer, if they have one, which the data must have, too.
-
-    Missing data of the files in config/ (those in DEFAULT_VOCAB_SIZES) are prepared first, from
-    Python's standard library.
-    """
+    initial weights and their tokenizer, if they have one, which the data must have, too."""
+    processes.once(lambda: prepare_missing(config.data, vocab_size))
     folder = data_folder(config.data)
-
-    def make():
-        if DEFAULT_VOCAB_SIZES.get(config.data) == vocab_size and not folder.exists():
-            wanted = prepare_data.DataConfig("stdlib", config.data, vocab_size=vocab_size)
-            try:
-                prepare_data.prepare(wanted)
-            except (Refusal, OSError):
-                if not folder.exists():  # else another train.py has just prepared it
-                    raise
-
-    processes.once(make)
     if config.data in prepare_data.SHARDS and not folder.exists():
         shards = math.ceil(config.steps * config.batch_size * config.block_size / 1e8)  # one epoch
         shards = min(shards, prepare_data.SHARDS[config.data][1])
@@ -334,7 +341,8 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
     groups    the number of groups in which a token's experts lie, summed over tokens and layers
     routed    the number of routed tokens, summed over layers
     """
-    G, E, visits = model.config.n_group, model.config.n_routed_experts, []
+    G, visits = model.config.n_group, []
+    E = max((len(gate.load) for gate in model.gates()), default=1)
     sums = torch.zeros(2, 1, dtype=torch.double)  # nats, tokens; then by depth
     groups, routed = torch.zeros(2, dtype=torch.long, device=machine.device)
     for windows in validation_windows(tokens, T, config, machine):
@@ -350,7 +358,8 @@ def add_up(model: DeepSeekV3, tokens, T: int, config: TrainConfig, machine: Mach
             # MTP module k routes T - k positions, those of the last T - k targets. -1 is padding.
             used = chosen[(y >= 0)[:, -chosen.shape[1] :]]  # (tokens, K)
             visits[layer] += count_chosen(used, E)
-            groups += nn.functional.one_hot(used * G // E, G).amax(1).sum()
+            group = used * G // E  # the experts of a group have adjacent numbers
+            groups += nn.functional.one_hot(group, G).amax(1).sum()
             routed += len(used)
     nats, n = machine.sum(sums)
     losses, visits = (nats / n.clamp(min=1)).tolist(), [machine.sum(x) for x in visits]
@@ -365,7 +374,7 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
     phase, the loss in long windows."""
     text, training = data.val.arrays[0], model.training
     model.eval()
-    with fp8.quantized_once(model, machine.compiled), machine.eager_on_cpu(when=True):
+    with fp8.quantized_once(model, machine.compiled), machine.eager_on_cpu():
         total = add_up(model, text, config.block_size, config, machine)
         long = None
         if config.long_block_size > 0 and config.long_block_size == model.trained_length:
@@ -393,8 +402,9 @@ def evaluate(model: DeepSeekV3, data, config: TrainConfig, machine: Machine) -> 
 
 
 def try_evaluation(model: DeepSeekV3, data, config: TrainConfig, machine: Machine):
-    """Evaluates a single batch and drops the result: lack of memory ends the run before its first
-    step, not at the first evaluation, hours later. Random numbers stay as they are."""
+    """Evaluates a single batch and drops the result: lack of memory, or a mistake in an edit, ends
+    the run before its first step, not at the first evaluation, hours later. Random numbers stay as
+    they are."""
     length = 1 + config.batch_size * config.block_size // config.grad_accum
     first = copy.copy(data)
     first.val = Tokens([data.val.arrays[0][:length]])
@@ -462,21 +472,23 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
     with runs.open_run(states, config, machine, files, mfu) as run:
         remaining = (config.steps - progress.step) * config.batch_size * config.block_size
         run.log_plan(remaining, len(data.train))
-        if machine.device.type == "cuda" and not run.finished:
+        if not run.finished:
             try_evaluation(model, data, config, machine)
             run.clock.restart(progress.tokens)
-        if run.evaluation_due:  # of given weights before they change, or of a resumed checkpoint
-            run.log_evaluation(evaluate(model, data, config, machine))
+        while True:
+            if run.evaluation_due:  # every eval_every steps; the best weights become best.pt
+                run.log_evaluation(evaluate(model, data, config, machine))
+            if run.finished or run.stopped:
+                break
 
-        while not (run.finished or run.stopped):
             step = progress.step
             at_step(model, config, step)
             windows = train_windows(data, config, step)
             batches = micro_batches(windows, config, machine)
             # The YaRN phase would need graphs of its own, and is short. In FP8 all micro-batches of
             # a step read the same quantised weights.
-            yarn = in_yarn_phase(config, step)
-            with fp8.quantized_once(model, machine.compiled), machine.eager_on_cpu(when=yarn):
+            how = machine.eager_on_cpu() if in_yarn_phase(config, step) else nullcontext()
+            with fp8.quantized_once(model, machine.compiled), how:
                 means = backward(trainer, batches, loss_weights(config, step), machine)
 
             norm = clip_gradients(model, config)
@@ -484,9 +496,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
 
             lr = lr_at(config, step)
             if finite:  # else the step is skipped
+                set_lr(optimizers, lr)
                 for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr * group.get("lr_scale", 1.0)
                     optimizer.step()
             # DDP's gradients are views of its buckets, which are kept.
             model.zero_grad(set_to_none=trainer is model)
@@ -497,10 +508,8 @@ def train(model: DeepSeekV3, data, config: TrainConfig, machine: Machine, files=
             model.update_bias(gamma_at(config, step) if finite else 0.0)  # also resets the loads
             # Counts the step (progress.step, progress.tokens), and logs if a line is due.
             run.advance(windows[:, 1:].size, finite, means, lr=lr, grad_norm=norm)
-            if run.checkpoint_due:  # before the evaluation, which may fail
+            if run.checkpoint_due:  # every save_every steps, and before an evaluation
                 run.save()
-            if run.evaluation_due:  # the best weights so far become best.pt
-                run.log_evaluation(evaluate(model, data, config, machine))
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -668,14 +677,15 @@ def show_result(config: TrainConfig, data: Dataset):
     if "val_bpb_long" in best:
         bits += f", {best['val_bpb_long']:.4f} in windows of {then['long_block_size']}"
     info(f"\nbest validation loss: {best['val_loss']:.4f} nats/token, {bits}. A sample:\n")
-    tokens = data.val.arrays[0][1:9].tolist()  # after the end-of-text token
-    prompt = data.tokenizer.decode(tokens, errors="ignore").strip()
     longest = max(config.block_size, config.long_block_size)
-    new = max(8, min(120, longest - len(tokens)))  # within the windows trained on
+    tokens = data.val.arrays[0][1 : 1 + min(8, longest // 2)].tolist()  # after the end of a text
+    prompt = data.tokenizer.decode(tokens, errors="ignore").strip()
+    new = max(1, min(120, longest - len(tokens)))  # within the windows trained on
     options = (f"--max_new_tokens={new}", "--seed=1", f"--device={config.device}")
     sample.main([f"--ckpt={config.out}", f"--prompt={prompt}", *options])
     start = shlex.quote(prompt[:20].partition("\n")[0])
     info(f"\nMore: python sample.py {shlex.quote(config.out)} --prompt={start}")
+    info(f"See inside: python docs/inside.py {shlex.quote(config.out)}")
     info(f"After an edit of model.py: python check.py {shlex.quote(config.out)}")
 
 

@@ -2,6 +2,8 @@
 
     pip install latex2mathml && python docs/annotate.py
 
+It also writes the line numbers in the pages' links to code anew, such as model.py#L293.
+
 Lines are found by the function that they stand in and, where it is not the whole function, by a
 piece of the first and of the last line. So they follow edits. Where such a piece is not there any
 more, this stops and names it. The page needs no network, no script and no mouse.
@@ -49,8 +51,8 @@ The first pairs turn fast, the last ones slowly.
 $ \omega'_i = \rho_i \omega_i + (1 - \rho_i) \frac{\omega_i}{s}
 For a context s times as long. Pairs that turn less than once in the trained length get s times
 slower, those that turn more than 32 times stay, and ρ runs from 0 to 1 in between. (In the code
-ramp is 1 - ρ.) The report calls these two numbers α = 1 and β = 32.
-> model.py rope_table | def index_of | frequency = frequency * (1 - ramp)
+slow is 1 - ρ.) The report calls these two numbers α = 1 and β = 32.
+> model.py yarn_frequencies | def index_of | return frequency * (1 - slow)
 
 @ YaRN's temperature
 $ \sqrt{t} = 0.1 \ln s + 1 \text{, where } s > 1
@@ -375,9 +377,36 @@ for shapes stand at the top of model.py. Written by <code>python docs/annotate.p
 """
 
 
+def definitions(path: Path) -> dict[str, int]:
+    """The lines of a file's functions, classes and methods, by name: Gate.forward."""
+    lines = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            lines[node.name] = node.lineno
+            for part in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(part, ast.FunctionDef):
+                    lines[f"{node.name}.{part.name}"] = part.lineno
+    return lines
+
+
+def with_lines(document: Path) -> str:
+    """The text of a page, in which links with a name lead to its line: [`accept`](sample.py#L1)."""
+
+    def link(found: re.Match) -> str:
+        name, path = found[1], found[2]
+        if (line := definitions(document.parent / path).get(name)) is None:
+            raise ValueError(f"{document.name}: {path} has no {name}")
+        return f"[`{name}`]({path}#L{line})"
+
+    text = document.read_text(encoding="utf-8")
+    return re.sub(r"\[`([\w.]+)`\]\(([\w./]+\.py)#L\d+\)", link, text)
+
+
 if __name__ == "__main__":
     try:
         text = page()
+        for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+            document.write_text(with_lines(document), encoding="utf-8")
     except ValueError as error:
         sys.exit(f"error: {error}")
     (ROOT / "docs/annotated.html").write_text(text, encoding="utf-8")

@@ -45,7 +45,6 @@ from fp8 import use_fp8
 from load import load_model
 from model import DeepSeekV3, ModelConfig
 from support import processes
-from support.checkpoints import load_checkpoint
 from support.settings import Refusal, info, parse_args, read_config_file, run_command
 from support.sizes import parameter_counts
 from support.tokenizer import tokenizer_files
@@ -161,9 +160,7 @@ def train_arm(arm: Arm, options: Options, seed: int, folder: Path, first: DeepSe
         data.val, data.test = (Tokens([x.arrays[0][:4096]]) for x in (data.val, data.test))
     if config.fp8:
         use_fp8(net)
-    ended = config.resume and load_checkpoint(file, whole=False)["step"] >= config.steps
-    if not ended:
-        train.train(net, data, config, machine, tokenizer_files(source))
+    train.train(net, data, config, machine, tokenizer_files(source))
     return Trained(net.eval(), data, source, config, machine)
 
 

@@ -189,7 +189,8 @@ class Progress:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]):
-        vars(self).update(state)
+        """Numbers that older code has saved and this class does not have are left out."""
+        vars(self).update({name: x for name, x in state.items() if name in vars(self)})
 
 
 class RandomNumbers:

@@ -18,8 +18,9 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
+from support.release_tokenizer import ranks_and_merges
 from support.settings import Refusal
-from support.tokenizer import END_OF_TEXT, PATTERN, ranks_and_merges
+from support.tokenizer import END_OF_TEXT, PATTERN
 
 # llama.cpp's names for the patterns that split a text. Its "deepseek-v3" is the released one, from
 # which PATTERN differs slightly: in 1,264 of the standard library's 2.4 million ids.

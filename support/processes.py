@@ -43,10 +43,10 @@ class Machine:
         # Without the cache, which would hold bf16 copies of all weights, even of gathered ones.
         return torch.autocast(self.device.type, torch.bfloat16, low, cache_enabled=False)
 
-    def eager_on_cpu(self, when: bool) -> AbstractContextManager:
-        """Within it a compiled network runs uncompiled on a CPU, if `when` is true: one more set of
-        graphs would take minutes, more than it saves."""
-        eager = when and self.compiled and self.device.type == "cpu"
+    def eager_on_cpu(self) -> AbstractContextManager:
+        """Within it a compiled network runs uncompiled on a CPU: one more set of graphs would take
+        minutes, more than it saves."""
+        eager = self.compiled and self.device.type == "cpu"
         # Else nothing, since even set_stance("default") imports dynamo, which takes seconds.
         return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 

@@ -2,13 +2,18 @@
 
     states = {"model": model, "progress": Progress(...), ...} | by_name(model, optimizers)
     with open_run(states, config, machine, files) as run:
-        while not (run.finished or run.stopped):     stopped by a signal
+        while True:
+            if run.evaluation_due:        and not yet in the log
+                run.log_evaluation(...)   a line of log.jsonl, and best.pt if it is the best so far
+            if run.finished or run.stopped:     stopped by a signal
+                break
             ...                           a step
             run.advance(tokens, finite, means, lr=lr, grad_norm=norm)
             if run.checkpoint_due:
                 run.save()                ckpt.pt
-            if run.evaluation_due:
-                run.log_evaluation(...)   a line of log.jsonl, and best.pt if it is the best so far
+
+An evaluation comes after the step's checkpoint, since it may fail. A run that is killed in it and
+resumed begins with the same evaluation.
 
 Only one process at a time writes to the folder. Checkpoints are written whole or not at all.
 """
@@ -31,8 +36,8 @@ from support.checkpoints import CODE, NamedOptimizer, gather, load_checkpoint, n
 from support.clock import Clock
 from support.files import put_aside, write_whole
 from support.flops import log_time
-from support.processes import Machine
-from support.settings import Refusal, info
+from support.processes import Machine, gather_objects
+from support.settings import Refusal, info, short
 from support.signals import Stop
 from support.sizes import parameter_counts
 
@@ -80,6 +85,8 @@ def lock_folder(folder: Path) -> BinaryIO:
         file.close()
         message = f"another train.py is writing to {folder}: wait, or give another --out."
         raise Refusal(message) from None
+    except OSError as error:  # ENOSYS or ENOLCK, on some network disks
+        info(f"{folder} is not locked ({error.strerror}): start one train.py there")
     return file
 
 
@@ -98,21 +105,24 @@ def take_folder(out: Path, resume: bool, overwrite: bool) -> BinaryIO:
         return lock_folder(out)
 
 
-def cut_log(path: Path, step: int, evaluates: bool):
-    """Removes what the resumed run writes again: the lines after this step and, if it `evaluates`
-    first, the evaluation of this step. Removes a half-written line, too."""
+def cut_log(path: Path, step: int, evaluates: bool) -> bool:
+    """Removes the lines that the resumed run writes again: those after this step and, if it
+    `evaluates` first, the evaluation of this step. Removes a half-written line, too. Returns
+    whether an evaluation of this step remains."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    last, kept = 0, []
+    last, kept, evaluated = 0, [], False
     for line in lines:
         if found := re.match(rb'\{"step": (\d+), .*\}\n$', line):
             last = max(last, int(found[1]))
-            again = int(found[1]) == step and b'"val_loss"' in line and evaluates
-            if int(found[1]) <= step and not again:
+            of_this_step = int(found[1]) == step and b'"val_loss"' in line
+            if int(found[1]) <= step and not (of_this_step and evaluates):
                 kept.append(line)
+                evaluated = evaluated or of_this_step
     if last > step:
         info(f"{path} goes to step {last}: the lines after step {step}, the checkpoint's, are cut")
     if kept != lines:
         write_whole(path, lambda file: file.writelines(kept))
+    return evaluated
 
 
 def to_json(values: dict) -> str:
@@ -122,6 +132,7 @@ def to_json(values: dict) -> str:
 
 # ---- A run ---------------------------------------------------------------------------------------
 
+NO_BEST, REPLACED = (0, -math.inf), "the next evaluation replaces best.pt"
 IF_DIVERGED = "give a lower --lr, or fix the edit that causes this."
 
 
@@ -134,7 +145,8 @@ class Run:
         self.states, self.model, self.progress = states, states["model"], states["progress"]
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.stop, self.clock, self.mfu = stop, Clock(), mfu
-        self.best = (0, -math.inf)  # of best.pt: the windows trained for, minus its loss
+        self.best = NO_BEST  # of best.pt: the windows trained for, minus its loss
+        self.evaluated_step = -1  # the last one whose evaluation is in the log
         self.resumable_step = 0  # of ckpt.pt (0: none that is worth resuming)
         self.bad_in_a_row = 0  # latest steps whose gradient was not finite
         self.save_due = False
@@ -147,10 +159,11 @@ class Run:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether this step ends with an evaluation. Initial weights have one if they come from
-        elsewhere."""
+        """Whether this step has an evaluation that is not yet in the log. Initial weights have one
+        if they come from elsewhere."""
         step = self.progress.step
-        return self.due(self.config.eval_every) if step else bool(self.config.init_from)
+        due = self.due(self.config.eval_every) if step else bool(self.config.init_from)
+        return due and step != self.evaluated_step
 
     @property
     def checkpoint_due(self) -> bool:
@@ -212,21 +225,33 @@ class Run:
             self.restore_best()
         if self.finished:
             info("nothing is left to train: give more --steps")
+        evaluated = False
         if self.machine.rank == 0:
-            log = self.out / "log.jsonl"
+            log, step = self.out / "log.jsonl", self.resumable_step
             open(log, "ab").close()  # fails now rather than at the first line
-            cut_log(log, self.resumable_step, evaluates=self.evaluation_due)
+            again = self.evaluation_due and self.best == NO_BEST  # its weights become best.pt
+            evaluated = cut_log(log, step, evaluates=again)
+        if gather_objects(evaluated)[0]:
+            self.evaluated_step = self.resumable_step
         self.write_copies()
 
     def restore_best(self):
-        """Reads the loss of best.pt, unless this run's losses are of other text or windows."""
-        saved, now = load_checkpoint(self.out / "best.pt", whole=False), asdict(self.config)
+        """Reads the loss of best.pt. It does not count, and a message says why, if it is damaged,
+        of a later step than ckpt.pt, or its loss is of other text or windows than this run's."""
+        path, now = self.out / "best.pt", asdict(self.config)
+        try:
+            saved = load_checkpoint(path, whole=False)
+            best = saved["trained_length"], -saved["val_loss"]
+        except (Refusal, KeyError) as error:
+            info(f"{path} is no evaluated checkpoint ({short(error)}): {REPLACED}")
+            return
         keys = ("data", "block_size", "eval_tokens")
         if changed := [key for key in keys if saved["train_config"].get(key) != now[key]]:
-            names = " and ".join(changed)
-            info(f"other {names}, so other losses: the next evaluation replaces best.pt")
+            info(f"other {' and '.join(changed)}, so other losses: {REPLACED}")
+        elif saved["step"] > self.progress.step:
+            info(f"{path} is of step {saved['step']}, after that of ckpt.pt: {REPLACED}")
         else:
-            self.best = saved["trained_length"], -saved["val_loss"]
+            self.best = best
 
     # -- Steps --
 
@@ -309,6 +334,7 @@ class Run:
             losses = {k: x for k, x in result.items() if k.startswith("val")}
             self.write("best.pt", {"model": self.model}, **losses)
         self.write_line(result)
+        self.evaluated_step = progress.step
         if self.finished and not math.isfinite(loss):
             self.resumable_step = 0  # ckpt.pt has these weights
             raise Refusal(

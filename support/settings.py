@@ -104,18 +104,10 @@ def as_field(name: str, value: Any, annotation: Any) -> Any:
         with suppress(OverflowError, ValueError):  # int(inf), int(nan)
             if kind in (bool, int, float) and type(x) in (int, float) and kind(x) == x:
                 return kind(x)
-    raise Refusal(f"{name} is {short(repr(value))}, expected {type_name(annotation)}")
-
-
-def check_ranges(config: Any, at_least_one: set[str]) -> None:
-    """Raises Refusal if a number is less than 0 or, in one of these fields, less than 1. A field
-    with a lower default may be as low as its default."""
-    for field in dataclasses.fields(config):
-        value, least = getattr(config, field.name), int(field.name in at_least_one)
-        if isinstance(field.default, int | float):
-            least = min(least, field.default)
-        if isinstance(value, int | float) and not value >= least:  # "not >=" refuses nan, too
-            raise Refusal(f"{field.name} is {value}, but must be at least {least}.")
+    words = {int: "a whole number", float: "a number", bool: "True or False"}
+    literal = typing.get_origin(annotation) is typing.Literal
+    expected = type_name(annotation) if literal else words.get(kinds[0], type_name(annotation))
+    raise Refusal(f"{name} is {short(repr(value))}, expected {expected}")
 
 
 def parse_args(

@@ -9,13 +9,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import SIZES, VARIANTS, tiny, tokens_of
+from networks import SIZES, VARIANTS, student, tiny, tokens_of
 from torch import nn
 
 import check
 import model
 from check import causality, decoding, drafts, gradients, losses
 from model import MAX_ROUND_TOKENS, DeepSeekV3, Gate, ModelConfig
+from support.tokenizer import Tokenizer
 from train import TrainConfig
 
 train = check.train
@@ -73,9 +74,9 @@ def test_the_command_checks_a_run_with_its_settings(workplace, shared, capsys, m
     run, asked = shared("--alpha=0.02"), []
     monkeypatch.setattr(check, "answers", lambda *x: asked.append(x) or [check.Answer("this")])
     check.main([str(run), "--length=30"])
-    ((model, config, length, compiled, folder),) = asked
+    ((model, config, length, compiled, folder, steps, tokenizer),) = asked
     assert isinstance(model, DeepSeekV3) and config.alpha == 0.02 and folder == run
-    assert length == 30 and not compiled
+    assert length == 30 and not compiled and steps == 4 and tokenizer.n_vocab == 512
     monkeypatch.setattr(check, "answers", lambda *x: [check.Answer("a", ["b"]), check.Answer("c")])
     with pytest.raises(SystemExit) as error:
         check.main([str(run)])
@@ -454,10 +455,78 @@ def test_drafts_that_change_the_text_are_found(monkeypatch):
     assert not drafts(model).wrong
     monkeypatch.setattr(check.sample, "accept", accept_all)
     wrong = drafts(model).wrong
-    assert len(wrong) == 4 and "with 4 drafts per round the text differs from token " in wrong[3]
+    assert len(wrong) == 5 and "with 4 drafts per round the text differs from token " in wrong[3]
+    assert wrong[4] == "drawn after a draft, tokens are not the model's (by chance: 0e+00)"
 
     def write_the_unlikeliest(p, q, x, u):
         return x.new_zeros(len(p)), p[:, :1].argmin(-1)
 
     monkeypatch.setattr(check.sample, "accept", write_the_unlikeliest)  # in every round
-    assert [int(line.split()[1]) for line in drafts(model).wrong] == [0, 1, 2, 3, 4]
+    assert [int(line.split()[1]) for line in drafts(model).wrong[:-1]] == [0, 1, 2, 3, 4]
+
+
+def test_a_draft_that_is_dropped_after_it_was_drawn_changes_the_distribution(monkeypatch):
+    """Dropped before, or for what an earlier draft was, it does not: a round may have fewer."""
+    draft = check.sample.Text.draft
+
+    def confident(text, n, u, drop=None):
+        q = draft(text, n, u)  # (B, G, V)
+        if not q.shape[1]:
+            return q
+        sure = q[:, 0].gather(1, text.tokens[:, n, None]) > q[:, 0].amax(-1) / 2
+        return q if sure.all() else q[:, : 0 if drop == "first" else 1]
+
+    model = student(1)
+    monkeypatch.setattr(check.sample.Text, "draft", confident)
+    assert not drafts(model).wrong
+    dropping = functools.partialmethod(confident, drop="first")
+    monkeypatch.setattr(check.sample.Text, "draft", dropping)
+    (wrong,) = drafts(model).wrong
+    assert wrong.startswith("drawn after a draft, tokens are not the model's (by chance: ")
+
+
+def test_an_error_in_a_check_is_its_answer_and_the_others_still_run(monkeypatch):
+    def broken(data, config, step):
+        return data.tokenizer.nothing
+
+    monkeypatch.setattr(train, "train_windows", broken)
+    found = [*check.answers(tiny(), CONFIG, 16, tokenizer=Tokenizer(None, {}, {}, [0]))]
+    assert [bool(answer.wrong) for answer in found] == 6 * [False] + [True]
+    assert found[-1].wrong[-1] == "AttributeError: 'Tokenizer' object has no attribute 'nothing'"
+    assert any("test_check.py" in line for line in found[-1].wrong)
+
+
+def test_what_happens_every_few_steps_needs_as_many(monkeypatch):
+    """An optimiser that changes something every third step, by a counter that it does not save."""
+
+    class Refreshing(torch.optim.SGD):
+        steps = 0
+
+        def step(self):
+            self.steps += 1
+            if self.steps % 3 == 0:
+                self.param_groups[0]["params"][0].data.mul_(1.01)
+            return super().step()
+
+    monkeypatch.setattr(
+        train, "make_optimizers", lambda model, _: [Refreshing(model.parameters(), 0.1)]
+    )
+    assert not check.step(tiny(), CONFIG, steps=2).wrong
+    assert check.step(tiny(), CONFIG, steps=8).wrong[0].startswith("resumed: ")
+
+
+def test_weights_that_only_evaluations_see_are_compared_after_a_resume(monkeypatch):
+    """An average of the weights that is in no state: checkpoints agree, their losses do not."""
+    evaluate, average = train.evaluate, {}
+
+    def of_the_average(model, *rest):
+        weight = model.lm_head.weight
+        mean = average.setdefault(id(model), weight.detach().clone())
+        mean.lerp_(weight.detach(), 0.5)
+        now, weight.data = weight.data, mean.clone()
+        found = evaluate(model, *rest)
+        weight.data = now
+        return found
+
+    monkeypatch.setattr(train, "evaluate", of_the_average)
+    assert any("resumed: val_loss after step " in x for x in check.step(tiny(), CONFIG).wrong)

@@ -45,13 +45,16 @@ def test_links_to_lines_lead_to_definitions(v3):
             right = definitions(document.parent / path).get(name)
             if right != int(line):
                 wrong.append(f"{document.name}: {name} is at {path}#L{right}, not #L{line}")
-    assert not wrong, "\n".join(wrong)
+    assert not wrong, "\n".join([*wrong, "python docs/annotate.py writes these numbers anew"])
 
 
-def test_readme_counts_the_lines_of_the_reference():
+def test_readme_counts_the_lines_of_the_network_and_of_the_reference():
     lines = (ROOT / "tests/reference.py").read_text(encoding="utf-8").count("\n")
     readme = " ".join(DOCUMENTS[0].read_text(encoding="utf-8").split())
     assert f"[{lines} lines of NumPy](tests/reference.py)" in readme
+    network = (ROOT / "model.py").read_text(encoding="utf-8").partition("\n\n\n# ---- The rows")[0]
+    lines = network.count("\n") + 1
+    assert f"network, {lines} lines of PyTorch with the equations" in readme
 
 
 def test_the_chinese_readme_has_the_commands_and_numbers_of_readme():

@@ -140,7 +140,7 @@ class TensorCores(TorchDispatchMode):
         assert all(
             x.data_ptr() % 16 == n % 16 == 0 for x, n in ((a, a.stride(0)), (b, b.stride(1)))
         )
-        assert (swizzle_a, swizzle_b, bias) == ([], [], None)
+        assert not any((*swizzle_a, *swizzle_b)) and bias is None  # 0: no swizzle
         assert rest in ([], [[]], [[], False])  # no fast accumulation; torch trims defaults
         assert ra == 4 and sa.shape == (M, L) and (L == 1 or sa.stride() == (1, M))
         if rb == 4:

@@ -27,7 +27,7 @@ from transformers.modeling_layers import MtpModel
 
 import huggingface
 import load
-import support.tokenizer
+import support.release_tokenizer
 from huggingface import checkpoint_views, config_from_json
 from load import load_model
 from model import DeepSeekV3
@@ -287,7 +287,7 @@ UNUSABLE_CONFIGS = [  # changes of config.json, and what the sentence must name
     ({"rope_scaling": None, "rope_parameters": {"rope_type": "llama3"}}, "'llama3'"),
     ({"rope_scaling": "yarn"}, "rope_scaling of config.json is 'yarn', expected dict"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5, expected 1"),
-    ({"hidden_size": 16.5}, "hidden_size is 16.5, expected int"),
+    ({"hidden_size": 16.5}, "hidden_size is 16.5, expected a whole number"),
     ({"vocab_size": 32}, "is (31, 16), but by its config.json (32, 16)."),
     ({"q_lora_rank": None}, "lacks model.layers.0.self_attn.q_proj.weight and 3 more, expected"),
     ({"tie_word_embeddings": True}, "lm_head.weight differs from its original: set tie_word_emb"),
@@ -407,7 +407,7 @@ def test_exported_tokenizer_gives_the_same_ids(gap):
     ranks = train_bpe(ODD_TEXTS, 1500, PATTERN)
     special = {"<|x|>": len(ranks) + gap}
     encoding = encoding_from(ranks, PATTERN, special)
-    exported = tokenizers.Tokenizer.from_str(support.tokenizer.tokenizer_json(encoding))
+    exported = tokenizers.Tokenizer.from_str(support.release_tokenizer.tokenizer_json(encoding))
     for text in ODD_TEXTS:
         ids = encoding.encode_ordinary(text)
         assert exported.encode(text).ids == ids, text[:50]

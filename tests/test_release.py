@@ -23,7 +23,8 @@ import prepare_data as pd
 import sample
 import train
 from load import load_model
-from support.tokenizer import KIMI_PATTERN, PATTERN, stored_tokenizer, train_bpe
+from support.release_tokenizer import KIMI_PATTERN
+from support.tokenizer import PATTERN, stored_tokenizer, train_bpe
 from support.tokens import load_dataset
 
 pytestmark = pytest.mark.usefixtures("v3")

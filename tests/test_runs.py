@@ -157,6 +157,7 @@ def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch, capsys):
     losses = (2.0, 2.0, 1.0, math.nan, 5.0, 6.0, 5.0, 4.0, 4.5)
     found = mock.Mock(side_effect=[dict(val_loss=x, val_bpb=x / 2) for x in losses])
     monkeypatch.setattr(train, "evaluate", found)
+    monkeypatch.setattr(train, "try_evaluation", lambda *_: None)
     options = ("--steps=16", "--eval_every=2", "--save_every=3")
     run(*options, "--long_block_size=32", "--long_start=0.375")
     assert [step for name, step in saved if name == "best"] == [2, 6, 10, 16]
@@ -166,7 +167,7 @@ def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch, capsys):
     assert logged == [None if math.isnan(x) else x for x in losses[:-1]]
     best = load("run", "best.pt")
     assert (best["val_loss"], best["val_bpb"]) == (4.0, 2.0)
-    for losses in ((4.0, 4.5), (4.5,)):  # evaluations of steps 16, again, and 17; of 17 again
+    for losses in ((4.5,), ()):  # of step 17; that of step 16 is in the log
         found.side_effect = [dict(val_loss=x, val_bpb=0.0) for x in losses]
         run(*options, "--resume", "--steps=17")
         assert load("run", "best.pt")["val_bpb"] == 2.0  # not written again
@@ -303,6 +304,7 @@ def test_a_signal_in_an_evaluation_stops_the_run_after_it(shared, monkeypatch):
         signal.raise_signal(signal.SIGTERM)
         return evaluate(*args)
 
+    monkeypatch.setattr(train, "try_evaluation", lambda *_: None)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "evaluate", interrupted)
         run("--eval_every=2")
@@ -315,9 +317,11 @@ def test_a_signal_in_an_evaluation_stops_the_run_after_it(shared, monkeypatch):
         pytest.fail("after the last evaluation nothing is left to stop")
 
 
+@pytest.mark.parametrize("every", [4, 8])  # steps: the last evaluation, too
 @pytest.mark.parametrize("when", ["before its line", "after its line"])
-def test_a_run_that_dies_in_an_evaluation_has_a_checkpoint_and_repeats_it(when, shared, faults):
-    """As for lack of memory, hours after the last checkpoint."""
+def test_a_run_that_dies_in_an_evaluation_resumes_with_it(when, every, shared, faults):
+    """As for lack of memory, hours after the last checkpoint. One in the log is not repeated."""
+    options = ("--save_every=50", f"--eval_every={every}")
     write_line = runs.Run.write_line
 
     def fail(*args):
@@ -330,10 +334,31 @@ def test_a_run_that_dies_in_an_evaluation_has_a_checkpoint_and_repeats_it(when, 
     targets = {"before its line": (train, "evaluate", fail)}
     targets["after its line"] = (runs.Run, "write_line", write_and_fail)
     with faults.monkeypatch.context() as patch:
+        patch.setattr(train, "try_evaluation", lambda *_: None)
         patch.setattr(*targets[when])
-        assert "(train.py: --grad_accum, --recompute)" in refused("--save_every=50")
-    assert load("run")["step"] == 4 and ("val_loss" in log_of("run")[-1]) == (when[0] == "a")
-    assert_same_run(shared("--save_every=50"), run("--save_every=50", "--resume"))
+        assert "(train.py: --grad_accum, --recompute)" in refused(*options)
+    assert load("run")["step"] == every and ("val_loss" in log_of("run")[-1]) == (when[0] == "a")
+    assert_same_run(shared(*options), run(*options, "--resume"))
+    faults.monkeypatch.setattr(train, "evaluate", fail)
+    assert_same_run(shared(*options), run(*options, "--resume"))  # by mistake: it is finished
+
+
+@pytest.mark.parametrize("how", ["a cut branch's", "damaged", "without a loss"])
+def test_a_best_checkpoint_that_does_not_count_is_named_and_replaced(how, shared, faults, capsys):
+    """The last checkpoint is an older one. The log loses no evaluation, and gets none twice."""
+    faults.at_step(4, lambda: shutil.copy("run/ckpt.pt", "backup.pt"))
+    run()
+    shutil.copy("backup.pt", "run/ckpt.pt")
+    if how == "damaged":
+        Path("run/best.pt").write_bytes(b"half")
+    elif how == "without a loss":
+        shutil.copy("backup.pt", "run/best.pt")
+    capsys.readouterr()
+    assert_same_run(shared(), run("--resume"))
+    (told,) = (x for x in capsys.readouterr().err.splitlines() if "replaces best.pt" in x)
+    assert ("is of step 8, after that of ckpt.pt" in told) == (how == "a cut branch's")
+    losses = [x["val_loss"] for x in log_of("run") if "val_loss" in x]
+    assert len(losses) == 2 and load("run", "best.pt")["val_loss"] == min(losses)
 
 
 FULL = {
@@ -390,6 +415,7 @@ def test_a_diverging_run_stops_or_has_failed_at_its_end(bad, steps, every, way, 
 def test_a_run_whose_last_validation_loss_is_not_finite_has_failed(monkeypatch, capsys):
     evaluate, results = train.evaluate, [{}, {"val_loss": math.nan}]
     monkeypatch.setattr(train, "evaluate", lambda *x: evaluate(*x) | results.pop(0))
+    monkeypatch.setattr(train, "try_evaluation", lambda *_: None)
     assert refused() == f"the validation loss after step 8 is not finite{IF_DIVERGED}"
     assert AGAIN in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from model import ModelConfig
+from model import ConfigError, ModelConfig
 from prepare_data import DataConfig
 from sample import SampleConfig
 from support import settings as config
@@ -55,10 +55,10 @@ def test_values_take_the_type_of_their_field_and_text_stays_text(word, value):
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("--steps=1.5", "steps is '1.5', expected int"),
-        ("--steps=1e999", "steps is '1e999', expected int"),
+        ("--steps=1.5", "steps is '1.5', expected a whole number"),
+        ("--steps=1e999", "steps is '1e999', expected a whole number"),
         ("steps=3", "write --steps=3"),
-        ("--fp8=maybe", "fp8 is 'maybe', expected bool"),
+        ("--fp8=maybe", "fp8 is 'maybe', expected True or False"),
         ("--mode=1", "mode is '1', expected one of '', auto, 0"),
         ("--scaling={{1: 2}}", "expected dict"),
         ("--steps=" + "1" * 9999 + "x", "steps is '111"),
@@ -97,8 +97,8 @@ def test_config_files_are_assignments(tmp_path, monkeypatch):
     assert type(values["steps"]) is int and type(values["lr"]) is float
     for content, sentence in {
         "batchsize = 4": "my.py: unknown key batchsize; did you mean batch_size?",
-        "steps = 'five'": "my.py: steps is 'five', expected int",
-        "steps = True": "my.py: steps is True, expected int",
+        "steps = 'five'": "my.py: steps is 'five', expected a whole number",
+        "steps = True": "my.py: steps is True, expected a whole number",
     }.items():
         Path("my.py").write_text(content)
         with pytest.raises(config.Refusal, match=re.escape(sentence)):
@@ -152,7 +152,7 @@ def test_a_bug_is_raised_again_with_its_trace(bug):
 def test_a_home_is_found_and_nan_is_in_no_range(monkeypatch):
     monkeypatch.setenv("HOME", "/here")
     assert config.with_home({"out": "~/a", "lr": 1}, "out", "data") == {"out": "/here/a"}
-    with pytest.raises(config.Refusal, match="lr is nan"):
+    with pytest.raises(ConfigError, match="lr is nan"):
         TrainConfig(lr=float("nan"))
 
 

