@@ -378,9 +378,11 @@ QUESTIONS = {
     "mla": (
         Question("CACHE_MHA", 2 * L * H * (N + V), "layers x heads x (key and value) x 2 bytes",
                  {L * H * (N + V): "numbers, not bytes", 2 * H * (N + V): "for one layer only"}),
-        Question("CACHE_GQA", 2 * L * 8 * (N + V), "as before, but only 8 heads are cached"),
+        Question("CACHE_GQA", 2 * L * 8 * (N + V), "as before, but only 8 heads are cached",
+                 {L * 8 * (N + V): "numbers, not bytes"}),
         Question("CACHE_MLA", 2 * L * (C + R), "one latent and one k^R a layer, for all heads",
-                 {2 * L * C: "without k^R", 2 * L * (C + H * R): "with a k^R for every head"}),
+                 {L * (C + R): "numbers, not bytes", 2 * L * C: "without k^R",
+                  2 * L * (C + H * R): "with a k^R for every head"}),
         Question("DIMENSIONS", C, "one matrix makes all of them from the C numbers of the latent, "
                  "so its rank is at most C",
                  {H * (N + V): "how many numbers there are",

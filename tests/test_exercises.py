@@ -78,6 +78,8 @@ def test_blanks_fail_with_a_sentence_and_solutions_pass(name, capsys):
         compile(textwrap.dedent(text), "its text", "exec")
     if name == "balance":
         assert not check.check(name, vars(solutions) | answers | {"EVEN": 9})
+    if name == "mla":
+        assert "numbers, not bytes" in check.wrong_answer(EXERCISES[name].questions[2], 35_136)
     if name == "bias":
         assert check.wrong_answer(EXERCISES[name].questions[3], "Stays") == ""
 
