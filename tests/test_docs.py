@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from collections import Counter
 from types import SimpleNamespace
 from urllib.parse import unquote
 
@@ -12,6 +13,15 @@ from model import DeepSeekV3, ModelConfig
 
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
+# Chinese pages, which have the commands, outputs, links and numbers of the English ones
+CHINESE = {x: ROOT / "docs" / x.name.replace("_zh", "") for x in DOCUMENTS if "_zh" in x.stem}
+CHINESE[ROOT / "docs/README_zh.md"] = ROOT / "README.md"
+
+
+def slugs(document) -> list[str]:
+    """What links call the headings of a page."""
+    heads = re.findall(r"(?m)^#+ (.*)$", document.read_text(encoding="utf-8"))
+    return [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -22,9 +32,7 @@ def test_links_lead_somewhere(document):
         file = document.parent / path if path else document
         assert file.exists(), target
         if fragment and file.suffix == ".md":
-            heads = re.findall(r"(?m)^#+ (.*)$", file.read_text(encoding="utf-8"))
-            slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
-            assert fragment in slugs, target
+            assert fragment in slugs(file), target
 
 
 def test_links_to_lines_lead_to_definitions(v3):
@@ -42,13 +50,53 @@ def test_readme_counts_the_lines_of_the_network_and_of_the_reference():
     assert f"network, {lines} lines of PyTorch with the equations" in readme
 
 
-def test_the_chinese_readme_has_the_commands_and_numbers_of_readme():
-    """All command lines and all numbers of docs/README_zh.md occur in README.md."""
-    english, chinese = (ROOT / x for x in ("README.md", "docs/README_zh.md"))
-    english, chinese = (x.read_text(encoding="utf-8") for x in (english, chinese))
-    for found in (r"(?m)^    .+$", r"\d+(?:[.,]\d+)*(?:e-\d+)?"):
-        here = set(re.findall(found, chinese))
-        assert here and not here - set(re.findall(found, english))
+def destination(document, target: str) -> str:
+    """Where a link leads; the same for a page and its translation."""
+    path, _, fragment = unquote(target).partition("#")
+    file = (document.parent / path).resolve() if path else document
+    if "://" in target or file.suffix != ".md":
+        return target.removeprefix("../").removeprefix("docs/")
+    heading = f", heading {slugs(file).index(fragment)}" if fragment else ""
+    return CHINESE.get(file, file).name + heading
+
+
+def untranslated(document) -> list[dict[str, Counter]]:
+    """By section, what is the same in English and Chinese. A command's comment is not."""
+    sections = []
+    for text in re.split(r"(?m)^## ", document.read_text(encoding="utf-8")):
+        blocks = re.findall(r"(?s)```.*?```", text)
+        text = re.sub(r"(?s)```.*?```", "", text)
+        commands = re.findall(r"(?m)^    (.*?)(?: +# .*)?$", text)
+        text = re.sub(r"(?m)^    .*$", "", text)
+        links = [destination(document, x) for x in re.findall(r"\]\(([^)\s]+)\)", text)]
+        text = re.sub(r"\]\([^)\s]+\)", "]", text)
+        code = {" ".join(x.split()) for x in re.findall(r"`([^`]+)`", text)}
+        numbers = re.findall(r"(?<![A-Za-z\d])\d+(?:[.,]\d+)*(?:e-\d+)?", text)
+        found = {"blocks": blocks + commands, "links": links, "code": code, "numbers": numbers}
+        sections.append({kind: Counter(x) for kind, x in found.items()})
+    return sections
+
+
+@pytest.mark.parametrize("chinese", CHINESE, ids=lambda path: path.name)
+def test_chinese_pages_follow_the_english_ones(chinese):
+    pages, wrong = (CHINESE[chinese], chinese), []
+    sections = zip(*map(untranslated, pages), strict=True)
+    for number, (before, after) in enumerate(sections):
+        for kind in before:
+            missing, extra = before[kind] - after[kind], after[kind] - before[kind]
+            if missing or (extra and kind != "code"):
+                wrong.append(f"section {number}, {kind}: {[*missing]} became {[*extra]}")
+    assert not wrong, "\n".join([f"{pages[1].name} is not as {pages[0].name}:", *wrong])
+
+
+@pytest.mark.parametrize("chinese", CHINESE, ids=lambda path: path.name)
+def test_emphasis_is_seen_beside_chinese_punctuation(chinese):
+    """A `**` between punctuation and a letter, as in `**x:**y`, is shown as asterisks."""
+    text = re.sub(r"(?s)```.*?```|`[^`\n]+`", "``", chinese.read_text(encoding="utf-8"))
+    for found in re.finditer(r"(\w?)(\*+)(?! )(.+?)\2(?=(\w?))", text):
+        before, inside, after = found[1], found[3], found[4]
+        assert not re.match(r"\w\W", before + inside), found[0]
+        assert not re.match(r"\W\w", inside[-1] + after), found[0]
 
 
 def test_commands_name_files_and_keys_that_exist():
