@@ -2,7 +2,9 @@
 
     pip install latex2mathml && python docs/annotate.py
 
-It also writes the line numbers in the pages' links to code anew, such as model.py#L293.
+It also writes the line numbers in the links of README.md and of docs/ anew. The text of such a
+link is the name of a definition, [`MLA.forward`](model.py#L1), or else its title is: [the two
+calls](model.py#L1 "MLA.forward").
 
 Lines are found by the function that they stand in and, where it is not the whole function, by a
 piece of the first and of the last line. So they follow edits. Where such a piece is not there any
@@ -390,22 +392,24 @@ def definitions(path: Path) -> dict[str, int]:
 
 
 def with_lines(document: Path) -> str:
-    """The text of a page, in which links with a name lead to its line: [`accept`](sample.py#L1)."""
+    """The text of a page, in which every link to a line of code leads to the definition that its
+    text or its title names. Raises ValueError in one sentence."""
 
     def link(found: re.Match) -> str:
-        name, path = found[1], found[2]
+        text, path, title = found.groups()
+        name = title or text.strip("`")
         if (line := definitions(document.parent / path).get(name)) is None:
-            raise ValueError(f"{document.name}: {path} has no {name}")
-        return f"[`{name}`]({path}#L{line})"
+            raise ValueError(f"{document.name}: {path} has no {name}, which a link names")
+        return f"[{text}]({path}#L{line}" + (f' "{title}")' if title else ")")
 
     text = document.read_text(encoding="utf-8")
-    return re.sub(r"\[`([\w.]+)`\]\(([\w./]+\.py)#L\d+\)", link, text)
+    return re.sub(r'\[([^]]+)\]\(([\w./]+\.py)#L\d+(?:\s+"([^"]+)")?\)', link, text)
 
 
 if __name__ == "__main__":
     try:
         text = page()
-        for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for document in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))):
             document.write_text(with_lines(document), encoding="utf-8")
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -7,9 +7,9 @@ token, where each head looks, which experts the token visits, what is cached of 
 predicts after each layer, what the MTP modules draft, and which calls of the model wrote the text.
 It is one file, which a browser opens without a server. docs/inside_template.html draws it.
 
-Everything is read from a run of model.py, by hooks on blocks and gates and from the queries and
-keys that `causal_attention` gets. So it shows edited networks, too. An edited layer that has no
-such part lacks its row.
+Everything is read from a run of model.py: by hooks on blocks and gates, and by asking
+`causal_attention` for its probabilities. So the page shows edited networks, too. A layer without
+such a part lacks its row.
 
 Shapes: T tokens of the text, H heads, W width of a query, E experts, K experts per token, D hidden
 size, V vocabulary.
@@ -33,19 +33,20 @@ from load import load_model
 from model import Cache, DeepSeekV3
 from support.files import write_whole
 from support.settings import Refusal, info, parse_args, run_command, with_home
+from support.sizes import cache_numbers
 from support.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("inside_template.html")
-MAX_TOKENS = 300  # their page stays below 1 MB
+MAX_TOKENS = 300  # of weights/small, whose page then has 0.7 MB; it grows by layers, heads, T^2
 
 
 @dataclass
 class InsideConfig:
     run: str = "weights/small"  # a run (best.pt, else ckpt.pt), a file, or a Hugging Face directory
-    prompt: str = "import os\n\ndef main(path):\n"  # text to continue
-    max_new_tokens: int = 100  # at most; a page shows 300 tokens, the prompt's included
+    prompt: str = "for name in sorted(os.listdir(path)):\n    if name"  # text to continue
+    max_new_tokens: int = 72  # at most; a page shows 300 tokens, the prompt's included
     temperature: float = 0.5  # 0: always the likeliest token
-    seed: int = 1  # the same seed and options give the same text
+    seed: int = 7  # the same seed and options give the same text
     out: str = "inside.html"  # the page
 
 
@@ -86,11 +87,10 @@ def look(model: DeepSeekV3, text: Tensor) -> dict:
     attend = essay.causal_attention
 
     def watched(q, k, v, scale, *rest, **more):
-        S = k.shape[2]
-        keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        ahead = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)[S - q.shape[2] :]
-        scores = (scale * q @ keys.mT).float().masked_fill(ahead, -torch.inf)
-        found["attention"][now[0]] = scores.softmax(-1)[0]
+        if q.shape[2] == (S := k.shape[2]):
+            # With the unit matrix as values it returns its probabilities, edited or not.
+            rows = torch.eye(S).to(v).expand(*k.shape[:2], S, S)
+            found["attention"][now[0]] = attend(q, k, rows, scale, *rest, **more)[0].float()
         return attend(q, k, v, scale, *rest, **more)
 
     def keep_routing(gate, given, result):
@@ -148,7 +148,8 @@ def page_data(model: DeepSeekV3, tokenizer: Tokenizer, text: Tensor, rounds: lis
 
     main, *further = found["logits"]
     nll = -main.log_softmax(-1)[:-1].gather(1, text[0, 1:, None])[:, 0]
-    states = [x for x in found["states"][: len(model.layers)] if x is not None]
+    states = found["states"][: len(model.layers)]
+    lens = [x if x is None else model.logits(model.norm(x)).float() for x in states]
 
     def cached(x: Tensor | None) -> list | None:  # width, offset, scales of latent and rotated key
         if x is None:
@@ -169,11 +170,12 @@ def page_data(model: DeepSeekV3, tokenizer: Tokenizer, text: Tensor, rounds: lis
         + [f"MTP {k}" for k in range(1, len(model.mtp) + 1)],
         "next": likeliest(main, 5),
         "mtp": [likeliest(x, 3) for x in further],
-        "lens": [likeliest(model.logits(model.norm(x)), 1) for x in states],
+        "lens": [x if x is None else likeliest(x, 1) for x in lens],
         "experts": [x and visits(*x) for x in found["routing"]],
         "attention": [x if x is None else triangle(x) for x in found["attention"]],
         "cache": [cached(x) for x in found["cache"]],
         "latent": config.kv_lora_rank,
+        "usual": cache_numbers(model)[2],  # numbers that multi-head attention would cache
     }
     return data | {"blob": base64.b64encode(zlib.compress(b"".join(blob), 9)).decode()}
 
@@ -182,7 +184,7 @@ def main(argv: list[str]):
     about = "A page on which one clicks through a text: python docs/inside.py RUN [--key=value]"
     _, values = parse_args(about, argv, InsideConfig, positional="run")
     config = InsideConfig(**values | with_home(values, "run", "out"))
-    model, tokenizer = load_model(config.run)
+    model, tokenizer = load_model(config.run, dtype=torch.float32)  # as sample.py on a CPU
     if tokenizer is None:
         raise Refusal(f"{config.run} has no tokenizer: copy the release's file there.")
     if not (ids := tokenizer.encode(config.prompt)):
@@ -197,7 +199,7 @@ def main(argv: list[str]):
     line = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
     page = TEMPLATE.read_text("utf-8").replace("/*DATA*/", line)
     write_whole(Path(config.out), lambda file: file.write(page.encode()))
-    info(f"{config.out}: open it in a browser")
+    info(f"{config.out}, {len(page.encode()) / 1000:.0f} kB: open it in a browser")
 
 
 if __name__ == "__main__":

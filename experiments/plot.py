@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from report import COLOURS, STYLE
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -92,10 +93,10 @@ def plot_load(ax: Any, run: str, evaluation: dict[str, Any]) -> None:
     share = np.array(evaluation["expert_load"])
     layers, experts = share.shape
     image = ax.imshow(
-        share * experts, "RdBu_r", aspect="auto", vmin=0, vmax=2, interpolation="nearest",
+        share * experts, "RdBu_r", aspect="auto", vmin=0.6, vmax=1.4, interpolation="nearest",
         extent=(-0.5, experts - 0.5, layers + 0.5, 0.5),  # experts count from 0, layers from 1
     )  # fmt: skip
-    ax.figure.colorbar(image, ax=ax, label="1 = even load", extend="max")
+    ax.figure.colorbar(image, ax=ax, label="1 = even load", extend="both")
     with_mtp = bool(evaluation["val_mtp_losses"])
     ax.set(xlabel="expert", ylabel="MoE layers,\nthen MTP" if with_mtp else "MoE layers")
     title = f"{run}: load of the experts on the validation text at step {evaluation['step']}"
@@ -116,8 +117,7 @@ def plot(options: PlotOptions, runs: list[str]) -> Path:
             if line.get("expert_load"):  # empty for a network without experts
                 loads[run] = line  # the last one stays
     path = Path(options.out or Path(runs[0]) / "plot.png")
-    # In an .svg text stays text, and the same logs give the same file.
-    with rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "nanoV3"}):
+    with rc_context(STYLE | {"axes.prop_cycle": f"cycler(color={COLOURS[1:]})"}):
         keys = [key for key in options.keys.split(",") if key]
         heights = [4, *([1.8] * (len(keys) + len(loads)))]  # inches
         figure = Figure((8, sum(heights)), layout="constrained")
@@ -128,7 +128,8 @@ def plot(options: PlotOptions, runs: list[str]) -> Path:
             plot_key(ax, key, logs)
         for ax, (run, evaluation) in zip(below[len(keys) :], loads.items(), strict=True):
             plot_load(ax, run, evaluation)
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+        svg = path.suffix == ".svg"  # a page's colour is behind it
+        figure.savefig(path, dpi=120, transparent=svg, metadata={"Date": None} if svg else None)
     return path
 
 

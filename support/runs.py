@@ -146,7 +146,7 @@ class Run:
         self.config, self.machine, self.out = config, machine, Path(config.out)
         self.stop, self.clock, self.mfu = stop, Clock(), mfu
         self.best = NO_BEST  # of best.pt: the windows trained for, minus its loss
-        self.evaluated_step = -1  # the last one whose evaluation is in the log
+        self.evaluated_step = -1  # the resumed one, if its evaluation is in the log
         self.resumable_step = 0  # of ckpt.pt (0: none that is worth resuming)
         self.bad_in_a_row = 0  # latest steps whose gradient was not finite
         self.save_due = False
@@ -334,7 +334,6 @@ class Run:
             losses = {k: x for k, x in result.items() if k.startswith("val")}
             self.write("best.pt", {"model": self.model}, **losses)
         self.write_line(result)
-        self.evaluated_step = progress.step
         if self.finished and not math.isfinite(loss):
             self.resumable_step = 0  # ckpt.pt has these weights
             raise Refusal(

@@ -338,6 +338,26 @@ def test_a_round_is_its_rule_by_whole_forwards_whatever_was_drafted_before(depth
     assert seen == {*range(G + 1)}
 
 
+@torch.inference_mode()
+def test_a_token_reads_the_rows_in_use_whatever_room_there_is(monkeypatch):
+    """And a cache that is full is left as it was."""
+    model, read = tiny(), []
+    attend = plain.causal_attention
+
+    def counted(q, k, *rest):
+        read.append(k.shape[2])
+        return attend(q, k, *rest)
+
+    monkeypatch.setattr(plain, "causal_attention", counted)
+    generate(model, tokens_of(model, 1, 5), 30, speculative=1)
+    assert max(read) <= 5 + 30 + 1  # the last round's draft
+    cache = Cache(model.config, model.layers, 1, 8, model.norm.weight)
+    model.trunk(tokens_of(model, 1, 6), cache)
+    with pytest.raises(ValueError, match="6 \\+ 3 tokens exceed the cache of 8"):
+        model.trunk(tokens_of(model, 1, 3), cache)
+    assert cache.length == 6
+
+
 # ---- Patches and compiled rounds -----------------------------------------------------------------
 
 

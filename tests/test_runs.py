@@ -359,6 +359,9 @@ def test_a_best_checkpoint_that_does_not_count_is_named_and_replaced(how, shared
     assert ("is of step 8, after that of ckpt.pt" in told) == (how == "a cut branch's")
     losses = [x["val_loss"] for x in log_of("run") if "val_loss" in x]
     assert len(losses) == 2 and load("run", "best.pt")["val_loss"] == min(losses)
+    Path("run/best.pt").write_bytes(b"half")  # after the last step: evaluated again
+    assert_same_run(shared(), run("--resume"))
+    assert load("run", "best.pt")["val_loss"] == losses[-1]
 
 
 FULL = {
