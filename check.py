@@ -44,10 +44,10 @@ import sample
 import train
 from load import load_model
 from model import MAX_ROUND_TOKENS, Cache, DeepSeekV3, check_ranges
-from support import graphs, processes, settings
+from support import processes, settings
 from support.checkpoints import RandomNumbers, load_checkpoint
 from support.settings import Refusal, and_more, run_command
-from support.tokenizer import Tokenizer
+from support.sizes import longest_window
 from support.tokens import Tokens
 from train import TrainConfig
 
@@ -147,17 +147,6 @@ def decoding(model: DeepSeekV3, length: int | None = None) -> Answer:
     return Answer(f"{what} the logits of the whole text", wrong)
 
 
-def longest_window(model: DeepSeekV3) -> int:
-    """The number of places in the longest cache that does not grow with the text: the second
-    dimension of a ring buffer (B, places, ...) or of a state. 0 if all caches grow."""
-    parts, like = (*model.layers, *model.mtp), model.embed_tokens.weight.to("meta")
-    size = model.config.max_position_embeddings
-    one, other = (graphs.tensors([part.new_cache(1, n, like) for part in parts])
-                  for n in (size, 2 * size))  # fmt: skip
-    pairs = zip(one, other, strict=True)
-    return max((x.shape[1] for x, y in pairs if x.shape == y.shape and x.ndim > 1), default=0)
-
-
 def whole_texts(model: DeepSeekV3, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """For each depth, the logits of the first half of the texts, (B, T - k, V), and the inputs for
     all texts: the tokens for the main model, hidden states for an MTP module."""
@@ -235,19 +224,16 @@ def drafts(model: DeepSeekV3, new: int = 32) -> Answer:
             wrong.append(f"with {n} drafts per round the text differs from token {differs[0]} on")
     if model.mtp and (chance := chance_of_drawn(own, prompt[:1])) < 1e-5:
         wrong.append(f"drawn after a draft, tokens are not the model's (by chance: {chance:.0e})")
-    return Answer(
-        "drafts: greedy texts must be those of generate_plain, drawn tokens the model's", wrong
-    )
+    what = "drafts: greedy texts must be those of generate_plain, drawn tokens the model's"
+    return Answer(what, wrong)
 
 
 @torch.inference_mode()
 def chance_of_drawn(model: DeepSeekV3, prompt: Tensor, rounds: int = 600) -> float:
     """The probability that so many tokens, each drawn in a round with two drafts after the same
-    text, would differ so much or more from the model's distribution p: a chi-square test.
-
-    All tokens are ordered by q, the first draft's distribution, because wrong rules mostly write
-    too many or too few of the draft's favourites. The order makes 16 intervals of p.
-    """
+    text, would differ so much or more from the model's distribution p, at most: the bound of
+    Dvoretzky, Kiefer, Wolfowitz and Massart. The tokens are ordered by q, the first draft's
+    distribution, because wrong rules mostly write too many or too few of the draft's favourites."""
     text = sample.Text(model, prompt, prompt.shape[1] + 16, 2, sample.Filters(1.0))
     generator, n = torch.Generator(prompt.device).manual_seed(4), prompt.shape[1] + 1
     text.run(n - 1, sample.uniform(1, 0, prompt.device, generator))
@@ -258,11 +244,10 @@ def chance_of_drawn(model: DeepSeekV3, prompt: Tensor, rounds: int = 600) -> flo
     u = torch.rand(rounds, dtype=p.dtype, device=p.device, generator=generator)
     drawn = torch.stack([text.run(n, sample.uniform(1, 2, prompt.device, generator))[0, 1]
                          for _ in range(rounds)])  # fmt: skip
-    at = before[drawn] + u * p[drawn]  # uniform in [0, 1) if the tokens are the model's
-    counts = (16 * at).long().clamp(max=15).bincount(minlength=16)
-    chi_square = ((counts - rounds / 16) ** 2).sum() / (rounds / 16)
-    half = torch.tensor([15 / 2, chi_square / 2], dtype=torch.float64)  # 15 degrees of freedom
-    return torch.special.gammaincc(*half).item()
+    at = (before[drawn] + u * p[drawn]).sort().values  # uniform if the tokens are the model's
+    least = torch.arange(rounds, device=p.device) / rounds  # share of the tokens before each
+    off = max((at - least).max().item(), (least + 1 / rounds - at).max().item())
+    return 2 * math.exp(-2 * rounds * off**2)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -272,8 +257,10 @@ def chance_of_drawn(model: DeepSeekV3, prompt: Tensor, rounds: int = 600) -> flo
 def causality(model: DeepSeekV3, length: int = 256) -> Answer:
     """Compares two texts with the same beginning and different ends. The logits of the beginning
     must be equal, also in training mode: a network that sees the answer has a meaningless loss.
-    Then compares the logits of a batch with those of each text alone."""
-    model, wrong = perturbed(model), []
+    Then compares the logits of a batch with those of each text alone. Notes logits that change when
+    `rope` turns queries and keys as if all tokens came later, which leaves V3's scores as they are.
+    """
+    model, wrong, notes = perturbed(model), [], []
     texts = random_tokens(model, 4, length)
     end = texts.shape[1] // 2 - 1  # no multiple of a usual block length
     texts[2:, :end] = texts[:2, :end]
@@ -287,8 +274,12 @@ def causality(model: DeepSeekV3, length: int = 256) -> Answer:
     batch, *each = (logits_of(model.eval(), x) for x in (texts, *texts.split(1)))
     for part, _, size in differing([torch.cat(x) for x in zip(*each, strict=True)], batch):
         wrong.append(f"{part}: a text sees the others of its batch; logits differ {size}")
+    rope = model.rope
+    model.rope = lambda x, positions, *cache: rope(x, positions + 5, *cache)
+    for part, _, size in differing(logits_of(model, texts), batch):
+        notes.append(f"{part}: rotated by positions that are 5 larger, logits differ {size}")
     what = "causality: logits must not depend on later tokens, nor on other texts of the batch"
-    return Answer(what, wrong)
+    return Answer(what, wrong, notes)
 
 
 def gradients(model: DeepSeekV3, config: TrainConfig, compiled=False, step: int = 0) -> Answer:
@@ -305,9 +296,8 @@ def gradients(model: DeepSeekV3, config: TrainConfig, compiled=False, step: int 
         with torch.no_grad():
             evaluated = model(text[:, :-1], text[:, 1:])["loss"].item()
         if not math.isclose(trained := plain.losses["loss"].item(), evaluated, rel_tol=SAME):
-            answer.notes.append(
-                f"loss is {trained:.6g} in training mode, {evaluated:.6g} in eval mode"
-            )
+            modes = f"{trained:.6g} in training mode, {evaluated:.6g} in eval mode"
+            answer.notes.append(f"loss is {modes}")
         ways |= {"in two micro-batches": dict(grad_accum=2)}
         ways |= {"compiled": dict(compile=True)} if compiled else {}
     for way, changes in ways.items():
@@ -405,13 +395,7 @@ def losses(model: DeepSeekV3) -> Answer:
     return Answer(f"losses: must be cross-entropies of the logits, here {main:.6g}", wrong)
 
 
-def step(
-    model: DeepSeekV3,
-    config: TrainConfig,
-    run: Path | None = None,
-    steps: int = 4,
-    tokenizer: Tokenizer | None = None,
-) -> Answer:
+def step(model: DeepSeekV3, config: TrainConfig, run=None, steps=4, tokenizer=None) -> Answer:
     """Trains some steps by `train` of train.py with the run's settings, then repeats the second
     half with new objects, resumed from a checkpoint. Both must save the same states, and log the
     same validation losses: in the middle, where the resumed one begins, and at the end. The weights
@@ -422,20 +406,12 @@ def step(
     if run and (run / "ckpt.pt").exists():
         stored = load_checkpoint(run / "ckpt.pt", whole=False)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        try:
-            whole, resumed, best = train_twice(model, config, Path(folder), steps, tokenizer)
-        except Refusal as error:
-            return Answer(what, [str(error)])
-        sentence = differences(flat(whole.states), flat(resumed.states))
-        notes = low_precision(flat(stored)) or low_precision(flat(whole.states))
+        whole, resumed, best = train_twice(model, config, Path(folder), steps, tokenizer)
+        sentence = differences(flat(whole), flat(resumed))
+        notes = low_precision(flat(stored)) or low_precision(flat(whole))
     wrong = [f"resumed: {sentence}"] if sentence else []
-    for at, x in whole.val_losses.items() if not wrong else ():  # else they follow from the states
-        if not math.isclose(x, y := resumed.val_losses.get(at, math.nan), rel_tol=SAME):
-            wrong.append(
-                f"resumed: val_loss after step {at} is {y:.6g}, but {x:.6g} in a whole run"
-            )
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    learning -= {name for state in whole.states.values() for name in state.get("names", ())}
+    learning -= {name for state in whole.values() for name in state.get("names", ())}
     wrong += [f"{name} is in no optimiser" for name in sorted(learning)]
     if not all(math.isclose(x, best["evaluated again"], rel_tol=SAME) for x in best.values()):
         numbers = ", ".join(f"{x:.6g} {where}" for where, x in best.items())
@@ -443,11 +419,9 @@ def step(
     return Answer(what, wrong, notes)
 
 
-def train_twice(
-    model: DeepSeekV3, config: TrainConfig, folder: Path, steps: int, tokenizer: Tokenizer | None
-) -> tuple[SimpleNamespace, SimpleNamespace, dict]:
-    """A run of so many steps, and its resumed second half: the states that each saves, and its
-    validation losses by step. Then the loss of best.pt, as logged, as stored, and as evaluated
+def train_twice(model: DeepSeekV3, config: TrainConfig, folder: Path, steps, tokenizer) -> tuple:
+    """What a run of so many steps saves, and its resumed second half: states by name, with the
+    validation losses of the log. Then the loss of best.pt, as logged, as stored, and as evaluated
     again."""
     whole, resumed, half = folder / "whole", folder / "resumed", steps // 2
     config = replace(
@@ -470,16 +444,14 @@ def train_twice(
 
     text.windows = copy_first
 
-    def trained(network: DeepSeekV3, out: Path) -> SimpleNamespace:
+    def trained(network: DeepSeekV3, out: Path) -> dict:
         now = replace(config, out=str(out), resume=out == resumed)
         with contextlib.redirect_stderr(io.StringIO()):
             train.train(network, data, now, machine)
-        saved = load_checkpoint(out / "ckpt.pt").items()
         lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        losses = {x["step"]: x["val_loss"] for x in lines if "val_loss" in x}
-        return SimpleNamespace(
-            states={key: x for key, x in saved if isinstance(x, dict)}, val_losses=losses
-        )
+        losses = {f"val_loss {x['step']}": x["val_loss"] for x in lines if "val_loss" in x}
+        saved = load_checkpoint(out / "ckpt.pt").items()
+        return {key: x for key, x in saved if isinstance(x, dict)} | {"log": losses}
 
     def opened(stored: dict) -> DeepSeekV3:  # as load_model opens a checkpoint
         network = copy.deepcopy(model)
@@ -493,7 +465,8 @@ def train_twice(
     best = load_checkpoint(whole / "best.pt")
     with torch.no_grad():
         total = train.add_up(opened(best), tokens[0], config.block_size, config, machine)
-    losses = {"in the log": one.val_losses[best["step"]], "in the file": best["val_loss"]}
+    logged = one["log"][f"val_loss {best['step']}"]
+    losses = {"in the log": logged, "in the file": best["val_loss"]}
     return one, other, losses | {"evaluated again": total["losses"][0]}
 
 
@@ -537,17 +510,9 @@ def answered(name: str, check: Callable[[], Answer]) -> Answer:
         return Answer(f"{name}: ends with an error", traceback.format_exc().splitlines())
 
 
-def answers(
-    model: DeepSeekV3,
-    config: TrainConfig,
-    length: int | None = None,
-    compiled: bool = False,
-    run: Path | None = None,
-    steps: int = 4,
-    tokenizer: Tokenizer | None = None,
-) -> Iterator[Answer]:
-    """Yields the answers of all checks. run: the run's folder, whose ckpt.pt is looked into;
-    tokenizer: the run's, for edits that read it."""
+def answers(model, config, length=None, compiled=False, run=None, steps=4, tokenizer=None):
+    """Yields the answers of all checks of a network, with the settings `config` of train.py. run:
+    its folder, whose ckpt.pt is looked into; tokenizer: the run's, for edits that read it."""
     yield (exact := answered("decoding", lambda: decoding(model, length)))
     checks = {
         "bfloat16": lambda: bfloat16(model),
@@ -589,8 +554,8 @@ def main(argv: list[str]):
         training = replace(training, **{k: x for k, x in stored.items() if hasattr(training, k)})
     compiled = config.compile or (device.type == "cuda" and processes.compiles(training, device))
     right = True
-    options = (config.length, compiled, run, config.steps, tokenizer)
-    for answer in answers(model, training, *options):
+    more = config.length, compiled, run, config.steps, tokenizer
+    for answer in answers(model, training, *more):
         print(answer, flush=True)
         right = right and not answer.wrong
     if not right:
