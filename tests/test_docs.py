@@ -77,7 +77,9 @@ def untranslated(document) -> list[dict[str, Counter]]:
     return sections
 
 
-@pytest.mark.parametrize("chinese", CHINESE, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "chinese", [x for x in CHINESE if x.name != "README_zh.md"], ids=lambda x: x.name
+)
 def test_chinese_pages_follow_the_english_ones(chinese):
     pages, wrong = (CHINESE[chinese], chinese), []
     sections = zip(*map(untranslated, pages), strict=True)
