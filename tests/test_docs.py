@@ -60,35 +60,34 @@ def destination(document, target: str) -> str:
     return CHINESE.get(file, file).name + heading
 
 
-def untranslated(document) -> list[dict[str, Counter]]:
-    """By section, what is the same in English and Chinese. A command's comment is not."""
-    sections = []
+def untranslated(document) -> list[tuple[str, dict[str, Counter]]]:
+    """Each section's heading, and what is the same in English and Chinese."""
+    sections, link = [], r"(?:\]\(|src=\")([^)\s\"]+)"
     for text in re.split(r"(?m)^## ", document.read_text(encoding="utf-8")):
-        blocks = re.findall(r"(?s)```.*?```", text)
+        heading, blocks = text.split("\n")[0], re.findall(r"(?s)```.*?```", text)
         text = re.sub(r"(?s)```.*?```", "", text)
-        commands = re.findall(r"(?m)^    (.*?)(?: +# .*)?$", text)
+        blocks += re.findall(r"(?m)^    (.*?)(?: +# .*)?$", text)  # but a command's comment
         text = re.sub(r"(?m)^    .*$", "", text)
-        links = [destination(document, x) for x in re.findall(r"\]\(([^)\s]+)\)", text)]
-        text = re.sub(r"\]\([^)\s]+\)", "]", text)
+        links = [destination(document, x) for x in re.findall(link, text)]
+        text = re.sub(link, "", text)
         code = {" ".join(x.split()) for x in re.findall(r"`([^`]+)`", text)}
         numbers = re.findall(r"(?<![A-Za-z\d])\d+(?:[.,]\d+)*(?:e-\d+)?", text)
-        found = {"blocks": blocks + commands, "links": links, "code": code, "numbers": numbers}
-        sections.append({kind: Counter(x) for kind, x in found.items()})
+        found = {"block": blocks, "link": links, "code": code, "number": numbers}
+        sections.append((heading, {kind: Counter(x) for kind, x in found.items()}))
     return sections
 
 
-@pytest.mark.parametrize(
-    "chinese", [x for x in CHINESE if x.name != "README_zh.md"], ids=lambda x: x.name
-)
+@pytest.mark.parametrize("chinese", CHINESE, ids=lambda path: path.name)
 def test_chinese_pages_follow_the_english_ones(chinese):
-    pages, wrong = (CHINESE[chinese], chinese), []
-    sections = zip(*map(untranslated, pages), strict=True)
-    for number, (before, after) in enumerate(sections):
-        for kind in before:
-            missing, extra = before[kind] - after[kind], after[kind] - before[kind]
-            if missing or (extra and kind != "code"):
-                wrong.append(f"section {number}, {kind}: {[*missing]} became {[*extra]}")
-    assert not wrong, "\n".join([f"{pages[1].name} is not as {pages[0].name}:", *wrong])
+    before, after = untranslated(CHINESE[chinese]), untranslated(chinese)
+    assert len(before) == len(after), f"{chinese.name} has other sections than the English page"
+    wrong = []
+    for (_, old), (heading, new) in zip(before, after, strict=True):
+        for kind in old:
+            wrong += [f"{heading}: {kind} missing: {x}" for x in old[kind] - new[kind]]
+            if kind != "code":  # Chinese may explain more
+                wrong += [f"{heading}: {kind} not in English: {x}" for x in new[kind] - old[kind]]
+    assert not wrong, "\n".join([f"update {chinese.name}, section by section", *wrong])
 
 
 @pytest.mark.parametrize("chinese", CHINESE, ids=lambda path: path.name)
