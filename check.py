@@ -165,12 +165,11 @@ def read_in_pieces(
     layers = model.mtp if k else model.layers
     cache = Cache(model.config, layers, B, length, model.embed_tokens.weight)
     most = max(rejected for _, rejected in PATTERNS[pattern])
-    pieces = itertools.chain([(prompt + most, most)], itertools.cycle(PATTERNS[pattern]))
+    first = [(prompt + most, most)] if prompt + most else []
+    pieces = itertools.chain(first, itertools.cycle(PATTERNS[pattern]))
     while start < length:
         n, rejected = next(pieces)
         read, kept = min(n, length - start), min(n - rejected, length - start)
-        if not read:  # no prompt
-            continue
         piece, later = (
             torch.cat((x[:B, start : start + kept], x[B:, start + kept : start + read]), 1)
             for x in (inputs, tokens[:, k:])
@@ -224,8 +223,7 @@ def drafts(model: DeepSeekV3, new: int = 32) -> Answer:
             wrong.append(f"with {n} drafts per round the text differs from token {differs[0]} on")
     if model.mtp and (chance := chance_of_drawn(own, prompt[:1])) < 1e-5:
         wrong.append(f"drawn after a draft, tokens are not the model's (by chance: {chance:.0e})")
-    what = "drafts: greedy texts must be those of generate_plain, drawn tokens the model's"
-    return Answer(what, wrong)
+    return Answer("drafts: greedy texts must be generate_plain's, drawn tokens the model's", wrong)
 
 
 @torch.inference_mode()
@@ -296,8 +294,8 @@ def gradients(model: DeepSeekV3, config: TrainConfig, compiled=False, step: int 
         with torch.no_grad():
             evaluated = model(text[:, :-1], text[:, 1:])["loss"].item()
         if not math.isclose(trained := plain.losses["loss"].item(), evaluated, rel_tol=SAME):
-            modes = f"{trained:.6g} in training mode, {evaluated:.6g} in eval mode"
-            answer.notes.append(f"loss is {modes}")
+            both = f"{trained:.6g} in training mode, {evaluated:.6g} in eval mode"
+            answer.notes.append(f"loss is {both}")
         ways |= {"in two micro-batches": dict(grad_accum=2)}
         ways |= {"compiled": dict(compile=True)} if compiled else {}
     for way, changes in ways.items():
@@ -341,9 +339,7 @@ def reach(model: DeepSeekV3, config: TrainConfig, text: Tensor, step: int) -> An
     return Answer(f"gradients: of {len(learning)} parameters {counts}", wrong, notes)
 
 
-def one_step(
-    model: DeepSeekV3, config: TrainConfig, text: Tensor, step: int, only: str = "", **changes
-) -> SimpleNamespace:
+def one_step(model, config: TrainConfig, text: Tensor, step: int, only="", **changes):
     """What `backward` of train.py computes in this step: gradients and losses by name, the gates
     that counted their choices, and whether random numbers were drawn. only: the one loss whose
     gradients to compute. changes: other settings of the run."""
@@ -554,8 +550,7 @@ def main(argv: list[str]):
         training = replace(training, **{k: x for k, x in stored.items() if hasattr(training, k)})
     compiled = config.compile or (device.type == "cuda" and processes.compiles(training, device))
     right = True
-    more = config.length, compiled, run, config.steps, tokenizer
-    for answer in answers(model, training, *more):
+    for answer in answers(model, training, config.length, compiled, run, config.steps, tokenizer):
         print(answer, flush=True)
         right = right and not answer.wrong
     if not right:

@@ -207,6 +207,20 @@ def test_texts_that_see_the_others_of_their_batch_are_found(of_batch):
     assert wrong.startswith("main model: a text sees the others of its batch; logits differ by ")
 
 
+@pytest.mark.parametrize("variant", ["yarn", "half_split_rope"])
+def test_scores_that_need_absolute_positions_are_noted(variant, monkeypatch):
+    """Queries are rotated, and keys are not. Everywhere alike, so nothing else is wrong."""
+    rotate = model.rotate
+    monkeypatch.setattr(
+        model, "rotate", lambda x, *rest: x if x.shape[2] == 1 else rotate(x, *rest)
+    )
+    network = tiny(**VARIANTS[variant])
+    answer = causality(network, 40)
+    assert not answer.wrong and not ways_found(network)
+    assert [note.partition(":")[0] for note in answer.notes] == ["main model", "MTP module 1"]
+    assert "main model: rotated by positions that are 5 larger, logits differ by" in answer.notes[0]
+
+
 # ---- Training ------------------------------------------------------------------------------------
 
 
