@@ -31,7 +31,8 @@ FOR_ONE_GPU = {
 
 def next_command(folder: Path, data: Dataset, tokenizer: str, source: str = "") -> str:
     """The command that trains on the folder: from the weights beside the tokenizer, if any, else a
-    new network, of config/one_gpu.py if the source has enough text.
+    new network, of config/one_gpu.py if the source has enough text. Or what to do if the text is
+    too short for a window.
 
     The run reads the text at most FEW_EPOCHS times. Weights of a run keep its settings, at a tenth
     of its learning rate. A release's weights get a rate of 2e-5.
@@ -47,9 +48,16 @@ def next_command(folder: Path, data: Dataset, tokenizer: str, source: str = "") 
     if is_run:
         from support.checkpoints import load_checkpoint  # imports torch, not needed otherwise
 
-        settings |= load_checkpoint(home, whole=False)["train_config"]
-        taken += ["optimizer", "adamw_lr"]
+        run = load_checkpoint(home, whole=False)["train_config"]
+        settings |= run
+        memory = {"grad_accum": 1, "recompute": False}  # what the run needed to fit, if anything
+        taken += ["optimizer", "adamw_lr", *(k for k, x in memory.items() if run.get(k, x) != x)]
     settings["lr"] = f"{settings['lr'] / 10:g}" if is_run else "2e-5"
+    window = settings["block_size"]
+    if not has_weights:
+        window = max(window, settings.get("long_block_size", 0))
+    if len(data.train) <= window:
+        return f"add text: it has {len(data.train):,} tokens, not more than a window ({window:,})"
     tokens_per_step = settings["batch_size"] * settings["block_size"]
     steps = max(1, FEW_EPOCHS * len(data.train) // tokens_per_step)
     words = [f"--data={name}", f"--out=out/{folder.name}", f"--steps={min(steps, most)}"]

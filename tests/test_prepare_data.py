@@ -291,11 +291,31 @@ def test_the_command_that_trains_on_a_folder(book, tmp_path):
     ):
         text = SimpleNamespace(train=range(tokens), val=range(10**7), vocab_size=vocab)
         assert advice.next_command(book, text, "", source) == one + options
+    (release := tmp_path / "release").mkdir()
+    (release / "config.json").touch()
+    command = advice.next_command(
+        book, data, str(release)
+    )  # its rate does not depend on small.py's
+    assert command.startswith(f"python train.py --init_from={release} {words} --steps={steps} ")
+    assert command.endswith(" --lr=2e-5")
     run = dict(lr=6e-3, optimizer="muon", adamw_lr=2.0, batch_size=2, block_size=64, eval_tokens=0)
+    run |= dict(grad_accum=2, recompute=True)
     torch.save({"model_config": {}, "train_config": run}, book / "best.pt")
     text = SimpleNamespace(train=data.train, val=range(10**7), vocab_size=300)
     command = advice.next_command(book, text, str(book), "tinystories")
     as_trained = "--batch_size=2 --block_size=64 --lr=0.0006 --optimizer=muon --adamw_lr=2.0"
+    as_trained += " --grad_accum=2 --recompute=True"  # else a step takes more memory than the run's did
     steps *= 16  # its windows are a sixteenth of small.py's
     as_trained += " --eval_tokens=100000"  # not the run's
     assert command == f"python train.py --init_from={book} {words} --steps={steps} {as_trained}"
+
+
+def test_a_text_that_is_shorter_than_a_window_needs_more(tmp_path):
+    """Of a new network a window of the YaRN phase, of given weights one of block_size."""
+    (tmp_path / "config.json").touch()
+    for weights, window in (("", 1024), (str(tmp_path), 256)):
+        text = SimpleNamespace(train=range(window), val=range(9), vocab_size=512)
+        said = advice.next_command(tmp_path, text, weights)
+        assert said.startswith(f"add text: it has {window:,} tokens, not more than a window (")
+        text.train = range(window + 1)
+        assert advice.next_command(tmp_path, text, weights).startswith("python train.py ")
