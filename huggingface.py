@@ -38,6 +38,7 @@ from support.release_tokenizer import export_tokenizer
 from support.settings import Refusal, and_more, as_field, info, parse_args, run_command, short
 from support.tokenizer import Tokenizer
 
+MTP_PARTS = {f"{part}.weight" for part in ("enorm", "hnorm", "eh_proj", "shared_head.norm")}
 FAMILY = ("deepseek_v3", "kimi_k2")  # the values of model_type with V3's network
 # config.json's other keys that change logits, each with the only value that model.py implements.
 FIXED_KEYS = {"architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"}
@@ -105,6 +106,21 @@ def checkpoint_views(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
                 yield from ((f"{stem}.{e}.{part}.weight", view) for part, view in parts)
         elif not (name == "lm_head.weight" and model.config.tie_word_embeddings):
             yield name, x
+
+
+def foreign_mtp_parts(model: DeepSeekV3) -> list[str]:
+    """The tensors of MTP modules, their experts aside, that no release has: their names are neither
+    those of a layer nor V3's for such a module. Programs that read the layout ignore them."""
+    L, in_layers, in_modules = model.config.num_hidden_layers, set(), {}
+    for name, _ in checkpoint_views(model):
+        if found := re.match(r"model\.layers\.(\d+)\.(.*)", name):
+            number, part = int(found[1]), found[2]
+            if number < L:
+                in_layers.add(part)
+            else:
+                in_modules.setdefault(part, name)
+    known = in_layers | MTP_PARTS
+    return [x for part, x in in_modules.items() if part not in known and part[:4] != "mlp."]
 
 
 def checkpoint_copies(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
@@ -318,6 +334,8 @@ def check_alone(model: DeepSeekV3, tokenizer: Tokenizer, beside: Path):
 
 def export(model: DeepSeekV3, tokenizer: Tokenizer, directory: Path, quantize: bool):
     """Writes the model and its tokenizer for transformers."""
+    if foreign := foreign_mtp_parts(model):
+        info(f"no release has {and_more(foreign)}: other programs ignore it, or lack V3's part")
     export_tokenizer(tokenizer, directory)
     eos = tokenizer.eos[0] if len(tokenizer.eos) == 1 else tokenizer.eos
     bos = tokenizer.bos if tokenizer.files else eos  # a release's may be None

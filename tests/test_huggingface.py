@@ -480,6 +480,23 @@ def test_an_edited_network_is_not_exported_as_v3(change, run, tmp_path, monkeypa
     check_refusal("more than rounding", huggingface.main, [str(run), str(tmp_path / "wide")])
 
 
+def test_parts_of_mtp_modules_that_no_release_has_are_named(run):
+    """One that was renamed, and one that was added."""
+    for right in (
+        load_model(run)[0],
+        networks.tiny(first_k_dense_replace=9, num_nextn_predict_layers=2),
+    ):
+        assert not huggingface.foreign_mtp_parts(right)
+    model = load_model(run)[0]
+    module = model.mtp[0]
+    module.proj = module._modules.pop("eh_proj")
+    module.block.self_attn.gain = torch.nn.Parameter(torch.ones(1))
+    L = f"model.layers.{model.config.num_hidden_layers}"
+    assert {*huggingface.foreign_mtp_parts(model)} == {
+        f"{L}.proj.weight", f"{L}.self_attn.gain",
+    }  # fmt: skip
+
+
 def test_an_export_is_right_if_one_text_of_four_agrees(run, tmp_path, monkeypatch):
     """Rounding may choose another of two equal experts in the other three. Another export draws
     other texts."""

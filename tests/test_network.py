@@ -7,6 +7,7 @@ In float64 rounding never decides between two tokens: greedy texts must be exact
 forwards.
 """
 
+import copy
 import math
 import os
 import shutil

@@ -304,7 +304,9 @@ def test_the_command_that_trains_on_a_folder(book, tmp_path):
     text = SimpleNamespace(train=data.train, val=range(10**7), vocab_size=300)
     command = advice.next_command(book, text, str(book), "tinystories")
     as_trained = "--batch_size=2 --block_size=64 --lr=0.0006 --optimizer=muon --adamw_lr=2.0"
-    as_trained += " --grad_accum=2 --recompute=True"  # else a step takes more memory than the run's did
+    as_trained += (
+        " --grad_accum=2 --recompute=True"  # else a step takes more memory than the run's did
+    )
     steps *= 16  # its windows are a sixteenth of small.py's
     as_trained += " --eval_tokens=100000"  # not the run's
     assert command == f"python train.py --init_from={book} {words} --steps={steps} {as_trained}"

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from model import ConfigError, ModelConfig
+from model import ConfigError, ModelConfig, check_ranges
 from prepare_data import DataConfig
 from sample import SampleConfig
 from support import settings as config
@@ -154,6 +154,18 @@ def test_a_home_is_found_and_nan_is_in_no_range(monkeypatch):
     assert config.with_home({"out": "~/a", "lr": 1}, "out", "data") == {"out": "/here/a"}
     with pytest.raises(ConfigError, match="lr is nan"):
         TrainConfig(lr=float("nan"))
+
+
+def test_a_field_of_your_own_may_be_as_low_as_its_default():
+    @dataclass
+    class Own:
+        size: int = 0
+        shift: float = -0.5
+
+    check_ranges(Own(), at_least_one={"size"})
+    for low in (dict(size=-1), dict(shift=-0.6)):
+        with pytest.raises(ConfigError, match=r"must be at least (0|-0\.5)\."):
+            check_ranges(Own(**low), at_least_one={"size"})
 
 
 def test_every_option_says_in_words_what_it_is():
