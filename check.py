@@ -187,9 +187,7 @@ def bfloat16(model: DeepSeekV3, length: int = 1024) -> Answer:
     without a cache and with one. A cache moves it further if it holds something that needs more
     digits than bfloat16's two or three, such as a sum that grows with the text. Weights are those
     of the run, not perturbed."""
-    exact, low = (copy.deepcopy(model).eval() for _ in range(2))
-    exact.to(torch.float64)
-    low.to(torch.bfloat16)
+    exact, low = (copy.deepcopy(model).eval().to(x) for x in (torch.float64, torch.bfloat16))
     tokens, numbers, wrong = random_tokens(low, 2, length), [], []
     right, _ = whole_texts(exact, tokens.to(exact.embed_tokens.weight.device))
     whole, inputs = whole_texts(low, tokens)
@@ -235,16 +233,16 @@ def chance_of_drawn(model: DeepSeekV3, prompt: Tensor, rounds: int = 600) -> flo
     text = sample.Text(model, prompt, prompt.shape[1] + 16, 2, sample.Filters(1.0))
     generator, n = torch.Generator(prompt.device).manual_seed(4), prompt.shape[1] + 1
     text.run(n - 1, sample.uniform(1, 0, prompt.device, generator))
-    logits = logits_of(model, text.tokens[:, :n])
-    p, q = (x[0, -1].softmax(-1) for x in logits[:2])  # (V,) each
+    logits = logits_of(model, text.tokens[:, :n])[:2]
+    p, q = (sample.probabilities(x[0, -1], *text.filters) for x in logits)  # (V,) each
     order = q.argsort(descending=True)
     before = torch.zeros_like(p).scatter(0, order, p[order].cumsum(0) - p[order])
     u = torch.rand(rounds, dtype=p.dtype, device=p.device, generator=generator)
     drawn = torch.stack([text.run(n, sample.uniform(1, 2, prompt.device, generator))[0, 1]
                          for _ in range(rounds)])  # fmt: skip
     at = (before[drawn] + u * p[drawn]).sort().values  # uniform if the tokens are the model's
-    least = torch.arange(rounds, device=p.device) / rounds  # share of the tokens before each
-    off = max((at - least).max().item(), (least + 1 / rounds - at).max().item())
+    before = torch.arange(rounds, device=p.device) / rounds  # share of the tokens before each
+    off = torch.maximum(at - before, before + 1 / rounds - at).max().item()
     return 2 * math.exp(-2 * rounds * off**2)
 
 
@@ -266,9 +264,9 @@ def causality(model: DeepSeekV3, length: int = 256) -> Answer:
         model.train(mode == "training")
         one, other = ([x[:, : end - k] for k, x in enumerate(logits_of(model, half))]
                       for half in texts.split(2))  # fmt: skip
-        for part, position, size in differing(other, one):
-            sees = f"position {position} sees tokens from position {end} on"
-            wrong.append(f"{part}, in {mode}: {sees}; logits differ {size}")
+        for part, at, size in differing(other, one):
+            sees = f"position {at} sees tokens from position {end} on; logits differ {size}"
+            wrong.append(f"{part}, in {mode}: {sees}")
     batch, *each = (logits_of(model.eval(), x) for x in (texts, *texts.split(1)))
     for part, _, size in differing([torch.cat(x) for x in zip(*each, strict=True)], batch):
         wrong.append(f"{part}: a text sees the others of its batch; logits differ {size}")

@@ -499,6 +499,25 @@ def test_a_draft_that_is_dropped_after_it_was_drawn_changes_the_distribution(mon
     assert wrong.startswith("drawn after a draft, tokens are not the model's (by chance: ")
 
 
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_another_rule_of_sampling_is_right_if_the_plain_loop_has_it_too(everywhere, monkeypatch):
+    """Min-p (arXiv 2407.01082): in `probabilities` it is right, after drafts alone it is wrong."""
+    probabilities, accept = check.sample.probabilities, check.sample.accept
+
+    def cut(p):
+        return p.masked_fill(p < 0.2 * p.amax(-1, keepdim=True), 0)
+
+    if everywhere:
+        normed = lambda p: p / p.sum(-1, keepdim=True)  # noqa: E731
+        monkeypatch.setattr(
+            check.sample, "probabilities", lambda *rest: normed(cut(probabilities(*rest)))
+        )
+    else:
+        monkeypatch.setattr(check.sample, "accept", lambda p, *rest: accept(cut(p), *rest))
+    wrong = drafts(student(1)).wrong
+    assert [line[:18] for line in wrong] == ([] if everywhere else ["drawn after a draf"])
+
+
 def test_an_error_in_a_check_is_its_answer_and_the_others_still_run(monkeypatch):
     def broken(data, config, step):
         return data.tokenizer.nothing
