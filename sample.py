@@ -36,9 +36,6 @@ from support.tokenizer import Tokenizer
 MAX_DRAFTS = 4  # so a round reads at most 4 + 4 positions at once (MAX_ROUND_TOKENS in model.py)
 MIN_TEMPERATURE = 1e-6  # lower temperatures count as 0
 GREEN, PLAIN = "\033[32m", "\033[0m"
-NOT_FINITE = (
-    "logits or probabilities are not finite: the weights are damaged, or an edit broke the model"
-)
 
 
 @dataclass

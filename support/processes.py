@@ -182,10 +182,8 @@ def usable_device(name: str) -> torch.device:
     """The device of this name; `auto` is CUDA if available, else the CPU. Raises Refusal."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in (
-        "cpu",
-        "cuda",
-    ):  # Apple's GPUs lack float64, in which tokens are drawn
+    # Apple's GPUs (mps) lack float64, in which tokens are drawn.
+    if name.split(":")[0] not in ("cpu", "cuda"):
         raise Refusal(f"device {name!r} is none of cpu, cuda and cuda:N: try cpu.")
     try:
         torch.ones(1, device=name).item()  # runs a kernel, which zeros does not; fails on meta, too
