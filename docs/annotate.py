@@ -4,7 +4,8 @@
 
 It also writes the line numbers in the links of README.md and of docs/ anew. The text of such a
 link is the name of a definition, [`MLA.forward`](model.py#L1), or else its title is: [the two
-calls](model.py#L1 "MLA.forward").
+calls](model.py#L1 "MLA.forward"). In docs/inside.html and its template the number is seen, too:
+<a href="model.py#L1">MLA, line 1</a>.
 
 Lines are found by the function that they stand in and, where it is not the whole function, by a
 piece of the first and of the last line. So they follow edits. Where such a piece is not there any
@@ -21,6 +22,8 @@ from textwrap import dedent
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parent.parent
+WITH_LINKS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+WITH_LINKS += [ROOT / "docs/inside_template.html", ROOT / "docs/inside.html"]
 
 # A section: "##" and its title, sentences, letters ("?", an equation's letter | what it means), and
 # rows. A row: "@" and the equation's source, a "$" in front of each equation, a note, and ">" with
@@ -395,21 +398,30 @@ def with_lines(document: Path) -> str:
     """The text of a page, in which every link to a line of code leads to the definition that its
     text or its title names. Raises ValueError in one sentence."""
 
+    def line(path: str, name: str) -> int:
+        lines = definitions(document.parent / path)
+        if name not in lines:
+            raise ValueError(f"{document.name}: {path} has no {name}, which a link names")
+        return lines[name]
+
     def link(found: re.Match) -> str:
         text, path, title = found.groups()
-        name = title or text.strip("`")
-        if (line := definitions(document.parent / path).get(name)) is None:
-            raise ValueError(f"{document.name}: {path} has no {name}, which a link names")
-        return f"[{text}]({path}#L{line}" + (f' "{title}")' if title else ")")
+        place = f"{path}#L{line(path, title or text.strip('`'))}"
+        return f'[{text}]({place} "{title}")' if title else f"[{text}]({place})"
+
+    def link_in_html(found: re.Match) -> str:
+        path, name = found.groups()
+        return f'"{path}#L{line(path, name)}">{name}, line {line(path, name)}<'
 
     text = document.read_text(encoding="utf-8")
-    return re.sub(r'\[([^]]+)\]\(([\w./]+\.py)#L\d+(?:\s+"([^"]+)")?\)', link, text)
+    text = re.sub(r'\[([^]]+)\]\(([\w./]+\.py)#L\d+(?:\s+"([^"]+)")?\)', link, text)
+    return re.sub(r'"([\w./]+\.py)#L\d+">([\w.]+), line \d+<', link_in_html, text)
 
 
 if __name__ == "__main__":
     try:
         text = page()
-        for document in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))):
+        for document in WITH_LINKS:
             document.write_text(with_lines(document), encoding="utf-8")
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -17,6 +17,7 @@ size, V vocabulary.
 
 import base64
 import json
+import os
 import sys
 import zlib
 from dataclasses import dataclass
@@ -25,12 +26,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model as essay
 import sample
 from load import load_model
-from model import Cache, DeepSeekV3
+from model import Cache, DeepSeekV3, Gate
 from support.files import write_whole
 from support.settings import Refusal, info, parse_args, run_command, with_home
 from support.sizes import cache_numbers
@@ -71,113 +73,120 @@ def write(model: DeepSeekV3, tokens: Tensor, config: InsideConfig) -> tuple[Tens
 
 
 @torch.inference_mode()
-def look(model: DeepSeekV3, text: Tensor) -> dict:
-    """What the network computes of a text (1, T). Lists have an entry for each block, those of the
-    MTP modules last; None where a block has no such part.
+def look(model: DeepSeekV3, text: Tensor) -> list[dict]:
+    """What each block computes of a text (1, T); those of the MTP modules come last. A block that
+    has no such part lacks its entry.
 
     attention    probabilities (H, T, T), row t those of the query at t
-    states       the block's output (T, D)
-    routing      the gate, its scores (T, E), the chosen experts and their gate values (T, K)
+    gate         the gate, its input (1, T, D) and what it returns of that
+    state        the block's output (T, D)
     cache        what a layer of the main model caches (T, C+R)
-    logits       of the main model and of each MTP depth, (T - k, V)
+    logits       of the last layer and of each MTP module, (T - k, V)
     """
     blocks = [*model.layers, *(module.block for module in model.mtp)]
-    parts = ("attention", "states", "routing")
-    found, hooks, now = {x: [None] * len(blocks) for x in parts}, [], [0]
-    attend = essay.causal_attention
+    found, hooks, now = [{} for _ in blocks], [], []  # now: the entries of the blocks so far
+    attend, T = essay.causal_attention, text.shape[1]
 
     def watched(q, k, v, scale, *rest, **more):
         if q.shape[2] == (S := k.shape[2]):
             # With the unit matrix as values it returns its probabilities, edited or not.
             rows = torch.eye(S).to(v).expand(*k.shape[:2], S, S)
-            found["attention"][now[0]] = attend(q, k, rows, scale, *rest, **more)[0].float()
+            now[-1]["attention"] = attend(q, k, rows, scale, *rest, **more)[0].float()
         return attend(q, k, v, scale, *rest, **more)
 
-    def keep_routing(gate, given, result):
-        found["routing"][now[0]] = gate, *(x[0] for x in result)
+    def keep_gate(gate, given, result):
+        now[-1]["gate"] = gate, given[0], result
 
     def keep_state(block, given, result):
         x = result[0] if isinstance(result, tuple) else result
-        found["states"][now[0]] = x[0] if x.shape[:-1] == text.shape else None
+        if x.ndim == 3:
+            now[-1]["state"] = x[0]
 
-    for i, block in enumerate(blocks):
-        hooks.append(block.register_forward_pre_hook(lambda *_, i=i: now.__setitem__(0, i)))
+    for block, x in zip(blocks, found, strict=True):
+        hooks.append(block.register_forward_pre_hook(lambda *_, x=x: now.append(x)))
         hooks.append(block.register_forward_hook(keep_state))
-    hooks += [gate.register_forward_hook(keep_routing) for gate in model.gates()]
+    hooks += [gate.register_forward_hook(keep_gate) for gate in model.gates()]
     with mock.patch.object(essay, "causal_attention", watched):
         logits, further = model(text, return_mtp=True)
     for hook in hooks:
         hook.remove()
-    cache = Cache(model.config, model.layers, 1, text.shape[1], model.embed_tokens.weight)
+    for x, of_block in zip((logits, *further), found[len(model.layers) - 1 :], strict=False):
+        of_block["logits"] = x[0]
+    cache = Cache(model.config, model.layers, 1, T, model.embed_tokens.weight)
     model.trunk(text, cache)
-    shape = text.shape[1]
-    rows = [x[0] if isinstance(x, Tensor) and x.shape[1] == shape else None for x in cache.kept]
-    return found | {"cache": rows, "logits": [x[0] for x in (logits, *further)]}
+    for x, of_block in zip(cache.kept, found, strict=False):
+        if isinstance(x, Tensor) and x.shape[1] == T:
+            of_block["cache"] = x[0].flatten(1)
+    return found
 
 
+def visits(groups: int, gate: Gate, u: Tensor, result: tuple[Tensor, ...]) -> dict:
+    """Which experts each token visits: by expert the gate value, and 1 if only the bias chose it.
+    `lost` are the experts that the score alone would choose, without bias and groups."""
+    s, chosen, gain = (x[0] for x in result)
+    bias, rows, lost = gate.e_score_correction_bias, [], []
+    without = functional_call(gate, {"e_score_correction_bias": torch.zeros_like(bias)}, (u,))[1][0]
+    best = s.topk(chosen.shape[-1]).indices
+    for c, g, *others in zip(*(x.tolist() for x in (chosen, gain, without, best)), strict=True):
+        unbiased, by_score = map(set, others)
+        pairs = sorted(zip(c, g, strict=True))
+        rows.append({e: [round(g, 3), int(e not in unbiased)] for e, g in pairs})
+        lost.append(sorted(by_score.difference(c)))
+    bias = [round(b, 3) for b in bias.tolist()]
+    return {"groups": groups, "bias": bias, "visits": rows, "lost": lost}
+
+
+@torch.inference_mode()
 def page_data(model: DeepSeekV3, tokenizer: Tokenizer, text: Tensor, rounds: list) -> dict:
-    """What the template draws. Probabilities of attention and cached numbers are bytes in `blob`,
-    at the offsets in `attention` and `cache`; a cached number x is 128 + 127 x / scale."""
-    found, blob, offset = look(model, text), [], [0]
-    config, ids = model.config, text[0].tolist()
-
-    def put(x: Tensor) -> int:
-        blob.append(x.round().clamp(0, 255).byte().cpu().numpy().tobytes())
-        offset[0] += len(blob[-1])
-        return offset[0] - len(blob[-1])
-
-    def triangle(p: Tensor) -> list[int]:  # H, then the offset of row 0; row t has H (t + 1) bytes
-        rows = [(255 * p[:, t, : t + 1]).flatten() for t in range(p.shape[1])]
-        return [len(p), put(torch.cat(rows))]
-
-    def word(i: int) -> str:
-        return tokenizer.decode([i], errors="replace")
+    """What the template draws. Attention's probabilities (in bytes, 255 for 1) and cached numbers
+    (in int16, 100 for 1) are packed in one array each. A block's `heads` are H and where its rows
+    begin, of H (t + 1) bytes for token t; its `cache` the width and where its rows begin."""
+    found, ids, T, last = look(model, text), text[0].tolist(), text.shape[1], len(model.layers) - 1
+    probabilities, cached, blocks = bytearray(), bytearray(), []
 
     def likeliest(logits: Tensor, n: int) -> list:
         p = logits.softmax(-1).topk(n)
         pairs = zip(p.indices.tolist(), p.values.tolist(), strict=True)
         return [[[word(i), round(x, 3)] for i, x in zip(*row, strict=True)] for row in pairs]
 
-    def visits(gate, s: Tensor, chosen: Tensor, gain: Tensor) -> dict:
-        alone = s.topk(chosen.shape[-1]).indices.tolist()  # without bias and groups
-        rows = zip(chosen.tolist(), gain.tolist(), alone, strict=True)
-        rows = [[sorted(zip(c, g, strict=True)), sorted({*a} - {*c})] for c, g, a in rows]
-        rows = [[[[e, round(g, 3)] for e, g in at], lost] for at, lost in rows]
-        bias = [round(b, 3) for b in gate.e_score_correction_bias.tolist()]
-        return {"E": s.shape[-1], "G": config.n_group, "visits": rows, "bias": bias}
+    def word(i: int) -> str:
+        return tokenizer.decode([i], errors="replace")
 
-    main, *further = found["logits"]
-    nll = -main.log_softmax(-1)[:-1].gather(1, text[0, 1:, None])[:, 0]
-    states = found["states"][: len(model.layers)]
-    lens = [x if x is None else model.logits(model.norm(x)).float() for x in states]
+    for i, x in enumerate(found):
+        k = max(0, i - last)  # of the MTP module
+        block = {"name": f"MTP {k}" if k else f"layer {i}", "length": T - k}
+        if "attention" in x:
+            rows = [row[:, : t + 1].flatten() for t, row in enumerate(x["attention"].unbind(1))]
+            block["heads"] = [len(x["attention"]), len(probabilities)]
+            probabilities += (255 * torch.cat(rows)).round().byte().numpy().tobytes()
+        if "gate" in x:
+            block["experts"] = visits(model.config.n_group, *x["gate"])
+        if "cache" in x:
+            block["cache"] = [x["cache"].shape[1], len(cached) // 2]
+            numbers = (100 * x["cache"].float()).round().clamp(-32767, 32767)
+            cached += numbers.short().numpy().tobytes()
+        if "logits" in x:
+            block["words"] = likeliest(x["logits"], 5)
+        elif "state" in x:
+            block["words"] = likeliest(model.logits(model.norm(x["state"])).float(), 1)
+        blocks.append(block)
 
-    def cached(x: Tensor | None) -> list | None:  # width, offset, scales of latent and rotated key
-        if x is None:
-            return None
-        parts = x.float().split(
-            [min(C := config.kv_lora_rank, x.shape[1]), max(0, x.shape[1] - C)], 1
-        )
-        scales = [part.abs().amax().item() if part.numel() else 1.0 for part in parts]
-        scaled = torch.cat([part / scale for part, scale in zip(parts, scales, strict=True)], 1)
-        return [x.shape[1], put(128 + 127 * scaled), *(round(scale, 3) for scale in scales)]
-
-    data = {
+    nll = -found[last]["logits"].log_softmax(-1)[:-1].gather(1, text[0, 1:, None])[:, 0]
+    return {
         "tokens": [word(i) for i in ids],
-        "prompt": rounds[0][0] if rounds else len(ids),
+        "prompt": rounds[0][0] if rounds else T,
         "rounds": [[n, kept, *map(word, rejected)] for n, kept, *rejected in rounds],
         "surprise": [None, *(round(x, 2) for x in nll.tolist())],
-        "names": [f"layer {i}" for i in range(len(model.layers))]
-        + [f"MTP {k}" for k in range(1, len(model.mtp) + 1)],
-        "next": likeliest(main, 5),
-        "mtp": [likeliest(x, 3) for x in further],
-        "lens": [x if x is None else likeliest(x, 1) for x in lens],
-        "experts": [x and visits(*x) for x in found["routing"]],
-        "attention": [x if x is None else triangle(x) for x in found["attention"]],
-        "cache": [cached(x) for x in found["cache"]],
-        "latent": config.kv_lora_rank,
+        "blocks": blocks,
+        "probabilities": packed(probabilities),
+        "cached": packed(cached),
+        "latent": model.config.kv_lora_rank,
         "usual": cache_numbers(model)[2],  # numbers that multi-head attention would cache
     }
-    return data | {"blob": base64.b64encode(zlib.compress(b"".join(blob), 9)).decode()}
+
+
+def packed(x: bytearray) -> str:
+    return base64.b64encode(zlib.compress(x, 9)).decode()
 
 
 def main(argv: list[str]):
@@ -196,10 +205,12 @@ def main(argv: list[str]):
         )
     text, rounds = write(model, torch.tensor([ids]), config)
     data = page_data(model, tokenizer, text, rounds) | {"run": config.run}
-    line = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
-    page = TEMPLATE.read_text("utf-8").replace("/*DATA*/", line)
-    write_whole(Path(config.out), lambda file: file.write(page.encode()))
-    info(f"{config.out}, {len(page.encode()) / 1000:.0f} kB: open it in a browser")
+    line = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    folder = os.path.relpath(TEMPLATE.parent, Path(config.out).parent)  # of the links
+    page = TEMPLATE.read_text("utf-8").replace('href="./', f'href="{folder}/')
+    page = page.replace("/*DATA*/", line).encode()
+    write_whole(Path(config.out), lambda file: file.write(page))
+    info(f"{config.out}, {len(page) / 1000:.0f} kB: open it in a browser")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +17,14 @@ import torch.nn.functional as F
 from networks import tiny, tokens_of
 from training import ROOT
 
-from model import Cache, rope_table, rotate
+from model import Cache, MoE, rope_table, rotate
 from support.settings import Refusal
 from support.tokenizer import stored_tokenizer
 
 sys.path.insert(0, str(ROOT / "docs"))
 import inside
 
+PAGE = ROOT / "docs/inside.html"
 TOKENIZER = stored_tokenizer(ROOT / "weights/small")
 GREEDY = inside.InsideConfig(max_new_tokens=40, temperature=0)
 NETWORKS = [{}, {"q_lora_rank": None, "n_group": 1, "topk_group": 1}]
@@ -31,12 +33,12 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --dump-dom"
 
 
-def read(page: str) -> dict:
-    return json.loads(re.search(r"const d = (\{.*\})\n", page)[1])
+def read(page: Path) -> dict:
+    return json.loads(re.search(r"const d = (\{.*\})\n", page.read_text("utf-8"))[1])
 
 
-def unpacked(data: dict) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(data["blob"])), np.uint8).astype(int)
+def unpacked(text: str, kind: type) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), kind).astype(float)
 
 
 def probabilities(mla, h: torch.Tensor) -> torch.Tensor:
@@ -59,50 +61,53 @@ def probabilities(mla, h: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def test_the_page_has_the_networks_numbers(changes):
     model = tiny(**changes)
-    for gate in model.gates():
-        gate.e_score_correction_bias += torch.linspace(0.1, 0, model.config.n_routed_experts)
     text, rounds = inside.write(model, tokens_of(model, 1, 12), GREEDY)
     data, T, c = inside.page_data(model, TOKENIZER, text, rounds), text.shape[1], model.config
     inputs = {}  # of every part, in one forward pass
     for part in model.modules():
         part.register_forward_pre_hook(lambda part, given: inputs.__setitem__(part, given[0]))
-    found, (logits, further) = unpacked(data), model(text, return_mtp=True)
+    logits, further = model(text, return_mtp=True)
+    bytes, numbers = unpacked(data["probabilities"], np.uint8), unpacked(data["cached"], np.int16)
 
+    # The logits after each block: of layer i from what layer i + 1 reads.
+    after = [model.lm_head(model.norm(inputs[block])) for block in model.layers[1:]]
+    after += [logits, *further]
     blocks = [*model.layers, *(module.block for module in model.mtp)]
-    for block, (H, at) in zip(blocks, data["attention"], strict=True):
-        p = probabilities(block.self_attn, inputs[block.self_attn])
-        rows = [255 * p[:, t, : t + 1].flatten() for t in range(p.shape[1])]
-        shown = found[at : at + H * len(rows) * (len(rows) + 1) // 2]
-        assert np.abs(shown - torch.cat(rows).numpy()).max() < 0.51
-    for x, shown in zip((logits, *further), (data["next"], *data["mtp"]), strict=True):
-        for row, words in zip(x[0].softmax(-1), shown, strict=True):
+    for block, x, shown in zip(blocks, after, data["blocks"], strict=True):
+        for row, words in zip(x[0].softmax(-1), shown["words"], strict=True):
             values, ids = (x.tolist()[: len(words)] for x in row.sort(descending=True))
             assert [x for _, x in words] == pytest.approx(values, abs=6e-4)
             assert words[0][0] == TOKENIZER.decode(ids[:1], errors="replace")
-    after = [*(inputs[block] for block in model.layers[1:]), inputs[model.norm]]
-    for x, shown in zip(after, data["lens"], strict=True):
-        likely = model.lm_head(model.norm(x))[0].softmax(-1).max(-1).values.tolist()
-        assert likely == pytest.approx([row[0][1] for row in shown], abs=6e-4)
+
+        p = probabilities(block.self_attn, inputs[block.self_attn])
+        rows = torch.cat([p[:, t, : t + 1].flatten() for t in range(p.shape[1])])
+        H, start = shown["heads"]
+        assert len(p) == H and p.shape[1] == shown["length"]
+        assert np.abs(bytes[start : start + len(rows)] - 255 * rows.numpy()).max() < 0.51
+
+        if not isinstance(block.mlp, MoE):
+            assert "experts" not in shown
+            continue
+        gate, experts = block.mlp.gate, shown["experts"]
+        bias, K = gate.e_score_correction_bias.tolist(), c.num_experts_per_tok
+        rows = zip(inputs[gate][0], experts["visits"], experts["lost"], strict=True)
+        for u, visits, lost in rows:
+            s = (gate.weight @ u).sigmoid().tolist()
+            gain, unbiased = (reference.route(vars(c), s, b) for b in (bias, [0] * len(bias)))
+            assert {e: x for e, (x, _) in visits.items()} == pytest.approx(gain, abs=6e-4)
+            assert {e for e, (_, raised) in visits.items() if raised} == {*gain} - {*unbiased}
+            assert lost == sorted({*sorted(range(len(s)), key=lambda i: -s[i])[:K]} - {*gain})
+        assert any(raised for x in experts["visits"] for _, raised in x.values())
+
     surprise = F.cross_entropy(logits[0, :-1], text[0, 1:], reduction="none")
     assert surprise.tolist() == pytest.approx(data["surprise"][1:], abs=0.006)
-
-    routed = [x for x in data["experts"] if x]
-    for gate, shown in zip(model.gates(), routed, strict=True):
-        bias = gate.e_score_correction_bias.tolist()
-        for u, (visits, lost) in zip(inputs[gate][0], shown["visits"], strict=True):
-            s = (gate.weight @ u).sigmoid().tolist()
-            gain = reference.route(vars(c), s, bias)
-            assert dict(visits) == pytest.approx(gain, abs=6e-4)
-            best = sorted(range(len(s)), key=lambda i: -s[i])[: c.num_experts_per_tok]
-            assert lost == sorted({*best} - {*gain})
-    assert any(lost for x in routed for _, lost in x["visits"]) == bool(routed)
-
     cache = Cache(c, model.layers, 1, T, logits)
     model.trunk(text, cache)
-    for kept, (width, at, *scales) in zip(cache.kept, data["cache"], strict=True):
-        scale = np.repeat(scales, [c.kv_lora_rank, c.qk_rope_head_dim])
-        bytes = found[at : at + T * width].reshape(T, width)
-        assert np.abs((bytes - 128) / 127 * scale - kept[0].numpy()).max() < 0.006 * max(scales)
+    for kept, shown in zip(cache.kept, data["blocks"], strict=False):
+        width, start = shown["cache"]
+        kept = kept[0].flatten().numpy()
+        assert width * T == len(kept)
+        assert np.abs(numbers[start : start + len(kept)] / 100 - kept).max() < 0.006
 
     known = [n + i for n, kept, *_ in rounds for i in range(kept + 1) if n + i < T]
     assert known == [*range(12, T)]  # every token was written by one round
@@ -119,23 +124,25 @@ def test_an_edited_attention_is_shown_as_it_computes(monkeypatch):
         return score.softmax(-1) @ v
 
     monkeypatch.setattr("model.causal_attention", window)
-    for p in inside.look(model := tiny(), tokens_of(model, 1, 12))["attention"]:
+    for x in inside.look(model := tiny(), tokens_of(model, 1, 12)):
+        p = x["attention"]
         assert p.sum(-1).numpy() == pytest.approx(1) and not p.tril(-3).any()
 
 
 def test_the_committed_page_is_that_of_the_weights(tmp_path):
+    """python docs/inside.py --out=docs/inside.html makes it."""
     inside.main([str(ROOT / "weights/small"), f"--out={tmp_path / 'page.html'}"])
-    pages = [(tmp_path / "page.html").read_text("utf-8"), (ROOT / "docs/inside.html").read_text()]
-    now, then = map(read, pages)
+    now, then = read(tmp_path / "page.html"), read(PAGE)
     assert (now["tokens"], now["rounds"]) == (then["tokens"], then["rounds"])
-    assert np.abs(unpacked(now) - unpacked(then)).max() <= 1
-    numbers = [np.array(re.findall(r"\d+\.\d+", json.dumps(x["next"])), float) for x in (now, then)]
-    assert np.abs(numbers[0] - numbers[1]).max() < 0.0011
-    H, at = then["attention"][4]  # the head of the tour's part 4 and of README's picture
-    assert unpacked(then)[at + H * 24 * 25 // 2 + 14] / 255 == pytest.approx(0.92, abs=0.005)
-    template = (ROOT / "docs/inside_template.html").read_text("utf-8")
-    for piece in template.split("/*DATA*/"):  # else: python docs/inside.py --out=docs/inside.html
-        assert piece in pages[1]
+    for part, kind, unit in (("probabilities", np.uint8, 1), ("cached", np.int16, 1)):
+        assert np.abs(unpacked(now[part], kind) - unpacked(then[part], kind)).max() <= unit
+    words = [re.findall(r"\d+\.\d+", str([x["words"] for x in d["blocks"]])) for d in (now, then)]
+    assert np.abs(np.diff(np.array(words, float), axis=0)).max() < 0.0011
+    H, start = then["blocks"][4]["heads"]  # the head of the tour's part 4 and of README's picture
+    p = unpacked(then["probabilities"], np.uint8)[start + H * 24 * 25 // 2 + 14] / 255
+    assert p == pytest.approx(0.92, abs=0.005)
+    for piece in inside.TEMPLATE.read_text("utf-8").split("/*DATA*/"):
+        assert piece in PAGE.read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -154,10 +161,11 @@ def test_what_no_page_can_show_is_refused(options, sentence, monkeypatch):
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium")
 def test_a_browser_shows_the_token_of_the_address(tmp_path):
-    address = f"file://{ROOT}/docs/inside.html#token=12&layer=6"
+    address = f"file://{PAGE}#token=12&layer=6"
     command = [BROWSER, *FLAGS.split(), f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000"]
     done = subprocess.run([*command, address], capture_output=True, text=True, timeout=100)
-    data, page = read((ROOT / "docs/inside.html").read_text("utf-8")), done.stdout
+    data, page = read(PAGE), done.stdout
     assert page.count("<span class=") >= len(data["tokens"])
     (told,) = re.findall(r'<p id="told"[^>]*>(.*?)</p>', page)
     assert told.startswith("Token 12, ") and f"surprise {data['surprise'][12]:.2f} nats" in told
+    assert "Head 0 of layer 6 looks " in told
