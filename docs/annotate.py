@@ -5,7 +5,7 @@
 It also writes the line numbers in the links of README.md and of docs/ anew. The text of such a
 link is the name of a definition, [`MLA.forward`](model.py#L1), or else its title is: [the two
 calls](model.py#L1 "MLA.forward"). In docs/inside.html and its template the number is seen, too:
-<a href="model.py#L1">MLA, line 1</a>.
+<a href="model.py#L1">MLA, model.py:1</a>.
 
 Lines are found by the function that they stand in and, where it is not the whole function, by a
 piece of the first and of the last line. So they follow edits. Where such a piece is not there any
@@ -411,11 +411,11 @@ def with_lines(document: Path) -> str:
 
     def link_in_html(found: re.Match) -> str:
         path, name = found.groups()
-        return f'"{path}#L{line(path, name)}">{name}, line {line(path, name)}<'
+        return f'"{path}#L{line(path, name)}">{name}, {Path(path).name}:{line(path, name)}<'
 
     text = document.read_text(encoding="utf-8")
     text = re.sub(r'\[([^]]+)\]\(([\w./]+\.py)#L\d+(?:\s+"([^"]+)")?\)', link, text)
-    return re.sub(r'"([\w./]+\.py)#L\d+">([\w.]+), line \d+<', link_in_html, text)
+    return re.sub(r'"([\w./]+\.py)#L\d+">([\w.]+), [\w.]+:\d+<', link_in_html, text)
 
 
 if __name__ == "__main__":

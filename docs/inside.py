@@ -11,8 +11,7 @@ Everything is read from a run of model.py: by hooks on blocks and gates, and by 
 `causal_attention` for its probabilities. So the page shows edited networks, too. A layer without
 such a part lacks its row.
 
-Shapes: T tokens of the text, H heads, W width of a query, E experts, K experts per token, D hidden
-size, V vocabulary.
+Shapes: T tokens of the text, H heads, E experts, K experts per token, D hidden size, V vocabulary.
 """
 
 import base64
@@ -27,6 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model as essay
@@ -39,7 +39,7 @@ from support.sizes import cache_numbers
 from support.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("inside_template.html")
-MAX_TOKENS = 300  # of weights/small, whose page then has 0.7 MB; it grows by layers, heads, T^2
+MAX_TOKENS = 300  # of weights/small, whose page then has 0.9 MB; it grows by layers, heads, T^2
 
 
 @dataclass
@@ -98,8 +98,8 @@ def look(model: DeepSeekV3, text: Tensor) -> list[dict]:
         now[-1]["gate"] = gate, given[0], result
 
     def keep_state(block, given, result):
-        x = result[0] if isinstance(result, tuple) else result
-        if x.ndim == 3:
+        x = tree_leaves(result)[0]
+        if x.ndim == 3:  # not several streams
             now[-1]["state"] = x[0]
 
     for block, x in zip(blocks, found, strict=True):
@@ -196,8 +196,7 @@ def main(argv: list[str]):
     model, tokenizer = load_model(config.run, dtype=torch.float32)  # as sample.py on a CPU
     if tokenizer is None:
         raise Refusal(f"{config.run} has no tokenizer: copy the release's file there.")
-    if not (ids := tokenizer.encode(config.prompt)):
-        raise Refusal("the prompt is empty: give --prompt=TEXT.")
+    ids = tokenizer.encode(config.prompt)
     if (size := len(ids) + config.max_new_tokens) > MAX_TOKENS:
         raise Refusal(
             f"the text may have {size} tokens, but a page shows at most {MAX_TOKENS}: give a "

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from networks import tiny, tokens_of
 from training import ROOT
 
-from model import Cache, MoE, rope_table, rotate
+from model import Cache, MoE, causal_attention
 from support.settings import Refusal
 from support.tokenizer import stored_tokenizer
 
@@ -30,6 +30,7 @@ GREEDY = inside.InsideConfig(max_new_tokens=40, temperature=0)
 NETWORKS = [{}, {"q_lora_rank": None, "n_group": 1, "topk_group": 1}]
 NETWORKS += [{"num_nextn_predict_layers": 0, "first_k_dense_replace": 9}]
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.usefixtures("v3")
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --dump-dom"
 
 
@@ -41,45 +42,37 @@ def unpacked(text: str, kind: type) -> np.ndarray:
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), kind).astype(float)
 
 
-def probabilities(mla, h: torch.Tensor) -> torch.Tensor:
-    """Attention's (H, T, T) for its input h (1, T, D), from latents: scores and softmax alone."""
-    c, T = mla.config, h.shape[1]
-    H, N, R = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim
-    q = mla.q_proj(h) if c.q_lora_rank is None else mla.q_b_proj(mla.q_a_layernorm(mla.q_a_proj(h)))
-    latent, k_pe = mla.kv_a_proj_with_mqa(h).split([c.kv_lora_rank, R], -1)
-    rope = rope_table(c, torch.arange(T), h.dtype)
-    q_nope, q_pe = q.view(1, T, H, N + R).split([N, R], -1)
-    q_pe, k_pe = (rotate(x, rope, c.rope_interleave)[0] for x in (q_pe, k_pe[:, :, None]))
-    W_UK = mla.kv_b_proj.weight.view(H, -1, c.kv_lora_rank)[:, :N]
-    score = torch.einsum("thn,hnc,sc->hts", q_nope[0], W_UK, mla.kv_a_layernorm(latent)[0])
-    score = score + torch.einsum("thr,sr->hts", q_pe, k_pe[:, 0])
-    ahead = torch.ones(T, T).triu(1).bool()
-    return (mla.scale * score).masked_fill(ahead, -torch.inf).softmax(-1)
-
-
 @pytest.mark.parametrize("changes", NETWORKS)
 @torch.inference_mode()
-def test_the_page_has_the_networks_numbers(changes):
-    model = tiny(**changes)
+def test_the_page_has_the_networks_numbers(changes, monkeypatch):
+    model, attention = tiny(**changes), []
     text, rounds = inside.write(model, tokens_of(model, 1, 12), GREEDY)
     data, T, c = inside.page_data(model, TOKENIZER, text, rounds), text.shape[1], model.config
     inputs = {}  # of every part, in one forward pass
     for part in model.modules():
         part.register_forward_pre_hook(lambda part, given: inputs.__setitem__(part, given[0]))
+
+    def attend(q, k, v, scale):
+        ahead = torch.ones(k.shape[2], k.shape[2]).triu(1).bool()
+        score = (scale * q @ k.mT).masked_fill(ahead, -torch.inf)
+        attention.append(score.softmax(-1)[0])
+        return causal_attention(q, k, v, scale)
+
+    monkeypatch.setattr("model.causal_attention", attend)
     logits, further = model(text, return_mtp=True)
+    monkeypatch.undo()
     bytes, numbers = unpacked(data["probabilities"], np.uint8), unpacked(data["cached"], np.int16)
 
     # The logits after each block: of layer i from what layer i + 1 reads.
     after = [model.lm_head(model.norm(inputs[block])) for block in model.layers[1:]]
     after += [logits, *further]
     blocks = [*model.layers, *(module.block for module in model.mtp)]
-    for block, x, shown in zip(blocks, after, data["blocks"], strict=True):
+    for block, p, x, shown in zip(blocks, attention, after, data["blocks"], strict=True):
         for row, words in zip(x[0].softmax(-1), shown["words"], strict=True):
             values, ids = (x.tolist()[: len(words)] for x in row.sort(descending=True))
             assert [x for _, x in words] == pytest.approx(values, abs=6e-4)
             assert words[0][0] == TOKENIZER.decode(ids[:1], errors="replace")
 
-        p = probabilities(block.self_attn, inputs[block.self_attn])
         rows = torch.cat([p[:, t, : t + 1].flatten() for t in range(p.shape[1])])
         H, start = shown["heads"]
         assert len(p) == H and p.shape[1] == shown["length"]
@@ -134,8 +127,8 @@ def test_the_committed_page_is_that_of_the_weights(tmp_path):
     inside.main([str(ROOT / "weights/small"), f"--out={tmp_path / 'page.html'}"])
     now, then = read(tmp_path / "page.html"), read(PAGE)
     assert (now["tokens"], now["rounds"]) == (then["tokens"], then["rounds"])
-    for part, kind, unit in (("probabilities", np.uint8, 1), ("cached", np.int16, 1)):
-        assert np.abs(unpacked(now[part], kind) - unpacked(then[part], kind)).max() <= unit
+    for part, kind in (("probabilities", np.uint8), ("cached", np.int16)):
+        assert np.abs(unpacked(now[part], kind) - unpacked(then[part], kind)).max() <= 1
     words = [re.findall(r"\d+\.\d+", str([x["words"] for x in d["blocks"]])) for d in (now, then)]
     assert np.abs(np.diff(np.array(words, float), axis=0)).max() < 0.0011
     H, start = then["blocks"][4]["heads"]  # the head of the tour's part 4 and of README's picture
@@ -148,7 +141,7 @@ def test_the_committed_page_is_that_of_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["weights/small", "--prompt="], "the prompt is empty: give --prompt=TEXT."),
+        (["weights/small", "--prompt="], "nothing to continue: the prompt is empty"),
         (["weights/small", "--max_new_tokens=300"], "but a page shows at most 300: give a shorter"),
         (["weights/none"], "there is no weights/none"),
     ],
@@ -167,5 +160,7 @@ def test_a_browser_shows_the_token_of_the_address(tmp_path):
     data, page = read(PAGE), done.stdout
     assert page.count("<span class=") >= len(data["tokens"])
     (told,) = re.findall(r'<p id="told"[^>]*>(.*?)</p>', page)
-    assert told.startswith("Token 12, ") and f"surprise {data['surprise'][12]:.2f} nats" in told
+    assert (
+        told.startswith("Token 12, ") and f"a surprise of {data['surprise'][12]:.2f} nats" in told
+    )
     assert "Head 0 of layer 6 looks " in told
