@@ -3,7 +3,7 @@
     python train.py config/medium.py
 
 8.3M parameters, 4.3M of them active per token. Schedules and loss weights that are not set here
-are the report's (train.py's defaults). The trials behind the other values are in docs/notes/LOG.md.
+are the report's (train.py's defaults). docs/MEASUREMENTS.md has the trials behind other values.
 """
 
 vocab_size = 4096

@@ -35,7 +35,7 @@ initializer_range = 0.026  # sqrt(384) x 0.026 = sqrt(7168) x 0.006, as in base_
 
 data = "finewebedu"
 steps = 7000
-batch_size = 160  # 0.16M tokens; batch and rate follow a fit, not tuned (docs/notes/LOG.md)
+batch_size = 160  # 0.16M tokens; batch and rate follow a fit, not tuned (docs/MEASUREMENTS.md)
 block_size = 1024
 grad_accum = 16  # micro-batches of 10 windows
 lr = 1.5e-3

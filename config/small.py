@@ -4,7 +4,7 @@
 
 4.5M parameters, 2.4M of them active per token: 8 layers, 7 of them MoE layers of 16 experts in 4
 groups, and one MTP module. Schedules and loss weights that are not set here are the report's
-(train.py's defaults). The trials behind the other values are in docs/notes/LOG.md.
+(train.py's defaults). docs/MEASUREMENTS.md has the trials behind other values.
 """
 
 vocab_size = 4096

@@ -7,8 +7,9 @@ takes 0.5 to 1 GB more.
 Time is computed. A micro-batch multiplies at 0.5 to 0.6 of the card's peak, moves all other bytes
 at 0.85 of its bandwidth, one after the other, and waits 10 us for each product of an expert that
 the host starts by itself, as on all cards but H100 and B200. The shares and the 10 us are
-assumptions. Compiled code moves the bytes that Inductor's scheduler counted (docs/notes/LOG.md);
-uncompiled code those of every operation that is no product. docs/REFERENCE.md has the tables.
+assumptions. Compiled code moves the bytes that Inductor's scheduler counted (in
+docs/MEASUREMENTS.md); uncompiled code those of every operation that is no product.
+docs/REFERENCE.md has the tables.
 """
 
 import weakref
@@ -42,7 +43,7 @@ BANDWIDTH = {
     "RTX 3060": 360, "RTX 3090": 936, "RTX 4060": 272, "RTX 4070": 504, "RTX 4090": 1008,
     "RTX 5090": 1792, "T4": 320, "H100": 3350,
 }  # fmt: skip
-# What others have measured for a grouped product in bf16 on an H100, in FLOP/s (docs/notes/LOG.md).
+# What others measured for a grouped product in bf16 on an H100, FLOP/s (docs/MEASUREMENTS.md).
 GROUPED_FLOPS = (242e12, 180e12)
 # Bytes that compiled code moves besides those of products and weights: per token, and per token and
 # word of the vocabulary (both losses).

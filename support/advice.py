@@ -1,5 +1,5 @@
-"""Advice for a text, from measurements in docs/notes/LOG.md: size of the vocabulary, length of the
-run."""
+"""Advice for a text, from measurements in docs/MEASUREMENTS.md: size of the vocabulary, length of
+the run."""
 
 import math
 import runpy

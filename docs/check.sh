@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # For the authors, before a commit: format, pages that are made of other files, names in links, diffs
 # in HACKING.md, and who imports whom. No test asks for any of it: a right edit may change it all.
-cd "$(dirname "$0")/../.." || exit
+cd "$(dirname "$0")/.." || exit
 failed=0
 check() { "$@" || { echo "failed: $*" >&2; failed=1; }; }
 
