@@ -1,6 +1,6 @@
 """What the results say, from their JSON files alone: python experiments/report.py
 
-It writes the table of the eight claims of docs/notes/PLAN.md into docs/RESULTS.md, and their
+It writes the table of the eight claims of experiments/PLAN.md into docs/RESULTS.md, and their
 figure. run.py takes an experiment's table and figure from here.
 
 A difference is the mean over pairs of runs with the same seed, which begin with the same weights
