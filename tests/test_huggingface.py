@@ -202,7 +202,7 @@ def test_round_trip_in_shards_is_exact(dtype, tmp_path, monkeypatch):
         assert x.dtype == (torch.float32 if name.endswith("correction_bias") else dtype), name
         assert torch.equal(x, model.state_dict()[name]), name
     edit_json(tmp_path / "config.json", torch_dtype=None)  # then it is that of the weights
-    again = huggingface.from_pretrained(tmp_path)
+    again = load_model(tmp_path)[0]
     assert again.norm.weight.dtype == theirs(tmp_path).dtype == dtype
 
 
@@ -374,10 +374,13 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
+drawn = functools.partial(torch.nn.init.normal_, mean=1.0, std=0.0)
 NEW_PARTS = {  # which a constructor adds; its sum is 6
     "a constant": lambda m: setattr(m, "new", torch.arange(4.0)),
     "a buffer that is not saved": lambda m: m.register_buffer("new", torch.ones(6), False),
     "a number": lambda m: setattr(m, "new", torch.tensor(torch.ones(6).sum().item())),
+    "a drawn parameter": lambda m: setattr(m, "new", drawn(torch.nn.Parameter(torch.zeros(6)))),
+    "a drawn constant": lambda m: setattr(m, "new", drawn(torch.zeros(6))),
 }
 
 

@@ -290,6 +290,21 @@ def test_every_draft_length_is_lossless(depth, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_round_may_have_fewer_drafts_than_asked_for(monkeypatch, T=4, new=60):
+    draft, had = sample.Text.draft, []
+
+    def shorter(text, n, u):
+        q = draft(text, n, u)[:, : len(had) % 4]
+        had.append(min(q.shape[1], T + new - n))  # no more than there is room for
+        return q
+
+    monkeypatch.setattr(sample.Text, "draft", shorter)
+    model = student(1)
+    stats = same_text(model, greedy(model, tokens_of(model, 1, T), new), T, speculative=4)
+    assert stats.drafted == [sum(i < G for G in had) for i in range(MAX_DRAFTS)]
+    assert sum(stats.accepted) > 0 and stats.rounds == 1 + len(had)
+
+
 @pytest.mark.parametrize("drafts", [0, 2, 3])
 def test_end_of_text_pads_its_row_and_leaves_the_others_alone(drafts):
     model = student(2)
@@ -466,6 +481,7 @@ def test_compiled_text_is_the_eager_one(eager_graphs):
     prompt and whatever has become of the weights."""
     model, plain = student(2, vocab_size=5), Stats()
     assert sum(texts(model, **SAMPLED).accepted) > 5
+    texts(model, **SAMPLED | dict(speculative=4))  # whose first rounds are eager
     greedily = dict(temperature=0, speculative=1)
     assert sum(texts(model, **greedily).accepted) > 5
     assert texts(model, **greedily | dict(speculative=0)).rounds == 40

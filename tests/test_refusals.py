@@ -78,6 +78,7 @@ REFUSALS = [
     (RUN, 1, "run holds a run: give --resume, --overwrite, or another --out."),
     (f"{RUN} --overwrite --init_from=run", 1, "--overwrite would rename run: give another --out."),
     (f"{RUN} --overwrite --init_from=run/ckpt.pt", 1, "--overwrite would rename run/ckpt.pt: give"),
+    (f"{NEW} --init_from=run --hidden_size=64", 1, "run cannot get hidden_size 64: embed_tokens.w"),
     # Runs that go on.
     (f"{ON} --overwrite", 1, "--resume continues a run: leave out --init_from and --overwrite."),
     (f"{ON} --hidden_size=64", 1, "run/ckpt.pt cannot get hidden_size 64: embed_tokens.weight is"),

@@ -54,7 +54,9 @@ pytestmark = pytest.mark.usefixtures("workplace")
 def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     """What the command line does not name stays, whatever the config file says by now."""
     run(*CONSTANT, "--steps=2", "--lr=0.01", "--weight_decay=0")
-    before = load("run")["model"]["lm_head.weight"]
+    before = (saved := load("run"))["model"]["lm_head.weight"]
+    saved["progress"] |= dict(best_loss=3.0, best_length=16)  # of older code
+    torch.save(saved, "run/ckpt.pt")
     changed = "mtp_weight = 0.5\nrope_theta = 9.0\n"
     Path("my.py").write_text(Path(TINY_FILE).read_text() + changed)
     options = ("--weight_decay=2", "--clip=1e-9", "--beta1=0", "--beta2=0", "--lr=0.5")
@@ -68,6 +70,7 @@ def test_a_resumed_run_keeps_its_settings_and_tells_what_differs(capsys):
     assert "mtp_weight stays 0.3 (the config file has 0.5)" in kept
     assert {"steps is now 3 (was 2)", "lr is now 0.5 (was 0.01)"} <= {*said}
     state = load("run")
+    assert not {"best_loss", "best_length"} & state["progress"].keys()
     values, after = state["train_config"], state["model"]["lm_head.weight"]
     assert log_of("run")[-2]["lr"] == 0.5 and after.dtype == torch.float64
     assert (state["step"], values["batch_size"], values["mtp_weight"]) == (3, 4, 0.3)
@@ -240,6 +243,15 @@ def test_a_run_on_windows_has_no_lock_and_says_so(start, shared):
         assert Path("run/.lock").exists() and "words is ready" in said
     assert_same_run(shared(*CONSTANT, "--eval_every=2", "--steps=4"), Path("run"))
     assert Path("run.old-1/ckpt.pt").exists() and Path("data/words.old-2").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_disk_without_locks_is_trained_on_without_one(code, monkeypatch, capsys):
+    broken = mock.Mock(side_effect=OSError(code, os.strerror(code)))
+    monkeypatch.setattr(runs.fcntl, "flock", broken)
+    assert load(run("--steps=1"))["step"] == 1
+    said = f"run is not locked ({os.strerror(code)}): start one train.py there\n"
+    assert said in capsys.readouterr().err
 
 
 # ---- Accidents -----------------------------------------------------------------------------------
