@@ -106,7 +106,6 @@ def draw(figure, results):
 
 
 COLUMNS = {"test_bpb": "bits/byte", "cache_bytes": "cache, bytes per token"}
-COLUMNS |= {"parameters": "parameters"}
 PAIRS = (("GQA 2", "MHA"), ("MQA", "MHA"), ("MHA normed", "MHA"))
 EXPERIMENT = run.Experiment("attention", arms, COLUMNS, draw, cache_size, base="MLA", pairs=PAIRS)
 

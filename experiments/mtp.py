@@ -31,7 +31,7 @@ ARMS = {
 COLUMNS = {
     "test_bpb": "bits/byte", "given_greedy": "accepted on given text, greedy",
     "given_0.8": "at 0.8", "greedy_1": "on own text, greedy", "greedy_repeated": "6-grams repeated",
-    "0.8_1": "own, at 0.8", "0.8_repeated": "6-grams repeated at 0.8",
+    "0.8_1": "own, at 0.8",
 }  # fmt: skip
 PROMPTS, NEW = 8, 96
 

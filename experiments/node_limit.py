@@ -14,7 +14,6 @@ ARMS = {"1 group": run.Arm({"topk_group": 1}), "4 groups": run.Arm({"topk_group"
 COLUMNS = {
     "test_bpb": "bits/byte",
     "nodes_per_token": "groups per token",
-    "experts_per_node": "experts per visited group",
     "max_vio_global": "MaxVio, validation",
 }
 
