@@ -14,7 +14,7 @@ batch_size windows of block_size tokens. From long_start on (the YaRN phase) eve
 fewer, longer windows. Windows depend on seed and step alone and are then divided among processes
 and micro-batches. So the data are the same for any number of processes, and after a resume.
 
-On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (docs/REFERENCE.md).
+On several GPUs or nodes: torchrun --nproc_per_node=N train.py config/x.py (docs/GPU.md).
 
 support/runs.py writes the run's folder, support/checkpoints.py saves and restores, and
 support/processes.py handles processes and devices.

@@ -6,8 +6,9 @@
 
 V3 at about the size of the 1B model in the loss-free balancing paper (arXiv 2408.15664, Table 5:
 1024 wide, 8 heads, 64 routed experts, top 6; windows of 2048 tokens). It reads 5.2B tokens, 22 per
-active parameter: 1.64 GFLOP each with MTP, 8.6e18 in all. Time and memory, also on a card of 24 GB:
-"GPUs" in docs/REFERENCE.md. What is not set here is train.py's default, which is the report's.
+active parameter: 1.64 GFLOP each with MTP, 8.6e18 in all. Time and memory: docs/GPU.md; on a card
+of 24 GB, python experiments/cards.py. What is not set here is train.py's default, which is the
+report's.
 """
 
 # Both sides of every matrix are multiples of 128, for FP8 tiles and grouped products, except in the

@@ -6,7 +6,7 @@
 
 Network, batch size and seed are those of base_1b.py, so both runs see the same windows until its
 learning rate decays. This one reads 9.96B tokens, 43 per active parameter, the last 0.06B of them a
-second time: 1.6e19 FLOPs. Time and memory: "GPUs" in docs/REFERENCE.md.
+second time: 1.6e19 FLOPs. Time and memory: docs/GPU.md.
 """
 
 # All other settings are base_1b.py's.

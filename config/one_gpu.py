@@ -5,7 +5,7 @@
     python train.py config/one_gpu.py
 
 It reads 1.15B tokens, 20 per active parameter: 0.38 GFLOP each with MTP, 4.4e17 in all. Time and
-memory by card, and the same network on TinyStories: "GPUs" in docs/REFERENCE.md. What is not set
+memory by card, and the same network on TinyStories: docs/GPU.md. What is not set
 here is train.py's default, which is the report's. With 8 GB add --grad_accum=32.
 """
 
@@ -23,7 +23,7 @@ v_head_dim = 64
 intermediate_size = 1280  # as wide as a token's 4 + 1 experts together, as V3's is 9 x 2048
 moe_intermediate_size = 256
 first_k_dense_replace = 1
-n_routed_experts = 16  # few, since most cards start a product for each (docs/REFERENCE.md)
+n_routed_experts = 16  # few, since most cards start a product for each (docs/GPU.md)
 num_experts_per_tok = 4
 n_shared_experts = 1
 n_group = 4

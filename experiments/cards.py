@@ -8,8 +8,9 @@ Time is computed. A micro-batch multiplies at 0.5 to 0.6 of the card's peak, mov
 at 0.85 of its bandwidth, one after the other, and waits 10 us for each product of an expert that
 the host starts by itself, as on all cards but H100 and B200. The shares and the 10 us are
 assumptions. Compiled code moves the bytes that Inductor's scheduler counted (in
-docs/MEASUREMENTS.md); uncompiled code those of every operation that is no product.
-docs/REFERENCE.md has the tables.
+docs/MEASUREMENTS.md); uncompiled code those of every operation that is no product. Uncompiled code
+takes at least as long as its host, which starts an operation every 10 us. docs/GPU.md has some of
+the rows.
 """
 
 import weakref
@@ -65,6 +66,7 @@ class Case:
 STORIES = {"vocab_size": 4096, "block_size": 512, "steps": 6000}
 NIGHTS = {"recompute": True, "grad_accum": 128}
 CASES = [
+    *(Case(card, "small", compiled=False) for card in ("RTX 4090", "RTX 3060", "H100")),
     *(Case(card) for card in ("RTX 5090", "RTX 4090", "RTX 3090", "RTX 4070", "RTX 3060")),
     Case("RTX 4060", options={"grad_accum": 32}),
     Case("RTX 4090", compiled=False, options={"grad_accum": 32}),
@@ -80,12 +82,12 @@ CASES = [
 
 
 class Tensors(TorchDispatchMode):
-    """Counts the bytes of all tensors within `with Tensors() as tensors:`, now and at the peak, and
-    those that operations other than products read and write."""
+    """Counts within `with Tensors() as tensors:` the bytes of all tensors, now and at the peak, the
+    operations, and the bytes that operations other than products read and write."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = self.moved = 0
+        self.now = self.peak = self.moved = self.operations = 0
         self.known, self.in_graph = weakref.WeakSet(), False
 
     @classmethod
@@ -103,6 +105,7 @@ class Tensors(TorchDispatchMode):
                 leaves = tree_leaves((args, kwargs, out))
                 self.moved += sum(x.nbytes for x in leaves if isinstance(x, Tensor))
         if not self.in_graph:
+            self.operations += not (func.is_view or func.namespace == "prim")
             self.follow(out)
         return out
 
@@ -155,7 +158,8 @@ def open_case(case: Case) -> tuple[nn.Module, train.TrainConfig]:
 
 def count(case: Case, evaluation: bool = False) -> Tensors:
     """Runs two micro-batches: of a training after its first step, or of an evaluation, of which the
-    optimiser's moments are in memory, too."""
+    optimiser's moments are in memory, too. Bytes and operations are those of one micro-batch, with
+    its share of the optimisers' operations."""
     meta, config = open_case(case)
     windows = config.batch_size // (config.grad_accum * case.cards)
     if evaluation:
@@ -188,18 +192,25 @@ def count(case: Case, evaluation: bool = False) -> Tensors:
                 sum(losses.values()).backward()
             del losses
         tensors.moved /= 2
+        tensors.operations /= 2
         del moments
+        if not (evaluation or case.compiled):
+            peak, operations = tensors.peak, tensors.operations
+            for optimizer in train.make_optimizers(network, replace(config, dtype=case.dtype)):
+                optimizer.step()
+            of_step = tensors.operations - operations
+            tensors.peak, tensors.operations = peak, operations + of_step / config.grad_accum
     return tensors
 
 
-def hours(case: Case, moved: float) -> tuple[float, float]:
-    """The least and the most hours of the run, evaluations not included. moved: the bytes of a
-    micro-batch, for uncompiled code."""
+def hours(case: Case, counted: Tensors) -> tuple[float, float]:
+    """The least and the most hours of the run, evaluations not included."""
     network, config = open_case(case)
     c, again = network.config, 4 / 3 if config.recompute else 1.0
     tokens = config.batch_size * config.block_size // (config.grad_accum * case.cards)
     counts, layers = parameter_counts(network), len(network.gates())
     weights = counts["total"] + counts["mtp"]
+    moved = counted.moved
     if case.compiled:
         per_token, per_word = MOVED[case.file.removesuffix("_8gpu")]
         moved = again * (tokens * (per_token + per_word * c.vocab_size) + 6 * weights)  # 6: a cast
@@ -208,16 +219,17 @@ def hours(case: Case, moved: float) -> tuple[float, float]:
     flops = again * tokens * flops_per_token(network, config.block_size)
     experts = 18 * c.hidden_size * c.moe_intermediate_size * c.num_experts_per_tok * layers
     experts *= again * tokens
+    starts = 0 if case.card == "H100" else again * 6 * c.n_routed_experts * layers
+    host = 0 if case.compiled else PER_START * (counted.operations + starts)
     times = []
     for share, grouped in zip(SHARES, GROUPED_FLOPS, strict=True):
         peak = PEAK_FLOPS[case.card]
         if case.card == "H100":
             products = (flops - experts) / (share * peak) + experts / grouped
         else:
-            products = flops / (share * peak)
-            products += again * 6 * c.n_routed_experts * layers * PER_START
+            products = flops / (share * peak) + starts * PER_START
         seconds = products + moved / (OF_BANDWIDTH * BANDWIDTH[case.card] * 1e9)
-        times.append(seconds * config.grad_accum * config.steps / 3600)
+        times.append(max(seconds, host) * config.grad_accum * config.steps / 3600)
     return tuple(times)
 
 
@@ -231,7 +243,7 @@ def expected_loss(active: float, tokens: float) -> tuple[float, float]:
 def row(case: Case) -> dict[str, str]:
     network, config = open_case(case)
     tensors, evaluation = count(case), count(case, evaluation=True)
-    low, high = hours(case, tensors.moved)
+    low, high = hours(case, tensors)
     of_peak = config.steps * config.batch_size * config.block_size / case.cards
     of_peak *= flops_per_token(network, config.block_size) / PEAK_FLOPS[case.card] / 3600
     return {

@@ -21,7 +21,7 @@ def fitting_vocabulary(texts: list[str]) -> int:
     return min(4096, max(512, 2 ** round(math.log2(5 * math.sqrt(size)))))
 
 
-# Texts large enough for config/one_gpu.py, and its options for them (docs/REFERENCE.md).
+# Texts large enough for config/one_gpu.py, and its options for them (docs/GPU.md).
 FOR_ONE_GPU = {
     "fineweb": {},
     "finewebedu": {},

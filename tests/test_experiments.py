@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import sysconfig
 from pathlib import Path
@@ -231,8 +232,21 @@ def test_an_evaluation_takes_less_memory_than_training(file, parts, compiled):
     case = cards.Case("RTX 4090", file, options, compiled)
     training, evaluation = cards.count(case), cards.count(case, evaluation=True)
     assert evaluation.peak < training.peak
-    low, high = cards.hours(case, training.moved)
+    low, high = cards.hours(case, training)
     assert 0 < low < high
+
+
+def test_the_gpu_page_has_what_small_takes():
+    """The rows that are counted in seconds."""
+    page = (cards.run.ROOT / "docs/GPU.md").read_text(encoding="utf-8")
+    found = [cards.row(case) for case in cards.CASES[:3]]
+    assert [x["config"] for x in found] == ["small"] * 3
+    for names, row in (("RTX 4090 or 3060", found[0]), ("", found[1]), ("H100", found[2])):
+        low, _, high = row["time"].partition(" to ")
+        assert low == high  # limited by the host
+        assert re.search(rf"\| .*{names} \| .* \| {row['GB']} \| {low} \|", page), row
+    starts = cards.count(cards.CASES[2]).operations
+    assert f"starts {round(starts, -2):,.0f} operations a step" in " ".join(page.split())
 
 
 def test_scale_computes_its_results():

@@ -312,6 +312,14 @@ def test_the_command_that_trains_on_a_folder(book, tmp_path):
     assert command == f"python train.py --init_from={book} {words} --steps={steps} {as_trained}"
 
 
+def test_the_tutorial_has_the_command_for_its_text():
+    page = (ROOT / "docs/TUTORIAL.md").read_text(encoding="utf-8")
+    tokens = re.search(r"train: .* ([\d,]+) tokens\nval: ", page)[1].replace(",", "")
+    text = SimpleNamespace(train=range(int(tokens)), val=range(9), vocab_size=4096)
+    command = advice.next_command(Path("data/nn"), text, "")
+    assert re.search(r"data/nn\nnext: (.*)\n", page)[1] == command
+
+
 def test_a_text_that_is_shorter_than_a_window_needs_more(tmp_path):
     """Of a new network a window of the YaRN phase, of given weights one of block_size."""
     (tmp_path / "config.json").touch()
