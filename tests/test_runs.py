@@ -179,6 +179,9 @@ def test_which_evaluation_replaces_the_best_checkpoint(monkeypatch, capsys):
     run(*options, "--resume", "--steps=18", "--block_size=8")  # its losses are others
     assert load("run", "best.pt")["val_loss"] == 9.0
     assert "other block_size, so other losses: the next eval" in capsys.readouterr().err
+    found.side_effect = [dict(val_loss=x, val_bpb=5.0) for x in (10.0, 11.0)]
+    run(*options, "--resume", "--steps=19", "--block_size=8", "--eval_tokens=300")
+    assert load("run", "best.pt")["val_loss"] == 10.0
     assert checkpoints.checkpoint_file("run").name == "best.pt"  # what the folder means
     Path("run/best.pt").unlink()
     assert checkpoints.checkpoint_file("run").name == "ckpt.pt"

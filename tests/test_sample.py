@@ -91,7 +91,10 @@ def test_where_rounding_leaves_nothing_of_p_minus_q_p_is_drawn_from():
     u = torch.tensor([[1 - 2**-53, 0.6]], dtype=torch.float64)
     kept, after = accept(p.expand(1, 2, 3), q.expand(1, 1, 3), torch.tensor([[2]]), u)
     assert kept.tolist() == [0] and after.tolist() == [[1]]
-    assert draw(torch.tensor([[[0.0, 1.0]]]), torch.zeros(1, 1).double()).tolist() == [[1]]
+    never, zero = torch.tensor([[[0.0, 1.0]]]), torch.zeros(1, 2).double()
+    assert draw(never, zero[:, :1]).tolist() == [[1]]
+    kept, after = accept(never.expand(1, 2, 2), 1 - never, torch.tensor([[0]]), zero)
+    assert kept.tolist() == [0] and after.tolist() == [[1]]
 
 
 @pytest.mark.parametrize("kind", ["drawn", "filtered", "looked up", "q is p"])
