@@ -15,7 +15,6 @@ import attention
 import attention_step
 import balance
 import cards
-import drafts
 import expert_parallel
 import experts
 import fp8_accumulation
@@ -303,8 +302,6 @@ def test_programs_that_read_a_run(make, place, capsys):
     unseen.main([ckpt, "--device=cpu"])
     line = f"{base['test_bpb']:.4f} bits/byte in windows of 16 tokens"
     assert line in capsys.readouterr().out
-    drafts.main([ckpt, "--max_new_tokens=8", "--speculative=2"])
-    assert "of 8 tokens were drafted" in Path("drafts.svg").read_text(encoding="utf-8")
     options = ["--rounds=1", "--new_tokens=6", "--prompts=1", "--compile=False", "--device=cpu"]
     speculation.main([ckpt, *options])
     assert capsys.readouterr().out.count("1/1") == 5  # greedily all numbers of drafts
