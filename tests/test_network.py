@@ -284,6 +284,7 @@ def test_every_draft_length_is_lossless(depth, capsys):
             assert stats.tokens == B * new
             if new == 2:  # the second round has room for one draft
                 assert stats.drafted == [B * (min(depth, G) > 0), 0, 0, 0]
+                assert stats.rounds == 2
             if new == 60:
                 # Every forward gives a token besides its drafts; the last may have no room for it.
                 assert stats.rounds + sum(stats.accepted) in (60, 61)
