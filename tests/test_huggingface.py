@@ -49,9 +49,15 @@ VARIANTS = networks.VARIANTS | {
     "Kimi-K2": NO_GROUPS
     | {"rope_scaling": YARN | {"factor": 32, "beta_fast": 1}, "rope_theta": 50000.0}
     | {"qk_rope_head_dim": 16, "n_routed_experts": 24, "num_experts_per_tok": 8},
-    "bare yarn": {"rope_scaling": {"type": "yarn", "factor": 8}},
+    "bare yarn": {
+        "rope_scaling": {"type": "yarn", "factor": 8},
+        "qk_rope_head_dim": 16,
+        "max_position_embeddings": 4096,  # so long that beta_fast's default, 32, matters
+    },
     "yarn untruncated": {
-        "rope_scaling": YARN | {"attention_factor": 0.9, "truncate": False},
+        # so long that truncation would change the frequencies
+        "rope_scaling": YARN
+        | {"attention_factor": 0.9, "truncate": False, "original_max_position_embeddings": 256},
         "qk_rope_head_dim": 16,
     },
     "attention bias, no q latent": {"attention_bias": True, "q_lora_rank": None},
