@@ -13,8 +13,10 @@ takes at least as long as its host, which starts an operation every 10 us. docs/
 the rows.
 """
 
+import io
 import weakref
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from unittest import mock
 
@@ -196,7 +198,9 @@ def count(case: Case, evaluation: bool = False) -> Tensors:
         del moments
         if not (evaluation or case.compiled):
             peak, operations = tensors.peak, tensors.operations
-            for optimizer in train.make_optimizers(network, replace(config, dtype=case.dtype)):
+            with redirect_stderr(io.StringIO()):  # the message about Muon's matrices
+                optimizers = train.make_optimizers(network, replace(config, dtype=case.dtype))
+            for optimizer in optimizers:
                 optimizer.step()
             of_step = tensors.operations - operations
             tensors.peak, tensors.operations = peak, operations + of_step / config.grad_accum

@@ -177,6 +177,13 @@ def test_products(T, K, N, dtype, autocast, products):
     check_products(T, K, N, dtype, autocast, torch.device("cpu"), fp32=2e-6)
 
 
+def test_factors_of_different_widths_are_refused(products):
+    """Padded for cuBLAS, both would be 128 wide."""
+    x, w = fp8.to_fp8(torch.randn(3, 100), TILE), fp8.to_fp8(torch.randn(5, 120), BLOCK)
+    with pytest.raises(ValueError, match="x has 100 features, but the weight expects 120"):
+        fp8.multiply(x, w, torch.float32)
+
+
 def check_products(T, K, N, dtype, autocast, device, fp32):
     """A layer against the reference. fp32: the error of sums."""
     low = BF16 if autocast else dtype

@@ -352,6 +352,9 @@ def test_experts_are_counted_in_an_edited_network(trained, monkeypatch):
     assert_same(result["expert_load"], [(x / x.sum()).tolist() for x in loads], 1e-5)
     uneven = np.mean([(x.max() / x.float().mean() - 1).item() for x in loads])
     assert result["max_vio_global"] == pytest.approx(uneven)
+    unused = torch.zeros(8)  # a layer's, of which no average is taken
+    assert train.max_vio([*loads, unused]).item() == pytest.approx(uneven)
+    assert train.max_vio([unused]).item() == 0
     assert result["nodes_per_token"] == pytest.approx(np.mean([len(x) for x in groups]))
     visits = sum(x.sum().item() for x in loads)
     assert result["experts_per_node"] == pytest.approx(visits / sum(map(len, groups)))
