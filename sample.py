@@ -26,11 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from load import load_model
-from model import MAX_COMPILED_TOKENS, Cache, DeepSeekV3
+from model import Cache, DeepSeekV3
 from support import graphs
 from support.processes import fast_dtype, usable_device
 from support.settings import Refusal, info, parse_args, run_command, with_home
-from support.sizes import cache_numbers
 from support.tokenizer import Tokenizer
 
 MAX_DRAFTS = 4  # so a round reads at most 4 + 4 positions at once (MAX_ROUND_TOKENS in model.py)
@@ -341,7 +340,7 @@ def generate(
         speculative = 0 if compile else 1
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
     filters = Filters(temperature, top_k, top_p)
-    check_request(model, tokens, max_new_tokens, filters, speculative, compile)
+    check_request(model, tokens, max_new_tokens, filters, speculative)
     tokens, stats = tokens.long(), stats or Stats()
     B, T = tokens.shape
     end = min(T + max_new_tokens, model.config.max_position_embeddings)
@@ -398,18 +397,12 @@ def up_to_eos(ids: list[int], eos: list[int]) -> list[int]:
     return ids
 
 
-def check_request(model, tokens, max_new_tokens, filters: Filters, speculative, compile):
+def check_request(model, tokens, max_new_tokens, filters: Filters, speculative):
     """Raises Refusal if `generate` cannot use these arguments."""
-    if tokens.ndim != 2:
-        raise Refusal(f"tokens have shape {tuple(tokens.shape)}, but must have (B, T)")
     (B, T), V, limit = tokens.shape, model.config.vocab_size, model.config.max_position_embeddings
     low, high = (tokens.min().item(), tokens.max().item()) if B * T else (0, 0)
     temperature, top_k, top_p = filters
     possible = speculative in range(MAX_DRAFTS + 1)
-    # Compiled code has no form for more tokens at once: the G + depth that modules read of a text.
-    read = speculative + min(speculative, len(model.mtp)) if possible and model.mtp else 1
-    most = MAX_COMPILED_TOKENS // max(1, read)
-    fits = not (compile and model.gates()) or most >= B
     for ok, sentence in (
         (B * T > 0, "nothing to continue: the prompt is empty, or num_samples is 0"),
         (limit >= T, f"the prompt has {T} tokens, but the context ends at {limit}; shorten it"),
@@ -418,7 +411,6 @@ def check_request(model, tokens, max_new_tokens, filters: Filters, speculative, 
         (0 <= temperature < math.inf, f"temperature is {temperature}, but must be 0 or more"),
         (top_k is None or top_k >= 1, f"top_k is {top_k}, but must be at least 1, or none"),
         (top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, but must be in (0, 1], or none"),
-        (fits, f"{B} samples are too many: --compile decodes at most {most} together"),
         (possible, f"the number of drafts is {speculative!r}, but must be 0 to {MAX_DRAFTS}"),
     ):
         if not ok:
@@ -429,10 +421,7 @@ def check_request(model, tokens, max_new_tokens, filters: Filters, speculative, 
 
 
 def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: SampleConfig):
-    """Writes num_samples continuations of the prompt to stdout, the first one token by token.
-
-    After Ctrl-C, prints all texts as far as they are decoded, then raises KeyboardInterrupt.
-    """
+    """Writes num_samples continuations of the prompt to stdout, the first one token by token."""
     device, stats, colour = model.embed_tokens.weight.device, Stats(), config.show == "drafts"
     ids = tokenizer.encode(prompt) or tokenizer.eos[:1]
     texts = [prompt] * config.num_samples  # what has not been printed of each
@@ -448,28 +437,22 @@ def complete(model: DeepSeekV3, tokenizer: Tokenizer, prompt: str, config: Sampl
             text, texts[0] = texts[0], ""
             print(text, end="", flush=True)
 
-    interrupted = False
-    try:
-        generate(
-            model, torch.tensor([ids], device=device).repeat(len(texts), 1), config.max_new_tokens,
-            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-            speculative=config.speculative, compile=config.compile,
-            eos_token_id=tokenizer.eos, on_token=on_token, stats=stats,
-            generator=torch.Generator(device).manual_seed(config.seed),
-        )  # fmt: skip
-    except KeyboardInterrupt:  # raised again below, after the texts are printed
-        interrupted = True
+    generate(
+        model, torch.tensor([ids], device=device).repeat(len(texts), 1), config.max_new_tokens,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        speculative=config.speculative, compile=config.compile,
+        eos_token_id=tokenizer.eos, on_token=on_token, stats=stats,
+        generator=torch.Generator(device).manual_seed(config.seed),
+    )  # fmt: skip
     for b, decoder in enumerate(decoders):
         texts[b] += decoder.decode(b"", final=True)
-    print(f"\n{'-' * 80}\n".join(texts))
+    print(f"\n{'-' * 80}\n".join(texts), flush=True)
     if colour and any(stats.drafted):
         info(f"{GREEN}green{PLAIN}: drafts that the model accepted; it chose the rest itself")
-    print_stats(model, stats, config.num_samples)
-    if interrupted:
-        raise KeyboardInterrupt
+    print_stats(stats, config.num_samples)
 
 
-def print_stats(model: DeepSeekV3, stats: Stats, num_samples: int):
+def print_stats(stats: Stats, num_samples: int):
     if stats.rounds > 1:
         # Without each text's first token, which came from the prompt's forward pass.
         speed = (stats.tokens - num_samples) / stats.seconds
@@ -481,13 +464,6 @@ def print_stats(model: DeepSeekV3, stats: Stats, num_samples: int):
         info(f"{per_call:.2f} tokens per model call; accepted drafts, by position: {rates}")
         if stats.drafted[0] >= 20 and stats.accepted[0] < stats.drafted[0] / 10:
             info("few drafts were accepted: if model.py was edited, run python check.py RUN")
-    like = model.embed_tokens.weight
-    ours, fixed, heads = (n * like.element_size() for n in cache_numbers(model))
-    per_text = f" and {fixed:,} per text" if fixed else ""
-    info(
-        f"the model's cache: {ours:,} bytes per token{per_text}; multi-head attention would hold "
-        f"{heads:,}"
-    )
     if stats.note:
         info(f"note: {stats.note}")
 

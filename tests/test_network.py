@@ -38,7 +38,7 @@ from model import Cache, ModelConfig, causal_attention
 from sample import MAX_DRAFTS, Stats, accept, draw, generate, probabilities
 from support import graphs
 from support.flops import flops_per_token
-from support.settings import Refusal, sentence_of
+from support.settings import sentence_of
 from support.sizes import cache_numbers, parameter_counts
 
 LIMIT = 48  # max_position_embeddings
@@ -454,26 +454,21 @@ def texts(model, T=5, **options) -> Stats:
     return runs[1]
 
 
-@pytest.mark.parametrize("depth, drafts, most", [(0, 0, 512), (2, 2, 128)])
-def test_a_graph_decodes_so_many_texts(depth, drafts, most, eager_graphs, monkeypatch):
+def test_a_graph_decodes_512_texts(eager_graphs, monkeypatch):
     """More would be sorted by expert, and the number of an expert's tokens is no fixed size."""
-    model, options = student(depth, vocab_size=5), dict(temperature=0, speculative=drafts)
-    if depth == 0:  # with modules it takes longer
-        sorts = plain.grouped_linear
+    model, sorts = student(0, vocab_size=5), plain.grouped_linear
 
-        def eager_only(x, weight, counts):
-            assert not torch.compiler.is_compiling()
-            return sorts(x, weight, counts)
+    def eager_only(x, weight, counts):
+        assert not torch.compiler.is_compiling()
+        return sorts(x, weight, counts)
 
-        monkeypatch.setattr(plain, "grouped_linear", eager_only)
-        for part in model.modules():
-            if isinstance(part, plain.Experts):
-                part.product = eager_only
-        prompts = tokens_of(model, 1, 5).expand(most, -1)
-        texts = [generate(model, prompts, 2, compile=x, **options) for x in (False, True)]
-        assert torch.equal(*texts)
-    with pytest.raises(Refusal, match=f"{most + 1} samples are too many: .* at most {most} tog"):
-        generate(model, tokens_of(model, most + 1, 5), 3, compile=True, **options)
+    monkeypatch.setattr(plain, "grouped_linear", eager_only)
+    for part in model.modules():
+        if isinstance(part, plain.Experts):
+            part.product = eager_only
+    prompts = tokens_of(model, 1, 5).expand(512, -1)
+    texts = [generate(model, prompts, 2, compile=x, temperature=0) for x in (False, True)]
+    assert torch.equal(*texts)
 
 
 SAMPLED = dict(temperature=0.8, top_k=5, speculative=1)

@@ -25,7 +25,7 @@ import sample
 from load import load_model
 from model import DeepSeekV3
 from sample import accept, draw, generate, generate_plain, probabilities
-from support.settings import Refusal, run_command
+from support.settings import Refusal
 from support.tokenizer import stored_tokenizer, tokenizer_files
 
 COLOUR = re.compile(r"\033\[[\d;]*m")
@@ -132,7 +132,6 @@ def test_what_is_accepted_has_the_exact_distribution(kind, V=3, n=300):
     ("change", "word"),
     [
         (dict(tokens=torch.zeros(1, 0, dtype=torch.long)), "the prompt is empty"),
-        (dict(tokens=torch.tensor([1, 2])), r"shape \(2,\), but must have \(B, T\)"),
         (dict(tokens=torch.zeros(1, LIMIT + 1, dtype=torch.long)), "the context ends at 48"),
         (dict(tokens=torch.tensor([[31]])), "token ids go from 31 to 31"),
         (dict(tokens=torch.tensor([[-1]])), "token ids go from -1 to -1"),
@@ -234,8 +233,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(command, monkeypatch):
         first, second = out.split("\n" + "-" * 80 + "\n")
         assert all(text.startswith("Größe 😀") for text in (first, second)) and first != second
         assert not COLOUR.search(out)
-        for word in ("tokens/s", "multi-head attention would hold", r" \d+ bytes per token"):
-            assert re.search(word, err)
+        assert "tokens/s" in err
     assert command("--prompt=Gr", "--max_new_tokens=0", "--num_samples=2").out.count("Gr") == 2
     monkeypatch.setattr(sample, "generate", lambda *_, on_token, **__: on_token(0, [240], 0))
     assert command("--prompt=Gr").out == "Gr\ufffd\n"  # half a character is not lost
@@ -267,14 +265,3 @@ def test_the_plain_loop_writes_the_text_of_generate(temperature):
         for write in (generate_plain, partial(generate, speculative=0))
     ]
     assert torch.equal(*texts)
-
-
-def test_an_interrupted_text_is_shown_as_far_as_it_came(run, capsys, monkeypatch):
-    """Then the command ends as an interrupted one."""
-    stop = mock.Mock(side_effect=[mock.DEFAULT] * 8 + [KeyboardInterrupt], wraps=sample.uniform)
-    monkeypatch.setattr(sample, "uniform", stop)
-    monkeypatch.setattr(sys, "argv", ["sample.py", str(run), "--speculative=0", "--prompt=class"])
-    with pytest.raises(SystemExit, match="130"):
-        run_command(sample.main)
-    out, err = capsys.readouterr()
-    assert out.startswith("class") and len(out) > 7 and "tokens/s" in err and "interrupted" in err
