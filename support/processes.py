@@ -104,8 +104,6 @@ def start(config) -> Machine:
     if dtype == "auto":
         dtype, reason = fast_dtype(device)
         dtype = str(dtype).removeprefix("torch.")
-    elif dtype == "bfloat16" and device.type == "cuda" and fast_dtype(device)[0] != torch.bfloat16:
-        reason = "emulated by this GPU: float32 is faster"
     # Measurements vary, so all processes use the dtype of process 0.
     config.dtype, reason = gather_objects((dtype, reason))[0]
     dtype = getattr(torch, config.dtype)
@@ -159,10 +157,7 @@ def start_device(config) -> torch.device:
         torch.use_deterministic_algorithms(True)
     device = usable_device(name)
     if name == "auto" and shutil.which("nvidia-smi") and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        why = "this PyTorch is the build for CPUs; install one for CUDA (pytorch.org)"
-        if version := torch.version.cuda:
-            why = f"CUDA {version} needs a newer driver; or install PyTorch for CUDA 12.6"
-        info(f"the NVIDIA card is not used: {why}")
+        info(f"the NVIDIA card is not used by PyTorch {torch.__version__}: {WHICH_PYTORCH}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu" and sys.platform == "linux":
@@ -174,8 +169,7 @@ def start_device(config) -> torch.device:
     return device
 
 
-INDEX = "https://download.pytorch.org/whl/cu126"
-FOR_OLDER = f"pip install --force-reinstall torch --index-url {INDEX}"
+WHICH_PYTORCH = 'see "Which cards" in docs/GPU.md for another build'
 
 
 def usable_device(name: str) -> torch.device:
@@ -188,10 +182,8 @@ def usable_device(name: str) -> torch.device:
     try:
         torch.ones(1, device=name).item()  # runs a kernel, which zeros does not; fails on meta, too
     except (RuntimeError, AssertionError) as error:
-        way = "try cpu"
-        if "no kernel image" in str(error):  # CUDA 13's builds begin with the GPUs of 2018
-            way = f"install PyTorch for CUDA 12.6, for older GPUs ({FOR_OLDER}), or {way}"
-        raise Refusal(f"device {name!r} cannot be used here: {way} ({short(error)})") from None
+        why = f"cannot be used here ({short(error)})"
+        raise Refusal(f"device {name!r} {why}: try cpu, or {WHICH_PYTORCH}.") from None
     return torch.device(name)
 
 

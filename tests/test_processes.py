@@ -32,7 +32,6 @@ from support import processes
 from support.checkpoints import load_checkpoint
 from support.clock import Clock
 from support.flops import log_time, peak_flops
-from support.processes import fast_dtype
 from support.settings import Refusal
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -195,31 +194,13 @@ def test_where_nothing_can_be_compiled_a_line_says_so_and_the_run_goes_on(monkey
     assert not processes.compiles(train.TrainConfig(dtype="bfloat16", steps=2000, fp8=True), cpu)
 
 
-@pytest.mark.parametrize(
-    ("cuda", "way"), [(None, "the build for CPUs; install one for CUDA"), ("13.2", "newer driver")]
-)
-def test_a_card_that_is_not_used_is_named_with_what_to_install(cuda, way, monkeypatch, capsys):
+def test_a_card_that_is_not_used_is_named(monkeypatch, capsys):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(processes.shutil, "which", lambda name: f"/usr/bin/{name}")
     for device in ("cpu", "auto"):  # who asks for a CPU gets it without a remark
         assert processes.start_device(train.TrainConfig(device=device)).type == "cpu"
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("the NVIDIA card is not used: ") and way in line and len(line) <= 100
-    monkeypatch.setattr(processes.shutil, "which", lambda name: None)
-    processes.start_device(train.TrainConfig())
-    assert not capsys.readouterr().err
-
-
-def test_bfloat16_on_a_card_without_it_is_remarked(monkeypatch):
-    gpu = torch.device("cuda")
-    monkeypatch.setattr(processes, "start_device", lambda config: gpu)
-    monkeypatch.setattr(processes, "product_speeds", lambda *_: [1e12])
-    monkeypatch.setattr(processes, "fast_dtype", fast_dtype.__wrapped__)  # without its cache
-    for has in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, x=has: x)
-        machine = processes.start(train.TrainConfig(dtype="bfloat16", compile=False))
-        assert ("float32 is faster" in machine.dtype_reason) != has
+    assert line.startswith("the NVIDIA card is not used by PyTorch ") and "docs/GPU.md" in line
 
 
 def test_the_time_of_a_run_is_estimated_and_then_measured(monkeypatch, capsys):
@@ -254,13 +235,12 @@ def test_time_left_shows_from_the_first_line_on(compiled, monkeypatch, capsys):
     assert first.endswith("left") != compiled and second.endswith("left")
 
 
-@pytest.mark.parametrize(("why", "way"), [("no kernel image", "whl/cu126"), ("no driver", "cpu")])
-def test_a_gpu_that_cannot_be_used_is_refused_with_what_to_do(why, way, monkeypatch):
+def test_a_gpu_that_cannot_be_used_is_refused_with_what_to_do(monkeypatch):
     def fail(n, device):
-        raise RuntimeError(f"CUDA error: {why} is available")
+        raise RuntimeError("CUDA error: no kernel image")
 
     monkeypatch.setattr(torch, "ones", fail)
-    with pytest.raises(Refusal, match=rf"'cuda:0' cannot be used here: .*{way}.*{why}"):
+    with pytest.raises(Refusal, match=r"'cuda:0' cannot be used here \(.*no kernel.*: try cpu"):
         processes.usable_device("cuda:0")
 
 
@@ -268,17 +248,10 @@ def test_a_gpu_that_cannot_be_used_is_refused_with_what_to_do(why, way, monkeypa
     ("card", "peak"),
     [
         ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H100 NVL", None),
-        ("NVIDIA GeForce RTX 4090", 165e12),
-        ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce RTX 5070 Ti", 88e12),
-        ("NVIDIA GeForce RTX 4070 Ti SUPER", None),
         ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A10G", None),
-        ("NVIDIA T400 4GB", None),
-        ("Tesla T4", 8.1e12),
         ("Tesla V100-PCIE-32GB", 14e12),
     ],
 )

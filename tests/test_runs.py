@@ -4,8 +4,6 @@ KILLS=100 SEED=2 python -m pytest tests/test_runs.py -k sigkill     more, and ot
 """
 
 import errno
-import functools
-import importlib
 import itertools
 import json
 import math
@@ -15,7 +13,6 @@ import re
 import resource
 import shutil
 import signal
-import sys
 from contextlib import suppress
 from pathlib import Path
 from unittest import mock
@@ -38,12 +35,10 @@ from training import (
     wait_for,
 )  # fmt: skip
 
-import prepare_data
 import train
 from load import load_model
 from model import DeepSeekV3
-from support import checkpoints, runs, signals
-from support.settings import Refusal
+from support import checkpoints, runs
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -215,37 +210,6 @@ def test_a_folder_has_one_writer_and_many_readers(start, capsys):
     assert Path("run/mine.tmp").exists()
     run("--resume", f"--steps={load('run')['step'] + 1}")
     assert [path.name for path in Path("run").glob("*.tmp")] == ["mine.tmp"]
-
-
-def as_on_windows():
-    """Without fcntl and SIGHUP; nothing is moved or replaced while this process has it open or
-    mapped. Prepares data, too."""
-    sys.modules["fcntl"], sys.platform = None, "win32"
-    del signal.SIGHUP
-    for module in (signals, runs):
-        importlib.reload(module)
-    for name in ("rename", "replace"):
-        setattr(os, name, functools.partial(unless_in_use, getattr(os, name)))
-    Path("words.txt").write_text("many words\n" * 50)
-    prepare_data.prepare(prepare_data.DataConfig("words.txt", overwrite=True))
-
-
-def unless_in_use(move, old, new):
-    maps = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
-    for used in (*maps, *(os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir())):
-        if {os.path.realpath(path) for path in (old, new)} & {used, *map(str, Path(used).parents)}:
-            raise PermissionError(errno.EACCES, f"{used} is in use", str(old))
-    move(old, new)
-
-
-def test_a_run_on_windows_has_no_lock_and_says_so(start, shared):
-    """Simulated: nobody has run it there."""
-    for options in (["--steps=2"], ["--overwrite", "--steps=2"], ["--resume", "--steps=4"]):
-        (said,) = finish(start(*CONSTANT, "--eval_every=2", *options, setup=as_on_windows))
-        assert "run is not locked, because this system lacks fcntl: start one train.py" in said
-        assert Path("run/.lock").exists() and "words is ready" in said
-    assert_same_run(shared(*CONSTANT, "--eval_every=2", "--steps=4"), Path("run"))
-    assert Path("run.old-1/ckpt.pt").exists() and Path("data/words.old-2").exists()
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
@@ -512,10 +476,3 @@ def test_random_numbers_go_on_where_they_were_saved():
     saved, expected = states.state_dict(), torch.rand(3)
     states.load_state_dict(saved)
     assert torch.equal(torch.rand(3), expected)
-
-
-def test_a_folder_of_others_is_not_taken(tmp_path):
-    (tmp_path / "model.py").write_text("theirs")
-    with pytest.raises(Refusal, match="holds files, but no run"):
-        runs.take_folder(tmp_path, False, True)
-    assert not (tmp_path / ".lock").exists()
