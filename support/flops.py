@@ -44,7 +44,8 @@ def log_time(active: int, tokens: int, machine: Machine):
         return
     how = f", estimated from products at {speed / 1e9:,.0f} GFLOP/s"
     if machine.device.type == "cpu":
-        how = " if nothing else uses the CPU (if something does, set OMP_NUM_THREADS=1)"
+        how = " if nothing else uses the CPU"
+        how += " (if something does, set OMP_NUM_THREADS=1)" if cores > 1 else ""
     info(f"time: roughly {rough(seconds)}{how}")
 
 

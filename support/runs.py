@@ -63,7 +63,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool):
     if names and ".lock" not in names and not holds_run(out):  # .lock: a run that has just begun
         raise Refusal(f"{out} holds files, but no run: give another --out.")
     if resume and "ckpt.pt" not in names:
-        way = "give --overwrite instead" if holds_run(out) else "leave out --resume"
+        way = "wait for its first, or give --overwrite" if holds_run(out) else "leave out --resume"
         raise Refusal(f"{out} has no ckpt.pt to resume from: {way}, or give another --out.")
     if holds_run(out) and not (resume or overwrite):
         ways = "--resume, --overwrite" if "ckpt.pt" in names else "--overwrite"

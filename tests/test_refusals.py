@@ -69,7 +69,7 @@ REFUSALS = [
     (f"{NEW} --out=a.txt", 1, "a.txt is a file: give another --out."),
     (f"{NEW} --out=photos --overwrite", 1, "photos holds files, but no run: give another --out."),
     (f"{NEW} --out=early", 1, "early holds a run: give --overwrite, or another --out."),
-    (f"{NEW} --out=early --resume", 1, "early has no ckpt.pt to resume from: give --overwrite in"),
+    (f"{NEW} --out=early --resume", 1, "early has no ckpt.pt to resume from: wait for its first, "),
     (f"{NEW} --out=gone --resume", 1, "gone has no ckpt.pt to resume from: leave out --resume, or"),
     ("prepare_data.py a.txt --val_fraction=1e-9 --name=new", 1, "a.txt leaves no validation text"),
     (f"{NEW} --out=alone", 1, "alone holds files, but no run: give another --out."),
