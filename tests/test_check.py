@@ -52,8 +52,11 @@ class Wide(DeepSeekV3):
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "dropout", "wide"])
-def test_nothing_is_wrong_with_this_network(name):
-    """Nor is it another one afterwards."""
+def test_nothing_is_wrong_with_this_network(name, monkeypatch):
+    """Nor is it another one afterwards. All variants draw drafts by the same rule."""
+    if name != "base":
+        few = functools.partial(check.chance_of_drawn, rounds=60)
+        monkeypatch.setattr(check, "chance_of_drawn", few)
     model = tiny(torch.float32, max_position_embeddings=64, **VARIANTS.get(name, {})).train()
     if name == "wide":
         model.__class__ = Wide
