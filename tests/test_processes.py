@@ -249,9 +249,6 @@ def test_a_gpu_that_cannot_be_used_is_refused_with_what_to_do(monkeypatch):
     [
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 NVL", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA GeForce RTX 5070 Ti", 88e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
         ("Tesla V100-PCIE-32GB", 14e12),
     ],
 )
